@@ -1,0 +1,19 @@
+"""sfumato: train, check, sample, fine-tune and ship diffusion models. Importing it imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato.pipeline import Pipeline
+    from sfumato.recipes.launch import load, train
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__", "load", "train"]
+
+_HOMES = {"Pipeline": "sfumato.pipeline", "load": "sfumato.recipes.launch", "train": "sfumato.recipes.launch"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sfumato' has no attribute '{name}'")

@@ -1,0 +1,92 @@
+"""What steers a denoiser: three optional slots that every network and conditioner agrees on.
+
+A `Condition` whose slots are all `None` is the unconditional one; nothing else marks "unconditional".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """Context for a batch of B images.
+
+    Attributes:
+        vector: one summary per image, shape (B, D).
+        tokens: a sequence per image, shape (B, L, D).
+        token_mask: True where a token counts, shape (B, L); None when all of them do.
+        spatial: maps aligned with the image, shape (B, C, H, W), concatenated to the network's input.
+    """
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    token_mask: Tensor | None = None
+    spatial: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply `function` to every slot that is filled."""
+        return Condition(**{name: function(slot) for name, slot in self.slots().items()})
+
+    def slots(self) -> dict[str, Tensor]:
+        """The filled slots by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: slot for name, slot in values.items() if slot is not None}
+
+    def combine(self, other: Condition, function: Callable[[Tensor, Tensor], Tensor]) -> Condition:
+        """Apply `function` slot by slot to two conditions that fill the same slots.
+
+        Raises:
+            ShapeError: if one fills a slot that the other leaves empty.
+        """
+        mine, theirs = self.slots(), other.slots()
+        if mine.keys() != theirs.keys():
+            raise ShapeError(
+                f"two conditions fill different slots: {sorted(mine) or ['none']} and {sorted(theirs) or ['none']}",
+                mend="make both with the same conditioner (its `null` gives the empty context)",
+            )
+        return Condition(**{name: function(slot, theirs[name]) for name, slot in mine.items()})
+
+    def concatenate(self, other: Condition) -> Condition:
+        """Stack two batches of conditions along the batch dimension."""
+        return self.combine(other, lambda a, b: torch.cat([a, b.to(a.dtype)]))
+
+    def replaced_where(self, mask: Tensor, other: Condition) -> Condition:
+        """Take `other` where `mask` (B,) is True: per-sample dropout to the null context."""
+
+        def choose(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), b.to(a.dtype), a)
+
+        return self.combine(other, choose)
+
+    def expanded(self, batch_size: int) -> Condition:
+        """Repeat a condition of one image for a batch; a condition that has `batch_size` images is returned as it is."""
+        return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
+
+
+NO_CONDITION = Condition()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextSizes:
+    """Channels of each slot that a network is built for; 0 where a slot is absent."""
+
+    vector: int = 0
+    tokens: int = 0
+    spatial: int = 0
+
+    @classmethod
+    def of(cls, condition: Condition) -> ContextSizes:
+        """The sizes of an actual condition."""
+        channels = {"vector": 1, "tokens": 2, "spatial": 1}
+        slots = condition.slots()
+        return cls(**{name: slots[name].shape[dim] for name, dim in channels.items() if name in slots})
+
+
+NO_CONTEXT = ContextSizes()

@@ -1,0 +1,106 @@
+"""A network as a denoiser: the one place where input scaling, the level's encoding and the 2x2 solve meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.condition import NO_CONDITION, Condition
+from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.parameterizations import Parameterization
+
+
+class Denoiser(Protocol):
+    """Anything that guesses clean data: networks, exact posteriors, guidance around either."""
+
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised: ...
+
+
+class Network(Protocol):
+    """What a network must be: it knows tensors and `Condition`, nothing of diffusion."""
+
+    def __call__(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class UnitVariance:
+    """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1."""
+
+    sigma_data: float = 1.0
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return torch.hypot(level.alpha * self.sigma_data, level.sigma).reciprocal()
+
+
+@dataclass(frozen=True)
+class UnitSum:
+    """Divide x by alpha + sigma: the identity on the linear path, what flow-matching networks from elsewhere were trained on."""
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return (level.alpha + level.sigma).reciprocal()
+
+
+@dataclass(frozen=True)
+class Angle:
+    """The level as 1000 * atan2(sigma, alpha) / (pi/2), from 0 (data) to 1000 (noise): finite at both ends."""
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return torch.atan2(level.sigma, level.alpha) * (2000 / math.pi)
+
+
+@dataclass(frozen=True)
+class LogSNR:
+    """The level as -log-SNR/8, which is EDM's log(sigma)/4 where alpha = 1 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+    limit: float = 40.0
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return level.logsnr().clamp(-self.limit, self.limit) / -8
+
+
+@dataclass(frozen=True)
+class FlowTime:
+    """The level as sigma / (alpha + sigma): t of the linear path, from 0 to 1."""
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return level.sigma / (level.alpha + level.sigma)
+
+
+NoiseInputConfig = Angle | LogSNR | FlowTime
+InputScaleConfig = UnitVariance | UnitSum
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkDenoiser:
+    """A network read as a denoiser of any schedule.
+
+    Attributes:
+        network: called as network(x, noise_input, condition); its output is the parameterization's target.
+        parameterization: what the output means.
+        input_scale: level -> factor on x, homogeneous of degree -1 so that the result depends on the log-SNR alone.
+        noise_input: level -> what the network is told of the level, a function of the log-SNR.
+        compute_dtype: precision inside the network; x, the solve and the result stay in x's own.
+    """
+
+    network: Network
+    parameterization: Parameterization
+    input_scale: Callable[[NoiseLevel], Tensor] = UnitVariance()
+    noise_input: Callable[[NoiseLevel], Tensor] = Angle()
+    compute_dtype: torch.dtype = torch.float32
+
+    def predict(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Tensor:
+        """The network's output, its guess of the parameterization's target, shape of `x`."""
+        noise_input = self.noise_input(level).to(device=x.device, dtype=x.dtype).flatten().expand(len(x))
+        scaled = x * self.input_scale(level.like(x))
+        with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not torch.float32):
+            output = self.network(scaled, noise_input, condition)
+        return output.to(x.dtype)
+
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Denoised:
+        """The guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""
+        return self.parameterization.solve(self.predict(x, level, condition), x, level)

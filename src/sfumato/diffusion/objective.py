@@ -1,0 +1,96 @@
+"""The training loss: times -> levels -> noisy images -> weighted error, one value per sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.condition import NO_CONDITION, Condition
+from sfumato.diffusion.coupling import CouplingConfig, Independent
+from sfumato.diffusion.denoiser import NetworkDenoiser
+from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.schedules import Linear, ScheduleConfig
+from sfumato.diffusion.weighting import Native, WeightingConfig, target_weight
+
+
+class Times(Protocol):
+    """Turn uniform draws (B,) in [0, 1) into the batch's times."""
+
+    def __call__(self, uniform: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class IndependentTimes:
+    """Each sample's time on its own."""
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        return uniform
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """One time in each of B equal strata: the batch's mean loss varies far less (Kingma et al. 2021, arXiv:2107.00630, app. I).
+
+    Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's slice, a micro-batch) is
+    spread over all noise levels too.
+    """
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        count = len(uniform)
+        stride = max(1, round(count * 0.618))
+        while math.gcd(stride, count) > 1:
+            stride += 1
+        stratum = torch.arange(count, device=uniform.device) * stride % count
+        return (stratum + uniform) / count
+
+
+TimesConfig = Stratified | IndependentTimes
+
+
+class Losses(NamedTuple):
+    """Loss of each sample (B,) and the level it was taken at, so that it can be binned by log-SNR."""
+
+    per_sample: Tensor
+    level: NoiseLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """E_t w(lambda) |T^ - T|^2, averaged over each sample's elements.
+
+    Attributes:
+        schedule: with uniform t, the density of noise levels seen in training; its path need not be the sampler's.
+        weighting: how much each level counts.
+        coupling: which noise meets which image.
+        times: how the batch's times are drawn.
+    """
+
+    schedule: ScheduleConfig = Linear()
+    weighting: WeightingConfig = Native()
+    coupling: CouplingConfig = Independent()
+    times: TimesConfig = Stratified()
+
+    def levels(self, uniform: Tensor) -> NoiseLevel:
+        """The batch's noise levels from uniform draws (B,) in [0, 1)."""
+        return self.schedule(self.times(uniform))
+
+    def __call__(
+        self, denoiser: NetworkDenoiser, x0: Tensor, condition: Condition = NO_CONDITION, *, level: NoiseLevel, noise: Tensor
+    ) -> Losses:
+        """Loss of each sample.
+
+        Args:
+            x0: clean data (B, C, H, W), in the space the network works in.
+            level: one noise level per sample, (B,).
+            noise: standard normal draws, shape of `x0`.
+        """
+        parameterization = denoiser.parameterization
+        pair = Denoised(x0, self.coupling(x0, noise))
+        output = denoiser.predict(level.mix(*pair), level, condition)
+        error = (output - parameterization.target(pair, level)).square().flatten(1).mean(1)
+        weight = target_weight(self.weighting, level, parameterization)
+        return Losses(weight.to(error) * error, level)

@@ -1,0 +1,164 @@
+"""What a network predicts and the coordinate a solver integrates in: one object, defined by a scale and a coordinate.
+
+Along the path x = alpha*x0 + sigma*eps the tangent d(x/k)/dc is a combination T = a*x0 + b*eps. T is the network's target, and
+dy/dc = T with y = x/k is the sampling ODE. Everything else (recovering x0 and eps, converting losses) is written once, below.
+No other module divides a prediction by alpha or sigma.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.errors import ScheduleError
+
+
+class Parameterization(ABC):
+    """A target T = a*x0 + b*eps together with the scale k and the coordinate c that it is the tangent of."""
+
+    @abstractmethod
+    def scale(self, level: NoiseLevel) -> Tensor:
+        """k(level), homogeneous of degree 1 in (alpha, sigma)."""
+
+    @abstractmethod
+    def coordinate(self, level: NoiseLevel) -> Tensor:
+        """c(level), a monotone function of the log-SNR alone."""
+
+    @abstractmethod
+    def level(self, coordinate: Tensor) -> NoiseLevel:
+        """The level of unit scale, k = 1, that has this coordinate."""
+
+    @abstractmethod
+    def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """(a, b) = d(alpha/k, sigma/k)/dc."""
+
+    @final
+    def determinant(self, level: NoiseLevel) -> Tensor:
+        """D = a*sigma - b*alpha. |T^ - T| = |D/sigma| |x0^ - x0| = |D/alpha| |eps^ - eps|."""
+        a, b = self.tangent(level)
+        return a * level.sigma - b * level.alpha
+
+    @final
+    def target(self, denoised: Denoised, level: NoiseLevel) -> Tensor:
+        """T = a*x0 + b*eps, shape of x0."""
+        a, b = self.tangent(level.like(denoised.x0))
+        return a * denoised.x0 + b * denoised.eps
+
+    @final
+    def solve(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Denoised:
+        """Recover x0 = (sigma*T - b*x)/D and eps = (a*x - alpha*T)/D from a prediction T of the target.
+
+        Args:
+            output: the prediction T, shape (B, ...).
+            x: the noisy sample at `level`, same shape.
+        Raises:
+            ScheduleError: where D = 0: `Epsilon` at alpha = 0 (pure noise), `Sample` at sigma = 0 (clean data).
+        """
+        level = level.like(x)
+        a, b = self.tangent(level)
+        determinant = a * level.sigma - b * level.alpha
+        if bool((determinant == 0).any()):
+            raise ScheduleError(
+                f"{type(self).__name__} cannot recover x0 and eps where its prediction holds only one of them "
+                "(Epsilon at alpha = 0, Sample at sigma = 0)",
+                where="Parameterization.solve",
+                mend="predict Velocity or Flow, or keep the schedule off that end, e.g. Warped(schedule, Span(high=0.999))",
+            )
+        return Denoised(
+            x0=(level.sigma * output - b * x) / determinant,
+            eps=(a * x - level.alpha * output) / determinant,
+        )
+
+
+@dataclass(frozen=True)
+class Epsilon(Parameterization):
+    """The noise: k = alpha, c = sigma/alpha, T = eps. Undefined at alpha = 0.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 14; the coordinate is Karras et al. 2022's sigma (arXiv:2206.00364).
+    """
+
+    def scale(self, level: NoiseLevel) -> Tensor:
+        return level.alpha
+
+    def coordinate(self, level: NoiseLevel) -> Tensor:
+        return level.sigma / level.alpha
+
+    def level(self, coordinate: Tensor) -> NoiseLevel:
+        return NoiseLevel(torch.ones_like(coordinate), coordinate)
+
+    def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(level.alpha), torch.ones_like(level.sigma)
+
+
+@dataclass(frozen=True)
+class Sample(Parameterization):
+    """The clean image: k = sigma, c = alpha/sigma, T = x0. Undefined at sigma = 0.
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; the coordinate is that of Lu et al. 2022 (arXiv:2211.01095).
+    """
+
+    def scale(self, level: NoiseLevel) -> Tensor:
+        return level.sigma
+
+    def coordinate(self, level: NoiseLevel) -> Tensor:
+        return level.alpha / level.sigma
+
+    def level(self, coordinate: Tensor) -> NoiseLevel:
+        return NoiseLevel(coordinate, torch.ones_like(coordinate))
+
+    def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(level.alpha), torch.zeros_like(level.sigma)
+
+
+@dataclass(frozen=True)
+class Flow(Parameterization):
+    """The straight-line velocity eps - x0: k = alpha + sigma, c = sigma/(alpha + sigma).
+
+    Source: Lipman et al. 2023 (arXiv:2210.02747); Liu et al. 2023 (arXiv:2209.03003).
+    """
+
+    def scale(self, level: NoiseLevel) -> Tensor:
+        return level.alpha + level.sigma
+
+    def coordinate(self, level: NoiseLevel) -> Tensor:
+        return level.sigma / (level.alpha + level.sigma)
+
+    def level(self, coordinate: Tensor) -> NoiseLevel:
+        return NoiseLevel(1 - coordinate, coordinate)
+
+    def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(level.alpha), torch.ones_like(level.sigma)
+
+
+@dataclass(frozen=True)
+class Velocity(Parameterization):
+    """The rotation's velocity: k = sqrt(alpha^2 sd^2 + sigma^2), c = atan2(sigma, alpha sd), T = (-sigma/sd x0 + alpha sd eps)/k.
+
+    `Velocity(1)` is Salimans & Ho's v. With `sigma_data` the data's standard deviation it is EDM's preconditioning: EDM's
+    network output is -T, and its c_skip and c_out are what `solve` computes.
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix D; Karras et al. 2022 (arXiv:2206.00364), table 1.
+    """
+
+    sigma_data: float = 1.0
+
+    def scale(self, level: NoiseLevel) -> Tensor:
+        return torch.hypot(level.alpha * self.sigma_data, level.sigma)
+
+    def coordinate(self, level: NoiseLevel) -> Tensor:
+        return torch.atan2(level.sigma, level.alpha * self.sigma_data)
+
+    def level(self, coordinate: Tensor) -> NoiseLevel:
+        return NoiseLevel(torch.cos(coordinate) / self.sigma_data, torch.sin(coordinate))
+
+    def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        scale = self.scale(level)
+        return -level.sigma / (self.sigma_data * scale), level.alpha * self.sigma_data / scale
+
+
+ParameterizationConfig = Epsilon | Sample | Flow | Velocity

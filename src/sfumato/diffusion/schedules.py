@@ -1,0 +1,345 @@
+"""Schedules: monotone maps from a time t in [0, 1] to a noise level, t = 0 data, t = 1 noise.
+
+Training feeds one random times, sampling feeds it an even grid. So noise schedule, training-time density, inference grid,
+timestep shift and Karras' rho are one type. A posterior mean depends on the log-SNR alone: a network trained on one schedule
+samples on any other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.errors import ScheduleError
+
+HALF_PI = math.pi / 2
+
+
+class Schedule(Protocol):
+    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t."""
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        """The levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
+        ...
+
+
+def _variance_preserving(log_alpha: Tensor) -> NoiseLevel:
+    """The level of unit variance with this log(alpha); exact for sigma near 0."""
+    return NoiseLevel(torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha)))
+
+
+def _variance_exploding(sigma: Tensor) -> NoiseLevel:
+    return NoiseLevel(torch.ones_like(sigma), sigma)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023, arXiv:2210.02747)."""
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return NoiseLevel(1 - t, t)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A quarter circle: alpha = cos(pi t/2), sigma = sin(pi t/2) (Nichol & Dhariwal 2021, arXiv:2102.09672, with s = 0)."""
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return NoiseLevel(torch.sin(HALF_PI * (1 - t)), torch.sin(HALF_PI * t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariancePreserving:
+    """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _variance_preserving(-0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DiscreteBetas:
+    """A table of betas, read at any time: alpha at t = (i+1)/T is sqrt(prod_{j<=i} (1 - beta_j)) exactly, log-linear between."""
+
+    beta_start: float
+    beta_end: float
+    steps: int
+
+    def betas(self) -> Tensor:
+        """beta_0 ... beta_{T-1}, shape (steps,), float64."""
+        raise NotImplementedError
+
+    @cached_property
+    def _log_alpha(self) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-self.betas()).cumsum(0)])
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _variance_preserving(_interpolate(self._log_alpha, t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearBetas(_DiscreteBetas):
+    """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`."""
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLinear(_DiscreteBetas):
+    """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752)."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    steps: int = 1000
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid:
+    """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1)."""
+
+    start: float = -3.0
+    end: float = 3.0
+    temperature: float = 1.0
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        def curve(time: Tensor) -> Tensor:
+            return torch.sigmoid((time * (self.end - self.start) + self.start) / self.temperature)
+
+        low, high = curve(torch.zeros_like(t)), curve(torch.ones_like(t))
+        # Both squares are differences of the curve, so neither end loses digits to 1 - (1 - small).
+        return NoiseLevel(torch.sqrt((high - curve(t)) / (high - low)), torch.sqrt((curve(t) - low) / (high - low)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceExploding:
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _variance_exploding(self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras:
+    """alpha = 1, sigma^(1/rho) even in t (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return _variance_exploding((low + t * (high - low)) ** self.rho)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """alpha = 1, log sigma normal when t is uniform: EDM's training levels (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    The outermost `tail` of each end is left out, so that every level is finite and above zero.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+    tail: float = 1e-6
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        quantile = torch.special.ndtri((self.tail + (1 - 2 * self.tail) * t).to(torch.float64)).to(t.dtype)
+        return _variance_exploding(torch.exp(self.mean + self.std * quantile))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformLogSNR:
+    """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630)."""
+
+    logsnr_min: float = -10.0
+    logsnr_max: float = 10.0
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        logsnr = self.logsnr_max + t * (self.logsnr_min - self.logsnr_max)
+        return NoiseLevel(torch.sqrt(torch.sigmoid(logsnr)), torch.sqrt(torch.sigmoid(-logsnr)))
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """alpha = 1, sigma = sigma_max ratio^(steps (1 - t)): a grid of `steps` steps keeps the fraction `ratio` of the noise at each.
+
+    DDIM on this grid is the loop "predict all the noise, subtract it, add `ratio` of it back".
+    """
+
+    ratio: float = 0.9
+    _: KW_ONLY
+    sigma_max: float = 80.0
+    steps: int = 100
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return _variance_exploding(self.sigma_max * self.ratio ** (self.steps * (1 - t)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabulated:
+    """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in between.
+
+    Raises:
+        ScheduleError: if the tables differ in length, hold fewer than two levels, or their log-SNR does not strictly fall.
+    """
+
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        falling = len(self.alphas) == len(self.sigmas) >= 2 and all(
+            a1 * s0 < a0 * s1
+            for a0, a1, s0, s1 in zip(self.alphas, self.alphas[1:], self.sigmas, self.sigmas[1:], strict=False)
+        )
+        if not falling:
+            raise ScheduleError(
+                f"a table of {len(self.alphas)} alphas and {len(self.sigmas)} sigmas is not a schedule",
+                where="Tabulated",
+                mend="give as many sigmas as alphas, at least two, from data to noise, with alpha/sigma strictly falling",
+            )
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        alphas, sigmas = (torch.tensor(table, dtype=torch.float64) for table in (self.alphas, self.sigmas))
+        return NoiseLevel(_interpolate(alphas, t), _interpolate(sigmas, t))
+
+
+def _interpolate(table: Tensor, t: Tensor) -> Tensor:
+    """Piecewise-linear value at times `t` of a table at even times, in t's dtype and on its device."""
+    position = t.to(torch.float64) * (len(table) - 1)
+    index = position.floor().clamp(0, len(table) - 2).long()
+    table = table.to(t.device)
+    return torch.lerp(table[index], table[index + 1], position - index).to(t.dtype)
+
+
+class Warp(Protocol):
+    """A strictly increasing map of [0, 1] into itself."""
+
+    def __call__(self, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Shift:
+    """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+
+    factor: float = 3.0
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.factor * t / (1 + (self.factor - 1) * t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(t.to(torch.float64))).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024, arXiv:2403.03206, eq. 20, t reversed).
+
+    Raises:
+        ScheduleError: outside -1 <= scale <= 2/(pi - 2), where the map would fold back.
+    """
+
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ScheduleError(f"scale = {self.scale} is outside [-1, {2 / (math.pi - 2):.3f}]", where="Mode")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        reverse = 1 - t
+        return 1 - reverse - self.scale * (torch.cos(HALF_PI * reverse) ** 2 - 1 + reverse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """t -> low + (high - low) t: a part of a schedule."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ScheduleError(f"[{self.low}, {self.high}] is no part of [0, 1]", where="Span")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warped:
+    """A schedule read at warped times: another density of training levels, another spacing of the sampling grid."""
+
+    schedule: ScheduleConfig
+    warp: WarpConfig
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return self.schedule(self.warp(t))
+
+
+@dataclass(frozen=True)
+class ZeroTerminalSNR:
+    """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha - alpha_1) alpha_0/(alpha_0 - alpha_1).
+
+    Raises:
+        ScheduleError: when called, if the schedule does not preserve variance.
+    Source: Lin et al. 2024 (arXiv:2305.08891), algorithm 1.
+    """
+
+    schedule: ScheduleConfig
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        if not torch.allclose(torch.hypot(*ends), torch.ones(2, dtype=torch.float64)):
+            raise ScheduleError(
+                f"{type(self.schedule).__name__} does not preserve variance",
+                where="ZeroTerminalSNR",
+                mend="Linear and Cosine end at pure noise already; variance-exploding ones cannot",
+            )
+        first, last = ends.alpha.to(t)
+        alpha = (self.schedule(t).alpha - last) * first / (first - last)
+        return NoiseLevel(alpha, torch.sqrt(1 - alpha**2))
+
+
+WarpConfig = Shift | LogitNormal | Mode | Span
+ScheduleConfig = (
+    Linear
+    | Cosine
+    | VariancePreserving
+    | LinearBetas
+    | ScaledLinear
+    | Sigmoid
+    | VarianceExploding
+    | Karras
+    | LogNormal
+    | UniformLogSNR
+    | Geometric
+    | Tabulated
+    | Warped
+    | ZeroTerminalSNR
+)

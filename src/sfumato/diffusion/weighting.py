@@ -1,0 +1,76 @@
+"""How much each noise level counts in the loss.
+
+A weighting is stated in noise-prediction space, L = E w(lambda) |eps^ - eps|^2, whatever the network predicts, and given here as
+alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ - T|^2 the weight on the target's error is alpha^2 w / D^2, finite at both ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.parameterizations import Parameterization
+
+
+class Weighting(Protocol):
+    """alpha^2 w(lambda) as a function of the level."""
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """1 in the parameterization's own space: w = (D/alpha)^2, the plain mean squared error of the target."""
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return parameterization.determinant(level) ** 2
+
+
+@dataclass(frozen=True)
+class UniformEpsilon:
+    """w = 1: DDPM's simple loss (Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return level.alpha**2
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556)."""
+
+    gamma: float = 5.0
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return torch.minimum(level.alpha**2, self.gamma * level.sigma**2)
+
+
+@dataclass(frozen=True)
+class SigmoidWeighting:
+    """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324)."""
+
+    bias: float = 0.0
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return level.alpha**2 * torch.sigmoid(self.bias - level.logsnr())
+
+
+@dataclass(frozen=True)
+class EDM:
+    """w = 1 + e^-lambda / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+    sigma_data: float = 0.5
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return level.alpha**2 + (level.sigma / self.sigma_data) ** 2
+
+
+WeightingConfig = Native | UniformEpsilon | MinSNR | SigmoidWeighting | EDM
+
+
+def target_weight(weighting: Weighting, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+    """The weight on |T^ - T|^2 at `level`, any shape."""
+    return weighting(level, parameterization) / parameterization.determinant(level) ** 2

@@ -1,0 +1,48 @@
+"""The errors a person is meant to read: each says what is wrong, where, and how to mend it.
+
+Nothing else belongs here. Every message that is the user's to mend is a `SfumatoError`; the command line prints it without
+a traceback and exits with the class's `exit_code`.
+"""
+
+
+class SfumatoError(Exception):
+    """An error with a remedy: `what` happened, `where`, and `mend`, the next thing to do."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        self.what, self.where, self.mend = what, where, mend
+        lines = [f"{where}: {what}" if where else what]
+        if mend:
+            lines.append(f"  mend: {mend}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(SfumatoError):
+    """A key, value or recipe that the configuration does not have."""
+
+
+class DataError(SfumatoError):
+    """A source that cannot be read, or holds nothing to learn from."""
+
+
+class ScheduleError(SfumatoError):
+    """A noise level that the requested formula cannot be evaluated at."""
+
+
+class ShapeError(SfumatoError):
+    """A tensor whose shape does not fit the network or the request."""
+
+
+class CheckpointError(SfumatoError):
+    """A checkpoint that is missing, incomplete or damaged."""
+
+
+class RunError(SfumatoError):
+    """A run directory that cannot be created, found or locked."""
+
+
+class DivergedError(SfumatoError):
+    """Training that produced non-finite losses or gradients again and again."""
+
+    exit_code = 3

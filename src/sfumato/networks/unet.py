@@ -1,0 +1,239 @@
+"""A U-Net: residual blocks modulated by level and context, attention at chosen depths, skips across.
+
+Source: Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239); Dhariwal & Nichol 2021 (arXiv:2105.05233).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.errors import ConfigError, ShapeError
+from sfumato.nn.attention import CrossAttention, SelfAttention
+from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.norms import ModulatedGroupNorm
+
+GROUP_CHANNELS = 16  # channels that share a group norm's statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Size and shape of a U-Net.
+
+    Attributes:
+        channels: feature channels at full resolution.
+        multipliers: channels at each depth as multiples of that; every depth but the last halves the resolution.
+        blocks: residual blocks at each depth (one more on the way up).
+        attention_depths: depths with self-attention (0 is full resolution); the middle has it whenever any depth does.
+        head_channels: channels of one attention head; 32 to 64 run best.
+        cross_attention: where context tokens enter, beside each self-attention: everywhere, or only on the way up.
+        dropout: of the residual branches.
+    """
+
+    channels: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = 2
+    attention_depths: tuple[int, ...] = (2,)
+    head_channels: int = 64
+    cross_attention: Literal["all", "decoder"] = "all"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        depths = range(len(self.multipliers))
+        if not self.multipliers or self.blocks < 1 or any(depth not in depths for depth in self.attention_depths):
+            raise ConfigError(
+                f"attention_depths {self.attention_depths} and blocks {self.blocks} do not fit multipliers {self.multipliers}",
+                where="network",
+                mend=f"attention_depths are among {list(depths)}; blocks is at least 1",
+            )
+        for depth in self.attention_depths:
+            if self.channels * self.multipliers[depth] % self.head_channels:
+                raise ConfigError(
+                    f"{self.channels * self.multipliers[depth]} channels at depth {depth} are no multiple of "
+                    f"head_channels = {self.head_channels}",
+                    where="network.head_channels",
+                    mend="choose 32 or 64, and channels that are multiples of it",
+                )
+
+
+class UNet(nn.Module):
+    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
+
+    Args:
+        image_channels: of x and of the prediction.
+        context: sizes of the condition's slots; an absent slot has size 0.
+    """
+
+    def __init__(self, config: UNetConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
+        super().__init__()
+        self.config, self.image_channels, self.context = config, image_channels, context
+        size = 4 * config.channels
+        self.level_embedding = nn.Sequential(SinusoidalEmbedding(config.channels), nn.Linear(config.channels, size), nn.SiLU())
+        self.vector_embedding = nn.Linear(context.vector, size) if context.vector else None
+        self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
+
+        encoder_tokens = context.tokens if config.cross_attention == "all" else 0
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        last = len(widths) - 1
+        self.input = nn.Conv2d(image_channels + context.spatial, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, width = [widths[0]], widths[0]
+        for depth, out in enumerate(widths):
+            inputs = [width] + [out] * (config.blocks - 1)
+            stages = [Stage(n, out, size, config, depth in config.attention_depths, encoder_tokens) for n in inputs]
+            self.down.append(DownLevel(stages, Downsample(out) if depth < last else None))
+            width = out
+            skips += [out] * (config.blocks + (depth < last))
+        self.middle = Stage(width, width, size, config, bool(config.attention_depths), encoder_tokens)
+        self.middle_out = ResidualBlock(width, width, size, config.dropout)
+        for depth, out in reversed(list(enumerate(widths))):
+            inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
+            stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
+            self.up.append(UpLevel(stages, Upsample(out) if depth else None))
+            width = out
+        self.output_norm = nn.GroupNorm(max(1, width // GROUP_CHANNELS), width)
+        self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1000] -> (B, C, H, W).
+
+        Raises:
+            ShapeError: if H or W is no multiple of the down-sampling, or x or the condition lack a channel or a slot.
+        """
+        self._check(x, condition)
+        embedding = self.level_embedding(noise_input)
+        if self.vector_embedding is not None:
+            embedding = embedding + self.vector_embedding(condition.vector)
+        embedding = self.embedding(embedding)
+        if condition.spatial is not None:
+            x = torch.cat([x, condition.spatial], dim=1)
+        x = self.input(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for level in self.down:
+            x = level(x, embedding, condition, skips)
+        x = self.middle_out(self.middle(x, embedding, condition), embedding)
+        for level in self.up:
+            x = level(x, embedding, condition, skips)
+        return self.output(F.silu(self.output_norm(x)))
+
+    def _check(self, x: Tensor, condition: Condition) -> None:
+        factor = 2 ** (len(self.config.multipliers) - 1)
+        height, width = x.shape[-2:]
+        if height % factor or width % factor:
+            raise ShapeError(
+                f"an image of {height} x {width} cannot be halved {len(self.config.multipliers) - 1} times",
+                where="UNet",
+                mend=f"use sides that are multiples of {factor}, or fewer network.multipliers",
+            )
+        given = ContextSizes.of(condition)
+        if x.shape[1] != self.image_channels or given != self.context:
+            raise ShapeError(
+                f"got {x.shape[1]} image channels and context {given}, built for {self.image_channels} and {self.context}",
+                where="UNet",
+                mend="make the condition with the model's own conditioner",
+            )
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(modulate(norm(conv(silu(modulate(norm(x))))))))."""
+
+    def __init__(self, inputs: int, outputs: int, embedding_size: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(max(1, inputs // GROUP_CHANNELS), inputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm_out = ModulatedGroupNorm(outputs, embedding_size, GROUP_CHANNELS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        h = self.conv_out(self.dropout(F.silu(self.norm_out(h, embedding))))
+        return self.skip(x) + h
+
+
+class Stage(nn.Module):
+    """A residual block, then self-attention and cross-attention where this depth has them."""
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding_size: int, config: UNetConfig, attend: bool, token_size: int
+    ) -> None:
+        super().__init__()
+        heads = max(1, outputs // config.head_channels)
+        self.block = ResidualBlock(inputs, outputs, embedding_size, config.dropout)
+        self.attention = SelfAttention(outputs, heads, GROUP_CHANNELS) if attend else None
+        self.cross = CrossAttention(outputs, heads, token_size, GROUP_CHANNELS) if attend and token_size else None
+
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
+        x = self.block(x, embedding)
+        if self.attention is not None:
+            x = self.attention(x)
+        if self.cross is not None:
+            x = self.cross(x, condition.tokens, condition.token_mask)
+        return x
+
+
+class DownLevel(nn.Module):
+    """The stages of one depth on the way down; every output is kept as a skip."""
+
+    def __init__(self, stages: list[Stage], downsample: Downsample | None) -> None:
+        super().__init__()
+        self.stages, self.downsample = nn.ModuleList(stages), downsample
+
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+        for stage in self.stages:
+            x = stage(x, embedding, condition)
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+            skips.append(x)
+        return x
+
+
+class UpLevel(nn.Module):
+    """The stages of one depth on the way up; each takes the skip that was kept last."""
+
+    def __init__(self, stages: list[Stage], upsample: Upsample | None) -> None:
+        super().__init__()
+        self.stages, self.upsample = nn.ModuleList(stages), upsample
+
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+        for stage in self.stages:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, condition)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with weights and bias at zero: a residual branch that begins as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

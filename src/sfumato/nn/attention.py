@@ -1,0 +1,54 @@
+"""Multi-head attention over image positions, and from them to context tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, C) -> (B, heads, L, C / heads)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention over the positions of a feature map; its output projection starts at zero."""
+
+    def __init__(self, channels: int, heads: int, group_channels: int = 16) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(max(1, channels // group_channels), channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        positions = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(positions).chunk(3, dim=2))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class CrossAttention(nn.Module):
+    """Residual attention from image positions to context tokens; its output projection starts at zero."""
+
+    def __init__(self, channels: int, heads: int, token_size: int, group_channels: int = 16) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(max(1, channels // group_channels), channels)
+        self.token_norm = nn.LayerNorm(token_size)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(token_size, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        """x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W)."""
+        q = split_heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
+        mask = None if token_mask is None else token_mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,0 +1,27 @@
+"""Numbers as vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SinusoidalEmbedding(nn.Module):
+    """cos and sin of x at geometric frequencies from 1 to 1/max_period, as in transformers.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), sec. 3.5.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, size: int, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        exponents = torch.arange(size // 2, dtype=torch.float32) / (size // 2)
+        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,) -> (B, size)."""
+        angles = x.float()[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)

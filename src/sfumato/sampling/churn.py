@@ -1,0 +1,54 @@
+"""EDM's stochastic sampling: add a little noise, then let any sampler take the longer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.level import NoiseLevel, broadcast
+from sfumato.diffusion.parameterizations import Epsilon
+from sfumato.sampling.ddim import DDIM
+from sfumato.sampling.dpm_solver import DPMSolverPP2M
+from sfumato.sampling.multistep import Multistep
+from sfumato.sampling.protocol import Denoise, History, Noise
+from sfumato.sampling.runge_kutta import RungeKutta
+from sfumato.sampling.unipc import UniPC
+
+PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Raise sigma by the factor 1 + gamma with fresh noise, then step from there: `Churn(RungeKutta("heun", parameterization=Epsilon()))`
+    is EDM's stochastic sampler.
+
+    Attributes:
+        sampler: takes the step from the raised level.
+        gamma: EDM's min(S_churn / steps, sqrt(2) - 1).
+        low, high: EDM's S_min and S_max, bounds on sigma/alpha within which noise is added.
+        inflation: EDM's S_noise, the standard deviation of the noise added.
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
+    """
+
+    sampler: PlainSamplerConfig = RungeKutta("heun", parameterization=Epsilon())
+    _: KW_ONLY
+    gamma: float = math.sqrt(2) - 1
+    low: float = 0.0
+    high: float = math.inf
+    inflation: float = 1.0
+
+    @property
+    def order(self) -> int:
+        """That of the sampler inside, which is what gamma = 0 leaves."""
+        return self.sampler.order
+
+    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+        ratio = start.sigma / start.alpha
+        gamma = torch.where((ratio >= self.low) & (ratio <= self.high), self.gamma, 0.0).to(start.sigma)
+        raised = NoiseLevel(start.alpha, start.sigma * (1 + gamma))
+        added = torch.sqrt(raised.sigma**2 - start.sigma**2) * self.inflation
+        x = x + broadcast(added, x) * noise(x)
+        return self.sampler.step(denoise, x, raised, stop, history, noise)
