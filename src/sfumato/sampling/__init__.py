@@ -15,7 +15,24 @@ from sfumato.sampling.unipc import UniPC
 
 SamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC | Churn
 
+# Names for the command line and `Pipeline.sample`.
+SAMPLERS: dict[str, SamplerConfig] = {
+    "ddim": DDIM(),
+    "ddpm": DDIM(eta=1.0),
+    "euler": RungeKutta("euler"),
+    "midpoint": RungeKutta("midpoint"),
+    "heun": RungeKutta("heun"),
+    "rk4": RungeKutta("rk4"),
+    "multistep2": Multistep(2),
+    "multistep3": Multistep(3),
+    "multistep4": Multistep(4),
+    "dpm-solver++2m": DPMSolverPP2M(),
+    "dpm-solver++2m-sde": DPMSolverPP2M(eta=1.0),
+    "unipc": UniPC(),
+    "edm-churn": Churn(),
+}
+
 __all__ = [
-    "DDIM", "TABLEAUS", "Churn", "DPMSolverPP2M", "Denoise", "History", "KeyedNoise", "Multistep", "Noise",
+    "DDIM", "SAMPLERS", "TABLEAUS", "Churn", "DPMSolverPP2M", "Denoise", "History", "KeyedNoise", "Multistep", "Noise",
     "PlainSamplerConfig", "Point", "Progress", "RungeKutta", "Sampler", "SamplerConfig", "Tableau", "UniPC", "grid", "sample",
 ]  # fmt: skip

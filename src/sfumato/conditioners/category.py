@@ -1,0 +1,45 @@
+"""Categories: a learned vector for each, and one more for "none"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.condition import Condition, ContextSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoryConfig:
+    """Steer by the picture's category.
+
+    Attributes:
+        size: of the learned vectors.
+        dropout: share of training samples whose category is replaced by "none", which is what guidance extrapolates from.
+    """
+
+    size: int = 128
+    dropout: float = 0.1
+
+
+class CategoryConditioner(nn.Module):
+    """context["category"] (B,) -> Condition.vector (B, size); index -1, or none at all, is the null vector."""
+
+    def __init__(self, config: CategoryConfig, *, categories: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.sizes = ContextSizes(vector=config.size)
+        self.embedding = nn.Embedding(categories + 1, config.size)
+
+    def forward(self, context: Mapping[str, Tensor]) -> Condition:
+        """The condition of a batch."""
+        category = context["category"]
+        null = self.embedding.num_embeddings - 1
+        return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        device = self.embedding.weight.device
+        return self({"category": torch.full((batch_size,), -1, device=device)})

@@ -1,0 +1,164 @@
+"""YAML files, `a.b=c` overrides and differences between two configurations."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sfumato.config.schema import TAG
+from sfumato.errors import ConfigError
+
+MAX_BYTES, MAX_DEPTH = 1 << 20, 24
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags, aliases, duplicate keys or bottomless nesting: a configuration needs none of them."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}); write the value out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels of nesting")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str, *, where: str) -> Any:
+    """Plain data from YAML text.
+
+    Raises:
+        ConfigError: if it is no YAML, larger than 1 MiB, nested too deep, or uses tags or aliases.
+    """
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{len(text)} characters of YAML", where=where, mend="a configuration has a few hundred lines")
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"not a configuration: {' '.join(str(error).split())}", where=where) from None
+
+
+def load_yaml_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
+    data = load_yaml(text, where=str(path))
+    if not isinstance(data, dict):
+        raise ConfigError("holds no mapping of keys to values", where=str(path), mend="begin with e.g. `recipe: digits`")
+    return data
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML, keys in their own order, short lists on one line."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with `a.b=c` settings applied; values are read as YAML.
+
+    Another `kind` empties the object that it replaces, since its other keys belonged to the old kind.
+
+    Raises:
+        ConfigError: for a setting without "=", or a path that leads through a value that has no keys.
+    """
+    result = _copy(data)
+    for path, value in _parsed(overrides):
+        *parents, last = path.split(".")
+        target = result
+        for depth, key in enumerate(parents):
+            child = target.get(key)
+            if not isinstance(child, dict):
+                if key not in target or child is not None:
+                    raise ConfigError(
+                        f"`{'.'.join(parents[: depth + 1])}` has no keys to set{_nearest(key, target)}", where=f"{path}={value}"
+                    )
+                child = target[key] = {}
+            target = child
+        if last == TAG and target.get(TAG) != value:
+            target.clear()
+        current = target.get(last)
+        if isinstance(current, dict) and TAG in current and isinstance(value, str):
+            value = {TAG: value}
+        target[last] = _merged(current, value)
+    return result
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the nested mapping `changes` laid over it."""
+    return _merged(_copy(base), _copy(changes))  # type: ignore[no-any-return]
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    if TAG in changes and changes[TAG] != base.get(TAG):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        yield from overrides.items()
+        return
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{item!r} sets nothing", where="overrides", mend="write key=value, e.g. budget.minutes=5")
+        yield path, load_yaml(text, where=item)
+
+
+def _nearest(key: str, legal: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, list(legal), n=1, cutoff=0.5)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _copy(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _copy(value) for key, value in data.items()}
+    return [_copy(item) for item in data] if isinstance(data, list) else data
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(data, dict):
+        return {prefix[:-1]: data}
+    return {key: value for name, child in data.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines "key: old -> new" for every setting that differs."""
+    before, after = flatten(old), flatten(new)
+    absent = "(absent)"
+    return [
+        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, absent) != after.get(key, absent)
+    ]

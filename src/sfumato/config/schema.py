@@ -1,0 +1,171 @@
+"""A pydantic model for each dataclass, derived from its fields: validation, error locations and JSON schema for nothing.
+
+A union of dataclasses is told apart by the key `kind`, the class's name; `kind` alone may stand for the whole object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+
+from sfumato.errors import ConfigError
+
+T = TypeVar("T")
+TAG = "kind"
+
+
+def members(annotation: Any) -> list[type]:
+    """The dataclasses of a union, or of a single dataclass annotation; [] if there are none."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    return [option for option in options if is_dataclass(option) and isinstance(option, type)]
+
+
+def is_tagged(annotation: Any) -> bool:
+    """Whether values of this annotation need a `kind`: it is a union of several dataclasses."""
+    return len(members(annotation)) > 1
+
+
+def config_fields(cls: type) -> list[tuple[Field[Any], Any]]:
+    """The fields that a configuration may set, with their resolved types."""
+    hints = get_type_hints(cls)
+    return [(field, hints[field.name]) for field in fields(cls) if field.init]
+
+
+def plain(value: Any, annotation: Any = None) -> Any:
+    """A configuration as dicts, lists, strings and numbers; `kind` is written where a union needs it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        body = {field.name: plain(getattr(value, field.name), hint) for field, hint in config_fields(type(value))}
+        return {TAG: type(value).__name__, **body} if is_tagged(annotation) else body
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
+    """Build a dataclass from plain data.
+
+    Raises:
+        ConfigError: naming every key that is unknown, missing or of the wrong type, and the nearest legal name.
+    """
+    try:
+        return _build(cls, _model(cls).model_validate(data))
+    except ValidationError as error:
+        legal = _legal_keys(cls)
+        lines = [_explain(item, legal) for item in error.errors()]
+        raise ConfigError(
+            "; ".join(lines), where=where, mend="`sfumato config show RECIPE` prints every key, `config schema` their types"
+        ) from None
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of a configuration, for editors' completion."""
+    return _model(cls).model_json_schema()
+
+
+def _build(annotation: Any, value: Any) -> Any:
+    """The dataclass (or tuple, or scalar) that a validated model stands for."""
+    if isinstance(value, BaseModel):
+        cls = next(option for option in members(annotation) if _identifier(option) in type(value).__name__)
+        return cls(**{field.name: _build(hint, getattr(value, field.name)) for field, hint in config_fields(cls)})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _identifier(cls: type) -> str:
+    return f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
+
+
+def _reference(annotation: Any) -> Any:
+    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive."""
+    options = members(annotation)
+    if not options:
+        return annotation
+    optional = type(None) in get_args(annotation)
+    if len(options) == 1:
+        inner: Any = f"{_identifier(options[0])}_plain"
+    else:
+        names = ", ".join(f"{_identifier(option)}_tagged" for option in options)
+        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name)]"
+    return f"Optional[{inner}]" if optional else inner
+
+
+def _by_name(value: Any) -> Any:
+    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`."""
+    return {TAG: value} if isinstance(value, str) else value
+
+
+def _default(field: Field[Any], hint: Any) -> Any:
+    if field.default_factory is not MISSING:
+        return plain(field.default_factory(), hint)
+    return ... if field.default is MISSING else plain(field.default, hint)
+
+
+@cache
+def _model(cls: type) -> type[BaseModel]:
+    """The pydantic model of `cls`, with those of all dataclasses that it reaches."""
+    namespace: dict[str, Any] = {
+        "Annotated": Annotated, "Union": Union, "Optional": Optional, "Field": pydantic.Field,
+        "BeforeValidator": BeforeValidator, "by_name": _by_name,
+    }  # fmt: skip
+    models = []
+    for reached in _reachable(cls):
+        body: dict[str, Any] = {f.name: (_reference(hint), _default(f, hint)) for f, hint in config_fields(reached)}
+        config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=True)
+        for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[reached.__name__], reached.__name__)})):
+            name = f"{_identifier(reached)}_{suffix}"
+            namespace[name] = create_model(name, __config__=config, **extra, **body)
+            models.append(namespace[name])
+    for model in models:
+        model.model_rebuild(_types_namespace=namespace)
+    root: type[BaseModel] = namespace[f"{_identifier(cls)}_plain"]
+    return root
+
+
+def _reachable(cls: type) -> list[type]:
+    found: list[type] = []
+    queue = [cls]
+    while queue:
+        current = queue.pop()
+        if current not in found:
+            found.append(current)
+            queue += [option for _, hint in config_fields(current) for option in members(hint)]
+    return found
+
+
+def _legal_keys(cls: type) -> list[str]:
+    """Dotted paths of all keys down to a depth where recursive unions begin to repeat."""
+
+    def walk(current: type, prefix: str, depth: int) -> list[str]:
+        keys = []
+        for field, hint in config_fields(current):
+            keys.append(prefix + field.name)
+            if depth:
+                keys += [key for option in members(hint) for key in walk(option, f"{prefix}{field.name}.", depth - 1)]
+        return keys
+
+    return sorted(set(walk(cls, "", 3)))
+
+
+def _explain(error: Any, legal: list[str]) -> str:
+    # A union's location repeats the class name; keys are lower case, class names are not.
+    key = ".".join(str(part) for part in error["loc"] if not str(part)[:1].isupper())
+    nearest = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
+    hint = f" (did you mean `{nearest[0]}`?)" if nearest else ""
+    if error["type"] == "extra_forbidden":
+        return f"`{key}` is no key{hint}"
+    if error["type"] == "missing":
+        return f"`{key}` is missing"
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        options = [name.strip(" '") for name in context["expected_tags"].split(",")]
+        close = difflib.get_close_matches(str(context["tag"]), options, n=1, cutoff=0.4)
+        guess = f"; did you mean `{close[0]}`?" if close else ""
+        return f"`{key}` = {context['tag']!r} is none of {', '.join(options)}{guess}"
+    if error["type"] == "union_tag_not_found":
+        return f"`{key}` needs a `{TAG}`"
+    return f"`{key}` = {error['input']!r}: {error['msg'].lower()}"

@@ -1,0 +1,47 @@
+"""metrics.jsonl: one JSON object a line, flushed as it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends records. On resume, records of steps after the checkpoint are dropped first: those steps will be trained again."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        kept = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; numbers JSON does not know (nan, inf) become null."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

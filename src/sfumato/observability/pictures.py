@@ -1,0 +1,52 @@
+"""Tensors as PNG files that a person can look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, PngImagePlugin
+from torch import Tensor
+
+GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
+SMALLEST_TILE = 56  # pixels on screen below which a picture is hard to see
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(N, C, H, W) in [0, 1], C of 1 or 3 -> (N, H, W, 3)."""
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
+
+
+def grid_image(images: Tensor, *, columns: int | None = None, row_labels: list[str] | None = None) -> Image.Image:
+    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel."""
+    tiles = to_uint8(images)
+    count, height, width, _ = tiles.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
+    height, width = height * factor, width * factor
+    margin = 12 + 7 * max(map(len, row_labels)) if row_labels else GAP
+    sheet = Image.new("RGB", (margin + columns * (width + GAP), GAP + rows * (height + GAP)), PAPER)
+    for number, tile in enumerate(tiles):
+        place = (margin + number % columns * (width + GAP), GAP + number // columns * (height + GAP))
+        sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), place)
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(row_labels or []):
+        draw.text((6, GAP + row * (height + GAP) + height / 2), label, fill=INK, anchor="lm")
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
+    """Write a PNG whose text carries the settings it was made with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = PngImagePlugin.PngInfo()
+    if settings is not None:
+        text.add_text("sfumato", json.dumps(settings))
+    image.save(path, pnginfo=text)
+    return path

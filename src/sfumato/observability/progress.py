@@ -1,0 +1,67 @@
+"""A live bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+PLAIN_EVERY_S = 5.0
+
+
+def console() -> Console:
+    """Where a person reads; standard error, so that standard output stays for results."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """1:05:09, 5:09."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class ProgressBar:
+    """`with ProgressBar("training") as bar: bar.update(fraction, "loss 0.1")`; the time left is estimated from the fraction."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.live = sys.stderr.isatty() and not os.environ.get("CI") and "NO_COLOR" not in os.environ
+        self._begun = self._last_line = time.monotonic()
+        self._from = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console(), refresh_per_second=4,
+            disable=not self.live,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=1.0, text="", left="?")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def start_at(self, fraction: float) -> None:
+        """Where a resumed run begins: the time left is estimated from here on."""
+        self._from = fraction
+
+    def update(self, fraction: float, text: str) -> None:
+        """Show how far the work is (0 to 1) and a few figures."""
+        now = time.monotonic()
+        done = fraction - self._from
+        left = duration((now - self._begun) / done * (1 - fraction)) if done > 0 else "?"
+        self._bar.update(self._task, completed=fraction, text=text, left=left)
+        if not self.live and (now - self._last_line >= PLAIN_EVERY_S or fraction >= 1):
+            self._last_line = now
+            self.say(f"{self.title} {fraction:4.0%}  {text}  left {left}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(line, markup=False)
