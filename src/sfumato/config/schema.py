@@ -118,7 +118,7 @@ def _model(cls: type) -> type[BaseModel]:
         config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=True)
         for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[reached.__name__], reached.__name__)})):
             name = f"{_identifier(reached)}_{suffix}"
-            namespace[name] = create_model(name, __config__=config, **extra, **body)
+            namespace[name] = create_model(name, __config__=config, **extra, **body)  # type: ignore[call-overload]
             models.append(namespace[name])
     for model in models:
         model.model_rebuild(_types_namespace=namespace)

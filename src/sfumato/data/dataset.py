@@ -117,6 +117,10 @@ class Dataset:
             bad += failed
         return torch.stack(decoded), bad
 
+    def context(self, positions: NDArray[np.int64]) -> dict[str, Tensor]:
+        """What conditioners may read of the pictures at `positions`: "category", index into `categories` or -1, (n,)."""
+        return {"category": self.labels[torch.from_numpy(positions)]}
+
     def _read(self, position: int) -> tuple[NDArray[np.uint8], list[Reject]]:
         bad: list[Reject] = []
         for offset in range(len(self.entries)):
@@ -129,8 +133,8 @@ class Dataset:
 
     def summary(self) -> dict[str, Any]:
         """What `data.json` records."""
-        duplicates = [entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if self.ids.count(id_) > 1] \
-            if len(set(self.ids)) < len(self.ids) else []  # fmt: skip
+        times = Counter(self.ids)
+        duplicates = [entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if times[id_] > 1]
         counts = Counter(self.labels.tolist())
         return {
             "fingerprint": self.fingerprint,
@@ -196,9 +200,15 @@ def index(config: DataConfig, *, on_progress: Callable[[int, int], None] | None 
     categories = tuple(sorted({entry.category for entry in good if entry.category is not None}, key=_natural))
     numbers = {name: number for number, name in enumerate(categories)}
     labels = torch.tensor([-1 if entry.category is None else numbers[entry.category] for entry in good])
-    pixels = None if kept is None else torch.from_numpy(kept[: len(good)])
     return Dataset(
-        config=config, entries=good, ids=ids, labels=labels, categories=categories, pixels=pixels, rejects=rejects, notes=notes
+        config=config,
+        entries=good,
+        ids=ids,
+        labels=labels,
+        categories=categories,
+        pixels=None if kept is None else torch.from_numpy(kept[: len(good)]),
+        rejects=rejects,
+        notes=notes,
     )
 
 

@@ -108,7 +108,7 @@ def _to_channels(image: Image.Image, form: PixelFormat) -> tuple[Image.Image, li
         notes.append("palette_converted")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:
+        if np.asarray(rgba.getchannel("A")).min() < 255:
             notes.append("transparency_filled")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*form.background, 255)), rgba)
     elif mode == "P":

@@ -35,20 +35,20 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(127.5).sub_(1)
 
 
-class _Batches(TorchDataset[tuple[Tensor, Tensor, list[Reject]]]):
+class _Batches(TorchDataset[tuple[Tensor, dict[str, Tensor], list[Reject]]]):
     """Batch k of the plan as uint8 pixels, what a worker process computes."""
 
     def __init__(self, dataset: Dataset, plan: Plan) -> None:
         self.dataset, self.plan = dataset, plan
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[Reject]]:
+    def __getitem__(self, step: int) -> tuple[Tensor, dict[str, Tensor], list[Reject]]:
         positions = self.dataset.training[self.plan.batch(step)]
         pixels, bad = self.dataset.images(positions)
         if self.dataset.config.flip == "horizontal":
             first = step * self.plan.batch_size
             mirrored = randomness.uniform(self.plan.seed, "flip", first=first, count=len(pixels))[:, 0] < 0.5
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        return pixels, self.dataset.labels[torch.from_numpy(positions)], bad
+        return pixels, self.dataset.context(positions), bad
 
 
 def batches(dataset: Dataset, plan: Plan, *, start: int) -> Iterator[Batch]:
@@ -61,8 +61,8 @@ def batches(dataset: Dataset, plan: Plan, *, start: int) -> Iterator[Batch]:
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
-    for pixels, labels, bad in loader:
-        yield Batch(images=to_float(pixels), context={"category": labels}, bad=bad)
+    for pixels, context, bad in loader:
+        yield Batch(images=to_float(pixels), context=context, bad=bad)
 
 
 class _CountFrom:

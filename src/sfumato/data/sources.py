@@ -83,12 +83,11 @@ def _category(file: Path) -> str:
 
 def _pictures(root: Path) -> list[Path]:
     """Picture files below `root`, relative to it; hidden ones and what lies behind linked folders are left out."""
-    found = []
+    found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                found.append((Path(folder) / name).relative_to(root))
+        pictures = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        found.extend((Path(folder) / name).relative_to(root) for name in pictures)
     return found
 
 

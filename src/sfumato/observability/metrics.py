@@ -6,7 +6,8 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 
 class MetricsFile:
@@ -26,6 +27,12 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,159 @@
+"""From a name, a file or a folder to a training run, and from a run back to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sfumato import config as configuration
+from sfumato.conditioners import CategoryConditioner, Unconditional
+from sfumato.data import Dataset, index
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.networks import UNet
+from sfumato.observability.progress import ProgressBar, console
+from sfumato.pipeline import Model, Pipeline
+from sfumato.recipes.builtin import folder, recipe
+from sfumato.recipes.run import Run
+from sfumato.training import Trainer, checkpoint
+from sfumato.training.run_directory import RunDirectory
+
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
+    """The configuration that a recipe's name, a YAML file, a folder of pictures or a run directory stands for.
+
+    Raises:
+        ConfigError, DataError: naming the key, file or folder that is wrong.
+    """
+    base, where = _plain(source)
+    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
+
+
+def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Run):
+        return configuration.plain(source), source.name
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        return configuration.load_yaml_file(path / "config.yaml"), str(path / "config.yaml")
+    if path.is_dir():
+        return configuration.plain(folder(str(path))), str(path)
+    if path.suffix in (".yaml", ".yml"):
+        data = configuration.load_yaml_file(path)
+        name = data.pop("recipe", None)
+        return (data if name is None else configuration.merged(_plain(str(name))[0], data)), str(path)
+    if path.exists():
+        raise ConfigError("is a file, and no YAML", where=str(path), mend="name a recipe, a .yaml file or a folder of pictures")
+    return configuration.plain(recipe(str(source))), str(source)
+
+
+def build_model(run: Run, *, categories: int) -> Model:
+    """The untrained model; its initial weights depend on `run.seed` only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        conditioner: nn.Module = Unconditional()
+        if run.conditioner is not None:
+            if not categories:
+                raise ConfigError(
+                    "asks for categories, and the data have none",
+                    where="conditioner",
+                    mend="set conditioner=null, or sort the pictures into one sub-folder for each category",
+                )
+            conditioner = CategoryConditioner(run.conditioner, categories=categories)
+        network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)  # type: ignore[arg-type]
+        return Model(network, conditioner, run.denoiser)
+
+
+def open_data(run: Run) -> Dataset:
+    """Index the run's data, showing progress."""
+    with ProgressBar("reading pictures") as bar:
+        dataset = index(run.data, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"))
+        if dataset.rejects:
+            bar.say(f"{len(dataset.rejects)} picture(s) left out, listed in data.json:")
+            for reject in dataset.rejects[:10]:
+                bar.say(f"  {reject.name}: {reject.reason}")
+        for kind, names in dataset.notes.items():
+            bar.say(f"{len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}")
+    return dataset
+
+
+def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Path | None = None) -> Path:
+    """Train from a recipe, a YAML file or a folder of pictures; returns the run directory.
+
+    Args:
+        overrides: settings as a mapping or as "a.b=c" strings.
+        run: the new run's directory; by default runs/<name>, numbered if taken.
+    """
+    settings = resolve(source, overrides)
+    dataset = open_data(settings)
+    directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
+    _trainer(settings, dataset, directory).run()
+    return directory.path
+
+
+def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
+    """Go on with a run from its newest whole checkpoint, bit for bit; overrides are shown as a difference."""
+    directory = RunDirectory.existing(Path(path))
+    before = resolve(directory.path)
+    settings = resolve(directory.path, overrides)
+    screen = console()
+    for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
+        screen.print(f"changed on resume: {line}", markup=False)
+    trainer = _trainer(settings, open_data(settings), directory)
+    for warning in trainer.resume():
+        screen.print(f"warning: {warning}", markup=False)
+    screen.print(f"resuming at step {trainer.state.counters.step}")
+    trainer.run()
+    return directory.path
+
+
+def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
+    pinned = configuration.plain(settings)
+    model = build_model(settings, categories=len(dataset.categories))
+    trainer = Trainer(
+        settings, model=model, objective=settings.objective, dataset=dataset, sampling=settings.sampling, directory=directory,
+        pinned=pinned,
+    )  # fmt: skip
+    directory.config.write_text(configuration.dump_yaml(pinned))
+    directory.write_json("data.json", dataset.summary())
+    directory.write_environment()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console().print(
+        f"{directory.path}: {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, "
+        f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {parameters / 1e6:.2f}M parameters",
+        markup=False,
+    )
+    return trainer
+
+
+def _free(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def load(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Pipeline:
+    """The pipeline of a run's newest checkpoint.
+
+    Args:
+        weights: the averaged ones, or those of the last step.
+    Raises:
+        RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
+    """
+    directory = RunDirectory.existing(Path(path))
+    settings = resolve(directory.path)
+    found = checkpoint.paths(directory.checkpoints)
+    if not found:
+        raise CheckpointError(
+            "holds no checkpoint yet", where=str(directory.checkpoints), mend="wait for the first one, or train"
+        )
+    loaded = checkpoint.load(found[0])
+    categories = tuple(loaded.state["categories"])
+    model = build_model(settings, categories=len(categories)).eval().requires_grad_(False)
+    model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = (settings.data.channels, settings.data.resolution, settings.data.resolution)
+    return Pipeline(model=model.to(device), sampling=settings.sampling, categories=categories, image_shape=shape)

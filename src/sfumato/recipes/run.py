@@ -1,0 +1,30 @@
+"""Run: the root of every configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sfumato.conditioners import CategoryConfig
+from sfumato.data import DataConfig
+from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
+from sfumato.networks import UNetConfig
+from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(TrainingConfig):
+    """All that is needed to repeat a training: what to learn from, what to train, how, and how to sample from it.
+
+    Attributes:
+        name: of the recipe; the run directory is called after it.
+        conditioner: what steers the model; None for an unconditional one.
+    """
+
+    name: str
+    data: DataConfig = DataConfig()
+    network: UNetConfig = UNetConfig()
+    conditioner: CategoryConfig | None = None
+    denoiser: DenoiserConfig = DenoiserConfig()
+    objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
+    sampling: SamplingConfig = SamplingConfig()

@@ -1,0 +1,157 @@
+"""Checkpoints that are either whole or not there: written aside, synced, renamed into place, then the old ones pruned.
+
+Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of the reliability design.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.errors import CheckpointError
+
+SCHEMA = 1
+NAME = re.compile(r"step-(\d{9,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What was read back: JSON state, and tensors by file ("model", "ema", "optimizer")."""
+
+    path: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
+    """Commit a checkpoint under `root` and prune all but the newest `keep`.
+
+    Raises:
+        CheckpointError: if it could not be written; what was there before is untouched.
+    """
+    final = root / f"step-{step:09d}"
+    if final.exists():
+        return final
+    temporary = root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors"
+            )
+        (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
+        manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not be written: {error}", where=str(final), mend="free some disk space; earlier checkpoints are intact"
+        ) from None
+    _point_latest(root, final.name)
+    for old in paths(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def paths(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what a crash in the middle of `save` left behind."""
+    for orphan in root.glob(".tmp-*"):
+        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink()
+
+
+def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told of in the second value.
+
+    Raises:
+        CheckpointError: if there is none. A run never silently starts over.
+    """
+    warnings = []
+    for path in paths(root):
+        try:
+            return load(path), warnings
+        except CheckpointError as error:
+            aside = path.with_name(f"{path.name}.corrupt")
+            if aside.exists():
+                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
+            path.rename(aside)
+            warnings.append(f"{error} -- kept as {aside.name}; trying the one before")
+    raise CheckpointError(
+        "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
+        where=str(root),
+        mend="start a new run with `sfumato train`; nothing is restarted silently",
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint, checking every file's size and hash against the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or altered.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = dict(manifest["files"])
+        if manifest["schema"] != SCHEMA:
+            raise CheckpointError(f"schema {manifest['schema']}, this version reads {SCHEMA}", where=str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"manifest unreadable ({error})", where=str(path / "manifest.json")) from None
+    for name, facts in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError("is missing", where=str(file))
+        if file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
+            raise CheckpointError("differs from what was saved (size or hash)", where=str(file))
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+    return Checkpoint(path=path, state=state, tensors=tensors)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    """`latest` is a courtesy to people; nothing reads it back."""
+    temporary = root / ".tmp-latest"
+    try:
+        temporary.write_text(name + "\n")
+        os.replace(temporary, root / "latest")
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""What a training run can be told, apart from the model and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sfumato.errors import ConfigError
+from sfumato.training.ema import EMAConfig, PowerEMA
+from sfumato.training.optimizers import AdamWConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """When to stop: the first limit reached ends the run. Minutes count the training loop, previews and validation included."""
+
+    steps: int | None = None
+    samples: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = (self.steps, self.samples, self.epochs, self.minutes)
+        if all(limit is None for limit in limits) or any(limit is not None and limit <= 0 for limit in limits):
+            raise ConfigError(
+                f"{self} is no budget", where="budget", mend="set budget.minutes (or steps, samples, epochs) above 0"
+            )
+
+    def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
+        """The share of the budget that is used up: 1 or more means stop."""
+        pairs = ((steps, self.steps), (samples, self.samples), (epochs, self.epochs), (seconds / 60, self.minutes))
+        return max(used / limit for used, limit in pairs if limit is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saved at step 0, every `every_steps`, when interrupted, and at the end; the newest `keep` are kept."""
+
+    every_steps: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Error on fixed held-out triples (image, noise, level) every `every_steps`.
+
+    Attributes:
+        samples: number of triples.
+        bins: equal ranges of log-SNR that the error is reported in.
+    """
+
+    every_steps: int = 500
+    samples: int = 250
+    bins: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """A grid of samples from the averaged weights every `every_steps`, with the same noise and categories each time."""
+
+    every_steps: int = 500
+    num: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """A line of metrics.jsonl every `every_steps`."""
+
+    every_steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        seed: of everything random.
+        batch_size: images for each optimizer step, over all processes and micro-batches.
+        micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result.
+        precision: of the network's inside; `auto` measures which is faster. Weights and optimizer are always float32.
+        compile: `auto` compiles the network on a GPU, and not on a CPU, where it did not pay.
+    """
+
+    seed: int = 0
+    batch_size: int = 64
+    micro_batch: int | None = None
+    budget: Budget = Budget(minutes=10)
+    optimizer: AdamWConfig = AdamWConfig()
+    ema: EMAConfig = PowerEMA()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+    def __post_init__(self) -> None:
+        counts = {
+            "batch_size": self.batch_size,
+            "micro_batch": self.batch_size if self.micro_batch is None else self.micro_batch,
+            "log.every_steps": self.log.every_steps,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep": self.checkpoint.keep,
+            "validation.every_steps": self.validation.every_steps,
+            "validation.samples": self.validation.samples,
+            "validation.bins": self.validation.bins,
+            "preview.every_steps": self.preview.every_steps,
+            "preview.num": self.preview.num,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{name} = {count}", where="configuration", mend="use 1 or more")

@@ -1,0 +1,57 @@
+"""Averages of the weights over training, which sample better than the last weights do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class EMA(Protocol):
+    """A profile of averaging: `decay(step)` is the weight that the average keeps at that step, counted from 1."""
+
+    def decay(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class PowerEMA:
+    """A profile that keeps its shape as training grows: decay = (1 - 1/step)^(gamma + 1).
+
+    Attributes:
+        sigma_rel: standard deviation of the averaging window, as a share of the training so far; 0.05 to 0.25.
+    Source: Karras et al. 2024 (arXiv:2312.02696), eqs. 123 and 127.
+    """
+
+    sigma_rel: float = 0.1
+
+    @cached_property
+    def gamma(self) -> float:
+        """The exponent whose profile has this width."""
+        inverse = self.sigma_rel**-2
+        return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+    def decay(self, step: int) -> float:
+        return float((1 - 1 / step) ** (self.gamma + 1))
+
+
+@dataclass(frozen=True)
+class FixedEMA:
+    """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step)."""
+
+    rate: float = 0.9999
+
+    def decay(self, step: int) -> float:
+        return min(self.rate, (1 + step) / (10 + step))
+
+
+EMAConfig = PowerEMA | FixedEMA
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, in place."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -1,0 +1,31 @@
+"""Which precision the network computes in: measured on the machine and the model at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats: int = 3) -> tuple[str, str]:
+    """Time `work` (one forward and backward pass) in both precisions, in turn; the faster one's name, and a line that says so.
+
+    bfloat16 must win by a tenth: it rounds, so it has to pay.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in DTYPES}
+    for repeat in range(repeats + 1):
+        for name, dtype in DTYPES.items():
+            begun = time.perf_counter()
+            work(dtype)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    chosen = "bfloat16" if medians["bfloat16"] < 0.9 * medians["float32"] else "float32"
+    measured = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in medians.items())
+    return chosen, f"precision {chosen}: measured {measured} a pass"

@@ -1,0 +1,120 @@
+"""A run on disk: who holds it, what state it is in, where everything goes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato.errors import RunError
+
+HEARTBEAT_S = 5.0
+
+
+class RunDirectory:
+    """Paths and small JSON files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.metrics = path / "metrics.jsonl"
+        self._last_heartbeat = 0.0
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """A new, empty run.
+
+        Raises:
+            RunError: if there is a run already, or the folder cannot be written to.
+        """
+        if (path / "config.yaml").exists():
+            raise RunError(
+                "there is a run here already", where=str(path), mend=f"`sfumato resume {path}`, or choose another --run"
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot be created: {error}", where=str(path), mend="choose a folder you may write to with --run"
+            ) from None
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """A run that was made before.
+
+        Raises:
+            RunError: if this is no run.
+        """
+        if not (path / "config.yaml").exists():
+            raise RunError(
+                "is no run: it holds no config.yaml", where=str(path), mend="name a folder that `sfumato train` made"
+            )
+        return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: two processes never train in one folder."""
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    "another process is training here", where=str(self.path), mend="wait for it, or stop it first"
+                ) from None
+            yield
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raise RunError unless the disk has room for what the run will write."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunError(
+                f"{free / 2**30:.2f} GiB free, {needed_bytes / 2**30:.2f} GiB needed for checkpoints",
+                where=str(self.path),
+                mend="free some space, lower checkpoint.keep, or choose another disk with --run",
+            )
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Replace a JSON file in one go."""
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(json.dumps(dict(data), indent=1, ensure_ascii=False))
+        os.replace(temporary, target)
+
+    def write_status(self, state: str, step: int, **more: Any) -> None:
+        """status.json: `state` is running, finished, interrupted or failed."""
+        self._last_heartbeat = time.monotonic()
+        self.write_json("status.json", {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more})
+
+    def heartbeat(self, step: int) -> None:
+        """Say that the run is alive, every few seconds at most."""
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
+            self.write_status("running", step)
+
+    def write_environment(self, **more: Any) -> None:
+        """environment.json: what it takes to explain a result."""
+        self.write_json(
+            "environment.json",
+            {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "platform": platform.platform(),
+                "cpu_threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                **more,
+            },
+        )

@@ -1,0 +1,68 @@
+"""Everything that changes while training, and nothing else: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import CheckpointError
+from sfumato.pipeline import Model
+from sfumato.training.optimizers import AdamWConfig, load_optimizer_tensors, optimizer_tensors
+
+
+@dataclass
+class Counters:
+    """Progress. `step` counts batches drawn, `updates` those that changed the weights."""
+
+    step: int = 0
+    updates: int = 0
+    samples_seen: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    precision: str = "auto"
+
+
+@dataclass
+class TrainingState:
+    """The model, its average, the optimizer and the counters."""
+
+    model: Model
+    average: Model
+    optimizer: torch.optim.Optimizer
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def new(cls, model: Model, optimizer: AdamWConfig) -> TrainingState:
+        """The state before the first step."""
+        average = copy.deepcopy(model).eval().requires_grad_(False)
+        return cls(model=model, average=average, optimizer=optimizer.build(model))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By checkpoint file."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.model),
+        }
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: if it belongs to a model of another shape.
+        """
+        try:
+            self.model.load_state_dict(tensors["model"])
+            self.average.load_state_dict(tensors["ema"])
+            load_optimizer_tensors(self.optimizer, self.model, tensors.get("optimizer", {}))
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"does not fit the model: {' '.join(str(error).split())[:300]}",
+                mend="resume with the configuration it was trained with (config.yaml beside it)",
+            ) from None
+        self.counters = Counters(**counters)

@@ -1,0 +1,331 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.condition import Condition
+from sfumato.data import Batch, Dataset, Plan, batches
+from sfumato.diffusion import Losses, NetworkDenoiser, NoiseLevel, Objective
+from sfumato.errors import CheckpointError, DivergedError
+from sfumato.observability.metrics import MetricsFile
+from sfumato.observability.progress import ProgressBar
+from sfumato.pipeline import Model, SamplingConfig
+from sfumato.training import checkpoint, precision
+from sfumato.training.config import TrainingConfig
+from sfumato.training.ema import update_average
+from sfumato.training.interruption import Interrupted, Interruption
+from sfumato.training.run_directory import RunDirectory
+from sfumato.training.state import TrainingState
+from sfumato.training.watching import Previewer, Validator
+
+SKIPS_IN_A_ROW = 20
+LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step: mean loss, each sample's loss and level (B,), gradient norm, and whether the weights moved."""
+
+    loss: float
+    losses: Losses
+    gradient_norm: float
+    applied: bool
+
+
+class Trainer:
+    """Trains a model in a run directory until its budget is spent; `run()` may be called again after `resume()`."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        model: Model,
+        objective: Objective,
+        dataset: Dataset,
+        sampling: SamplingConfig,
+        directory: RunDirectory,
+        pinned: Mapping[str, Any],
+    ) -> None:
+        """`pinned` is the configuration as plain data; it is kept in every checkpoint."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.objective, self.dataset = config, objective, dataset
+        self.directory, self.pinned = directory, pinned
+        self.state = TrainingState.new(model.to(self.device), config.optimizer)
+        self.plan = Plan(seed=config.seed, size=len(dataset.training), batch_size=config.batch_size)
+        self.validator = Validator(config, dataset, objective.schedule, self.device)
+        self.previewer = Previewer(config, dataset, sampling, directory)
+        self._resumed_at = -1
+
+    def resume(self) -> list[str]:
+        """Load the newest whole checkpoint; returns warnings about the ones that were not.
+
+        Raises:
+            CheckpointError: if there is none, or the data are no longer the same.
+        """
+        checkpoint.sweep(self.directory.checkpoints)
+        loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
+        if loaded.state["data"] != self.dataset.fingerprint:
+            raise CheckpointError(
+                "the data are not what this run was trained on (pictures, order or pixel format changed)",
+                where=str(loaded.path),
+                mend="restore them, or start a new run",
+            )
+        self.state.restore(loaded.tensors, loaded.state["counters"])
+        self._resumed_at = self.state.counters.step
+        return warnings
+
+    def run(self) -> None:
+        """Train to the end of the budget.
+
+        Raises:
+            Interrupted: after a signal, with a checkpoint saved.
+            DivergedError: after too many non-finite steps in a row.
+        """
+        counters = self.state.counters
+        with self.directory.locked(), Interruption() as asked, ProgressBar("training") as bar:
+            self._prepare(bar)
+            metrics = MetricsFile(self.directory.metrics, after_step=counters.step)
+            try:
+                self._loop(metrics, bar, asked)
+            except Interrupted as signal:
+                self._save()
+                self.directory.write_status("interrupted", counters.step, signal=str(signal))
+                bar.say(f"{signal}: saved at step {counters.step}; `sfumato resume {self.directory.path}` goes on from there")
+                raise
+            except BaseException as error:
+                self.directory.write_status("failed", counters.step, error=str(error))
+                raise
+            finally:
+                metrics.close()
+            self.directory.write_status("finished", counters.step)
+
+    def _prepare(self, bar: ProgressBar) -> None:
+        """Settle the precision, check the disk, and make sure that there is something to resume from."""
+        counters, config = self.state.counters, self.config
+        if counters.precision == "auto":
+            counters.precision = config.precision
+            if config.precision == "auto":
+                counters.precision, line = precision.choose(self._trial, self.device)
+                bar.say(line)
+        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
+            self.state.model.network.compile()
+        size = 16 * sum(parameter.numel() for parameter in self.state.model.parameters())
+        self.directory.require_space(size * (config.checkpoint.keep + 1) + (16 << 20))
+        self.directory.write_status("running", counters.step)
+        if self._resumed_at < 0:
+            self._save()
+
+    def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
+        counters = self.state.counters
+        clock = _Clock(counters.seconds)
+        supply = batches(self.dataset, self.plan, start=counters.step)
+        bar.start_at(self._spent())
+        while True:
+            asked.raise_if_asked()
+            finished = self._spent() >= 1
+            if counters.step != self._resumed_at or finished:
+                self._watch(metrics, bar, asked, finished)
+            if finished:
+                return
+            waited = time.perf_counter()
+            batch = next(supply)
+            clock.wait(time.perf_counter() - waited)
+            self._note_bad(batch, bar)
+            result = self.train_step(batch)
+            counters.seconds = clock.seconds()
+            if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
+                record = self._record(result, clock)
+                metrics.write(record)
+                speed = f"{record['perf/images_per_s']:.0f} images/s"
+                figures = f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norm:.2f}  {speed}"
+                bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
+                self.directory.heartbeat(counters.step)
+
+    def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
+        """What is due at this step. The checkpoint comes last: a run resumed from it has seen the rest."""
+        step, config = self.state.counters.step, self.config
+        if finished or step % config.preview.every_steps == 0:
+            try:
+                self.previewer.show(self.state.average, step, lambda _: asked.raise_if_asked())
+            except (OSError, ValueError, RuntimeError) as error:
+                bar.say(f"preview at step {step} failed: {error}")
+        if step and (finished or step % config.validation.every_steps == 0):
+            figures = self.validator.figures(self.state.model, self.state.average)
+            metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
+            bar.say(
+                f"step {step}: held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE "
+                f"{figures['validation/ema/eps_rmse']:.4f} MAE {figures['validation/ema/eps_mae']:.4f}  "
+                f"R2 {figures['validation/ema/r2']:.3f}  gap to training {figures['validation/gap/mean']:+.4f}"
+            )
+        if finished or step % config.checkpoint.every_steps == 0:
+            try:
+                self._save()
+            except CheckpointError as error:
+                bar.say(f"warning: {error}")
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on a global batch: gradients summed over micro-batches, clipped, applied, averaged.
+
+        A non-finite loss or gradient leaves weights, average and learning-rate schedule as they are.
+        """
+        state, config = self.state, self.config
+        counters = state.counters
+        losses = self._backward(batch, state.model.denoiser(self._dtype))
+        loss = float(losses.per_sample.mean())
+        parameters = list(state.model.parameters())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip))
+        applied = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+        if applied:
+            rate = config.optimizer.rate(counters.updates, self._spent())
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            state.optimizer.step()
+            counters.updates += 1
+            counters.skipped_in_a_row = 0
+            update_average(state.average, state.model, config.ema.decay(counters.updates))
+        else:
+            counters.skipped += 1
+            counters.skipped_in_a_row += 1
+        state.optimizer.zero_grad()
+        counters.step += 1
+        counters.samples_seen += config.batch_size
+        if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise DivergedError(
+                f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
+                where=f"step {counters.step}",
+                mend="lower optimizer.learning_rate, or set precision=float32; the last checkpoint is intact",
+            )
+        return StepResult(loss, losses, norm, applied)
+
+    def _backward(self, batch: Batch, denoiser: NetworkDenoiser) -> Losses:
+        """Accumulate the gradient of the batch's mean loss. All randomness is keyed by the samples' numbers."""
+        config, model = self.config, self.state.model
+        first, count, seed = self.state.counters.step * config.batch_size, len(batch.images), config.seed
+        level = self.objective.levels(randomness.uniform(seed, "time", first=first, count=count)[:, 0].float())
+        noise = randomness.normal(seed, "noise", first=first, shape=tuple(batch.images.shape))
+        dropped = randomness.uniform(seed, "condition dropout", first=first, count=count)[:, 0] < model.conditioner.dropout
+        size = config.micro_batch or count
+        parts = []
+        model.train()
+        for begin in range(0, count, size):
+            part = slice(begin, begin + size)
+            torch.manual_seed((seed << 40) + first + begin)  # dropout inside networks has no other handle
+            loss = self.objective(
+                denoiser,
+                batch.images[part].to(self.device),
+                self._condition(batch, part, dropped[part]),
+                level=NoiseLevel(*(value[part].to(self.device) for value in level)),
+                noise=noise[part].to(self.device),
+            )
+            (loss.per_sample.sum() / count).backward()
+            parts.append(loss.per_sample.detach())
+        return Losses(torch.cat(parts), level)
+
+    def _condition(self, batch: Batch, part: slice, dropped: Tensor) -> Condition:
+        conditioner = self.state.model.conditioner
+        condition = conditioner({name: value[part].to(self.device) for name, value in batch.context.items()})
+        return condition.replaced_where(dropped.to(self.device), conditioner.null(len(dropped)))
+
+    def _trial(self, dtype: torch.dtype) -> None:
+        """A forward and backward pass that leaves no trace, to be timed."""
+        batch = next(batches(self.dataset, self.plan, start=0))
+        self._backward(batch, self.state.model.denoiser(dtype))
+        self.state.optimizer.zero_grad()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return precision.DTYPES[self.state.counters.precision]
+
+    def _spent(self) -> float:
+        counters = self.state.counters
+        epochs = counters.samples_seen / self.plan.size
+        return self.config.budget.spent(
+            steps=counters.step, samples=counters.samples_seen, epochs=epochs, seconds=counters.seconds
+        )
+
+    def _save(self) -> Path:
+        return checkpoint.save(
+            self.directory.checkpoints,
+            step=self.state.counters.step,
+            state={
+                "counters": asdict(self.state.counters),
+                "data": self.dataset.fingerprint,
+                "categories": list(self.dataset.categories),
+                "config": self.pinned,
+            },
+            tensors=self.state.tensors(),
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _record(self, result: StepResult, clock: _Clock) -> dict[str, Any]:
+        counters = self.state.counters
+        images_per_s, wait_ms = clock.lap(self.config.batch_size, counters.step)
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "step": counters.step,
+            "samples_seen": counters.samples_seen,
+            "epoch": counters.samples_seen / self.plan.size,
+            "time": counters.seconds,
+            "train/loss": result.loss,
+            **_loss_by_logsnr(result.losses),
+            "train/grad_norm": result.gradient_norm,
+            "train/lr": self.state.optimizer.param_groups[0]["lr"],
+            "train/skipped": counters.skipped,
+            "perf/images_per_s": images_per_s,
+            "perf/data_wait_ms": wait_ms,
+            "memory/peak_gib": peak_kib / 2**20,
+        }
+
+    def _note_bad(self, batch: Batch, bar: ProgressBar) -> None:
+        if batch.bad:
+            with MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self.state.counters.step) as file:
+                for bad in batch.bad:
+                    file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
+            bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")
+
+
+class _Clock:
+    """Seconds of training so far, and speed since the last lap."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._origin = time.perf_counter() - seconds_before
+        self._lap, self._lap_step, self._waited = time.perf_counter(), -1, 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._origin
+
+    def wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def lap(self, batch_size: int, step: int) -> tuple[float, float]:
+        """Images/s and milliseconds a step spent waiting for data since the last call."""
+        now, steps = time.perf_counter(), step - self._lap_step if self._lap_step >= 0 else 1
+        speed, wait_ms = steps * batch_size / (now - self._lap), 1000 * self._waited / steps
+        self._lap, self._lap_step, self._waited = now, step, 0.0
+        return speed, wait_ms
+
+
+def bar_loss(loss: float) -> str:
+    """Four digits after the point, or the exponent when that would show nothing."""
+    return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2e}"
+
+
+def _loss_by_logsnr(losses: Losses) -> dict[str, float]:
+    """Mean loss of the batch's samples in each range of log-SNR that has any."""
+    number = torch.bucketize(losses.level.logsnr().cpu(), torch.tensor(LOGSNR_EDGES))
+    names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
+    values = losses.per_sample.cpu()
+    return {
+        f"train/loss_by_logsnr/{name}": float(values[number == index].mean())
+        for index, name in enumerate(names)
+        if (number == index).any()
+    }
