@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.conditioners import Conditioner
+from sfumato.conditioners import ConditionerModule
 from sfumato.diffusion import (
     Angle,
     ClassifierFree,
@@ -62,7 +62,10 @@ class SamplingConfig:
 class Model(nn.Module):
     """All that is learned: the network and its conditioner, and how the network is read as a denoiser."""
 
-    def __init__(self, network: nn.Module, conditioner: nn.Module, config: DenoiserConfig) -> None:
+    network: nn.Module
+    conditioner: ConditionerModule
+
+    def __init__(self, network: nn.Module, conditioner: ConditionerModule, config: DenoiserConfig) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
 
@@ -130,21 +133,17 @@ class Pipeline:
             noise = KeyedNoise(seed, first)
             x = levels.at(0).sigma * noise(torch.empty(count, *self.image_shape, device=device))
             with torch.no_grad():
-                condition = self._conditioner({"category": labels[first : first + count].to(device)})
+                condition = self.model.conditioner({"category": labels[first : first + count].to(device)})
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
             pictures.append(to_unit(x).cpu())
         return torch.cat(pictures)
-
-    @property
-    def _conditioner(self) -> Conditioner:
-        return self.model.conditioner  # type: ignore[return-value]
 
     def _guided(self, scale: float) -> Denoiser:
         denoiser = self.model.denoiser()
         if scale == 1:
             return denoiser
         with torch.no_grad():
-            return ClassifierFree(denoiser=denoiser, negative=self._conditioner.null(1), scale=scale)
+            return ClassifierFree(denoiser=denoiser, negative=self.model.conditioner.null(1), scale=scale)
 
     def _labels(self, category: str | int | Sequence[str | int] | None, num: int) -> Tensor:
         if category is None:

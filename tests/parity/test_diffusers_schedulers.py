@@ -41,9 +41,10 @@ class FixedNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
-        self.timestep = nn.Linear(6, 12)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
+            self.timestep = nn.Linear(6, 12)
         self.double().requires_grad_(False)
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
@@ -59,7 +60,7 @@ def normal(seed: int) -> Tensor:
     return torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def prepared(scheduler, steps: int | None = STEPS, **options):
+def prepared(scheduler, steps: int = STEPS, **options):
     """Set the timesteps, then widen the tables (`set_timesteps` rebuilds some of them)."""
     scheduler.set_timesteps(steps, **options)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "one", "sigmas"):
@@ -115,9 +116,7 @@ def theirs(scheduler, x: Tensor, noise: Iterable[Tensor] = (), **options) -> lis
     return states
 
 
-def ours(
-    sampler: Sampler, predicts: str, levels: NoiseLevel, timesteps: Tensor, x: Tensor, noise: Iterable[Tensor] = ()
-) -> list[Tensor]:
+def ours(sampler: Sampler, predicts: str, levels: NoiseLevel, timesteps: Tensor, x: Tensor, noise=()) -> list[Tensor]:
     """Our states after each step on the same grid."""
     denoiser = NetworkDenoiser(
         network=NETWORK,
@@ -145,8 +144,7 @@ def compared(scheduler, sampler: Sampler, to_levels, predicts: str, **options) -
     return deviation(mine, theirs(scheduler, start, noise, **options))
 
 
-# --- DDPM and DDIM ---------------------------------------------------------------------------------------------------
-
+# DDPM and DDIM.
 # clip_sample=True (default) clamps x0, which is `Clip` here and no part of a solver.
 # timestep_spacing="trailing" starts at t = 999; the default, "leading", starts below the noisiest level.
 # set_alpha_to_one=True (default) ends on clean data.
@@ -181,14 +179,11 @@ def test_ddim_with_stable_diffusions_options():
 def test_ddpm(predicts: str):
     # variance_type="fixed_small" (default) is eta = 1; "fixed_large" is no posterior's variance and has no counterpart.
     # Their last step still adds noise, of variance clamped from 0 to 1e-20: the 1e-10 that is seen here.
-    scheduler = diffusers.DDPMScheduler(
-        variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing", prediction_type=predicts
-    )
-    assert compared(prepared(scheduler), DDIM(eta=1.0), variance_preserving, predicts) < EXACT
+    scheduler = prepared(diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type=predicts))
+    assert compared(scheduler, DDIM(eta=1.0), variance_preserving, predicts) < EXACT
 
 
-# --- Euler, Heun, linear multistep: x = x0 + sigma eps ---------------------------------------------------------------
-
+# Euler, Heun, linear multistep: x = x0 + sigma eps.
 # init_noise_sigma is sigma_max under "linspace" (default) and sqrt(sigma_max^2 + 1) under "leading"; both sides get one x here.
 # use_karras_sigmas makes timesteps fractional: the network must take them.
 
@@ -224,15 +219,13 @@ def test_heun(predicts: str, karras: bool):
 def test_linear_multistep(order: int):
     # Their last step extrapolates to sigma = 0, ours takes x0: everything before it agrees.
     scheduler = prepared(diffusers.LMSDiscreteScheduler())
-    levels = variance_exploding(scheduler)
-    start = levels.sigma[0] * normal(1)
+    levels, start = variance_exploding(scheduler), scheduler.sigmas[0] * normal(1)
     sampler = Multistep(order, parameterization=Epsilon(), exponential=False)
     mine = ours(sampler, "epsilon", levels, scheduler.timesteps, start)
     assert deviation(mine[:-1], theirs(scheduler, start, order=order)[:-1]) < EXACT
 
 
-# --- DPM-Solver++ and DEIS: samples of unit variance -----------------------------------------------------------------
-
+# DPM-Solver++ and DEIS: samples of unit variance.
 # final_sigmas_type="zero" (default) makes the last step first-order, which is our driver's; "sigma_min" would stop short of clean.
 # lower_order_final concerns order 2 only through that last step. use_karras_sigmas rounds timesteps to integers.
 
@@ -262,22 +255,15 @@ def test_deis(predicts: str, order: int):
     assert compared(scheduler, Multistep(order, parameterization=Epsilon()), unit_variance, predicts) < EXACT
 
 
-# --- Flow matching ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", [DDIM(), RungeKutta("euler", parameterization=Flow())])
 def test_flow_matching(shift: float, sampler: Sampler):
     # Without explicit sigmas it shifts its last one twice. Those given here, as SD3's and Flux's pipelines do, make our grid.
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler = prepared(scheduler, sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    scheduler = prepared(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), sigmas=np.linspace(1, 1 / STEPS, STEPS))
     levels = grid(Warped(schedule=Linear(), warp=Shift(shift)), STEPS)
     torch.testing.assert_close(levels.sigma, scheduler.sigmas, rtol=1e-6, atol=0)
     assert compared(scheduler, sampler, straight, "flow_prediction") < SINGLE
     assert compared(prepared(scheduler), sampler, straight, "flow_prediction") < SINGLE
-
-
-# --- Schedules and grids ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("schedule", "name"), [(LinearBetas(), "linear"), (ScaledLinear(), "scaled_linear")])
@@ -293,9 +279,6 @@ def test_karras_grid():
     sigmas = prepared(diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)).sigmas
     levels = grid(Karras(sigma_min=float(sigmas[-2]), sigma_max=float(sigmas[0])), STEPS)
     torch.testing.assert_close(levels.sigma, sigmas, rtol=1e-6, atol=0)
-
-
-# --- What must differ ------------------------------------------------------------------------------------------------
 
 
 def test_the_comparison_can_fail():

@@ -12,7 +12,7 @@ from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
 
 
 class Conditioner(Protocol):
-    """A module with `sizes` of the slots it fills and the share `dropout` of samples that training sends to `null`."""
+    """Has `sizes` of the slots it fills and the share `dropout` of samples that training sends to `null`."""
 
     sizes: ContextSizes
     dropout: float
@@ -34,4 +34,6 @@ class Unconditional(nn.Module):
         return NO_CONDITION
 
 
-__all__ = ["CategoryConditioner", "CategoryConfig", "Conditioner", "Unconditional"]
+ConditionerModule = CategoryConditioner | Unconditional
+
+__all__ = ["CategoryConditioner", "CategoryConfig", "Conditioner", "ConditionerModule", "Unconditional"]

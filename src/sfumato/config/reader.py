@@ -113,7 +113,8 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the nested mapping `changes` laid over it."""
-    return _merged(_copy(base), _copy(changes))  # type: ignore[no-any-return]
+    result: dict[str, Any] = _merged(_copy(base), _copy(changes))
+    return result
 
 
 def _merged(base: Any, changes: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -105,8 +105,8 @@ def _default(field: Field[Any], hint: Any) -> Any:
     return ... if field.default is MISSING else plain(field.default, hint)
 
 
-@cache
-def _model(cls: type) -> type[BaseModel]:
+@lru_cache
+def _model(cls: Any) -> type[BaseModel]:
     """The pydantic model of `cls`, with those of all dataclasses that it reaches."""
     namespace: dict[str, Any] = {
         "Annotated": Annotated, "Union": Union, "Optional": Optional, "Field": pydantic.Field,

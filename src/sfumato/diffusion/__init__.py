@@ -16,6 +16,7 @@ from sfumato.diffusion.denoiser import (
     UnitSum,
     UnitVariance,
 )
+from sfumato.diffusion.exact import EmpiricalDenoiser
 from sfumato.diffusion.guidance import AutoGuidance, ClassifierFree, Clip, Interval, Threshold
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.objective import IndependentTimes, Losses, Objective, Stratified, Times, TimesConfig
@@ -56,7 +57,7 @@ from sfumato.diffusion.weighting import (
 )
 
 __all__ = [
-    "EDM", "Angle", "AutoGuidance", "ClassifierFree", "Clip", "Cosine", "Coupling", "CouplingConfig", "Denoised", "Denoiser",
+    "EDM", "Angle", "AutoGuidance", "ClassifierFree", "Clip", "Cosine", "Coupling", "CouplingConfig", "Denoised", "Denoiser", "EmpiricalDenoiser",
     "Epsilon", "Flow", "FlowTime", "Geometric", "Independent", "IndependentTimes", "InputScaleConfig", "Interval", "Karras",
     "Linear", "LinearBetas", "LogNormal", "LogSNR", "LogitNormal", "Losses", "MinSNR", "MinibatchOptimalTransport", "Mode",
     "Native", "Network", "NetworkDenoiser", "NoiseInputConfig", "NoiseLevel", "Objective", "Parameterization",

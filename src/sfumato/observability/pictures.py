@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
+FONT = ImageFont.load_default(13)
 SMALLEST_TILE = 56  # pixels on screen below which a picture is hard to see
 
 
@@ -23,7 +25,19 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
 
 
-def grid_image(images: Tensor, *, columns: int | None = None, row_labels: list[str] | None = None) -> Image.Image:
+def picture(image: Tensor) -> Image.Image:
+    """One picture (C, H, W) in [0, 1] at its own size; gray stays gray."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3])
+
+
+def grid_image(
+    images: Tensor,
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Image.Image:
     """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel."""
     tiles = to_uint8(images)
     count, height, width, _ = tiles.shape
@@ -31,14 +45,17 @@ def grid_image(images: Tensor, *, columns: int | None = None, row_labels: list[s
     rows = math.ceil(count / columns)
     factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     height, width = height * factor, width * factor
-    margin = 12 + 7 * max(map(len, row_labels)) if row_labels else GAP
-    sheet = Image.new("RGB", (margin + columns * (width + GAP), GAP + rows * (height + GAP)), PAPER)
+    left = 16 + 7 * max(map(len, row_labels)) if row_labels else GAP
+    top = 22 if column_labels else GAP
+    sheet = Image.new("RGB", (left + columns * (width + GAP), top + rows * (height + GAP)), PAPER)
     for number, tile in enumerate(tiles):
-        place = (margin + number % columns * (width + GAP), GAP + number // columns * (height + GAP))
+        place = (left + number % columns * (width + GAP), top + number // columns * (height + GAP))
         sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), place)
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(row_labels or []):
-        draw.text((6, GAP + row * (height + GAP) + height / 2), label, fill=INK, anchor="lm")
+    for row, label in enumerate(row_labels):
+        draw.text((6, top + row * (height + GAP) + height / 2), label, fill=INK, anchor="lm", font=FONT)
+    for column, label in enumerate(column_labels):
+        draw.text((left + column * (width + GAP) + width / 2, top / 2), label, fill=INK, anchor="mm", font=FONT)
     return sheet
 
 

@@ -67,7 +67,7 @@ def _look(source: Folder) -> tuple[list[int], bool]:
     sides, gray = [], True
     for entry in entries[:: max(1, len(entries) // 100)]:
         try:
-            with Image.open(entry.location) as image:  # type: ignore[arg-type]
+            with Image.open(entry.location) as image:
                 sides.append(min(image.size))
                 gray = gray and image.mode in ("1", "L", "LA", "I;16", "I")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from sfumato import config as configuration
-from sfumato.conditioners import CategoryConditioner, Unconditional
+from sfumato.conditioners import CategoryConditioner, ConditionerModule, Unconditional
 from sfumato.data import Dataset, index
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks import UNet
@@ -51,11 +50,22 @@ def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
     return configuration.plain(recipe(str(source))), str(source)
 
 
+def describe(run: Run) -> str:
+    """The configuration as YAML, with what it amounts to, for `train --dry-run`."""
+    dataset = open_data(run)
+    parameters = sum(parameter.numel() for parameter in build_model(run, categories=len(dataset.categories)).parameters())
+    facts = [
+        f"# {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
+        f"# {len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
+    ]
+    return "\n".join([*facts, configuration.dump_yaml(configuration.plain(run))])
+
+
 def build_model(run: Run, *, categories: int) -> Model:
     """The untrained model; its initial weights depend on `run.seed` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        conditioner: nn.Module = Unconditional()
+        conditioner: ConditionerModule = Unconditional()
         if run.conditioner is not None:
             if not categories:
                 raise ConfigError(
@@ -64,7 +74,7 @@ def build_model(run: Run, *, categories: int) -> Model:
                     mend="set conditioner=null, or sort the pictures into one sub-folder for each category",
                 )
             conditioner = CategoryConditioner(run.conditioner, categories=categories)
-        network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)  # type: ignore[arg-type]
+        network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 
 

@@ -90,7 +90,7 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: if there is none. A run never silently starts over.
     """
-    warnings = []
+    warnings: list[str] = []
     for path in paths(root):
         try:
             return load(path), warnings

@@ -49,9 +49,9 @@ class AdamWConfig:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state as tensors named `<parameter>/<slot>`; empty before the first step."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{slot}": value
+        f"{names[id(parameter)]}/{slot}": value
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
         if isinstance(value, torch.Tensor)

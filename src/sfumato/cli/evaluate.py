@@ -1,0 +1,85 @@
+"""sfumato evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.evaluation import Evaluation
+
+PAIRS = 10
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    num: Annotated[int, typer.Option(min=2, help="Pictures to generate for each guidance scale.")] = 500,
+    guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare; by default 1 and the run's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
+) -> None:
+    """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance."""
+    from sfumato.evaluation import evaluate as measure
+    from sfumato.observability.progress import ProgressBar
+    from sfumato.recipes import load, resolve
+    from sfumato.recipes.launch import open_data
+
+    pipeline = load(run)
+    dataset = open_data(resolve(run))
+    scales = guidance or sorted({1.0, pipeline.sampling.guidance})
+    target = out or run / "evaluation" / "evaluation.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ProgressBar("evaluating") as bar:
+        result = measure(
+            pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=bar.update,
+            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
+        )  # fmt: skip
+    target.write_text(json.dumps(result.plain(), indent=1))
+    typer.echo(table(result))
+    typer.echo(f"figures: {target}\nsamples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+
+
+def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """The samples closest to a training picture, each above that picture."""
+    import torch
+
+    from sfumato.observability.pictures import grid_image, save_png
+
+    closest = neighbours.first.argsort()[:PAIRS]
+    real = dataset.images(dataset.training[neighbours.index[closest].numpy()])[0].float() / 255
+    sheet = grid_image(torch.cat([images[closest], real]), columns=len(closest), row_labels=["sample", "nearest real"])
+    save_png(sheet, folder / f"nearest-guidance-{scale:g}.png")
+
+
+def table(result: Evaluation) -> str:
+    """The figures for a person, each row beside real held-out pictures."""
+    columns = (
+        "",
+        "n",
+        "read as asked",
+        "Fréchet (all n)",
+        f"Fréchet (n={result.rows[0].n})",
+        "nearest training picture",
+        "copies",
+    )
+    rows = [
+        (
+            row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]", f"{row.frechet:.2f}",
+            f"{row.frechet_equal:.2f}", f"{row.nearest:.2f}", f"{row.copies:.1%}",
+        )
+        for row in result.rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (columns, *rows)
+    ]
+    head = (
+        f"classifier trained on the run's real pictures: {result.classifier_accuracy:.1%} right on held-out ones; "
+        f"distances in its features ({result.extractor}) and in pixels, to {result.training} training pictures"
+    )
+    return "\n".join([head, *lines])

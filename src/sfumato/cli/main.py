@@ -1,0 +1,73 @@
+"""The program `sfumato`: its verbs, and what happens when something goes wrong.
+
+Exit codes: 0 done, 2 the user can mend it, 3 training diverged, 130 and 143 interrupted with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sfumato import __version__
+from sfumato.cli.config import config_app, recipes
+from sfumato.cli.doctor import doctor
+from sfumato.cli.evaluate import evaluate
+from sfumato.cli.explain import explain
+from sfumato.cli.sample import sample
+from sfumato.cli.train import resume, train
+from sfumato.errors import SfumatoError
+
+app = typer.Typer(
+    name="sfumato",
+    help="From a folder of images to a diffusion model that can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (train, resume, sample, evaluate, explain, recipes, doctor):
+    app.command()(verb)
+app.add_typer(config_app, name="config")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error; may stand anywhere.")] = False,
+) -> None:
+    """From a folder of images to a diffusion model that can be trusted."""
+
+
+def main() -> None:
+    """Run the program; errors that a person can mend are one message and no traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except SfumatoError as error:
+        if debug:
+            raise
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        code = getattr(error, "exit_code", None)  # an interrupted run has said what there is to say
+        if code is None:
+            typer.secho(
+                f"error: {type(error).__name__}: {error}\n  mend: run again with --debug and report it",
+                err=True,
+                fg=typer.colors.RED,
+            )
+        sys.exit(1 if code is None else code)
+
+
+if __name__ == "__main__":
+    main()

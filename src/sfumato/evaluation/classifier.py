@@ -1,0 +1,69 @@
+"""A small classifier trained on the run's own labelled pictures: it reads samples, and its last layer is the feature space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import randomness
+from sfumato.data import Dataset, to_float
+
+
+class _Network(nn.Module):
+    """Convolutions down to at most 4 x 4, then 64 features."""
+
+    def __init__(self, channels: int, resolution: int, categories: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
+        width, side = 32, resolution
+        while side > 2:
+            wider = min(2 * width, 128)
+            layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            width, side = wider, side // 2
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, 64), nn.ReLU())
+        self.head = nn.Linear(64, categories)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained classifier, and what it gets right on pictures it has not seen."""
+
+    network: nn.Module
+    held_out_accuracy: float
+    name: str
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Category (N,) and features (N, 64), float64, of pictures in [-1, 1]."""
+        parts = [(self.network(part).argmax(1), self.network.features(part)) for part in images.split(256)]  # type: ignore[operator]
+        return torch.cat([labels for labels, _ in parts]), torch.cat([features for _, features in parts]).double()
+
+
+def train_classifier(dataset: Dataset, *, seed: int = 0, steps: int = 1500, batch_size: int = 64) -> Classifier:
+    """Train on the training part, test on the held-out part. Noise and label smoothing keep it from being sure of itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Network(*dataset.image_shape[:2], len(dataset.categories))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        for step in range(steps):
+            chosen = randomness.uniform(seed, "classifier", first=step, count=1, per_item=batch_size)[0]
+            positions = dataset.training[(chosen * len(dataset.training)).long().numpy()]
+            images = to_float(dataset.images(positions)[0])
+            noisy = images + 0.1 * torch.randn_like(images)
+            loss = F.cross_entropy(network(noisy), dataset.context(positions)["category"], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    network.eval().requires_grad_(False)
+    classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}")
+    read, _ = classifier.read(to_float(dataset.images(dataset.holdout)[0]))
+    accuracy = float((read == dataset.context(dataset.holdout)["category"]).double().mean())
+    return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

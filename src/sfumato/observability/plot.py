@@ -1,0 +1,75 @@
+"""Line plots as PNG, for curves that a person should see without installing a plotting library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ((31, 97, 171), (204, 85, 0), (34, 139, 84), (140, 60, 160), (110, 110, 110))
+PAPER, INK, RULE = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 62, 16, 34, 46
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; points that are not finite are gaps."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+
+def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> Image.Image:
+    """Curves over a common x axis, with round ticks and a legend."""
+    points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
+    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    draw.text((LEFT, 8), title, fill=INK, font=ImageFont.load_default(15))
+    draw.text(((WIDTH + LEFT) / 2, HEIGHT - 12), x_label, fill=INK, anchor="mm", font=font)
+    for x in x_ticks:
+        draw.line([place(x, y_ticks[0]), place(x, y_ticks[-1])], fill=RULE)
+        draw.text((place(x, 0)[0], HEIGHT - BOTTOM + 12), f"{x:g}", fill=INK, anchor="mm", font=font)
+    for y in y_ticks:
+        draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], fill=RULE)
+        draw.text((LEFT - 8, place(0, y)[1]), f"{y:g}", fill=INK, anchor="rm", font=font)
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        for run in _runs(line):
+            draw.line([place(x, y) for x, y in run], fill=colour, width=2, joint="curve")
+        draw.line([(WIDTH - 170, TOP + 12 + 18 * number), (WIDTH - 145, TOP + 12 + 18 * number)], fill=colour, width=3)
+        draw.text((WIDTH - 138, TOP + 12 + 18 * number), line.label, fill=INK, anchor="lm", font=font)
+    return sheet
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose [low, high]."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(step * number, 10) for number in range(first, last + 1)]
+
+
+def _runs(line: Line) -> list[list[tuple[float, float]]]:
+    """The curve cut at points that are not finite."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(line.xs, line.ys, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            runs[-1].append((x, y))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
