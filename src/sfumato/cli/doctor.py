@@ -38,14 +38,14 @@ def doctor() -> None:
         typer.echo(f"extra {extra}: {'installed' if found else f'not installed (pip install sfumato[{extra}])'}")
 
 
-def _matmul_gflops(device, dtype, size: int = 1024) -> float:  # type: ignore[no-untyped-def]
+def _matmul_gflops(device, dtype, size: int = 1024) -> float:
     import torch
 
     a = torch.ones(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _seconds(lambda: a @ a, device) / 1e9
 
 
-def _convolution_gflops(device, dtype, channels: int = 128, side: int = 32, batch: int = 16) -> float:  # type: ignore[no-untyped-def]
+def _convolution_gflops(device, dtype, channels: int = 128, side: int = 32, batch: int = 16) -> float:
     import torch
 
     x = torch.ones(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def _convolution_gflops(device, dtype, channels: int = 128, side: int = 32, batc
         return 2 * batch * side**2 * channels**2 * 9 / _seconds(lambda: layer(x), device) / 1e9
 
 
-def _seconds(work, device, repeats: int = 7) -> float:  # type: ignore[no-untyped-def]
+def _seconds(work, device, repeats: int = 7) -> float:
     """Median time of one call."""
     import torch
 

@@ -44,7 +44,7 @@ def evaluate(
     typer.echo(f"figures: {target}\nsamples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
 
 
-def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:  # type: ignore[no-untyped-def]
+def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:
     """The samples closest to a training picture, each above that picture."""
     import torch
 

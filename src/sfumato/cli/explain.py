@@ -71,20 +71,17 @@ def _curves(settings: Run, folder: Path) -> list[Path]:
     slope = logsnr[:-1] - logsnr[1:]
     inside = (logsnr[1:] > -12) & (logsnr[:-1] < 12)  # uniform t: density of log-SNR = -dt/dlambda
     middle = ((logsnr[1:] + logsnr[:-1]) / 2)[inside]
-    return [
-        save_png(line_plot("sampling schedule", "time t", schedule), folder / "schedule.png"),
-        save_png(
-            line_plot("log signal-to-noise ratio", "time t", [Line("sampling", times, path.logsnr().tolist()), Line("training", times, logsnr.tolist())]),
-            folder / "logsnr.png",
-        ),
-        save_png(
-            line_plot("how often training sees a level", "log-SNR (noise left, data right)", [Line("density", middle.tolist(), (1 / (200 * slope[inside])).tolist())]),
-            folder / "density.png",
-        ),
-    ]  # fmt: skip
+    density = Line("density", middle.tolist(), (1 / (200 * slope[inside])).tolist())
+    ratios = [Line("sampling", times, path.logsnr().tolist()), Line("training", times, logsnr.tolist())]
+    plots = {
+        "schedule": line_plot("sampling schedule", "time t", schedule),
+        "logsnr": line_plot("log signal-to-noise ratio", "time t", ratios),
+        "density": line_plot("how often training sees a level", "log-SNR (noise left, data right)", [density]),
+    }
+    return [save_png(plot, folder / f"{name}.png") for name, plot in plots.items()]
 
 
-def _noising(settings: Run, dataset: Dataset):  # type: ignore[no-untyped-def]
+def _noising(settings: Run, dataset: Dataset):
     """A few pictures at ten even times of the sampling schedule."""
     import torch
 

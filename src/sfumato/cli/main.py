@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user can mend it, 3 training diverged, 130 and 143 int
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -47,6 +48,9 @@ def options(
 
 def main() -> None:
     """Run the program; errors that a person can mend are one message and no traceback."""
+    # OpenMP's threads wait for one another by spinning; where another program wants the cores too, long spins slow every step
+    # several times over. This many turns cost nothing on an idle machine. Read once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}); write the value out")
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{event.anchor}); write the value out")
+        if getattr(event, "tag", None):
+            raise yaml.YAMLError(f"a tag ({event.tag}); write the plain value")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"more than {MAX_DEPTH} levels of nesting")
@@ -31,11 +35,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice, line {node.start_mark.line + 1}")
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, line {key.start_mark.line + 1}")
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key that is no single word, line {key.start_mark.line + 1}")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# `compile: on` and `name: 2024-05-01` are words here: of YAML's own words only true, false and null are more.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
 
 
 def load_yaml(text: str, *, where: str) -> Any:
@@ -97,9 +114,8 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
             child = target.get(key)
             if not isinstance(child, dict):
                 if key not in target or child is not None:
-                    raise ConfigError(
-                        f"`{'.'.join(parents[: depth + 1])}` has no keys to set{_nearest(key, target)}", where=f"{path}={value}"
-                    )
+                    hint = "" if key in target else _nearest(key, target)
+                    raise ConfigError(f"`{'.'.join(parents[: depth + 1])}` has no keys to set{hint}", where=f"{path}={value}")
                 child = target[key] = {}
             target = child
         if last == TAG and target.get(TAG) != value:

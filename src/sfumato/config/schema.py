@@ -54,9 +54,10 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
         ConfigError: naming every key that is unknown, missing or of the wrong type, and the nearest legal name.
     """
     try:
-        return _build(cls, _model(cls).model_validate(data))
+        model: Any = _model(cls)  # type: ignore[arg-type]
+        return _build(cls, model.model_validate(data))
     except ValidationError as error:
-        legal = _legal_keys(cls)
+        legal = _legal_keys(cls, data)
         lines = [_explain(item, legal) for item in error.errors()]
         raise ConfigError(
             "; ".join(lines), where=where, mend="`sfumato config show RECIPE` prints every key, `config schema` their types"
@@ -71,7 +72,8 @@ def json_schema(cls: type) -> dict[str, Any]:
 def _build(annotation: Any, value: Any) -> Any:
     """The dataclass (or tuple, or scalar) that a validated model stands for."""
     if isinstance(value, BaseModel):
-        cls = next(option for option in members(annotation) if _identifier(option) in type(value).__name__)
+        name = type(value).__name__.rpartition("_")[0]
+        cls = next(option for option in members(annotation) if _identifier(option) == name)
         return cls(**{field.name: _build(hint, getattr(value, field.name)) for field, hint in config_fields(cls)})
     return tuple(value) if isinstance(value, list) else value
 
@@ -137,27 +139,34 @@ def _reachable(cls: type) -> list[type]:
     return found
 
 
-def _legal_keys(cls: type) -> list[str]:
-    """Dotted paths of all keys down to a depth where recursive unions begin to repeat."""
-
-    def walk(current: type, prefix: str, depth: int) -> list[str]:
-        keys = []
-        for field, hint in config_fields(current):
-            keys.append(prefix + field.name)
-            if depth:
-                keys += [key for option in members(hint) for key in walk(option, f"{prefix}{field.name}.", depth - 1)]
-        return keys
-
-    return sorted(set(walk(cls, "", 3)))
+def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
+    """Dotted paths of all keys that a configuration of these kinds has."""
+    keys = []
+    for field, hint in config_fields(cls):
+        value = data[field.name] if isinstance(data, dict) and field.name in data else _default(field, hint)
+        keys.append(prefix + field.name)
+        options = members(hint)
+        name = value.get(TAG) if isinstance(value, dict) else value
+        for option in options if len(options) == 1 else [option for option in options if option.__name__ == name]:
+            keys += _legal_keys(option, value, f"{prefix}{field.name}.")
+    return keys
 
 
 def _explain(error: Any, legal: list[str]) -> str:
     # A union's location repeats the class name; keys are lower case, class names are not.
-    key = ".".join(str(part) for part in error["loc"] if not str(part)[:1].isupper())
-    nearest = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
-    hint = f" (did you mean `{nearest[0]}`?)" if nearest else ""
+    *parents, last = error["loc"] or ("",)
+    path = [part for part in map(str, parents) if not part[:1].isupper()]
     if error["type"] == "extra_forbidden":
-        return f"`{key}` is no key{hint}"
+        key = ".".join([*path, str(last)])
+        nearest = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
+        return f"`{key}` is no key" + (f" (did you mean `{nearest[0]}`?)" if nearest else "")
+    key = ".".join(path if str(last)[:1].isupper() else [*path, str(last)])
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return (
+            f"`{key}` = {error['input']!r}: needs keys and values"
+            if key
+            else f"{error['input']!r} is no mapping of keys to values"
+        )
     if error["type"] == "missing":
         return f"`{key}` is missing"
     if error["type"] == "union_tag_invalid":

@@ -87,7 +87,7 @@ def _convert(image: Image.Image, form: PixelFormat) -> tuple[NDArray[np.uint8], 
     size = (form.resolution, form.resolution)
     image = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     pixels = np.asarray(image, dtype=np.uint8).reshape(form.resolution, form.resolution, form.channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), notes
+    return pixels.transpose(2, 0, 1).copy(), notes
 
 
 def _to_channels(image: Image.Image, form: PixelFormat) -> tuple[Image.Image, list[str]]:

@@ -67,7 +67,7 @@ class Parameterization(ABC):
                 f"{type(self).__name__} cannot recover x0 and eps where its prediction holds only one of them "
                 "(Epsilon at alpha = 0, Sample at sigma = 0)",
                 where="Parameterization.solve",
-                mend="predict Velocity or Flow, or keep the schedule off that end, e.g. Warped(schedule, Span(high=0.999))",
+                mend="predict Velocity or Flow, or keep off that end, e.g. Warped(schedule=schedule, warp=Span(high=0.999))",
             )
         return Denoised(
             x0=(level.sigma * output - b * x) / determinant,

@@ -27,7 +27,7 @@ class _Network(nn.Module):
         self.head = nn.Linear(64, categories)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))  # type: ignore[no-any-return]
+        return self.head(self.features(x))
 
 
 @dataclass(frozen=True, kw_only=True)

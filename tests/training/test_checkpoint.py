@@ -1,0 +1,155 @@
+"""The commit protocol: whole or not there, whatever happens while writing, and damage is found, kept aside and told of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.errors import CheckpointError
+from sfumato.training import checkpoint
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((50,), value)}, "optimizer": {}, "ema": {"w": torch.full((50,), -value)}}
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    return checkpoint.save(root, step=step, state={"at": step}, tensors=tensors(float(step)), keep=keep)
+
+
+def test_what_is_saved_is_read_back(tmp_path) -> None:
+    loaded = checkpoint.load(save(tmp_path, 7))
+    assert loaded.state == {"at": 7}
+    assert torch.equal(loaded.tensors["model"]["w"], torch.full((50,), 7.0))
+    assert loaded.tensors["optimizer"] == {}
+    assert (tmp_path / "latest").read_text() == "step-000000007\n"
+
+
+def test_newest_is_kept_and_old_ones_go(tmp_path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000004", "step-000000003"]
+
+
+def _fault(module, name: str, when: int):
+    real, calls = getattr(module, name), [0]
+
+    def fail(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == when:
+            raise Crash
+        return real(*args, **kwargs)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "when"),
+    [
+        (checkpoint, "save_file", 1),
+        (checkpoint, "save_file", 2),
+        (checkpoint.json, "dumps", 1),
+        (checkpoint.json, "dumps", 2),
+        (checkpoint, "_digest", 1),
+        (checkpoint, "_sync", 1),
+        (checkpoint, "_sync", 6),
+        (checkpoint.os, "replace", 1),
+        (checkpoint, "_point_latest", 1),
+        (checkpoint.shutil, "rmtree", 1),
+    ],
+)
+def test_a_crash_anywhere_in_the_writer_leaves_a_whole_checkpoint(tmp_path, monkeypatch, module, name, when) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, _fault(module, name, when))
+        with pytest.raises(Crash):
+            save(tmp_path, 3)
+    checkpoint.sweep(tmp_path)
+    loaded, warnings = checkpoint.load_newest(tmp_path)
+    assert warnings == []
+    assert loaded.state["at"] in (2, 3)
+    assert torch.equal(loaded.tensors["model"]["w"], torch.full((50,), float(loaded.state["at"])))
+    assert list(tmp_path.glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_prunes_nothing_and_says_so(tmp_path, monkeypatch, number) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="free some disk space"):
+        save(tmp_path, 3, keep=1)
+    assert len(checkpoint.paths(tmp_path)) == 2
+    assert list(tmp_path.glob(".tmp-*")) == []
+
+
+def truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def zero(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    file = path / "ema.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(bytes(data))
+
+
+def no_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def half_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_text(file.read_text()[:40])
+
+
+def no_shard(path: Path) -> None:
+    (path / "optimizer.safetensors").unlink()
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path / "model.safetensors", path / "ema.safetensors")
+
+
+@pytest.mark.parametrize("damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap])
+def test_damage_falls_back_loudly_and_deletes_nothing(tmp_path, damage) -> None:
+    save(tmp_path, 1)
+    bad = save(tmp_path, 2)
+    damage(bad)
+    with pytest.raises(CheckpointError, match="step-000000002"):
+        checkpoint.load(bad)
+    loaded, warnings = checkpoint.load_newest(tmp_path)
+    assert loaded.state["at"] == 1
+    assert "step-000000002" in warnings[0]
+    assert (tmp_path / "step-000000002.corrupt").is_dir()
+
+
+def test_empty_latest_does_not_matter(tmp_path) -> None:
+    save(tmp_path, 4)
+    (tmp_path / "latest").write_text("")
+    assert checkpoint.load_newest(tmp_path)[0].state["at"] == 4
+
+
+def test_nothing_usable_is_an_error(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        checkpoint.load_newest(tmp_path)

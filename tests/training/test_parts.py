@@ -1,0 +1,95 @@
+"""Budget, optimizer, averages, precision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sfumato.errors import ConfigError
+from sfumato.training import AdamWConfig, Budget, FixedEMA, PowerEMA, TrainingConfig
+from sfumato.training.ema import update_average
+from sfumato.training.precision import choose
+
+
+def test_budget_ends_at_the_first_limit() -> None:
+    budget = Budget(steps=100, samples=1000, epochs=2, minutes=1)
+    assert budget.spent(steps=50, samples=0, epochs=0, seconds=0) == 0.5
+    assert budget.spent(steps=1, samples=1000, epochs=0, seconds=0) == 1
+    assert budget.spent(steps=1, samples=1, epochs=1, seconds=90) == 1.5
+
+
+@pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"minutes": -1}])
+def test_a_budget_needs_a_limit(limits: dict) -> None:
+    with pytest.raises(ConfigError, match=r"budget\.minutes"):
+        Budget(**limits)
+
+
+def test_learning_rate_rises_then_falls_to_its_end() -> None:
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=9, decay="cosine", final=0.1)
+    assert config.rate(0, 0.0) == pytest.approx(0.1)
+    assert config.rate(9, 0.0) == 1.0
+    assert config.rate(99, 0.5) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert config.rate(99, 1.0) == pytest.approx(0.1)
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="linear").rate(5, 0.25) == pytest.approx(0.75)
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant").rate(5, 0.9) == 1.0
+
+
+def test_weight_decay_acts_on_matrices_only() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3))
+    matrices, vectors = AdamWConfig(weight_decay=0.3).build(model).param_groups
+    assert [p.ndim for p in matrices["params"]] == [4]
+    assert matrices["weight_decay"] == 0.3
+    assert [p.ndim for p in vectors["params"]] == [1, 1, 1]
+    assert vectors["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
+def test_power_average_has_the_width_it_is_named_by(sigma_rel: float) -> None:
+    """Weights of past steps, accumulated from the decays, spread over sigma_rel of the run."""
+    ema, steps = PowerEMA(sigma_rel), 4000
+    weights = np.zeros(steps)
+    for step in range(1, steps + 1):
+        decay = ema.decay(step)
+        weights *= decay
+        weights[step - 1] += 1 - decay
+    times = (np.arange(steps) + 1) / steps
+    mean = (weights * times).sum()
+    assert weights.sum() == pytest.approx(1)
+    assert math.sqrt((weights * (times - mean) ** 2).sum()) == pytest.approx(sigma_rel, rel=0.02)
+
+
+def test_first_update_of_a_power_average_copies_the_weights() -> None:
+    assert PowerEMA(0.1).decay(1) == 0
+    average, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    update_average(average, model, 0.0)
+    assert torch.equal(average.weight, model.weight)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    update_average(average, model, 0.75)
+    torch.testing.assert_close(average.weight.detach(), before + 0.25)
+
+
+def test_fixed_average_warms_up_to_its_rate() -> None:
+    assert FixedEMA(0.99).decay(1) == pytest.approx(2 / 11)
+    assert FixedEMA(0.99).decay(100_000) == 0.99
+
+
+def test_precision_is_the_faster_one_and_says_so() -> None:
+    import time
+
+    def work(fast: torch.dtype):
+        return lambda dtype: time.sleep(0.001 if dtype is fast else 0.02)
+
+    assert choose(work(torch.bfloat16), torch.device("cpu"))[0] == "bfloat16"
+    name, line = choose(work(torch.float32), torch.device("cpu"))
+    assert name == "float32"
+    assert "bfloat16" in line
+    assert "ms" in line
+
+
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="micro_batch = 0"):
+        TrainingConfig(micro_batch=0)

@@ -1,0 +1,189 @@
+"""A run that was interrupted and resumed ends as the one that was not: weights, average, optimizer and losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.data import DataConfig, Folder, Plan
+from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError
+from sfumato.recipes import launch, resume, train
+from sfumato.training import Budget, Trainer, checkpoint
+from tests.training.tiny import fingerprint, pictures, tiny_run
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    torch.set_num_threads(1)
+    return fingerprint(train(tiny_run(folder), run=tmp_path_factory.mktemp("whole") / "run"))
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    real, left = Trainer.train_step, [steps]
+
+    def step(self, batch):
+        if not left[0]:
+            raise Crash
+        left[0] -= 1
+        return real(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def interrupted(settings, run: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> Path:
+    with monkeypatch.context() as patch:
+        crash_after(patch, after)
+        with pytest.raises(Crash):
+            train(settings, run=run)
+    return run
+
+
+@pytest.mark.parametrize("after", [3, 5, 8, 13])
+def test_resumed_run_equals_the_uninterrupted_one(folder, whole, tmp_path, monkeypatch, after) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, after)
+    assert fingerprint(resume(run)) == whole
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_interrupted_twice_still_equals(folder, whole, tmp_path, monkeypatch) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 6)
+        with pytest.raises(Crash):
+            resume(run)
+    assert fingerprint(resume(run)) == whole
+
+
+def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monkeypatch) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 8)
+    real = Plan.batch
+    monkeypatch.setattr(Plan, "batch", lambda self, step: real(self, step + 1))
+    changed = fingerprint(resume(run))
+    assert changed["step"] == whole["step"]
+    assert all(changed[name] != whole[name] for name in ("model", "ema", "optimizer", "losses"))
+
+
+def test_workers_and_memory_do_not_change_the_run(folder, whole, tmp_path, monkeypatch) -> None:
+    data = DataConfig(source=Folder(str(folder)), resolution=8, channels=1, flip="horizontal", memory_gib=0.0, workers=2)
+    run = interrupted(tiny_run(folder, data=data), tmp_path / "run", monkeypatch, 7)
+    assert fingerprint(resume(run)) == whole
+
+
+def test_previews_and_validation_do_not_move_training(folder, whole, tmp_path) -> None:
+    from sfumato.training import PreviewConfig, ValidationConfig
+
+    settings = tiny_run(
+        folder, preview=PreviewConfig(every_steps=1, num=1), validation=ValidationConfig(every_steps=1, samples=10)
+    )
+    watched = fingerprint(train(settings, run=tmp_path / "run"))
+    assert all(watched[name] == whole[name] for name in ("model", "ema", "optimizer", "losses"))
+
+
+def test_accumulation_changes_only_rounding(folder, tmp_path) -> None:
+    from sfumato.networks import UNetConfig
+
+    plain = UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32)
+    losses = []
+    for number, size in enumerate((12, 4)):
+        run = train(tiny_run(folder, network=plain, micro_batch=size), run=tmp_path / str(number))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append(torch.tensor([line["train/loss"] for line in lines if "train/loss" in line]))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
+
+
+def test_another_seed_is_another_run(folder, whole, tmp_path) -> None:
+    assert fingerprint(train(tiny_run(folder, seed=1), run=tmp_path / "run"))["model"] != whole["model"]
+
+
+def test_resume_without_a_checkpoint_is_an_error(folder, tmp_path, monkeypatch) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 0)
+    for path in checkpoint.paths(run / "checkpoints"):
+        path.rename(path.with_suffix(".gone"))
+    with pytest.raises(CheckpointError, match="nothing is restarted silently"):
+        resume(run)
+
+
+def test_resume_of_no_run_and_train_over_a_run_are_errors(folder, tmp_path, monkeypatch) -> None:
+    with pytest.raises(RunError, match=r"config\.yaml"):
+        resume(tmp_path)
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 0)
+    with pytest.raises(RunError, match="sfumato resume"):
+        train(tiny_run(folder), run=run)
+
+
+def test_changed_data_are_refused_on_resume(tmp_path, monkeypatch) -> None:
+    folder = pictures(tmp_path / "pictures")
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    next(folder.rglob("*.png")).unlink()
+    with pytest.raises(CheckpointError, match="data are not what"):
+        resume(run)
+
+
+def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, capsys) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    resume(run, overrides={"budget.steps": 16})
+    assert "budget.steps: 14 -> 16" in capsys.readouterr().err
+    assert launch.resolve(run).budget.steps == 16
+    assert checkpoint.paths(run / "checkpoints")[0].name == "step-000000016"
+
+
+def test_another_network_on_resume_is_refused(folder, tmp_path, monkeypatch) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        resume(run, overrides={"network.channels": 64})
+
+
+def test_two_processes_never_share_a_run(folder, tmp_path, monkeypatch) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    from sfumato.training.run_directory import RunDirectory
+
+    with RunDirectory.existing(run).locked(), pytest.raises(RunError, match="another process"):
+        resume(run)
+
+
+def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch) -> None:
+    real = Trainer._backward
+
+    def poisoned(self, batch, denoiser):
+        losses = real(self, batch, denoiser)
+        if self.state.counters.step >= 3:
+            return losses._replace(per_sample=losses.per_sample * float("nan"))
+        return losses
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    with pytest.raises(DivergedError, match="learning_rate") as caught:
+        train(tiny_run(folder, budget=Budget(steps=60)), run=tmp_path / "run")
+    assert caught.value.exit_code == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["train/skipped"] for line in lines if "train/skipped" in line]
+    assert skipped[:4] == [0, 0, 0, 1]
+    newest = checkpoint.load(checkpoint.paths(tmp_path / "run" / "checkpoints")[0])
+    assert all(torch.isfinite(value).all() for value in newest.tensors["model"].values())
+    assert newest.state["counters"]["updates"] == 3
+
+
+def test_categories_asked_of_flat_data_are_refused(tmp_path) -> None:
+    folder = pictures(tmp_path / "pictures")
+    with pytest.raises(ConfigError, match="conditioner=null"):
+        train(tiny_run(folder / "even"), run=tmp_path / "run")
