@@ -89,12 +89,14 @@ class Pipeline:
         sampling: defaults of `sample`.
         categories: names that `category` may take; () for an unconditional model.
         image_shape: (C, H, W).
+        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so pictures then depend on the batch a little.
     """
 
     model: Model
     sampling: SamplingConfig
     categories: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    compute_dtype: torch.dtype = torch.float32
 
     def sample(
         self,
@@ -139,7 +141,7 @@ class Pipeline:
         return torch.cat(pictures)
 
     def _guided(self, scale: float) -> Denoiser:
-        denoiser = self.model.denoiser()
+        denoiser = self.model.denoiser(self.compute_dtype)
         if scale == 1:
             return denoiser
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,8 +105,8 @@ class Dataset:
     def images(self, positions: NDArray[np.int64] | Sequence[int]) -> tuple[Tensor, list[Reject]]:
         """uint8 pixels (n, C, R, R) at `positions`, and what could no longer be read.
 
-        An unreadable picture is replaced by the next readable one, so that a batch never shrinks and every run that meets it
-        replaces it alike.
+        An unreadable picture is replaced by the next readable one of its part and category, so that a batch never shrinks, every
+        run that meets it replaces it alike, no label lies, and nothing held out is trained on.
         """
         if self.pixels is not None:
             return self.pixels[torch.as_tensor(positions)], []
@@ -123,13 +123,23 @@ class Dataset:
 
     def _read(self, position: int) -> tuple[NDArray[np.uint8], list[Reject]]:
         bad: list[Reject] = []
-        for offset in range(len(self.entries)):
-            entry = self.entries[(position + offset) % len(self.entries)]
+        for candidate in self._substitutes(position):
+            entry = self.entries[candidate]
             try:
                 return decode(entry.read(), self.config.pixel_format())[0], bad
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
-        raise DataError("not one picture can be read any more", where=bad[0].name, mend="is the disk still there?")
+        raise DataError(
+            "neither it nor any picture like it can be read any more", where=bad[0].name, mend="is the disk still there?"
+        )
+
+    def _substitutes(self, position: int) -> Iterator[int]:
+        """`position`, then the others of its part and category in order, from there on and around."""
+        yield position
+        part = self.holdout if np.isin(position, self.holdout) else self.training
+        peers = part[(self.labels[part] == self.labels[position]).numpy()]
+        start = int(np.searchsorted(peers, position)) + 1
+        yield from (int(peer) for peer in np.roll(peers, -start)[:-1])
 
     def summary(self) -> dict[str, Any]:
         """What `data.json` records."""

@@ -13,13 +13,22 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 80_000_000
 MAX_SIDE_RATIO = 20.0
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 Channels = Literal[1, 3]
 
 
@@ -43,11 +52,12 @@ def decode(data: bytes, form: PixelFormat) -> tuple[NDArray[np.uint8], list[str]
         RejectedImage: with the reason.
     """
     if len(data) > MAX_BYTES:
-        raise RejectedImage(f"{len(data) >> 20} MiB, more than {MAX_BYTES >> 20}")
+        raise RejectedImage(f"more than {MAX_BYTES >> 20} MiB")
     if not data:
         raise RejectedImage("empty file")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd and matters is in the notes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return _convert(image, form)
@@ -76,16 +86,18 @@ def _convert(image: Image.Image, form: PixelFormat) -> tuple[NDArray[np.uint8], 
         notes.append("animated_first_frame_used")
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 size; twice the target leaves the resampling filter room to work in.
     factor = 2 * form.resolution / shorter
-    image.draft(None, (max(1, int(width * factor)), max(1, int(height * factor))))
-    if image.getexif().get(0x0112, 1) != 1:
-        notes.append("exif_rotated")
-        image = ImageOps.exif_transpose(image)
+    drafted = image.draft(None, (max(1, int(width * factor)), max(1, int(height * factor))))
+    right, bottom = drafted[1][2:] if drafted else image.size  # a reduced JPEG's last column may be part of a pixel only
+    orientation = image.getexif().get(0x0112)
     image, mode_note = _to_channels(image, form)
     notes += mode_note
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    side = min(right, bottom)
+    left, top = (right - side) / 2, (bottom - side) / 2
     size = (form.resolution, form.resolution)
     image = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    if orientation in UPRIGHT:
+        notes.append("exif_rotated")
+        image = image.transpose(UPRIGHT[orientation])
     pixels = np.asarray(image, dtype=np.uint8).reshape(form.resolution, form.resolution, form.channels)
     return pixels.transpose(2, 0, 1).copy(), notes
 
@@ -94,14 +106,12 @@ def _to_channels(image: Image.Image, form: PixelFormat) -> tuple[Image.Image, li
     """The picture in mode L or RGB, whatever it came in."""
     wanted, notes = ("L" if form.channels == 1 else "RGB"), []
     mode = image.mode
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise RejectedImage("32-bit integers: no telling what is black and what is white")
-        image = Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8))
+    if mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         notes.append("sixteen_bit_reduced")
-    elif mode == "F":
-        raise RejectedImage("floating-point pixels: no telling what is black and what is white")
+    elif mode in ("F", "I"):
+        kind = "floating-point" if mode == "F" else "32-bit integer"
+        raise RejectedImage(f"{kind} pixels: no telling what is black and what is white")
     elif mode == "CMYK":
         notes.append("cmyk_converted")
     elif mode == "P":

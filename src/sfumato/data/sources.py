@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from sfumato.data.decoding import SUFFIXES
+from sfumato.data.decoding import MAX_BYTES, SUFFIXES
 from sfumato.errors import DataError
 
 
@@ -24,8 +24,17 @@ class Entry:
     location: Path | bytes
 
     def read(self) -> bytes:
-        """The encoded bytes."""
-        return self.location if isinstance(self.location, bytes) else self.location.read_bytes()
+        """The encoded bytes, or as many as it takes for `decode` to say that they are too many.
+
+        Raises:
+            OSError: if the file is gone, or is a pipe or a device.
+        """
+        if isinstance(self.location, bytes):
+            return self.location
+        if self.location.exists() and not self.location.is_file():
+            raise OSError("not a regular file")
+        with self.location.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
 
 
 class Source(Protocol):

@@ -18,6 +18,7 @@ from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.builtin import folder, recipe
 from sfumato.recipes.run import Run
 from sfumato.training import Trainer, checkpoint
+from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -145,11 +146,14 @@ def _free(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def load(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Pipeline:
+def load(
+    path: str | Path, *, weights: Literal["ema", "raw"] = "ema", precision: Literal["float32", "bfloat16"] = "float32"
+) -> Pipeline:
     """The pipeline of a run's newest checkpoint.
 
     Args:
         weights: the averaged ones, or those of the last step.
+        precision: inside the network.
     Raises:
         RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
     """
@@ -166,4 +170,10 @@ def load(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Pipelin
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (settings.data.channels, settings.data.resolution, settings.data.resolution)
-    return Pipeline(model=model.to(device), sampling=settings.sampling, categories=categories, image_shape=shape)
+    return Pipeline(
+        model=model.to(device),
+        sampling=settings.sampling,
+        categories=categories,
+        image_shape=shape,
+        compute_dtype=DTYPES[precision],
+    )

@@ -1,0 +1,89 @@
+"""What the benchmarks share: options, the machine's measured peaks, interleaved timing, the JSON form."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def options(description: str, **defaults: Any) -> argparse.Namespace:
+    """--quick, --json FILE and one option for each default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="under a minute, fewer rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    begun = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
+    """Times of each candidate, taken in turn, so that a machine that slows down slows all of them; one round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, work in candidates.items():
+            taken = statistics.median(seconds(work) for _ in range(repeat))
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def paired_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds of (their time / our time): how many times faster ours is."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of one call, counted by torch (2 for a multiply-add)."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peaks(rounds: int = 15) -> dict[str, float]:
+    """Best measured GFLOP/s of a 2048^3 matrix product and of 3x3 convolutions, bfloat16, on this machine, now."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 2048
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    found = {"matmul_gflops": 0.0, "convolution_gflops": 0.0}
+    for _ in range(rounds):
+        found["matmul_gflops"] = max(found["matmul_gflops"], 2 * size**3 / seconds(lambda: a @ a) / 1e9)
+    for channels, side in ((64, 32), (128, 32), (128, 16), (256, 16), (256, 32)):
+        x = torch.ones(64, channels, side, side, dtype=torch.bfloat16, device=device).to(memory_format=torch.channels_last)
+        layer = torch.nn.Conv2d(channels, channels, 3, padding=1, dtype=torch.bfloat16, device=device)
+        layer = layer.to(memory_format=torch.channels_last)
+        work = 2 * 64 * side**2 * channels**2 * 9
+        with torch.no_grad():
+            for _ in range(rounds):
+                found["convolution_gflops"] = max(found["convolution_gflops"], work / seconds(lambda: layer(x)) / 1e9)  # noqa: B023
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "platform": platform.platform(), "gpu": gpu}
+
+
+def report(result: dict[str, Any], path: Path | None) -> None:
+    """Print the figures, and write them where asked."""
+    print(json.dumps(result, indent=1))
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1))

@@ -1,0 +1,95 @@
+"""Resizing antialiases and crops to the centre: compared with Lanczos' formula worked out here in float64."""
+
+import io
+
+import numpy as np
+import pytest
+from encoded import encoded, noise, smooth
+from PIL import Image, JpegImagePlugin
+
+from sfumato.data.decoding import PixelFormat, decode
+
+
+def lanczos(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+
+
+def weights(size: int, start: float, length: float, target: int) -> np.ndarray:
+    """Rows of `target` filters over `size` samples, for the window [start, start + length): widened when it shrinks."""
+    scale = length / target
+    centres = start + (np.arange(target) + 0.5) * scale
+    rows = lanczos((np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1.0))
+    return rows / rows.sum(1, keepdims=True)
+
+
+def reference(picture: np.ndarray, resolution: int) -> np.ndarray:
+    """The centre square of (H, W, 3) at `resolution`, (3, R, R), float."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    down = weights(height, (height - side) / 2, side, resolution)
+    across = weights(width, (width - side) / 2, side, resolution)
+    return np.einsum("ih,jw,hwc->cij", down, across, picture.astype(float))
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 67), (90, 30), (12, 12), (16, 33), (10, 7), (16, 16), (67, 41)])
+def test_it_is_lanczos_of_the_centre_square(height: int, width: int) -> None:
+    picture = noise(height, width) // 2 + 64  # nothing overshoots, so that the order of Pillow's two passes does not show
+    pixels, _ = decode(encoded(picture), PixelFormat(resolution=16, channels=3))
+    assert np.abs(pixels - reference(picture, 16)).max() <= 1.5  # Pillow rounds after each of its two passes
+
+
+def test_the_reference_can_tell_a_crop_that_is_off_by_a_pixel() -> None:
+    picture = smooth(40, 67)
+    assert np.abs(reference(picture, 16) - reference(picture[:, 1:], 16)).max() > 2
+
+
+def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    pixels, _ = decode(encoded(stripes), PixelFormat(resolution=13, channels=3))
+    middle = pixels[:, 2:-2, 2:-2].astype(int)
+    assert np.abs(middle - 127.5).max() < 8
+    nearest = np.asarray(Image.fromarray(stripes).resize((13, 13), Image.Resampling.NEAREST)).astype(int)
+    assert np.abs(nearest - 127.5).max() > 100  # what a resize without a filter would show
+
+
+def test_the_middle_is_what_is_kept() -> None:
+    picture = np.zeros((30, 90, 3), np.uint8)
+    picture[:, 30:60] = 200
+    pixels, _ = decode(encoded(picture), PixelFormat(resolution=10, channels=3))
+    assert (pixels[:, :, 2:-2] >= 198).all()
+    pixels, _ = decode(encoded(picture.transpose(1, 0, 2).copy()), PixelFormat(resolution=10, channels=3))
+    assert (pixels[:, 2:-2] >= 198).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 800), (803, 601)])
+def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(smooth(height, width), "JPEG", quality=92)
+    sizes = []
+
+    def spy(image: JpegImagePlugin.JpegImageFile, mode: str | None, size: tuple[int, int]) -> object:
+        done = drafted(image, mode, size)
+        sizes.append(image.size)
+        return done
+
+    drafted = JpegImagePlugin.JpegImageFile.draft
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
+    form = PixelFormat(resolution=32, channels=3)
+    pixels, _ = decode(data, form)
+    assert 64 <= min(sizes[0]) < min(height, width) / 4  # it was decoded small, at no less than twice the target
+    full = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    difference = np.abs(pixels.astype(int) - decode(encoded(full), form)[0])
+    assert difference.mean() < 0.7
+    assert difference.max() <= 4
+
+
+def test_a_rotated_big_jpeg_is_upright_and_uncut() -> None:
+    upright = smooth(300, 500)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(np.ascontiguousarray(np.rot90(upright)), "JPEG", quality=95, exif=exif)
+    pixels, notes = decode(data, PixelFormat(resolution=16, channels=3))
+    assert notes == ["exif_rotated"]
+    assert np.abs(pixels - reference(upright, 16)).max() < 6

@@ -1,0 +1,140 @@
+"""A source lists the pictures that a person would expect it to, in an order that no machine changes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoded import encoded, noise
+from sklearn.datasets import load_digits
+
+from sfumato.data import Digits, Folder, decoding, sources
+from sfumato.data.decoding import PixelFormat, decode
+from sfumato.errors import DataError
+
+PICTURE = encoded(noise(8, 8))
+
+
+def put(root: Path, *names: str) -> Path:
+    """A folder with one picture under each name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PICTURE)
+    return root
+
+
+def listed(root: Path) -> list[tuple[str, str | None]]:
+    return [(entry.name, entry.category) for entry in Folder(str(root)).entries()]
+
+
+def test_digits_are_scikit_learns() -> None:
+    entries, digits = Digits().entries(), load_digits()
+    assert len(entries) == 1797
+    assert [entry.category for entry in entries] == [str(label) for label in digits.target]
+    pixels, notes = decode(entries[17].read(), PixelFormat(resolution=8, channels=1))
+    assert (pixels[0] == np.rint(digits.images[17] * 255 / 16)).all()
+    assert notes == []
+
+
+def test_a_flat_folder_has_no_categories(tmp_path: Path) -> None:
+    put(tmp_path, "b.png", "a.JPG", "c.webp")
+    assert listed(tmp_path) == [("a.JPG", None), ("b.png", None), ("c.webp", None)]
+    assert Folder(str(tmp_path)).entries()[0].read() == PICTURE
+
+
+def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) -> None:
+    put(tmp_path, "dog/2.png", "cat/1.png", "dog/puppies/young/3.png")
+    assert listed(tmp_path) == [("cat/1.png", "cat"), ("dog/2.png", "dog"), ("dog/puppies/young/3.png", "dog")]
+
+
+def test_a_picture_beside_category_folders_has_the_empty_category(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.png", "stray.png")
+    assert listed(tmp_path) == [("cat/1.png", "cat"), ("stray.png", "")]
+
+
+def test_hidden_files_folders_and_other_files_are_left_out(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "seen.png",
+        ".hidden.png",
+        "._seen.png",
+        ".git/x.png",
+        "__MACOSX/y.png",
+        "notes.txt",
+        "z.svg",
+        "model.pt",
+        "png",
+    )
+    assert listed(tmp_path) == [("seen.png", None)]
+
+
+def test_linked_folders_are_not_entered_and_linked_files_are_read(tmp_path: Path) -> None:
+    outside = put(tmp_path / "outside", "secret.png")
+    root = put(tmp_path / "root", "in.png")
+    (root / "away").symlink_to(outside, target_is_directory=True)
+    (root / "folder.png").symlink_to(outside, target_is_directory=True)
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    (root / "file.png").symlink_to(outside / "secret.png")
+    assert listed(root) == [("file.png", None), ("in.png", None)]
+
+
+def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
+    put(tmp_path, "été/Ω 1.png", "猫/emoji 🐈.png", "naïve/a\u202eb.png")
+    assert {category for _, category in listed(tmp_path)} == {"été", "猫", "naïve"}
+    assert all(entry.read() == PICTURE for entry in Folder(str(tmp_path)).entries())
+
+
+def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "b/1.png", "a/2.png", "a/10.png", "a.png", "c.png")
+    before, walk = listed(tmp_path), os.walk
+
+    def backwards(*arguments: object):
+        for folder, folders, names in walk(*arguments):
+            folders.sort(reverse=True)
+            yield folder, folders, sorted(names, reverse=True)
+
+    monkeypatch.setattr(sources.os, "walk", backwards)
+    assert listed(tmp_path) == before
+
+
+def test_an_empty_folder_says_what_would_count(tmp_path: Path) -> None:
+    put(tmp_path, "readme.md")
+    with pytest.raises(DataError, match=r"holds no pictures \(.jpg, .jpeg, .png") as caught:
+        Folder(str(tmp_path)).entries()
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_and_a_file_say_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no-such: no such folder"):
+        Folder(str(tmp_path / "no-such")).entries()
+    put(tmp_path, "one.png")
+    with pytest.raises(DataError, match="one.png: is a file, not a folder"):
+        Folder(str(tmp_path / "one.png")).entries()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_pipes_and_devices_are_never_waited_for(tmp_path: Path, make) -> None:
+    put(tmp_path, "a.png")
+    make(tmp_path / "b.png")
+    _, odd = Folder(str(tmp_path)).entries()
+    with pytest.raises(OSError, match="not a regular file"):
+        odd.read()
+
+
+def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (entry,) = Folder(str(tmp_path)).entries()
+    with pytest.raises(FileNotFoundError):
+        entry.read()
+
+
+def test_no_more_of_a_huge_file_is_read_than_it_takes_to_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: takes no space
+    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 1000)
+    (entry,) = Folder(str(tmp_path)).entries()
+    data = entry.read()
+    assert len(data) == 1001
+    with pytest.raises(decoding.RejectedImage, match="more than"):
+        decode(data, PixelFormat(resolution=8, channels=3))
