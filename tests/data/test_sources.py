@@ -108,7 +108,7 @@ def test_a_missing_folder_and_a_file_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no-such: no such folder"):
         Folder(str(tmp_path / "no-such")).entries()
     put(tmp_path, "one.png")
-    with pytest.raises(DataError, match="one.png: is a file, not a folder"):
+    with pytest.raises(DataError, match=r"one\.png: is a file, not a folder"):
         Folder(str(tmp_path / "one.png")).entries()
 
 

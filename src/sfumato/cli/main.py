@@ -58,19 +58,21 @@ def main() -> None:
     except SfumatoError as error:
         if debug:
             raise
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        _complain(f"error: {error}")
         sys.exit(error.exit_code)
     except Exception as error:
         if debug:
             raise
         code = getattr(error, "exit_code", None)  # an interrupted run has said what there is to say
         if code is None:
-            typer.secho(
-                f"error: {type(error).__name__}: {error}\n  mend: run again with --debug and report it",
-                err=True,
-                fg=typer.colors.RED,
-            )
+            _complain(f"error: {type(error).__name__}: {error}\n  mend: run again with --debug and report it")
         sys.exit(1 if code is None else code)
+
+
+def _complain(message: str) -> None:
+    from sfumato.observability.progress import printable
+
+    typer.secho(printable(message), err=True, fg=typer.colors.RED)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,10 +36,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice, line {key.start_mark.line + 1}")
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.YAMLError(f"a key that is no single word, line {key.start_mark.line + 1}")
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -111,13 +110,11 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
         *parents, last = path.split(".")
         target = result
         for depth, key in enumerate(parents):
-            child = target.get(key)
-            if not isinstance(child, dict):
-                if key not in target or child is not None:
-                    hint = "" if key in target else _nearest(key, target)
-                    raise ConfigError(f"`{'.'.join(parents[: depth + 1])}` has no keys to set{hint}", where=f"{path}={value}")
-                child = target[key] = {}
-            target = child
+            if target.get(key) is None:  # absent keys have defaults, unknown ones are refused by `parse`
+                target[key] = {}
+            target = target[key]
+            if not isinstance(target, dict):
+                raise ConfigError(f"`{'.'.join(parents[: depth + 1])}` has no keys to set", where=f"{path}={value}")
         if last == TAG and target.get(TAG) != value:
             target.clear()
         current = target.get(last)
@@ -150,11 +147,6 @@ def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str,
         if not equals or not path:
             raise ConfigError(f"{item!r} sets nothing", where="overrides", mend="write key=value, e.g. budget.minutes=5")
         yield path, load_yaml(text, where=item)
-
-
-def _nearest(key: str, legal: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, list(legal), n=1, cutoff=0.5)
-    return f" (did you mean `{close[0]}`?)" if close else ""
 
 
 def _copy(data: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,24 @@ class Neighbours:
 
 
 def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbours:
-    """Nearest training pictures of `images` (n, C, H, W); memory grows with n x chunk, not with the training set."""
-    flat = images.flatten(1).float()
+    """Nearest training pictures of `images` (n, C, H, W); memory grows with n x chunk, not with the training set.
+
+    Equal training pictures count as one: a copy of a picture that stands there twice is still a copy.
+    """
+    flat, kept = images.flatten(1).float(), _distinct(training)
     distances = torch.full((len(flat), 0), 0.0)
     indices = torch.zeros((len(flat), 0), dtype=torch.long)
-    for first in range(0, len(training), chunk):
-        part = torch.cdist(flat, training[first : first + chunk].flatten(1).float())
-        numbers = torch.arange(first, first + part.shape[1]).expand_as(part)
-        distances, indices = torch.cat([distances, part], 1), torch.cat([indices, numbers], 1)
+    for numbers in kept.split(chunk):
+        part = torch.cdist(flat, training[numbers].flatten(1).float())
+        distances, indices = torch.cat([distances, part], 1), torch.cat([indices, numbers.expand_as(part)], 1)
         distances, order = distances.topk(min(2, distances.shape[1]), largest=False)
         indices = indices.gather(1, order)
     return Neighbours(first=distances[:, 0], second=distances[:, -1], index=indices[:, 0])
+
+
+def _distinct(training: Tensor) -> Tensor:
+    """Index of the first of each group of equal pictures, rising."""
+    firsts: dict[bytes, int] = {}
+    for number, picture in enumerate(training.numpy()):
+        firsts.setdefault(hashlib.sha256(picture.tobytes()).digest(), number)
+    return torch.tensor(list(firsts.values()))

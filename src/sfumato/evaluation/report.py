@@ -78,13 +78,19 @@ def evaluate(
     Args:
         keep: handed each scale's pictures in [0, 1] and their nearest training pictures.
     Raises:
-        DataError: if the data have no categories to be read.
+        DataError: if the data have no categories to be read, or fewer than two pictures are held out.
     """
     if len(dataset.categories) < 2:
         raise DataError(
             "has no categories, which this evaluation reads samples by",
             where="evaluate",
             mend="sort the pictures into sub-folders",
+        )
+    if len(dataset.holdout) < 2:
+        raise DataError(
+            f"{len(dataset.holdout)} picture is held out, too few to compare samples with",
+            where="evaluate",
+            mend="add pictures, or raise data.holdout in a new run",
         )
     tell = on_progress or (lambda fraction, text: None)
     tell(0.0, "training a classifier on the real pictures")

@@ -25,6 +25,7 @@ class Line:
 def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> Image.Image:
     """Curves over a common x axis, with round ticks and a legend."""
     points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    points = points or [(0.0, 0.0)]
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
     sheet = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
@@ -54,14 +55,15 @@ def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> Image.Image:
 
 def ticks(low: float, high: float) -> list[float]:
     """About five round numbers that enclose [low, high]."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-14 * max(abs(low), abs(high), 1e-100):
+        margin = max(0.5, abs(low) / 1000)
+        low, high = low - margin, high + margin
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(step * number, 10) for number in range(first, last + 1)]
+    return [round(step * number, 2 - math.floor(math.log10(step))) for number in range(first, last + 1)]
 
 
 def _runs(line: Line) -> list[list[tuple[float, float]]]:

@@ -34,7 +34,7 @@ def digits() -> Run:
         validation=ValidationConfig(every_steps=400),
         preview=PreviewConfig(every_steps=200, num=40),
         checkpoint=CheckpointConfig(every_steps=400),
-        sampling=SamplingConfig(guidance=1.25, steps=20),
+        sampling=SamplingConfig(guidance=1.3, steps=20),
     )
 
 

@@ -1,0 +1,270 @@
+"""What the program says, where it says it, and how it exits, before any model is trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import sfumato
+
+import sfumato as package
+from sfumato import config
+from sfumato.config import load_yaml
+from sfumato.data import Digits, Folder
+from sfumato.errors import ConfigError, DivergedError
+from sfumato.recipes import Run, launch, recipe, resolve
+
+VERBS = ["train", "resume", "sample", "evaluate", "explain", "recipes", "doctor", "config"]
+
+
+def in_new_python(code: str) -> str:
+    """Standard output of a program run in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def digit_folder(root: Path, *, per_category: int = 12, categories: str = "01") -> Path:
+    """Digits as PNG files in one folder a category."""
+    count = dict.fromkeys(categories, 0)
+    for entry in Digits().entries():
+        if count.get(entry.category, per_category) < per_category:
+            count[entry.category] += 1
+            path = root / entry.category / f"{entry.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(entry.read())
+    return root
+
+
+def test_help_lists_the_verbs() -> None:
+    result = sfumato("--help")
+    assert result.code == 0
+    assert all(f" {verb} " in result.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str) -> None:
+    result = sfumato(verb, "--help")
+    assert result.code == 0
+    assert f"sfumato {verb}" in result.out
+
+
+def test_without_a_verb_the_help_is_shown() -> None:
+    assert "train" in sfumato().out + sfumato().err
+
+
+def test_the_version() -> None:
+    assert sfumato("--version") == (0, f"{package.__version__}\n", "")
+
+
+def test_neither_import_nor_help_loads_torch() -> None:
+    heavy = "sorted({'torch', 'sklearn', 'scipy', 'yaml'} & set(sys.modules))"
+    assert in_new_python(f"import sys, sfumato; print({heavy})") == "[]\n"
+    for arguments in (["--help"], ["train", "--help"], ["config", "show", "--help"], ["--version"]):
+        code = f"import sys; from sfumato.cli.main import main; sys.argv[1:] = {arguments}\ntry: main()\nexcept SystemExit: print({heavy})"
+        assert in_new_python(code).endswith("[]\n")
+    assert "torch" in in_new_python(f"import sys, sfumato; sfumato.load; print({heavy})")
+
+
+def test_the_installed_program_is_this_one() -> None:
+    program = Path(sys.executable).with_name("sfumato")
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{package.__version__}\n"
+
+
+def test_the_package_has_what_it_lists_and_nothing_else() -> None:
+    assert all(getattr(package, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = package.trian
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    result = sfumato("train", "digit")
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err == (
+        "error: train: 'digit' is no recipe, YAML file or folder\n"
+        "  mend: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or file must exist\n"
+    )
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    result = sfumato("train", "digits", "bugdet.steps=3", "--run", tmp_path / "run")
+    assert result.code == 2
+    assert "digits: `bugdet` is no key (did you mean `budget`?)" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train"], ["train", "digits", "--stpes", "3"], ["sample", "x", "--num", "0"]]
+)
+def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
+    result = sfumato(*arguments)
+    assert result.code == 2
+    assert "Usage" in result.err
+
+
+def test_a_traceback_is_for_debug_only_and_debug_may_stand_anywhere() -> None:
+    result = sfumato("config", "show", "digit")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    for arguments in (["--debug", "config", "show", "digit"], ["config", "show", "digit", "--debug"]):
+        with pytest.raises(ConfigError):
+            sfumato(*arguments)
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato.cli.main", "config", "show", "digit", "--debug"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DivergedError("it diverged", mend="lower the rate"), 3, "error: it diverged\n  mend: lower the rate\n"),
+        (RuntimeError("odd"), 1, "error: RuntimeError: odd\n  mend: run again with --debug and report it\n"),
+        (
+            ConfigError("bad \x1b]0;owned\x07 name"),
+            2,
+            "error: bad \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} name\n",
+        ),
+    ],
+)
+def test_errors_have_their_exit_codes_and_no_control_characters(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "resolve", fail)
+    assert sfumato("train", "digits") == (code, "", said)
+
+
+def test_recipes_are_listed_with_what_they_are() -> None:
+    result = sfumato("recipes")
+    assert result.code == 0
+    assert "digits       Handwritten digits, 8 x 8, steered by category: one minute on two cores.\n" in result.out
+
+
+def test_show_prints_a_configuration_that_reads_back(tmp_path: Path) -> None:
+    result = sfumato("config", "show", "digits", "budget.steps=6", "objective.schedule=Cosine")
+    expected = resolve("digits", ["budget.steps=6", "objective.schedule=Cosine"])
+    assert config.parse(Run, load_yaml(result.out, where="shown")) == expected
+    (tmp_path / "shown.yaml").write_text(result.out)
+    assert sfumato("config", "show", tmp_path / "shown.yaml").out == result.out
+
+
+def test_a_yaml_file_builds_on_its_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: Karras, rho: 5}}\n")
+    assert sfumato("config", "diff", "digits", path).out.splitlines() == [
+        "budget.steps: None -> 7",
+        "name: digits -> mine",
+        "objective.schedule.kind: Warped -> Karras",
+        "objective.schedule.schedule.kind: Linear -> (absent)",
+        "objective.schedule.warp.kind: LogitNormal -> (absent)",
+        "objective.schedule.warp.mean: 0.0 -> (absent)",
+        "objective.schedule.warp.std: 1.0 -> (absent)",
+        "objective.schedule.sigma_min: (absent) -> 0.002",
+        "objective.schedule.sigma_max: (absent) -> 80.0",
+        "objective.schedule.rho: (absent) -> 5.0",
+    ]
+    assert sfumato("config", "diff", path, path).out == ""
+
+
+def test_validate_says_valid_or_names_the_file_and_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: digits\nname: mine\n")
+    assert sfumato("config", "validate", path) == (0, f"{path}: valid (mine)\n", "")
+    path.write_text("recipe: digits\noptimzer: {learning_rate: 1}\n")
+    result = sfumato("config", "validate", path)
+    assert result.code == 2
+    assert f"{path}: `optimzer` is no key (did you mean `optimizer`?)" in result.err
+    path.write_text("recipe: [1]\n")
+    assert sfumato("config", "validate", path).code == 2
+
+
+@pytest.mark.parametrize(
+    "payload", ["!!python/object/apply:os.mkdir [owned]", "a: &x 1\nb: *x", "sampling: {_target_: os.mkdir}"]
+)
+def test_a_yaml_file_cannot_build_objects(tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(f"recipe: digits\n{payload}\n" if ":" in payload[:10] else payload)
+    assert sfumato("train", "bad.yaml", "--run", "run").code == 2
+    assert os.listdir() == ["bad.yaml"]
+
+
+def test_the_schema_is_json_with_every_key() -> None:
+    schema = json.loads(sfumato("config", "schema").out)
+    assert {"seed", "batch_size", "data", "budget", "optimizer", "precision", "compile"} <= set(schema["properties"])
+
+
+def test_doctor_says_what_is_here() -> None:
+    result = sfumato("doctor")
+    assert result.code == 0
+    assert f"sfumato {package.__version__}, Python {sys.version.split()[0]}, torch " in result.out
+    assert "float32: matrix product " in result.out
+    assert "GPUs: " in result.out
+    assert "extra parity: " in result.out
+
+
+def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
+    assert result.code == 0
+    assert result.out.startswith("# 1519 pictures to learn from, 278 held out, 0 left out\n# 10 categories; 0.76M parameters\n")
+    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve("digits", ["budget.steps=6"])
+    assert os.listdir() == []
+
+
+def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
+    root = digit_folder(tmp_path / "my digits")
+    run = resolve(root)
+    assert run.name == "my digits"
+    assert run.data.source == Folder(str(root))
+    assert (run.data.resolution, run.data.channels) == (8, 1)
+    assert run.conditioner is not None
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (root / "0").iterdir():
+        path.rename(flat / path.name)
+    assert resolve(flat).conditioner is None
+    assert "# 2 categories" not in sfumato("train", flat, "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("empty", "empty: holds no pictures"),
+        ("note.txt", "note.txt: is a file, and no YAML"),
+        ("no.yaml", "no.yaml: cannot be read"),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("hello")
+    result = sfumato("train", tmp_path / source)
+    assert result.code == 2
+    assert said in result.err
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "resume"])
+def test_a_folder_that_is_no_run_says_so(tmp_path: Path, verb: str) -> None:
+    result = sfumato(verb, tmp_path)
+    assert result.code == 2
+    assert "is no run: it holds no config.yaml\n  mend: name a folder that `sfumato train` made\n" in result.err
+
+
+def test_explaining_a_recipe_draws_the_ideal_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sfumato("explain", "digits")
+    assert result.code == 0
+    names = ["schedule.png", "logsnr.png", "density.png", "noising.png", "way_back.png", "README.md"]
+    assert result.out.splitlines() == [f"explained/digits/{name}" for name in names]
+    assert all(Path(line).stat().st_size > 100 for line in result.out.splitlines())
+    text = Path("explained/digits/README.md").read_text()
+    assert "by the ideal denoiser of the training pictures" in text
+    assert f"{recipe('digits').sampling.steps} steps of DPMSolverPP2M" in text

@@ -1,0 +1,203 @@
+"""One tiny run from training to samples, evaluation and explanation, each by its verb."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from program import Result, sfumato
+
+from sfumato.config import load_yaml_file
+from sfumato.evaluation import report
+from sfumato.evaluation.classifier import train_classifier
+from sfumato.observability.pictures import GAP
+from sfumato.pipeline import to_unit
+from sfumato.sampling import KeyedNoise
+
+TINY = ["budget.steps=6", "network.channels=32", "precision=float32", "preview.num=10", "validation.samples=20"]
+TILE = 56 + GAP
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    return path, sfumato("train", "digits", *TINY, "--run", path)
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Result]) -> Path:
+    return trained[0]
+
+
+def settings(path: Path) -> dict:
+    with Image.open(path) as image:
+        return json.loads(image.text["sfumato"])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple[Path, Result]) -> None:
+    path, result = trained
+    assert result.code == 0
+    assert result.out == f"{path}\n"
+    assert "1519 pictures to learn from, 278 held out, 10 categories, 8 px; 0.76M parameters" in result.err
+    assert "step 6: held-out noise error MSE " in result.err
+
+
+def test_a_run_holds_what_it_should(run: Path) -> None:
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 6)
+    assert load_yaml_file(run / "config.yaml")["budget"]["steps"] == 6
+    data = json.loads((run / "data.json").read_text())
+    assert (data["images"], data["training"], data["holdout"]) == (1797, 1519, 278)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 1
+    assert lines[0]["train/loss"] > 0
+    assert any("validation/ema/r2" in line for line in lines)
+    assert {path.name for path in (run / "samples").iterdir()} == {"real.png", "step-000000000", "step-000000006"}
+    assert Image.open(run / "samples/step-000000006/grid.png").size == (GAP + 10 * TILE, GAP + TILE)
+
+
+def test_a_run_is_not_trained_over(run: Path) -> None:
+    before = (run / "status.json").read_bytes()
+    result = sfumato("train", "digits", *TINY, "--run", run)
+    assert result.code == 2
+    assert f"{run}: there is a run here already\n  mend: `sfumato resume {run}`" in result.err
+    assert (run / "status.json").read_bytes() == before
+
+
+def test_a_run_is_a_source_of_its_configuration(run: Path) -> None:
+    changed = sfumato("config", "diff", "digits", run).out.splitlines()
+    assert "budget.steps: None -> 6" in changed
+    assert "preview.num: 40 -> 10" in changed
+    assert len(changed) == 4  # channels are the recipe's
+
+
+def test_sample_writes_pictures_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:
+    result = sfumato(
+        "sample", run, "--num", 5, "--category", 3, "--category", 7, "--steps", 4, "--sampler", "ddim", "--guidance", 2,
+        "--seed", 11, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.code == 0
+    assert result.out == f"{tmp_path / 'out' / 'grid.png'}\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grid.png", *(f"{i:05d}.png" for i in range(5))}
+    expected = {
+        "run": "tiny",
+        "seed": 11,
+        "category": ["3", "7"],
+        "steps": 4,
+        "sampler": "ddim",
+        "weights": "ema",
+        "guidance": 2.0,
+    }
+    assert expected.items() <= settings(tmp_path / "out" / "grid.png").items()
+    assert {**expected, "index": 3}.items() <= settings(tmp_path / "out" / "00003.png").items()
+    assert Image.open(tmp_path / "out" / "00003.png").size == (8, 8)
+    assert Image.open(tmp_path / "out" / "00003.png").mode == "L"
+    assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * TILE)
+
+
+def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> None:
+    result = sfumato("sample", run, "--num", 1)
+    assert result.code == 0
+    assert result.out == f"{run}/generated/seed-0/grid.png\n"
+    said = settings(run / "generated/seed-0/00000.png")
+    assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (20, "DPMSolverPP2M", None, 0)
+
+
+def test_the_same_command_makes_the_same_pictures_and_another_seed_does_not(run: Path, tmp_path: Path) -> None:
+    for folder, seed, num in (("a", 0, 2), ("b", 0, 3), ("c", 1, 2)):
+        assert (
+            sfumato("sample", run, "--num", num, "--category", 4, "--steps", 3, "--seed", seed, "--out", tmp_path / folder).code
+            == 0
+        )
+    a, b, c = (pixels(tmp_path / folder / "00001.png") for folder in "abc")
+    assert np.abs(a - b).max() <= 1  # to float rounding, whatever the number
+    assert np.abs(a - c).max() > 20
+
+
+def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
+    for weights in ("ema", "raw"):
+        assert sfumato("sample", run, "--num", 4, "--steps", 3, "--weights", weights, "--out", tmp_path / weights).code == 0
+    grids = [pixels(tmp_path / weights / "grid.png") for weights in ("ema", "raw")]
+    assert (grids[0] != grids[1]).any()
+    assert settings(tmp_path / "raw" / "grid.png")["weights"] == "raw"
+
+
+def test_a_trajectory_shows_noisy_pictures_and_guesses(run: Path, tmp_path: Path) -> None:
+    result = sfumato("sample", run, "--num", 2, "--steps", 4, "--trajectory", "--out", tmp_path)
+    assert result.out == f"{tmp_path}/trajectory.png\n{tmp_path}/grid.png\n"
+    image = Image.open(tmp_path / "trajectory.png")
+    left, top = 16 + 7 * len("guess of x0"), 22
+    assert image.size == (left + 5 * TILE, top + 4 * TILE)  # four steps and the result; two rows for each picture
+
+    def tile(row: int, column: int) -> np.ndarray:
+        place = np.asarray(image)[top + row * TILE :, left + column * TILE :]
+        return place[3:56:7, 3:56:7, 0].astype(int)
+
+    final = pixels(tmp_path / "00001.png")
+    assert (tile(2, 4) == final).all()
+    assert (tile(3, 4) == final).all()
+    assert (tile(3, 3) == final).all()  # the last guess is the result
+    start = to_unit(KeyedNoise(0)(torch.empty(2, 1, 8, 8)))[1, 0]
+    assert np.abs(tile(2, 0) - 255 * start.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--category", "seven"], "no category 'seven'\n  mend: the model knows 0, 1, 2, 3"),
+        (
+            ["--sampler", "dpm-solver++"],
+            "no sampler 'dpm-solver++'\n  mend: did you mean 'dpm-solver++2m'? there are ddim, ddpm",
+        ),
+    ],
+)
+def test_what_the_model_does_not_know_is_said(run: Path, option: list[str], said: str) -> None:
+    result = sfumato("sample", run, *option)
+    assert result.code == 2
+    assert said in result.err
+
+
+def test_explaining_a_run_uses_its_model(run: Path, tmp_path: Path) -> None:
+    result = sfumato("explain", run)
+    assert result.code == 0
+    assert [Path(line).name for line in result.out.splitlines()][-2:] == ["way_back.png", "README.md"]
+    assert "by the trained model" in (run / "explained" / "README.md").read_text()
+    assert sfumato("explain", run, "--out", tmp_path / "here").out.startswith(f"{tmp_path}/here/schedule.png\n")
+
+
+def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=30))
+    out = tmp_path / "here" / "figures.json"
+    result = sfumato("evaluate", run, "--num", 20, "--guidance", 1, "--guidance", 2, "--out", out)
+    assert result.code == 0
+    figures = json.loads(out.read_text())
+    assert [row["name"] for row in figures["rows"]] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2"]
+    assert [row["n"] for row in figures["rows"]] == [278, 20, 20]
+    assert f"{figures['classifier_accuracy']:.1%} right on held-out ones" in result.out
+    assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
+    assert f"figures: {out}\n" in result.out
+    sheet = Image.open(tmp_path / "here" / "nearest-guidance-2.png")
+    assert sheet.size == (16 + 7 * len("nearest real") + 10 * TILE, GAP + 2 * TILE)
+
+
+def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=5))
+    assert sfumato("evaluate", run, "--num", 10).code == 0
+    own = load_yaml_file(run / "config.yaml")["sampling"]["guidance"]
+    figures = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert [row["name"] for row in figures["rows"][1:]] == ["samples, guidance 1", f"samples, guidance {own:g}"]

@@ -1,0 +1,160 @@
+"""An evaluation compares samples with real pictures, and each figure with what held-out real pictures get."""
+
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfumato.data import DataConfig, Dataset, Digits, index, to_float
+from sfumato.errors import DataError
+from sfumato.evaluation import evaluate, report
+from sfumato.evaluation.classifier import Classifier, train_classifier
+from sfumato.evaluation.report import wilson
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return index(DataConfig(source=Digits(), resolution=8, channels=1, holdout=0.15))
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: Dataset) -> Classifier:
+    return train_classifier(digits, steps=300)
+
+
+class Fake:
+    """A pipeline that shows what it is given: real pictures of the categories asked for, made worse by `harm`."""
+
+    def __init__(self, dataset: Dataset, harm) -> None:
+        self.dataset, self.harm, self.asked = dataset, harm, []
+
+    def sample(self, num: int, *, category: list[str], seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+        self.asked.append((num, tuple(category), seed, guidance))
+        labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
+        pools = [self.dataset.training[(labels == number).numpy()] for number in range(len(category))]
+        chosen = [pools[i % len(pools)][i // len(pools)] for i in range(num)]
+        return (self.harm(to_float(self.dataset.images(chosen)[0])) + 1) / 2
+
+
+def noisy(size: float):
+    return lambda x: (x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+
+
+@pytest.fixture
+def rows(digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "train_classifier", lambda dataset: classifier)
+    return lambda harm, **options: evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
+
+
+def test_the_classifier_learns_and_is_the_same_every_time(digits: Dataset, classifier: Classifier) -> None:
+    assert classifier.held_out_accuracy > 0.9
+    images = to_float(digits.images(digits.holdout)[0])
+    read, features = classifier.read(images)
+    labels = digits.context(digits.holdout)["category"]
+    assert float((read == labels).double().mean()) == classifier.held_out_accuracy
+    assert features.shape == (len(images), 64)
+    assert features.dtype == torch.float64
+    few = functools.partial(train_classifier, digits, steps=3)
+    weights = [torch.cat([p.flatten() for p in trained.network.parameters()]) for trained in (few(), few(), few(seed=1))]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_a_classifier_leaves_the_global_generator_alone(digits: Dataset) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train_classifier(digits, steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_picture_reads_the_same_alone_and_in_company(digits: Dataset, classifier: Classifier) -> None:
+    images = to_float(digits.images(digits.training[:300])[0])
+    labels, features = classifier.read(images)
+    alone, their_features = classifier.read(images[299:])
+    assert alone[0] == labels[299]
+    torch.testing.assert_close(their_features[0], features[299], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copycat_reads_well_and_is_caught(rows) -> None:
+    held_out, copycat = rows(noisy(0.02))
+    assert copycat.copies > 0.97
+    assert held_out.copies < 0.01
+    assert copycat.read_as_asked > 0.95
+    assert copycat.nearest < 0.2 * held_out.nearest
+
+
+def test_rubbish_reads_by_chance_and_is_far_away(rows) -> None:
+    held_out, rubbish = rows(lambda x: noisy(1.0)(torch.zeros_like(x)))
+    assert rubbish.read_as_asked < 0.35
+    assert rubbish.frechet_equal > 20 * held_out.frechet_equal
+    assert rubbish.copies == 0
+
+
+def test_the_wrong_category_is_not_read_as_asked(rows) -> None:
+    _, shifted = rows(lambda x: x.roll(1, 0))
+    assert shifted.read_as_asked < 0.1
+    low, high = shifted.interval
+    assert low <= shifted.read_as_asked <= high
+
+
+def test_the_first_row_is_real_pictures_and_each_guidance_has_its_own(digits: Dataset, classifier: Classifier, rows) -> None:
+    given = rows(noisy(0.1), guidances=(1.0, 2.5), num=50)
+    assert [row.name for row in given] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2.5"]
+    assert [row.n for row in given] == [len(digits.holdout), 50, 50]
+    assert given[0].read_as_asked == pytest.approx(classifier.held_out_accuracy)
+    assert given[0].frechet == given[0].frechet_equal
+
+
+def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+    monkeypatch.setattr(report, "train_classifier", lambda dataset: classifier)
+    fake, kept, told = Fake(digits, noisy(0.1)), [], []
+    result = evaluate(
+        fake, digits, num=30, seed=9, guidances=(1.5,), keep=lambda *given: kept.append(given),
+        on_progress=lambda fraction, text: told.append(fraction),
+    )  # fmt: skip
+    assert fake.asked == [(30, digits.categories, 9, 1.5)]
+    (scale, images, neighbours), *rest = kept
+    assert (scale, len(images), len(neighbours.index), rest) == (1.5, 30, 30, [])
+    assert told == sorted(told)
+    assert told[-1] == 1
+    assert json.loads(json.dumps(result.plain()))["rows"][1]["n"] == 30
+    assert result.extractor == "run-classifier-seed0"
+    assert result.training == len(digits.training)
+
+
+def test_data_without_categories_say_what_to_do(digits: Dataset) -> None:
+    with pytest.raises(DataError, match="sort the pictures into sub-folders"):
+        evaluate(Fake(digits, noisy(0.1)), replace(digits, categories=()))
+
+
+def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:
+    few = replace(digits, config=replace(digits.config, holdout=1e-9))
+    assert len(few.holdout) == 1
+    with pytest.raises(DataError, match="1 picture is held out, too few"):
+        evaluate(Fake(few, noisy(0.1)), few)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (8, 10, 0.4902, 0.9433),
+        (10, 10, 0.7225, 1.0),
+        (1, 29, 0.0061, 0.1718),
+        (95, 100, 0.8882, 0.9785),
+    ],
+)
+def test_wilsons_interval(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes / n, n) == pytest.approx((low, high), abs=1e-4)

@@ -1,0 +1,74 @@
+"""A bar on a terminal, plain lines elsewhere, and never a control character from a file's name."""
+
+import io
+
+import pytest
+
+from sfumato.observability import progress
+from sfumato.observability.progress import ProgressBar, duration, printable
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0, 9.6, 309, 3909, -5)] == ["0:00", "0:10", "5:09", "1:05:09", "0:00"]
+
+
+def test_where_no_terminal_is_a_plain_line_now_and_then_and_the_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 101.0, 107.0, 108.0, 110.0])  # begun, then one for each update
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with ProgressBar("training") as bar:
+        for fraction in (0.1, 0.35, 0.4, 1.0):
+            bar.update(fraction, f"loss {fraction}")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["training  35%  loss 0.35  left 0:13", "training 100%  loss 1.0  left 0:00"]
+    assert "\x1b" not in captured.err
+
+
+def test_the_time_left_of_a_resumed_run_counts_from_where_it_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    bar = ProgressBar("training")
+    bar.start_at(0.5)
+    bar.update(0.6, "x")  # a tenth took 10 s, four are left
+    assert "left 0:40" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_live_bar_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert ProgressBar("x").live
+    for name in ("CI", "NO_COLOR"):
+        with monkeypatch.context() as inside:
+            inside.setenv(name, "1")
+            assert not ProgressBar("x").live
+
+
+def test_what_is_said_is_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("x") as bar:
+        bar.say("[bold]cat[/bold] [/] " + "long " * 60)
+    assert capsys.readouterr().err == "[bold]cat[/bold] [/] " + "long " * 60 + "\n"
+
+
+@pytest.mark.parametrize("payload", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x00"])
+def test_control_characters_do_not_reach_the_terminal(payload: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("x") as bar:
+        bar.say(f"cat{payload}.png")
+    said = capsys.readouterr().err
+    assert said.startswith("cat")
+    assert said.endswith(".png\n")
+    assert all(character.isprintable() for character in said.removesuffix("\n"))
+
+
+def test_ordinary_text_is_left_as_it_is() -> None:
+    text = "été 猫 🐈 naïve\n  mend: 'x'"
+    assert printable(text) == text

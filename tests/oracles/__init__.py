@@ -1,0 +1,1 @@
+"""Denoisers whose posterior means, and whose sampling ODE, are known exactly."""
