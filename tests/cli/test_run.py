@@ -11,6 +11,7 @@ from PIL import Image
 from program import Result, sfumato
 
 from sfumato.config import load_yaml_file
+from sfumato.data import Digits
 from sfumato.evaluation import report
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.pictures import GAP
@@ -178,6 +179,31 @@ def test_explaining_a_run_uses_its_model(run: Path, tmp_path: Path) -> None:
     assert [Path(line).name for line in result.out.splitlines()][-2:] == ["way_back.png", "README.md"]
     assert "by the trained model" in (run / "explained" / "README.md").read_text()
     assert sfumato("explain", run, "--out", tmp_path / "here").out.startswith(f"{tmp_path}/here/schedule.png\n")
+
+
+def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:
+    for number, entry in enumerate(Digits().entries()[:40]):
+        path = tmp_path / "digits" / entry.category / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(entry.read())
+    bad = {"0/cut.jpg": b"\xff\xd8\xff\xe0", "1/empty.png": b"", "2/page.png": b"<html>", "3/ev\x1b[2Jil.gif": b"GIF89a"}
+    for name, data in bad.items():
+        (tmp_path / "digits" / name).write_bytes(data)
+    small = [
+        "network.channels=32",
+        "network.multipliers=[1]",
+        "network.attention_depths=[]",
+        "precision=float32",
+        "preview.num=2",
+    ]
+    result = sfumato("train", tmp_path / "digits", "budget.steps=2", "data.memory_gib=0", *small, "--run", tmp_path / "run")
+    assert result.code == 0
+    assert "4 picture(s) left out" in result.err
+    assert "\x1b" not in result.err
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert {reject["file"] for reject in data["rejects"]} == set(bad)
+    assert all(reject["reason"] for reject in data["rejects"])
+    assert data["images"] == 40
 
 
 def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,9 @@ def test_progress_is_told_for_every_file(tmp_path: Path) -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("wrong", [{"resolution": 0}, {"holdout": 0.0}, {"holdout": 1.0}, {"workers": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"resolution": 0}, {"holdout": 0.0}, {"holdout": 1.0}, {"workers": -1}, {"background": (0, 256, 0)}]
+)
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="data: resolution = "):
         DataConfig(**wrong)

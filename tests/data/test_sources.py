@@ -116,9 +116,17 @@ def test_a_missing_folder_and_a_file_say_so(tmp_path: Path) -> None:
 def test_pipes_and_devices_are_never_waited_for(tmp_path: Path, make) -> None:
     put(tmp_path, "a.png")
     make(tmp_path / "b.png")
-    _, odd = Folder(str(tmp_path)).entries()
-    with pytest.raises(OSError, match="not a regular file"):
-        odd.read()
+    assert listed(tmp_path) == [("a.png", None)]
+
+
+def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "caf") + b"\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/\xff.png", "wb") as file:
+        file.write(PICTURE)
+    (entry,) = Folder(str(tmp_path)).entries()
+    assert (entry.name, entry.category) == ("caf\\udce9/\\udcff.png", "caf\\udce9")
+    assert entry.read() == PICTURE
 
 
 def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:

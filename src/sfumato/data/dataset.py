@@ -43,11 +43,12 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.resolution < 1 or not 0 < self.holdout < 1 or self.workers < 0:
+        colour = all(0 <= level <= 255 for level in self.background)
+        if self.resolution < 1 or not 0 < self.holdout < 1 or self.workers < 0 or not colour:
             raise ConfigError(
-                f"resolution = {self.resolution}, holdout = {self.holdout}, workers = {self.workers}",
+                f"resolution = {self.resolution}, holdout = {self.holdout}, workers = {self.workers}, background = {self.background}",
                 where="data",
-                mend="resolution is at least 1, holdout between 0 and 1, workers at least 0",
+                mend="resolution is at least 1, holdout between 0 and 1, workers at least 0, background from 0 to 255",
             )
 
     def pixel_format(self) -> PixelFormat:

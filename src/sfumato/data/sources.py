@@ -27,12 +27,10 @@ class Entry:
         """The encoded bytes, or as many as it takes for `decode` to say that they are too many.
 
         Raises:
-            OSError: if the file is gone, or is a pipe or a device.
+            OSError: if the file is gone.
         """
         if isinstance(self.location, bytes):
             return self.location
-        if self.location.exists() and not self.location.is_file():
-            raise OSError("not a regular file")
         with self.location.open("rb") as file:
             return file.read(MAX_BYTES + 1)
 
@@ -83,20 +81,25 @@ class Folder:
                 f"holds no pictures ({', '.join(SUFFIXES)})", where=self.path, mend="put pictures in it, or name another folder"
             )
         nested = any(len(file.parts) > 1 for file in files)
-        return [Entry(file.as_posix(), _category(file) if nested else None, root / file) for file in files]
+        return [Entry(_legible(file.as_posix()), _category(file) if nested else None, root / file) for file in files]
 
 
 def _category(file: Path) -> str:
-    return file.parts[0] if len(file.parts) > 1 else ""
+    return _legible(file.parts[0]) if len(file.parts) > 1 else ""
+
+
+def _legible(name: str) -> str:
+    """A name that can be written as UTF-8; file systems allow others."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _pictures(root: Path) -> list[Path]:
-    """Picture files below `root`, relative to it; hidden ones and what lies behind linked folders are left out."""
+    """Picture files below `root`, relative to it; hidden ones, pipes, devices and what lies behind linked folders are left out."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        pictures = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        found.extend((Path(folder) / name).relative_to(root) for name in pictures)
+        pictures = (Path(folder, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        found.extend(path.relative_to(root) for path in pictures if path.is_file() or not path.exists())
     return found
 
 

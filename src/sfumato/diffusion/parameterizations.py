@@ -38,6 +38,22 @@ class Parameterization(ABC):
         """(a, b) = d(alpha/k, sigma/k)/dc."""
 
     @final
+    def finite_coordinate(self, level: NoiseLevel) -> Tensor:
+        """c(level), for solvers that integrate in it.
+
+        Raises:
+            ScheduleError: where it is infinite: `Epsilon` at alpha = 0, `Sample` at sigma = 0.
+        """
+        coordinate = self.coordinate(level)
+        if not bool(torch.isfinite(coordinate).all()):
+            raise ScheduleError(
+                f"no solver can integrate in the coordinate of {type(self).__name__} from or to a level where it is infinite",
+                where="sampler",
+                mend="use parameterization=Flow() or Velocity(), or keep off that end: Warped(schedule=..., warp=Span(high=0.999))",
+            )
+        return coordinate
+
+    @final
     def determinant(self, level: NoiseLevel) -> Tensor:
         """D = a*sigma - b*alpha. |T^ - T| = |D/sigma| |x0^ - x0| = |D/alpha| |eps^ - eps|."""
         a, b = self.tangent(level)

@@ -243,7 +243,7 @@ class Shift:
     factor: float = 3.0
 
     def __call__(self, t: Tensor) -> Tensor:
-        return self.factor * t / (1 + (self.factor - 1) * t)
+        return t / (t + (1 - t) / self.factor)  # this form is exact at both ends
 
 
 @dataclass(frozen=True, kw_only=True)

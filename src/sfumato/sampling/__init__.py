@@ -29,7 +29,7 @@ SAMPLERS: dict[str, SamplerConfig] = {
     "dpm-solver++2m": DPMSolverPP2M(),
     "dpm-solver++2m-sde": DPMSolverPP2M(eta=1.0),
     "unipc": UniPC(),
-    "edm-churn": Churn(),
+    "churn": Churn(RungeKutta("heun")),
 }
 
 __all__ = [

@@ -37,7 +37,8 @@ def integrate(
     finite = [(node, point) for node, point in zip(nodes, points, strict=True) if bool(torch.isfinite(node).all())]
     if len(finite) < 2:
         only = finite[0][1] if finite else points[0]
-        return broadcast(parameterization.coordinate(stop) - parameterization.coordinate(start), only.target) * only.target
+        interval = parameterization.finite_coordinate(stop) - parameterization.finite_coordinate(start)
+        return broadcast(interval, only.target) * only.target
 
     begin, end = (warp(parameterization.coordinate(level)) for level in (start, stop))
     half = (end - begin) / 2

@@ -48,8 +48,8 @@ class RungeKutta:
 
     def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
         p, tableau = self.parameterization, TABLEAUS[self.method]
-        begin = p.coordinate(start)
-        interval = p.coordinate(stop) - begin
+        begin = p.finite_coordinate(start)
+        interval = p.finite_coordinate(stop) - begin
         y = x / broadcast(p.scale(start), x)
         slopes = [p.target(denoise(x, start), start)]
         for node, row in zip(tableau.nodes, tableau.stages, strict=True):

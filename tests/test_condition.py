@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
+from sfumato.errors import ShapeError
+
+
+def full(value: float, batch: int = 3) -> Condition:
+    return Condition(
+        vector=torch.full((batch, 2), value),
+        tokens=torch.full((batch, 4, 5), value),
+        token_mask=torch.ones(batch, 4, dtype=torch.bool),
+        spatial=torch.full((batch, 1, 2, 2), value),
+    )
+
+
+def test_replacing_is_per_sample_in_every_slot() -> None:
+    mixed = full(1.0).replaced_where(torch.tensor([False, True, False]), full(-1.0))
+    for name in ("vector", "tokens", "spatial"):
+        assert getattr(mixed, name).flatten(1)[:, 0].tolist() == [1.0, -1.0, 1.0]
+
+
+def test_concatenating_and_expanding() -> None:
+    both = full(1.0).concatenate(full(2.0, batch=1).expanded(3))
+    assert both.vector[:, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert both.token_mask.shape == (6, 4)
+    assert NO_CONDITION.concatenate(NO_CONDITION) == NO_CONDITION
+
+
+def test_different_slots_cannot_be_combined() -> None:
+    with pytest.raises(ShapeError, match="different slots"):
+        full(1.0).concatenate(NO_CONDITION)
+
+
+def test_sizes_are_read_off_a_condition() -> None:
+    assert ContextSizes.of(full(0.0)) == ContextSizes(vector=2, tokens=5, spatial=1)
+    assert ContextSizes.of(NO_CONDITION) == NO_CONTEXT
