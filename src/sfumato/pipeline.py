@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,14 @@ class SamplingConfig:
     schedule: ScheduleConfig = Linear()
     steps: int = 25
     guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not math.isfinite(self.guidance):
+            raise ConfigError(
+                f"steps = {self.steps}, guidance = {self.guidance}",
+                where="sampling",
+                mend="at least 1 step, and a finite guidance (1 is off)",
+            )
 
 
 class Model(nn.Module):
@@ -127,6 +136,8 @@ class Pipeline:
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
         labels = self._labels(category, num)
         scale = self.sampling.guidance if guidance is None else guidance
+        if not math.isfinite(scale):
+            raise ConfigError(f"guidance {scale}", where="sample", mend="use a finite number; 1 is off")
         denoiser = self._guided(scale if category is not None else 1.0)
         device = next(self.model.parameters()).device
         pictures = []
@@ -151,6 +162,8 @@ class Pipeline:
         if category is None:
             return torch.full((num,), -1)
         names = [str(category)] if isinstance(category, str | int) else [str(name) for name in category]
+        if not names:
+            raise ConfigError("an empty list of categories", where="sample", mend="name at least one, or None for none")
         for name in names:
             if name not in self.categories:
                 close = difflib.get_close_matches(name, self.categories, n=1)

@@ -62,15 +62,14 @@ def table(result: Evaluation) -> str:
         "",
         "n",
         "read as asked",
-        "Fréchet (all n)",
-        f"Fréchet (n={result.rows[0].n})",
+        f"Fréchet (n={result.rows[0].frechet_n}, balanced)",
         "nearest training picture",
         "copies",
     )
     rows = [
         (
             row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]", f"{row.frechet:.2f}",
-            f"{row.frechet_equal:.2f}", f"{row.nearest:.2f}", f"{row.copies:.1%}",
+            f"{row.nearest:.2f}", f"{row.copies:.1%}",
         )
         for row in result.rows
     ]  # fmt: skip
@@ -80,6 +79,7 @@ def table(result: Evaluation) -> str:
     ]
     head = (
         f"classifier trained on the run's real pictures: {result.classifier_accuracy:.1%} right on held-out ones; "
-        f"distances in its features ({result.extractor}) and in pixels, to {result.training} training pictures"
+        f"Fréchet distances to {result.reference} training pictures in the features of {result.extractor}, which saw the others; "
+        f"nearest of {result.training} training pictures by distance in pixels"
     )
     return "\n".join([head, *lines])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,8 +47,10 @@ class Classifier:
         return torch.cat([labels for labels, _ in parts]), torch.cat([features for _, features in parts]).double()
 
 
-def train_classifier(dataset: Dataset, *, seed: int = 0, steps: int = 1500, batch_size: int = 64) -> Classifier:
-    """Train on the training part, test on the held-out part. Noise and label smoothing keep it from being sure of itself."""
+def train_classifier(
+    dataset: Dataset, positions: NDArray[np.int64], *, seed: int = 0, steps: int = 1500, batch_size: int = 64
+) -> Classifier:
+    """Train on the pictures at `positions`, test on the held-out part. Noise and label smoothing keep it from being sure of itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(*dataset.image_shape[:2], len(dataset.categories))
@@ -54,16 +58,16 @@ def train_classifier(dataset: Dataset, *, seed: int = 0, steps: int = 1500, batc
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         for step in range(steps):
             chosen = randomness.uniform(seed, "classifier", first=step, count=1, per_item=batch_size)[0]
-            positions = dataset.training[(chosen * len(dataset.training)).long().numpy()]
-            images = to_float(dataset.images(positions)[0])
+            batch = positions[(chosen * len(positions)).long().numpy()]
+            images = to_float(dataset.images(batch)[0])
             noisy = images + 0.1 * torch.randn_like(images)
-            loss = F.cross_entropy(network(noisy), dataset.context(positions)["category"], label_smoothing=0.05)
+            loss = F.cross_entropy(network(noisy), dataset.context(batch)["category"], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     network.eval().requires_grad_(False)
-    classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}")
+    classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}")
     read, _ = classifier.read(to_float(dataset.images(dataset.holdout)[0]))
     accuracy = float((read == dataset.context(dataset.holdout)["category"]).double().mean())
     return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato import randomness
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation.classifier import Classifier, train_classifier
@@ -26,8 +28,8 @@ class Row:
 
     Attributes:
         read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson).
-        frechet: distance to the training pictures in the classifier's features, all n pictures.
-        frechet_equal: the same with as many pictures as are held out, so that rows compare.
+        frechet: distance to one half of the training pictures in features of a classifier trained on the other half, taken with
+            `frechet_n` pictures, as many of each category, so that rows compare: category counts and n move it.
         nearest: mean L2 distance to the nearest training picture; copies: share with d1/d2 < 1/3.
     """
 
@@ -36,7 +38,7 @@ class Row:
     read_as_asked: float
     interval: tuple[float, float]
     frechet: float
-    frechet_equal: float
+    frechet_n: int
     nearest: float
     copies: float
 
@@ -46,6 +48,7 @@ class Evaluation:
     """Rows of figures; the first is held-out real pictures, what a perfect model would get."""
 
     extractor: str
+    reference: int
     classifier_accuracy: float
     training: int
     rows: Sequence[Row]
@@ -61,6 +64,11 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = (successes + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(successes * (1 - successes) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def balanced(labels: Tensor, each: int) -> Tensor:
+    """Positions of the first `each` pictures of every category, or of as many as there are."""
+    return torch.cat([torch.nonzero(labels == label)[:each, 0] for label in labels.unique()])
 
 
 def evaluate(
@@ -94,11 +102,19 @@ def evaluate(
         )
     tell = on_progress or (lambda fraction, text: None)
     tell(0.0, "training a classifier on the real pictures")
-    classifier = train_classifier(dataset)
-    reference = dataset.training[:LARGEST_TRAINING]
-    training = to_float(dataset.images(reference)[0])
+    reader = train_classifier(dataset, dataset.training)
+    # Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from
+    # one trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples.
+    order = randomness.permutation(0, "evaluation", index=0, size=len(dataset.training))
+    seen, reference = (dataset.training[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
+    extractor = train_classifier(dataset, seen)
+    training = to_float(dataset.images(dataset.training[:LARGEST_TRAINING])[0])
     held_out = to_float(dataset.images(dataset.holdout)[0])
-    judge = _Judge(classifier, training, classifier.read(training)[1], len(held_out))
+    labels = dataset.context(reference)["category"]
+    reference = reference[balanced(labels, int(torch.bincount(labels).min())).numpy()]
+    features = extractor.read(to_float(dataset.images(reference)[0]))[1]
+    each = int(torch.bincount(dataset.context(dataset.holdout)["category"], minlength=len(dataset.categories)).min())
+    judge = _Judge(reader, extractor, training, features, max(1, min(each, num // len(dataset.categories))))
 
     rows = [judge.row("held-out real pictures", held_out, dataset.context(dataset.holdout)["category"])]
     asked = torch.arange(num) % len(dataset.categories)
@@ -111,28 +127,34 @@ def evaluate(
             keep(guidance, images, nearest(images * 2 - 1, training))
     tell(1.0, "done")
     return Evaluation(
-        extractor=classifier.name, classifier_accuracy=classifier.held_out_accuracy, training=len(training), rows=rows
+        extractor=extractor.name,
+        reference=len(reference),
+        classifier_accuracy=reader.held_out_accuracy,
+        training=len(training),
+        rows=rows,
     )
 
 
 @dataclass(frozen=True)
 class _Judge:
-    classifier: Classifier
+    reader: Classifier
+    extractor: Classifier
     training: Tensor
     features: Tensor
-    equal: int
+    each: int
 
     def row(self, name: str, images: Tensor, asked: Tensor) -> Row:
-        read, features = self.classifier.read(images)
+        read, features = self.reader.read(images)[0], self.extractor.read(images)[1]
         neighbours = nearest(images, self.training)
+        chosen = balanced(asked, self.each)
         right = float((read == asked).double().mean())
         return Row(
             name=name,
             n=len(images),
             read_as_asked=right,
             interval=wilson(right, len(images)),
-            frechet=frechet_distance(features, self.features),
-            frechet_equal=frechet_distance(features[: self.equal], self.features),
+            frechet=frechet_distance(features[chosen], self.features),
+            frechet_n=len(chosen),
             nearest=float(neighbours.first.mean()),
             copies=neighbours.copies,
         )

@@ -45,11 +45,15 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         depths = range(len(self.multipliers))
-        if not self.multipliers or self.blocks < 1 or any(depth not in depths for depth in self.attention_depths):
+        if (
+            not self.multipliers
+            or min(self.channels, self.blocks, self.head_channels, *self.multipliers) < 1
+            or any(depth not in depths for depth in self.attention_depths)
+        ):
             raise ConfigError(
-                f"attention_depths {self.attention_depths} and blocks {self.blocks} do not fit multipliers {self.multipliers}",
+                f"{self} is no network",
                 where="network",
-                mend=f"attention_depths are among {list(depths)}; blocks is at least 1",
+                mend=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
             )
         for depth in self.attention_depths:
             if self.channels * self.multipliers[depth] % self.head_channels:

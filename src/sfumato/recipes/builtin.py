@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sfumato.conditioners import CategoryConfig
 from sfumato.data import DataConfig, Digits, Folder
+from sfumato.data.decoding import FORMATS
 from sfumato.diffusion import UnitVariance
 from sfumato.errors import ConfigError
 from sfumato.networks import UNetConfig
@@ -67,7 +69,7 @@ def _look(source: Folder) -> tuple[list[int], bool]:
     sides, gray = [], True
     for entry in entries[:: max(1, len(entries) // 100)]:
         try:
-            with Image.open(entry.location) as image:
+            with Image.open(io.BytesIO(entry.read()), formats=FORMATS) as image:
                 sides.append(min(image.size))
                 gray = gray and image.mode in ("1", "L", "LA", "I;16", "I")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -21,7 +21,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         limits = (self.steps, self.samples, self.epochs, self.minutes)
-        if all(limit is None for limit in limits) or any(limit is not None and limit <= 0 for limit in limits):
+        if all(limit is None for limit in limits) or not all(limit is None or limit > 0 for limit in limits):
             raise ConfigError(
                 f"{self} is no budget", where="budget", mend="set budget.minutes (or steps, samples, epochs) above 0"
             )

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sfumato.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
@@ -29,6 +31,15 @@ class AdamWConfig:
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     final: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and self.clip > 0 and self.weight_decay >= 0 and self.warmup_steps >= 0):
+            raise ConfigError(
+                f"learning_rate = {self.learning_rate}, clip = {self.clip}, weight_decay = {self.weight_decay}, "
+                f"warmup_steps = {self.warmup_steps}",
+                where="optimizer",
+                mend="learning_rate and clip are above 0, weight_decay and warmup_steps at least 0",
+            )
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """The optimizer of a model's parameters, matrices first."""

@@ -16,7 +16,7 @@ from sfumato import randomness
 from sfumato.condition import Condition
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.diffusion import Losses, NetworkDenoiser, NoiseLevel, Objective
-from sfumato.errors import CheckpointError, DivergedError
+from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile
 from sfumato.observability.progress import ProgressBar
 from sfumato.pipeline import Model, SamplingConfig
@@ -29,6 +29,7 @@ from sfumato.training.state import TrainingState
 from sfumato.training.watching import Previewer, Validator
 
 SKIPS_IN_A_ROW = 20
+LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
 LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 
@@ -64,6 +65,7 @@ class Trainer:
         self.validator = Validator(config, dataset, objective.schedule, self.device)
         self.previewer = Previewer(config, dataset, sampling, directory)
         self._resumed_at = -1
+        self._lost = 0
 
     def resume(self) -> list[str]:
         """Load the newest whole checkpoint; returns warnings about the ones that were not.
@@ -287,6 +289,13 @@ class Trainer:
 
     def _note_bad(self, batch: Batch, bar: ProgressBar) -> None:
         if batch.bad:
+            self._lost += len(batch.bad)
+            if self._lost > max(20, LOST_SHARE * len(self.dataset.entries)):
+                raise DataError(
+                    f"{self._lost} pictures could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
+                    where=str(self.directory.path / "bad_samples.jsonl"),
+                    mend="is the disk still there? restore the pictures, then `sfumato resume`",
+                )
             with MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self.state.counters.step) as file:
                 for bad in batch.bad:
                     file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
