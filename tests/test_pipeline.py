@@ -10,14 +10,6 @@ from sfumato.recipes.launch import build_model
 from sfumato.sampling import DDIM, SAMPLERS, KeyedNoise
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", "10")) -> Pipeline:
     """A model of digits' shape whose weights are random, so that everything it is told shows."""
     run = resolve("digits", ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", *overrides])

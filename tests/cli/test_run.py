@@ -22,14 +22,6 @@ TINY = ["budget.steps=6", "network.channels=32", "precision=float32", "preview.n
 TILE = 56 + GAP
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     path = tmp_path_factory.mktemp("runs") / "tiny"

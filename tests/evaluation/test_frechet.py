@@ -10,14 +10,6 @@ from scipy.linalg import sqrtm
 from sfumato.evaluation.frechet import frechet_distance
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(count: int, size: int, *, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

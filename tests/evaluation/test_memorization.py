@@ -9,14 +9,6 @@ from sfumato.data import DataConfig, Digits, index, to_float
 from sfumato.evaluation.memorization import nearest
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def real() -> tuple[torch.Tensor, torch.Tensor]:
     """Training and held-out digits."""

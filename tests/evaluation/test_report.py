@@ -14,14 +14,6 @@ from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.report import wilson
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return index(DataConfig(source=Digits(), resolution=8, channels=1, holdout=0.15))

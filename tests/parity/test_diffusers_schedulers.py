@@ -55,15 +55,6 @@ class FixedNetwork(nn.Module):
 NETWORK = FixedNetwork()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a busy machine the threads of convolutions as small as these spend their time waiting for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(seed: int) -> Tensor:
     return torch.randn((2, 3, 8, 8), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ class Crash(BaseException):
     """The process is gone: nothing catches this."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("pictures"))
@@ -35,7 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    torch.set_num_threads(1)
     return fingerprint(train(tiny_run(folder), run=tmp_path_factory.mktemp("whole") / "run"))
 
 
@@ -146,6 +136,14 @@ def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, cap
     assert "budget.steps: 14 -> 16" in capsys.readouterr().err
     assert launch.resolve(run).budget.steps == 16
     assert checkpoint.paths(run / "checkpoints")[0].name == "step-000000016"
+
+
+def test_a_finished_run_says_so_and_is_left_alone(folder, tmp_path, capsys) -> None:
+    run = train(tiny_run(folder), run=tmp_path / "run")
+    before = (run / "metrics.jsonl").read_text()
+    assert resume(run) == run
+    assert "finished already, at step 14" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_another_network_on_resume_is_refused(folder, tmp_path, monkeypatch) -> None:

@@ -117,7 +117,11 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     trainer = _trainer(settings, open_data(settings), directory)
     for warning in trainer.resume():
         screen.print(f"warning: {warning}", markup=False)
-    screen.print(f"resuming at step {trainer.state.counters.step}")
+    step = trainer.state.counters.step
+    if trainer.finished and directory.status().get("state") == "finished":
+        screen.print(f"finished already, at step {step}; to go on, raise its budget: sfumato resume {path} budget.minutes=...")
+        return directory.path
+    screen.print(f"resuming at step {step}")
     trainer.run()
     return directory.path
 

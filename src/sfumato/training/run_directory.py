@@ -99,6 +99,13 @@ class RunDirectory:
         self._last_heartbeat = time.monotonic()
         self.write_json("status.json", {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more})
 
+    def status(self) -> dict[str, Any]:
+        """What status.json says; {} if there is none yet."""
+        try:
+            return dict(json.loads((self.path / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
     def heartbeat(self, step: int) -> None:
         """Say that the run is alive, every few seconds at most."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_S:

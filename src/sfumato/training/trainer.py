@@ -85,6 +85,11 @@ class Trainer:
         self._resumed_at = self.state.counters.step
         return warnings
 
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self._spent() >= 1
+
     def run(self) -> None:
         """Train to the end of the budget.
 
@@ -113,11 +118,11 @@ class Trainer:
     def _prepare(self, bar: ProgressBar) -> None:
         """Settle the precision, check the disk, and make sure that there is something to resume from."""
         counters, config = self.state.counters, self.config
-        if counters.precision == "auto":
+        if config.precision != "auto":
             counters.precision = config.precision
-            if config.precision == "auto":
-                counters.precision, line = precision.choose(self._trial, self.device)
-                bar.say(line)
+        elif counters.precision == "auto":  # not settled before an interruption: measured once in a run's life
+            counters.precision, line = precision.choose(self._trial, self.device)
+            bar.say(line)
         if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
             self.state.model.network.compile()
         size = 16 * sum(parameter.numel() for parameter in self.state.model.parameters())
@@ -133,7 +138,7 @@ class Trainer:
         bar.start_at(self._spent())
         while True:
             asked.raise_if_asked()
-            finished = self._spent() >= 1
+            finished = self.finished
             if counters.step != self._resumed_at or finished:
                 self._watch(metrics, bar, asked, finished)
             if finished:
