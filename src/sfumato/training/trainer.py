@@ -225,7 +225,7 @@ class Trainer:
         model.train()
         for begin in range(0, count, size):
             part = slice(begin, begin + size)
-            torch.manual_seed((seed << 40) + first + begin)  # dropout inside networks has no other handle
+            torch.manual_seed(((seed << 40) + first + begin) % 2**63)  # dropout inside networks has no other handle
             loss = self.objective(
                 denoiser,
                 batch.images[part].to(self.device),
