@@ -35,3 +35,22 @@ def test_different_slots_cannot_be_combined() -> None:
 def test_sizes_are_read_off_a_condition() -> None:
     assert ContextSizes.of(full(0.0)) == ContextSizes(vector=2, tokens=5, spatial=1)
     assert ContextSizes.of(NO_CONDITION) == NO_CONTEXT
+
+
+def test_the_other_condition_takes_the_dtype_of_this_one() -> None:
+    wide = full(2.0).map(lambda slot: slot.double() if slot.is_floating_point() else slot)
+    replaced = full(1.0).replaced_where(torch.tensor([True, False, True]), wide)
+    for made in (full(1.0).concatenate(wide), replaced):
+        assert {name: slot.dtype for name, slot in made.slots().items()} == {n: s.dtype for n, s in full(1.0).slots().items()}
+
+
+def test_map_reaches_filled_slots_only() -> None:
+    doubled = Condition(tokens=torch.ones(2, 3, 4)).map(lambda slot: 2 * slot)
+    assert doubled.slots().keys() == {"tokens"}
+    assert (doubled.tokens == 2).all()
+
+
+def test_expanding_a_full_batch_changes_nothing_and_a_wrong_one_is_refused() -> None:
+    assert torch.equal(full(1.0).expanded(3).vector, full(1.0).vector)
+    with pytest.raises(RuntimeError):
+        full(1.0).expanded(4)

@@ -1,5 +1,6 @@
 """Keyed draws: item i is a function of (seed, purpose, i)."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -54,3 +55,45 @@ def test_the_global_stream_is_left_alone() -> None:
     torch.manual_seed(0)
     randomness.normal(0, "noise", first=0, shape=(4, 4))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_normal_draws_have_unit_variance_to_three_digits_and_normal_tails() -> None:
+    draws = randomness.normal(11, "noise", first=0, shape=(2000, 1000)).double()
+    assert abs(float(draws.mean())) < 5 / 2000**0.5 / 1000**0.5
+    assert abs(float(draws.var()) - 1) < 5 * (2 / draws.numel()) ** 0.5
+    for limit in (1.0, 2.0, 3.0, 4.0):
+        expected = 2 * stats.norm.sf(limit)
+        found = float((draws.abs() > limit).double().mean())
+        assert abs(found - expected) < 5 * (expected / draws.numel()) ** 0.5
+
+
+def test_neighbouring_draws_and_items_are_not_correlated() -> None:
+    draws = randomness.normal(11, "noise", first=0, shape=(2000, 500)).double()
+    for one, two in ((draws[:, ::2], draws[:, 1::2]), (draws[:-1], draws[1:]), (draws[:, 2:], draws[:, :-2])):
+        assert abs(float((one * two).mean())) < 5 / one.numel() ** 0.5
+        assert abs(float(((one**2 - 1) * (two**2 - 1)).mean())) < 5 * 2 / one.numel() ** 0.5
+
+
+@pytest.mark.parametrize("word", [0, 2**64 - 1, 2**63, 2**31])
+def test_no_word_of_the_generator_gives_an_infinite_draw(word: int, monkeypatch) -> None:
+    monkeypatch.setattr(randomness, "_words", lambda *_: np.full((1, 4), word, dtype=np.uint64))
+    assert torch.isfinite(randomness.normal(0, "noise", first=0, shape=(1, 8))).all()
+    assert 0 <= float(randomness.uniform(0, "time", first=0, count=1)) < 1
+
+
+def test_halves_of_a_word_at_the_extremes_are_finite_too(monkeypatch) -> None:
+    words = np.array([[-(2**31), 2**31 - 1] * 4], dtype=np.int32).view(np.uint64)
+    monkeypatch.setattr(randomness, "_words", lambda *_: words)
+    assert torch.isfinite(randomness.normal(0, "noise", first=0, shape=(1, 8))).all()
+
+
+def test_permutations_depend_on_seed_and_purpose_and_reach_every_place() -> None:
+    orders = [randomness.permutation(seed, purpose, index=3, size=50).tolist() for seed in (0, 1) for purpose in ("a", "b")]
+    assert len({tuple(order) for order in orders}) == 4
+    places = [randomness.permutation(0, "plan", index=i, size=8).tolist().index(0) for i in range(4000)]
+    assert stats.chisquare([places.count(place) for place in range(8)]).pvalue > 1e-4
+
+
+def test_seed_and_purpose_do_not_run_together() -> None:
+    one, two = randomness.uniform(1, "2x", first=0, count=4), randomness.uniform(12, "x", first=0, count=4)
+    assert not torch.equal(one, two)
