@@ -65,6 +65,17 @@ class Condition:
 
         return self.combine(other, choose)
 
+    def beside(self, other: Condition) -> Condition:
+        """Both together: vectors and maps side by side by channels, tokens one after another."""
+        mine, theirs = self.slots(), other.slots()
+        if "tokens" in mine and "tokens" in theirs and ("token_mask" in mine) != ("token_mask" in theirs):
+            for slots in (mine, theirs):
+                slots.setdefault(
+                    "token_mask", torch.ones(slots["tokens"].shape[:2], dtype=torch.bool, device=slots["tokens"].device)
+                )
+        both = {name: torch.cat([slot, theirs[name].to(slot.dtype)], dim=1) for name, slot in mine.items() if name in theirs}
+        return Condition(**{**mine, **theirs, **both})
+
     def expanded(self, batch_size: int) -> Condition:
         """Repeat a condition of one image for a batch; a condition that has `batch_size` images is returned as it is."""
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
@@ -87,6 +98,20 @@ class ContextSizes:
         channels = {"vector": 1, "tokens": 2, "spatial": 1}
         slots = condition.slots()
         return cls(**{name: slots[name].shape[dim] for name, dim in channels.items() if name in slots})
+
+    def beside(self, other: ContextSizes) -> ContextSizes:
+        """The sizes of both together; tokens of both have the same channels.
+
+        Raises:
+            ShapeError: if they do not.
+        """
+        if self.tokens and other.tokens and self.tokens != other.tokens:
+            raise ShapeError(
+                f"tokens of {self.tokens} and {other.tokens} channels", mend="give both conditioners one token size"
+            )
+        return ContextSizes(
+            vector=self.vector + other.vector, tokens=self.tokens or other.tokens, spatial=self.spatial + other.spatial
+        )
 
 
 NO_CONTEXT = ContextSizes()

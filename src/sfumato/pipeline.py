@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.conditioners import ConditionerModule
+from sfumato.conditioners import Joint
 from sfumato.diffusion import (
     Angle,
     ClassifierFree,
@@ -72,9 +72,9 @@ class Model(nn.Module):
     """All that is learned: the network and its conditioner, and how the network is read as a denoiser."""
 
     network: nn.Module
-    conditioner: ConditionerModule
+    conditioner: Joint
 
-    def __init__(self, network: nn.Module, conditioner: ConditionerModule, config: DenoiserConfig) -> None:
+    def __init__(self, network: nn.Module, conditioner: Joint, config: DenoiserConfig) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
 
@@ -146,7 +146,7 @@ class Pipeline:
             noise = KeyedNoise(seed, first)
             x = levels.at(0).sigma * noise(torch.empty(count, *self.image_shape, device=device))
             with torch.no_grad():
-                condition = self.model.conditioner({"category": labels[first : first + count].to(device)})
+                condition = self.model.conditioner({"category": labels[first : first + count].to(device)}, count)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
             pictures.append(to_unit(x).cpu())
         return torch.cat(pictures)

@@ -48,10 +48,11 @@ def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path)
     """The samples closest to a training picture, each above that picture."""
     import torch
 
+    from sfumato.data import to_float
     from sfumato.observability.pictures import grid_image, save_png
 
     closest = neighbours.first.argsort()[:PAIRS]
-    real = dataset.images(dataset.training[neighbours.index[closest].numpy()])[0].float() / 255
+    real = (to_float(dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]) + 1) / 2
     sheet = grid_image(torch.cat([images[closest], real]), columns=len(closest), row_labels=["sample", "nearest real"])
     save_png(sheet, folder / f"nearest-guidance-{scale:g}.png")
 

@@ -90,7 +90,7 @@ def _noising(settings: Run, dataset: Dataset):
     from sfumato.data import to_float
     from sfumato.observability.pictures import grid_image
 
-    x0 = to_float(dataset.images(dataset.training[:PICTURES])[0])
+    x0 = to_float(dataset.images(dataset.usual(dataset.training)[:PICTURES])[0])
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
@@ -112,7 +112,7 @@ def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[list[Pr
         pipeline = load(run)
         pipeline.sample(PICTURES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
         return recorded, "the trained model"
-    ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.training[:2000])[0]))
+    ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
     noise = KeyedNoise(settings.seed)
     levels = grid(settings.sampling.schedule, settings.sampling.steps)
     x = levels.at(0).sigma * noise(torch.empty(PICTURES, *dataset.image_shape))

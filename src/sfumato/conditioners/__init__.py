@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
+from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
+from sfumato.conditioners.joint import ConditionerModule, Joint
 
 
 class Conditioner(Protocol):
@@ -17,23 +19,9 @@ class Conditioner(Protocol):
     sizes: ContextSizes
     dropout: float
 
-    def __call__(self, context: Mapping[str, Tensor]) -> Condition: ...
+    def __call__(self, context: Mapping[str, Tensor], batch_size: int) -> Condition: ...
 
     def null(self, batch_size: int) -> Condition: ...
 
 
-class Unconditional(nn.Module):
-    """Fills no slot."""
-
-    sizes, dropout = NO_CONTEXT, 0.0
-
-    def forward(self, context: Mapping[str, Tensor]) -> Condition:
-        return NO_CONDITION
-
-    def null(self, batch_size: int) -> Condition:
-        return NO_CONDITION
-
-
-ConditionerModule = CategoryConditioner | Unconditional
-
-__all__ = ["CategoryConditioner", "CategoryConfig", "Conditioner", "ConditionerModule", "Unconditional"]
+__all__ = ["AugmentationConditioner", "CategoryConditioner", "CategoryConfig", "Conditioner", "ConditionerModule", "Joint"]

@@ -33,13 +33,15 @@ class CategoryConditioner(nn.Module):
         self.sizes = ContextSizes(vector=config.size)
         self.embedding = nn.Embedding(categories + 1, config.size)
 
-    def forward(self, context: Mapping[str, Tensor]) -> Condition:
+    def forward(self, context: Mapping[str, Tensor], batch_size: int) -> Condition:
         """The condition of a batch."""
+        if "category" not in context:
+            return self.null(batch_size)
         category = context["category"]
         null = self.embedding.num_embeddings - 1
         return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        device = self.embedding.weight.device
-        return self({"category": torch.full((batch_size,), -1, device=device)})
+        none = torch.full((batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device)
+        return Condition(vector=self.embedding(none))

@@ -1,12 +1,26 @@
-"""From pictures on disk to training batches: sources, safe decoding, the content split, the stateless plan, the loader."""
+"""From pictures anywhere to training batches: sources, safe decoding, the cache, splits that do not leak, the stateless plan."""
 
-from sfumato.data.dataset import DataConfig, Dataset, Reject, index
-from sfumato.data.decoding import Channels
-from sfumato.data.loader import Batch, batches, to_float
+from sfumato.data.augment import AugmentConfig
+from sfumato.data.buckets import BucketConfig
+from sfumato.data.dataset import DataConfig, Dataset, index
+from sfumato.data.entry import Entry, Listing, Reject, Source
+from sfumato.data.loader import Batch, Part, batches, to_float
 from sfumato.data.plan import Plan
-from sfumato.data.sources import Digits, Entry, Folder, Source, SourceConfig
+from sfumato.data.sources import (
+    Digits,
+    Emoji,
+    Folder,
+    HuggingFace,
+    Npz,
+    Parquet,
+    SourceConfig,
+    WebDataset,
+    Zip,
+    source_at,
+)
 
 __all__ = [
-    "Batch", "Channels", "DataConfig", "Dataset", "Digits", "Entry", "Folder", "Plan", "Reject", "Source", "SourceConfig",
-    "batches", "index", "to_float",
+    "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Entry", "Folder", "HuggingFace",
+    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Source", "SourceConfig", "WebDataset", "Zip", "batches", "index",
+    "source_at", "to_float",
 ]  # fmt: skip

@@ -1,68 +1,106 @@
-"""Batches in the plan's order, decoded ahead by worker processes where the set is not in memory."""
+"""Batches in the plan's order, decoded ahead by worker processes where pixels are not kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from sfumato import randomness
-from sfumato.data.dataset import Dataset, Reject
+from sfumato.data.augment import augment
+from sfumato.data.dataset import Dataset
+from sfumato.data.entry import Reject
 from sfumato.data.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a training step is given.
+class Part:
+    """Pictures of one shape, a contiguous stretch of a batch.
 
     Attributes:
-        images: float32 in [-1, 1], (B, C, H, W).
-        context: what conditioners may read: "category", the index into the set's categories or -1, (B,).
-        bad: pictures that could not be read and were replaced.
+        first: number of the first one among all samples that training sees.
+        images: float32 in [-1, 1], (n, C, H, W).
+        context: what conditioners may read: "category", the index into the set's categories or -1, (n,); "augmentation", what the
+            non-leaking pipeline did, (n, 0 or 9).
     """
 
+    first: int
     images: Tensor
     context: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a training step is given: parts of one shape each, and the pictures that could not be read and were replaced."""
+
+    parts: Sequence[Part]
     bad: Sequence[Reject] = ()
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 from 0 to 255 -> float32 from -1 to 1."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
+    """uint8 from 0 to 255, or uint16 from 0 to 65535 -> float32 from -1 to 1."""
+    return pixels.to(torch.float32).div_(127.5 if pixels.dtype == torch.uint8 else 32767.5).sub_(1)
 
 
-class _Batches(TorchDataset[tuple[Tensor, dict[str, Tensor], list[Reject]]]):
-    """Batch k of the plan as uint8 pixels, what a worker process computes."""
+class _Batches(TorchDataset[Batch]):
+    """Batch k of the plan, what a worker process computes."""
 
     def __init__(self, dataset: Dataset, plan: Plan) -> None:
         self.dataset, self.plan = dataset, plan
 
-    def __getitem__(self, step: int) -> tuple[Tensor, dict[str, Tensor], list[Reject]]:
+    def __getitem__(self, step: int) -> Batch:
         positions = self.dataset.training[self.plan.batch(step)]
-        pixels, bad = self.dataset.images(positions)
-        if self.dataset.config.flip == "horizontal":
-            first = step * self.plan.batch_size
-            mirrored = randomness.uniform(self.plan.seed, "flip", first=first, count=len(pixels))[:, 0] < 0.5
-            pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        return pixels, self.dataset.context(positions), bad
+        first = step * self.plan.batch_size
+        parts: list[Part] = []
+        bad: list[Reject] = []
+        for begin, end in _stretches(self.dataset.shapes[positions]):
+            pixels, failed = self.dataset.images(positions[begin:end])
+            images, labels = augment(self.dataset.config.augment, to_float(pixels), seed=self.plan.seed, first=first + begin)
+            context = {**self.dataset.context(positions[begin:end]), "augmentation": labels}
+            parts.append(Part(first=first + begin, images=images, context=context))
+            bad += failed
+        return Batch(parts=parts, bad=bad)
+
+
+def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Where runs of equal shapes begin and end."""
+    begin = 0
+    for _, run in groupby(shapes.tolist()):
+        end = begin + sum(1 for _ in run)
+        yield begin, end
+        begin = end
 
 
 def batches(dataset: Dataset, plan: Plan, *, start: int) -> Iterator[Batch]:
     """Training batches `start`, `start + 1`, ... without end; the same ones for any number of workers."""
-    workers = 0 if dataset.pixels is not None else dataset.config.workers
+    workers = 0 if dataset.gather is not None else dataset.config.workers
     loader = DataLoader(
         _Batches(dataset, plan),
         batch_size=None,
         sampler=_CountFrom(start),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        collate_fn=_itself,
     )
-    for pixels, context, bad in loader:
-        yield Batch(images=to_float(pixels), context=context, bad=bad)
+    yield from loader
+
+
+def _itself(batch: Any) -> Any:
+    """No collation: a step is a batch already."""
+    return batch
 
 
 class _CountFrom:

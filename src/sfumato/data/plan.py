@@ -1,7 +1,8 @@
-"""Which pictures make up batch k: a function of (seed, size, k), with no state to save or restore."""
+"""Which pictures make up batch k: a function of (seed, shapes, batch size, k), with no state to save or restore."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,24 +10,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato import randomness
+from sfumato.errors import ConfigError
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return randomness.permutation(seed, "plan", index=epoch, size=size)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """An endless sequence of samples: epoch after epoch, each in an order of its own; batches run across epochs' ends.
 
     Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B), whatever the number of workers or
-    processes; nothing is dropped, and a set smaller than the batch is seen several times in it.
+    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several times in it. Pictures of one shape
+    come in whole batches, but for a few mixed ones at an epoch's end; with a single shape the order does not depend on B.
+
+    Attributes:
+        shapes: of each picture of the set, an index into the format's shapes, (size,).
+        batch_size: B, the global one.
     """
 
     seed: int
-    size: int
+    shapes: NDArray[np.int64]
     batch_size: int
+
+    @property
+    def size(self) -> int:
+        """Pictures in the set."""
+        return len(self.shapes)
+
+    @property
+    def hash(self) -> str:
+        """Equal for plans that give the same batches."""
+        return hashlib.sha256(f"{self.seed} {self.batch_size} ".encode() + self.shapes.astype("<i8").tobytes()).hexdigest()
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
         """Positions in the set of samples `first` to `first + count`, shape (count,)."""
@@ -35,9 +47,49 @@ class Plan:
         chosen = np.empty(count, np.int64)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            chosen[inside] = _order(self.seed, int(epoch), self.size)[places[inside]]
+            chosen[inside] = _order(self, int(epoch))[places[inside]]
         return chosen
 
-    def batch(self, step: int) -> NDArray[np.int64]:
-        """Positions in the set of batch `step`, shape (B,)."""
-        return self.samples(step * self.batch_size, self.batch_size)
+    def batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
+        """Positions in the set of one process' contiguous slice of batch `step`, shape (B / ranks,).
+
+        Raises:
+            ConfigError: if the batch does not divide evenly.
+        """
+        if self.batch_size % ranks:
+            legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ConfigError(
+                f"a batch of {self.batch_size} over {ranks} processes", where="batch_size", mend=f"use one of {legal} processes"
+            )
+        share = self.batch_size // ranks
+        return self.samples(step * self.batch_size + rank * share, share)
+
+
+@lru_cache(maxsize=4)
+def _order(plan: Plan, epoch: int) -> NDArray[np.int64]:
+    """Positions in the order of an epoch: what completes the last epoch's last batch, batches of one shape, what is left over."""
+    permuted = randomness.permutation(plan.seed, "plan", index=epoch, size=plan.size)
+    groups = [permuted[plan.shapes[permuted] == shape] for shape in np.unique(plan.shapes)]
+    head, groups = _head(groups, -(epoch * plan.size) % plan.batch_size, plan.batch_size)
+    chunks = [chunk for group in groups for chunk in np.split(group, range(plan.batch_size, len(group), plan.batch_size))]
+    whole = [chunk for chunk in chunks if len(chunk) == plan.batch_size]
+    rest = [chunk for chunk in chunks if len(chunk) < plan.batch_size]
+    rank = np.argsort(permuted)
+    whole.sort(key=lambda chunk: rank[chunk[0]])
+    return np.concatenate([*head, *whole, *rest])
+
+
+def _head(
+    groups: list[NDArray[np.int64]], count: int, batch_size: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Take `count` samples off the groups: what fills no batch first, from the largest group what is still wanting."""
+    spare = [len(group) % batch_size for group in groups]
+    taken = []
+    for size in spare:
+        taken.append(min(size, count))
+        count -= taken[-1]
+    for index in np.argsort([-len(group) for group in groups], kind="stable"):
+        more = min(len(groups[index]) - taken[index], count)
+        taken[index] += more
+        count -= more
+    return [g[:n] for g, n in zip(groups, taken, strict=True)], [g[n:] for g, n in zip(groups, taken, strict=True)]

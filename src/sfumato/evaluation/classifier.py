@@ -68,6 +68,6 @@ def train_classifier(
             schedule.step()
     network.eval().requires_grad_(False)
     classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}")
-    read, _ = classifier.read(to_float(dataset.images(dataset.holdout)[0]))
-    accuracy = float((read == dataset.context(dataset.holdout)["category"]).double().mean())
+    read, _ = classifier.read(to_float(dataset.images(dataset.usual(dataset.holdout))[0]))
+    accuracy = float((read == dataset.context(dataset.usual(dataset.holdout))["category"]).double().mean())
     return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

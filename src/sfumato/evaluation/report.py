@@ -94,29 +94,30 @@ def evaluate(
             where="evaluate",
             mend="sort the pictures into sub-folders",
         )
-    if len(dataset.holdout) < 2:
+    trained_on, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
+    if len(holdout) < 2:
         raise DataError(
-            f"{len(dataset.holdout)} picture is held out, too few to compare samples with",
+            f"{len(holdout)} picture is held out, too few to compare samples with",
             where="evaluate",
             mend="add pictures, or raise data.holdout in a new run",
         )
     tell = on_progress or (lambda fraction, text: None)
     tell(0.0, "training a classifier on the real pictures")
-    reader = train_classifier(dataset, dataset.training)
+    reader = train_classifier(dataset, trained_on)
     # Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from
     # one trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples.
-    order = randomness.permutation(0, "evaluation", index=0, size=len(dataset.training))
-    seen, reference = (dataset.training[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
+    order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
+    seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
     extractor = train_classifier(dataset, seen)
-    training = to_float(dataset.images(dataset.training[:LARGEST_TRAINING])[0])
-    held_out = to_float(dataset.images(dataset.holdout)[0])
+    training = to_float(dataset.images(trained_on[:LARGEST_TRAINING])[0])
+    held_out = to_float(dataset.images(holdout)[0])
     labels = dataset.context(reference)["category"]
     reference = reference[balanced(labels, int(torch.bincount(labels).min())).numpy()]
     features = extractor.read(to_float(dataset.images(reference)[0]))[1]
-    each = int(torch.bincount(dataset.context(dataset.holdout)["category"], minlength=len(dataset.categories)).min())
+    each = int(torch.bincount(dataset.context(holdout)["category"], minlength=len(dataset.categories)).min())
     judge = _Judge(reader, extractor, training, features, max(1, min(each, num // len(dataset.categories))))
 
-    rows = [judge.row("held-out real pictures", held_out, dataset.context(dataset.holdout)["category"])]
+    rows = [judge.row("held-out real pictures", held_out, dataset.context(holdout)["category"])]
     asked = torch.arange(num) % len(dataset.categories)
     names = [dataset.categories[i] for i in range(len(dataset.categories))]
     for number, guidance in enumerate(guidances):

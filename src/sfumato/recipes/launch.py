@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 
 from sfumato import config as configuration
-from sfumato.conditioners import CategoryConditioner, ConditionerModule, Unconditional
-from sfumato.data import Dataset, index
+from sfumato.conditioners import AugmentationConditioner, CategoryConditioner, ConditionerModule, Joint
+from sfumato.data import Dataset, files, index
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks import UNet
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
-from sfumato.recipes.builtin import folder, recipe
+from sfumato.recipes.builtin import RECIPES, recipe
+from sfumato.recipes.presets import choose
 from sfumato.recipes.run import Run
 from sfumato.training import Trainer, checkpoint
 from sfumato.training.precision import DTYPES
@@ -40,14 +41,14 @@ def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
     path = Path(source)
     if (path / "config.yaml").is_file():
         return configuration.load_yaml_file(path / "config.yaml"), str(path / "config.yaml")
-    if path.is_dir():
-        return configuration.plain(folder(str(path))), str(path)
+    if str(source) in RECIPES:
+        return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
         return (data if name is None else configuration.merged(_plain(str(name))[0], data)), str(path)
-    if path.exists():
-        raise ConfigError("is a file, and no YAML", where=str(path), mend="name a recipe, a .yaml file or a folder of pictures")
+    if files.exists(str(source)) or str(source).startswith("hub:"):
+        return configuration.plain(choose(str(source)).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
@@ -66,7 +67,7 @@ def build_model(run: Run, *, categories: int) -> Model:
     """The untrained model; its initial weights depend on `run.seed` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        conditioner: ConditionerModule = Unconditional()
+        parts: dict[str, ConditionerModule] = {}
         if run.conditioner is not None:
             if not categories:
                 raise ConfigError(
@@ -74,7 +75,10 @@ def build_model(run: Run, *, categories: int) -> Model:
                     where="conditioner",
                     mend="set conditioner=null, or sort the pictures into one sub-folder for each category",
                 )
-            conditioner = CategoryConditioner(run.conditioner, categories=categories)
+            parts["category"] = CategoryConditioner(run.conditioner, categories=categories)
+        if run.data.augment.labels:
+            parts["augmentation"] = AugmentationConditioner(labels=run.data.augment.labels)
+        conditioner = Joint(parts)
         network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.condition import Condition
-from sfumato.data import Batch, Dataset, Plan, batches
+from sfumato.data import Batch, Dataset, Part, Plan, batches
 from sfumato.diffusion import Losses, NetworkDenoiser, NoiseLevel, Objective
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile
@@ -61,7 +60,7 @@ class Trainer:
         self.config, self.objective, self.dataset = config, objective, dataset
         self.directory, self.pinned = directory, pinned
         self.state = TrainingState.new(model.to(self.device), config.optimizer)
-        self.plan = Plan(seed=config.seed, size=len(dataset.training), batch_size=config.batch_size)
+        self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self.validator = Validator(config, dataset, objective.schedule, self.device)
         self.previewer = Previewer(config, dataset, sampling, directory)
         self._resumed_at = -1
@@ -214,33 +213,37 @@ class Trainer:
         return StepResult(loss, losses, norm, applied)
 
     def _backward(self, batch: Batch, denoiser: NetworkDenoiser) -> Losses:
-        """Accumulate the gradient of the batch's mean loss. All randomness is keyed by the samples' numbers."""
-        config, model = self.config, self.state.model
-        first, count, seed = self.state.counters.step * config.batch_size, len(batch.images), config.seed
-        level = self.objective.levels(randomness.uniform(seed, "time", first=first, count=count)[:, 0].float())
-        noise = randomness.normal(seed, "noise", first=first, shape=tuple(batch.images.shape))
-        dropped = randomness.uniform(seed, "condition dropout", first=first, count=count)[:, 0] < model.conditioner.dropout
-        size = config.micro_batch or count
-        parts = []
-        model.train()
-        for begin in range(0, count, size):
-            part = slice(begin, begin + size)
-            torch.manual_seed(((seed << 40) + first + begin) % 2**63)  # dropout inside networks has no other handle
-            loss = self.objective(
-                denoiser,
-                batch.images[part].to(self.device),
-                self._condition(batch, part, dropped[part]),
-                level=NoiseLevel(*(value[part].to(self.device) for value in level)),
-                noise=noise[part].to(self.device),
-            )
-            (loss.per_sample.sum() / count).backward()
-            parts.append(loss.per_sample.detach())
-        return Losses(torch.cat(parts), level)
+        """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
+        self.state.model.train()
+        size, first = self.config.micro_batch or len(batch), batch.parts[0].first
+        times = randomness.uniform(self.config.seed, "time", first=first, count=len(batch))[:, 0].float()
+        levels = self.objective.levels(times)  # of the whole batch: its strata cover all noise levels
+        found = [
+            self._backward_part(part, slice(begin, begin + size), levels, part.first - first, denoiser)
+            for part in batch.parts
+            for begin in range(0, len(part), size)
+        ]
+        return Losses(torch.cat(found), levels)
 
-    def _condition(self, batch: Batch, part: slice, dropped: Tensor) -> Condition:
-        conditioner = self.state.model.conditioner
-        condition = conditioner({name: value[part].to(self.device) for name, value in batch.context.items()})
-        return condition.replaced_where(dropped.to(self.device), conditioner.null(len(dropped)))
+    def _backward_part(self, part: Part, rows: slice, levels: NoiseLevel, offset: int, denoiser: NetworkDenoiser) -> Tensor:
+        """One forward and backward pass. All randomness is keyed by the samples' numbers."""
+        config, conditioner = self.config, self.state.model.conditioner
+        images = part.images[rows].to(self.device)
+        first, count, seed = part.first + rows.start, len(images), config.seed
+        here = slice(offset + rows.start, offset + rows.start + count)
+        noise = randomness.normal(seed, "noise", first=first, shape=tuple(images.shape))
+        draws = randomness.uniform(seed, "condition dropout", first=first, count=count, per_item=max(1, len(conditioner.parts)))
+        context = {name: value[rows].to(self.device) for name, value in part.context.items()}
+        torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
+        loss = self.objective(
+            denoiser,
+            images,
+            conditioner(context, count, draws=draws),
+            level=NoiseLevel(*(value[here].to(self.device) for value in levels)),
+            noise=noise.to(self.device),
+        )
+        (loss.per_sample.sum() / len(levels.alpha)).backward()
+        return loss.per_sample.detach()
 
     def _trial(self, dtype: torch.dtype) -> None:
         """A forward and backward pass that leaves no trace, to be timed."""

@@ -24,7 +24,8 @@ class Validator:
     def __init__(self, config: TrainingConfig, dataset: Dataset, schedule: Schedule, device: torch.device) -> None:
         self.batch_size, self.device = config.batch_size, device
         self._sets: list[tuple[Triples, dict[str, torch.Tensor]]] = []
-        for positions in (dataset.holdout, dataset.training):
+        for part in (dataset.holdout, dataset.training):
+            positions = dataset.usual(part) if len(dataset.usual(part)) else part[:1]
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
             chosen = positions[order[[i % len(order) for i in range(config.validation.samples)]]]
             images = to_float(dataset.images(chosen)[0])
@@ -47,7 +48,7 @@ class Validator:
         triples, context = self._sets[which]
         model.eval()
         with torch.no_grad():
-            condition = model.conditioner(context)
+            condition = model.conditioner(context, len(triples.x0))
         return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
 
 
@@ -65,11 +66,12 @@ class Previewer:
         path = self.directory.samples / "real.png"
         if path.exists():
             return
-        labels = dataset.labels[torch.from_numpy(dataset.training)]
+        training = dataset.usual(dataset.training)
+        labels = dataset.labels[torch.from_numpy(training)]
         numbers = range(len(self.asked)) if self.asked else [-1]
-        pools = [pool for number in numbers if len(pool := dataset.training[(labels == number).numpy()])]
+        pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
         chosen = [pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(self.num)]
-        images = dataset.images(chosen)[0].float() / 255
+        images = (to_float(dataset.images(chosen)[0]) + 1) / 2
         save_png(grid_image(images, columns=self.columns), path)
 
     def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:

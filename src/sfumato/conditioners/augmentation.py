@@ -1,0 +1,30 @@
+"""What was done to a training picture, told to the network so that it need not learn it as part of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.condition import Condition, ContextSizes
+
+
+class AugmentationConditioner(nn.Module):
+    """context["augmentation"] (B, D) -> Condition.vector (B, D); zeros, or none given, is "nothing was done"."""
+
+    nothing: Tensor
+    dropout = 0.0  # a changed picture whose change is not told would leak it
+
+    def __init__(self, *, labels: int) -> None:
+        super().__init__()
+        self.sizes = ContextSizes(vector=labels)
+        self.register_buffer("nothing", torch.zeros(labels), persistent=False)
+
+    def forward(self, context: Mapping[str, Tensor], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        return Condition(vector=context.get("augmentation", self.nothing.expand(batch_size, -1)))
+
+    def null(self, batch_size: int) -> Condition:
+        """Nothing was done."""
+        return Condition(vector=self.nothing.expand(batch_size, -1))

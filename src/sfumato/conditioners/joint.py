@@ -1,0 +1,44 @@
+"""Several conditioners side by side; none at all is the unconditional model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+
+from torch import Tensor, nn
+
+from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
+from sfumato.conditioners.augmentation import AugmentationConditioner
+from sfumato.conditioners.category import CategoryConditioner
+
+ConditionerModule = AugmentationConditioner | CategoryConditioner
+
+
+class Joint(nn.Module):
+    """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
+
+    def __init__(self, parts: Mapping[str, ConditionerModule]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self._parts = tuple(parts.values())  # the same, with their own types
+        self.sizes: ContextSizes = reduce(ContextSizes.beside, (part.sizes for part in parts.values()), NO_CONTEXT)
+
+    def forward(self, context: Mapping[str, Tensor], batch_size: int, *, draws: Tensor | None = None) -> Condition:
+        """The condition of a batch.
+
+        Args:
+            context: what is known of each picture, by name; what is missing asks for nothing.
+            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below its `dropout`. None drops nothing.
+        """
+        conditions = []
+        for number, part in enumerate(self._parts):
+            condition = part(context, batch_size)
+            if draws is not None:
+                dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
+                condition = condition.replaced_where(dropped, part.null(batch_size))
+            conditions.append(condition)
+        return reduce(Condition.beside, conditions, NO_CONDITION)
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        return reduce(Condition.beside, (part.null(batch_size) for part in self._parts), NO_CONDITION)

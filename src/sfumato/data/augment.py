@@ -1,0 +1,221 @@
+"""Changes to training pictures, each a function of the seed and the sample's number.
+
+All of them are one affine map of the plane and one affine map of the colours, so a picture is resampled once however many are on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.errors import ConfigError
+
+LABELS = 9  # numbers that tell the network what the non-leaking pipeline did
+_SCALE, _TRANSLATION = 2**0.2, 1 / 8
+_LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What may be changed; everything is off by default. Every change but the non-leaking ones is learned as part of the data.
+
+    Attributes:
+        flip: mirror half of the pictures left to right, top to bottom, or each of the two.
+        quarter_turns: turn by a random multiple of 90 degrees; pictures must be square.
+        rotation_degrees: turn by up to so much either way.
+        crop: cut away up to this share of each side at random, and enlarge the rest.
+        brightness, contrast, saturation: change by up to this share.
+        hue_degrees: turn colours by up to so much either way.
+        non_leaking: probability of each change of Karras et al.'s pipeline (0.12 for small sets): flips, scaling, turns, stretching,
+            shifts. The network is told what was done, and samples with nothing done.
+    """
+
+    flip: Literal["none", "horizontal", "vertical", "both"] = "none"
+    quarter_turns: Literal["none", "all"] = "none"
+    rotation_degrees: float = 0.0
+    crop: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue_degrees: float = 0.0
+    non_leaking: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "non_leaking")}
+        for name, share in shares.items():
+            if not 0 <= share < 1:
+                raise ConfigError(f"{name} = {share}", where="data.augment", mend="use a share from 0 up to, not including, 1")
+        for name in ("rotation_degrees", "hue_degrees"):
+            if not 0 <= getattr(self, name) <= 180:
+                raise ConfigError(f"{name} = {getattr(self, name)}", where="data.augment", mend="use 0 to 180")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether pictures stay as they are."""
+        return all(getattr(self, field.name) in (0.0, "none") for field in fields(self))
+
+    @property
+    def labels(self) -> int:
+        """How many numbers tell the network what was done; 0 without the non-leaking pipeline."""
+        return LABELS if self.non_leaking else 0
+
+
+def augment(config: AugmentConfig, images: Tensor, *, seed: int, first: int) -> tuple[Tensor, Tensor]:
+    """Change pictures (B, C, H, W) in [-1, 1], samples `first`, `first + 1`, ...: the changed ones, and labels (B, 0 or 9)."""
+    if config.is_off:
+        return images, images.new_zeros(len(images), 0)
+    draws = randomness.uniform(seed, "augment", first=first, count=len(images), per_item=24).to(torch.float64)
+    images = _exact(config, images, draws[:, :3])
+    plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7]))
+    colours = _colours(config, draws[:, 7:11], images.shape[1])
+    labels = images.new_zeros(len(images), 0)
+    if config.non_leaking:
+        map_, labels = non_leaking(config.non_leaking, draws[:, 11:24])
+        plane, labels = _compose(plane, map_), labels.to(images.dtype)
+    if config.rotation_degrees or config.crop or config.non_leaking:
+        images = warped(images, plane)
+    if colours is not None:
+        images = _recoloured(images, colours)
+    return images, labels
+
+
+def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
+    """Flips and quarter turns: pixels move, and keep their values."""
+
+    def where(mask: Tensor, changed: Tensor, images: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, 1, 1, 1), changed, images)
+
+    if config.flip in ("horizontal", "both"):
+        images = where(draws[:, 0] < 0.5, images.flip(-1), images)
+    if config.flip in ("vertical", "both"):
+        images = where(draws[:, 1] < 0.5, images.flip(-2), images)
+    if config.quarter_turns == "all":
+        if images.shape[-1] != images.shape[-2]:
+            raise ConfigError(
+                "quarter turns of pictures that are not square", where="data.augment", mend="set quarter_turns=none"
+            )
+        turns = (draws[:, 2] * 4).long()
+        for turn in (1, 2, 3):
+            images = where(turns == turn, images.rot90(turn, (-2, -1)), images)
+    return images
+
+
+# Maps of the plane are (B, 3, 3) matrices from output to input coordinates, in which the shorter side runs from -1 to 1.
+
+
+def _identity(count: int) -> Tensor:
+    return torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
+
+
+def _compose(*maps: Tensor) -> Tensor:
+    result = maps[0]
+    for following in maps[1:]:
+        result = result @ following
+    return result
+
+
+def _turned(angle: Tensor) -> Tensor:
+    matrix = _identity(len(angle))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1] = cos, -sin, sin, cos
+    return matrix
+
+
+def _scaled(x: Tensor, y: Tensor) -> Tensor:
+    matrix = _identity(len(x))
+    matrix[:, 0, 0], matrix[:, 1, 1] = x, y
+    return matrix
+
+
+def _shifted(x: Tensor, y: Tensor) -> Tensor:
+    matrix = _identity(len(x))
+    matrix[:, 0, 2], matrix[:, 1, 2] = x, y
+    return matrix
+
+
+def _rotation(config: AugmentConfig, draw: Tensor) -> Tensor:
+    return _turned((2 * draw - 1) * math.radians(config.rotation_degrees))
+
+
+def _crop(config: AugmentConfig, draws: Tensor) -> Tensor:
+    kept = 1 - config.crop * draws[:, 0]
+    room = 1 - kept
+    return _compose(_shifted(room * (2 * draws[:, 1] - 1), room * (2 * draws[:, 2] - 1)), _scaled(kept, kept))
+
+
+def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (B, 3, 3) and labels (B, 9) from uniform draws (B, 13); mirroring is drawn half of the time, the rest with `probability`.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), appendix F.2 and table 6.
+    """
+    on = (draws[:, :6] < torch.tensor([0.5, *[probability] * 5])).to(draws.dtype)
+    mirrored, upside_down = on[:, 0], on[:, 1] * (draws[:, 6] < 0.5)
+    zoom = on[:, 2] * _normal(draws[:, 7])
+    angle = on[:, 3] * (2 * draws[:, 8] - 1) * math.pi
+    axis, stretch = on[:, 4] * (2 * draws[:, 9] - 1) * math.pi, on[:, 4] * _normal(draws[:, 10])
+    x, y = on[:, 5] * _normal(draws[:, 11]), on[:, 5] * _normal(draws[:, 12])
+    forward = _compose(
+        _shifted(2 * _TRANSLATION * x, 2 * _TRANSLATION * y),
+        _turned(axis), _scaled(_SCALE**stretch, _SCALE**-stretch), _turned(-axis),
+        _turned(-angle),
+        _scaled(_SCALE**zoom, _SCALE**zoom),
+        _scaled(1 - 2 * mirrored, 1 - 2 * upside_down),
+    )  # fmt: skip
+    labels = [mirrored, upside_down, zoom, torch.cos(angle) - 1, torch.sin(angle)]
+    labels += [stretch * torch.cos(axis), stretch * torch.sin(axis), x, y]
+    return torch.linalg.inv(forward), torch.stack(labels, dim=1)
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+
+
+def warped(images: Tensor, maps: Tensor) -> Tensor:
+    """Resample pictures (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the mirrored inside."""
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    proportions = torch.diag(torch.tensor([width / shorter, height / shorter, 1.0], dtype=torch.float64))
+    theta = torch.linalg.inv(proportions) @ maps @ proportions
+    grid = torch.nn.functional.affine_grid(theta[:, :2].to(images.dtype), list(images.shape), align_corners=False)
+    sampled = torch.nn.functional.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return sampled.clamp(-1, 1)
+
+
+def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tensor, Tensor] | None:
+    """Matrices (B, c, c) and offsets (B, c) on the c colour channels; None if colours stay."""
+    if not (config.brightness or config.contrast or config.saturation or config.hue_degrees):
+        return None
+    colours = {2: 1, 4: 3}.get(channels, channels)
+    way = 2 * draws - 1
+    gain = 1 + config.contrast * way[:, 1]
+    matrix = torch.eye(colours, dtype=torch.float64).repeat(len(draws), 1, 1) * gain.view(-1, 1, 1)
+    offset = (2 * config.brightness * way[:, 0]).view(-1, 1).repeat(1, colours)
+    if colours == 3:
+        gray = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
+        keep = (1 + config.saturation * way[:, 2]).view(-1, 1, 1)
+        matrix = (
+            (keep * torch.eye(3, dtype=torch.float64) + (1 - keep) * gray)
+            @ _hue(way[:, 3] * math.radians(config.hue_degrees))
+            @ matrix
+        )
+    return matrix, offset
+
+
+def _hue(angle: Tensor) -> Tensor:
+    """Turn about the gray axis (Rodrigues' formula), (B, 3, 3)."""
+    axis = torch.full((3,), 3**-0.5, dtype=torch.float64)
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) * 3**-0.5
+    cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
+    return cos * torch.eye(3, dtype=torch.float64) + sin * cross + (1 - cos) * torch.outer(axis, axis)
+
+
+def _recoloured(images: Tensor, colours: tuple[Tensor, Tensor]) -> Tensor:
+    matrix, offset = (value.to(images.dtype) for value in colours)
+    count = matrix.shape[1]
+    changed = torch.einsum("bij,bjhw->bihw", matrix, images[:, :count]) + offset[:, :, None, None]
+    return torch.cat([changed.clamp(-1, 1), images[:, count:]], dim=1)

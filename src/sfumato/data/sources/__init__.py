@@ -1,0 +1,15 @@
+"""Where pictures come from, one class a file. To add one: write it, and name it in `SourceConfig`."""
+
+from sfumato.data.sources.arrays import Npz
+from sfumato.data.sources.digits import Digits
+from sfumato.data.sources.emoji import Emoji
+from sfumato.data.sources.find import source_at
+from sfumato.data.sources.folder import Folder
+from sfumato.data.sources.hub import HuggingFace
+from sfumato.data.sources.shards import WebDataset
+from sfumato.data.sources.table import Parquet
+from sfumato.data.sources.zipped import Zip
+
+SourceConfig = Digits | Emoji | Folder | HuggingFace | Npz | Parquet | WebDataset | Zip
+
+__all__ = ["Digits", "Emoji", "Folder", "HuggingFace", "Npz", "Parquet", "SourceConfig", "WebDataset", "Zip", "source_at"]

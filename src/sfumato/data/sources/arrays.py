@@ -1,0 +1,166 @@
+"""Arrays of pixels in an .npz."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.data import files
+from sfumato.data.entry import Entry, Listing
+from sfumato.errors import DataError
+
+IMAGES, LABELS = ("images", "image", "x_train", "x", "samples", "arr_0"), ("labels", "label", "y_train", "y", "arr_1")
+MAX_UNPACKED_BYTES, MAX_RATIO = 64 << 30, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture of an array on disk, as the bytes of a .npy."""
+
+    path: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> bytes:
+        dtype = np.dtype(self.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(int(np.prod(self.shape)) * dtype.itemsize)
+        buffer = io.BytesIO()
+        np.save(buffer, np.frombuffer(data, dtype).reshape(self.shape), allow_pickle=False)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Npz:
+    """An .npz with pixels (N, H, W, C) or (N, H, W) of uint8 or uint16 as `images` or `arr_0`, and perhaps `labels` or `arr_1`."""
+
+    path: str
+
+    def listing(self) -> Listing:
+        try:
+            file = files.local(self.path)
+            with zipfile.ZipFile(file) as archive:
+                names = {
+                    info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")
+                }
+                image = next((names[name] for name in IMAGES if name in names), None)
+                if image is None:
+                    raise DataError(
+                        f"holds {', '.join(list(names)[:5]) or 'no arrays'}",
+                        where=self.path,
+                        mend="name the pixels `images` or `arr_0`",
+                    )
+                place, start = _plain(file, archive, image)
+                shape, dtype, offset = _header(place, start)
+                label = next((names[name] for name in LABELS if name in names), None)
+                categories = None if label is None else _categories(archive, label)
+        except FileNotFoundError:
+            raise DataError(
+                "no such file", where=self.path, mend="check the path; it is relative to where you run sfumato"
+            ) from None
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            OSError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+            struct.error,
+        ) as error:
+            raise DataError(
+                f"is no whole .npz of plain numbers: {error}", where=self.path, mend="save it with np.savez"
+            ) from None
+        return self._listed(place, shape, dtype, offset, categories)
+
+    def _listed(
+        self, place: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, categories: list[str] | None
+    ) -> Listing:
+        if len(shape) not in (3, 4) or dtype not in (np.uint8, np.uint16) or 0 in shape:
+            raise DataError(
+                f"pixels of shape {shape} and type {dtype}", where=self.path, mend="use (N, H, W, C) of uint8 or uint16"
+            )
+        if categories is not None and len(categories) != shape[0]:
+            raise DataError(
+                f"{len(categories)} labels for {shape[0]} pictures", where=self.path, mend="give each picture one label"
+            )
+        size = int(np.prod(shape[1:])) * dtype.itemsize
+        if offset + shape[0] * size > place.stat().st_size:
+            raise DataError("is cut short", where=self.path, mend="fetch or make it again")
+        rows = (Row(str(place), offset + i * size, shape[1:], dtype.str) for i in range(shape[0]))
+        width = len(str(shape[0] - 1))
+        return Listing(
+            [
+                Entry(name=f"{i:0{width}d}", image=row, category=None if categories is None else categories[i])
+                for i, row in enumerate(rows)
+            ],
+            [],
+        )
+
+
+def _plain(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[Path, int]:
+    """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the cache."""
+    if info.compress_type == zipfile.ZIP_STORED:
+        with file.open("rb") as stream:
+            stream.seek(info.header_offset)
+            header = stream.read(30)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError("a member's header is damaged")
+        return file, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if info.file_size > min(MAX_UNPACKED_BYTES, MAX_RATIO * max(1, info.compress_size)):
+        raise ValueError(f"unpacks to {info.file_size} bytes, over {MAX_RATIO} times its size")
+    state = file.stat()
+    identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {info.filename}"
+    target = files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as out, archive.open(info) as member:
+                while block := member.read(1 << 20):
+                    out.write(block)
+            os.replace(name, target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return target, 0
+
+
+def _header(path: Path, start: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    with path.open("rb") as file:
+        file.seek(start)
+        shape, dtype = _read_header(file)
+        return shape, dtype, file.tell()
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"an array of format {version}")
+    shape, fortran, dtype = read(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("an array of Python objects" if dtype.hasobject else "an array in Fortran order")
+    return shape, dtype
+
+
+def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
+    if info.file_size > 1 << 30:
+        raise ValueError("labels of more than 1 GiB")
+    with archive.open(info) as file:
+        labels: NDArray = np.load(io.BytesIO(file.read()), allow_pickle=False)
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        labels = labels.argmax(1)  # one-hot
+    return [str(label) for label in labels.reshape(-1).tolist()]

@@ -1,0 +1,59 @@
+"""Which source a path, URL or name stands for."""
+
+from __future__ import annotations
+
+from sfumato.data import files
+from sfumato.data.sources.arrays import Npz
+from sfumato.data.sources.digits import Digits
+from sfumato.data.sources.emoji import Emoji
+from sfumato.data.sources.folder import METADATA, Folder
+from sfumato.data.sources.hub import HuggingFace
+from sfumato.data.sources.shards import WebDataset
+from sfumato.data.sources.table import Parquet
+from sfumato.data.sources.zipped import Zip
+from sfumato.errors import DataError
+
+BUILT_IN: dict[str, type[Digits] | type[Emoji]] = {"digits": Digits, "emoji": Emoji}
+BY_SUFFIX = {".tar": WebDataset, ".parquet": Parquet, ".zip": Zip, ".npz": Npz}
+
+
+def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | WebDataset | Zip:
+    """The source that `place` stands for: a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in name.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if place.startswith("hub:"):
+        return HuggingFace(path=place.removeprefix("hub:"))
+    for suffix, kind in BY_SUFFIX.items():
+        if place.lower().endswith(suffix) and not files.is_folder(place):
+            return kind(place)
+    if files.is_folder(place):
+        return _folder(place)
+    if place in BUILT_IN:
+        return BUILT_IN[place]()
+    if files.exists(place):
+        raise DataError(
+            "is a file of no kind that holds pictures",
+            where=place,
+            mend=f"name a folder, or a file ending in {', '.join(BY_SUFFIX)}",
+        )
+    raise DataError(
+        "no such file, folder or built-in set",
+        where=place,
+        mend=f"check the path; built in are {', '.join(BUILT_IN)}; `hub:owner/name` is a dataset on the hub",
+    )
+
+
+def _folder(place: str) -> Folder | HuggingFace | Parquet | WebDataset:
+    """What a folder is, by what it holds: tars or tables and no pictures of its own beside them."""
+    names = files.walk(place.rstrip("/"))
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
+        return HuggingFace(path=place)
+    if any(name.rpartition("/")[2] in METADATA for name in names):
+        return Folder(place)
+    if any(name.endswith(".tar") for name in names):
+        return WebDataset(place)
+    if any(name.endswith(".parquet") for name in names):
+        return Parquet(place)
+    return Folder(place)

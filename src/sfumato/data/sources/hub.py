@@ -1,0 +1,105 @@
+"""Hugging Face datasets, from a folder that `save_to_disk` wrote or from the hub. The only file that knows `datasets`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.entry import CATEGORY_KEYS, MAX_BYTES, Entry, Listing, described, legible
+from sfumato.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The encoded picture in one column of one row."""
+
+    path: str
+    split: str
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        value = _open(self.path, self.split)[self.row][self.column]
+        if value and value.get("bytes") is not None:
+            data: bytes = value["bytes"]
+            return data
+        if value and value.get("path"):
+            with Path(value["path"]).open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        raise OSError("the cell holds no picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """A dataset of the library `datasets`.
+
+    Attributes:
+        path: a folder written by `save_to_disk`, or a name on the hub such as `owner/name`.
+        split: of it; other splits are left out.
+    """
+
+    path: str
+    split: str = "train"
+
+    def listing(self) -> Listing:
+        data = _open(self.path, self.split)
+        pictures = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
+        image = next((name for name in ("image", "img", *pictures) if name in pictures), None)
+        if image is None:
+            raise DataError(
+                f"its columns are {', '.join(data.column_names)}",
+                where=self.path,
+                mend="one of them must have the feature Image",
+            )
+        names = {key: data.features[key].names for key in CATEGORY_KEYS if hasattr(data.features.get(key), "names")}
+        layers = [column for column in ("doodle", "mask") if column in pictures]
+        known = data.remove_columns([name for name in pictures if name not in layers and name != image]).remove_columns(
+            [image, *layers]
+        )
+        width = len(str(max(0, len(data) - 1)))
+        entries = []
+        for row in range(len(data)):
+            record: dict[str, Any] = dict(known[row]) if known.column_names else {}
+            for key, labels in names.items():
+                if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
+                    record[key] = labels[record[key]]
+            blobs: dict[str, Any] = {layer: Item(self.path, self.split, row, layer) for layer in layers}
+            entries.append(
+                Entry(
+                    name=legible(f"{self.split}-{row:0{width}d}"),
+                    image=Item(self.path, self.split, row, image),
+                    **blobs,
+                    **described(record),
+                )
+            )
+        if not entries:
+            raise DataError("holds no rows", where=self.path, mend="name another split with data.source.split")
+        return Listing(entries, [])
+
+
+@lru_cache(maxsize=4)
+def _open(path: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("needs the package datasets", where=path, mend="pip install 'sfumato[hub]'") from None
+    try:
+        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(path)
+            data = loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
+        else:
+            data = datasets.load_dataset(path, split=split)
+    except KeyError:
+        raise DataError(
+            f"has no split {split!r}; it has {', '.join(loaded)}", where=path, mend="set data.source.split"
+        ) from None
+    except Exception as error:  # the library raises whatever its parsers do
+        raise DataError(
+            f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}", where=path, mend="check name and network"
+        ) from None
+    for name, feature in data.features.items():
+        if type(feature).__name__ == "Image":
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data

@@ -1,0 +1,174 @@
+"""A configuration chosen from the data and the machine, with the reasons."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sfumato.conditioners import CategoryConfig
+from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
+from sfumato.data.decoding import FORMATS, NUMPY
+from sfumato.networks import UNetConfig
+from sfumato.pipeline import SamplingConfig
+from sfumato.recipes.run import Run
+from sfumato.training import AdamWConfig, Budget, PowerEMA
+
+LOOKED_AT = 200
+SMALL, LARGE = 5_000, 500_000  # pictures
+MANY_CATEGORIES = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a source holds, as far as a look at a few pictures tells.
+
+    Attributes:
+        count: pictures listed.
+        categories: how many pictures each has; {} where there are none.
+        captioned: share of pictures with a caption.
+        sides: median length of the shorter side in pixels; 0 if none could be read.
+        gray: whether all pictures looked at are gray.
+        deep: whether all have more than 8 bits.
+    """
+
+    count: int
+    categories: dict[str, int]
+    captioned: float
+    side: int
+    gray: bool
+    deep: bool
+
+    @classmethod
+    def of(cls, listing: Listing) -> Survey:
+        """Look at up to 200 pictures spread over the source."""
+        entries = listing.entries
+        looks = [
+            look for entry in entries[:: max(1, len(entries) // LOOKED_AT)] if (look := _look(entry.image.read)) is not None
+        ]
+        return cls(
+            count=len(entries),
+            categories=dict(Counter(entry.category for entry in entries if entry.category)),
+            captioned=sum(bool(entry.captions) for entry in entries) / max(1, len(entries)),
+            side=int(statistics.median(look[0] for look in looks)) if looks else 0,
+            gray=bool(looks) and all(look[1] in ("1", "L", "LA", "I;16", "I;16B", "I") for look in looks),
+            deep=bool(looks) and all(look[1].startswith("I;16") for look in looks),
+        )
+
+
+def _look(read) -> tuple[int, str] | None:
+    """Shorter side and mode of a picture; its pixels are not decoded."""
+    try:
+        data = read()
+        if data.startswith(NUMPY):
+            return None
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return min(image.size), image.mode
+    except Exception:  # what is wrong with it is said when it is indexed
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A configuration and why it is so, one sentence a line."""
+
+    run: Run
+    reasons: tuple[str, ...]
+
+
+def choose(place: str) -> Choice:
+    """The preset for a source of pictures on this machine.
+
+    Raises:
+        DataError: if there is no such source, or it holds nothing.
+    """
+    source = source_at(place)
+    survey = Survey.of(source.listing())
+    gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
+    size, why_size = _size(survey, gpu=gpu)
+    resolution, why_resolution = _resolution(survey, gpu=gpu)
+    categories, why_categories = _categories(survey)
+    small = survey.count < SMALL
+    reasons = [f"{survey.count} pictures on {machine}: {why_size}", why_resolution, *why_categories]
+    channels = 1 if survey.gray else 3
+    reasons.append(
+        f"{channels} channel(s): {'all pictures looked at are gray' if survey.gray else 'the pictures are in colour'}"
+    )
+    if small:
+        reasons.append("the set is small, so augmentation that does not leak (0.12) and dropout hold off memorizing")
+    if survey.captioned > 0.5:
+        reasons.append(f"{survey.captioned:.0%} of the pictures have captions, which nothing reads yet")
+    return Choice(run=_run(place, source, survey, size, resolution, channels, categories), reasons=tuple(reasons))
+
+
+def _size(survey: Survey, *, gpu: bool) -> tuple[UNetConfig, str]:
+    """The network: larger sets and machines carry larger ones (recipes.md, presets S, M and L)."""
+    if not gpu:
+        width = 48 if survey.count < 2_000 else 64
+        return UNetConfig(channels=width, multipliers=(1, 2, 2), attention_depths=(2,)), f"a U-Net of {width} channels"
+    width = 96 if survey.count < SMALL else 128 if survey.count < LARGE else 192
+    return UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,)), f"a U-Net of {width} channels"
+
+
+def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
+    largest = 64 if gpu else 32
+    if not survey.side:
+        return largest, f"{largest} px: no picture could be looked at"
+    resolution = max(8, min(largest, survey.side // 8 * 8))
+    reason = (
+        "what this machine trains in reasonable time" if resolution == largest < survey.side else "the pictures are no larger"
+    )
+    return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
+
+
+def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
+    count = len(survey.categories)
+    if count < 2:
+        return None, ["no categories: the model makes pictures like the set, and cannot be asked for a kind"]
+    if count > min(MANY_CATEGORIES, survey.count / 4):
+        return None, [f"{count} categories are too many for {survey.count} pictures: they are left aside"]
+    return CategoryConfig(), [
+        f"steered by {count} categories, from {min(survey.categories.values())} to {max(survey.categories.values())} pictures each"
+    ]
+
+
+def _run(
+    place: str,
+    source: SourceConfig,
+    survey: Survey,
+    network: UNetConfig,
+    resolution: int,
+    channels: int,
+    categories: CategoryConfig | None,
+) -> Run:
+    small = survey.count < SMALL
+    depth = len(network.multipliers) - 1
+    while resolution % 2**depth:
+        depth -= 1
+    network = UNetConfig(
+        channels=network.channels,
+        multipliers=network.multipliers[: depth + 1],
+        attention_depths=(depth,),
+        dropout=0.1 if small else 0.0,
+    )
+    return Run(
+        name=Path(place.rstrip("/")).name.partition(".")[0] or "pictures",
+        data=DataConfig(
+            source=source, resolution=resolution, channels=channels, workers=2,
+            augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),
+        ),
+        network=network,
+        conditioner=categories,
+        optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
+        ema=PowerEMA(0.1),
+        batch_size=64,
+        budget=Budget(minutes=60),
+        sampling=SamplingConfig(guidance=1.5 if categories is not None else 1.0),
+    )  # fmt: skip
