@@ -13,6 +13,7 @@ import typer
 
 from sfumato import __version__
 from sfumato.cli.config import config_app, recipes
+from sfumato.cli.data import data_app
 from sfumato.cli.doctor import doctor
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
@@ -30,6 +31,7 @@ app = typer.Typer(
 for verb in (train, resume, sample, evaluate, explain, recipes, doctor):
     app.command()(verb)
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 
 def _version(wanted: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from os import cpu_count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,13 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.duplicates import clusters, thumbnail
 from sfumato.data.entry import Entry, Reject
 from sfumato.data.files import cache_folder
+from sfumato.data.parallel import in_order
 from sfumato.data.sources import Digits, SourceConfig
 from sfumato.errors import ConfigError, DataError
 
 DECODER = 1  # raised when the same bytes come to give other pixels
 CACHE_SHARE_OF_DISK = 0.25
 COMMIT_EVERY = 20_000
-CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +313,30 @@ def index(config: DataConfig, *, on_progress: Callable[[int, int], None] | None 
         categories=categories,
         shapes=np.array([fact["shape"] for fact in facts], np.int64),
         gather=gather,
-        clusters=clusters(ids, thumbnails),
+        clusters=_clusters(config, ids, thumbnails),
         rejects=rejects,
         notes=notes,
         crop_loss=float(np.mean([_lost(fact["size"], config.pixel_format().shapes[fact["shape"]]) for fact in facts])),
     )
+
+
+def _clusters(config: DataConfig, ids: Sequence[str], thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Groups of near-duplicates; kept in the cache, since finding them takes a while in large sets."""
+    identity = hashlib.sha256(f"{DECODER} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
+    kept = cache_folder() / "clusters" / f"{identity}.npy"
+    if config.cache == "auto" and kept.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            stored = np.load(kept, allow_pickle=False)
+            if stored.shape == (len(ids),):
+                return stored.astype(np.int64)
+    found = clusters(ids, thumbnails, resolution=config.resolution)
+    if config.cache == "auto":
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(f".{uuid.uuid4().hex}.npy")
+            np.save(temporary, found)
+            temporary.replace(kept)
+    return found
 
 
 def _excluded(config: DataConfig) -> set[str]:
@@ -345,20 +364,9 @@ def _natural(name: str) -> tuple[int, int, str]:
 
 
 def _examined(entries: Sequence[Entry], shelf: _Shelf) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Facts about each picture, in order; several are decoded at once."""
-
-    def look(part: Sequence[Entry]) -> list[tuple[Entry, _Look]]:
-        return [(entry, _look(entry, shelf)) for entry in part]
-
-    parts = [entries[begin : begin + CHUNK] for begin in range(0, len(entries), CHUNK)]
-    with ThreadPoolExecutor(max(1, min(8, cpu_count() or 1))) as pool:
-        waiting = [pool.submit(look, part) for part in parts[:16]]
-        for number in range(len(parts)):
-            looks = waiting[number % 16].result()
-            if number + 16 < len(parts):
-                waiting[number % 16] = pool.submit(look, parts[number + 16])
-            for entry, found in looks:
-                yield entry, shelf.keep(found)
+    """Facts about each picture, in order."""
+    for entry, found in zip(entries, in_order(lambda entry: _look(entry, shelf), entries), strict=True):
+        yield entry, shelf.keep(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,21 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
         raise RejectedImage(f"damaged: {str(error) or type(error).__name__}"[:200]) from None
 
 
+def fitted(data: bytes, side: int) -> PixelFormat:
+    """RGB at a picture's own aspect ratio, scaled down so that its shorter side is at most `side`."""
+    if data.startswith(NUMPY):
+        return PixelFormat(shapes=((side, side),), channels=3)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            turned = _orientation(image, []) in (5, 6, 7, 8)
+    except Exception:  # `decode` finds the reason and says it
+        return PixelFormat(shapes=((side, side),), channels=3)
+    scale = min(1.0, side / max(1, min(width, height)))
+    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return PixelFormat(shapes=(shape[::-1] if turned else shape,), channels=3)
+
+
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise RejectedImage(f"{width} x {height}: no pixels")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from sfumato import config as configuration
+from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import AugmentationConditioner, CategoryConditioner, ConditionerModule, Joint
 from sfumato.data import Dataset, files, index
 from sfumato.errors import CheckpointError, ConfigError
@@ -61,6 +62,13 @@ def describe(run: Run) -> str:
         f"# {len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
     return "\n".join([*facts, configuration.dump_yaml(configuration.plain(run))])
+
+
+def parameters(run: Run) -> int:
+    """Learned numbers in a run's model, its conditioner aside; nothing is built."""
+    with torch.device("meta"):
+        network = UNet(run.network, image_channels=run.data.channels, context=NO_CONTEXT)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def build_model(run: Run, *, categories: int) -> Model:

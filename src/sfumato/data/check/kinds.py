@@ -1,0 +1,104 @@
+"""The kinds of findings, and what each means for training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sfumato.data.check.words import CLIP_LIMIT
+
+
+class Kind(NamedTuple):
+    """What a finding means."""
+
+    title: str
+    effect: str
+    advice: str
+    reject: bool = False
+
+
+KINDS = {
+    "unreadable": Kind("Unreadable", "They cannot be learned from.", "Mend or remove them; training leaves them out.", True),
+    "duplicate": Kind(
+        "Exact duplicates",
+        "A picture that stands k times is learned k times as hard, and is the first that the model memorizes.",
+        "Keep one of each; the reject list names the others.",
+        True,
+    ),
+    "near_duplicate": Kind(
+        "Near-duplicates",
+        "They count almost like exact ones, and would leak from training into validation; splits keep them together.",
+        "Keep the best of each group; the reject list names the others.",
+        True,
+    ),
+    "look_alike": Kind(
+        "Alike, but called differently",
+        "Nearly the same picture under different captions or categories: the model cannot learn what tells them apart.",
+        "Check the names; raise the resolution if the difference is small.",
+    ),
+    "dark": Kind(
+        "Dark",
+        "Samples will come out dark about as often as these are in the set.",
+        "Brighten or remove those that are no night.",
+    ),
+    "bright": Kind(
+        "Bright", "Washed-out pictures teach washed-out samples.", "Check the exposure; remove scans of empty pages."
+    ),
+    "blurry": Kind(
+        "Blurred",
+        "The model learns blur as a style and mixes it into sharp subjects.",
+        "Remove them, or caption them as blurred.",
+    ),
+    "low_information": Kind("Empty", "Next to nothing is in them to learn.", "Remove them.", True),
+    "odd_aspect": Kind(
+        "Odd aspect ratio",
+        "A centre crop keeps only a small part of them, often not the subject.",
+        "Crop them by hand, or train with data.buckets.",
+    ),
+    "odd_size": Kind(
+        "Odd size",
+        "Their detail and noise differ from the others', which the model may take for content.",
+        "Check where they come from.",
+    ),
+    "upscaled": Kind(
+        "Smaller than the training resolution",
+        "They are enlarged, and teach soft pictures.",
+        "Lower data.resolution, or find larger originals.",
+    ),
+    "outlier": Kind(
+        "Unlike the rest",
+        "Rare kinds are learned badly, or by heart.",
+        "Look whether they belong; if they do, find more like them.",
+    ),
+    "grayscale": Kind(
+        "Gray in a colour set",
+        "Some samples will come out gray.",
+        "Colour sets are better without them; or train with data.channels=1.",
+    ),
+    "transparent": Kind(
+        "Transparent", "What is clear is filled with data.background.", "Choose the colour; keep it with data.channels=4."
+    ),
+    "converted": Kind(
+        "Converted",
+        "Decoded with a change: turned by EXIF; from CMYK, a palette, 16 bits or another profile; the first frame of several.",
+        "Nothing to do if they look right here.",
+    ),
+    "caption_missing": Kind("Caption missing", "They are trained as if asked for nothing.", "Caption them."),
+    "caption_duplicate": Kind(
+        "Caption shared",
+        "One text for different pictures: what tells them apart cannot be asked for.",
+        "Say what is particular to each picture.",
+    ),
+    "caption_truncated": Kind(
+        "Caption too long",
+        f"CLIP reads {CLIP_LIMIT} tokens; the rest is not seen.",
+        "Put what matters first, or use an encoder with a longer limit.",
+    ),
+    "caption_damaged": Kind(
+        "Caption with broken letters",
+        "The text was decoded wrongly; such words cannot be asked for.",
+        "Save the captions as UTF-8.",
+    ),
+    "caption_placeholder": Kind(
+        "Caption says nothing", "File numbers and 'untitled' teach the text nothing.", "Describe the picture."
+    ),
+}

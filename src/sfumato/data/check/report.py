@@ -1,0 +1,114 @@
+"""The findings as files: data.json for programs, rejects.txt for `data.exclude`, data_report.html for people."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from sfumato.data.check.examine import KINDS, Examination
+from sfumato.data.decoding import RejectedImage, decode, fitted
+from sfumato.data.entry import Entry
+from sfumato.errors import DataError
+
+SHOWN, GROUPS_SHOWN, THUMBNAIL = 24, 12, 96
+
+
+def write(found: Examination, folder: Path) -> list[Path]:
+    """Write data_report.html, data.json and rejects.txt into `folder`; returns their paths.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    rejects = found.rejects()
+    lines = [
+        "# pass this file to training as data.exclude; a name, a tab, and why",
+        *(f"{name}\t{why}" for name, why in rejects.items()),
+    ]
+    paths = {
+        "data_report.html": _page(found, rejects),
+        "data.json": json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n",
+        "rejects.txt": "\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines) + "\n",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in paths.items():
+            (folder / name).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot be written: {error}", where=str(folder), mend="name another folder with --out") from None
+    return [folder / name for name in paths]
+
+
+def plain(found: Examination) -> dict[str, Any]:
+    """What data.json holds."""
+    files = found.files()
+    return {
+        "source": found.source,
+        **found.figures,
+        "counts": {kind: len(names) for kind, names in files.items()},
+        "issues": files,
+        "reasons": found.reasons,
+        "groups": {kind: [[found.entries[i].name for i in group] for group in groups] for kind, groups in found.groups.items()},
+        "remarks": found.remarks,
+    }
+
+
+def thumbnail(entry: Entry) -> str:
+    """A small picture as a data: address, "" if it cannot be read."""
+    try:
+        data = entry.image.read()
+        pixels = decode(data, fitted(data, THUMBNAIL)).pixels
+    except (RejectedImage, OSError):
+        return ""
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    image.thumbnail((3 * THUMBNAIL, 3 * THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _page(found: Examination, rejects: dict[str, str]) -> str:
+    files = found.files()
+    sections = []
+    for kind, names in files.items():
+        groups = found.groups.get(kind, [])[:GROUPS_SHOWN]
+        shown = [[_tile(found.entries, i) for i in group[:6]] for group in groups]
+        if not shown and kind != "unreadable":
+            shown = [[_tile(found.entries, i) for i in found.issues[kind][:SHOWN]]]
+        sections.append(
+            {
+                "kind": kind,
+                "about": KINDS[kind],
+                "names": names,
+                "rows": shown,
+                "share": len(names) / max(1, found.figures["images"]),
+            }
+        )
+    clusters = [{"share": share, "row": [_tile(found.entries, i) for i in typical]} for typical, share in found.clusters]
+    spread = range(0, len(found.entries), max(1, len(found.entries) // SHOWN))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
+        source=found.source, figures=found.figures, remarks=found.remarks, sections=sections, clusters=clusters, rejects=rejects,
+        reasons=found.reasons, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found.entries, i))["src"]],
+        categories=_bars(found.figures.get("categories", {}).get("counts", {})),
+    )  # fmt: skip
+
+
+def _tile(entries: Sequence[Entry], position: int) -> dict[str, str]:
+    entry = entries[position]
+    words = " · ".join([*([entry.category] if entry.category else []), *entry.captions[:1]])
+    return {"src": thumbnail(entry), "name": entry.name, "words": words[:120]}
+
+
+def _bars(counts: dict[str, int]) -> list[tuple[str, int, float]]:
+    most = max(counts.values(), default=1)
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [
+        (name, count, 100 * count / most) for name, count in (ranked if len(ranked) <= 30 else [*ranked[:15], *ranked[-15:]])
+    ]

@@ -1,0 +1,239 @@
+"""Any source as parquet or WebDataset shards: the same bytes in, the same bytes out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sfumato.data.decoding import NUMPY
+from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.errors import ConfigError, DataError
+
+ROWS = 100  # of a parquet row group: what one random access reads
+LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "holdout")
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
+    (NUMPY, "npy"), (b"ply", "ply"),
+)  # fmt: skip
+Packed = dict[str, Any]
+
+
+def convert(
+    listing: Listing,
+    dest: Path,
+    *,
+    to: str | None = None,
+    shard_mib: int = 1000,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Path], list[Reject]]:
+    """Write all samples; returns the files and what was left out because its bytes could not be read.
+
+    Args:
+        dest: a .parquet or .tar file, or a folder that gets files of about `shard_mib` each.
+        to: "parquet" or "webdataset", needed for a folder only.
+    Raises:
+        ConfigError, DataError: if the destination is of no such kind, exists already or cannot be written.
+    """
+    kind = to or {".parquet": "parquet", ".tar": "webdataset"}.get(dest.suffix)
+    if kind not in ("parquet", "webdataset"):
+        raise ConfigError(
+            f"{to or dest.name!r} is no kind of container", where=str(dest), mend="use --to parquet or --to webdataset"
+        )
+    single = dest.suffix in (".parquet", ".tar")
+    if dest.exists() and (single or any(dest.iterdir())):
+        raise DataError("exists already", where=str(dest), mend="name a new file or an empty folder")
+    rejects = list(listing.rejects)
+    layout = Layout.of(listing.entries)
+    try:
+        (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
+        samples = _packed(listing.entries, rejects, on_progress)
+        paths = _written(samples, dest, kind, layout, None if single else shard_mib << 20)
+    except OSError as error:
+        raise DataError(f"cannot be written: {error}", where=str(dest), mend="check the disk and the permissions") from None
+    return paths, rejects
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which columns a table needs."""
+
+    layers: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Layout:
+        """What any of the entries has."""
+
+        def used(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if any(getattr(entry, name) for entry in entries))
+
+        return cls(layers=used(LAYERS), texts=used(TEXTS))
+
+
+def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None) -> list[Path]:
+    """Write samples into one file, or into files of at most `limit` bytes of pictures."""
+    paths: list[Path] = []
+    writer: Writer | None = None
+    size = 0
+    try:
+        for sample in samples:
+            if writer is not None and limit is not None and size + len(sample["image"]) > limit:
+                writer.commit()
+                writer = None
+            if writer is None:
+                name = f"data-{len(paths):06d}{SUFFIX[kind]}"
+                paths.append(dest if limit is None else dest / name)
+                writer, size = WRITERS[kind](paths[-1], layout), 0
+            writer.add(sample)
+            size += len(sample["image"])
+        if writer is not None:
+            writer.commit()
+            writer = None
+    finally:
+        if writer is not None:
+            writer.discard()
+    if not paths:
+        raise DataError("nothing could be read, so nothing was written", where=str(dest), mend="see `sfumato data check`")
+    return paths
+
+
+def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None) -> Iterator[Packed]:
+    """Samples as plain data: encoded bytes as they are, arrays of up to four 8-bit channels as PNG."""
+    for number, entry in enumerate(entries):
+        try:
+            sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
+            for name in ("image", *LAYERS):
+                blob = getattr(entry, name)
+                if blob is not None:
+                    sample[name] = _read(blob) if name == "points" else _as_picture(_read(blob))
+        except OSError as error:
+            rejects.append(Reject(entry.name, str(error)))
+        else:
+            yield sample
+        if on_progress is not None:
+            on_progress(number + 1, len(entries))
+
+
+def _read(blob: Blob) -> bytes:
+    data = blob.read()
+    if len(data) > MAX_BYTES:
+        raise OSError(f"more than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _as_picture(data: bytes) -> bytes:
+    if not data.startswith(NUMPY):
+        return data
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise OSError(f"damaged: {error}") from None
+    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (2, 3, 4)):
+        return data
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def suffix_of(data: bytes) -> str:
+    """The usual ending of a file, from its first bytes."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((suffix for signature, suffix in _SIGNATURES if data.startswith(signature)), "bin")
+
+
+class Writer(Protocol):
+    """Writes samples to a temporary file, which `commit` gives its name."""
+
+    def add(self, sample: Packed) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+class _Tar:
+    """A WebDataset shard."""
+
+    def __init__(self, target: Path, layout: Layout) -> None:
+        self.target, self.temporary = target, target.with_name(f".tmp-{target.name}")
+        self._tar = tarfile.open(self.temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._keys: set[str] = set()
+
+    def add(self, sample: Packed) -> None:
+        key = _key(sample["name"], len(self._keys), self._keys)
+        members = [(suffix_of(sample["image"]), sample["image"])]
+        members += [(f"{layer}.{suffix_of(sample[layer])}", sample[layer]) for layer in LAYERS if layer in sample]
+        facts = {name: sample[name] for name in TEXTS if sample[name]}
+        if facts:
+            members.append(("json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()))
+        for ending, data in sorted(members):
+            info = tarfile.TarInfo(f"{key}.{ending}")
+            info.size, info.mode = len(data), 0o644  # owner and time stay 0: the same data, the same bytes
+            self._tar.addfile(info, io.BytesIO(data))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+
+    def commit(self) -> None:
+        self._tar.close()
+        os.replace(self.temporary, self.target)
+
+    def discard(self) -> None:
+        self._tar.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _key(name: str, number: int, taken: set[str]) -> str:
+    """A sample's name as WebDataset wants it: no ending, no dots, each once."""
+    stem = name.rpartition(":")[2]
+    stem = stem.rpartition(".")[0] or stem
+    key = re.sub(r"[^\w/-]", "_", stem).strip("/_") or f"{number:08d}"
+    key = "/".join(part.strip("_") or "_" for part in key.split("/"))[:200]
+    if key in taken:
+        key = f"{key}-{number:08d}"
+    taken.add(key)
+    return key
+
+
+class _Parquet:
+    """A table as Hugging Face's `datasets` writes it."""
+
+    def __init__(self, target: Path, layout: Layout) -> None:
+        from sfumato.data.sources.table import TableWriter
+
+        self.target, self.temporary = target, target.with_name(f".tmp-{target.name}")
+        self._table = TableWriter(self.temporary, pictures=("image", *layout.layers), texts=layout.texts)
+        self._rows: list[Packed] = []
+
+    def add(self, sample: Packed) -> None:
+        self._rows.append(sample)
+        if len(self._rows) >= ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._table.write(self._rows)
+        self._rows = []
+
+    def commit(self) -> None:
+        if self._rows:
+            self._flush()
+        self._table.close()
+        os.replace(self.temporary, self.target)
+
+    def discard(self) -> None:
+        self._table.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+SUFFIX = {"parquet": ".parquet", "webdataset": ".tar"}
+WRITERS: dict[str, Callable[[Path, Layout], Writer]] = {"parquet": _Parquet, "webdataset": _Tar}
