@@ -21,11 +21,10 @@ def train(
     """Train a model from a folder of pictures, a recipe or a YAML file."""
     from sfumato.recipes import launch
 
-    settings = launch.resolve(source, overrides or ())
     if dry_run:
-        typer.echo(launch.describe(settings))
+        typer.echo(launch.describe(source, overrides=overrides or ()))
         return
-    typer.echo(launch.train(settings, run=run))
+    typer.echo(launch.train(source, overrides=overrides or (), run=run))
 
 
 def resume(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from sfumato import config as configuration
@@ -17,6 +18,7 @@ from sfumato.networks import UNet
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.builtin import RECIPES, recipe
+from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import choose
 from sfumato.recipes.run import Run
 from sfumato.training import Trainer, checkpoint
@@ -36,6 +38,13 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
 
 
+def is_preset(source: str | Path | Run) -> bool:
+    """Whether the configuration is chosen from the data themselves: `source` is pictures, and no recipe, run or YAML file."""
+    if isinstance(source, Run) or str(source) in RECIPES or Path(source).suffix in (".yaml", ".yml"):
+        return False
+    return not (Path(source) / "config.yaml").is_file()
+
+
 def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
     if isinstance(source, Run):
         return configuration.plain(source), source.name
@@ -53,15 +62,22 @@ def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
     return configuration.plain(recipe(str(source))), str(source)
 
 
-def describe(run: Run) -> str:
-    """The configuration as YAML, with what it amounts to, for `train --dry-run`."""
+def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
+    """The configuration as YAML, with the reasons for it and what it will take, for `train --dry-run`."""
+    run = resolve(source, overrides)
     dataset = open_data(run)
-    parameters = sum(parameter.numel() for parameter in build_model(run, categories=len(dataset.categories)).parameters())
+    model = build_model(run, categories=len(dataset.categories))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = [
-        f"# {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
-        f"# {len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
+        f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
+        f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
-    return "\n".join([*facts, configuration.dump_yaml(configuration.plain(run))])
+    lines = [*_reasons(source), *facts, *predict(run, model, dataset).lines(len(dataset.training))]
+    return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
+
+
+def _reasons(source: str | Path | Run) -> list[str]:
+    return [f"chosen: {reason}" for reason in choose(str(source)).reasons] if is_preset(source) else []
 
 
 def parameters(run: Run) -> int:
@@ -101,6 +117,13 @@ def open_data(run: Run) -> Dataset:
                 bar.say(f"  {reject.name}: {reject.reason}")
         for kind, names in dataset.notes.items():
             bar.say(f"{len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}")
+        groups = np.bincount(dataset.clusters)
+        if (groups > 1).any():
+            bar.say(
+                f"{groups[groups > 1].sum()} pictures have duplicates or near-duplicates; training and hold-out share none of them"
+            )
+        if dataset.crop_loss > 0.1:
+            bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the pictures' area; data.buckets keeps more of it")
     return dataset
 
 
@@ -113,6 +136,10 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     """
     settings = resolve(source, overrides)
     dataset = open_data(settings)
+    if is_preset(source):
+        model = build_model(settings, categories=len(dataset.categories))
+        lines = [*_reasons(source), *predict(settings, model, dataset).lines(len(dataset.training))]
+        console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
     _trainer(settings, dataset, directory).run()
     return directory.path

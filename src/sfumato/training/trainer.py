@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,19 +117,38 @@ class Trainer:
 
     def _prepare(self, bar: ProgressBar) -> None:
         """Settle the precision, check the disk, and make sure that there is something to resume from."""
+        counters = self.state.counters
+        self._settle(bar.say)
+        self.directory.require_space(self.disk_bytes())
+        self.directory.write_status("running", counters.step)
+        if self._resumed_at < 0:
+            self._save()
+
+    def rehearse(self, *, steps: int = 3) -> float:
+        """Seconds of one training step, in the median of a few real ones; the trainer is used up."""
+        self._settle(lambda line: None)
+        supply = batches(self.dataset, self.plan, start=0)
+        seconds = []
+        for _ in range(steps + 1):
+            begun = time.perf_counter()
+            self.train_step(next(supply))
+            seconds.append(time.perf_counter() - begun)
+        return statistics.median(seconds[1:])
+
+    def disk_bytes(self) -> int:
+        """What the run's checkpoints need, and a little for the rest: weights, their average and two moments, in float32."""
+        size = 16 * sum(parameter.numel() for parameter in self.state.model.parameters())
+        return size * (self.config.checkpoint.keep + 1) + (16 << 20)
+
+    def _settle(self, say: Callable[[str], None]) -> None:
         counters, config = self.state.counters, self.config
         if config.precision != "auto":
             counters.precision = config.precision
         elif counters.precision == "auto":  # not settled before an interruption: measured once in a run's life
             counters.precision, line = precision.choose(self._trial, self.device)
-            bar.say(line)
+            say(line)
         if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
             self.state.model.network.compile()
-        size = 16 * sum(parameter.numel() for parameter in self.state.model.parameters())
-        self.directory.require_space(size * (config.checkpoint.keep + 1) + (16 << 20))
-        self.directory.write_status("running", counters.step)
-        if self._resumed_at < 0:
-            self._save()
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters

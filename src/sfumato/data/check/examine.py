@@ -17,7 +17,7 @@ from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
 from sfumato.data.entry import Entry, Listing
 from sfumato.data.parallel import in_order
 
-DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 7.0
+DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
 SAMPLE = 20_000  # pictures that diversity, clusters and outliers are judged by, spread evenly

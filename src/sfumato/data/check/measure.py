@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
         notes: what decoding had to do.
         dark_end, bright_end: 99th and 5th percentile of perceived brightness, from 0 to 1.
         white: share of pixels that are nearly white.
-        contrast: standard deviation of the values, of 255.
+        contrast: standard deviation of the values over the picture, of 255; the largest of the channels.
         sharpness: 98th percentile of the Laplacian over the range of values; about 1 for line art, 0.7 for photographs, below 0.25
             for blurred ones.
         colourful: mean difference of the channels, of 255; 0 for gray.
@@ -64,7 +64,7 @@ def measure(entry: Entry) -> Measurement | str:
         dark_end=float(dark_end),
         bright_end=float(bright_end),
         white=float((brightness > 0.97).mean()),
-        contrast=float(pixels.std()),
+        contrast=float(pixels.std((0, 1)).max()),
         sharpness=sharpness(gray),
         colourful=float(np.ptp(pixels, axis=2).mean()),
         thumbnail=thumbnail(decoded.pixels),

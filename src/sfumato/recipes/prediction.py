@@ -1,0 +1,68 @@
+"""What a run will take, from a few of its own steps."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.data import Dataset
+from sfumato.observability.progress import duration
+from sfumato.pipeline import Model
+from sfumato.recipes.run import Run
+from sfumato.training import Trainer
+from sfumato.training.run_directory import RunDirectory
+
+MANY_VIEWS = 200  # of each picture, where small sets begin to be learned by heart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Measured on this machine, as busy as it is now.
+
+    Attributes:
+        step_s: seconds of a training step.
+        steps, seconds, epochs: of the whole run, previews, validation and checkpoints aside.
+        memory_gib: most that the process has held so far, which training stays close to.
+        disk_gib: checkpoints at their most.
+    """
+
+    step_s: float
+    steps: int
+    seconds: float
+    epochs: float
+    memory_gib: float
+    disk_gib: float
+
+    def lines(self, pictures: int) -> list[str]:
+        """For a person."""
+        said = [
+            f"predicted: {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all; "
+            f"each picture seen {self.epochs:.1f} times",
+            f"predicted: {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
+        ]
+        if self.epochs > MANY_VIEWS and pictures < 5000:
+            said.append(f"{self.epochs:.0f} views of each picture: watch the gap to held-out pictures, and stop when it grows")
+        return said
+
+
+def predict(run: Run, model: Model, dataset: Dataset) -> Prediction:
+    """Take a few real steps in a scratch folder; `model` is used up."""
+    with tempfile.TemporaryDirectory() as place:
+        trainer = Trainer(
+            run, model=model, objective=run.objective, dataset=dataset, sampling=run.sampling,
+            directory=RunDirectory.create(Path(place) / "run"), pinned={},
+        )  # fmt: skip
+        step_s = trainer.rehearse()
+    size, batch = len(dataset.training), run.batch_size
+    share = run.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
+    steps = max(1, round(1 / share))
+    return Prediction(
+        step_s=step_s,
+        steps=steps,
+        seconds=steps * step_s,
+        epochs=steps * batch / size,
+        memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        disk_gib=trainer.disk_bytes() / 2**30,
+    )
