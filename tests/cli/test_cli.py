@@ -16,7 +16,7 @@ from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
 from sfumato.recipes import Run, launch, recipe, resolve
 
-VERBS = ["train", "resume", "sample", "evaluate", "explain", "recipes", "doctor", "config"]
+VERBS = ["train", "resume", "sample", "evaluate", "explain", "recipes", "doctor", "config", "data"]
 
 
 def in_new_python(code: str) -> str:
@@ -29,12 +29,12 @@ def in_new_python(code: str) -> str:
 def digit_folder(root: Path, *, per_category: int = 12, categories: str = "01") -> Path:
     """Digits as PNG files in one folder a category."""
     count = dict.fromkeys(categories, 0)
-    for entry in Digits().entries():
+    for entry in Digits().listing().entries:
         if count.get(entry.category, per_category) < per_category:
             count[entry.category] += 1
             path = root / entry.category / f"{entry.name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(entry.read())
+            path.write_bytes(entry.image.read())
     return root
 
 
@@ -62,7 +62,7 @@ def test_the_version() -> None:
 def test_neither_import_nor_help_loads_torch() -> None:
     heavy = "sorted({'torch', 'sklearn', 'scipy', 'yaml'} & set(sys.modules))"
     assert in_new_python(f"import sys, sfumato; print({heavy})") == "[]\n"
-    for arguments in (["--help"], ["train", "--help"], ["config", "show", "--help"], ["--version"]):
+    for arguments in (["--help"], ["train", "--help"], ["config", "show", "--help"], ["data", "--help"], ["--version"]):
         code = f"import sys; from sfumato.cli.main import main; sys.argv[1:] = {arguments}\ntry: main()\nexcept SystemExit: print({heavy})"
         assert in_new_python(code).endswith("[]\n")
     assert "torch" in in_new_python(f"import sys, sfumato; sfumato.load; print({heavy})")
@@ -215,7 +215,7 @@ def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
     assert result.code == 0
-    assert result.out.startswith("# 1519 pictures to learn from, 278 held out, 0 left out\n# 10 categories; 0.76M parameters\n")
+    assert result.out.startswith("# 1506 pictures to learn from, 291 held out, 0 left out\n# 10 categories; 0.76M parameters\n")
     assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve("digits", ["budget.steps=6"])
     assert os.listdir() == []
 
@@ -239,7 +239,7 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
     ("source", "said"),
     [
         ("empty", "empty: holds no pictures"),
-        ("note.txt", "note.txt: is a file, and no YAML"),
+        ("note.txt", "note.txt: is a file of no kind that holds pictures"),
         ("no.yaml", "no.yaml: cannot be read"),
     ],
 )

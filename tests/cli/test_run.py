@@ -46,7 +46,7 @@ def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple
     path, result = trained
     assert result.code == 0
     assert result.out == f"{path}\n"
-    assert "1519 pictures to learn from, 278 held out, 10 categories, 8 px; 0.76M parameters" in result.err
+    assert "1506 pictures to learn from, 291 held out, 10 categories, 8 px; 0.76M parameters" in result.err
     assert "step 6: held-out noise error MSE " in result.err
 
 
@@ -55,7 +55,7 @@ def test_a_run_holds_what_it_should(run: Path) -> None:
     assert (status["state"], status["step"]) == ("finished", 6)
     assert load_yaml_file(run / "config.yaml")["budget"]["steps"] == 6
     data = json.loads((run / "data.json").read_text())
-    assert (data["images"], data["training"], data["holdout"]) == (1797, 1519, 278)
+    assert (data["images"], data["training"], data["holdout"]) == (1797, 1506, 291)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1
     assert lines[0]["train/loss"] > 0
@@ -174,10 +174,10 @@ def test_explaining_a_run_uses_its_model(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:
-    for number, entry in enumerate(Digits().entries()[:40]):
+    for number, entry in enumerate(Digits().listing().entries[:40]):
         path = tmp_path / "digits" / entry.category / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(entry.read())
+        path.write_bytes(entry.image.read())
     bad = {"0/cut.jpg": b"\xff\xd8\xff\xe0", "1/empty.png": b"", "2/page.png": b"<html>", "3/ev\x1b[2Jil.gif": b"GIF89a"}
     for name, data in bad.items():
         (tmp_path / "digits" / name).write_bytes(data)
@@ -188,7 +188,9 @@ def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: 
         "precision=float32",
         "preview.num=2",
     ]
-    result = sfumato("train", tmp_path / "digits", "budget.steps=2", "data.memory_gib=0", *small, "--run", tmp_path / "run")
+    result = sfumato(
+        "train", tmp_path / "digits", "budget.steps=2", "data.cache=off", "data.memory_gib=0", *small, "--run", tmp_path / "run"
+    )
     assert result.code == 0
     assert "4 picture(s) left out" in result.err
     assert "\x1b" not in result.err
@@ -205,7 +207,7 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     assert result.code == 0
     figures = json.loads(out.read_text())
     assert [row["name"] for row in figures["rows"]] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2"]
-    assert [row["n"] for row in figures["rows"]] == [278, 20, 20]
+    assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
     assert f"{figures['classifier_accuracy']:.1%} right on held-out ones" in result.out
     assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
     assert f"figures: {out}\n" in result.out

@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError, SfumatoError
 from sfumato.recipes import RECIPES, Run, recipe, resolve
 
 NEEDED = {
-    "Folder": {"path": "pictures"},
+    **{kind: {"path": "pictures"} for kind in ("Folder", "HuggingFace", "Npz", "Parquet", "WebDataset", "Zip")},
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
     "ZeroTerminalSNR": {"schedule": "ScaledLinear"},
@@ -151,7 +151,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     [
         ("batch_size=many", "`batch_size` = 'many': input should be a valid integer"),
         ("data.resolution=8.5", "`data.resolution` = 8.5: input should be a valid integer"),
-        ("data.channels=2", "`data.channels` = 2: input should be 1 or 3"),
+        ("data.channels=rgb", "`data.channels` = 'rgb': input should be a valid integer"),
+        ("data.bits=12", "`data.bits` = 12: input should be 8 or 16"),
+        ("data.augment.flip=up", "`data.augment.flip` = 'up': input should be 'none', 'horizontal', 'vertical' or 'both'"),
         ("precision=float16", "`precision` = 'float16': input should be 'auto', 'float32' or 'bfloat16'"),
         ("network.multipliers=[1, a]", "`network.multipliers.1` = 'a': input should be a valid integer"),
         ("data.background=[1, 2]", "`data.background.2` is missing"),
@@ -198,7 +200,9 @@ def test_a_kind_outside_the_union_builds_nothing(kind: str) -> None:
 
 
 def test_errors_of_the_dataclass_itself_come_through() -> None:
-    assert wrong("data.holdout=2").startswith("data: resolution = 8, holdout = 2.0")
+    assert wrong("data.holdout=2").startswith("data: resolution = 8, channels = 1, holdout = 2.0")
+    assert wrong("data.channels=65").startswith("data: resolution = 8, channels = 65, holdout = 0.15")
+    assert wrong("data.augment.crop=1").startswith("data.augment: crop = 1.0")
     with pytest.raises(SfumatoError, match="not a schedule"):
         resolve("digits", ["objective.schedule={kind: Tabulated, alphas: [1], sigmas: [0]}"])
 

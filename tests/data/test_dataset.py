@@ -10,7 +10,7 @@ from encoded import encoded, noise
 from sfumato.data import DataConfig, Dataset, Digits, Folder, index
 from sfumato.errors import ConfigError, DataError
 
-ON_DISK = 0.0  # gibibytes of memory that no set fits in
+ON_USE = {"cache": "off", "memory_gib": 0.0}  # nothing is kept, pictures are decoded as they are used
 
 
 def fill(root: Path, count: int, *, first: int = 0, category: str = "") -> Path:
@@ -30,7 +30,7 @@ def names(dataset: Dataset, positions: np.ndarray) -> set[str]:
 
 
 def contents(dataset: Dataset, positions: np.ndarray) -> set[bytes]:
-    return {dataset.entries[i].read() for i in positions}
+    return {dataset.entries[i].image.read() for i in positions}
 
 
 def test_the_parts_cover_the_set_once(tmp_path: Path) -> None:
@@ -131,15 +131,18 @@ def test_without_categories_labels_are_minus_one(tmp_path: Path) -> None:
     assert dataset.context(np.array([0, 2]))["category"].tolist() == [-1, -1]
 
 
-def test_in_memory_and_on_disk_give_the_same_pixels(tmp_path: Path) -> None:
+def test_in_the_cache_in_memory_and_on_use_give_the_same_pixels(tmp_path: Path) -> None:
     fill(tmp_path, 9)
-    kept, read = opened(tmp_path), opened(tmp_path, memory_gib=ON_DISK)
-    assert kept.pixels is not None
-    assert read.pixels is None
+    read = opened(tmp_path, **ON_USE)
+    assert read.gather is None
     positions = np.array([5, 0, 5, 8])
-    assert torch.equal(kept.images(positions)[0], read.images(positions)[0])
-    assert (kept.images([5])[0][0].numpy() == noise(4, 4, seed=5).transpose(2, 0, 1)).all()
-    assert kept.fingerprint == read.fingerprint
+    for _ in range(2):  # the cache first fills, and then is read
+        for kept in (opened(tmp_path), opened(tmp_path, cache="off")):
+            assert kept.gather is not None
+            assert torch.equal(kept.images(positions)[0], read.images(positions)[0])
+            assert (kept.images([5])[0][0].numpy() == noise(4, 4, seed=5).transpose(2, 0, 1)).all()
+            assert kept.fingerprint == read.fingerprint
+            assert np.array_equal(kept.holdout, read.holdout)
 
 
 def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_format(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
 
 @pytest.mark.parametrize("harm", ["deleted", "emptied", "cut"])
 def test_a_picture_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: Path, harm: str) -> None:
-    dataset = opened(fill(tmp_path, 20), memory_gib=ON_DISK)
+    dataset = opened(fill(tmp_path, 20), **ON_USE)
     lost = int(dataset.training[3])
     path = tmp_path / dataset.entries[lost].name
     if harm == "deleted":
@@ -189,7 +192,7 @@ def test_a_picture_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: 
 def test_a_substitute_is_of_the_same_category_and_part(tmp_path: Path) -> None:
     for number, category in enumerate("abc"):
         fill(tmp_path, 12, first=100 * number, category=category)
-    dataset = opened(tmp_path, memory_gib=ON_DISK, holdout=0.4)
+    dataset = opened(tmp_path, **ON_USE, holdout=0.4)
     for lost in range(len(dataset.entries)):
         path = tmp_path / dataset.entries[lost].name
         data = path.read_bytes()
@@ -203,7 +206,7 @@ def test_a_substitute_is_of_the_same_category_and_part(tmp_path: Path) -> None:
 
 
 def test_several_neighbours_lost_are_all_reported(tmp_path: Path) -> None:
-    dataset = opened(fill(tmp_path, 10), memory_gib=ON_DISK)
+    dataset = opened(fill(tmp_path, 10), **ON_USE)
     gone = dataset.training[-2:]
     for position in gone:
         (tmp_path / dataset.entries[position].name).unlink()
@@ -213,15 +216,16 @@ def test_several_neighbours_lost_are_all_reported(tmp_path: Path) -> None:
 
 
 def test_when_nothing_can_be_read_any_more_it_says_so(tmp_path: Path) -> None:
-    dataset = opened(fill(tmp_path, 5), memory_gib=ON_DISK)
+    dataset = opened(fill(tmp_path, 5), **ON_USE)
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(DataError, match=r"can be read any more"):
         dataset.images([0])
 
 
-def test_pictures_kept_in_memory_need_no_disk(tmp_path: Path) -> None:
-    dataset = opened(fill(tmp_path, 5))
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_pictures_kept_in_the_cache_or_in_memory_need_no_source(tmp_path: Path, cache: str) -> None:
+    dataset = opened(fill(tmp_path, 5), cache=cache)
     for path in tmp_path.iterdir():
         path.unlink()
     pixels, bad = dataset.images([4])

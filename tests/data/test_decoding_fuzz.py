@@ -9,7 +9,7 @@ from PIL import Image
 
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode
 
-FORM = PixelFormat(resolution=8, channels=3)
+FORM = PixelFormat(shapes=((8, 8),), channels=3)
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 FILES = {
@@ -27,12 +27,15 @@ FILES = {
 def survives(data: bytes) -> bool:
     """Whether `data` is still a picture; fails unless it is that or a reason."""
     try:
-        pixels, notes = decode(data, FORM)
+        decoded = decode(data, FORM, identify=True)  # as it is done when a set is indexed
     except RejectedImage as rejected:
         return not 0 < len(str(rejected)) < 300
-    assert pixels.shape == (3, 8, 8)
-    assert pixels.dtype == np.uint8
-    assert all(isinstance(note, str) for note in notes)
+    assert decoded.pixels.shape == (3, 8, 8)
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.shape == 0
+    assert min(decoded.size) > 0
+    assert all(isinstance(note, str) for note in decoded.notes)
+    assert len(decoded.id) == 32
     return True
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from encoded import encoded, noise
 
-from sfumato.data import Batch, DataConfig, Dataset, Digits, Folder, Plan, batches, index, to_float
+from sfumato.data import AugmentConfig, Batch, DataConfig, Dataset, Digits, Folder, Part, Plan, batches, index, to_float
 
 
 @pytest.fixture(scope="module")
@@ -21,32 +21,49 @@ def folder(root: Path, **options) -> Dataset:
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encoded(noise(6, 6, seed=number)))
-    return index(DataConfig(source=Folder(str(root)), resolution=6, memory_gib=0.0, **options))
+    dataset = index(DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options))
+    assert dataset.gather is None  # pictures are decoded as they are used
+    return dataset
 
 
 def some(dataset: Dataset, plan: Plan, *, start: int = 0, count: int = 6) -> list[Batch]:
     return list(islice(batches(dataset, plan, start=start), count))
 
 
+def planned(dataset: Dataset, *, seed: int, batch_size: int) -> Plan:
+    return Plan(seed=seed, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
+
+
+def only(batch: Batch) -> Part:
+    """The one part of a batch whose pictures have one shape."""
+    (part,) = batch.parts
+    assert len(batch) == len(part) == len(part.images)
+    return part
+
+
 def equal(a: list[Batch], b: list[Batch]) -> bool:
     return all(
-        torch.equal(x.images, y.images) and torch.equal(x.context["category"], y.context["category"])
-        for x, y in zip(a, b, strict=True)
+        x.first == y.first
+        and torch.equal(x.images, y.images)
+        and x.context.keys() == y.context.keys()
+        and all(torch.equal(x.context[name], y.context[name]) for name in x.context)
+        for x, y in zip(map(only, a), map(only, b), strict=True)
     )
 
 
 def test_batches_hold_the_plans_pictures_and_labels(digits: Dataset) -> None:
-    plan = Plan(seed=1, size=len(digits.training), batch_size=5)
+    plan = planned(digits, seed=1, batch_size=5)
     for step, batch in enumerate(some(digits, plan)):
-        positions = digits.training[plan.batch(step)]
-        assert torch.equal(batch.images, to_float(digits.pixels[torch.from_numpy(positions)]))
-        assert torch.equal(batch.context["category"], digits.labels[torch.from_numpy(positions)])
+        positions, part = digits.training[plan.batch(step)], only(batch)
+        assert part.first == 5 * step
+        assert torch.equal(part.images, to_float(torch.from_numpy(digits.gather(positions))))
+        assert torch.equal(part.context["category"], digits.labels[torch.from_numpy(positions)])
         assert list(batch.bad) == []
 
 
 def test_held_out_pictures_are_never_in_a_batch(digits: Dataset) -> None:
-    plan = Plan(seed=1, size=len(digits.training), batch_size=400)
-    seen = {image.numpy().tobytes() for batch in some(digits, plan) for image in batch.images}
+    plan = planned(digits, seed=1, batch_size=400)
+    seen = {image.numpy().tobytes() for batch in some(digits, plan) for image in only(batch).images}
     held = {image.numpy().tobytes() for image in to_float(digits.images(digits.holdout)[0])}
     assert len(seen) == len(digits.training)
     assert not seen & held
@@ -58,14 +75,14 @@ def test_pixels_run_from_minus_one_to_one() -> None:
 
 
 def test_starting_at_k_is_skipping_k(digits: Dataset) -> None:
-    plan = Plan(seed=2, size=len(digits.training), batch_size=300)
+    plan = planned(digits, seed=2, batch_size=300)
     assert equal(some(digits, plan, count=9)[4:], some(digits, plan, start=4, count=5))
     assert not equal(some(digits, plan, count=5), some(digits, plan, start=1, count=5))
 
 
 def test_two_workers_give_what_none_gives(tmp_path: Path) -> None:
-    dataset = folder(tmp_path, flip="horizontal")
-    plan = Plan(seed=0, size=len(dataset.training), batch_size=4)
+    dataset = folder(tmp_path, augment=AugmentConfig(flip="horizontal"))
+    plan = planned(dataset, seed=0, batch_size=4)
     (tmp_path / dataset.entries[dataset.training[0]].name).unlink()
     alone = some(dataset, plan, start=1, count=7)
     with_two = replace(dataset, config=replace(dataset.config, workers=2))
@@ -77,35 +94,36 @@ def test_two_workers_give_what_none_gives(tmp_path: Path) -> None:
 
 def test_a_lost_picture_leaves_the_batch_whole(tmp_path: Path) -> None:
     dataset = folder(tmp_path)
-    plan = Plan(seed=0, size=len(dataset.training), batch_size=len(dataset.training))
+    plan = planned(dataset, seed=0, batch_size=len(dataset.training))
     whole = some(dataset, plan, count=1)[0]
     name = dataset.entries[dataset.training[plan.batch(0)[2]]].name
     (tmp_path / name).write_bytes(b"")
     batch = some(dataset, plan, count=1)[0]
-    assert batch.images.shape == whole.images.shape
+    before, after = only(whole).images, only(batch).images
+    assert after.shape == before.shape
     assert [reject.name for reject in batch.bad] == [name]
-    same = (batch.images == whole.images).flatten(1).all(1)
+    same = (after == before).flatten(1).all(1)
     assert same.tolist() == [row != 2 for row in range(len(same))]
 
 
 def test_flips_are_about_half_keyed_by_sample_and_exact(digits: Dataset) -> None:
-    flipping = replace(digits, config=replace(digits.config, flip="horizontal"))
-    plan = Plan(seed=0, size=len(digits.training), batch_size=500)
+    flipping = replace(digits, config=replace(digits.config, augment=AugmentConfig(flip="horizontal")))
+    plan = planned(digits, seed=0, batch_size=500)
     pairs = list(zip(some(digits, plan), some(flipping, plan), strict=True))
-    plain, flipped = (torch.cat([pair[which].images for pair in pairs]) for which in (0, 1))
+    plain, flipped = (torch.cat([only(pair[which]).images for pair in pairs]) for which in (0, 1))
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     kept = (flipped == plain).flatten(1).all(1)
     assert (mirrored | kept).all()
     assert 0.46 < mirrored.double().mean() < 0.54  # of 3000
-    small = Plan(seed=0, size=len(digits.training), batch_size=60)
-    assert torch.equal(torch.cat([batch.images for batch in some(flipping, small, count=50)]), flipped)
-    other = Plan(seed=1, size=len(digits.training), batch_size=500)
+    small = planned(digits, seed=0, batch_size=60)
+    assert torch.equal(torch.cat([only(batch).images for batch in some(flipping, small, count=50)]), flipped)
+    other = planned(digits, seed=1, batch_size=500)
     pairs = list(zip(some(digits, other), some(flipping, other), strict=True))
-    again = torch.cat([(a.images != b.images).flatten(1).any(1) for a, b in pairs])
+    again = torch.cat([(only(a).images != only(b).images).flatten(1).any(1) for a, b in pairs])
     assert 0.4 < (again == (mirrored & ~kept)).double().mean() < 0.6  # another seed tosses other coins
 
 
 def test_without_flip_nothing_is_mirrored(digits: Dataset) -> None:
-    plan = Plan(seed=0, size=len(digits.training), batch_size=len(digits.training))
-    seen = some(digits, plan, count=1)[0].images
+    plan = planned(digits, seed=0, batch_size=len(digits.training))
+    seen = only(some(digits, plan, count=1)[0]).images
     assert torch.equal(seen, to_float(digits.images(digits.training[plan.batch(0)])[0]))

@@ -10,6 +10,10 @@ from PIL import Image, JpegImagePlugin
 from sfumato.data.decoding import PixelFormat, decode
 
 
+def square(side: int) -> PixelFormat:
+    return PixelFormat(shapes=((side, side),), channels=3)
+
+
 def lanczos(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
@@ -34,7 +38,7 @@ def reference(picture: np.ndarray, resolution: int) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 67), (90, 30), (12, 12), (16, 33), (10, 7), (16, 16), (67, 41)])
 def test_it_is_lanczos_of_the_centre_square(height: int, width: int) -> None:
     picture = noise(height, width) // 2 + 64  # nothing overshoots, so that the order of Pillow's two passes does not show
-    pixels, _ = decode(encoded(picture), PixelFormat(resolution=16, channels=3))
+    pixels = decode(encoded(picture), square(16)).pixels
     assert np.abs(pixels - reference(picture, 16)).max() <= 1.5  # Pillow rounds after each of its two passes
 
 
@@ -46,7 +50,7 @@ def test_the_reference_can_tell_a_crop_that_is_off_by_a_pixel() -> None:
 def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    pixels, _ = decode(encoded(stripes), PixelFormat(resolution=13, channels=3))
+    pixels = decode(encoded(stripes), square(13)).pixels
     middle = pixels[:, 2:-2, 2:-2].astype(int)
     assert np.abs(middle - 127.5).max() < 8
     nearest = np.asarray(Image.fromarray(stripes).resize((13, 13), Image.Resampling.NEAREST)).astype(int)
@@ -56,9 +60,9 @@ def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None
 def test_the_middle_is_what_is_kept() -> None:
     picture = np.zeros((30, 90, 3), np.uint8)
     picture[:, 30:60] = 200
-    pixels, _ = decode(encoded(picture), PixelFormat(resolution=10, channels=3))
+    pixels = decode(encoded(picture), square(10)).pixels
     assert (pixels[:, :, 2:-2] >= 198).all()
-    pixels, _ = decode(encoded(picture.transpose(1, 0, 2).copy()), PixelFormat(resolution=10, channels=3))
+    pixels = decode(encoded(picture.transpose(1, 0, 2).copy()), square(10)).pixels
     assert (pixels[:, 2:-2] >= 198).all()
 
 
@@ -76,11 +80,11 @@ def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
 
     drafted = JpegImagePlugin.JpegImageFile.draft
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
-    form = PixelFormat(resolution=32, channels=3)
-    pixels, _ = decode(data, form)
+    form = square(32)
+    pixels = decode(data, form).pixels
     assert 64 <= min(sizes[0]) < min(height, width) / 4  # it was decoded small, at no less than twice the target
     full = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    difference = np.abs(pixels.astype(int) - decode(encoded(full), form)[0])
+    difference = np.abs(pixels.astype(int) - decode(encoded(full), form).pixels)
     assert difference.mean() < 0.7
     assert difference.max() <= 4
 
@@ -90,6 +94,7 @@ def test_a_rotated_big_jpeg_is_upright_and_uncut() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(np.ascontiguousarray(np.rot90(upright)), "JPEG", quality=95, exif=exif)
-    pixels, notes = decode(data, PixelFormat(resolution=16, channels=3))
-    assert notes == ["exif_rotated"]
-    assert np.abs(pixels - reference(upright, 16)).max() < 6
+    decoded = decode(data, square(16))
+    assert decoded.notes == ("exif_rotated",)
+    assert decoded.size == (500, 300)
+    assert np.abs(decoded.pixels - reference(upright, 16)).max() < 6

@@ -8,7 +8,7 @@ import pytest
 from encoded import encoded, noise
 from sklearn.datasets import load_digits
 
-from sfumato.data import Digits, Folder, decoding, sources
+from sfumato.data import Digits, Entry, Folder, decoding, entry, files
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import DataError
 
@@ -23,23 +23,30 @@ def put(root: Path, *names: str) -> Path:
     return root
 
 
+def entries(root: Path) -> list[Entry]:
+    listing = Folder(str(root)).listing()
+    assert listing.rejects == []
+    return listing.entries
+
+
 def listed(root: Path) -> list[tuple[str, str | None]]:
-    return [(entry.name, entry.category) for entry in Folder(str(root)).entries()]
+    return [(entry.name, entry.category) for entry in entries(root)]
 
 
 def test_digits_are_scikit_learns() -> None:
-    entries, digits = Digits().entries(), load_digits()
+    (entries, rejects), digits = Digits().listing(), load_digits()
+    assert rejects == []
     assert len(entries) == 1797
     assert [entry.category for entry in entries] == [str(label) for label in digits.target]
-    pixels, notes = decode(entries[17].read(), PixelFormat(resolution=8, channels=1))
-    assert (pixels[0] == np.rint(digits.images[17] * 255 / 16)).all()
-    assert notes == []
+    decoded = decode(entries[17].image.read(), PixelFormat(shapes=((8, 8),), channels=1))
+    assert (decoded.pixels[0] == np.rint(digits.images[17] * 255 / 16)).all()
+    assert decoded.notes == ()
 
 
 def test_a_flat_folder_has_no_categories(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "a.JPG", "c.webp")
     assert listed(tmp_path) == [("a.JPG", None), ("b.png", None), ("c.webp", None)]
-    assert Folder(str(tmp_path)).entries()[0].read() == PICTURE
+    assert entries(tmp_path)[0].image.read() == PICTURE
 
 
 def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) -> None:
@@ -81,7 +88,7 @@ def test_linked_folders_are_not_entered_and_linked_files_are_read(tmp_path: Path
 def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
     put(tmp_path, "été/Ω 1.png", "猫/emoji 🐈.png", "naïve/a\u202eb.png")
     assert {category for _, category in listed(tmp_path)} == {"été", "猫", "naïve"}
-    assert all(entry.read() == PICTURE for entry in Folder(str(tmp_path)).entries())
+    assert all(entry.image.read() == PICTURE for entry in entries(tmp_path))
 
 
 def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,23 +100,23 @@ def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.
             folders.sort(reverse=True)
             yield folder, folders, sorted(names, reverse=True)
 
-    monkeypatch.setattr(sources.os, "walk", backwards)
+    monkeypatch.setattr(files.os, "walk", backwards)
     assert listed(tmp_path) == before
 
 
 def test_an_empty_folder_says_what_would_count(tmp_path: Path) -> None:
     put(tmp_path, "readme.md")
     with pytest.raises(DataError, match=r"holds no pictures \(.jpg, .jpeg, .png") as caught:
-        Folder(str(tmp_path)).entries()
+        Folder(str(tmp_path)).listing()
     assert str(tmp_path) in str(caught.value)
 
 
 def test_a_missing_folder_and_a_file_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no-such: no such folder"):
-        Folder(str(tmp_path / "no-such")).entries()
+        Folder(str(tmp_path / "no-such")).listing()
     put(tmp_path, "one.png")
     with pytest.raises(DataError, match=r"one\.png: is a file, not a folder"):
-        Folder(str(tmp_path / "one.png")).entries()
+        Folder(str(tmp_path / "one.png")).listing()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
@@ -124,25 +131,25 @@ def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
     os.mkdir(folder)
     with open(folder + b"/\xff.png", "wb") as file:
         file.write(PICTURE)
-    (entry,) = Folder(str(tmp_path)).entries()
-    assert (entry.name, entry.category) == ("caf\\udce9/\\udcff.png", "caf\\udce9")
-    assert entry.read() == PICTURE
+    (only,) = entries(tmp_path)
+    assert (only.name, only.category) == ("caf\\udce9/\\udcff.png", "caf\\udce9")
+    assert only.image.read() == PICTURE
 
 
 def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    (entry,) = Folder(str(tmp_path)).entries()
+    (only,) = entries(tmp_path)
     with pytest.raises(FileNotFoundError):
-        entry.read()
+        only.image.read()
 
 
 def test_no_more_of_a_huge_file_is_read_than_it_takes_to_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 40)  # a hole: takes no space
-    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    monkeypatch.setattr(entry, "MAX_BYTES", 1000)
     monkeypatch.setattr(decoding, "MAX_BYTES", 1000)
-    (entry,) = Folder(str(tmp_path)).entries()
-    data = entry.read()
+    (only,) = entries(tmp_path)
+    data = only.image.read()
     assert len(data) == 1001
     with pytest.raises(decoding.RejectedImage, match="more than"):
-        decode(data, PixelFormat(resolution=8, channels=3))
+        decode(data, PixelFormat(shapes=((8, 8),), channels=3))

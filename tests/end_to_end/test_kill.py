@@ -14,13 +14,12 @@ from sfumato import config
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 KILLS = 20
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"}
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "sfumato.cli.main", *arguments],
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.data import DataConfig, Folder, Plan
+from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError
 from sfumato.recipes import launch, resume, train
 from sfumato.training import Budget, Trainer, checkpoint
@@ -74,8 +74,11 @@ def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monk
     assert all(changed[name] != whole[name] for name in ("model", "ema", "optimizer", "losses"))
 
 
-def test_workers_and_memory_do_not_change_the_run(folder, whole, tmp_path, monkeypatch) -> None:
-    data = DataConfig(source=Folder(str(folder)), resolution=8, channels=1, flip="horizontal", memory_gib=0.0, workers=2)
+@pytest.mark.parametrize("kept", [{}, {"memory_gib": 0.0, "workers": 2}])
+def test_workers_cache_and_memory_do_not_change_the_run(folder, whole, tmp_path, monkeypatch, kept) -> None:
+    data = DataConfig(
+        source=Folder(str(folder)), resolution=8, channels=1, augment=AugmentConfig(flip="horizontal"), cache="off", **kept
+    )
     run = interrupted(tiny_run(folder, data=data), tmp_path / "run", monkeypatch, 7)
     assert fingerprint(resume(run)) == whole
 

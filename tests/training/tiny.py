@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.conditioners import CategoryConfig
-from sfumato.data import DataConfig, Folder
+from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.training import (
@@ -38,7 +38,7 @@ def tiny_run(folder: Path, **changes) -> Run:
     """Mid-epoch checkpoints, accumulation, dropout, flips: everything whose state could be lost."""
     settings = {
         "name": "tiny",
-        "data": DataConfig(source=Folder(str(folder)), resolution=8, channels=1, flip="horizontal"),
+        "data": DataConfig(source=Folder(str(folder)), resolution=8, channels=1, augment=AugmentConfig(flip="horizontal")),
         "network": UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32, dropout=0.1),
         "conditioner": CategoryConfig(size=8),
         "optimizer": AdamWConfig(learning_rate=1e-3, warmup_steps=3),

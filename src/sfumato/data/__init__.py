@@ -2,8 +2,9 @@
 
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.dataset import DataConfig, Dataset, index
+from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.entry import Entry, Listing, Reject, Source
+from sfumato.data.indexing import index
 from sfumato.data.loader import Batch, Part, batches, to_float
 from sfumato.data.plan import Plan
 from sfumato.data.sources import (

@@ -66,7 +66,7 @@ class ArrayCache:
                     ends.update(arrays.values())
                 if any(len(self.map(f"{segment.name}/{file}")) <= row for file, row in ends.items()):
                     return
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, IndexError):
             return  # damaged: its keys are missed, and made again
         self.records.update(found)
 
@@ -155,7 +155,7 @@ class Gather:
         if self._maps is None:
             self._maps = [self.cache.map(name) for name in self.names]
         if not len(positions):
-            return np.empty((0, *(self._maps[0].shape[1:] if self._maps else ())), np.uint8)
+            return self._maps[0][:0] if self._maps else np.empty(0, np.uint8)
         file, row = self.file[positions], self.row[positions]
         first = self._maps[file[0]]
         if (file == file[0]).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,14 @@ Box = tuple[float, float, float, float]
 
 class RejectedImage(Exception):
     """A picture that cannot or should not be learned from; the message is the reason, for a person."""
+
+
+class quiet(warnings.catch_warnings):
+    """Without the warnings of picture parsers: what is odd and matters is in the notes."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,7 @@ def fitted(data: bytes, side: int) -> PixelFormat:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
+            _check_size(width, height)  # before the orientation, for which a PNG is decoded
             turned = _orientation(image, []) in (5, 6, 7, 8)
     except Exception:  # `decode` finds the reason and says it
         return PixelFormat(shapes=((side, side),), channels=3)
@@ -201,7 +211,7 @@ def _without_palette(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _identity(image: Image.Image, data: bytes, orientation: int) -> str:
-    if image.format == "JPEG" or "icc_profile" in image.info or image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
+    if image.format in ("JPEG", "MPO") or "icc_profile" in image.info or image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
         return hashlib.sha256(data).hexdigest()[:32]
     return array_id(np.asarray(image), orientation)
 

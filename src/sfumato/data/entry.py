@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,19 @@ class Blob(Protocol):
         ...
 
 
+def read(path: str, offset: int, most: int) -> bytes:
+    """Up to `most` bytes of a file from `offset` on; nothing larger than the file is ever reserved for them."""
+    handle = os.open(files.local(path) if "//" in path else path, os.O_RDONLY)
+    try:
+        size = min(most, os.fstat(handle).st_size - offset)
+        data = os.pread(handle, size, offset) if size > 0 else b""
+        while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
+            data += more  # a signal cut the reading short
+        return data
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True, slots=True)
 class Inline:
     """Bytes at hand."""
@@ -43,8 +57,7 @@ class File:
     path: str
 
     def read(self) -> bytes:
-        with files.local(self.path).open("rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return read(self.path, 0, MAX_BYTES + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +69,7 @@ class Slice:
     size: int
 
     def read(self) -> bytes:
-        with files.local(self.path).open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(min(self.size, MAX_BYTES + 1))
+        data = read(self.path, self.offset, min(self.size, MAX_BYTES + 1))
         if len(data) < min(self.size, MAX_BYTES + 1):
             raise OSError(f"{self.path} is cut short")
         return data

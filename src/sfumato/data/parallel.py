@@ -10,7 +10,7 @@ from typing import TypeVar
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-CHUNK, AHEAD = 64, 16
+CHUNK, AHEAD = 16, 8
 
 
 def in_order(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:

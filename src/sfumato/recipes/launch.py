@@ -212,11 +212,11 @@ def load(
     model = build_model(settings, categories=len(categories)).eval().requires_grad_(False)
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = (settings.data.channels, settings.data.resolution, settings.data.resolution)
+    channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(device),
         sampling=settings.sampling,
         categories=categories,
-        image_shape=shape,
+        image_shape=(channels, height, width),
         compute_dtype=DTYPES[precision],
     )

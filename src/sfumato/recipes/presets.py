@@ -14,7 +14,7 @@ from PIL import Image
 
 from sfumato.conditioners import CategoryConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
-from sfumato.data.decoding import FORMATS, NUMPY
+from sfumato.data.decoding import FORMATS, NUMPY, quiet
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import SamplingConfig
 from sfumato.recipes.run import Run
@@ -49,9 +49,9 @@ class Survey:
     def of(cls, listing: Listing) -> Survey:
         """Look at up to 200 pictures spread over the source."""
         entries = listing.entries
-        looks = [
-            look for entry in entries[:: max(1, len(entries) // LOOKED_AT)] if (look := _look(entry.image.read)) is not None
-        ]
+        spread = entries[:: max(1, len(entries) // LOOKED_AT)]
+        with quiet():
+            looks = [look for entry in spread if (look := _look(entry.image.read)) is not None]
         return cls(
             count=len(entries),
             categories=dict(Counter(entry.category for entry in entries if entry.category)),
@@ -139,6 +139,15 @@ def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
     ]
 
 
+def _name(place: str) -> str:
+    """Of the run: the folder's, or the file's without its ending."""
+    path = Path(place)
+    if path.is_dir():
+        return path.resolve().name or "pictures"
+    name = place.rstrip("/").rpartition("/")[2]
+    return name.rpartition(".")[0] or name or "pictures"
+
+
 def _run(
     place: str,
     source: SourceConfig,
@@ -159,7 +168,7 @@ def _run(
         dropout=0.1 if small else 0.0,
     )
     return Run(
-        name=Path(place.rstrip("/")).name.partition(".")[0] or "pictures",
+        name=_name(place),
         data=DataConfig(
             source=source, resolution=resolution, channels=channels, workers=2,
             augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),

@@ -290,6 +290,8 @@ class Trainer:
                 "counters": asdict(self.state.counters),
                 "data": self.dataset.fingerprint,
                 "categories": list(self.dataset.categories),
+                "image_shape": list(self.dataset.image_shape),
+                "plan": self.plan.hash,
                 "config": self.pinned,
             },
             tensors=self.state.tensors(),

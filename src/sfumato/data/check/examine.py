@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sfumato.data.check import words as text
 from sfumato.data.check.kinds import KINDS
 from sfumato.data.check.measure import Measurement, measure
+from sfumato.data.decoding import quiet
 from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
 from sfumato.data.entry import Entry, Listing
 from sfumato.data.parallel import in_order
@@ -87,14 +88,15 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
     result.reasons.update({reject.name: reject.reason for reject in listing.rejects})
     positions: list[int] = []
     found: list[Measurement] = []
-    for number, looked in enumerate(in_order(measure, listing.entries)):
-        if isinstance(looked, str):
-            result.reasons[listing.entries[number].name] = looked
-        else:
-            positions.append(number)
-            found.append(looked)
-        if on_progress is not None:
-            on_progress(number + 1, len(listing.entries))
+    with quiet():
+        for number, looked in enumerate(in_order(measure, listing.entries)):
+            if isinstance(looked, str):
+                result.reasons[listing.entries[number].name] = looked
+            else:
+                positions.append(number)
+                found.append(looked)
+            if on_progress is not None:
+                on_progress(number + 1, len(listing.entries))
     places = np.array(positions, np.int64)
     result.figures.update(images=len(listing.entries), readable=len(found), unreadable=len(result.reasons))
     if found:

@@ -28,18 +28,17 @@ from sfumato.data.sources.shards import WebDataset
 from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
 
-ATTRIBUTION = (
-    "Pictures: OpenMoji, the open-source emoji and icon project, https://openmoji.org, "
-    "licence CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
-)
+ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 POINTS = 256  # of each outline
-# One tone of every second profession, each tone twice: every profession and every tone stays in training, apart from each other.
+# One tone of ten professions, each tone twice: every profession and every tone stays in training, apart from each other.
 HELD_OUT = {
     "detective": "light", "health worker": "light", "cook": "medium-light", "pilot": "medium-light", "farmer": "medium",
     "singer": "medium", "firefighter": "medium-dark", "scientist": "medium-dark", "astronaut": "dark", "judge": "dark",
 }  # fmt: skip
-OTHERS = "artist,ballet dancer,construction worker,factory worker,guard,mechanic,ninja,office worker,police officer,student"
-PROFESSIONS = (*HELD_OUT, *OTHERS.split(","), "teacher", "technologist")
+PROFESSIONS = (
+    *HELD_OUT, "artist", "ballet dancer", "construction worker", "factory worker", "guard", "mechanic", "ninja", "office worker",
+    "police officer", "student", "teacher", "technologist",
+)  # fmt: skip
 # By name, the first that fits; then by the first character; what is in neither is an object.
 _CATEGORY_BY_NAME = {
     "flags": r"flag of .*",
@@ -102,13 +101,11 @@ class Emoji:
 
     Attributes:
         size: side in pixels that pictures and doodles are rendered at.
-        holdout: which whole combinations are kept from training; the default keeps one skin tone of ten professions, 30 pictures,
-            a tenth of all professions with a skin tone.
+        holdout: whole combinations kept from training; by default one skin tone of ten professions, 30 of 310 such pictures.
     """
 
     size: int = 72
     holdout: Literal["profession x skin tone", "none"] = "profession x skin tone"
-
     attribution = ATTRIBUTION  # whom a model trained on these pictures must name
 
     def listing(self) -> Listing:
@@ -146,14 +143,13 @@ def _rendered(size: int) -> Path:
 
 def _render(target: Path, size: int) -> Path:
     """`target`, written beside its place and put there whole: of two processes that do so at once, both win."""
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-        made = Path(folder, target.name)
-        with made.open("wb") as file:
-            write(file, named(), size)
-        os.replace(made, target)
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
+            made = Path(folder, target.name)
+            with made.open("wb") as file:
+                write(file, named(), size)
+            os.replace(made, target)
     return target
 
 
@@ -166,9 +162,8 @@ def write(file: BinaryIO, pictures: list[tuple[str, list[str], str]], size: int)
             svg = ElementTree.fromstring((folder / f"{key}.svg").read_bytes())
             note = json.dumps({"captions": captions, "category": category}, ensure_ascii=False)
             members = {"json": note.encode(), "png": _png(svg, size)}
-            for layer in list(svg):
-                if layer.get("id") not in ("line", "line-supplement"):  # the supplement: lines that lie under colour otherwise
-                    svg.remove(layer)
+            # The supplement holds lines that lie under colour in the full picture.
+            svg[:] = [layer for layer in svg if layer.get("id") in ("line", "line-supplement")]
             lines = ElementTree.tostring(svg)
             if lines not in drawn:
                 drawn[lines] = _drawn(svg, size)
@@ -192,8 +187,7 @@ def named() -> list[tuple[str, list[str], str]]:
         if sequence in data and bare not in found:
             captions = _captions(sequence, data, taken)
             by_name = (category for category, pattern in _CATEGORY_BY_NAME.items() if re.fullmatch(pattern, captions[0]))
-            category = next(by_name, None) or _CATEGORIES.get(sequence[0], "objects")
-            found[bare] = (key, captions, category)
+            found[bare] = (key, captions, next(by_name, None) or _CATEGORIES.get(sequence[0], "objects"))
     return list(found.values())
 
 
@@ -289,8 +283,7 @@ def _matrix(text: str) -> NDArray[Any]:
 def _rounded(element: ElementTree.Element) -> str:
     """A rectangle; an ellipse is one of which nothing but the corners is left."""
     rx, ry = (float(element.get("r") or element.get(a) or element.get(b) or 0) for a, b in (("rx", "ry"), ("ry", "rx")))
-    x, y = float(element.get("cx", 0)) - rx, float(element.get("cy", 0)) - ry
-    width, height = 2 * rx, 2 * ry
+    x, y, width, height = float(element.get("cx", 0)) - rx, float(element.get("cy", 0)) - ry, 2 * rx, 2 * ry
     if element.tag.endswith("rect"):
         x, y, width, height = (float(element.get(name, 0)) for name in ("x", "y", "width", "height"))
         rx, ry = min(rx, width / 2), min(ry, height / 2)
@@ -356,9 +349,7 @@ def _arc(start: complex, end: complex, rx: float, ry: float, degrees: float, lar
     turn = np.exp(1j * np.radians(degrees))
     a, b = (complex((z / turn).real / abs(rx), (z / turn).imag / abs(ry)) for z in (start, end))
     half = (b - a) / 2
-    aside = np.sqrt(max(0.0, 1 / abs(half) ** 2 - 1)) * (
-        1 if large != sweep else -1
-    )  # 0 where too small an ellipse is enlarged
+    aside = np.sqrt(max(0.0, 1 / abs(half) ** 2 - 1)) * (1 if large != sweep else -1)  # 0: an ellipse too small, enlarged
     centre = (a + b) / 2 + 1j * half * aside
     angle = np.angle((b - centre) / (a - centre)) % (2 * np.pi) - (0 if sweep else 2 * np.pi)
     circle = centre + (a - centre) * np.exp(1j * angle * _STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,13 +57,20 @@ class Cell:
 
 
 _kept: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _column(path: str, group: int, column: str) -> Any:
     key = (path, group, column)
-    if key in _kept:
-        _kept.move_to_end(key)
-        return _kept[key]
+    with _lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key]
+        return _read_column(key)
+
+
+def _read_column(key: tuple[str, int, str]) -> Any:
+    path, group, column = key
     try:
         values = _file(str(files.local(path))).read_row_group(group, columns=[column]).column(column)
     except (arrow().ArrowException, OSError) as error:

@@ -1,0 +1,254 @@
+"""From a source to a dataset: every picture is read once, decoded unless the cache has it, and kept where reading is fast."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.data.dataset import DataConfig, Dataset
+from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
+from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
+from sfumato.data.entry import Entry, Reject
+from sfumato.data.files import cache_folder
+from sfumato.data.parallel import in_order
+from sfumato.errors import DataError
+
+DECODER = 1  # raised when the same bytes come to give other pixels
+CACHE_SHARE_OF_DISK = 0.25
+COMMIT_EVERY = 20_000
+
+
+def index(config: DataConfig, *, on_progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """Read every picture of a source once; what the cache holds already is not decoded again.
+
+    Raises:
+        DataError: if the source is missing or fewer than two different pictures can be read, with the first reasons.
+    """
+    listing = config.source.listing()
+    excluded = _excluded(config)
+    wanted = [entry for entry in listing.entries if entry.name not in excluded]
+    rejects = [
+        *listing.rejects,
+        *(Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded),
+    ]
+    shelf = _shelf(config, len(wanted))
+    good: list[Entry] = []
+    facts: list[dict[str, Any]] = []
+    with quiet(), shelf:
+        for number, (entry, found) in enumerate(_examined(wanted, shelf)):
+            if "reject" in found:
+                rejects.append(Reject(entry.name, found["reject"]))
+            else:
+                good.append(entry)
+                facts.append(found)
+            if on_progress is not None:
+                on_progress(number + 1, len(wanted))
+    gather, thumbnails = shelf.finish()
+    ids = [str(fact["id"]) for fact in facts]
+    if len(set(ids)) < 2:
+        reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
+        raise DataError(
+            f"{len(set(ids))} different readable pictures among {len(listing.entries)} files"
+            + (f" ({reasons})" if reasons else ""),
+            where=str(getattr(config.source, "path", type(config.source).__name__)),
+            mend="at least two are needed: one to learn from, one to validate on; thousands make a good model",
+        )
+    categories = tuple(sorted({entry.category for entry in good if entry.category is not None}, key=_natural))
+    numbers = {name: number for number, name in enumerate(categories)}
+    notes: dict[str, list[str]] = {}
+    for entry, fact in zip(good, facts, strict=True):
+        for note in fact["notes"]:
+            notes.setdefault(note, []).append(entry.name)
+    return Dataset(
+        config=config,
+        entries=good,
+        ids=ids,
+        labels=torch.tensor([-1 if entry.category is None else numbers[entry.category] for entry in good]),
+        categories=categories,
+        shapes=np.array([fact["shape"] for fact in facts], np.int64),
+        gather=gather,
+        clusters=_clusters(config, ids, thumbnails),
+        rejects=rejects,
+        notes=notes,
+        crop_loss=float(np.mean([_lost(fact["size"], config.pixel_format().shapes[fact["shape"]]) for fact in facts])),
+    )
+
+
+def _clusters(config: DataConfig, ids: Sequence[str], thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Groups of near-duplicates; kept in the cache, since finding them takes a while in large sets."""
+    identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
+    kept = cache_folder() / "clusters" / f"{identity}.npy"
+    if config.cache == "auto" and kept.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            stored = np.load(kept, allow_pickle=False)
+            if stored.shape == (len(ids),):
+                return stored.astype(np.int64)
+    found = clusters(ids, thumbnails, resolution=config.resolution)
+    if config.cache == "auto":
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(f".{uuid.uuid4().hex}.npy")
+            np.save(temporary, found)
+            temporary.replace(kept)
+    return found
+
+
+def _excluded(config: DataConfig) -> set[str]:
+    """Names in the file of rejects; what follows a tab is the reason."""
+    if config.exclude is None:
+        return set()
+    try:
+        lines = Path(config.exclude).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot be read: {error}", where=config.exclude, mend="name a text file with one picture a line"
+        ) from None
+    return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
+    """Share of a picture's area outside the largest part with the target's aspect ratio."""
+    ratio = (size[0] / size[1]) / (target[1] / target[0])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Numbers by value, then words: 2 before 10."""
+    return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
+
+
+def _examined(entries: Sequence[Entry], shelf: _Shelf) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    """Facts about each picture, in order."""
+    for entry, found in zip(entries, in_order(lambda entry: _look(entry, shelf), entries), strict=True):
+        yield entry, shelf.keep(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One picture read: the key of its bytes, and what the decoder said unless the cache knows it."""
+
+    key: str
+    decoded: Decoded | None = None
+    thumbnail: NDArray[np.uint8] | None = None
+    reject: str | None = None
+
+
+def _look(entry: Entry, shelf: _Shelf) -> _Look:
+    try:
+        if entry.category == "":
+            raise RejectedImage("lies beside the category folders, in none of them")
+        data = entry.image.read()
+    except (RejectedImage, OSError) as error:
+        return _Look("", reject=str(error))
+    key = hashlib.sha256(data).hexdigest()[:32]
+    if shelf.knows(key):
+        return _Look(key)
+    try:
+        decoded = decode(data, shelf.form, identify=True)
+    except RejectedImage as error:
+        return _Look(key, reject=str(error))
+    return _Look(key, decoded, thumbnail(decoded.pixels))
+
+
+class _Shelf:
+    """Where decoded pixels go while a source is indexed: to the cache, into memory, or nowhere."""
+
+    def __init__(self, form: PixelFormat, cache: ArrayCache | None, *, in_memory: bool) -> None:
+        self.form, self.cache = form, cache
+        self._writer = None if cache is None else Writer(cache)
+        self._keys: list[str] = []
+        self._pixels: list[Pixels] | None = [] if cache is None and in_memory else None
+        self._thumbnails: list[NDArray[np.uint8]] = []
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, *error: object) -> None:
+        """Keep what is decoded, also when the rest is interrupted."""
+        if self._writer is not None:
+            self._writer.commit()
+
+    def knows(self, key: str) -> bool:
+        return self.cache is not None and key in self.cache.records
+
+    def keep(self, look: _Look) -> dict[str, Any]:
+        """Take in one picture; returns its facts, or {"reject": reason}."""
+        if look.decoded is None:
+            if look.reject is not None:
+                return {"reject": look.reject}
+            assert self.cache is not None
+            self._keys.append(look.key)
+            return dict(self.cache.records[look.key].facts)
+        decoded, small = look.decoded, look.thumbnail
+        assert small is not None
+        facts = {"id": decoded.id, "shape": decoded.shape, "size": list(decoded.size), "notes": list(decoded.notes)}
+        if self._writer is not None and self.cache is not None:
+            self._keys.append(look.key)
+            self._writer.add(look.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
+            if len(self._writer) >= COMMIT_EVERY:  # what is decoded stays, if the rest is interrupted
+                self._writer.commit()
+                self._writer = Writer(self.cache)
+        else:
+            self._thumbnails.append(small)
+            if self._pixels is not None:
+                self._pixels.append(decoded.pixels)
+        return facts
+
+    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, NDArray[np.uint8]]:
+        """A way to the pixels if they were kept, and all thumbnails (N, 32, 32, 3)."""
+        if self.cache is not None:
+            records = [self.cache.records[key] for key in self._keys]
+            thumbnails = Gather(self.cache, [record.arrays["thumbnail"] for record in records])
+            return Gather(self.cache, [record.arrays["pixels"] for record in records]), thumbnails(np.arange(len(records)))
+        return None if self._pixels is None else _InMemory(self._pixels), np.array(self._thumbnails, np.uint8)
+
+
+class _InMemory:
+    """Pixels of every picture, those of one shape as one array."""
+
+    def __init__(self, pixels: list[Pixels]) -> None:
+        self.row = np.empty(len(pixels), np.int64)
+        self.arrays: dict[tuple[int, ...], Pixels] = {}
+        self.shapes = [picture.shape for picture in pixels]
+        for shape in set(self.shapes):
+            places = [i for i, other in enumerate(self.shapes) if other == shape]
+            self.row[places] = np.arange(len(places))
+            self.arrays[shape] = np.stack([pixels[i] for i in places])
+
+    def __call__(self, positions: NDArray[np.int64]) -> Pixels:
+        if not len(positions):
+            return next(iter(self.arrays.values()))[:0]
+        return self.arrays[self.shapes[positions[0]]][self.row[positions]]
+
+
+def _shelf(config: DataConfig, count: int) -> _Shelf:
+    form = config.pixel_format()
+    height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
+    size = form.channels * height * width * form.bits // 8
+    cache = _cache(form, count, size) if config.cache == "auto" else None
+    return _Shelf(form, cache, in_memory=count * size <= config.memory_gib * 2**30)
+
+
+def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:
+    """The cache of a pixel format, if its folder can be written to and has room for `count` pictures of `size` bytes."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        cache = ArrayCache.open("pixels", f"decoder {DECODER} {form!r}")
+        missing = max(0, count - len(cache.records)) * size
+        if missing > CACHE_SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free:
+            return None
+        Writer(cache).discard()
+    except OSError:
+        return None
+    return cache
