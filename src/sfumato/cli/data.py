@@ -69,7 +69,8 @@ def coverage(
     from sfumato.data.check.words import Vocabulary
     from sfumato.errors import DataError
 
-    entries = _listing(source).entries
+    listed = _listing(source).entries
+    entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
         raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
@@ -97,11 +98,10 @@ def _lines(found: Coverage, total: int) -> list[str]:
     }
     words = ", ".join(f"{word} {count}" for word, count in found.counts.items()) or "none that carry meaning"
     pairs = [f"{a} + {b} {count}" for (a, b), count in found.together.items()]
-    return [
-        f"“{found.prompt}”: {said[found.verdict]}",
-        f"  words: {words}",
-        *([f"  together: {', '.join(pairs[:12])}"] if pairs else []),
-    ]
+    lines = [f"“{found.prompt}”: {said[found.verdict]}", f"  words: {words}"]
+    if pairs:
+        lines.append(f"  together: {', '.join(pairs[:12])}")
+    return [*lines, *(f"  instead of {word}: {', '.join(known)}" for word, known in found.similar.items() if known)]
 
 
 def _sheet(entries):

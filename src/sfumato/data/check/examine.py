@@ -42,7 +42,7 @@ class Examination:
         measured: positions of readable pictures, in the order of the arrays.
         issues: positions by kind; `unreadable` has names, since it also lists what is no picture.
         reasons: why unreadable ones are.
-        groups: of duplicates and near-duplicates, each a list of positions.
+        groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
         clusters: positions of typical pictures of each kind of picture found, and the kind's share.
         figures: counts and scores, as data.json has them.
         remarks: plain sentences about the set as a whole.
@@ -66,19 +66,17 @@ class Examination:
         return {kind: named[kind] for kind in KINDS if named.get(kind)}
 
     def rejects(self) -> dict[str, str]:
-        """Names that training is better without, and why: all but one of each group of copies, and what cannot be learned from."""
+        """Names that training is better without, and why: all but one of each group of copies, and what cannot be learned from.
+
+        Copies under another caption or category stay: leaving them out is for a person to decide.
+        """
         found = dict(self.reasons)
         for kind in ("low_information",):
             found.update({self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])})
-        for kind, groups in self.groups.items():
-            for kept, *others in groups:
-                found.update(
-                    {
-                        self.entries[i].name: f"{kind} of {self.entries[kept].name}"
-                        for i in others
-                        if self.entries[i].name not in found
-                    }
-                )
+        for kind in ("duplicate", "near_duplicate"):
+            for kept, *others in self.groups.get(kind, []):
+                copies = [i for i in others if _agree(_called(self.entries[kept]), _called(self.entries[i]))]
+                found.update({self.entries[i].name: f"{kind} of {self.entries[kept].name}" for i in copies})
         return found
 
 
@@ -170,25 +168,28 @@ def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurem
     firsts = np.array([group[0] for group in same.values() if min(found[group[0]].size) >= SMALLEST], np.int64)
     pairs = firsts[near_pairs(np.array([found[i].thumbnail for i in firsts]))]
     called = [_called(result.entries[place]) for place in places]
-    agree = np.array([all(not (a and b) or a == b for a, b in zip(called[i], called[j], strict=True)) for i, j in pairs], bool)
-    result.groups["duplicate"] = [[int(places[i]) for i in group] for group in same.values() if len(group) > 1]
+    agree = np.array([_agree(called[i], called[j]) for i, j in pairs], bool)
     area = np.array([m.size[0] * m.size[1] for m in found])
-    near = _groups(pairs[agree] if len(pairs) else pairs, len(found), area)
-    result.groups["near_duplicate"] = [[int(places[i]) for i in group] for group in near]
-    alike = np.unique(pairs[~agree]) if len(pairs) else pairs.reshape(-1)
-    for kind, positions in (
-        ("duplicate", [i for group in result.groups["duplicate"] for i in group]),
-        ("near_duplicate", [i for group in result.groups["near_duplicate"] for i in group]),
-        ("look_alike", places[alike].tolist()),
-    ):
-        if positions:
-            result.issues[kind] = sorted(positions)
-    copies = sum(len(group) - 1 for groups in result.groups.values() for group in groups)
+    groups = {
+        "duplicate": [group for group in same.values() if len(group) > 1],
+        "near_duplicate": _groups(pairs[agree], len(found), area),
+        "look_alike": _groups(pairs[~agree], len(found), area),
+    }
+    for kind, members in groups.items():
+        if members:
+            result.groups[kind] = [[int(places[i]) for i in group] for group in members]
+            result.issues[kind] = sorted(i for group in result.groups[kind] for i in group)
+    copies = sum(len(group) - 1 for kind in ("duplicate", "near_duplicate") for group in groups[kind])
     result.figures.update(copies=copies, distinct=len(found) - copies)
 
 
 def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
     return entry.category, frozenset(entry.captions)
+
+
+def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]) -> bool:
+    """Whether two pictures are called the same, as far as both are called anything."""
+    return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
 
 def _groups(pairs: NDArray[np.int64], count: int, area: NDArray[np.int64]) -> list[list[int]]:

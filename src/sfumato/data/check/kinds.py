@@ -21,13 +21,13 @@ KINDS = {
     "duplicate": Kind(
         "Exact duplicates",
         "A picture that stands k times is learned k times as hard, and is the first that the model memorizes.",
-        "Keep one of each; the reject list names the others.",
+        "Keep one of each; the reject list names those that are called the same.",
         True,
     ),
     "near_duplicate": Kind(
         "Near-duplicates",
         "They count almost like exact ones, and would leak from training into validation; splits keep them together.",
-        "Keep the best of each group; the reject list names the others.",
+        "Keep the best of each group; the reject list names those that are called the same.",
         True,
     ),
     "look_alike": Kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import unicodedata
@@ -77,6 +78,7 @@ class Coverage:
         counts: captions that hold each word of the prompt.
         together: for each pair of its words, captions that hold both.
         whole: captions that hold all of its words.
+        similar: for each word that no caption holds, words that they do hold and that contain it or are spelt alike.
         nearest: positions of the captions most like the prompt, best first, with their likeness from 0 to 1.
     """
 
@@ -85,6 +87,7 @@ class Coverage:
     counts: dict[str, int]
     together: dict[tuple[str, str], int]
     whole: int
+    similar: dict[str, list[str]]
     nearest: list[tuple[int, float]]
 
 
@@ -105,10 +108,22 @@ class Vocabulary:
         counts = {word: len(self.places.get(word, ())) for word in asked}
         together = {(a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in combinations(asked, 2)}
         whole = len(set.intersection(*(self.places.get(word, set()) for word in asked))) if asked else 0
+        similar = {word: self._similar(word) for word, count in counts.items() if not count}
         verdict = "unseen words" if not asked or 0 in counts.values() else "seen" if whole else "never together"
         return Coverage(
-            prompt=prompt, verdict=verdict, counts=counts, together=together, whole=whole, nearest=self._nearest(asked, nearest)
+            prompt=prompt,
+            verdict=verdict,
+            counts=counts,
+            together=together,
+            whole=whole,
+            similar=similar,
+            nearest=self._nearest(asked, nearest),
         )
+
+    def _similar(self, word: str) -> list[str]:
+        containing = [known for known in self.places if len(word) > 3 and word in known]
+        containing.sort(key=lambda known: (-len(self.places[known]), known))
+        return list(dict.fromkeys([*containing, *difflib.get_close_matches(word, self.places, n=3, cutoff=0.8)]))[:4]
 
     def _nearest(self, asked: Sequence[str], count: int) -> list[tuple[int, float]]:
         """By shared words, rare ones counting more, over all words of both."""

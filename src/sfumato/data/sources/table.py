@@ -49,8 +49,7 @@ class Cell:
     column: str
 
     def read(self) -> bytes:
-        value = _column(self.path, self.group, self.column)[self.row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
+        data = _column(self.path, self.group, self.column)[self.row].as_py()
         if not isinstance(data, bytes):
             raise OSError("the cell holds no bytes")
         return data
@@ -76,6 +75,8 @@ def _read_column(key: tuple[str, int, str]) -> Any:
     except (arrow().ArrowException, OSError) as error:
         raise OSError(f"{path}: {str(error)[:200]}") from None
     values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+    if arrow().types.is_struct(values.type):  # Hugging Face's bytes and path: null where either the struct or its bytes are
+        values = values.flatten()[values.type.get_field_index("bytes")]
     _kept[key] = values
     while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > CACHE_BYTES:
         _kept.popitem(last=False)
