@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -165,22 +166,28 @@ def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurem
     same: dict[str, list[int]] = {}
     for number, measurement in enumerate(found):
         same.setdefault(measurement.id, []).append(number)
-    firsts = np.array([group[0] for group in same.values() if min(found[group[0]].size) >= SMALLEST], np.int64)
-    pairs = firsts[near_pairs(np.array([found[i].thumbnail for i in firsts]))]
+    groups = [group for group in same.values() if min(found[group[0]].size) >= SMALLEST]
     called = [_called(result.entries[place]) for place in places]
-    agree = np.array([_agree(called[i], called[j]) for i, j in pairs], bool)
+    near: list[tuple[int, int]] = []
+    alike: list[tuple[int, int]] = []
+    for one, other in near_pairs(np.array([found[group[0]].thumbnail for group in groups])):
+        # Of equal pictures under several names, those count that are called like the other.
+        matches = [pair for pair in product(groups[one], groups[other]) if _agree(called[pair[0]], called[pair[1]])]
+        near += matches
+        alike += [] if matches else [(groups[one][0], groups[other][0])]
     area = np.array([m.size[0] * m.size[1] for m in found])
-    groups = {
+    copies = {
         "duplicate": [group for group in same.values() if len(group) > 1],
-        "near_duplicate": _groups(pairs[agree], len(found), area),
-        "look_alike": _groups(pairs[~agree], len(found), area),
+        "near_duplicate": _groups(near, area),
+        "look_alike": _groups(alike, area),
     }
-    for kind, members in groups.items():
+    for kind, members in copies.items():
         if members:
             result.groups[kind] = [[int(places[i]) for i in group] for group in members]
             result.issues[kind] = sorted(i for group in result.groups[kind] for i in group)
-    copies = sum(len(group) - 1 for kind in ("duplicate", "near_duplicate") for group in groups[kind])
-    result.figures.update(copies=copies, distinct=len(found) - copies)
+    links = [(group[0], other) for kind in ("duplicate", "near_duplicate") for group in copies[kind] for other in group[1:]]
+    distinct = len(np.unique(components(len(found), np.array(links, np.int64).reshape(-1, 2))))
+    result.figures.update(copies=len(found) - distinct, distinct=distinct)
 
 
 def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
@@ -192,10 +199,10 @@ def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, f
     return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
 
-def _groups(pairs: NDArray[np.int64], count: int, area: NDArray[np.int64]) -> list[list[int]]:
+def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[list[int]]:
     """Connected groups, the largest picture of each first."""
     members: dict[int, list[int]] = {}
-    for number, group in enumerate(components(count, pairs).tolist()):
+    for number, group in enumerate(components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()):
         members.setdefault(group, []).append(number)
     return [sorted(group, key=lambda i: (-area[i], i)) for group in members.values() if len(group) > 1]
 
