@@ -15,7 +15,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
-	$(PIP) --editable '.[dev,parity]'
+	$(PIP) --editable '.[dev,parity,parquet,hub,remote,emoji]'
 	touch $@
 
 demo: $(VENV)/core

@@ -71,7 +71,7 @@ def augment(config: AugmentConfig, images: Tensor, *, seed: int, first: int) -> 
         return images, images.new_zeros(len(images), 0)
     draws = randomness.uniform(seed, "augment", first=first, count=len(images), per_item=24).to(torch.float64)
     images = _exact(config, images, draws[:, :3])
-    plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7]))
+    plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7], *_sides(images)))
     colours = _colours(config, draws[:, 7:11], images.shape[1])
     labels = images.new_zeros(len(images), 0)
     if config.non_leaking:
@@ -142,10 +142,17 @@ def _rotation(config: AugmentConfig, draw: Tensor) -> Tensor:
     return _turned((2 * draw - 1) * math.radians(config.rotation_degrees))
 
 
-def _crop(config: AugmentConfig, draws: Tensor) -> Tensor:
+def _sides(images: Tensor) -> tuple[float, float]:
+    """Width and height in units of the shorter side."""
+    height, width = images.shape[-2:]
+    return width / min(height, width), height / min(height, width)
+
+
+def _crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> Tensor:
     kept = 1 - config.crop * draws[:, 0]
     room = 1 - kept
-    return _compose(_shifted(room * (2 * draws[:, 1] - 1), room * (2 * draws[:, 2] - 1)), _scaled(kept, kept))
+    x, y = (width * room * (2 * draws[:, 1] - 1), height * room * (2 * draws[:, 2] - 1))
+    return _compose(_shifted(x, y), _scaled(kept, kept))
 
 
 def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,9 +184,7 @@ def _normal(uniform: Tensor) -> Tensor:
 
 def warped(images: Tensor, maps: Tensor) -> Tensor:
     """Resample pictures (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the mirrored inside."""
-    height, width = images.shape[-2:]
-    shorter = min(height, width)
-    proportions = torch.diag(torch.tensor([width / shorter, height / shorter, 1.0], dtype=torch.float64))
+    proportions = torch.diag(torch.tensor([*_sides(images), 1.0], dtype=torch.float64))
     theta = torch.linalg.inv(proportions) @ maps @ proportions
     grid = torch.nn.functional.affine_grid(theta[:, :2].to(images.dtype), list(images.shape), align_corners=False)
     sampled = torch.nn.functional.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)

@@ -13,7 +13,7 @@ class BucketConfig:
     """Let pictures keep about their own aspect ratio.
 
     Attributes:
-        count: how many shapes at most, the square one included.
+        count: how many shapes at most: the square one, and as many tall as wide.
         step: sides are multiples of it, in pixels; the network's down-sampling must divide it.
         max_ratio: of the longer to the shorter side.
     """
@@ -32,21 +32,20 @@ class BucketConfig:
 
     def shapes(self, resolution: int) -> tuple[tuple[int, int], ...]:
         """(height, width) of each bucket, from tall to wide; areas are at most resolution^2."""
-        area = resolution**2
-        steps = range(1, int(resolution * math.sqrt(self.max_ratio)) // self.step + 1)
-        found: dict[float, tuple[int, int]] = {}
-        for width in (self.step * n for n in steps):
-            height = area // width // self.step * self.step
-            if height and max(width / height, height / width) <= self.max_ratio:
-                found[math.log(width / height)] = (height, width)
-        if not found:
+        square = resolution // self.step * self.step
+        if not square:
             raise ConfigError(
                 f"no shape with sides that are multiples of {self.step}",
                 where="data.buckets.step",
                 mend=f"divide {resolution} by it",
             )
-        aspects = sorted(found)
-        widest = math.log(self.max_ratio) if self.count > 1 else 0.0
-        wanted = [widest * (2 * i / max(1, self.count - 1) - 1) for i in range(self.count)]
-        chosen = {min(aspects, key=lambda aspect: (abs(aspect - want), aspect)) for want in wanted}
-        return tuple(found[aspect] for aspect in sorted(chosen))
+        area, wide = resolution**2, {0.0: (square, square)}
+        for width in range(square + self.step, int(resolution * math.sqrt(self.max_ratio)) + 1, self.step):
+            height = area // width // self.step * self.step
+            if height and width / height <= self.max_ratio:
+                wide[math.log(width / height)] = (height, width)
+        beside = (self.count - 1) // 2
+        wanted = [math.log(self.max_ratio) * i / max(1, beside) for i in range(beside + 1)]
+        chosen = sorted({min(wide, key=lambda aspect: abs(aspect - want)) for want in wanted})
+        tall = [wide[aspect][::-1] for aspect in reversed(chosen) if aspect]
+        return (*tall, *(wide[aspect] for aspect in chosen))

@@ -222,15 +222,15 @@ class Dataset:
 def _parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float) -> NDArray[np.str_]:
     """The part of each picture: "training", "holdout", or ":name" of a hold-out that the source names.
 
-    Whole groups of near-duplicates go to one part: the named one if any of them is in it, else by a hash of their least id.
+    Whole groups of near-duplicates are either learned from or held out, by a hash of their least id. A hold-out that the source
+    names is what the source says, and exact copies of it: one skin tone of an astronaut may be held out and another learned from.
     """
+    named = {id_: f":{entry.holdout}" for entry, id_ in zip(entries, ids, strict=True) if entry.holdout is not None}
     least: dict[int, str] = {}
-    named: dict[int, str] = {}
-    for entry, id_, group in zip(entries, ids, groups.tolist(), strict=True):
-        least[group] = min(id_, least.get(group, id_))
-        if entry.holdout is not None:
-            named[group] = min(f":{entry.holdout}", named.get(group, f":{entry.holdout}"))
-    keys = {group: _key(id_) for group, id_ in least.items() if group not in named}
+    for id_, group in zip(ids, groups.tolist(), strict=True):
+        if id_ not in named:
+            least[group] = min(id_, least.get(group, id_))
+    keys = {group: _key(id_) for group, id_ in least.items()}
     if len(keys) < 2:
         raise DataError(
             f"{len(keys)} different picture(s) to learn from, near-duplicates counted as one",
@@ -240,7 +240,8 @@ def _parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int6
     held = {group for group, key in keys.items() if key < share} or {min(keys, key=keys.__getitem__)}
     if len(held) == len(keys):
         held.discard(max(keys, key=keys.__getitem__))
-    return np.array([named.get(group, "holdout" if group in held else "training") for group in groups.tolist()])
+    parts = zip(ids, groups.tolist(), strict=True)
+    return np.array([named.get(id_, "holdout" if group in held else "training") for id_, group in parts])
 
 
 def _key(id_: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MAX_PIXELS = 80_000_000
 MAX_SIDE_RATIO = 20.0
 MAX_BANDS = 64
+MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole picture
 MAX_PROFILE_BYTES = 4 << 20
 NUMPY = b"\x93NUMPY"
 UPRIGHT = {
@@ -124,18 +126,22 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
 
 def fitted(data: bytes, side: int) -> PixelFormat:
     """RGB at a picture's own aspect ratio, scaled down so that its shorter side is at most `side`."""
-    if data.startswith(NUMPY):
-        return PixelFormat(shapes=((side, side),), channels=3)
     try:
+        if data.startswith(NUMPY):
+            height, width = _array_header(data).shape[:2]
+            return _within(width, height, side)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             _check_size(width, height)  # before the orientation, for which a PNG is decoded
             turned = _orientation(image, []) in (5, 6, 7, 8)
     except Exception:  # `decode` finds the reason and says it
         return PixelFormat(shapes=((side, side),), channels=3)
+    return _within(height, width, side) if turned else _within(width, height, side)
+
+
+def _within(width: int, height: int, side: int) -> PixelFormat:
     scale = min(1.0, side / max(1, min(width, height)))
-    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return PixelFormat(shapes=(shape[::-1] if turned else shape,), channels=3)
+    return PixelFormat(shapes=((max(1, round(height * scale)), max(1, round(width * scale))),), channels=3)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -152,13 +158,19 @@ def _covering(width: float, height: float, target: tuple[int, int]) -> Box:
     """The largest centred part of a picture with the aspect ratio of `target` (height, width)."""
     scale = min(width / target[1], height / target[0])
     left, top = (width - scale * target[1]) / 2, (height - scale * target[0]) / 2
-    return left, top, left + scale * target[1], top + scale * target[0]
+    left, top = max(0.0, left), max(0.0, top)  # rounding must not step over the rim
+    return left, top, min(width, left + scale * target[1]), min(height, top + scale * target[0])
 
 
 def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: bool) -> Decoded:
     width, height = image.size
     _check_size(width, height)
     notes = ["animated_first_frame_used"] if getattr(image, "is_animated", False) else []
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise RejectedImage(f"a JPEG of more than {MAX_SCANS} scans")
+    depths = _depths(image)
+    if "16" in depths and not image.mode.startswith("I;16"):
+        notes.append("sixteen_bit_reduced")  # Pillow reads 16-bit colour as 8-bit
     orientation = _orientation(image, notes)
     turned = orientation in (5, 6, 7, 8)
     upright = (height, width) if turned else (width, height)
@@ -171,9 +183,9 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     factor = 2 * max(stored[1] / width, stored[0] / height)
     drafted = image.draft(None, (max(1, int(width * factor)), max(1, int(height * factor))))
     right, bottom = drafted[1][2:] if drafted else image.size  # a reduced JPEG's last column may be part of a pixel only
-    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I;16"):
-        notes.append("sixteen_bit_reduced")  # Pillow reads 16-bit colour as 8-bit
     image.load()
+    if "12" in depths and image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) * 65535 // 4095).astype(np.uint16))
     image = _without_palette(image, notes)
     name = _identity(image, data, orientation) if identify else ""
     pixels = _resampled(image, _covering(right, bottom, stored), stored, form, notes)
@@ -187,13 +199,23 @@ def _upscaled(size: tuple[int, int], target: tuple[int, int]) -> bool:
     return max(target[1] / size[0], target[0] / size[1]) > 1
 
 
+def _depths(image: Image.Image) -> set[str]:
+    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the picture is loaded."""
+    return set(re.findall(r";(1[26])", " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))))
+
+
 def _orientation(image: Image.Image, notes: list[str]) -> int:
-    """EXIF's orientation, 1 if there is none."""
+    """EXIF's orientation, 1 if there is none or Pillow turns the picture itself, which it does for TIFF."""
     try:
-        return int(image.getexif().get(0x0112, 1))
+        orientation = int(image.getexif().get(0x0112, 1))
     except Exception:  # as in `decode`: whatever the parser raises
         notes.append("exif_damaged")
         return 1
+    if image.format != "TIFF":
+        return orientation
+    if orientation in UPRIGHT:
+        notes.append("exif_rotated")
+    return 1
 
 
 def _without_palette(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -247,11 +269,17 @@ def _resampled(image: Image.Image, box: Box, target: tuple[int, int], form: Pixe
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colours to sRGB; None if that is what they are."""
+    """From the profile's colours to sRGB; None if that is what they are, whatever the profile is called."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if "srgb" in (ImageCms.getProfileDescription(source) or "").lower():
-        return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
+    if mode != "RGB":
+        return transform
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+    converted = ImageCms.applyTransform(Image.fromarray(colours), transform)
+    changed = np.abs(np.asarray(converted).astype(int) - colours).max()
+    return transform if changed > 2 else None  # 2: what rounding in a profile's tables comes to
 
 
 def _to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
@@ -288,30 +316,40 @@ def _transposed(pixels: Pixels, method: Image.Transpose) -> Pixels:
     return swapped if method == Image.Transpose.TRANSPOSE else swapped[::-1, ::-1]
 
 
-def _decode_array(data: bytes, form: PixelFormat, identify: bool) -> Decoded:
-    """A picture stored as .npy, (H, W) or (H, W, C) of uint8 or uint16."""
+class _ArrayHeader(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+
+def _array_header(data: bytes) -> _ArrayHeader:
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise RejectedImage("an array of an unknown format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if (
-        dtype not in (np.uint8, np.uint16)
-        or fortran
-        or len(shape) not in (2, 3)
-        or (len(shape) == 3 and not 1 <= shape[2] <= MAX_BANDS)
-    ):
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except MemoryError:  # what Python's parser says to brackets without end
+        raise RejectedImage("damaged: the array's header") from None
+    bands = shape[2] if len(shape) == 3 else 1
+    if dtype not in (np.uint8, np.uint16) or fortran or len(shape) not in (2, 3) or not 1 <= bands <= MAX_BANDS:
         raise RejectedImage(f"an array of {dtype} {shape}; pictures are (H, W) or (H, W, C) of uint8 or uint16")
-    height, width = shape[:2]
-    _check_size(width, height)
-    values = np.frombuffer(data, dtype, offset=stream.tell())
-    if values.size != math.prod(shape):
+    _check_size(shape[1], shape[0])
+    return _ArrayHeader(shape, dtype, stream.tell())
+
+
+def _decode_array(data: bytes, form: PixelFormat, identify: bool) -> Decoded:
+    """A picture stored as .npy, (H, W) or (H, W, C) of uint8 or uint16."""
+    header = _array_header(data)
+    height, width = header.shape[:2]
+    values = np.frombuffer(data, header.dtype, offset=header.offset)
+    if values.size != math.prod(header.shape):
         raise RejectedImage("damaged: the array is cut short")
     values = values.reshape(height, width, -1)
     shape_index = form.nearest(width, height)
     target = form.shapes[shape_index]
     notes = ["upscaled"] if _upscaled((width, height), target) else []
     box = _covering(width, height, target)
-    if dtype == np.uint8 and values.shape[2] in MODES:
+    if values.dtype == np.uint8 and values.shape[2] in MODES:
         image = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
         pixels = _resampled(image, box, target, form, notes)
     else:
@@ -323,7 +361,7 @@ def _decode_array(data: bytes, form: PixelFormat, identify: bool) -> Decoded:
 def _resampled_array(values: NDArray, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]) -> Pixels:
     """As `_resampled`, for what Pillow has no mode for: each channel by itself, in floating point."""
     bands = values.shape[2]
-    if bands != form.channels and not (bands == 1 and form.channels == 3):
+    if bands != form.channels and not (bands == 1 and form.channels in MODES):
         raise RejectedImage(f"{bands} channels, where data.channels is {form.channels}")
     if values.dtype == np.uint16 and form.bits == 8:
         notes.append("sixteen_bit_reduced")
@@ -332,4 +370,9 @@ def _resampled_array(values: NDArray, box: Box, target: tuple[int, int], form: P
     planes = (Image.fromarray(values[..., band].astype(np.float32)) for band in range(bands))
     scaled = np.stack([np.asarray(plane.resize(size, Image.Resampling.LANCZOS, box=box)) for plane in planes], axis=2)
     pixels = np.rint(scaled * factor).clip(0, 2**form.bits - 1).astype(np.uint8 if form.bits == 8 else np.uint16)
-    return np.repeat(pixels, form.channels, axis=2) if bands == 1 and form.channels > 1 else pixels
+    if bands == form.channels:
+        return pixels
+    pixels = np.repeat(pixels, form.channels, axis=2)
+    if form.channels in (2, 4):
+        pixels[..., -1] = 2**form.bits - 1  # gray without alpha is opaque
+    return pixels
