@@ -154,7 +154,7 @@ def huggingface(path: Path, resolution: int, workers: int, cache: Path) -> Calla
 def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
-    from sfumato.recipes.launch import build_model
+    from sfumato.recipes.launch import build_model, facts_of
     from sfumato.training import Trainer
     from sfumato.training.run_directory import RunDirectory
 
@@ -162,8 +162,9 @@ def waiting(path: Path) -> float:
     settings = recipes.resolve(str(path), overrides)
     dataset = index(settings.data)
     with tempfile.TemporaryDirectory() as place:
+        facts = facts_of(settings, dataset)
         trainer = Trainer(
-            settings, model=build_model(settings, categories=len(dataset.categories)), objective=settings.objective, dataset=dataset,
+            settings, model=build_model(settings, facts), facts=facts, objective=settings.objective, dataset=dataset,
             sampling=settings.sampling, directory=RunDirectory.create(Path(place) / "run"), pinned={},
         )  # fmt: skip
         step = trainer.rehearse(steps=3)

@@ -15,7 +15,7 @@ from peer_unconditional import PeerSampler, build_peer
 from train_step import NETWORK, PEER_PARAMETERS
 
 from sfumato.condition import NO_CONDITION
-from sfumato.conditioners import Unconditional
+from sfumato.conditioners import Joint
 from sfumato.diffusion import Linear
 from sfumato.networks import UNet
 from sfumato.pipeline import DenoiserConfig, Model
@@ -29,7 +29,7 @@ def main() -> None:
     batch = min(asked.batch, 16) if asked.quick else asked.batch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = Model(UNet(NETWORK, image_channels=3), Unconditional(), DenoiserConfig()).to(device).eval().requires_grad_(False)
+    model = Model(UNet(NETWORK, image_channels=3), Joint({}), DenoiserConfig()).to(device).eval().requires_grad_(False)
     x, levels = torch.randn(batch, 3, asked.resolution, asked.resolution, device=device), grid(Linear(), steps)
     noise_input = torch.full((batch,), 500.0, device=device)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from sfumato.data import Batch, DataConfig, Folder, index
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
-from sfumato.recipes.launch import build_model
+from sfumato.recipes.launch import build_model, facts_of
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 from sfumato.training.run_directory import RunDirectory
 
@@ -39,8 +39,9 @@ def our_trainer(resolution: int, batch: int, folder: Path, precision: str) -> Tr
         ema=FixedEMA(0.9999), budget=Budget(steps=10**6), validation=ValidationConfig(samples=10), precision=precision,
     )  # fmt: skip
     dataset = index(run.data)
+    facts = facts_of(run, dataset)
     trainer = Trainer(
-        run, model=build_model(run, categories=0), objective=run.objective, dataset=dataset, sampling=run.sampling,
+        run, model=build_model(run, facts), facts=facts, objective=run.objective, dataset=dataset, sampling=run.sampling,
         directory=RunDirectory.create(folder / "run"), pinned={},
     )  # fmt: skip
     trainer.state.counters.precision = precision

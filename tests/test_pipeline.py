@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sfumato.conditioners import Facts
 from sfumato.errors import ConfigError, ScheduleError, ShapeError
 from sfumato.pipeline import Pipeline, to_unit
 from sfumato.recipes import resolve
@@ -13,11 +14,12 @@ from sfumato.sampling import DDIM, SAMPLERS, KeyedNoise
 def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", "10")) -> Pipeline:
     """A model of digits' shape whose weights are random, so that everything it is told shows."""
     run = resolve("digits", ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", *overrides])
-    model = build_model(run, categories=len(categories)).eval().requires_grad_(False)
+    facts = Facts(channels=1, categories=categories)
+    model = build_model(run, facts).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, sampling=run.sampling, categories=categories, image_shape=(1, 8, 8))
+    return Pipeline(model=model, sampling=run.sampling, facts=facts, image_shape=(1, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +128,11 @@ def test_an_unknown_category_names_the_nearest(pipeline: Pipeline) -> None:
 
 
 def test_a_model_without_categories_says_so() -> None:
-    pipeline = made("conditioner=null", categories=())
+    pipeline = made("conditioner.category=null", categories=())
     assert pipeline.sample(2, steps=2).shape == (2, 1, 8, 8)
-    assert "the model knows none: it was trained without categories" in said(pipeline, ConfigError, category="1")
+    assert "it is steered by nothing; train with conditioner.category to change that" in said(
+        pipeline, ConfigError, category="1"
+    )
 
 
 def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:

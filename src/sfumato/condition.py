@@ -5,8 +5,9 @@ A `Condition` whose slots are all `None` is the unconditional one; nothing else 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Condition:
         vector: one summary per image, shape (B, D).
         tokens: a sequence per image, shape (B, L, D).
         token_mask: True where a token counts, shape (B, L); None when all of them do.
-        spatial: maps aligned with the image, shape (B, C, H, W), concatenated to the network's input.
+        spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
     """
 
     vector: Tensor | None = None
@@ -55,7 +56,7 @@ class Condition:
 
     def concatenate(self, other: Condition) -> Condition:
         """Stack two batches of conditions along the batch dimension."""
-        return self.combine(other, lambda a, b: torch.cat([a, b.to(a.dtype)]))
+        return self.combine(other, lambda a, b: _joined(a, b, dim=0))
 
     def replaced_where(self, mask: Tensor, other: Condition) -> Condition:
         """Take `other` where `mask` (B,) is True: per-sample dropout to the null context."""
@@ -73,12 +74,49 @@ class Condition:
                 slots.setdefault(
                     "token_mask", torch.ones(slots["tokens"].shape[:2], dtype=torch.bool, device=slots["tokens"].device)
                 )
-        both = {name: torch.cat([slot, theirs[name].to(slot.dtype)], dim=1) for name, slot in mine.items() if name in theirs}
+        both = {name: _joined(slot, theirs[name], dim=1) for name, slot in mine.items() if name in theirs}
         return Condition(**{**mine, **theirs, **both})
+
+    def between(self, other: Condition, shares: Tensor) -> Condition:
+        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either."""
+
+        def mixed(a: Tensor, b: Tensor) -> Tensor:
+            return a | b if a.dtype == torch.bool else torch.lerp(a, b.to(a.dtype), shares.to(a).view(-1, *[1] * (a.ndim - 1)))
+
+        return self.combine(other, mixed)
 
     def expanded(self, batch_size: int) -> Condition:
         """Repeat a condition of one image for a batch; a condition that has `batch_size` images is returned as it is."""
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
+
+
+Context = Mapping[str, Any]  # what is known of B pictures, by name: tensors (B, ...) and lists of B texts
+
+
+def rows(context: Context, chosen: slice) -> dict[str, Any]:
+    """The context of some of the pictures."""
+    return {name: value[chosen] for name, value in context.items()}
+
+
+def on_device(context: Context, device: torch.device) -> dict[str, Any]:
+    """The context with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in context.items()}
+
+
+def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
+    """The context of the pictures in another order."""
+    return {
+        name: value[torch.tensor(order)] if isinstance(value, Tensor) else [value[i] for i in order]
+        for name, value in context.items()
+    }
+
+
+def _joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Concatenated; maps that are the same everywhere take the other's height and width."""
+    if a.ndim == 4 and a.shape[2:] != b.shape[2:]:
+        height, width = max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3])
+        a, b = a.expand(-1, -1, height, width), b.expand(-1, -1, height, width)
+    return torch.cat([a, b.to(a.dtype)], dim=dim)
 
 
 NO_CONDITION = Condition()

@@ -4,6 +4,18 @@ Nothing else belongs here. Every message that is the user's to mend is a `Sfumat
 a traceback and exits with the class's `exit_code`.
 """
 
+import re
+
+_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+@")  # of scheme://user:password@host
+_SIGNATURE = re.compile(
+    r"([?&][\w.-]*(?:sig|token|key|secret|passw|credential|auth)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+)  # of a signed URL
+
+
+def without_secrets(text: str) -> str:
+    """`text` with passwords and signatures in URLs replaced by ***."""
+    return _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text))
+
 
 class SfumatoError(Exception):
     """An error with a remedy: `what` happened, `where`, and `mend`, the next thing to do."""
@@ -11,6 +23,7 @@ class SfumatoError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        what, where = without_secrets(what), without_secrets(where)
         self.what, self.where, self.mend = what, where, mend
         lines = [f"{where}: {what}" if where else what]
         if mend:

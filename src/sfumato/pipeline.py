@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.conditioners import Joint
+from sfumato.asking import Asked, Request, settled
+from sfumato.conditioners import Facts, Joint
 from sfumato.diffusion import (
     Angle,
+    AutoGuidance,
     ClassifierFree,
     Denoiser,
     Flow,
     InputScaleConfig,
+    Interval,
+    Known,
     Linear,
     NetworkDenoiser,
     NoiseInputConfig,
     ParameterizationConfig,
+    Rung,
     ScheduleConfig,
+    Steered,
     UnitVariance,
 )
 from sfumato.errors import ConfigError, ShapeError
@@ -52,19 +58,21 @@ class SamplingConfig:
         schedule: where its grid of levels comes from; need not be the one trained on.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is off.
+        interval: log-SNR from where to where guidance acts; outside, the condition alone does.
     """
 
     sampler: SamplerConfig = DPMSolverPP2M()
     schedule: ScheduleConfig = Linear()
     steps: int = 25
     guidance: float = 1.0
+    interval: tuple[float, float] = (-math.inf, math.inf)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not math.isfinite(self.guidance):
+        if self.steps < 1 or not math.isfinite(self.guidance) or not self.interval[0] < self.interval[1]:
             raise ConfigError(
-                f"steps = {self.steps}, guidance = {self.guidance}",
+                f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
                 where="sampling",
-                mend="at least 1 step, and a finite guidance (1 is off)",
+                mend="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
             )
 
 
@@ -96,82 +104,180 @@ class Pipeline:
     Attributes:
         model: in evaluation mode, on the device that will run it.
         sampling: defaults of `sample`.
-        categories: names that `category` may take; () for an unconditional model.
+        facts: what the model's conditioner knows of its training set.
         image_shape: (C, H, W).
         compute_dtype: precision inside the network; bfloat16 is faster and rounds, so pictures then depend on the batch a little.
     """
 
     model: Model
     sampling: SamplingConfig
-    categories: tuple[str, ...]
+    facts: Facts
     image_shape: tuple[int, int, int]
     compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names that `category` may take; () for a model that is not steered by categories."""
+        return self.facts.categories
 
     def sample(
         self,
         num: int,
         *,
+        asked: Asked | None = None,
         category: str | int | Sequence[str | int] | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int = 0,
         steps: int | None = None,
         sampler: str | SamplerConfig | None = None,
-        guidance: float | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        worse: tuple[Model, float] | None = None,
         batch_size: int = 64,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Generate pictures, (num, C, H, W) in [0, 1].
 
         Args:
-            category: a name for all pictures, or several to cycle through; None leaves the choice to the model.
+            asked: what the pictures are steered by, and the picture they start from; `category` and `prompt` are short for two of it.
             seed: picture i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
-            steps, sampler, guidance: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
+            steps, sampler, guidance, interval: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
+                Guidance is one scale for all contexts, or one for each by name, which costs a network call each.
+            worse: an earlier snapshot of the same run, and the scale at which pictures are pushed away from its guesses.
             batch_size: pictures made at once; a matter of memory, not of the result.
             on_step: told of each denoising step of each batch.
         Raises:
-            ConfigError: for a category or sampler that does not exist.
+            ConfigError: for a context that the model does not read, or a value that it does not know.
         """
         if num < 1 or batch_size < 1:
             raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", mend="ask for at least 1")
-        solver = find_sampler(sampler) if isinstance(sampler, str) else sampler or self.sampling.sampler
-        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
-        labels = self._labels(category, num)
-        scale = self.sampling.guidance if guidance is None else guidance
-        if not math.isfinite(scale):
-            raise ConfigError(f"guidance {scale}", where="sample", mend="use a finite number; 1 is off")
-        denoiser = self._guided(scale if category is not None else 1.0)
+        asked = asked or Asked()
+        asked = replace(
+            asked, category=asked.category if category is None else category, prompt=asked.prompt if prompt is None else prompt
+        )
+        request = settled(asked, self.model.conditioner, self.facts, self.image_shape, num)
+        if request.strength == 0:
+            return to_unit(request.start)
+        return self.generate(
+            request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval, worse=worse,
+            batch_size=batch_size, on_step=on_step,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        worse: tuple[Model, float] | None = None,
+        batch_size: int = 64,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """As `sample`, for a request that is settled; (B, C, H, W) in [0, 1]."""
+        solver = self._solver(sampler)
+        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps, strength=request.strength)
+        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         device = next(self.model.parameters()).device
         pictures = []
-        for first in range(0, num, batch_size):
-            count = min(batch_size, num - first)
+        for first in range(0, len(request.start), batch_size):
+            part = request.rows(slice(first, first + batch_size), device)
             noise = KeyedNoise(seed, first)
-            x = levels.at(0).sigma * noise(torch.empty(count, *self.image_shape, device=device))
+            x = levels.at(0).like(part.start).mix(part.start, noise(part.start))
             with torch.no_grad():
-                condition = self.model.conditioner({"category": labels[first : first + count].to(device)}, count)
+                condition = self.model.conditioner(part.context, len(part.start))
+                denoiser = self._guided(part, scales, self.sampling.interval if interval is None else interval)
+                if worse is not None:
+                    own = worse[0].conditioner(part.context, len(x))
+                    bad = Steered(denoiser=worse[0].denoiser(self.compute_dtype), condition=own)
+                    denoiser = AutoGuidance(good=denoiser, bad=bad, scale=worse[1])
+                if part.known is not None:
+                    denoiser = Known(denoiser=denoiser, picture=part.start, known=part.known)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
             pictures.append(to_unit(x).cpu())
         return torch.cat(pictures)
 
-    def _guided(self, scale: float) -> Denoiser:
-        denoiser = self.model.denoiser(self.compute_dtype)
-        if scale == 1:
-            return denoiser
-        with torch.no_grad():
-            return ClassifierFree(denoiser=denoiser, negative=self.model.conditioner.null(1), scale=scale)
+    def between(
+        self,
+        num: int,
+        first: Asked,
+        last: Asked,
+        *,
+        seeds: tuple[int, int] = (0, 0),
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
 
-    def _labels(self, category: str | int | Sequence[str | int] | None, num: int) -> Tensor:
-        if category is None:
-            return torch.full((num,), -1)
-        names = [str(category)] if isinstance(category, str | int) else [str(name) for name in category]
-        if not names:
-            raise ConfigError("an empty list of categories", where="sample", mend="name at least one, or None for none")
-        for name in names:
-            if name not in self.categories:
-                close = difflib.get_close_matches(name, self.categories, n=1)
-                listed = ", ".join(self.categories[:20]) or "none: it was trained without categories"
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ConfigError(f"no category {name!r}", where="sample", mend=f"{hint}the model knows {listed}")
-        numbers = torch.tensor([self.categories.index(name) for name in names])
-        return numbers.repeat(-(-num // len(names)))[:num]
+        Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
+        """
+        device = next(self.model.parameters()).device
+        conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
+        requests = [
+            settled(asked, conditioner, self.facts, self.image_shape, 1).rows(slice(0, 1), device) for asked in (first, last)
+        ]
+        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
+        noises = [KeyedNoise(seed)(requests[0].start) for seed in seeds]
+        x = levels.at(0).sigma * torch.cat([on_the_sphere(noises[0], noises[1], float(share)) for share in shares])
+        with torch.no_grad():
+            ends = [conditioner(request.context, 1).expanded(num) for request in requests]
+            denoiser = self._guided(requests[0], scales, self.sampling.interval)
+            pictures = sample(
+                self._solver(sampler),
+                denoiser,
+                x,
+                levels,
+                condition=ends[0].between(ends[1], shares),
+                noise=KeyedNoise(seeds[0]),
+            )
+        return to_unit(pictures).cpu()
+
+    def _solver(self, sampler: str | SamplerConfig | None) -> SamplerConfig:
+        return find_sampler(sampler) if isinstance(sampler, str) else sampler or self.sampling.sampler
+
+    def _scales(self, guidance: float | Mapping[str, float]) -> dict[str, float]:
+        """The scale of each context."""
+        names = [name for name in self.model.conditioner.parts if name != "augmentation"]
+        given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
+        for name, scale in given.items():
+            if name not in names or not math.isfinite(scale):
+                raise ConfigError(
+                    f"guidance {name} = {scale}",
+                    where="sample",
+                    mend=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
+                )
+        return {name: given.get(name, self.sampling.guidance) for name in names}
+
+    def _guided(self, part: Request, scales: Mapping[str, float], interval: tuple[float, float]) -> Denoiser:
+        """The denoiser, guided away from asking for less: contexts of one scale are stepped to together."""
+        plain = self.model.denoiser(self.compute_dtype)
+        asked = [name for name in scales if name in part.given]
+        if all(scales[name] == 1 for name in asked):
+            if part.negative is not None:
+                raise ConfigError(
+                    "a negative prompt without guidance", where="sample", mend="give a guidance above 1, such as 3"
+                )
+            return plain
+        negative = {} if part.negative is None else {"text": [part.negative]}
+        rungs = [Rung(self.model.conditioner(negative, 1), scales[asked[0]])]
+        for number in range(1, len(asked)):
+            if scales[asked[number]] != scales[asked[number - 1]]:
+                fewer = {name: part.context[name] for name in asked[:number] if name in part.context}
+                rungs.append(Rung(self.model.conditioner(fewer, len(part.start)), scales[asked[number]]))
+        guided = ClassifierFree(denoiser=plain, rungs=tuple(rungs))
+        return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
+
+
+def on_the_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Noise on the way from `a` to `b`, of the same variance: spherical interpolation."""
+    angle = torch.arccos((torch.sum(a * b) / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-4:
+        return a
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
 def find_sampler(name: str) -> SamplerConfig:

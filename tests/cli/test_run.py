@@ -195,7 +195,7 @@ def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: 
     assert "4 picture(s) left out" in result.err
     assert "\x1b" not in result.err
     data = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert {reject["file"] for reject in data["rejects"]} == set(bad)
+    assert {reject["file"] for reject in data["rejects"]} == {name.replace("\x1b", "\\x1b") for name in bad}
     assert all(reject["reason"] for reject in data["rejects"])
     assert data["images"] == 40
 

@@ -74,8 +74,8 @@ def test_a_mapping_is_laid_over_and_a_list_replaces() -> None:
 
 
 def test_overrides_as_mapping_and_as_text_agree() -> None:
-    assert resolve("digits", ["budget.steps=6", "conditioner=null"]) == resolve(
-        "digits", {"budget.steps": 6, "conditioner": None}
+    assert resolve("digits", ["budget.steps=6", "conditioner.category=null"]) == resolve(
+        "digits", {"budget.steps": 6, "conditioner": {"category": None}}
     )
 
 

@@ -77,7 +77,7 @@ def once(config: AugmentConfig, images: torch.Tensor, first: int = 0, seed: int 
 def test_off_is_the_same_pictures(channels: int) -> None:
     images = noise(5, channels, 6, 9)
     before = images.clone()
-    changed, labels = augment(AugmentConfig(), images, seed=3, first=10)
+    changed, labels, _ = augment(AugmentConfig(), images, seed=3, first=10)
     assert torch.equal(changed, before)
     assert labels.shape == (5, 0)
     assert AugmentConfig().is_off
@@ -88,7 +88,7 @@ def test_off_is_the_same_pictures(channels: int) -> None:
 def test_everything_on_keeps_shape_type_range_and_the_pictures_given(channels: int) -> None:
     images = noise(6, channels, 12, 8)
     before = images.clone()
-    changed, labels = augment(EVERYTHING, images, seed=0, first=0)
+    changed, labels, _ = augment(EVERYTHING, images, seed=0, first=0)
     assert torch.equal(images, before)
     assert changed.shape == images.shape
     assert changed.dtype == torch.float32
@@ -103,11 +103,11 @@ def test_everything_on_keeps_shape_type_range_and_the_pictures_given(channels: i
 )
 def test_a_sample_is_changed_alike_wherever_it_stands(config: AugmentConfig) -> None:
     images = noise(24, 3, 10, 10)
-    whole, labels = augment(config, images, seed=5, first=100)
+    whole, labels, _ = augment(config, images, seed=5, first=100)
     for size in (1, 5, 24):
         parts = [augment(config, images[at : at + size], seed=5, first=100 + at) for at in range(0, 24, size)]
-        assert torch.equal(torch.cat([part for part, _ in parts]), whole)
-        assert torch.equal(torch.cat([told for _, told in parts]), labels)
+        assert torch.equal(torch.cat([part for part, *_ in parts]), whole)
+        assert torch.equal(torch.cat([told for _, told, _ in parts]), labels)
     other = augment(config, images, seed=6, first=100)[0]
     later = augment(config, images, seed=5, first=101)[0]
     assert not torch.equal(other, whole)
@@ -430,7 +430,7 @@ def test_how_often_each_change_is_made() -> None:
 def test_labels_and_pictures_agree_in_a_batch() -> None:
     config = AugmentConfig(non_leaking=0.12)
     images = noise(1, 1, 16, 16).repeat(600, 1, 1, 1)
-    changed, labels = augment(config, images, seed=0, first=0)
+    changed, labels, _ = augment(config, images, seed=0, first=0)
     assert config.labels == LABELS
     still = (labels == 0).all(1)
     assert (changed[still] - images[still]).abs().max() < 1e-4
@@ -513,7 +513,7 @@ def test_published_draws_are_the_last_thirteen(drawing: Callable) -> None:
     """The order of changes: whole pixels, then the turn and crop, then the pipeline that the labels speak of."""
     drawing(FLIP=0.0, LEAK=0.0)  # a learned flip, and one that is told
     image = noise(1, 1, 8, 8)
-    changed, labels = augment(AugmentConfig(flip="horizontal", non_leaking=0.12), image, seed=0, first=0)
+    changed, labels, _ = augment(AugmentConfig(flip="horizontal", non_leaking=0.12), image, seed=0, first=0)
     assert (changed - image).abs().max() < 1e-4
     assert labels[0].tolist() == [1.0] + [0.0] * 8
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato import recipes
-from sfumato.conditioners import CategoryConfig
+from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
@@ -237,7 +237,7 @@ def test_training_validation_and_previews_of_several_shapes(pictures: Path, tmp_
         name="mixed",
         data=mixed(pictures, augment=AugmentConfig(flip="horizontal", rotation_degrees=5, non_leaking=0.12)),
         network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
-        conditioner=CategoryConfig(size=8),
+        conditioner=ContextConfig(category=CategoryConfig(size=8)),
         optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
         batch_size=20,
         micro_batch=6,

@@ -180,12 +180,12 @@ def test_a_picture_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: 
     else:
         path.write_bytes(path.read_bytes()[:60] if harm == "cut" else b"")
     others = [int(dataset.training[i]) for i in (0, 4, 5)]
-    pixels, bad = dataset.images([others[0], lost, others[2]])
+    pixels, bad, _ = dataset.images([others[0], lost, others[2]])
     assert len(pixels) == 3
     assert torch.equal(pixels[1], dataset.images([others[1]])[0][0])
     assert [reject.name for reject in bad] == [path.name]
     assert bad[0].reason
-    again, _ = dataset.images([lost])
+    again, *_ = dataset.images([lost])
     assert torch.equal(again[0], pixels[1])
 
 
@@ -197,7 +197,7 @@ def test_a_substitute_is_of_the_same_category_and_part(tmp_path: Path) -> None:
         path = tmp_path / dataset.entries[lost].name
         data = path.read_bytes()
         path.unlink()
-        given, bad = dataset.images([lost])
+        given, bad, _ = dataset.images([lost])
         path.write_bytes(data)
         assert len(bad) == 1
         part = dataset.holdout if lost in dataset.holdout else dataset.training
@@ -210,7 +210,7 @@ def test_several_neighbours_lost_are_all_reported(tmp_path: Path) -> None:
     gone = dataset.training[-2:]
     for position in gone:
         (tmp_path / dataset.entries[position].name).unlink()
-    pixels, bad = dataset.images(gone[:1])
+    pixels, bad, _ = dataset.images(gone[:1])
     assert torch.equal(pixels, dataset.images(dataset.training[:1])[0])  # around the end, to the first
     assert [reject.name for reject in bad] == [dataset.entries[position].name for position in gone]
 
@@ -228,7 +228,7 @@ def test_pictures_kept_in_the_cache_or_in_memory_need_no_source(tmp_path: Path, 
     dataset = opened(fill(tmp_path, 5), cache=cache)
     for path in tmp_path.iterdir():
         path.unlink()
-    pixels, bad = dataset.images([4])
+    pixels, bad, _ = dataset.images([4])
     assert (pixels[0].numpy() == noise(4, 4, seed=4).transpose(2, 0, 1)).all()
     assert bad == []
 

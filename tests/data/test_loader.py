@@ -41,12 +41,16 @@ def only(batch: Batch) -> Part:
     return part
 
 
+def same(a: object, b: object) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+
 def equal(a: list[Batch], b: list[Batch]) -> bool:
     return all(
         x.first == y.first
         and torch.equal(x.images, y.images)
         and x.context.keys() == y.context.keys()
-        and all(torch.equal(x.context[name], y.context[name]) for name in x.context)
+        and all(same(x.context[name], y.context[name]) for name in x.context)
         for x, y in zip(map(only, a), map(only, b), strict=True)
     )
 

@@ -43,7 +43,14 @@ def seed() -> None:
         TINY,
         UNetConfig(channels=32, multipliers=(1,), blocks=1, attention_depths=(), head_channels=32),
         UNetConfig(channels=32, multipliers=(1, 2, 3), blocks=2, attention_depths=(1, 2), head_channels=32, dropout=0.1),
-        UNetConfig(channels=64, multipliers=(1, 1), attention_depths=(0, 1), cross_attention="decoder"),
+        UNetConfig(
+            channels=64,
+            multipliers=(1, 1),
+            attention_depths=(0, 1),
+            vector_at="decoder",
+            tokens_at="decoder",
+            maps_at="decoder",
+        ),
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -89,7 +96,7 @@ def test_masked_tokens_are_not_seen() -> None:
 def test_decoder_only_cross_attention_leaves_the_encoder_alone() -> None:
     everywhere = UNet(TINY, image_channels=3, context=CONTEXT)
     decoder = UNet(
-        UNetConfig(**{**TINY.__dict__, "cross_attention": "decoder"}), image_channels=3, context=CONTEXT
+        UNetConfig(**{**TINY.__dict__, "tokens_at": "decoder"}), image_channels=3, context=CONTEXT
     )  # fmt: skip
     assert any(name.startswith("down") and "cross" in name for name, _ in everywhere.named_parameters())
     assert not any(name.startswith(("down", "middle")) and "cross" in name for name, _ in decoder.named_parameters())

@@ -186,5 +186,5 @@ def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch)
 
 def test_categories_asked_of_flat_data_are_refused(tmp_path) -> None:
     folder = pictures(tmp_path / "pictures")
-    with pytest.raises(ConfigError, match="conditioner=null"):
+    with pytest.raises(ConfigError, match=r"set conditioner\.category=null"):
         train(tiny_run(folder / "even"), run=tmp_path / "run")

@@ -4,7 +4,7 @@ import torch
 
 from sfumato.condition import NO_CONDITION
 from sfumato.diffusion import Denoised, Linear, LogitNormal, Sample, Warped
-from sfumato.training.validation import generalization_gap, make_triples, measure, summarize
+from sfumato.training.validation import difference, make_triples, measure, summarize
 
 SCALES = torch.tensor([1.5, 0.9, 0.3, 0.05], dtype=torch.float64)  # standard deviations of four independent pixels
 SCHEDULE = Warped(schedule=Linear(), warp=LogitNormal())
@@ -84,7 +84,7 @@ def test_gap_sees_a_denoiser_that_knows_its_training_pictures() -> None:
     def knows(x, level, condition) -> Denoised:
         return Denoised(t.x0, t.noise)
 
-    gap = generalization_gap(honest, measure(knows, t, NO_CONDITION, batch_size=500), t)
+    gap = difference(honest, measure(knows, t, NO_CONDITION, batch_size=500), t)
     assert gap["low"] > 0
-    none = generalization_gap(honest, honest, t)
+    none = difference(honest, honest, t)
     assert none["mean"] == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig
+from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
@@ -40,7 +40,7 @@ def tiny_run(folder: Path, **changes) -> Run:
         "name": "tiny",
         "data": DataConfig(source=Folder(str(folder)), resolution=8, channels=1, augment=AugmentConfig(flip="horizontal")),
         "network": UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32, dropout=0.1),
-        "conditioner": CategoryConfig(size=8),
+        "conditioner": ContextConfig(category=CategoryConfig(size=8)),
         "optimizer": AdamWConfig(learning_rate=1e-3, warmup_steps=3),
         "batch_size": 12,
         "micro_batch": 5,

@@ -22,6 +22,13 @@ def _slug(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2])[:60].strip(".-") or "data"
 
 
+def _say(text: object) -> None:
+    """Print, without what a caption or a file's name could command the terminal by."""
+    from sfumato.observability.progress import printable
+
+    typer.echo(printable(str(text)))
+
+
 def _listing(source: str) -> Listing:
     from sfumato.data import source_at
 
@@ -49,14 +56,14 @@ def check(
         )
     paths = write(found, out or Path("data-check") / _slug(source))
     figures = found.figures
-    typer.echo(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
+    _say(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
     for kind, names in found.files().items():
         about = KINDS[kind]
-        typer.echo(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
+        _say(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
     for remark in found.remarks:
-        typer.echo(f"       {remark}")
+        _say(f"       {remark}")
     for path in paths:
-        typer.echo(path)
+        _say(path)
 
 
 @data_app.command()
@@ -77,17 +84,15 @@ def coverage(
     vocabulary = Vocabulary(texts)
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
-        typer.echo("\n".join(_lines(found, len(entries))))
+        _say("\n".join(_lines(found, len(entries))))
         for place, likeness in found.nearest:
-            typer.echo(
-                f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})"
-            )
+            _say(f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})")
         sheet = _sheet([entries[place] for place, _ in found.nearest])
         if sheet is not None:
             path = (out or Path("data-check") / _slug(source)) / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
-            typer.echo(path)
+            _say(path)
 
 
 def _lines(found: Coverage, total: int) -> list[str]:
@@ -141,7 +146,7 @@ def convert(
         if len(rejects) > 10:
             bar.say(f"left out {len(rejects)} in all")
     for path in paths:
-        typer.echo(path)
+        _say(path)
 
 
 @data_app.command()
@@ -155,4 +160,4 @@ def cache(
     from sfumato.recipes.launch import open_data
 
     dataset = open_data(resolve(source, overrides or ()))
-    typer.echo(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")
+    _say(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")

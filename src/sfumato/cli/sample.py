@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from sfumato.pipeline import Pipeline
     from sfumato.sampling import Progress
 
 STRIP_PICTURES, STRIP_STEPS = 4, 10
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    run: Annotated[Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")] = None,
     num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 16,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text asked for; several are taken in turn.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Text to lead away from; needs guidance above 1.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Category asked for; several are taken in turn.")] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER asked for; may be repeated.")] = None,
+    doodle: Annotated[Path | None, typer.Option(help="Line drawing to follow, dark on light.")] = None,
+    points: Annotated[Path | None, typer.Option(help="Point cloud to follow: .npy, .ply, .xyz or .csv.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Picture to make variations of.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from, to complete or to restore.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of IMAGE is made anew: 0 nothing, 1 everything.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where IMAGE is painted anew, black where it stays.")] = None,
+    to_prompt: Annotated[str | None, typer.Option(help="Show the way from PROMPT to this one.")] = None,
+    to_seed: Annotated[int | None, typer.Option(help="Show the way from SEED to this one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, euler, heun, dpm-solver++2m, unipc, ...")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = None,
+    guidance: Annotated[
+        list[str] | None, typer.Option(help="Classifier-free guidance scale, 1 is off; or NAME=SCALE for each context.")
+    ] = None,
+    interval: Annotated[tuple[float, float] | None, typer.Option(help="Log-SNR from where to where guidance acts.")] = None,
+    worse: Annotated[int | None, typer.Option(help="Guide away from the snapshot at this step of the run.")] = None,
+    worse_scale: Annotated[float, typer.Option(help="How far.")] = 1.5,
     seed: Annotated[int, typer.Option(help="Picture i depends on the seed and i only.")] = 0,
     weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged weights, or the last step's.")] = "ema",
     precision: Annotated[
@@ -31,30 +49,90 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder to write to; by default RUN/generated/seed-SEED.")] = None,
 ) -> None:
     """Generate pictures with a trained model; prints the path of the grid."""
+    from dataclasses import replace
+
+    from sfumato.asking import Asked, Truncated
     from sfumato.cli.drawing import trajectory_image
     from sfumato.observability.pictures import grid_image, picture, save_png
-    from sfumato.recipes import load
+    from sfumato.recipes import load, newest_run, snapshot
 
+    run = newest_run() if run is None else run
     pipeline = load(run, weights=weights, precision=precision)
+    scales = _guidance(guidance, pipeline)
+    files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
+    asked = Asked(
+        category=category, prompt=prompt, negative=negative, attributes=_numbers(attribute, "--attribute") or None,
+        points=_cloud(points), strength=strength,
+        **{name: _picture(path, pipeline, gray=name in ("doodle", "mask")) for name, path in files.items()},
+    )  # fmt: skip
     recorded: list[Progress] = []
-    images = pipeline.sample(
-        num,
-        category=category,
-        seed=seed,
-        steps=steps,
-        sampler=sampler,
-        guidance=guidance,
-        on_step=recorded.append if trajectory else None,
-    )
+    with warnings.catch_warnings(record=True) as cut:
+        warnings.simplefilter("always", Truncated)
+        if to_prompt is None and to_seed is None:
+            images = pipeline.sample(
+                num, asked=asked, seed=seed, steps=steps, sampler=sampler, guidance=scales, interval=interval,
+                worse=None if worse is None else (snapshot(run, worse), worse_scale),
+                on_step=recorded.append if trajectory else None,
+            )  # fmt: skip
+        else:
+            last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
+            images = pipeline.between(
+                num,
+                asked,
+                last,
+                seeds=(seed, seed if to_seed is None else to_seed),
+                steps=steps,
+                sampler=sampler,
+                guidance=scales,
+            )
+    for warning in cut:
+        typer.echo(f"note: {warning.message}", err=True)
     folder = out or run / "generated" / f"seed-{seed}"
     settings = {
-        "run": run.name, "seed": seed, "category": category, "steps": steps or pipeline.sampling.steps,
-        "sampler": sampler or type(pipeline.sampling.sampler).__name__, "weights": weights, "precision": precision,
-        "guidance": pipeline.sampling.guidance if guidance is None else guidance,
+        "run": run.name, "seed": seed, "category": category, "prompt": prompt, "negative": negative, "attribute": attribute,
+        **{name: None if path is None else path.name for name, path in {**files, "points": points}.items()},
+        "strength": strength, "to_prompt": to_prompt, "to_seed": to_seed, "worse": worse,
+        "steps": steps or pipeline.sampling.steps, "sampler": sampler or type(pipeline.sampling.sampler).__name__,
+        "weights": weights, "precision": precision, "guidance": scales,
     }  # fmt: skip
-    for number, image in enumerate(images):
-        save_png(picture(image), folder / f"{number:05d}.png", {**settings, "index": number})
-    if trajectory:
+    for number, image_ in enumerate(images):
+        save_png(picture(image_), folder / f"{number:05d}.png", {**settings, "index": number})
+    if trajectory and recorded:
         strip = trajectory_image(recorded[: recorded[0].steps], pictures=STRIP_PICTURES, columns=STRIP_STEPS)
         typer.echo(save_png(strip, folder / "trajectory.png", settings))
     typer.echo(save_png(grid_image(images), folder / "grid.png", settings))
+
+
+def _picture(path: Path | None, pipeline: Pipeline, *, gray: bool) -> Any:
+    from sfumato.data.given import given_picture
+
+    channels, height, width = pipeline.image_shape
+    return None if path is None else given_picture(path, channels=1 if gray else channels, height=height, width=width)
+
+
+def _cloud(path: Path | None) -> Any:
+    from sfumato.data.given import given_points
+
+    return None if path is None else given_points(path)
+
+
+def _guidance(given: list[str] | None, pipeline: Pipeline) -> float | dict[str, float]:
+    """One scale, or one for each context by name."""
+    if not given:
+        return pipeline.sampling.guidance
+    if len(given) == 1 and "=" not in given[0]:
+        return _number(given[0], "--guidance")
+    return _numbers(given, "--guidance")
+
+
+def _numbers(given: list[str] | None, option: str) -> dict[str, float]:
+    """NAME=NUMBER, repeated."""
+    pairs = [text.rpartition("=") for text in given or ()]
+    return {name.strip(): _number(value, option) for name, _, value in pairs}
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number", param_hint=option) from None

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from sfumato.condition import Condition, ContextSizes
+from sfumato.condition import Condition, Context, ContextSizes
+from sfumato.conditioners.attributes import AttributesConditioner, AttributesConfig
 from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
+from sfumato.conditioners.config import ContextConfig, Facts
+from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
+from sfumato.conditioners.image import (
+    Grayscale,
+    Holes,
+    ImageConditioner,
+    ImageConfig,
+    ReferenceConditioner,
+    ReferenceConfig,
+    Shrink,
+)
 from sfumato.conditioners.joint import ConditionerModule, Joint
+from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
+from sfumato.conditioners.pretrained import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners.text import WordsConditioner, WordsConfig
+from sfumato.conditioners.words import Words
 
 
 class Conditioner(Protocol):
@@ -19,9 +34,18 @@ class Conditioner(Protocol):
     sizes: ContextSizes
     dropout: float
 
-    def __call__(self, context: Mapping[str, Tensor], batch_size: int) -> Condition: ...
+    def __call__(self, context: Context, batch_size: int) -> Condition: ...
 
     def null(self, batch_size: int) -> Condition: ...
 
+    def derive(self, images: Tensor, context: Context, *, seed: int, first: int) -> dict[str, Any]:
+        """What training is told that the data do not hold, made from the pictures; keyed by the samples' numbers."""
+        ...
 
-__all__ = ["AugmentationConditioner", "CategoryConditioner", "CategoryConfig", "Conditioner", "ConditionerModule", "Joint"]
+
+__all__ = [
+    "AttributesConditioner", "AttributesConfig", "AugmentationConditioner", "CategoryConditioner", "CategoryConfig", "Conditioner",
+    "ConditionerModule", "ContextConfig", "DoodleConditioner", "DoodleConfig", "Facts", "Grayscale", "Holes", "ImageConditioner",
+    "ImageConfig", "Joint", "PointsConditioner", "PointsConfig", "PretrainedTextConditioner", "PretrainedTextConfig",
+    "ReferenceConditioner", "ReferenceConfig", "Shrink", "SplatConfig", "TextEncoder", "Words", "WordsConditioner", "WordsConfig",
+]  # fmt: skip

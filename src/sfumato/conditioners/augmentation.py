@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,14 @@ class AugmentationConditioner(nn.Module):
         self.sizes = ContextSizes(vector=labels)
         self.register_buffer("nothing", torch.zeros(labels), persistent=False)
 
-    def forward(self, context: Mapping[str, Tensor], batch_size: int) -> Condition:
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """The condition of a batch."""
         return Condition(vector=context.get("augmentation", self.nothing.expand(batch_size, -1)))
 
     def null(self, batch_size: int) -> Condition:
         """Nothing was done."""
         return Condition(vector=self.nothing.expand(batch_size, -1))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """Nothing that the data do not hold."""
+        return {}

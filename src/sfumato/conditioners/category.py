@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,11 @@ class CategoryConditioner(nn.Module):
         self.sizes = ContextSizes(vector=config.size)
         self.embedding = nn.Embedding(categories + 1, config.size)
 
-    def forward(self, context: Mapping[str, Tensor], batch_size: int) -> Condition:
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """The condition of a batch."""
         if "category" not in context:
             return self.null(batch_size)
-        category = context["category"]
+        category = context["category"].to(self.embedding.weight.device)
         null = self.embedding.num_embeddings - 1
         return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
 
@@ -45,3 +46,7 @@ class CategoryConditioner(nn.Module):
         """The condition that asks for nothing."""
         none = torch.full((batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device)
         return Condition(vector=self.embedding(none))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """Nothing that the data do not hold."""
+        return {}

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
+from typing import Any
 
 from torch import Tensor, nn
 
 from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
+from sfumato.conditioners.attributes import AttributesConditioner
 from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner
+from sfumato.conditioners.doodle import DoodleConditioner
+from sfumato.conditioners.image import ImageConditioner, ReferenceConditioner
+from sfumato.conditioners.points import PointsConditioner
+from sfumato.conditioners.pretrained import PretrainedTextConditioner
+from sfumato.conditioners.text import WordsConditioner
 
-ConditionerModule = AugmentationConditioner | CategoryConditioner
+ConditionerModule = (
+    AttributesConditioner
+    | AugmentationConditioner
+    | CategoryConditioner
+    | DoodleConditioner
+    | ImageConditioner
+    | PointsConditioner
+    | PretrainedTextConditioner
+    | ReferenceConditioner
+    | WordsConditioner
+)
 
 
 class Joint(nn.Module):
     """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
 
     def __init__(self, parts: Mapping[str, ConditionerModule]) -> None:
+        """`parts` by the name of the context that each reads."""
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self._parts = tuple(parts.values())  # the same, with their own types
         self.sizes: ContextSizes = reduce(ContextSizes.beside, (part.sizes for part in parts.values()), NO_CONTEXT)
 
-    def forward(self, context: Mapping[str, Tensor], batch_size: int, *, draws: Tensor | None = None) -> Condition:
+    def forward(self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None) -> Condition:
         """The condition of a batch.
 
         Args:
@@ -38,6 +56,16 @@ class Joint(nn.Module):
                 condition = condition.replaced_where(dropped, part.null(batch_size))
             conditions.append(condition)
         return reduce(Condition.beside, conditions, NO_CONDITION)
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """The context that training uses: what the data hold, and what is made from the pictures (B, C, H, W) themselves.
+
+        Keyed by the samples' numbers, `first` and following.
+        """
+        made = dict(context)
+        for part in self._parts:
+            made |= part.derive(images, context, seed=seed, first=first)
+        return made
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""

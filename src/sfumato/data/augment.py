@@ -6,8 +6,9 @@ All of them are one affine map of the plane and one affine map of the colours, s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,23 +66,65 @@ class AugmentConfig:
         return LABELS if self.non_leaking else 0
 
 
-def augment(config: AugmentConfig, images: Tensor, *, seed: int, first: int) -> tuple[Tensor, Tensor]:
-    """Change pictures (B, C, H, W) in [-1, 1], samples `first`, `first + 1`, ...: the changed ones, and labels (B, 0 or 9)."""
+class Augmented(NamedTuple):
+    """Changed pictures (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved along."""
+
+    images: Tensor
+    labels: Tensor
+    moved: dict[str, Tensor]
+
+
+def augment(
+    config: AugmentConfig, images: Tensor, *, seed: int, first: int, along: Mapping[str, Tensor] | None = None
+) -> Augmented:
+    """Change pictures (B, C, H, W) in [-1, 1], samples `first`, `first + 1`, ...
+
+    Args:
+        along: what lies over the pictures and keeps to its place on them: maps (B, c, H, W), or points (B, N, D) whose first two
+            coordinates are x right and y up, the picture from -1 to 1.
+    """
+    along = along or {}
     if config.is_off:
-        return images, images.new_zeros(len(images), 0)
+        return Augmented(images, images.new_zeros(len(images), 0), dict(along))
     draws = randomness.uniform(seed, "augment", first=first, count=len(images), per_item=24).to(torch.float64)
-    images = _exact(config, images, draws[:, :3])
     plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7], *_sides(images)))
-    colours = _colours(config, draws[:, 7:11], images.shape[1])
     labels = images.new_zeros(len(images), 0)
     if config.non_leaking:
         map_, labels = non_leaking(config.non_leaking, draws[:, 11:24])
         plane, labels = _compose(plane, map_), labels.to(images.dtype)
-    if config.rotation_degrees or config.crop or config.non_leaking:
-        images = warped(images, plane)
-    if colours is not None:
-        images = _recoloured(images, colours)
-    return images, labels
+
+    def placed(maps: Tensor) -> Tensor:
+        maps = _exact(config, maps, draws[:, :3])
+        return warped(maps, plane) if config.rotation_degrees or config.crop or config.non_leaking else maps
+
+    sides = _sides(images)
+    moved = {
+        name: placed(value) if value.ndim == 4 else _carried(value, plane, _exact_plane(config, draws[:, :3]), *sides)
+        for name, value in along.items()
+    }
+    colours = _colours(config, draws[:, 7:11], images.shape[1])
+    images = placed(images)
+    return Augmented(images if colours is None else _recoloured(images, colours), labels, moved)
+
+
+def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float) -> Tensor:
+    """Points (B, N, D) where the picture's pixels went: `plane` leads from output to input, `exact` before it from input to output."""
+    forward = (torch.linalg.inv(plane) @ exact).to(points.dtype)
+    scale = points.new_tensor([width, -height])
+    at = points[..., :2] * scale
+    at = (at @ forward[:, :2, :2].transpose(1, 2) + forward[:, None, :2, 2]) / scale
+    return torch.cat([at, points[..., 2:]], dim=2)
+
+
+def _exact_plane(config: AugmentConfig, draws: Tensor) -> Tensor:
+    """What `_exact` does, as maps (B, 3, 3) from input to output; y points down."""
+
+    def sign(flips: tuple[str, str], draw: Tensor) -> Tensor:
+        return torch.where((draw < 0.5) & (config.flip in flips), -1.0, 1.0).to(torch.float64)
+
+    turns = (draws[:, 2] * 4).long() * (config.quarter_turns == "all")
+    mirrored = _scaled(sign(("horizontal", "both"), draws[:, 0]), sign(("vertical", "both"), draws[:, 1]))
+    return _compose(_turned(-turns * (math.pi / 2)), mirrored)
 
 
 def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:

@@ -59,14 +59,19 @@ class ArrayCache:
         try:
             with (segment / "records.jsonl").open() as lines:
                 found = {}
-                ends: dict[str, int] = {}
+                rows: dict[str, int] = {}
                 for line in lines:
                     key, facts, arrays = json.loads(line)
-                    found[key] = Record(facts, {name: (f"{segment.name}/{file}", row) for name, (file, row) in arrays.items()})
-                    ends.update(arrays.values())
-                if any(len(self.map(f"{segment.name}/{file}")) <= row for file, row in ends.items()):
+                    found[key] = Record(
+                        dict(facts), {name: (f"{segment.name}/{file}", row) for name, (file, row) in arrays.items()}
+                    )
+                    for file, row in arrays.values():
+                        if row < 0:
+                            return
+                        rows[file] = max(row, rows.get(file, 0))
+                if any(len(self.map(f"{segment.name}/{file}")) <= row for file, row in rows.items()):
                     return
-        except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        except (OSError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
             return  # damaged: its keys are missed, and made again
         self.records.update(found)
 

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from sfumato.data import files
 from sfumato.data.decoding import NUMPY
-from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.data.entry import MAX_BYTES, STRAY, Blob, Entry, Listing, Reject
+from sfumato.data.sources.arrays import plain_array
 from sfumato.errors import ConfigError, DataError
 
-ROWS = 100  # of a parquet row group: what one random access reads
+ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
+MAX_KEY_BYTES = 200  # leaves room for the endings
 LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "holdout")
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
@@ -44,13 +47,13 @@ def convert(
     Raises:
         ConfigError, DataError: if the destination is of no such kind, exists already or cannot be written.
     """
-    kind = to or {".parquet": "parquet", ".tar": "webdataset"}.get(dest.suffix)
-    if kind not in ("parquet", "webdataset"):
+    by_suffix = {suffix: kind for kind, suffix in SUFFIX.items()}.get(dest.suffix)
+    kind, single = to or by_suffix, by_suffix is not None
+    if kind not in SUFFIX or (single and kind != by_suffix):
         raise ConfigError(
-            f"{to or dest.name!r} is no kind of container", where=str(dest), mend="use --to parquet or --to webdataset"
+            f"{to or dest.name!r} is no kind of container for it", where=str(dest), mend="use --to parquet or --to webdataset"
         )
-    single = dest.suffix in (".parquet", ".tar")
-    if dest.exists() and (single or any(dest.iterdir())):
+    if dest.exists() and (single or not dest.is_dir() or any(dest.iterdir())):
         raise DataError("exists already", where=str(dest), mend="name a new file or an empty folder")
     rejects = list(listing.rejects)
     layout = Layout.of(listing.entries)
@@ -81,36 +84,40 @@ class Layout:
 
 
 def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None) -> list[Path]:
-    """Write samples into one file, or into files of at most `limit` bytes of pictures."""
+    """Write samples into one file, or into files of at most `limit` bytes of pictures; they get their names when all are whole."""
     paths: list[Path] = []
     writer: Writer | None = None
     size = 0
     try:
         for sample in samples:
-            if writer is not None and limit is not None and size + len(sample["image"]) > limit:
-                writer.commit()
-                writer = None
-            if writer is None:
-                name = f"data-{len(paths):06d}{SUFFIX[kind]}"
-                paths.append(dest if limit is None else dest / name)
-                writer, size = WRITERS[kind](paths[-1], layout), 0
+            if writer is None or (limit is not None and size + len(sample["image"]) > limit):
+                if writer is not None:
+                    writer.close()
+                paths.append(dest if limit is None else dest / f"data-{len(paths):06d}{SUFFIX[kind]}")
+                writer, size = WRITERS[kind](_temporary(paths[-1]), layout), 0
             writer.add(sample)
             size += len(sample["image"])
-        if writer is not None:
-            writer.commit()
-            writer = None
+        if writer is None:
+            raise DataError("nothing could be read, so nothing was written", where=str(dest), mend="see `sfumato data check`")
+        writer.close()
+        for path in paths:
+            os.replace(_temporary(path), path)
     finally:
-        if writer is not None:
-            writer.discard()
-    if not paths:
-        raise DataError("nothing could be read, so nothing was written", where=str(dest), mend="see `sfumato data check`")
+        for path in paths:
+            _temporary(path).unlink(missing_ok=True)
     return paths
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}")
 
 
 def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None) -> Iterator[Packed]:
     """Samples as plain data: encoded bytes as they are, arrays of up to four 8-bit channels as PNG."""
     for number, entry in enumerate(entries):
         try:
+            if entry.category == "":
+                raise OSError(STRAY)
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
             for name in ("image", *LAYERS):
                 blob = getattr(entry, name)
@@ -135,8 +142,8 @@ def _as_picture(data: bytes) -> bytes:
     if not data.startswith(NUMPY):
         return data
     try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        values = plain_array(data)
+    except ValueError as error:
         raise OSError(f"damaged: {error}") from None
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
     if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (2, 3, 4)):
@@ -154,21 +161,18 @@ def suffix_of(data: bytes) -> str:
 
 
 class Writer(Protocol):
-    """Writes samples to a temporary file, which `commit` gives its name."""
+    """Writes samples to a file."""
 
     def add(self, sample: Packed) -> None: ...
 
-    def commit(self) -> None: ...
-
-    def discard(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class _Tar:
     """A WebDataset shard."""
 
-    def __init__(self, target: Path, layout: Layout) -> None:
-        self.target, self.temporary = target, target.with_name(f".tmp-{target.name}")
-        self._tar = tarfile.open(self.temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._keys: set[str] = set()
 
     def add(self, sample: Packed) -> None:
@@ -184,13 +188,8 @@ class _Tar:
             self._tar.addfile(info, io.BytesIO(data))
         self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
 
-    def commit(self) -> None:
+    def close(self) -> None:
         self._tar.close()
-        os.replace(self.temporary, self.target)
-
-    def discard(self) -> None:
-        self._tar.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 def _key(name: str, number: int, taken: set[str]) -> str:
@@ -198,8 +197,10 @@ def _key(name: str, number: int, taken: set[str]) -> str:
     stem = name.rpartition(":")[2]
     stem = stem.rpartition(".")[0] or stem
     key = re.sub(r"[^\w/-]", "_", stem).strip("/_") or f"{number:08d}"
-    key = "/".join(part.strip("_") or "_" for part in key.split("/"))[:200]
-    if key in taken:
+    key = "/".join(part.strip("_") or "0" for part in key.split("/"))
+    if len(key.encode()) > MAX_KEY_BYTES or any(files.is_reserved(part) for part in key.split("/")):
+        key = f"{number:08d}"
+    while key in taken:
         key = f"{key}-{number:08d}"
     taken.add(key)
     return key
@@ -208,31 +209,27 @@ def _key(name: str, number: int, taken: set[str]) -> str:
 class _Parquet:
     """A table as Hugging Face's `datasets` writes it."""
 
-    def __init__(self, target: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         from sfumato.data.sources.table import TableWriter
 
-        self.target, self.temporary = target, target.with_name(f".tmp-{target.name}")
-        self._table = TableWriter(self.temporary, pictures=("image", *layout.layers), texts=layout.texts)
+        self._table = TableWriter(path, pictures=("image", *layout.layers), texts=layout.texts)
         self._rows: list[Packed] = []
+        self._size = 0
 
     def add(self, sample: Packed) -> None:
         self._rows.append(sample)
-        if len(self._rows) >= ROWS:
+        self._size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
+        if len(self._rows) >= ROWS or self._size >= ROW_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         self._table.write(self._rows)
-        self._rows = []
+        self._rows, self._size = [], 0
 
-    def commit(self) -> None:
+    def close(self) -> None:
         if self._rows:
             self._flush()
         self._table.close()
-        os.replace(self.temporary, self.target)
-
-    def discard(self) -> None:
-        self._table.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 SUFFIX = {"parquet": ".parquet", "webdataset": ".tar"}

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,9 @@ from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.entry import Entry, Reject
+from sfumato.data.layers import Layers
 from sfumato.data.sources import Digits, SourceConfig
 from sfumato.errors import ConfigError, DataError
-
-DECODER = 1  # raised when the same bytes come to give other pixels
-CACHE_SHARE_OF_DISK = 0.25
-COMMIT_EVERY = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +74,14 @@ class DataConfig:
         return PixelFormat(shapes=shapes, channels=self.channels, bits=self.bits, background=self.background)
 
 
+class Pictures(NamedTuple):
+    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the pictures that took its place."""
+
+    pixels: Tensor
+    bad: list[Reject]
+    positions: NDArray[np.int64]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Readable pictures of a source, in a fixed order.
@@ -89,6 +94,7 @@ class Dataset:
         clusters: number of the group of near-duplicates that each picture belongs to; shape (N,).
         rejects: what was left out; notes: what had to be converted, by kind.
         crop_loss: mean share of the pictures' area that cropping cut away.
+        layers: what else is known of each picture.
         training, holdout: positions of the two parts, which share no picture and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
     """
@@ -104,6 +110,7 @@ class Dataset:
     rejects: Sequence[Reject]
     notes: dict[str, list[str]]
     crop_loss: float
+    layers: Layers
     training: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
@@ -119,6 +126,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """Hash of the contents, their order and the pixel format: equal exactly if training sees the same pixels and texts."""
         texts = hashlib.sha256("\0".join("\1".join(entry.captions) for entry in self.entries).encode()).hexdigest()
+        texts += repr([entry.attributes for entry in self.entries if entry.attributes])
         lines = [
             repr(self.config.pixel_format()),
             *self.ids,
@@ -142,28 +150,32 @@ class Dataset:
         """Those of `positions` whose pictures have `image_shape`."""
         return positions[self.shapes[positions] == self._usual_shape]
 
-    def images(self, positions: NDArray[np.int64] | Sequence[int]) -> tuple[Tensor, list[Reject]]:
-        """Pixels (n, C, H, W), uint8 or uint16, at `positions` of one shape, and what could no longer be read.
+    def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Pictures:
+        """Pixels at `positions` of one shape.
 
-        An unreadable picture is replaced by the next readable one of its part, shape and category, so that a batch never shrinks,
-        every run that meets it replaces it alike, no label lies, and nothing held out is trained on.
+        An unreadable picture is replaced by the next readable one of its part, shape and category, or any category if need be, so that
+        a batch never shrinks, every run that meets it replaces it alike, and nothing held out is trained on.
         """
         positions = np.asarray(positions, np.int64)
         if self.gather is not None:
-            return torch.from_numpy(self.gather(positions)), []
-        decoded, bad = [], []
+            return Pictures(torch.from_numpy(self.gather(positions)), [], positions)
+        decoded, bad, found = [], [], []
         with quiet():
             for position in positions:
-                pixels, failed = self._read(int(position))
+                pixels, failed, read = self._read(int(position))
                 decoded.append(pixels)
+                found.append(read)
                 bad += failed
-        return torch.from_numpy(np.stack(decoded)), bad
+        return Pictures(torch.from_numpy(np.stack(decoded)), bad, np.array(found, np.int64))
 
-    def context(self, positions: NDArray[np.int64]) -> dict[str, Tensor]:
-        """What conditioners may read of the pictures at `positions`: "category", index into `categories` or -1, (n,)."""
-        return {"category": self.labels[torch.from_numpy(positions)]}
+    def context(self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None) -> dict[str, Any]:
+        """What conditioners may read of the pictures at `positions`, which share one shape, by name.
 
-    def _read(self, position: int) -> tuple[Pixels, list[Reject]]:
+        "category": index into `categories` or -1, (n,); and the layers: see `Layers.context`.
+        """
+        return {"category": self.labels[torch.from_numpy(positions)], **self.layers.context(positions, draws)}
+
+    def _read(self, position: int) -> tuple[Pixels, list[Reject], int]:
         bad: list[Reject] = []
         form, shape = self.config.pixel_format(), self.shapes[position]
         for candidate in self._substitutes(position):
@@ -171,7 +183,7 @@ class Dataset:
             try:
                 decoded = decode(entry.image.read(), form)
                 if decoded.shape == shape:
-                    return decoded.pixels, bad
+                    return decoded.pixels, bad, candidate
                 bad.append(Reject(entry.name, "has another shape than when it was indexed"))
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
@@ -180,13 +192,13 @@ class Dataset:
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:
-        """`position`, then the others of its part, shape and category in order, from there on and around."""
+        """`position`, then the others of its part and shape from there on and around, those of its category first."""
         yield position
         part = next(p for p in (self.training, self.holdout, *self.named_holdouts.values()) if position in p)
-        like = (self.labels[part] == self.labels[position]).numpy() & (self.shapes[part] == self.shapes[position])
-        peers = part[like]
-        start = int(np.searchsorted(peers, position)) + 1
-        yield from (int(peer) for peer in np.roll(peers, -start)[:-1])
+        peers = part[self.shapes[part] == self.shapes[position]]
+        around = np.roll(peers, -int(np.searchsorted(peers, position)) - 1)[:-1]
+        alike = (self.labels[around] == self.labels[position]).numpy()
+        yield from (int(peer) for peer in (*around[alike], *around[~alike]))
 
     def summary(self) -> dict[str, Any]:
         """What `data.json` records."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ALGORITHM = 1  # raised when the same pictures come to form other groups
+ALGORITHM = 2  # raised when the same pictures come to form other groups
 SIDE = 32
 SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12
@@ -58,13 +58,24 @@ def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3); time grows as N log N."""
+    """Pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3) that connect each group; time grows as N log N."""
+    pairs = np.empty((0, 2), np.int64)
     if len(thumbnails) < 2:
-        return np.empty((0, 2), np.int64)
+        return pairs
     values = signatures(thumbnails)
-    pairs = _neighbours(values)
-    found = [part[_alike(thumbnails, part, correlation)] for part, correlation in _related(values, pairs)]
-    return np.concatenate([np.empty((0, 2), np.int64), *found])
+    kept = asked = np.arange(len(thumbnails))
+    while len(asked):
+        near = kept[_neighbours(values[kept], np.searchsorted(kept, asked))]
+        found = [part[_alike(thumbnails, part, correlation)] for part, correlation in _related(values, near)]
+        pairs = np.concatenate([pairs, *found])
+        kept, asked = _crowded(components(len(thumbnails), pairs), kept)
+    return pairs
+
+
+def _crowded(groups: NDArray[np.int64], kept: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One of the `kept` pictures for each group; and those for groups so large that their own may have hidden other copies."""
+    _, firsts, sizes = np.unique(groups[kept], return_index=True, return_counts=True)
+    return np.sort(kept[firsts]), kept[firsts[sizes > NEIGHBOURS // 2]]
 
 
 def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
@@ -82,16 +93,17 @@ def _means(images: NDArray, size: int) -> Floats:
     return images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4), dtype=np.float32)
 
 
-def _neighbours(signatures: Floats) -> NDArray[np.int64]:
-    """Each picture with its nearest others in a few principal components, (P, 2) with first < second."""
+def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The pictures at `asked` with their nearest others in a few principal components, (P, 2) with first < second."""
     from scipy.spatial import cKDTree
 
     sample = signatures[:: max(1, len(signatures) // 20_000)]
     centre = sample.mean(0)
     axes = np.linalg.eigh((sample - centre).T @ (sample - centre))[1][:, -DIMENSIONS:]
     points = (signatures - centre) @ axes.astype(np.float32)
-    _, found = cKDTree(points).query(points, k=min(NEIGHBOURS + 1, len(points)), workers=-1)
-    pairs = np.stack([np.repeat(np.arange(len(points)), found.shape[1]), found.reshape(-1)], axis=1)
+    count = min(NEIGHBOURS + 1, len(points))
+    _, found = cKDTree(points).query(points[asked], k=count, workers=-1)
+    pairs = np.stack([np.repeat(asked, count), found.reshape(-1)], axis=1)
     return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import lzma
+import math
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from sfumato.data import files
 
 MAX_BYTES = 256 << 20  # of one picture
+MAX_ATTRIBUTES = 1024  # of one picture
 MAX_TEXT_BYTES = 1 << 20  # of one caption or its JSON
 
 
@@ -29,7 +34,7 @@ class Blob(Protocol):
 
 def read(path: str, offset: int, most: int) -> bytes:
     """Up to `most` bytes of a file from `offset` on; nothing larger than the file is ever reserved for them."""
-    handle = os.open(files.local(path) if "//" in path else path, os.O_RDONLY)
+    handle = _opened(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
         data = os.pread(handle, size, offset) if size > 0 else b""
@@ -38,6 +43,16 @@ def read(path: str, offset: int, most: int) -> bytes:
         return data
     finally:
         os.close(handle)
+
+
+def _opened(path: str) -> int:
+    if not files.is_url(path):
+        return os.open(path, os.O_RDONLY)
+    for _ in range(3):  # what is fetched may have to make room before it is opened
+        place = files.local(path)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(place, os.O_RDONLY)
+    return os.open(place, os.O_RDONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +99,22 @@ class ZipMember:
 
     def read(self) -> bytes:
         try:
-            with _open_zip(str(files.local(self.path))).open(self.name) as file:
+            with _open_zip(self.path, files.version(self.path), os.getpid()).open(self.name) as file:
                 return file.read(MAX_BYTES + 1)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        except DAMAGED_ZIP as error:
             raise OSError(f"cannot be unpacked: {error}") from None
 
 
+# What `zipfile` raises on what is no zip, beside OSError.
+DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, KeyError, NotImplementedError, RuntimeError, EOFError,
+)  # fmt: skip
+
+
 @lru_cache(maxsize=4)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+def _open_zip(path: str, version: tuple[int, ...], process: int) -> zipfile.ZipFile:
+    """An archive, opened again when the file was replaced, and by each process: forked ones would share the place of reading."""
+    return zipfile.ZipFile(files.local(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +126,7 @@ class Entry:
         image: the encoded picture.
         category: None where the source has none; "" for a picture beside the category folders, which is left out.
         captions: any number of texts.
+        attributes: numbers by name, sorted; 1 for a label of which several may hold.
         doodle, mask: encoded pictures that lie over the image: a line drawing; white where the image counts.
         points: an encoded point cloud.
         holdout: name of a set that is kept from training as a whole, such as a combination nobody trains on.
@@ -113,6 +136,7 @@ class Entry:
     image: Blob
     category: str | None = None
     captions: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, float], ...] = ()
     doodle: Blob | None = None
     mask: Blob | None = None
     points: Blob | None = None
@@ -125,6 +149,9 @@ class Reject:
 
     name: str
     reason: str
+
+
+STRAY = "lies beside the category folders, in none of them"
 
 
 class Listing(NamedTuple):
@@ -150,24 +177,60 @@ class Source(Protocol):
 CAPTION_KEYS = ("captions", "caption", "text", "texts", "prompt", "description")
 CATEGORY_KEYS = ("category", "label", "class", "cls", "fine_label")
 HOLDOUT_KEYS = ("holdout",)
+KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, "attributes", "tags"}
+
+
+def says_something(column: str) -> bool:
+    """Whether `described` looks at a column."""
+    return column in KNOWN_KEYS or column.startswith("attributes.")
 
 
 def described(record: dict[str, Any]) -> dict[str, Any]:
-    """The captions, category and hold-out of a JSON object or table row, as fields of an `Entry`."""
+    """The captions, category and hold-out of a JSON object or table row, as fields of an `Entry`.
+
+    Raises:
+        ValueError: if the captions are longer than MAX_TEXT_BYTES.
+    """
 
     def first(keys: tuple[str, ...]) -> Any:
         return next((record[key] for key in keys if record.get(key) is not None), None)
 
     captions, category, holdout = first(CAPTION_KEYS), first(CATEGORY_KEYS), first(HOLDOUT_KEYS)
     texts = captions if isinstance(captions, list | tuple) else [captions]
-    found: dict[str, Any] = {"captions": tuple(str(text).strip() for text in texts if text is not None and str(text).strip())}
+    said = tuple(_writable(str(text)).strip() for text in texts if isinstance(text, str | int))
+    if sum(map(len, said)) > MAX_TEXT_BYTES:
+        raise ValueError(f"text of more than {MAX_TEXT_BYTES >> 10} KiB")
+    found: dict[str, Any] = {"captions": tuple(text for text in said if text)}
+    if isinstance(category, float) and category.is_integer():
+        category = int(category)  # as a column of whole numbers with gaps is stored
     if isinstance(category, str | int) and str(category):
         found["category"] = legible(str(category))
     if isinstance(holdout, str) and holdout:
         found["holdout"] = legible(holdout)
+    if attributes := _attributes(record):
+        found["attributes"] = attributes
     return found
 
 
+def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """`attributes: {"age": 7}`, columns `attributes.age`, and `tags: ["cat", "asleep"]`, or "cat, asleep", each of which counts 1."""
+    given, tags = record.get("attributes"), record.get("tags")
+    numbers = {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
+    numbers |= {name.removeprefix("attributes."): value for name, value in record.items() if name.startswith("attributes.")}
+    words = tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list | tuple) else []
+    numbers |= {word.strip(): 1.0 for word in words if isinstance(word, str) and word.strip()}
+    found = {}
+    for name, value in numbers.items():
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                found[legible(name)] = number
+    return tuple(sorted(found.items())[:MAX_ATTRIBUTES])
+
+
 def legible(name: str) -> str:
-    """A name that can be written as UTF-8; file systems and archives allow others."""
-    return name.encode(errors="backslashreplace").decode()
+    """A name that can be printed, a line each, and written as UTF-8; file systems, archives and JSON allow others."""
+    return _writable(files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name))
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

@@ -6,20 +6,22 @@ the cache is full, so that every source works on a URL without knowing it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from sfumato.errors import DataError
+from sfumato.errors import DataError, without_secrets
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096
 
 
@@ -34,22 +36,27 @@ def is_url(path: str) -> bool:
 
 def check_relative(path: str) -> str:
     """`path` if it stays below the folder that it is relative to, else UnsafePath. Links are not looked at here."""
-    shown = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
+    shown = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
     for form in (path, unquote(path)):
         parts = form.split("/")
-        if not form or _UNPRINTABLE.search(form):
+        if not form or UNPRINTABLE.search(form):
             raise UnsafePath(f"{shown!r} is no path that can be printed")
         if form.startswith(("/", "~")) or "\\" in form or ":" in parts[0] or is_url(form):
             raise UnsafePath(f"{shown!r} does not lie below the folder")
         if any(part in ("", ".", "..") for part in parts[:-1]) or parts[-1] in ("", ".", ".."):
             raise UnsafePath(f"{shown!r} does not lie below the folder")
-        if any(_RESERVED.fullmatch(part) for part in parts):
+        if any(is_reserved(part) for part in parts):
             raise UnsafePath(f"{shown!r} is reserved by some systems")
         if len(form.encode(errors="replace")) > MAX_PATH_BYTES or any(
             len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in parts
         ):
             raise UnsafePath(f"{shown!r}... is too long")
     return path
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name means a device on some systems."""
+    return _RESERVED.fullmatch(name) is not None
 
 
 def contained(root: str, relative: str) -> str:
@@ -65,6 +72,11 @@ def contained(root: str, relative: str) -> str:
     return relative
 
 
+def is_hidden(folders: list[str]) -> bool:
+    """Whether any of the names is one that systems hide or add by themselves; `.` and `..` are not, they lead elsewhere."""
+    return any(name.startswith((".", "__MACOSX")) and name not in (".", "..") for name in folders)
+
+
 def walk(root: str) -> list[str]:
     """All files below `root` as sorted relative paths; hidden ones, pipes, devices and what lies behind linked folders are left out."""
     if is_url(root):
@@ -72,26 +84,44 @@ def walk(root: str) -> list[str]:
     else:
         found = []
         for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+            folders[:] = [name for name in folders if not is_hidden([name])]
             paths = (Path(folder, name) for name in names if not name.startswith("."))
             # What is gone (a dangling link) stays listed, so that it can be reported.
-            found.extend(path.relative_to(root).as_posix() for path in paths if path.is_file() or not path.exists())
+            found.extend(
+                path.relative_to(root).as_posix() for path in paths if os.path.isfile(path) or not os.path.exists(path)
+            )
     return sorted(found)
 
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
-    return bool(_system(path).exists(path)) if is_url(path) else Path(path).exists()
+    return bool(_asked(path, "exists")) if is_url(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
     """Whether it is a folder."""
-    return bool(_system(path).isdir(path)) if is_url(path) else Path(path).is_dir()
+    return bool(_asked(path, "isdir")) if is_url(path) else os.path.isdir(path)
 
 
 def local(path: str) -> Path:
-    """The file on this machine; one behind a URL is fetched into the cache if it is not there."""
-    return _fetched(path) if is_url(path) else Path(path)
+    """The file on this machine; one behind a URL is fetched into the cache if it is not there.
+
+    Raises:
+        OSError: if it cannot be fetched, or is no regular file: a pipe would be waited for.
+    """
+    if is_url(path):
+        return _fetched(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("a folder, pipe or device, not a file")
+    return Path(path)
+
+
+def version(path: str) -> tuple[int, ...]:
+    """What changes when a file on this machine is replaced; empty for a URL, which is fetched once."""
+    if is_url(path):
+        return ()
+    state = os.stat(path)
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def cache_folder() -> Path:
@@ -105,56 +135,78 @@ def remote_limit_bytes() -> int:
     return int(float(os.environ.get("SFUMATO_REMOTE_GIB") or 20) * 2**30)
 
 
-@lru_cache(maxsize=16)
-def _system_of(protocol: str) -> Any:
+@lru_cache(maxsize=256)
+def _system(url: str) -> tuple[Any, str]:
+    """The storage that a URL is of, and the path in it."""
+    protocol = url.partition(":")[0]
     try:
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        return fsspec.filesystem(protocol)
+        return url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise DataError(
             f"nothing here can open {protocol}:// addresses ({error})",
             where=f"{protocol}://",
             mend="pip install 'sfumato[remote]', and the package that the message names (s3fs, gcsfs, adlfs, ...)",
         ) from None
+    except Exception as error:
+        raise _unreachable(url, error) from None
 
 
-def _system(url: str) -> Any:
-    return _system_of(url.partition(":")[0])
+def _unreachable(url: str, error: Exception) -> DataError:
+    return DataError(
+        f"cannot be reached: {type(error).__name__}: {str(error)[:200]}",
+        where=url,
+        mend="check the address, the network and your credentials for it",
+    )
+
+
+def _asked(url: str, question: str) -> Any:
+    """What the storage answers; every storage has exceptions of its own."""
+    system, path = _system(url)
+    try:
+        return getattr(system, question)(path)
+    except Exception as error:
+        raise _unreachable(url, error) from None
 
 
 def _remote_walk(root: str) -> list[str]:
-    system = _system(root)
-    base = system._strip_protocol(root).rstrip("/")
-    names = (name[len(base) + 1 :] for name in system.find(base))
-    return [name for name in names if name and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    base = _system(root)[1].rstrip("/")
+    names = (name[len(base) + 1 :] for name in _asked(root, "find"))
+    return [name for name in names if name and not is_hidden(name.split("/"))]
 
 
 def _fetched(url: str) -> Path:
     folder = cache_folder() / "remote"
     target = folder / hashlib.sha256(url.encode()).hexdigest()
-    if target.exists():
-        os.utime(target)  # a file used lately is dropped last
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # a file used lately is dropped last
         return target
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
     try:
-        with os.fdopen(handle, "wb") as file, _system(url).open(url, "rb") as remote:
+        system, path = _system(url)
+        with os.fdopen(handle, "wb") as file, system.open(path, "rb") as remote:
             while block := remote.read(1 << 20):
                 file.write(block)
         _make_room(folder, Path(name).stat().st_size)
         os.replace(name, target)
     except Exception as error:
         Path(name).unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else OSError(f"{url}: {error}") from None
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(without_secrets(f"{url}: {type(error).__name__}: {error}")) from None
     return target
 
 
 def _make_room(folder: Path, size: int) -> None:
     """Drop the files used longest ago until `size` more bytes fit."""
-    kept = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if path.name[0] != ".")
+    kept = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            if path.name[0] != ".":
+                kept.append((path.stat().st_atime_ns, path.stat().st_size, path))
     excess = sum(entry[1] for entry in kept) + size - remote_limit_bytes()
-    for _, freed, path in kept:
+    for _, freed, path in sorted(kept):
         if excess <= 0:
             return
         path.unlink(missing_ok=True)

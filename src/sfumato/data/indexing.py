@@ -19,8 +19,9 @@ from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
-from sfumato.data.entry import Entry, Reject
+from sfumato.data.entry import STRAY, Entry, Reject
 from sfumato.data.files import cache_folder
+from sfumato.data.layers import Layers
 from sfumato.data.parallel import in_order
 from sfumato.errors import DataError
 
@@ -29,9 +30,13 @@ CACHE_SHARE_OF_DISK = 0.25
 COMMIT_EVERY = 20_000
 
 
-def index(config: DataConfig, *, on_progress: Callable[[int, int], None] | None = None) -> Dataset:
+def index(
+    config: DataConfig, *, layers: Sequence[str] = ("text",), on_progress: Callable[[int, int], None] | None = None
+) -> Dataset:
     """Read every picture of a source once; what the cache holds already is not decoded again.
 
+    Args:
+        layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points", "attributes".
     Raises:
         DataError: if the source is missing or fewer than two different pictures can be read, with the first reasons.
     """
@@ -70,13 +75,18 @@ def index(config: DataConfig, *, on_progress: Callable[[int, int], None] | None 
     for entry, fact in zip(good, facts, strict=True):
         for note in fact["notes"]:
             notes.setdefault(note, []).append(entry.name)
+    shapes = np.array([fact["shape"] for fact in facts], np.int64)
+    beside = Layers(entries=good, form=config.pixel_format(), shapes=shapes, names=frozenset(layers))
+    for name, reject in beside.examine():
+        notes.setdefault(f"{name}_unreadable", []).append(reject.name)
     return Dataset(
         config=config,
         entries=good,
         ids=ids,
         labels=torch.tensor([-1 if entry.category is None else numbers[entry.category] for entry in good]),
         categories=categories,
-        shapes=np.array([fact["shape"] for fact in facts], np.int64),
+        shapes=shapes,
+        layers=beside,
         gather=gather,
         clusters=_clusters(config, ids, thumbnails),
         rejects=rejects,
@@ -90,7 +100,7 @@ def _clusters(config: DataConfig, ids: Sequence[str], thumbnails: NDArray[np.uin
     identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
     kept = cache_folder() / "clusters" / f"{identity}.npy"
     if config.cache == "auto" and kept.is_file():
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             stored = np.load(kept, allow_pickle=False)
             if stored.shape == (len(ids),):
                 return stored.astype(np.int64)
@@ -105,16 +115,16 @@ def _clusters(config: DataConfig, ids: Sequence[str], thumbnails: NDArray[np.uin
 
 
 def _excluded(config: DataConfig) -> set[str]:
-    """Names in the file of rejects; what follows a tab is the reason."""
+    """Names in the file of rejects; what follows a tab is the reason, and a line that begins with # and has none is a comment."""
     if config.exclude is None:
         return set()
     try:
-        lines = Path(config.exclude).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.exclude).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot be read: {error}", where=config.exclude, mend="name a text file with one picture a line"
         ) from None
-    return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}
+    return {line.partition("\t")[0] for line in lines if line.strip() and not (line.startswith("#") and "\t" not in line)}
 
 
 def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
@@ -147,7 +157,7 @@ class _Look:
 def _look(entry: Entry, shelf: _Shelf) -> _Look:
     try:
         if entry.category == "":
-            raise RejectedImage("lies beside the category folders, in none of them")
+            raise RejectedImage(STRAY)
         data = entry.image.read()
     except (RejectedImage, OSError) as error:
         return _Look("", reject=str(error))

@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from sfumato import randomness
 from sfumato.data.augment import augment
 from sfumato.data.dataset import Dataset
 from sfumato.data.entry import Reject
+from sfumato.data.layers import MAPS
 from sfumato.data.plan import Plan
+
+LIES_OVER = (*MAPS, "points")  # the picture, and moves along when it is changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,13 @@ class Part:
     Attributes:
         first: number of the first one among all samples that training sees.
         images: float32 in [-1, 1], (n, C, H, W).
-        context: what conditioners may read: "category", the index into the set's categories or -1, (n,); "augmentation", what the
-            non-leaking pipeline did, (n, 0 or 9).
+        context: what conditioners may read, by name, n of each: see `Dataset.context`; and "augmentation", what the non-leaking
+            pipeline did, (n, 0 or 9).
     """
 
     first: int
     images: Tensor
-    context: Mapping[str, Tensor]
+    context: Mapping[str, Any]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,11 +70,19 @@ class _Batches(TorchDataset[Batch]):
         first = step * self.plan.batch_size
         parts: list[Part] = []
         bad: list[Reject] = []
+        draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[:, 0].tolist()
         for begin, end in _stretches(self.dataset.shapes[positions]):
-            pixels, failed = self.dataset.images(positions[begin:end])
-            images, labels = augment(self.dataset.config.augment, to_float(pixels), seed=self.plan.seed, first=first + begin)
-            context = {**self.dataset.context(positions[begin:end]), "augmentation": labels}
-            parts.append(Part(first=first + begin, images=images, context=context))
+            pixels, failed, read = self.dataset.images(positions[begin:end])
+            context = self.dataset.context(read, draws=draws[begin:end])
+            changed = augment(
+                self.dataset.config.augment,
+                to_float(pixels),
+                seed=self.plan.seed,
+                first=first + begin,
+                along={name: context[name] for name in LIES_OVER if name in context},
+            )
+            context |= {**changed.moved, "augmentation": changed.labels}
+            parts.append(Part(first=first + begin, images=changed.images, context=context))
             bad += failed
         return Batch(parts=parts, bad=bad)
 

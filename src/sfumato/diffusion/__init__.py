@@ -17,7 +17,7 @@ from sfumato.diffusion.denoiser import (
     UnitVariance,
 )
 from sfumato.diffusion.exact import EmpiricalDenoiser
-from sfumato.diffusion.guidance import AutoGuidance, ClassifierFree, Clip, Interval, Threshold
+from sfumato.diffusion.guidance import AutoGuidance, ClassifierFree, Clip, Interval, Known, Rung, Steered, Threshold
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.objective import IndependentTimes, Losses, Objective, Stratified, Times, TimesConfig
 from sfumato.diffusion.parameterizations import Epsilon, Flow, Parameterization, ParameterizationConfig, Sample, Velocity
@@ -77,6 +77,7 @@ __all__ = [
     "InputScaleConfig",
     "Interval",
     "Karras",
+    "Known",
     "Linear",
     "LinearBetas",
     "LogNormal",
@@ -94,6 +95,7 @@ __all__ = [
     "Objective",
     "Parameterization",
     "ParameterizationConfig",
+    "Rung",
     "Sample",
     "ScaledLinear",
     "Schedule",
@@ -102,6 +104,7 @@ __all__ = [
     "Sigmoid",
     "SigmoidWeighting",
     "Span",
+    "Steered",
     "Stratified",
     "Tabulated",
     "Threshold",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,29 +24,54 @@ def _extrapolate(bad: Denoised, good: Denoised, scale: GuidanceScale, level: Noi
     return Denoised(bad.x0 + weight * (good.x0 - bad.x0), bad.eps + weight * (good.eps - bad.eps))
 
 
+class Rung(NamedTuple):
+    """A condition of one image, or of the batch, and how far to go from it towards the next: 1 is up to there, more is beyond."""
+
+    condition: Condition
+    scale: GuidanceScale
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree:
-    """Away from a negative condition: bad + w (good - bad), both halves from one call on a doubled batch.
+    """Away from conditions that ask for less: d_0 + sum_i w_i (d_(i+1) - d_i), all from one call on a larger batch.
+
+    One rung, the null or a negative condition, is classifier-free guidance: d_0 + w (d - d_0). Further ones, which hold some of the
+    contexts, give each context a scale of its own.
 
     Attributes:
         denoiser: trained with condition dropout.
-        negative: what to move away from, for one image or for the batch: the null condition, or a negative prompt's.
-        scale: w; 1 is off. A number, or a function of the level.
-    Source: Ho & Salimans 2022 (arXiv:2207.12598).
+        rungs: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the condition that is asked for.
+    Source: Ho & Salimans 2022 (arXiv:2207.12598); Brooks et al. 2023 (arXiv:2211.09800), eq. 3.
     """
 
     denoiser: Denoiser
-    negative: Condition
-    scale: GuidanceScale
+    rungs: tuple[Rung, ...]
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
-        both = self.denoiser(
-            torch.cat([x, x]),
-            level if level.alpha.ndim == 0 else NoiseLevel(torch.cat([level.alpha] * 2), torch.cat([level.sigma] * 2)),
-            condition.concatenate(self.negative.expanded(len(x))),
+        count = len(self.rungs) + 1
+        below = [rung.condition.expanded(len(x)) for rung in self.rungs]
+        together = self.denoiser(
+            torch.cat([x] * count),
+            level if level.alpha.ndim == 0 else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
+            reduce(Condition.concatenate, [condition, *below]),
         )
-        (good_x0, bad_x0), (good_eps, bad_eps) = both.x0.chunk(2), both.eps.chunk(2)
-        return _extrapolate(Denoised(bad_x0, bad_eps), Denoised(good_x0, good_eps), self.scale, level)
+        goal, *found = (Denoised(x0, eps) for x0, eps in zip(together.x0.chunk(count), together.eps.chunk(count), strict=True))
+        guided = found[0]
+        for rung, (x0, eps), (next_x0, next_eps) in zip(self.rungs, found, [*found[1:], goal], strict=True):
+            weight = broadcast(rung.scale(level), x0) if callable(rung.scale) else rung.scale
+            guided = Denoised(guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps))
+        return guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """A denoiser with a condition of its own, whatever it is asked for: of one picture, or of the batch."""
+
+    denoiser: Denoiser
+    condition: Condition
+
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        return self.denoiser(x, level, self.condition.expanded(len(x)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +115,24 @@ class Clip:
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         x0 = self.denoiser(x, level, condition).x0.clamp(self.low, self.high)
         return Sample().solve(x0, x, level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """The guess of x0 where nothing is known, the known picture elsewhere; eps follows. Sampling with it fills holes.
+
+    Attributes:
+        picture: (B, C, H, W), or (1, C, H, W) for all.
+        known: 1 where the picture is to stay and 0 where it is to be made, (B or 1, 1, H, W); shares between blend.
+    """
+
+    denoiser: Denoiser
+    picture: Tensor
+    known: Tensor
+
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        guess = self.denoiser(x, level, condition).x0
+        return Sample().solve(torch.lerp(guess, self.picture.to(guess), self.known.to(guess)), x, level)
 
 
 @dataclass(frozen=True, kw_only=True)

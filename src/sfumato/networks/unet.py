@@ -18,6 +18,7 @@ from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import SinusoidalEmbedding
 from sfumato.nn.norms import ModulatedGroupNorm
 
+Place = Literal["all", "decoder"]
 GROUP_CHANNELS = 16  # channels that share a group norm's statistics
 
 
@@ -31,7 +32,8 @@ class UNetConfig:
         blocks: residual blocks at each depth (one more on the way up).
         attention_depths: depths with self-attention (0 is full resolution); the middle has it whenever any depth does.
         head_channels: channels of one attention head; 32 to 64 run best.
-        cross_attention: where context tokens enter, beside each self-attention: everywhere, or only on the way up.
+        vector_at, tokens_at, maps_at: where the context's summary, tokens (beside each self-attention) and maps enter: everywhere,
+            or only the feature maps on the way up.
         dropout: of the residual branches.
     """
 
@@ -40,7 +42,9 @@ class UNetConfig:
     blocks: int = 2
     attention_depths: tuple[int, ...] = (2,)
     head_channels: int = 64
-    cross_attention: Literal["all", "decoder"] = "all"
+    vector_at: Place = "all"
+    tokens_at: Place = "all"
+    maps_at: Place = "all"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -81,10 +85,11 @@ class UNet(nn.Module):
         self.vector_embedding = nn.Linear(context.vector, size) if context.vector else None
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
 
-        encoder_tokens = context.tokens if config.cross_attention == "all" else 0
+        encoder_tokens = context.tokens if config.tokens_at == "all" else 0
+        input_maps, decoder_maps = (context.spatial, 0) if config.maps_at == "all" else (0, context.spatial)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         last = len(widths) - 1
-        self.input = nn.Conv2d(image_channels + context.spatial, widths[0], 3, padding=1)
+        self.input = nn.Conv2d(image_channels + input_maps, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width = [widths[0]], widths[0]
         for depth, out in enumerate(widths):
@@ -98,7 +103,8 @@ class UNet(nn.Module):
         for depth, out in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
             stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
-            self.up.append(UpLevel(stages, Upsample(out) if depth else None))
+            maps = zeroed(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
+            self.up.append(UpLevel(stages, Upsample(out) if depth else None, maps))
             width = out
         self.output_norm = nn.GroupNorm(max(1, width // GROUP_CHANNELS), width)
         self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
@@ -111,19 +117,19 @@ class UNet(nn.Module):
             ShapeError: if H or W is no multiple of the down-sampling, or x or the condition lack a channel or a slot.
         """
         self._check(x, condition)
-        embedding = self.level_embedding(noise_input)
-        if self.vector_embedding is not None:
-            embedding = embedding + self.vector_embedding(condition.vector)
-        embedding = self.embedding(embedding)
-        if condition.spatial is not None:
-            x = torch.cat([x, condition.spatial], dim=1)
+        level = self.level_embedding(noise_input)
+        steered = level if self.vector_embedding is None else level + self.vector_embedding(condition.vector)
+        on_the_way_up = self.embedding(steered)
+        embedding = on_the_way_up if self.config.vector_at == "all" else self.embedding(level)
+        if condition.spatial is not None and self.config.maps_at == "all":
+            x = torch.cat([x, resized(condition.spatial, x)], dim=1)
         x = self.input(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
-        for level in self.down:
-            x = level(x, embedding, condition, skips)
+        for down in self.down:
+            x = down(x, embedding, condition, skips)
         x = self.middle_out(self.middle(x, embedding, condition), embedding)
-        for level in self.up:
-            x = level(x, embedding, condition, skips)
+        for up in self.up:
+            x = up(x, on_the_way_up, condition, skips)
         return self.output(F.silu(self.output_norm(x)))
 
     def _check(self, x: Tensor, condition: Condition) -> None:
@@ -201,13 +207,15 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one depth on the way up; each takes the skip that was kept last."""
+    """The stages of one depth on the way up; each takes the skip that was kept last. Maps that enter here are added first."""
 
-    def __init__(self, stages: list[Stage], upsample: Upsample | None) -> None:
+    def __init__(self, stages: list[Stage], upsample: Upsample | None, maps: nn.Conv2d | None) -> None:
         super().__init__()
-        self.stages, self.upsample = nn.ModuleList(stages), upsample
+        self.stages, self.upsample, self.maps = nn.ModuleList(stages), upsample, maps
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+        if self.maps is not None and condition.spatial is not None:
+            x = x + self.maps(resized(condition.spatial, x))
         for stage in self.stages:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, condition)
         return x if self.upsample is None else self.upsample(x)
@@ -233,6 +241,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def resized(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps (B, C, h, w) at the height and width of feature maps: averaged, or repeated."""
+    return maps if maps.shape[2:] == like.shape[2:] else F.adaptive_avg_pool2d(maps, (like.shape[2], like.shape[3]))
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
-from sfumato.conditioners import CategoryConfig
+from sfumato.conditioners import (
+    CategoryConfig,
+    ContextConfig,
+    DoodleConfig,
+    PointsConfig,
+    ReferenceConfig,
+    SplatConfig,
+    WordsConfig,
+)
 from sfumato.data import DataConfig, Digits, Emoji
 from sfumato.diffusion import UnitVariance
 from sfumato.errors import ConfigError
@@ -21,7 +30,7 @@ def digits() -> Run:
         name="digits",
         data=DataConfig(source=Digits(), resolution=8, channels=1, holdout=0.15),
         network=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32),
-        conditioner=CategoryConfig(size=64),
+        conditioner=ContextConfig(category=CategoryConfig(size=64)),
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.75)),
         optimizer=AdamWConfig(learning_rate=2e-3),
         batch_size=64,
@@ -39,7 +48,7 @@ def emoji() -> Run:
         name="emoji",
         data=DataConfig(source=Emoji(size=64), resolution=32),
         network=UNetConfig(channels=64, multipliers=(1, 2, 2), attention_depths=(2,), dropout=0.1),
-        conditioner=CategoryConfig(),
+        conditioner=ContextConfig(category=CategoryConfig()),
         optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
         ema=PowerEMA(0.1),
         batch_size=64,
@@ -48,7 +57,50 @@ def emoji() -> Run:
     )
 
 
-RECIPES: dict[str, Callable[[], Run]] = {"digits": digits, "emoji": emoji}
+def emoji_text() -> Run:
+    """OpenMoji's pictures at 32 x 32, steered by their names: a small transformer learns to read along with the model."""
+    return replace(
+        emoji(),
+        name="emoji-text",
+        network=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)),
+        conditioner=ContextConfig(text=WordsConfig(length=16)),
+        optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=100),
+        sampling=SamplingConfig(guidance=2.0),
+    )
+
+
+def emoji_doodle() -> Run:
+    """OpenMoji's pictures from their line drawings."""
+    run = emoji_text()
+    return replace(run, name="emoji-doodle", conditioner=ContextConfig(doodle=DoodleConfig(made=0.3)))
+
+
+def emoji_points() -> Run:
+    """OpenMoji's pictures from points along their outlines."""
+    run = emoji_text()
+    return replace(run, name="emoji-points", conditioner=ContextConfig(points=PointsConfig(splat=SplatConfig())))
+
+
+def emoji_everything() -> Run:
+    """OpenMoji's pictures steered by name, category, doodle, points and a reference picture, alone and together."""
+    every = ContextConfig(
+        category=CategoryConfig(dropout=0.5),
+        text=WordsConfig(length=16, dropout=0.3),
+        reference=ReferenceConfig(dropout=0.7),
+        doodle=DoodleConfig(made=0.3, dropout=0.6),
+        points=PointsConfig(splat=SplatConfig(), dropout=0.6),
+    )
+    return replace(emoji_text(), name="emoji-everything", conditioner=every)
+
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    "digits": digits,
+    "emoji": emoji,
+    "emoji-text": emoji_text,
+    "emoji-doodle": emoji_doodle,
+    "emoji-points": emoji_points,
+    "emoji-everything": emoji_everything,
+}
 
 
 def recipe(name: str) -> Run:

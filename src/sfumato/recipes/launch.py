@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ import torch
 
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
-from sfumato.conditioners import AugmentationConditioner, CategoryConditioner, ConditionerModule, Joint
+from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.data.embeddings import EmbeddingStore
+from sfumato.errors import CheckpointError, RunError
 from sfumato.networks import UNet
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
@@ -25,6 +27,7 @@ from sfumato.training import Trainer, checkpoint
 from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
 
+MOST_WORDS = 50_000
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -66,13 +69,14 @@ def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
     """The configuration as YAML, with the reasons for it and what it will take, for `train --dry-run`."""
     run = resolve(source, overrides)
     dataset = open_data(run)
-    model = build_model(run, categories=len(dataset.categories))
+    facts = facts_of(run, dataset)
+    model = build_model(run, facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = [
+    said = [
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
-    lines = [*_reasons(source), *facts, *predict(run, model, dataset).lines(len(dataset.training))]
+    lines = [*_reasons(source), *said, *predict(run, model, dataset, facts).lines(len(dataset.training))]
     return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
 
 
@@ -87,30 +91,46 @@ def parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def build_model(run: Run, *, categories: int) -> Model:
-    """The untrained model; its initial weights depend on `run.seed` only."""
+def facts_of(run: Run, dataset: Dataset) -> Facts:
+    """What the run's conditioner must know of its training set."""
+    captions = (text for position in dataset.training for text in dataset.entries[position].captions)
+    values = dataset.layers.values[torch.from_numpy(dataset.training)]
+    means = values.nanmean(0)
+    return Facts(
+        channels=run.data.channels,
+        categories=dataset.categories,
+        words=Words.fitted(captions, most=MOST_WORDS).vocabulary if run.conditioner.text is not None else (),
+        attributes=dataset.layers.attributes,
+        means=tuple(means.tolist()),
+        deviations=tuple((values - means).square().nanmean(0).sqrt().tolist()),
+        dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
+        augmentation=run.data.augment.labels,
+    )
+
+
+def build_model(run: Run, facts: Facts) -> Model:
+    """The untrained model; its initial weights depend on `run.seed` and the facts only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        parts: dict[str, ConditionerModule] = {}
-        if run.conditioner is not None:
-            if not categories:
-                raise ConfigError(
-                    "asks for categories, and the data have none",
-                    where="conditioner",
-                    mend="set conditioner=null, or sort the pictures into one sub-folder for each category",
-                )
-            parts["category"] = CategoryConditioner(run.conditioner, categories=categories)
-        if run.data.augment.labels:
-            parts["augmentation"] = AugmentationConditioner(labels=run.data.augment.labels)
-        conditioner = Joint(parts)
+        conditioner = run.conditioner.build(facts, encoder=_encoder)
         network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
+
+
+def _encoder(config: PretrainedTextConfig) -> TextEncoder:
+    """A pretrained text encoder whose embeddings are kept on disk."""
+    encoder = TextEncoder(config, files.cache_folder() / "encoders")
+    return replace(encoder, known=EmbeddingStore(encoder.identity))
 
 
 def open_data(run: Run) -> Dataset:
     """Index the run's data, showing progress."""
     with ProgressBar("reading pictures") as bar:
-        dataset = index(run.data, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"))
+        dataset = index(
+            run.data,
+            layers=run.conditioner.reads,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
+        )
         if dataset.rejects:
             bar.say(f"{len(dataset.rejects)} picture(s) left out, listed in data.json:")
             for reject in dataset.rejects[:10]:
@@ -137,8 +157,11 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     settings = resolve(source, overrides)
     dataset = open_data(settings)
     if is_preset(source):
-        model = build_model(settings, categories=len(dataset.categories))
-        lines = [*_reasons(source), *predict(settings, model, dataset).lines(len(dataset.training))]
+        facts = facts_of(settings, dataset)
+        lines = [
+            *_reasons(source),
+            *predict(settings, build_model(settings, facts), dataset, facts).lines(len(dataset.training)),
+        ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
     _trainer(settings, dataset, directory).run()
@@ -167,10 +190,11 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
     pinned = configuration.plain(settings)
-    model = build_model(settings, categories=len(dataset.categories))
+    facts = facts_of(settings, dataset)
+    model = build_model(settings, facts)
     trainer = Trainer(
         settings, model=model, objective=settings.objective, dataset=dataset, sampling=settings.sampling, directory=directory,
-        pinned=pinned,
+        facts=facts, pinned=pinned,
     )  # fmt: skip
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
@@ -187,6 +211,28 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
 def _free(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run directory below `root` that was written to last.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = [path.parent for path in root.glob("*/config.yaml")]
+    if not found:
+        raise RunError(
+            "no run to sample from", where=str(root), mend="name a run directory, or train one: sfumato train digits"
+        )
+    return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def snapshot(path: str | Path, step: int) -> Model:
+    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
+    directory = RunDirectory.existing(Path(path))
+    pipeline = load(path)
+    pipeline.model.load_state_dict(checkpoint.load_snapshot(directory.snapshots, step=step))
+    return pipeline.model
 
 
 def load(
@@ -208,15 +254,15 @@ def load(
             "holds no checkpoint yet", where=str(directory.checkpoints), mend="wait for the first one, or train"
         )
     loaded = checkpoint.load(found[0])
-    categories = tuple(loaded.state["categories"])
-    model = build_model(settings, categories=len(categories)).eval().requires_grad_(False)
+    facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
+    model = build_model(settings, facts).eval().requires_grad_(False)
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(device),
         sampling=settings.sampling,
-        categories=categories,
+        facts=facts,
         image_shape=(channels, height, width),
         compute_dtype=DTYPES[precision],
     )

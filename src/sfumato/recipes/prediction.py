@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.conditioners import Facts
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
@@ -47,17 +49,17 @@ class Prediction:
         return said
 
 
-def predict(run: Run, model: Model, dataset: Dataset) -> Prediction:
+def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> Prediction:
     """Take a few real steps in a scratch folder; `model` is used up."""
     with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(
             run, model=model, objective=run.objective, dataset=dataset, sampling=run.sampling,
-            directory=RunDirectory.create(Path(place) / "run"), pinned={},
+            directory=RunDirectory.create(Path(place) / "run"), facts=facts, pinned={},
         )  # fmt: skip
         step_s = trainer.rehearse()
     size, batch = len(dataset.training), run.batch_size
     share = run.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
-    steps = max(1, round(1 / share))
+    steps = math.ceil(1 / share - 1e-9)
     return Prediction(
         step_s=step_s,
         steps=steps,

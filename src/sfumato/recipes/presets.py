@@ -6,13 +6,13 @@ import io
 import os
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig
+from sfumato.conditioners import CategoryConfig, ContextConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
 from sfumato.data.decoding import FORMATS, NUMPY, quiet
 from sfumato.networks import UNetConfig
@@ -23,6 +23,7 @@ from sfumato.training import AdamWConfig, Budget, PowerEMA
 LOOKED_AT = 200
 SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
+MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,10 @@ def choose(place: str, listing: Listing | None = None) -> Choice:
     )
     if small:
         reasons.append("the set is small, so augmentation that does not leak (0.12) and dropout hold off memorizing")
-    if survey.captioned > 0.5:
-        reasons.append(f"{survey.captioned:.0%} of the pictures have captions, which nothing reads yet")
+    if survey.captioned > MOST_CAPTIONED:
+        reasons.append(
+            f"{survey.captioned:.0%} of the pictures have captions: steered by text, which a small transformer learns to read"
+        )
     return Choice(run=_run(place, source, survey, size, resolution, channels, categories), reasons=tuple(reasons))
 
 
@@ -114,7 +117,9 @@ def _size(survey: Survey, *, gpu: bool) -> tuple[UNetConfig, str]:
         width = 32 if survey.count < 2_000 else 64
         return UNetConfig(channels=width, multipliers=(1, 2, 2), attention_depths=(2,)), f"a U-Net of {width} channels"
     width = 96 if survey.count < SMALL else 128 if survey.count < LARGE else 192
-    return UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,)), f"a U-Net of {width} channels"
+    head = 64 if 3 * width % 64 == 0 else 32
+    network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=head)
+    return network, f"a U-Net of {width} channels"
 
 
 def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
@@ -161,11 +166,8 @@ def _run(
     depth = len(network.multipliers) - 1
     while resolution % 2**depth:
         depth -= 1
-    network = UNetConfig(
-        channels=network.channels,
-        multipliers=network.multipliers[: depth + 1],
-        attention_depths=(depth,),
-        dropout=0.1 if small else 0.0,
+    network = replace(
+        network, multipliers=network.multipliers[: depth + 1], attention_depths=(depth,), dropout=0.1 if small else 0.0
     )
     return Run(
         name=_name(place),
@@ -174,10 +176,10 @@ def _run(
             augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),
         ),
         network=network,
-        conditioner=categories,
+        conditioner=ContextConfig(category=categories, text=WordsConfig() if survey.captioned > MOST_CAPTIONED else None),
         optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=60),
-        sampling=SamplingConfig(guidance=1.5 if categories is not None else 1.0),
+        sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captioned > MOST_CAPTIONED else 1.0),
     )  # fmt: skip

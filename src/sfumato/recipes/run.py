@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sfumato.conditioners import CategoryConfig
+from sfumato.conditioners import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.networks import UNetConfig
@@ -18,13 +18,13 @@ class Run(TrainingConfig):
 
     Attributes:
         name: of the recipe; the run directory is called after it.
-        conditioner: what steers the model; None for an unconditional one.
+        conditioner: what steers the model; nothing by default.
     """
 
     name: str
     data: DataConfig = DataConfig()
     network: UNetConfig = UNetConfig()
-    conditioner: CategoryConfig | None = None
+    conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
     sampling: SamplingConfig = SamplingConfig()

@@ -39,20 +39,25 @@ class Progress(NamedTuple):
     x0: Tensor
 
 
-def grid(schedule: Schedule, steps: int) -> NoiseLevel:
+def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel:
     """The `steps + 1` levels of a trajectory, noisiest first and clean last, float64 on the host.
 
     A schedule that stops short of clean data (Karras, Geometric) spends its t = 0 one step earlier, as EDM does.
 
+    Args:
+        strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the steps that are taken.
     Raises:
-        ScheduleError: for fewer than one step.
+        ScheduleError: for fewer than one step, or a strength out of range.
     """
-    if steps < 1:
-        raise ScheduleError(f"{steps} steps", where="grid", mend="take at least 1 step")
-    levels = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    if steps < 1 or not 0 < strength <= 1:
+        raise ScheduleError(
+            f"{steps} steps, strength {strength}", where="grid", mend="take at least 1 step, and a strength above 0, up to 1"
+        )
+    steps = max(1, round(steps * strength))
+    levels = schedule(torch.linspace(strength, 0, steps + 1, dtype=torch.float64))
     if levels.sigma[-1] == 0:
         return levels
-    levels = schedule(torch.linspace(1, 0, steps, dtype=torch.float64)) if steps > 1 else levels.at(slice(0, 1))
+    levels = schedule(torch.linspace(strength, 0, steps, dtype=torch.float64)) if steps > 1 else levels.at(slice(0, 1))
     clean = NoiseLevel(levels.alpha[-1:], torch.zeros(1, dtype=torch.float64))
     return NoiseLevel(torch.cat([levels.alpha, clean.alpha]), torch.cat([levels.sigma, clean.sigma]))
 

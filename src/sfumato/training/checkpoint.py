@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
 
 
@@ -70,6 +70,42 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
     for old in paths(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor]) -> Path:
+    """Keep weights alone, for good, under `root`.
+
+    Raises:
+        CheckpointError: if they could not be written.
+    """
+    final, temporary = root / f"step-{step:09d}.safetensors", root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
+        _sync(temporary)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not be written: {error}", where=str(final), mend="free some disk space") from None
+    return final
+
+
+def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
+    """The weights of the last snapshot at or before `step`.
+
+    Raises:
+        CheckpointError: naming those that there are, if there is none or it cannot be read.
+    """
+    steps = sorted(int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem))
+    earlier = [found for found in steps if found <= step]
+    if not earlier:
+        listed = ", ".join(map(str, steps)) or "none yet"
+        raise CheckpointError(f"no snapshot at or before step {step}", where=str(root), mend=f"there are {listed}")
+    path = root / f"step-{earlier[-1]:09d}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
 
 
 def paths(root: Path) -> list[Path]:

@@ -28,6 +28,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self._last_heartbeat = 0.0

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.condition import on_device, rows
+from sfumato.conditioners import Facts
 from sfumato.data import Batch, Dataset, Part, Plan, batches
 from sfumato.diffusion import Losses, NetworkDenoiser, NoiseLevel, Objective
 from sfumato.errors import CheckpointError, DataError, DivergedError
@@ -29,6 +31,7 @@ from sfumato.training.state import TrainingState
 from sfumato.training.watching import Previewer, Validator
 
 SKIPS_IN_A_ROW = 20
+SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
 LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
 LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
@@ -54,16 +57,17 @@ class Trainer:
         dataset: Dataset,
         sampling: SamplingConfig,
         directory: RunDirectory,
+        facts: Facts,
         pinned: Mapping[str, Any],
     ) -> None:
-        """`pinned` is the configuration as plain data; it is kept in every checkpoint."""
+        """`facts` are what the conditioner knows of the data, `pinned` the configuration as plain data; both are kept in checkpoints."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config, self.objective, self.dataset = config, objective, dataset
-        self.directory, self.pinned = directory, pinned
+        self.directory, self.facts, self.pinned = directory, facts, pinned
         self.state = TrainingState.new(model.to(self.device), config.optimizer)
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
-        self.validator = Validator(config, dataset, objective.schedule, self.device)
-        self.previewer = Previewer(config, dataset, sampling, directory)
+        self.validator = Validator(config, dataset, objective.schedule, model.conditioner, self.device)
+        self.previewer = Previewer(config, dataset, sampling, model.conditioner, directory, facts)
         self._resumed_at = -1
         self._lost = 0
 
@@ -80,6 +84,12 @@ class Trainer:
                 "the data are not what this run was trained on (pictures, order or pixel format changed)",
                 where=str(loaded.path),
                 mend="restore them, or start a new run",
+            )
+        if loaded.state["plan"] != self.plan.hash:
+            raise CheckpointError(
+                "seed or batch_size are not what this run began with, so that samples would be repeated or left out",
+                where=str(loaded.path),
+                mend="leave them as they are in config.yaml; micro_batch may change",
             )
         self.state.restore(loaded.tensors, loaded.state["counters"])
         self._resumed_at = self.state.counters.step
@@ -184,6 +194,8 @@ class Trainer:
                 self.previewer.show(self.state.average, step, lambda _: asked.raise_if_asked())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
+        if step in SNAPSHOTS:
+            checkpoint.save_snapshot(self.directory.snapshots, step=step, weights=self.state.average.state_dict())
         if step and (finished or step % config.validation.every_steps == 0):
             figures = self.validator.figures(self.state.model, self.state.average)
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
@@ -245,15 +257,16 @@ class Trainer:
         ]
         return Losses(torch.cat(found), levels)
 
-    def _backward_part(self, part: Part, rows: slice, levels: NoiseLevel, offset: int, denoiser: NetworkDenoiser) -> Tensor:
+    def _backward_part(self, part: Part, chosen: slice, levels: NoiseLevel, offset: int, denoiser: NetworkDenoiser) -> Tensor:
         """One forward and backward pass. All randomness is keyed by the samples' numbers."""
         config, conditioner = self.config, self.state.model.conditioner
-        images = part.images[rows].to(self.device)
-        first, count, seed = part.first + rows.start, len(images), config.seed
-        here = slice(offset + rows.start, offset + rows.start + count)
+        images = part.images[chosen].to(self.device)
+        first, count, seed = part.first + chosen.start, len(images), config.seed
+        here = slice(offset + chosen.start, offset + chosen.start + count)
         noise = randomness.normal(seed, "noise", first=first, shape=tuple(images.shape))
         draws = randomness.uniform(seed, "condition dropout", first=first, count=count, per_item=max(1, len(conditioner.parts)))
-        context = {name: value[rows].to(self.device) for name, value in part.context.items()}
+        context = on_device(rows(part.context, chosen), self.device)
+        context = conditioner.derive(images, context, seed=seed, first=first)
         torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
         loss = self.objective(
             denoiser,
@@ -289,7 +302,7 @@ class Trainer:
             state={
                 "counters": asdict(self.state.counters),
                 "data": self.dataset.fingerprint,
-                "categories": list(self.dataset.categories),
+                "facts": asdict(self.facts),
                 "image_shape": list(self.dataset.image_shape),
                 "plan": self.plan.hash,
                 "config": self.pinned,

@@ -101,16 +101,16 @@ def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[st
     return {**figures(torch.ones_like(triples.bin, dtype=torch.bool)), "bins": rows}
 
 
-def generalization_gap(held_out: Errors, seen: Errors, triples: Triples) -> dict[str, Any]:
-    """Held-out minus training error of the noise, on equal noises and levels, with its 95 % interval, overall and by bin.
+def difference(first: Errors, second: Errors, triples: Triples) -> dict[str, Any]:
+    """Squared error of the noise, the first minus the second, on equal noises and levels, with its 95 % interval, overall and by bin.
 
-    Overfitting shows at intermediate levels first, where an average over all levels hides it.
+    Overfitting (held-out minus seen) shows at intermediate levels first, where an average over all levels hides it.
     """
-    difference = held_out.eps_square - seen.eps_square
+    values = first.eps_square - second.eps_square
 
     def interval(values: Tensor) -> dict[str, float]:
         half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         return {"mean": float(values.mean()), "low": float(values.mean()) - half, "high": float(values.mean()) + half}
 
     numbers = [number for number in range(len(triples.edges) - 1) if (triples.bin == number).any()]
-    return {**interval(difference), "bins": [interval(difference[triples.bin == number]) for number in numbers]}
+    return {**interval(values), "bins": [interval(values[triples.bin == number]) for number in numbers]}

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sfumato import randomness
+from sfumato.asking import Request
+from sfumato.condition import Context, on_device, reordered
+from sfumato.conditioners import Facts, Joint
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
 from sfumato.observability.pictures import grid_image, save_png
@@ -15,37 +20,54 @@ from sfumato.pipeline import Model, Pipeline, SamplingConfig
 from sfumato.sampling import Progress
 from sfumato.training.config import TrainingConfig
 from sfumato.training.run_directory import RunDirectory
-from sfumato.training.validation import Errors, Triples, generalization_gap, make_triples, measure, summarize
+from sfumato.training.validation import Errors, Triples, difference, make_triples, measure, summarize
 
 
 class Validator:
     """Fixed triples of held-out pictures, and as many of training pictures with the same noises and levels."""
 
-    def __init__(self, config: TrainingConfig, dataset: Dataset, schedule: Schedule, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainingConfig, dataset: Dataset, schedule: Schedule, conditioner: Joint, device: torch.device
+    ) -> None:
         self.batch_size, self.device = config.batch_size, device
-        self._sets: list[tuple[Triples, dict[str, torch.Tensor]]] = []
+        self._sets: list[tuple[Triples, Context]] = []
         for part in (dataset.holdout, dataset.training):
             positions = dataset.usual(part) if len(dataset.usual(part)) else part[:1]
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
-            chosen = positions[order[[i % len(order) for i in range(config.validation.samples)]]]
-            images = to_float(dataset.images(chosen)[0])
-            triples = make_triples(images.to(device), schedule, seed=config.seed, bins=config.validation.bins)
-            self._sets.append((triples, {name: value.to(device) for name, value in dataset.context(chosen).items()}))
+            pixels, _, chosen = dataset.images(positions[order[[i % len(order) for i in range(config.validation.samples)]]])
+            images = to_float(pixels).to(device)
+            triples = make_triples(images, schedule, seed=config.seed, bins=config.validation.bins)
+            context = on_device(dataset.context(chosen), device)
+            self._sets.append((triples, conditioner.derive(images, context, seed=config.seed, first=0)))
         self.second_moment = float(self._sets[0][0].x0.double().square().mean())
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
-        """`validation/ema/*`, `validation/raw/*` on held-out pictures, `validation/gap/*` against training pictures (averaged weights)."""
-        triples = self._sets[0][0]
+        """What metrics.jsonl keeps of a validation.
+
+        `validation/ema/*` and `validation/raw/*` on held-out pictures; of the averaged weights also `validation/gap/*`, their error minus
+        that on training pictures, and `validation/adherence/NAME/*`, their error under another picture's context minus that under
+        its own: above zero as soon as the context steers.
+        """
+        triples, context = self._sets[0]
         averaged, raw = self._errors(average, 0), self._errors(model, 0)
-        gap = generalization_gap(averaged, self._errors(average, 1), triples)
+        gap = difference(averaged, self._errors(average, 1), triples)
         return {
             **{f"validation/ema/{key}": value for key, value in summarize(averaged, triples, self.second_moment).items()},
             **{f"validation/raw/{key}": value for key, value in summarize(raw, triples, self.second_moment).items()},
             **{f"validation/gap/{key}": value for key, value in gap.items()},
+            **{
+                f"validation/adherence/{name}/{key}": value
+                for name in average.conditioner.parts
+                if name in context and name != "augmentation"
+                for key, value in difference(self._errors(average, 0, shuffled=name), averaged, triples).items()
+            },
         }
 
-    def _errors(self, model: Model, which: int) -> Errors:
+    def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
         triples, context = self._sets[which]
+        if shuffled is not None:
+            count = len(triples.x0)
+            context = {**context, **reordered({shuffled: context[shuffled]}, [(i + count // 2) % count for i in range(count)])}
         model.eval()
         with torch.no_grad():
             condition = model.conditioner(context, len(triples.x0))
@@ -53,38 +75,56 @@ class Validator:
 
 
 class Previewer:
-    """Grids of samples with the same noise and categories every time, and one grid of real pictures to compare with."""
+    """Grids of samples with the same noise and context every time, and one grid of the real pictures that the context belongs to."""
 
-    def __init__(self, config: TrainingConfig, dataset: Dataset, sampling: SamplingConfig, directory: RunDirectory) -> None:
-        self.num, self.seed, self.sampling, self.directory = config.preview.num, config.seed, sampling, directory
-        self.categories, self.image_shape = dataset.categories, dataset.image_shape
-        self.asked = list(dataset.categories[: self.num]) or None
-        self.columns = len(self.asked) if self.asked and 2 <= len(self.asked) <= 12 else None
-        self._real(dataset)
-
-    def _real(self, dataset: Dataset) -> None:
-        path = self.directory.samples / "real.png"
-        if path.exists():
-            return
-        training = dataset.usual(dataset.training)
-        labels = dataset.labels[torch.from_numpy(training)]
-        numbers = range(len(self.asked)) if self.asked else [-1]
-        pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
-        chosen = [pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(self.num)]
-        images = (to_float(dataset.images(chosen)[0]) + 1) / 2
-        save_png(grid_image(images, columns=self.columns), path)
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        sampling: SamplingConfig,
+        conditioner: Joint,
+        directory: RunDirectory,
+        facts: Facts,
+    ) -> None:
+        self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
+        self.image_shape = dataset.image_shape
+        reads = [name for name in conditioner.parts if name != "augmentation"]
+        chosen = _of_each_category(dataset, config.preview.num) if reads in ([], ["category"]) else _held_out(dataset, config)
+        pixels, _, chosen = dataset.images(chosen)
+        images = to_float(pixels)
+        context = conditioner.derive(images, dataset.context(chosen), seed=config.seed, first=0)
+        self.context = {name: value for name, value in context.items() if name in reads}
+        entries = [dataset.entries[i] for i in chosen]
+        self.asked = {"category": [entry.category for entry in entries], "text": context.get("text")}
+        kinds = len(dataset.categories)
+        self.columns = kinds if reads == ["category"] and 2 <= kinds <= 12 else None
+        path = directory.samples / "real.png"
+        if not path.exists():
+            save_png(grid_image((images + 1) / 2, columns=self.columns), path)
 
     def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
-        pipeline = Pipeline(model=average, sampling=self.sampling, categories=self.categories, image_shape=self.image_shape)
-        images = pipeline.sample(self.num, category=self.asked, seed=self.seed, on_step=on_step)
+        pipeline = Pipeline(model=average, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape)
+        request = Request.of(self.context, self.image_shape, len(self.asked["category"] or ()))
+        images = pipeline.generate(request, seed=self.seed, on_step=on_step)
         folder = self.directory.samples / f"step-{step:09d}"
-        settings = {
-            "step": step,
-            "seed": self.seed,
-            "categories": self.asked,
-            "weights": "ema",
-            "guidance": self.sampling.guidance,
-        }
-        save_png(grid_image(images, columns=self.columns), folder / "grid.png", settings)
+        asked = {name: self.asked[name] for name in self.asked if name in self.context}
+        settings = {"step": step, "seed": self.seed, **asked, "weights": "ema", "guidance": self.sampling.guidance}
+        save_png(grid_image(images, columns=self.columns), folder / "grid.png", {**settings, "text": None})
         self.directory.write_json(f"samples/{folder.name}/samples.json", settings)
+
+
+def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
+    """Training pictures, the categories in turn."""
+    training = dataset.usual(dataset.training)
+    labels = dataset.labels[torch.from_numpy(training)]
+    numbers = range(min(num, len(dataset.categories))) or [-1]
+    pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
+    return np.array([pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(num)])
+
+
+def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
+    """Pictures that are not trained on, whose context has not been seen."""
+    positions = dataset.usual(dataset.holdout) if len(dataset.usual(dataset.holdout)) else dataset.usual(dataset.training)
+    order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))
+    return positions[order[[i % len(order) for i in range(config.preview.num)]]]

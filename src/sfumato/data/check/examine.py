@@ -326,6 +326,9 @@ def _categories(result: Examination, readable: set[int]) -> None:
 def _size(result: Examination, plan: Plan) -> None:
     """Whether there is enough for the model that would be trained."""
     distinct = result.figures.get("distinct", 0)
+    if not distinct:
+        result.remarks.append("No picture can be read: there is nothing to learn from.")
+        return
     if distinct < 100:
         result.remarks.append(f"{distinct} different pictures: enough to fine-tune a trained model, not to train one.")
     elif distinct < 1000:

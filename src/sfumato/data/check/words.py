@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 CLIP_LIMIT = 77
+COMPARED = 40  # words of a prompt that are looked at in pairs, or replaced by others: more than a person reads
 STOP_WORDS = frozenset(
     [
         *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or"),
@@ -76,9 +77,9 @@ class Coverage:
     Attributes:
         verdict: "seen", "never together" or "unseen words".
         counts: captions that hold each word of the prompt.
-        together: for each pair of its words, captions that hold both.
+        together: for each pair of its first 40 words, captions that hold both.
         whole: captions that hold all of its words.
-        similar: for each word that no caption holds, words that they do hold and that contain it or are spelt alike.
+        similar: for the first 40 words that no caption holds, words that they do hold and that contain it or are spelt alike.
         nearest: positions of the captions most like the prompt, best first, with their likeness from 0 to 1.
     """
 
@@ -106,9 +107,11 @@ class Vocabulary:
         """Whether the captions hold the prompt's words, and all of them together."""
         asked = list(dict.fromkeys(words(prompt)))
         counts = {word: len(self.places.get(word, ())) for word in asked}
-        together = {(a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in combinations(asked, 2)}
+        pairs = combinations(asked[:COMPARED], 2)
+        together = {(a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in pairs}
         whole = len(set.intersection(*(self.places.get(word, set()) for word in asked))) if asked else 0
-        similar = {word: self._similar(word) for word, count in counts.items() if not count}
+        unseen = [word for word, count in counts.items() if not count]
+        similar = {word: self._similar(word) for word in unseen[:COMPARED]}
         verdict = "unseen words" if not asked or 0 in counts.values() else "seen" if whole else "never together"
         return Coverage(
             prompt=prompt,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import struct
 import tempfile
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
-from sfumato.data.entry import Entry, Listing
+from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, legible, read
 from sfumato.errors import DataError
 
 IMAGES, LABELS = ("images", "image", "x_train", "x", "samples", "arr_0"), ("labels", "label", "y_train", "y", "arr_1")
-MAX_UNPACKED_BYTES, MAX_RATIO = 64 << 30, 200
+MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_PICTURES = 64 << 30, 1 << 30, 200, 5_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,10 @@ class Row:
 
     def read(self) -> bytes:
         dtype = np.dtype(self.dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(int(np.prod(self.shape)) * dtype.itemsize)
+        size = math.prod(self.shape) * dtype.itemsize
+        data = read(self.path, self.offset, size)
+        if len(data) < size:
+            raise OSError(f"{self.path} is cut short")
         buffer = io.BytesIO()
         np.save(buffer, np.frombuffer(data, dtype).reshape(self.shape), allow_pickle=False)
         return buffer.getvalue()
@@ -51,8 +52,7 @@ class Npz:
 
     def listing(self) -> Listing:
         try:
-            file = files.local(self.path)
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(files.local(self.path)) as archive:
                 names = {
                     info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")
                 }
@@ -63,44 +63,39 @@ class Npz:
                         where=self.path,
                         mend="name the pixels `images` or `arr_0`",
                     )
-                place, start = _plain(file, archive, image)
-                shape, dtype, offset = _header(place, start)
+                place, start = _plain(self.path, archive, image)
+                shape, dtype, offset = _header(files.local(place), start)
                 label = next((names[name] for name in LABELS if name in names), None)
                 categories = None if label is None else _categories(archive, label)
         except FileNotFoundError:
             raise DataError(
                 "no such file", where=self.path, mend="check the path; it is relative to where you run sfumato"
             ) from None
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            OSError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-            EOFError,
-            struct.error,
-        ) as error:
+        except (*DAMAGED_ZIP, OSError) as error:
             raise DataError(
-                f"is no whole .npz of plain numbers: {error}", where=self.path, mend="save it with np.savez"
+                f"is no whole .npz of plain numbers: {str(error)[:200]}",
+                where=self.path,
+                mend="save it with np.savez",
             ) from None
         return self._listed(place, shape, dtype, offset, categories)
 
     def _listed(
-        self, place: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, categories: list[str] | None
+        self, place: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, categories: list[str] | None
     ) -> Listing:
-        if len(shape) not in (3, 4) or dtype not in (np.uint8, np.uint16) or 0 in shape:
+        if len(shape) not in (3, 4) or dtype not in (np.uint8, np.uint16) or min(shape) < 1 or shape[0] > MAX_PICTURES:
             raise DataError(
-                f"pixels of shape {shape} and type {dtype}", where=self.path, mend="use (N, H, W, C) of uint8 or uint16"
+                f"pixels of shape {shape} and type {dtype}",
+                where=self.path,
+                mend=f"use (N, H, W, C) of uint8 or uint16, N at most {MAX_PICTURES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
                 f"{len(categories)} labels for {shape[0]} pictures", where=self.path, mend="give each picture one label"
             )
-        size = int(np.prod(shape[1:])) * dtype.itemsize
-        if offset + shape[0] * size > place.stat().st_size:
+        size = math.prod(shape[1:]) * dtype.itemsize
+        if offset + shape[0] * size > files.local(place).stat().st_size:
             raise DataError("is cut short", where=self.path, mend="fetch or make it again")
-        rows = (Row(str(place), offset + i * size, shape[1:], dtype.str) for i in range(shape[0]))
+        rows = (Row(place, offset + i * size, shape[1:], dtype.str) for i in range(shape[0]))
         width = len(str(shape[0] - 1))
         return Listing(
             [
@@ -111,17 +106,17 @@ class Npz:
         )
 
 
-def _plain(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[Path, int]:
+def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, int]:
     """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the cache."""
+    file = files.local(path)
     if info.compress_type == zipfile.ZIP_STORED:
         with file.open("rb") as stream:
             stream.seek(info.header_offset)
             header = stream.read(30)
         if header[:4] != b"PK\x03\x04":
             raise ValueError("a member's header is damaged")
-        return file, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    if info.file_size > min(MAX_UNPACKED_BYTES, MAX_RATIO * max(1, info.compress_size)):
-        raise ValueError(f"unpacks to {info.file_size} bytes, over {MAX_RATIO} times its size")
+        return path, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    _check_size(info, MAX_UNPACKED_BYTES)
     state = file.stat()
     identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {info.filename}"
     target = files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
@@ -135,7 +130,7 @@ def _plain(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple
             os.replace(name, target)
         finally:
             Path(name).unlink(missing_ok=True)
-    return target, 0
+    return str(target), 0
 
 
 def _header(path: Path, start: int) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -150,17 +145,45 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"an array of format {version}")
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # whatever Python's own parser does on a header that is nested, long or cut
+        raise ValueError(str(error)[:200] or type(error).__name__) from None
     if fortran or dtype.hasobject:
         raise ValueError("an array of Python objects" if dtype.hasobject else "an array in Fortran order")
     return shape, dtype
 
 
+def _check_size(info: zipfile.ZipInfo, limit: int) -> None:
+    if info.file_size > limit or info.file_size > max(1 << 20, MAX_RATIO * info.compress_size):
+        raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes, more than {limit} or {MAX_RATIO} times its size")
+
+
+def plain_array(data: bytes) -> NDArray:
+    """The array of an .npy; nothing larger than the file is ever reserved for it.
+
+    Raises:
+        ValueError: if it is damaged, or holds anything but plain numbers and texts.
+    """
+    stream = io.BytesIO(data)
+    shape, dtype = _read_header(stream)
+    try:
+        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
 def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
-    if info.file_size > 1 << 30:
-        raise ValueError("labels of more than 1 GiB")
+    _check_size(info, MAX_LABEL_BYTES)
     with archive.open(info) as file:
-        labels: NDArray = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        labels = plain_array(file.read())
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
         labels = labels.argmax(1)  # one-hot
-    return [str(label) for label in labels.reshape(-1).tolist()]
+    try:
+        return [_text(label) for label in labels.reshape(-1).tolist()]
+    except SystemError:  # numpy's, of letters beyond Unicode
+        raise ValueError("labels that are no text") from None
+
+
+def _text(label: object) -> str:
+    return legible(label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label))

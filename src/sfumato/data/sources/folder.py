@@ -202,11 +202,12 @@ class Tree:
             if name in entries:
                 raise UnsafePath(f"{name[:80]!r} is named twice")
             beside = {layer: other for layer in LAYERS if (other := named(f"{layer}_file_name")) is not None}
-        except UnsafePath as reason:
+            facts = described(row)
+        except (UnsafePath, ValueError) as reason:
             rejects.append(Reject(place, str(reason)))
             return
         layers.update(beside.values())
-        found = {**described(row), **{layer: self.blob(other) for layer, other in beside.items()}}
+        found = {**facts, **{layer: self.blob(other) for layer, other in beside.items()}}
         top = name.partition("/")[0]
         if "holdout" not in found and "/" in name and top in SPLITS - {"train", "training"}:
             found["holdout"] = top
@@ -225,7 +226,7 @@ class Tree:
                 csv.field_size_limit(min(sys.maxsize, MAX_TEXT_BYTES))
                 yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
             else:
-                yield from (_record(line) for line in text.splitlines() if line.strip())
+                yield from (_record(line) for line in text.split("\n") if line.strip())
         except (OSError, ValueError, csv.Error, RecursionError) as error:
             raise DataError(f"{name} cannot be read: {str(error)[:200]}", where=self.where, mend="mend that file") from None
 
@@ -236,9 +237,9 @@ def _record(line: str) -> dict[str, Any]:
 
 
 def _layer(name: str, known: set[str]) -> bool:
-    """Whether a picture is the doodle or mask of another one."""
+    """Whether a picture, or an array, is a layer of another one."""
     stem, _, kind = name.rpartition(".")[0].rpartition(".")
-    return kind in ("doodle", "mask") and any(stem + suffix in known for suffix in (*SUFFIXES, *(s.upper() for s in SUFFIXES)))
+    return kind in LAYERS and any(stem + suffix in known for suffix in (*SUFFIXES, *(s.upper() for s in SUFFIXES)))
 
 
 def _capped(data: bytes) -> bytes:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.entry import CATEGORY_KEYS, MAX_BYTES, Entry, Listing, described, legible
+from sfumato.data.entry import CATEGORY_KEYS, MAX_BYTES, Entry, Listing, Reject, described, legible, read, says_something
 from sfumato.errors import DataError
 
 
@@ -21,14 +21,27 @@ class Item:
     column: str
 
     def read(self) -> bytes:
-        value = _open(self.path, self.split)[self.row][self.column]
+        try:
+            value = _open(self.path, self.split)[self.row][self.column]
+        except Exception as error:  # the library raises whatever its parsers do
+            raise OSError(f"cannot be read: {str(error)[:200]}") from None
         if value and value.get("bytes") is not None:
             data: bytes = value["bytes"]
             return data
         if value and value.get("path"):
-            with Path(value["path"]).open("rb") as file:
-                return file.read(MAX_BYTES + 1)
+            return read(_contained(str(value["path"]), self.path), 0, MAX_BYTES + 1)
         raise OSError("the cell holds no picture")
+
+
+def _contained(path: str, dataset: str) -> str:
+    """`path` if it is a file of the dataset's folder, or one that the library fetched."""
+    import datasets
+
+    roots = [dataset] if Path(dataset).is_dir() else [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    real = Path(path).resolve()
+    if not any(real.is_relative_to(Path(root).resolve()) for root in roots) or not real.is_file():
+        raise OSError(f"{path[:80]!r} is no file of the dataset")
+    return str(real)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +68,30 @@ class HuggingFace:
             )
         names = {key: data.features[key].names for key in CATEGORY_KEYS if hasattr(data.features.get(key), "names")}
         layers = [column for column in ("doodle", "mask") if column in pictures]
-        known = data.remove_columns([name for name in pictures if name not in layers and name != image]).remove_columns(
-            [image, *layers]
-        )
+        known = data.select_columns([name for name in data.column_names if says_something(name) and name not in pictures])
         width = len(str(max(0, len(data) - 1)))
-        entries = []
+        entries, rejects = [], []
         for row in range(len(data)):
-            record: dict[str, Any] = dict(known[row]) if known.column_names else {}
+            record = _record(known, row, self.path)
             for key, labels in names.items():
                 if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
                     record[key] = labels[record[key]]
+            name = legible(f"{self.split}-{row:0{width}d}")
             blobs: dict[str, Any] = {layer: Item(self.path, self.split, row, layer) for layer in layers}
-            entries.append(
-                Entry(
-                    name=legible(f"{self.split}-{row:0{width}d}"),
-                    image=Item(self.path, self.split, row, image),
-                    **blobs,
-                    **described(record),
-                )
-            )
+            try:
+                entries.append(Entry(name=name, image=Item(self.path, self.split, row, image), **blobs, **described(record)))
+            except ValueError as error:
+                rejects.append(Reject(name, str(error)))
         if not entries:
             raise DataError("holds no rows", where=self.path, mend="name another split with data.source.split")
-        return Listing(entries, [])
+        return Listing(entries, rejects)
+
+
+def _record(data: Any, row: int, where: str) -> dict[str, Any]:
+    try:
+        return dict(data[row]) if data.column_names else {}
+    except Exception as error:  # as above
+        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, mend="fetch or make it again") from None
 
 
 @lru_cache(maxsize=4)

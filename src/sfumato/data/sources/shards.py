@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ class WebDataset:
         rejects: list[Reject] = []
         for shard in self._shards():
             members, refused = indexed(shard)
-            prefix = "" if shard == self.path else f"{legible(shard.rpartition('/')[2])}:"
+            prefix = "" if shard == self.path else f"{legible(shard[len(self.path.rstrip('/')) + 1 :])}:"
             rejects += [Reject(prefix + reject.name, reject.reason) for reject in refused]
             _samples(shard, prefix, members, entries, rejects)
         if not entries:
@@ -79,7 +80,12 @@ def _samples(shard: str, prefix: str, members: list[Member], entries: list[Entry
     seen: set[str] = set()
     with files.local(shard).open("rb") as file:
         for key, group in groupby(members, key=lambda member: _key(member.name)):
-            fields = {member.name[len(key) + 1 :].lower(): member for member in group}
+            fields: dict[str, Member] = {}
+            for member in group:
+                field = member.name[len(key) + 1 :].lower()
+                if field in fields:
+                    rejects.append(Reject(prefix + legible(member.name), "stands twice in the tar; the first one counts"))
+                fields.setdefault(field, member)
             image = next((field for field in fields if "." + field in SUFFIXES), None)
             name = prefix + legible(key)
             if image is None:
@@ -116,7 +122,9 @@ def _described(file: BinaryIO, fields: dict[str, Member], name: str, rejects: li
                 found.update(described({"cls": text(field)}))
             elif field == "json":
                 record = json.loads(text(field))
-                found.update(described(record) if isinstance(record, dict) else {})
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                found.update(described(record))
             else:
                 found.update(described({"caption": text(field)}))
         except (ValueError, RecursionError) as error:
@@ -132,16 +140,16 @@ def _key(name: str) -> str:
 
 def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
     """The regular members of a tar, from the cache if this very file was indexed before."""
-    path = files.local(shard)
     try:
+        path = files.local(shard)
         state = path.stat()
         identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 1"
         kept = files.cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
-        if kept.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             stored = json.loads(kept.read_text())
             return [Member(*member) for member in stored["members"]], [Reject(*reject) for reject in stored["rejects"]]
         members, rejects = _index(path)
-    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
         raise DataError(f"is no whole tar: {error}", where=shard, mend="fetch or make it again") from None
     _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason] for reject in rejects]}))
     return members, rejects
@@ -178,20 +186,22 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
         for info in _headers(tar, path.name, rejects):
-            name = legible(info.name)
-            if info.isdir() or any(part.startswith(("__", ".")) for part in info.name.split("/")):
+            plain = info.name.removeprefix("./")  # as `tar c .` writes them
+            name = legible(plain)
+            parts = plain.split("/")
+            if info.isdir() or files.is_hidden(parts) or any(part.startswith("__") for part in parts):
                 continue
             try:
                 if not info.isreg() or info.issparse():
                     raise UnsafePath("is a link, a device or sparse")
-                files.check_relative(info.name)
+                files.check_relative(plain)
                 if info.size < 0 or info.offset_data + info.size > size:
                     raise UnsafePath("is cut short")
             except UnsafePath as reason:
                 rejects.append(Reject(name[:200], str(reason)))
             else:
-                members.append(Member(info.name, info.offset_data, info.size))
-        file.seek(min(tar.offset, size))
+                members.append(Member(plain, info.offset_data, info.size))
+        file.seek(min(max(0, tar.offset), size))
         if any(file.read(tarfile.BLOCKSIZE)):  # a whole tar ends in zeros
             rejects.append(Reject(legible(path.name), f"damaged after {len(members)} members: what follows cannot be read"))
     return members, rejects
@@ -199,9 +209,12 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
 
 def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator[tarfile.TarInfo]:
     for number in range(MAX_MEMBERS + 1):
+        before = tar.offset
         try:
             info = tar.next()
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+            if info is not None and tar.offset <= before and number:
+                raise tarfile.ReadError("a member of negative size")
+        except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
             rejects.append(Reject(legible(name), f"damaged after {number} members: {error}"))
             return
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header

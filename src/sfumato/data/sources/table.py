@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.entry import CATEGORY_KEYS, Entry, Listing, described, legible
+from sfumato.data.entry import Entry, Listing, Reject, described, legible, says_something
 from sfumato.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
 CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
-MAX_GROUP_BYTES = 2 << 30
+MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
+BATCH, MAX_RATIO = 100, 200
+LAYERS = ("doodle", "mask", "points")
 
 
 def arrow() -> Any:
@@ -49,43 +51,61 @@ class Cell:
     column: str
 
     def read(self) -> bytes:
-        data = _column(self.path, self.group, self.column)[self.row].as_py()
+        values = _column(_Place(self.path, files.version(self.path), self.group, self.column))
+        data = values[self.row].as_py() if self.row < len(values) else None
         if not isinstance(data, bytes):
             raise OSError("the cell holds no bytes")
         return data
 
 
-_kept: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+class _Place(NamedTuple):
+    """A column of one row group of one version of a file."""
+
+    path: str
+    version: tuple[int, ...]
+    group: int
+    column: str
+
+
+_kept: OrderedDict[_Place, Any] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _column(path: str, group: int, column: str) -> Any:
-    key = (path, group, column)
+def _column(place: _Place) -> Any:
     with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key]
-        return _read_column(key)
+        if place in _kept:
+            _kept.move_to_end(place)
+            return _kept[place]
+        return _read_column(place)
 
 
-def _read_column(key: tuple[str, int, str]) -> Any:
-    path, group, column = key
+def _read_column(place: _Place) -> Any:
     try:
-        values = _file(str(files.local(path))).read_row_group(group, columns=[column]).column(column)
-    except (arrow().ArrowException, OSError) as error:
-        raise OSError(f"{path}: {str(error)[:200]}") from None
+        values = _pictures(place.path, place.version).read_row_group(place.group, columns=[place.column]).column(place.column)
+    except (arrow().ArrowException, OSError, IndexError, KeyError) as error:
+        raise OSError(f"{place.path}: {str(error)[:200]}") from None
     values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
     if arrow().types.is_struct(values.type):  # Hugging Face's bytes and path: null where either the struct or its bytes are
         values = values.flatten()[values.type.get_field_index("bytes")]
-    _kept[key] = values
+    _kept[place] = values
     while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > CACHE_BYTES:
         _kept.popitem(last=False)
     return values
 
 
 @lru_cache(maxsize=64)
-def _file(path: str) -> pyarrow.parquet.ParquetFile:
-    return arrow().parquet.ParquetFile(path)
+def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+    """A table, opened again when the file was replaced."""
+    return arrow().parquet.ParquetFile(files.local(path))
+
+
+@lru_cache(maxsize=64)
+def _pictures(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+    """The same, whose pictures stay as they are stored: one that stands for a million rows is kept once."""
+    file = _file(path, version)
+    kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}
+    once = [f"{name}.bytes" if arrow().types.is_struct(kind) else name for name, kind in kinds.items()]
+    return arrow().parquet.ParquetFile(files.local(path), metadata=file.metadata, read_dictionary=once)
 
 
 @dataclass(frozen=True)
@@ -103,50 +123,104 @@ class Parquet:
         tables = (
             [f"{root}/{n}" for n in files.walk(root) if n.endswith(".parquet")] if files.is_folder(self.path) else [self.path]
         )
-        entries: list[Entry] = []
+        entries: dict[str, Entry] = {}
+        rejects: list[Reject] = []
         for table in tables:
-            prefix = "" if table == self.path else f"{legible(table.rpartition('/')[2])}:"
-            entries += _entries(table, prefix)
+            prefix = "" if table == self.path else f"{legible(table[len(root) + 1 :])}:"
+            _list(table, prefix, entries, rejects)
         if not entries:
-            raise DataError("holds no rows", where=self.path, mend="name a .parquet file or the folder that holds them")
-        return Listing(entries, [])
-
-
-def _entries(path: str, prefix: str) -> Iterator[Entry]:
-    try:
-        file = _file(str(files.local(path)))
-        schema = file.schema_arrow
-        image = _image_column(schema, path)
-        names = _label_names(schema)
-        blobs = [
-            column for column in ("doodle", "mask", "points") if column in schema.names and _is_bytes(schema.field(column).type)
-        ]
-        others = [
-            name for name in schema.names if name != image and name not in blobs and not _is_bytes(schema.field(name).type)
-        ]
-        paths = [f"{image}.path"] if arrow().types.is_struct(schema.field(image).type) else []
-        for group in range(file.num_row_groups):
-            if file.metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
-                raise DataError(
-                    f"row group {group} is over 2 GiB", where=path, mend="write it with row groups of at most 1,000 rows"
-                )
-            known = file.read_row_group(
-                group, columns=[*others, *paths, *(blobs and [f"{b}.path" for b in blobs if not _flat(schema, b)])]
+            reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
+            raise DataError(
+                "holds no rows" + (f" that can be read ({reasons})" if reasons else ""),
+                where=self.path,
+                mend="name a .parquet file or the folder that holds them",
             )
-            for row, record in enumerate(known.to_pylist()):
-                inner = (record.pop(image, None) or {}) if paths else {}
-                name = inner.get("path") or f"{group:05d}-{row:05d}"
-                for key in CATEGORY_KEYS:
-                    if key in names and isinstance(record.get(key), int) and 0 <= record[key] < len(names[key]):
-                        record[key] = names[key][record[key]]
-                layers: dict[str, Any] = {
-                    blob: Cell(path, group, row, blob) for blob in blobs if _flat(schema, blob) or record.get(blob) is not None
-                }
-                yield Entry(
-                    name=prefix + legible(str(name)), image=Cell(path, group, row, image), **layers, **described(record)
-                )
-    except (arrow().ArrowException, OSError, ValueError) as error:
+        return Listing(list(entries.values()), rejects)
+
+
+def _list(path: str, prefix: str, entries: dict[str, Entry], rejects: list[Reject]) -> None:
+    """Add a table's rows, each under a name of its own."""
+    try:
+        file = _file(path, files.version(path))
+        columns = _Columns.of(file.schema_arrow, path)
+        room = max(64 << 20, MAX_RATIO * files.local(path).stat().st_size)
+        for group in range(file.num_row_groups):
+            _check_group(file.metadata, group, path)
+            for row, record in enumerate(_records(file, group, columns.described)):
+                name = prefix + columns.name(record)
+                if name == prefix or name in entries:
+                    name += ("" if name == prefix else "#") + f"{group:05d}-{row:05d}"
+                try:
+                    entries[name] = columns.entry(name, path, group, row, record)
+                    room -= len(name) + sum(map(len, entries[name].captions))
+                except ValueError as error:
+                    rejects.append(Reject(name, str(error)))
+                if room < 0:
+                    raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
+    except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, mend="fetch or make it again") from None
+
+
+def _check_group(metadata: Any, group: int, path: str) -> None:
+    found = metadata.row_group(group)
+    if found.total_byte_size > MAX_GROUP_BYTES:
+        raise DataError(f"row group {group} is over 2 GiB", where=path, mend="write it with row groups of at most 1,000 rows")
+    if metadata.num_rows > MAX_ROWS or not 0 <= found.num_rows <= MAX_ROWS:
+        raise DataError(f"over {MAX_ROWS} rows", where=path, mend="split it into several files")
+
+
+def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a group, a few at a time: a small file can stand for very long columns."""
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
+        yield from batch.to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """What each column of a table is.
+
+    Attributes:
+        image: the pictures.
+        layers: other pictures and points that are there.
+        structs: those of them that are structs of bytes and path.
+        described: all that say something of a picture, in the words of `read_row_group`.
+        labels: names of ClassLabel columns.
+    """
+
+    image: str
+    layers: list[str]
+    structs: list[str]
+    described: list[str]
+    labels: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, schema: Any, path: str) -> _Columns:
+        twice = [name for name, count in Counter(schema.names).items() if count > 1]
+        if twice:
+            raise DataError(f"has two columns {twice[0][:80]!r}", where=path, mend="give each column a name of its own")
+        image = _image_column(schema, path)
+        layers = [name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)]
+        structs = [name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)]
+        texts = [name for name in schema.names if says_something(name) and name not in (image, *layers)]
+        described = [*texts, *(f"{name}.path" for name in structs)]
+        return cls(image=image, layers=layers, structs=structs, described=described, labels=_label_names(schema))
+
+    def name(self, record: dict[str, Any]) -> str:
+        """What the row calls its picture, or ""."""
+        inner = (record.get(self.image) or {}) if self.image in self.structs else {}
+        return legible(str(inner.get("path") or ""))
+
+    def entry(self, name: str, path: str, group: int, row: int, record: dict[str, Any]) -> Entry:
+        for key, labels in self.labels.items():
+            if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
+                record[key] = labels[record[key]]
+        layers: dict[str, Any] = {
+            layer: Cell(path, group, row, layer)
+            for layer in self.layers
+            if layer not in self.structs or record.get(layer) is not None
+        }
+        texts = {key: value for key, value in record.items() if says_something(key) and key != self.image}
+        return Entry(name=name, image=Cell(path, group, row, self.image), **layers, **described(texts))
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -156,14 +230,10 @@ def _is_bytes(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _flat(schema: Any, column: str) -> bool:
-    return not arrow().types.is_struct(schema.field(column).type)
-
-
 def _image_column(schema: Any, path: str) -> str:
     candidates = [name for name in schema.names if _is_bytes(schema.field(name).type)]
     named = [name for name in IMAGE_COLUMNS if name in candidates]
-    rest = [name for name in candidates if name not in ("doodle", "mask", "points")]
+    rest = [name for name in candidates if name not in LAYERS]
     if not named and len(rest) != 1:
         raise DataError(
             f"its columns are {', '.join(schema.names)[:300]}", where=path, mend="name the column of pictures `image`"
@@ -187,8 +257,12 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
 def rows(data: bytes) -> Iterator[dict[str, Any]]:
     """The rows of a small table given as bytes, such as metadata.parquet."""
     try:
-        yield from arrow().parquet.read_table(io.BytesIO(data)).to_pylist()
-    except arrow().ArrowException as error:
+        file = arrow().parquet.ParquetFile(io.BytesIO(data))
+        known = [name for name in file.schema_arrow.names if says_something(name) or name.endswith("file_name")]
+        for group in range(file.num_row_groups):
+            _check_group(file.metadata, group, "metadata.parquet")
+            yield from _records(file, group, known)
+    except (arrow().ArrowException, KeyError, OverflowError) as error:
         raise ValueError(str(error)[:200]) from None
 
 

@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import dataclass
 
 from sfumato.data import files
-from sfumato.data.entry import MAX_BYTES, Blob, Listing, Reject, Slice, ZipMember, legible
+from sfumato.data.entry import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, ZipMember, legible
 from sfumato.data.files import UnsafePath
 from sfumato.data.sources.folder import Tree
 from sfumato.errors import DataError
@@ -41,7 +41,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject]]:
             infos = archive.infolist()
     except FileNotFoundError:
         raise DataError("no such file", where=path, mend="check the path; it is relative to where you run sfumato") from None
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+    except (*DAMAGED_ZIP, OSError) as error:
         raise DataError(f"is no whole zip: {error}", where=path, mend="fetch or make it again") from None
     if len(infos) > MAX_MEMBERS:
         raise DataError(f"{len(infos)} members", where=path, mend=f"split it: at most {MAX_MEMBERS} are read")
@@ -49,7 +49,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject]]:
     rejects: list[Reject] = []
     for info in infos:
         name = info.filename
-        if info.is_dir() or any(part.startswith((".", "__MACOSX")) for part in name.split("/")[:-1]):
+        if info.is_dir() or files.is_hidden(name.split("/")):
             continue
         try:
             _check(info)
@@ -81,7 +81,7 @@ def _stored(path: str, infos: list[zipfile.ZipInfo], members: dict[str, Blob]) -
     with files.local(path).open("rb") as file:
         for info in infos:
             if info.filename in result and info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
-                file.seek(info.header_offset)
+                file.seek(max(0, info.header_offset))
                 header = file.read(30)
                 if len(header) == 30 and header[:4] == b"PK\x03\x04":
                     name_length, extra_length = struct.unpack("<HH", header[26:30])

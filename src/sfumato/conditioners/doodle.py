@@ -1,0 +1,121 @@
+"""Doodles: a line drawing laid over the picture. Where the data have none, lines are made from the picture itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import randomness
+from sfumato.condition import Condition, ContextSizes
+from sfumato.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoodleConfig:
+    """Steer by line drawings.
+
+    Attributes:
+        made: share of training samples whose own doodle is replaced by lines made from the picture; those without one always are.
+        wobble: how far made lines stray, as a share of the side.
+        dropped: most of the lines that may be missing, as a share.
+        dropout: share of training samples whose doodle is hidden.
+    """
+
+    made: float = 0.0
+    wobble: float = 0.02
+    dropped: float = 0.4
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not all(0 <= share <= 1 for share in (self.made, self.wobble, self.dropped, self.dropout)):
+            raise ConfigError(f"{self}", where="conditioner.doodle", mend="all of them are shares, from 0 to 1")
+
+
+class DoodleConditioner(nn.Module):
+    """context["doodle"] (B, 1, H, W), 1 paper to -1 ink, NaN where none is given -> Condition.spatial (B, 2, H, W): ink, given."""
+
+    nothing: Tensor
+
+    def __init__(self, config: DoodleConfig) -> None:
+        super().__init__()
+        self.config, self.dropout = config, config.dropout
+        self.sizes = ContextSizes(spatial=2)
+        self.register_buffer("nothing", torch.zeros(1, 2, 1, 1), persistent=False)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        if "doodle" not in context:
+            return self.null(batch_size)
+        doodle = context["doodle"].to(self.nothing.device)
+        return Condition(spatial=torch.cat([((1 - doodle) / 2).nan_to_num(0.0), (~doodle.isnan()).to(doodle.dtype)], dim=1))
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """A doodle for each training picture: its own, or lines made from it; keyed by the samples' numbers."""
+        draws = randomness.uniform(seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2).to(images)
+        made = lines(images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.dropped)
+        if "doodle" not in context:
+            return {"doodle": made}
+        own = context["doodle"].to(images)
+        replaced = own.isnan().flatten(1).any(1) | (draws[:, 0] < self.config.made)
+        return {"doodle": torch.where(replaced[:, None, None, None], made, own)}
+
+
+_GRID = 4  # of the random fields that bend and drop lines
+
+
+def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
+    """Line drawings (B, 1, H, W), 1 paper to -1 ink, of pictures (B, C, H, W) in [-1, 1].
+
+    A soft threshold on a difference of Gaussians, drawn with a random width and strength; lines bend a little, and some are missing.
+
+    Args:
+        draws: uniform in [0, 1), (B, 3 + 3 * 16).
+    Source: Winnemöller, Kyprianidis & Olsen 2012, "XDoG: an extended difference-of-Gaussians compendium".
+    """
+    side = min(images.shape[-2:])
+    colours = images[:, : {2: 1, 4: 3}.get(images.shape[1], images.shape[1])]
+    unit = side / 32
+    fine, coarse = (_edges(colours, width * unit) for width in (0.5, 1.0))
+    share = draws[:, 0].view(-1, 1, 1, 1)
+    strength = fine + share * (coarse - fine)
+    threshold = 0.04 + 0.08 * draws[:, 1].view(-1, 1, 1, 1)
+    ink = torch.sigmoid((strength - threshold) * 60)
+    fields = draws[:, 3:].view(-1, 3, _GRID, _GRID)
+    ink = _bent(ink, (2 * fields[:, :2] - 1) * 2 * wobble)
+    kept = F.interpolate(fields[:, 2:], size=images.shape[-2:], mode="bicubic", align_corners=False)
+    missing = dropped * draws[:, 2].view(-1, 1, 1, 1)
+    return 1 - 2 * (ink * torch.sigmoid((kept - missing) * 20)).clamp(0, 1)
+
+
+def _edges(images: Tensor, width: float) -> Tensor:
+    """How much darker, or different in any colour, a pixel is than its surroundings, (B, 1, H, W), about 0 to 1."""
+    near, far = _blurred(images, width), _blurred(images, 1.6 * width)
+    return (near - far).abs().amax(1, keepdim=True)
+
+
+def _blurred(images: Tensor, width: float) -> Tensor:
+    reach = max(1, math.ceil(3 * width))
+    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.softmax(-(offsets**2) / (2 * width**2), dim=0)
+    channels = images.shape[1]
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    padded = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
+
+
+def _bent(maps: Tensor, offsets: Tensor) -> Tensor:
+    """Maps (B, 1, H, W) displaced by smooth fields (B, 2, g, g), as shares of the side."""
+    identity = torch.eye(2, 3, device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
+    grid = F.affine_grid(identity, list(maps.shape), align_corners=False)
+    field = F.interpolate(offsets, size=maps.shape[-2:], mode="bicubic", align_corners=False)
+    return F.grid_sample(maps, grid + 2 * field.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)

@@ -1,0 +1,188 @@
+"""Pictures as context: laid under the one to be made (super-resolution, colourization, inpainting), or looked at (variations)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import randomness
+from sfumato.condition import Condition, ContextSizes
+from sfumato.errors import ConfigError
+
+
+class Degradation(Protocol):
+    """What a picture has lost, and the model is to restore; NaN where a pixel is unknown."""
+
+    def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Of training pictures (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
+        ...
+
+    def given(self, images: Tensor) -> Tensor:
+        """Of pictures that a person hands in, which may have lost it already."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """Detail: the picture at 1/factor of the resolution (super-resolution)."""
+
+    factor: int = 4
+
+    def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The same for every draw."""
+        return self.given(images)
+
+    def given(self, images: Tensor) -> Tensor:
+        """Averaged over blocks, and enlarged again."""
+        height, width = images.shape[-2:]
+        small = F.adaptive_avg_pool2d(images, (max(1, height // self.factor), max(1, width // self.factor)))
+        return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grayscale:
+    """Colour (colourization)."""
+
+    def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The same for every draw."""
+        return self.given(images)
+
+    def given(self, images: Tensor) -> Tensor:
+        """The mean of the channels in each of them."""
+        return images.mean(1, keepdim=True).expand_as(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holes:
+    """Parts of the picture (inpainting).
+
+    Attributes:
+        smallest, largest: sides of the rectangle that is cut out, as shares of the picture's.
+        outside: share of samples of which only the rectangle is left, and its surroundings are to be made.
+    """
+
+    smallest: float = 0.2
+    largest: float = 0.8
+    outside: float = 0.2
+
+    def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
+        """A rectangle at a random place."""
+        height, width = images.shape[-2:]
+        sides = self.smallest + (self.largest - self.smallest) * draws[:, :2]
+        top, left = ((1 - sides[:, i]) * draws[:, 2 + i] for i in (0, 1))
+        y = ((torch.arange(height, device=images.device) + 0.5) / height).view(1, -1, 1)
+        x = ((torch.arange(width, device=images.device) + 0.5) / width).view(1, 1, -1)
+        top, left, tall, wide = (value.view(-1, 1, 1) for value in (top, left, sides[:, 0], sides[:, 1]))
+        hole = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+        hole = hole ^ (draws[:, 4] < self.outside).view(-1, 1, 1)
+        return images.masked_fill(hole[:, None], torch.nan)
+
+    def given(self, images: Tensor) -> Tensor:
+        """As they are: a person's mask has cut them already."""
+        return images
+
+
+DegradationConfig = Shrink | Grayscale | Holes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Restore what pictures have lost.
+
+    Attributes:
+        lost: what is taken from training pictures.
+        dropout: share of training samples that are shown nothing.
+    """
+
+    lost: DegradationConfig = Shrink()
+    dropout: float = 0.1
+
+
+class ImageConditioner(nn.Module):
+    """context["image"] (B, C, H, W) in [-1, 1], NaN where unknown -> Condition.spatial (B, C + 1, H, W): pixels, and which are known."""
+
+    nothing: Tensor
+
+    def __init__(self, config: ImageConfig, *, channels: int) -> None:
+        super().__init__()
+        self.config, self.dropout = config, config.dropout
+        self.sizes = ContextSizes(spatial=channels + 1)
+        self.register_buffer("nothing", torch.zeros(1, channels + 1, 1, 1), persistent=False)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        if "image" not in context:
+            return self.null(batch_size)
+        image = context["image"].to(self.nothing.device)
+        known = (~image.isnan().any(1, keepdim=True)).to(image.dtype)
+        return Condition(spatial=torch.cat([image.nan_to_num(0.0) * known, known], dim=1))
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """The training pictures, with something lost; keyed by the samples' numbers."""
+        draws = randomness.uniform(seed, "image", first=first, count=len(images), per_item=8).to(images)
+        return {"image": self.config.lost.degrade(images, draws)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Make variations of a picture, which is looked at through a narrow gate of tokens.
+
+    Attributes:
+        size: channels of tokens and of their summary.
+        side: the picture is looked at as side x side tokens; fewer leave more to the model.
+        dropout: share of training samples that are shown nothing.
+    """
+
+    size: int = 128
+    side: int = 4
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.size < 1:
+            raise ConfigError(f"{self}", where="conditioner.reference", mend="size and side are at least 1")
+
+
+class ReferenceConditioner(nn.Module):
+    """context["reference"] (B, C, H, W) in [-1, 1], NaN where none is given -> Condition.vector (B, size), tokens (B, side^2, size)."""
+
+    def __init__(self, config: ReferenceConfig, *, channels: int) -> None:
+        super().__init__()
+        self.config, self.dropout = config, config.dropout
+        self.sizes = ContextSizes(vector=config.size, tokens=config.size)
+        self.see = nn.Sequential(
+            nn.Conv2d(channels, config.size // 2, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(config.size // 2, config.size, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(config.size, config.size, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(config.side),
+        )  # fmt: skip
+        self.positions = nn.Parameter(torch.randn(config.side**2, config.size) * 0.02)
+        self.nothing = nn.Parameter(torch.randn(config.side**2, config.size) * 0.02)
+        self.summary = nn.Linear(config.size, config.size)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        if "reference" not in context:
+            return self.null(batch_size)
+        reference = context["reference"].to(self.nothing.device)
+        missing = reference.isnan().flatten(1).any(1)
+        seen = self.see(reference.nan_to_num(0.0)).flatten(2).transpose(1, 2) + self.positions
+        return self._condition(seen).replaced_where(missing, self.null(batch_size))
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        return self._condition(self.nothing.expand(batch_size, -1, -1))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """The training pictures themselves."""
+        return {"reference": images}
+
+    def _condition(self, tokens: Tensor) -> Condition:
+        return Condition(vector=self.summary(tokens.mean(1)), tokens=tokens)

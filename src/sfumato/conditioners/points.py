@@ -1,0 +1,153 @@
+"""Point clouds: any number of points in any order, as a few tokens, and as a map of where they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import randomness
+from sfumato.condition import Condition, ContextSizes
+from sfumato.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplatConfig:
+    """Lay the points over the picture too: their first two coordinates, x right and y up, the picture from -1 to 1.
+
+    Attributes:
+        side: of the map, in pixels.
+        width: of a point's spot, in pixels of the map (standard deviation).
+    """
+
+    side: int = 32
+    width: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointsConfig:
+    """Steer by point clouds.
+
+    Attributes:
+        size: channels of tokens and of their summary.
+        tokens: how many the cloud is read into, whatever its number of points.
+        layers, heads: of the transformer between the tokens.
+        frame: `picture` takes coordinates as they are, `own` centres each cloud and scales it to fit from -1 to 1.
+        fewest: points that a training cloud is thinned to at the least, so that any number works.
+        splat: a map of the points beside the tokens; None for none.
+        dropout: share of training samples whose points are hidden.
+    """
+
+    size: int = 128
+    tokens: int = 16
+    layers: int = 2
+    heads: int = 4
+    frame: Literal["picture", "own"] = "picture"
+    fewest: int = 64
+    splat: SplatConfig | None = None
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.tokens, self.layers, self.heads, self.fewest) < 1 or self.size % self.heads:
+            raise ConfigError(f"{self}", where="conditioner.points", mend="all counts are at least 1, and heads divide size")
+
+
+class PointsConditioner(nn.Module):
+    """context["points"] (B, N, D), rows of NaN where there is no point -> Condition.vector (B, size), tokens (B, tokens, size), map.
+
+    The result does not depend on the order of the points, nor on how many rows of NaN follow them.
+    Source: Qi et al. 2017 (arXiv:1612.00593); Jaegle et al. 2021 (arXiv:2103.03206).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: PointsConfig, *, dimensions: int) -> None:
+        super().__init__()
+        self.config, self.dimensions, self.dropout = config, dimensions, config.dropout
+        self.sizes = ContextSizes(vector=config.size, tokens=config.size, spatial=2 if config.splat is not None else 0)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
+        self.point = nn.Sequential(
+            nn.Linear(dimensions * (1 + 2 * 6), config.size), nn.GELU(), nn.Linear(config.size, config.size), nn.GELU()
+        )
+        self.latents = nn.Parameter(torch.randn(config.tokens, config.size) * 0.02)
+        self.nothing = nn.Parameter(torch.randn(config.tokens, config.size) * 0.02)
+        self.gather = nn.MultiheadAttention(config.size, config.heads, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            config.size, config.heads, 4 * config.size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerEncoder(
+            layer, config.layers, norm=nn.LayerNorm(config.size), enable_nested_tensor=False
+        )
+        self.summary = nn.Linear(2 * config.size, config.size)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        if "points" not in context:
+            return self.null(batch_size)
+        points = context["points"].to(self.nothing.device)
+        absent = points.isnan().any(2)
+        missing = absent.all(1)
+        absent = absent & ~missing[:, None]  # attention over nothing has no value
+        points = framed(points, self.config.frame).nan_to_num(0.0)
+        features = self.point(self._encoded(points))
+        gathered, _ = self.gather(
+            self.latents.expand(len(points), -1, -1), features, features, key_padding_mask=absent, need_weights=False
+        )
+        tokens = self.transformer(self.latents + gathered)
+        highest = features.masked_fill(absent[..., None], -math.inf).amax(1)
+        slots = Condition(
+            vector=self.summary(torch.cat([tokens.mean(1), highest], dim=1)),
+            tokens=tokens,
+            spatial=self._splatted(points, absent),
+        )
+        return slots.replaced_where(missing, self.null(batch_size))
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        tokens = self.nothing.expand(batch_size, -1, -1)
+        spatial = None if self.config.splat is None else tokens.new_zeros(batch_size, 2, 1, 1)
+        mean = tokens.mean(1)
+        return Condition(vector=self.summary(torch.cat([mean, mean], dim=1)), tokens=tokens, spatial=spatial)
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """Training clouds thinned to a random number of points; keyed by the samples' numbers."""
+        if "points" not in context:
+            return {}
+        points = context["points"]
+        count, most = points.shape[:2]
+        draws = randomness.uniform(seed, "points", first=first, count=count, per_item=most + 1).to(points)
+        share = self.config.fewest / most + (1 - self.config.fewest / most) * draws[:, :1]
+        rank = draws[:, 1:].argsort(1).argsort(1)
+        return {"points": points.masked_fill((rank >= (share * most).clamp(min=1))[..., None], torch.nan)}
+
+    def _encoded(self, points: Tensor) -> Tensor:
+        """Coordinates with their sines and cosines: (B, N, D) -> (B, N, 13 D)."""
+        angles = (points[..., None] * self.frequencies).flatten(2)
+        return torch.cat([points, angles.sin(), angles.cos()], dim=2)
+
+    def _splatted(self, points: Tensor, absent: Tensor) -> Tensor | None:
+        """Maps (B, 2, side, side): how near the nearest point is, 1 on it and 0 far away; and 1 throughout."""
+        splat = self.config.splat
+        if splat is None:
+            return None
+        places = (torch.arange(splat.side, device=points.device, dtype=points.dtype) + 0.5) * (2 / splat.side) - 1
+        scale = splat.side / 2 / splat.width
+        x = torch.exp(-0.5 * ((points[..., :1] - places) * scale) ** 2) * (~absent[..., None])
+        y = torch.exp(-0.5 * ((points[..., 1:2] + places) * scale) ** 2)
+        spots = torch.einsum("bnh,bnw->bhw", y, x).clamp(max=1)[:, None]
+        return torch.cat([spots, torch.ones_like(spots)], dim=1)
+
+
+def framed(points: Tensor, frame: str) -> Tensor:
+    """Points (B, N, D) in the frame that the model was trained on; coordinates beyond the third are features, and stay."""
+    if frame == "picture":
+        return points
+    space = points[..., :3]
+    low, high = (space.nan_to_num(bound).amin(1, keepdim=True) if bound > 0 else space.nan_to_num(bound).amax(1, keepdim=True)
+                 for bound in (math.inf, -math.inf))  # fmt: skip
+    half = ((high - low) / 2).amax(2, keepdim=True).clamp(min=1e-6)
+    return torch.cat([(space - (low + high) / 2) / half, points[..., 3:]], dim=2)

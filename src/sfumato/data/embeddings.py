@@ -1,0 +1,86 @@
+"""What a frozen text encoder made of texts, kept on disk under the hash of the text, a folder for each encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, MutableMapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.data.cache import ArrayCache, Writer
+
+COMMIT_EVERY = 256
+RECENT = 100_000  # texts held in memory
+
+
+class Kept(NamedTuple):
+    """A text's summary (D,) and its tokens (n, D), float32."""
+
+    vector: Tensor
+    tokens: Tensor
+
+
+class EmbeddingStore(MutableMapping[str, Kept]):
+    """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; what comes after the last is made again."""
+
+    def __init__(self, encoder: str) -> None:
+        """`encoder` is a hash of what an embedding depends on beside the text."""
+        self.encoder = encoder
+        self._recent: dict[str, Kept] = {}
+        self._new: list[str] = []
+
+    @cached_property
+    def _cache(self) -> ArrayCache:
+        return ArrayCache.open("embeddings", self.encoder)
+
+    def __getitem__(self, text: str) -> Kept:
+        if text not in self._recent:
+            record = self._cache.records[_key(text)]
+            vector, tokens = (self._array(*record.arrays[name]) for name in ("vector", "tokens"))
+            self._hold(text, Kept(vector, tokens))
+        return self._recent[text]
+
+    def __setitem__(self, text: str, embedded: Kept) -> None:
+        self._hold(text, embedded)
+        self._new.append(text)
+        if len(self._new) >= COMMIT_EVERY:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what is new; a disk that is full costs time and nothing else."""
+        try:
+            writer = Writer(self._cache)
+            for text in self._new:
+                vector, tokens = self._recent[text]
+                writer.add(_key(text), {}, {"vector": vector.numpy(), "tokens": tokens.numpy()})
+            writer.commit()
+        except OSError:
+            pass
+        self._new.clear()
+
+    def __contains__(self, text: object) -> bool:
+        return text in self._recent or _key(str(text)) in self._cache.records
+
+    def __delitem__(self, text: str) -> None:
+        raise TypeError("embeddings are only ever added")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._recent)
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def _array(self, file: str, row: int) -> Tensor:
+        return torch.from_numpy(self._cache.map(file)[row].copy())
+
+    def _hold(self, text: str, embedded: Kept) -> None:
+        if len(self._recent) >= RECENT and not self._new:
+            self._recent.clear()
+        self._recent[text] = embedded
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]

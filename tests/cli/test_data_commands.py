@@ -1,0 +1,320 @@
+"""The data verbs and `train --dry-run` on tiny folders: what they say and write, that they change nothing, and how they fail."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import Result, sfumato
+
+from sfumato import config
+from sfumato.config import load_yaml
+from sfumato.data import source_at
+from sfumato.recipes import Run, resolve
+from sfumato.training import Trainer
+
+CAPTIONS = ["a red fox in snow", "a red apple on a table", "an arctic fox asleep", "green apples in a bowl"]
+WAYS = [["data", "check"], ["data", "coverage", "--prompt", "fox"], ["data", "cache"], ["train", "--dry-run"], ["train"]]
+SMALL = ["network.channels=32", "network.multipliers=[1,1]", "network.attention_depths=[1]", "network.head_channels=32",
+         "network.blocks=1", "batch_size=4", "precision=float32", "data.workers=0"]  # fmt: skip
+
+
+def tiles(seed: int, size: int = 16) -> bytes:
+    """A picture with sharp edges, unlike that of any other seed."""
+    values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(root: Path, name: str, data: bytes, caption: str | None = None) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve captioned pictures in two categories; the working directory and the cache are empty."""
+    for number in range(12):
+        put(tmp_path / "pets", f"{'ab'[number % 2]}/{number:02d}.png", tiles(number), CAPTIONS[number % 4])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "pets"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(result: Result, what: str, *, where: object = "", mend: str) -> None:
+    """Exit code 2, nothing on standard output, and a message that says what, where and how to mend it."""
+    assert result.code == 2
+    assert result.out == ""
+    assert f"error: {where}" in result.err
+    assert what in result.err
+    assert f"\n  mend: {mend}" in result.err
+    assert "Traceback" not in result.err
+
+
+# --- check ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_check_reports_and_changes_nothing(pictures: Path) -> None:
+    put(pictures, "a/broken.png", b"")
+    put(pictures, "a/twin.png", tiles(0))
+    before = contents(pictures)
+    result = sfumato("data", "check", pictures)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0] == "14 pictures, 13 readable, 12 without copies"
+    assert any(line.split()[:2] == ["1", "unreadable"] for line in lines)
+    assert any(line.split()[:2] == ["2", "duplicate"] for line in lines)
+    assert lines[-3:] == [f"data-check/pets/{name}" for name in ("data_report.html", "data.json", "rejects.txt")]
+    assert contents(pictures) == before
+    assert sorted(contents(Path("."))) == sorted(lines[-3:])
+
+
+def test_check_writes_where_it_is_told_and_judges_by_the_resolution(pictures: Path, tmp_path: Path) -> None:
+    for resolution, found in ((16, 0), (17, 12)):
+        result = sfumato("data", "check", pictures, "--out", tmp_path / "out", "--resolution", resolution)
+        assert result.code == 0
+        data = json.loads((tmp_path / "out" / "data.json").read_text())
+        assert len(data["issues"].get("upscaled", [])) == found
+        assert data["resolution"] == resolution
+    assert contents(Path(".")) == {}
+
+
+def test_the_reject_list_goes_straight_into_training(pictures: Path, tmp_path: Path) -> None:
+    put(pictures, "a/broken.png", b"")
+    put(pictures, "a/twin.png", tiles(0), CAPTIONS[0])
+    sfumato("data", "check", pictures, "--out", tmp_path / "out")
+    result = sfumato("train", pictures, f"data.exclude={tmp_path / 'out' / 'rejects.txt'}", *SMALL, "--dry-run")
+    assert result.code == 0
+    assert ", 2 left out\n" in result.out
+
+
+def test_check_of_pictures_that_cannot_be_read_lists_them(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / "set", f"{number}.png", b"<html>")
+    result = sfumato("data", "check", tmp_path / "set", "--out", tmp_path / "out")
+    assert result.code == 0
+    assert "3 pictures, 0 readable" in result.out
+    assert "3 unreadable" in result.out
+    assert "No picture can be read: there is nothing to learn from." in result.out
+    assert (tmp_path / "out" / "rejects.txt").read_text().count("not a picture in a known format") == 3
+
+
+# --- coverage ------------------------------------------------------------------------------------------------------------------
+
+
+def test_coverage_tells_seen_never_together_and_unseen_apart(pictures: Path) -> None:
+    result = sfumato(
+        "data", "coverage", pictures, "--prompt", "red fox", "--prompt", "a green fox", "--prompt", "a red hedgehog"
+    )
+    assert result.code == 0
+    assert "“red fox”: seen: 3 of 12 captions hold all of its words" in result.out
+    assert "“a green fox”: every part seen, but never together" in result.out
+    assert "“a red hedgehog”: unseen words" in result.out
+    assert "  words: green 3, fox 6\n  together: green + fox 0\n" in result.out
+    assert "a red fox in snow  (a/00.png)" in result.out
+    for number, slug in enumerate(("red-fox", "a-green-fox", "a-red-hedgehog")):
+        path = Path(f"data-check/pets/coverage-{number:02d}-{slug}.png")
+        assert f"{path}\n" in result.out
+        with Image.open(path) as sheet:
+            assert sheet.width > sheet.height
+
+
+def test_coverage_goes_by_categories_where_there_are_no_captions(tmp_path: Path) -> None:
+    for number, category in enumerate(("cat", "dog")):
+        put(tmp_path / "set", f"{category}/1.png", tiles(number))
+    result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "a dog", "--out", tmp_path / "out")
+    assert "seen: 1 of 2" in result.out
+
+
+def test_held_out_captions_teach_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "set", "train/1.png", tiles(1), "a red fox")
+    put(tmp_path / "set", "test/2.png", tiles(2), "a blue whale")
+    result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "whale", "--out", tmp_path / "out")
+    assert "unseen words" in result.out
+    assert "1.png" not in result.out
+
+
+def test_coverage_without_any_words_says_what_is_missing(tmp_path: Path) -> None:
+    put(tmp_path / "set", "1.png", tiles(1))
+    result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "fox")
+    refused(result, "has neither captions nor categories", where=tmp_path / "set", mend="put a .txt file beside each picture")
+
+
+@pytest.mark.parametrize("prompt", ["", "!!!", "../../escape", "x" * 100_000, "狐", "🦊"])
+def test_odd_prompts_are_answered_and_write_inside_their_folder(pictures: Path, tmp_path: Path, prompt: str) -> None:
+    result = sfumato("data", "coverage", pictures, "--prompt", prompt, "--prompt", "fox", "--out", tmp_path / "out")
+    assert result.code == 0
+    assert "unseen words" in result.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["coverage-01-fox.png"]
+
+
+def test_coverage_asks_for_a_prompt(pictures: Path) -> None:
+    result = sfumato("data", "coverage", pictures)
+    assert result.code == 2
+    assert "--prompt" in result.err
+
+
+def test_captions_and_names_cannot_command_the_terminal(tmp_path: Path) -> None:
+    put(tmp_path / "set", "fine/1.png", tiles(1), "a fox \x1b]0;owned\x07\u202egnp.exe")
+    put(tmp_path / "set", "b\x1b]0;owned\x07/fox\x9b2J.png", tiles(2))
+    for arguments in (["coverage", tmp_path / "set", "--prompt", "fox"], ["check", tmp_path / "set"]):
+        result = sfumato("data", *arguments, "--out", tmp_path / "out")
+        assert result.code == 0
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(result.out + result.err)
+    again = sfumato("data", "coverage", tmp_path / "set", "--prompt", "fox", "--out", tmp_path / "out")
+    assert "\N{REPLACEMENT CHARACTER}" in again.out
+
+
+# --- convert -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pets.parquet", "pets.tar"])
+def test_convert_keeps_pictures_captions_and_categories(pictures: Path, tmp_path: Path, name: str) -> None:
+    result = sfumato("data", "convert", pictures, tmp_path / name)
+    assert (result.code, result.out) == (0, f"{tmp_path / name}\n")
+    before, after = (
+        {(entry.image.read(), entry.captions, entry.category) for entry in source_at(str(place)).listing().entries}
+        for place in (pictures, tmp_path / name)
+    )
+    assert before == after
+    assert len(after) == 12
+
+
+def test_convert_writes_the_same_bytes_each_time(pictures: Path, tmp_path: Path) -> None:
+    for kind in ("parquet", "webdataset"):
+        for time in ("first", "second"):
+            assert sfumato("data", "convert", pictures, tmp_path / f"{kind}-{time}", "--to", kind).code == 0
+        assert contents(tmp_path / f"{kind}-first") == contents(tmp_path / f"{kind}-second")
+
+
+def test_convert_does_not_write_over_anything(pictures: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pets.parquet"
+    target.write_text("precious")
+    refused(sfumato("data", "convert", pictures, target), "exists already", where=target, mend="name a new file")
+    assert target.read_text() == "precious"
+
+
+def test_convert_names_the_kinds_that_it_knows(pictures: Path, tmp_path: Path) -> None:
+    for arguments in ([tmp_path / "pets.rar"], [tmp_path / "out", "--to", "rar"]):
+        refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", mend="use --to parquet or")
+    assert not list(tmp_path.glob("pets.rar"))
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_cache_decodes_ahead_of_training(pictures: Path, tmp_path: Path) -> None:
+    put(pictures, "a/broken.png", b"")
+    result = sfumato("data", "cache", pictures)
+    assert result.code == 0
+    assert result.out == f"12 pictures, 1 left out; cache: {tmp_path / 'cache'}\n"
+    kept = contents(tmp_path / "cache")
+    assert kept
+    assert sfumato("data", "cache", pictures).out == result.out
+    assert contents(tmp_path / "cache") == kept
+    assert sfumato("data", "cache", pictures, "data.resolution=8").code == 0
+    assert contents(tmp_path / "cache").keys() > kept.keys()
+
+
+def test_cache_takes_recipes_and_refuses_keys_that_are_none(pictures: Path) -> None:
+    assert sfumato("data", "cache", "digits").out.startswith("1797 pictures, 0 left out")
+    refused(sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, mend="")
+
+
+# --- wrong sources -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_a_path_that_is_not_there(tmp_path: Path, way: list[str]) -> None:
+    result = sfumato(*way[:2] if way[0] == "data" else way[:1], tmp_path / "nowhere", *way[2 if way[0] == "data" else 1 :])
+    assert result.code == 2
+    assert str(tmp_path / "nowhere") in result.err
+    assert "no such" in result.err or "is no recipe" in result.err
+    assert "\n  mend: " in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("empty", "holds no pictures"),
+        ("note.txt", "is a file of no kind that holds pictures"),
+        ("fake.zip", ""),
+        ("fake.npz", ""),
+        ("fake.tar", ""),
+        ("fake.parquet", ""),
+    ],
+)
+def test_a_path_that_holds_no_pictures(tmp_path: Path, way: list[str], name: str, what: str) -> None:
+    (tmp_path / "empty").mkdir()
+    if name != "empty":
+        (tmp_path / name).write_text("hello")
+    verb, options = (way[:2], way[2:]) if way[0] == "data" else (way[:1], way[1:])
+    refused(sfumato(*verb, tmp_path / name, *options), what, where=tmp_path / name, mend="")
+
+
+def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
+    refused(
+        sfumato("data", "convert", tmp_path / "nowhere", tmp_path / "out.tar"), "no such file", where=tmp_path / "nowhere",
+        mend="check the path",
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- train --dry-run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Trainer) -> None:
+        raise AssertionError("a dry run trains nothing")
+
+    monkeypatch.setattr(Trainer, "run", fail)
+
+
+def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configuration(pictures: Path, no_training: None) -> None:
+    before = contents(pictures)
+    result = sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run")
+    assert result.code == 0, result.err
+    notes = [line for line in result.out.splitlines() if line.startswith("# ")]
+    assert notes[0].startswith("# chosen: 12 pictures on ")
+    assert any(line.startswith("# chosen: steered by 2 categories") for line in notes)
+    assert any("pictures to learn from, " in line and line.endswith(", 0 left out") for line in notes)
+    assert any(line.startswith("# 2 categories; ") for line in notes)
+    assert any(line.startswith("# predicted: 8 steps of ") for line in notes)
+    assert any(line.startswith("# predicted: ") and line.endswith(" GiB of disk") for line in notes)
+    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve(pictures, [*SMALL, "budget.steps=8"])
+    assert contents(pictures) == before
+    assert contents(Path(".")) == {}
+
+
+def test_what_a_dry_run_prints_is_a_recipe(pictures: Path, tmp_path: Path, no_training: None) -> None:
+    printed = sfumato("train", pictures, *SMALL, "--dry-run").out
+    (tmp_path / "mine.yaml").write_text(printed)
+    again = sfumato("train", tmp_path / "mine.yaml", "--dry-run")
+    assert again.code == 0
+    assert "# chosen" not in again.out  # the file is the choice
+    assert load_yaml(again.out, where="again") == load_yaml(printed, where="printed")
+
+
+def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: Path, no_training: None) -> None:
+    put(tmp_path / "one", "1.png", tiles(1))
+    result = sfumato("train", tmp_path / "one", *SMALL, "--dry-run")
+    refused(result, "1 different readable pictures", where=tmp_path / "one", mend="at least two are needed")
+    result = sfumato("train", pictures, "network.channels=33", "--dry-run")
+    assert result.code == 2
+    assert "channels" in result.err
+    result = sfumato("train", pictures, "data.exclude=nowhere.txt", "--dry-run")
+    refused(result, "cannot be read", where="nowhere.txt", mend="name a text file")

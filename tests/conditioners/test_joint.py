@@ -1,0 +1,198 @@
+"""Conditions side by side: shapes add up, null is null in every part, and each part is dropped by its own draw, keyed by sample."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfumato import randomness
+from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
+from sfumato.conditioners import AugmentationConditioner, CategoryConditioner, CategoryConfig, Joint
+from sfumato.errors import ShapeError
+
+
+def tokens(length: int, *, value: float = 1.0, mask: list[bool] | None = None, batch: int = 2) -> Condition:
+    """`length` tokens of 3 channels for each picture."""
+    kept = None if mask is None else torch.tensor(mask).expand(batch, length)
+    return Condition(tokens=torch.full((batch, length, 3), value), token_mask=kept)
+
+
+def filled(*, vector: int = 0, length: int = 0, maps: int = 0, value: float = 1.0, batch: int = 2) -> Condition:
+    """A condition whose slots have so many channels or tokens; 0 leaves a slot empty."""
+    return Condition(
+        vector=torch.full((batch, vector), value) if vector else None,
+        tokens=torch.full((batch, length, 3), value) if length else None,
+        spatial=torch.full((batch, maps, 4, 4), value) if maps else None,
+    )
+
+
+def same(a: Condition, b: Condition) -> bool:
+    return a.slots().keys() == b.slots().keys() and all(torch.equal(slot, b.slots()[name]) for name, slot in a.slots().items())
+
+
+# --- Condition.beside ----------------------------------------------------------------------------------------------------------
+
+
+def test_vectors_and_maps_lie_side_by_side_by_channels() -> None:
+    both = filled(vector=2, maps=1).beside(filled(vector=3, maps=2, value=5.0))
+    assert both.vector.tolist() == [[1, 1, 5, 5, 5]] * 2
+    assert both.spatial.shape == (2, 3, 4, 4)
+    assert both.spatial[0, :, 0, 0].tolist() == [1, 5, 5]
+
+
+def test_tokens_follow_one_another() -> None:
+    both = tokens(2).beside(tokens(3, value=5.0))
+    assert both.tokens[0, :, 0].tolist() == [1, 1, 5, 5, 5]
+    assert both.token_mask is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mask"),
+    [
+        (tokens(2, mask=[True, False]), tokens(1), [True, False, True]),
+        (tokens(1), tokens(2, mask=[True, False]), [True, True, False]),
+        (tokens(1, mask=[False]), tokens(2, mask=[True, False]), [False, True, False]),
+    ],
+)
+def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(first: Condition, second: Condition, mask: list) -> None:
+    both = first.beside(second)
+    assert both.token_mask.tolist() == [mask] * 2
+    assert both.token_mask.dtype == torch.bool
+
+
+def test_a_mask_is_kept_beside_a_condition_without_tokens() -> None:
+    masked = tokens(2, mask=[True, False])
+    assert same(masked.beside(filled(vector=2)), Condition(**masked.slots(), **filled(vector=2).slots()))
+
+
+def test_different_slots_are_all_kept() -> None:
+    both = filled(vector=2).beside(filled(length=4)).beside(filled(maps=1))
+    assert {name: tuple(slot.shape) for name, slot in both.slots().items()} == {
+        "vector": (2, 2), "tokens": (2, 4, 3), "spatial": (2, 1, 4, 4),
+    }  # fmt: skip
+
+
+def test_nothing_beside_a_condition_is_the_condition() -> None:
+    some = filled(vector=2, length=1, maps=1)
+    assert same(some.beside(NO_CONDITION), some)
+    assert same(NO_CONDITION.beside(some), some)
+    assert NO_CONDITION.beside(NO_CONDITION) == NO_CONDITION
+
+
+def test_the_first_ones_dtype_is_taken_and_neither_is_changed() -> None:
+    first, second = filled(vector=1).map(torch.Tensor.double), filled(vector=1)
+    assert first.beside(second).vector.dtype == torch.float64
+    masked, plain = tokens(1, mask=[True]), tokens(1)
+    masked.beside(plain)
+    assert plain.token_mask is None
+
+
+sizes = st.fixed_dictionaries({"vector": st.integers(0, 3), "length": st.integers(0, 3), "maps": st.integers(0, 2)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=sizes, second=sizes, third=sizes)
+def test_the_sizes_of_both_together_are_those_of_the_condition_together(first: dict, second: dict, third: dict) -> None:
+    a, b, c = (filled(**size, value=float(number)) for number, size in enumerate((first, second, third)))
+    assert ContextSizes.of(a).beside(ContextSizes.of(b)) == ContextSizes.of(a.beside(b))
+    assert same(a.beside(b).beside(c), a.beside(b.beside(c)))
+
+
+def test_tokens_of_two_sizes_are_refused() -> None:
+    with pytest.raises(ShapeError, match="tokens of 3 and 4 channels"):
+        ContextSizes(tokens=3).beside(ContextSizes(tokens=4))
+    assert ContextSizes(tokens=3).beside(ContextSizes(tokens=3)).tokens == 3
+    assert ContextSizes(tokens=3).beside(NO_CONTEXT) == NO_CONTEXT.beside(ContextSizes(tokens=3)) == ContextSizes(tokens=3)
+
+
+# --- Joint ---------------------------------------------------------------------------------------------------------------------
+
+CATEGORIES = torch.tensor([0, 1, 2, 0])
+CHANGES = torch.arange(8.0).view(4, 2) + 1
+
+
+def category(dropout: float = 0.1, *, size: int = 3) -> CategoryConditioner:
+    return CategoryConditioner(CategoryConfig(size=size, dropout=dropout), categories=3)
+
+
+def with_augmentation(dropout: float = 0.1) -> Joint:
+    return Joint({"category": category(dropout), "augmentation": AugmentationConditioner(labels=2)})
+
+
+def two(first: float, second: float) -> Joint:
+    """Two parts that can both be dropped: channels 0 to 2, and 3 to 7."""
+    return Joint({"kind": category(first), "style": category(second, size=5)})
+
+
+def test_sizes_and_shapes_add_up() -> None:
+    joint = with_augmentation()
+    made = joint({"category": CATEGORIES, "augmentation": CHANGES}, 4)
+    assert joint.sizes == ContextSizes(vector=5) == ContextSizes.of(made)
+    assert made.vector.shape == (4, 5)
+    assert torch.equal(made.vector[:, 3:], CHANGES)
+    assert ContextSizes.of(joint.null(4)) == joint.sizes
+
+
+def test_null_is_the_null_of_every_part_and_what_an_empty_context_gives() -> None:
+    joint = with_augmentation()
+    assert same(joint.null(4), joint({}, 4))
+    assert torch.equal(joint.null(4).vector[:, :3], joint.parts["category"].null(4).vector)
+    assert (joint.null(4).vector[:, 3:] == 0).all()
+
+
+def test_one_part_may_be_known_and_another_not() -> None:
+    joint = with_augmentation()
+    assert torch.equal(joint({"category": CATEGORIES}, 4).vector[:, 3:], torch.zeros(4, 2))
+    known = joint({"augmentation": CHANGES}, 4).vector
+    assert torch.equal(known[:, :3], joint.null(4).vector[:, :3])
+    assert torch.equal(known[:, 3:], CHANGES)
+
+
+def test_each_part_is_dropped_by_its_own_draw() -> None:
+    joint = two(0.5, 0.25)
+    kept, null = joint({"category": CATEGORIES}, 4).vector, joint.null(4).vector
+    draws = torch.tensor([[0.4, 0.3], [0.6, 0.2], [0.4, 0.2], [0.5, 0.25]])
+    mixed = joint({"category": CATEGORIES}, 4, draws=draws).vector
+    for row, (first, second) in enumerate([(True, False), (False, True), (True, True), (False, False)]):
+        assert torch.equal(mixed[row, :3], (null if first else kept)[row, :3])
+        assert torch.equal(mixed[row, 3:], (null if second else kept)[row, 3:])
+
+
+def test_what_was_done_to_a_picture_is_told_even_where_the_category_is_dropped() -> None:
+    joint = with_augmentation(dropout=1.0)
+    made = joint({"category": CATEGORIES, "augmentation": CHANGES}, 4, draws=torch.zeros(4, 2)).vector
+    assert torch.equal(made[:, 3:], CHANGES)
+    assert torch.equal(made[:, :3], joint.null(4).vector[:, :3])
+
+
+def dropped(first: int, count: int, *, seed: int = 0) -> torch.Tensor:
+    """Which of two parts are dropped, (count, 2), for samples from `first` on, drawn as training draws."""
+    joint = two(0.3, 0.6)
+    draws = randomness.uniform(seed, "condition dropout", first=first, count=count, per_item=2)
+    context = {"category": torch.zeros(count, dtype=torch.int64)}
+    same_as_null = joint(context, count, draws=draws).vector == joint.null(count).vector
+    return torch.stack([same_as_null[:, :3].all(1), same_as_null[:, 3:].all(1)], dim=1)
+
+
+def test_dropout_is_independent_for_each_part_with_its_own_share() -> None:
+    count = 4000
+    first, second = dropped(0, count).double().T
+    spread = 0.5 / count**0.5
+    assert abs(first.mean() - 0.3) < 4 * spread
+    assert abs(second.mean() - 0.6) < 4 * spread
+    assert abs((first * second).mean() - 0.3 * 0.6) < 4 * spread  # both by chance only
+
+
+def test_dropout_belongs_to_the_sample_whatever_batch_it_is_in() -> None:
+    whole = dropped(100, 60)
+    assert torch.equal(torch.cat([dropped(100 + begin, 7) for begin in range(0, 60, 7)])[:60], whole)
+    assert not torch.equal(dropped(101, 60), whole)
+    assert not torch.equal(dropped(100, 60, seed=1), whole)
+
+
+def test_gradients_reach_the_parts_that_were_not_dropped() -> None:
+    joint = two(0.5, 0.5)
+    joint({"category": torch.tensor([1])}, 1, draws=torch.tensor([[0.1, 0.9]])).vector.sum().backward()
+    kind, style = (joint.parts[name].embedding.weight.grad for name in ("kind", "style"))
+    assert kind.abs().sum(1).tolist() == [0, 0, 0, 3]  # the null vector learns instead
+    assert style.abs().sum(1).tolist() == [0, 5, 0, 0]

@@ -1,0 +1,346 @@
+"""Decoded pixels are kept: what changed is decoded again, alone; what is damaged is made again; what is there is never trusted blindly."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from containers import put
+from encoded import encoded, noise
+
+from sfumato.data import DataConfig, Dataset, Folder, cache, index, indexing
+from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.errors import DataError
+
+SIDE = 4
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The pictures that were decoded, in order."""
+    seen: list[bytes] = []
+    decode = indexing.decode
+
+    def spy(data: bytes, *arguments, **options):
+        seen.append(data)
+        return decode(data, *arguments, **options)
+
+    monkeypatch.setattr(indexing, "decode", spy)
+    return seen
+
+
+def picture(seed: int) -> bytes:
+    return encoded(noise(SIDE, SIDE, seed=seed))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return put(tmp_path / "photos", {f"{i:02d}.png": picture(i) for i in range(12)})
+
+
+def opened(root: Path, **options) -> Dataset:
+    return index(DataConfig(source=Folder(str(root)), **{"resolution": SIDE} | options))
+
+
+def right(dataset: Dataset, seeds: list[int] | range = range(12)) -> bool:
+    pixels = dataset.images(np.arange(len(dataset.entries)))[0].numpy()
+    return bool((pixels.transpose(0, 2, 3, 1) == np.stack([noise(SIDE, SIDE, seed=seed) for seed in seeds])).all())
+
+
+def segments(home: Path) -> list[Path]:
+    return sorted(home.glob("pixels/*/segment-*"))
+
+
+def test_what_is_kept_is_not_decoded_again(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    first = opened(photos)
+    assert len(decoded) == 12
+    again = opened(photos)
+    assert len(decoded) == 12
+    assert right(first)
+    assert right(again)
+    assert again.fingerprint == first.fingerprint
+    assert again.summary() == first.summary()
+
+
+def test_an_edited_picture_is_decoded_again_alone(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    decoded.clear()
+    (photos / "05.png").write_bytes(picture(99))
+    assert right(opened(photos), [*range(5), 99, *range(6, 12)])
+    assert decoded == [picture(99)]
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    decoded.clear()
+    path, other = photos / "05.png", bytearray(encoded(noise(SIDE, SIDE, seed=5), compress_level=0))
+    path.write_bytes(other)
+    opened(photos)
+    state = path.stat()
+    changed = encoded(noise(SIDE, SIDE, seed=98), compress_level=0)
+    assert len(changed) == state.st_size
+    path.write_bytes(changed)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert right(opened(photos), [*range(5), 98, *range(6, 12)])
+
+
+def test_new_names_and_deleted_pictures_need_no_decoding(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    decoded.clear()
+    (photos / "00.png").rename(photos / "99.png")
+    (photos / "03.png").unlink()
+    assert right(opened(photos), [1, 2, *range(4, 12), 0])
+    assert decoded == []
+
+
+def test_a_picture_in_another_container_is_known(home: Path, photos: Path, decoded: list[bytes], tmp_path: Path) -> None:
+    from containers import zipped
+
+    from sfumato.data import Zip
+
+    opened(photos)
+    decoded.clear()
+    source = Zip(str(zipped(tmp_path / "x.zip", {path.name: path.read_bytes() for path in sorted(photos.iterdir())})))
+    assert right(index(DataConfig(source=source, resolution=SIDE)))
+    assert decoded == []
+
+
+@pytest.mark.parametrize("change", [{"resolution": 3}, {"channels": 1}, {"bits": 16}, {"background": (0, 0, 0)}])
+def test_another_format_is_kept_apart_and_the_first_stays(change: dict, home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    other = opened(photos, **change)
+    assert len(decoded) == 24
+    direct = opened(photos, cache="off", **change)
+    assert torch.equal(other.images(np.arange(12))[0], direct.images(np.arange(12))[0])
+    decoded.clear()
+    assert right(opened(photos))
+    opened(photos, **change)
+    assert decoded == []
+
+
+def test_another_decoder_or_format_of_the_cache_shares_nothing(
+    home: Path, photos: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(photos)
+    monkeypatch.setattr(indexing, "DECODER", indexing.DECODER + 1)
+    opened(photos)
+    assert len(decoded) == 24
+    monkeypatch.setattr(cache, "FORMAT", "test")
+    opened(photos)
+    assert len(decoded) == 36
+
+
+def biggest(segment: Path) -> Path:
+    return max(segment.glob("pixels*.bin"), key=lambda path: path.stat().st_size)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def with_record(segment: Path, facts: object, places: dict) -> None:
+    """The first picture's record, once more and wrong."""
+    path = segment / "records.jsonl"
+    key = json.loads(path.read_text().partition("\n")[0])[0]
+    path.write_text(path.read_text() + json.dumps([key, facts, places]) + "\n")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "pixels cut": lambda segment: cut(biggest(segment)),
+    "pixels empty": lambda segment: biggest(segment).write_bytes(b""),
+    "pixels gone": lambda segment: biggest(segment).unlink(),
+    "thumbnails cut": lambda segment: cut(next(segment.glob("thumbnail*"))),
+    "records gone": lambda segment: (segment / "records.jsonl").unlink(),
+    "records empty": lambda segment: (segment / "records.jsonl").write_bytes(b""),
+    "records cut": lambda segment: os.truncate(segment / "records.jsonl", 700),
+    "records in binary": lambda segment: (segment / "records.jsonl").write_bytes(bytes(range(256))),
+    "records of zeros": lambda segment: (segment / "records.jsonl").write_bytes(bytes(5000)),
+    "records of another kind": lambda segment: (segment / "records.jsonl").write_text('{"a": 1}\n[1, 2]\n'),
+    "a record without facts": lambda segment: with_record(segment, None, {}),
+    "a record of another file": lambda segment: with_record(segment, {}, {"pixels": ["x.bin", 0]}),
+    "a record of no row": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, "x"]}),
+    "a record beyond the end": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, 12]}),
+    "a record before the beginning": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, -1]}),
+    "nested records": lambda segment: (segment / "records.jsonl").write_text("[" * 100_000),
+    "a file instead of the folder": lambda segment: (segment.rename(segment.with_name("old")), segment.write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_segment_is_noticed_and_made_again(damage: str, home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    decoded.clear()
+    (segment,) = segments(home)
+    DAMAGE[damage](segment)
+    assert right(opened(photos))
+    assert sorted(decoded) == sorted(picture(i) for i in range(12))
+    decoded.clear()
+    assert right(opened(photos))
+    assert decoded == []
+
+
+def test_damage_to_one_segment_leaves_the_others(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    put(photos, {"12.png": picture(12)})
+    opened(photos)
+    decoded.clear()
+    cut(biggest(segments(home)[1]))
+    assert right(opened(photos), range(13))
+    assert decoded == [picture(12)]
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"not numpy", b"\x80\x04."])
+def test_damaged_groups_of_duplicates_are_found_again(data: bytes, home: Path, photos: Path) -> None:
+    put(photos, {"copy.png": picture(3)})
+    before = opened(photos)
+    (kept,) = home.glob("clusters/*.npy")
+    kept.write_bytes(data)
+    after = opened(photos)
+    assert (after.clusters == before.clusters).all()
+    assert after.clusters[3] == after.clusters[12]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from sfumato.data import DataConfig, Folder, index
+Path(sys.argv[2]).touch()
+while not all(Path(name).exists() for name in sys.argv[2:]):
+    pass  # begin at the same time
+for _ in range(3):
+    dataset = index(DataConfig(source=Folder(sys.argv[1]), resolution=4))
+print(dataset.fingerprint)
+"""
+
+
+def test_two_processes_may_fill_the_cache_at_the_same_time(
+    home: Path, photos: Path, decoded: list[bytes], tmp_path: Path
+) -> None:
+    ready = [str(tmp_path / "ready0"), str(tmp_path / "ready1")]
+    put(photos, {f"more{i}.png": picture(i) for i in range(100, 200)})
+    commands = [
+        [sys.executable, "-c", PROGRAM, str(photos), *ready],
+        [sys.executable, "-c", PROGRAM, str(photos), *ready[::-1]],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands]
+    said = [process.communicate(timeout=60)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    dataset = opened(photos)
+    assert said == [dataset.fingerprint + "\n"] * 2
+    assert right(dataset, [*range(12), *range(100, 200)])
+    assert decoded == []
+    assert not list(home.glob("pixels/*/.tmp-*"))
+
+
+def test_an_interrupted_run_keeps_what_it_decoded(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index(DataConfig(source=Folder(str(photos)), resolution=SIDE), on_progress=stop)
+    decoded.clear()
+    assert right(opened(photos))
+    assert decoded == [picture(i) for i in range(7, 12)]
+    assert not list(home.glob("pixels/*/.tmp-*"))
+
+
+def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    opened(photos)
+    (segment,) = segments(home)
+    segment.rename(segment.with_name(".tmp-killed"))
+    decoded.clear()
+    assert right(opened(photos))
+    assert len(decoded) == 12
+
+
+def test_pixels_are_mapped_and_cannot_be_written_through(home: Path, photos: Path) -> None:
+    dataset = opened(photos)
+    assert isinstance(dataset.gather, Gather)
+    pixels = dataset.images([0, 1])[0]
+    pixels[:] = 0
+    assert right(dataset)
+    (segment,) = segments(home)
+    mapped = dataset.gather.cache.map(f"{segment.name}/{biggest(segment).name}")
+    assert isinstance(mapped, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0] = 0
+
+
+def test_with_the_cache_off_nothing_is_written(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    for _ in range(2):
+        assert right(opened(photos, cache="off"))
+    assert len(decoded) == 24
+    assert not home.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(home: Path, photos: Path) -> None:
+    home.write_bytes(b"a file where the folder should be")
+    assert right(opened(photos))
+
+
+def test_a_nearly_full_disk_is_left_alone(home: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "CACHE_SHARE_OF_DISK", 1e-15)
+    assert right(opened(photos))
+    assert not segments(home)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error_with_a_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArrayCache.open("pixels", "test")
+    writer = Writer(store)
+    writer.add("key", {}, {"pixels": np.zeros(3, np.uint8)})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "replace", full)
+    with pytest.raises(DataError, match="No space left on device") as caught:
+        writer.commit()
+    assert "data.cache=off" in caught.value.mend
+    assert list(store.folder.iterdir()) == []
+
+
+def test_rejects_are_looked_at_each_time(home: Path, photos: Path, decoded: list[bytes]) -> None:
+    put(photos, {"bad.png": b"\x89PNG cut"})
+    assert [reject.name for reject in opened(photos).rejects] == ["bad.png"]
+    decoded.clear()
+    assert [reject.name for reject in opened(photos).rejects] == ["bad.png"]
+    assert decoded == [b"\x89PNG cut"]
+
+
+def test_notes_and_sizes_come_from_the_cache_too(home: Path, photos: Path) -> None:
+    put(photos, {"small.png": encoded(noise(3, 2)), "wide.png": encoded(noise(8, 16, seed=50))})
+    first, again = opened(photos), opened(photos)
+    assert again.notes == first.notes == {"upscaled": ["small.png"]}
+    assert again.crop_loss == first.crop_loss > 0
+
+
+def test_arrays_of_several_shapes_in_several_segments_are_gathered(home: Path) -> None:
+    store = ArrayCache.open("latents", "test")
+    expected = {}
+    for part in range(3):
+        writer = Writer(store)
+        for number in range(4):
+            key, side = f"{part}-{number}", 2 + number % 2
+            expected[key] = np.random.default_rng(10 * part + number).normal(size=(side, 3)).astype(np.float16)
+            writer.add(key, {"side": side}, {"latent": expected[key]})
+        writer.commit()
+    store = ArrayCache.open("latents", "test")
+    wanted = [key for key in sorted(expected, reverse=True) if expected[key].shape[0] == 3]
+    gather = Gather(store, [store.records[key].arrays["latent"] for key in wanted])
+    assert (gather(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])).all()
+    assert gather(np.array([], np.int64)).shape[0] == 0
+    assert {store.records[key].facts["side"] for key in wanted} == {3}
+    assert store.size_bytes() > sum(array.nbytes for array in expected.values())

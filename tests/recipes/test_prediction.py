@@ -1,0 +1,149 @@
+"""What a run is said to take is what it takes: steps exactly, disk at least, and larger runs more."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato import recipes
+from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.data import AugmentConfig, DataConfig, Folder
+from sfumato.networks import UNetConfig
+from sfumato.recipes import Run, launch
+from sfumato.recipes.prediction import Prediction, predict
+from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(COUNT):
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "PNG")
+        path = folder / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    return folder
+
+
+def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
+    settings = {
+        "name": "tiny",
+        "data": DataConfig(source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(non_leaking=0.12)),
+        "network": UNetConfig(channels=channels, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
+        "conditioner": ContextConfig(category=CategoryConfig(size=8)),
+        "optimizer": AdamWConfig(warmup_steps=2),
+        "batch_size": 8,
+        "precision": "float32",
+        "budget": Budget(steps=5),
+        "log": LogConfig(every_steps=1),
+        "validation": ValidationConfig(every_steps=100, samples=2),
+        "preview": PreviewConfig(every_steps=100, num=1),
+        "checkpoint": CheckpointConfig(every_steps=2, keep=2),
+    }
+    return Run(**{**settings, **changes})
+
+
+def predicted(run: Run) -> tuple[Prediction, int]:
+    """The prediction, and how many pictures there are to learn from."""
+    dataset = launch.open_data(run)
+    model = launch.build_model(run, launch.facts_of(run, dataset))
+    return predict(run, model, dataset, launch.facts_of(run, dataset)), len(dataset.training)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(steps=49),
+        Budget(samples=20),
+        Budget(samples=41),
+        Budget(epochs=2.5),
+        Budget(epochs=0.1),
+        Budget(steps=3, epochs=99),
+    ],
+)
+def test_the_steps_are_those_that_the_budget_allows(root: Path, budget: Budget) -> None:
+    run = tiny(root, budget=budget)
+    found, size = predicted(run)
+    taken = next(n for n in range(1, 1000) if budget.spent(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1)
+    assert found.steps == taken
+    assert found.epochs == pytest.approx(8 * taken / size)
+    assert found.seconds == pytest.approx(taken * found.step_s)
+
+
+def test_a_budget_of_minutes_is_filled(root: Path) -> None:
+    found, _ = predicted(tiny(root, budget=Budget(minutes=2)))
+    assert found.seconds == pytest.approx(120, rel=0.05)
+    assert found.steps > 50
+
+
+def test_everything_predicted_is_positive(root: Path) -> None:
+    found, _ = predicted(tiny(root))
+    assert found.step_s > 0
+    assert found.memory_gib > 0.05  # torch alone takes more
+    assert found.disk_gib > 0
+    assert found.epochs > 0
+
+
+def test_larger_networks_and_more_checkpoints_need_more_disk(root: Path) -> None:
+    small, _ = predicted(tiny(root))
+    wide, _ = predicted(tiny(root, channels=64))
+    many, _ = predicted(tiny(root, checkpoint=CheckpointConfig(keep=9)))
+    assert small.disk_gib < wide.disk_gib
+    assert small.disk_gib < many.disk_gib
+
+
+def test_memory_covers_the_weights_their_average_and_the_moments(root: Path) -> None:
+    small, _ = predicted(tiny(root))
+    run = tiny(root, channels=192)
+    wide, _ = predicted(run)
+    assert wide.memory_gib >= small.memory_gib
+    assert wide.memory_gib > 16 * launch.parameters(run) / 2**30
+
+
+def test_larger_networks_are_slower(root: Path) -> None:
+    small, _ = predicted(tiny(root))
+    wide, _ = predicted(tiny(root, channels=192))
+    assert wide.step_s > small.step_s
+
+
+def test_a_run_takes_the_steps_and_no_more_disk_than_predicted(root: Path, tmp_path: Path) -> None:
+    run = tiny(root, budget=Budget(samples=41))
+    found, _ = predicted(run)
+    path = recipes.train(run, run=tmp_path / "run")
+    assert json.loads((path / "status.json").read_text())["step"] == found.steps
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert 0.2 * found.disk_gib < size / 2**30 <= found.disk_gib
+
+
+def test_predicting_leaves_nothing_behind(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path / "here")
+    predicted(tiny(root))
+    assert list((tmp_path / "scratch").iterdir()) == list((tmp_path / "here").iterdir()) == []
+
+
+# --- in words ------------------------------------------------------------------------------------------------------------------
+
+HOUR = Prediction(step_s=0.5, steps=7200, seconds=3600.0, epochs=12.34, memory_gib=1.25, disk_gib=0.125)
+
+
+def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
+    assert HOUR.lines(1000) == [
+        "predicted: 7200 steps of 0.5 s, 1:00:00 in all; each picture seen 12.3 times",
+        "predicted: 1.2 GiB of memory, 0.12 GiB of disk",
+    ]
+
+
+@pytest.mark.parametrize(("epochs", "pictures", "warned"), [(201.0, 4999, True), (199.0, 100, False), (900.0, 5000, False)])
+def test_many_views_of_few_pictures_are_warned_of(epochs: float, pictures: int, warned: bool) -> None:
+    lines = replace(HOUR, epochs=epochs).lines(pictures)
+    assert any("watch the gap to held-out pictures" in line for line in lines) == warned

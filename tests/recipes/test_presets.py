@@ -1,0 +1,250 @@
+"""The preset follows from the data and the machine, says why, and gives way to whatever is set."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato import config as configuration
+from sfumato.conditioners import Facts
+from sfumato.data import Folder, Listing
+from sfumato.data.entry import Entry, Inline
+from sfumato.errors import ConfigError, DataError
+from sfumato.recipes import launch, resolve
+from sfumato.recipes.presets import Choice, choose
+
+
+def picture(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def listing(count: int, *, image: bytes | None = None, categories: int = 0, captions: float = 0.0) -> Listing:
+    """`count` pictures, dealt out to the categories in turn, the first share of them with a caption."""
+    blob = Inline(picture() if image is None else image)
+    return Listing(
+        [
+            Entry(
+                name=f"{number}.png", image=blob,
+                category=f"kind-{number % categories}" if categories else None,
+                captions=("some words",) if number < captions * count else (),
+            )
+            for number in range(count)
+        ],
+        [],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    """A folder that the listing may be said to come from."""
+    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my pictures" / "1.png").write_bytes(picture())
+    return str(tmp_path / "my pictures")
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    on(monkeypatch, request.param)
+    return request.param
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine == "gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imagined 9000")
+
+
+def said(choice: Choice) -> str:
+    return "\n".join(choice.reasons)
+
+
+# --- how large -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "cpu", "gpu"), [(10, 32, 96), (1_000, 32, 96), (2_000, 64, 96), (5_000, 64, 128), (100_000, 64, 128)]
+)
+def test_larger_sets_and_machines_get_larger_networks(
+    place: str, count: int, cpu: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine, width in (("cpu", cpu), ("gpu", gpu)):
+        on(monkeypatch, machine)
+        choice = choose(place, listing(count))
+        assert choice.run.network.channels == width
+        assert choice.reasons[0].startswith(f"{count} pictures on ")
+        assert f"a U-Net of {width} channels" in choice.reasons[0]
+
+
+def test_the_reason_names_the_machine(place: str, machine: str) -> None:
+    assert ("Imagined 9000" if machine == "gpu" else "CPU cores") in choose(place, listing(10)).reasons[0]
+
+
+@pytest.mark.parametrize("count", [10, 1_000, 4_999])
+def test_small_sets_are_augmented_and_dropped_out(place: str, machine: str, count: int) -> None:
+    choice = choose(place, listing(count))
+    assert choice.run.data.augment.non_leaking == 0.12
+    assert choice.run.network.dropout == 0.1
+    assert "hold off memorizing" in said(choice)
+
+
+@pytest.mark.parametrize("count", [5_000, 100_000])
+def test_large_sets_are_not(place: str, machine: str, count: int) -> None:
+    choice = choose(place, listing(count))
+    assert choice.run.data.augment.is_off
+    assert choice.run.network.dropout == 0
+    assert "memorizing" not in said(choice)
+
+
+@pytest.mark.parametrize(
+    ("side", "cpu", "gpu"), [(5, 8, 8), (8, 8, 8), (15, 8, 8), (31, 24, 24), (32, 32, 32), (64, 32, 64), (900, 32, 64)]
+)
+def test_the_resolution_is_the_pictures_up_to_what_the_machine_trains(
+    place: str, side: int, cpu: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine, resolution in (("cpu", cpu), ("gpu", gpu)):
+        on(monkeypatch, machine)
+        choice = choose(place, listing(3, image=picture(2 * side, side)))
+        assert choice.run.data.resolution == resolution
+        assert f"{resolution} px" in said(choice)
+        assert f"shorter sides are {side} px" in said(choice)
+        why = "what this machine trains in reasonable time" if side > resolution and side > 64 else ""
+        assert why in said(choice)
+
+
+@pytest.mark.parametrize("side", range(8, 72, 8))
+def test_a_network_is_built_that_fits_the_resolution(place: str, machine: str, side: int) -> None:
+    run = choose(place, listing(10, image=picture(side, side), categories=2)).run
+    assert run.data.resolution % 2 ** (len(run.network.multipliers) - 1) == 0
+    shape = (2, 3, run.data.resolution, run.data.resolution)
+    with torch.device("meta"):  # shapes only
+        model = launch.build_model(
+            run, Facts(channels=run.data.channels, categories=("a", "b"), words=("a",), augmentation=run.data.augment.labels)
+        )
+        assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("1", 1), ("LA", 1), ("RGBA", 3), ("P", 3), ("I;16", 1)])
+def test_gray_sets_have_one_channel(place: str, mode: str, channels: int) -> None:
+    image = picture(mode=mode) if mode != "I;16" else sixteen_bits()
+    choice = choose(place, listing(4, image=image))
+    assert choice.run.data.channels == channels
+    assert (
+        f"{channels} channel(s): {'all pictures looked at are gray' if channels == 1 else 'the pictures are in colour'}"
+        in said(choice)
+    )
+
+
+def sixteen_bits() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (40, 40), dtype=np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --- what it is steered by -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [10, 1_000, 100_000])
+def test_without_categories_it_is_unconditional_and_says_so(place: str, count: int) -> None:
+    choice = choose(place, listing(count))
+    assert choice.run.conditioner.reads == ()
+    assert choice.run.sampling.guidance == 1
+    assert "no categories" in said(choice)
+
+
+@pytest.mark.parametrize(("count", "categories"), [(10, 2), (1_000, 10), (100_000, 1_000)])
+def test_with_categories_it_is_steered_by_them(place: str, count: int, categories: int) -> None:
+    choice = choose(place, listing(count, categories=categories))
+    assert choice.run.conditioner is not None
+    assert choice.run.sampling.guidance > 1
+    assert f"steered by {categories} categories, from {count // categories} to {count // categories} pictures each" in said(
+        choice
+    )
+
+
+@pytest.mark.parametrize(("count", "categories"), [(10, 3), (100_000, 1_001), (10, 1)])
+def test_too_many_categories_or_a_single_one_are_left_aside(place: str, count: int, categories: int) -> None:
+    choice = choose(place, listing(count, categories=categories))
+    assert choice.run.conditioner.reads == ()
+    assert ("too many" if categories > 1 else "no categories") in said(choice)
+
+
+def test_captions_that_nothing_reads_are_mentioned(place: str) -> None:
+    assert "90% of the pictures have captions" in said(choose(place, listing(10, captions=0.9)))
+    assert "captions" not in said(choose(place, listing(10, captions=0.1)))
+
+
+# --- odd sources ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
+    choice = choose(place, listing(5, image=b"damaged"))
+    assert "no picture could be looked at" in said(choice)
+    assert choice.run.data.resolution == (64 if torch.cuda.is_available() else 32)
+
+
+def test_no_more_than_a_few_hundred_pictures_are_opened(place: str) -> None:
+    opened: list[int] = []
+
+    class Counted:
+        def read(self) -> bytes:
+            opened.append(1)
+            return image
+
+    image = picture()
+    entries = [Entry(name=f"{number}.png", image=Counted()) for number in range(10_000)]
+    choose(place, Listing(entries, []))
+    assert 100 <= len(opened) < 401
+
+
+def test_a_source_that_is_none_or_holds_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file, folder or built-in set"):
+        choose(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="holds no pictures"):
+        choose(str(tmp_path))
+
+
+def test_the_run_is_called_after_the_folder(place: str) -> None:
+    assert choose(place).run.name == "my pictures"
+    assert choose(place + "/").run.name == "my pictures"
+    assert choose(place).run.data.source == Folder(place)
+
+
+# --- overrides -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "network.channels=128",
+        "data.resolution=16",
+        "data.channels=1",
+        "batch_size=7",
+        "budget.minutes=3",
+        "data.augment.non_leaking=0",
+    ],
+)
+def test_what_is_set_wins_over_what_is_chosen(place: str, override: str) -> None:
+    key, _, value = override.partition("=")
+    changed = configuration.plain(resolve(place, [override]))
+    chosen = configuration.plain(resolve(place))
+    for part in key.split(".")[:-1]:
+        changed, chosen = changed[part], chosen[part]
+    last = key.rpartition(".")[2]
+    assert changed.pop(last) == float(value) != chosen.pop(last)
+    assert changed == chosen
+
+
+def test_overrides_may_be_a_mapping_and_a_wrong_key_names_the_nearest(place: str) -> None:
+    assert resolve(place, {"batch_size": 9}).batch_size == 9
+    with pytest.raises(ConfigError, match=r"did you mean `network\.channels`"):
+        resolve(place, ["network.chanels=48"])
+
+
+def test_the_same_data_and_machine_give_the_same_preset(place: str, machine: str) -> None:
+    made = listing(50, categories=3)
+    assert choose(place, made) == choose(place, made)
