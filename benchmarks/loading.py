@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from machine import interleaved, options
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from sfumato.data import DataConfig, Folder, Parquet, Plan, WebDataset, batches, index, source_at
 from sfumato.data.convert import convert
@@ -32,6 +32,7 @@ from sfumato.data.convert import convert
 BATCH = 64
 arguments = options(__doc__.splitlines()[0], source="", rounds=5)
 SMALL, LARGE = (2_000, 128) if arguments.quick else (10_000, 512)
+PASSES = 3  # over the pictures each time the clock runs, so that starting workers is a small part
 ROUNDS = 2 if arguments.quick else arguments.rounds
 
 
@@ -83,7 +84,7 @@ def ours(path: Path, resolution: int, workers: int, cache: str = "off") -> Calla
     source = {"": Folder, ".parquet": Parquet, ".tar": WebDataset}[path.suffix](str(path))
     dataset = index(DataConfig(source=source, resolution=resolution, cache=cache, memory_gib=0, workers=workers))
     plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
-    count = len(dataset.training) if cache == "off" else 40 * len(dataset.training)
+    count = (PASSES if cache == "off" else 40) * len(dataset.training)
     begun = itertools.count()
 
     def run() -> None:
@@ -120,12 +121,13 @@ def tensor(image: Image.Image, resolution: int) -> torch.Tensor:
 
 
 def loader_of(dataset, workers: int) -> Callable[[], None]:
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    order = RandomSampler(dataset, num_samples=PASSES * len(dataset))
+    loader = DataLoader(dataset, batch_size=BATCH, sampler=order, num_workers=workers, drop_last=True)
 
     def run() -> None:
-        read(iter(loader), len(dataset))
+        read(iter(loader), PASSES * len(dataset))
 
-    run.count = len(dataset) // BATCH * BATCH
+    run.count = PASSES * len(dataset) // BATCH * BATCH
     return run
 
 

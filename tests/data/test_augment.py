@@ -532,3 +532,46 @@ def test_what_lies_outside_is_the_mirrored_inside() -> None:
     found, _ = moved(image, drawn("shift", x=gaussian(1.0), y=0.5))  # three pixels to the right
     assert (found[..., 3:] - image[..., :-3]).abs().max() < 1e-4
     assert (found[..., :3] - image[..., :3].flip(-1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(flip="both"),
+        AugmentConfig(rotation_degrees=60),
+        AugmentConfig(crop=0.3),
+        AugmentConfig(non_leaking=0.6),
+        AugmentConfig(flip="both", rotation_degrees=30, crop=0.2),
+    ],
+)
+def test_what_lies_over_a_picture_moves_with_it(config: AugmentConfig) -> None:
+    """Points go where the spot goes that is painted at them; maps are changed as pictures are."""
+    height, width, count = 40, 56, 60
+    places = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height * 2 - 1, (torch.arange(width) + 0.5) / width * 2 - 1, indexing="ij"
+    )
+    away = ((x - places[:, 0, None, None]) * width / 2) ** 2 + ((y + places[:, 1, None, None]) * height / 2) ** 2
+    images = torch.exp(-away / 8)[:, None] * 2 - 1
+    features = torch.cat([places, torch.ones(count, 1)], dim=1)[:, None]
+    changed = augment(config, images, seed=0, first=0, along={"points": features, "doodle": images})
+    assert torch.equal(changed.moved["doodle"], changed.images)
+    weight = (changed.images[:, 0] + 1).clamp(min=0) ** 2
+    centre = torch.stack([(weight * x).sum((1, 2)), -(weight * y).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+    moved = changed.moved["points"][:, 0]
+    inside = (moved[:, :2].abs() < 0.7).all(1)
+    assert inside.sum() > 50
+    error = ((centre - moved[:, :2]) * torch.tensor([width / 2, height / 2]))[inside].norm(dim=1)
+    assert error.median() < 0.05
+    assert (moved[:, 2] == 1).all()
+
+
+def test_points_follow_quarter_turns_exactly() -> None:
+    images = torch.zeros(40, 1, 9, 9)
+    images[:, 0, 2, 3] = 1
+    point = torch.tensor([[[3.5 / 9 * 2 - 1, 1 - 2.5 / 9 * 2]]]).expand(40, -1, -1)
+    changed = augment(AugmentConfig(quarter_turns="all", flip="both"), images, seed=0, first=0, along={"points": point})
+    found = changed.images.flatten(1).argmax(1)
+    expected = torch.stack([(found % 9 + 0.5) / 9 * 2 - 1, 1 - (found // 9 + 0.5) / 9 * 2], dim=1)
+    torch.testing.assert_close(changed.moved["points"][:, 0], expected)
+    assert len({tuple(place) for place in expected.tolist()}) == 8

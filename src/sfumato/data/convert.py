@@ -23,7 +23,7 @@ from sfumato.errors import ConfigError, DataError
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
-LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "holdout")
+LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "attributes", "holdout")
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
     (NUMPY, "npy"), (b"ply", "ply"),
@@ -119,6 +119,7 @@ def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[
             if entry.category == "":
                 raise OSError(STRAY)
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
+            sample["attributes"] = dict(entry.attributes)
             for name in ("image", *LAYERS):
                 blob = getattr(entry, name)
                 if blob is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import lzma
 import math
 import os
@@ -215,6 +216,9 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
     """`attributes: {"age": 7}`, columns `attributes.age`, and `tags: ["cat", "asleep"]`, or "cat, asleep", each of which counts 1."""
     given, tags = record.get("attributes"), record.get("tags")
+    if isinstance(given, str):  # as a table keeps it
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given)
     numbers = {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
     numbers |= {name.removeprefix("attributes."): value for name, value in record.items() if name.startswith("attributes.")}
     words = tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list | tuple) else []

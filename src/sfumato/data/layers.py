@@ -48,13 +48,14 @@ class Layers:
 
     @cached_property
     def values(self) -> Tensor:
-        """Attributes (N, D), NaN where unknown."""
+        """Attributes (N, D), NaN where unknown. One that is never anything but 1 is a label, and 0 where it is not given."""
         columns = {name: number for number, name in enumerate(self.attributes)}
         values = torch.full((len(self.entries), len(columns)), torch.nan)
         for row, entry in enumerate(self.entries):
             for name, value in entry.attributes:
                 values[row, columns[name]] = value
-        return values
+        labels = ((values == 1) | values.isnan()).all(0)
+        return torch.where(labels & values.isnan(), 0.0, values)
 
     @cached_property
     def dimensions(self) -> int:

@@ -266,6 +266,12 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
         raise ValueError(str(error)[:200]) from None
 
 
+def _cell(name: str, value: Any) -> Any:
+    if name == "attributes":
+        return json.dumps(value, ensure_ascii=False) if value else None
+    return list(value) if name == "captions" else value
+
+
 class TableWriter:
     """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same values give the same bytes."""
 
@@ -291,7 +297,7 @@ class TableWriter:
             ]
             for name in self.pictures
         }
-        columns |= {name: [list(row[name]) if name == "captions" else row[name] for row in rows] for name in self.texts}
+        columns |= {name: [_cell(name, row[name]) for row in rows] for name in self.texts}
         self._writer.write_table(arrow().table(columns, schema=self.schema), row_group_size=len(rows))
 
     def close(self) -> None:
