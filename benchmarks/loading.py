@@ -4,7 +4,7 @@ Samples a second of sfumato's loader, a torch DataLoader over a PIL image folder
 batches of 64 float tensors in [-1, 1]: small PNGs (32 px) and one-megapixel JPEGs trained at 64 px; folder, parquet and tar; no
 worker and two; then sfumato from its cache, and how long a training step waits.
 
-    python benchmarks/loading.py [--quick] [--json FILE] [--source FILE.parquet]
+    python benchmarks/loading.py [--quick] [--json FILE] [--source FILE.parquet] [--cases "large folder"]
 
 Pictures come from FILE.parquet if it is given (CIFAR-10), else they are made.
 """
@@ -30,7 +30,7 @@ from sfumato.data import DataConfig, Folder, Parquet, Plan, WebDataset, batches,
 from sfumato.data.convert import convert
 
 BATCH = 64
-arguments = options(__doc__.splitlines()[0], source="", rounds=5)
+arguments = options(__doc__.splitlines()[0], source="", cases="", rounds=5)
 SMALL, LARGE = (2_000, 128) if arguments.quick else (10_000, 512)
 PASSES = 3  # over the pictures each time the clock runs, so that starting workers is a small part
 ROUNDS = 2 if arguments.quick else arguments.rounds
@@ -186,6 +186,8 @@ def main() -> None:
         paths = make(root)
         result: dict[str, dict] = {"ours": {}, "peers": {"PIL folder": {}, "datasets": {}}, "ratio": {}}
         for name, path in paths.items():
+            if not name.startswith(arguments.cases):
+                continue
             resolution = 32 if name.startswith("small") else 64
             for workers in (0, 2):
                 folder = root / name.split()[0]

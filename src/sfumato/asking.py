@@ -102,8 +102,8 @@ def settled(asked: Asked, conditioner: Joint, facts: Facts, image_shape: tuple[i
         context["category"] = _categories(asked.category, facts.categories, num)
     if asked.prompt is not None:
         context["text"] = _cycled([asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt), num, "prompt")
-        for text in {*context["text"], *([] if asked.negative is None else [asked.negative])}:
-            _say_if_cut(text, conditioner)
+    for text in {*context.get("text", ()), *([] if asked.negative is None else [asked.negative])}:
+        _say_if_cut(text, conditioner)
     if asked.attributes is not None:
         given = [asked.attributes] if isinstance(asked.attributes, Mapping) else list(asked.attributes)
         context["attributes"] = torch.stack(_cycled([_attributes(one, facts.attributes) for one in given], num, "attributes"))
@@ -205,7 +205,7 @@ def _pictures(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -
 
 def _clouds(given: Tensor | Sequence[Tensor], dimensions: int, num: int) -> Tensor:
     """(num, N, D), rows of NaN after the shorter ones."""
-    clouds = [given] if isinstance(given, Tensor) and given.ndim == 2 else list(given)
+    clouds = [cloud.float() for cloud in ([given] if isinstance(given, Tensor) and given.ndim == 2 else given)]
     for cloud in clouds:
         if cloud.ndim != 2 or cloud.shape[1] != dimensions or not 1 <= len(cloud) <= MOST_POINTS:
             raise ShapeError(
@@ -215,5 +215,5 @@ def _clouds(given: Tensor | Sequence[Tensor], dimensions: int, num: int) -> Tens
         if not cloud.isfinite().all():
             raise ShapeError("a point cloud with values that are not finite", where="sample", mend="leave those points out")
     most = max((len(cloud) for cloud in clouds), default=1)
-    padded = [torch.cat([cloud.float(), cloud.new_full((most - len(cloud), dimensions), math.nan).float()]) for cloud in clouds]
+    padded = [torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)]) for cloud in clouds]
     return torch.stack(_cycled(padded, num, "point clouds"))

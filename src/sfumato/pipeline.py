@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,6 +120,11 @@ class Pipeline:
         """Names that `category` may take; () for a model that is not steered by categories."""
         return self.facts.categories
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the contexts that steer the model."""
+        return tuple(name for name in self.model.conditioner.parts if name != "augmentation")
+
     def sample(
         self,
         num: int,
@@ -188,7 +193,8 @@ class Pipeline:
             x = levels.at(0).like(part.start).mix(part.start, noise(part.start))
             with torch.no_grad():
                 condition = self.model.conditioner(part.context, len(part.start))
-                denoiser = self._guided(part, scales, self.sampling.interval if interval is None else interval)
+                rungs = self._rungs(part, part.given, scales)
+                denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
                 if worse is not None:
                     own = worse[0].conditioner(part.context, len(x))
                     bad = Steered(denoiser=worse[0].denoiser(self.compute_dtype), condition=own)
@@ -213,27 +219,38 @@ class Pipeline:
         """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
 
         Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
+
+        Raises:
+            ConfigError, ShapeError: as `sample`, and for a picture to start from.
         """
+        if num < 1:
+            raise ShapeError(f"{num} pictures", where="sample", mend="ask for at least 1")
         device = next(self.model.parameters()).device
         conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
         requests = [
             settled(asked, conditioner, self.facts, self.image_shape, 1).rows(slice(0, 1), device) for asked in (first, last)
         ]
+        if any(request.strength != 1 or request.known is not None for request in requests):
+            raise ConfigError(
+                "a strength or a mask on the way between pictures",
+                where="sample",
+                mend="leave them out: the way begins in noise",
+            )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        given = {name for request in requests for name in request.given}
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
-        noises = [KeyedNoise(seed)(requests[0].start) for seed in seeds]
-        x = levels.at(0).sigma * torch.cat([on_the_sphere(noises[0], noises[1], float(share)) for share in shares])
+        noise = _Between(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
+        x = levels.at(0).sigma * noise(requests[0].start.expand(num, *self.image_shape))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
-            denoiser = self._guided(requests[0], scales, self.sampling.interval)
-            pictures = sample(
-                self._solver(sampler),
-                denoiser,
-                x,
-                levels,
-                condition=ends[0].between(ends[1], shares),
-                noise=KeyedNoise(seeds[0]),
+            ladders = [self._rungs(request, given, scales) for request in requests]
+            rungs = tuple(
+                Rung(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
+                for a, b in zip(*ladders, strict=True)
             )
+            denoiser = self._guided(rungs, self.sampling.interval)
+            condition = ends[0].between(ends[1], shares)
+            pictures = sample(self._solver(sampler), denoiser, x, levels, condition=condition, noise=noise)
         return to_unit(pictures).cpu()
 
     def _solver(self, sampler: str | SamplerConfig | None) -> SamplerConfig:
@@ -241,7 +258,7 @@ class Pipeline:
 
     def _scales(self, guidance: float | Mapping[str, float]) -> dict[str, float]:
         """The scale of each context."""
-        names = [name for name in self.model.conditioner.parts if name != "augmentation"]
+        names = self.reads
         given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
         for name, scale in given.items():
             if name not in names or not math.isfinite(scale):
@@ -252,24 +269,44 @@ class Pipeline:
                 )
         return {name: given.get(name, self.sampling.guidance) for name in names}
 
-    def _guided(self, part: Request, scales: Mapping[str, float], interval: tuple[float, float]) -> Denoiser:
-        """The denoiser, guided away from asking for less: contexts of one scale are stepped to together."""
-        plain = self.model.denoiser(self.compute_dtype)
-        asked = [name for name in scales if name in part.given]
+    def _rungs(self, part: Request, given: Collection[str], scales: Mapping[str, float]) -> tuple[Rung, ...]:
+        """What guidance leads away from: asking for less. Contexts of one scale are stepped to together; () where all of them are 1."""
+        asked = [name for name in scales if name in given]
         if all(scales[name] == 1 for name in asked):
             if part.negative is not None:
                 raise ConfigError(
                     "a negative prompt without guidance", where="sample", mend="give a guidance above 1, such as 3"
                 )
+            return ()
+        count = len(part.start)
+        instead = {} if part.negative is None else {"text": [part.negative] * count}
+        rungs = []
+        for number, name in enumerate(asked):
+            if not rungs or scales[name] != scales[asked[number - 1]]:
+                before = asked[:number]
+                less = {known: part.context[known] for known in before if known in part.context}
+                rungs.append(Rung(self.model.conditioner(less if "text" in before else instead | less, count), scales[name]))
+        return tuple(rungs)
+
+    def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
+        plain = self.model.denoiser(self.compute_dtype)
+        if not rungs:
             return plain
-        negative = {} if part.negative is None else {"text": [part.negative]}
-        rungs = [Rung(self.model.conditioner(negative, 1), scales[asked[0]])]
-        for number in range(1, len(asked)):
-            if scales[asked[number]] != scales[asked[number - 1]]:
-                fewer = {name: part.context[name] for name in asked[:number] if name in part.context}
-                rungs.append(Rung(self.model.conditioner(fewer, len(part.start)), scales[asked[number]]))
-        guided = ClassifierFree(denoiser=plain, rungs=tuple(rungs))
+        guided = ClassifierFree(denoiser=plain, rungs=rungs)
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Draw after draw, noises on the way from picture 0 of one seed to picture 0 of another, at `shares` of it."""
+
+    first: KeyedNoise
+    last: KeyedNoise
+    shares: Sequence[float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        a, b = self.first(x[:1]), self.last(x[:1])
+        return torch.cat([on_the_sphere(a, b, share) for share in self.shares])
 
 
 def on_the_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:

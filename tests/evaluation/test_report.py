@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sfumato.asking import Request
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation import evaluate, report
@@ -29,12 +30,14 @@ class Fake:
 
     def __init__(self, dataset: Dataset, harm) -> None:
         self.dataset, self.harm, self.asked = dataset, harm, []
+        self.reads, self.image_shape = ("category",), dataset.image_shape
 
-    def sample(self, num: int, *, category: list[str], seed: int, guidance: float, batch_size: int) -> torch.Tensor:
-        self.asked.append((num, tuple(category), seed, guidance))
+    def generate(self, request: Request, *, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+        asked = request.context["category"].tolist()
+        self.asked.append((len(asked), tuple(asked), seed, guidance))
         labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
-        pools = [self.dataset.training[(labels == number).numpy()] for number in range(len(category))]
-        chosen = [pools[i % len(pools)][i // len(pools)] for i in range(num)]
+        pools = [self.dataset.training[(labels == number).numpy()] for number in range(10)]
+        chosen = [pools[number][i // len(pools)] for i, number in enumerate(asked)]
         return (self.harm(to_float(self.dataset.images(chosen)[0])) + 1) / 2
 
 
@@ -115,7 +118,7 @@ def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, c
         fake, digits, num=30, seed=9, guidances=(1.5,), keep=lambda *given: kept.append(given),
         on_progress=lambda fraction, text: told.append(fraction),
     )  # fmt: skip
-    assert fake.asked == [(30, digits.categories, 9, 1.5)]
+    assert fake.asked == [(30, tuple(range(10)) * 3, 9, 1.5)]
     (scale, images, neighbours), *rest = kept
     assert (scale, len(images), len(neighbours.index), rest) == (1.5, 30, 30, [])
     assert told == sorted(told)

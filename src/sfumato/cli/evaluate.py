@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,8 +24,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
-    """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance."""
+    """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
+    from sfumato.evaluation import adherence_table, measure_adherence
     from sfumato.evaluation import evaluate as measure
+    from sfumato.evaluation.classifier import train_classifier
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
@@ -35,12 +38,17 @@ def evaluate(
     target = out or run / "evaluation" / "evaluation.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
+        reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
         result = measure(
             pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=bar.update,
-            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
+            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent), reader=reader,
         )  # fmt: skip
-    target.write_text(json.dumps(result.plain(), indent=1))
+        adherence = measure_adherence(pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=bar.update)
+    target.write_text(json.dumps({**result.plain(), "adherence": [asdict(row) for row in adherence]}, indent=1))
     typer.echo(table(result))
+    if adherence:
+        typer.echo("\ndoes the condition work? (each context alone, on held-out ones; then all together)")
+        typer.echo(adherence_table(adherence))
     typer.echo(f"figures: {target}\nsamples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
 
 

@@ -14,6 +14,7 @@ from sfumato.data.sources import (
     HuggingFace,
     Npz,
     Parquet,
+    Solids,
     SourceConfig,
     WebDataset,
     Zip,
@@ -22,6 +23,6 @@ from sfumato.data.sources import (
 
 __all__ = [
     "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Entry", "Folder", "HuggingFace",
-    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Source", "SourceConfig", "WebDataset", "Zip", "batches", "index",
+    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Solids", "Source", "SourceConfig", "WebDataset", "Zip", "batches", "index",
     "source_at", "to_float",
 ]  # fmt: skip

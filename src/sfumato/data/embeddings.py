@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, MutableMapping
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.cache import ArrayCache, Writer
+from sfumato.errors import DataError
 
 COMMIT_EVERY = 256
 RECENT = 100_000  # texts held in memory
@@ -51,14 +53,15 @@ class EmbeddingStore(MutableMapping[str, Kept]):
 
     def commit(self) -> None:
         """Write what is new; a disk that is full costs time and nothing else."""
-        try:
+        with contextlib.suppress(OSError, DataError):
             writer = Writer(self._cache)
-            for text in self._new:
-                vector, tokens = self._recent[text]
-                writer.add(_key(text), {}, {"vector": vector.numpy(), "tokens": tokens.numpy()})
-            writer.commit()
-        except OSError:
-            pass
+            try:
+                for text in self._new:
+                    vector, tokens = self._recent[text]
+                    writer.add(_key(text), {}, {"vector": vector.numpy(), "tokens": tokens.numpy()})
+                writer.commit()
+            except OSError:
+                writer.discard()
         self._new.clear()
 
     def __contains__(self, text: object) -> bool:

@@ -77,8 +77,9 @@ def index(
             notes.setdefault(note, []).append(entry.name)
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
     beside = Layers(entries=good, form=config.pixel_format(), shapes=shapes, names=frozenset(layers))
-    for name, reject in beside.examine():
-        notes.setdefault(f"{name}_unreadable", []).append(reject.name)
+    with quiet():
+        for name, reject in beside.examine():
+            notes.setdefault(f"{name}_unreadable", []).append(reject.name)
     return Dataset(
         config=config,
         entries=good,

