@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from sfumato.evaluation import Evaluation
+    from sfumato.data import Dataset
+    from sfumato.evaluation import Composition, Evaluation
+    from sfumato.pipeline import Pipeline
 
 PAIRS = 10
 
@@ -25,7 +29,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
-    from sfumato.evaluation import adherence_table, measure_adherence
+    from sfumato.evaluation import adherence_table, composition_table, measure_adherence
     from sfumato.evaluation import evaluate as measure
     from sfumato.evaluation.classifier import train_classifier
     from sfumato.observability.progress import ProgressBar
@@ -44,12 +48,31 @@ def evaluate(
             keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent), reader=reader,
         )  # fmt: skip
         adherence = measure_adherence(pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=bar.update)
-    target.write_text(json.dumps({**result.plain(), "adherence": [asdict(row) for row in adherence]}, indent=1))
+        composed = {name: _composed(pipeline, dataset, held, seed) for name, held in dataset.named_holdouts.items()}
+    figures = {
+        **result.plain(),
+        "adherence": [asdict(row) for row in adherence],
+        "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
+    }
+    target.write_text(json.dumps(figures, indent=1))
     typer.echo(table(result))
     if adherence:
         typer.echo("\ndoes the condition work? (each context alone, on held-out ones; then all together)")
         typer.echo(adherence_table(adherence))
+    for name, rows in composed.items():
+        if rows:
+            typer.echo(f"\ncombinations that were kept from training: {name}, {rows[0].prompts} prompts")
+            typer.echo(composition_table(rows))
     typer.echo(f"figures: {target}\nsamples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+
+
+def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int) -> list[Composition]:
+    """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has some."""
+    from sfumato.evaluation import composition
+
+    held = dataset.usual(held)
+    captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
+    return composition(pipeline, dataset, captioned, seed=seed) if "text" in pipeline.reads and len(captioned) > 1 else []
 
 
 def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:

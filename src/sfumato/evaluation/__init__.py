@@ -1,6 +1,16 @@
 """How good a model's pictures are, each figure beside what real, held-out pictures get."""
 
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
+from sfumato.evaluation.composition import Composition, composition, composition_table
 from sfumato.evaluation.report import Evaluation, evaluate
 
-__all__ = ["Adherence", "Evaluation", "adherence_table", "evaluate", "measure_adherence"]
+__all__ = [
+    "Adherence",
+    "Composition",
+    "Evaluation",
+    "adherence_table",
+    "composition",
+    "composition_table",
+    "evaluate",
+    "measure_adherence",
+]

@@ -1,0 +1,119 @@
+"""Combinations nobody showed the model: asked for by prompt, held against the real pictures that were kept from training.
+
+Three makers are compared: the model; a copyist, who gives the training picture whose caption is most like the prompt (the
+nearest-neighbour baseline); and the model's samples for other prompts (shuffled). A model that only remembers does no better than
+the copyist; one that does not listen does no better than shuffled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.asking import Asked
+from sfumato.data import Dataset, to_float
+from sfumato.evaluation.adherence import Figure
+from sfumato.pipeline import Pipeline
+
+EACH = 4  # samples of each held-out prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """Figures of one maker on held-out combinations.
+
+    Attributes:
+        own: share of pictures whose nearest real picture, held-out ones among them, has the caption that was asked for.
+        words: overlap (Jaccard) of that nearest picture's caption with the prompt.
+        distance: root mean squared distance in [-1, 1] to the real picture of the prompt.
+    """
+
+    maker: str
+    prompts: int
+    n: int
+    own: Figure
+    words: Figure
+    distance: Figure
+
+
+def composition(
+    pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], *, seed: int = 1, guidance: float | None = None
+) -> list[Composition]:
+    """Figures for the held-out pictures at positions `held`, which have captions."""
+    seen = dataset.usual(dataset.training)
+    seen = seen[[bool(dataset.entries[i].captions) for i in seen]]
+    captions = {int(i): dataset.entries[i].captions[0] for i in (*seen, *held)}
+    family = _family(seen, held, captions)
+    real = to_float(dataset.images(held)[0])
+    gallery_positions = np.concatenate([family, held])
+    gallery = to_float(dataset.images(gallery_positions)[0])
+    texts = [captions[int(i)] for i in gallery_positions]
+    prompts = [captions[int(i)] for i in held]
+    asked = torch.arange(len(held)).repeat(EACH)
+    samples = pipeline.sample(len(asked), asked=Asked(prompt=[prompts[i] for i in asked]), seed=seed, guidance=guidance) * 2 - 1
+    copies = gallery[torch.tensor([_most_alike(prompt, texts[: len(family)]) for prompt in prompts])]
+    others = (asked + len(held) // 2) % len(held)
+    everyone = torch.arange(len(held))
+    return [
+        _figures("the model", samples, asked, prompts, real, gallery, texts),
+        _figures("a copyist: the training picture of the nearest caption", copies, everyone, prompts, real, gallery, texts),
+        _figures("the model, asked for another", samples, others, prompts, real, gallery, texts),
+        _figures("the real picture", real, everyone, prompts, real, gallery, texts),
+    ]
+
+
+def _family(seen: NDArray[np.int64], held: NDArray[np.int64], captions: dict[int, str]) -> NDArray[np.int64]:
+    """Training pictures whose captions use no word but those of the held-out ones and of their like: what could be mistaken."""
+    combined = set().union(*(words(captions[int(i)]) for i in held))
+    chosen = [i for i in seen if len(words(captions[int(i)]) & combined) * 2 > len(words(captions[int(i)]))]
+    return np.array(chosen or list(seen), np.int64)
+
+
+def words(caption: str) -> frozenset[str]:
+    """The words of a caption, without case."""
+    return frozenset(re.findall(r"\w+", caption.casefold()))
+
+
+def overlap(a: str, b: str) -> float:
+    """Words of both over words of either."""
+    mine, theirs = words(a), words(b)
+    return len(mine & theirs) / max(1, len(mine | theirs))
+
+
+def _most_alike(prompt: str, texts: Sequence[str]) -> int:
+    return max(range(len(texts)), key=lambda i: overlap(prompt, texts[i]))
+
+
+def _figures(
+    maker: str, pictures: Tensor, asked: Tensor, prompts: Sequence[str], real: Tensor, gallery: Tensor, texts: Sequence[str]
+) -> Composition:
+    half = max(1, pictures.shape[-1] // 2)
+    small, theirs = (F.adaptive_avg_pool2d(x, half).flatten(1) for x in (pictures, gallery))
+    nearest = torch.cdist(small, theirs).argmin(1).tolist()
+    wanted = [prompts[i] for i in asked.tolist()]
+    found = [texts[i] for i in nearest]
+    return Composition(
+        maker=maker, prompts=len(set(prompts)), n=len(pictures),
+        own=Figure.of(torch.tensor([float(words(a) == words(b)) for a, b in zip(found, wanted, strict=True)])),
+        words=Figure.of(torch.tensor([overlap(a, b) for a, b in zip(found, wanted, strict=True)])),
+        distance=Figure.of((pictures - real[asked]).square().flatten(1).mean(1).sqrt()),
+    )  # fmt: skip
+
+
+def composition_table(rows: Sequence[Composition]) -> str:
+    """The figures for a person."""
+
+    def cell(figure: Figure) -> str:
+        return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+    head = ("maker", "n", "nearest real picture is the one asked for", "overlap of its caption", "distance to the real picture")
+    lines = [(row.maker, str(row.n), cell(row.own), cell(row.words), cell(row.distance)) for row in rows]
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines))
