@@ -54,3 +54,12 @@ def test_expanding_a_full_batch_changes_nothing_and_a_wrong_one_is_refused() -> 
     assert torch.equal(full(1.0).expanded(3).vector, full(1.0).vector)
     with pytest.raises(RuntimeError):
         full(1.0).expanded(4)
+
+
+def test_on_the_way_everything_is_mixed_and_tokens_count_where_an_end_with_a_share_has_them() -> None:
+    first = Condition(**{**full(0.0).slots(), "token_mask": torch.tensor([[True, True, False, False]] * 3)})
+    last = Condition(**{**full(4.0).slots(), "token_mask": torch.tensor([[True, False, True, False]] * 3)})
+    mixed = first.between(last, torch.tensor([0.0, 0.25, 1.0]))
+    for name in ("vector", "tokens", "spatial"):
+        assert getattr(mixed, name).flatten(1)[:, 0].tolist() == [0.0, 1.0, 4.0]
+    assert mixed.token_mask.tolist() == [[True, True, False, False], [True, True, True, False], [True, False, True, False]]

@@ -78,10 +78,13 @@ class Condition:
         return Condition(**{**mine, **theirs, **both})
 
     def between(self, other: Condition, shares: Tensor) -> Condition:
-        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either."""
+        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either that has a share."""
 
         def mixed(a: Tensor, b: Tensor) -> Tensor:
-            return a | b if a.dtype == torch.bool else torch.lerp(a, b.to(a.dtype), shares.to(a).view(-1, *[1] * (a.ndim - 1)))
+            share = shares.view(-1, *[1] * (a.ndim - 1))
+            if a.dtype == torch.bool:
+                return (a & (share < 1)) | (b & (share > 0))
+            return torch.lerp(a, b.to(a.dtype), share.to(a))
 
         return self.combine(other, mixed)
 

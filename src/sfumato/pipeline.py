@@ -215,6 +215,7 @@ class Pipeline:
         steps: int | None = None,
         sampler: str | SamplerConfig | None = None,
         guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
 
@@ -248,7 +249,7 @@ class Pipeline:
                 Rung(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
                 for a, b in zip(*ladders, strict=True)
             )
-            denoiser = self._guided(rungs, self.sampling.interval)
+            denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
             condition = ends[0].between(ends[1], shares)
             pictures = sample(self._solver(sampler), denoiser, x, levels, condition=condition, noise=noise)
         return to_unit(pictures).cpu()
@@ -280,7 +281,7 @@ class Pipeline:
             return ()
         count = len(part.start)
         instead = {} if part.negative is None else {"text": [part.negative] * count}
-        rungs = []
+        rungs: list[Rung] = []
         for number, name in enumerate(asked):
             if not rungs or scales[name] != scales[asked[number - 1]]:
                 before = asked[:number]

@@ -84,6 +84,7 @@ def sample(
                 steps=steps,
                 sampler=sampler,
                 guidance=scales,
+                interval=interval,
             )
     for warning in cut:
         typer.echo(f"note: {warning.message}", err=True)

@@ -198,10 +198,10 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 
     captions, category, holdout = first(CAPTION_KEYS), first(CATEGORY_KEYS), first(HOLDOUT_KEYS)
     texts = captions if isinstance(captions, list | tuple) else [captions]
-    said = tuple(_writable(str(text)).strip() for text in texts if isinstance(text, str | int))
+    said = [_writable(str(text)).strip() for text in texts if isinstance(text, str | int)]
     if sum(map(len, said)) > MAX_TEXT_BYTES:
         raise ValueError(f"text of more than {MAX_TEXT_BYTES >> 10} KiB")
-    found: dict[str, Any] = {"captions": tuple(text for text in said if text)}
+    found: dict[str, Any] = {"captions": tuple(filter(None, said))} if any(said) else {}
     if isinstance(category, float) and category.is_integer():
         category = int(category)  # as a column of whole numbers with gaps is stored
     if isinstance(category, str | int) and str(category):

@@ -5,6 +5,7 @@ Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,7 +86,8 @@ def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor]) -> Pa
         _sync(temporary)
         os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"could not be written: {error}", where=str(final), mend="free some disk space") from None
     return final
 

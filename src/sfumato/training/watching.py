@@ -67,7 +67,7 @@ class Validator:
         triples, context = self._sets[which]
         if shuffled is not None:
             count = len(triples.x0)
-            context = {**context, **reordered({shuffled: context[shuffled]}, [(i + count // 2) % count for i in range(count)])}
+            context = {**context, **reordered({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)])}
         model.eval()
         with torch.no_grad():
             condition = model.conditioner(context, len(triples.x0))

@@ -1,0 +1,107 @@
+"""What a model is told of its training set: of what it learns from, and of nothing that is held out."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato import config
+from sfumato.conditioners import AttributesConfig, CategoryConfig, ContextConfig, Facts, PointsConfig, WordsConfig
+from sfumato.data import AugmentConfig, DataConfig, Folder
+from sfumato.errors import ConfigError
+from sfumato.recipes import Run, launch
+
+ALL = {"category": CategoryConfig(), "text": WordsConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(root: Path, facts: dict[str, dict[str, Any]], points: dict[str, str] | None = None) -> Folder:
+    """A picture for each name, with the JSON and the cloud that lie beside it."""
+    for number, (name, fact) in enumerate(facts.items()):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+        path.with_suffix(".json").write_text(json.dumps(fact))
+    for name, cloud in (points or {}).items():
+        (root / f"{name}.points.csv").write_text(cloud)
+    return Folder(str(root))
+
+
+def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Facts:
+    data = DataConfig(source=source, resolution=8, channels=1, cache="off", **options)
+    run = Run(name="x", data=data, conditioner=ContextConfig(**contexts))
+    return launch.facts_of(run, launch.open_data(run))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Eight pictures to learn from, and two that are held out by name and say other things."""
+    facts = {
+        f"{'ab'[i % 2]}/{i}": {"captions": [f"red {i}", "Red"], "attributes": {"age": i, "tall": 1} if i < 4 else {}}
+        for i in range(8)
+    }
+    facts |= {f"b/held{i}": {"caption": "secret", "holdout": "set", "attributes": {"age": 1000, "odd": 5}} for i in range(2)}
+    return folder(tmp_path_factory.mktemp("told"), facts, {"a/0": "0,0,0\n", "b/1": "1,2,3\n", "a/2": "1,2\n"})
+
+
+def learned(source: Folder) -> list[int]:
+    """Numbers of the pictures that are learned from."""
+    run = Run(name="x", data=DataConfig(source=source, resolution=8, channels=1, cache="off"))
+    dataset = launch.open_data(run)
+    return [int(Path(dataset.entries[i].name).stem) for i in dataset.training]
+
+
+def test_words_are_those_of_the_captions_that_are_learned_from(told: Folder) -> None:
+    words = facts_of(told, ALL).words
+    assert words[0] == "red"
+    assert set(words) == {"red", *map(str, learned(told))}
+
+
+def test_attributes_are_described_by_the_pictures_that_have_them(told: Folder) -> None:
+    facts = facts_of(told, ALL)
+    ages = np.array([i for i in learned(told) if i < 4])
+    assert facts.attributes == ("age", "odd", "tall")
+    assert facts.means[0] == pytest.approx(ages.mean())
+    assert facts.deviations[0] == pytest.approx(ages.std())
+    assert facts.means[2] == pytest.approx(len(ages) / len(learned(told)))  # a label: 0 where it is not given
+    assert math.isnan(facts.means[1])  # only pictures that are held out have it
+
+
+def test_categories_dimensions_and_augmentation(told: Folder) -> None:
+    facts = facts_of(told, ALL, augment=AugmentConfig(non_leaking=0.1))
+    assert (facts.categories, facts.dimensions, facts.channels, facts.augmentation) == (("a", "b"), 3, 1, 9)
+
+
+def test_what_is_not_read_is_not_told(told: Folder) -> None:
+    facts = facts_of(told, {"category": CategoryConfig()})
+    assert (facts.words, facts.dimensions, facts.augmentation) == ((), 0, 0)
+
+
+def test_facts_survive_a_checkpoint(told: Folder) -> None:
+    facts = facts_of(told, ALL)
+    stored = json.loads(json.dumps(config.plain(facts)))
+    again = config.parse(Facts, stored, where="checkpoint")
+    assert str(again) == str(facts)  # NaN included
+
+
+@pytest.mark.parametrize("name", ["category", "text", "attributes", "points"])
+def test_contexts_that_the_data_do_not_hold_are_refused(tmp_path: Path, name: str) -> None:
+    run = Run(
+        name="x",
+        data=DataConfig(source=folder(tmp_path, {str(i): {} for i in range(4)}), resolution=8, cache="off"),
+        conditioner=ContextConfig(**{name: ALL[name]}),
+    )
+    with pytest.raises(ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"):
+        launch.build_model(run, launch.facts_of(run, launch.open_data(run)))
