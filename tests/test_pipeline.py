@@ -146,3 +146,7 @@ def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:
 )
 def test_nothing_to_do_is_refused(pipeline: Pipeline, asked: dict[str, int], error: type[Exception]) -> None:
     assert "mend: " in said(pipeline, error, **asked)
+
+
+def test_an_interval_from_high_to_low_is_refused(pipeline: Pipeline) -> None:
+    assert "name the lower one first" in said(pipeline, ConfigError, category="1", guidance=2.0, interval=(5.0, 1.0))

@@ -293,6 +293,10 @@ class Pipeline:
         plain = self.model.denoiser(self.compute_dtype)
         if not rungs:
             return plain
+        if not interval[0] < interval[1]:
+            raise ConfigError(
+                f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", mend="name the lower one first"
+            )
         guided = ClassifierFree(denoiser=plain, rungs=rungs)
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
 

@@ -261,3 +261,8 @@ def test_single_attributes_are_hidden_besides() -> None:
     ].isnan()
     assert hidden.float().mean(0).tolist() == pytest.approx([0.2, 0.2], abs=0.03)
     assert abs(float((hidden[:, 0] & hidden[:, 1]).float().mean()) - 0.04) < 0.015
+
+
+def test_an_attribute_that_never_varied_may_be_asked_to() -> None:
+    conditioner = AttributesConditioner(AttributesConfig(size=4), names=["age"], mean=[3.0], deviation=[0.0])
+    assert conditioner({"attributes": torch.tensor([[4.0]])}, 1).vector.abs().max() < 10

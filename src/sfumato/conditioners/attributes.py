@@ -46,7 +46,7 @@ class AttributesConditioner(nn.Module):
         self.config, self.names, self.dropout = config, tuple(names), config.dropout
         self.sizes = ContextSizes(vector=config.size)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("deviation", torch.tensor(deviation, dtype=torch.float32).clamp(min=1e-6), persistent=False)
+        self.register_buffer("deviation", torch.tensor([d if d > 1e-6 else 1.0 for d in deviation]), persistent=False)
         self.embedding = nn.Sequential(nn.Linear(2 * len(names), config.size), nn.SiLU(), nn.Linear(config.size, config.size))
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
