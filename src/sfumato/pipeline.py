@@ -130,6 +130,7 @@ class Pipeline:
         num: int,
         *,
         asked: Asked | None = None,
+        request: Request | None = None,
         category: str | int | Sequence[str | int] | None = None,
         prompt: str | Sequence[str] | None = None,
         seed: int = 0,
@@ -145,6 +146,7 @@ class Pipeline:
 
         Args:
             asked: what the pictures are steered by, and the picture they start from; `category` and `prompt` are short for two of it.
+            request: instead of all that, tensors that are known to fit the model, for `num` pictures.
             seed: picture i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
             steps, sampler, guidance, interval: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
                 Guidance is one scale for all contexts, or one for each by name, which costs a network call each.
@@ -160,28 +162,9 @@ class Pipeline:
         asked = replace(
             asked, category=asked.category if category is None else category, prompt=asked.prompt if prompt is None else prompt
         )
-        request = settled(asked, self.model.conditioner, self.facts, self.image_shape, num)
+        request = request or settled(asked, self.model.conditioner, self.facts, self.image_shape, num)
         if request.strength == 0:
             return to_unit(request.start)
-        return self.generate(
-            request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval, worse=worse,
-            batch_size=batch_size, on_step=on_step,
-        )  # fmt: skip
-
-    def generate(
-        self,
-        request: Request,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        sampler: str | SamplerConfig | None = None,
-        guidance: float | Mapping[str, float] | None = None,
-        interval: tuple[float, float] | None = None,
-        worse: tuple[Model, float] | None = None,
-        batch_size: int = 64,
-        on_step: Callable[[Progress], None] | None = None,
-    ) -> Tensor:
-        """As `sample`, for a request that is settled; (B, C, H, W) in [0, 1]."""
         solver = self._solver(sampler)
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps, strength=request.strength)
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)

@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(result: Result, what: str, *, where: object = "", mend: str) -> None:
+def assert_refused(result: Result, what: str, *, where: object = "", mend: str) -> None:
     """Exit code 2, nothing on standard output, and a message that says what, where and how to mend it."""
     assert result.code == 2
     assert result.out == ""
@@ -148,7 +148,9 @@ def test_held_out_captions_teach_nothing(tmp_path: Path) -> None:
 def test_coverage_without_any_words_says_what_is_missing(tmp_path: Path) -> None:
     put(tmp_path / "set", "1.png", tiles(1))
     result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "fox")
-    refused(result, "has neither captions nor categories", where=tmp_path / "set", mend="put a .txt file beside each picture")
+    assert_refused(
+        result, "has neither captions nor categories", where=tmp_path / "set", mend="put a .txt file beside each picture"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["", "!!!", "../../escape", "x" * 100_000, "狐", "🦊"])
@@ -201,13 +203,13 @@ def test_convert_writes_the_same_bytes_each_time(pictures: Path, tmp_path: Path)
 def test_convert_does_not_write_over_anything(pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "pets.parquet"
     target.write_text("precious")
-    refused(sfumato("data", "convert", pictures, target), "exists already", where=target, mend="name a new file")
+    assert_refused(sfumato("data", "convert", pictures, target), "exists already", where=target, mend="name a new file")
     assert target.read_text() == "precious"
 
 
 def test_convert_names_the_kinds_that_it_knows(pictures: Path, tmp_path: Path) -> None:
     for arguments in ([tmp_path / "pets.rar"], [tmp_path / "out", "--to", "rar"]):
-        refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", mend="use --to parquet or")
+        assert_refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", mend="use --to parquet or")
     assert not list(tmp_path.glob("pets.rar"))
 
 
@@ -229,7 +231,9 @@ def test_cache_decodes_ahead_of_training(pictures: Path, tmp_path: Path) -> None
 
 def test_cache_takes_recipes_and_refuses_keys_that_are_none(pictures: Path) -> None:
     assert sfumato("data", "cache", "digits").out.startswith("1797 pictures, 0 left out")
-    refused(sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, mend="")
+    assert_refused(
+        sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, mend=""
+    )
 
 
 # --- wrong sources -------------------------------------------------------------------------------------------------------------
@@ -262,11 +266,11 @@ def test_a_path_that_holds_no_pictures(tmp_path: Path, way: list[str], name: str
     if name != "empty":
         (tmp_path / name).write_text("hello")
     verb, options = (way[:2], way[2:]) if way[0] == "data" else (way[:1], way[1:])
-    refused(sfumato(*verb, tmp_path / name, *options), what, where=tmp_path / name, mend="")
+    assert_refused(sfumato(*verb, tmp_path / name, *options), what, where=tmp_path / name, mend="")
 
 
 def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         sfumato("data", "convert", tmp_path / "nowhere", tmp_path / "out.tar"), "no such file", where=tmp_path / "nowhere",
         mend="check the path",
     )  # fmt: skip
@@ -312,9 +316,9 @@ def test_what_a_dry_run_prints_is_a_recipe(pictures: Path, tmp_path: Path, no_tr
 def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: Path, no_training: None) -> None:
     put(tmp_path / "one", "1.png", tiles(1))
     result = sfumato("train", tmp_path / "one", *SMALL, "--dry-run")
-    refused(result, "1 different readable pictures", where=tmp_path / "one", mend="at least two are needed")
+    assert_refused(result, "1 different readable pictures", where=tmp_path / "one", mend="at least two are needed")
     result = sfumato("train", pictures, "network.channels=33", "--dry-run")
     assert result.code == 2
     assert "channels" in result.err
     result = sfumato("train", pictures, "data.exclude=nowhere.txt", "--dry-run")
-    refused(result, "cannot be read", where="nowhere.txt", mend="name a text file")
+    assert_refused(result, "cannot be read", where="nowhere.txt", mend="name a text file")

@@ -137,7 +137,7 @@ def made(run: Path, *options: object, out: str = "out", num: int = 2) -> np.ndar
     return pictures(out)
 
 
-def refused(result: Result, what: str, *, where: str = "", mend: str = "") -> None:
+def assert_refused(result: Result, what: str, *, where: str = "", mend: str = "") -> None:
     """Exit code 2 and a message that says what, where and how to mend it."""
     assert result.code == 2
     assert result.out == ""
@@ -266,8 +266,10 @@ def test_without_a_run_the_newest_is_taken(run: Path, given: Path) -> None:
 
 
 def test_without_any_run_it_says_how_to_make_one(given: Path) -> None:
-    refused(sfumato("sample"), "no run to sample from", where="runs", mend="name a run directory, or train one: sfumato train")
-    refused(sfumato("sample", "nowhere"), "is no run", where="nowhere", mend="name a folder")
+    assert_refused(
+        sfumato("sample"), "no run to sample from", where="runs", mend="name a run directory, or train one: sfumato train"
+    )
+    assert_refused(sfumato("sample", "nowhere"), "is no run", where="nowhere", mend="name a folder")
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------------------
@@ -284,13 +286,13 @@ CLOUDS = "give a .npy, .ply, .xyz or .csv of numbers"
     ],
 )
 def test_files_that_are_no_pictures_are_named(run: Path, given: Path, option: str, file: str) -> None:
-    refused(sampled(run, option, file), "cannot be used as a picture: ", where=file, mend=PICTURES)
+    assert_refused(sampled(run, option, file), "cannot be used as a picture: ", where=file, mend=PICTURES)
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("file", ["nowhere.npy", "cut.npy", "empty.npy", "words.csv", "nan.csv", ".", "doodle.png"])
 def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -> None:
-    refused(sampled(run, "--points", file), "cannot be used as a point cloud: ", where=file, mend=CLOUDS)
+    assert_refused(sampled(run, "--points", file), "cannot be used as a point cloud: ", where=file, mend=CLOUDS)
 
 
 @pytest.mark.parametrize(
@@ -313,12 +315,14 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
     ],
 )
 def test_what_does_not_fit_is_said(run: Path, given: Path, options: list[str], what: str, mend: str) -> None:
-    refused(sampled(run, *options), what, where="sample", mend=mend)
+    assert_refused(sampled(run, *options), what, where="sample", mend=mend)
     assert not Path("out").exists()
 
 
 def test_a_step_before_the_first_snapshot_names_those_that_there_are(run: Path, given: Path) -> None:
-    refused(sampled(run, "--worse", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", mend="there are 2, 4")
+    assert_refused(
+        sampled(run, "--worse", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", mend="there are 2, 4"
+    )
 
 
 @pytest.mark.parametrize(

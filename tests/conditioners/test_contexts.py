@@ -97,7 +97,7 @@ def whole(condition: Condition, like: Condition) -> Condition:
     return Condition(**{**condition.slots(), "spatial": condition.spatial.expand(-1, -1, *like.spatial.shape[2:])})
 
 
-def close(a: Condition, b: Condition) -> None:
+def assert_close(a: Condition, b: Condition) -> None:
     assert a.slots().keys() == b.slots().keys()
     for name, slot in a.slots().items():
         torch.testing.assert_close(slot, b.slots()[name], atol=1e-5, rtol=1e-5)
@@ -113,8 +113,8 @@ def test_fills_the_slots_that_it_names_with_finite_numbers(made: tuple[Any, dict
 def test_what_is_missing_asks_for_nothing(made: tuple[Any, dict[str, Any]]) -> None:
     conditioner, context = made
     given, null = conditioner(context, B), conditioner.null(1)
-    close(given.map(lambda slot: slot[MISSING : MISSING + 1]), whole(null, given))
-    close(conditioner({}, 1), null)
+    assert_close(given.map(lambda slot: slot[MISSING : MISSING + 1]), whole(null, given))
+    assert_close(conditioner({}, 1), null)
     others = given.map(lambda slot: slot[:1])
     assert any(
         not torch.allclose(a, b) for a, b in zip(others.slots().values(), whole(null, others).slots().values(), strict=True)
@@ -125,9 +125,9 @@ def test_pictures_of_a_batch_do_not_see_one_another(made: tuple[Any, dict[str, A
     conditioner, context = made
     together = conditioner(context, B)
     for i in range(B):
-        close(conditioner(rows(context, slice(i, i + 1)), 1), together.map(lambda slot, i=i: slot[i : i + 1]))
+        assert_close(conditioner(rows(context, slice(i, i + 1)), 1), together.map(lambda slot, i=i: slot[i : i + 1]))
     order = [3, 1, 4, 0, 2]
-    close(conditioner(reordered(context, order), B), together.map(lambda slot: slot[order]))
+    assert_close(conditioner(reordered(context, order), B), together.map(lambda slot: slot[order]))
 
 
 def test_gradient_reaches_every_parameter(made: tuple[Any, dict[str, Any]]) -> None:
@@ -158,7 +158,7 @@ def test_points_in_another_order_and_rows_of_nothing_change_nothing() -> None:
         shuffled = cloud[:, torch.randperm(cloud.shape[1])]
         longer = torch.cat([cloud, torch.full((B, 7, cloud.shape[2]), math.nan)], dim=1)
         for other in (shuffled, longer):
-            close(conditioner({"points": other}, B), conditioner(context, B))
+            assert_close(conditioner({"points": other}, B), conditioner(context, B))
 
 
 def test_points_are_splatted_where_they_lie() -> None:
@@ -173,7 +173,7 @@ def test_points_are_splatted_where_they_lie() -> None:
 def test_a_cloud_in_its_own_frame_may_lie_anywhere() -> None:
     conditioner = PointsConditioner(PointsConfig(size=8, heads=2, frame="own"), dimensions=3)
     cloud = torch.rand(1, 40, 3)
-    close(conditioner({"points": cloud}, 1), conditioner({"points": 100 * cloud - 7}, 1))
+    assert_close(conditioner({"points": cloud}, 1), conditioner({"points": 100 * cloud - 7}, 1))
 
 
 def test_training_clouds_are_thinned_and_never_emptied() -> None:

@@ -285,7 +285,7 @@ GOOD = [
 ]
 
 
-def points_or_a_reason(data: bytes) -> None:
+def assert_points_or_a_reason(data: bytes) -> None:
     try:
         cloud = read_points(data)
     except RejectedPoints:
@@ -303,13 +303,13 @@ def points_or_a_reason(data: bytes) -> None:
     data=st.binary(max_size=300),
 )
 def test_any_bytes_are_points_or_have_a_reason(start: bytes, data: bytes) -> None:
-    points_or_a_reason(start + data)
+    assert_points_or_a_reason(start + data)
 
 
 @settings(max_examples=200, deadline=2000)
 @given(text=st.text(max_size=200))
 def test_any_text_is_points_or_has_a_reason(text: str) -> None:
-    points_or_a_reason(text.encode(errors="surrogatepass"))
+    assert_points_or_a_reason(text.encode(errors="surrogatepass"))
 
 
 @settings(max_examples=600, deadline=2000)
@@ -325,7 +325,7 @@ def test_a_damaged_file_is_points_or_has_a_reason(data: st.DataObject) -> None:
         "repeat": good[begin:end] * data.draw(st.integers(2, 40)) + good[end:],
         "replace": data.draw(st.binary(min_size=1, max_size=8)) + good[min(end, begin + 8) :],
     }[how]
-    points_or_a_reason(good[:begin] + middle)
+    assert_points_or_a_reason(good[:begin] + middle)
 
 
 def test_what_is_damaged_was_good() -> None:

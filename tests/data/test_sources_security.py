@@ -56,7 +56,7 @@ def rejected(source: Source) -> dict[str, str]:
     return {reject.name: reject.reason for reject in dataset.rejects}
 
 
-def refused(source: Source, what: str) -> None:
+def assert_refused(source: Source, what: str) -> None:
     """The source as a whole is refused, in words for a person."""
     with pytest.raises(DataError, match=what) as caught:
         opened(source)
@@ -284,7 +284,7 @@ def test_a_tar_member_that_lies_about_its_size_ends_the_reading(size: int, tmp_p
 
 def test_headers_before_headers_without_end_are_not_followed(tmp_path: Path) -> None:
     long_name = member("././@LongLink", 512, tarfile.GNUTYPE_LONGNAME).tobuf(format=tarfile.GNU_FORMAT) + b"n" * 511 + b"\0"
-    refused(tar_of(tmp_path / "x.tar", long_name * 5000), "no whole tar|holds no pictures")
+    assert_refused(tar_of(tmp_path / "x.tar", long_name * 5000), "no whole tar|holds no pictures")
 
 
 def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.tar").open("wb") as file:
         file.write(head)
         file.truncate(1 << 34)  # a hole: takes no space
-    refused(WebDataset(str(tmp_path / "x.tar")), "a header of 8589934592 bytes")
+    assert_refused(WebDataset(str(tmp_path / "x.tar")), "a header of 8589934592 bytes")
 
 
 def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypat
 )
 def test_what_is_no_tar_is_refused(data: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(data)
-    refused(WebDataset(str(tmp_path / "x.tar")), what)
+    assert_refused(WebDataset(str(tmp_path / "x.tar")), what)
 
 
 def test_a_damaged_note_of_a_tars_members_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,15 +411,15 @@ def test_a_central_directory_in_another_place_than_stated(offset: int, tmp_path:
     (start,) = struct.unpack("<L", data[end + 16 : end + 20])
     data[end + 16 : end + 20] = struct.pack("<L", start + offset)
     path.write_bytes(data)
-    refused(Zip(str(path)), "is no whole zip|different readable pictures")
+    assert_refused(Zip(str(path)), "is no whole zip|different readable pictures")
 
 
 def test_a_vast_directory_and_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = in_zip(tmp_path, GOOD)
     monkeypatch.setattr(zipped, "MAX_MEMBERS", 2)
-    refused(source, "3 members")
+    assert_refused(source, "3 members")
     monkeypatch.setattr(zipped, "MAX_DIRECTORY_BYTES", 100)
-    refused(source, "directory alone")
+    assert_refused(source, "directory alone")
 
 
 # Npz
@@ -475,20 +475,20 @@ def test_an_npz_whose_header_lies_is_refused(shape: str, kind: int, tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", ["|O", "<f4", "<i8", "|V8", "<U9", "[('a', '|u1'), ('b', '|O')]", "|u1, os"])
 def test_pixels_that_are_no_small_whole_numbers_are_refused(dtype: str, tmp_path: Path) -> None:
-    refused(npz_of(tmp_path / "x.npz", images=header("(1, 2, 2, 3)", dtype)), "pixels of|plain numbers")
+    assert_refused(npz_of(tmp_path / "x.npz", images=header("(1, 2, 2, 3)", dtype)), "pixels of|plain numbers")
 
 
 def test_floats_with_nan_and_infinity_are_refused(tmp_path: Path) -> None:
     values = np.full((3, 4, 4, 3), np.nan, np.float32)
     values[1] = np.inf
     np.savez(tmp_path / "x.npz", images=values)
-    refused(Npz(str(tmp_path / "x.npz")), "type float32")
+    assert_refused(Npz(str(tmp_path / "x.npz")), "type float32")
 
 
 @pytest.mark.parametrize("member", ["images", "labels"])
 def test_pickled_objects_in_an_npz_are_not_opened(member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARKER", str(tmp_path / "unpickled"))
-    refused(npz_of(tmp_path / "x.npz", **({"images": PIXELS} | {member: pickled_array()})), "Python objects")
+    assert_refused(npz_of(tmp_path / "x.npz", **({"images": PIXELS} | {member: pickled_array()})), "Python objects")
     assert not (tmp_path / "unpickled").exists()
     np.load(io.BytesIO(pickled_array()), allow_pickle=True)  # the attack is real
     assert (tmp_path / "unpickled").exists()
@@ -507,7 +507,7 @@ def test_pickled_objects_in_an_npz_are_not_opened(member: str, tmp_path: Path, m
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels: bytes, what: str, tmp_path: Path) -> None:
-    refused(npz_of(tmp_path / "x.npz", images=PIXELS, labels=labels), what)
+    assert_refused(npz_of(tmp_path / "x.npz", images=PIXELS, labels=labels), what)
 
 
 def test_labels_may_be_of_no_known_writing(tmp_path: Path) -> None:
@@ -520,12 +520,14 @@ def test_labels_may_be_of_no_known_writing(tmp_path: Path) -> None:
 def test_a_bomb_in_an_npz_is_not_unpacked(member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     bomb = array("{'descr': '|u1', 'fortran_order': False, 'shape': (40, 1024, 1024, 1)}", bytes(40 << 20))
-    refused(npz_of(tmp_path / "x.npz", kind=zipfile.ZIP_DEFLATED, **({"images": PIXELS} | {member: bomb})), "times its size")
+    assert_refused(
+        npz_of(tmp_path / "x.npz", kind=zipfile.ZIP_DEFLATED, **({"images": PIXELS} | {member: bomb})), "times its size"
+    )
 
 
 def test_an_npz_of_too_many_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "MAX_PICTURES", 2)
-    refused(npz_of(tmp_path / "x.npz", images=PIXELS), "at most 2|pixels of shape")
+    assert_refused(npz_of(tmp_path / "x.npz", images=PIXELS), "at most 2|pixels of shape")
 
 
 def test_an_npz_cut_after_it_was_listed_gives_unreadable_pictures(tmp_path: Path) -> None:
@@ -617,7 +619,7 @@ def test_a_file_name_that_is_no_text_is_left_out(value: object, tmp_path: Path) 
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_damaged_descriptions_of_a_whole_set_are_refused(kind: str, name: str, data: bytes, tmp_path: Path) -> None:
-    refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no picture")
+    assert_refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no picture")
 
 
 def test_a_label_file_names_only_what_is_there(tmp_path: Path) -> None:
@@ -791,7 +793,7 @@ GOOD_COLUMN = [{"bytes": data, "path": name} for name, data in GOOD.items()]
     ],
 )
 def test_tables_without_one_column_of_pictures_are_refused(columns: dict | list, what: str, tmp_path: Path) -> None:
-    refused(parquet_of(tmp_path / "x.parquet", columns), what)
+    assert_refused(parquet_of(tmp_path / "x.parquet", columns), what)
 
 
 def test_columns_that_say_nothing_of_pictures_are_not_read(tmp_path: Path) -> None:
@@ -803,7 +805,7 @@ def test_columns_that_say_nothing_of_pictures_are_not_read(tmp_path: Path) -> No
 
 def test_texts_that_are_no_utf8_refuse_the_table(tmp_path: Path) -> None:
     broken = pa.array([b"\xff\xfe", b"a", b"b"], pa.binary()).view(pa.string())
-    refused(parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "text": broken}), "utf-8")
+    assert_refused(parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "text": broken}), "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -854,9 +856,9 @@ def test_empty_cells_and_paths_to_elsewhere_are_left_out(tmp_path: Path) -> None
 def test_a_table_of_too_many_rows_or_too_large_groups_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN})
     monkeypatch.setattr(table, "MAX_ROWS", 2)
-    refused(source, "over 2 rows")
+    assert_refused(source, "over 2 rows")
     monkeypatch.setattr(table, "MAX_GROUP_BYTES", 100)
-    refused(source, "row group 0 is over")
+    assert_refused(source, "row group 0 is over")
 
 
 # Hugging Face's save_to_disk
@@ -915,14 +917,14 @@ def test_a_damaged_saved_dataset_is_refused(name: str, damage: str, tmp_path: Pa
     path.write_bytes(
         {"empty": b"", "cut": data[: len(data) // 3], "nested": b"[" * 10_000, "noise": bytes(range(256)) * 9}[damage]
     )
-    refused(source, "cannot be loaded|one of them must")
+    assert_refused(source, "cannot be loaded|one of them must")
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     import datasets
 
     datasets.DatasetDict({"b": datasets.Dataset.from_dict({"x": [1]})}).save_to_disk(str(tmp_path / "ds"))
-    refused(HuggingFace(path=str(tmp_path / "ds")), "no split 'train'; it has b")
+    assert_refused(HuggingFace(path=str(tmp_path / "ds")), "no split 'train'; it has b")
 
 
 # Damage anywhere

@@ -71,11 +71,9 @@ class Maker:
         self.model, self.make = SimpleNamespace(conditioner=conditioner), make
         self.reads, self.image_shape = tuple(conditioner.parts), (3, SIDE, SIDE)
 
-    def generate(self, request: Request, **settings: Any) -> Tensor:
-        return (self.make(request.context, len(request.start)) + 1) / 2
-
-    def sample(self, num: int, *, asked: Asked, **settings: Any) -> Tensor:
-        return (self.make({"text": asked.prompt}, num) + 1) / 2
+    def sample(self, num: int, *, asked: Asked | None = None, request: Request | None = None, **settings: Any) -> Tensor:
+        context = request.context if request is not None else {"text": asked.prompt}
+        return (self.make(context, num) + 1) / 2
 
 
 def real_of(dataset: Dataset, positions: Any) -> Tensor:

@@ -32,7 +32,7 @@ class Fake:
         self.dataset, self.harm, self.asked = dataset, harm, []
         self.reads, self.image_shape = ("category",), dataset.image_shape
 
-    def generate(self, request: Request, *, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+    def sample(self, num: int, *, request: Request, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
         asked = request.context["category"].tolist()
         self.asked.append((len(asked), tuple(asked), seed, guidance))
         labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]

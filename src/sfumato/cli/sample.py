@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sfumato.pipeline import Pipeline
     from sfumato.sampling import Progress
 
@@ -49,11 +54,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder to write to; by default RUN/generated/seed-SEED.")] = None,
 ) -> None:
     """Generate pictures with a trained model; prints the path of the grid."""
-    from dataclasses import replace
-
-    from sfumato.asking import Asked, Truncated
-    from sfumato.cli.drawing import trajectory_image
-    from sfumato.observability.pictures import grid_image, picture, save_png
+    from sfumato.asking import Asked
     from sfumato.recipes import load, newest_run, snapshot
 
     run = newest_run() if run is None else run
@@ -66,29 +67,18 @@ def sample(
         **{name: _picture(path, pipeline, gray=name in ("doodle", "mask")) for name, path in files.items()},
     )  # fmt: skip
     recorded: list[Progress] = []
-    with warnings.catch_warnings(record=True) as cut:
-        warnings.simplefilter("always", Truncated)
+    how: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": scales, "interval": interval}
+    with _notes():
         if to_prompt is None and to_seed is None:
+            bad = None if worse is None else (snapshot(run, worse), worse_scale)
             images = pipeline.sample(
-                num, asked=asked, seed=seed, steps=steps, sampler=sampler, guidance=scales, interval=interval,
-                worse=None if worse is None else (snapshot(run, worse), worse_scale),
-                on_step=recorded.append if trajectory else None,
-            )  # fmt: skip
-        else:
-            last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
-            images = pipeline.between(
-                num,
-                asked,
-                last,
-                seeds=(seed, seed if to_seed is None else to_seed),
-                steps=steps,
-                sampler=sampler,
-                guidance=scales,
-                interval=interval,
+                num, asked=asked, seed=seed, worse=bad, on_step=recorded.append if trajectory else None, **how
             )
-    for warning in cut:
-        typer.echo(f"note: {warning.message}", err=True)
-    folder = out or run / "generated" / f"seed-{seed}"
+        else:
+            if worse is not None or trajectory:
+                raise typer.BadParameter("not on the way to another prompt or seed", param_hint="--worse, --trajectory")
+            last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
+            images = pipeline.between(num, asked, last, seeds=(seed, seed if to_seed is None else to_seed), **how)
     settings = {
         "run": run.name, "seed": seed, "category": category, "prompt": prompt, "negative": negative, "attribute": attribute,
         **{name: None if path is None else path.name for name, path in {**files, "points": points}.items()},
@@ -96,9 +86,29 @@ def sample(
         "steps": steps or pipeline.sampling.steps, "sampler": sampler or type(pipeline.sampling.sampler).__name__,
         "weights": weights, "precision": precision, "guidance": scales,
     }  # fmt: skip
-    for number, image_ in enumerate(images):
-        save_png(picture(image_), folder / f"{number:05d}.png", {**settings, "index": number})
-    if trajectory and recorded:
+    _save(images, recorded, out or run / "generated" / f"seed-{seed}", settings)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Says which part of a long prompt was read."""
+    from sfumato.asking import Truncated
+
+    with warnings.catch_warnings(record=True) as cut:
+        warnings.simplefilter("always", Truncated)
+        yield
+    for warning in cut:
+        typer.echo(f"note: {warning.message}", err=True)
+
+
+def _save(images: Tensor, recorded: list[Progress], folder: Path, settings: dict[str, Any]) -> None:
+    """Every picture, the grid, and the way of the first few from noise if it was recorded."""
+    from sfumato.cli.drawing import trajectory_image
+    from sfumato.observability.pictures import grid_image, picture, save_png
+
+    for number, image in enumerate(images):
+        save_png(picture(image), folder / f"{number:05d}.png", {**settings, "index": number})
+    if recorded:
         strip = trajectory_image(recorded[: recorded[0].steps], pictures=STRIP_PICTURES, columns=STRIP_STEPS)
         typer.echo(save_png(strip, folder / "trajectory.png", settings))
     typer.echo(save_png(grid_image(images), folder / "grid.png", settings))

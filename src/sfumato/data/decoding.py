@@ -316,25 +316,39 @@ def _transposed(pixels: Pixels, method: Image.Transpose) -> Pixels:
     return swapped if method == Image.Transpose.TRANSPOSE else swapped[::-1, ::-1]
 
 
-class _ArrayHeader(NamedTuple):
+class ArrayHeader(NamedTuple):
+    """What an .npy says of itself, and where its values begin."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
+    fortran: bool
     offset: int
 
+    @classmethod
+    def of(cls, data: bytes) -> ArrayHeader:
+        """Of bytes that begin as an .npy does.
 
-def _array_header(data: bytes) -> _ArrayHeader:
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise RejectedImage("an array of an unknown format")
-    try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except MemoryError:  # what Python's parser says to brackets without end
-        raise RejectedImage("damaged: the array's header") from None
+        Raises:
+            ValueError: if they do not go on so.
+        """
+        stream = io.BytesIO(data)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("an array of an unknown format")
+        try:
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        except MemoryError:  # what Python's parser says to brackets without end
+            raise ValueError("the array's header") from None
+        return cls(shape, dtype, fortran, stream.tell())
+
+
+def _array_header(data: bytes) -> ArrayHeader:
+    header = ArrayHeader.of(data)
+    shape, dtype = header.shape, header.dtype
     bands = shape[2] if len(shape) == 3 else 1
-    if dtype not in (np.uint8, np.uint16) or fortran or len(shape) not in (2, 3) or not 1 <= bands <= MAX_BANDS:
+    if dtype not in (np.uint8, np.uint16) or header.fortran or len(shape) not in (2, 3) or not 1 <= bands <= MAX_BANDS:
         raise RejectedImage(f"an array of {dtype} {shape}; pictures are (H, W) or (H, W, C) of uint8 or uint16")
     _check_size(shape[1], shape[0])
-    return _ArrayHeader(shape, dtype, stream.tell())
+    return header
 
 
 def _decode_array(data: bytes, form: PixelFormat, identify: bool) -> Decoded:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.decoding import NUMPY
+from sfumato.data.decoding import NUMPY, ArrayHeader
 from sfumato.data.entry import MAX_BYTES
 
 SUFFIXES = (".npy", ".ply", ".xyz", ".csv")
@@ -74,17 +74,11 @@ def _checked(points: NDArray) -> Cloud:
 
 
 def _array(data: bytes) -> NDArray:
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise RejectedPoints("an array of an unknown format")
-    try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except MemoryError:  # what Python's parser says to brackets without end
-        raise RejectedPoints("damaged: the array's header") from None
+    shape, dtype, fortran, offset = ArrayHeader.of(data)
     if dtype.kind not in "fiu" or len(shape) != 2:
         raise RejectedPoints(f"an array of {dtype} {shape}; a cloud is N x 2 or N x 3 of plain numbers")
     _check_count(shape[0])
-    values = np.frombuffer(data, dtype, offset=stream.tell())
+    values = np.frombuffer(data, dtype, offset=offset)
     if values.size != shape[0] * shape[1]:
         raise RejectedPoints("damaged: the array is cut short")
     return values.reshape(shape, order="F" if fortran else "C")

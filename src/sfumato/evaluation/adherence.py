@@ -103,7 +103,7 @@ def measure_adherence(
     for number, (name, part) in enumerate(asked.items()):
         tell(number / len(asked), f"{len(real)} samples by {name}")
         request = Request.of(part, pipeline.image_shape, len(real))
-        samples = pipeline.generate(request, seed=seed, guidance=guidance) * 2 - 1
+        samples = pipeline.sample(len(real), request=request, seed=seed, guidance=guidance) * 2 - 1
         for figure, (better, metric) in _metrics(name, context, real, pipeline, classifier).items():
             rows.append(_row(name, figure, better, metric, samples, real))
     return rows

@@ -130,7 +130,7 @@ def evaluate(
     for number, guidance in enumerate(guidances):
         tell((number + 0.5) / (len(guidances) + 0.5), f"{num} samples at guidance {guidance:g}")
         request = Request.of(read, pipeline.image_shape, num)
-        images = pipeline.generate(request, seed=seed, guidance=guidance, batch_size=100)
+        images = pipeline.sample(num, request=request, seed=seed, guidance=guidance, batch_size=100)
         rows.append(judge.row(f"samples, guidance {guidance:g}", images * 2 - 1, asked))
         if keep is not None:
             keep(guidance, images, nearest(images * 2 - 1, training))

@@ -106,7 +106,7 @@ class Previewer:
         """Write samples/step-.../grid.png and samples.json."""
         pipeline = Pipeline(model=average, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape)
         request = Request.of(self.context, self.image_shape, len(self.asked["category"] or ()))
-        images = pipeline.generate(request, seed=self.seed, on_step=on_step)
+        images = pipeline.sample(len(request.start), request=request, seed=self.seed, on_step=on_step)
         folder = self.directory.samples / f"step-{step:09d}"
         asked = {name: self.asked[name] for name in self.asked if name in self.context}
         settings = {"step": step, "seed": self.seed, **asked, "weights": "ema", "guidance": self.sampling.guidance}
