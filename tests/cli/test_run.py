@@ -213,6 +213,23 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     assert f"figures: {out}\n" in result.out
     sheet = Image.open(tmp_path / "here" / "nearest-guidance-2.png")
     assert sheet.size == (16 + 7 * len("nearest real") + 10 * TILE, GAP + 2 * TILE)
+    assert f"real pictures: {out.parent}/asked-by-*.png\n" in result.out
+    assert Image.open(out.parent / "asked-by-category.png").width > 10 * 96
+
+
+def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_path: Path) -> None:
+    for number in range(24):
+        Image.new("RGB", (8, 8), (number * 10, 99, 255 - number * 10)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"colour {number}")
+    settings = ("network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", "data.holdout=0.3")
+    run = tmp_path / "run"
+    trained = sfumato("train", tmp_path, "--run", run, "budget.steps=2", "precision=float32", "data.resolution=8", *settings)
+    assert trained.code == 0
+    result = sfumato("evaluate", run, "--num", 4)
+    assert result.code == 0
+    assert "no categories: " in result.out
+    assert "rank of its own picture" in result.out
+    assert Image.open(run / "evaluation" / "asked-by-text.png").size
 
 
 def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError
 from sfumato.recipes import launch, resume, train
 from sfumato.training import Budget, Trainer, checkpoint
+from sfumato.training.interruption import Interrupted
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 
@@ -63,6 +66,25 @@ def test_interrupted_twice_still_equals(folder, whole, tmp_path, monkeypatch) ->
         with pytest.raises(Crash):
             resume(run)
     assert fingerprint(resume(run)) == whole
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(folder, whole, tmp_path, monkeypatch, step) -> None:
+    real = Trainer.train_step
+
+    def signalled(self, batch):
+        result = real(self, batch)
+        if self.state.counters.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        with pytest.raises(Interrupted):
+            train(tiny_run(folder), run=tmp_path / "run")
+    assert bool(list((tmp_path / "run" / "samples").glob("*00007"))) == (step > 7)
+    assert fingerprint(resume(tmp_path / "run")) == whole
+    assert list((tmp_path / "run" / "samples").glob("*00007"))
 
 
 def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monkeypatch) -> None:

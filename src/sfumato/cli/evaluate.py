@@ -29,9 +29,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
-    from sfumato.evaluation import adherence_table, composition_table, measure_adherence
+    from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
     from sfumato.evaluation.classifier import train_classifier
+    from sfumato.observability.pictures import save_png
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
@@ -43,27 +44,41 @@ def evaluate(
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
         reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
-        result = measure(
-            pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=bar.update,
-            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent), reader=reader,
+        result = None
+        if reader is not None or not pipeline.reads:  # without categories, adherence is what there is to measure
+            result = measure(
+                pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=bar.update, reader=reader,
+                keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
+            )  # fmt: skip
+        adherence = measure_adherence(
+            pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=bar.update,
+            keep=lambda name, asked, samples, real: save_png(
+                gallery(asked, samples, real, categories=dataset.categories), target.parent / f"asked-by-{name}.png"
+            ),
         )  # fmt: skip
-        adherence = measure_adherence(pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=bar.update)
         composed = {name: _composed(pipeline, dataset, held, seed) for name, held in dataset.named_holdouts.items()}
     figures = {
-        **result.plain(),
+        **(result.plain() if result else {}),
         "adherence": [asdict(row) for row in adherence],
         "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
     }
     target.write_text(json.dumps(figures, indent=1))
-    typer.echo(table(result))
+    typer.echo(
+        table(result)
+        if result
+        else "no categories: samples are not read by a classifier, and there is no distance in its features"
+    )
     if adherence:
         typer.echo("\ndoes the condition work? (each context alone, on held-out ones; then all together)")
         typer.echo(adherence_table(adherence))
+        typer.echo(f"what was asked for, what came, and the real pictures: {target.parent}/asked-by-*.png")
     for name, rows in composed.items():
         if rows:
             typer.echo(f"\ncombinations that were kept from training: {name}, {rows[0].prompts} prompts")
             typer.echo(composition_table(rows))
-    typer.echo(f"figures: {target}\nsamples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+    typer.echo(f"figures: {target}")
+    if result:
+        typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
 
 
 def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int) -> list[Composition]:
@@ -90,6 +105,8 @@ def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path)
 
 def table(result: Evaluation) -> str:
     """The figures for a person, each row beside real held-out pictures."""
+    from sfumato.observability.tables import aligned
+
     columns = (
         "",
         "n",
@@ -105,13 +122,9 @@ def table(result: Evaluation) -> str:
         )
         for row in result.rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (columns, *rows)
-    ]
     head = (
         f"classifier trained on the run's real pictures: {result.classifier_accuracy:.1%} right on held-out ones; "
         f"Fréchet distances to {result.reference} training pictures in the features of {result.extractor}, which saw the others; "
         f"nearest of {result.training} training pictures by distance in pixels"
     )
-    return "\n".join([head, *lines])
+    return f"{head}\n{aligned([columns, *rows])}"

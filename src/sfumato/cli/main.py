@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 the user can mend it, 3 training diverged, 130 and 143 int
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 from typing import Annotated
@@ -53,6 +55,7 @@ def main() -> None:
     # OpenMP's threads wait for one another by spinning; where another program wants the cores too, long spins slow every step
     # several times over. This many turns cost nothing on an idle machine. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _keep_memory()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -69,6 +72,15 @@ def main() -> None:
         if code is None:
             _complain(f"error: {type(error).__name__}: {error}\n  mend: run again with --debug and report it")
         sys.exit(1 if code is None else code)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory for the next step: it hands every large buffer back, and pays page faults to get it again."""
+    max_maps, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS, musl and Windows have no mallopt, or need none
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((max_maps, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+            mallopt(option, value)
 
 
 def _complain(message: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
-from sfumato.conditioners.words import PAD, Words
+from sfumato.conditioners.words import BYTES, FIRST_WORD, PAD, Words
 from sfumato.errors import ConfigError
 
 
@@ -54,6 +54,7 @@ class WordsConditioner(nn.Module):
         self.config, self.words, self.dropout = config, words, config.dropout
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.embedding = nn.Embedding(len(words), config.size, padding_idx=PAD)
+        nn.init.zeros_(self.embedding.weight.data[BYTES:FIRST_WORD])  # what no caption spells must not sound like a word
         self.positions = nn.Parameter(torch.randn(config.length, config.size) * 0.02)
         layer = nn.TransformerEncoderLayer(
             config.size, config.heads, 4 * config.size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

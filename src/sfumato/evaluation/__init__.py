@@ -2,6 +2,7 @@
 
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.composition import Composition, composition, composition_table
+from sfumato.evaluation.gallery import gallery
 from sfumato.evaluation.report import Evaluation, evaluate
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "composition",
     "composition_table",
     "evaluate",
+    "gallery",
     "measure_adherence",
 ]

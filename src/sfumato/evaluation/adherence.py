@@ -23,6 +23,7 @@ from sfumato.conditioners import ImageConditioner
 from sfumato.conditioners.doodle import lines
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
+from sfumato.observability.tables import aligned
 from sfumato.pipeline import Pipeline
 
 LARGEST = 500  # samples of each context
@@ -45,6 +46,9 @@ class Figure:
         mean = float(known.mean()) if len(known) else math.nan
         half = 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.inf
         return cls(mean=mean, low=mean - half, high=mean + half)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +91,14 @@ def measure_adherence(
     num: int = 200,
     seed: int = 1,
     guidance: float | None = None,
+    keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], None] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
-    """Figures of each context that the model reads, on conditions of held-out pictures; each alone, then all together."""
+    """Figures of each context that the model reads, on conditions of held-out pictures; each alone, then all together.
+
+    Args:
+        keep: handed each context's name, what was asked for, the samples and the real pictures (n, C, H, W) in [-1, 1].
+    """
     tell = on_progress or (lambda fraction, text: None)
     positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
     pixels, _, positions = dataset.images(positions)
@@ -104,6 +113,8 @@ def measure_adherence(
         tell(number / len(asked), f"{len(real)} samples by {name}")
         request = Request.of(part, pipeline.image_shape, len(real))
         samples = pipeline.sample(len(real), request=request, seed=seed, guidance=guidance) * 2 - 1
+        if keep is not None:
+            keep(name, part, samples, real)
         for figure, (better, metric) in _metrics(name, context, real, pipeline, classifier).items():
             rows.append(_row(name, figure, better, metric, samples, real))
     return rows
@@ -212,14 +223,8 @@ def _known_error(pictures: Tensor, shown: Tensor) -> Tensor:
 
 def adherence_table(rows: list[Adherence]) -> str:
     """The figures for a person."""
-
-    def cell(figure: Figure) -> str:
-        return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-
     head = ("context", "figure", "n", "samples", "shuffled conditions", "real pictures", "follows")
-    lines_ = [
-        (r.context, f"{r.figure} ({r.better} is better)", str(r.n), cell(r.own), cell(r.shuffled), cell(r.real), "yes" if r.works else "no")
+    return aligned([head, *(
+        (r.context, f"{r.figure} ({r.better} is better)", str(r.n), str(r.own), str(r.shuffled), str(r.real), "yes" if r.works else "no")
         for r in rows
-    ]  # fmt: skip
-    widths = [max(len(line[i]) for line in (head, *lines_)) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines_))
+    )])  # fmt: skip

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sfumato.asking import Asked
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.adherence import Figure
+from sfumato.observability.tables import aligned
 from sfumato.pipeline import Pipeline
 
 EACH = 4  # samples of each held-out prompt
@@ -109,11 +110,5 @@ def _figures(
 
 def composition_table(rows: Sequence[Composition]) -> str:
     """The figures for a person."""
-
-    def cell(figure: Figure) -> str:
-        return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-
     head = ("maker", "n", "nearest real picture is the one asked for", "overlap of its caption", "distance to the real picture")
-    lines = [(row.maker, str(row.n), cell(row.own), cell(row.words), cell(row.distance)) for row in rows]
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines))
+    return aligned([head, *((row.maker, str(row.n), str(row.own), str(row.words), str(row.distance)) for row in rows)])

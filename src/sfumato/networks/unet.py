@@ -104,8 +104,10 @@ class UNet(nn.Module):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
             stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
             maps = zeroed(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
-            self.up.append(UpLevel(stages, Upsample(out) if depth else None, maps))
-            width = out
+            width = widths[
+                max(0, depth - 1)
+            ]  # narrowed on the way to the next depth, where every channel costs four times as much
+            self.up.append(UpLevel(stages, Upsample(out, width) if depth else None, maps))
         self.output_norm = nn.GroupNorm(max(1, width // GROUP_CHANNELS), width)
         self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -235,9 +237,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the resolution: nearest neighbour, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

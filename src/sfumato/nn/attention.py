@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,6 +10,24 @@ from torch.nn import functional as F
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, C / heads)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of each head; q (B, heads, L, D), k and v (B, heads, S, D) -> (B, heads, L, D).
+
+    PyTorch's fused kernel, but for bfloat16 on a CPU that can hold the scores: its backward pass takes 1.6 to 4 times as long there as
+    the two products written out (docs/performance.md).
+
+    Args:
+        mask: True where attention may look, broadcast to (B, heads, L, S); no row may be False throughout.
+    """
+    scores_fit = q.shape[:-1].numel() * k.shape[-2] <= 2**27
+    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or not scores_fit:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
 class SelfAttention(nn.Module):
@@ -27,7 +46,7 @@ class SelfAttention(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         positions = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(positions).chunk(3, dim=2))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attend(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -50,5 +69,5 @@ class CrossAttention(nn.Module):
         q = split_heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
         mask = None if token_mask is None else token_mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def grid_image(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel."""
+    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel; long column labels go over several lines."""
     tiles = to_uint8(images)
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -46,7 +47,8 @@ def grid_image(
     factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     height, width = height * factor, width * factor
     left = 16 + 7 * max(map(len, row_labels)) if row_labels else GAP
-    top = 22 if column_labels else GAP
+    labels = [textwrap.fill(label, max(1, (width + GAP) // 7)) for label in column_labels]
+    top = 6 + 16 * max(label.count("\n") + 1 for label in labels) if labels else GAP
     sheet = Image.new("RGB", (left + columns * (width + GAP), top + rows * (height + GAP)), PAPER)
     for number, tile in enumerate(tiles):
         place = (left + number % columns * (width + GAP), top + number // columns * (height + GAP))
@@ -54,8 +56,8 @@ def grid_image(
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels):
         draw.text((6, top + row * (height + GAP) + height / 2), label, fill=INK, anchor="lm", font=FONT)
-    for column, label in enumerate(column_labels):
-        draw.text((left + column * (width + GAP) + width / 2, top / 2), label, fill=INK, anchor="mm", font=FONT)
+    for column, label in enumerate(labels):
+        draw.text((left + column * (width + GAP) + width / 2, top / 2), label, fill=INK, anchor="mm", align="center", font=FONT)
     return sheet
 
 

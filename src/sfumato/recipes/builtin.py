@@ -21,7 +21,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.run import Run
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, PowerEMA, PreviewConfig, ValidationConfig
+from sfumato.training import AdamWConfig, Budget, CheckpointConfig, MuonConfig, PowerEMA, PreviewConfig, ValidationConfig
 
 
 def digits() -> Run:
@@ -64,7 +64,7 @@ def emoji_text() -> Run:
         name="emoji-text",
         network=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)),
         conditioner=ContextConfig(text=WordsConfig(length=16)),
-        optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=100),
+        optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         sampling=SamplingConfig(guidance=2.0),
     )
 

@@ -12,10 +12,10 @@ from sfumato.training.config import (
     ValidationConfig,
 )
 from sfumato.training.ema import FixedEMA, PowerEMA
-from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.optimizers import AdamWConfig, MuonConfig
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig", "Budget", "CheckpointConfig", "FixedEMA", "LogConfig", "PowerEMA", "PreviewConfig", "Trainer",
-    "TrainingConfig", "ValidationConfig",
+    "AdamWConfig", "Budget", "CheckpointConfig", "FixedEMA", "LogConfig", "MuonConfig", "PowerEMA", "PreviewConfig",
+    "Trainer", "TrainingConfig", "ValidationConfig",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from sfumato.training.optimizers import AdamWConfig, load_optimizer_tensors, opt
 
 @dataclass
 class Counters:
-    """Progress. `step` counts batches drawn, `updates` those that changed the weights."""
+    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at."""
 
     step: int = 0
     updates: int = 0
@@ -24,30 +24,31 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    watched: int = -1
     precision: str = "auto"
 
 
 @dataclass
 class TrainingState:
-    """The model, its average, the optimizer and the counters."""
+    """The model, its average, the optimizers that share its weights, and the counters."""
 
     model: Model
     average: Model
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
     def new(cls, model: Model, optimizer: AdamWConfig) -> TrainingState:
         """The state before the first step."""
         average = copy.deepcopy(model).eval().requires_grad_(False)
-        return cls(model=model, average=average, optimizer=optimizer.build(model))
+        return cls(model=model, average=average, optimizers=optimizer.build(model))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By checkpoint file."""
         return {
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.model),
+            "optimizer": optimizer_tensors(self.optimizers, self.model),
         }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ class TrainingState:
         try:
             self.model.load_state_dict(tensors["model"])
             self.average.load_state_dict(tensors["ema"])
-            load_optimizer_tensors(self.optimizer, self.model, tensors.get("optimizer", {}))
+            load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"does not fit the model: {' '.join(str(error).split())[:300]}",

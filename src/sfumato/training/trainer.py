@@ -68,7 +68,7 @@ class Trainer:
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self.validator = Validator(config, dataset, objective.schedule, model.conditioner, self.device)
         self.previewer = Previewer(config, dataset, sampling, model.conditioner, directory, facts)
-        self._resumed_at = -1
+        self._new = True
         self._lost = 0
 
     def resume(self) -> list[str]:
@@ -92,7 +92,7 @@ class Trainer:
                 mend="leave them as they are in config.yaml; micro_batch may change",
             )
         self.state.restore(loaded.tensors, loaded.state["counters"])
-        self._resumed_at = self.state.counters.step
+        self._new = False
         return warnings
 
     @property
@@ -131,7 +131,7 @@ class Trainer:
         self._settle(bar.say)
         self.directory.require_space(self.disk_bytes())
         self.directory.write_status("running", counters.step)
-        if self._resumed_at < 0:
+        if self._new:
             self._save()
 
     def rehearse(self, *, steps: int = 3) -> float:
@@ -168,7 +168,7 @@ class Trainer:
         while True:
             asked.raise_if_asked()
             finished = self.finished
-            if counters.step != self._resumed_at or finished:
+            if counters.step != counters.watched or finished:
                 self._watch(metrics, bar, asked, finished)
             if finished:
                 return
@@ -187,7 +187,7 @@ class Trainer:
                 self.directory.heartbeat(counters.step)
 
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
-        """What is due at this step. The checkpoint comes last: a run resumed from it has seen the rest."""
+        """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
         step, config = self.state.counters.step, self.config
         if finished or step % config.preview.every_steps == 0:
             try:
@@ -204,6 +204,7 @@ class Trainer:
                 f"{figures['validation/ema/eps_rmse']:.4f} MAE {figures['validation/ema/eps_mae']:.4f}  "
                 f"R2 {figures['validation/ema/r2']:.3f}  gap to training {figures['validation/gap/mean']:+.4f}"
             )
+        self.state.counters.watched = step
         if finished or step % config.checkpoint.every_steps == 0:
             self._try(bar, self._save)
 
@@ -228,16 +229,17 @@ class Trainer:
         applied = bool(torch.isfinite(torch.tensor([loss, norm])).all())
         if applied:
             rate = config.optimizer.rate(counters.updates, self._spent())
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            state.optimizer.step()
+            for optimizer in state.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             counters.updates += 1
             counters.skipped_in_a_row = 0
             update_average(state.average, state.model, config.ema.decay(counters.updates))
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
-        state.optimizer.zero_grad()
+        state.model.zero_grad()
         counters.step += 1
         counters.samples_seen += config.batch_size
         if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
@@ -286,7 +288,7 @@ class Trainer:
         """A forward and backward pass that leaves no trace, to be timed."""
         batch = next(batches(self.dataset, self.plan, start=0))
         self._backward(batch, self.state.model.denoiser(dtype))
-        self.state.optimizer.zero_grad()
+        self.state.model.zero_grad()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -332,7 +334,7 @@ class Trainer:
             "train/loss": result.loss,
             **_loss_by_logsnr(result.losses),
             "train/grad_norm": result.gradient_norm,
-            "train/lr": self.state.optimizer.param_groups[0]["lr"],
+            "train/lr": self.state.optimizers[0].param_groups[0]["lr"],
             "train/skipped": counters.skipped,
             "perf/images_per_s": images_per_s,
             "perf/data_wait_ms": wait_ms,

@@ -1,0 +1,113 @@
+"""Muon against the iteration it stands for and against PyTorch's own; which weights it steps; that it resumes bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.condition import ContextSizes
+from sfumato.conditioners.text import WordsConditioner, WordsConfig
+from sfumato.conditioners.words import Words
+from sfumato.errors import ConfigError
+from sfumato.networks import UNet, UNetConfig
+from sfumato.recipes import resume, train
+from sfumato.training import AdamWConfig, MuonConfig
+from sfumato.training.optimizers import Muon, hidden_weights, orthogonal
+from tests.training.test_resume import interrupted
+from tests.training.tiny import fingerprint, pictures, tiny_run
+
+
+def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The published iteration, on the whole matrix."""
+    x = matrix / matrix.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (48, 16), (24, 24)])
+@pytest.mark.parametrize("decades", [0, 3])
+def test_orthogonal_equals_the_published_iteration(shape: tuple[int, int], decades: int) -> None:
+    matrix = torch.randn(shape) * torch.logspace(0, -decades, shape[1])
+    exact = quintic(matrix.double())
+    assert (orthogonal(matrix).double() - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_singular_values_come_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonal(torch.randn(32, 288)))
+    assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    assert torch.equal(orthogonal(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_steps_equal_pytorchs_own_on_matrices() -> None:
+    ours = nn.Linear(64, 48, bias=False)
+    theirs = copy.deepcopy(ours)
+    start = ours.weight.detach().clone()
+    steppers = [
+        Muon(ours.parameters(), lr=0.02, momentum=0.95, weight_decay=0.1),
+        torch.optim.Muon(theirs.parameters(), lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        gradient = torch.randn(48, 64)
+        for layer, stepper in zip((ours, theirs), steppers, strict=True):
+            layer.weight.grad = gradient.clone()
+            stepper.step()
+    moved = (theirs.weight - start).norm()
+    assert moved > 0.5
+    assert (ours.weight - theirs.weight).norm() < 0.03 * moved  # theirs iterates in bfloat16
+
+
+def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs_in_any_memory_format() -> None:
+    kernel = torch.randn(32, 32, 3, 3)
+    conv, flat = nn.Conv2d(32, 32, 3, bias=False).to(memory_format=torch.channels_last), nn.Linear(288, 32, bias=False)
+    conv.weight.data.copy_(kernel)
+    flat.weight.data.copy_(kernel.flatten(1))
+    for layer in (conv, flat):
+        layer.weight.grad = torch.linspace(-1, 1, kernel.numel()).sin().view(layer.weight.shape)
+        Muon([layer.weight], lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    assert torch.equal(conv.weight.flatten(1), flat.weight)
+
+
+def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
+    text = WordsConditioner(WordsConfig(size=32), words=Words(tuple("abc")))
+    config = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
+    model = nn.ModuleDict({"network": UNet(config, image_channels=3, context=ContextSizes(vector=32, tokens=32)), "text": text})
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw, muon = (
+        [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in AdamWConfig(muon=MuonConfig()).build(model)
+    )
+    assert sorted(name for group in (*adamw, *muon) for name in group) == sorted(names.values())
+    for name in ("network.middle.block.conv_in.weight", "text.transformer.layers.0.self_attn.in_proj_weight"):
+        assert name in muon[0]
+    for name in ("network.input.weight", "network.output.weight", "text.embedding.weight", "text.positions"):
+        assert name in adamw[0]
+    assert all(name.endswith("bias") or "norm" in name for name in adamw[1])
+
+
+def test_a_model_without_hidden_layers_is_adamws() -> None:
+    small = nn.Linear(8, 8)
+    assert hidden_weights(small) == []
+    assert len(AdamWConfig(muon=MuonConfig()).build(small)) == 1
+
+
+def test_impossible_momentum_is_refused() -> None:
+    with pytest.raises(ConfigError, match="momentum = 1"):
+        MuonConfig(momentum=1)
+
+
+@pytest.mark.parametrize("after", [3, 8])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    settings = tiny_run(
+        pictures(tmp_path / "pictures"), optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig())
+    )
+    whole = fingerprint(train(settings, run=tmp_path / "whole"))
+    assert fingerprint(resume(interrupted(settings, tmp_path / "run", monkeypatch, after))) == whole
