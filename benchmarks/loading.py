@@ -157,18 +157,14 @@ def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
     from sfumato.recipes.launch import build_model, facts_of
-    from sfumato.training import Trainer
-    from sfumato.training.run_directory import RunDirectory
+    from sfumato.recipes.prediction import rehearsal
 
     overrides = {"precision": "bfloat16", "batch_size": BATCH}
     settings = recipes.resolve(str(path), overrides)
     dataset = index(settings.data)
     with tempfile.TemporaryDirectory() as place:
         facts = facts_of(settings, dataset)
-        trainer = Trainer(
-            settings, model=build_model(settings, facts), facts=facts, objective=settings.objective, dataset=dataset,
-            sampling=settings.sampling, directory=RunDirectory.create(Path(place) / "run"), pinned={},
-        )  # fmt: skip
+        trainer = rehearsal(settings, build_model(settings, facts), dataset, facts, Path(place) / "run")
         step = trainer.rehearse(steps=3)
     plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     supply = batches(dataset, plan, start=0)

@@ -18,12 +18,12 @@ from machine import flops, interleaved, machine, options, paired_ratio, peaks, r
 from peer_unconditional import PeerTrainer, build_peer
 from PIL import Image
 
-from sfumato.data import Batch, DataConfig, Folder, index
+from sfumato.data import Batch, DataConfig, Folder, Part, index
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.recipes.launch import build_model, facts_of
+from sfumato.recipes.prediction import rehearsal
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
-from sfumato.training.run_directory import RunDirectory
 
 NETWORK = UNetConfig(channels=64, multipliers=(1, 2, 2), blocks=2, attention_depths=(2,), head_channels=64)
 PEER_PARAMETERS = 6_500_000  # widths (64, 128, 128) as ours has: 6.47M there, 6.95M here
@@ -40,10 +40,7 @@ def our_trainer(resolution: int, batch: int, folder: Path, precision: str) -> Tr
     )  # fmt: skip
     dataset = index(run.data)
     facts = facts_of(run, dataset)
-    trainer = Trainer(
-        run, model=build_model(run, facts), facts=facts, objective=run.objective, dataset=dataset, sampling=run.sampling,
-        directory=RunDirectory.create(folder / "run"), pinned={},
-    )  # fmt: skip
+    trainer = rehearsal(run, build_model(run, facts), dataset, facts, folder / "run")
     trainer.state.counters.precision = precision
     return trainer
 
@@ -57,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = our_trainer(asked.resolution, asked.batch, Path(folder), "bfloat16")
         device = trainer.device
-        batch = Batch(images=images, context={})
+        batch = Batch(parts=[Part(first=0, images=images, context={})])
         parameters = sum(p.numel() for p in trainer.state.model.parameters())
         peer_defaults = PeerTrainer(
             build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device), bf16=False, channels_last=False, ema=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sfumato.autoencoders import Pixels
 from sfumato.asking import Asked
 from sfumato.conditioners import (
     AttributesConfig,
@@ -65,7 +66,7 @@ def steered(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
     for name, parameter in model.named_parameters():
         strength = 0.5 if name.startswith("conditioner") else 0.12
         parameter.copy_(strength * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, sampling=run.sampling, facts=FACTS, image_shape=(1, SIDE, SIDE))
+    return Pipeline(model=model, autoencoder=Pixels(1), sampling=run.sampling, facts=FACTS, image_shape=(1, SIDE, SIDE))
 
 
 def _one_channel():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sfumato.autoencoders import Pixels
 from sfumato.conditioners import Facts
 from sfumato.errors import ConfigError, ScheduleError, ShapeError
 from sfumato.pipeline import Pipeline, to_unit
@@ -19,7 +20,7 @@ def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", 
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, sampling=run.sampling, facts=facts, image_shape=(1, 8, 8))
+    return Pipeline(model=model, autoencoder=Pixels(1), sampling=run.sampling, facts=facts, image_shape=(1, 8, 8))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sfumato.asking import Asked, Request, settled
+from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import Facts, Joint
 from sfumato.diffusion import (
     Angle,
@@ -103,6 +105,7 @@ class Pipeline:
 
     Attributes:
         model: in evaluation mode, on the device that will run it.
+        autoencoder: whose latents the model works in; `Pixels` where those are the pictures.
         sampling: defaults of `sample`.
         facts: what the model's conditioner knows of its training set.
         image_shape: (C, H, W).
@@ -110,6 +113,7 @@ class Pipeline:
     """
 
     model: Model
+    autoencoder: Autoencoder
     sampling: SamplingConfig
     facts: Facts
     image_shape: tuple[int, int, int]
@@ -173,8 +177,9 @@ class Pipeline:
         for first in range(0, len(request.start), batch_size):
             part = request.rows(slice(first, first + batch_size), device)
             noise = KeyedNoise(seed, first)
-            x = levels.at(0).like(part.start).mix(part.start, noise(part.start))
             with torch.no_grad():
+                start = self._encoded(part.start)
+                x = levels.at(0).like(start).mix(start, noise(start))
                 condition = self.model.conditioner(part.context, len(part.start))
                 rungs = self._rungs(part, part.given, scales)
                 denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
@@ -183,9 +188,11 @@ class Pipeline:
                     bad = Steered(denoiser=worse[0].denoiser(self.compute_dtype), condition=own)
                     denoiser = AutoGuidance(good=denoiser, bad=bad, scale=worse[1])
                 if part.known is not None:
-                    denoiser = Known(denoiser=denoiser, picture=part.start, known=part.known)
+                    cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
+                    denoiser = Known(denoiser=denoiser, picture=start, known=cells)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
-            pictures.append(to_unit(x).cpu())
+            made = self._decoded(x)
+            pictures.append(to_unit(made if part.known is None else torch.lerp(made, part.start, part.known)).cpu())
         return torch.cat(pictures)
 
     def between(
@@ -224,7 +231,7 @@ class Pipeline:
         given = {name for request in requests for name in request.given}
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
         noise = _Between(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
-        x = levels.at(0).sigma * noise(requests[0].start.expand(num, *self.image_shape))
+        x = levels.at(0).sigma * noise(self._blank(num))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
             ladders = [self._rungs(request, given, scales) for request in requests]
@@ -235,7 +242,21 @@ class Pipeline:
             denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
             condition = ends[0].between(ends[1], shares)
             pictures = sample(self._solver(sampler), denoiser, x, levels, condition=condition, noise=noise)
-        return to_unit(pictures).cpu()
+        return to_unit(self._decoded(pictures)).cpu()
+
+    def _blank(self, num: int) -> Tensor:
+        """Latents of zeros."""
+        factor = self.autoencoder.factor
+        shape = (self.autoencoder.latent_channels, self.image_shape[1] // factor, self.image_shape[2] // factor)
+        return torch.zeros(num, *shape, device=next(self.model.parameters()).device)
+
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        """Latents of pictures to start from; zeros where there is none."""
+        return self.autoencoder.encode(pictures) if pictures.any() else self._blank(len(pictures))
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.autoencoder.decode(x)
 
     def _solver(self, sampler: str | SamplerConfig | None) -> SamplerConfig:
         return find_sampler(sampler) if isinstance(sampler, str) else sampler or self.sampling.sampler

@@ -19,7 +19,7 @@ from torch import Tensor
 WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words for each value of its counter
 
 
-def _words(seed: int, purpose: str, first: int, count: int, words_per_item: int) -> NDArray[np.uint64]:
+def _words(seed: int | str, purpose: str, first: int, count: int, words_per_item: int) -> NDArray[np.uint64]:
     """Raw words of items [first, first + count): item g always owns the same blocks of the counter."""
     blocks = -(-words_per_item // WORDS_PER_BLOCK)
     key = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:16], "little")
@@ -27,7 +27,7 @@ def _words(seed: int, purpose: str, first: int, count: int, words_per_item: int)
     return generator.random_raw(count * blocks * WORDS_PER_BLOCK).reshape(count, blocks * WORDS_PER_BLOCK)
 
 
-def uniform(seed: int, purpose: str, *, first: int, count: int, per_item: int = 1) -> Tensor:
+def uniform(seed: int | str, purpose: str, *, first: int, count: int, per_item: int = 1) -> Tensor:
     """Uniform draws in [0, 1) for items `first` to `first + count`, shape (count, per_item), float64."""
     words = _words(seed, purpose, first, count, per_item)[:, :per_item]
     return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)

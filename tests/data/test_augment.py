@@ -11,12 +11,20 @@ from scipy import ndimage
 
 from sfumato import randomness
 from sfumato.data import AugmentConfig
-from sfumato.data.augment import LABELS, augment, non_leaking, warped
+from sfumato.data.augment import LABELS, Augmented, augmentation_draws, non_leaking, warped
+from sfumato.data.augment import augment as augment_by
 from sfumato.errors import ConfigError
 
 EVERYTHING = AugmentConfig(
     flip="both", rotation_degrees=30, crop=0.3, brightness=0.2, contrast=0.2, saturation=0.4, hue_degrees=40, non_leaking=0.5
 )
+
+
+def augment(config: AugmentConfig, images: torch.Tensor, *, seed: int, first: int, along=None) -> Augmented:
+    """Samples `first`, `first + 1`, ... of a seed."""
+    return augment_by(config, images, augmentation_draws(seed, first=first, count=len(images)), along=along)
+
+
 # Where each change finds its draw; the tests below would fail if these moved.
 FLIP, FLOP, QUARTER, TURN, CROP, CROP_X, CROP_Y, BRIGHT, CONTRAST, SATURATE, HUE, LEAK = range(12)
 

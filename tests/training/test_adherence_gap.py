@@ -71,7 +71,7 @@ def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
     trainer = launch._trainer(config, launch.open_data(config), RunDirectory.create(run))
-    return trainer.validator.figures(trainer.state.model, trainer.state.average)
+    return trainer.task.figures(trainer.state.model, trainer.state.average)
 
 
 def test_an_untrained_model_follows_nothing(told: Path, tmp_path: Path) -> None:

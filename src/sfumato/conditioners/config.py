@@ -69,6 +69,11 @@ class ContextConfig:
         """The names of the contexts."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
+    @property
+    def makes(self) -> bool:
+        """Whether something is made from the training pictures themselves, so that latents alone do not do."""
+        return not (self.doodle is None and self.image is None and self.reference is None)
+
     def build(self, facts: Facts, *, encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> Joint:
         """The untrained conditioner for a training set.
 

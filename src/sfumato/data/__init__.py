@@ -2,7 +2,7 @@
 
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.dataset import DataConfig, Dataset
+from sfumato.data.dataset import DataConfig, Dataset, Encoded
 from sfumato.data.entry import Entry, Listing, Reject, Source
 from sfumato.data.indexing import index
 from sfumato.data.loader import Batch, Part, batches, to_float
@@ -22,7 +22,7 @@ from sfumato.data.sources import (
 )
 
 __all__ = [
-    "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Entry", "Folder", "HuggingFace",
+    "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Encoded", "Entry", "Folder", "HuggingFace",
     "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Solids", "Source", "SourceConfig", "WebDataset", "Zip", "batches", "index",
     "source_at", "to_float",
 ]  # fmt: skip

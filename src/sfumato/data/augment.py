@@ -74,10 +74,13 @@ class Augmented(NamedTuple):
     moved: dict[str, Tensor]
 
 
-def augment(
-    config: AugmentConfig, images: Tensor, *, seed: int, first: int, along: Mapping[str, Tensor] | None = None
-) -> Augmented:
-    """Change pictures (B, C, H, W) in [-1, 1], samples `first`, `first + 1`, ...
+def augmentation_draws(seed: int | str, *, first: int, count: int) -> Tensor:
+    """Uniform draws (count, 24) for samples `first`, `first + 1`, ..."""
+    return randomness.uniform(seed, "augment", first=first, count=count, per_item=24)
+
+
+def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapping[str, Tensor] | None = None) -> Augmented:
+    """Change pictures (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only what lies over them is wanted.
 
     Args:
         along: what lies over the pictures and keeps to its place on them: maps (B, c, H, W), or points (B, N, D) whose first two
@@ -86,7 +89,6 @@ def augment(
     along = along or {}
     if config.is_off:
         return Augmented(images, images.new_zeros(len(images), 0), dict(along))
-    draws = randomness.uniform(seed, "augment", first=first, count=len(images), per_item=24).to(torch.float64)
     plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7], *_sides(images)))
     labels = images.new_zeros(len(images), 0)
     if config.non_leaking:
@@ -94,6 +96,8 @@ def augment(
         plane, labels = _compose(plane, map_), labels.to(images.dtype)
 
     def placed(maps: Tensor) -> Tensor:
+        if not maps.shape[1]:
+            return maps
         maps = _exact(config, maps, draws[:, :3])
         return warped(maps, plane) if config.rotation_degrees or config.crop or config.non_leaking else maps
 
@@ -236,7 +240,7 @@ def warped(images: Tensor, maps: Tensor) -> Tensor:
 
 def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tensor, Tensor] | None:
     """Matrices (B, c, c) and offsets (B, c) on the c colour channels; None if colours stay."""
-    if not (config.brightness or config.contrast or config.saturation or config.hue_degrees):
+    if not channels or not (config.brightness or config.contrast or config.saturation or config.hue_degrees):
         return None
     colours = {2: 1, 4: 3}.get(channels, channels)
     way = 2 * draws - 1

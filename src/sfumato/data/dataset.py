@@ -83,6 +83,21 @@ class Pictures(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Latents of every picture, made ahead of training.
+
+    Attributes:
+        gather: moments (n, 2 c, h, w) at given rows; picture p's variant v is row p * variants + v.
+        variants: of each picture, each augmented in its own way.
+        pixels: whether batches hold the pictures too, for a conditioner that makes something of them.
+    """
+
+    gather: Callable[[NDArray[np.int64]], NDArray[np.floating[Any]]]
+    variants: int
+    pixels: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Readable pictures of a source, in a fixed order.
 
@@ -95,6 +110,7 @@ class Dataset:
         rejects: what was left out; notes: what had to be converted, by kind.
         crop_loss: mean share of the pictures' area that cropping cut away.
         layers: what else is known of each picture.
+        encoded: their latents, where training works on those.
         training, holdout: positions of the two parts, which share no picture and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
     """
@@ -111,6 +127,7 @@ class Dataset:
     notes: dict[str, list[str]]
     crop_loss: float
     layers: Layers
+    encoded: Encoded | None = None
     training: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from sfumato import randomness
-from sfumato.data.augment import augment
+from sfumato.data.augment import augment, augmentation_draws
 from sfumato.data.dataset import Dataset
 from sfumato.data.entry import Reject
 from sfumato.data.layers import MAPS
@@ -30,14 +30,16 @@ class Part:
 
     Attributes:
         first: number of the first one among all samples that training sees.
-        images: float32 in [-1, 1], (n, C, H, W).
+        images: float32 in [-1, 1], (n, C, H, W); (n, 0, H, W) where latents are all that training needs.
         context: what conditioners may read, by name, n of each: see `Dataset.context`; and "augmentation", what the non-leaking
             pipeline did, (n, 0 or 9).
+        moments: of their latents, (n, 2 c, h, w), where these were made ahead.
     """
 
     first: int
     images: Tensor
     context: Mapping[str, Any]
+    moments: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,21 +72,54 @@ class _Batches(TorchDataset[Batch]):
         first = step * self.plan.batch_size
         parts: list[Part] = []
         bad: list[Reject] = []
+        read = self._pictures if self.dataset.encoded is None else self._latents
         draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[:, 0].tolist()
         for begin, end in _stretches(self.dataset.shapes[positions]):
-            pixels, failed, read = self.dataset.images(positions[begin:end])
-            context = self.dataset.context(read, draws=draws[begin:end])
-            changed = augment(
-                self.dataset.config.augment,
-                to_float(pixels),
-                seed=self.plan.seed,
-                first=first + begin,
-                along={name: context[name] for name in LIES_OVER if name in context},
-            )
+            found = read(positions[begin:end], first + begin)
+            context = self.dataset.context(found.positions, draws=draws[begin:end])
+            along = {name: context[name] for name in LIES_OVER if name in context}
+            changed = augment(self.dataset.config.augment, found.images, found.draws, along=along)
             context |= {**changed.moved, "augmentation": changed.labels}
-            parts.append(Part(first=first + begin, images=changed.images, context=context))
-            bad += failed
+            parts.append(Part(first=first + begin, images=changed.images, context=context, moments=found.moments))
+            bad += found.bad
         return Batch(parts=parts, bad=bad)
+
+    def _pictures(self, positions: NDArray[np.int64], first: int) -> _Found:
+        """Pixels, to be augmented in a new way each time they are seen."""
+        pixels, bad, positions = self.dataset.images(positions)
+        draws = augmentation_draws(self.plan.seed, first=first, count=len(positions))
+        return _Found(to_float(pixels), positions, draws, None, bad)
+
+    def _latents(self, positions: NDArray[np.int64], first: int) -> _Found:
+        """Latents of one of the variants that there are, and pixels augmented as those were."""
+        encoded = self.dataset.encoded
+        assert encoded is not None
+        chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[:, 0]
+        variants = (chances * encoded.variants).long().numpy()
+        moments = torch.from_numpy(encoded.gather(positions * encoded.variants + variants)).float()
+        draws = torch.cat([variant_draws(self.dataset.ids[p], int(v)) for p, v in zip(positions, variants, strict=True)])
+        bad: list[Reject] = []
+        height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
+        images = torch.empty(len(positions), 0, height, width)
+        if encoded.pixels:
+            pixels, bad, positions = self.dataset.images(positions)
+            images = to_float(pixels)
+        return _Found(images, positions, draws, moments, bad)
+
+
+class _Found(NamedTuple):
+    """What was read of some pictures, not augmented yet, and the draws that decide how they will be."""
+
+    images: Tensor
+    positions: NDArray[np.int64]
+    draws: Tensor
+    moments: Tensor | None
+    bad: Sequence[Reject]
+
+
+def variant_draws(id_: str, variant: int) -> Tensor:
+    """What decides how a variant of a picture is augmented, (1, 24): a function of its content, so that latents may be kept."""
+    return augmentation_draws(id_, first=variant, count=1)
 
 
 def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from sfumato.recipes.builtin import RECIPES, recipe
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import choose
 from sfumato.recipes.run import Run
-from sfumato.training import Trainer, checkpoint
+from sfumato.training import Diffusion, Trainer, checkpoint
 from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
 
@@ -86,8 +86,9 @@ def _reasons(source: str | Path | Run) -> list[str]:
 
 def parameters(run: Run) -> int:
     """Learned numbers in a run's model, its conditioner aside; nothing is built."""
+    channels = run.autoencoder.channels(run.data.channels)
     with torch.device("meta"):
-        network = UNet(run.network, image_channels=run.data.channels, context=NO_CONTEXT)
+        network = UNet(run.network, image_channels=channels, context=NO_CONTEXT)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -113,7 +114,8 @@ def build_model(run: Run, facts: Facts) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(facts, encoder=_encoder)
-        network = UNet(run.network, image_channels=run.data.channels, context=conditioner.sizes)
+        channels = run.autoencoder.channels(run.data.channels)
+        network = UNet(run.network, image_channels=channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 
 
@@ -164,6 +166,7 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
+    directory.write_status("preparing", 0)
     _trainer(settings, dataset, directory).run()
     return directory.path
 
@@ -177,8 +180,9 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
         screen.print(f"changed on resume: {line}", markup=False)
     trainer = _trainer(settings, open_data(settings), directory)
-    for warning in trainer.resume():
-        screen.print(f"warning: {warning}", markup=False)
+    if directory.status().get("state") != "preparing":
+        for warning in trainer.resume():
+            screen.print(f"warning: {warning}", markup=False)
     step = trainer.state.counters.step
     if trainer.finished and directory.status().get("state") == "finished":
         screen.print(f"finished already, at step {step}; to go on, raise its budget: sfumato resume {path} budget.minutes=...")
@@ -189,23 +193,29 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
+    """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
-    facts = facts_of(settings, dataset)
-    model = build_model(settings, facts)
-    trainer = Trainer(
-        settings, model=model, objective=settings.objective, dataset=dataset, sampling=settings.sampling, directory=directory,
-        facts=facts, pinned=pinned,
-    )  # fmt: skip
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
+    autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.conditioner.makes)
+    facts = facts_of(settings, dataset)
+    model = build_model(settings, facts).to(_device())
+    task = Diffusion(
+        settings, model=model, autoencoder=autoencoder.to(_device()), objective=settings.objective, dataset=dataset,
+        sampling=settings.sampling, directory=directory, facts=facts,
+    )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console().print(
         f"{directory.path}: {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, "
         f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {parameters / 1e6:.2f}M parameters",
         markup=False,
     )
-    return trainer
+    return Trainer(settings, task=task, dataset=dataset, directory=directory, pinned=pinned)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _free(path: Path) -> Path:
@@ -257,10 +267,10 @@ def load(
     facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts).eval().requires_grad_(False)
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
-        model=model.to(device),
+        model=model.to(_device()),
+        autoencoder=settings.autoencoder.opened(directory.path, channels).to(_device()),
         sampling=settings.sampling,
         facts=facts,
         image_shape=(channels, height, width),

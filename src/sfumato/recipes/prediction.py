@@ -13,7 +13,7 @@ from sfumato.data import Dataset
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
 from sfumato.recipes.run import Run
-from sfumato.training import Trainer
+from sfumato.training import Diffusion, Trainer
 from sfumato.training.run_directory import RunDirectory
 
 MANY_VIEWS = 200  # of each picture, where small sets begin to be learned by heart
@@ -52,10 +52,7 @@ class Prediction:
 def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> Prediction:
     """Take a few real steps in a scratch folder; `model` is used up."""
     with tempfile.TemporaryDirectory() as place:
-        trainer = Trainer(
-            run, model=model, objective=run.objective, dataset=dataset, sampling=run.sampling,
-            directory=RunDirectory.create(Path(place) / "run"), facts=facts, pinned={},
-        )  # fmt: skip
+        trainer = rehearsal(run, model, dataset, facts, Path(place) / "run")
         step_s = trainer.rehearse()
     size, batch = len(dataset.training), run.batch_size
     share = run.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
@@ -68,3 +65,14 @@ def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> Predictio
         memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         disk_gib=trainer.disk_bytes() / 2**30,
     )
+
+
+def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Path) -> Trainer:
+    """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one."""
+    directory = RunDirectory.create(place)
+    autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.conditioner.makes)
+    task = Diffusion(
+        run, model=model, autoencoder=autoencoder, objective=run.objective, dataset=dataset, sampling=run.sampling,
+        directory=directory, facts=facts,
+    )  # fmt: skip
+    return Trainer(run, task=task, dataset=dataset, directory=directory, pinned={})

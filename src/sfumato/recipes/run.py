@@ -9,6 +9,7 @@ from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
 from sfumato.training import TrainingConfig
 
 
@@ -18,11 +19,13 @@ class Run(TrainingConfig):
 
     Attributes:
         name: of the recipe; the run directory is called after it.
+        autoencoder: whose latents the model works in; pixels by default.
         conditioner: what steers the model; nothing by default.
     """
 
     name: str
     data: DataConfig = DataConfig()
+    autoencoder: AutoencoderConfig = PixelSpace()
     network: UNetConfig = UNetConfig()
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()

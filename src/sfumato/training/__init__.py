@@ -13,9 +13,13 @@ from sfumato.training.config import (
 )
 from sfumato.training.ema import FixedEMA, PowerEMA
 from sfumato.training.optimizers import AdamWConfig, MuonConfig
+from sfumato.training.diffusion import Diffusion
+from sfumato.training.encoding import with_latents
+from sfumato.training.reconstruction import AdversarialConfig, LossesConfig, Reconstruction, Reconstructor
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig", "Budget", "CheckpointConfig", "FixedEMA", "LogConfig", "MuonConfig", "PowerEMA", "PreviewConfig",
-    "Trainer", "TrainingConfig", "ValidationConfig",
+    "AdamWConfig", "AdversarialConfig", "Budget", "CheckpointConfig", "Diffusion", "FixedEMA", "LogConfig", "LossesConfig",
+    "MuonConfig", "PowerEMA", "PreviewConfig", "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig",
+    "with_latents",
 ]  # fmt: skip

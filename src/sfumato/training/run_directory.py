@@ -24,8 +24,9 @@ HEARTBEAT_S = 5.0
 class RunDirectory:
     """Paths and small JSON files of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, root: Path | None = None) -> None:
+        """`root` is the run that this is a stage of; the run itself unless given."""
+        self.path, self.root = path, root or path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
@@ -66,6 +67,13 @@ class RunDirectory:
             )
         return cls(path)
 
+    def stage(self, name: str) -> RunDirectory:
+        """The place of what is trained before the run's own model; it has no configuration of its own."""
+        made = RunDirectory(self.path / name, root=self.root)
+        for folder in (made.checkpoints, made.samples):
+            folder.mkdir(parents=True, exist_ok=True)
+        return made
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run: two processes never train in one folder."""
@@ -96,7 +104,7 @@ class RunDirectory:
         os.replace(temporary, target)
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
-        """status.json: `state` is running, finished, interrupted or failed."""
+        """status.json: `state` is preparing, running, finished, interrupted or failed."""
         self._last_heartbeat = time.monotonic()
         self.write_json("status.json", {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more})
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
-from sfumato.pipeline import Model
-from sfumato.training.optimizers import AdamWConfig, load_optimizer_tensors, optimizer_tensors
+from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from sfumato.training.task import Learner
 
 
 @dataclass
@@ -30,18 +31,23 @@ class Counters:
 
 @dataclass
 class TrainingState:
-    """The model, its average, the optimizers that share its weights, and the counters."""
+    """The model, its average, the learners that share its weights, and the counters."""
 
-    model: Model
-    average: Model
-    optimizers: list[torch.optim.Optimizer]
+    model: nn.Module
+    average: nn.Module
+    learners: list[Learner]
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
-    def new(cls, model: Model, optimizer: AdamWConfig) -> TrainingState:
+    def new(cls, model: nn.Module, learners: Callable[[nn.Module], list[Learner]]) -> TrainingState:
         """The state before the first step."""
         average = copy.deepcopy(model).eval().requires_grad_(False)
-        return cls(model=model, average=average, optimizers=optimizer.build(model))
+        return cls(model=model, average=average, learners=learners(model))
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of all learners."""
+        return [optimizer for learner in self.learners for optimizer in learner.optimizers]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By checkpoint file."""

@@ -11,63 +11,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from sfumato import randomness
-from sfumato.condition import on_device, rows
-from sfumato.conditioners import Facts
-from sfumato.data import Batch, Dataset, Part, Plan, batches
-from sfumato.diffusion import Losses, NetworkDenoiser, NoiseLevel, Objective
+from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile
 from sfumato.observability.progress import ProgressBar
-from sfumato.pipeline import Model, SamplingConfig
 from sfumato.training import checkpoint, precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.state import TrainingState
-from sfumato.training.watching import Previewer, Validator
+from sfumato.training.task import Outcome, Task
 
 SKIPS_IN_A_ROW = 20
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
 LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
-LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 
 class StepResult(NamedTuple):
-    """Of one optimizer step: mean loss, each sample's loss and level (B,), gradient norm, and whether the weights moved."""
+    """Of one optimizer step: mean loss, what its samples gave, gradient norm of each learner, and whether the weights moved."""
 
     loss: float
-    losses: Losses
-    gradient_norm: float
+    outcome: Outcome
+    gradient_norms: list[float]
     applied: bool
 
 
 class Trainer:
-    """Trains a model in a run directory until its budget is spent; `run()` may be called again after `resume()`."""
+    """Trains a task's model in a run directory until its budget is spent; `run()` may be called again after `resume()`."""
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        *,
-        model: Model,
-        objective: Objective,
-        dataset: Dataset,
-        sampling: SamplingConfig,
-        directory: RunDirectory,
-        facts: Facts,
-        pinned: Mapping[str, Any],
+        self, config: TrainingConfig, *, task: Task, dataset: Dataset, directory: RunDirectory, pinned: Mapping[str, Any]
     ) -> None:
-        """`facts` are what the conditioner knows of the data, `pinned` the configuration as plain data; both are kept in checkpoints."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config, self.objective, self.dataset = config, objective, dataset
-        self.directory, self.facts, self.pinned = directory, facts, pinned
-        self.state = TrainingState.new(model.to(self.device), config.optimizer)
+        """`pinned` is the configuration as plain data, kept in checkpoints beside the task's facts."""
+        self.device = next(task.model.parameters()).device
+        self.config, self.task, self.dataset, self.directory, self.pinned = config, task, dataset, directory, pinned
+        self.state = TrainingState.new(task.model, task.learners)
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
-        self.validator = Validator(config, dataset, objective.schedule, model.conditioner, self.device)
-        self.previewer = Previewer(config, dataset, sampling, model.conditioner, directory, facts)
         self._new = True
         self._lost = 0
 
@@ -116,7 +97,7 @@ class Trainer:
             except Interrupted as signal:
                 self._save()
                 self.directory.write_status("interrupted", counters.step, signal=str(signal))
-                bar.say(f"{signal}: saved at step {counters.step}; `sfumato resume {self.directory.path}` goes on from there")
+                bar.say(f"{signal}: saved at step {counters.step}; `sfumato resume {self.directory.root}` goes on from there")
                 raise
             except BaseException as error:
                 self.directory.write_status("failed", counters.step, error=str(error))
@@ -130,9 +111,9 @@ class Trainer:
         counters = self.state.counters
         self._settle(bar.say)
         self.directory.require_space(self.disk_bytes())
-        self.directory.write_status("running", counters.step)
         if self._new:
             self._save()
+        self.directory.write_status("running", counters.step)
 
     def rehearse(self, *, steps: int = 3) -> float:
         """Seconds of one training step, in the median of a few real ones; the trainer is used up."""
@@ -158,7 +139,7 @@ class Trainer:
             counters.precision, line = precision.choose(self._trial, self.device)
             say(line)
         if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
-            self.state.model.network.compile()
+            self.task.compile(self.state.model)
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters
@@ -182,7 +163,7 @@ class Trainer:
                 record = self._record(result, clock)
                 metrics.write(record)
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
-                figures = f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norm:.2f}  {speed}"
+                figures = f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
                 self.directory.heartbeat(counters.step)
 
@@ -191,19 +172,15 @@ class Trainer:
         step, config = self.state.counters.step, self.config
         if finished or step % config.preview.every_steps == 0:
             try:
-                self.previewer.show(self.state.average, step, lambda _: asked.raise_if_asked())
+                self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
             self._try(bar, self._snapshot)
         if step and (finished or step % config.validation.every_steps == 0):
-            figures = self.validator.figures(self.state.model, self.state.average)
+            figures = self.task.figures(self.state.model, self.state.average)
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
-            bar.say(
-                f"step {step}: held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE "
-                f"{figures['validation/ema/eps_rmse']:.4f} MAE {figures['validation/ema/eps_mae']:.4f}  "
-                f"R2 {figures['validation/ema/r2']:.3f}  gap to training {figures['validation/gap/mean']:+.4f}"
-            )
+            bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
         if finished or step % config.checkpoint.every_steps == 0:
             self._try(bar, self._save)
@@ -222,17 +199,13 @@ class Trainer:
         """
         state, config = self.state, self.config
         counters = state.counters
-        losses = self._backward(batch, state.model.denoiser(self._dtype))
-        loss = float(losses.per_sample.mean())
-        parameters = list(state.model.parameters())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip))
-        applied = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+        outcome = self._backward(batch, self._dtype)
+        loss = float(outcome.per_sample.mean())
+        norms = [learner.clip() for learner in state.learners]
+        applied = bool(torch.isfinite(torch.tensor([loss, *norms])).all())
         if applied:
-            rate = config.optimizer.rate(counters.updates, self._spent())
-            for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
+            for learner in state.learners:
+                learner.step(counters.updates, self._spent())
             counters.updates += 1
             counters.skipped_in_a_row = 0
             update_average(state.average, state.model, config.ema.decay(counters.updates))
@@ -248,46 +221,25 @@ class Trainer:
                 where=f"step {counters.step}",
                 mend="lower optimizer.learning_rate, or set precision=float32; the last checkpoint is intact",
             )
-        return StepResult(loss, losses, norm, applied)
+        return StepResult(loss, outcome, norms, applied)
 
-    def _backward(self, batch: Batch, denoiser: NetworkDenoiser) -> Losses:
+    def _backward(self, batch: Batch, dtype: torch.dtype) -> Outcome:
         """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
         self.state.model.train()
-        size, first = self.config.micro_batch or len(batch), batch.parts[0].first
-        times = randomness.uniform(self.config.seed, "time", first=first, count=len(batch))[:, 0].float()
-        levels = self.objective.levels(times)  # of the whole batch: its strata cover all noise levels
-        found = [
-            self._backward_part(part, slice(begin, begin + size), levels, part.first - first, denoiser)
-            for part in batch.parts
-            for begin in range(0, len(part), size)
-        ]
-        return Losses(torch.cat(found), levels)
-
-    def _backward_part(self, part: Part, chosen: slice, levels: NoiseLevel, offset: int, denoiser: NetworkDenoiser) -> Tensor:
-        """One forward and backward pass. All randomness is keyed by the samples' numbers."""
-        config, conditioner = self.config, self.state.model.conditioner
-        images = part.images[chosen].to(self.device)
-        first, count, seed = part.first + chosen.start, len(images), config.seed
-        here = slice(offset + chosen.start, offset + chosen.start + count)
-        noise = randomness.normal(seed, "noise", first=first, shape=tuple(images.shape))
-        draws = randomness.uniform(seed, "condition dropout", first=first, count=count, per_item=max(1, len(conditioner.parts)))
-        context = on_device(rows(part.context, chosen), self.device)
-        context = conditioner.derive(images, context, seed=seed, first=first)
-        torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
-        loss = self.objective(
-            denoiser,
-            images,
-            conditioner(context, count, draws=draws),
-            level=NoiseLevel(*(value[here].to(self.device) for value in levels)),
-            noise=noise.to(self.device),
-        )
-        (loss.per_sample.sum() / len(levels.alpha)).backward()
-        return loss.per_sample.detach()
+        size, spent = self.config.micro_batch or len(batch), self._spent()
+        found = []
+        for part in batch.parts:
+            for begin in range(0, len(part), size):
+                chosen = slice(begin, min(begin + size, len(part)))
+                outcome = self.task.outcome(self.state.model, batch, part, chosen, spent=spent, dtype=dtype)
+                (outcome.per_sample.sum() / len(batch)).backward()
+                found.append(outcome)
+        notes = {name: torch.cat([outcome.notes[name].detach().cpu() for outcome in found]) for name in found[0].notes}
+        return Outcome(torch.cat([outcome.per_sample.detach().cpu() for outcome in found]), notes)
 
     def _trial(self, dtype: torch.dtype) -> None:
         """A forward and backward pass that leaves no trace, to be timed."""
-        batch = next(batches(self.dataset, self.plan, start=0))
-        self._backward(batch, self.state.model.denoiser(dtype))
+        self._backward(next(batches(self.dataset, self.plan, start=0)), dtype)
         self.state.model.zero_grad()
 
     @property
@@ -313,8 +265,7 @@ class Trainer:
             state={
                 "counters": asdict(self.state.counters),
                 "data": self.dataset.fingerprint,
-                "facts": asdict(self.facts),
-                "image_shape": list(self.dataset.image_shape),
+                **self.task.facts,
                 "plan": self.plan.hash,
                 "config": self.pinned,
             },
@@ -332,9 +283,13 @@ class Trainer:
             "epoch": counters.samples_seen / self.plan.size,
             "time": counters.seconds,
             "train/loss": result.loss,
-            **_loss_by_logsnr(result.losses),
-            "train/grad_norm": result.gradient_norm,
-            "train/lr": self.state.optimizers[0].param_groups[0]["lr"],
+            **self.task.record(result.outcome),
+            "train/grad_norm": result.gradient_norms[0],
+            "train/lr": self.state.learners[0].rate,
+            **{
+                f"train/{learner.name}/grad_norm": norm
+                for learner, norm in zip(self.state.learners[1:], result.gradient_norms[1:], strict=True)
+            },
             "train/skipped": counters.skipped,
             "perf/images_per_s": images_per_s,
             "perf/data_wait_ms": wait_ms,
@@ -381,14 +336,3 @@ def bar_loss(loss: float) -> str:
     """Four digits after the point, or the exponent when that would show nothing."""
     return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2e}"
 
-
-def _loss_by_logsnr(losses: Losses) -> dict[str, float]:
-    """Mean loss of the batch's samples in each range of log-SNR that has any."""
-    number = torch.bucketize(losses.level.logsnr().cpu(), torch.tensor(LOGSNR_EDGES))
-    names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
-    values = losses.per_sample.cpu()
-    return {
-        f"train/loss_by_logsnr/{name}": float(values[number == index].mean())
-        for index, name in enumerate(names)
-        if (number == index).any()
-    }

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sfumato import randomness
 from sfumato.asking import Request
+from sfumato.autoencoders import Autoencoder
 from sfumato.condition import Context, on_device, reordered
 from sfumato.conditioners import Facts, Joint
 from sfumato.data import Dataset, to_float
@@ -27,16 +29,23 @@ class Validator:
     """Fixed triples of held-out pictures, and as many of training pictures with the same noises and levels."""
 
     def __init__(
-        self, config: TrainingConfig, dataset: Dataset, schedule: Schedule, conditioner: Joint, device: torch.device
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        schedule: Schedule,
+        conditioner: Joint,
+        autoencoder: Autoencoder,
+        device: torch.device,
     ) -> None:
-        self.batch_size, self.device = config.batch_size, device
+        self.batch_size = config.batch_size
         self._sets: list[tuple[Triples, Context]] = []
         for part in (dataset.holdout, dataset.training):
             positions = dataset.usual(part) if len(dataset.usual(part)) else part[:1]
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
             pixels, _, chosen = dataset.images(positions[order[[i % len(order) for i in range(config.validation.samples)]]])
             images = to_float(pixels).to(device)
-            triples = make_triples(images, schedule, seed=config.seed, bins=config.validation.bins)
+            x0 = latents(autoencoder, images, seed=config.seed, batch_size=config.batch_size)
+            triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
             context = on_device(dataset.context(chosen), device)
             self._sets.append((triples, conditioner.derive(images, context, seed=config.seed, first=0)))
         self.second_moment = float(self._sets[0][0].x0.double().square().mean())
@@ -74,6 +83,19 @@ class Validator:
         return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
 
 
+@torch.no_grad()
+def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: int) -> Tensor:
+    """One draw of the latents of held-out pictures, the same at every call."""
+
+    def some(first: int) -> Tensor:
+        moments = autoencoder.moments(images[first : first + batch_size])
+        return autoencoder.draw(
+            moments, lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape)
+        )
+
+    return torch.cat([some(first) for first in range(0, len(images), batch_size)])
+
+
 class Previewer:
     """Grids of samples with the same noise and context every time, and one grid of the real pictures that the context belongs to."""
 
@@ -83,10 +105,12 @@ class Previewer:
         dataset: Dataset,
         sampling: SamplingConfig,
         conditioner: Joint,
+        autoencoder: Autoencoder,
         directory: RunDirectory,
         facts: Facts,
     ) -> None:
         self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
+        self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
         reads = [name for name in conditioner.parts if name != "augmentation"]
         chosen = _of_each_category(dataset, config.preview.num) if reads in ([], ["category"]) else _held_out(dataset, config)
@@ -104,7 +128,9 @@ class Previewer:
 
     def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
-        pipeline = Pipeline(model=average, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape)
+        pipeline = Pipeline(
+            model=average, autoencoder=self.autoencoder, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape
+        )
         request = Request.of(self.context, self.image_shape, len(self.asked["category"] or ()))
         images = pipeline.sample(len(request.start), request=request, seed=self.seed, on_step=on_step)
         folder = self.directory.samples / f"step-{step:09d}"

@@ -1,0 +1,69 @@
+"""The adversary that an autoencoder learns to please: it tells real patches from reconstructed ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from sfumato.errors import ConfigError
+
+GROUP_CHANNELS = 16
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures (B, C, H, W) -> a score for each patch, (B, h, w); higher is more real.
+
+    Group norms instead of the source's batch norms, so that a picture's score does not depend on the others in its batch.
+
+    Source: Isola et al. 2017 (arXiv:1611.07004), sec. 3.2 and appendix 6.1.2.
+    """
+
+    def __init__(self, image_channels: int, *, channels: int, layers: int) -> None:
+        super().__init__()
+        if min(channels, layers) < 1 or channels % GROUP_CHANNELS:
+            raise ConfigError(
+                f"an adversary of {channels} channels and {layers} layers",
+                where="autoencoder.adversarial",
+                mend=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
+            )
+        found: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for depth in range(1, layers + 1):
+            inputs, width = width, channels * min(2**depth, 8)
+            found += [
+                nn.Conv2d(inputs, width, 4, stride=2 if depth < layers else 1, padding=1, bias=False),
+                nn.GroupNorm(width // GROUP_CHANNELS, width),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[:, 0]
+
+
+def telling(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
+    """What the adversary minimizes, (B,): the hinge loss on real pictures and on made ones, which get no gradient from it.
+
+    Source: Lim & Ye 2017 (arXiv:1705.02894).
+    """
+    losses = F.relu(1 - adversary(real)), F.relu(1 + adversary(made.detach()))
+    return torch.stack([loss.flatten(1).mean(1) for loss in losses]).mean(0)
+
+
+def pleasing(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
+    """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no gradient from it."""
+    frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
+    return -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
+
+
+def balance(reconstruction: Tensor, pleasing: Tensor, last: nn.Parameter) -> Tensor:
+    """The weight at which both losses pull on the decoder's last layer alike, at most 10^4.
+
+    Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
+    """
+    norms = [
+        torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, pleasing)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()

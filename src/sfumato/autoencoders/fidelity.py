@@ -1,0 +1,41 @@
+"""How near a reconstruction is to its picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WINDOW, WIDTH = 11, 1.5  # of the Gaussian that structural similarity looks through
+K1, K2 = 0.01, 0.03
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 / MSE), at most 100."""
+    error = (a - b).double().square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error.clamp(min=4e-10))).float()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of pictures (B, C, H, W) in [-1, 1], (B,): 1 for equal ones.
+
+    Averaged over channels and over the places where the whole window fits.
+
+    Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eqs. 13 to 16.
+    """
+    size = min(WINDOW, *a.shape[2:])
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    line = torch.exp(-(offsets**2) / (2 * WIDTH**2))
+    window = torch.outer(line, line) / line.sum() ** 2
+
+    def local(x: Tensor) -> Tensor:
+        return F.conv2d(x.flatten(0, 1)[:, None], window[None, None].to(x.device))
+
+    a, b = a.double(), b.double()
+    mean_a, mean_b = local(a), local(b)
+    variance_a, variance_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
+    covariance = local(a * b) - mean_a * mean_b
+    c1, c2 = (2 * K1) ** 2, (2 * K2) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (luminance * structure).view(len(a), -1).mean(1).float()

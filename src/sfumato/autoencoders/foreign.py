@@ -1,0 +1,68 @@
+"""Autoencoders that only diffusers knows, frozen (extra `diffusers`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.autoencoders.tiny import CERTAIN
+from sfumato.errors import CheckpointError, ConfigError
+
+KNOWN = ("AutoencoderDC",)
+
+
+class ForeignCodec(nn.Module):
+    """One of diffusers' autoencoders whose latents are one value for each picture."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
+        self.factor = int(model.spatial_compression_ratio)
+
+    @classmethod
+    def load(cls, kind: str, folder: Path) -> ForeignCodec:
+        """From a folder of diffusers'.
+
+        Raises:
+            CheckpointError: for a kind that is not known.
+            ConfigError: if diffusers is not installed.
+        """
+        if kind not in KNOWN:
+            raise CheckpointError(
+                f"an autoencoder of the kind {kind}",
+                where=str(folder),
+                mend=f"AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)} are read",
+            )
+        try:
+            import diffusers
+        except ImportError:
+            raise ConfigError(
+                f"{kind} needs diffusers", where="autoencoder", mend="pip install 'sfumato[diffusers]'"
+            ) from None
+        try:
+            model = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot be read: {str(error)[:300]}", where=str(folder)) from None
+        return cls(model, {"_class_name": kind, **dict(model.config)})
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        z = self.model.encode(x).latent
+        return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of latents; not clamped."""
+        return self.model.decode(z).sample
+
+    def head(self, z: Tensor) -> Tensor:
+        """All of it: diffusers' models are not taken apart."""
+        return self.decode(z)
+
+    @property
+    def tail(self) -> nn.Module:
+        """Nothing."""
+        return nn.Identity()

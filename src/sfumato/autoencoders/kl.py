@@ -1,0 +1,257 @@
+"""A variational autoencoder of convolutions: pictures to latents of a fraction of their side, and back.
+
+Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights travel between the two as they are.
+
+Source: Kingma & Welling 2014 (arXiv:1312.6114); Rombach et al. 2022 (arXiv:2112.10752), sec. 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.errors import ConfigError
+
+EPS = 1e-6  # of group norms
+LOG_VARIANCE = (-30.0, 20.0)  # what log-variances are clamped to, as everywhere else
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """Size and shape of an autoencoder.
+
+    Attributes:
+        channels: feature channels at each depth; every depth but the last halves the resolution, so three depths make latents of a
+            quarter of the picture's side, four an eighth.
+        latent_channels: of the latents; more keep more detail, and are harder to generate.
+        blocks: residual blocks at each depth (one more on the way up).
+        groups: of group norms; they divide all channels.
+        attention: whether positions attend to one another at the smallest resolution. It costs memory of the fourth power of the side.
+        projections: `quant` has a 1 x 1 convolution on both sides of the latents, as Stable Diffusion's has; FLUX's has none.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    latent_channels: int = 8
+    blocks: int = 2
+    groups: int = 32
+    attention: Literal["middle", "none"] = "none"
+    projections: Literal["quant", "none"] = "quant"
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1:
+            raise ConfigError(f"{self} is no autoencoder", where="autoencoder", mend="all sizes are at least 1")
+        if any(width % self.groups for width in self.channels):
+            raise ConfigError(
+                f"channels {self.channels} in {self.groups} groups",
+                where="autoencoder.groups",
+                mend="choose groups that divide all channels",
+            )
+
+    @property
+    def factor(self) -> int:
+        """Side of a picture over the side of its latents."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class KLAutoencoder(nn.Module):
+    """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the picture."""
+
+    def __init__(self, config: KLConfig, *, image_channels: int) -> None:
+        super().__init__()
+        self.config, self.image_channels, self.factor = config, image_channels, config.factor
+        self.latent_channels = latent = config.latent_channels
+        self.encoder = Encoder(config, image_channels)
+        self.decoder = Decoder(config, image_channels)
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if config.projections == "quant":
+            self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1), nn.Conv2d(latent, latent, 1)
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of latents; not clamped."""
+        return self.tail(self.head(z))
+
+    def head(self, z: Tensor) -> Tensor:
+        """Latents as far as half the picture's resolution."""
+        return self.decoder.head(self.post_quant_conv(z))
+
+    @property
+    def tail(self) -> nn.Module:
+        """From there to the picture."""
+        return self.decoder.tail
+
+
+class Encoder(nn.Module):
+    """Pictures -> means and log-variances."""
+
+    def __init__(self, config: KLConfig, image_channels: int) -> None:
+        super().__init__()
+        widths, groups = config.channels, config.groups
+        self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        inputs = [widths[0], *widths[:-1]]
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList(
+            DownBlock(i, o, config.blocks, groups, halve=depth < last) for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.mid_block = MidBlock(widths[-1], groups, config.attention == "middle")
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents -> pictures."""
+
+    def __init__(self, config: KLConfig, image_channels: int) -> None:
+        super().__init__()
+        widths, groups = config.channels[::-1], config.groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.attention == "middle")
+        inputs = [widths[0], *widths[:-1]]
+        last = len(widths) - 1
+        self.up_blocks = nn.ModuleList(
+            UpBlock(i, o, config.blocks + 1, groups, double=depth < last) for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.tail(self.head(z))
+
+    def head(self, z: Tensor) -> Tensor:
+        """All that happens at less than the full resolution."""
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks[:-2]:
+            x = block(x)
+        for block in self.up_blocks[-2:-1]:
+            x = block.refined(x)
+        return x
+
+    @property
+    def tail(self) -> Tail:
+        """The rest."""
+        return Tail(self.up_blocks[-2:], self.conv_norm_out, self.conv_out)
+
+
+class Tail(nn.Module):
+    """The end of a decoder, which takes most of its memory: it shares the decoder's layers and is no part of it."""
+
+    def __init__(self, blocks: nn.ModuleList, norm: nn.GroupNorm, out: nn.Conv2d) -> None:
+        super().__init__()
+        self.before, self.last, self.norm, self.out = blocks[:-1], blocks[-1], norm, out
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.before:
+            x = block.doubled(x)
+        return self.out(F.silu(self.norm(self.last(x))))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=EPS)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=EPS)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Residual self-attention over all positions, one head."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
+        q, k, v = self.to_q(positions), self.to_k(positions), self.to_v(positions)
+        attended = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class MidBlock(nn.Module):
+    """Two residual blocks at the smallest resolution, attention between them if asked for."""
+
+    def __init__(self, channels: int, groups: int, attend: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attend else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, then half the resolution by a strided convolution, padded at the right and the bottom only."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, *, halve: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
+        self.downsamplers = nn.ModuleList([Resample(outputs, stride=2, padding=0)] if halve else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        for downsample in self.downsamplers:
+            x = downsample(F.pad(x, (0, 1, 0, 1)))
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then twice the resolution: nearest neighbour and a convolution."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, *, double: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
+        self.upsamplers = nn.ModuleList([Resample(outputs, stride=1, padding=1)] if double else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.doubled(self.refined(x))
+
+    def refined(self, x: Tensor) -> Tensor:
+        """What happens before the change of resolution."""
+        for block in self.resnets:
+            x = block(x)
+        return x
+
+    def doubled(self, x: Tensor) -> Tensor:
+        """The change of resolution, if there is one."""
+        for upsample in self.upsamplers:
+            x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Resample(nn.Module):
+    """The convolution of a change of resolution, under the name that diffusers has for it."""
+
+    def __init__(self, channels: int, *, stride: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)

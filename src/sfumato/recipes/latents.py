@@ -1,0 +1,261 @@
+"""The space that a run's diffusion model works in, and how a run comes by it: train an autoencoder, or take somebody's; measure; encode."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato import config as configuration
+from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders import files as autoencoder_files
+from sfumato.autoencoders.adversary import PatchDiscriminator
+from sfumato.data import Dataset, Encoded, to_float
+from sfumato.errors import ConfigError
+from sfumato.evaluation.features import extractor
+from sfumato.observability.progress import ProgressBar, console
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    LossesConfig,
+    PreviewConfig,
+    Reconstruction,
+    Reconstructor,
+    Trainer,
+    TrainingConfig,
+    checkpoint,
+    with_latents,
+)
+from sfumato.training.run_directory import RunDirectory
+
+FOLDER, FINAL = "autoencoder", "final"  # in a run: the autoencoder's own training, and what came of it
+MEASURED = 10_000  # pictures that statistics are taken from, at most
+BATCH = 64
+SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpace:
+    """No autoencoder: the model works in pixels."""
+
+    def channels(self, image_channels: int) -> int:
+        """Of what the model makes."""
+        return image_channels
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run."""
+        return Pixels(image_channels)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal."""
+        return Pixels(dataset.config.channels), dataset
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """Pictures as they are."""
+        return Pixels(dataset.config.channels), dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAutoencoder(TrainingConfig):
+    """An autoencoder trained on the run's own pictures before the diffusion model is.
+
+    Its latents' statistics are measured and kept inside it, so there is no scaling factor to choose.
+
+    Attributes:
+        network: its size and shape.
+        losses: what its reconstructions are judged by.
+        features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`, or a file: see
+            `evaluation.features.extractor`.
+        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+    """
+
+    network: KLConfig = KLConfig()
+    losses: LossesConfig = LossesConfig()
+    features: str = "auto"
+    variants: int = 8
+    batch_size: int = 32
+    budget: Budget = Budget(minutes=10)
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=5e-4, warmup_steps=100)
+    preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
+
+    def channels(self, image_channels: int) -> int:
+        """Of the latents."""
+        return self.network.latent_channels
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run.
+
+        Raises:
+            CheckpointError: if it is not there.
+        """
+        return autoencoder_files.load(run / FOLDER / FINAL)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal: latents of zeros."""
+        codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
+        return _rehearsed(codec, dataset, self.variants, pixels=pixels)
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""
+        final = directory.path / FOLDER / FINAL
+        if not (final / autoencoder_files.CONFIG).is_file():
+            self._train(dataset, directory.stage(FOLDER), final)
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, pixels=pixels)
+
+    def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
+        """Of the autoencoder alone."""
+        _require_fit(self.network.factor, dataset)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        adversarial, channels = self.losses.adversarial, dataset.config.channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            codec = KLAutoencoder(self.network, image_channels=channels)
+            adversary = None
+            if adversarial is not None:
+                adversary = PatchDiscriminator(channels, channels=adversarial.channels, layers=adversarial.layers)
+        features = extractor(self.features)
+        if isinstance(features, torch.nn.Module):
+            features.to(device)
+        task = Reconstruction(
+            self, model=Reconstructor(codec, adversary).to(device), losses=self.losses, features=features, dataset=dataset,
+            directory=stage,
+        )  # fmt: skip
+        return Trainer(self, task=task, dataset=dataset, directory=stage, pinned=configuration.plain(self))
+
+    def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
+        trainer = self.trainer(dataset, stage)
+        size = sum(parameter.numel() for parameter in trainer.state.model.codec.parameters())
+        say = console().print
+        say(f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.features.name}", markup=False)
+        if checkpoint.paths(stage.checkpoints):
+            for warning in trainer.resume():
+                say(f"warning: {warning}", markup=False)
+        if not (trainer.finished and stage.status().get("state") == "finished"):
+            trainer.run()
+        codec = trainer.state.average.codec
+        statistics = _measured(codec, dataset)
+        figures = trainer.task.figures(trainer.state.model, trainer.state.average)
+        facts = {
+            "told": statistics.told.tolist(),
+            "dead_channels": statistics.dead,
+            "pictures_measured": min(MEASURED, len(dataset.training)),
+            **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
+        }
+        autoencoder_files.save(Latents(codec, statistics.mean, statistics.deviation), final, facts)
+        say(f"autoencoder: {trainer.task.headline(figures)}; {_described(statistics)}", markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedAutoencoder:
+    """Somebody's autoencoder, frozen.
+
+    Attributes:
+        path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the file of a tiny one's encoder.
+        decoder: the file of its decoder, in the second case.
+        statistics: `measured` on the training set, or its `own` scaling factor.
+        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+    """
+
+    path: str
+    decoder: str | None = None
+    statistics: str = "measured"
+    variants: int = 8
+
+    def __post_init__(self) -> None:
+        if self.statistics not in ("measured", "own"):
+            raise ConfigError(f"statistics = {self.statistics!r}", where="autoencoder", mend="use measured or own")
+
+    def channels(self, image_channels: int) -> int:
+        """Of the latents."""
+        return autoencoder_files.load(self.path, self.decoder).latent_channels
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run, which holds its own copy."""
+        return autoencoder_files.load(run / FOLDER / FINAL)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal: latents of zeros."""
+        return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.variants, pixels=pixels)
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
+        final = directory.path / FOLDER / FINAL
+        if not (final / autoencoder_files.CONFIG).is_file():
+            given = autoencoder_files.load(self.path, self.decoder)
+            _require_fit(given.factor, dataset)
+            facts: dict[str, Any] = {"from": str(self.path)}
+            if self.statistics == "measured":
+                statistics = _measured(given.codec, dataset)
+                given = Latents(given.codec, statistics.mean, statistics.deviation)
+                facts |= {"told": statistics.told.tolist(), "dead_channels": statistics.dead}
+                console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            autoencoder_files.save(given, final, facts)
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, pixels=pixels)
+
+
+AutoencoderConfig = PixelSpace | OwnAutoencoder | PretrainedAutoencoder
+
+
+def _require_fit(factor: int, dataset: Dataset) -> None:
+    """Raise ConfigError unless every shape of the pictures can be halved that often."""
+    for height, width in dataset.config.pixel_format().shapes:
+        if height % factor or width % factor:
+            raise ConfigError(
+                f"pictures of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
+                where="autoencoder",
+                mend=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
+            )
+
+
+def _measured(codec: Codec, dataset: Dataset) -> Statistics:
+    """Of the latents of training pictures, spread over the set."""
+    positions = dataset.training[np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)]
+    device = next(codec.parameters()).device  # type: ignore[attr-defined]
+
+    def pictures() -> Iterator[Tensor]:
+        for shape in np.unique(dataset.shapes[positions]):
+            chosen = positions[dataset.shapes[positions] == shape]
+            for first in range(0, len(chosen), BATCH):
+                yield to_float(dataset.images(chosen[first : first + BATCH])[0]).to(device)
+
+    return measure(codec, pictures())
+
+
+def _described(statistics: Statistics) -> str:
+    low, high = float(statistics.deviation.min()), float(statistics.deviation.max())
+    dead = f"channels {', '.join(map(str, statistics.dead))} tell nothing" if statistics.dead else "no dead channel"
+    return f"latents' deviation by channel from {low:.3g} to {high:.3g}, brought to 1; {dead}"
+
+
+def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    _require_fit(codec.factor, dataset)
+    size = codec.latent_channels
+    latents = Latents(codec, torch.zeros(size), torch.ones(size))
+    _, height, width = dataset.image_shape
+    blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
+    gather = lambda rows: np.broadcast_to(blank, (len(rows), *blank.shape)).copy()  # noqa: E731
+    return latents, replace(dataset, encoded=Encoded(gather=gather, variants=variants, pixels=pixels))
+
+
+def _encoded(autoencoder: Latents, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
+    autoencoder = autoencoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _, height, width = dataset.image_shape
+    count = 1 if dataset.config.augment.is_off else variants
+    each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
+    free = shutil.disk_usage(Path.home()).free
+    if dataset.config.cache == "off" or each * count * len(dataset.ids) > SHARE_OF_DISK * free:
+        console().print("latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False)
+        return autoencoder, dataset
+    with ProgressBar("encoding pictures") as bar:
+        return autoencoder, with_latents(
+            dataset, autoencoder, identity=autoencoder_files.identity(autoencoder), variants=variants, pixels=pixels,
+            on_progress=lambda done, total: bar.update(done / total, f"{done * BATCH} latents"),
+        )  # fmt: skip

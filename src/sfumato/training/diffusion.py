@@ -1,0 +1,110 @@
+"""What a diffusion model learns: to tell the noise from the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.autoencoders import Autoencoder
+from sfumato.condition import on_device, rows
+from sfumato.conditioners import Facts
+from sfumato.data import Batch, Dataset, Part
+from sfumato.diffusion import NoiseLevel, Objective
+from sfumato.pipeline import Model, SamplingConfig
+from sfumato.sampling import Progress
+from sfumato.training.config import TrainingConfig
+from sfumato.training.run_directory import RunDirectory
+from sfumato.training.task import Learner, Outcome
+from sfumato.training.watching import Previewer, Validator
+
+LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
+
+
+class Diffusion:
+    """Pictures, or their latents, mixed with noise at random levels; the network predicts what was mixed."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        model: Model,
+        autoencoder: Autoencoder,
+        objective: Objective,
+        dataset: Dataset,
+        sampling: SamplingConfig,
+        directory: RunDirectory,
+        facts: Facts,
+    ) -> None:
+        self.config, self.model, self.autoencoder, self.objective = config, model, autoencoder, objective
+        self.facts = {"facts": asdict(facts), "image_shape": list(dataset.image_shape)}
+        self._device = next(model.parameters()).device
+        self._validator = Validator(config, dataset, objective.schedule, model.conditioner, autoencoder, self._device)
+        self._previewer = Previewer(config, dataset, sampling, model.conditioner, autoencoder, directory, facts)
+
+    def learners(self, model: Model) -> list[Learner]:
+        """One, of all that is trained."""
+        return [Learner("model", model, self.config.optimizer)]
+
+    def outcome(
+        self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
+    ) -> Outcome:
+        """Weighted squared errors, one noise level for each sample; the levels of a whole batch are spread evenly."""
+        device = self._device
+        images, first, seed = part.images[chosen].to(device), part.first + chosen.start, self.config.seed
+        count, offset = len(images), part.first - batch.parts[0].first + chosen.start
+        times = randomness.uniform(seed, "time", first=batch.parts[0].first, count=len(batch))[:, 0].float()
+        levels = self.objective.levels(times)
+        level = NoiseLevel(*(value[offset : offset + count].to(device) for value in levels))
+        draws = randomness.uniform(
+            seed, "condition dropout", first=first, count=count, per_item=max(1, len(model.conditioner.parts))
+        )
+        context = on_device(rows(part.context, chosen), device)
+        context = model.conditioner.derive(images, context, seed=seed, first=first)
+        torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
+        x0 = self._encoded(images, None if part.moments is None else part.moments[chosen].to(device), first)
+        noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape)).to(device)
+        condition = model.conditioner(context, count, draws=draws)
+        losses = self.objective(model.denoiser(dtype), x0, condition, level=level, noise=noise)
+        return Outcome(losses.per_sample, {"logsnr": level.logsnr()})
+
+    @torch.no_grad()
+    def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
+        known = self.autoencoder.moments(images) if moments is None else moments
+        return self.autoencoder.draw(
+            known, lambda shape: randomness.normal(self.config.seed, "latent", first=first, shape=shape)
+        )
+
+    def record(self, outcome: Outcome) -> dict[str, float]:
+        """Mean loss of the samples in each range of log-SNR that has any."""
+        number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
+        names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
+        return {
+            f"train/loss_by_logsnr/{name}": float(outcome.per_sample[number == index].mean())
+            for index, name in enumerate(names)
+            if (number == index).any()
+        }
+
+    def figures(self, model: Model, average: Model) -> dict[str, Any]:
+        """See `Validator.figures`."""
+        return self._validator.figures(model, average)
+
+    def headline(self, figures: Mapping[str, Any]) -> str:
+        """The error of the averaged weights."""
+        return (
+            f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE {figures['validation/ema/eps_rmse']:.4f} "
+            f"MAE {figures['validation/ema/eps_mae']:.4f}  R2 {figures['validation/ema/r2']:.3f}  "
+            f"gap to training {figures['validation/gap/mean']:+.4f}"
+        )
+
+    def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
+        """See `Previewer.show`."""
+        self._previewer.show(average, step, on_step)
+
+    def compile(self, model: Model) -> None:
+        """The network; conditioners are small."""
+        model.network.compile()

@@ -1,0 +1,86 @@
+"""Latents of a whole set, made once and kept on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.autoencoders import Latents
+from sfumato.data import Dataset, Encoded, to_float
+from sfumato.data.augment import augment
+from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.data.loader import variant_draws
+
+CHUNK = 64  # pictures encoded together; fixed, since rounding depends on it and a resumed run must get the same latents
+COMMIT_S = 60.0
+
+
+def with_latents(
+    dataset: Dataset,
+    autoencoder: Latents,
+    *,
+    identity: str,
+    variants: int,
+    pixels: bool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """The dataset with the moments of every picture's latents, from the cache as far as that has them.
+
+    What is kept is mean and log-variance in float16, so that training draws a new latent each time it sees a picture. An edited
+    picture is encoded alone; another autoencoder, resolution or augmentation finds nothing.
+
+    Args:
+        identity: hash of the autoencoder.
+        variants: of each picture, each augmented in its own way; 1 is enough, and taken, where nothing is augmented.
+        pixels: whether batches shall hold the pictures too.
+    """
+    config = dataset.config
+    count = 1 if config.augment.is_off else variants
+    cache = ArrayCache.open("latents", f"{identity} {config.pixel_format()!r} {config.augment!r}")
+    chunks = list(_chunks(dataset, count))
+    writer, begun = Writer(cache), time.monotonic()
+    try:
+        for number, chunk in enumerate(chunks):
+            if any(_key(dataset, *item) not in cache.records for item in chunk):
+                for item, moments in zip(chunk, _moments(dataset, autoencoder, chunk), strict=True):
+                    if _key(dataset, *item) not in cache.records:
+                        writer.add(_key(dataset, *item), {}, {"moments": moments.numpy().astype(np.float16)})
+            if time.monotonic() - begun > COMMIT_S:
+                writer.commit()
+                writer, begun = Writer(cache), time.monotonic()
+            if on_progress is not None:
+                on_progress(number + 1, len(chunks))
+    finally:
+        writer.commit()
+    places = [
+        cache.records[_key(dataset, position, variant)].arrays["moments"]
+        for position in range(len(dataset.ids))
+        for variant in range(count)
+    ]
+    return replace(dataset, encoded=Encoded(gather=Gather(cache, places), variants=count, pixels=pixels))
+
+
+def _key(dataset: Dataset, position: int, variant: int) -> str:
+    return f"{dataset.ids[position]}/{variant}"
+
+
+def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
+    """Positions and variants in groups of one shape, every different picture once."""
+    _, first = np.unique(np.array(dataset.ids), return_index=True)
+    for shape in np.unique(dataset.shapes):
+        items = [(int(p), v) for p in np.sort(first) if dataset.shapes[p] == shape for v in range(variants)]
+        for begin in range(0, len(items), CHUNK):
+            yield items[begin : begin + CHUNK]
+
+
+@torch.no_grad()
+def _moments(dataset: Dataset, autoencoder: Latents, chunk: list[tuple[int, int]]) -> Tensor:
+    images = to_float(dataset.images([position for position, _ in chunk])[0])
+    draws = torch.cat([variant_draws(dataset.ids[position], variant) for position, variant in chunk])
+    changed = augment(dataset.config.augment, images, draws).images
+    return autoencoder.moments(changed.to(autoencoder.mean.device)).float().cpu()

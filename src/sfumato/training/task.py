@@ -1,0 +1,102 @@
+"""What is trained: all that the training loop does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.data import Batch, Part
+from sfumato.sampling import Progress
+from sfumato.training.optimizers import AdamWConfig
+
+
+class Outcome(NamedTuple):
+    """Of some samples: the loss of each, whose mean is minimized, and what else is logged of each, by name; shapes (n,)."""
+
+    per_sample: Tensor
+    notes: Mapping[str, Tensor]
+
+
+@dataclass
+class Learner:
+    """A part of the model that has its own optimizer, clipping and learning rate.
+
+    Attributes:
+        name: in metrics.
+        module: whose parameters it steps.
+        optimizers: that share them.
+    """
+
+    name: str
+    module: nn.Module
+    config: AdamWConfig
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizers = self.config.build(self.module)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def clip(self) -> float:
+        """Scale down a gradient that is too large; its norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(list(self.module.parameters()), self.config.clip))
+
+    def step(self, updates: int, spent: float) -> None:
+        """Update the weights, after `updates` updates and a share `spent` of the budget."""
+        rate = self.config.rate(updates, spent)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+
+class Task(Protocol):
+    """A model and what it learns.
+
+    Attributes:
+        model: untrained.
+        facts: plain data kept in checkpoints, from which the model is built again.
+    """
+
+    model: nn.Module
+    facts: Mapping[str, Any]
+
+    def learners(self, model: nn.Module) -> list[Learner]:
+        """The parts of the model that are stepped; together they hold all its trained parameters, each once."""
+        ...
+
+    def outcome(
+        self, model: nn.Module, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
+    ) -> Outcome:
+        """The loss of the chosen samples of a part of a batch; one backward pass through its sum reaches every learner.
+
+        All randomness is keyed by the samples' numbers.
+        """
+        ...
+
+    def record(self, outcome: Outcome) -> dict[str, float]:
+        """What metrics.jsonl keeps of a step's samples, beside their mean loss."""
+        ...
+
+    def figures(self, model: nn.Module, average: nn.Module) -> dict[str, Any]:
+        """Errors on held-out pictures, for metrics.jsonl."""
+        ...
+
+    def headline(self, figures: Mapping[str, Any]) -> str:
+        """The same for a person, in a line."""
+        ...
+
+    def show(self, average: nn.Module, step: int, on_step: Callable[[Progress], None]) -> None:
+        """Draw what the averaged model makes."""
+        ...
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile what is worth it."""
+        ...

@@ -1,0 +1,52 @@
+"""PSNR and structural similarity against their formulas, written out with scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from sfumato.autoencoders.fidelity import psnr, ssim
+
+
+def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.from_numpy(ndimage.gaussian_filter(torch.randn(2, channels, side, side, generator=generator).numpy(), (0, 0, 2, 2)))
+    a = (a / a.abs().max()).float()
+    return a, (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(-1, 1)
+
+
+def test_psnr_is_its_formula() -> None:
+    a, b = pair()
+    expected = [10 * np.log10(4 / np.mean((x - y) ** 2)) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+    assert torch.allclose(psnr(a, b).double(), torch.tensor(expected), atol=1e-4)
+    assert psnr(a, a).tolist() == [100.0, 100.0]
+    assert psnr(torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)).item() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_its_formula_where_the_window_fits(channels: int) -> None:
+    a, b = pair(channels)
+
+    def local(x: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter(x, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
+
+    values = []
+    for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True):
+        of_channels = []
+        for p, q in zip(x, y, strict=True):
+            mp, mq = local(p), local(q)
+            vp, vq, cov = local(p * p) - mp**2, local(q * q) - mq**2, local(p * q) - mp * mq
+            c1, c2 = 0.02**2, 0.06**2
+            of_channels.append(((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))).mean())
+        values.append(np.mean(of_channels))
+    assert torch.allclose(ssim(a, b).double(), torch.tensor(values), atol=1e-5)
+
+
+def test_ssim_of_equal_pictures_is_one_and_of_negatives_is_below_zero() -> None:
+    a, _ = pair()
+    assert torch.allclose(ssim(a, a), torch.ones(2), atol=1e-6)
+    assert (ssim(a, -a) < 0).all()
+    small = torch.rand(1, 1, 4, 6)
+    assert torch.allclose(ssim(small, small), torch.ones(1), atol=1e-6)

@@ -1,0 +1,293 @@
+"""From pictures to decoded samples through an autoencoder of the run's own: every stage resumes on its own, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.autoencoders import KLConfig, Latents, files
+from sfumato.autoencoders import measure as measure_latents
+from sfumato.conditioners import ContextConfig, DoodleConfig
+from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
+from sfumato.data.augment import augment
+from sfumato.data.loader import variant_draws
+from sfumato.errors import ConfigError
+from sfumato.recipes import Run, latents, launch, load, resume, train
+from sfumato.recipes.latents import OwnAutoencoder, PretrainedAutoencoder
+from sfumato.training import (
+    AdversarialConfig,
+    Budget,
+    CheckpointConfig,
+    LogConfig,
+    LossesConfig,
+    PreviewConfig,
+    Trainer,
+    ValidationConfig,
+    encoding,
+)
+from tests.training.tiny import fingerprint, pictures, tiny_run
+
+KL = KLConfig(channels=(16, 16), latent_channels=4, blocks=1, groups=8)
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"), size=16)
+
+
+def own(**changes) -> OwnAutoencoder:
+    settings = {
+        "network": KL,
+        "losses": LossesConfig(adversarial=AdversarialConfig(start=0.5, channels=16, layers=1), equivariance=0.5),
+        "features": "random",
+        "variants": 3,
+        "batch_size": 10,
+        "micro_batch": 4,
+        "precision": "float32",
+        "budget": Budget(steps=8),
+        "log": LogConfig(every_steps=1),
+        "checkpoint": CheckpointConfig(every_steps=3),
+        "validation": ValidationConfig(every_steps=4, samples=10),
+        "preview": PreviewConfig(every_steps=5, num=3),
+    }
+    return OwnAutoencoder(**{**settings, **changes})
+
+
+def latent_run(folder: Path, **changes) -> Run:
+    data = DataConfig(source=Folder(str(folder)), resolution=16, channels=1, augment=AugmentConfig(flip="horizontal"))
+    return tiny_run(folder, **{"data": data, "autoencoder": own(), "budget": Budget(steps=6), **changes})
+
+
+def traces(run: Path) -> dict[str, str]:
+    """Hashes of what both stages left."""
+    final = hashlib.sha256((run / "autoencoder" / "final" / files.WEIGHTS).read_bytes()).hexdigest()
+    return {"final": final, "autoencoder": str(_losses(run / "autoencoder")), **fingerprint(run)}
+
+
+def _losses(stage: Path) -> list:
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("train/loss"), line.get("validation/ema/psnr")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFUMATO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return train(latent_run(folder), run=tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_one_command_leads_to_decoded_samples(whole: Path) -> None:
+    pipeline = load(whole)
+    images = pipeline.sample(3, category="odd", steps=2)
+    assert images.shape == (3, 1, 16, 16)
+    assert pipeline.model.network.image_channels == 4
+    assert isinstance(pipeline.autoencoder, Latents)
+    again = load(whole).sample(2, category="odd", steps=2, batch_size=1)
+    assert (again - images[:2]).abs().max() < 1e-4
+    for stage in (whole, whole / "autoencoder"):
+        assert list((stage / "samples").glob("step-*/grid.png"))
+    said = json.loads((whole / "autoencoder" / "final" / files.STATISTICS).read_text())
+    assert {"psnr", "ssim", "l1", "told", "dead_channels"} <= set(said)
+
+
+def test_pictures_are_started_from_and_completed_in_latents(whole: Path) -> None:
+    from sfumato.asking import Asked
+
+    pipeline, picture = load(whole), torch.rand(1, 16, 16)
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, 7:] = 1  # not at a latent's border
+    filled = pipeline.sample(2, asked=Asked(image=picture, mask=mask), steps=2)
+    assert torch.allclose(filled[..., :7], picture[..., :7].expand(2, -1, -1, -1), atol=1e-5)
+    near, far = (pipeline.sample(1, asked=Asked(image=picture, strength=strength), steps=4) for strength in (0.1, 1.0))
+    given = pipeline.autoencoder.decode(pipeline.autoencoder.encode(picture[None] * 2 - 1))
+    through = ((given + 1) / 2).clamp(0, 1)
+    assert (near - through).square().mean() < (far - through).square().mean()
+
+
+def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Have the process end in a stage; undone with the monkeypatch."""
+    if stage.startswith("training"):
+        left, real = [int(stage.split()[1])], Trainer.train_step
+
+        def step(self, batch):
+            if not left[0]:
+                raise Crash
+            left[0] -= 1
+            return real(self, batch)
+
+        monkeypatch.setattr(Trainer, "train_step", step)
+    elif stage == "measuring":
+        monkeypatch.setattr(latents, "measure", lambda *_: (_ for _ in ()).throw(Crash))
+    elif stage == "saving":
+        monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(Crash))
+    else:
+        real_moments, chunks = encoding._moments, [1]
+
+        def moments(*arguments):
+            if not chunks[0]:
+                raise Crash
+            chunks[0] -= 1
+            return real_moments(*arguments)
+
+        monkeypatch.setattr(encoding, "_moments", moments)
+
+
+@pytest.mark.parametrize("stage", ["training 0", "training 5", "measuring", "encoding", "training 8", "training 11"])
+def test_killed_in_any_stage_and_resumed_it_ends_as_if_left_alone(
+    stage: str, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+        crash_in(patch, stage)
+        with pytest.raises(Crash):
+            train(latent_run(folder), run=tmp_path / "run")
+    assert traces(resume(tmp_path / "run")) == traces(whole)
+
+
+def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        crash_in(patch, "training 11")
+        with pytest.raises(Crash):
+            train(latent_run(folder), run=tmp_path / "run")
+    final = tmp_path / "run" / "autoencoder" / "final" / files.WEIGHTS
+    before = final.stat().st_mtime_ns
+    monkeypatch.setattr(OwnAutoencoder, "_train", None)
+    monkeypatch.setattr(encoding, "_moments", None)
+    resume(tmp_path / "run")
+    assert final.stat().st_mtime_ns == before
+
+
+def trainer_of(folder: Path, run: Path, **changes) -> Trainer:
+    settings = latent_run(folder, autoencoder=own(**changes))
+    return settings.autoencoder.trainer(launch.open_data(settings), launch.RunDirectory.create(run).stage("autoencoder"))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_both_optimizers_step_on_every_batch(micro_batch: int | None, folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(folder, tmp_path / "run", micro_batch=micro_batch)
+    supply = batches(trainer.dataset, trainer.plan, start=0)
+    for _ in range(3):
+        before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+        trainer.train_step(next(supply))
+        moved = {name for name, value in trainer.state.model.state_dict().items() if not torch.equal(value, before[name])}
+        assert any(name.startswith("codec.encoder") for name in moved)
+        assert any(name.startswith("codec.decoder") for name in moved)
+        assert any(name.startswith("adversary") for name in moved)
+
+
+def test_accumulation_changes_only_rounding_before_the_adversary_is_heard(folder: Path, tmp_path: Path) -> None:
+    losses = LossesConfig(adversarial=AdversarialConfig(start=1.0, channels=16, layers=1))
+    trainers = [trainer_of(folder, tmp_path / str(size), micro_batch=size, losses=losses) for size in (None, 4)]
+    for trainer in trainers:
+        trainer.train_step(next(batches(trainer.dataset, trainer.plan, start=0)))
+    for a, b in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_the_adversary_is_heard_from_its_start_on(folder: Path, tmp_path: Path) -> None:
+    run = train(latent_run(folder), run=tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    heard = {line["step"]: "train/pleasing" in line for line in lines if "train/loss" in line}
+    assert heard == {step: step > 4 for step in range(1, 9)}
+
+
+def encoded(folder: Path, **changes):
+    settings = latent_run(folder, **changes)
+    dataset = launch.open_data(settings)
+    torch.manual_seed(0)
+    codec = latents.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
+    statistics = measure_latents(codec, [to_float(dataset.images(dataset.training)[0])])
+    autoencoder = Latents(codec, statistics.mean, statistics.deviation)
+    made = encoding.with_latents(dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.makes)
+    return settings, autoencoder, made
+
+
+def test_kept_latents_are_those_of_the_augmented_pictures(folder: Path) -> None:
+    settings, autoencoder, dataset = encoded(folder)
+    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
+    part = next(batches(dataset, plan, start=0)).parts[0]
+    assert part.images.shape == (12, 0, 16, 16)
+    positions = dataset.training[plan.batch(0)]
+    images = to_float(dataset.images(positions)[0])
+    matched = set()
+    for moments, position, image in zip(part.moments, positions, images, strict=True):
+        variants = [
+            autoencoder.moments(augment(settings.data.augment, image[None], variant_draws(dataset.ids[position], v)).images)[0]
+            for v in range(3)
+        ]
+        errors = [float((moments - other).abs().max()) for other in variants]
+        assert min(errors) < 0.02  # float16
+        matched.add(int(np.argmin(errors)))
+    assert len(matched) > 1
+
+
+def test_pictures_come_along_where_something_is_made_of_them(folder: Path) -> None:
+    _, autoencoder, dataset = encoded(folder, conditioner=ContextConfig(doodle=DoodleConfig(made=1.0)))
+    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
+    part = next(batches(dataset, plan, start=0)).parts[0]
+    assert part.images.shape == (12, 1, 16, 16)
+    assert (autoencoder.moments(part.images) - part.moments).abs().max() < 0.02
+
+
+def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = pictures(tmp_path / "mine", size=16)
+    added: list[str] = []
+    real = encoding.Writer.add
+    monkeypatch.setattr(encoding.Writer, "add", lambda self, key, *rest: (added.append(key), real(self, key, *rest))[1])
+    encoded(place)
+    assert len([key for key in added if "/" in key]) == 40 * 3
+    added.clear()
+    Image.fromarray(np.full((16, 16), 99, np.uint8)).save(place / "odd" / "001.png")
+    encoded(place)
+    assert len([key for key in added if "/" in key]) == 3
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("constant", 3)])
+def test_other_kinds_of_pictures(mode: str, channels: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        pixels = generator.integers(0, 256, (16, 16, channels), np.uint8)
+        if mode == "constant":
+            pixels[:] = number
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"{number:02d}.png")
+    data = DataConfig(source=Folder(str(tmp_path)), resolution=16, channels=channels)
+    settings = latent_run(tmp_path, data=data, conditioner=ContextConfig(), budget=Budget(steps=2), autoencoder=own(budget=Budget(steps=2)))
+    run = train(settings, run=tmp_path / "run")
+    assert load(run).sample(2, steps=2).shape == (2, channels, 16, 16)
+
+
+def test_anybodys_autoencoder_is_copied_and_measured(folder: Path, whole: Path, tmp_path: Path) -> None:
+    place = tmp_path / "given"
+    given = files.load(whole / "autoencoder" / "final")
+    files.save(given, place, {})
+    run = train(latent_run(folder, autoencoder=PretrainedAutoencoder(path=str(place))), run=tmp_path / "run")
+    for file in place.iterdir():
+        file.unlink()
+    assert load(run).sample(1, category="odd", steps=2).shape == (1, 1, 16, 16)
+    used = files.load(run / "autoencoder" / "final")
+    settings = latent_run(folder)
+    dataset = launch.open_data(settings)
+    statistics = measure_latents(used, [to_float(dataset.images(dataset.training)[0])])
+    assert statistics.mean.abs().max() < 1e-3
+    assert (statistics.deviation - 1).abs().max() < 1e-3
+
+
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+    data = DataConfig(source=Folder(str(folder)), resolution=15, channels=1)
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        train(latent_run(folder, data=data), run=tmp_path / "run")
