@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfumato.autoencoders import Pixels
 from sfumato.asking import Asked
+from sfumato.autoencoders import Pixels
 from sfumato.conditioners import (
     AttributesConfig,
     CategoryConfig,

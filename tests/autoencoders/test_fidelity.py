@@ -12,7 +12,9 @@ from sfumato.autoencoders.fidelity import psnr, ssim
 
 def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a = torch.from_numpy(ndimage.gaussian_filter(torch.randn(2, channels, side, side, generator=generator).numpy(), (0, 0, 2, 2)))
+    a = torch.from_numpy(
+        ndimage.gaussian_filter(torch.randn(2, channels, side, side, generator=generator).numpy(), (0, 0, 2, 2))
+    )
     a = (a / a.abs().max()).float()
     return a, (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(-1, 1)
 

@@ -139,7 +139,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     (folder / files.STATISTICS).write_text(json.dumps({"mean": [0.0], "deviation": [1.0]}))
     with pytest.raises(CheckpointError, match="statistics"):
         files.load(folder)
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         files.load(tmp_path / "nothing")
 
 

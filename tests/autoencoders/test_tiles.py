@@ -45,7 +45,9 @@ def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) ->
     called = []
     monkeypatch.setattr(space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z))
     monkeypatch.setattr(space, "WHOLE", 32 * 32)
-    latents = Latents(KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1), torch.zeros(2), torch.ones(2))
+    latents = Latents(
+        KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1), torch.zeros(2), torch.ones(2)
+    )
     with torch.no_grad():
         latents.decode(torch.zeros(1, 2, 16, 16))
         assert not called

@@ -266,7 +266,9 @@ def test_other_kinds_of_pictures(mode: str, channels: int, tmp_path: Path) -> No
             pixels[:] = number
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"{number:02d}.png")
     data = DataConfig(source=Folder(str(tmp_path)), resolution=16, channels=channels)
-    settings = latent_run(tmp_path, data=data, conditioner=ContextConfig(), budget=Budget(steps=2), autoencoder=own(budget=Budget(steps=2)))
+    settings = latent_run(
+        tmp_path, data=data, conditioner=ContextConfig(), budget=Budget(steps=2), autoencoder=own(budget=Budget(steps=2))
+    )
     run = train(settings, run=tmp_path / "run")
     assert load(run).sample(2, steps=2).shape == (2, channels, 16, 16)
 

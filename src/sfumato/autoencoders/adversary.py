@@ -63,7 +63,5 @@ def balance(reconstruction: Tensor, pleasing: Tensor, last: nn.Parameter) -> Ten
 
     Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """
-    norms = [
-        torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, pleasing)
-    ]
+    norms = [torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, pleasing)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()

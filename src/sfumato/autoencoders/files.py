@@ -157,7 +157,9 @@ def _codec(config: Mapping[str, Any], folder: Path) -> nn.Module:
         return _kl(config, folder)
     if kind == "AutoencoderTiny":
         tensors = _tensors(folder / WEIGHTS)
-        halves = [{name: value for name, value in tensors.items() if name.startswith(half)} for half in ("encoder.", "decoder.")]
+        halves = [
+            {name: value for name, value in tensors.items() if name.startswith(half)} for half in ("encoder.", "decoder.")
+        ]
         return TinyAutoencoder(*halves)
     return ForeignCodec.load(str(kind), folder)
 

@@ -40,9 +40,7 @@ class ForeignCodec(nn.Module):
         try:
             import diffusers
         except ImportError:
-            raise ConfigError(
-                f"{kind} needs diffusers", where="autoencoder", mend="pip install 'sfumato[diffusers]'"
-            ) from None
+            raise ConfigError(f"{kind} needs diffusers", where="autoencoder", mend="pip install 'sfumato[diffusers]'") from None
         try:
             model = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:

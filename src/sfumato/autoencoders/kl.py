@@ -99,7 +99,8 @@ class Encoder(nn.Module):
         inputs = [widths[0], *widths[:-1]]
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
-            DownBlock(i, o, config.blocks, groups, halve=depth < last) for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
+            DownBlock(i, o, config.blocks, groups, halve=depth < last)
+            for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
         )
         self.mid_block = MidBlock(widths[-1], groups, config.attention == "middle")
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
@@ -123,7 +124,8 @@ class Decoder(nn.Module):
         inputs = [widths[0], *widths[:-1]]
         last = len(widths) - 1
         self.up_blocks = nn.ModuleList(
-            UpBlock(i, o, config.blocks + 1, groups, double=depth < last) for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
+            UpBlock(i, o, config.blocks + 1, groups, double=depth < last)
+            for depth, (i, o) in enumerate(zip(inputs, widths, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], image_channels, 3, padding=1)

@@ -66,7 +66,6 @@ class TinyAutoencoder(nn.Module):
     def _last_doubling(self) -> int:
         return max((place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)), default=0)
 
-
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors under the names that diffusers has for them."""
         halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))  # diffusers has no layer for the squashing

@@ -158,7 +158,9 @@ def efficientnet_lite0(tensors: Mapping[str, Tensor]) -> EfficientNetLite0:
     for number, block in enumerate(network.blocks):
         names = [("depthwise", "_depthwise_conv", "_bn1"), ("project", "_project_conv", "_bn2")]
         names += [("expand", "_expand_conv", "_bn0")] if block.expand is not None else []
-        places |= {f"blocks.{number}.{ours}": (f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}") for ours, conv, norm in names}
+        places |= {
+            f"blocks.{number}.{ours}": (f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}") for ours, conv, norm in names
+        }
     try:
         state = {"classes.weight": tensors["_fc.weight"], "classes.bias": tensors["_fc.bias"]}
         for ours, (conv, norm) in places.items():

@@ -132,7 +132,10 @@ class OwnAutoencoder(TrainingConfig):
         trainer = self.trainer(dataset, stage)
         size = sum(parameter.numel() for parameter in trainer.state.model.codec.parameters())
         say = console().print
-        say(f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.features.name}", markup=False)
+        say(
+            f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.features.name}",
+            markup=False,
+        )
         if checkpoint.paths(stage.checkpoints):
             for warning in trainer.resume():
                 say(f"warning: {warning}", markup=False)
@@ -252,7 +255,9 @@ def _encoded(autoencoder: Latents, dataset: Dataset, variants: int, *, pixels: b
     each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
     free = shutil.disk_usage(Path.home()).free
     if dataset.config.cache == "off" or each * count * len(dataset.ids) > SHARE_OF_DISK * free:
-        console().print("latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False)
+        console().print(
+            "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
+        )
         return autoencoder, dataset
     with ProgressBar("encoding pictures") as bar:
         return autoencoder, with_latents(

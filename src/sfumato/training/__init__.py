@@ -11,10 +11,10 @@ from sfumato.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from sfumato.training.ema import FixedEMA, PowerEMA
-from sfumato.training.optimizers import AdamWConfig, MuonConfig
 from sfumato.training.diffusion import Diffusion
+from sfumato.training.ema import FixedEMA, PowerEMA
 from sfumato.training.encoding import with_latents
+from sfumato.training.optimizers import AdamWConfig, MuonConfig
 from sfumato.training.reconstruction import AdversarialConfig, LossesConfig, Reconstruction, Reconstructor
 from sfumato.training.trainer import Trainer
 

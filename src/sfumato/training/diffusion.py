@@ -50,9 +50,7 @@ class Diffusion:
         """One, of all that is trained."""
         return [Learner("model", model, self.config.optimizer)]
 
-    def outcome(
-        self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
-    ) -> Outcome:
+    def outcome(self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> Outcome:
         """Weighted squared errors, one noise level for each sample; the levels of a whole batch are spread evenly."""
         device = self._device
         images, first, seed = part.images[chosen].to(device), part.first + chosen.start, self.config.seed

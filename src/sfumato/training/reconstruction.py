@@ -182,7 +182,12 @@ class Reconstruction:
         for first in range(0, len(self._real), self.config.batch_size):
             real = self._real[first : first + self.config.batch_size].to(self._device)
             made = reconstructed(codec, real)
-            figures = [psnr(made, real), ssim(made, real), (made - real).abs().flatten(1).mean(1), distance(self.features, made, real)]
+            figures = [
+                psnr(made, real),
+                ssim(made, real),
+                (made - real).abs().flatten(1).mean(1),
+                distance(self.features, made, real),
+            ]
             rows.append(torch.stack([figure.cpu() for figure in figures], dim=1))
         means = torch.cat(rows).mean(0).tolist()
         return dict(zip(("psnr", "ssim", "l1", "perceptual"), means, strict=True))
@@ -199,7 +204,10 @@ class Reconstruction:
         real = self._real[:count]
         made = reconstructed(average.codec, real.to(self._device)).cpu()
         columns = min(count, math.ceil(math.sqrt(2 * count)))
-        rows = [torch.cat([real[i : i + columns], made[i : i + columns]]) for i in range(0, count - count % columns or count, columns)]
+        rows = [
+            torch.cat([real[i : i + columns], made[i : i + columns]])
+            for i in range(0, count - count % columns or count, columns)
+        ]
         labels = ["real", "made"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
         save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})

@@ -163,7 +163,9 @@ class Trainer:
                 record = self._record(result, clock)
                 metrics.write(record)
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
-                figures = f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
+                figures = (
+                    f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
+                )
                 bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
                 self.directory.heartbeat(counters.step)
 
@@ -335,4 +337,3 @@ class _Clock:
 def bar_loss(loss: float) -> str:
     """Four digits after the point, or the exponent when that would show nothing."""
     return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2e}"
-

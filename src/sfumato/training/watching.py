@@ -89,9 +89,7 @@ def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: 
 
     def some(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
-        return autoencoder.draw(
-            moments, lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape)
-        )
+        return autoencoder.draw(moments, lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape))
 
     return torch.cat([some(first) for first in range(0, len(images), batch_size)])
 
