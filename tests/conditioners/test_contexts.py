@@ -246,6 +246,16 @@ def test_wobble_and_dropped_strokes_change_lines_a_little() -> None:
     assert len({picture.numpy().tobytes() for picture in bent}) == 40
 
 
+def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None:
+    image = torch.ones(2, 1, 32, 32)
+    image[0, :, :, 15:17] = -1  # a stroke two pixels wide
+    image[1, :, :, 16:] = -1  # a dark half
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, dropped=0)).derive(image, {}, seed=0, first=0)["doodle"]
+    inked = [torch.nonzero(row < 0).flatten().tolist() for row in drawn[:, 0, 16]]
+    assert inked[0] == [15, 16]
+    assert inked[1] in ([16], [16, 17])
+
+
 def test_a_share_of_doodles_is_made() -> None:
     own = torch.ones(2000, 1, 4, 4)
     made = DoodleConditioner(DoodleConfig(made=0.3)).derive(torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0)[

@@ -65,7 +65,7 @@ def test_a_place_without_a_picture_is_paper() -> None:
 
 def test_labels_take_room_of_their_own() -> None:
     plain = grid_image(levels(4), columns=2)
-    labelled = grid_image(levels(4), columns=2, row_labels=["noisy", "guess of x0"], column_labels=["a", "b"])
+    labelled = grid_image(levels(4), columns=2, row_labels=["noisy", "guess of x0"], labels=["a", "b"])
     left, top = labelled.width - plain.width, labelled.height - plain.height
     assert left > 11 * 6
     assert top > 13

@@ -43,4 +43,4 @@ def trajectory_image(recorded: Sequence[Progress], *, pictures: int, columns: in
         rows += [to_unit(step.x0).cpu()[number] for step in shown] + [result[number]]
         labels += ["noisy x", "guess of x0"]
     columns_labels = [f"step {step.step}" for step in shown] + ["result"]
-    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, column_labels=columns_labels)
+    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ def evaluate(
     num: Annotated[int, typer.Option(min=2, help="Pictures to generate for each guidance scale.")] = 500,
     guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare; by default 1 and the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
@@ -37,7 +38,7 @@ def evaluate(
     from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
 
-    pipeline = load(run)
+    pipeline = load(run, precision=precision)
     dataset = open_data(resolve(run))
     scales = guidance or sorted({1.0, pipeline.sampling.guidance})
     target = out or run / "evaluation" / "evaluation.json"

@@ -95,7 +95,7 @@ def _noising(settings: Run, dataset: Dataset):
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
     tiles = torch.stack([visible(level.mix(x0, eps), level) for level in levels], dim=1).flatten(0, 1)
-    return grid_image(tiles, columns=COLUMNS, column_labels=[f"t {t:.2f}" for t in times.tolist()])
+    return grid_image(tiles, columns=COLUMNS, labels=[f"t {t:.2f}" for t in times.tolist()])
 
 
 def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[list[Progress], str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,7 +87,13 @@ def sample(
         "steps": steps or pipeline.sampling.steps, "sampler": sampler or type(pipeline.sampling.sampler).__name__,
         "weights": weights, "precision": precision, "guidance": scales,
     }  # fmt: skip
-    _save(images, recorded, out or run / "generated" / f"seed-{seed}", settings)
+    _save(
+        images,
+        recorded,
+        out or run / "generated" / f"seed-{seed}",
+        settings,
+        [] if to_prompt else _labels(prompt, category, num),
+    )
 
 
 @contextmanager
@@ -101,8 +108,15 @@ def _notes() -> Iterator[None]:
         typer.echo(f"note: {warning.message}", err=True)
 
 
-def _save(images: Tensor, recorded: list[Progress], folder: Path, settings: dict[str, Any]) -> None:
-    """Every picture, the grid, and the way of the first few from noise if it was recorded."""
+def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
+    """What each picture was asked for, if that differs between them."""
+    asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
+    labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
+    return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []
+
+
+def _save(images: Tensor, recorded: list[Progress], folder: Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
+    """Every picture, the grid with `labels`, and the way of the first few from noise if it was recorded."""
     from sfumato.cli.drawing import trajectory_image
     from sfumato.observability.pictures import grid_image, picture, save_png
 
@@ -111,7 +125,7 @@ def _save(images: Tensor, recorded: list[Progress], folder: Path, settings: dict
     if recorded:
         strip = trajectory_image(recorded[: recorded[0].steps], pictures=STRIP_PICTURES, columns=STRIP_STEPS)
         typer.echo(save_png(strip, folder / "trajectory.png", settings))
-    typer.echo(save_png(grid_image(images), folder / "grid.png", settings))
+    typer.echo(save_png(grid_image(images, labels=labels), folder / "grid.png", settings))
 
 
 def _picture(path: Path | None, pipeline: Pipeline, *, gray: bool) -> Any:

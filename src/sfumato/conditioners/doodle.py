@@ -28,8 +28,8 @@ class DoodleConfig:
     """
 
     made: float = 0.0
-    wobble: float = 0.02
-    dropped: float = 0.4
+    wobble: float = 0.01
+    dropped: float = 0.3
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -76,7 +76,8 @@ _GRID = 4  # of the random fields that bend and drop lines
 def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
     """Line drawings (B, 1, H, W), 1 paper to -1 ink, of pictures (B, C, H, W) in [-1, 1].
 
-    A soft threshold on a difference of Gaussians, drawn with a random width and strength; lines bend a little, and some are missing.
+    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the picture is darker than its
+    surroundings: dark strokes, and the dark side of every edge. Lines bend a little, and some are missing.
 
     Args:
         draws: uniform in [0, 1), (B, 3 + 3 * 16).
@@ -85,11 +86,11 @@ def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Te
     side = min(images.shape[-2:])
     colours = images[:, : {2: 1, 4: 3}.get(images.shape[1], images.shape[1])]
     unit = side / 32
-    fine, coarse = (_edges(colours, width * unit) for width in (0.5, 1.0))
+    fine, coarse = (_edges(colours, width * unit) for width in (0.5, 0.6))
     share = draws[:, 0].view(-1, 1, 1, 1)
     strength = fine + share * (coarse - fine)
-    threshold = 0.04 + 0.08 * draws[:, 1].view(-1, 1, 1, 1)
-    ink = torch.sigmoid((strength - threshold) * 60)
+    threshold = 0.1 + 0.15 * draws[:, 1].view(-1, 1, 1, 1)
+    ink = torch.sigmoid((strength - threshold) * 40)
     fields = draws[:, 3:].view(-1, 3, _GRID, _GRID)
     ink = _bent(ink, (2 * fields[:, :2] - 1) * 2 * wobble)
     kept = F.interpolate(fields[:, 2:], size=images.shape[-2:], mode="bicubic", align_corners=False)
@@ -98,9 +99,9 @@ def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Te
 
 
 def _edges(images: Tensor, width: float) -> Tensor:
-    """How much darker, or different in any colour, a pixel is than its surroundings, (B, 1, H, W), about 0 to 1."""
+    """How much darker a pixel is than its surroundings, in the colour in which it is most, (B, 1, H, W), about 0 to 1."""
     near, far = _blurred(images, width), _blurred(images, 1.6 * width)
-    return (near - far).abs().amax(1, keepdim=True)
+    return (far - near).amax(1, keepdim=True).clamp(min=0)
 
 
 def _blurred(images: Tensor, width: float) -> Tensor:

@@ -38,7 +38,7 @@ def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, catego
         (torch.cat(tiles) + 1) / 2,
         columns=len(chosen),
         row_labels=list(rows),
-        column_labels=_words(context, chosen.tolist(), categories),
+        labels=_words(context, chosen.tolist(), categories),
     )
 
 

@@ -37,9 +37,14 @@ def grid_image(
     *,
     columns: int | None = None,
     row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel; long column labels go over several lines."""
+    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel.
+
+    Args:
+        row_labels: at the left of each row.
+        labels: above each picture, over several lines where they are long; as many as `columns` for a heading of the columns.
+    """
     tiles = to_uint8(images)
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -47,18 +52,25 @@ def grid_image(
     factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     height, width = height * factor, width * factor
     left = 16 + 7 * max(map(len, row_labels)) if row_labels else GAP
-    labels = [textwrap.fill(label, max(1, (width + GAP) // 7)) for label in column_labels]
-    top = 6 + 16 * max(label.count("\n") + 1 for label in labels) if labels else GAP
-    sheet = Image.new("RGB", (left + columns * (width + GAP), top + rows * (height + GAP)), PAPER)
-    for number, tile in enumerate(tiles):
-        place = (left + number % columns * (width + GAP), top + number // columns * (height + GAP))
-        sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), place)
+    wrapped = [textwrap.fill(label, max(1, (width + GAP) // 7)) for label in labels]
+    bands = [_band(wrapped[row * columns : (row + 1) * columns]) for row in range(rows)]
+    tops = [sum(bands[: row + 1]) + row * (height + GAP) for row in range(rows)]
+    sheet = Image.new("RGB", (left + columns * (width + GAP), GAP + tops[-1] + height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
+    for number, tile in enumerate(tiles):
+        x, y = left + number % columns * (width + GAP), GAP + tops[number // columns]
+        sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if number < len(wrapped):
+            middle = y - bands[number // columns] / 2
+            draw.text((x + width / 2, middle), wrapped[number], fill=INK, anchor="mm", align="center", font=FONT)
     for row, label in enumerate(row_labels):
-        draw.text((6, top + row * (height + GAP) + height / 2), label, fill=INK, anchor="lm", font=FONT)
-    for column, label in enumerate(labels):
-        draw.text((left + column * (width + GAP) + width / 2, top / 2), label, fill=INK, anchor="mm", align="center", font=FONT)
+        draw.text((6, GAP + tops[row] + height / 2), label, fill=INK, anchor="lm", font=FONT)
     return sheet
+
+
+def _band(labels: Sequence[str]) -> int:
+    """Height of the labels above a row of pictures."""
+    return 4 + 16 * max(label.count("\n") + 1 for label in labels) if any(labels) else 0
 
 
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
