@@ -192,7 +192,11 @@ class Pipeline:
                     denoiser = Known(denoiser=denoiser, picture=start, known=cells)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
             made = self._decoded(x)
-            pictures.append(to_unit(made if part.known is None else torch.lerp(made, part.start, part.known)).cpu())
+            if (
+                part.known is not None and self.autoencoder.factor > 1
+            ):  # what is known stays as it was given, not as it was decoded
+                made = torch.lerp(made, part.start, part.known)
+            pictures.append(to_unit(made).cpu())
         return torch.cat(pictures)
 
     def between(

@@ -73,7 +73,7 @@ def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
     for name, tensor in load_file(folder / files.WEIGHTS).items():
         for new, before in old.items():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        renamed[name] = tensor
+        renamed[name] = tensor.clone()
     save_file(renamed, folder / files.WEIGHTS)
     x = pictures()
     assert torch.equal(files.load(folder).encode(x), Latents(codec, torch.zeros(16), torch.ones(16)).encode(x))

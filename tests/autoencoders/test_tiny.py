@@ -24,8 +24,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
     model = diffusers.AutoencoderTiny(
         latent_channels=5, encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8)
     ).eval()  # fmt: skip
-    model.save_pretrained(tmp_path_factory.mktemp("tiny") / "folder")
-    model.folder = tmp_path_factory.getbasetemp() / "tiny0" / "folder"
+    folder = tmp_path_factory.mktemp("tiny") / "folder"
+    model.save_pretrained(folder)
+    model.folder = folder
     return model
 
 
@@ -67,6 +68,11 @@ def test_what_is_saved_is_read_back_with_its_statistics(theirs, tmp_path: Path) 
     assert torch.equal(again.encode(x), latents.encode(x))
     assert torch.equal(again.decode(again.encode(x)), latents.decode(latents.encode(x)))
     assert files.identity(again) == files.identity(latents)
+    diffusers = pytest.importorskip("diffusers")
+    reopened = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        z = theirs.encode(x).latents
+        assert torch.allclose(reopened.decode(z).sample, theirs.decode(z).sample, atol=1e-5)
 
 
 def test_a_block_gathers_context_by_its_normed_branch() -> None:

@@ -15,6 +15,7 @@ from sfumato.recipes import RECIPES, Run, recipe, resolve
 
 NEEDED = {
     **{kind: {"path": "pictures"} for kind in ("Folder", "HuggingFace", "Npz", "Parquet", "WebDataset", "Zip")},
+    "PretrainedAutoencoder": {"path": "somewhere"},
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
     "ZeroTerminalSNR": {"schedule": "ScaledLinear"},

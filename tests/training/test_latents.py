@@ -134,7 +134,7 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     elif stage == "measuring":
         monkeypatch.setattr(latents, "measure", lambda *_: (_ for _ in ()).throw(Crash))
     elif stage == "saving":
-        monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(Crash))
+        monkeypatch.setattr(files, "save_file", lambda *_: (_ for _ in ()).throw(Crash))
     else:
         real_moments, chunks = encoding._moments, [1]
 
@@ -174,7 +174,9 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
 
 def trainer_of(folder: Path, run: Path, **changes) -> Trainer:
     settings = latent_run(folder, autoencoder=own(**changes))
-    return settings.autoencoder.trainer(launch.open_data(settings), launch.RunDirectory.create(run).stage("autoencoder"))
+    trainer = settings.autoencoder.trainer(launch.open_data(settings), launch.RunDirectory.create(run).stage("autoencoder"))
+    trainer.state.counters.precision = "float32"
+    return trainer
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
@@ -194,9 +196,9 @@ def test_accumulation_changes_only_rounding_before_the_adversary_is_heard(folder
     losses = LossesConfig(adversarial=AdversarialConfig(start=1.0, channels=16, layers=1))
     trainers = [trainer_of(folder, tmp_path / str(size), micro_batch=size, losses=losses) for size in (None, 4)]
     for trainer in trainers:
-        trainer.train_step(next(batches(trainer.dataset, trainer.plan, start=0)))
+        trainer._backward(next(batches(trainer.dataset, trainer.plan, start=0)), torch.float32)
     for a, b in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
-        assert torch.allclose(a, b, atol=2e-5)
+        assert (a.grad - b.grad).norm() <= 1e-3 * a.grad.norm() + 1e-6
 
 
 def test_the_adversary_is_heard_from_its_start_on(folder: Path, tmp_path: Path) -> None:
@@ -262,7 +264,7 @@ def test_other_kinds_of_pictures(mode: str, channels: int, tmp_path: Path) -> No
     generator = np.random.default_rng(0)
     for number in range(24):
         pixels = generator.integers(0, 256, (16, 16, channels), np.uint8)
-        if mode == "constant":
+        if mode == "constant" and number % 2:
             pixels[:] = number
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"{number:02d}.png")
     data = DataConfig(source=Folder(str(tmp_path)), resolution=16, channels=channels)

@@ -25,9 +25,10 @@ class PatchDiscriminator(nn.Module):
         if min(channels, layers) < 1 or channels % GROUP_CHANNELS:
             raise ConfigError(
                 f"an adversary of {channels} channels and {layers} layers",
-                where="autoencoder.adversarial",
+                where="autoencoder.losses.adversarial",
                 mend=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
             )
+        self.smallest = 3 * 2**layers  # side of a picture that still has a patch
         found: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for depth in range(1, layers + 1):

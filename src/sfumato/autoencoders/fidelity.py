@@ -31,11 +31,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     def local(x: Tensor) -> Tensor:
         return F.conv2d(x.flatten(0, 1)[:, None], window[None, None].to(x.device))
 
-    a, b = a.double(), b.double()
+    a, b = (a.double() + 1) / 2, (b.double() + 1) / 2
     mean_a, mean_b = local(a), local(b)
     variance_a, variance_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
     covariance = local(a * b) - mean_a * mean_b
-    c1, c2 = (2 * K1) ** 2, (2 * K2) ** 2
+    c1, c2 = K1**2, K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
     return (luminance * structure).view(len(a), -1).mean(1).float()

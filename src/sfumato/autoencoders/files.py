@@ -137,12 +137,17 @@ def _kl_config(codec: KLAutoencoder) -> dict[str, Any]:
 
 
 def _tiny_config(codec: TinyAutoencoder) -> dict[str, Any]:
+    encoder, decoder = codec.depths()
     return {
         "_class_name": "AutoencoderTiny",
         "_diffusers_version": "0.38.0",
         "in_channels": codec.image_channels,
         "out_channels": codec.image_channels,
         "latent_channels": codec.latent_channels,
+        "num_encoder_blocks": [blocks for blocks, _ in encoder],
+        "encoder_block_out_channels": [width for _, width in encoder],
+        "num_decoder_blocks": [blocks for blocks, _ in decoder],
+        "decoder_block_out_channels": [width for _, width in decoder],
     }
 
 
@@ -203,7 +208,7 @@ def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple
     """Mean and deviation of a folder's latents, (c,) each, by what it says of them."""
     if (folder / STATISTICS).is_file():
         said = _json(folder / STATISTICS)
-        mean, deviation = torch.tensor(said["mean"]), torch.tensor(said["deviation"])
+        mean, deviation = torch.tensor(said.get("mean", [])), torch.tensor(said.get("deviation", []))
     elif config.get("latents_mean") and config.get("latents_std"):
         mean, deviation = torch.tensor(config["latents_mean"]).flatten(), torch.tensor(config["latents_std"]).flatten()
     else:

@@ -43,11 +43,11 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         if not self.channels or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1:
-            raise ConfigError(f"{self} is no autoencoder", where="autoencoder", mend="all sizes are at least 1")
+            raise ConfigError(f"{self} is no autoencoder", where="autoencoder.network", mend="all sizes are at least 1")
         if any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels {self.channels} in {self.groups} groups",
-                where="autoencoder.groups",
+                where="autoencoder.network.groups",
                 mend="choose groups that divide all channels",
             )
 
@@ -153,11 +153,12 @@ class Tail(nn.Module):
 
     def __init__(self, blocks: nn.ModuleList, norm: nn.GroupNorm, out: nn.Conv2d) -> None:
         super().__init__()
-        self.before, self.last, self.norm, self.out = blocks[:-1], blocks[-1], norm, out
+        self.upsamplers = nn.ModuleList(upsample for block in blocks[:-1] for upsample in block.upsamplers)
+        self.last, self.norm, self.out = blocks[-1], norm, out
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.before:
-            x = block.doubled(x)
+        for upsample in self.upsamplers:
+            x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.out(F.silu(self.norm(self.last(x))))
 
 
@@ -233,18 +234,15 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Resample(outputs, stride=1, padding=1)] if double else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.doubled(self.refined(x))
+        x = self.refined(x)
+        for upsample in self.upsamplers:
+            x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
 
     def refined(self, x: Tensor) -> Tensor:
         """What happens before the change of resolution."""
         for block in self.resnets:
             x = block(x)
-        return x
-
-    def doubled(self, x: Tensor) -> Tensor:
-        """The change of resolution, if there is one."""
-        for upsample in self.upsamplers:
-            x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,13 @@ class TinyAutoencoder(nn.Module):
     def _last_doubling(self) -> int:
         return max((place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)), default=0)
 
+    def depths(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Blocks and channels at each depth of the encoder and of the decoder, in the order they are gone through."""
+        encoder, decoder = (
+            [layer for layer in half if isinstance(layer, Block | nn.Conv2d)] for half in (self.encoder, self.decoder)
+        )
+        return _depths(encoder[:-1]), _depths(decoder[:0:-1])[::-1]
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors under the names that diffusers has for them."""
         halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))  # diffusers has no layer for the squashing
@@ -74,6 +81,17 @@ class TinyAutoencoder(nn.Module):
             for half, layers, gone in halves
             for place, _, rest, tensor in ((*name.partition("."), tensor) for name, tensor in layers.state_dict().items())
         }
+
+
+def _depths(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
+    """Blocks after each convolution, and its channels on their side."""
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            found.append((0, max(layer.in_channels, layer.out_channels)))
+        else:
+            found[-1] = (found[-1][0] + 1, found[-1][1])
+    return found
 
 
 class Block(nn.Module):

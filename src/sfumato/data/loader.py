@@ -94,16 +94,15 @@ class _Batches(TorchDataset[Batch]):
         """Latents of one of the variants that there are, and pixels augmented as those were."""
         encoded = self.dataset.encoded
         assert encoded is not None
+        height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
+        images, bad = torch.empty(len(positions), 0, height, width), []
+        if encoded.pixels:
+            pixels, bad, positions = self.dataset.images(positions)
+            images = to_float(pixels)
         chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[:, 0]
         variants = (chances * encoded.variants).long().numpy()
         moments = torch.from_numpy(encoded.gather(positions * encoded.variants + variants)).float()
         draws = torch.cat([variant_draws(self.dataset.ids[p], int(v)) for p, v in zip(positions, variants, strict=True)])
-        bad: list[Reject] = []
-        height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
-        images = torch.empty(len(positions), 0, height, width)
-        if encoded.pixels:
-            pixels, bad, positions = self.dataset.images(positions)
-            images = to_float(pixels)
         return _Found(images, positions, draws, moments, bad)
 
 
@@ -133,7 +132,8 @@ def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 def batches(dataset: Dataset, plan: Plan, *, start: int) -> Iterator[Batch]:
     """Training batches `start`, `start + 1`, ... without end; the same ones for any number of workers."""
-    workers = 0 if dataset.gather is not None else dataset.config.workers
+    ready = dataset.gather is not None or (dataset.encoded is not None and not dataset.encoded.pixels)
+    workers = 0 if ready else dataset.config.workers
     loader = DataLoader(
         _Batches(dataset, plan),
         batch_size=None,

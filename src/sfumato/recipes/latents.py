@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, La
 from sfumato.autoencoders import files as autoencoder_files
 from sfumato.autoencoders.adversary import PatchDiscriminator
 from sfumato.data import Dataset, Encoded, to_float
+from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
 from sfumato.evaluation.features import extractor
 from sfumato.observability.progress import ProgressBar, console
@@ -44,7 +46,7 @@ SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
 class PixelSpace:
     """No autoencoder: the model works in pixels."""
 
-    def channels(self, image_channels: int) -> int:
+    def channels(self, image_channels: int, run: Path | None) -> int:
         """Of what the model makes."""
         return image_channels
 
@@ -84,7 +86,11 @@ class OwnAutoencoder(TrainingConfig):
     optimizer: AdamWConfig = AdamWConfig(learning_rate=5e-4, warmup_steps=100)
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
 
-    def channels(self, image_channels: int) -> int:
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _require_variants(self.variants)
+
+    def channels(self, image_channels: int, run: Path | None) -> int:
         """Of the latents."""
         return self.network.latent_channels
 
@@ -106,12 +112,12 @@ class OwnAutoencoder(TrainingConfig):
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             self._train(dataset, directory.stage(FOLDER), final)
-        return _encoded(autoencoder_files.load(final), dataset, self.variants, pixels=pixels)
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
 
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
         """Of the autoencoder alone."""
         _require_fit(self.network.factor, dataset)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = _device()
         adversarial, channels = self.losses.adversarial, dataset.config.channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -119,6 +125,12 @@ class OwnAutoencoder(TrainingConfig):
             adversary = None
             if adversarial is not None:
                 adversary = PatchDiscriminator(channels, channels=adversarial.channels, layers=adversarial.layers)
+        if adversary is not None and min(dataset.image_shape[1:]) < adversary.smallest:
+            raise ConfigError(
+                f"an adversary of that many layers for pictures of {min(dataset.image_shape[1:])} px",
+                where="autoencoder.losses.adversarial.layers",
+                mend=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
+            )
         features = extractor(self.features)
         if isinstance(features, torch.nn.Module):
             features.to(device)
@@ -167,15 +179,16 @@ class PretrainedAutoencoder:
 
     path: str
     decoder: str | None = None
-    statistics: str = "measured"
+    statistics: Literal["measured", "own"] = "measured"
     variants: int = 8
 
     def __post_init__(self) -> None:
-        if self.statistics not in ("measured", "own"):
-            raise ConfigError(f"statistics = {self.statistics!r}", where="autoencoder", mend="use measured or own")
+        _require_variants(self.variants)
 
-    def channels(self, image_channels: int) -> int:
-        """Of the latents."""
+    def channels(self, image_channels: int, run: Path | None) -> int:
+        """Of the latents; a run's own copy is asked first, since what it was made from may be gone."""
+        if run is not None and (run / FOLDER / FINAL / autoencoder_files.CONFIG).is_file():
+            return autoencoder_files.load(run / FOLDER / FINAL).latent_channels
         return autoencoder_files.load(self.path, self.decoder).latent_channels
 
     def opened(self, run: Path, image_channels: int) -> Autoencoder:
@@ -190,7 +203,7 @@ class PretrainedAutoencoder:
         """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
-            given = autoencoder_files.load(self.path, self.decoder)
+            given = autoencoder_files.load(self.path, self.decoder).to(_device())
             _require_fit(given.factor, dataset)
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":
@@ -200,10 +213,15 @@ class PretrainedAutoencoder:
                 console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
             final.parent.mkdir(parents=True, exist_ok=True)
             autoencoder_files.save(given, final, facts)
-        return _encoded(autoencoder_files.load(final), dataset, self.variants, pixels=pixels)
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
 
 
 AutoencoderConfig = PixelSpace | OwnAutoencoder | PretrainedAutoencoder
+
+
+def _require_variants(variants: int) -> None:
+    if variants < 1:
+        raise ConfigError(f"variants = {variants}", where="autoencoder", mend="use 1 or more")
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:
@@ -247,14 +265,12 @@ def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -
     return latents, replace(dataset, encoded=Encoded(gather=gather, variants=variants, pixels=pixels))
 
 
-def _encoded(autoencoder: Latents, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+def _encoded(
+    autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
+) -> tuple[Autoencoder, Dataset]:
     """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
-    autoencoder = autoencoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    _, height, width = dataset.image_shape
-    count = 1 if dataset.config.augment.is_off else variants
-    each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
-    free = shutil.disk_usage(Path.home()).free
-    if dataset.config.cache == "off" or each * count * len(dataset.ids) > SHARE_OF_DISK * free:
+    autoencoder = autoencoder.to(_device())
+    if not _kept(autoencoder, dataset, variants, directory):
         console().print(
             "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
         )
@@ -262,5 +278,24 @@ def _encoded(autoencoder: Latents, dataset: Dataset, variants: int, *, pixels: b
     with ProgressBar("encoding pictures") as bar:
         return autoencoder, with_latents(
             dataset, autoencoder, identity=autoencoder_files.identity(autoencoder), variants=variants, pixels=pixels,
-            on_progress=lambda done, total: bar.update(done / total, f"{done * BATCH} latents"),
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total} batches"),
         )  # fmt: skip
+
+
+def _kept(autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory) -> bool:
+    """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded and fresh ones are not."""
+    decision = directory.path / FOLDER / "kept.json"
+    if decision.is_file():
+        return bool(json.loads(decision.read_text())["kept"])
+    _, height, width = dataset.image_shape
+    count = 1 if dataset.config.augment.is_off else variants
+    each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    room = SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free
+    kept = dataset.config.cache != "off" and each * count * len(dataset.ids) <= room
+    directory.write_json(f"{FOLDER}/kept.json", {"kept": kept})
+    return kept
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -86,7 +86,7 @@ def _reasons(source: str | Path | Run) -> list[str]:
 
 def parameters(run: Run) -> int:
     """Learned numbers in a run's model, its conditioner aside; nothing is built."""
-    channels = run.autoencoder.channels(run.data.channels)
+    channels = run.autoencoder.channels(run.data.channels, None)
     with torch.device("meta"):
         network = UNet(run.network, image_channels=channels, context=NO_CONTEXT)
     return sum(parameter.numel() for parameter in network.parameters())
@@ -109,12 +109,12 @@ def facts_of(run: Run, dataset: Dataset) -> Facts:
     )
 
 
-def build_model(run: Run, facts: Facts) -> Model:
-    """The untrained model; its initial weights depend on `run.seed` and the facts only."""
+def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
+    """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is the run's, where it has one."""
+    channels = run.autoencoder.channels(run.data.channels, place)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(facts, encoder=_encoder)
-        channels = run.autoencoder.channels(run.data.channels)
         network = UNet(run.network, image_channels=channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 
@@ -195,12 +195,12 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
+    facts = facts_of(settings, dataset)
+    model = build_model(settings, facts, directory.path).to(_device())
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
     autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.conditioner.makes)
-    facts = facts_of(settings, dataset)
-    model = build_model(settings, facts).to(_device())
     task = Diffusion(
         settings, model=model, autoencoder=autoencoder.to(_device()), objective=settings.objective, dataset=dataset,
         sampling=settings.sampling, directory=directory, facts=facts,
@@ -265,7 +265,7 @@ def load(
         )
     loaded = checkpoint.load(found[0])
     facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
-    model = build_model(settings, facts).eval().requires_grad_(False)
+    model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(

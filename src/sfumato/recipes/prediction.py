@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sfumato.conditioners import Facts
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
@@ -71,8 +73,9 @@ def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Pat
     """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one."""
     directory = RunDirectory.create(place)
     autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.conditioner.makes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = Diffusion(
-        run, model=model, autoencoder=autoencoder, objective=run.objective, dataset=dataset, sampling=run.sampling,
+        run, model=model.to(device), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset, sampling=run.sampling,
         directory=directory, facts=facts,
     )  # fmt: skip
     return Trainer(run, task=task, dataset=dataset, directory=directory, pinned={})

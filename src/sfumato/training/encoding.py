@@ -15,6 +15,7 @@ from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.augment import augment
 from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.loader import variant_draws
+from sfumato.errors import DataError
 
 CHUNK = 64  # pictures encoded together; fixed, since rounding depends on it and a resumed run must get the same latents
 COMMIT_S = 60.0
@@ -80,7 +81,12 @@ def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
 
 @torch.no_grad()
 def _moments(dataset: Dataset, autoencoder: Latents, chunk: list[tuple[int, int]]) -> Tensor:
-    images = to_float(dataset.images([position for position, _ in chunk])[0])
+    pixels, bad, _ = dataset.images([position for position, _ in chunk])
+    if bad:
+        raise DataError(
+            f"can no longer be read: {bad[0].reason}", where=bad[0].name, mend="restore it, or leave it out (data.exclude)"
+        )
+    images = to_float(pixels)
     draws = torch.cat([variant_draws(dataset.ids[position], variant) for position, variant in chunk])
     changed = augment(dataset.config.augment, images, draws).images
     return autoencoder.moments(changed.to(autoencoder.mean.device)).float().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -130,11 +129,11 @@ class Reconstruction:
             mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
             noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
             z = mean + (0.5 * log_variance).exp() * noise
-            z, target = self._moved(z, images, first)
+            z, target = self._moved(z, images, batch.parts[0].first)
             made = model.codec.decode(z).float()
             notes = {
                 self.losses.pixels: self._pixels(made, target),
-                "perceptual": distance(self.features, made, target).float(),
+                "perceptual": self._alike(made, target),
                 "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1),
             }
             total = notes[self.losses.pixels] + self.losses.perceptual * notes["perceptual"] + self.losses.kl * notes["kl"]
@@ -148,16 +147,22 @@ class Reconstruction:
         return Outcome(total, notes)
 
     def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Latents and pictures shrunk and turned together, or left as they are."""
+        """Latents and pictures shrunk and turned together, or left as they are; `first` is the batch's first sample."""
         chance, size, turn = randomness.uniform(self.config.seed, "equivariance", first=first, count=1, per_item=3)[0].tolist()
         if chance >= self.losses.equivariance:
             return z, images
-        sides = [max(1, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]]
         factor = images.shape[-1] // z.shape[-1]
+        least = 1 if self.model.adversary is None else -(-self.model.adversary.smallest // factor)
+        sides = [max(least, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]]
         turns = int(turn * 4) if sides[0] == sides[1] else 0
         moved = F.interpolate(z, size=sides, mode="bilinear", antialias=True).rot90(turns, (2, 3))
         target = F.interpolate(images, size=[side * factor for side in sides], mode="bilinear", antialias=True)
         return moved, target.rot90(turns, (2, 3))
+
+    def _alike(self, made: Tensor, target: Tensor) -> Tensor:
+        """In float32: features of near pictures differ by less than bfloat16 tells apart."""
+        with torch.autocast(self._device.type, enabled=False):
+            return distance(self.features, made, target)
 
     def _pixels(self, made: Tensor, target: Tensor) -> Tensor:
         error = made - target
@@ -203,19 +208,15 @@ class Reconstruction:
         count = min(self.config.preview.num, len(self._real))
         real = self._real[:count]
         made = reconstructed(average.codec, real.to(self._device)).cpu()
-        columns = min(count, math.ceil(math.sqrt(2 * count)))
-        rows = [
-            torch.cat([real[i : i + columns], made[i : i + columns]])
-            for i in range(0, count - count % columns or count, columns)
-        ]
+        columns = next(number for number in range(min(8, count), 0, -1) if count % number == 0)
+        rows = [torch.cat([real[i : i + columns], made[i : i + columns]]) for i in range(0, count, columns)]
         labels = ["real", "made"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
         save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})
 
     def compile(self, model: Reconstructor) -> None:
-        """Both halves."""
+        """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
         model.codec.encoder.compile()
-        model.codec.decoder.compile()
 
 
 def reconstructed(codec: KLAutoencoder, pictures: Tensor) -> Tensor:
