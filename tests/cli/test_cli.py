@@ -215,7 +215,7 @@ def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
     assert result.code == 0
-    assert result.out.startswith("# 1506 pictures to learn from, 291 held out, 0 left out\n# 10 categories; 0.76M parameters\n")
+    assert result.out.startswith("# 1506 pictures to learn from, 291 held out, 0 left out\n# 10 categories; 0.73M parameters\n")
     assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve("digits", ["budget.steps=6"])
     assert os.listdir() == []
 

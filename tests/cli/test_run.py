@@ -46,7 +46,7 @@ def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple
     path, result = trained
     assert result.code == 0
     assert result.out == f"{path}\n"
-    assert "1506 pictures to learn from, 291 held out, 10 categories, 8 px; 0.76M parameters" in result.err
+    assert "1506 pictures to learn from, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
     assert "step 6: held-out noise error MSE " in result.err
 
 
@@ -100,7 +100,15 @@ def test_sample_writes_pictures_and_a_grid_with_their_settings(run: Path, tmp_pa
     assert {**expected, "index": 3}.items() <= settings(tmp_path / "out" / "00003.png").items()
     assert Image.open(tmp_path / "out" / "00003.png").size == (8, 8)
     assert Image.open(tmp_path / "out" / "00003.png").mode == "L"
-    assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * TILE)
+    assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * (TILE + 20))  # a line above each row
+
+
+def test_a_grid_is_labelled_where_pictures_were_asked_for_different_things() -> None:
+    from sfumato.cli.sample import _labels
+
+    assert _labels(["a cat", "a dog"], ["7"], 3) == ["a cat, 7", "a dog, 7", "a cat, 7"]
+    assert _labels(["a cat"], None, 3) == _labels(None, None, 2) == []
+    assert _labels(["x" * 100_000, "y"], None, 2) == ["x" * 77 + "...", "y"]
 
 
 def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> None:

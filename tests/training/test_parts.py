@@ -38,7 +38,7 @@ def test_learning_rate_rises_then_falls_to_its_end() -> None:
 
 def test_weight_decay_acts_on_matrices_only() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3))
-    matrices, vectors = AdamWConfig(weight_decay=0.3).build(model).param_groups
+    matrices, vectors = AdamWConfig(weight_decay=0.3).build(model)[0].param_groups
     assert [p.ndim for p in matrices["params"]] == [4]
     assert matrices["weight_decay"] == 0.3
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1]

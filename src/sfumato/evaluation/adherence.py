@@ -91,7 +91,7 @@ def measure_adherence(
     num: int = 200,
     seed: int = 1,
     guidance: float | None = None,
-    keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], None] | None = None,
+    keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
     """Figures of each context that the model reads, on conditions of held-out pictures; each alone, then all together.

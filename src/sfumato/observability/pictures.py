@@ -18,6 +18,7 @@ from torch import Tensor
 GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
 FONT = ImageFont.load_default(13)
 SMALLEST_TILE = 56  # pixels on screen below which a picture is hard to see
+WORDY_TILE, WORDY = 96, 8  # the same where labels are longer than so many letters
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
@@ -49,7 +50,8 @@ def grid_image(
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
+    smallest = WORDY_TILE if any(len(label) > WORDY for label in labels) else SMALLEST_TILE
+    factor = max(1, math.ceil(smallest / max(height, width)))
     height, width = height * factor, width * factor
     left = 16 + 7 * max(map(len, row_labels)) if row_labels else GAP
     wrapped = [textwrap.fill(label, max(1, (width + GAP) // 7)) for label in labels]

@@ -60,7 +60,7 @@ def emoji() -> Run:
 
 
 def emoji_text() -> Run:
-    """OpenMoji's pictures at 32 x 32, steered by their names: a small transformer learns to read along with the model."""
+    """OpenMoji's pictures at 32 x 32, steered by their names, which a small transformer learns to read: 45 minutes on two cores."""
     return replace(
         emoji(),
         name="emoji-text",
