@@ -116,7 +116,7 @@ def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> N
     assert result.code == 0
     assert result.out == f"{run}/generated/seed-0/grid.png\n"
     said = settings(run / "generated/seed-0/00000.png")
-    assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (20, "DPMSolverPP2M", None, 0)
+    assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (20, "DPMSolverPP2M", [], 0)
 
 
 def test_the_same_command_makes_the_same_pictures_and_another_seed_does_not(run: Path, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """Whatever the bytes, `decode` gives pixels of the asked shape or raises RejectedImage with a reason, and nothing else."""
 
-import numpy as np
 import pytest
 from encoded import encoded, noise
+from harmed import assert_pixels_or_a_reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.data.decoding import PixelFormat, RejectedImage, decode
+from sfumato.data.decoding import PixelFormat
 
 FORM = PixelFormat(shapes=((8, 8),), channels=3)
 ROTATED = Image.Exif()
@@ -24,21 +24,6 @@ FILES = {
 }
 
 
-def survives(data: bytes) -> bool:
-    """Whether `data` is still a picture; fails unless it is that or a reason."""
-    try:
-        decoded = decode(data, FORM, identify=True)  # as it is done when a set is indexed
-    except RejectedImage as rejected:
-        return not 0 < len(str(rejected)) < 300
-    assert decoded.pixels.shape == (3, 8, 8)
-    assert decoded.pixels.dtype == np.uint8
-    assert decoded.shape == 0
-    assert min(decoded.size) > 0
-    assert all(isinstance(note, str) for note in decoded.notes)
-    assert len(decoded.id) == 32
-    return True
-
-
 @pytest.mark.parametrize("kind", FILES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -51,7 +36,7 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
     if data.draw(st.booleans()):
         first, length = data.draw(st.tuples(places, st.integers(1, 64)))
         del mutated[first : first + length]
-    survives(bytes(mutated))
+    assert_pixels_or_a_reason(bytes(mutated), FORM)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,9 +45,9 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
     rest=st.binary(max_size=200),
 )
 def test_a_signature_and_rubbish_is_a_reason(start: bytes, rest: bytes) -> None:
-    assert not survives(start + rest)
+    assert not assert_pixels_or_a_reason(start + rest, FORM)
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_unharmed_files_are_pictures(kind: str) -> None:
-    assert survives(FILES[kind])
+    assert assert_pixels_or_a_reason(FILES[kind], FORM)

@@ -22,6 +22,7 @@ STRIP_PICTURES, STRIP_STEPS = 4, 10
 
 
 def sample(
+    context: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")] = None,
     num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 16,
     prompt: Annotated[list[str] | None, typer.Option(help="Text asked for; several are taken in turn.")] = None,
@@ -72,28 +73,29 @@ def sample(
     with _notes():
         if to_prompt is None and to_seed is None:
             bad = None if worse is None else (snapshot(run, worse), worse_scale)
-            images = pipeline.sample(
-                num, asked=asked, seed=seed, worse=bad, on_step=recorded.append if trajectory else None, **how
-            )
+            how |= {"seed": seed, "worse": bad, "on_step": recorded.append if trajectory else None}
+            images = pipeline.sample(num, asked=asked, **how)
         else:
-            if worse is not None or trajectory:
-                raise typer.BadParameter("not on the way to another prompt or seed", param_hint="--worse, --trajectory")
+            _refuse_on_the_way(worse, trajectory)
             last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
             images = pipeline.between(num, asked, last, seeds=(seed, seed if to_seed is None else to_seed), **how)
-    settings = {
-        "run": run.name, "seed": seed, "category": category, "prompt": prompt, "negative": negative, "attribute": attribute,
-        **{name: None if path is None else path.name for name, path in {**files, "points": points}.items()},
-        "strength": strength, "to_prompt": to_prompt, "to_seed": to_seed, "worse": worse,
-        "steps": steps or pipeline.sampling.steps, "sampler": sampler or type(pipeline.sampling.sampler).__name__,
-        "weights": weights, "precision": precision, "guidance": scales,
-    }  # fmt: skip
-    _save(
-        images,
-        recorded,
-        out or run / "generated" / f"seed-{seed}",
-        settings,
-        [] if to_prompt else _labels(prompt, category, num),
-    )
+    settings = _settings(context.params, run, pipeline) | {"guidance": scales}
+    labels = [] if to_prompt else _labels(prompt, category, num)
+    _save(images, recorded, out or run / "generated" / f"seed-{seed}", settings, labels)
+
+
+def _settings(options: dict[str, Any], run: Path, pipeline: Pipeline) -> dict[str, Any]:
+    """What pictures carry of how they were made: every option that has a say in them; of files no more than the name."""
+    said = {name: value for name, value in options.items() if name not in ("out", "trajectory")}
+    for name in ("doodle", "points", "reference", "image", "mask"):
+        said[name] = None if said[name] is None else Path(said[name]).name
+    steps = options["steps"] or pipeline.sampling.steps
+    return said | {"run": run.name, "steps": steps, "sampler": options["sampler"] or type(pipeline.sampling.sampler).__name__}
+
+
+def _refuse_on_the_way(worse: int | None, trajectory: bool) -> None:
+    if worse is not None or trajectory:
+        raise typer.BadParameter("not on the way to another prompt or seed", param_hint="--worse, --trajectory")
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from sfumato.errors import ConfigError
 MAX_BYTES, MAX_DEPTH = 1 << 20, 24
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without tags, aliases, duplicate keys or bottomless nesting: a configuration needs none of them."""
+class _StricterSafeLoader(yaml.SafeLoader):
+    """What `yaml.safe_load` reads with, less tags, aliases, duplicate keys and bottomless nesting: a configuration needs none of them."""
 
     depth = 0
 
@@ -45,13 +45,13 @@ class _Loader(yaml.SafeLoader):
 
 
 # `compile: on` and `name: 2024-05-01` are words here: of YAML's own words only true, false and null are more.
-_Loader.yaml_implicit_resolvers = {
+_StricterSafeLoader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
+_StricterSafeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
 
 
 def load_yaml(text: str, *, where: str) -> Any:
@@ -63,7 +63,7 @@ def load_yaml(text: str, *, where: str) -> Any:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{len(text)} characters of YAML", where=where, mend="a configuration has a few hundred lines")
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _StricterSafeLoader)  # as yaml.safe_load does, which takes no loader
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not a configuration: {' '.join(str(error).split())}", where=where) from None
 
