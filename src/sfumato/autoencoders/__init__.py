@@ -1,7 +1,8 @@
 """From pictures to latents and back. What comes out has zero mean and unit variance; nothing here knows diffusion."""
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
-from sfumato.autoencoders.space import Autoencoder, Codec, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders.space import Autoencoder, Latents, Pixels, Statistics, measure
 from sfumato.autoencoders.tiny import TinyAutoencoder
 
 __all__ = [

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.foreign import ForeignCodec
 from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
-from sfumato.autoencoders.space import Codec, Latents
+from sfumato.autoencoders.space import Latents
 from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
 
@@ -151,7 +152,7 @@ def _tiny_config(codec: TinyAutoencoder) -> dict[str, Any]:
     }
 
 
-def _codec(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
     """The codec of a folder.
 
     Raises:

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.tiny import CERTAIN
 from sfumato.errors import CheckpointError, ConfigError
 
 KNOWN = ("AutoencoderDC",)
 
 
-class ForeignCodec(nn.Module):
+class ForeignCodec(Codec):
     """One of diffusers' autoencoders whose latents are one value for each picture."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, model: Any, config: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.config = model, config
         self.image_channels, self.latent_channels = config["in_channels"], config["latent_channels"]
@@ -52,13 +53,9 @@ class ForeignCodec(nn.Module):
         z = self.model.encode(x).latent
         return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents; not clamped."""
-        return self.model.decode(z).sample
-
     def head(self, z: Tensor) -> Tensor:
         """All of it: diffusers' models are not taken apart."""
-        return self.decode(z)
+        return self.model.decode(z).sample
 
     @property
     def tail(self) -> nn.Module:

@@ -8,12 +8,13 @@ Source: Kingma & Welling 2014 (arXiv:1312.6114); Rombach et al. 2022 (arXiv:2112
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.errors import ConfigError
 
 EPS = 1e-6  # of group norms
@@ -57,7 +58,7 @@ class KLConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Codec):
     """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the picture."""
 
     def __init__(self, config: KLConfig, *, image_channels: int) -> None:
@@ -66,18 +67,14 @@ class KLAutoencoder(nn.Module):
         self.latent_channels = latent = config.latent_channels
         self.encoder = Encoder(config, image_channels)
         self.decoder = Decoder(config, image_channels)
-        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
-        if config.projections == "quant":
-            self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1), nn.Conv2d(latent, latent, 1)
+        has = config.projections == "quant"
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if has else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if has else nn.Identity()
 
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents; not clamped."""
-        return self.tail(self.head(z))
 
     def head(self, z: Tensor) -> Tensor:
         """Latents as far as half the picture's resolution."""
@@ -139,7 +136,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks[:-2]:
             x = block(x)
         for block in self.up_blocks[-2:-1]:
-            x = block.refined(x)
+            x = cast(UpBlock, block).refined(x)
         return x
 
     @property
@@ -153,7 +150,7 @@ class Tail(nn.Module):
 
     def __init__(self, blocks: nn.ModuleList, norm: nn.GroupNorm, out: nn.Conv2d) -> None:
         super().__init__()
-        self.upsamplers = nn.ModuleList(upsample for block in blocks[:-1] for upsample in block.upsamplers)
+        self.upsamplers = nn.ModuleList(upsample for block in blocks[:-1] for upsample in cast(UpBlock, block).upsamplers)
         self.last, self.norm, self.out = blocks[-1], norm, out
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.tiles import decode_in_tiles
 from sfumato.errors import DataError, ShapeError
 
@@ -16,36 +16,6 @@ WHOLE = 1024 * 1024  # pixels up to which pictures are decoded whole
 DEAD = 0.01  # share of a latent channel's variance that lies between pictures, below which it tells nothing of them
 
 Gaussian = Callable[[tuple[int, ...]], Tensor]
-
-
-class Codec(Protocol):
-    """Pictures to latents and back, of whatever mean and scale.
-
-    Attributes:
-        factor: side of a picture over the side of its latents.
-        latent_channels, image_channels: of either.
-    """
-
-    factor: int
-    latent_channels: int
-    image_channels: int
-
-    def moments(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f, W/f)."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, c, h, w) -> pictures (B, C, f h, f w), not clamped."""
-        ...
-
-    def head(self, z: Tensor) -> Tensor:
-        """Latents -> what `tail`, the part of the decoder that needs the most memory, makes pictures of."""
-        ...
-
-    @property
-    def tail(self) -> nn.Module:
-        """decode(z) = tail(head(z))."""
-        ...
 
 
 class Pixels(nn.Module):
@@ -154,7 +124,8 @@ def measure(codec: Codec, pictures: Iterable[Tensor]) -> Statistics:
     Raises:
         DataError: if a channel has no variance at all.
     """
-    count, total, squares, within = 0, 0.0, 0.0, 0.0
+    count = 0
+    total = squares = within = torch.zeros(())
     for x in pictures:
         mean, log_variance = codec.moments(x).double().chunk(2, dim=1)
         values = mean.transpose(0, 1).flatten(1)

@@ -6,24 +6,15 @@ before the next one is reached: a few more passes, and no seams, where blending 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.autoencoders.codec import Codec
+
 RIM = 16  # places around a tile, at the tail's input, that its convolutions may see
-
-
-class TwoPart(Protocol):
-    """A decoder whose last part, `tail`, is what needs the memory: from half the picture's resolution to the picture."""
-
-    tail: nn.Module
-
-    def head(self, z: Tensor) -> Tensor:
-        """Latents -> the tail's input, (B, C, H/2, W/2)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -36,12 +27,13 @@ class Tile:
 
     def cut(self, x: Tensor) -> Tensor:
         """The tile with its rim."""
-        return x[(..., *self.outer)]
+        return x[..., self.outer[0], self.outer[1]]
 
     def kept(self, x: Tensor, like: Tensor) -> Tensor:
         """The core of feature maps that came of the tile `like`, at their resolution."""
         scale = x.shape[-1] // like.shape[-1]
-        return x[(..., *(slice(s.start * scale, s.stop * scale) for s in self.core))]
+        rows, columns = (slice(s.start * scale, s.stop * scale) for s in self.core)
+        return x[..., rows, columns]
 
 
 def tiles(height: int, width: int, size: int) -> Iterator[Tile]:
@@ -64,10 +56,10 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def decode_in_tiles(decoder: TwoPart, z: Tensor, *, size: int = 256) -> Tensor:
+def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
     """Pictures of latents, made in tiles of `size` places of the tail's input; equal to the whole but for rounding."""
     x = decoder.head(z)
-    cut = list(tiles(*x.shape[2:], size))
+    cut = list(tiles(x.shape[2], x.shape[3], size))
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for norm in [module for module in decoder.tail.modules() if isinstance(module, nn.GroupNorm)]:
@@ -80,7 +72,8 @@ def decode_in_tiles(decoder: TwoPart, z: Tensor, *, size: int = 256) -> Tensor:
             if out is None:
                 scale = made.shape[-1] // (tile.inner[1].stop - tile.inner[1].start)
                 out = made.new_empty(len(x), made.shape[1], scale * x.shape[2], scale * x.shape[3])
-            out[(..., *(slice(s.start * scale, s.stop * scale) for s in tile.inner))] = made
+            rows, columns = (slice(s.start * scale, s.stop * scale) for s in tile.inner)
+            out[..., rows, columns] = made
         assert out is not None
         return out
     finally:
@@ -90,7 +83,8 @@ def decode_in_tiles(decoder: TwoPart, z: Tensor, *, size: int = 256) -> Tensor:
 
 def _gathered(tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each group of a norm's input over the whole picture, (B, groups, 1)."""
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total = squares = torch.zeros(())
 
     def reached(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])
@@ -111,7 +105,7 @@ def _gathered(tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]) -
     return mean, (squares / count - mean.square()).clamp(min=0)
 
 
-def _fixed(mean: Tensor, variance: Tensor):
+def _fixed(mean: Tensor, variance: Tensor) -> Callable[[nn.GroupNorm, tuple[Tensor, ...], Tensor], Tensor]:
     """A hook that has a group norm use given statistics."""
 
     def forward(norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

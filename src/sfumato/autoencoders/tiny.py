@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.autoencoders.codec import Codec
 from sfumato.errors import CheckpointError
 
 CERTAIN = -30.0  # log-variance of latents that are one value
@@ -21,7 +23,7 @@ _NAME = re.compile(r"(?:(?:encoder|decoder)\.layers\.)?(\d+)\.(.+)")
 Layers = dict[int, dict[str, Tensor]]
 
 
-class TinyAutoencoder(nn.Module):
+class TinyAutoencoder(Codec):
     """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), one value for each picture."""
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> None:
@@ -35,7 +37,8 @@ class TinyAutoencoder(nn.Module):
             self.encoder, self.decoder = _encoder(_by_layer(encoder)), _decoder(_by_layer(decoder))
             self.encoder.load_state_dict(_named(self.encoder, _by_layer(encoder)))
             self.decoder.load_state_dict(_named(self.decoder, _by_layer(decoder)))
-            self.image_channels, self.latent_channels = self.encoder[0].in_channels, self.encoder[-1].out_channels
+            first, last = (cast(nn.Conv2d, self.encoder[place]) for place in (0, -1))
+            self.image_channels, self.latent_channels = first.in_channels, last.out_channels
         except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"no tiny autoencoder's tensors ({str(error)[:200]})",
@@ -49,10 +52,6 @@ class TinyAutoencoder(nn.Module):
         z = self.encoder((x + 1) / 2)
         return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents; not clamped."""
-        return self.tail(self.head(z))
-
     def head(self, z: Tensor) -> Tensor:
         """All that happens before the last doubling of the resolution."""
         return self.decoder[: self._last_doubling](z)
@@ -60,7 +59,7 @@ class TinyAutoencoder(nn.Module):
     @property
     def tail(self) -> nn.Sequential:
         """The rest; it shares the decoder's layers."""
-        return nn.Sequential(*self.decoder[self._last_doubling :], Signed())
+        return nn.Sequential(*list(self.decoder)[self._last_doubling :], Signed())
 
     @property
     def _last_doubling(self) -> int:

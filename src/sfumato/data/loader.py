@@ -95,7 +95,8 @@ class _Batches(TorchDataset[Batch]):
         encoded = self.dataset.encoded
         assert encoded is not None
         height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
-        images, bad = torch.empty(len(positions), 0, height, width), []
+        images = torch.empty(len(positions), 0, height, width)
+        bad: Sequence[Reject] = []
         if encoded.pixels:
             pixels, bad, positions = self.dataset.images(positions)
             images = to_float(pixels)

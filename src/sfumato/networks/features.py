@@ -54,10 +54,9 @@ class RandomFeatures(nn.Module):
         generator = torch.Generator().manual_seed(0)
         inputs = 3
         for width in widths:
-            layer = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
+            layer = nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False)
             with torch.no_grad():
                 layer.weight.normal_(0, (2 / (9 * inputs)) ** 0.5, generator=generator)
-                layer.bias.zero_()
             self.layers.append(layer)
             inputs = width
         self.requires_grad_(False)
@@ -180,6 +179,8 @@ class Lpips(nn.Module):
     """
 
     name = "LPIPS (VGG-16)"
+    shift: Tensor
+    scale: Tensor
     _LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # convolutions in torchvision's `vgg16().features`
     _AFTER_POOL, _MAPPED = (5, 10, 17, 24), (2, 7, 14, 21, 28)
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -142,10 +142,10 @@ class OwnAutoencoder(TrainingConfig):
 
     def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
         trainer = self.trainer(dataset, stage)
-        size = sum(parameter.numel() for parameter in trainer.state.model.codec.parameters())
+        size = sum(parameter.numel() for parameter in trainer.task.model.codec.parameters())
         say = console().print
         say(
-            f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.features.name}",
+            f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.facts['features']}",
             markup=False,
         )
         if checkpoint.paths(stage.checkpoints):
@@ -153,7 +153,7 @@ class OwnAutoencoder(TrainingConfig):
                 say(f"warning: {warning}", markup=False)
         if not (trainer.finished and stage.status().get("state") == "finished"):
             trainer.run()
-        codec = trainer.state.average.codec
+        codec = cast(Reconstructor, trainer.state.average).codec
         statistics = _measured(codec, dataset)
         figures = trainer.task.figures(trainer.state.model, trainer.state.average)
         facts = {
@@ -238,7 +238,7 @@ def _require_fit(factor: int, dataset: Dataset) -> None:
 def _measured(codec: Codec, dataset: Dataset) -> Statistics:
     """Of the latents of training pictures, spread over the set."""
     positions = dataset.training[np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)]
-    device = next(codec.parameters()).device  # type: ignore[attr-defined]
+    device = next(codec.parameters()).device
 
     def pictures() -> Iterator[Tensor]:
         for shape in np.unique(dataset.shapes[positions]):

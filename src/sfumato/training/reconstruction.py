@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Reconstruction:
                 notes["adversary"] = telling(model.adversary, target, made).float()
                 if spent >= self.losses.adversarial.start:
                     notes["pleasing"] = pleasing(model.adversary, made).float()
-                    weight = balance(total, notes["pleasing"], model.codec.decoder.conv_out.weight)
+                    weight = balance(total, notes["pleasing"], cast(nn.Parameter, model.codec.decoder.conv_out.weight))
                     total = total + self.losses.adversarial.weight * weight * notes["pleasing"]
                 total = total + notes["adversary"]
         return Outcome(total, notes)

@@ -58,23 +58,21 @@ class Learner:
 
 
 class Task(Protocol):
-    """A model and what it learns.
+    """A model and what it learns. The model is of a class that only the task knows, an `nn.Module`.
 
     Attributes:
         model: untrained.
         facts: plain data kept in checkpoints, from which the model is built again.
     """
 
-    model: nn.Module
-    facts: Mapping[str, Any]
+    model: Any
+    facts: Any
 
-    def learners(self, model: nn.Module) -> list[Learner]:
+    def learners(self, model: Any) -> list[Learner]:
         """The parts of the model that are stepped; together they hold all its trained parameters, each once."""
         ...
 
-    def outcome(
-        self, model: nn.Module, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
-    ) -> Outcome:
+    def outcome(self, model: Any, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> Outcome:
         """The loss of the chosen samples of a part of a batch; one backward pass through its sum reaches every learner.
 
         All randomness is keyed by the samples' numbers.
@@ -85,7 +83,7 @@ class Task(Protocol):
         """What metrics.jsonl keeps of a step's samples, beside their mean loss."""
         ...
 
-    def figures(self, model: nn.Module, average: nn.Module) -> dict[str, Any]:
+    def figures(self, model: Any, average: Any) -> dict[str, Any]:
         """Errors on held-out pictures, for metrics.jsonl."""
         ...
 
@@ -93,10 +91,10 @@ class Task(Protocol):
         """The same for a person, in a line."""
         ...
 
-    def show(self, average: nn.Module, step: int, on_step: Callable[[Progress], None]) -> None:
+    def show(self, average: Any, step: int, on_step: Callable[[Progress], None]) -> None:
         """Draw what the averaged model makes."""
         ...
 
-    def compile(self, model: nn.Module) -> None:
+    def compile(self, model: Any) -> None:
         """Compile what is worth it."""
         ...
