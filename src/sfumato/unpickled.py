@@ -1,0 +1,54 @@
+"""Tensors out of pickled files: the only place where anything is unpickled, and never in the process that wants them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sfumato.errors import CheckpointError
+
+LIMIT_S = 600
+
+
+def convert(source: Path, target: Path, *, sha256: str) -> None:
+    """Write the tensors of a pickled file that is known by its hash as safetensors.
+
+    The file is read with `weights_only` by a process of its own that is handed nothing of this one but the two paths.
+
+    Args:
+        source: a file of tensors by name.
+        target: written whole or not at all.
+        sha256: what the file's bytes must hash to.
+    Raises:
+        CheckpointError: if it is another file, or holds something else.
+    """
+    found = hashlib.sha256(source.read_bytes()).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
+            where=str(source),
+            mend="install its package again; a pickled file is read only if it is known, since reading one can run code",
+        )
+    command = [sys.executable, "-P", "-m", "sfumato.unpickled", str(source), str(target)]
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        raise CheckpointError(f"cannot be converted: {done.stderr.strip()[-300:]}", where=str(source))
+
+
+def main(source: str, target: str) -> None:
+    """What the other process does."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    temporary = Path(f"{target}.part")
+    save_file({str(name): tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
