@@ -76,6 +76,11 @@ class Request:
         return cls(context=context, negative=None, start=torch.zeros(num, *image_shape), strength=1.0, known=None)
 
     @property
+    def begins_at_picture(self) -> bool:
+        """Whether `start` matters: full strength forgets it, but for what is known of it."""
+        return self.strength < 1 or self.known is not None
+
+    @property
     def given(self) -> tuple[str, ...]:
         """Names of the contexts that are asked for, or asked not to be."""
         return tuple(dict.fromkeys([*self.context, *([] if self.negative is None else ["text"])]))

@@ -6,11 +6,12 @@ A `Condition` whose slots are all `None` is the unconditional one; nothing else 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfumato.errors import ShapeError
 
@@ -77,6 +78,16 @@ class Condition:
         both = {name: _joined(slot, theirs[name], dim=1) for name, slot in mine.items() if name in theirs}
         return Condition(**{**mine, **theirs, **both})
 
+    def folded(self, factor: int) -> Condition:
+        """Maps with factor x factor places laid side by side in channels, so that none is lost where the network's grid is coarser."""
+        if self.spatial is None:
+            return self
+        height, width = self.spatial.shape[2:]
+        if height == width == 1:
+            return replace(self, spatial=self.spatial.repeat_interleave(factor**2, dim=1))
+        padded = F.pad(self.spatial, (0, -width % factor, 0, -height % factor), mode="replicate")
+        return replace(self, spatial=F.pixel_unshuffle(padded, factor))
+
     def between(self, other: Condition, shares: Tensor) -> Condition:
         """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either that has a share."""
 
@@ -115,10 +126,10 @@ def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
 
 
 def _joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Concatenated; maps that are the same everywhere take the other's height and width."""
+    """Concatenated; smaller maps are repeated up to the other's height and width."""
     if a.ndim == 4 and a.shape[2:] != b.shape[2:]:
-        height, width = max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3])
-        a, b = a.expand(-1, -1, height, width), b.expand(-1, -1, height, width)
+        size = (max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3]))
+        a, b = (x if x.shape[2:] == size else F.interpolate(x, size=size, mode="nearest") for x in (a, b))
     return torch.cat([a, b.to(a.dtype)], dim=dim)
 
 
@@ -153,6 +164,10 @@ class ContextSizes:
         return ContextSizes(
             vector=self.vector + other.vector, tokens=self.tokens or other.tokens, spatial=self.spatial + other.spatial
         )
+
+    def folded(self, factor: int) -> ContextSizes:
+        """The sizes of such a condition, folded."""
+        return replace(self, spatial=self.spatial * factor**2)
 
 
 NO_CONTEXT = ContextSizes()

@@ -178,7 +178,7 @@ class Pipeline:
             part = request.rows(slice(first, first + batch_size), device)
             noise = KeyedNoise(seed, first)
             with torch.no_grad():
-                start = self._encoded(part.start)
+                start = self.autoencoder.encode(part.start) if request.begins_at_picture else self._blank(len(part.start))
                 x = levels.at(0).like(start).mix(start, noise(start))
                 condition = self.model.conditioner(part.context, len(part.start))
                 rungs = self._rungs(part, part.given, scales)
@@ -192,10 +192,8 @@ class Pipeline:
                     denoiser = Known(denoiser=denoiser, picture=start, known=cells)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
             made = self._decoded(x)
-            if (
-                part.known is not None and self.autoencoder.factor > 1
-            ):  # what is known stays as it was given, not as it was decoded
-                made = torch.lerp(made, part.start, part.known)
+            if part.known is not None:
+                made = self.autoencoder.restored(made, part.start, part.known)
             pictures.append(to_unit(made).cpu())
         return torch.cat(pictures)
 
@@ -253,10 +251,6 @@ class Pipeline:
         factor = self.autoencoder.factor
         shape = (self.autoencoder.latent_channels, self.image_shape[1] // factor, self.image_shape[2] // factor)
         return torch.zeros(num, *shape, device=next(self.model.parameters()).device)
-
-    def _encoded(self, pictures: Tensor) -> Tensor:
-        """Latents of pictures to start from; zeros where there is none."""
-        return self.autoencoder.encode(pictures) if pictures.any() else self._blank(len(pictures))
 
     def _decoded(self, x: Tensor) -> Tensor:
         with torch.no_grad():

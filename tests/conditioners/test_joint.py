@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from sfumato import randomness
 from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
-from sfumato.conditioners import AugmentationConditioner, CategoryConditioner, CategoryConfig, Joint
+from sfumato.conditioners import (
+    AugmentationConditioner,
+    CategoryConditioner,
+    CategoryConfig,
+    DoodleConditioner,
+    DoodleConfig,
+    Joint,
+)
 from sfumato.errors import ShapeError
 
 
@@ -28,6 +35,54 @@ def filled(*, vector: int = 0, length: int = 0, maps: int = 0, value: float = 1.
 
 def same(a: Condition, b: Condition) -> bool:
     return a.slots().keys() == b.slots().keys() and all(torch.equal(slot, b.slots()[name]) for name, slot in a.slots().items())
+
+
+# --- Condition.folded ----------------------------------------------------------------------------------------------------------
+
+
+def maps(*shape: int) -> Condition:
+    return Condition(vector=torch.ones(2, 3), spatial=torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_folded_maps_lose_nothing() -> None:
+    condition = maps(3, 8, 12)
+    folded = condition.folded(4)
+    assert folded.spatial.shape == (2, 48, 2, 3)
+    assert folded.spatial[0, 16:32, 1, 2].tolist() == condition.spatial[0, 1, 4:8, 8:12].flatten().tolist()
+    assert torch.equal(torch.nn.functional.pixel_shuffle(folded.spatial, 4), condition.spatial)
+    assert torch.equal(folded.vector, condition.vector)
+    assert same(condition.folded(1), condition)
+    assert same(filled(vector=1).folded(4), filled(vector=1))
+
+
+def test_maps_that_are_the_same_everywhere_fold_as_if_written_out() -> None:
+    condition = maps(3, 1, 1)
+    written = Condition(spatial=condition.spatial.expand(-1, -1, 4, 4)).folded(4)
+    assert torch.equal(condition.folded(4).spatial, written.spatial)
+
+
+def test_sides_that_do_not_divide_are_padded_with_their_rim() -> None:
+    condition = maps(1, 5, 8)
+    shown = torch.nn.functional.pixel_shuffle(condition.folded(4).spatial, 4)
+    assert torch.equal(shown[:, :, :5], condition.spatial)
+    assert torch.equal(shown[:, :, 5:], condition.spatial[:, :, 4:].expand(-1, -1, 3, -1))
+
+
+def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None:
+    parts = {"doodle": DoodleConditioner(DoodleConfig()), "category": CategoryConditioner(CategoryConfig(size=4), categories=2)}
+    joint = Joint(parts, factor=4)
+    context = {"doodle": torch.rand(2, 1, 8, 8), "category": torch.tensor([0, 1])}
+    condition = joint(context, 2)
+    assert ContextSizes.of(condition) == joint.sizes == ContextSizes.of(joint.null(2))
+    assert condition.spatial.shape[2:] == (2, 2)
+    dropped = joint(context, 2, draws=torch.zeros(2, 2))  # below any dropout: nothing is asked for
+    assert torch.equal(dropped.spatial, joint.null(2).spatial.expand_as(dropped.spatial))
+
+
+def test_smaller_maps_are_repeated_up_to_the_others() -> None:
+    both = maps(1, 8, 8).beside(maps(2, 4, 4))
+    assert both.spatial.shape == (2, 3, 8, 8)
+    assert torch.equal(both.spatial[:, 1:, ::2, ::2], both.spatial[:, 1:, 1::2, 1::2])
 
 
 # --- Condition.beside ----------------------------------------------------------------------------------------------------------

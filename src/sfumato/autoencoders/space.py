@@ -43,6 +43,10 @@ class Pixels(nn.Module):
         """The pictures."""
         return z
 
+    def restored(self, made: Tensor, picture: Tensor, known: Tensor) -> Tensor:
+        """The pictures that were made: what was known of them is as it was."""
+        return made
+
 
 class Latents(nn.Module):
     """An autoencoder whose latents have zero mean and unit variance in every channel, over the training set.
@@ -93,6 +97,10 @@ class Latents(nn.Module):
         if own.shape[-2] * own.shape[-1] * self.factor**2 > WHOLE and not torch.is_grad_enabled():
             return decode_in_tiles(self.codec, own)
         return self.codec.decode(own)
+
+    def restored(self, made: Tensor, picture: Tensor, known: Tensor) -> Tensor:
+        """The pictures that were made, but what was known (1; shares blend) as it was given, not as it was decoded."""
+        return torch.lerp(made, picture, known)
 
 
 Autoencoder = Pixels | Latents

@@ -30,6 +30,7 @@ class Facts:
         attributes, means, deviations: name, mean and standard deviation of each.
         dimensions: of points, features included; 0 where there are none.
         augmentation: numbers that tell what was done to a picture.
+        factor: side of a picture over the side of what the network sees of it.
     """
 
     channels: int
@@ -40,6 +41,7 @@ class Facts:
     deviations: tuple[float, ...] = ()
     dimensions: int = 0
     augmentation: int = 0
+    factor: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class ContextConfig:
             parts["points"] = PointsConditioner(self.points, dimensions=facts.dimensions)
         if facts.augmentation:
             parts["augmentation"] = AugmentationConditioner(labels=facts.augmentation)
-        return Joint(parts)
+        return Joint(parts, factor=facts.factor)
 
 
 def _require(found: object, name: str, what: str, mend: str) -> None:

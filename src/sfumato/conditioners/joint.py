@@ -34,12 +34,14 @@ ConditionerModule = (
 class Joint(nn.Module):
     """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
 
-    def __init__(self, parts: Mapping[str, ConditionerModule]) -> None:
-        """`parts` by the name of the context that each reads."""
+    def __init__(self, parts: Mapping[str, ConditionerModule], *, factor: int = 1) -> None:
+        """`parts` by the name of the context that each reads; `factor` is the side of a picture over that of what the network sees."""
         super().__init__()
+        self.factor = factor
         self.parts = nn.ModuleDict(parts)
         self._parts = tuple(parts.values())  # the same, with their own types
-        self.sizes: ContextSizes = reduce(ContextSizes.beside, (part.sizes for part in parts.values()), NO_CONTEXT)
+        sizes = reduce(ContextSizes.beside, (part.sizes for part in parts.values()), NO_CONTEXT)
+        self.sizes: ContextSizes = sizes.folded(factor)
 
     def forward(self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None) -> Condition:
         """The condition of a batch.
@@ -55,7 +57,7 @@ class Joint(nn.Module):
                 dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
                 condition = condition.replaced_where(dropped, part.null(batch_size))
             conditions.append(condition)
-        return reduce(Condition.beside, conditions, NO_CONDITION)
+        return reduce(Condition.beside, conditions, NO_CONDITION).folded(self.factor)
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
         """The context that training uses: what the data hold, and what is made from the pictures (B, C, H, W) themselves.
@@ -69,4 +71,4 @@ class Joint(nn.Module):
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        return reduce(Condition.beside, (part.null(batch_size) for part in self._parts), NO_CONDITION)
+        return reduce(Condition.beside, (part.null(batch_size) for part in self._parts), NO_CONDITION).folded(self.factor)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,13 +42,20 @@ BATCH = 64
 SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
 
 
+class Layout(NamedTuple):
+    """Of what a diffusion model makes: channels, and the side of a picture over its side."""
+
+    channels: int
+    factor: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class PixelSpace:
     """No autoencoder: the model works in pixels."""
 
-    def channels(self, image_channels: int, run: Path | None) -> int:
-        """Of what the model makes."""
-        return image_channels
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
+        """Of what the model makes: the pictures themselves."""
+        return Layout(image_channels, 1)
 
     def opened(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run."""
@@ -90,9 +97,9 @@ class OwnAutoencoder(TrainingConfig):
         TrainingConfig.__post_init__(self)
         _require_variants(self.variants)
 
-    def channels(self, image_channels: int, run: Path | None) -> int:
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
         """Of the latents."""
-        return self.network.latent_channels
+        return Layout(self.network.latent_channels, self.network.factor)
 
     def opened(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run.
@@ -185,11 +192,12 @@ class PretrainedAutoencoder:
     def __post_init__(self) -> None:
         _require_variants(self.variants)
 
-    def channels(self, image_channels: int, run: Path | None) -> int:
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
         """Of the latents; a run's own copy is asked first, since what it was made from may be gone."""
-        if run is not None and (run / FOLDER / FINAL / autoencoder_files.CONFIG).is_file():
-            return autoencoder_files.load(run / FOLDER / FINAL).latent_channels
-        return autoencoder_files.load(self.path, self.decoder).latent_channels
+        own = None if run is None else run / FOLDER / FINAL
+        kept = own is not None and (own / autoencoder_files.CONFIG).is_file()
+        found = autoencoder_files.load(own) if own and kept else autoencoder_files.load(self.path, self.decoder)
+        return Layout(found.latent_channels, found.factor)
 
     def opened(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run, which holds its own copy."""

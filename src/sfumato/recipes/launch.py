@@ -86,14 +86,14 @@ def _reasons(source: str | Path | Run) -> list[str]:
 
 def parameters(run: Run) -> int:
     """Learned numbers in a run's model, its conditioner aside; nothing is built."""
-    channels = run.autoencoder.channels(run.data.channels, None)
+    channels = run.autoencoder.layout(run.data.channels, None).channels
     with torch.device("meta"):
         network = UNet(run.network, image_channels=channels, context=NO_CONTEXT)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def facts_of(run: Run, dataset: Dataset) -> Facts:
-    """What the run's conditioner must know of its training set."""
+def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
+    """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
     captions = (text for position in dataset.training for text in dataset.entries[position].captions)
     values = dataset.layers.values[torch.from_numpy(dataset.training)]
     means = values.nanmean(0)
@@ -106,12 +106,13 @@ def facts_of(run: Run, dataset: Dataset) -> Facts:
         deviations=tuple((values - means).square().nanmean(0).sqrt().tolist()),
         dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
         augmentation=run.data.augment.labels,
+        factor=run.autoencoder.layout(run.data.channels, place).factor,
     )
 
 
 def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
     """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is the run's, where it has one."""
-    channels = run.autoencoder.channels(run.data.channels, place)
+    channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(facts, encoder=_encoder)
@@ -195,7 +196,7 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
-    facts = facts_of(settings, dataset)
+    facts = facts_of(settings, dataset, directory.path)
     model = build_model(settings, facts, directory.path).to(_device())
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
