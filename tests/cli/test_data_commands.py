@@ -297,7 +297,7 @@ def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configura
     assert any(line.startswith("# chosen: steered by 2 categories") for line in notes)
     assert any("pictures to learn from, " in line and line.endswith(", 0 left out") for line in notes)
     assert any(line.startswith("# 2 categories; ") for line in notes)
-    assert any(line.startswith("# predicted: 8 steps of ") for line in notes)
+    assert any(line.startswith("# predicted: diffusion model, 8 steps of ") for line in notes)
     assert any(line.startswith("# predicted: ") and line.endswith(" GiB of disk") for line in notes)
     assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve(pictures, [*SMALL, "budget.steps=8"])
     assert contents(pictures) == before

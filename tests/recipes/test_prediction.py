@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from sfumato import recipes
+from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run, launch
+from sfumato.recipes.latents import OwnAutoencoder
 from sfumato.recipes.prediction import Prediction, predict
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 
@@ -54,7 +56,7 @@ def predicted(run: Run) -> tuple[Prediction, int]:
     """The prediction, and how many pictures there are to learn from."""
     dataset = launch.open_data(run)
     model = launch.build_model(run, launch.facts_of(run, dataset))
-    return predict(run, model, dataset, launch.facts_of(run, dataset)), len(dataset.training)
+    return predict(run, model, dataset, launch.facts_of(run, dataset))[-1], len(dataset.training)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +135,15 @@ def test_predicting_leaves_nothing_behind(root: Path, tmp_path: Path, monkeypatc
 
 # --- in words ------------------------------------------------------------------------------------------------------------------
 
-HOUR = Prediction(step_s=0.5, steps=7200, seconds=3600.0, epochs=12.34, memory_gib=1.25, disk_gib=0.125)
+HOUR = Prediction(
+    stage="diffusion model", step_s=0.5, steps=7200, seconds=3600.0, epochs=12.34, memory_gib=1.25, disk_gib=0.125
+)
 
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
     assert HOUR.lines(1000) == [
-        "predicted: 7200 steps of 0.5 s, 1:00:00 in all; each picture seen 12.3 times",
-        "predicted: 1.2 GiB of memory, 0.12 GiB of disk",
+        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each picture seen 12.3 times",
+        "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
 
 
@@ -147,3 +151,15 @@ def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
 def test_many_views_of_few_pictures_are_warned_of(epochs: float, pictures: int, warned: bool) -> None:
     lines = replace(HOUR, epochs=epochs).lines(pictures)
     assert any("watch the gap to held-out pictures" in line for line in lines) == warned
+
+
+def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> None:
+    own = OwnAutoencoder(
+        network=KLConfig(channels=(16, 16), latent_channels=2, blocks=1, groups=8), features="random", batch_size=4,
+        precision="float32", budget=Budget(steps=7), validation=ValidationConfig(samples=2), preview=PreviewConfig(num=1),
+    )  # fmt: skip
+    run = tiny(root, autoencoder=own)
+    dataset = launch.open_data(run)
+    facts = launch.facts_of(run, dataset)
+    found = predict(run, launch.build_model(run, facts), dataset, facts)
+    assert [(stage.stage, stage.steps) for stage in found] == [("autoencoder", 7), ("diffusion model", 5)]

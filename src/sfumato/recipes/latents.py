@@ -65,6 +65,10 @@ class PixelSpace:
         """What training would see, for a rehearsal."""
         return Pixels(dataset.config.channels), dataset
 
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """There is nothing to train before."""
+        return {}
+
     def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """Pictures as they are."""
         return Pixels(dataset.config.channels), dataset
@@ -113,6 +117,10 @@ class OwnAutoencoder(TrainingConfig):
         """What training would see, for a rehearsal: latents of zeros."""
         codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
         return _rehearsed(codec, dataset, self.variants, pixels=pixels)
+
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """Its own training, in a scratch folder."""
+        return {"autoencoder": self.trainer(dataset, RunDirectory.create(place))}
 
     def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""
@@ -206,6 +214,10 @@ class PretrainedAutoencoder:
     def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """What training would see, for a rehearsal: latents of zeros."""
         return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.variants, pixels=pixels)
+
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """There is nothing to train before."""
+        return {}
 
     def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""

@@ -76,8 +76,12 @@ def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
-    lines = [*_reasons(source), *said, *predict(run, model, dataset, facts).lines(len(dataset.training))]
+    lines = [*_reasons(source), *said, *_predicted(run, model, dataset, facts)]
     return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
+
+
+def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[str]:
+    return [line for found in predict(run, model, dataset, facts) for line in found.lines(len(dataset.training))]
 
 
 def _reasons(source: str | Path | Run) -> list[str]:
@@ -163,7 +167,7 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         facts = facts_of(settings, dataset)
         lines = [
             *_reasons(source),
-            *predict(settings, build_model(settings, facts), dataset, facts).lines(len(dataset.training)),
+            *_predicted(settings, build_model(settings, facts), dataset, facts),
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))

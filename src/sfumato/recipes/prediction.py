@@ -26,12 +26,14 @@ class Prediction:
     """Measured on this machine, as busy as it is now.
 
     Attributes:
+        stage: what is trained.
         step_s: seconds of a training step.
         steps, seconds, epochs: of the whole run, previews, validation and checkpoints aside.
         memory_gib: most that the process has held so far, which training stays close to.
         disk_gib: checkpoints at their most.
     """
 
+    stage: str
     step_s: float
     steps: int
     seconds: float
@@ -42,24 +44,30 @@ class Prediction:
     def lines(self, pictures: int) -> list[str]:
         """For a person."""
         said = [
-            f"predicted: {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all; "
+            f"predicted: {self.stage}, {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all; "
             f"each picture seen {self.epochs:.1f} times",
-            f"predicted: {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
+            f"predicted: {self.stage}, {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
         ]
         if self.epochs > MANY_VIEWS and pictures < 5000:
             said.append(f"{self.epochs:.0f} views of each picture: watch the gap to held-out pictures, and stop when it grows")
         return said
 
 
-def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> Prediction:
-    """Take a few real steps in a scratch folder; `model` is used up."""
+def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[Prediction]:
+    """Take a few real steps of each stage in a scratch folder; `model` is used up."""
     with tempfile.TemporaryDirectory() as place:
-        trainer = rehearsal(run, model, dataset, facts, Path(place) / "run")
-        step_s = trainer.rehearse()
-    size, batch = len(dataset.training), run.batch_size
-    share = run.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
+        trainers = run.autoencoder.rehearsals(dataset, Path(place) / "autoencoder")
+        trainers["diffusion model"] = rehearsal(run, model, dataset, facts, Path(place) / "run")
+        return [_predicted(stage, trainer) for stage, trainer in trainers.items()]
+
+
+def _predicted(stage: str, trainer: Trainer) -> Prediction:
+    step_s = trainer.rehearse()
+    size, batch = len(trainer.dataset.training), trainer.config.batch_size
+    share = trainer.config.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
     steps = math.ceil(1 / share - 1e-9)
     return Prediction(
+        stage=stage,
         step_s=step_s,
         steps=steps,
         seconds=steps * step_s,
