@@ -28,6 +28,10 @@ class Features(Protocol):
         """Feature maps (B, c, h, w), from fine to coarse; features of a place have unit length, but for channels' weights."""
         ...
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """Features of whole pictures, (B, d)."""
+        ...
+
 
 def distance(features: Features, a: Tensor, b: Tensor) -> Tensor:
     """Squared difference of the features, in the mean over places, summed over maps, (B,).
@@ -68,6 +72,13 @@ class RandomFeatures(nn.Module):
             x = F.relu(layer(x))
             found.append(F.normalize(x, dim=1))
         return found
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last map's mean over places, (B, 128)."""
+        x = rgb(x)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x.mean((2, 3))
 
 
 class SameConv(nn.Conv2d):
@@ -214,3 +225,7 @@ class Lpips(nn.Module):
             if number in self._MAPPED:
                 found.append(F.normalize(x, dim=1) * self.weights[len(found)][:, None, None])
         return found
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last map's mean over places, (B, 512)."""
+        return self.maps(x)[-1].mean((2, 3))

@@ -21,6 +21,8 @@ from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
 from sfumato.evaluation.features import extractor
+from sfumato.evaluation.frechet import frechet_distance
+from sfumato.networks.features import Features
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.training import (
     AdamWConfig,
@@ -32,6 +34,7 @@ from sfumato.training import (
     Trainer,
     TrainingConfig,
     checkpoint,
+    reconstructed,
     with_latents,
 )
 from sfumato.training.run_directory import RunDirectory
@@ -172,13 +175,15 @@ class OwnAutoencoder(TrainingConfig):
         statistics = _measured(codec, dataset)
         figures = trainer.task.figures(trainer.state.model, trainer.state.average)
         facts = {
+            **_reconstructed_distance(codec, dataset, extractor(self.features)),
             "told": statistics.told.tolist(),
             "dead_channels": statistics.dead,
             "pictures_measured": min(MEASURED, len(dataset.training)),
             **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
         }
         autoencoder_files.save(Latents(codec, statistics.mean, statistics.deviation), final, facts)
-        say(f"autoencoder: {trainer.task.headline(figures)}; {_described(statistics)}", markup=False)
+        distance = f"  rFD {facts['rfd']:.3g} ({facts['rfd_features']})" if "rfd" in facts else ""
+        say(f"autoencoder: {trainer.task.headline(figures)}{distance}; {_described(statistics)}", markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +272,22 @@ def _measured(codec: Codec, dataset: Dataset) -> Statistics:
                 yield to_float(dataset.images(chosen[first : first + BATCH])[0]).to(device)
 
     return measure(codec, pictures())
+
+
+@torch.no_grad()
+def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Features) -> dict[str, Any]:
+    """The Fréchet distance between held-out pictures and their reconstructions, and what it was measured with."""
+    held = dataset.usual(dataset.holdout)[:MEASURED]
+    if len(held) < 2:
+        return {}
+    if isinstance(features, torch.nn.Module):
+        features.to(_device())
+    found: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(held), BATCH):
+        real = to_float(dataset.images(held[first : first + BATCH])[0]).to(_device())
+        found.append((features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu()))
+    real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return {"rfd": frechet_distance(real, made), "rfd_pictures": len(held), "rfd_features": features.name}
 
 
 def _described(statistics: Statistics) -> str:

@@ -1,0 +1,140 @@
+"""Quality over time: a diffusion model in pixels, and one in latents whose clock starts before its autoencoder's training.
+
+    python benchmarks/latent_or_pixel.py [--minutes 30] [--autoencoder 8] [--num 500] [--json FILE] [--figure FILE]
+
+Both learn the same pictures (emoji at 64 x 64 by category), each with its recipe's network. Along the way the averaged weights are
+sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of
+EfficientNet-Lite0, with a bootstrap interval. Held-out pictures, as many as there are, show what real ones get.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine, options, report
+from torch import Tensor
+
+from sfumato.data import Dataset, to_float
+from sfumato.evaluation.features import extractor
+from sfumato.evaluation.frechet import frechet_distance
+from sfumato.networks import UNetConfig
+from sfumato.networks.features import Features
+from sfumato.observability.pictures import grid_image, save_png
+from sfumato.recipes import Run, recipe
+from sfumato.recipes.latents import PixelSpace
+from sfumato.recipes.launch import load, open_data, snapshot, train
+from sfumato.training import Budget, PreviewConfig, ValidationConfig
+from sfumato.training.run_directory import RunDirectory
+
+STEPS = 20
+RESAMPLED = 20
+FIRST = 256  # snapshots before this step show noise
+
+
+def main() -> None:
+    """Train both, sample their snapshots, print and draw the curves."""
+    asked = options(__doc__.splitlines()[0], minutes=30.0, autoencoder=8.0, num=500, seed=0, figure="", place="")
+    if asked.quick:
+        asked.minutes, asked.autoencoder, asked.num = 0.3, 0.1, 32
+    place = Path(asked.place or tempfile.mkdtemp(prefix="latent-or-pixel-"))
+    quiet = {"validation": ValidationConfig(every_steps=10**9, samples=50), "preview": PreviewConfig(every_steps=10**9, num=20)}
+    latent = replace(recipe("emoji-latent"), seed=asked.seed, budget=Budget(minutes=asked.minutes - asked.autoencoder), **quiet)
+    latent = replace(latent, autoencoder=replace(latent.autoencoder, budget=Budget(minutes=asked.autoencoder), seed=asked.seed))
+    network = UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3))
+    emoji = recipe("emoji-text")
+    pixel = replace(
+        latent, name="pixel", autoencoder=PixelSpace(), network=network, denoiser=emoji.denoiser, budget=Budget(minutes=asked.minutes)
+    )  # fmt: skip
+    features, dataset = extractor("auto"), open_data(pixel)
+    reference = pooled(features, real(dataset, dataset.usual(dataset.training)))
+    held = pooled(features, real(dataset, dataset.usual(dataset.holdout)))
+    curves = {
+        name: curve(run, place / name, features, reference, asked.num) for name, run in (("latent", latent), ("pixel", pixel))
+    }
+    result: dict[str, Any] = {
+        "machine": machine(), "extractor": features.name, "samples": asked.num, "reference": len(reference), "steps": STEPS,
+        "minutes": asked.minutes, "autoencoder_minutes": asked.autoencoder, "curves": curves,
+        "held_out": {"n": len(held), "fd": frechet_distance(held, reference)},
+    }  # fmt: skip
+    report(result, asked.json)
+    if asked.figure:
+        draw(result, Path(asked.figure))
+
+
+def real(dataset: Dataset, positions: Any) -> Tensor:
+    """Pictures of the set in [-1, 1]."""
+    return to_float(dataset.images(positions)[0])
+
+
+@torch.no_grad()
+def pooled(features: Features, pictures: Tensor) -> Tensor:
+    """Features of pictures in [-1, 1]."""
+    return torch.cat([features.pooled(part) for part in pictures.split(64)])
+
+
+def curve(run: Run, place: Path, features: Features, reference: Tensor, num: int) -> list[dict[str, Any]]:
+    """Minutes since the very beginning, and the samples' distance to the training pictures, for each snapshot of a training."""
+    begun = time.perf_counter()
+    if not (place / "status.json").is_file():
+        train(run, run=place)
+    taken = time.perf_counter() - begun
+    directory, pipeline = RunDirectory.existing(place), load(place, precision="bfloat16")
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    times = {line["step"]: line["time"] for line in lines if "time" in line}
+    before = taken - max(times.values())  # the autoencoder's training, measuring, encoding; the first two pictures of both
+    print(f"{run.name}: {before:.0f} s before the diffusion model's first step, {max(times)} steps")
+    steps = sorted(int(path.stem.rsplit("-", 1)[-1]) for path in directory.snapshots.glob("step-*"))
+    candidates = [(step, replace(pipeline, model=snapshot(place, step))) for step in steps if step >= FIRST]
+    candidates.append((max(times), pipeline))
+    points = []
+    for step, which in candidates:
+        pictures = which.sample(num, category=list(which.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
+        seconds = before + times[min(times, key=lambda known: abs(known - step))]
+        points.append({"step": step, "minutes": seconds / 60, **distance(pooled(features, pictures * 2 - 1), reference)})
+        print(json.dumps(points[-1]))
+        save_png(grid_image(pictures[:60], columns=15), place / f"samples-{step:06d}.png")
+    return points
+
+
+def distance(made: Tensor, reference: Tensor) -> dict[str, float]:
+    """The Fréchet distance, and a bootstrap interval around it over the samples.
+
+    A resample has fewer different pictures, which alone makes the distance larger: so its spread is put around the distance itself.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    chosen = [torch.randint(len(made), (len(made),), generator=drawn) for _ in range(RESAMPLED)]
+    spread = float(torch.tensor([frechet_distance(made[rows], reference) for rows in chosen]).std())
+    found = frechet_distance(made, reference)
+    return {"fd": found, "low": found - 1.96 * spread, "high": found + 1.96 * spread}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The curves over minutes, with their intervals (extra `benchmarks`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, points in result["curves"].items():
+        x, y, low, high = ([point[key] for point in points] for key in ("minutes", "fd", "low", "high"))
+        (line,) = axes.plot(x, y, marker="o", label=name)
+        axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    axes.axhline(
+        result["held_out"]["fd"], color="gray", linestyle="--", label=f"held-out real pictures (n={result['held_out']['n']})"
+    )
+    axes.set(yscale="log", xlabel="minutes on this machine, all stages included", xlim=(0, None))
+    axes.set_ylabel(f"Fréchet distance to the training pictures\n{result['extractor']}, {result['samples']} samples")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
