@@ -116,6 +116,34 @@ def test_the_resolution_is_the_pictures_up_to_what_the_machine_trains(
         assert why in said(choice)
 
 
+@pytest.mark.parametrize(
+    ("resolution", "factor"), [(64, 1), (95, 1), (96, 8), (97, 1), (98, 1), (100, 4), (128, 8), (200, 8), (256, 8), (512, 8)]
+)
+def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolution: int, factor: int) -> None:
+    choice = choose(place, listing(10, categories=2), resolution=resolution)
+    run = choice.run
+    assert run.data.resolution == resolution
+    assert run.autoencoder.layout(3, None).factor == factor
+    assert ("of an autoencoder of its own" in said(choice)) == (factor > 1)
+    channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
+    facts = Facts(channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor)
+    with torch.device("meta"):
+        model = launch.build_model(run, facts)
+        shape = (2, channels, side, side)
+        assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
+
+
+def test_a_resolution_that_is_asked_for_decides_on_latents(place: str, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{number}.png").write_bytes(picture(40 + number, 40))
+    settings = launch.resolve(str(tmp_path), ["data.resolution=128"])
+    assert settings.autoencoder.layout(3, None).factor == 8
+    assert launch.resolve(str(tmp_path), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
+    settings = launch.resolve(str(tmp_path), ["data.resolution=128", "autoencoder.kind=PixelSpace"])
+    assert settings.autoencoder.layout(3, None).factor == 1
+
+
 @pytest.mark.parametrize("side", range(8, 72, 8))
 def test_a_network_is_built_that_fits_the_resolution(place: str, machine: str, side: int) -> None:
     run = choose(place, listing(10, image=picture(side, side), categories=2)).run

@@ -21,7 +21,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.builtin import RECIPES, recipe
 from sfumato.recipes.prediction import predict
-from sfumato.recipes.presets import choose
+from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
 from sfumato.training import Diffusion, Trainer, checkpoint
 from sfumato.training.precision import DTYPES
@@ -37,7 +37,7 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    base, where = _plain(source)
+    base, where = _plain(source, overrides)
     return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
 
 
@@ -48,7 +48,7 @@ def is_preset(source: str | Path | Run) -> bool:
     return not (Path(source) / "config.yaml").is_file()
 
 
-def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
+def _plain(source: str | Path | Run, overrides: Overrides = ()) -> tuple[dict[str, Any], str]:
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)
@@ -61,7 +61,7 @@ def _plain(source: str | Path | Run) -> tuple[dict[str, Any], str]:
         name = data.pop("recipe", None)
         return (data if name is None else configuration.merged(_plain(str(name))[0], data)), str(path)
     if files.exists(str(source)) or str(source).startswith("hub:"):
-        return configuration.plain(choose(str(source)).run), str(source)
+        return configuration.plain(_chosen(source, overrides).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
@@ -76,7 +76,7 @@ def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
-    lines = [*_reasons(source), *said, *_predicted(run, model, dataset, facts)]
+    lines = [*_reasons(source, overrides), *said, *_predicted(run, model, dataset, facts)]
     return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
 
 
@@ -84,8 +84,15 @@ def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[s
     return [line for found in predict(run, model, dataset, facts) for line in found.lines(len(dataset.training))]
 
 
-def _reasons(source: str | Path | Run) -> list[str]:
-    return [f"chosen: {reason}" for reason in choose(str(source)).reasons] if is_preset(source) else []
+def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
+    return [f"chosen: {reason}" for reason in _chosen(source, overrides).reasons] if is_preset(source) else []
+
+
+def _chosen(source: str | Path | Run, overrides: Overrides) -> Choice:
+    """The preset of a source; a resolution that was asked for decides more than itself."""
+    data = configuration.with_overrides({}, overrides).get("data")
+    resolution = data.get("resolution") if isinstance(data, dict) else None
+    return choose(str(source), resolution=resolution if isinstance(resolution, int) and resolution > 0 else None)
 
 
 def parameters(run: Run) -> int:
@@ -166,7 +173,7 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     if is_preset(source):
         facts = facts_of(settings, dataset)
         lines = [
-            *_reasons(source),
+            *_reasons(source, overrides),
             *_predicted(settings, build_model(settings, facts), dataset, facts),
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)

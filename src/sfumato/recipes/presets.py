@@ -12,17 +12,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
 from sfumato.data.decoding import FORMATS, NUMPY, quiet
+from sfumato.diffusion import UnitVariance
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import SamplingConfig
+from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
 from sfumato.recipes.run import Run
 from sfumato.training import AdamWConfig, Budget, PowerEMA
 
 LOOKED_AT = 200
 SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
+LATENTS_FROM = 96  # pixels of a side
+SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another
 MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
@@ -83,9 +88,12 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(place: str, listing: Listing | None = None) -> Choice:
-    """The preset for a source of pictures on this machine; `listing` is what the source lists, if that is known already.
+def choose(place: str, listing: Listing | None = None, *, resolution: int | None = None) -> Choice:
+    """The preset for a source of pictures on this machine.
 
+    Args:
+        listing: what the source lists, if that is known already.
+        resolution: if it is settled already; from 96 on, the model works in the latents of an autoencoder of its own.
     Raises:
         DataError: if there is no such source, or it holds nothing.
     """
@@ -93,11 +101,14 @@ def choose(place: str, listing: Listing | None = None) -> Choice:
     survey = Survey.of(source.listing() if listing is None else listing)
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
-    size, why_size = _size(survey, gpu=gpu)
-    resolution, why_resolution = _resolution(survey, gpu=gpu)
+    resolution, why_resolution = (
+        _resolution(survey, gpu=gpu) if resolution is None else (resolution, f"{resolution} px, as asked")
+    )
+    space, why_space = _space(resolution)
+    size, why_size = _size(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
-    reasons = [f"{survey.count} pictures on {machine}: {why_size}", why_resolution, *why_categories]
+    reasons = [f"{survey.count} pictures on {machine}: {why_size}", why_resolution, *why_space, *why_categories]
     channels = 1 if survey.gray else 3
     reasons.append(
         f"{channels} channel(s): {'all pictures looked at are gray' if survey.gray else 'the pictures are in colour'}"
@@ -108,17 +119,16 @@ def choose(place: str, listing: Listing | None = None) -> Choice:
         reasons.append(
             f"{survey.captioned:.0%} of the pictures have captions: steered by text, which a small transformer learns to read"
         )
-    return Choice(run=_run(place, source, survey, size, resolution, channels, categories), reasons=tuple(reasons))
+    return Choice(run=_run(place, source, survey, size, resolution, space, channels, categories), reasons=tuple(reasons))
 
 
-def _size(survey: Survey, *, gpu: bool) -> tuple[UNetConfig, str]:
-    """The network: larger sets and machines carry larger ones (recipes.md, presets S, M and L)."""
+def _size(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, str]:
+    """The network: larger sets and machines carry larger ones (recipes.md, presets S, M and L); latents leave `room` for wider ones."""
     if not gpu:
-        width = 32 if survey.count < 2_000 else 64
+        width = room * (32 if survey.count < 2_000 else 64)
         return UNetConfig(channels=width, multipliers=(1, 2, 2), attention_depths=(2,)), f"a U-Net of {width} channels"
-    width = 96 if survey.count < SMALL else 128 if survey.count < LARGE else 192
-    head = 64 if 3 * width % 64 == 0 else 32
-    network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=head)
+    width = room * (96 if survey.count < SMALL else 128 if survey.count < LARGE else 192)
+    network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32)
     return network, f"a U-Net of {width} channels"
 
 
@@ -131,6 +141,18 @@ def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
         "what this machine trains in reasonable time" if resolution == largest < survey.side else "the pictures are no larger"
     )
     return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
+
+
+def _space(resolution: int) -> tuple[AutoencoderConfig, list[str]]:
+    """Pixels, or latents of 1/8 of the side, or of what the side can be divided by, where pixels would be too many."""
+    depth = max(depth for depth in range(4) if resolution % 2**depth == 0)
+    if resolution < LATENTS_FROM or depth < 2:
+        return PixelSpace(), []
+    network = KLConfig(channels=(32, 64, 128, 128)[: depth + 1], latent_channels=8 if depth == 3 else 4, blocks=1, groups=16)
+    side = resolution // network.factor
+    return OwnAutoencoder(network=network, budget=Budget(minutes=20)), [
+        f"in latents of {side} x {side} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
+    ]
 
 
 def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
@@ -159,23 +181,31 @@ def _run(
     survey: Survey,
     network: UNetConfig,
     resolution: int,
+    space: AutoencoderConfig,
     channels: int,
     categories: CategoryConfig | None,
 ) -> Run:
     small = survey.count < SMALL
+    factor = space.layout(channels, None).factor
+    side = resolution // factor
     depth = len(network.multipliers) - 1
-    while resolution % 2**depth:
+    while side % 2**depth or (depth and side // 2**depth < SMALLEST_MAP):
         depth -= 1
+    attended = tuple(at for at in range(depth + 1) if at == depth or side // 2**at <= ATTENDED)
+    widths = [network.channels * network.multipliers[at] for at in attended]
     network = replace(
-        network, multipliers=network.multipliers[: depth + 1], attention_depths=(depth,), dropout=0.1 if small else 0.0
-    )
+        network, multipliers=network.multipliers[: depth + 1], attention_depths=attended, dropout=0.1 if small else 0.0,
+        head_channels=32 if any(width % 64 for width in widths) else 64,
+    )  # fmt: skip
     return Run(
         name=_name(place),
         data=DataConfig(
             source=source, resolution=resolution, channels=channels, workers=2,
             augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),
         ),
+        autoencoder=space,
         network=network,
+        denoiser=DenoiserConfig(input_scale=UnitVariance(0.5 if factor == 1 else 1.0)),
         conditioner=ContextConfig(category=categories, text=WordsConfig() if survey.captioned > MOST_CAPTIONED else None),
         optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
         ema=PowerEMA(0.1),
