@@ -1,16 +1,24 @@
 """What every network must do, whatever it is made of."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError, ShapeError
-from sfumato.networks import UNet, UNetConfig
+from sfumato.networks import DiTConfig, NetworkConfig, UNet, UNetConfig
 
 TINY = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
+SMALL = DiTConfig(patch=2, channels=32, layers=2, head_channels=16)
 CONTEXT = ContextSizes(vector=6, tokens=5, spatial=2)
+KINDS = [
+    pytest.param(TINY, id="unet"),
+    pytest.param(SMALL, id="dit-cross"),
+    pytest.param(replace(SMALL, tokens_as="joint", registers=2, bottleneck=6), id="dit-joint"),
+    pytest.param(replace(SMALL, tokens_as="sequence", vector_as="tokens", patch=4), id="dit-sequence"),
+]
 
 
 def condition(batch: int, height: int, width: int) -> Condition:
@@ -51,11 +59,13 @@ def seed() -> None:
             tokens_at="decoder",
             maps_at="decoder",
         ),
+        *KINDS,
+        replace(SMALL, layers=5, dropped=0.5, registers=1, recompute=True),
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_gradient_reaches_every_parameter(config: UNetConfig, channels: int) -> None:
-    network = awake(UNet(config, image_channels=channels, context=CONTEXT))
+def test_gradient_reaches_every_parameter(config: NetworkConfig, channels: int) -> None:
+    network = awake(config.build(image_channels=channels, context=CONTEXT))
     x = torch.randn(2, channels, 8, 16)
     output = network(x, torch.tensor([3.0, 900.0]), condition(2, 8, 16))
     assert output.shape == x.shape
@@ -64,27 +74,30 @@ def test_gradient_reaches_every_parameter(config: UNetConfig, channels: int) -> 
     assert still == []
 
 
-def test_images_of_a_batch_do_not_see_one_another() -> None:
-    network = awake(UNet(TINY, image_channels=3, context=CONTEXT)).eval()
+@pytest.mark.parametrize("config", KINDS)
+def test_images_of_a_batch_do_not_see_one_another(config: NetworkConfig) -> None:
+    network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, levels, context = torch.randn(3, 3, 8, 8), torch.rand(3) * 1000, condition(3, 8, 8)
     together = network(x, levels, context)
     alone = torch.cat([network(x[i : i + 1], levels[i : i + 1], context.map(lambda s, i=i: s[i : i + 1])) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_level_and_every_context_slot_change_the_output() -> None:
-    network = awake(UNet(TINY, image_channels=3, context=CONTEXT)).eval()
+@pytest.mark.parametrize("config", KINDS)
+def test_level_and_every_context_slot_change_the_output(config: NetworkConfig) -> None:
+    network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, context = torch.randn(2, 3, 8, 8), condition(2, 8, 8)
     plain = network(x, torch.full((2,), 10.0), context)
     assert not torch.allclose(plain, network(x, torch.full((2,), 700.0), context))
     for name, slot in context.slots().items():
         if name != "token_mask":
-            changed = Condition(**{**context.slots(), name: slot + 1})
+            changed = Condition(**{**context.slots(), name: slot.roll(1, dims=-1)})
             assert not torch.allclose(plain, network(x, torch.full((2,), 10.0), changed)), name
 
 
-def test_masked_tokens_are_not_seen() -> None:
-    network = awake(UNet(TINY, image_channels=3, context=CONTEXT)).eval()
+@pytest.mark.parametrize("config", KINDS)
+def test_masked_tokens_are_not_seen(config: NetworkConfig) -> None:
+    network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, context = torch.randn(2, 3, 8, 8), condition(2, 8, 8)
     other = context.tokens.clone()
     other[:, -1] += 5
@@ -103,21 +116,28 @@ def test_decoder_only_cross_attention_leaves_the_encoder_alone() -> None:
     assert any(name.startswith("up") and "cross" in name for name, _ in decoder.named_parameters())
 
 
-def test_a_new_network_predicts_zero_and_is_channels_last() -> None:
-    network = UNet(TINY, image_channels=3)
+@pytest.mark.parametrize("config", KINDS)
+def test_a_new_network_predicts_zero(config: NetworkConfig) -> None:
+    network = config.build(image_channels=3)
     assert network(torch.randn(2, 3, 8, 8), torch.zeros(2), Condition()).abs().max() == 0
+
+
+def test_a_u_net_is_channels_last() -> None:
+    network = UNet(TINY, image_channels=3)
     assert network.down[0].stages[0].block.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("config", [TINY, SMALL])
 @pytest.mark.parametrize("size", [(8, 7), (6, 9)])
-def test_size_that_cannot_be_halved_is_named(size: tuple[int, int]) -> None:
+def test_size_that_cannot_be_cut_is_named(config: NetworkConfig, size: tuple[int, int]) -> None:
     with pytest.raises(ShapeError, match=rf"{size[0]} x {size[1]}.*\n.*multiples of 2"):
-        UNet(TINY, image_channels=3)(torch.randn(1, 3, *size), torch.zeros(1), Condition())
+        config.build(image_channels=3)(torch.randn(1, 3, *size), torch.zeros(1), Condition())
 
 
-def test_missing_context_is_named() -> None:
+@pytest.mark.parametrize("config", [TINY, SMALL])
+def test_missing_context_is_named(config: NetworkConfig) -> None:
     with pytest.raises(ShapeError, match=r"vector=0.*vector=6"):
-        UNet(TINY, image_channels=3, context=ContextSizes(vector=6))(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition())
+        config.build(image_channels=3, context=ContextSizes(vector=6))(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition())
 
 
 @pytest.mark.parametrize("wrong", [{"attention_depths": (7,)}, {"head_channels": 48}, {"blocks": 0}])
@@ -126,9 +146,68 @@ def test_impossible_configuration_is_refused(wrong: dict) -> None:
         UNetConfig(**{**TINY.__dict__, **wrong})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"patch": 0},
+        {"head_channels": 48},
+        {"channels": 40},
+        {"dropped": 1.0},
+        {"dropped": 0.5},
+        {"registers": -1},
+        {"head_channels": 2},
+    ],
+)
+def test_impossible_transformers_are_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match="mend"):
+        replace(SMALL, **wrong)
+
+
+def test_recomputing_changes_memory_only() -> None:
+    plain = awake(SMALL.build(image_channels=3, context=CONTEXT))
+    again = replace(SMALL, recompute=True).build(image_channels=3, context=CONTEXT)
+    again.load_state_dict(plain.state_dict())
+    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
+    for network in (plain, again):
+        network(x, levels, context).square().sum().backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_dropped_tokens_skip_the_inner_blocks_while_training_only() -> None:
+    config = replace(SMALL, layers=6, registers=2, tokens_as="joint")
+    full = awake(config.build(image_channels=3, context=CONTEXT))
+    half = replace(config, dropped=0.5).build(image_channels=3, context=CONTEXT)
+    half.load_state_dict(full.state_dict())
+    seen: list[int] = []
+    for block in half.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].shape[1]))
+    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
+    assert not torch.allclose(half(x, levels, context), full(x, levels, context))
+    assert seen == [18, 18, 10, 10, 18, 18]  # 16 patches and 2 registers
+    torch.testing.assert_close(half.eval()(x, levels, context), full.eval()(x, levels, context))
+
+
+def test_patches_are_told_apart_by_where_they_are() -> None:
+    network = awake(SMALL.build(image_channels=3)).eval()
+    for block in network.blocks:
+        for norm in (block.readers[0].q_norm, block.readers[0].k_norm):
+            torch.nn.init.constant_(norm.weight, 3.0)  # attention that chooses
+    x = torch.randn(1, 3, 8, 8)
+    moved = network(x.roll(2, dims=3), torch.ones(1), Condition()).roll(-2, dims=3)
+    assert not torch.allclose(moved, network(x, torch.ones(1), Condition()), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (10, 2), (6, 6), (16, 4)])
+def test_any_aspect_ratio_will_do(shape: tuple[int, int]) -> None:
+    x = torch.randn(1, 3, *shape)
+    assert awake(SMALL.build(image_channels=3))(x, torch.ones(1), Condition()).shape == x.shape
+
+
 @pytest.mark.slow
-def test_compiled_equals_eager() -> None:
-    network = awake(UNet(TINY, image_channels=3, context=CONTEXT)).eval()
+@pytest.mark.parametrize("config", KINDS)
+def test_compiled_equals_eager(config: NetworkConfig) -> None:
+    network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
     with torch.no_grad():
         eager = network(x, levels, context)

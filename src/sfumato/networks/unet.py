@@ -68,6 +68,10 @@ class UNetConfig:
                     mend="choose 32 or 64, and channels that are multiples of it",
                 )
 
+    def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> UNet:
+        """The untrained network."""
+        return UNet(self, image_channels=image_channels, context=context)
+
 
 class UNet(nn.Module):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.

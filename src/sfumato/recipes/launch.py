@@ -16,7 +16,6 @@ from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.errors import CheckpointError, RunError
-from sfumato.networks import UNet
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.builtin import RECIPES, recipe
@@ -99,7 +98,7 @@ def parameters(run: Run) -> int:
     """Learned numbers in a run's model, its conditioner aside; nothing is built."""
     channels = run.autoencoder.layout(run.data.channels, None).channels
     with torch.device("meta"):
-        network = UNet(run.network, image_channels=channels, context=NO_CONTEXT)
+        network = run.network.build(image_channels=channels, context=NO_CONTEXT)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -127,7 +126,7 @@ def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(facts, encoder=_encoder)
-        network = UNet(run.network, image_channels=channels, context=conditioner.sizes)
+        network = run.network.build(image_channels=channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sfumato.conditioners import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
-from sfumato.networks import UNetConfig
+from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
 from sfumato.training import TrainingConfig
@@ -26,7 +26,7 @@ class Run(TrainingConfig):
     name: str
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderConfig = PixelSpace()
-    network: UNetConfig = UNetConfig()
+    network: NetworkConfig = UNetConfig()
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))

@@ -1,0 +1,326 @@
+"""A diffusion transformer: patches as a sequence, modulated by level and context.
+
+Source: Peebles & Xie 2023 (arXiv:2212.09748); RMS norms, gated feed-forward and rotary positions as in Yao et al. 2025
+(arXiv:2501.01423); one modulation shared by all blocks: Chen et al. 2024 (arXiv:2310.00426), sec. 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.errors import ConfigError, ShapeError
+from sfumato.networks.unet import resized
+from sfumato.nn.attention import attend, split_heads
+from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.positions import angles, rotated
+
+MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
+LEVEL_SIZE = 256
+SUMMARY_TOKENS = 4  # that a vector becomes where it enters as tokens
+UNROUTED = 2  # blocks at either end that see every token, where tokens are dropped
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Size and shape of a diffusion transformer. (384, 12), (768, 12), (1024, 24) and (1152, 28) are the sizes S, B, L and XL.
+
+    Attributes:
+        patch: side of the square of pixels, or of latents' places, that is one token.
+        channels, layers: width and depth.
+        head_channels: channels of one attention head; 64 runs best. The multiple of four that rotary positions need.
+        hidden: width of the feed-forward part as a multiple of `channels`; 8/3 has as many weights as an ungated one of 4.
+        bottleneck: width that patches are squeezed through first; for large patches, of which most dimensions are noise. 0 for none.
+        vector_as: how the context's summary enters: it modulates every block, or becomes a few tokens of the sequence.
+        tokens_as: how its tokens enter: each block attends to them (`cross`); they go along with the patches, through weights of their own
+            (`joint`, as in Stable Diffusion 3), or through the same ones (`sequence`).
+        registers: learned tokens that stand for nothing, which attention may use as scratch paper.
+        dropout: of the residual branches.
+        dropped: share of the patches that skip all but the outer blocks while training; pays from 1,024 tokens on.
+        recompute: whether blocks' inner values are computed again on the way back, instead of kept: a third slower, far less memory.
+
+    Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al. 2024 (arXiv:2309.16588); dropped tokens:
+        Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
+    """
+
+    patch: int = 2
+    channels: int = 384
+    layers: int = 12
+    head_channels: int = 64
+    hidden: float = 8 / 3
+    bottleneck: int = 0
+    vector_as: Literal["modulation", "tokens"] = "modulation"
+    tokens_as: Literal["cross", "joint", "sequence"] = "cross"
+    registers: int = 0
+    dropout: float = 0.0
+    dropped: float = 0.0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.patch, self.channels, self.layers, self.head_channels, self.hidden) <= 0
+            or min(self.bottleneck, self.registers) < 0
+        ):
+            raise ConfigError(
+                f"{self} is no network", where="network", mend="sizes are above 0; bottleneck and registers may be 0"
+            )
+        if self.channels % self.head_channels or self.head_channels % 4:
+            raise ConfigError(
+                f"{self.channels} channels in heads of {self.head_channels}",
+                where="network.head_channels",
+                mend="choose 32 or 64, and channels that are a multiple of it",
+            )
+        if not 0 <= self.dropped < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"dropped = {self.dropped}, dropout = {self.dropout}", where="network", mend="shares are from 0 to less than 1"
+            )
+        if self.dropped and self.layers <= 2 * UNROUTED:
+            raise ConfigError(
+                f"tokens that skip the inner ones of {self.layers} layers",
+                where="network.dropped",
+                mend=f"set it to 0, or use more than {2 * UNROUTED} layers",
+            )
+
+    def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> DiT:
+        """The untrained network."""
+        return DiT(self, image_channels=image_channels, context=context)
+
+
+class DiT(nn.Module):
+    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
+
+    Args:
+        image_channels: of x and of the prediction.
+        context: sizes of the condition's slots; an absent slot has size 0.
+    """
+
+    def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
+        super().__init__()
+        self.config, self.image_channels, self.context = config, image_channels, context
+        size, patch = config.channels, config.patch
+        inputs = (image_channels + context.spatial) * patch**2
+        squeezed = [nn.Linear(inputs, config.bottleneck, bias=False)] if config.bottleneck else []
+        self.patches = nn.Sequential(*squeezed, nn.Linear(config.bottleneck or inputs, size))
+        self.level_embedding = nn.Sequential(SinusoidalEmbedding(LEVEL_SIZE), nn.Linear(LEVEL_SIZE, size), nn.SiLU())
+        vector, tokens = context.vector, context.tokens
+        self.vector_embedding = nn.Linear(vector, size) if vector and config.vector_as == "modulation" else None
+        self.vector_tokens = nn.Linear(vector, SUMMARY_TOKENS * size) if vector and config.vector_as == "tokens" else None
+        along = tokens and config.tokens_as != "cross"
+        self.token_embedding = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size)) if along else None
+        self.registers = nn.Parameter(0.02 * torch.randn(config.registers, size)) if config.registers else None
+        self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
+        self.modulation = zeroed(nn.Linear(size, MODULATIONS * size))
+        streams = 2 if tokens and config.tokens_as == "joint" else 1
+        beside = tokens if config.tokens_as == "cross" else 0
+        self.blocks = nn.ModuleList(
+            Block(config, reading=streams, writing=streams if number < config.layers - 1 else 1, token_size=beside)
+            for number in range(config.layers)
+        )
+        self.output_modulation = zeroed(nn.Linear(size, 2 * size))
+        self.output = zeroed(nn.Linear(size, image_channels * patch**2))
+
+    def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1000] -> (B, C, H, W).
+
+        Raises:
+            ShapeError: if H or W is no multiple of the patch, or x or the condition lack a channel or a slot.
+        """
+        self._check(x, condition)
+        patch = self.config.patch
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        level = self.level_embedding(noise_input)
+        embedding = self.embedding(level if self.vector_embedding is None else level + self.vector_embedding(condition.vector))
+        maps = [] if condition.spatial is None else [resized(condition.spatial, x)]
+        patches = self.patches(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2))
+        parts = self._sequence(patches, condition)
+        places = angles(rows, columns, self.config.head_channels, like=patches)
+        places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))  # what goes along lies nowhere
+        shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
+        made = self._through(parts, places, rows * columns, shared)[:, : rows * columns]
+        shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
+        made = self.output(normed(made) * (1 + scale) + shift)
+        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)
+
+    def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
+        """What goes through the blocks, a part for each stream; context tokens come last, where their mask is applied."""
+        along = [patches]
+        if self.registers is not None:
+            along.append(self.registers.to(patches.dtype).expand(len(patches), -1, -1))
+        if self.vector_tokens is not None:
+            along.append(self.vector_tokens(condition.vector).unflatten(1, (SUMMARY_TOKENS, -1)).to(patches.dtype))
+        tokens = [] if self.token_embedding is None else [self.token_embedding(condition.tokens).to(patches.dtype)]
+        if self.config.tokens_as == "joint":
+            return [torch.cat(along, dim=1), *tokens]
+        return [torch.cat([*along, *tokens], dim=1)]
+
+    def _through(self, parts: list[Tensor], places: Tensor, count: int, shared: tuple[Tensor, Condition]) -> Tensor:
+        """The first part after all blocks. While training, of its first `count` tokens some may skip the inner blocks."""
+        if not (self.training and self.config.dropped):
+            return self._blocks(self.blocks, parts, places, shared)[0]
+        kept = self._kept(parts[0], count)
+        wide = kept[..., None].expand(-1, -1, parts[0].shape[2])
+        parts = self._blocks(self.blocks[:UNROUTED], parts, places, shared)
+        fewer = [parts[0].gather(1, wide), *parts[1:]]
+        fewer = self._blocks(self.blocks[UNROUTED:-UNROUTED], fewer, places[kept][:, None], shared)
+        parts = [parts[0].scatter(1, wide, fewer[0]), *fewer[1:]]
+        return self._blocks(self.blocks[-UNROUTED:], parts, places, shared)[0]
+
+    def _kept(self, x: Tensor, count: int) -> Tensor:
+        """Places (B, K) of the tokens that go through the inner blocks: some of the first `count`, drawn for each, and all others."""
+        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[:, : count - int(count * self.config.dropped)]
+        others = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
+        return torch.cat([chosen.sort(dim=1).values, others], dim=1)
+
+    def _blocks(
+        self, blocks: Iterable[nn.Module], parts: list[Tensor], places: Tensor, shared: tuple[Tensor, Condition]
+    ) -> list[Tensor]:
+        for block in blocks:
+            if self.config.recompute and torch.is_grad_enabled():
+                parts = checkpoint(block, parts, places, *shared, use_reentrant=False)
+            else:
+                parts = block(parts, places, *shared)
+        return parts
+
+    def _check(self, x: Tensor, condition: Condition) -> None:
+        height, width = x.shape[-2:]
+        if height % self.config.patch or width % self.config.patch:
+            raise ShapeError(
+                f"an image of {height} x {width} cannot be cut into patches of {self.config.patch}",
+                where="DiT",
+                mend=f"use sides that are multiples of {self.config.patch}, or another network.patch",
+            )
+        given = ContextSizes.of(condition)
+        if x.shape[1] != self.image_channels or given != self.context:
+            raise ShapeError(
+                f"got {x.shape[1]} image channels and context {given}, built for {self.image_channels} and {self.context}",
+                where="DiT",
+                mend="make the condition with the model's own conditioner",
+            )
+
+
+class Block(nn.Module):
+    """Attention over all parts of the sequence, context tokens attended to if they stand aside, and a feed-forward part for each.
+
+    Args:
+        reading, writing: streams that are read from, and that are changed: the last block changes the patches only.
+        token_size: of context tokens that are attended to; 0 for none.
+    """
+
+    def __init__(self, config: DiTConfig, *, reading: int, writing: int, token_size: int) -> None:
+        super().__init__()
+        self.readers = nn.ModuleList(Reader(config, asking=number < writing) for number in range(reading))
+        self.writers = nn.ModuleList(Writer(config) for _ in range(writing))
+        self.cross = CrossAttention(config, token_size) if token_size else None
+
+    def forward(self, parts: list[Tensor], places: Tensor, modulation: Tensor, condition: Condition) -> list[Tensor]:
+        """parts of (B, L, C); places (L, D / 2) of the first; modulation (B, 6, 1, C)."""
+        read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
+        read[0] = (rotated(read[0][0], places), rotated(read[0][1], places), read[0][2])
+        q, k, v = (torch.cat([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True))
+        attended = attend(q, k, v, self._mask(condition, k.shape[2])).transpose(1, 2).flatten(2)
+        parts = parts[: len(self.writers)]
+        pieces = attended.split([part.shape[1] for part in parts], dim=1)
+        made = []
+        for number, (module, part, piece) in enumerate(zip(self.writers, parts, pieces, strict=True)):
+            writer = cast(Writer, module)
+            part = writer.attended(part, piece, modulation)
+            if self.cross is not None and number == 0:
+                part = self.cross(part, condition.tokens, condition.token_mask)
+            made.append(writer.fed(part, modulation))
+        return made
+
+    def _mask(self, condition: Condition, length: int) -> Tensor | None:
+        """True where attention may look, (B, 1, 1, length): context tokens, if they go along, are its end."""
+        if condition.token_mask is None or self.cross is not None:
+            return None
+        return F.pad(condition.token_mask, (length - condition.token_mask.shape[1], 0), value=True)[:, None, None]
+
+
+class Reader(nn.Module):
+    """Keys and values of a stream, and its queries if it asks; queries and keys of unit mean square, which keeps bfloat16 attention steady.
+
+    Source: Henry et al. 2020 (arXiv:2010.04245); Dehghani et al. 2023 (arXiv:2302.05442), sec. 2.
+    """
+
+    def __init__(self, config: DiTConfig, *, asking: bool) -> None:
+        super().__init__()
+        size, head = config.channels, config.head_channels
+        self.heads = size // head
+        self.offset = nn.Parameter(torch.zeros(2, 1, size))
+        self.q = nn.Linear(size, size) if asking else None
+        self.q_norm = nn.RMSNorm(head, eps=EPS) if asking else None
+        self.k, self.k_norm, self.v = nn.Linear(size, size), nn.RMSNorm(head, eps=EPS), nn.Linear(size, size)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """x (B, L, C) -> queries, keys and values, each (B, heads, L, D)."""
+        shift, scale = (modulation[:, :2] + self.offset).to(x.dtype).unbind(1)
+        h = normed(x) * (1 + scale) + shift
+        v = split_heads(self.v(h), self.heads)
+        q = None if self.q is None or self.q_norm is None else self.q_norm(split_heads(self.q(h), self.heads)).to(v.dtype)
+        return q, self.k_norm(split_heads(self.k(h), self.heads)).to(v.dtype), v
+
+
+class Writer(nn.Module):
+    """What attention found, and a gated feed-forward part, added to a stream; gates start at zero.
+
+    Source: Shazeer 2020 (arXiv:2002.05202), SwiGLU.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        size = config.channels
+        hidden = 32 * max(1, round(config.hidden * size / 32))
+        self.offset = nn.Parameter(torch.zeros(4, 1, size))
+        self.out, self.dropout = nn.Linear(size, size), nn.Dropout(config.dropout)
+        self.up, self.gate, self.down = nn.Linear(size, hidden), nn.Linear(size, hidden), nn.Linear(hidden, size)
+
+    def attended(self, x: Tensor, found: Tensor, modulation: Tensor) -> Tensor:
+        """x + gate * out(found)."""
+        gate = (modulation[:, 2] + self.offset[0]).to(x.dtype)
+        return x + gate * self.dropout(self.out(found))
+
+    def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x + gate * feed-forward(x)."""
+        shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
+        h = normed(x) * (1 + scale) + shift
+        return x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+class CrossAttention(nn.Module):
+    """Residual attention from patches to context tokens; its output projection starts at zero."""
+
+    def __init__(self, config: DiTConfig, token_size: int) -> None:
+        super().__init__()
+        self.heads = config.channels // config.head_channels
+        self.token_norm = nn.LayerNorm(token_size)
+        self.q, self.kv = nn.Linear(config.channels, config.channels), nn.Linear(token_size, 2 * config.channels)
+        self.q_norm, self.k_norm = (nn.RMSNorm(config.head_channels, eps=EPS) for _ in range(2))
+        self.out = zeroed(nn.Linear(config.channels, config.channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        """x (B, L, C), tokens (B, S, D), token_mask (B, S) or None -> (B, L, C)."""
+        q = split_heads(self.q(normed(x)), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
+        mask = None if token_mask is None else token_mask[:, None, None, :]
+        attended = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, mask)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+def normed(x: Tensor) -> Tensor:
+    """x over its root mean square."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer with weights and bias at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
