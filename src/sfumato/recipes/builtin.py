@@ -11,6 +11,8 @@ from sfumato.conditioners import (
     CategoryConfig,
     ContextConfig,
     DoodleConfig,
+    Holes,
+    ImageConfig,
     PointsConfig,
     ReferenceConfig,
     SplatConfig,
@@ -77,6 +79,12 @@ def emoji_doodle() -> Run:
     return replace(run, name="emoji-doodle", conditioner=ContextConfig(doodle=DoodleConfig(made=0.3)))
 
 
+def emoji_inpaint() -> Run:
+    """OpenMoji's pictures with holes in them, filled; by name, if one is given."""
+    every = ContextConfig(text=WordsConfig(length=16, dropout=0.3), image=ImageConfig(lost=Holes()))
+    return replace(emoji_text(), name="emoji-inpaint", conditioner=every)
+
+
 def emoji_points() -> Run:
     """OpenMoji's pictures from points along their outlines."""
     run = emoji_text()
@@ -85,12 +93,13 @@ def emoji_points() -> Run:
 
 def emoji_everything() -> Run:
     """OpenMoji's pictures steered by name, category, doodle, points and a reference picture, alone and together."""
+    # The more a context tells, the more often it is hidden: with all shown at once, nothing would be learnt from names.
     every = ContextConfig(
-        category=CategoryConfig(dropout=0.5),
-        text=WordsConfig(length=16, dropout=0.3),
-        reference=ReferenceConfig(dropout=0.7),
-        doodle=DoodleConfig(made=0.3, dropout=0.6),
-        points=PointsConfig(splat=SplatConfig(), dropout=0.6),
+        category=CategoryConfig(dropout=0.6),
+        text=WordsConfig(length=16, dropout=0.2),
+        reference=ReferenceConfig(dropout=0.75),
+        doodle=DoodleConfig(made=0.3, dropout=0.65),
+        points=PointsConfig(splat=SplatConfig(), dropout=0.65),
     )
     return replace(emoji_text(), name="emoji-everything", conditioner=every)
 
@@ -124,6 +133,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "emoji": emoji,
     "emoji-text": emoji_text,
     "emoji-doodle": emoji_doodle,
+    "emoji-inpaint": emoji_inpaint,
     "emoji-points": emoji_points,
     "emoji-everything": emoji_everything,
     "emoji-latent": emoji_latent,
