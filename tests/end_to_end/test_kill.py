@@ -35,7 +35,8 @@ def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) ->
     folder = pictures(tmp_path / "pictures")
     recipe = tmp_path / "tiny.yaml"
     settings = config.with_overrides(
-        config.plain(tiny_run(folder)), {"budget.steps": 50 + 5 * wanted, "checkpoint.every_steps": 4, "validation.every_steps": 60}
+        config.plain(tiny_run(folder)),
+        {"budget.steps": 50 + 5 * wanted, "checkpoint.every_steps": 4, "validation.every_steps": 60},
     )
     recipe.write_text(config.dump_yaml(settings))
     alone, killed = tmp_path / "alone", tmp_path / "killed"
