@@ -147,7 +147,9 @@ def test_recipes_are_listed_with_what_they_are() -> None:
     result = sfumato("recipes")
     assert result.code == 0
     lines = result.out.splitlines()
-    assert next(line for line in lines if line.startswith("digits")).split(maxsplit=1)[1].startswith("Handwritten digits, 8 x 8")
+    assert (
+        next(line for line in lines if line.startswith("digits")).split(maxsplit=1)[1].startswith("Handwritten digits, 8 x 8")
+    )
     assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in lines}) == 1  # one column
 
 
