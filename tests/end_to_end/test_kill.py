@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from sfumato import config
 from tests.training.tiny import fingerprint, pictures, tiny_run
-
-KILLS = 20
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -30,11 +30,13 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def test_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "pictures")
     recipe = tmp_path / "tiny.yaml"
     settings = config.with_overrides(
-        config.plain(tiny_run(folder)), {"budget.steps": 150, "checkpoint.every_steps": 4, "validation.every_steps": 60}
+        config.plain(tiny_run(folder)),
+        {"budget.steps": 50 + 5 * wanted, "checkpoint.every_steps": 4, "validation.every_steps": 60},
     )
     recipe.write_text(config.dump_yaml(settings))
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -43,7 +45,7 @@ def test_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path) -> None:
     moments = random.Random(0)
     arguments = ["train", str(recipe), "--run", str(killed)]
     kills, steps = 0, set()
-    for _ in range(3 * KILLS):
+    for _ in range(3 * wanted):
         process = start(*arguments)
         appeared = time.monotonic() + 60
         before = newest(killed)
@@ -56,11 +58,11 @@ def test_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path) -> None:
             steps.add(newest(killed))
         process.communicate()
         arguments = ["resume", str(killed)]
-        if kills == KILLS:
+        if kills == wanted:
             break
     finish(start("resume", str(killed)))
-    assert kills == KILLS
-    assert len(steps) > KILLS // 2
+    assert kills == wanted
+    assert len(steps) > wanted // 2
     assert fingerprint(killed) == fingerprint(alone)
     assert not list((killed / "checkpoints").glob("*.corrupt"))
     assert not list((killed / "checkpoints").glob(".tmp-*"))

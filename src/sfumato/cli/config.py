@@ -16,8 +16,9 @@ def recipes() -> None:
     """List the built-in recipes."""
     from sfumato.recipes import RECIPES
 
+    width = max(map(len, RECIPES)) + 1
     for name, function in RECIPES.items():
-        typer.echo(f"{name:12} {(function.__doc__ or '').splitlines()[0]}")
+        typer.echo(f"{name:{width}} {(function.__doc__ or '').splitlines()[0]}")
 
 
 @config_app.command()

@@ -21,6 +21,9 @@ class _Network(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
         width, side = 32, resolution
+        while side > 16:  # nearly all of the time would go into the largest layers, for nothing in accuracy
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
         while side > 2:
             wider = min(2 * width, 128)
             layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
