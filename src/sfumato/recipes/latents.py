@@ -28,6 +28,7 @@ from sfumato.training import (
     AdamWConfig,
     Budget,
     LossesConfig,
+    MuonConfig,
     PreviewConfig,
     Reconstruction,
     Reconstructor,
@@ -97,7 +98,7 @@ class OwnAutoencoder(TrainingConfig):
     variants: int = 8
     batch_size: int = 32
     budget: Budget = Budget(minutes=10)
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=5e-4, warmup_steps=100)
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
 
     def __post_init__(self) -> None:
