@@ -2,7 +2,7 @@
 
     python benchmarks/latent_or_pixel.py [--minutes 30] [--autoencoder 8] [--num 500] [--json FILE] [--figure FILE]
 
-Both learn the same pictures (emoji at 64 x 64 by category), each with its recipe's network. Along the way the averaged weights are
+Both learn the same pictures (emoji at 64 x 64 by category), each with a network from the recipes. Along the way the averaged weights are
 sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of
 EfficientNet-Lite0, with a bootstrap interval. Held-out pictures, as many as there are, show what real ones get.
 """
@@ -81,8 +81,7 @@ def pooled(features: Features, pictures: Tensor) -> Tensor:
 def curve(run: Run, place: Path, features: Features, reference: Tensor, num: int) -> list[dict[str, Any]]:
     """Minutes since the very beginning, and the samples' distance to the training pictures, for each snapshot of a training."""
     begun = time.perf_counter()
-    if not (place / "status.json").is_file():
-        train(run, run=place)
+    train(run, run=place)
     taken = time.perf_counter() - begun
     directory, pipeline = RunDirectory.existing(place), load(place, precision="bfloat16")
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]

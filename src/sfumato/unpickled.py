@@ -25,7 +25,10 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
     Raises:
         CheckpointError: if it is another file, or holds something else.
     """
-    found = hashlib.sha256(source.read_bytes()).hexdigest()
+    try:
+        found = hashlib.sha256(source.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(source), mend="install its package again") from None
     if found != sha256:
         raise CheckpointError(
             f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
@@ -34,18 +37,23 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
         )
     command = [sys.executable, "-P", "-m", "sfumato.unpickled", str(source), str(target)]
     kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
-    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    try:
+        done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"was not converted within {LIMIT_S} s", where=str(source), mend="is the disk slow or full?"
+        ) from None
     if done.returncode:
         raise CheckpointError(f"cannot be converted: {done.stderr.strip()[-300:]}", where=str(source))
 
 
 def main(source: str, target: str) -> None:
-    """What the other process does."""
+    """What the other process does: the converter that rule S1 of the security design allows, and nothing else may unpickle."""
     import torch
     from safetensors.torch import save_file
 
     tensors = torch.load(source, map_location="cpu", weights_only=True)
-    temporary = Path(f"{target}.part")
+    temporary = Path(f"{target}.{os.getpid()}.part")  # several processes may want it at once
     save_file({str(name): tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(target)
 

@@ -81,10 +81,10 @@ def real_of(dataset: Dataset, positions: Any) -> Tensor:
 
 
 def test_a_figure_has_the_interval_of_a_mean() -> None:
-    values = torch.tensor([0.0, 1.0] * 50 + [math.nan])
+    values = torch.tensor([0.25, 0.75] * 50 + [math.nan])
     figure = Figure.of(values)
     assert figure.mean == pytest.approx(0.5)
-    assert figure.high - figure.mean == pytest.approx(1.96 * 0.5025 / 10, abs=1e-4)
+    assert figure.high - figure.mean == pytest.approx(1.96 * 0.25126 / 10, abs=1e-4)
 
 
 def test_the_own_picture_ranks_first_and_chance_is_a_half() -> None:

@@ -11,8 +11,8 @@ from sfumato.asking import Request
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation import evaluate, report
+from sfumato.evaluation.adherence import Figure, wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
-from sfumato.evaluation.report import wilson
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +153,13 @@ def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:
 )
 def test_wilsons_interval(successes: int, n: int, low: float, high: float) -> None:
     assert wilson(successes / n, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_proportions_have_wilsons_interval_and_other_means_the_normal_one() -> None:
+    none = Figure.of(torch.zeros(30))
+    assert (none.mean, none.low, none.high) == (0.0, *wilson(0.0, 30))
+    assert none.high > 0.1
+    half = Figure.of(torch.tensor([0.0, 1.0, torch.nan, 1.0, 0.0]))
+    assert (half.low, half.high) == wilson(0.5, 4)
+    other = Figure.of(torch.tensor([0.0, 0.5, 1.0]))
+    assert (other.mean, other.high - other.mean) == pytest.approx((0.5, 1.96 * 0.5 / 3**0.5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from sfumato import unpickled
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.evaluation import features
 from sfumato.networks.features import EfficientNetLite0, Lpips, RandomFeatures, distance, efficientnet_lite0
@@ -169,23 +167,3 @@ def test_the_packages_file_is_converted_once(tmp_path: Path, monkeypatch: pytest
     first, x = features.extractor("auto"), pictures()
     (package / features.FILE).unlink()
     assert torch.equal(features.extractor("efficientnet-lite0").pooled(x), first.pooled(x))
-
-
-class Payload:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
-def test_a_pickle_that_runs_code_is_refused_even_if_its_hash_is_known(tmp_path: Path) -> None:
-    source, target = tmp_path / "bad.pth", tmp_path / "out.safetensors"
-    for save in (torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))):
-        save({"weight": Payload(tmp_path / "mark")}, source)
-        with pytest.raises(CheckpointError, match="cannot be converted"):
-            unpickled.convert(source, target, sha256=hashlib.sha256(source.read_bytes()).hexdigest())
-    assert not (tmp_path / "mark").exists()
-    assert not target.exists()

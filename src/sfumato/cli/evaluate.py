@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from sfumato.data import Dataset
     from sfumato.evaluation import Composition, Evaluation
+    from sfumato.observability.progress import ProgressBar
     from sfumato.pipeline import Pipeline
 
 PAIRS = 10
@@ -48,15 +50,16 @@ def evaluate(
         result = None
         if reader is not None or not pipeline.reads:  # without categories, adherence is what there is to measure
             result = measure(
-                pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=bar.update, reader=reader,
+                pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.0, 0.5), reader=reader,
                 keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
             )  # fmt: skip
         adherence = measure_adherence(
-            pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=bar.update,
+            pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=_share(bar, 0.5, 0.85),
             keep=lambda name, asked, samples, real: save_png(
                 gallery(asked, samples, real, categories=dataset.categories), target.parent / f"asked-by-{name}.png"
             ),
         )  # fmt: skip
+        bar.update(0.85, "combinations that were kept from training")
         composed = {name: _composed(pipeline, dataset, held, seed) for name, held in dataset.named_holdouts.items()}
     figures = {
         **(result.plain() if result else {}),
@@ -80,6 +83,11 @@ def evaluate(
     typer.echo(f"figures: {target}")
     if result:
         typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+
+
+def _share(bar: ProgressBar, start: float, stop: float) -> Callable[[float, str], None]:
+    """Progress of one measurement, as a share of all."""
+    return lambda fraction, text: bar.update(start + (stop - start) * fraction, text)
 
 
 def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int) -> list[Composition]:

@@ -63,7 +63,7 @@ def load_yaml(text: str, *, where: str) -> Any:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{len(text)} characters of YAML", where=where, mend="a configuration has a few hundred lines")
     try:
-        return yaml.load(text, _StricterSafeLoader)  # as yaml.safe_load does, which takes no loader
+        return _StricterSafeLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not a configuration: {' '.join(str(error).split())}", where=where) from None
 

@@ -31,9 +31,17 @@ INK = 0.25  # above which a pixel of a drawing counts as drawn
 FIELD_DRAWS = 51  # uniform draws that `lines` takes for each picture
 
 
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    z = 1.96
+    centre = (successes + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(successes * (1 - successes) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A mean with its 95 % interval (normal)."""
+    """A mean with its 95 % interval: normal, or of a proportion (Wilson's)."""
 
     mean: float
     low: float
@@ -41,8 +49,11 @@ class Figure:
 
     @classmethod
     def of(cls, values: Tensor) -> Figure:
-        """Of one value for each sample."""
+        """Of one value for each sample; values that are all 0 or 1 are a proportion."""
         known = values[~values.isnan()].double()
+        if len(known) and bool(((known == 0) | (known == 1)).all()):
+            low, high = wilson(float(known.mean()), len(known))
+            return cls(mean=float(known.mean()), low=low, high=high)
         mean = float(known.mean()) if len(known) else math.nan
         half = 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.inf
         return cls(mean=mean, low=mean - half, high=mean + half)

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from sfumato.asking import Asked
 from sfumato.data import Dataset, to_float
-from sfumato.evaluation.adherence import Figure
+from sfumato.evaluation.adherence import Figure, spread
 from sfumato.observability.tables import aligned
 from sfumato.pipeline import Pipeline
 
+LARGEST = 120  # held-out pictures that are asked for
 EACH = 4  # samples of each held-out prompt
 
 
@@ -47,7 +48,8 @@ class Composition:
 def composition(
     pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], *, seed: int = 1, guidance: float | None = None
 ) -> list[Composition]:
-    """Figures for the held-out pictures at positions `held`, which have captions."""
+    """Figures for the held-out pictures at positions `held`, which have captions; of many, for some that are evenly chosen."""
+    held = spread(held, LARGEST)
     seen = dataset.usual(dataset.training)
     seen = seen[[bool(dataset.entries[i].captions) for i in seen]]
     captions = {int(i): dataset.entries[i].captions[0] for i in (*seen, *held)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from sfumato import randomness
 from sfumato.asking import Request
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
+from sfumato.evaluation.adherence import wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.memorization import Neighbours, nearest
@@ -58,14 +58,6 @@ class Evaluation:
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    z = 1.96
-    centre = (successes + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(successes * (1 - successes) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def balanced(labels: Tensor, each: int) -> Tensor:

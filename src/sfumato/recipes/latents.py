@@ -28,6 +28,7 @@ from sfumato.training import (
     AdamWConfig,
     Budget,
     LossesConfig,
+    MuonConfig,
     PreviewConfig,
     Reconstruction,
     Reconstructor,
@@ -37,6 +38,7 @@ from sfumato.training import (
     reconstructed,
     with_latents,
 )
+from sfumato.training.precision import default_device
 from sfumato.training.run_directory import RunDirectory
 
 FOLDER, FINAL = "autoencoder", "final"  # in a run: the autoencoder's own training, and what came of it
@@ -97,7 +99,7 @@ class OwnAutoencoder(TrainingConfig):
     variants: int = 8
     batch_size: int = 32
     budget: Budget = Budget(minutes=10)
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=5e-4, warmup_steps=100)
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
 
     def __post_init__(self) -> None:
@@ -135,7 +137,7 @@ class OwnAutoencoder(TrainingConfig):
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
         """Of the autoencoder alone."""
         _require_fit(self.network.factor, dataset)
-        device = _device()
+        device = default_device()
         adversarial, channels = self.losses.adversarial, dataset.config.channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -175,7 +177,7 @@ class OwnAutoencoder(TrainingConfig):
         statistics = _measured(codec, dataset)
         figures = trainer.task.figures(trainer.state.model, trainer.state.average)
         facts = {
-            **_reconstructed_distance(codec, dataset, extractor(self.features)),
+            **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
             "told": statistics.told.tolist(),
             "dead_channels": statistics.dead,
             "pictures_measured": min(MEASURED, len(dataset.training)),
@@ -228,7 +230,7 @@ class PretrainedAutoencoder:
         """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
-            given = autoencoder_files.load(self.path, self.decoder).to(_device())
+            given = autoencoder_files.load(self.path, self.decoder).to(default_device())
             _require_fit(given.factor, dataset)
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":
@@ -280,11 +282,9 @@ def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Fe
     held = dataset.usual(dataset.holdout)[:MEASURED]
     if len(held) < 2:
         return {}
-    if isinstance(features, torch.nn.Module):
-        features.to(_device())
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(held), BATCH):
-        real = to_float(dataset.images(held[first : first + BATCH])[0]).to(_device())
+        real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
         found.append((features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu()))
     real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
     return {"rfd": frechet_distance(real, made), "rfd_pictures": len(held), "rfd_features": features.name}
@@ -310,7 +310,7 @@ def _encoded(
     autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
 ) -> tuple[Autoencoder, Dataset]:
     """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
-    autoencoder = autoencoder.to(_device())
+    autoencoder = autoencoder.to(default_device())
     if not _kept(autoencoder, dataset, variants, directory):
         console().print(
             "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
@@ -336,7 +336,3 @@ def _kept(autoencoder: Latents, dataset: Dataset, variants: int, directory: RunD
     kept = dataset.config.cache != "off" and each * count * len(dataset.ids) <= room
     directory.write_json(f"{FOLDER}/kept.json", {"kept": kept})
     return kept
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

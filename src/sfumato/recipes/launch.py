@@ -23,7 +23,7 @@ from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
 from sfumato.training import Diffusion, Trainer, checkpoint
-from sfumato.training.precision import DTYPES
+from sfumato.training.precision import DTYPES, default_device
 from sfumato.training.run_directory import RunDirectory
 
 MOST_WORDS = 50_000
@@ -207,13 +207,13 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
     facts = facts_of(settings, dataset, directory.path)
-    model = build_model(settings, facts, directory.path).to(_device())
+    model = build_model(settings, facts, directory.path).to(default_device())
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
     autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.conditioner.makes)
     task = Diffusion(
-        settings, model=model, autoencoder=autoencoder.to(_device()), objective=settings.objective, dataset=dataset,
+        settings, model=model, autoencoder=autoencoder.to(default_device()), objective=settings.objective, dataset=dataset,
         sampling=settings.sampling, directory=directory, facts=facts,
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -223,10 +223,6 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
         markup=False,
     )
     return Trainer(settings, task=task, dataset=dataset, directory=directory, pinned=pinned)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _free(path: Path) -> Path:
@@ -280,8 +276,8 @@ def load(
     model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
-        model=model.to(_device()),
-        autoencoder=settings.autoencoder.opened(directory.path, channels).to(_device()),
+        model=model.to(default_device()),
+        autoencoder=settings.autoencoder.opened(directory.path, channels).to(default_device()),
         sampling=settings.sampling,
         facts=facts,
         image_shape=(channels, height, width),

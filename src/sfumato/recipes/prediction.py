@@ -8,14 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sfumato.conditioners import Facts
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
 from sfumato.recipes.run import Run
 from sfumato.training import Diffusion, Trainer
+from sfumato.training.precision import default_device
 from sfumato.training.run_directory import RunDirectory
 
 MANY_VIEWS = 200  # of each picture, where small sets begin to be learned by heart
@@ -81,7 +80,7 @@ def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Pat
     """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one."""
     directory = RunDirectory.create(place)
     autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.conditioner.makes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     task = Diffusion(
         run, model=model.to(device), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset, sampling=run.sampling,
         directory=directory, facts=facts,

@@ -1,4 +1,4 @@
-"""Which precision the network computes in: measured on the machine and the model at hand."""
+"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """The graphics card if there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats: int = 3) -> tuple[str, str]:
