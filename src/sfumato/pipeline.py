@@ -79,14 +79,21 @@ class SamplingConfig:
 
 
 class Model(nn.Module):
-    """All that is learned: the network and its conditioner, and how the network is read as a denoiser."""
+    """All that is learned: the network and its conditioner, and how the network is read as a denoiser.
+
+    Attributes:
+        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that was loaded.
+    """
 
     network: nn.Module
     conditioner: Joint
 
-    def __init__(self, network: nn.Module, conditioner: Joint, config: DenoiserConfig) -> None:
+    def __init__(
+        self, network: nn.Module, conditioner: Joint, config: DenoiserConfig, auxiliary: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
+        self.auxiliary = auxiliary or nn.Module()
 
     def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
         """The network as a denoiser, its inside computed in `compute_dtype`."""

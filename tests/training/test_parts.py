@@ -11,6 +11,7 @@ from sfumato.errors import ConfigError
 from sfumato.training import AdamWConfig, Budget, FixedEMA, PowerEMA, TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.precision import choose
+from sfumato.training.task import Learner
 
 
 def test_budget_ends_at_the_first_limit() -> None:
@@ -43,6 +44,18 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     assert matrices["weight_decay"] == 0.3
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1]
     assert vectors["weight_decay"] == 0
+
+
+def test_wider_hidden_layers_are_stepped_by_less() -> None:
+    model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1))
+    learner = Learner("model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant", base_width=32))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learner.step(0, 0.0)
+    rates = {id(p): group["lr"] for group in learner.optimizers[0].param_groups for p in group["params"]}
+    assert [rates[id(layer.weight)] for layer in model] == [1.0, 0.5, 0.25, 1.0]
+    assert {rates[id(layer.bias)] for layer in model} == {1.0}
+    assert learner.rate == 1.0
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])

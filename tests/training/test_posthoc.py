@@ -1,9 +1,17 @@
 """Averages reconstructed afterwards, against those tracked along the way and against quadrature."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from tiny import pictures, tiny_run
 
-from sfumato.training.ema import PowerEMA
+from sfumato import load
+from sfumato.cli.ema import ema
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.recipes.launch import train
+from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PowerEMA
 from sfumato.training.posthoc import Profile, overlap, shares
 
 
@@ -40,3 +48,33 @@ def test_a_reconstructed_average_is_the_tracked_one(sigma: float) -> None:
     made = shares(kept, Profile(steps, profiles[sigma].gamma)) @ np.array(values)
     scale = np.sqrt((averages[sigma] ** 2).mean())
     assert np.sqrt(((made - averages[sigma]) ** 2).mean()) / scale < 1e-2
+
+
+def test_a_run_keeps_what_any_width_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own average, whose width was not kept, is reconstructed; killed and resumed, the same averages are kept."""
+    settings = replace(
+        tiny_run(pictures(tmp_path / "pictures")),
+        budget=Budget(steps=60),
+        ema=PowerEMA(0.15),
+        posthoc=PosthocConfig(widths=(0.05, 0.1), num=30),
+        checkpoint=CheckpointConfig(every_steps=20),
+    )
+    run = train(settings, run=tmp_path / "run")
+    assert len(list((run / "averages").glob("ema-*/step-*.safetensors"))) == 2 * 30
+    wanted, made = load(run).model.state_dict(), load(run, weights=0.15).model.state_dict()
+    errors = {name: float((made[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-3)) for name in wanted}
+    assert max(errors.values()) < 0.02  # 60 steps are coarse; see above for many
+    ema(run, width=[0.05, 0.2])
+    assert "least error" in capsys.readouterr().out
+
+
+def test_a_run_that_kept_nothing_says_what_to_do(tmp_path: Path) -> None:
+    run = train(replace(tiny_run(pictures(tmp_path / "pictures")), budget=Budget(steps=1)), run=tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"posthoc\.widths"):
+        load(run, weights=0.15)
+
+
+@pytest.mark.parametrize("wrong", [{"widths": (0.1, 0.1)}, {"widths": (0.5,)}, {"num": 0}])
+def test_impossible_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        PosthocConfig(**wrong)

@@ -17,6 +17,7 @@ from sfumato import __version__
 from sfumato.cli.config import config_app, recipes
 from sfumato.cli.data import data_app
 from sfumato.cli.doctor import doctor
+from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
 from sfumato.cli.sample import sample
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (train, resume, sample, evaluate, explain, recipes, doctor):
+for verb in (train, resume, sample, evaluate, ema, explain, recipes, doctor):
     app.command()(verb)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")

@@ -46,7 +46,9 @@ def sample(
     worse: Annotated[int | None, typer.Option(help="Guide away from the snapshot at this step of the run.")] = None,
     worse_scale: Annotated[float, typer.Option(help="How far.")] = 1.5,
     seed: Annotated[int, typer.Option(help="Picture i depends on the seed and i only.")] = 0,
-    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged weights, or the last step's.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(help="ema: averaged weights; raw: the last step's; or the width of an average to reconstruct.")
+    ] = "ema",
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Inside the network; bfloat16 is faster.")
     ] = "float32",
@@ -60,7 +62,7 @@ def sample(
     from sfumato.recipes import load, newest_run, snapshot
 
     run = newest_run() if run is None else run
-    pipeline = load(run, weights=weights, precision=precision)
+    pipeline = load(run, weights=_weights(weights), precision=precision)
     scales = _guidance(guidance, pipeline)
     files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
     asked = Asked(
@@ -82,6 +84,15 @@ def sample(
     settings = _settings(context.params, run, pipeline) | {"guidance": scales}
     labels = [] if to_prompt else _labels(prompt, category, num)
     _save(images, recorded, out or run / "generated" / f"seed-{seed}", settings, labels)
+
+
+def _weights(said: str) -> Literal["ema", "raw"] | float:
+    if said == "ema" or said == "raw":
+        return said
+    try:
+        return float(said)
+    except ValueError:
+        raise typer.BadParameter(f"{said!r} is neither ema, raw nor a number", param_hint="--weights") from None
 
 
 def _settings(options: dict[str, Any], run: Path, pipeline: Pipeline) -> dict[str, Any]:

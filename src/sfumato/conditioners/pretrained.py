@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
+from sfumato.pretrained import from_transformers
 
 # Which class of transformers reads text, by the model type in config.json; others are encoders as they are.
 TEXT_MODELS = {
@@ -133,22 +133,7 @@ class TextEncoder:
         return self._loaded(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
 
     def _loaded(self, kind: str, **settings: Any) -> Any:
-        try:
-            transformers = importlib.import_module("transformers")
-        except ImportError:
-            raise ConfigError(
-                "needs the package transformers", where="conditioner.text", mend="pip install 'sfumato[text]'"
-            ) from None
-        try:
-            return getattr(transformers, kind).from_pretrained(
-                self.place, revision=self.config.revision or "main", trust_remote_code=False, **settings
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ConfigError(
-                f"cannot be loaded: {' '.join(str(error).split())[:300]}",
-                where=f"conditioner.text.encoder = {self.config.encoder}",
-                mend="name a folder with config.json, a tokenizer and model.safetensors, or a model on a hub that can be reached",
-            ) from None
+        return from_transformers(kind, self.place, where="conditioner.text.encoder", revision=self.config.revision, **settings)
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:

@@ -47,6 +47,7 @@ from sfumato.diffusion.schedules import (
 )
 from sfumato.diffusion.weighting import (
     EDM,
+    LossSpace,
     MinSNR,
     Native,
     SigmoidWeighting,
@@ -83,6 +84,7 @@ __all__ = [
     "LogNormal",
     "LogSNR",
     "LogitNormal",
+    "LossSpace",
     "Losses",
     "MinSNR",
     "MinibatchOptimalTransport",

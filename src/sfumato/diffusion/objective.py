@@ -15,6 +15,7 @@ from sfumato.diffusion.denoiser import NetworkDenoiser
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.schedules import Linear, ScheduleConfig
 from sfumato.diffusion.weighting import Native, WeightingConfig, target_weight
+from sfumato.errors import ConfigError
 
 
 class Times(Protocol):
@@ -67,12 +68,20 @@ class Objective:
         weighting: how much each level counts.
         coupling: which noise meets which image.
         times: how the batch's times are drawn.
+        contrast: how much the distance to another picture's target counts as a gain; 0.05 is usual.
+
+    Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
     """
 
     schedule: ScheduleConfig = Linear()
     weighting: WeightingConfig = Native()
     coupling: CouplingConfig = Independent()
     times: TimesConfig = Stratified()
+    contrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contrast < 1:
+            raise ConfigError(f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum")
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
         """The batch's noise levels from uniform draws (B,) in [0, 1)."""
@@ -91,6 +100,12 @@ class Objective:
         parameterization = denoiser.parameterization
         pair = Denoised(x0, self.coupling(x0, noise))
         output = denoiser.predict(level.mix(*pair), level, condition)
-        error = (output - parameterization.target(pair, level)).square().flatten(1).mean(1)
+        another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
+        error = _distance(output, parameterization.target(pair, level))
+        error = error - self.contrast * _distance(output, parameterization.target(another, level))
         weight = target_weight(self.weighting, level, parameterization)
         return Losses(weight.to(error) * error, level)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().flatten(1).mean(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.level import NoiseLevel
-from sfumato.diffusion.parameterizations import Parameterization
+from sfumato.diffusion.parameterizations import Flow, Parameterization, ParameterizationConfig
 
 
 class Weighting(Protocol):
@@ -68,7 +68,26 @@ class EDM:
         return level.alpha**2 + (level.sigma / self.sigma_data) ** 2
 
 
-WeightingConfig = Native | UniformEpsilon | MinSNR | SigmoidWeighting | EDM
+@dataclass(frozen=True, kw_only=True)
+class LossSpace:
+    """1 in the space of another parameterization: `LossSpace(of=Flow())` with `Sample()` predicts the picture, and is judged by its velocity.
+
+    Attributes:
+        of: whose target's error counts alike at every level.
+        most: largest weight of the clean picture's squared error, which would grow without bound as noise vanishes.
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; for large patches: Li & He 2025 (arXiv:2511.13720), table 1 and sec. 4,
+        which takes 0.05 for the least noise and so 1/0.05^2 for `most`.
+    """
+
+    of: ParameterizationConfig = Flow()
+    most: float = 400.0
+
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        return torch.minimum(self.of.determinant(level) ** 2, self.most * level.sigma**2)
+
+
+WeightingConfig = Native | UniformEpsilon | MinSNR | SigmoidWeighting | EDM | LossSpace
 
 
 def target_weight(weighting: Weighting, level: NoiseLevel, parameterization: Parameterization) -> Tensor:

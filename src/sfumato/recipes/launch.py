@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
@@ -19,12 +20,13 @@ from sfumato.errors import CheckpointError, RunError
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.prediction import predict
+from sfumato.recipes.prediction import predict, with_auxiliary
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
-from sfumato.training import Diffusion, Trainer, checkpoint
+from sfumato.training import Diffusion, Trainer, checkpoint, posthoc
 from sfumato.training.precision import DTYPES, default_device
 from sfumato.training.run_directory import RunDirectory
+from sfumato.training.watching import Validator
 
 MOST_WORDS = 50_000
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -207,11 +209,11 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
     facts = facts_of(settings, dataset, directory.path)
-    model = build_model(settings, facts, directory.path).to(default_device())
+    model = with_auxiliary(settings, build_model(settings, facts, directory.path).to(default_device()))
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
-    autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.conditioner.makes)
+    autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.sees_pictures)
     task = Diffusion(
         settings, model=model, autoencoder=autoencoder.to(default_device()), objective=settings.objective, dataset=dataset,
         sampling=settings.sampling, directory=directory, facts=facts,
@@ -248,17 +250,45 @@ def snapshot(path: str | Path, step: int) -> Model:
     """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
     directory = RunDirectory.existing(Path(path))
     pipeline = load(path)
-    pipeline.model.load_state_dict(checkpoint.load_snapshot(directory.snapshots, step=step))
+    pipeline.model.load_state_dict(_deployed(checkpoint.load_snapshot(directory.snapshots, step=step)))
     return pipeline.model
 
 
+def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Errors on held-out pictures of averages of several widths, reconstructed from those that a run kept.
+
+    Raises:
+        CheckpointError: if it kept none.
+    """
+    directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
+    model, device = pipeline.model, default_device()
+    validator = Validator(
+        settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
+    )
+    for width in widths:
+        model.load_state_dict(_deployed(posthoc.reconstructed(directory.averages, width=width)))
+        yield width, validator.error(model)
+
+
+def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
+    if isinstance(which, float):
+        return posthoc.reconstructed(directory.averages, width=which)
+    return loaded.tensors["ema" if which == "ema" else "model"]
+
+
+def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors without what was of use in training only."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
+
+
 def load(
-    path: str | Path, *, weights: Literal["ema", "raw"] = "ema", precision: Literal["float32", "bfloat16"] = "float32"
+    path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Pipeline:
     """The pipeline of a run's newest checkpoint.
 
     Args:
-        weights: the averaged ones, or those of the last step.
+        weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
+            (`posthoc.widths`).
         precision: inside the network.
     Raises:
         RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
@@ -273,7 +303,7 @@ def load(
     loaded = checkpoint.load(found[0])
     facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
-    model.load_state_dict(loaded.tensors["ema" if weights == "ema" else "model"])
+    model.load_state_dict(_deployed(_weights(weights, loaded, directory)))
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(default_device()),

@@ -8,8 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sfumato.conditioners import Facts
 from sfumato.data import Dataset
+from sfumato.evaluation.features import extractor
+from sfumato.networks.features import Features
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
 from sfumato.recipes.run import Run
@@ -76,13 +80,27 @@ def _predicted(stage: str, trainer: Trainer) -> Prediction:
     )
 
 
+def with_auxiliary(run: Run, model: Model) -> Model:
+    """The model with what is trained beside it."""
+
+    def encoder(name: str) -> Features:
+        found = extractor(name)
+        return found.to(device) if isinstance(found, torch.nn.Module) else found
+
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model.auxiliary = run.auxiliary.build(model.network, encoder=encoder).to(device)
+    return model
+
+
 def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Path) -> Trainer:
     """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one."""
     directory = RunDirectory.create(place)
-    autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.conditioner.makes)
+    autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.sees_pictures)
     device = default_device()
     task = Diffusion(
-        run, model=model.to(device), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset, sampling=run.sampling,
+        run, model=with_auxiliary(run, model.to(device)), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset, sampling=run.sampling,
         directory=directory, facts=facts,
     )  # fmt: skip
     return Trainer(run, task=task, dataset=dataset, directory=directory, pinned={})

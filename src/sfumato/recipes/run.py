@@ -10,7 +10,7 @@ from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
-from sfumato.training import TrainingConfig
+from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Run(TrainingConfig):
         name: of the recipe; the run directory is called after it.
         autoencoder: whose latents the model works in; pixels by default.
         conditioner: what steers the model; nothing by default.
+        auxiliary: losses and weights that are trained beside the model; none by default.
     """
 
     name: str
@@ -29,5 +30,11 @@ class Run(TrainingConfig):
     network: NetworkConfig = UNetConfig()
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether training needs the pictures themselves where the model works in latents."""
+        return self.conditioner.makes or self.auxiliary.alignment is not None

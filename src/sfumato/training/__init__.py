@@ -3,10 +3,12 @@
 It is handed a model, an objective and data, and knows no recipe.
 """
 
+from sfumato.training.auxiliary import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
 from sfumato.training.config import (
     Budget,
     CheckpointConfig,
     LogConfig,
+    PosthocConfig,
     PreviewConfig,
     TrainingConfig,
     ValidationConfig,
@@ -19,7 +21,7 @@ from sfumato.training.reconstruction import AdversarialConfig, LossesConfig, Rec
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig", "AdversarialConfig", "Budget", "CheckpointConfig", "Diffusion", "FixedEMA", "LogConfig", "LossesConfig",
-    "MuonConfig", "PowerEMA", "PreviewConfig", "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig",
+    "AdamWConfig", "AdversarialConfig", "AlignmentConfig", "AuxiliaryConfig", "Budget", "CheckpointConfig", "Diffusion", "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig",
+    "MuonConfig", "PosthocConfig", "PowerEMA", "PreviewConfig", "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig",
     "reconstructed", "with_latents",
 ]  # fmt: skip

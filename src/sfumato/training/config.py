@@ -63,6 +63,34 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PosthocConfig:
+    """Averages that are tracked beside `ema` and kept along the way, from which one of any width is made afterwards: `sfumato ema RUN`.
+
+    Attributes:
+        widths: of the tracked averages, as `PowerEMA.sigma_rel`; () tracks none. Each takes as much memory as the weights.
+        num: how often they are kept, evenly over the budget; each time takes as much disk as the weights, for each width.
+
+    Source: Karras et al. 2024 (arXiv:2312.02696), sec. 3.1.
+    """
+
+    widths: tuple[float, ...] = ()
+    num: int = 32
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or len(set(self.profiles)) != len(self.widths):
+            raise ConfigError(
+                f"widths = {self.widths}, num = {self.num}",
+                where="posthoc",
+                mend="different widths, kept at least once; [0.05, 0.1] is usual",
+            )
+
+    @property
+    def profiles(self) -> list[PowerEMA]:
+        """Of the tracked averages."""
+        return [PowerEMA(width) for width in self.widths]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """A line of metrics.jsonl every `every_steps`."""
 
@@ -87,6 +115,7 @@ class TrainingConfig:
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig()
     ema: EMAConfig = PowerEMA()
+    posthoc: PosthocConfig = PosthocConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log: LogConfig = LogConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from sfumato.conditioners import Facts
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
 from sfumato.pipeline import Model, SamplingConfig
+from sfumato.nn.uncertainty import uncertainty_weighted
 from sfumato.sampling import Progress
+from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.task import Learner, Outcome
@@ -67,8 +69,13 @@ class Diffusion:
         x0 = self._encoded(images, None if part.moments is None else part.moments[chosen].to(device), first)
         noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape)).to(device)
         condition = model.conditioner(context, count, draws=draws)
-        losses = self.objective(model.denoiser(dtype), x0, condition, level=level, noise=noise)
-        return Outcome(losses.per_sample, {"logsnr": level.logsnr()})
+        auxiliary = cast(Auxiliary, model.auxiliary)
+        found = self.objective(model.denoiser(dtype), x0, condition, level=level, noise=noise).per_sample
+        total = uncertainty_weighted(found, auxiliary.uncertainty(level.logsnr()))
+        beside = auxiliary.losses(images, spent=spent)
+        for weight, value in beside.values():
+            total = total + weight * value
+        return Outcome(total, {"logsnr": level.logsnr(), "loss": found, **{name: value for name, (_, value) in beside.items()}})
 
     @torch.no_grad()
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
@@ -78,14 +85,14 @@ class Diffusion:
         )
 
     def record(self, outcome: Outcome) -> dict[str, float]:
-        """Mean loss of the samples in each range of log-SNR that has any."""
+        """Mean loss of the samples in each range of log-SNR that has any, and of each auxiliary loss."""
         number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
         names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
         return {
-            f"train/loss_by_logsnr/{name}": float(outcome.per_sample[number == index].mean())
+            f"train/loss_by_logsnr/{name}": float(outcome.notes["loss"][number == index].mean())
             for index, name in enumerate(names)
             if (number == index).any()
-        }
+        } | {f"train/{name}": float(value.mean()) for name, value in outcome.notes.items() if name not in ("logsnr", "loss")}
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """See `Validator.figures`."""

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from sfumato.errors import ConfigError
+
+
+LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training counts alike
+
 
 class EMA(Protocol):
     """A profile of averaging: `decay(step)` is the weight that the average keeps at that step, counted from 1."""
@@ -27,6 +32,12 @@ class PowerEMA:
     """
 
     sigma_rel: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel < LARGEST_WIDTH:
+            raise ConfigError(
+                f"sigma_rel = {self.sigma_rel}", where="ema", mend=f"use 0.05 to 0.25: above 0, and below {LARGEST_WIDTH}"
+            )
 
     @cached_property
     def gamma(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class AdamWConfig:
         decay: course of the learning rate over the rest of the budget, down to `final` of the peak.
         clip: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
+        base_width: inputs of a hidden layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion, so that
+            what was found on a narrow network holds for a wide one. 0 steps all alike, and Muon's steps fit every width.
+
+    Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 8.
     """
 
     learning_rate: float = 1e-3
@@ -52,25 +56,31 @@ class AdamWConfig:
     final: float = 0.0
     clip: float = 1.0
     muon: MuonConfig | None = None
+    base_width: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and self.clip > 0 and self.weight_decay >= 0 and self.warmup_steps >= 0):
+        if not (self.learning_rate > 0 and self.clip > 0 and min(self.weight_decay, self.warmup_steps, self.base_width) >= 0):
             raise ConfigError(
                 f"learning_rate = {self.learning_rate}, clip = {self.clip}, weight_decay = {self.weight_decay}, "
-                f"warmup_steps = {self.warmup_steps}",
+                f"warmup_steps = {self.warmup_steps}, base_width = {self.base_width}",
                 where="optimizer",
-                mend="learning_rate and clip are above 0, weight_decay and warmup_steps at least 0",
+                mend="learning_rate and clip are above 0, the others at least 0",
             )
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """The optimizers that share a model's parameters: AdamW, and Muon if asked for."""
-        hidden = [] if self.muon is None else [weight for module in model.modules() for weight in hidden_weights(module)]
-        chosen = {id(weight) for weight in hidden}
+        inner = [weight for module in model.modules() for weight in hidden_weights(module)]
+        hidden = [] if self.muon is None else inner
+        scaled = inner if self.base_width and self.muon is None else []
+        chosen = {id(weight) for weight in (*hidden, *scaled)}
         rest = [p for p in model.parameters() if id(p) not in chosen]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        for width in sorted({weight.shape[1] for weight in scaled}):
+            weights = [weight for weight in scaled if weight.shape[1] == width]
+            groups.append({"params": weights, "weight_decay": self.weight_decay, "share": self.base_width / width})
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         ]

@@ -9,10 +9,18 @@ Source: Karras et al. 2024 (arXiv:2312.02696), appendix C.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfumato.errors import CheckpointError
+from sfumato.training.ema import PowerEMA
 
 
 class Profile(NamedTuple):
@@ -38,3 +46,41 @@ def overlap(a: Profile, b: Profile) -> float:
     first, last = min(a.step, b.step), max(a.step, b.step)
     exponent = (b if a.step == first else a).gamma + 1
     return (a.gamma + 1) * (b.gamma + 1) / both * (first / last) ** exponent / first
+
+
+def reconstructed(averages: Path, *, width: float, step: int | None = None) -> dict[str, Tensor]:
+    """The average over training up to `step` (the last that was kept) of a power profile of that width, from those kept in a run.
+
+    Raises:
+        CheckpointError: if none were kept, or they cannot be read.
+        ConfigError: for an impossible width.
+    """
+    PowerEMA(width)
+    kept = _kept(averages)
+    if not kept:
+        raise CheckpointError(
+            "holds no averages to reconstruct from",
+            where=str(averages),
+            mend="train with posthoc.widths=[0.05,0.1]; a run's own average is there in any case",
+        )
+    last = max(profile.step for profile, _ in kept) if step is None else step
+    kept = [(profile, path) for profile, path in kept if profile.step <= last]
+    amounts = shares([profile for profile, _ in kept], Profile(last, PowerEMA(width).gamma))
+    total: dict[str, Tensor] = {}
+    for (_, path), amount in zip(kept, amounts.tolist(), strict=True):
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+        for name, tensor in tensors.items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + amount * tensor.double()
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+def _kept(averages: Path) -> list[tuple[Profile, Path]]:
+    """The averages in a folder: ema-WIDTH/step-N.safetensors."""
+    return [
+        (Profile(int(path.stem[5:]), PowerEMA(float(folder.name[4:])).gamma), path)
+        for folder in sorted(averages.glob("ema-*"))
+        for path in sorted(folder.glob("step-*.safetensors"))
+    ]

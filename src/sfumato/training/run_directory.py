@@ -30,6 +30,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
+        self.averages = path / "averages"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self._last_heartbeat = 0.0

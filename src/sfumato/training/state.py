@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
+from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.task import Learner
 
 
 @dataclass
 class Counters:
-    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at."""
+    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at, `kept` the
+    share of the budget at which averages were kept last."""
 
     step: int = 0
     updates: int = 0
@@ -26,23 +28,32 @@ class Counters:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     watched: int = -1
+    kept: float = 0.0
     precision: str = "auto"
 
 
 @dataclass
 class TrainingState:
-    """The model, its average, the learners that share its weights, and the counters."""
+    """The model, its averages, the learners that share its weights, and the counters.
+
+    Attributes:
+        average: that samples are made with.
+        kept: averages from which others are made after training.
+    """
 
     model: nn.Module
     average: nn.Module
     learners: list[Learner]
+    kept: dict[PowerEMA, nn.Module] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
-    def new(cls, model: nn.Module, learners: Callable[[nn.Module], list[Learner]]) -> TrainingState:
+    def new(
+        cls, model: nn.Module, learners: Callable[[nn.Module], list[Learner]], profiles: Sequence[PowerEMA] = ()
+    ) -> TrainingState:
         """The state before the first step."""
-        average = copy.deepcopy(model).eval().requires_grad_(False)
-        return cls(model=model, average=average, learners=learners(model))
+        average, *kept = (copy.deepcopy(model).eval().requires_grad_(False) for _ in range(1 + len(profiles)))
+        return cls(model=model, average=average, learners=learners(model), kept=dict(zip(profiles, kept, strict=True)))
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -55,6 +66,7 @@ class TrainingState:
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
             "optimizer": optimizer_tensors(self.optimizers, self.model),
+            **{kept_name(profile): module.state_dict() for profile, module in self.kept.items()},
         }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
@@ -67,9 +79,16 @@ class TrainingState:
             self.model.load_state_dict(tensors["model"])
             self.average.load_state_dict(tensors["ema"])
             load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
+            for profile, module in self.kept.items():
+                module.load_state_dict(tensors[kept_name(profile)])
         except (RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"does not fit the model: {' '.join(str(error).split())[:300]}",
                 mend="resume with the configuration it was trained with (config.yaml beside it)",
             ) from None
         self.counters = Counters(**counters)
+
+
+def kept_name(profile: PowerEMA) -> str:
+    """Of an average's files."""
+    return f"ema-{profile.sigma_rel:g}"

@@ -53,7 +53,7 @@ class Learner:
         rate = self.config.rate(updates, spent)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("share", 1.0)
             optimizer.step()
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.run_directory import RunDirectory
-from sfumato.training.state import TrainingState
+from sfumato.training.state import TrainingState, kept_name
 from sfumato.training.task import Outcome, Task
 
 SKIPS_IN_A_ROW = 20
@@ -47,7 +48,7 @@ class Trainer:
         """`pinned` is the configuration as plain data, kept in checkpoints beside the task's facts."""
         self.device = next(task.model.parameters()).device
         self.config, self.task, self.dataset, self.directory, self.pinned = config, task, dataset, directory, pinned
-        self.state = TrainingState.new(task.model, task.learners)
+        self.state = TrainingState.new(task.model, task.learners, config.posthoc.profiles)
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._lost = 0
@@ -127,9 +128,10 @@ class Trainer:
         return statistics.median(seconds[1:])
 
     def disk_bytes(self) -> int:
-        """What the run's checkpoints need, and a little for the rest: weights, their average and two moments, in float32."""
-        size = 16 * sum(parameter.numel() for parameter in self.state.model.parameters())
-        return size * (self.config.checkpoint.keep + 1) + (16 << 20)
+        """What the run's checkpoints need, and a little for the rest: weights, their averages and two moments, in float32."""
+        size = 4 * sum(parameter.numel() for parameter in self.state.model.parameters())
+        widths, kept = len(self.config.posthoc.widths), self.config.posthoc.num
+        return size * ((4 + widths) * (self.config.checkpoint.keep + 1) + widths * kept) + (16 << 20)
 
     def _settle(self, say: Callable[[str], None]) -> None:
         counters, config = self.state.counters, self.config
@@ -179,6 +181,7 @@ class Trainer:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
             self._try(bar, self._snapshot)
+        self._keep_averages(bar)
         if step and (finished or step % config.validation.every_steps == 0):
             figures = self.task.figures(self.state.model, self.state.average)
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
@@ -211,6 +214,8 @@ class Trainer:
             counters.updates += 1
             counters.skipped_in_a_row = 0
             update_average(state.average, state.model, config.ema.decay(counters.updates))
+            for profile, kept in state.kept.items():
+                update_average(kept, state.model, profile.decay(counters.updates))
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
@@ -259,6 +264,17 @@ class Trainer:
         return checkpoint.save_snapshot(
             self.directory.snapshots, step=self.state.counters.step, weights=self.state.average.state_dict()
         )
+
+    def _keep_averages(self, bar: ProgressBar) -> None:
+        """When another of the even parts of the budget is over."""
+        counters, config = self.state.counters, self.config.posthoc
+        share = min(self._spent(), 1.0)
+        if counters.updates and int(share * config.num) > int(counters.kept * config.num):
+            for profile, average in self.state.kept.items():
+                place = self.directory.averages / kept_name(profile)
+                save = partial(checkpoint.save_snapshot, place, step=counters.updates, weights=average.state_dict())
+                self._try(bar, save)
+            counters.kept = share
 
     def _save(self) -> Path:
         return checkpoint.save(

@@ -72,6 +72,10 @@ class Validator:
             },
         }
 
+    def error(self, model: Model) -> dict[str, Any]:
+        """Errors of one model on held-out pictures."""
+        return summarize(self._errors(model, 0), self._sets[0][0], self.second_moment)
+
     def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
         triples, context = self._sets[which]
         if shuffled is not None:

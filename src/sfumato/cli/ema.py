@@ -1,0 +1,28 @@
+"""sfumato ema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+WIDTHS = [0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
+
+
+def ema(
+    run: Annotated[Path, typer.Argument(help="Directory of the run; it was trained with posthoc.widths.")],
+    width: Annotated[list[float] | None, typer.Option(help="Widths to compare, as shares of the training.")] = None,
+) -> None:
+    """Reconstruct averages of several widths after training, and compare their error on held-out pictures."""
+    from sfumato.observability.tables import aligned
+    from sfumato.recipes.launch import width_errors
+
+    found = dict(width_errors(run, width or WIDTHS))
+    best = min(found, key=lambda asked: found[asked]["eps_mse"])
+    lines = [("width", "noise MSE", "R2", "")]
+    for asked, figures in found.items():
+        note = "least error" if asked == best else ""
+        lines.append((f"{asked:g}", f"{figures['eps_mse']:.5f}", f"{figures['r2']:.4f}", note))
+    typer.echo(aligned(lines))
+    typer.echo(f"the least error need not look best: compare samples, e.g. sfumato sample {run} --weights {best:g}")

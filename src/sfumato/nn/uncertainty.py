@@ -1,0 +1,45 @@
+"""How hard each noise level is, learned beside the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.nn.embeddings import SinusoidalEmbedding
+
+FREQUENCIES = 128
+LIMIT = 20.0  # of the log-SNR, which is infinite at both ends
+STRETCH = 10.0  # of the log-SNR, before its sinusoids: so that levels half a unit apart can be told apart
+
+
+class Unweighted(nn.Module):
+    """No level is harder than another: 0 everywhere, so the loss stays what it is."""
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """(B,) -> (B,)."""
+        return torch.zeros_like(logsnr, dtype=torch.float32)
+
+
+class LearnedUncertainty(nn.Module):
+    """u(log-SNR), the log of the expected loss at a level when loss / e^u + u is minimized; it starts at 0.
+
+    Levels then count alike in the gradient, whatever the size of their loss.
+
+    Source: Karras et al. 2024 (arXiv:2312.02696), appendix B.2 (after Kendall et al. 2018, arXiv:1705.07115).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = SinusoidalEmbedding(FREQUENCIES)
+        self.out = nn.Linear(FREQUENCIES, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        """(B,) -> (B,)."""
+        return self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[:, 0]
+
+
+def uncertainty_weighted(loss: Tensor, uncertainty: Tensor) -> Tensor:
+    """loss / e^u + u of each sample, whose minimum over u is at u = log loss."""
+    return loss * torch.exp(-uncertainty) + uncertainty

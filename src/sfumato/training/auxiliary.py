@@ -1,0 +1,171 @@
+"""What is trained beside a model and left behind with its training: weights of noise levels, losses on what the network holds inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.errors import ConfigError
+from sfumato.networks.features import Features
+from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
+
+T = TypeVar("T")
+SMALLEST = 64  # side of pictures that every encoder takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispersiveConfig:
+    """Hidden maps of a batch are pushed apart; needs no other network. It looks across a micro-batch, so their size matters.
+
+    Attributes:
+        weight: of the loss.
+        temperature: distances are divided by it; smaller looks at near neighbours only.
+        until: share of the budget after which it ends.
+
+    Source: Wang & He 2025 (arXiv:2506.09027), eq. 6 (the InfoNCE variant with squared distances) and table 3.
+    """
+
+    weight: float = 0.5
+    temperature: float = 0.5
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.weight, self.until)
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature = {self.temperature}", where="auxiliary", mend="use more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """Hidden maps, through a convolution that is trained along, are brought in line with a frozen encoder's.
+
+    Attributes:
+        encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`), `efficientnet-lite0`, or a file: see
+            `evaluation.features.extractor`.
+        weight: of the loss.
+        until: share of the budget after which it ends: the encoder's view helps early and hinders late.
+
+    Source: Yu et al. 2025 (arXiv:2410.06940), eq. 8; the convolution, and maps without their mean: Singh et al. 2025 (arXiv:2512.10794);
+        ending early: Wang et al. 2025 (arXiv:2505.16792).
+    """
+
+    encoder: str = "efficientnet-lite0"
+    weight: float = 0.5
+    until: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check(self.weight, self.until)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryConfig:
+    """Parts of a training that are not part of the model.
+
+    Attributes:
+        uncertainty: how hard each noise level is, is learned, and divided out of the loss.
+        dispersive: pushes the hidden maps of different pictures apart.
+        alignment: makes hidden maps foretell what a frozen encoder sees in the clean picture.
+    """
+
+    uncertainty: bool = False
+    dispersive: DispersiveConfig | None = None
+    alignment: AlignmentConfig | None = None
+
+    def build(self, network: Any, *, encoder: Callable[[str], Features]) -> Auxiliary:
+        """For a network with a `probe`; `encoder` finds a frozen network by its name."""
+        terms: dict[str, nn.Module] = {}
+        if self.dispersive is not None:
+            terms["dispersive"] = Dispersive(self.dispersive)
+        if self.alignment is not None:
+            terms["alignment"] = Alignment(self.alignment, network.hidden_channels, encoder(self.alignment.encoder))
+        built = Auxiliary(LearnedUncertainty() if self.uncertainty else Unweighted(), terms)
+        if terms:
+            network.probe.register_forward_hook(built.hear)
+        return built
+
+
+class Auxiliary(nn.Module):
+    """The weights of noise levels, and losses on the hidden map by name, each a module (hidden, images) -> (B,) with a `config`."""
+
+    def __init__(self, uncertainty: nn.Module, terms: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.uncertainty, self.terms = uncertainty, nn.ModuleDict(terms)
+        self._heard: Shared[dict[str, Tensor]] = Shared({})
+
+    def hear(self, probe: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Remember the hidden map of the network's last call."""
+        self._heard.value["hidden"] = output
+
+    def losses(self, images: Tensor, *, spent: float) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value (B,) of each loss that still lasts when the share `spent` of the budget is used up."""
+        lasting = ((name, cast(Any, term)) for name, term in self.terms.items())
+        hidden = self._heard.value
+        return {
+            name: (term.config.weight, term(hidden["hidden"], images)) for name, term in lasting if spent < term.config.until
+        }
+
+
+class Dispersive(nn.Module):
+    """See `DispersiveConfig`."""
+
+    def __init__(self, config: DispersiveConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
+        return dispersion(hidden, self.config.temperature)
+
+
+class Alignment(nn.Module):
+    """See `AlignmentConfig`. The frozen encoder is not saved, copied or moved with it."""
+
+    def __init__(self, config: AlignmentConfig, hidden_channels: int, encoder: Features) -> None:
+        super().__init__()
+        self.config, self._frozen = config, Shared(encoder)
+        device = next(encoder.parameters()).device if isinstance(encoder, nn.Module) else None
+        channels = encoder.maps(torch.zeros(1, 3, SMALLEST, SMALLEST, device=device))[-1].shape[1]
+        self.project = nn.Conv2d(hidden_channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = self._frozen.value.maps(images)[-1]
+        return misalignment(self.project(hidden), seen)
+
+
+class Shared(Generic[T]):
+    """Something that copies of its owner share."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared[T]:
+        return self
+
+
+def _check(weight: float, until: float) -> None:
+    if not (weight >= 0 and 0 < until <= 1):
+        raise ConfigError(
+            f"weight = {weight}, until = {until}", where="auxiliary", mend="a weight of at least 0, until a share up to 1"
+        )
+
+
+def dispersion(hidden: Tensor, temperature: float) -> Tensor:
+    """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...) -> (B,)."""
+    flat = hidden.float().flatten(1)
+    squared = torch.cdist(flat, flat).square() / flat.shape[1]
+    return torch.logsumexp(-squared.flatten() / temperature, 0).sub(2 * torch.log(torch.tensor(float(len(flat))))).expand(len(flat))
+
+
+def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
+    """1 - the cosine between maps (B, D, h, w) and (B, D, H, W) at each place, its mean over places: (B,).
+
+    `wanted` is averaged, or repeated, to the places of `made`, and its mean over places taken out, which says what most pictures share.
+    """
+    wanted = F.adaptive_avg_pool2d(wanted, made.shape[2:])
+    wanted = wanted - wanted.mean((2, 3), keepdim=True) * (wanted[0, 0].numel() > 1)
+    return 1 - F.cosine_similarity(made.float(), wanted.float(), dim=1).flatten(1).mean(1)
