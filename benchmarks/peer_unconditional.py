@@ -24,8 +24,8 @@ GRANULARITY = 16  # of widths: 32 is diffusers' own number of norm groups, too c
 TOLERANCE = 0.03
 
 
-def build_peer(parameters_target: int, resolution: int, head_channels: int) -> UNet2DModel:
-    """A U-Net within 3 % of `parameters_target`, attention at its deepest level (8x8) and in the middle.
+def build_peer(parameters_target: int, resolution: int, head_channels: int, classes: int | None = None) -> UNet2DModel:
+    """A U-Net within 3 % of `parameters_target`, embeddings of `classes` aside, attention at its deepest level (8x8) and in the middle.
 
     Among those of that size it takes the widths closest to (1, 2, ..., 2) times the first.
 
@@ -35,7 +35,7 @@ def build_peer(parameters_target: int, resolution: int, head_channels: int) -> U
     depths = max(2, round(math.log2(resolution)) - 2)
     for widths in _candidates(parameters_target, depths, resolution, head_channels):
         if abs(_count(widths, resolution, head_channels) / parameters_target - 1) <= TOLERANCE:
-            return _unet(widths, resolution, head_channels)
+            return _unet(widths, resolution, head_channels, classes)
     raise ValueError(f"no widths come within 3 % of {parameters_target} parameters with heads of {head_channels} channels")
 
 
@@ -67,7 +67,7 @@ def _groups(widths: tuple[int, ...]) -> int:
     return 32 if all(width % 32 == 0 for width in widths) else GRANULARITY
 
 
-def _unet(widths: tuple[int, ...], resolution: int, head_channels: int) -> UNet2DModel:
+def _unet(widths: tuple[int, ...], resolution: int, head_channels: int, classes: int | None = None) -> UNet2DModel:
     plain = len(widths) - 1
     return UNet2DModel(
         sample_size=resolution,
@@ -77,6 +77,7 @@ def _unet(widths: tuple[int, ...], resolution: int, head_channels: int) -> UNet2
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
         attention_head_dim=head_channels,
         norm_num_groups=_groups(widths),
+        num_class_embeds=classes,
     )
 
 
@@ -115,7 +116,7 @@ class PeerTrainer:
         self.ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75) if ema else None
         self.logs: dict[str, float] = {}
 
-    def step(self, images: Tensor) -> float:
+    def step(self, images: Tensor, labels: Tensor | None = None) -> float:
         """Train on `images` (B, 3, H, W) in [-1, 1], on the model's device; return the loss, fetched from the device."""
         clean = images.to(self.dtype, memory_format=self.memory_format)
         noise = torch.randn(clean.shape, dtype=self.dtype, device=clean.device)
@@ -123,7 +124,7 @@ class PeerTrainer:
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
 
         with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            prediction = self.model(noisy, timesteps).sample
+            prediction = self.model(noisy, timesteps, labels).sample
         loss = F.mse_loss(prediction.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -165,13 +166,13 @@ class PeerSampler:
         self.steps, self.batch, self.dtype = steps, batch, dtype
 
     @torch.no_grad()
-    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
         """Images (batch, 3, H, W) in [0, 1], on the model's device."""
         size, device = self.model.config.sample_size, self.model.device
         image = torch.randn((self.batch, 3, size, size), generator=generator, device=device, dtype=self.dtype)
         self.scheduler.set_timesteps(self.steps)
         for t in self.scheduler.timesteps:
-            prediction = self.model(image, t).sample
+            prediction = self.model(image, t, labels).sample
             image = self.scheduler.step(prediction, t, image, eta=0.0).prev_sample
         return (image / 2 + 0.5).clamp(0, 1)
 

@@ -19,7 +19,7 @@ from peer_unconditional import PeerTrainer, build_peer
 from PIL import Image
 
 from sfumato.data import Batch, DataConfig, Folder, Part, index
-from sfumato.networks import UNetConfig
+from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
 from sfumato.recipes.launch import build_model, facts_of
 from sfumato.recipes.prediction import rehearsal
@@ -29,13 +29,13 @@ NETWORK = UNetConfig(channels=64, multipliers=(1, 2, 2), blocks=2, attention_dep
 PEER_PARAMETERS = 6_500_000  # widths (64, 128, 128) as ours has: 6.47M there, 6.95M here
 
 
-def our_trainer(resolution: int, batch: int, folder: Path, precision: str) -> Trainer:
-    """A trainer of the default U-Net; the pictures on disk are only there because a trainer wants some."""
+def our_trainer(resolution: int, batch: int, folder: Path, precision: str, network: NetworkConfig = NETWORK) -> Trainer:
+    """A trainer of the default U-Net, or another; the pictures on disk are only there because a trainer wants some."""
     generator = np.random.default_rng(0)
     for number in range(16):
         Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)).save(folder / f"{number}.png")
     run = Run(
-        name="benchmark", data=DataConfig(source=Folder(str(folder)), resolution=resolution), network=NETWORK, batch_size=batch,
+        name="benchmark", data=DataConfig(source=Folder(str(folder)), resolution=resolution), network=network, batch_size=batch,
         ema=FixedEMA(0.9999), budget=Budget(steps=10**6), validation=ValidationConfig(samples=10), precision=precision,
     )  # fmt: skip
     dataset = index(run.data)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from sfumato.evaluation.frechet import frechet_distance
+from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 
 
 def normal(count: int, size: int, *, seed: int = 0) -> torch.Tensor:
@@ -83,3 +83,12 @@ def test_a_rotation_of_the_feature_space_does_not_matter() -> None:
 def test_single_precision_features_are_summed_in_double() -> None:
     a, b = normal(90, 8) + 1000, normal(70, 8, seed=1) + 1000
     assert frechet_distance(a.float(), b.float()) == pytest.approx(frechet_distance(a, b), rel=1e-3)
+
+
+def test_the_interval_is_as_wide_as_repetitions_are_apart() -> None:
+    reference = normal(2000, 4, seed=99)
+    found = [frechet_interval(normal(300, 4, seed=seed) + 0.5, reference) for seed in range(30)]
+    spread = torch.tensor([one.value for one in found]).std()
+    widths = torch.tensor([one.high - one.low for one in found])
+    assert float(widths.mean() / 3.92 / spread) == pytest.approx(1, abs=0.4)
+    assert found[0].value == frechet_distance(normal(300, 4) + 0.5, reference)

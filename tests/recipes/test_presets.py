@@ -12,6 +12,7 @@ from sfumato import config as configuration
 from sfumato.conditioners import Facts
 from sfumato.data import Folder, Listing
 from sfumato.data.entry import Entry, Inline
+from sfumato.diffusion import Linear, LogitNormal, Warped
 from sfumato.errors import ConfigError, DataError
 from sfumato.recipes import launch, resolve
 from sfumato.recipes.presets import Choice, choose
@@ -131,6 +132,22 @@ def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolu
         model = launch.build_model(run, facts)
         shape = (2, channels, side, side)
         assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("side", "factor"),
+    [(32, 1.0), (64, (3 * 64 * 64 / 4096) ** 0.5), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
+)
+def test_many_values_are_given_more_noise(place: str, side: int, factor: float) -> None:
+    """Of pixels, or of latents; in training and in sampling alike."""
+    choice = choose(place, listing(60, image=picture(side, side)), resolution=side)
+    t = torch.tensor([0.3], dtype=torch.float64)
+    plain, trained, sampled = Linear()(t), choice.run.objective.schedule(t), choice.run.sampling.schedule(t)
+    middle = Warped(schedule=Linear(), warp=LogitNormal())(t)
+    for found, unshifted in ((sampled, plain), (trained, middle)):
+        moved = (unshifted.logsnr() - found.logsnr()) / 2
+        assert float(moved) == pytest.approx(np.log(factor), abs=0.01)
+    assert any("shifted" in reason for reason in choice.reasons) == (factor > 1)
 
 
 def test_a_resolution_that_is_asked_for_decides_on_latents(place: str, tmp_path: Path) -> None:

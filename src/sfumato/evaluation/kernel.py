@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from sfumato.evaluation.frechet import Estimate
+
 DEGREE = 3
-
-
-class Estimate(NamedTuple):
-    """A figure and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import statistics
 from collections import Counter
@@ -16,7 +17,7 @@ from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
 from sfumato.data.decoding import FORMATS, NUMPY, quiet
-from sfumato.diffusion import UnitVariance
+from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
@@ -119,7 +120,13 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
         reasons.append(
             f"{survey.captioned:.0%} of the pictures have captions: steered by text, which a small transformer learns to read"
         )
-    return Choice(run=_run(place, source, survey, size, resolution, space, channels, categories), reasons=tuple(reasons))
+    run = _run(place, source, survey, size, resolution, space, channels, categories)
+    layout = space.layout(channels, None)
+    factor = shift(layout.channels * (resolution // layout.factor) ** 2)
+    if factor > 1:
+        run = _shifted(run, factor)
+        reasons.append(f"noise levels shifted by {factor:g}: so many values need more noise to be hidden")
+    return Choice(run=run, reasons=tuple(reasons))
 
 
 def _size(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, str]:
@@ -213,3 +220,23 @@ def _run(
         budget=Budget(minutes=60),
         sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captioned > MOST_CAPTIONED else 1.0),
     )  # fmt: skip
+
+
+def shift(dimensions: int) -> float:
+    """How far training and sampling move to more noise: neighbouring values of large pictures tell of one another, so that the same noise
+    hides less of them.
+
+    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 dimensions as the reference: Zheng et al. 2025 (arXiv:2510.11690),
+        sec. 4.
+    """
+    return round(max(1.0, math.sqrt(dimensions / 4096)), 2)
+
+
+def _shifted(run: Run, factor: float) -> Run:
+    """The run with training and sampling moved to more noise."""
+    moved = Warped(schedule=Linear(), warp=Shift(factor))
+    return replace(
+        run,
+        objective=replace(run.objective, schedule=Warped(schedule=moved, warp=LogitNormal())),
+        sampling=replace(run.sampling, schedule=moved),
+    )

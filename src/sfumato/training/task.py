@@ -20,6 +20,10 @@ class Outcome(NamedTuple):
     per_sample: Tensor
     notes: Mapping[str, Tensor]
 
+    def on_host(self) -> Outcome:
+        """Copied from the device."""
+        return Outcome(self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()})
+
 
 @dataclass
 class Learner:
@@ -44,9 +48,9 @@ class Learner:
         """The learning rate of the last step."""
         return float(self.optimizers[0].param_groups[0]["lr"])
 
-    def clip(self) -> float:
-        """Scale down a gradient that is too large; its norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(list(self.module.parameters()), self.config.clip))
+    def clip(self) -> Tensor:
+        """Scale down a gradient that is too large; its norm before, not read from the device yet."""
+        return torch.nn.utils.clip_grad_norm_(list(self.module.parameters()), self.config.clip)
 
     def step(self, updates: int, spent: float) -> None:
         """Update the weights, after `updates` updates and a share `spent` of the budget."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import time
@@ -205,9 +206,9 @@ class Trainer:
         state, config = self.state, self.config
         counters = state.counters
         outcome = self._backward(batch, self._dtype)
-        loss = float(outcome.per_sample.mean())
-        norms = [learner.clip() for learner in state.learners]
-        applied = bool(torch.isfinite(torch.tensor([loss, *norms])).all())
+        # The step's only wait for the device: whether the weights may move is decided here, on the host.
+        loss, *norms = torch.stack([outcome.per_sample.mean(), *(learner.clip() for learner in state.learners)]).tolist()
+        applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
             for learner in state.learners:
                 learner.step(counters.updates, self._spent())
@@ -241,8 +242,8 @@ class Trainer:
                 outcome = self.task.outcome(self.state.model, batch, part, chosen, spent=spent, dtype=dtype)
                 (outcome.per_sample.sum() / len(batch)).backward()
                 found.append(outcome)
-        notes = {name: torch.cat([outcome.notes[name].detach().cpu() for outcome in found]) for name in found[0].notes}
-        return Outcome(torch.cat([outcome.per_sample.detach().cpu() for outcome in found]), notes)
+        notes = {name: torch.cat([outcome.notes[name].detach() for outcome in found]) for name in found[0].notes}
+        return Outcome(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
     def _trial(self, dtype: torch.dtype) -> None:
         """A forward and backward pass that leaves no trace, to be timed."""
@@ -301,7 +302,7 @@ class Trainer:
             "epoch": counters.samples_seen / self.plan.size,
             "time": counters.seconds,
             "train/loss": result.loss,
-            **self.task.record(result.outcome),
+            **self.task.record(result.outcome.on_host()),
             "train/grad_norm": result.gradient_norms[0],
             "train/lr": self.state.learners[0].rate,
             **{

@@ -1,0 +1,258 @@
+"""What each part of the recipe buys: equal minutes on CIFAR-10, the same seeds for all, each against the base it changes.
+
+    python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only NAME,NAME] [--json FILE]
+
+Each run is trained for the same minutes, and 1,000 samples (20 steps, no guidance) are compared with the training pictures: kernel and
+Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px); and its error on held-out pictures at fixed noises,
+which compares whatever the network predicts. The sheet --json is read first, and only what it lacks is run, so that a long table may be
+made in several sittings. Differences are taken seed by seed; the interval is Student's t.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine, options
+from scipy.stats import t as student
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.data import AugmentConfig, Dataset, to_float
+from sfumato.diffusion import (
+    EDM,
+    Flow,
+    IndependentTimes,
+    Linear,
+    LogitNormal,
+    LogNormal,
+    LossSpace,
+    MinibatchOptimalTransport,
+    MinSNR,
+    Native,
+    Objective,
+    Sample,
+    Shift,
+    SigmoidWeighting,
+    UnitVariance,
+    Velocity,
+    Warped,
+)
+from sfumato.evaluation.features import extractor
+from sfumato.evaluation.frechet import frechet_distance
+from sfumato.evaluation.kernel import kernel_distance
+from sfumato.networks import DiTConfig, UNetConfig
+from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.recipes import Run, resolve
+from sfumato.recipes.launch import load, open_data, train
+from sfumato.training import (
+    AdamWConfig,
+    AlignmentConfig,
+    AuxiliaryConfig,
+    Budget,
+    CheckpointConfig,
+    DispersiveConfig,
+    MuonConfig,
+    PowerEMA,
+    PreviewConfig,
+    ValidationConfig,
+)
+
+STEPS, SIDE = 20, 64
+ADAMW = AdamWConfig(learning_rate=1e-3, warmup_steps=50)
+MUON = AdamWConfig(learning_rate=4e-3, warmup_steps=50, muon=MuonConfig())
+Change = Callable[[Run], Run]
+
+
+def with_objective(**changes: Any) -> Change:
+    """The objective with some fields changed."""
+    return lambda run: replace(run, objective=replace(run.objective, **changes))
+
+
+def with_network(**changes: Any) -> Change:
+    """The network with some fields changed."""
+    return lambda run: replace(run, network=replace(run.network, **changes))
+
+
+def with_auxiliary(**changes: Any) -> Change:
+    """Something trained beside the model."""
+    return lambda run: replace(run, auxiliary=AuxiliaryConfig(**changes))
+
+
+def predicting(parameterization: Any, weighting: Any) -> Change:
+    """Another target, and how its errors count."""
+    return lambda run: replace(
+        run,
+        denoiser=replace(run.denoiser, parameterization=parameterization),
+        objective=replace(run.objective, weighting=weighting),
+    )
+
+
+def shifted(factor: float) -> Change:
+    """More noise in training and in sampling."""
+    warp = Shift(factor)
+    return lambda run: replace(
+        run,
+        objective=replace(run.objective, schedule=Warped(schedule=Warped(schedule=Linear(), warp=warp), warp=LogitNormal())),
+        sampling=replace(run.sampling, schedule=Warped(schedule=Linear(), warp=warp)),
+    )
+
+
+def unchanged(run: Run) -> Run:
+    """The base itself."""
+    return run
+
+
+TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch=2, channels=256, layers=6))  # noqa: E731
+CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, and what it changes there
+    "u-net": ("", unchanged),
+    "AdamW instead of Muon": ("u-net", lambda run: replace(run, optimizer=ADAMW)),
+    "uniform times": ("u-net", with_objective(schedule=Linear())),
+    "times drawn one by one": ("u-net", with_objective(times=IndependentTimes())),
+    "velocity, log-normal levels": (
+        "u-net",
+        lambda run: replace(
+            run,
+            denoiser=DenoiserConfig(parameterization=Velocity(0.5)),
+            objective=Objective(schedule=LogNormal(), weighting=Native()),
+        ),
+    ),
+    "EDM weighting": ("u-net", with_objective(weighting=EDM())),
+    "min-SNR weighting": ("u-net", with_objective(weighting=MinSNR())),
+    "sigmoid weighting": ("u-net", with_objective(weighting=SigmoidWeighting())),
+    "learned uncertainty": ("u-net", with_auxiliary(uncertainty=True)),
+    "dispersive loss": ("u-net", with_auxiliary(dispersive=DispersiveConfig())),
+    "alignment to EfficientNet-Lite0": ("u-net", with_auxiliary(alignment=AlignmentConfig())),
+    "contrastive flow matching": ("u-net", with_objective(contrast=0.05)),
+    "optimal-transport coupling": ("u-net", with_objective(coupling=MinibatchOptimalTransport())),
+    "shift 2": ("u-net", shifted(2.0)),
+    "shift 1/2": ("u-net", shifted(0.5)),
+    "EMA 0.05": ("u-net", lambda run: replace(run, ema=PowerEMA(0.05))),
+    "EMA 0.2": ("u-net", lambda run: replace(run, ema=PowerEMA(0.2))),
+    "dropout 0.1": ("u-net", with_network(dropout=0.1)),
+    "transformer": ("u-net", TRANSFORMER),
+    "transformer, AdamW": ("transformer", lambda run: replace(TRANSFORMER(run), optimizer=ADAMW)),
+    "transformer, registers": ("transformer", lambda run: with_network(registers=4)(TRANSFORMER(run))),
+    "transformer, context as tokens": ("transformer", lambda run: with_network(vector_as="tokens")(TRANSFORMER(run))),
+    "transformer, alignment": (
+        "transformer",
+        lambda run: with_auxiliary(alignment=AlignmentConfig())(TRANSFORMER(run)),
+    ),
+    "transformer, dispersive loss": (
+        "transformer",
+        lambda run: with_auxiliary(dispersive=DispersiveConfig())(TRANSFORMER(run)),
+    ),
+    "patches of 4": ("transformer", lambda run: with_network(patch=4)(TRANSFORMER(run))),
+    "patches of 4, picture predicted, velocity loss": (
+        "patches of 4",
+        lambda run: predicting(Sample(), LossSpace(of=Flow()))(with_network(patch=4)(TRANSFORMER(run))),
+    ),
+    "patches of 4, the same through a bottleneck": (
+        "patches of 4, picture predicted, velocity loss",
+        lambda run: predicting(Sample(), LossSpace(of=Flow()))(with_network(patch=4, bottleneck=32)(TRANSFORMER(run))),
+    ),
+}
+
+
+def base(data: str, side: int, minutes: float) -> Run:
+    """A small U-Net steered by category."""
+    chosen = resolve(data, {"data": {"resolution": side}})
+    never = 10**9
+    return Run(
+        name="ablation",
+        data=replace(chosen.data, augment=AugmentConfig(flip="horizontal")),
+        network=UNetConfig(channels=64, multipliers=(1, 2), blocks=2, attention_depths=(1,)),
+        conditioner=ContextConfig(category=CategoryConfig()),
+        denoiser=DenoiserConfig(input_scale=UnitVariance(0.5)),
+        optimizer=MUON,
+        batch_size=64,
+        precision="bfloat16",
+        budget=Budget(minutes=minutes),
+        checkpoint=CheckpointConfig(every_steps=never, keep=1),
+        validation=ValidationConfig(every_steps=never, samples=1000),
+        preview=PreviewConfig(every_steps=never, num=10),
+        sampling=SamplingConfig(steps=STEPS),
+    )
+
+
+def measured(run: Run, dataset: Dataset, read: Callable[[Tensor], Tensor], reference: Tensor, num: int) -> dict[str, float]:
+    """Train, sample, compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = train(run, run=Path(folder) / "run")
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        error = next(line["validation/ema/eps_mse"] for line in reversed(lines) if "validation/ema/eps_mse" in line)
+        pipeline = load(place, precision="bfloat16")
+        pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, batch_size=100)
+    features = read(pictures * 2 - 1)
+    return {
+        "kernel": 1000 * kernel_distance(features, reference),
+        "frechet": frechet_distance(features, reference),
+        "noise_mse": error,
+        "steps": max(line["step"] for line in lines),
+    }
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    asked = options(__doc__.splitlines()[0], data="", minutes=2.0, seeds=3, side=16, num=1000, only="")
+    if asked.quick:
+        asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
+    sheet = json.loads(asked.json.read_text()) if asked.json and asked.json.is_file() else {"machine": machine(), "runs": {}}
+    sheet |= {"minutes": asked.minutes, "side": asked.side, "num": asked.num}
+    start = base(asked.data, asked.side, asked.minutes)
+    dataset, features = open_data(start), extractor("auto")
+    sheet["extractor"] = features.name
+
+    @torch.no_grad()
+    def read(pictures: Tensor) -> Tensor:
+        larger = (F.interpolate(part, size=(SIDE, SIDE), mode="bicubic", antialias=True) for part in pictures.split(250))
+        return torch.cat([features.pooled(part.clamp(-1, 1)) for part in larger])
+
+    spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
+    reference = read(to_float(dataset.images(spread)[0]))
+    names = [name for name in CHANGES if not asked.only or name in asked.only.split(",")]
+    for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row
+        for name in names:
+            rows = sheet["runs"].setdefault(name, {})
+            if str(seed) not in rows:
+                changed = replace(CHANGES[name][1](start), seed=seed)
+                rows[str(seed)] = measured(changed, dataset, read, reference, asked.num)
+                print(name, seed, json.dumps(rows[str(seed)]), flush=True)
+                if asked.json:
+                    asked.json.write_text(json.dumps(sheet, indent=1))
+    print(table(sheet["runs"]))
+
+
+def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: each change's figures, and the difference from what it changes."""
+    lines = ["| part | steps | kernel distance x 1000 | change | Fréchet | noise MSE | change |", "|---|---|---|---|---|---|---|"]
+    for name, rows in runs.items():
+        other = runs.get(CHANGES[name][0], {})
+        means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
+        lines.append(
+            f"| {name} | {means['steps']:.0f} | {means['kernel']:.1f} | {difference(rows, other, 'kernel', 1)} | {means['frechet']:.1f} | "
+            f"{means['noise_mse']:.4f} | {difference(rows, other, 'noise_mse', 4)} |"
+        )
+    return "\n".join(lines)
+
+
+def difference(rows: dict[str, dict[str, float]], other: dict[str, dict[str, float]], key: str, digits: int) -> str:
+    """Mean over seeds of the paired difference, with its 95 % interval."""
+    pairs = torch.tensor([rows[seed][key] - other[seed][key] for seed in rows if seed in other], dtype=torch.float64)
+    if not len(pairs):
+        return ""
+    if len(pairs) == 1:
+        return f"{pairs.item():+.{digits}f}"
+    half = float(student.ppf(0.975, len(pairs) - 1) * pairs.std() / math.sqrt(len(pairs)))
+    return f"{pairs.mean():+.{digits}f} ± {half:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+#!/bin/sh
+# All that is measured on a GPU, in under eight minutes: training steps and sampling of DiT-S, B, XL and a U-Net on 256 px latents, as they
+# are and compiled, beside diffusers; the default U-Net's step and sampling beside diffusers; memory.
+#     sh benchmarks/gpu.sh [FOLDER for the JSON files, default .]      (QUICK=--quick for a rehearsal without a GPU)
+set -e
+out=${1:-.}
+python=${PYTHON:-python}
+here=$(dirname "$0")
+mkdir -p "$out"
+"$python" "$here/transformer.py" ${QUICK:-} --json "$out/transformer.json"
+"$python" "$here/train_step.py" ${QUICK:-} --batch 256 --json "$out/train_step.json"
+"$python" "$here/sampling.py" ${QUICK:-} --batch 256 --json "$out/sampling.json"
+"$python" "$here/memory.py" ${QUICK:-} --budget 80 --json "$out/memory.json"

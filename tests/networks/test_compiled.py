@@ -1,0 +1,67 @@
+"""One checkpoint computes the same eagerly and compiled, forwards and backwards. (Recomputed: see the contract tests.)"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sfumato.condition import Condition, ContextSizes
+from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
+from sfumato.networks.features import RandomFeatures
+from sfumato.training import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
+
+CONTEXT = ContextSizes(vector=6, tokens=5)
+DIT = DiTConfig(channels=32, layers=3, head_channels=16, tokens_as="joint", registers=1)
+UNET = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
+
+
+def awake(config: NetworkConfig) -> torch.nn.Module:
+    """With random values where training begins with zeros."""
+    torch.manual_seed(0)
+    network = config.build(image_channels=3, context=CONTEXT)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return network
+
+
+def results(network: torch.nn.Module, size: int = 8) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output, and gradients of its square."""
+    torch.manual_seed(1)
+    x, level = torch.randn(2, 3, size, size), torch.tensor([3.0, 900.0])
+    condition = Condition(
+        vector=torch.randn(2, 6), tokens=torch.randn(2, 4, 5), token_mask=torch.tensor([[True] * 4, [True] * 3 + [False]])
+    )
+    network.zero_grad()
+    output = network(x, level, condition)
+    output.square().mean().backward()
+    return output.detach(), [p.grad.clone() for p in network.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
+def test_compiled_it_is_the_same_network(config: NetworkConfig) -> None:
+    """And other sizes of picture compile no more than once again."""
+    network = awake(config)
+    compiled = copy.deepcopy(network)
+    compiled.compile()
+    for size in (8, 16, 32):
+        for a, b in zip(results(network, size), results(compiled, size), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert network.state_dict().keys() == compiled.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
+def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) -> None:
+    network = awake(config)
+    settings = AuxiliaryConfig(dispersive=DispersiveConfig(), alignment=AlignmentConfig())
+    auxiliary = settings.build(network, encoder=lambda name: RandomFeatures())
+    images, found = torch.rand(2, 3, 8, 8), []
+    for _ in range(2):
+        results(network)
+        found.append({name: value.detach().clone() for name, (_, value) in auxiliary.losses(images, spent=0.0).items()})
+        network.compile()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
