@@ -114,7 +114,7 @@ def emoji_latent() -> Run:
         name="emoji-latent",
         data=DataConfig(source=Emoji(size=64), resolution=64),
         autoencoder=OwnAutoencoder(network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)),
-        network=UNetConfig(channels=128, multipliers=(1, 2), attention_depths=(0, 1), dropout=0.1),
+        network=UNetConfig(channels=64, multipliers=(1, 2), attention_depths=(0, 1), dropout=0.1),
         denoiser=DenoiserConfig(input_scale=UnitVariance(1.0)),
         optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         budget=Budget(minutes=20),
