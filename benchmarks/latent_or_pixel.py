@@ -3,8 +3,10 @@
     python benchmarks/latent_or_pixel.py [--minutes 30] [--autoencoder 8] [--num 500] [--json FILE] [--figure FILE]
 
 Both learn the same pictures (emoji at 64 x 64 by category), each with a network from the recipes. Along the way the averaged weights are
-sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of
-EfficientNet-Lite0, with a bootstrap interval. Held-out pictures, as many as there are, show what real ones get.
+sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of two
+networks, with a bootstrap interval: EfficientNet-Lite0, which sees detail, but whose features the autoencoder's perceptual loss knows; and a
+classifier of the categories, trained on half of the training pictures and compared with the other half, which knows neither model.
+Held-out pictures, as many as there are, show what real ones get.
 """
 
 from __future__ import annotations
@@ -12,19 +14,20 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import machine, options, report
 from torch import Tensor
 
 from sfumato.data import Dataset, to_float
+from sfumato.evaluation.classifier import train_classifier
 from sfumato.evaluation.features import extractor
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.networks import UNetConfig
-from sfumato.networks.features import Features
 from sfumato.observability.pictures import grid_image, save_png
 from sfumato.recipes import Run, recipe
 from sfumato.recipes.latents import PixelSpace
@@ -51,16 +54,13 @@ def main() -> None:
     pixel = replace(
         latent, name="pixel", autoencoder=PixelSpace(), network=network, denoiser=emoji.denoiser, budget=Budget(minutes=asked.minutes)
     )  # fmt: skip
-    features, dataset = extractor("auto"), open_data(pixel)
-    reference = pooled(features, real(dataset, dataset.usual(dataset.training)))
-    held = pooled(features, real(dataset, dataset.usual(dataset.holdout)))
-    curves = {
-        name: curve(run, place / name, features, reference, asked.num) for name, run in (("latent", latent), ("pixel", pixel))
-    }
+    dataset = open_data(pixel)
+    judges, held = two_judges(dataset), real(dataset, dataset.usual(dataset.holdout))
+    curves = {name: curve(run, place / name, judges, asked.num) for name, run in (("latent", latent), ("pixel", pixel))}
     result: dict[str, Any] = {
-        "machine": machine(), "extractor": features.name, "samples": asked.num, "reference": len(reference), "steps": STEPS,
+        "machine": machine(), "samples": asked.num, "references": {judge.name: len(judge.reference) for judge in judges}, "steps": STEPS,
         "minutes": asked.minutes, "autoencoder_minutes": asked.autoencoder, "curves": curves,
-        "held_out": {"n": len(held), "fd": frechet_distance(held, reference)},
+        "held_out": {"n": len(held)} | {judge.name: frechet_distance(judge.read(held), judge.reference) for judge in judges},
     }  # fmt: skip
     report(result, asked.json)
     if asked.figure:
@@ -72,13 +72,33 @@ def real(dataset: Dataset, positions: Any) -> Tensor:
     return to_float(dataset.images(positions)[0])
 
 
-@torch.no_grad()
-def pooled(features: Features, pictures: Tensor) -> Tensor:
-    """Features of pictures in [-1, 1]."""
-    return torch.cat([features.pooled(part) for part in pictures.split(64)])
+class Judge(NamedTuple):
+    """Features (n, d) of pictures in [-1, 1], and those of the pictures that samples are compared with."""
+
+    name: str
+    read: Callable[[Tensor], Tensor]
+    reference: Tensor
 
 
-def curve(run: Run, place: Path, features: Features, reference: Tensor, num: int) -> list[dict[str, Any]]:
+def two_judges(dataset: Dataset) -> list[Judge]:
+    """EfficientNet-Lite0, or its fallback, with all training pictures; the classifier with those it was not trained on."""
+    training, features = dataset.usual(dataset.training), extractor("auto")
+    classifier = train_classifier(dataset, training[::2])
+
+    def pooled(pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([features.pooled(part) for part in pictures.split(64)])
+
+    def read(pictures: Tensor) -> Tensor:
+        return classifier.read(pictures)[1]
+
+    return [
+        Judge(features.name, pooled, pooled(real(dataset, training))),
+        Judge("classifier of the categories", read, read(real(dataset, training[1::2]))),
+    ]
+
+
+def curve(run: Run, place: Path, judges: list[Judge], num: int) -> list[dict[str, Any]]:
     """Minutes since the very beginning, and the samples' distance to the training pictures, for each snapshot of a training."""
     begun = time.perf_counter()
     train(run, run=place)
@@ -95,7 +115,8 @@ def curve(run: Run, place: Path, features: Features, reference: Tensor, num: int
     for step, which in candidates:
         pictures = which.sample(num, category=list(which.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
         seconds = before + times[min(times, key=lambda known: abs(known - step))]
-        points.append({"step": step, "minutes": seconds / 60, **distance(pooled(features, pictures * 2 - 1), reference)})
+        distances = {judge.name: distance(judge.read(pictures * 2 - 1), judge.reference) for judge in judges}
+        points.append({"step": step, "minutes": seconds / 60, **distances})
         print(json.dumps(points[-1]))
         save_png(grid_image(pictures[:60], columns=15), place / f"samples-{step:06d}.png")
     return points
@@ -120,18 +141,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, points in result["curves"].items():
-        x, y, low, high = ([point[key] for point in points] for key in ("minutes", "fd", "low", "high"))
-        (line,) = axes.plot(x, y, marker="o", label=name)
-        axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
-    axes.axhline(
-        result["held_out"]["fd"], color="gray", linestyle="--", label=f"held-out real pictures (n={result['held_out']['n']})"
-    )
-    axes.set(yscale="log", xlabel="minutes on this machine, all stages included", xlim=(0, None))
-    axes.set_ylabel(f"Fréchet distance to the training pictures\n{result['extractor']}, {result['samples']} samples")
-    axes.grid(which="both", alpha=0.25)
-    axes.legend()
+    held = result["held_out"]
+    figure, panels = pyplot.subplots(1, len(result["references"]), figsize=(11, 4.5), layout="constrained")
+    for axes, judge in zip(panels, result["references"], strict=True):
+        for name, points in result["curves"].items():
+            x = [point["minutes"] for point in points]
+            y, low, high = ([point[judge][key] for point in points] for key in ("fd", "low", "high"))
+            (line,) = axes.plot(x, y, marker="o", label=name)
+            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+        axes.axhline(held[judge], color="gray", linestyle="--", label=f"held-out real pictures (n={held['n']})")
+        axes.set(yscale="log", xlabel="minutes on this machine, all stages included", xlim=(0, None), title=judge)
+        axes.grid(which="both", alpha=0.25)
+    panels[0].set_ylabel(f"Fréchet distance to the training pictures, {result['samples']} samples")
+    panels[0].legend()
     figure.savefig(path, dpi=120)
 
 

@@ -23,13 +23,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eqs. 13 to 16.
     """
-    size = min(WINDOW, *a.shape[2:])
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    line = torch.exp(-(offsets**2) / (2 * WIDTH**2))
-    window = torch.outer(line, line) / line.sum() ** 2
+    down, across = (windows(side, min(WINDOW, *a.shape[2:])).to(a.device) for side in a.shape[2:])
 
     def local(x: Tensor) -> Tensor:
-        return F.conv2d(x.flatten(0, 1)[:, None], window[None, None].to(x.device))
+        return down @ x @ across.T
 
     a, b = (a.double() + 1) / 2, (b.double() + 1) / 2
     mean_a, mean_b = local(a), local(b)
@@ -38,4 +35,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return (luminance * structure).view(len(a), -1).mean(1).float()
+    return (luminance * structure).flatten(1).mean(1).float()
+
+
+def windows(side: int, size: int) -> Tensor:
+    """Gaussian weights of a line of `side` values at each place where the whole window fits, (side - size + 1, side), float64."""
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    line = torch.exp(-(offsets**2) / (2 * WIDTH**2))
+    return torch.stack([F.pad(line / line.sum(), (first, side - size - first)) for first in range(side - size + 1)])

@@ -97,7 +97,7 @@ class OwnAutoencoder(TrainingConfig):
     losses: LossesConfig = LossesConfig()
     features: str = "auto"
     variants: int = 8
-    batch_size: int = 32
+    batch_size: int = 16
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)

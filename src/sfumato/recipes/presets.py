@@ -105,7 +105,7 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
     resolution, why_resolution = (
         _resolution(survey, gpu=gpu) if resolution is None else (resolution, f"{resolution} px, as asked")
     )
-    space, why_space = _space(resolution)
+    space, why_space = _space(resolution, gpu=gpu)
     size, why_size = _size(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
@@ -150,12 +150,13 @@ def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
     return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
 
 
-def _space(resolution: int) -> tuple[AutoencoderConfig, list[str]]:
+def _space(resolution: int, *, gpu: bool) -> tuple[AutoencoderConfig, list[str]]:
     """Pixels, or latents of 1/8 of the side, or of what the side can be divided by, where pixels would be too many."""
     depth = max(depth for depth in range(4) if resolution % 2**depth == 0)
     if resolution < LATENTS_FROM or depth < 2:
         return PixelSpace(), []
-    network = KLConfig(channels=(32, 64, 128, 128)[: depth + 1], latent_channels=8 if depth == 3 else 4, blocks=1, groups=16)
+    widths, blocks, groups = ((64, 128, 256, 256), 2, 16) if gpu else ((16, 32, 64, 128), 1, 4)
+    network = KLConfig(channels=widths[: depth + 1], latent_channels=16 if depth == 3 else 4, blocks=blocks, groups=groups)
     side = resolution // network.factor
     return OwnAutoencoder(network=network, budget=Budget(minutes=20)), [
         f"in latents of {side} x {side} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
