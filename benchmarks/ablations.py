@@ -232,7 +232,10 @@ def main() -> None:
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: each change's figures, and the difference from what it changes."""
-    lines = ["| part | steps | kernel distance x 1000 | change | Fréchet | noise MSE | change |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| part | steps | kernel distance x 1000 | change | Fréchet | noise MSE | change |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, rows in runs.items():
         other = runs.get(CHANGES[name][0], {})
         means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}

@@ -4,8 +4,8 @@
 
 Both learn the same pictures (emoji at 64 x 64 by category), each with a network from the recipes. Along the way the averaged weights are
 sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of two
-networks, with a bootstrap interval: EfficientNet-Lite0, which sees detail, but whose features the autoencoder's perceptual loss knows; and a
-classifier of the categories, trained on half of the training pictures and compared with the other half, which knows neither model.
+networks, with a bootstrap interval: EfficientNet-Lite0, which sees detail, but whose features the autoencoder's perceptual loss knows;
+and a classifier of the categories, trained on half of the training pictures and compared with the other half, which knows neither model.
 Held-out pictures, as many as there are, show what real ones get.
 """
 
@@ -26,18 +26,18 @@ from torch import Tensor
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.evaluation.features import extractor
-from sfumato.evaluation.frechet import frechet_distance
+from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 from sfumato.networks import UNetConfig
 from sfumato.observability.pictures import grid_image, save_png
 from sfumato.recipes import Run, recipe
 from sfumato.recipes.latents import PixelSpace
-from sfumato.recipes.launch import load, open_data, snapshot, train
-from sfumato.training import Budget, PreviewConfig, ValidationConfig
+from sfumato.recipes.launch import load, open_data, train
+from sfumato.training import Budget, PosthocConfig, PreviewConfig, ValidationConfig
+from sfumato.training.checkpoint import load_snapshot
 from sfumato.training.run_directory import RunDirectory
 
 STEPS = 20
-RESAMPLED = 20
-FIRST = 256  # snapshots before this step show noise
+WIDTH, POINTS = 0.1, 4  # of the averages that are sampled, evenly over each training
 
 
 def main() -> None:
@@ -46,7 +46,10 @@ def main() -> None:
     if asked.quick:
         asked.minutes, asked.autoencoder, asked.num = 0.3, 0.1, 32
     place = Path(asked.place or tempfile.mkdtemp(prefix="latent-or-pixel-"))
-    quiet = {"validation": ValidationConfig(every_steps=10**9, samples=50), "preview": PreviewConfig(every_steps=10**9, num=20)}
+    quiet = {
+        "validation": ValidationConfig(every_steps=10**9, samples=50), "preview": PreviewConfig(every_steps=10**9, num=20),
+        "posthoc": PosthocConfig(widths=(WIDTH,), num=POINTS),
+    }  # fmt: skip
     latent = replace(recipe("emoji-latent"), seed=asked.seed, budget=Budget(minutes=asked.minutes - asked.autoencoder), **quiet)
     latent = replace(latent, autoencoder=replace(latent.autoencoder, budget=Budget(minutes=asked.autoencoder), seed=asked.seed))
     network = UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3))
@@ -99,7 +102,7 @@ def two_judges(dataset: Dataset) -> list[Judge]:
 
 
 def curve(run: Run, place: Path, judges: list[Judge], num: int) -> list[dict[str, Any]]:
-    """Minutes since the very beginning, and the samples' distance to the training pictures, for each snapshot of a training."""
+    """Minutes since the very beginning, and the samples' distance to the training pictures, for averages kept along the way."""
     begun = time.perf_counter()
     train(run, run=place)
     taken = time.perf_counter() - begun
@@ -108,30 +111,18 @@ def curve(run: Run, place: Path, judges: list[Judge], num: int) -> list[dict[str
     times = {line["step"]: line["time"] for line in lines if "time" in line}
     before = taken - max(times.values())  # the autoencoder's training, measuring, encoding; the first two pictures of both
     print(f"{run.name}: {before:.0f} s before the diffusion model's first step, {max(times)} steps")
-    steps = sorted(int(path.stem.rsplit("-", 1)[-1]) for path in directory.snapshots.glob("step-*"))
-    candidates = [(step, replace(pipeline, model=snapshot(place, step))) for step in steps if step >= FIRST]
-    candidates.append((max(times), pipeline))
+    averages = directory.averages / f"ema-{WIDTH:g}"
     points = []
-    for step, which in candidates:
-        pictures = which.sample(num, category=list(which.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
+    for step in sorted(int(path.stem[5:]) for path in averages.glob("step-*.safetensors")):
+        pipeline.model.load_state_dict(load_snapshot(averages, step=step))
+        pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
         seconds = before + times[min(times, key=lambda known: abs(known - step))]
-        distances = {judge.name: distance(judge.read(pictures * 2 - 1), judge.reference) for judge in judges}
+        found = {judge.name: frechet_interval(judge.read(pictures * 2 - 1), judge.reference) for judge in judges}
+        distances = {name: estimate._asdict() for name, estimate in found.items()}
         points.append({"step": step, "minutes": seconds / 60, **distances})
         print(json.dumps(points[-1]))
         save_png(grid_image(pictures[:60], columns=15), place / f"samples-{step:06d}.png")
     return points
-
-
-def distance(made: Tensor, reference: Tensor) -> dict[str, float]:
-    """The Fréchet distance, and a bootstrap interval around it over the samples.
-
-    A resample has fewer different pictures, which alone makes the distance larger: so its spread is put around the distance itself.
-    """
-    drawn = torch.Generator().manual_seed(0)
-    chosen = [torch.randint(len(made), (len(made),), generator=drawn) for _ in range(RESAMPLED)]
-    spread = float(torch.tensor([frechet_distance(made[rows], reference) for rows in chosen]).std())
-    found = frechet_distance(made, reference)
-    return {"fd": found, "low": found - 1.96 * spread, "high": found + 1.96 * spread}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -146,7 +137,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, judge in zip(panels, result["references"], strict=True):
         for name, points in result["curves"].items():
             x = [point["minutes"] for point in points]
-            y, low, high = ([point[judge][key] for point in points] for key in ("fd", "low", "high"))
+            y, low, high = ([point[judge][key] for point in points] for key in ("value", "low", "high"))
             (line,) = axes.plot(x, y, marker="o", label=name)
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
         axes.axhline(held[judge], color="gray", linestyle="--", label=f"held-out real pictures (n={held['n']})")

@@ -40,9 +40,7 @@ def main() -> None:
             "import sfumato": lambda: run("-c", "import sfumato"),
             "sfumato --help": lambda: sfumato("--help"),
             "import torch": lambda: run("-c", "import torch"),
-            "sfumato train digits, one step": lambda: sfumato(
-                "train", "digits", "--run", f"{folder}/{next(numbers)}", *tiny
-            ),
+            "sfumato train digits, one step": lambda: sfumato("train", "digits", "--run", f"{folder}/{next(numbers)}", *tiny),
             "sfumato sample, two pictures": lambda: sfumato(
                 "sample", str(trained), "--num", "2", "--steps", "2", "--out", f"{folder}/{next(numbers)}"
             ),
@@ -50,7 +48,11 @@ def main() -> None:
         if importlib.util.find_spec("diffusers"):
             candidates["import diffusers and its UNet2DModel"] = lambda: run("-c", "from diffusers import UNet2DModel")
         times = interleaved(candidates, 1 if asked.quick else asked.rounds)
-    result = {"machine": machine(), "seconds": {name: statistics.median(taken) for name, taken in times.items()}, "times": times}
+    result = {
+        "machine": machine(),
+        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "times": times,
+    }
     report(result, asked.json)
 
 

@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def ours(data: str, minutes: float, seed: int, place: Path) -> Curve:
         step = int(path.stem[5:])
         pipeline.model.load_state_dict(load_snapshot(averages, step=step))
         seconds = times[min(times, key=lambda known: abs(known - step))]
-        yield seconds / 60, lambda labels: pipeline.sample(len(labels), category=labels.tolist(), seed=1, batch_size=len(labels))
+        yield (
+            seconds / 60,
+            lambda labels: pipeline.sample(len(labels), category=labels.tolist(), seed=1, batch_size=len(labels)),
+        )
 
 
 def diffusers(images: Tensor, labels: Tensor, minutes: float) -> Curve:
@@ -156,7 +160,7 @@ def ddim(model: Any, alphas: Tensor, labels: Tensor) -> Tensor:
     """Deterministic steps of a model that predicts noise, clipped as its own sampler clips."""
     x = torch.randn(len(labels), 3, 32, 32)
     times = torch.linspace(-1, len(alphas) - 1, STEPS + 1).int().tolist()[::-1]
-    for now, after in zip(times, times[1:], strict=False):
+    for now, after in pairwise(times):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             noise = model(x, torch.full((len(x),), now), labels, cond_drop_prob=0.0).float()
         alpha, then = alphas[now], alphas[after] if after >= 0 else torch.ones(())
@@ -218,7 +222,9 @@ class Judge:
 
 def main() -> None:
     """Run what is missing, print it, draw the curves."""
-    asked = options(__doc__.splitlines()[0], data="", minutes=30.0, seeds=3, num=5000, place="runs/time-to-quality", only="", figure="")
+    asked = options(
+        __doc__.splitlines()[0], data="", minutes=30.0, seeds=3, num=5000, place="runs/time-to-quality", only="", figure=""
+    )
     along = ALONG
     if asked.quick:
         asked.minutes, asked.seeds, asked.num, along = 0.4, 1, 50, 50

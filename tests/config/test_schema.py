@@ -171,7 +171,9 @@ def test_a_wrong_value_is_named_with_what_would_be_right(override: str, said: st
 
 def test_an_unknown_kind_is_named_with_the_nearest_and_all_others() -> None:
     said = wrong("objective.weighting=MinSRN")
-    assert "`objective.weighting` = 'MinSRN' is none of Native, UniformEpsilon, MinSNR, SigmoidWeighting, EDM, LossSpace" in said
+    assert (
+        "`objective.weighting` = 'MinSRN' is none of Native, UniformEpsilon, MinSNR, SigmoidWeighting, EDM, LossSpace" in said
+    )
     assert "did you mean `MinSNR`?" in said
 
 

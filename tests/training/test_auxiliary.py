@@ -160,5 +160,3 @@ def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, m
         train(settings, run=tmp_path / "killed")
     monkeypatch.setattr(Trainer, "train_step", step)
     assert fingerprint(resume(tmp_path / "killed")) == fingerprint(whole)
-
-

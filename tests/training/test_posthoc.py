@@ -15,7 +15,9 @@ from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PowerEMA
 from sfumato.training.posthoc import Profile, overlap, shares
 
 
-@pytest.mark.parametrize(("a", "b"), [((7, 3.0), (5, 9.0)), ((5, 9.0), (7, 3.0)), ((4, 6.94), (4, 6.94)), ((1000, 16.97), (300, 6.94))])
+@pytest.mark.parametrize(
+    ("a", "b"), [((7, 3.0), (5, 9.0)), ((5, 9.0), (7, 3.0)), ((4, 6.94), (4, 6.94)), ((1000, 16.97), (300, 6.94))]
+)
 def test_overlap_is_the_integral_of_the_product(a: tuple, b: tuple) -> None:
     a, b = Profile(*a), Profile(*b)
     t = (np.arange(2_000_000) + 0.5) / 2_000_000 * min(a.step, b.step)

@@ -87,8 +87,10 @@ def sample(
 
 
 def _weights(said: str) -> Literal["ema", "raw"] | float:
-    if said == "ema" or said == "raw":
-        return said
+    if said == "ema":
+        return "ema"
+    if said == "raw":
+        return "raw"
     try:
         return float(said)
     except ValueError:

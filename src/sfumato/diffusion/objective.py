@@ -81,7 +81,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not 0 <= self.contrast < 1:
-            raise ConfigError(f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum")
+            raise ConfigError(
+                f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum"
+            )
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
         """The batch's noise levels from uniform draws (B,) in [0, 1)."""

@@ -70,7 +70,7 @@ class EDM:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpace:
-    """1 in the space of another parameterization: `LossSpace(of=Flow())` with `Sample()` predicts the picture, and is judged by its velocity.
+    """1 in another parameterization's space: with `LossSpace(of=Flow())`, a network that predicts the picture is judged by its velocity.
 
     Attributes:
         of: whose target's error counts alike at every level.

@@ -164,9 +164,7 @@ class DiT(nn.Module):
             return [torch.cat(along, dim=1), *tokens]
         return [torch.cat([*along, *tokens], dim=1)]
 
-    def _through(
-        self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]
-    ) -> Tensor:
+    def _through(self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]) -> Tensor:
         """The first part after all blocks. While training, of its first tokens, which are the patches, some may skip the inner blocks."""
         first, count = UNROUTED if self.config.dropped else self.config.layers // 3, shape[0] * shape[1]
         parts = self._blocks(self.blocks[:first], parts, places, shared)

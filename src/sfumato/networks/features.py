@@ -232,7 +232,7 @@ class Lpips(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """One of `transformers`' that cut pictures into patches: ViT, DINOv2 and their like. Pictures are brought to the size it was trained on.
+    """One of `transformers`' that cut pictures into patches (ViT, DINOv2). Pictures are brought to the size it was trained on.
 
     Args:
         model: gives `last_hidden_state`, whose last tokens are the patches, row by row.
@@ -247,7 +247,9 @@ class VisionTransformer(nn.Module):
         self.model, self.name = model, name
         self.side = int(cast(Any, model).config.image_size)
         self.rows = self.side // int(cast(Any, model).config.patch_size)
-        self.register_buffer("shift", torch.tensor([0.485, 0.456, 0.406])[:, None, None])  # ImageNet's, as all of them were trained with
+        self.register_buffer(
+            "shift", torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        )  # ImageNet's, as all of them were trained with
         self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.eval().requires_grad_(False)
 

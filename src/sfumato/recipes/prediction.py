@@ -100,7 +100,7 @@ def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Pat
     autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.sees_pictures)
     device = default_device()
     task = Diffusion(
-        run, model=with_auxiliary(run, model.to(device)), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset, sampling=run.sampling,
-        directory=directory, facts=facts,
+        run, model=with_auxiliary(run, model.to(device)), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset,
+        sampling=run.sampling, directory=directory, facts=facts,
     )  # fmt: skip
     return Trainer(run, task=task, dataset=dataset, directory=directory, pinned={})

@@ -21,7 +21,7 @@ from sfumato.training.reconstruction import AdversarialConfig, LossesConfig, Rec
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig", "AdversarialConfig", "AlignmentConfig", "AuxiliaryConfig", "Budget", "CheckpointConfig", "Diffusion", "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig",
-    "MuonConfig", "PosthocConfig", "PowerEMA", "PreviewConfig", "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig",
-    "reconstructed", "with_latents",
+    "AdamWConfig", "AdversarialConfig", "AlignmentConfig", "AuxiliaryConfig", "Budget", "CheckpointConfig", "Diffusion",
+    "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig", "MuonConfig", "PosthocConfig", "PowerEMA", "PreviewConfig",
+    "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig", "reconstructed", "with_latents",
 ]  # fmt: skip

@@ -158,7 +158,11 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...) -> (B,)."""
     flat = hidden.float().flatten(1)
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
-    return torch.logsumexp(-squared.flatten() / temperature, 0).sub(2 * torch.log(torch.tensor(float(len(flat))))).expand(len(flat))
+    return (
+        torch.logsumexp(-squared.flatten() / temperature, 0)
+        .sub(2 * torch.log(torch.tensor(float(len(flat)))))
+        .expand(len(flat))
+    )
 
 
 def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
@@ -166,6 +170,6 @@ def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
 
     `wanted` is averaged, or repeated, to the places of `made`, and its mean over places taken out, which says what most pictures share.
     """
-    wanted = F.adaptive_avg_pool2d(wanted, made.shape[2:])
+    wanted = F.adaptive_avg_pool2d(wanted, (made.shape[2], made.shape[3]))
     wanted = wanted - wanted.mean((2, 3), keepdim=True) * (wanted[0, 0].numel() > 1)
     return 1 - F.cosine_similarity(made.float(), wanted.float(), dim=1).flatten(1).mean(1)

@@ -15,8 +15,8 @@ from sfumato.condition import on_device, rows
 from sfumato.conditioners import Facts
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
-from sfumato.pipeline import Model, SamplingConfig
 from sfumato.nn.uncertainty import uncertainty_weighted
+from sfumato.pipeline import Model, SamplingConfig
 from sfumato.sampling import Progress
 from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig

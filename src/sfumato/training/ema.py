@@ -12,7 +12,6 @@ from torch import nn
 
 from sfumato.errors import ConfigError
 
-
 LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training counts alike
 
 
