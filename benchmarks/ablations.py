@@ -24,8 +24,9 @@ from scipy.stats import t as student
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfumato.autoencoders import Pixels
 from sfumato.conditioners import CategoryConfig, ContextConfig
-from sfumato.data import AugmentConfig, Dataset, to_float
+from sfumato.data import AugmentConfig, to_float
 from sfumato.diffusion import (
     EDM,
     Flow,
@@ -51,7 +52,7 @@ from sfumato.evaluation.kernel import kernel_distance
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import load, open_data, train
+from sfumato.recipes.launch import build_model, facts_of, load, open_data, train
 from sfumato.training import (
     AdamWConfig,
     AlignmentConfig,
@@ -64,6 +65,8 @@ from sfumato.training import (
     PreviewConfig,
     ValidationConfig,
 )
+from sfumato.training.precision import default_device
+from sfumato.training.watching import Validator
 
 STEPS, SIDE = 20, 64
 ADAMW = AdamWConfig(learning_rate=1e-3, warmup_steps=50)
@@ -182,19 +185,18 @@ def base(data: str, side: int, minutes: float) -> Run:
     )
 
 
-def measured(run: Run, dataset: Dataset, read: Callable[[Tensor], Tensor], reference: Tensor, num: int) -> dict[str, float]:
+def measured(run: Run, validator: Validator, read: Callable[[Tensor], Tensor], reference: Tensor, num: int) -> dict[str, float]:
     """Train, sample, compare."""
     with tempfile.TemporaryDirectory() as folder:
         place = train(run, run=Path(folder) / "run")
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        error = next(line["validation/ema/eps_mse"] for line in reversed(lines) if "validation/ema/eps_mse" in line)
         pipeline = load(place, precision="bfloat16")
         pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, batch_size=100)
     features = read(pictures * 2 - 1)
     return {
         "kernel": 1000 * kernel_distance(features, reference),
         "frechet": frechet_distance(features, reference),
-        "noise_mse": error,
+        "noise_mse": validator.error(pipeline.model)["eps_mse"],
         "steps": max(line["step"] for line in lines),
     }
 
@@ -205,7 +207,9 @@ def main() -> None:
     if asked.quick:
         asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
     sheet = json.loads(asked.json.read_text()) if asked.json and asked.json.is_file() else {"machine": machine(), "runs": {}}
-    sheet |= {"minutes": asked.minutes, "side": asked.side, "num": asked.num}
+    settings = {"minutes": asked.minutes, "side": asked.side, "num": asked.num}
+    if sheet.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{asked.json} was begun with {sheet['settings']}, this asks for {settings}: use another file")
     start = base(asked.data, asked.side, asked.minutes)
     dataset, features = open_data(start), extractor("auto")
     sheet["extractor"] = features.name
@@ -217,13 +221,16 @@ def main() -> None:
 
     spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
     reference = read(to_float(dataset.images(spread)[0]))
+    # The same pictures, noises and levels for all, whatever schedule they were trained on.
+    conditioner = build_model(start, facts_of(start, dataset)).conditioner
+    validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
     names = [name for name in CHANGES if not asked.only or name in asked.only.split(",")]
     for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row
         for name in names:
             rows = sheet["runs"].setdefault(name, {})
             if str(seed) not in rows:
                 changed = replace(CHANGES[name][1](start), seed=seed)
-                rows[str(seed)] = measured(changed, dataset, read, reference, asked.num)
+                rows[str(seed)] = measured(changed, validator, read, reference, asked.num)
                 print(name, seed, json.dumps(rows[str(seed)]), flush=True)
                 if asked.json:
                     asked.json.write_text(json.dumps(sheet, indent=1))

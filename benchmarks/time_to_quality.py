@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, options
-from peer_unconditional import PeerSampler, PeerTrainer, build_peer
+from machine import machine, options, seconds
+from peer_unconditional import PeerTrainer, build_peer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,9 +43,9 @@ from sfumato.evaluation.frechet import frechet_interval
 from sfumato.evaluation.kernel import kernel_distance_interval
 from sfumato.networks import UNetConfig
 from sfumato.observability.pictures import grid_image, save_png
-from sfumato.pipeline import SamplingConfig
+from sfumato.pipeline import Pipeline, SamplingConfig
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import load, open_data, train
+from sfumato.recipes.launch import load, open_data, resume, train
 from sfumato.training import (
     AdamWConfig,
     Budget,
@@ -77,36 +80,47 @@ def ours(data: str, minutes: float, seed: int, place: Path) -> Curve:
         validation=ValidationConfig(every_steps=never), preview=PreviewConfig(every_steps=never, num=20),
         sampling=SamplingConfig(steps=STEPS),
     )  # fmt: skip
-    train(run, run=place)
+    begun_before = (place / "config.yaml").is_file()  # in an earlier sitting
+    resume(place) if begun_before else train(run, run=place)
     times = {line["step"]: line["time"] for line in map(json.loads, (place / "metrics.jsonl").open()) if "time" in line}
     pipeline = load(place, precision="bfloat16")
     averages = place / "averages" / f"ema-{WIDTH:g}"
     for path in sorted(averages.glob("step-*.safetensors")):
         step = int(path.stem[5:])
         pipeline.model.load_state_dict(load_snapshot(averages, step=step))
-        seconds = times[min(times, key=lambda known: abs(known - step))]
-        yield (
-            seconds / 60,
-            lambda labels: pipeline.sample(len(labels), category=labels.tolist(), seed=1, batch_size=len(labels)),
-        )
+        spent = times[min(times, key=lambda known: abs(known - step))]
+        yield spent / 60, drawn_by(pipeline)
+
+
+def drawn_by(pipeline: Pipeline) -> Sampled:
+    """Other noise at each call."""
+    seeds = itertools.count(1)
+
+    def sampled(labels: Tensor) -> Tensor:
+        asked = [pipeline.categories[label] for label in labels.tolist()]
+        return pipeline.sample(len(labels), category=asked, seed=next(seeds), batch_size=len(labels))
+
+    return sampled
 
 
 def diffusers(images: Tensor, labels: Tensor, minutes: float) -> Curve:
     """The example's loop with category embeddings, batch 16."""
-    trainer = PeerTrainer(
-        build_peer(PEER_PARAMETERS, 32, 64, CLASSES), bf16=True, channels_last=True, ema=True, steps=int(minutes * 60 * 1.5)
-    )
+    made = partial(PeerTrainer, bf16=True, channels_last=True, ema=True)
+    model = build_peer(PEER_PARAMETERS, 32, 64, CLASSES)
+    trial = made(copy.deepcopy(model))
+    taken = statistics.median(seconds(lambda: trial.step(*drawn_batch(images, labels, 16))) for _ in range(20))
+    trainer = made(model, steps=round(minutes * 60 / taken))  # its learning rate falls to zero at the end, as ours does
 
     def sampler() -> Sampled:
         averaged = copy.deepcopy(trainer.model)
         if trainer.ema is not None:
             trainer.ema.copy_to(averaged.parameters())
 
-        def sampled(asked: Tensor) -> Tensor:
-            drawn = PeerSampler(averaged, steps=STEPS, batch=len(asked), dtype=torch.bfloat16, channels_last=True)
-            return drawn(labels=asked).float()
+        def predicted(x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
+            return averaged(x, time, asked).sample
 
-        return sampled
+        alphas = trainer.scheduler.alphas_cumprod
+        return lambda asked: ddim(predicted, alphas, asked)
 
     yield from timed(lambda: trainer.step(*drawn_batch(images, labels, 16)), sampler, minutes)
 
@@ -129,14 +143,19 @@ def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float) 
         optimizer.step()
         optimizer.zero_grad()
         steps[0] += 1
-        if steps[0] % 10 == 0:  # ema_pytorch: every 10 steps, copied for the first 100
+        if steps[0] % 10 == 0:  # ema_pytorch: every 10 steps, copied for the first 100, then warmed up to 0.995
+            weight = 1.0 if steps[0] <= 100 else max(0.005, (steps[0] - 100) ** (-2 / 3))
             with torch.no_grad():
                 for a, b in zip(average.parameters(), model.parameters(), strict=True):
-                    a.lerp_(b, 1.0 if steps[0] <= 100 else 0.005)
+                    a.lerp_(b, weight)
 
     def sampler() -> Sampled:
         kept = copy.deepcopy(average)
-        return lambda asked: ddim(kept, diffusion.alphas_cumprod, asked)
+
+        def predicted(x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
+            return kept(x, time, asked, cond_drop_prob=0.0)
+
+        return lambda asked: ddim(predicted, diffusion.alphas_cumprod, asked)
 
     yield from timed(step, sampler, minutes)
 
@@ -156,13 +175,13 @@ def peer_module() -> Any:
 
 
 @torch.no_grad()
-def ddim(model: Any, alphas: Tensor, labels: Tensor) -> Tensor:
-    """Deterministic steps of a model that predicts noise, clipped as its own sampler clips."""
+def ddim(predicted: Callable[[Tensor, Tensor, Tensor], Tensor], alphas: Tensor, labels: Tensor) -> Tensor:
+    """Deterministic steps of a model that predicts noise, the clean picture clipped as both peers' samplers clip it."""
     x = torch.randn(len(labels), 3, 32, 32)
     times = torch.linspace(-1, len(alphas) - 1, STEPS + 1).int().tolist()[::-1]
     for now, after in pairwise(times):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            noise = model(x, torch.full((len(x),), now), labels, cond_drop_prob=0.0).float()
+            noise = predicted(x, torch.full((len(x),), now), labels).float()
         alpha, then = alphas[now], alphas[after] if after >= 0 else torch.ones(())
         clean = ((x - (1 - alpha).sqrt() * noise) / alpha.sqrt()).clamp(-1, 1)
         noise = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
@@ -243,8 +262,10 @@ def main() -> None:
         "diffusers": lambda: diffusers(images, labels, asked.minutes),
         "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(images, labels, asked.minutes),
     }
-    sheet |= {"extractor": judge.features.name, "reference": len(judge.reference), "steps": STEPS, "minutes": asked.minutes}
-    sheet["classifier_accuracy"] = judge.reader.held_out_accuracy
+    settings = {"extractor": judge.features.name, "steps": STEPS, "minutes": asked.minutes, "num": asked.num}
+    if sheet.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{asked.json} was begun with {sheet['settings']}, this asks for {settings}: use another file")
+    sheet |= {"reference": len(judge.reference), "classifier_accuracy": judge.reader.held_out_accuracy}
     for name, curve in contestants.items():
         if name in sheet["curves"] or (asked.only and asked.only not in name):
             continue
@@ -275,7 +296,7 @@ def draw(sheet: dict[str, Any], path: Path) -> None:
             y, low, high = ([point[key][part] for point in points] for part in ("value", "low", "high"))
             (line,) = axes.plot(x, y, marker="o", label=name)
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
-        axes.set(yscale="log", xlabel="minutes of training", xlim=(0, None), title=f"{title}, {sheet['extractor']}")
+        axes.set(yscale="log", xlabel="minutes of training", xlim=(0, None), title=f"{title}, {sheet['settings']['extractor']}")
         axes.grid(which="both", alpha=0.25)
     panels[0].legend()
     figure.savefig(path, dpi=120)

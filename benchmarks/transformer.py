@@ -10,6 +10,7 @@ was measured in the same process (and, on a GPU, of what its maker states for de
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -114,6 +115,8 @@ def main() -> None:
             rounds = 1 if asked.quick else asked.rounds
             result["sizes"][key] = measured(size, rounds, count, peak, stated, compiled=compiled)
             print(key, result["sizes"][key]["ratio"], flush=True)
+            gc.collect()  # compiled modules are cycles
+            torch.compiler.reset()
             if gpu:
                 torch.cuda.empty_cache()
     report(result, asked.json)

@@ -177,9 +177,19 @@ def test_an_unknown_kind_is_named_with_the_nearest_and_all_others() -> None:
     assert "did you mean `MinSNR`?" in said
 
 
-def test_a_missing_kind_and_a_missing_key_are_named() -> None:
-    with pytest.raises(ConfigError, match="`sound` needs a `kind`"):
+def test_without_a_kind_it_is_the_defaults() -> None:
+    """So what was written before there was a choice is still read."""
+    assert config.parse(Box, {"size": 1, "sound": {"hours": [3, 4]}}) == Box(1, Quiet((3, 4)))
+    with pytest.raises(ConfigError, match=r"`sound\.volume` is no key"):
         config.parse(Box, {"size": 1, "sound": {"volume": 2}})
+    old = config.plain(resolve("digits"))
+    del old["network"]["kind"]
+    assert config.parse(Run, old) == resolve("digits")
+
+
+def test_a_missing_kind_and_a_missing_key_are_named() -> None:
+    with pytest.raises(ConfigError, match="`either` needs a `kind`"):
+        config.parse(Box, {"size": 1, "either": {"volume": 2}})
     with pytest.raises(ConfigError, match="box: `size` is missing"):
         config.parse(Box, {}, where="box")
     assert "`data.source.path` is missing" in wrong("data.source.kind=Folder")

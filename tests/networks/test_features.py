@@ -167,3 +167,30 @@ def test_the_packages_file_is_converted_once(tmp_path: Path, monkeypatch: pytest
     first, x = features.extractor("auto"), pictures()
     (package / features.FILE).unlink()
     assert torch.equal(features.extractor("efficientnet-lite0").pooled(x), first.pooled(x))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_a_vision_transformers_patches_are_its_map(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    model.save_pretrained(tmp_path / "encoder")
+    found = features.extractor(str(tmp_path / "encoder"))
+    assert found.name == "encoder"
+    x = pictures(side=28)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        patches = model(pixel_values=((x + 1) / 2 - mean) / deviation).last_hidden_state[:, 1:]
+    torch.testing.assert_close(found.pooled(x), patches.mean(1))
+    (made,) = found.maps(x)
+    assert made.shape == (2, 16, 2, 2)
+    torch.testing.assert_close(made[0, :, 1, 0], F.normalize(patches[0, 2], dim=0))
+    assert found.maps(pictures(channels=1, side=8))[0].shape == (2, 16, 2, 2)
+
+
+def test_a_model_that_sees_no_pictures_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="vision transformer"):
+        features.extractor(str(tmp_path))

@@ -19,8 +19,8 @@ from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.networks.features import RandomFeatures
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted, uncertainty_weighted
 from sfumato.recipes.launch import train
-from sfumato.training import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
-from sfumato.training.auxiliary import dispersion, misalignment
+from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
+from sfumato.training.auxiliary import dispersion, enlarged, misalignment
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(), head_channels=32),
@@ -140,6 +140,31 @@ def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(folder: Path,
     pipeline = load(run)
     assert not list(pipeline.model.auxiliary.parameters())
     assert pipeline.sample(2).shape == (2, 1, 8, 8)
+
+
+def test_alignment_trains_in_bfloat16_too(folder: Path, tmp_path: Path) -> None:
+    auxiliary = AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random", until=1))
+    settings = tiny_run(folder, auxiliary=auxiliary, precision="bfloat16", budget=Budget(steps=2))
+    lines = map(json.loads, (train(settings, run=tmp_path / "run") / "metrics.jsonl").open())
+    assert all(0 < line["train/alignment"] < 2 for line in lines if "train/loss" in line)
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 96])
+def test_small_pictures_are_enlarged_until_an_encoder_sees_places(side: int) -> None:
+    shape = enlarged(torch.zeros(1, 3, side, 2 * side)).shape
+    assert shape == (1, 3, max(64, side), 2 * max(64, side))
+
+
+def test_an_encoder_of_one_place_still_has_something_to_say() -> None:
+    """Its mean over places would be all there is of it."""
+    wanted = torch.randn(2, 5, 1, 1)
+    assert misalignment(wanted.expand(2, 5, 4, 4), wanted).abs().max() < 1e-6
+    assert misalignment(torch.randn(2, 5, 1, 1), torch.randn(2, 5, 4, 4)).isfinite().all()
+
+
+def test_uncertainty_and_contrast_are_refused_together(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="contrast"):
+        tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True), objective=Objective(contrast=0.05))
 
 
 def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

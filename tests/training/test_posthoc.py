@@ -10,7 +10,7 @@ from tiny import pictures, tiny_run
 from sfumato import load
 from sfumato.cli.ema import ema
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.recipes.launch import train
+from sfumato.recipes.launch import resume, train
 from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PowerEMA
 from sfumato.training.posthoc import Profile, overlap, shares
 
@@ -68,6 +68,21 @@ def test_a_run_keeps_what_any_width_is_made_of(tmp_path: Path, capsys: pytest.Ca
     assert max(errors.values()) < 0.02  # 60 steps are coarse; see above for many
     ema(run, width=[0.05, 0.2])
     assert "least error" in capsys.readouterr().out
+
+
+def test_a_larger_budget_goes_on_keeping_and_forgets_what_it_will_take_again(tmp_path: Path) -> None:
+    settings = replace(
+        tiny_run(pictures(tmp_path / "pictures")), budget=Budget(steps=8), posthoc=PosthocConfig(widths=(0.1,), num=4)
+    )
+    run = train(settings, run=tmp_path / "run")
+    kept = run / "averages" / "ema-0.1"
+    assert [path.stem for path in sorted(kept.iterdir())] == [f"step-{step:09d}" for step in (2, 4, 6, 8)]
+    (kept / "step-000000011.safetensors").write_bytes(b"of a training that was killed and will take this step anew")
+    resume(run, overrides=["budget.steps=16"])
+    assert [path.stem for path in sorted(kept.iterdir())] == [f"step-{step:09d}" for step in (2, 4, 6, 8, 12, 16)]
+    (kept / "step-000000012.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(run, weights=0.15)
 
 
 def test_a_run_that_kept_nothing_says_what_to_do(tmp_path: Path) -> None:

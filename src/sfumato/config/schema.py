@@ -1,12 +1,14 @@
 """A pydantic model for each dataclass, derived from its fields: validation, error locations and JSON schema for nothing.
 
-A union of dataclasses is told apart by the key `kind`, the class's name; `kind` alone may stand for the whole object.
+A union of dataclasses is told apart by the key `kind`, the class's name; `kind` alone may stand for the whole object, and where it is left
+out the class is that of the field's default.
 """
 
 from __future__ import annotations
 
 import difflib
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -82,8 +84,12 @@ def _identifier(cls: type) -> str:
     return f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
 
 
-def _reference(annotation: Any) -> Any:
-    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive."""
+def _reference(annotation: Any, default: Any) -> Any:
+    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive.
+
+    Args:
+        default: the field's, as plain data.
+    """
     options = members(annotation)
     if not options:
         return annotation
@@ -92,13 +98,20 @@ def _reference(annotation: Any) -> Any:
         inner: Any = f"{_identifier(options[0])}_plain"
     else:
         names = ", ".join(f"{_identifier(option)}_tagged" for option in options)
-        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name)]"
+        kind = repr(default[TAG] if isinstance(default, dict) else None)
+        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name({kind}))]"
     return f"Optional[{inner}]" if optional else inner
 
 
-def _by_name(value: Any) -> Any:
-    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`."""
-    return {TAG: value} if isinstance(value, str) else value
+def _by_name(default: str | None) -> Callable[[Any], Any]:
+    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`; a mapping without `kind` is of the default's."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, str):
+            return {TAG: value}
+        return {TAG: default, **value} if isinstance(value, dict) and TAG not in value and default is not None else value
+
+    return whole
 
 
 def _default(field: Field[Any], hint: Any) -> Any:
@@ -116,7 +129,9 @@ def _model(cls: Any) -> type[BaseModel]:
     }  # fmt: skip
     models = []
     for reached in _reachable(cls):
-        body: dict[str, Any] = {f.name: (_reference(hint), _default(f, hint)) for f, hint in config_fields(reached)}
+        body: dict[str, Any] = {
+            f.name: (_reference(hint, _default(f, hint)), _default(f, hint)) for f, hint in config_fields(reached)
+        }
         config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=True)
         for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[reached.__name__], reached.__name__)})):
             name = f"{_identifier(reached)}_{suffix}"

@@ -68,7 +68,8 @@ class Objective:
         weighting: how much each level counts.
         coupling: which noise meets which image.
         times: how the batch's times are drawn.
-        contrast: how much the distance to another picture's target counts as a gain; 0.05 is usual.
+        contrast: how much the distance to another picture's target counts as a gain; 0.05 is usual. The other is the next one of the
+            micro-batch.
 
     Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
     """
@@ -102,9 +103,10 @@ class Objective:
         parameterization = denoiser.parameterization
         pair = Denoised(x0, self.coupling(x0, noise))
         output = denoiser.predict(level.mix(*pair), level, condition)
-        another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
         error = _distance(output, parameterization.target(pair, level))
-        error = error - self.contrast * _distance(output, parameterization.target(another, level))
+        if self.contrast and len(x0) > 1:
+            another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
+            error = error - self.contrast * _distance(output, parameterization.target(another, level))
         weight = target_weight(self.weighting, level, parameterization)
         return Losses(weight.to(error) * error, level)
 

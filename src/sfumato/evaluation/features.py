@@ -38,6 +38,12 @@ def extractor(name: str) -> Features:
         return Lpips(_read(Path(name)))
     if (Path(name) / "config.json").is_file():
         model = from_transformers("AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32)
+        if not all(isinstance(getattr(model.config, key, None), int) for key in ("image_size", "patch_size")):
+            raise ConfigError(
+                f"a {type(model).__name__} does not cut square pictures into square patches",
+                where=f"features = {name}",
+                mend="name the folder of a vision transformer such as ViT or DINOv2",
+            )
         return VisionTransformer(model, name=Path(name).resolve().name)
     raise ConfigError(
         f"features = {name!r}",

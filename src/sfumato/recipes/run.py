@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sfumato.conditioners import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
+from sfumato.errors import ConfigError
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
@@ -33,6 +34,15 @@ class Run(TrainingConfig):
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
     sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        if self.auxiliary.uncertainty and self.objective.contrast:
+            raise ConfigError(
+                "learned uncertainty divides by the expected loss, which a contrast makes negative",
+                where="auxiliary.uncertainty",
+                mend="use one of the two: auxiliary.uncertainty=false, or objective.contrast=0",
+            )
 
     @property
     def sees_pictures(self) -> bool:

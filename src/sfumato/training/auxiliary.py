@@ -15,7 +15,7 @@ from sfumato.networks.features import Features
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
 
 T = TypeVar("T")
-SMALLEST = 64  # side of pictures that every encoder takes
+SMALLEST = 64  # side of pictures that encoders see: of smaller ones, trained ones have a last map of a single place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
-            seen = self._frozen.value.maps(images)[-1]
-        return misalignment(self.project(hidden), seen)
+            seen = self._frozen.value.maps(enlarged(images))[-1]
+        return misalignment(self.project(hidden.float()), seen)
 
 
 class Shared(Generic[T]):
@@ -165,11 +165,21 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     )
 
 
+def enlarged(images: Tensor) -> Tensor:
+    """Pictures whose shorter side is at least `SMALLEST`."""
+    height, width = images.shape[2:]
+    factor = max(1.0, SMALLEST / min(height, width))
+    size = (round(height * factor), round(width * factor))
+    return images if factor == 1 else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
     """1 - the cosine between maps (B, D, h, w) and (B, D, H, W) at each place, its mean over places: (B,).
 
-    `wanted` is averaged, or repeated, to the places of `made`, and its mean over places taken out, which says what most pictures share.
+    `wanted` is averaged, or repeated, to the places of `made`. Where both have several places its mean over them is taken out, which says
+    little of where things are.
     """
+    several = min(wanted[0, 0].numel(), made[0, 0].numel()) > 1
     wanted = F.adaptive_avg_pool2d(wanted, (made.shape[2], made.shape[3]))
-    wanted = wanted - wanted.mean((2, 3), keepdim=True) * (wanted[0, 0].numel() > 1)
+    wanted = wanted - wanted.mean((2, 3), keepdim=True) * several
     return 1 - F.cosine_similarity(made.float(), wanted.float(), dim=1).flatten(1).mean(1)

@@ -73,8 +73,8 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
     return final
 
 
-def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor]) -> Path:
-    """Keep weights alone, for good, under `root`.
+def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Path:
+    """Keep weights alone, for good, under `root`; `facts` are written into the file's head.
 
     Raises:
         CheckpointError: if they could not be written.
@@ -82,7 +82,8 @@ def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor]) -> Pa
     final, temporary = root / f"step-{step:09d}.safetensors", root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(tensors, temporary, metadata=None if facts is None else dict(facts))
         _sync(temporary)
         os.replace(temporary, final)
     except (OSError, SafetensorError) as error:

@@ -42,7 +42,7 @@ class AdamWConfig:
         clip: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
         base_width: inputs of a hidden layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion, so that
-            what was found on a narrow network holds for a wide one. 0 steps all alike, and Muon's steps fit every width.
+            what was found on a narrow network is near the best for a wide one. 0 steps all alike, and Muon's steps fit every width.
 
     Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 8.
     """

@@ -15,12 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
+
+UPDATES = "updates"  # how many had changed the weights, in a file's head
 
 
 class Profile(NamedTuple):
@@ -48,39 +50,56 @@ def overlap(a: Profile, b: Profile) -> float:
     return (a.gamma + 1) * (b.gamma + 1) / both * (first / last) ** exponent / first
 
 
-def reconstructed(averages: Path, *, width: float, step: int | None = None) -> dict[str, Tensor]:
-    """The average over training up to `step` (the last that was kept) of a power profile of that width, from those kept in a run.
+def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
+    """The average of that width over the training up to the last that was kept, from all that were kept in a run.
 
     Raises:
         CheckpointError: if none were kept, or they cannot be read.
         ConfigError: for an impossible width.
     """
-    PowerEMA(width)
-    kept = _kept(averages)
+    wanted, kept = PowerEMA(width), _kept(averages)
     if not kept:
         raise CheckpointError(
             "holds no averages to reconstruct from",
             where=str(averages),
             mend="train with posthoc.widths=[0.05,0.1]; a run's own average is there in any case",
         )
-    last = max(profile.step for profile, _ in kept) if step is None else step
-    kept = [(profile, path) for profile, path in kept if profile.step <= last]
-    amounts = shares([profile for profile, _ in kept], Profile(last, PowerEMA(width).gamma))
+    profiles = list(kept.values())
+    amounts = shares(profiles, Profile(max(profile.step for profile in profiles), wanted.gamma))
     total: dict[str, Tensor] = {}
-    for (_, path), amount in zip(kept, amounts.tolist(), strict=True):
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
-        for name, tensor in tensors.items():
+    for path, amount in zip(kept, amounts.tolist(), strict=True):
+        for name, tensor in _read(path).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + amount * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def _kept(averages: Path) -> list[tuple[Profile, Path]]:
-    """The averages in a folder: ema-WIDTH/step-N.safetensors."""
-    return [
-        (Profile(int(path.stem[5:]), PowerEMA(float(folder.name[4:])).gamma), path)
-        for folder in sorted(averages.glob("ema-*"))
-        for path in sorted(folder.glob("step-*.safetensors"))
-    ]
+def forget(averages: Path, *, after: int) -> None:
+    """Remove averages of steps after `after`, which are about to be taken again."""
+    for path in averages.glob("ema-*/step-*.safetensors"):
+        if int(path.stem[5:]) > after:
+            path.unlink()
+
+
+def _kept(averages: Path) -> dict[Path, Profile]:
+    """The averages in a folder, ema-WIDTH/step-N.safetensors, each with its profile over updates of the weights."""
+    found = {}
+    for folder in sorted(averages.glob("ema-*")):
+        gamma = PowerEMA(float(folder.name[4:])).gamma
+        for path in sorted(folder.glob("step-*.safetensors")):
+            found[path] = Profile(_updates(path), gamma)
+    return found
+
+
+def _updates(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()[UPDATES])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None

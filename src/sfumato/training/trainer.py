@@ -18,7 +18,7 @@ from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile
 from sfumato.observability.progress import ProgressBar
-from sfumato.training import checkpoint, precision
+from sfumato.training import checkpoint, posthoc, precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
@@ -75,6 +75,9 @@ class Trainer:
                 mend="leave them as they are in config.yaml; micro_batch may change",
             )
         self.state.restore(loaded.tensors, loaded.state["counters"])
+        counters = self.state.counters
+        counters.kept = min(counters.kept, self._spent())  # the budget may have been raised
+        posthoc.forget(self.directory.averages, after=counters.step)
         self._new = False
         return warnings
 
@@ -132,7 +135,8 @@ class Trainer:
         """What the run's checkpoints need, and a little for the rest: weights, their averages and two moments, in float32."""
         size = 4 * sum(parameter.numel() for parameter in self.state.model.parameters())
         widths, kept = len(self.config.posthoc.widths), self.config.posthoc.num
-        return size * ((4 + widths) * (self.config.checkpoint.keep + 1) + widths * kept) + (16 << 20)
+        left = math.ceil(widths * kept * (1 - self.state.counters.kept))
+        return size * ((4 + widths) * (self.config.checkpoint.keep + 1) + left) + (16 << 20)
 
     def _settle(self, say: Callable[[str], None]) -> None:
         counters, config = self.state.counters, self.config
@@ -273,7 +277,8 @@ class Trainer:
         if counters.updates and int(share * config.num) > int(counters.kept * config.num):
             for profile, average in self.state.kept.items():
                 place = self.directory.averages / kept_name(profile)
-                save = partial(checkpoint.save_snapshot, place, step=counters.updates, weights=average.state_dict())
+                facts = {posthoc.UPDATES: str(counters.updates)}
+                save = partial(checkpoint.save_snapshot, place, step=counters.step, weights=average.state_dict(), facts=facts)
                 self._try(bar, save)
             counters.kept = share
 
