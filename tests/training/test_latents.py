@@ -251,12 +251,15 @@ def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.
     added: list[str] = []
     real = encoding.Writer.add
     monkeypatch.setattr(encoding.Writer, "add", lambda self, key, *rest: (added.append(key), real(self, key, *rest))[1])
-    encoded(place)
-    assert len([key for key in added if "/" in key]) == 40 * 3
+    _, _, dataset = encoded(place)
+    assert 0 < len(dataset.training) < len(dataset.ids)  # held-out pictures are not encoded
+    assert sorted(added) == sorted(f"{dataset.ids[p]}/{variant}" for p in dataset.training for variant in range(3))
     added.clear()
-    Image.fromarray(np.full((16, 16), 99, np.uint8)).save(place / "odd" / "001.png")
-    encoded(place)
-    assert len([key for key in added if "/" in key]) == 3
+    edited = place / dataset.entries[dataset.training[0]].name
+    Image.fromarray(np.full((16, 16), 99, np.uint8)).save(edited)
+    _, _, after = encoded(place)
+    (changed,) = set(after.ids) - set(dataset.ids)
+    assert sorted(added) == [f"{changed}/{variant}" for variant in range(3)]
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("constant", 3)])

@@ -84,15 +84,17 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Latents of every picture, made ahead of training.
+    """Latents of the training pictures, made ahead of training.
 
     Attributes:
-        gather: moments (n, 2 c, h, w) at given rows; picture p's variant v is row p * variants + v.
+        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's picture number k is row k * variants + v.
+        numbers: of each picture in the training part, or -1; shape (N,).
         variants: of each picture, each augmented in its own way.
         pixels: whether batches hold the pictures too, for a conditioner that makes something of them.
     """
 
     gather: Callable[[NDArray[np.int64]], NDArray[np.floating[Any]]]
+    numbers: NDArray[np.int64]
     variants: int
     pixels: bool
 
@@ -158,6 +160,13 @@ class Dataset:
         """(C, H, W) of most pictures."""
         height, width = self.config.pixel_format().shapes[self._usual_shape]
         return (self.config.channels, height, width)
+
+    @property
+    def training_numbers(self) -> NDArray[np.int64]:
+        """The number of each picture in the training part, or -1; shape (N,)."""
+        found = np.full(len(self.ids), -1)
+        found[self.training] = np.arange(len(self.training))
+        return found
 
     @property
     def _usual_shape(self) -> int:

@@ -102,7 +102,7 @@ class _Batches(TorchDataset[Batch]):
             images = to_float(pixels)
         chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[:, 0]
         variants = (chances * encoded.variants).long().numpy()
-        moments = torch.from_numpy(encoded.gather(positions * encoded.variants + variants)).float()
+        moments = torch.from_numpy(encoded.gather(encoded.numbers[positions] * encoded.variants + variants)).float()
         draws = torch.cat([variant_draws(self.dataset.ids[p], int(v)) for p, v in zip(positions, variants, strict=True)])
         return _Found(images, positions, draws, moments, bad)
 

@@ -303,7 +303,9 @@ def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -
     _, height, width = dataset.image_shape
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
     gather = lambda rows: np.broadcast_to(blank, (len(rows), *blank.shape)).copy()  # noqa: E731
-    return latents, replace(dataset, encoded=Encoded(gather=gather, variants=variants, pixels=pixels))
+    return latents, replace(
+        dataset, encoded=Encoded(gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels)
+    )
 
 
 def _encoded(
@@ -333,6 +335,6 @@ def _kept(autoencoder: Latents, dataset: Dataset, variants: int, directory: RunD
     each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
     cache_folder().mkdir(parents=True, exist_ok=True)
     room = SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free
-    kept = dataset.config.cache != "off" and each * count * len(dataset.ids) <= room
+    kept = dataset.config.cache != "off" and each * count * len(dataset.training) <= room
     directory.write_json(f"{FOLDER}/kept.json", {"kept": kept})
     return kept

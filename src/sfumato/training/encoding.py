@@ -30,7 +30,7 @@ def with_latents(
     pixels: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The dataset with the moments of every picture's latents, from the cache as far as that has them.
+    """The dataset with the moments of every training picture's latents, from the cache as far as that has them.
 
     What is kept is mean and log-variance in float16, so that training draws a new latent each time it sees a picture. An edited
     picture is encoded alone; another autoencoder, resolution or augmentation finds nothing.
@@ -60,10 +60,12 @@ def with_latents(
         writer.commit()
     places = [
         cache.records[_key(dataset, position, variant)].arrays["moments"]
-        for position in range(len(dataset.ids))
+        for position in dataset.training
         for variant in range(count)
     ]
-    return replace(dataset, encoded=Encoded(gather=Gather(cache, places), variants=count, pixels=pixels))
+    return replace(
+        dataset, encoded=Encoded(gather=Gather(cache, places), numbers=dataset.training_numbers, variants=count, pixels=pixels)
+    )
 
 
 def _key(dataset: Dataset, position: int, variant: int) -> str:
@@ -71,10 +73,11 @@ def _key(dataset: Dataset, position: int, variant: int) -> str:
 
 
 def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
-    """Positions and variants in groups of one shape, every different picture once."""
-    _, first = np.unique(np.array(dataset.ids), return_index=True)
+    """Positions and variants in groups of one shape, every different training picture once."""
+    _, places = np.unique(np.array(dataset.ids)[dataset.training], return_index=True)
+    first = np.sort(dataset.training[places])
     for shape in np.unique(dataset.shapes):
-        items = [(int(p), v) for p in np.sort(first) if dataset.shapes[p] == shape for v in range(variants)]
+        items = [(int(p), v) for p in first if dataset.shapes[p] == shape for v in range(variants)]
         for begin in range(0, len(items), CHUNK):
             yield items[begin : begin + CHUNK]
 
