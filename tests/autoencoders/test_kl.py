@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from sfumato.autoencoders import KLConfig, Latents, files, measure
+from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, files, measure
 from sfumato.errors import CheckpointError, ConfigError, DataError, ShapeError
 from tests.autoencoders.models import made
 
@@ -156,3 +157,18 @@ def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.
         files.save(Latents(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
     assert files.identity(files.load(folder)) == files.identity(files.folded(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_an_untrained_one_passes_on_what_it_is_given(config: KLConfig) -> None:
+    """Pictures of one colour keep it, as far as untrained ends allow: what lies between them is nearly the mean over each square."""
+    torch.manual_seed(0)
+    encoder = KLAutoencoder(config, image_channels=3).encoder
+    side = 4 * config.factor
+    with torch.no_grad():
+        x = encoder.conv_in(torch.randn(2, 3, side, side))
+        before = F.avg_pool2d(x, config.factor)
+        for block in encoder.down_blocks:
+            x = block(x)
+    kept = torch.corrcoef(torch.stack([x[:, : before.shape[1]].flatten(), before.flatten()]))[0, 1]
+    assert kept > 0.5

@@ -18,6 +18,7 @@ from sfumato.autoencoders.codec import Codec
 from sfumato.errors import ConfigError
 
 EPS = 1e-6  # of group norms
+BRANCH = 0.1  # of what an untrained layer would else do, where it mostly passes on what it is given
 LOG_VARIANCE = (-30.0, 20.0)  # what log-variances are clamped to, as everywhere else
 
 
@@ -71,6 +72,7 @@ class KLAutoencoder(Codec):
         has = config.projections == "quant"
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if has else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if has else nn.Identity()
+        self.apply(passing)
 
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
@@ -253,3 +255,27 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+@torch.no_grad()
+def passing(module: nn.Module) -> None:
+    """Have an untrained layer pass on what it is given: residual branches begin near zero, changes of resolution and width as averages.
+
+    So shapes and colours reach the latents from the first step on (docs/latents.md has what that is worth).
+    """
+    if isinstance(module, ResidualBlock):
+        module.conv2.weight.mul_(BRANCH)
+        if isinstance(module.conv_shortcut, nn.Conv2d):
+            carry(module.conv_shortcut, slice(0, 1))
+    if isinstance(module, Resample):
+        carry(module.conv, slice(0, 2) if module.conv.stride == (2, 2) else slice(1, 2))
+
+
+def carry(layer: nn.Conv2d, window: slice) -> None:
+    """Channels as they are, repeated where outputs are more, averaged where fewer, over a window of the kernel; noise parts copies."""
+    outputs, inputs = layer.weight.shape[:2]
+    middle = layer.weight[:, :, window, window]
+    share = min(1.0, outputs / inputs) / middle[0, 0].numel()
+    channels = torch.arange(max(inputs, outputs))
+    layer.weight.mul_(BRANCH)
+    middle[channels % outputs, channels % inputs] += share
