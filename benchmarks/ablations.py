@@ -15,14 +15,14 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, options
+from machine import continued, options, seen_larger
 from scipy.stats import t as student
 from torch import Tensor
-from torch.nn import functional as F
 
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import CategoryConfig, ContextConfig
@@ -68,7 +68,7 @@ from sfumato.training import (
 from sfumato.training.precision import default_device
 from sfumato.training.watching import Validator
 
-STEPS, SIDE = 20, 64
+STEPS = 20
 ADAMW = AdamWConfig(learning_rate=1e-3, warmup_steps=50)
 MUON = AdamWConfig(learning_rate=4e-3, warmup_steps=50, muon=MuonConfig())
 Change = Callable[[Run], Run]
@@ -206,19 +206,10 @@ def main() -> None:
     asked = options(__doc__.splitlines()[0], data="", minutes=2.0, seeds=3, side=16, num=1000, only="")
     if asked.quick:
         asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
-    sheet = json.loads(asked.json.read_text()) if asked.json and asked.json.is_file() else {"machine": machine(), "runs": {}}
-    settings = {"minutes": asked.minutes, "side": asked.side, "num": asked.num}
-    if sheet.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{asked.json} was begun with {sheet['settings']}, this asks for {settings}: use another file")
     start = base(asked.data, asked.side, asked.minutes)
     dataset, features = open_data(start), extractor("auto")
-    sheet["extractor"] = features.name
-
-    @torch.no_grad()
-    def read(pictures: Tensor) -> Tensor:
-        larger = (F.interpolate(part, size=(SIDE, SIDE), mode="bicubic", antialias=True) for part in pictures.split(250))
-        return torch.cat([features.pooled(part.clamp(-1, 1)) for part in larger])
-
+    settings = {"extractor": features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num}
+    sheet, read = continued(asked.json, settings, rows="runs"), partial(seen_larger, features)
     spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
     reference = read(to_float(dataset.images(spread)[0]))
     # The same pictures, noises and levels for all, whatever schedule they were trained on.

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from sfumato.networks.features import Features
 
 
 def options(description: str, **defaults: Any) -> argparse.Namespace:
@@ -95,6 +99,23 @@ def peaks(rounds: int = 15) -> dict[str, float]:
                 taken = seconds(lambda: [layer(x) for _ in range(repeat)])  # noqa: B023
                 found["convolution_gflops"] = max(found["convolution_gflops"], work / taken / 1e9)
     return found
+
+
+def continued(path: Path | None, settings: dict[str, Any], *, rows: str) -> dict[str, Any]:
+    """The sheet at `path` with what an earlier sitting measured under `rows`, or a new one; settings other than its own are refused."""
+    if path is None or not path.is_file():
+        return {"machine": machine(), "settings": settings, rows: {}}
+    sheet: dict[str, Any] = json.loads(path.read_text())
+    if sheet["settings"] != settings:
+        raise SystemExit(f"{path} was begun with {sheet['settings']}, this asks for {settings}: use another file")
+    return sheet
+
+
+@torch.no_grad()
+def seen_larger(features: Features, pictures: Tensor, side: int = 64) -> Tensor:
+    """Features (n, d) of pictures in [-1, 1], enlarged to a side that a network trained on large ones makes something of."""
+    larger = (F.interpolate(part, size=(side, side), mode="bicubic", antialias=True) for part in pictures.split(250))
+    return torch.cat([features.pooled(part.clamp(-1, 1)) for part in larger])
 
 
 def machine() -> dict[str, Any]:

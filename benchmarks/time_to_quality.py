@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, options, seconds
+from machine import continued, options, seconds, seen_larger
 from peer_unconditional import PeerTrainer, build_peer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, Dataset, to_float
@@ -57,7 +56,7 @@ from sfumato.training import (
 )
 from sfumato.training.checkpoint import load_snapshot
 
-STEPS, SIDE, CLASSES = 25, 64, 10
+STEPS, CLASSES = 25, 10
 PARTS = 4  # of a training, at whose ends it is sampled
 ALONG = 1000  # pictures for each point of a curve but the last
 PEER_PARAMETERS = 7_000_000
@@ -217,11 +216,9 @@ class Judge:
         spread = dataset.training[:: max(1, len(dataset.training) // 10_000)]
         self.reference = self.read(to_float(dataset.images(spread)[0]))
 
-    @torch.no_grad()
     def read(self, pictures: Tensor) -> Tensor:
         """Features of pictures in [-1, 1]."""
-        larger = (F.interpolate(part, size=(SIDE, SIDE), mode="bicubic", antialias=True) for part in pictures.split(250))
-        return torch.cat([self.features.pooled(part.clamp(-1, 1)) for part in larger])
+        return seen_larger(self.features, pictures)
 
     def figures(self, sampled: Sampled, num: int, sheet: Path) -> dict[str, Any]:
         """Of `num` pictures, as many of each category; the first hundred are drawn."""
@@ -249,7 +246,6 @@ def main() -> None:
         asked.minutes, asked.seeds, asked.num, along = 0.4, 1, 50, 50
     place = Path(asked.place)
     place.mkdir(parents=True, exist_ok=True)
-    sheet = json.loads(asked.json.read_text()) if asked.json and asked.json.is_file() else {"machine": machine(), "curves": {}}
     dataset = open_data(resolve(asked.data, {"data": {"resolution": 32}}))
     judge = Judge(dataset)
     images, _, chosen = dataset.images(dataset.training)
@@ -263,8 +259,7 @@ def main() -> None:
         "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(images, labels, asked.minutes),
     }
     settings = {"extractor": judge.features.name, "steps": STEPS, "minutes": asked.minutes, "num": asked.num}
-    if sheet.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{asked.json} was begun with {sheet['settings']}, this asks for {settings}: use another file")
+    sheet = continued(asked.json, settings, rows="curves")
     sheet |= {"reference": len(judge.reference), "classifier_accuracy": judge.reader.held_out_accuracy}
     for name, curve in contestants.items():
         if name in sheet["curves"] or (asked.only and asked.only not in name):

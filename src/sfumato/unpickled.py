@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ LIMIT_S = 600
 def convert(source: Path, target: Path, *, sha256: str) -> None:
     """Write the tensors of a pickled file that is known by its hash as safetensors.
 
-    The file is read with `weights_only` by a process of its own that is handed nothing of this one but the two paths.
+    They are read with `weights_only` by a process of its own, which is handed nothing of this one but the very bytes that were hashed (so
+    the file cannot be exchanged in between), and where to write.
 
     Args:
         source: a file of tensors by name.
@@ -26,33 +28,34 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
         CheckpointError: if it is another file, or holds something else.
     """
     try:
-        found = hashlib.sha256(source.read_bytes()).hexdigest()
+        data = source.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(source), mend="install its package again") from None
+    found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise CheckpointError(
             f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
             where=str(source),
             mend="install its package again; a pickled file is read only if it is known, since reading one can run code",
         )
-    command = [sys.executable, "-P", "-m", "sfumato.unpickled", str(source), str(target)]
+    command = [sys.executable, "-P", "-m", "sfumato.unpickled", str(target)]
     kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     try:
-        done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         raise CheckpointError(
             f"was not converted within {LIMIT_S} s", where=str(source), mend="is the disk slow or full?"
         ) from None
     if done.returncode:
-        raise CheckpointError(f"cannot be converted: {done.stderr.strip()[-300:]}", where=str(source))
+        raise CheckpointError(f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}", where=str(source))
 
 
-def main(source: str, target: str) -> None:
-    """What the other process does: the converter that rule S1 of the security design allows, and nothing else may unpickle."""
+def main(target: str) -> None:
+    """What the other process does with its standard input. Rule S1 of the security design allows this converter, and nothing else."""
     import torch
     from safetensors.torch import save_file
 
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    tensors = torch.load(io.BytesIO(sys.stdin.buffer.read()), map_location="cpu", weights_only=True)
     temporary = Path(f"{target}.{os.getpid()}.part")  # several processes may want it at once
     save_file({str(name): tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     temporary.replace(target)

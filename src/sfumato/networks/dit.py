@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.errors import ConfigError, ShapeError
-from sfumato.networks.unet import resized
+from sfumato.networks.inputs import require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.initial import zeroed
 from sfumato.nn.positions import angles, rotated
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
@@ -44,8 +45,8 @@ class DiTConfig:
             (`joint`, as in Stable Diffusion 3), or through the same ones (`sequence`).
         registers: learned tokens that stand for nothing, which attention may use as scratch paper.
         dropout: of the residual branches.
-        dropped: share of the patches that skip all but the outer blocks while training; pays from 1,024 tokens on.
-        recompute: whether blocks' inner values are computed again on the way back, instead of kept: a third slower, far less memory.
+        dropped: share of the patches that skip all but the outer blocks while training; meant for 1,024 tokens and more.
+        recompute: whether blocks' inner values are computed again on the way back, instead of kept: one more forward pass, less memory.
 
     Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al. 2024 (arXiv:2309.16588); dropped tokens:
         Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
@@ -202,13 +203,7 @@ class DiT(nn.Module):
                 where="DiT",
                 mend=f"use sides that are multiples of {self.config.patch}, or another network.patch",
             )
-        given = ContextSizes.of(condition)
-        if x.shape[1] != self.image_channels or given != self.context:
-            raise ShapeError(
-                f"got {x.shape[1]} image channels and context {given}, built for {self.image_channels} and {self.context}",
-                where="DiT",
-                mend="make the condition with the model's own conditioner",
-            )
+        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
 
 
 class Block(nn.Module):
@@ -322,10 +317,3 @@ class CrossAttention(nn.Module):
 def normed(x: Tensor) -> Tensor:
     """x over its root mean square."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-def zeroed(layer: nn.Linear) -> nn.Linear:
-    """The layer with weights and bias at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

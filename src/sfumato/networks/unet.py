@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.errors import ConfigError, ShapeError
+from sfumato.networks.inputs import require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.initial import zeroed
 from sfumato.nn.norms import ModulatedGroupNorm
 
 Place = Literal["all", "decoder"]
@@ -150,13 +152,7 @@ class UNet(nn.Module):
                 where="UNet",
                 mend=f"use sides that are multiples of {factor}, or fewer network.multipliers",
             )
-        given = ContextSizes.of(condition)
-        if x.shape[1] != self.image_channels or given != self.context:
-            raise ShapeError(
-                f"got {x.shape[1]} image channels and context {given}, built for {self.image_channels} and {self.context}",
-                where="UNet",
-                mend="make the condition with the model's own conditioner",
-            )
+        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
 
 
 class ResidualBlock(nn.Module):
@@ -250,16 +246,3 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Maps (B, C, h, w) at the height and width of feature maps: averaged, or repeated."""
-    return maps if maps.shape[2:] == like.shape[2:] else F.adaptive_avg_pool2d(maps, (like.shape[2], like.shape[3]))
-
-
-def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """The layer with weights and bias at zero: a residual branch that begins as the identity."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer

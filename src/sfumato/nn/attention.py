@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.initial import zeroed
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, C / heads)."""
@@ -38,9 +40,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.GroupNorm(max(1, channels // group_channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -60,9 +60,7 @@ class CrossAttention(nn.Module):
         self.token_norm = nn.LayerNorm(token_size)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(token_size, 2 * channels)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W)."""

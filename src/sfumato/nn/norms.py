@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.nn.initial import zeroed
+
 
 class ModulatedGroupNorm(nn.Module):
     """Group norm followed by (1 + scale) * x + shift with scale and shift (B, C) projected from an embedding.
@@ -16,9 +18,7 @@ class ModulatedGroupNorm(nn.Module):
     def __init__(self, channels: int, embedding_size: int, group_channels: int = 16) -> None:
         super().__init__()
         self.groups = max(1, channels // group_channels)
-        self.projection = nn.Linear(embedding_size, 2 * channels)
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        self.projection = zeroed(nn.Linear(embedding_size, 2 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.initial import zeroed
 
 FREQUENCIES = 128
 LIMIT = 20.0  # of the log-SNR, which is infinite at both ends
@@ -31,9 +32,7 @@ class LearnedUncertainty(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = SinusoidalEmbedding(FREQUENCIES)
-        self.out = nn.Linear(FREQUENCIES, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(FREQUENCIES, 1))
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """(B,) -> (B,)."""

@@ -19,11 +19,12 @@ from sfumato.data.embeddings import EmbeddingStore
 from sfumato.errors import CheckpointError, RunError
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
+from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.prediction import predict, with_auxiliary
+from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
-from sfumato.training import Diffusion, Trainer, checkpoint, posthoc
+from sfumato.training import Trainer, checkpoint, posthoc
 from sfumato.training.precision import DTYPES, default_device
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.watching import Validator
@@ -209,22 +210,20 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     pinned = configuration.plain(settings)
     facts = facts_of(settings, dataset, directory.path)
-    model = with_auxiliary(settings, build_model(settings, facts, directory.path).to(default_device()))
+    model = with_auxiliary(settings, build_model(settings, facts, directory.path))  # what is missing is said first
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
     autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.sees_pictures)
-    task = Diffusion(
-        settings, model=model, autoencoder=autoencoder.to(default_device()), objective=settings.objective, dataset=dataset,
-        sampling=settings.sampling, directory=directory, facts=facts,
-    )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console().print(
         f"{directory.path}: {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, "
         f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {parameters / 1e6:.2f}M parameters",
         markup=False,
     )
-    return Trainer(settings, task=task, dataset=dataset, directory=directory, pinned=pinned)
+    return diffusion_trainer(
+        settings, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=facts, pinned=pinned
+    )
 
 
 def _free(path: Path) -> Path:

@@ -8,17 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sfumato.conditioners import Facts
 from sfumato.data import Dataset
-from sfumato.evaluation.features import extractor
-from sfumato.networks.features import Features
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
+from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.run import Run
-from sfumato.training import Diffusion, Trainer
-from sfumato.training.precision import default_device
+from sfumato.training import Trainer
 from sfumato.training.run_directory import RunDirectory
 
 MANY_VIEWS = 200  # of each picture, where small sets begin to be learned by heart
@@ -80,27 +76,11 @@ def _predicted(stage: str, trainer: Trainer) -> Prediction:
     )
 
 
-def with_auxiliary(run: Run, model: Model) -> Model:
-    """The model with what is trained beside it."""
-
-    def encoder(name: str) -> Features:
-        found = extractor(name)
-        return found.to(device) if isinstance(found, torch.nn.Module) else found
-
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        model.auxiliary = run.auxiliary.build(model.network, encoder=encoder).to(device)
-    return model
-
-
 def rehearsal(run: Run, model: Model, dataset: Dataset, facts: Facts, place: Path) -> Trainer:
     """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one."""
     directory = RunDirectory.create(place)
     autoencoder, dataset = run.autoencoder.untrained(dataset, pixels=run.sees_pictures)
-    device = default_device()
-    task = Diffusion(
-        run, model=with_auxiliary(run, model.to(device)), autoencoder=autoencoder.to(device), objective=run.objective, dataset=dataset,
-        sampling=run.sampling, directory=directory, facts=facts,
-    )  # fmt: skip
-    return Trainer(run, task=task, dataset=dataset, directory=directory, pinned={})
+    model = with_auxiliary(run, model)
+    return diffusion_trainer(
+        run, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=facts, pinned={}
+    )

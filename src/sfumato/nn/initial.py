@@ -1,0 +1,17 @@
+"""How layers begin."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with weights and bias at zero: a residual branch that begins as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
