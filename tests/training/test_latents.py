@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from sfumato.autoencoders import KLConfig, Latents, files
 from sfumato.autoencoders import measure as measure_latents
@@ -206,6 +207,26 @@ def test_the_adversary_is_heard_from_its_start_on(folder: Path, tmp_path: Path) 
     lines = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     heard = {line["step"]: "train/pleasing" in line for line in lines if "train/loss" in line}
     assert heard == {step: step > 4 for step in range(1, 9)}
+
+
+def test_latents_and_pictures_are_shrunk_and_turned_alike(folder: Path, tmp_path: Path) -> None:
+    """Asked with latents that are the pictures made smaller: what comes of them must be what comes of the pictures, made smaller."""
+    ramp = torch.linspace(-1, 1, 16)
+    pictures = torch.stack([ramp[None, :, None].expand(1, 16, 16), ramp[None, None, :].expand(1, 16, 16)])
+    z = F.avg_pool2d(pictures, 2)
+    task = trainer_of(folder, tmp_path / "moved", losses=LossesConfig(equivariance=1.0)).task
+    sides, turned = set(), set()
+    for first in range(60):
+        moved, target = task._moved(z, pictures, first)
+        assert target.shape[2] == 2 * moved.shape[2]
+        assert (moved - F.avg_pool2d(target, 2)).abs().max() < 0.2
+        sides.add(moved.shape[2])
+        corners = target[0, 0, [[0, 0], [-1, -1]], [[0, -1], [0, -1]]]
+        turned |= {tuple(corners.sign().flatten().tolist())} if moved.shape[2] > 2 else set()
+    assert len(sides) > 2
+    assert len(turned) == 4
+    still = trainer_of(folder, tmp_path / "still", losses=LossesConfig(equivariance=0.0)).task
+    assert all(torch.equal(still._moved(z, pictures, first)[1], pictures) for first in range(20))
 
 
 def encoded(folder: Path, **changes):

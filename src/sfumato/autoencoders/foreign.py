@@ -43,10 +43,12 @@ class ForeignCodec(Codec):
         except ImportError:
             raise ConfigError(f"{kind} needs diffusers", where="autoencoder", mend="pip install 'sfumato[diffusers]'") from None
         try:
-            model = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot be read: {str(error)[:300]}", where=str(folder)) from None
-        return cls(model, {"_class_name": kind, **dict(model.config)})
+        # What diffusers notes beside the sizes, such as where the model was read from, is nobody's concern.
+        sizes = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+        return cls(model, {"_class_name": kind, **sizes})
 
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
