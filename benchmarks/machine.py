@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from sfumato.cli.main import keep_memory
 from sfumato.networks.features import Features
+
+keep_memory()  # as the command line does; the peers run in the same process and gain as much
 
 
 def options(description: str, **defaults: Any) -> argparse.Namespace:

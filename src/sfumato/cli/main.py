@@ -56,7 +56,7 @@ def main() -> None:
     # OpenMP's threads wait for one another by spinning; where another program wants the cores too, long spins slow every step
     # several times over. This many turns cost nothing on an idle machine. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    _keep_memory()
+    keep_memory()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -75,7 +75,7 @@ def main() -> None:
         sys.exit(1 if code is None else code)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep freed memory for the next step: it hands every large buffer back, and pays page faults to get it again."""
     max_maps, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS, musl and Windows have no mallopt, or need none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Biased upward for small n: compare only figures with the same n, extractor and reference.
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6.
     """
-    a, b = a.double(), b.double()
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    left, right = (torch.cov(features.T).reshape(features.shape[1], -1) for features in (a, b))
-    root = _square_root(left)
-    # Tr (S_a S_b)^(1/2) = Tr (S_a^(1/2) S_b S_a^(1/2))^(1/2), whose argument is symmetric and positive.
-    cross = torch.linalg.eigvalsh(root @ right @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float(mean + left.trace() + right.trace() - 2 * cross))
+    return _distance_to(b)(a)
 
 
 def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0) -> Estimate:
@@ -39,11 +34,28 @@ def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0
     """
     drawn = torch.Generator().manual_seed(seed)
     chosen = [torch.randint(len(a), (len(a),), generator=drawn) for _ in range(resamples)]
-    spread = float(torch.tensor([frechet_distance(a[rows], b) for rows in chosen]).std())
-    found = frechet_distance(a, b)
+    distance = _distance_to(b)
+    spread, found = float(torch.tensor([distance(a[rows]) for rows in chosen]).std()), distance(a)
     return Estimate(found, found - 1.96 * spread, found + 1.96 * spread)
 
 
-def _square_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _distance_to(b: Tensor) -> Callable[[Tensor], float]:
+    """The distance as a function of the first set; what only the second decides is computed once."""
+    mean, covariance = _moments(b)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def distance(a: Tensor) -> float:
+        other_mean, other = _moments(a)
+        # Tr (S_a S_b)^(1/2) = Tr (S_b^(1/2) S_a S_b^(1/2))^(1/2), whose argument is symmetric and positive.
+        cross = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
+        found = (other_mean - mean).square().sum() + other.trace() + covariance.trace() - 2 * cross
+        return max(0.0, float(found))
+
+    return distance
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d), in float64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)

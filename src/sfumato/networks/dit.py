@@ -21,13 +21,13 @@ from sfumato.networks.inputs import require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import SinusoidalEmbedding
 from sfumato.nn.initial import zeroed
+from sfumato.nn.norms import RMSNorm, rms_normed
 from sfumato.nn.positions import angles, rotated
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256
 SUMMARY_TOKENS = 4  # that a vector becomes where it enters as tokens
 UNROUTED = 2  # blocks at either end that see every token, where tokens are dropped
-EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class DiT(nn.Module):
         shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
         made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
-        made = self.output(normed(made) * (1 + scale) + shift)
+        made = self.output(rms_normed(made) * (1 + scale) + shift)
         return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
@@ -162,8 +162,8 @@ class DiT(nn.Module):
             along.append(self.vector_tokens(condition.vector).unflatten(1, (SUMMARY_TOKENS, -1)).to(patches.dtype))
         tokens = [] if self.token_embedding is None else [self.token_embedding(condition.tokens).to(patches.dtype)]
         if self.config.tokens_as == "joint":
-            return [torch.cat(along, dim=1), *tokens]
-        return [torch.cat([*along, *tokens], dim=1)]
+            return [joined(along, dim=1), *tokens]
+        return [joined([*along, *tokens], dim=1)]
 
     def _through(self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]) -> Tensor:
         """The first part after all blocks. While training, of its first tokens, which are the patches, some may skip the inner blocks."""
@@ -224,7 +224,7 @@ class Block(nn.Module):
         """parts of (B, L, C); places (L, D / 2) of the first; modulation (B, 6, 1, C)."""
         read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
         read[0] = (rotated(read[0][0], places), rotated(read[0][1], places), read[0][2])
-        q, k, v = (torch.cat([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True))
+        q, k, v = (joined([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True))
         attended = attend(q, k, v, self._mask(condition, k.shape[2])).transpose(1, 2).flatten(2)
         parts = parts[: len(self.writers)]
         pieces = attended.split([part.shape[1] for part in parts], dim=1)
@@ -256,16 +256,16 @@ class Reader(nn.Module):
         self.heads = size // head
         self.offset = nn.Parameter(torch.zeros(2, 1, size))
         self.q = nn.Linear(size, size) if asking else None
-        self.q_norm = nn.RMSNorm(head, eps=EPS) if asking else None
-        self.k, self.k_norm, self.v = nn.Linear(size, size), nn.RMSNorm(head, eps=EPS), nn.Linear(size, size)
+        self.q_norm = RMSNorm(head) if asking else None
+        self.k, self.k_norm, self.v = nn.Linear(size, size), RMSNorm(head), nn.Linear(size, size)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (B, L, C) -> queries, keys and values, each (B, heads, L, D)."""
         shift, scale = (modulation[:, :2] + self.offset).to(x.dtype).unbind(1)
-        h = normed(x) * (1 + scale) + shift
+        h = rms_normed(x) * (1 + scale) + shift
         v = split_heads(self.v(h), self.heads)
-        q = None if self.q is None or self.q_norm is None else self.q_norm(split_heads(self.q(h), self.heads)).to(v.dtype)
-        return q, self.k_norm(split_heads(self.k(h), self.heads)).to(v.dtype), v
+        q = None if self.q is None or self.q_norm is None else self.q_norm(split_heads(self.q(h), self.heads))
+        return q, self.k_norm(split_heads(self.k(h), self.heads)), v
 
 
 class Writer(nn.Module):
@@ -290,7 +290,7 @@ class Writer(nn.Module):
     def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x + gate * feed-forward(x)."""
         shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
-        h = normed(x) * (1 + scale) + shift
+        h = rms_normed(x) * (1 + scale) + shift
         return x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
 
 
@@ -302,18 +302,18 @@ class CrossAttention(nn.Module):
         self.heads = config.channels // config.head_channels
         self.token_norm = nn.LayerNorm(token_size)
         self.q, self.kv = nn.Linear(config.channels, config.channels), nn.Linear(token_size, 2 * config.channels)
-        self.q_norm, self.k_norm = (nn.RMSNorm(config.head_channels, eps=EPS) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(config.head_channels) for _ in range(2))
         self.out = zeroed(nn.Linear(config.channels, config.channels))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, L, C), tokens (B, S, D), token_mask (B, S) or None -> (B, L, C)."""
-        q = split_heads(self.q(normed(x)), self.heads)
+        q = split_heads(self.q(rms_normed(x)), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
         mask = None if token_mask is None else token_mask[:, None, None, :]
-        attended = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, mask)
+        attended = attend(self.q_norm(q), self.k_norm(k), v, mask)
         return x + self.out(attended.transpose(1, 2).flatten(2))
 
 
-def normed(x: Tensor) -> Tensor:
-    """x over its root mean square."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One after the other; a single part as it is, which `torch.cat` would copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
