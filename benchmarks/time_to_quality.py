@@ -66,10 +66,10 @@ Sampled = Callable[[Tensor], Tensor]  # labels (B,) -> pictures (B, 3, 32, 32) i
 Curve = Iterator[tuple[float, Sampled]]  # minutes of training, and the sampler of the weights at that time
 
 
-def ours(data: str, minutes: float, seed: int, place: Path) -> Curve:
+def recipe(data: str, minutes: float, seed: int) -> Run:
     """sfumato's own settings for such a set; averages are kept along the way."""
     never = 10**9
-    run = Run(
+    return Run(
         name="cifar", seed=seed,
         data=replace(resolve(data, {"data": {"resolution": 32}}).data, augment=AugmentConfig(flip="horizontal")),
         network=UNetConfig(channels=64, multipliers=(1, 2, 2), attention_depths=(2,)),
@@ -80,8 +80,11 @@ def ours(data: str, minutes: float, seed: int, place: Path) -> Curve:
         validation=ValidationConfig(every_steps=never), preview=PreviewConfig(every_steps=never, num=20),
         sampling=SamplingConfig(steps=STEPS),
     )  # fmt: skip
-    begun_before = (place / "config.yaml").is_file()  # in an earlier sitting
-    resume(place) if begun_before else train(run, run=place)
+
+
+def ours(run: Run, place: Path) -> Curve:
+    """Train it, or go on with what an earlier sitting began."""
+    resume(place) if (place / "config.yaml").is_file() else train(run, run=place)
     times = {line["step"]: line["time"] for line in map(json.loads, (place / "metrics.jsonl").open()) if "time" in line}
     pipeline = load(place, precision="bfloat16")
     averages = place / "averages" / f"ema-{WIDTH:g}"
@@ -254,7 +257,7 @@ def main() -> None:
     labels = dataset.context(chosen)["category"]
     contestants: dict[str, Callable[[], Curve]] = {
         **{
-            f"sfumato, seed {seed}": lambda seed=seed: ours(asked.data, asked.minutes / 4, seed, place / f"seed-{seed}")
+            f"sfumato, seed {seed}": lambda seed=seed: ours(recipe(asked.data, asked.minutes / 4, seed), place / f"seed-{seed}")
             for seed in range(asked.seeds)
         },
         "diffusers": lambda: diffusers(images, labels, asked.minutes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -160,7 +161,7 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
     return (
         torch.logsumexp(-squared.flatten() / temperature, 0)
-        .sub(2 * torch.log(torch.tensor(float(len(flat)))))
+        .sub(2 * math.log(len(flat)))
         .expand(len(flat))
     )
 
