@@ -159,11 +159,7 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...) -> (B,)."""
     flat = hidden.float().flatten(1)
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
-    return (
-        torch.logsumexp(-squared.flatten() / temperature, 0)
-        .sub(2 * math.log(len(flat)))
-        .expand(len(flat))
-    )
+    return torch.logsumexp(-squared.flatten() / temperature, 0).sub(2 * math.log(len(flat))).expand(len(flat))
 
 
 def enlarged(images: Tensor) -> Tensor:
