@@ -12,7 +12,7 @@ steps without guidance: ours by DPM-Solver++(2M), the peers by DDIM, as their pi
 
 Figures: Fréchet and kernel distance to 10,000 training pictures in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), with
 bootstrap intervals, and the share that a classifier trained on the real pictures reads as asked. The sheet --json is read first and only
-what it lacks is run, so that a long comparison may be made in several sittings.
+what it lacks is run, so that a long comparison may be made in several sittings. --place keeps pictures and averaged weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from machine import continued, options, seconds, seen_larger
 from peer_unconditional import PeerTrainer, build_peer
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from sfumato.conditioners import CategoryConfig, ContextConfig
@@ -72,7 +73,7 @@ def recipe(data: str, minutes: float, seed: int) -> Run:
     return Run(
         name="cifar", seed=seed,
         data=replace(resolve(data, {"data": {"resolution": 32}}).data, augment=AugmentConfig(flip="horizontal")),
-        network=UNetConfig(channels=64, multipliers=(1, 2, 2), attention_depths=(2,)),
+        network=UNetConfig(channels=32, multipliers=(1, 2, 4), attention_depths=(2,), head_channels=64),
         conditioner=ContextConfig(category=CategoryConfig()),
         optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         batch_size=64, precision="bfloat16", budget=Budget(minutes=minutes),
@@ -106,7 +107,7 @@ def drawn_by(pipeline: Pipeline) -> Sampled:
     return sampled
 
 
-def diffusers(images: Tensor, labels: Tensor, minutes: float) -> Curve:
+def diffusers(images: Tensor, labels: Tensor, minutes: float, place: Path) -> Curve:
     """The example's loop with category embeddings, batch 16."""
     made = partial(PeerTrainer, bf16=True, channels_last=True, ema=True)
     model = build_peer(PEER_PARAMETERS, 32, 64, CLASSES)
@@ -114,7 +115,7 @@ def diffusers(images: Tensor, labels: Tensor, minutes: float) -> Curve:
     taken = statistics.median(seconds(lambda: trial.step(*drawn_batch(images, labels, 16))) for _ in range(20))
     trainer = made(model, steps=round(minutes * 60 / taken))  # its learning rate falls to zero at the end, as ours does
 
-    def sampler() -> Sampled:
+    def sampler() -> tuple[nn.Module, Sampled]:
         averaged = copy.deepcopy(trainer.model)
         if trainer.ema is not None:
             trainer.ema.copy_to(averaged.parameters())
@@ -123,12 +124,12 @@ def diffusers(images: Tensor, labels: Tensor, minutes: float) -> Curve:
             return averaged(x, time, asked).sample
 
         alphas = trainer.scheduler.alphas_cumprod
-        return lambda asked: ddim(predicted, alphas, asked)
+        return averaged, lambda asked: ddim(predicted, alphas, asked)
 
-    yield from timed(lambda: trainer.step(*drawn_batch(images, labels, 16)), sampler, minutes)
+    yield from timed(lambda: trainer.step(*drawn_batch(images, labels, 16)), sampler, minutes, place / "diffusers")
 
 
-def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float) -> Curve:
+def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float, place: Path) -> Curve:
     """Its class-conditional network and loss as its README has them; the file is loaded alone, since the package wants torchvision."""
     peer = peer_module()
     model = peer.Unet(dim=64, dim_mults=(1, 2, 4, 8), num_classes=CLASSES, cond_drop_prob=0.5)
@@ -152,15 +153,15 @@ def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float) 
                 for a, b in zip(average.parameters(), model.parameters(), strict=True):
                     a.lerp_(b, weight)
 
-    def sampler() -> Sampled:
+    def sampler() -> tuple[nn.Module, Sampled]:
         kept = copy.deepcopy(average)
 
         def predicted(x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
             return kept(x, time, asked, cond_drop_prob=0.0)
 
-        return lambda asked: ddim(predicted, diffusion.alphas_cumprod, asked)
+        return kept, lambda asked: ddim(predicted, diffusion.alphas_cumprod, asked)
 
-    yield from timed(step, sampler, minutes)
+    yield from timed(step, sampler, minutes, place / "denoising-diffusion-pytorch")
 
 
 def peer_module() -> Any:
@@ -200,15 +201,17 @@ def drawn_batch(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tens
     return torch.where(mirrored, pictures.flip(3), pictures), labels[chosen]
 
 
-def timed(step: Callable[[], object], sampler: Callable[[], Sampled], minutes: float) -> Curve:
-    """Train, and stop the clock whenever another part is over."""
+def timed(step: Callable[[], object], sampler: Callable[[], tuple[nn.Module, Sampled]], minutes: float, place: Path) -> Curve:
+    """Train, and stop the clock whenever another part is over; the averaged weights are kept in place-PART.safetensors."""
     spent = 0.0
     for part in range(1, PARTS + 1):
         begun = time.perf_counter()
         while spent + time.perf_counter() - begun < minutes * 60 * part / PARTS:
             step()
         spent += time.perf_counter() - begun
-        yield spent / 60, sampler()
+        averaged, sampled = sampler()
+        save_model(averaged, f"{place}-{part}.safetensors")
+        yield spent / 60, sampled
 
 
 class Judge:
@@ -260,8 +263,8 @@ def main() -> None:
             f"sfumato, seed {seed}": lambda seed=seed: ours(recipe(asked.data, asked.minutes / 4, seed), place / f"seed-{seed}")
             for seed in range(asked.seeds)
         },
-        "diffusers": lambda: diffusers(images, labels, asked.minutes),
-        "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(images, labels, asked.minutes),
+        "diffusers": lambda: diffusers(images, labels, asked.minutes, place),
+        "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(images, labels, asked.minutes, place),
     }
     settings = {"extractor": judge.features.name, "steps": STEPS, "minutes": asked.minutes, "num": asked.num}
     sheet = continued(asked.json, settings, rows="curves")
