@@ -51,7 +51,7 @@ def candidates(network: NetworkConfig, batch: int, folder: Path, device: torch.d
     """Training steps and a trajectory, each a call."""
     trainer = our_trainer(SIDE, batch, folder, "bfloat16", network)
     if compiled:
-        trainer.task.compile(trainer.state.model)
+        trainer.task.core(trainer.state.model).compile()
     images = torch.rand(batch, 3, SIDE, SIDE, device=device) * 2 - 1
     given = Batch(parts=[Part(first=0, images=images.cpu(), context={})])
     found: dict[str, Callable[[], object]] = {"ours": lambda: trainer.train_step(given)}

@@ -126,6 +126,11 @@ class Pipeline:
     image_shape: tuple[int, int, int]
     compute_dtype: torch.dtype = torch.float32
 
+    def compile(self) -> None:
+        """Compile the network, on a GPU as a graph that is replayed; the first pictures take a minute or more, all others less time."""
+        on_gpu = next(self.model.parameters()).is_cuda
+        self.model.network.compile(mode="reduce-overhead" if on_gpu else "default")
+
     @property
     def categories(self) -> tuple[str, ...]:
         """Names that `category` may take; () for a model that is not steered by categories."""

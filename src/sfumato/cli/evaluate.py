@@ -29,6 +29,7 @@ def evaluate(
     guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare; by default 1 and the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
@@ -41,6 +42,8 @@ def evaluate(
     from sfumato.recipes.launch import open_data
 
     pipeline = load(run, precision=precision)
+    if compile:
+        pipeline.compile()
     dataset = open_data(resolve(run))
     scales = guidance or sorted({1.0, pipeline.sampling.guidance})
     target = out or run / "evaluation" / "evaluation.json"

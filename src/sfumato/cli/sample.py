@@ -52,6 +52,7 @@ def sample(
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Inside the network; bfloat16 is faster.")
     ] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Also draw the noisy pictures and the guess under each.")
     ] = False,
@@ -63,6 +64,8 @@ def sample(
 
     run = newest_run() if run is None else run
     pipeline = load(run, weights=_weights(weights), precision=precision)
+    if compile:
+        pipeline.compile()
     scales = _guidance(guidance, pipeline)
     files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
     asked = Asked(
@@ -99,7 +102,7 @@ def _weights(said: str) -> Literal["ema", "raw"] | float:
 
 def _settings(options: dict[str, Any], run: Path, pipeline: Pipeline) -> dict[str, Any]:
     """What pictures carry of how they were made: every option that has a say in them; of files no more than the name."""
-    said = {name: value for name, value in options.items() if name not in ("out", "trajectory")}
+    said = {name: value for name, value in options.items() if name not in ("out", "trajectory", "compile")}
     for name in ("doodle", "points", "reference", "image", "mask"):
         said[name] = None if said[name] is None else Path(said[name]).name
     steps = options["steps"] or pipeline.sampling.steps

@@ -99,7 +99,7 @@ class NetworkDenoiser:
         scaled = x * self.input_scale(level.like(x))
         with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not torch.float32):
             output = self.network(scaled, noise_input, condition)
-        return output.to(x.dtype)
+        return output.to(x.dtype, copy=True)  # a network compiled for a GPU writes its next output to the same place
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Denoised:
         """The guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""

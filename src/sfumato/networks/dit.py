@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,8 @@ class DiT(nn.Module):
         image_channels: of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
     """
+
+    compiling_pays_after_s: ClassVar[float] = 900  # on a CPU, where its many small operations are fused (docs/performance.md)
 
     def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ class Prediction:
 
     Attributes:
         stage: what is trained.
-        step_s: seconds of a training step.
+        step_s: seconds of a training step; what compiling may gain is left out.
         steps, seconds, epochs: of the whole run, previews, validation and checkpoints aside.
         memory_gib: most that the process has held so far, which training stays close to.
         disk_gib: checkpoints at their most.
@@ -63,8 +62,7 @@ def predict(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[Pred
 def _predicted(stage: str, trainer: Trainer) -> Prediction:
     step_s = trainer.rehearse()
     size, batch = len(trainer.dataset.training), trainer.config.batch_size
-    share = trainer.config.budget.spent(steps=1, samples=batch, epochs=batch / size, seconds=step_s)
-    steps = math.ceil(1 / share - 1e-9)
+    steps = trainer.config.budget.steps_of(step_s, batch_size=batch, pictures=size)
     return Prediction(
         stage=stage,
         step_s=step_s,

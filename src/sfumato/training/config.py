@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,11 @@ class Budget:
         """The share of the budget that is used up: 1 or more means stop."""
         pairs = ((steps, self.steps), (samples, self.samples), (epochs, self.epochs), (seconds / 60, self.minutes))
         return max(used / limit for used, limit in pairs if limit is not None)
+
+    def steps_of(self, seconds: float, *, batch_size: int, pictures: int) -> int:
+        """How many steps fit that take so long each, of a set of so many pictures."""
+        share = self.spent(steps=1, samples=batch_size, epochs=batch_size / pictures, seconds=seconds)
+        return math.ceil(1 / share - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +111,9 @@ class TrainingConfig:
         seed: of everything random.
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result.
-        precision: of the network's inside; `auto` measures which is faster. Weights and optimizer are always float32.
-        compile: `auto` compiles the network on a GPU, and not on a CPU, where it did not pay.
+        precision: of the network's inside; `auto` measures whether float32 or bfloat16 is faster. `float8` is bfloat16 with matrix
+            products in eight bits, for transformers on GPUs from Hopper on. Weights and optimizer are always float32.
+        compile: `auto` compiles the network on a GPU, and on a CPU where it pays: transformers, from a quarter of an hour on.
     """
 
     seed: int = 0
@@ -116,7 +123,7 @@ class TrainingConfig:
     optimizer: AdamWConfig = AdamWConfig()
     ema: EMAConfig = PowerEMA()
     posthoc: PosthocConfig = PosthocConfig()
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
@@ -110,6 +110,6 @@ class Diffusion:
         """See `Previewer.show`."""
         self._previewer.show(average, step, on_step)
 
-    def compile(self, model: Model) -> None:
+    def core(self, model: Model) -> nn.Module:
         """The network; conditioners are small."""
-        model.network.compile()
+        return model.network

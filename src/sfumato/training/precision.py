@@ -1,14 +1,21 @@
-"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand."""
+"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand. And what compiles it."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from sfumato.nn.float8 import in_float8
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}  # float8 is of matrix products only
+CHOICES = ("float32", "bfloat16")
 
 
 def default_device() -> torch.device:
@@ -21,11 +28,11 @@ def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats
 
     bfloat16 must win by a tenth: it rounds, so it has to pay.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in DTYPES}
+    seconds: dict[str, list[float]] = {name: [] for name in CHOICES}
     for repeat in range(repeats + 1):
-        for name, dtype in DTYPES.items():
+        for name in CHOICES:
             begun = time.perf_counter()
-            work(dtype)
+            work(DTYPES[name])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if repeat:  # the first round warms up
@@ -34,3 +41,14 @@ def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats
     chosen = "bfloat16" if medians["bfloat16"] < 0.9 * medians["float32"] else "float32"
     measured = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in medians.items())
     return chosen, f"precision {chosen}: measured {measured} a pass"
+
+
+def prepare(network: nn.Module, name: str) -> None:
+    """Where more than the context's dtype belongs to a precision."""
+    if name == "float8":
+        in_float8(network)
+
+
+def can_compile() -> bool:
+    """Whether this machine has the C++ compiler that `torch.compile` calls on a CPU."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None

@@ -214,9 +214,9 @@ class Reconstruction:
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
         save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})
 
-    def compile(self, model: Reconstructor) -> None:
+    def core(self, model: Reconstructor) -> nn.Module:
         """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
-        model.codec.encoder.compile()
+        return model.codec.encoder
 
 
 def reconstructed(codec: KLAutoencoder, pictures: Tensor) -> Tensor:

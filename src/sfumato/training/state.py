@@ -30,6 +30,7 @@ class Counters:
     watched: int = -1
     kept: float = 0.0
     precision: str = "auto"
+    compile: str = "auto"
 
 
 @dataclass

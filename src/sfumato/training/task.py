@@ -99,6 +99,6 @@ class Task(Protocol):
         """Draw what the averaged model makes."""
         ...
 
-    def compile(self, model: Any) -> None:
-        """Compile what is worth it."""
+    def core(self, model: Any) -> nn.Module:
+        """The part that most of the time goes into, and that may be compiled."""
         ...

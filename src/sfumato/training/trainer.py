@@ -115,13 +115,14 @@ class Trainer:
         """Settle the precision, check the disk, and make sure that there is something to resume from."""
         counters = self.state.counters
         self._settle(bar.say)
+        self._compile(bar.say)
         self.directory.require_space(self.disk_bytes())
         if self._new:
             self._save()
         self.directory.write_status("running", counters.step)
 
     def rehearse(self, *, steps: int = 3) -> float:
-        """Seconds of one training step, in the median of a few real ones; the trainer is used up."""
+        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up."""
         self._settle(lambda line: None)
         supply = batches(self.dataset, self.plan, start=0)
         seconds = []
@@ -145,8 +146,28 @@ class Trainer:
         elif counters.precision == "auto":  # not settled before an interruption: measured once in a run's life
             counters.precision, line = precision.choose(self._trial, self.device)
             say(line)
-        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
-            self.task.compile(self.state.model)
+        precision.prepare(self.task.core(self.state.model), counters.precision)
+
+    def _compile(self, say: Callable[[str], None]) -> None:
+        counters, config = self.state.counters, self.config
+        if config.compile != "auto":
+            counters.compile = config.compile
+        elif counters.compile == "auto":  # once in a run's life, as the precision
+            counters.compile = "on" if self._compiling_pays() else "off"
+        if counters.compile == "on":
+            say("the network is compiled: the first steps take a minute or more")
+            self.task.core(self.state.model).compile()
+
+    def _compiling_pays(self) -> bool:
+        after = getattr(self.task.core(self.state.model), "compiling_pays_after_s", math.inf)
+        if self.device.type == "cuda" or math.isinf(after):
+            return self.device.type == "cuda"
+        if not precision.can_compile():
+            return False
+        begun = time.perf_counter()
+        self._trial(self._dtype)
+        step_s = time.perf_counter() - begun
+        return step_s * self.config.budget.steps_of(step_s, batch_size=self.config.batch_size, pictures=self.plan.size) > after
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters

@@ -1,0 +1,84 @@
+"""Linear layers in eight bits: what is computed, what stays as it was, and that a training goes through."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import ConfigError
+from sfumato.networks import DiTConfig
+from sfumato.nn.float8 import in_float8
+from sfumato.recipes import load, resume, train
+from sfumato.training import Budget
+from tests.training.tiny import pictures, tiny_run
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To eight bits and back, the largest magnitude being the largest there is."""
+    scale = LARGEST[dtype] / x.abs().max()
+    return (x * scale).to(dtype).float() / scale
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return (a - b).norm().item() / b.norm().item()
+
+
+def test_products_are_those_of_rounded_tensors() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 128))
+    network = copy.deepcopy(plain)
+    in_float8(network)
+    x, given = torch.randn(32, 64, requires_grad=True), torch.randn(32, 128)
+    found = network(x)
+    weight, bias = plain[0].weight, plain[0].bias
+    eight, wide = torch.float8_e4m3fn, torch.float8_e5m2
+    expected = rounded(x.detach(), eight) @ rounded(weight.detach(), eight).T + bias
+    assert error(found, expected) < 1e-5
+    assert error(found, plain(x)) > 1e-2
+    x_gradient, weight_gradient = torch.autograd.grad((found * given).sum(), (x, network[0].weight))
+    assert error(x_gradient, rounded(given, wide) @ rounded(weight.detach(), eight)) < 1e-5
+    assert error(weight_gradient, rounded(given, wide).T @ rounded(x.detach(), eight)) < 1e-5
+
+
+def test_weights_stay_what_they_are() -> None:
+    network = DiTConfig(channels=64, layers=2, head_channels=32).build(image_channels=3)
+    before, names = dict(network.named_parameters()), list(network.state_dict())
+    in_float8(network)
+    after = dict(network.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert list(network.state_dict()) == names
+    assert sum(type(module).__name__ == "Float8Linear" for module in network.modules()) >= 2 * 7
+    assert type(network.output) is nn.Linear
+
+
+def test_a_network_without_such_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision=bfloat16"):
+        in_float8(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 24)))
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ConfigError, match=r"sfumato\[float8\]"):
+        in_float8(nn.Sequential(nn.Linear(64, 64)))
+
+
+def test_a_run_trains_in_it_resumes_and_is_loaded_as_any_other(tmp_path: Path) -> None:
+    network = DiTConfig(channels=64, layers=1, head_channels=32)
+    settings = tiny_run(pictures(tmp_path / "pictures"), network=network, precision="float8", budget=Budget(steps=3))
+    run = train(settings, run=tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("steps: 3", "steps: 5"))
+    resume(run)
+    losses = [json.loads(line).get("train/loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len([loss for loss in losses if loss is not None]) == 5
+    made = load(run).sample(2, steps=2)
+    assert made.isfinite().all()

@@ -1,0 +1,79 @@
+"""When the network is compiled: as asked, or where the run is long enough to make up for it. That the results are the same:
+tests/networks/test_compiled.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.networks import DiT, DiTConfig
+from sfumato.recipes import load, resume, train
+from sfumato.training import Budget
+from tests.training.tiny import pictures, tiny_run
+
+TRANSFORMER = DiTConfig(channels=32, layers=1, head_channels=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the classes of compiled networks."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(type(self).__name__))
+    return calls
+
+
+@pytest.mark.parametrize("how", ["auto", "off"])
+def test_a_short_run_is_not_compiled(folder: Path, tmp_path: Path, compiled: list[str], how: str) -> None:
+    train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2), compile=how), run=tmp_path / "run")
+    assert compiled == []
+
+
+def test_what_is_asked_for_is_done(folder: Path, tmp_path: Path, compiled: list[str]) -> None:
+    train(tiny_run(folder, budget=Budget(steps=2), compile="on"), run=tmp_path / "run")
+    assert compiled == ["UNet"]
+
+
+def test_a_transformer_is_compiled_where_the_run_is_long(
+    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
+    train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
+    assert compiled == ["DiT"]
+    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e9)
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(settings.replace("steps: 2", "steps: 3"))
+    resume(tmp_path / "run")
+    assert compiled == ["DiT", "DiT"]  # the choice is part of the run, and is not made again
+
+
+def test_a_u_net_is_not_compiled_however_long_the_run(
+    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "steps_of", lambda self, seconds, *, batch_size, pictures: 10**9)
+    train(tiny_run(folder, budget=Budget(steps=2)), run=tmp_path / "run")
+    assert compiled == []
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
+    assert compiled == []
+
+
+@pytest.mark.slow
+def test_compiled_sampling_makes_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+    train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=20)), run=tmp_path / "run")
+    pipeline = load(tmp_path / "run")
+    eager = pipeline.sample(10, seed=3, steps=5, batch_size=4)
+    pipeline.compile()
+    assert (pipeline.sample(10, seed=3, steps=5, batch_size=4) - eager).abs().max() < 1e-3
