@@ -155,7 +155,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("data.channels=rgb", "`data.channels` = 'rgb': input should be a valid integer"),
         ("data.bits=12", "`data.bits` = 12: input should be 8 or 16"),
         ("data.augment.flip=up", "`data.augment.flip` = 'up': input should be 'none', 'horizontal', 'vertical' or 'both'"),
-        ("precision=float16", "`precision` = 'float16': input should be 'auto', 'float32' or 'bfloat16'"),
+        ("precision=float16", "`precision` = 'float16': input should be 'auto', 'float32', 'bfloat16' or 'float8'"),
         ("network.multipliers=[1, a]", "`network.multipliers.1` = 'a': input should be a valid integer"),
         ("data.background=[1, 2]", "`data.background.2` is missing"),
         ("name=[1]", "`name` = [1]: input should be a valid string"),
