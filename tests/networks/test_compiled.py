@@ -65,3 +65,13 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
         found.append({name: value.detach().clone() for name, (_, value) in auxiliary.losses(images, spent=0.0).items()})
         network.compile()
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
+def test_networks_of_several_sizes_are_compiled_in_one_process(config: NetworkConfig) -> None:
+    """Sizes that were seen to change are symbols from then on."""
+    for channels, vector in ((3, 6), (1, 8), (4, 10)):
+        network = config.build(image_channels=channels, context=ContextSizes(vector=vector))
+        network.compile(backend="eager")  # the graph alone, which is quick
+        x = torch.randn(2, channels, 8, 8)
+        assert network(x, torch.ones(2), Condition(vector=torch.randn(2, vector))).shape == x.shape

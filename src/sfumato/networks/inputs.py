@@ -12,7 +12,8 @@ from sfumato.errors import ShapeError
 def require_built_for(x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str) -> None:
     """Raise ShapeError unless x has the channels, and the condition the slots, that a network was built for."""
     given = ContextSizes.of(condition)
-    if x.shape[1] != image_channels or given != context:
+    sizes = (x.shape[1], given.vector, given.tokens, given.spatial)  # numbers, which a compiler may have symbols for
+    if sizes != (image_channels, context.vector, context.tokens, context.spatial):
         raise ShapeError(
             f"got {x.shape[1]} image channels and context {given}, built for {image_channels} and {context}",
             where=where,
