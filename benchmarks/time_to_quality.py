@@ -266,7 +266,10 @@ def main() -> None:
         "diffusers": lambda: diffusers(images, labels, asked.minutes, place),
         "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(images, labels, asked.minutes, place),
     }
-    settings = {"extractor": judge.features.name, "steps": STEPS, "minutes": asked.minutes, "num": asked.num}
+    settings = {
+        "extractor": judge.features.name, "steps": STEPS, "minutes": asked.minutes, "num": asked.num,
+        "ours": str(recipe(asked.data, asked.minutes / 4, 0).network),
+    }  # fmt: skip
     sheet = continued(asked.json, settings, rows="curves")
     sheet |= {"reference": len(judge.reference), "classifier_accuracy": judge.reader.held_out_accuracy}
     for name, curve in contestants.items():

@@ -33,6 +33,7 @@ from sfumato.diffusion import (
     UnitVariance,
 )
 from sfumato.errors import ConfigError, ShapeError
+from sfumato.nn.compiling import compile_in_place
 from sfumato.sampling import SAMPLERS, DPMSolverPP2M, KeyedNoise, Progress, SamplerConfig, grid, sample
 
 
@@ -127,9 +128,13 @@ class Pipeline:
     compute_dtype: torch.dtype = torch.float32
 
     def compile(self) -> None:
-        """Compile the network, on a GPU as a graph that is replayed; the first pictures take a minute or more, all others less time."""
+        """Compile the network, on a GPU as a graph that is replayed; the first pictures take a minute or more, all others less time.
+
+        Raises:
+            ConfigError: if this machine lacks what it takes.
+        """
         on_gpu = next(self.model.parameters()).is_cuda
-        self.model.network.compile(mode="reduce-overhead" if on_gpu else "default")
+        compile_in_place(self.model.network, mode="reduce-overhead" if on_gpu else "default")
 
     @property
     def categories(self) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.networks import DiTConfig
+from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.nn.float8 import in_float8
 from sfumato.recipes import load, resume, train
+from sfumato.recipes.latents import OwnAutoencoder
 from sfumato.training import Budget
 from tests.training.tiny import pictures, tiny_run
 
@@ -33,17 +34,18 @@ def error(a: Tensor, b: Tensor) -> float:
 
 def test_products_are_those_of_rounded_tensors() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(64, 128))
-    network = copy.deepcopy(plain)
-    in_float8(network)
+    plain = nn.Linear(64, 128)
+    within = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(plain)])})
+    in_float8(within)
+    network = within.get_submodule("blocks.0")
     x, given = torch.randn(32, 64, requires_grad=True), torch.randn(32, 128)
     found = network(x)
-    weight, bias = plain[0].weight, plain[0].bias
+    weight, bias = plain.weight, plain.bias
     eight, wide = torch.float8_e4m3fn, torch.float8_e5m2
     expected = rounded(x.detach(), eight) @ rounded(weight.detach(), eight).T + bias
     assert error(found, expected) < 1e-5
     assert error(found, plain(x)) > 1e-2
-    x_gradient, weight_gradient = torch.autograd.grad((found * given).sum(), (x, network[0].weight))
+    x_gradient, weight_gradient = torch.autograd.grad((found * given).sum(), (x, network.weight))
     assert error(x_gradient, rounded(given, wide) @ rounded(weight.detach(), eight)) < 1e-5
     assert error(weight_gradient, rounded(given, wide).T @ rounded(x.detach(), eight)) < 1e-5
 
@@ -60,15 +62,22 @@ def test_weights_stay_what_they_are() -> None:
     assert type(network.output) is nn.Linear
 
 
+def test_it_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"network\.kind=DiTConfig"):
+        train(tiny_run(pictures(tmp_path / "pictures"), precision="float8"), run=tmp_path / "run")
+    with pytest.raises(ConfigError, match="an autoencoder is convolutions"):
+        OwnAutoencoder(precision="float8")
+
+
 def test_a_network_without_such_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="precision=bfloat16"):
-        in_float8(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 24)))
+        in_float8(UNetConfig(channels=64).build(image_channels=3))
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(ConfigError, match=r"sfumato\[float8\]"):
-        in_float8(nn.Sequential(nn.Linear(64, 64)))
+        in_float8(DiTConfig(channels=64, layers=1).build(image_channels=3))
 
 
 def test_a_run_trains_in_it_resumes_and_is_loaded_as_any_other(tmp_path: Path) -> None:

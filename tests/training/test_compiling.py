@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.errors import ConfigError
 from sfumato.networks import DiT, DiTConfig
 from sfumato.recipes import load, resume, train
 from sfumato.training import Budget
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the classes of compiled networks."""
     calls: list[str] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(type(self).__name__))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: calls.append(type(self).__name__))
     return calls
 
 
@@ -46,11 +47,10 @@ def test_a_transformer_is_compiled_where_the_run_is_long(
     monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == ["DiT"]
-    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e9)
     settings = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(settings.replace("steps: 2", "steps: 3"))
     resume(tmp_path / "run")
-    assert compiled == ["DiT", "DiT"]  # the choice is part of the run, and is not made again
+    assert compiled == ["DiT", "DiT"]
 
 
 def test_a_u_net_is_not_compiled_however_long_the_run(
@@ -68,6 +68,26 @@ def test_without_a_compiler_nothing_is_compiled(
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == []
+    with pytest.raises(ConfigError, match=r"apt install g\+\+ python3-dev"):
+        train(tiny_run(folder, budget=Budget(steps=2), compile="on"), run=tmp_path / "asked")
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        load(tmp_path / "run").compile()
+
+
+def test_held_out_pictures_are_looked_at_without_compiling_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        frames.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=counted))
+    settings = tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=4), compile="on", batch_size=10, micro_batch=None)
+    train(settings, run=tmp_path / "run")
+    assert len(frames) == 1
 
 
 @pytest.mark.slow

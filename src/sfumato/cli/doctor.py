@@ -24,7 +24,7 @@ def doctor() -> None:
     import torch
 
     from sfumato import __version__
-    from sfumato.training.precision import can_compile
+    from sfumato.nn.compiling import can_compile
 
     typer.echo(f"sfumato {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     typer.echo(f"numpy {numpy.__version__}, Pillow {PIL.__version__}, {platform.platform()}")
@@ -37,7 +37,9 @@ def doctor() -> None:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         matmul, convolution = _matmul_gflops(device, dtype), _convolution_gflops(device, dtype)
         typer.echo(f"{name}: matrix product {matmul:.0f} GFLOP/s, 3x3 convolution {convolution:.0f} GFLOP/s")
-    typer.echo(f"compiling on the CPU: {'possible' if can_compile() else 'no C++ compiler found (apt install g++)'}")
+    typer.echo(
+        f"compiling: {'possible' if can_compile() else 'needs a C++ compiler and headers (apt install g++ python3-dev)'}"
+    )
     for extra, module in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
         typer.echo(f"extra {extra}: {'installed' if found else f'not installed (pip install sfumato[{extra}])'}")

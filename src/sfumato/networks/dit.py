@@ -105,7 +105,7 @@ class DiT(nn.Module):
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
-    compiling_pays_after_s: ClassVar[float] = 900  # on a CPU, where its many small operations are fused (docs/performance.md)
+    compiling_pays_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/performance.md)
 
     def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
         super().__init__()

@@ -8,38 +8,49 @@ from torch import nn
 from sfumato.errors import ConfigError
 
 MULTIPLE = 16  # of a matrix's sides, which the hardware asks for
-SMALLEST = 64  # side: narrower ones lead into a network or out of it, where rounding shows and little is won
 
 
 def in_float8(network: nn.Module) -> None:
-    """Have the linear layers of `network` multiply in float8, forwards and backwards, in place. Weights stay what, and called as, they are.
+    """Have the blocks of a transformer multiply in float8, forwards and backwards, in place. Weights stay what, and called as, they are.
 
     Each tensor is scaled by its largest magnitude, and rounded to four bits of exponent and three of mantissa, on the way back five and
-    two. A machine without such products does the same rounding and multiplies in bfloat16: slower than not to, good for trying it out.
+    two. A machine without such products does the same rounding and multiplies in float32: slower than not to, good for trying it out.
 
     Raises:
-        ConfigError: without torchao, or where no layer is fit for it.
+        ConfigError: see `float8_layers`.
 
     Source: Micikevicius et al. 2022 (arXiv:2209.05433).
     """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise ConfigError("float8 needs torchao", where="precision", mend="pip install 'sfumato[float8]'") from None
-    names = {name for name, module in network.named_modules() if isinstance(module, nn.Linear) and fits(module)}
-    if not names:
-        raise ConfigError(
-            f"the network has no linear layers whose sides are multiples of {MULTIPLE}, {SMALLEST} or more",
-            where="precision=float8",
-            mend="use precision=bfloat16",
-        )
+    names = float8_layers(network)
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     settings = Float8LinearConfig(emulate=not has_float8(network), pad_inner_dim=True)
     convert_to_float8_training(network, module_filter_fn=lambda module, name: name in names, config=settings)
 
 
-def fits(layer: nn.Linear) -> bool:
-    """Whether the hardware multiplies by its weight, and it is worth it."""
-    return all(side % MULTIPLE == 0 and side >= SMALLEST for side in layer.weight.shape)
+def float8_layers(network: nn.Module) -> set[str]:
+    """Names of the linear layers in a transformer's blocks whose sides the hardware can take.
+
+    Raises:
+        ConfigError: without torchao, or where there are none.
+    """
+    try:
+        import torchao.float8  # noqa: F401
+    except ImportError:
+        raise ConfigError("float8 needs torchao", where="precision", mend="pip install 'sfumato[float8]'") from None
+    names = {name for name, module in network.named_modules() if name.startswith("blocks.") and fits(module)}
+    if not names:
+        raise ConfigError(
+            f"float8 is for transformers whose channels are a multiple of {MULTIPLE}",
+            where="precision",
+            mend="use precision=bfloat16, or network.kind=DiTConfig",
+        )
+    return names
+
+
+def fits(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight the hardware multiplies by."""
+    return isinstance(module, nn.Linear) and all(side % MULTIPLE == 0 for side in module.weight.shape)
 
 
 def has_float8(network: nn.Module) -> bool:

@@ -105,6 +105,12 @@ class OwnAutoencoder(TrainingConfig):
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
         _require_variants(self.variants)
+        if self.precision == "float8":
+            raise ConfigError(
+                "an autoencoder is convolutions, which have no float8",
+                where="autoencoder.precision",
+                mend="use auto or bfloat16",
+            )
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
         """Of the latents."""

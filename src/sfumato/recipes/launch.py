@@ -25,7 +25,7 @@ from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
 from sfumato.training import Trainer, checkpoint, posthoc
-from sfumato.training.precision import DTYPES, default_device
+from sfumato.training.precision import DTYPES, default_device, require
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.watching import Validator
 
@@ -211,6 +211,7 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     pinned = configuration.plain(settings)
     facts = facts_of(settings, dataset, directory.path)
     model = with_auxiliary(settings, build_model(settings, facts, directory.path))  # what is missing is said first
+    require(model.network, settings.precision)
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()

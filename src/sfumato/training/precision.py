@@ -1,18 +1,15 @@
-"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand. And what compiles it."""
+"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from sfumato.nn.float8 import in_float8
+from sfumato.nn.float8 import float8_layers, in_float8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}  # float8 is of matrix products only
 CHOICES = ("float32", "bfloat16")
@@ -43,12 +40,13 @@ def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats
     return chosen, f"precision {chosen}: measured {measured} a pass"
 
 
+def require(network: nn.Module, name: str) -> None:
+    """Raise ConfigError where a precision needs what the network or the machine does not have."""
+    if name == "float8":
+        float8_layers(network)
+
+
 def prepare(network: nn.Module, name: str) -> None:
-    """Where more than the context's dtype belongs to a precision."""
+    """Change a network's layers, in place, where a precision is more than the dtype of their context."""
     if name == "float8":
         in_float8(network)
-
-
-def can_compile() -> bool:
-    """Whether this machine has the C++ compiler that `torch.compile` calls on a CPU."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None

@@ -30,7 +30,6 @@ class Counters:
     watched: int = -1
     kept: float = 0.0
     precision: str = "auto"
-    compile: str = "auto"
 
 
 @dataclass

@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
+from sfumato.nn.compiling import can_compile, compile_in_place
 from sfumato.observability.metrics import MetricsFile
 from sfumato.observability.progress import ProgressBar
 from sfumato.training import checkpoint, posthoc, precision
@@ -53,6 +55,7 @@ class Trainer:
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._lost = 0
+        self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
         """Load the newest whole checkpoint; returns warnings about the ones that were not.
@@ -141,33 +144,31 @@ class Trainer:
 
     def _settle(self, say: Callable[[str], None]) -> None:
         counters, config = self.state.counters, self.config
-        if config.precision != "auto":
-            counters.precision = config.precision
-        elif counters.precision == "auto":  # not settled before an interruption: measured once in a run's life
+        if config.precision == "auto" and counters.precision == "auto":  # measured once in a run's life
             counters.precision, line = precision.choose(self._trial, self.device)
             say(line)
-        precision.prepare(self.task.core(self.state.model), counters.precision)
+        precision.prepare(self.task.core(self.state.model), self._precision)
 
     def _compile(self, say: Callable[[str], None]) -> None:
-        counters, config = self.state.counters, self.config
-        if config.compile != "auto":
-            counters.compile = config.compile
-        elif counters.compile == "auto":  # once in a run's life, as the precision
-            counters.compile = "on" if self._compiling_pays() else "off"
-        if counters.compile == "on":
+        if self.config.compile == "on" or (self.config.compile == "auto" and self._compiling_pays()):
             say("the network is compiled: the first steps take a minute or more")
-            self.task.core(self.state.model).compile()
+            compile_in_place(self.task.core(self.state.model))
+            self._watched_as = partial(torch.compiler.set_stance, "force_eager")
 
     def _compiling_pays(self) -> bool:
+        """Judged by the whole budget, so that a run which is resumed goes on as it was."""
         after = getattr(self.task.core(self.state.model), "compiling_pays_after_s", math.inf)
-        if self.device.type == "cuda" or math.isinf(after):
-            return self.device.type == "cuda"
-        if not precision.can_compile():
+        if not can_compile() or (self.device.type == "cpu" and math.isinf(after)):
             return False
-        begun = time.perf_counter()
-        self._trial(self._dtype)
+        return self.device.type == "cuda" or self._planned_s() > after
+
+    def _planned_s(self) -> float:
+        """Seconds of training that the budget comes to, from a pass that is timed."""
+        for _ in range(2):  # the first warms up
+            begun = time.perf_counter()
+            self._trial(self._dtype)
         step_s = time.perf_counter() - begun
-        return step_s * self.config.budget.steps_of(step_s, batch_size=self.config.batch_size, pictures=self.plan.size) > after
+        return step_s * self.config.budget.steps_of(step_s, batch_size=self.config.batch_size, pictures=self.plan.size)
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters
@@ -209,7 +210,8 @@ class Trainer:
             self._try(bar, self._snapshot)
         self._keep_averages(bar)
         if step and (finished or step % config.validation.every_steps == 0):
-            figures = self.task.figures(self.state.model, self.state.average)
+            with self._watched_as():
+                figures = self.task.figures(self.state.model, self.state.average)
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
@@ -277,7 +279,11 @@ class Trainer:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return precision.DTYPES[self.state.counters.precision]
+        return precision.DTYPES[self._precision]
+
+    @property
+    def _precision(self) -> str:
+        return self.state.counters.precision if self.config.precision == "auto" else self.config.precision
 
     def _spent(self) -> float:
         counters = self.state.counters

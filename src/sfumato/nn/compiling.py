@@ -1,0 +1,34 @@
+"""`torch.compile`, and whether this machine can."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from torch import nn
+
+from sfumato.errors import ConfigError
+
+
+def can_compile() -> bool:
+    """Whether there are the C++ compiler and Python's headers that `torch.compile` builds its kernels with."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:
+    """Have `network` compiled when it is first called.
+
+    Args:
+        mode: of `torch.compile`; with `reduce-overhead` a GPU replays graphs, and an output holds until the next call only.
+    Raises:
+        ConfigError: if this machine lacks what it takes.
+    """
+    if not can_compile():
+        raise ConfigError(
+            "needs a C++ compiler and Python's headers", where="compile", mend="apt install g++ python3-dev, or leave it off"
+        )
+    network.compile(mode=mode)
