@@ -304,10 +304,13 @@ def draw(sheet: dict[str, Any], path: Path) -> None:
             points = curve["points"]
             x = [point["minutes"] for point in points]
             y, low, high = ([point[key][part] for point in points] for part in ("value", "low", "high"))
-            (line,) = axes.plot(x, y, marker="o", label=name)
-            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
-        axes.set(yscale="log", xlabel="minutes of training", xlim=(0, None), title=f"{title}, {sheet['settings']['extractor']}")
-        axes.grid(which="both", alpha=0.25)
+            colour = "C0" if name.startswith("sfumato") else f"C{len(axes.lines)}"  # all seeds alike
+            axes.plot(x, y, marker="o", label=name, color=colour)
+            axes.fill_between(x, low, high, alpha=0.2, color=colour, linewidth=0)
+        axes.set(
+            xlabel="minutes of training", xlim=(0, None), ylim=(0, None), title=f"{title}, {sheet['settings']['extractor']}"
+        )
+        axes.grid(alpha=0.25)
     panels[0].legend()
     figure.savefig(path, dpi=120)
 
