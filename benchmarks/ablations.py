@@ -1,6 +1,6 @@
 """What each part of the recipe buys: equal minutes on CIFAR-10, the same seeds for all, each against the base it changes.
 
-    python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only NAME,NAME] [--json FILE]
+    python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only "NAME;NAME"] [--json FILE]
 
 Each run is trained for the same minutes, and 1,000 samples (20 steps, no guidance) are compared with the training pictures: kernel and
 Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px); and its error on held-out pictures at fixed noises,
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import continued, options, seen_larger
+from machine import continued, options
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -46,7 +46,7 @@ from sfumato.diffusion import (
     Velocity,
     Warped,
 )
-from sfumato.evaluation.features import extractor
+from sfumato.evaluation.features import extractor, pooled
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.kernel import kernel_distance
 from sfumato.networks import DiTConfig, UNetConfig
@@ -113,10 +113,19 @@ def unchanged(run: Run) -> Run:
     return run
 
 
-TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch=2, channels=256, layers=6))  # noqa: E731
+TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch=2, channels=192, layers=4))  # noqa: E731
+WIDER: Change = with_network(channels=64, multipliers=(1, 2, 2))
 CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, and what it changes there
     "u-net": ("", unchanged),
+    "channels 64-128-128 instead of 32-64-128": ("u-net", WIDER),
+    "one block a depth": ("u-net", with_network(blocks=1)),
     "AdamW instead of Muon": ("u-net", lambda run: replace(run, optimizer=ADAMW)),
+    "AdamW, channels 64-128-128": ("AdamW instead of Muon", lambda run: WIDER(replace(run, optimizer=ADAMW))),
+    "the same, rates scaled from 32 channels": (
+        "AdamW, channels 64-128-128",
+        lambda run: WIDER(replace(run, optimizer=replace(ADAMW, base_width=32))),
+    ),
+    "batch 32": ("u-net", lambda run: replace(run, batch_size=32)),
     "uniform times": ("u-net", with_objective(schedule=Linear())),
     "times drawn one by one": ("u-net", with_objective(times=IndependentTimes())),
     "velocity, log-normal levels": (
@@ -171,7 +180,7 @@ def base(data: str, side: int, minutes: float) -> Run:
     return Run(
         name="ablation",
         data=replace(chosen.data, augment=AugmentConfig(flip="horizontal")),
-        network=UNetConfig(channels=64, multipliers=(1, 2), blocks=2, attention_depths=(1,)),
+        network=UNetConfig(channels=32, multipliers=(1, 2, 4), attention_depths=(2,), head_channels=64),
         conditioner=ContextConfig(category=CategoryConfig()),
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.5)),
         optimizer=MUON,
@@ -194,7 +203,7 @@ def measured(run: Run, validator: Validator, read: Callable[[Tensor], Tensor], r
         pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, batch_size=100)
     features = read(pictures * 2 - 1)
     return {
-        "kernel": 1000 * kernel_distance(features, reference),
+        "kernel": kernel_distance(features, reference),
         "frechet": frechet_distance(features, reference),
         "noise_mse": validator.error(pipeline.model)["eps_mse"],
         "steps": max(line["step"] for line in lines),
@@ -209,13 +218,13 @@ def main() -> None:
     start = base(asked.data, asked.side, asked.minutes)
     dataset, features = open_data(start), extractor("auto")
     settings = {"extractor": features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num}
-    sheet, read = continued(asked.json, settings, rows="runs"), partial(seen_larger, features)
+    sheet, read = continued(asked.json, settings, rows="runs"), partial(pooled, features)
     spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
     reference = read(to_float(dataset.images(spread)[0]))
     # The same pictures, noises and levels for all, whatever schedule they were trained on.
     conditioner = build_model(start, facts_of(start, dataset)).conditioner
     validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
-    names = [name for name in CHANGES if not asked.only or name in asked.only.split(",")]
+    names = [name for name in CHANGES if not asked.only or name in asked.only.split(";")]
     for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row
         for name in names:
             rows = sheet["runs"].setdefault(name, {})
@@ -231,14 +240,14 @@ def main() -> None:
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: each change's figures, and the difference from what it changes."""
     lines = [
-        "| part | steps | kernel distance x 1000 | change | Fréchet | noise MSE | change |",
+        "| part | steps | kernel distance | change | Fréchet | noise MSE | change |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, rows in runs.items():
         other = runs.get(CHANGES[name][0], {})
         means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
         lines.append(
-            f"| {name} | {means['steps']:.0f} | {means['kernel']:.1f} | {difference(rows, other, 'kernel', 1)} | {means['frechet']:.1f} | "
+            f"| {name} | {means['steps']:.0f} | {means['kernel']:.2f} | {difference(rows, other, 'kernel', 2)} | {means['frechet']:.1f} | "
             f"{means['noise_mse']:.4f} | {difference(rows, other, 'noise_mse', 4)} |"
         )
     return "\n".join(lines)

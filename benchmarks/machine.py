@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sfumato.cli.main import keep_memory
-from sfumato.networks.features import Features
 
 keep_memory()  # as the command line does; the peers run in the same process and gain as much
 
@@ -112,13 +109,6 @@ def continued(path: Path | None, settings: dict[str, Any], *, rows: str) -> dict
     if sheet["settings"] != settings:
         raise SystemExit(f"{path} was begun with {sheet['settings']}, this asks for {settings}: use another file")
     return sheet
-
-
-@torch.no_grad()
-def seen_larger(features: Features, pictures: Tensor, side: int = 64) -> Tensor:
-    """Features (n, d) of pictures in [-1, 1], enlarged to a side that a network trained on large ones makes something of."""
-    larger = (F.interpolate(part, size=(side, side), mode="bicubic", antialias=True) for part in pictures.split(250))
-    return torch.cat([features.pooled(part.clamp(-1, 1)) for part in larger])
 
 
 def machine() -> dict[str, Any]:

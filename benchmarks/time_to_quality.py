@@ -31,15 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import continued, options, seconds, seen_larger
+from machine import continued, options, seconds
 from peer_unconditional import PeerTrainer, build_peer
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from sfumato import config as configuration
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, Dataset, to_float
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.evaluation.features import extractor
+from sfumato.evaluation.features import extractor, pooled
 from sfumato.evaluation.frechet import frechet_interval
 from sfumato.evaluation.kernel import kernel_distance_interval
 from sfumato.networks import UNetConfig
@@ -85,7 +86,12 @@ def recipe(data: str, minutes: float, seed: int) -> Run:
 
 def ours(run: Run, place: Path) -> Curve:
     """Train it, or go on with what an earlier sitting began."""
-    resume(place) if (place / "config.yaml").is_file() else train(run, run=place)
+    if not (place / "config.yaml").is_file():
+        train(run, run=place)
+    elif configuration.plain(resolve(place)) != configuration.plain(run):
+        raise SystemExit(f"{place} holds another run: use another --place")
+    else:
+        resume(place)
     times = {line["step"]: line["time"] for line in map(json.loads, (place / "metrics.jsonl").open()) if "time" in line}
     pipeline = load(place, precision="bfloat16")
     averages = place / "averages" / f"ema-{WIDTH:g}"
@@ -225,7 +231,7 @@ class Judge:
 
     def read(self, pictures: Tensor) -> Tensor:
         """Features of pictures in [-1, 1]."""
-        return seen_larger(self.features, pictures)
+        return pooled(self.features, pictures)
 
     def figures(self, pictures: Tensor) -> dict[str, Any]:
         """Of pictures (N, 3, 32, 32) in [0, 1], as many of each category, in turn."""
@@ -300,11 +306,12 @@ def draw(sheet: dict[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axes, key, title in zip(panels, ("frechet", "kernel"), ("Fréchet distance", "kernel distance"), strict=True):
+        peers = [name for name in sheet["curves"] if not name.startswith("sfumato")]
         for name, curve in sheet["curves"].items():
             points = curve["points"]
             x = [point["minutes"] for point in points]
             y, low, high = ([point[key][part] for point in points] for part in ("value", "low", "high"))
-            colour = "C0" if name.startswith("sfumato") else f"C{len(axes.lines)}"  # all seeds alike
+            colour = "C0" if name not in peers else f"C{1 + peers.index(name)}"  # all seeds alike
             axes.plot(x, y, marker="o", label=name, color=colour)
             axes.fill_between(x, low, high, alpha=0.2, color=colour, linewidth=0)
         axes.set(

@@ -40,9 +40,7 @@ def our_trainer(resolution: int, batch: int, folder: Path, precision: str, netwo
     )  # fmt: skip
     dataset = index(run.data)
     facts = facts_of(run, dataset)
-    trainer = rehearsal(run, build_model(run, facts), dataset, facts, folder / "run")
-    trainer.state.counters.precision = precision
-    return trainer
+    return rehearsal(run, build_model(run, facts), dataset, facts, folder / "run")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""sfumato: train, check, sample, fine-tune and ship diffusion models. Importing it imports no torch."""
+"""sfumato: train, check and sample diffusion models. Importing it imports no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -139,7 +139,7 @@ class Pipeline:
     @property
     def categories(self) -> tuple[str, ...]:
         """Names that `category` may take; () for a model that is not steered by categories."""
-        return self.facts.categories
+        return self.facts.categories if "category" in self.reads else ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -208,7 +208,7 @@ class Pipeline:
                     cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
                     denoiser = Known(denoiser=denoiser, picture=start, known=cells)
             x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
-            made = self._decoded(x)
+            made = self.decode(x)
             if part.known is not None:
                 made = self.autoencoder.restored(made, part.start, part.known)
             pictures.append(to_unit(made).cpu())
@@ -261,7 +261,7 @@ class Pipeline:
             denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
             condition = ends[0].between(ends[1], shares)
             pictures = sample(self._solver(sampler), denoiser, x, levels, condition=condition, noise=noise)
-        return to_unit(self._decoded(pictures)).cpu()
+        return to_unit(self.decode(pictures)).cpu()
 
     def _blank(self, num: int) -> Tensor:
         """Latents of zeros."""
@@ -269,7 +269,8 @@ class Pipeline:
         shape = (self.autoencoder.latent_channels, self.image_shape[1] // factor, self.image_shape[2] // factor)
         return torch.zeros(num, *shape, device=next(self.model.parameters()).device)
 
-    def _decoded(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures, in [-1, 1] but not clamped, of what the network works on: latents, or the pictures themselves."""
         with torch.no_grad():
             return self.autoencoder.decode(x)
 

@@ -138,6 +138,17 @@ def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
     assert settings(tmp_path / "raw" / "grid.png")["weights"] == "raw"
 
 
+def test_the_network_is_compiled_if_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the pictures are the same: tests/training/test_compiling.py."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: compiled.append(type(network).__name__))
+    sample = ("sample", run, "--num", 1, "--steps", 1, "--out", tmp_path)
+    evaluate = ("evaluate", run, "--num", 10, "--guidance", 1, "--out", tmp_path / "evaluation.json")
+    for command, times in ((sample, 0), ((*sample, "--compile"), 1), ((*evaluate, "--compile"), 2)):
+        assert sfumato(*command).code == 0
+        assert compiled == ["UNet"] * times
+
+
 def test_a_trajectory_shows_noisy_pictures_and_guesses(run: Path, tmp_path: Path) -> None:
     result = sfumato("sample", run, "--num", 2, "--steps", 4, "--trajectory", "--out", tmp_path)
     assert result.out == f"{tmp_path}/trajectory.png\n{tmp_path}/grid.png\n"
@@ -235,9 +246,32 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     assert trained.code == 0
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
-    assert "no categories: " in result.out
+    assert "no categories, so that samples are not read by a classifier; Fréchet distances to " in result.out
+    assert "held-out real pictures" in result.out
     assert "rank of its own picture" in result.out
     assert Image.open(run / "evaluation" / "asked-by-text.png").size
+    assert sfumato("explain", run).code == 0  # though there are no categories to draw
+
+
+def test_a_run_among_the_pictures_is_no_part_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cd photos; sfumato train .` puts it there."""
+    for number in range(20):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    small = (
+        "network.channels=32",
+        "network.multipliers=[1]",
+        "network.attention_depths=[]",
+        "precision=float32",
+        "data.holdout=0.3",
+    )
+    assert sfumato("train", ".", "budget.steps=2", "data.resolution=8", *small).code == 0
+    (run,) = Path("runs").iterdir()
+    assert list((run / "samples").rglob("*.png"))
+    assert sfumato("resume", run, "budget.steps=3").code == 0
+    result = sfumato("evaluate", run, "--num", 4)
+    assert result.code == 0
+    assert "no categories, so that samples are not read by a classifier; " in result.out
 
 
 def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from sfumato.asking import Request
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
-from sfumato.evaluation import evaluate, report
+from sfumato.evaluation import evaluate, features, report
 from sfumato.evaluation.adherence import Figure, wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
 
@@ -128,9 +128,53 @@ def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, c
     assert result.training == len(digits.training)
 
 
-def test_data_without_categories_say_what_to_do(digits: Dataset) -> None:
-    with pytest.raises(DataError, match="sort the pictures into sub-folders"):
-        evaluate(Fake(digits, noisy(0.1)), replace(digits, categories=()))
+class Unsteered(Fake):
+    """The same, of all categories in turn, asked for none."""
+
+    def sample(self, num: int, *, request: Request, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+        assert not request.context
+        return super().sample(
+            num, request=Request.of({"category": torch.arange(num) % 10}, self.image_shape, num), seed=seed, guidance=guidance,
+            batch_size=batch_size,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_categories_distances_are_measured_and_copies_found(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """In the features of a frozen network, trained where its package is there."""
+    if not installed:
+        monkeypatch.setattr(features, "_package", lambda: None)
+    results = []
+    for harm in (lambda x: x, lambda x: noisy(1.0)(torch.zeros_like(x))):
+        fake = Unsteered(digits, harm)
+        fake.reads = ()
+        results.append(evaluate(fake, replace(digits, categories=()), num=100))
+    (real, copies), (_, rubbish) = (result.rows for result in results)
+    assert results[0].extractor == ("EfficientNet-Lite0 (ImageNet)" if installed else "random features")
+    assert results[0].classifier_accuracy is None
+    assert {(row.read_as_asked, row.interval, row.frechet_n) for row in (real, copies, rubbish)} == {(None, None, 100)}
+    assert copies.copies > 0.97
+    assert rubbish.copies == real.copies == 0
+    assert rubbish.frechet > 3 * copies.frechet
+    assert json.loads(json.dumps(results[0].plain()))["rows"][0]["read_as_asked"] is None
+
+
+def test_pictures_without_a_category_are_left_out(
+    digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may hold some beside its sub-folders."""
+    labels = digits.labels.clone()
+    labels[::3] = -1
+    some = replace(digits, labels=labels)
+    assert train_classifier(some, some.training, steps=2).name.endswith(
+        f"n{int((labels[torch.from_numpy(some.training)] >= 0).sum())}"
+    )
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    held_out, copycat = evaluate(Fake(some, noisy(0.02)), some, num=50).rows
+    assert held_out.n == int((labels[torch.from_numpy(some.holdout)] >= 0).sum())
+    assert copycat.read_as_asked > 0.95
 
 
 def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:

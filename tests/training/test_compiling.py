@@ -3,6 +3,7 @@ tests/networks/test_compiled.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from sfumato.errors import ConfigError
 from sfumato.networks import DiT, DiTConfig
 from sfumato.recipes import load, resume, train
-from sfumato.training import Budget
-from tests.training.tiny import pictures, tiny_run
+from sfumato.training import AdamWConfig, Budget, Trainer, ValidationConfig
+from tests.training.tiny import fingerprint, pictures, tiny_run
 
 TRANSFORMER = DiTConfig(channels=32, layers=1, head_channels=16)
 
@@ -49,6 +50,7 @@ def test_a_transformer_is_compiled_where_the_run_is_long(
     assert compiled == ["DiT"]
     settings = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(settings.replace("steps: 2", "steps: 3"))
+    monkeypatch.delattr(Trainer, "_trial")  # measured once in a run's life: a machine that is busy now does not change the run
     resume(tmp_path / "run")
     assert compiled == ["DiT", "DiT"]
 
@@ -62,14 +64,17 @@ def test_a_u_net_is_not_compiled_however_long_the_run(
 
 
 def test_without_a_compiler_nothing_is_compiled(
-    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == []
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "not compiled, which would be faster: it needs a C++ compiler and Python's headers" in said
     with pytest.raises(ConfigError, match=r"apt install g\+\+ python3-dev"):
         train(tiny_run(folder, budget=Budget(steps=2), compile="on"), run=tmp_path / "asked")
+    assert not (tmp_path / "asked" / "config.yaml").exists()  # refused before anything was done
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
         load(tmp_path / "run").compile()
 
@@ -88,6 +93,29 @@ def test_held_out_pictures_are_looked_at_without_compiling_again(
     settings = tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=4), compile="on", batch_size=10, micro_batch=None)
     train(settings, run=tmp_path / "run")
     assert len(frames) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_compiled_and_resumed_it_ends_as_if_left_alone(folder: Path, tmp_path: Path, micro_batch: int | None) -> None:
+    """Bit for bit, though what is compiled for the first shape met is not what is compiled for others."""
+    constant = AdamWConfig(learning_rate=1e-3, warmup_steps=0, decay="constant")  # whatever the budget
+    changed = {
+        "optimizer": constant,
+        "compile": "on",
+        "micro_batch": micro_batch,
+        "validation": ValidationConfig(every_steps=100),
+    }
+    settings = tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=6), **changed)
+    torch.compiler.reset()
+    whole = train(settings, run=tmp_path / "whole")
+    torch.compiler.reset()
+    cut = train(replace(settings, budget=Budget(steps=3)), run=tmp_path / "cut")
+    torch.compiler.reset()
+    resume(cut, overrides=["budget.steps=6"])
+    found, expected = fingerprint(cut), fingerprint(whole)
+    for part in ("model", "ema", "optimizer", "losses"):
+        assert found[part] == expected[part]
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from sfumato.autoencoders import KLConfig, Latents, files
 from sfumato.autoencoders import measure as measure_latents
+from sfumato.cli.drawing import trajectory_image
 from sfumato.conditioners import ContextConfig, DoodleConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
 from sfumato.errors import ConfigError
+from sfumato.observability.pictures import GAP, grid_image
 from sfumato.recipes import Run, latents, launch, load, resume, train
 from sfumato.recipes.latents import OwnAutoencoder, PretrainedAutoencoder
 from sfumato.training import (
@@ -104,6 +106,35 @@ def test_one_command_leads_to_decoded_samples(whole: Path) -> None:
         assert list((stage / "samples").glob("step-*/grid.png"))
     said = json.loads((whole / "autoencoder" / "final" / files.STATISTICS).read_text())
     assert {"psnr", "ssim", "l1", "told", "dead_channels"} <= set(said)
+
+
+def test_the_way_from_noise_is_drawn_in_pictures(whole: Path) -> None:
+    pipeline, recorded = load(whole), []
+    images = pipeline.sample(3, category="odd", steps=2, seed=1, on_step=recorded.append)
+    strip = np.asarray(trajectory_image(recorded, pictures=1, columns=10, decode=pipeline.decode)).astype(int)
+    assert len(recorded) == 2
+    result = np.asarray(grid_image(images[:1])).astype(int)[GAP:-GAP, GAP:-GAP]
+    side = len(result)
+    assert np.abs(strip[-side - GAP : -GAP, -side - GAP : -GAP] - result).max() <= 1
+    assert result.std() > 0
+
+
+def test_held_out_pictures_are_measured_without_compiling_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither along the way nor at the end."""
+    graphs = []
+    compile_module = torch.nn.Module.compile
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=counted))
+    autoencoder = own(compile="on", losses=LossesConfig(), micro_batch=None, budget=Budget(steps=2))
+    train(latent_run(folder, autoencoder=autoencoder, budget=Budget(steps=1)), run=tmp_path / "run")
+    assert graphs
+    assert all(graphs)  # those of training alone
 
 
 def test_pictures_are_started_from_and_completed_in_latents(whole: Path) -> None:

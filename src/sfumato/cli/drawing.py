@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,27 +20,33 @@ def evenly(count: int, at_most: int) -> list[int]:
     return [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
 
 
-def visible(x: Tensor, level: NoiseLevel) -> Tensor:
-    """A noisy picture in [0, 1], brought to the brightness of the data where its level amplifies it."""
-    from sfumato.pipeline import to_unit
-
-    size = float((level.alpha**2 + level.sigma**2).sqrt())
-    return to_unit(x / max(1.0, size)).cpu()
+def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
+    """A noisy picture, brought to the brightness of the data where its level amplifies it."""
+    return x / max(1.0, float((level.alpha**2 + level.sigma**2).sqrt()))
 
 
-def trajectory_image(recorded: Sequence[Progress], *, pictures: int, columns: int) -> Image.Image:
-    """For each picture a row of noisy states and, under it, the guess of the clean picture made from each; the result last."""
+def trajectory_image(
+    recorded: Sequence[Progress], *, pictures: int, columns: int, decode: Callable[[Tensor], Tensor]
+) -> Image.Image:
+    """For each picture a row of noisy states and, under it, the guess of the clean picture made from each; the result last.
+
+    Args:
+        decode: gives the pictures of latents.
+    """
     import torch
 
     from sfumato.observability.pictures import grid_image
     from sfumato.pipeline import to_unit
 
     shown = [recorded[i] for i in evenly(len(recorded), columns)]
-    result = to_unit(recorded[-1].x).cpu()
+    count = min(pictures, len(recorded[-1].x))
+    drawn = lambda latents: to_unit(decode(latents[:count])).cpu()  # noqa: E731
+    result = drawn(recorded[-1].x)
+    noisy, guesses = [drawn(dimmed(step.before, step.start)) for step in shown], [drawn(step.x0) for step in shown]
     rows, labels = [], []
-    for number in range(min(pictures, len(result))):
-        rows += [visible(step.before, step.start)[number] for step in shown] + [result[number]]
-        rows += [to_unit(step.x0).cpu()[number] for step in shown] + [result[number]]
+    for number in range(count):
+        for states in (noisy, guesses):
+            rows += [state[number] for state in states] + [result[number]]
         labels += ["noisy x", "guess of x0"]
     columns_labels = [f"step {step.step}" for step in shown] + ["result"]
     return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels)

@@ -26,13 +26,13 @@ PAIRS = 10
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     num: Annotated[int, typer.Option(min=2, help="Pictures to generate for each guidance scale.")] = 500,
-    guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare; by default 1 and the run's own.")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare, by default 1 and the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
-    """Read samples with a classifier trained on the real pictures, look for copies, measure the Fréchet distance and adherence."""
+    """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
     from sfumato.evaluation.classifier import train_classifier
@@ -50,12 +50,10 @@ def evaluate(
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
         reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
-        result = None
-        if reader is not None or not pipeline.reads:  # without categories, adherence is what there is to measure
-            result = measure(
-                pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.0, 0.5), reader=reader,
-                keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
-            )  # fmt: skip
+        result = measure(
+            pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.0, 0.5), reader=reader,
+            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
+        )  # fmt: skip
         adherence = measure_adherence(
             pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=_share(bar, 0.5, 0.85),
             keep=lambda name, asked, samples, real: save_png(
@@ -65,16 +63,12 @@ def evaluate(
         bar.update(0.85, "combinations that were kept from training")
         composed = {name: _composed(pipeline, dataset, held, seed) for name, held in dataset.named_holdouts.items()}
     figures = {
-        **(result.plain() if result else {}),
+        **result.plain(),
         "adherence": [asdict(row) for row in adherence],
         "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
     }
     target.write_text(json.dumps(figures, indent=1))
-    typer.echo(
-        table(result)
-        if result
-        else "no categories: samples are not read by a classifier, and there is no distance in its features"
-    )
+    typer.echo(table(result))
     if adherence:
         typer.echo("\ndoes the condition work? (each context alone, on held-out ones; then all together)")
         typer.echo(adherence_table(adherence))
@@ -84,8 +78,7 @@ def evaluate(
             typer.echo(f"\ncombinations that were kept from training: {name}, {rows[0].prompts} prompts")
             typer.echo(composition_table(rows))
     typer.echo(f"figures: {target}")
-    if result:
-        typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+    typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
 
 
 def _share(bar: ProgressBar, start: float, stop: float) -> Callable[[float, str], None]:
@@ -129,14 +122,19 @@ def table(result: Evaluation) -> str:
     )
     rows = [
         (
-            row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]", f"{row.frechet:.2f}",
-            f"{row.nearest:.2f}", f"{row.copies:.1%}",
+            row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]" if row.interval else "-",
+            f"{row.frechet:.2f}", f"{row.nearest:.2f}", f"{row.copies:.1%}",
         )
         for row in result.rows
     ]  # fmt: skip
+    accuracy = result.classifier_accuracy
     head = (
-        f"classifier trained on the run's real pictures: {result.classifier_accuracy:.1%} right on held-out ones; "
-        f"Fréchet distances to {result.reference} training pictures in the features of {result.extractor}, which saw the others; "
+        f"classifier trained on the run's real pictures: {accuracy:.1%} right on held-out ones; "
+        if accuracy is not None
+        else "no categories, so that samples are not read by a classifier; "
+    ) + (
+        f"Fréchet distances to {result.reference} training pictures in the features of {result.extractor}"
+        f"{', which saw the others' if accuracy is not None else ''}; "
         f"nearest of {result.training} training pictures by distance in pixels"
     )
     return f"{head}\n{aligned([columns, *rows])}"

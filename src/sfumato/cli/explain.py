@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sfumato.data import Dataset
     from sfumato.recipes import Run
     from sfumato.sampling import Progress
@@ -31,7 +33,6 @@ def explain(
     ] = None,
 ) -> None:
     """Draw how diffusion works here: the schedule, a picture on its way into noise, and the way back."""
-    from sfumato.cli.drawing import trajectory_image
     from sfumato.observability.pictures import save_png
     from sfumato.recipes import resolve
     from sfumato.recipes.launch import open_data
@@ -40,11 +41,11 @@ def explain(
     trained = (Path(source) / "checkpoints").is_dir()
     folder = out or (Path(source) / "explained" if trained else Path("explained") / settings.name)
     dataset = open_data(settings)
-    recorded, denoiser = _way_back(source if trained else None, settings, dataset)
+    way_back, denoiser = _way_back(source if trained else None, settings, dataset)
     paths = [
         *_curves(settings, folder),
         save_png(_noising(settings, dataset), folder / "noising.png"),
-        save_png(trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS), folder / "way_back.png"),
+        save_png(way_back, folder / "way_back.png"),
         folder / "README.md",
     ]
     paths[-1].write_text(
@@ -86,22 +87,24 @@ def _noising(settings: Run, dataset: Dataset):
     import torch
 
     from sfumato import randomness
-    from sfumato.cli.drawing import visible
+    from sfumato.cli.drawing import dimmed
     from sfumato.data import to_float
     from sfumato.observability.pictures import grid_image
+    from sfumato.pipeline import to_unit
 
     x0 = to_float(dataset.images(dataset.usual(dataset.training)[:PICTURES])[0])
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
-    tiles = torch.stack([visible(level.mix(x0, eps), level) for level in levels], dim=1).flatten(0, 1)
+    tiles = torch.stack([to_unit(dimmed(level.mix(x0, eps), level)) for level in levels], dim=1).flatten(0, 1)
     return grid_image(tiles, columns=COLUMNS, labels=[f"t {t:.2f}" for t in times.tolist()])
 
 
-def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[list[Progress], str]:
-    """The trajectory of a few samples: by the trained model, else by the ideal denoiser of the training pictures."""
+def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[Image.Image, str]:
+    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training pictures."""
     import torch
 
+    from sfumato.cli.drawing import trajectory_image
     from sfumato.data import to_float
     from sfumato.diffusion import EmpiricalDenoiser
     from sfumato.recipes import load
@@ -111,13 +114,13 @@ def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[list[Pr
     if run is not None:
         pipeline = load(run)
         pipeline.sample(PICTURES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
-        return recorded, "the trained model"
+        return trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS, decode=pipeline.decode), "the trained model"
     ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
     noise = KeyedNoise(settings.seed)
     levels = grid(settings.sampling.schedule, settings.sampling.steps)
     x = levels.at(0).sigma * noise(torch.empty(PICTURES, *dataset.image_shape))
     sample(settings.sampling.sampler, ideal, x, levels, noise=noise, on_step=recorded.append)
     return (
-        recorded,
+        trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS, decode=lambda x: x),
         "the ideal denoiser of the training pictures, which can only reproduce them: a network that generalizes does better",
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from sfumato.pipeline import Pipeline
@@ -86,7 +87,7 @@ def sample(
             images = pipeline.between(num, asked, last, seeds=(seed, seed if to_seed is None else to_seed), **how)
     settings = _settings(context.params, run, pipeline) | {"guidance": scales}
     labels = [] if to_prompt else _labels(prompt, category, num)
-    _save(images, recorded, out or run / "generated" / f"seed-{seed}", settings, labels)
+    _save(images, _strip(recorded, pipeline), out or run / "generated" / f"seed-{seed}", settings, labels)
 
 
 def _weights(said: str) -> Literal["ema", "raw"] | float:
@@ -133,15 +134,21 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
     return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []
 
 
-def _save(images: Tensor, recorded: list[Progress], folder: Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
-    """Every picture, the grid with `labels`, and the way of the first few from noise if it was recorded."""
+def _strip(recorded: list[Progress], pipeline: Pipeline) -> Image.Image | None:
+    """The way of the first few pictures from noise, if it was recorded."""
     from sfumato.cli.drawing import trajectory_image
+
+    first = recorded[: recorded[0].steps] if recorded else []  # of the first batch
+    return trajectory_image(first, pictures=STRIP_PICTURES, columns=STRIP_STEPS, decode=pipeline.decode) if first else None
+
+
+def _save(images: Tensor, strip: Image.Image | None, folder: Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
+    """Every picture, the way of the first few from noise if it was drawn, and the grid with `labels`."""
     from sfumato.observability.pictures import grid_image, picture, save_png
 
     for number, image in enumerate(images):
         save_png(picture(image), folder / f"{number:05d}.png", {**settings, "index": number})
-    if recorded:
-        strip = trajectory_image(recorded[: recorded[0].steps], pictures=STRIP_PICTURES, columns=STRIP_STEPS)
+    if strip is not None:
         typer.echo(save_png(strip, folder / "trajectory.png", settings))
     typer.echo(save_png(grid_image(images, labels=labels), folder / "grid.png", settings))
 

@@ -50,10 +50,19 @@ class Classifier:
         return torch.cat([labels for labels, _ in parts]), torch.cat([features for _, features in parts]).double()
 
 
+def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of `positions` whose pictures have a category."""
+    return positions[(dataset.labels[torch.from_numpy(positions)] >= 0).numpy()]
+
+
 def train_classifier(
     dataset: Dataset, positions: NDArray[np.int64], *, seed: int = 0, steps: int = 1500, batch_size: int = 64
 ) -> Classifier:
-    """Train on the pictures at `positions`, test on the held-out part. Noise and label smoothing keep it from being sure of itself."""
+    """Train on the pictures at `positions` that have a category, test on such of the held-out part.
+
+    Noise and label smoothing keep it from being sure of itself.
+    """
+    positions, held_out = (labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(*dataset.image_shape[:2], len(dataset.categories))
@@ -71,6 +80,6 @@ def train_classifier(
             schedule.step()
     network.eval().requires_grad_(False)
     classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}")
-    read, _ = classifier.read(to_float(dataset.images(dataset.usual(dataset.holdout))[0]))
-    accuracy = float((read == dataset.context(dataset.usual(dataset.holdout))["category"]).double().mean())
+    read, _ = classifier.read(to_float(dataset.images(held_out)[0]))
+    accuracy = float((read == dataset.context(held_out)["category"]).double().mean())
     return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

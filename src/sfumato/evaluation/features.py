@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfumato import unpickled
 from sfumato.data.files import cache_folder
@@ -51,6 +52,16 @@ def extractor(name: str) -> Features:
         mend="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
         "transformer, with config.json and model.safetensors",
     )
+
+
+@torch.no_grad()
+def pooled(features: Features, pictures: Tensor, *, side: int = 64) -> Tensor:
+    """Features (n, d) of pictures (n, C, H, W) in [-1, 1]; those whose shorter side is below `side` are enlarged to it, since networks that
+    were trained on large pictures make little of small ones."""
+    scale = max(1.0, side / min(pictures.shape[2:]))
+    size = [round(scale * length) for length in pictures.shape[2:]]
+    larger = (F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1) for part in pictures.split(250))
+    return torch.cat([features.pooled(part) for part in larger])
 
 
 def efficientnet() -> EfficientNetLite0:

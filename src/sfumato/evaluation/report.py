@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from sfumato.asking import Request
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation.adherence import wilson
-from sfumato.evaluation.classifier import Classifier, train_classifier
+from sfumato.evaluation.classifier import Classifier, labelled, train_classifier
+from sfumato.evaluation.features import extractor, pooled
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.memorization import Neighbours, nearest
 from sfumato.pipeline import Pipeline
@@ -29,16 +31,17 @@ class Row:
     """Figures of one set of pictures: samples at a guidance scale, or the held-out pictures.
 
     Attributes:
-        read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson).
-        frechet: distance to one half of the training pictures in features of a classifier trained on the other half, taken with
-            `frechet_n` pictures, as many of each category, so that rows compare: category counts and n move it.
+        read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
+            categories.
+        frechet: distance to training pictures in the extractor's features, taken with `frechet_n` pictures, as many of each category, so
+            that rows compare: category counts and n move it.
         nearest: mean L2 distance to the nearest training picture; copies: share with d1/d2 < 1/3.
     """
 
     name: str
     n: int
-    read_as_asked: float
-    interval: tuple[float, float]
+    read_as_asked: float | None
+    interval: tuple[float, float] | None
     frechet: float
     frechet_n: int
     nearest: float
@@ -47,11 +50,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Rows of figures; the first is held-out real pictures, what a perfect model would get."""
+    """Rows of figures; the first is held-out real pictures, what a perfect model would get.
+
+    Attributes:
+        extractor: whose features the Fréchet distance is taken in.
+        reference: pictures that it is taken to.
+        classifier_accuracy: on held-out pictures, of what reads the samples; None without categories.
+        training: pictures among which the nearest are looked for.
+    """
 
     extractor: str
     reference: int
-    classifier_accuracy: float
+    classifier_accuracy: float | None
     training: int
     rows: Sequence[Row]
 
@@ -78,21 +88,20 @@ def evaluate(
 ) -> Evaluation:
     """Generate `num` pictures for each guidance scale, and compare them with real ones.
 
-    A model that is steered by nothing but categories is asked for each in turn; others for what held-out pictures are.
+    Where the data have categories, a classifier trained on them reads the samples, and the features are those of another; where they
+    have none, features come from a frozen network. A model that is steered by nothing but categories is asked for each in turn; others
+    for what held-out pictures are.
 
     Args:
-        reader: what samples are read with; trained on the training pictures unless given.
+        reader: what samples are read with, where there are categories; trained on the training pictures unless given.
         keep: handed each scale's pictures in [0, 1] and their nearest training pictures.
     Raises:
-        DataError: if the data have no categories to be read, or fewer than two pictures are held out.
+        DataError: if fewer than two pictures are held out.
     """
-    if len(dataset.categories) < 2:
-        raise DataError(
-            "has no categories, which this evaluation reads samples by",
-            where="evaluate",
-            mend="sort the pictures into sub-folders",
-        )
     trained_on, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
+    has_categories = len(dataset.categories) > 1
+    if has_categories:
+        trained_on, holdout = labelled(dataset, trained_on), labelled(dataset, holdout)
     if len(holdout) < 2:
         raise DataError(
             f"{len(holdout)} picture is held out, too few to compare samples with",
@@ -100,24 +109,15 @@ def evaluate(
             mend="add pictures, or raise data.holdout in a new run",
         )
     tell = on_progress or (lambda fraction, text: None)
-    tell(0.0, "training a classifier on the real pictures")
-    reader = reader or train_classifier(dataset, trained_on)
-    # Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from
-    # one trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples.
-    order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
-    seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
-    extractor = train_classifier(dataset, seen)
-    training = to_float(dataset.images(trained_on[:LARGEST_TRAINING])[0])
-    held_out = to_float(dataset.images(holdout)[0])
-    labels = dataset.context(reference)["category"]
-    reference = reference[balanced(labels, int(torch.bincount(labels).min())).numpy()]
-    features = extractor.read(to_float(dataset.images(reference)[0]))[1]
-    each = int(torch.bincount(dataset.context(holdout)["category"], minlength=len(dataset.categories)).min())
-    judge = _Judge(reader, extractor, training, features, max(1, min(each, num // len(dataset.categories))))
+    tell(0.0, "training a classifier on the real pictures" if has_categories else "looking at the real pictures")
+    eyes = _trained_eyes(dataset, trained_on, reader) if has_categories else _frozen_eyes(dataset, trained_on)
+    training, held_out = (to_float(dataset.images(part)[0]) for part in (trained_on[:LARGEST_TRAINING], holdout))
+    kinds = max(1, len(dataset.categories))
+    each = int(torch.bincount(_kinds(dataset, holdout), minlength=kinds).min())
+    judge = _Judge(eyes, training, max(1, min(each, num // kinds)))
 
-    rows = [judge.row("held-out real pictures", held_out, dataset.context(holdout)["category"])]
-    context = _asked(pipeline, dataset, holdout, num)
-    asked = context["category"]
+    rows = [judge.row("held-out real pictures", held_out, _kinds(dataset, holdout))]
+    context, asked = _asked(pipeline, dataset, holdout, num)
     read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
         tell((number + 0.5) / (len(guidances) + 0.5), f"{num} samples at guidance {guidance:g}")
@@ -128,42 +128,79 @@ def evaluate(
             keep(guidance, images, nearest(images * 2 - 1, training))
     tell(1.0, "done")
     return Evaluation(
-        extractor=extractor.name,
-        reference=len(reference),
-        classifier_accuracy=reader.held_out_accuracy,
+        extractor=eyes.name,
+        reference=len(eyes.reference),
+        classifier_accuracy=eyes.reader.held_out_accuracy if eyes.reader else None,
         training=len(training),
         rows=rows,
     )
 
 
-def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> dict[str, Any]:
-    """What `num` samples are asked for: each category in turn, or what held-out pictures are; "category" is always among it."""
+def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
+    """The category of each picture; one for all where there are none."""
+    labels = dataset.labels[torch.from_numpy(positions)]
+    return labels if len(dataset.categories) > 1 else torch.zeros_like(labels)
+
+
+def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> tuple[dict[str, Any], Tensor]:
+    """What `num` samples are asked for, and their categories: each category in turn, or what held-out pictures are."""
     if pipeline.reads in ((), ("category",)):
-        return {"category": torch.arange(num) % len(dataset.categories)}
-    chosen = np.resize(holdout, num)
-    pixels, _, chosen = dataset.images(chosen)
-    return pipeline.model.conditioner.derive(to_float(pixels), dataset.context(chosen), seed=0, first=0)
+        each = torch.arange(num) % max(1, len(dataset.categories))
+        return {"category": each}, each
+    pixels, _, chosen = dataset.images(np.resize(holdout, num))
+    context = pipeline.model.conditioner.derive(to_float(pixels), dataset.context(chosen), seed=0, first=0)
+    return context, _kinds(dataset, chosen)
+
+
+class _Eyes(NamedTuple):
+    """What pictures are looked at with: features (n, d) of pictures in [-1, 1], those of training pictures, and a reader of categories."""
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    reference: Tensor
+    reader: Classifier | None
+
+
+def _trained_eyes(dataset: Dataset, trained_on: NDArray[np.int64], reader: Classifier | None) -> _Eyes:
+    """Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from one
+    trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples."""
+    order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
+    seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
+    classifier = train_classifier(dataset, seen)
+    labels = _kinds(dataset, reference)
+    reference = reference[balanced(labels, int(torch.bincount(labels).min())).numpy()]
+    features = lambda images: classifier.read(images)[1]  # noqa: E731
+    return _Eyes(
+        classifier.name,
+        features,
+        features(to_float(dataset.images(reference)[0])),
+        reader or train_classifier(dataset, trained_on),
+    )
+
+
+def _frozen_eyes(dataset: Dataset, trained_on: NDArray[np.int64]) -> _Eyes:
+    network = extractor("auto")
+    features = partial(pooled, network)
+    return _Eyes(network.name, features, features(to_float(dataset.images(trained_on[: LARGEST_TRAINING // 2])[0])), None)
 
 
 @dataclass(frozen=True)
 class _Judge:
-    reader: Classifier
-    extractor: Classifier
+    eyes: _Eyes
     training: Tensor
-    features: Tensor
     each: int
 
     def row(self, name: str, images: Tensor, asked: Tensor) -> Row:
-        read, features = self.reader.read(images)[0], self.extractor.read(images)[1]
         neighbours = nearest(images, self.training)
         chosen = balanced(asked, self.each)
-        right = float((read == asked).double().mean())
+        reader = self.eyes.reader
+        right = float((reader.read(images)[0] == asked).double().mean()) if reader else None
         return Row(
             name=name,
             n=len(images),
             read_as_asked=right,
-            interval=wilson(right, len(images)),
-            frechet=frechet_distance(features[chosen], self.features),
+            interval=None if right is None else wilson(right, len(images)),
+            frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference),
             frechet_n=len(chosen),
             nearest=float(neighbours.first.mean()),
             copies=neighbours.copies,

@@ -12,11 +12,19 @@ from torch import nn
 
 from sfumato.errors import ConfigError
 
+NEEDED = "needs a C++ compiler and Python's headers"
+
 
 def can_compile() -> bool:
     """Whether there are the C++ compiler and Python's headers that `torch.compile` builds its kernels with."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def require_compiler() -> None:
+    """Raise ConfigError if this machine lacks what compiling takes."""
+    if not can_compile():
+        raise ConfigError(NEEDED, where="compile", mend="apt install g++ python3-dev, or leave it off")
 
 
 def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:
@@ -27,8 +35,5 @@ def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:
     Raises:
         ConfigError: if this machine lacks what it takes.
     """
-    if not can_compile():
-        raise ConfigError(
-            "needs a C++ compiler and Python's headers", where="compile", mend="apt install g++ python3-dev, or leave it off"
-        )
+    require_compiler()
     network.compile(mode=mode)

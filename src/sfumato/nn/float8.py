@@ -43,7 +43,7 @@ def float8_layers(network: nn.Module) -> set[str]:
         raise ConfigError(
             f"float8 is for transformers whose channels are a multiple of {MULTIPLE}",
             where="precision",
-            mend="use precision=bfloat16, or network.kind=DiTConfig",
+            mend=f"use precision=bfloat16, or network.kind=DiTConfig with network.channels a multiple of {MULTIPLE}",
         )
     return names
 

@@ -181,7 +181,7 @@ class OwnAutoencoder(TrainingConfig):
             trainer.run()
         codec = cast(Reconstructor, trainer.state.average).codec
         statistics = _measured(codec, dataset)
-        figures = trainer.task.figures(trainer.state.model, trainer.state.average)
+        figures = trainer.figures()
         facts = {
             **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
             "told": statistics.told.tolist(),

@@ -17,6 +17,7 @@ from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.errors import CheckpointError, RunError
+from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
@@ -212,6 +213,8 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     facts = facts_of(settings, dataset, directory.path)
     model = with_auxiliary(settings, build_model(settings, facts, directory.path))  # what is missing is said first
     require(model.network, settings.precision)
+    if settings.compile == "on":
+        require_compiler()
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()

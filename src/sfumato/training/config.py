@@ -112,8 +112,10 @@ class TrainingConfig:
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result.
         precision: of the network's inside; `auto` measures whether float32 or bfloat16 is faster. `float8` is bfloat16 with matrix
-            products in eight bits, for transformers on GPUs from Hopper on. Weights and optimizer are always float32.
-        compile: `auto` compiles the network on a GPU, and on a CPU where it pays: transformers, from 20 minutes on.
+            products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and optimizer are
+            always float32.
+        compile: `auto` compiles the network on a GPU, and on a CPU where it pays: transformers, from 20 minutes on; not without a C++
+            compiler.
     """
 
     seed: int = 0

@@ -19,7 +19,8 @@ from sfumato.training.task import Learner
 @dataclass
 class Counters:
     """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at, `kept` the
-    share of the budget at which averages were kept last."""
+    share of the budget at which averages were kept last. What was measured at the start is kept, so that a run goes on as it began:
+    `precision`, and the seconds of a pass `pass_s`."""
 
     step: int = 0
     updates: int = 0
@@ -30,6 +31,7 @@ class Counters:
     watched: int = -1
     kept: float = 0.0
     precision: str = "auto"
+    pass_s: float = 0.0
 
 
 @dataclass
@@ -81,12 +83,12 @@ class TrainingState:
             load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
             for profile, module in self.kept.items():
                 module.load_state_dict(tensors[kept_name(profile)])
-        except (RuntimeError, KeyError) as error:
+            self.counters = Counters(**counters)
+        except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"does not fit the model: {' '.join(str(error).split())[:300]}",
                 mend="resume with the configuration it was trained with (config.yaml beside it)",
             ) from None
-        self.counters = Counters(**counters)
 
 
 def kept_name(profile: PowerEMA) -> str:

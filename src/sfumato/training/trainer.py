@@ -17,7 +17,7 @@ import torch
 
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
-from sfumato.nn.compiling import can_compile, compile_in_place
+from sfumato.nn.compiling import NEEDED, can_compile, compile_in_place
 from sfumato.observability.metrics import MetricsFile
 from sfumato.observability.progress import ProgressBar
 from sfumato.training import checkpoint, posthoc, precision
@@ -145,30 +145,37 @@ class Trainer:
     def _settle(self, say: Callable[[str], None]) -> None:
         counters, config = self.state.counters, self.config
         if config.precision == "auto" and counters.precision == "auto":  # measured once in a run's life
-            counters.precision, line = precision.choose(self._trial, self.device)
+            counters.precision, line = precision.choose(partial(self._trial, self._first_batch()), self.device)
             say(line)
         precision.prepare(self.task.core(self.state.model), self._precision)
 
     def _compile(self, say: Callable[[str], None]) -> None:
-        if self.config.compile == "on" or (self.config.compile == "auto" and self._compiling_pays()):
-            say("the network is compiled: the first steps take a minute or more")
-            compile_in_place(self.task.core(self.state.model))
-            self._watched_as = partial(torch.compiler.set_stance, "force_eager")
+        asked = self.config.compile
+        if asked == "off" or (asked == "auto" and not self._compiling_pays()):
+            return
+        if asked == "auto" and not can_compile():
+            say(f"the network is not compiled, which would be faster: it {NEEDED}")
+            return
+        say("the network is compiled: the first steps take a minute or more")
+        compile_in_place(self.task.core(self.state.model))
+        self._watched_as = partial(torch.compiler.set_stance, "force_eager")
 
     def _compiling_pays(self) -> bool:
-        """Judged by the whole budget, so that a run which is resumed goes on as it was."""
+        """Judged by the whole budget and by what was measured at the start of the run, so that a run that is resumed goes on as it was."""
         after = getattr(self.task.core(self.state.model), "compiling_pays_after_s", math.inf)
-        if not can_compile() or (self.device.type == "cpu" and math.isinf(after)):
-            return False
-        return self.device.type == "cuda" or self._planned_s() > after
+        return self.device.type == "cuda" or (not math.isinf(after) and self._planned_s() > after)
 
     def _planned_s(self) -> float:
-        """Seconds of training that the budget comes to, from a pass that is timed."""
-        for _ in range(2):  # the first warms up
-            begun = time.perf_counter()
-            self._trial(self._dtype)
-        step_s = time.perf_counter() - begun
-        return step_s * self.config.budget.steps_of(step_s, batch_size=self.config.batch_size, pictures=self.plan.size)
+        """Seconds of training that the budget comes to, from a pass that is timed once in a run's life."""
+        counters, config = self.state.counters, self.config
+        if not counters.pass_s:
+            batch = self._first_batch()
+            for _ in range(2):  # the first warms up
+                begun = time.perf_counter()
+                self._trial(batch, self._dtype)
+            counters.pass_s = time.perf_counter() - begun
+        steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, pictures=self.plan.size)
+        return counters.pass_s * steps
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters
@@ -210,13 +217,17 @@ class Trainer:
             self._try(bar, self._snapshot)
         self._keep_averages(bar)
         if step and (finished or step % config.validation.every_steps == 0):
-            with self._watched_as():
-                figures = self.task.figures(self.state.model, self.state.average)
+            figures = self.figures()
             metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
         if finished or step % config.checkpoint.every_steps == 0:
             self._try(bar, self._save)
+
+    def figures(self) -> dict[str, Any]:
+        """The task's, on held-out pictures, of the weights and averaged weights as they are."""
+        with self._watched_as():
+            return self.task.figures(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], Path]) -> None:
         """A disk that is full for a while need not end a run."""
@@ -272,9 +283,12 @@ class Trainer:
         notes = {name: torch.cat([outcome.notes[name].detach() for outcome in found]) for name in found[0].notes}
         return Outcome(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
-    def _trial(self, dtype: torch.dtype) -> None:
+    def _first_batch(self) -> Batch:
+        return next(batches(self.dataset, self.plan, start=0))
+
+    def _trial(self, batch: Batch, dtype: torch.dtype) -> None:
         """A forward and backward pass that leaves no trace, to be timed."""
-        self._backward(next(batches(self.dataset, self.plan, start=0)), dtype)
+        self._backward(batch, dtype)
         self.state.model.zero_grad()
 
     @property

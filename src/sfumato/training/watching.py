@@ -53,9 +53,9 @@ class Validator:
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """What metrics.jsonl keeps of a validation.
 
-        `validation/ema/*` and `validation/raw/*` on held-out pictures; of the averaged weights also `validation/gap/*`, their error minus
-        that on training pictures, and `validation/adherence/NAME/*`, their error under another picture's context minus that under
-        its own: above zero as soon as the context steers.
+        `validation/ema/*` and `validation/raw/*` on held-out pictures, in float32 but for raw weights that are trained in float8; of the
+        averaged weights also `validation/gap/*`, their error minus that on training pictures, and `validation/adherence/NAME/*`, their
+        error under another picture's context minus that under its own: above zero as soon as the context steers.
         """
         triples, context = self._sets[0]
         averaged, raw = self._errors(average, 0), self._errors(model, 0)

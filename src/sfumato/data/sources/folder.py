@@ -42,9 +42,16 @@ class Folder:
         if not files.is_folder(self.path):
             raise DataError("is a file, not a folder", where=self.path, mend="name the folder that holds the pictures")
         root = self.path.rstrip("/")
-        return Tree(
-            self.path, files.walk(root), lambda name: File(f"{root}/{name}"), lambda name: files.contained(root, name)
-        ).listing()
+        names = _outside_runs(files.walk(root))
+        return Tree(self.path, names, lambda name: File(f"{root}/{name}"), lambda name: files.contained(root, name)).listing()
+
+
+def _outside_runs(names: Sequence[str]) -> Sequence[str]:
+    """Without what lies in runs' directories: `sfumato train .` puts them among the pictures, and would go on with its own samples."""
+    known = set(names)
+    places = {name.rpartition("/")[0] for name in names if name.endswith("/status.json")}
+    runs = tuple(f"{place}/" for place in places if f"{place}/config.yaml" in known)
+    return [name for name in names if not name.startswith(runs)]
 
 
 @dataclass(frozen=True)
