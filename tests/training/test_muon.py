@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks import UNet, UNetConfig
 from sfumato.recipes import resume, train
 from sfumato.training import AdamWConfig, MuonConfig
-from sfumato.training.optimizers import Muon, hidden_weights, orthogonal
+from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
 from tests.training.test_resume import interrupted
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
@@ -38,8 +39,18 @@ def test_orthogonal_equals_the_published_iteration(shape: tuple[int, int], decad
     assert (orthogonal(matrix).double() - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_singular_values_come_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonal(torch.randn(32, 288)))
+@pytest.mark.parametrize("shape", [(16, 144), (24, 24), (96, 288)])
+def test_a_gpus_iteration_is_the_published_one_rounded(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape)
+    x /= x.norm()
+    exact = quintic(x.double())
+    assert (iterated(x).double() - exact).norm() < 1e-3 * exact.norm()
+    assert (iterated(x.bfloat16()).double() - exact).norm() < 5e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("how", [orthogonal, lambda x: iterated((x / x.norm()).bfloat16()).float()])
+def test_singular_values_come_near_one(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    values = torch.linalg.svdvals(how(torch.randn(32, 288)))
     assert 0.6 < values.min() < values.max() < 1.3
 
 
