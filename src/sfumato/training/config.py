@@ -87,7 +87,7 @@ class PosthocConfig:
             raise ConfigError(
                 f"widths = {self.widths}, num = {self.num}",
                 where="posthoc",
-                mend="different widths, kept at least once; [0.05, 0.1] is usual",
+                mend="different widths, kept at least once; [0.1, 0.25] is best",
             )
 
     @property
