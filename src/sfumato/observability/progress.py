@@ -71,3 +71,29 @@ class ProgressBar:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._bar.console.print(printable(line), markup=False)
+
+
+class Clock:
+    """Seconds of work so far, begun in an earlier process perhaps, and its speed since the last lap."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._origin = time.perf_counter() - seconds_before
+        self._lap, self._lap_step, self._waited = time.perf_counter(), -1, 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._origin
+
+    def wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def lap(self, batch_size: int, step: int) -> tuple[float, float]:
+        """Images/s and milliseconds a step spent waiting for data since the last call."""
+        now, steps = time.perf_counter(), step - self._lap_step if self._lap_step >= 0 else 1
+        speed, wait_ms = steps * batch_size / (now - self._lap), 1000 * self._waited / steps
+        self._lap, self._lap_step, self._waited = now, step, 0.0
+        return speed, wait_ms
+
+
+def short(value: float) -> str:
+    """Four digits after the point, or the exponent when that would show nothing."""
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.2e}"

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
-from sfumato.nn.compiling import NEEDED, can_compile, compile_in_place
 from sfumato.observability.metrics import MetricsFile
-from sfumato.observability.progress import ProgressBar
-from sfumato.training import checkpoint, posthoc, precision
+from sfumato.observability.progress import Clock, ProgressBar, short
+from sfumato.training import checkpoint, posthoc
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
+from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
+from sfumato.training.settling import precision_of, settle_compiling, settle_precision
 from sfumato.training.state import TrainingState, kept_name
 from sfumato.training.task import Outcome, Task
 
@@ -115,10 +117,10 @@ class Trainer:
             self.directory.write_status("finished", counters.step)
 
     def _prepare(self, bar: ProgressBar) -> None:
-        """Settle the precision, check the disk, and make sure that there is something to resume from."""
-        counters = self.state.counters
-        self._settle(bar.say)
-        self._compile(bar.say)
+        """Settle how to compute, check the disk, and make sure that there is something to resume from."""
+        counters, network = self.state.counters, self._settle(bar.say)
+        if settle_compiling(self.config, counters, network, pictures=self.plan.size, trial=self._trial, say=bar.say):
+            self._watched_as = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.disk_bytes())
         if self._new:
             self._save()
@@ -142,44 +144,15 @@ class Trainer:
         left = math.ceil(widths * kept * (1 - self.state.counters.kept))
         return size * ((4 + widths) * (self.config.checkpoint.keep + 1) + left) + (16 << 20)
 
-    def _settle(self, say: Callable[[str], None]) -> None:
-        counters, config = self.state.counters, self.config
-        if config.precision == "auto" and counters.precision == "auto":  # measured once in a run's life
-            counters.precision, line = precision.choose(partial(self._trial, self._first_batch()), self.device)
-            say(line)
-        precision.prepare(self.task.core(self.state.model), self._precision)
-
-    def _compile(self, say: Callable[[str], None]) -> None:
-        asked = self.config.compile
-        if asked == "off" or (asked == "auto" and not self._compiling_pays()):
-            return
-        if asked == "auto" and not can_compile():
-            say(f"the network is not compiled, which would be faster: it {NEEDED}")
-            return
-        say("the network is compiled: the first steps take a minute or more")
-        compile_in_place(self.task.core(self.state.model))
-        self._watched_as = partial(torch.compiler.set_stance, "force_eager")
-
-    def _compiling_pays(self) -> bool:
-        """Judged by the whole budget and by what was measured at the start of the run, so that a run that is resumed goes on as it was."""
-        after = getattr(self.task.core(self.state.model), "compiling_pays_after_s", math.inf)
-        return self.device.type == "cuda" or (not math.isinf(after) and self._planned_s() > after)
-
-    def _planned_s(self) -> float:
-        """Seconds of training that the budget comes to, from a pass that is timed once in a run's life."""
-        counters, config = self.state.counters, self.config
-        if not counters.pass_s:
-            batch = self._first_batch()
-            for _ in range(2):  # the first warms up
-                begun = time.perf_counter()
-                self._trial(batch, self._dtype)
-            counters.pass_s = time.perf_counter() - begun
-        steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, pictures=self.plan.size)
-        return counters.pass_s * steps
+    def _settle(self, say: Callable[[str], None]) -> nn.Module:
+        """Settle the precision; the network."""
+        network = self.task.core(self.state.model)
+        settle_precision(self.config, self.state.counters, network, trial=self._trial, say=say)
+        return network
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters
-        clock = _Clock(counters.seconds)
+        clock = Clock(counters.seconds)
         supply = batches(self.dataset, self.plan, start=counters.step)
         bar.start_at(self._spent())
         while True:
@@ -199,9 +172,7 @@ class Trainer:
                 record = self._record(result, clock)
                 metrics.write(record)
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
-                figures = (
-                    f"loss {bar_loss(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
-                )
+                figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
                 self.directory.heartbeat(counters.step)
 
@@ -283,21 +254,19 @@ class Trainer:
         notes = {name: torch.cat([outcome.notes[name].detach() for outcome in found]) for name in found[0].notes}
         return Outcome(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
-    def _first_batch(self) -> Batch:
-        return next(batches(self.dataset, self.plan, start=0))
-
-    def _trial(self, batch: Batch, dtype: torch.dtype) -> None:
+    def _trial(self) -> Callable[[torch.dtype], None]:
         """A forward and backward pass that leaves no trace, to be timed."""
-        self._backward(batch, dtype)
-        self.state.model.zero_grad()
+        batch = next(batches(self.dataset, self.plan, start=0))
+
+        def work(dtype: torch.dtype) -> None:
+            self._backward(batch, dtype)
+            self.state.model.zero_grad()
+
+        return work
 
     @property
     def _dtype(self) -> torch.dtype:
-        return precision.DTYPES[self._precision]
-
-    @property
-    def _precision(self) -> str:
-        return self.state.counters.precision if self.config.precision == "auto" else self.config.precision
+        return DTYPES[precision_of(self.config, self.state.counters)]
 
     def _spent(self) -> float:
         counters = self.state.counters
@@ -338,7 +307,7 @@ class Trainer:
             keep=self.config.checkpoint.keep,
         )
 
-    def _record(self, result: StepResult, clock: _Clock) -> dict[str, Any]:
+    def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
         counters = self.state.counters
         images_per_s, wait_ms = clock.lap(self.config.batch_size, counters.step)
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -374,29 +343,3 @@ class Trainer:
                 for bad in batch.bad:
                     file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
             bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")
-
-
-class _Clock:
-    """Seconds of training so far, and speed since the last lap."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self._origin = time.perf_counter() - seconds_before
-        self._lap, self._lap_step, self._waited = time.perf_counter(), -1, 0.0
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._origin
-
-    def wait(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def lap(self, batch_size: int, step: int) -> tuple[float, float]:
-        """Images/s and milliseconds a step spent waiting for data since the last call."""
-        now, steps = time.perf_counter(), step - self._lap_step if self._lap_step >= 0 else 1
-        speed, wait_ms = steps * batch_size / (now - self._lap), 1000 * self._waited / steps
-        self._lap, self._lap_step, self._waited = now, step, 0.0
-        return speed, wait_ms
-
-
-def bar_loss(loss: float) -> str:
-    """Four digits after the point, or the exponent when that would show nothing."""
-    return f"{loss:.4f}" if loss >= 1e-3 else f"{loss:.2e}"

@@ -1,0 +1,81 @@
+"""What is settled when a run starts, from what is measured once in its life: the precision, and whether the network is compiled.
+
+The counters keep what was measured, so that a run goes on as it began, however busy the machine is when it is resumed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sfumato.nn.compiling import NEEDED, can_compile, compile_in_place
+from sfumato.training import precision
+from sfumato.training.config import TrainingConfig
+from sfumato.training.state import Counters
+
+Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision, leaving no trace
+Say = Callable[[str], None]
+
+
+def settle_precision(
+    config: TrainingConfig, counters: Counters, network: nn.Module, *, trial: Callable[[], Pass], say: Say
+) -> None:
+    """Choose the precision if that is left to measuring, and make the network fit for it."""
+    if config.precision == "auto" and counters.precision == "auto":
+        counters.precision, line = precision.choose(trial(), _device(network))
+        say(line)
+    precision.prepare(network, precision_of(config, counters))
+
+
+def precision_of(config: TrainingConfig, counters: Counters) -> str:
+    """As configured, or as measured."""
+    return counters.precision if config.precision == "auto" else config.precision
+
+
+def settle_compiling(
+    config: TrainingConfig, counters: Counters, network: nn.Module, *, pictures: int, trial: Callable[[], Pass], say: Say
+) -> bool:
+    """Compile the network if asked to, or if it pays and can be done; whether it is.
+
+    Args:
+        pictures: in the training set.
+    Raises:
+        ConfigError: if it is asked for on a machine that lacks what it takes.
+    """
+    asked = config.compile
+    if asked == "off" or (asked == "auto" and not _pays(config, counters, network, pictures, trial)):
+        return False
+    if asked == "auto" and not can_compile():
+        say(f"the network is not compiled, which would be faster: it {NEEDED}")
+        return False
+    say("the network is compiled: the first steps take a minute or more")
+    compile_in_place(network)
+    return True
+
+
+def _pays(config: TrainingConfig, counters: Counters, network: nn.Module, pictures: int, trial: Callable[[], Pass]) -> bool:
+    """On a GPU always; elsewhere where the whole budget comes to more than the network's kind makes up for in."""
+    if _device(network).type == "cuda":
+        return True
+    after_s = getattr(network, "compiling_pays_after_s", math.inf)
+    if math.isinf(after_s):
+        return False
+    counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)])
+    steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, pictures=pictures)
+    return counters.pass_s * steps > after_s
+
+
+def _timed(work: Pass, dtype: torch.dtype) -> float:
+    """Seconds of the second of two passes; the first warms up."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        work(dtype)
+    return time.perf_counter() - begun
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
