@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO ?= runs/demo
+WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow check clean
 
@@ -27,10 +28,10 @@ demo: $(VENV)/core
 		--category 5 --category 6 --category 7 --category 8 --category 9 --out $(DEMO)/grid
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "slow or not slow"
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Images per second of sampling: sfumato's driver beside diffusers' DDIM pipeline, equal steps, networks of nearly equal size.
 
-    python benchmarks/sampling.py [--quick] [--json FILE] [--resolution 32] [--batch 64] [--steps 10]
+    python benchmarks/sampling.py [--quick] [--json FILE] [--resolution 32] [--batch 32] [--steps 8]
 
-Also the share of the time that is not the network: our whole trajectory against the bare network called as often.
+Also the share of the time that is not the network: our whole trajectory against the bare network called as often; and of a whole
+`Pipeline.sample` with guidance, keyed noise and pictures at the end, against the bare network on twice the batch.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ from machine import interleaved, machine, options, paired_ratio, report
 from peer_unconditional import PeerSampler, build_peer
 from train_step import NETWORK, PEER_PARAMETERS
 
+from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
-from sfumato.conditioners import Joint
+from sfumato.conditioners import CategoryConfig, ContextConfig, Facts, Joint
 from sfumato.diffusion import Linear
 from sfumato.networks import UNet
-from sfumato.pipeline import DenoiserConfig, Model
+from sfumato.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
 from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
+
+
+def guided(resolution: int, steps: int, device: torch.device) -> Pipeline:
+    """An untrained model steered by two categories, with guidance."""
+    facts = Facts(channels=3, categories=("a", "b"))
+    conditioner = ContextConfig(category=CategoryConfig()).build(facts, encoder=lambda config: None)
+    network = NETWORK.build(image_channels=3, context=conditioner.sizes)
+    model = Model(network, conditioner, DenoiserConfig()).to(device).eval().requires_grad_(False)
+    return Pipeline(
+        model=model, autoencoder=Pixels(3), sampling=SamplingConfig(guidance=1.5, steps=steps), facts=facts,
+        image_shape=(3, resolution, resolution), compute_dtype=torch.bfloat16,
+    )  # fmt: skip
 
 
 def main() -> None:
     """Time all candidates in turn and print the ratios."""
-    asked = options(__doc__.splitlines()[0], resolution=32, batch=64, steps=10, rounds=5)
+    asked = options(__doc__.splitlines()[0], resolution=32, batch=32, steps=8, rounds=5)
     rounds, steps = (2, 4) if asked.quick else (asked.rounds, asked.steps)
     batch = min(asked.batch, 16) if asked.quick else asked.batch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +52,15 @@ def main() -> None:
             with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 model.network(x, noise_input, NO_CONDITION)
 
+    pipeline = guided(asked.resolution, steps, device)
+    with torch.no_grad():
+        both = pipeline.model.conditioner({"category": torch.zeros(2 * batch, dtype=torch.long, device=device)}, 2 * batch)
+
+    def bare_guided() -> None:
+        for _ in range(steps):
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+                pipeline.model.network(torch.cat([x, x]), torch.cat([noise_input, noise_input]), both)
+
     candidates, peer = {}, build_peer(PEER_PARAMETERS, asked.resolution, 64)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         theirs = PeerSampler(peer.to(device), steps=steps, batch=batch, dtype=dtype, channels_last=True)
@@ -49,6 +72,8 @@ def main() -> None:
         }
     defaults = PeerSampler(build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device), steps=steps, batch=batch)
     candidates["diffusers DDIM at its defaults"] = defaults
+    candidates["ours guided, whole, bfloat16"] = lambda: pipeline.sample(batch, category="a", batch_size=batch)
+    candidates["bare network guided, bfloat16"] = bare_guided
     times = interleaved(candidates, rounds)
 
     figures = {name: {"images_per_s": batch / statistics.median(taken)} for name, taken in times.items()}
@@ -61,6 +86,9 @@ def main() -> None:
         name: 1 - 1 / paired_ratio(times[f"bare network {name}"], times[f"ours DDIM {name}"])
         for name in ("float32", "bfloat16")
     }
+    overhead["guided, whole, bfloat16"] = 1 - 1 / paired_ratio(
+        times["bare network guided, bfloat16"], times["ours guided, whole, bfloat16"]
+    )
     result = {
         "machine": machine(), "batch": batch, "resolution": asked.resolution, "steps": steps, "rounds": rounds,
         "ours": {name: row for name, row in figures.items() if not name.startswith("diffusers")},

@@ -30,7 +30,7 @@ from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
 from sfumato.nn.compiling import compile_in_place
 from sfumato.sampling import DPMSolverPP2M, grid, sample
 
-SIDE, SAMPLED_STEPS = 32, 10
+SIDE, CHANNELS, SAMPLED_STEPS = 32, 4, 10
 STATED = {"H200": 989e3, "H100": 989e3, "A100": 312e3}  # GFLOP/s, dense bfloat16
 SIZES: dict[str, tuple[NetworkConfig, int]] = {  # and the batch on a GPU
     "DiT-S/2": (DiTConfig(channels=384, layers=12), 256),
@@ -50,19 +50,23 @@ def peer(config: DiTConfig, channels: int) -> DiTTransformer2DModel:
 
 def candidates(network: NetworkConfig, batch: int, folder: Path, device: torch.device, *, compiled: bool) -> dict[str, Any]:
     """Training steps and a trajectory, each a call."""
-    trainer = our_trainer(SIDE, batch, folder, "bfloat16", network)
+    trainer = our_trainer(SIDE, batch, folder, "bfloat16", network, CHANNELS)
     if compiled:
         trainer.task.core(trainer.state.model).compile()
-    images = torch.rand(batch, 3, SIDE, SIDE, device=device) * 2 - 1
+    images = torch.rand(batch, CHANNELS, SIDE, SIDE, device=device) * 2 - 1
     given = Batch(parts=[Part(first=0, images=images.cpu(), context={})])
     found: dict[str, Callable[[], object]] = {"ours": lambda: trainer.train_step(given)}
     if isinstance(network, DiTConfig):
-        theirs = PeerTrainer(peer(network, 3).to(device), bf16=True)
+        theirs = PeerTrainer(peer(network, CHANNELS).to(device), bf16=True)
         if compiled:
             theirs.model.compile()
         labels = torch.randint(1000, (batch,), device=device)
         found["diffusers"] = lambda: theirs.step(images, labels)
-    model, x, levels = trainer.state.average, torch.randn(batch, 3, SIDE, SIDE, device=device), grid(Linear(), SAMPLED_STEPS)
+    model, x, levels = (
+        trainer.state.average,
+        torch.randn(batch, CHANNELS, SIDE, SIDE, device=device),
+        grid(Linear(), SAMPLED_STEPS),
+    )
     if compiled:  # as `sfumato sample --compile` does
         compile_in_place(model.network, mode="reduce-overhead" if device.type == "cuda" else "default")
     found["ours, sampling"] = lambda: sample(DPMSolverPP2M(), model.denoiser(torch.bfloat16), x, levels)

@@ -33,14 +33,14 @@ def uniform(seed: int | str, purpose: str, *, first: int, count: int, per_item: 
     return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
 
 
-def normal(seed: int, purpose: str, *, first: int, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: int, purpose: str, *, first: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal draws for items `first` to `first + shape[0]`, float32, by Box and Muller's transform.
 
-    Item `first + i` has the same values whatever `shape[0]` is.
+    Item `first + i` has the same values whatever `shape[0]` is; on another kind of device, to its rounding of logarithms and cosines.
     """
     count, size = shape[0], math.prod(shape[1:])
     words = _words(seed, purpose, first, count, -(-size // 2))
-    halves = torch.from_numpy(words.view(np.int32)).view(count, -1, 2).to(torch.float64)
+    halves = torch.from_numpy(words.view(np.int32)).to(device).view(count, -1, 2).to(torch.float64)
     unit = (halves + 0.5) * 2.0**-32 + 0.5
     radius = torch.sqrt(-2 * torch.log(unit[..., 0]))
     angle = (2 * math.pi) * unit[..., 1]

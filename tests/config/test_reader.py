@@ -55,9 +55,12 @@ def test_the_same_kind_keeps_them(override: str) -> None:
     assert config.with_overrides(BASE, [override])["schedule"]["warp"] == {"kind": "Shift", "factor": 3.0}
 
 
-def test_settings_of_the_new_kind_may_follow_it() -> None:
-    changed = config.with_overrides(BASE, ["schedule.kind=Karras", "schedule.rho=5"])
-    assert changed["schedule"] == {"kind": "Karras", "rho": 5}
+@pytest.mark.parametrize("kind", ["schedule.kind=Karras", "schedule=Karras"])
+def test_settings_of_the_new_kind_may_stand_before_it_or_after(kind: str) -> None:
+    for overrides in ([kind, "schedule.rho=5"], ["schedule.rho=5", kind]):
+        assert config.with_overrides(BASE, overrides)["schedule"] == {"kind": "Karras", "rho": 5}
+    deep = ["schedule.warp.scale=1", "schedule.warp.kind=Mode", "schedule.kind=Other"]
+    assert config.with_overrides(BASE, deep)["schedule"] == {"kind": "Other", "warp": {"kind": "Mode", "scale": 1}}
 
 
 def test_null_empties_and_a_key_below_null_fills() -> None:

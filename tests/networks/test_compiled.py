@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
@@ -43,7 +45,6 @@ def results(network: torch.nn.Module, size: int = 8) -> tuple[torch.Tensor, list
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
 def test_compiled_it_is_the_same_network(config: NetworkConfig) -> None:
-    """And other sizes of picture compile no more than once again."""
     network = awake(config)
     compiled = copy.deepcopy(network)
     compiled.compile()
@@ -65,6 +66,22 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
         found.append({name: value.detach().clone() for name, (_, value) in auxiliary.losses(images, spent=0.0).items()})
         network.compile()
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [DIT, UNET, replace(DIT, recompute=True)], ids=["dit", "unet", "dit-recomputed"])
+def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -> None:
+    """A second shape makes sides symbols, whatever shapes come then."""
+    torch._dynamo.reset()  # shapes that other tests showed are forgotten
+    network, counter, counts = awake(config), CompileCounter(), []
+    network.compile(backend=counter)
+    for height, width in ((16, 16), (8, 24), (24, 8), (12, 16), (32, 32), (16, 16)):
+        condition = Condition(
+            vector=torch.randn(2, 6), tokens=torch.randn(2, 4, 5), token_mask=torch.ones(2, 4, dtype=torch.bool)
+        )
+        network(torch.randn(2, 3, height, width), torch.ones(2), condition).sum().backward()
+        counts.append(counter.frame_count)
+    assert counts[1] == 2 * counts[0] > 0
+    assert set(counts[1:]) == {counts[1]}
 
 
 @pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])

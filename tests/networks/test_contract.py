@@ -59,6 +59,7 @@ def seed() -> None:
             tokens_at="decoder",
             maps_at="decoder",
         ),
+        UNetConfig(channels=40, multipliers=(1, 3), attention_depths=(1,), head_channels=40),  # no multiples of a group
         *KINDS,
         replace(SMALL, layers=5, dropped=0.5, registers=1, recompute=True),
     ],

@@ -67,16 +67,16 @@ def said(choice: Choice) -> str:
 # --- how large -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "cpu", "gpu"), [(10, 32, 96), (1_000, 32, 96), (2_000, 64, 96), (5_000, 64, 128), (100_000, 64, 128)]
-)
+@pytest.mark.parametrize(("count", "gpu"), [(10, 96), (2_000, 96), (5_000, 128), (100_000, 128)])
 def test_larger_sets_and_machines_get_larger_networks(
-    place: str, count: int, cpu: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+    place: str, count: int, gpu: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for machine, width in (("cpu", cpu), ("gpu", gpu)):
+    """A CPU gets a narrow one and Muon, whatever the set: in an hour, that is what pays."""
+    for machine, width in (("cpu", 32), ("gpu", gpu)):
         on(monkeypatch, machine)
         choice = choose(place, listing(count))
         assert choice.run.network.channels == width
+        assert (choice.run.optimizer.muon is not None) == (machine == "cpu")
         assert choice.reasons[0].startswith(f"{count} pictures on ")
         assert f"a U-Net of {width} channels" in choice.reasons[0]
 
@@ -136,9 +136,9 @@ def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolu
 
 @pytest.mark.parametrize(
     ("side", "factor"),
-    [(32, 1.0), (64, (3 * 64 * 64 / 4096) ** 0.5), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
+    [(16, 0.5), (32, 0.5), (48, 0.75), (64, 1.0), (88, 1.38), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
 )
-def test_many_values_are_given_more_noise(place: str, side: int, factor: float) -> None:
+def test_many_values_are_given_more_noise_and_few_less(place: str, side: int, factor: float) -> None:
     """Of pixels, or of latents; in training and in sampling alike."""
     choice = choose(place, listing(60, image=picture(side, side)), resolution=side)
     t = torch.tensor([0.3], dtype=torch.float64)
@@ -147,7 +147,8 @@ def test_many_values_are_given_more_noise(place: str, side: int, factor: float) 
     for found, unshifted in ((sampled, plain), (trained, middle)):
         moved = (unshifted.logsnr() - found.logsnr()) / 2
         assert float(moved) == pytest.approx(np.log(factor), abs=0.01)
-    assert any("shifted" in reason for reason in choice.reasons) == (factor > 1)
+    assert any("shifted" in reason for reason in choice.reasons) == (factor != 1)
+    assert ("more noise" in said(choice), "less noise" in said(choice)) == (factor > 1, factor < 1)
 
 
 def test_a_resolution_that_is_asked_for_decides_on_latents(place: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_fl
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
 from sfumato.errors import ConfigError
+from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.observability.pictures import GAP, grid_image
 from sfumato.recipes import Run, latents, launch, load, resume, train
 from sfumato.recipes.latents import OwnAutoencoder, PretrainedAutoencoder
@@ -355,3 +356,16 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder:
     data = DataConfig(source=Folder(str(folder)), resolution=15, channels=1)
     with pytest.raises(ConfigError, match="multiple of 2"):
         train(latent_run(folder, data=data), run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [UNetConfig(channels=32, multipliers=(1, 1, 1), attention_depths=(), head_channels=32), DiTConfig(patch=4, channels=64)],
+)
+def test_latents_that_the_network_does_not_take_are_refused_before_anything_is_trained(
+    folder: Path, tmp_path: Path, network: UNetConfig | DiTConfig
+) -> None:
+    data = DataConfig(source=Folder(str(folder)), resolution=12, channels=1)
+    with pytest.raises(ConfigError, match=r"12 x 12, which are latents of 6 x 6(?s:.*)multiples of 4(?s:.*)2 times as large"):
+        train(latent_run(folder, data=data, network=network), run=tmp_path / "run")
+    assert not (tmp_path / "run" / "autoencoder").exists()

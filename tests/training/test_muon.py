@@ -14,7 +14,7 @@ from sfumato.condition import ContextSizes
 from sfumato.conditioners.text import WordsConditioner, WordsConfig
 from sfumato.conditioners.words import Words
 from sfumato.errors import ConfigError
-from sfumato.networks import UNet, UNetConfig
+from sfumato.networks import DiTConfig, UNet, UNetConfig
 from sfumato.recipes import resume, train
 from sfumato.training import AdamWConfig, MuonConfig
 from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
@@ -102,6 +102,16 @@ def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
     for name in ("network.input.weight", "network.output.weight", "text.embedding.weight", "text.positions"):
         assert name in adamw[0]
     assert all(name.endswith("bias") or "norm" in name for name in adamw[1])
+
+
+@pytest.mark.parametrize(
+    "network", [DiTConfig(patch=4, channels=64, layers=1), UNetConfig(channels=32, multipliers=(1,), attention_depths=())]
+)
+def test_first_and_last_layers_are_adamws_however_large(network: DiTConfig | UNetConfig) -> None:
+    built = network.build(image_channels=48)
+    stepped = {id(p) for p in hidden_weights(built)}
+    assert stepped
+    assert not stepped & {id(p) for end in built.ends for p in end.parameters()}
 
 
 def test_a_model_without_hidden_layers_is_adamws() -> None:

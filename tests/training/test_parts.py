@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sfumato.errors import ConfigError
+from sfumato.networks import DiTConfig
 from sfumato.training import AdamWConfig, Budget, FixedEMA, PowerEMA, TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.precision import choose
@@ -56,6 +57,7 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 
 def test_wider_hidden_layers_are_stepped_by_less() -> None:
     model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1))
+    model.ends = (model[0], model[3])
     learner = Learner("model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant", base_width=32))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -64,6 +66,20 @@ def test_wider_hidden_layers_are_stepped_by_less() -> None:
     assert [rates[id(layer.weight)] for layer in model] == [1.0, 0.5, 0.25, 1.0]
     assert {rates[id(layer.bias)] for layer in model} == {1.0}
     assert learner.rate == 1.0
+
+
+def test_a_network_that_says_so_keeps_its_ends_from_the_rates_of_hidden_layers() -> None:
+    """First layers are as wide as what they are given, whatever the width; last ones are as wide as the network."""
+    network = DiTConfig(patch=4, channels=128, layers=1, head_channels=32).build(image_channels=3)
+    groups = AdamWConfig(base_width=64).build(network)[0].param_groups
+    shares = {id(p): group.get("share", 1.0) for group in groups for p in group["params"]}
+    assert shares[id(network.patches[0].weight)] == shares[id(network.level_embedding[1].weight)] == 1.0
+    assert shares[id(network.blocks[0].readers[0].q.weight)] == shares[id(network.output.weight)] == 0.5
+
+
+def test_narrower_layers_are_not_stepped_by_more() -> None:
+    groups = AdamWConfig(base_width=64).build(nn.Sequential(nn.Linear(32, 32)))[0].param_groups
+    assert [group.get("share", 1.0) for group in groups if group["params"]] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])

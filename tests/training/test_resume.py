@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
-from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError
+from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.recipes import launch, resume, train
-from sfumato.training import Budget, Trainer, checkpoint
+from sfumato.training import Budget, MuonConfig, Trainer, checkpoint
 from sfumato.training.interruption import Interrupted
+from sfumato.training.run_directory import RunDirectory
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 
@@ -150,9 +152,41 @@ def test_resume_of_no_run_and_train_over_a_run_are_errors(folder, tmp_path, monk
 def test_changed_data_are_refused_on_resume(tmp_path, monkeypatch) -> None:
     folder = pictures(tmp_path / "pictures")
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    before = described(run)
     next(folder.rglob("*.png")).unlink()
     with pytest.raises(CheckpointError, match="data are not what"):
         resume(run)
+    assert described(run) == before
+
+
+def described(run: Path) -> list[str]:
+    return [(run / name).read_text() for name in ("config.yaml", "data.json", "environment.json")]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("network.channels=64", "does not fit the model"),
+        ("seed=1", "seed or batch_size"),
+        ("optimizer.muon={}", "was not stepped by Muon, now otherwise"),
+        ("network.multipliers=[1,1,1,1,1]", "cannot be halved 4 times"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(folder, whole, tmp_path, monkeypatch, override: str, said: str) -> None:
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    before = described(run)
+    with pytest.raises(SfumatoError, match=said):
+        resume(run, overrides=[override])
+    assert described(run) == before
+    assert fingerprint(resume(run)) == whole
+
+
+def test_muon_cannot_be_left_on_resume(folder, tmp_path, monkeypatch) -> None:
+    settings = tiny_run(folder)
+    settings = replace(settings, optimizer=replace(settings.optimizer, muon=MuonConfig()))
+    run = interrupted(settings, tmp_path / "run", monkeypatch, 6)
+    with pytest.raises(CheckpointError, match="was stepped by Muon, now otherwise"):
+        resume(run, overrides=["optimizer.muon=null"])
 
 
 def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, capsys) -> None:
@@ -171,18 +205,14 @@ def test_a_finished_run_says_so_and_is_left_alone(folder, tmp_path, capsys) -> N
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_another_network_on_resume_is_refused(folder, tmp_path, monkeypatch) -> None:
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        resume(run, overrides={"network.channels": 64})
-
-
 def test_two_processes_never_share_a_run(folder, tmp_path, monkeypatch) -> None:
+    """Nor is anything of a run touched that another process holds."""
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
-    from sfumato.training.run_directory import RunDirectory
-
+    (run / "checkpoints" / ".tmp-7-being-written").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     with RunDirectory.existing(run).locked(), pytest.raises(RunError, match="another process"):
-        resume(run)
+        resume(run, overrides={"budget.steps": 16})
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
 
 
 def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-WIDTHS = [0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
+WIDTHS = [0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
 
 
 def ema(

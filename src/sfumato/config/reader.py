@@ -100,13 +100,15 @@ _Dumper.add_representer(list, _represent_list)
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with `a.b=c` settings applied; values are read as YAML.
 
-    Another `kind` empties the object that it replaces, since its other keys belonged to the old kind.
+    Another `kind` empties the object that it replaces, since its other keys belonged to the old kind; so, in whatever order they are
+    given, what is set whole comes before its parts.
 
     Raises:
         ConfigError: for a setting without "=", or a path that leads through a value that has no keys.
     """
     result = _copy(data)
-    for path, value in _parsed(overrides):
+    whole_first = sorted(_parsed(overrides), key=lambda setting: setting[0].removesuffix(f".{TAG}").count("."))
+    for path, value in whole_first:
         *parents, last = path.split(".")
         target = result
         for depth, key in enumerate(parents):

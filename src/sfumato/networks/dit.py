@@ -98,7 +98,8 @@ class DiTConfig:
 class DiT(nn.Module):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
 
-    What its patches are after a third of the blocks, (B, hidden_channels, rows, columns), passes through `probe`, which may be listened to.
+    What its patches are after a third of the blocks (before any are dropped), (B, hidden_channels, rows, columns), passes through
+    `probe`, which may be listened to.
 
     Args:
         image_channels: of x and of the prediction.
@@ -139,7 +140,8 @@ class DiT(nn.Module):
         Raises:
             ShapeError: if H or W is no multiple of the patch, or x or the condition lack a channel or a slot.
         """
-        self._check(x, condition)
+        self.require_sides(*x.shape[-2:])
+        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
         patch = self.config.patch
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         level = self.level_embedding(noise_input)
@@ -197,15 +199,19 @@ class DiT(nn.Module):
                 parts = block(parts, places, *shared)
         return parts
 
-    def _check(self, x: Tensor, condition: Condition) -> None:
-        height, width = x.shape[-2:]
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Of what the width decides one side only: what patches and level are embedded by, and the output."""
+        return nn.ModuleList([self.patches, self.level_embedding]), self.output
+
+    def require_sides(self, height: int, width: int) -> None:
+        """Raise ShapeError unless x may have these sides."""
         if height % self.config.patch or width % self.config.patch:
             raise ShapeError(
                 f"an image of {height} x {width} cannot be cut into patches of {self.config.patch}",
                 where="DiT",
                 mend=f"use sides that are multiples of {self.config.patch}, or another network.patch",
             )
-        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
 
 
 class Block(nn.Module):

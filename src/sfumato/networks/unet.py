@@ -18,7 +18,7 @@ from sfumato.networks.inputs import require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import SinusoidalEmbedding
 from sfumato.nn.initial import zeroed
-from sfumato.nn.norms import ModulatedGroupNorm
+from sfumato.nn.norms import ModulatedGroupNorm, groups_of
 
 Place = Literal["all", "decoder"]
 GROUP_CHANNELS = 16  # channels that share a group norm's statistics
@@ -117,7 +117,7 @@ class UNet(nn.Module):
                 max(0, depth - 1)
             ]  # narrowed on the way to the next depth, where every channel costs four times as much
             self.up.append(UpLevel(stages, Upsample(out, width) if depth else None, maps))
-        self.output_norm = nn.GroupNorm(max(1, width // GROUP_CHANNELS), width)
+        self.output_norm = nn.GroupNorm(groups_of(width, GROUP_CHANNELS), width)
         self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -127,7 +127,8 @@ class UNet(nn.Module):
         Raises:
             ShapeError: if H or W is no multiple of the down-sampling, or x or the condition lack a channel or a slot.
         """
-        self._check(x, condition)
+        self.require_sides(*x.shape[-2:])
+        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
         level = self.level_embedding(noise_input)
         steered = level if self.vector_embedding is None else level + self.vector_embedding(condition.vector)
         on_the_way_up = self.embedding(steered)
@@ -143,16 +144,20 @@ class UNet(nn.Module):
             x = up(x, on_the_way_up, condition, skips)
         return self.output(F.silu(self.output_norm(x)))
 
-    def _check(self, x: Tensor, condition: Condition) -> None:
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Of what the width decides one side only: the first convolution and the last."""
+        return self.input, self.output
+
+    def require_sides(self, height: int, width: int) -> None:
+        """Raise ShapeError unless x may have these sides."""
         factor = 2 ** (len(self.config.multipliers) - 1)
-        height, width = x.shape[-2:]
         if height % factor or width % factor:
             raise ShapeError(
                 f"an image of {height} x {width} cannot be halved {len(self.config.multipliers) - 1} times",
                 where="UNet",
                 mend=f"use sides that are multiples of {factor}, or fewer network.multipliers",
             )
-        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
 
 
 class ResidualBlock(nn.Module):
@@ -160,7 +165,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding_size: int, dropout: float) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(max(1, inputs // GROUP_CHANNELS), inputs)
+        self.norm_in = nn.GroupNorm(groups_of(inputs, GROUP_CHANNELS), inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm_out = ModulatedGroupNorm(outputs, embedding_size, GROUP_CHANNELS)
         self.dropout = nn.Dropout(dropout)

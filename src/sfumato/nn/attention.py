@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.nn.initial import zeroed
+from sfumato.nn.norms import groups_of
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -38,7 +39,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, group_channels: int = 16) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(max(1, channels // group_channels), channels)
+        self.norm = nn.GroupNorm(groups_of(channels, group_channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -56,7 +57,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, heads: int, token_size: int, group_channels: int = 16) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(max(1, channels // group_channels), channels)
+        self.norm = nn.GroupNorm(groups_of(channels, group_channels), channels)
         self.token_norm = nn.LayerNorm(token_size)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(token_size, 2 * channels)

@@ -11,6 +11,11 @@ from sfumato.nn.initial import zeroed
 RMS_EPS = 1e-6
 
 
+def groups_of(channels: int, group_channels: int) -> int:
+    """How many groups channels are normed in: as near `group_channels` to a group as divides them, and no fewer."""
+    return next(groups for groups in range(max(1, channels // group_channels), 0, -1) if channels % groups == 0)
+
+
 class ModulatedGroupNorm(nn.Module):
     """Group norm followed by (1 + scale) * x + shift with scale and shift (B, C) projected from an embedding.
 
@@ -19,7 +24,7 @@ class ModulatedGroupNorm(nn.Module):
 
     def __init__(self, channels: int, embedding_size: int, group_channels: int = 16) -> None:
         super().__init__()
-        self.groups = max(1, channels // group_channels)
+        self.groups = groups_of(channels, group_channels)
         self.projection = zeroed(nn.Linear(embedding_size, 2 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

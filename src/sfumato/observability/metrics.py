@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 
 class MetricsFile:
@@ -44,6 +48,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory that this process has held so far: of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _finite(value: Any) -> Any:

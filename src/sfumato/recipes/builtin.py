@@ -51,9 +51,9 @@ def emoji() -> Run:
     return Run(
         name="emoji",
         data=DataConfig(source=Emoji(size=64), resolution=32),
-        network=UNetConfig(channels=64, multipliers=(1, 2, 2), attention_depths=(2,), dropout=0.1),
+        network=UNetConfig(channels=32, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,), dropout=0.1),
         conditioner=ContextConfig(category=CategoryConfig()),
-        optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
+        optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=45),
@@ -68,7 +68,6 @@ def emoji_text() -> Run:
         name="emoji-text",
         network=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)),
         conditioner=ContextConfig(text=WordsConfig(length=16)),
-        optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         sampling=SamplingConfig(guidance=2.0),
     )
 
@@ -113,7 +112,6 @@ def emoji_latent() -> Run:
         autoencoder=OwnAutoencoder(network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)),
         network=UNetConfig(channels=64, multipliers=(1, 2), attention_depths=(0, 1), dropout=0.1),
         denoiser=DenoiserConfig(input_scale=UnitVariance(1.0)),
-        optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         budget=Budget(minutes=20),
     )
 

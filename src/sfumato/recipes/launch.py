@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
 from sfumato.data.embeddings import EmbeddingStore
-from sfumato.errors import CheckpointError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError, ShapeError
+from sfumato.networks import DiT, UNet
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model, Pipeline
@@ -181,30 +182,42 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
-    directory.write_status("preparing", 0)
-    _trainer(settings, dataset, directory).run()
+    with directory.locked():
+        directory.write_status("preparing", 0)
+        _trainer(settings, dataset, directory).run()
     return directory.path
 
 
 def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     """Go on with a run from its newest whole checkpoint, bit for bit; overrides are shown as a difference."""
     directory = RunDirectory.existing(Path(path))
+    with directory.locked():
+        trainer = _resumed(directory, overrides)
+        step = trainer.state.counters.step
+        if trainer.finished and directory.status().get("state") == "finished":
+            console().print(
+                f"finished already, at step {step}; to go on, raise its budget: sfumato resume {path} budget.minutes=..."
+            )
+            return directory.path
+        console().print(f"resuming at step {step}")
+        trainer.run()
+    return directory.path
+
+
+def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
+    """The trainer as its newest checkpoint left it; a refusal leaves the run as it was."""
     before = resolve(directory.path)
     settings = resolve(directory.path, overrides)
     screen = console()
     for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
         screen.print(f"changed on resume: {line}", markup=False)
-    trainer = _trainer(settings, open_data(settings), directory)
-    if directory.status().get("state") != "preparing":
-        for warning in trainer.resume():
-            screen.print(f"warning: {warning}", markup=False)
-    step = trainer.state.counters.step
-    if trainer.finished and directory.status().get("state") == "finished":
-        screen.print(f"finished already, at step {step}; to go on, raise its budget: sfumato resume {path} budget.minutes=...")
-        return directory.path
-    screen.print(f"resuming at step {step}")
-    trainer.run()
-    return directory.path
+    dataset = open_data(settings)
+    with directory.unchanged_if_refused():
+        trainer = _trainer(settings, dataset, directory)
+        if directory.status().get("state") != "preparing":
+            for warning in trainer.resume():
+                screen.print(f"warning: {warning}", markup=False)
+    return trainer
 
 
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
@@ -215,6 +228,7 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     require(model.network, settings.precision)
     if settings.compile == "on":
         require_compiler()
+    _require_sides(cast(UNet | DiT, model.network), dataset, facts.factor)
     directory.config.write_text(configuration.dump_yaml(pinned))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
@@ -228,6 +242,25 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
     return diffusion_trainer(
         settings, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=facts, pinned=pinned
     )
+
+
+def _require_sides(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
+    """Raise ConfigError unless the network takes pictures of every shape, before an autoencoder is trained for it."""
+    shapes = dataset.config.pixel_format().shapes
+    for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
+        if height % factor or width % factor:
+            continue  # which the autoencoder refuses
+        try:
+            network.require_sides(height // factor, width // factor)
+        except ShapeError as error:
+            latents = f", which are latents of {height // factor} x {width // factor}" if factor > 1 else ""
+            raise ConfigError(
+                f"pictures of {height} x {width}{latents}: {error.what}",
+                where="data.resolution",
+                mend=f"{error.mend}; {factor} times as large in pixels, also for data.buckets.step"
+                if factor > 1
+                else error.mend,
+            ) from None
 
 
 def _free(path: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.conditioners import Facts
 from sfumato.data import Dataset
+from sfumato.observability.metrics import peak_gib
 from sfumato.observability.progress import duration
 from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
@@ -27,7 +27,7 @@ class Prediction:
         stage: what is trained.
         step_s: seconds of a training step; what compiling may gain is left out.
         steps, seconds, epochs: of the whole run, previews, validation and checkpoints aside.
-        memory_gib: most that the process has held so far, which training stays close to.
+        memory_gib: most that the process has held so far, on the device that it trains on; training stays close to it.
         disk_gib: checkpoints at their most.
     """
 
@@ -69,7 +69,7 @@ def _predicted(stage: str, trainer: Trainer) -> Prediction:
         steps=steps,
         seconds=steps * step_s,
         epochs=steps * batch / size,
-        memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        memory_gib=peak_gib(trainer.device),
         disk_gib=trainer.disk_bytes() / 2**30,
     )
 

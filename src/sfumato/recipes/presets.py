@@ -22,13 +22,14 @@ from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
 from sfumato.recipes.run import Run
-from sfumato.training import AdamWConfig, Budget, PowerEMA
+from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
 
 LOOKED_AT = 200
 SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
 SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another
+PIXELS, LATENTS = 3 * 64 * 64, 4096  # values whose noise is not shifted
 MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
@@ -106,10 +107,10 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
         _resolution(survey, gpu=gpu) if resolution is None else (resolution, f"{resolution} px, as asked")
     )
     space, why_space = _space(resolution, gpu=gpu)
-    size, why_size = _size(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
+    network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
-    reasons = [f"{survey.count} pictures on {machine}: {why_size}", why_resolution, *why_space, *why_categories]
+    reasons = [f"{survey.count} pictures on {machine}: {why_network}", why_resolution, *why_space, *why_categories]
     channels = 1 if survey.gray else 3
     reasons.append(
         f"{channels} channel(s): {'all pictures looked at are gray' if survey.gray else 'the pictures are in colour'}"
@@ -120,23 +121,30 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
         reasons.append(
             f"{survey.captioned:.0%} of the pictures have captions: steered by text, which a small transformer learns to read"
         )
-    run = _run(place, source, survey, size, resolution, space, channels, categories)
+    run = _run(place, source, survey, network, optimizer, resolution, space, channels, categories)
     layout = space.layout(channels, None)
-    factor = shift(layout.channels * (resolution // layout.factor) ** 2)
-    if factor > 1:
+    values = layout.channels * (resolution // layout.factor) ** 2
+    factor = shift(values, unshifted=PIXELS if layout.factor == 1 else LATENTS)
+    if factor != 1:
         run = _shifted(run, factor)
-        reasons.append(f"noise levels shifted by {factor:g}: so many values need more noise to be hidden")
+        many, more = ("many", "more") if factor > 1 else ("few", "less")
+        reasons.append(f"noise levels shifted by {factor:g}: so {many} values need {more} noise to be hidden")
     return Choice(run=run, reasons=tuple(reasons))
 
 
-def _size(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, str]:
-    """The network: larger sets and machines carry larger ones (recipes.md, presets S, M and L); latents leave `room` for wider ones."""
+def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamWConfig, str]:
+    """The network and its optimizer; latents leave `room` for wider ones.
+
+    A CPU gets a narrow network and Muon, which pay in an hour (docs/training.md, "What each part buys"); on GPUs larger sets carry larger
+    ones, and nothing has been measured yet.
+    """
     if not gpu:
-        width = room * (32 if survey.count < 2_000 else 64)
-        return UNetConfig(channels=width, multipliers=(1, 2, 2), attention_depths=(2,)), f"a U-Net of {width} channels"
+        width = 32 * room
+        network = UNetConfig(channels=width, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,))
+        return network, AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()), f"a U-Net of {width} channels"
     width = room * (96 if survey.count < SMALL else 128 if survey.count < LARGE else 192)
     network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32)
-    return network, f"a U-Net of {width} channels"
+    return network, AdamWConfig(learning_rate=5e-4, warmup_steps=100), f"a U-Net of {width} channels"
 
 
 def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
@@ -188,6 +196,7 @@ def _run(
     source: SourceConfig,
     survey: Survey,
     network: UNetConfig,
+    optimizer: AdamWConfig,
     resolution: int,
     space: AutoencoderConfig,
     channels: int,
@@ -215,7 +224,7 @@ def _run(
         network=network,
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.5 if factor == 1 else 1.0)),
         conditioner=ContextConfig(category=categories, text=WordsConfig() if survey.captioned > MOST_CAPTIONED else None),
-        optimizer=AdamWConfig(learning_rate=5e-4, warmup_steps=100),
+        optimizer=optimizer,
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=60),
@@ -223,18 +232,22 @@ def _run(
     )  # fmt: skip
 
 
-def shift(dimensions: int) -> float:
+def shift(values: int, *, unshifted: int) -> float:
     """How far training and sampling move to more noise: neighbouring values of large pictures tell of one another, so that the same noise
-    hides less of them.
+    hides less of them. Not below 1/2, which paid at 16 and at 32 px (docs/training.md, "What each part buys").
 
-    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 dimensions as the reference: Zheng et al. 2025 (arXiv:2510.11690),
-        sec. 4.
+    Args:
+        values: of a picture, or of its latents.
+        unshifted: how many need no shift.
+
+    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; 4,096 values of latents as the reference: Zheng et al. 2025 (arXiv:2510.11690),
+        sec. 4; 64 x 64 pixels: Hoogeboom et al. 2023 (arXiv:2301.11093).
     """
-    return round(max(1.0, math.sqrt(dimensions / 4096)), 2)
+    return round(max(0.5, math.sqrt(values / unshifted)), 2)
 
 
 def _shifted(run: Run, factor: float) -> Run:
-    """The run with training and sampling moved to more noise."""
+    """The run with training and sampling moved to more noise, or to less."""
     moved = Warped(schedule=Linear(), warp=Shift(factor))
     return replace(
         run,

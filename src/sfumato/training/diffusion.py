@@ -67,7 +67,7 @@ class Diffusion:
         context = model.conditioner.derive(images, context, seed=seed, first=first)
         torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
         x0 = self._encoded(images, None if part.moments is None else part.moments[chosen].to(device), first)
-        noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape)).to(device)
+        noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape), device=device)
         condition = model.conditioner(context, count, draws=draws)
         auxiliary = cast(Auxiliary, model.auxiliary)
         found = self.objective(model.denoiser(dtype), x0, condition, level=level, noise=noise).per_sample
@@ -81,7 +81,7 @@ class Diffusion:
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
         known = self.autoencoder.moments(images) if moments is None else moments
         return self.autoencoder.draw(
-            known, lambda shape: randomness.normal(self.config.seed, "latent", first=first, shape=shape)
+            known, lambda shape: randomness.normal(self.config.seed, "latent", first=first, shape=shape, device=self._device)
         )
 
     def record(self, outcome: Outcome) -> dict[str, float]:

@@ -15,7 +15,8 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and outputs.
+    """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and outputs, the network's first and last
+    layers aside.
 
     Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; two to four times that of AdamW
     alone trains best.
@@ -41,10 +42,11 @@ class AdamWConfig:
         decay: course of the learning rate over the rest of the budget, down to `final` of the peak.
         clip: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
-        base_width: inputs of a hidden layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion, so that
-            what was found on a narrow network is near the best for a wide one. 0 steps all alike, and Muon's steps fit every width.
+        base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
+            so that what was found on a narrow network is near the best for a wide one. 0 steps all alike, and Muon's steps fit every
+            width.
 
-    Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 8.
+    Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
     """
 
     learning_rate: float = 1e-3
@@ -69,9 +71,8 @@ class AdamWConfig:
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """The optimizers that share a model's parameters: AdamW, and Muon if asked for."""
-        inner = [weight for module in model.modules() for weight in hidden_weights(module)]
-        hidden = [] if self.muon is None else inner
-        scaled = inner if self.base_width and self.muon is None else []
+        hidden = [] if self.muon is None else hidden_weights(model)
+        scaled = [*hidden_weights(model), *last_weights(model)] if self.base_width and self.muon is None else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         groups: list[dict[str, Any]] = [
@@ -80,7 +81,7 @@ class AdamWConfig:
         ]
         for width in sorted({weight.shape[1] for weight in scaled}):
             weights = [weight for weight in scaled if weight.shape[1] == width]
-            groups.append({"params": weights, "weight_decay": self.weight_decay, "share": self.base_width / width})
+            groups.append({"params": weights, "weight_decay": self.weight_decay, "share": min(1.0, self.base_width / width)})
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         ]
@@ -96,6 +97,7 @@ class AdamWConfig:
         return self.learning_rate * warm * (self.final + (1 - self.final) * course)
 
 
+MUON_SLOTS = ("mean",)
 ITERATIONS = 5
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic
 
@@ -170,11 +172,24 @@ def _polynomial(gram: Tensor) -> Tensor:
     return found
 
 
-def hidden_weights(module: nn.Module) -> list[nn.Parameter]:
-    """A layer's own weights that Muon steps: matrices and kernels with at least 32 inputs and outputs."""
-    if not isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
-        return []
-    return [p for p in module.parameters(recurse=False) if p.ndim > 1 and min(p.shape[:2]) >= 32]
+LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+
+
+def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Matrices and kernels with at least 32 inputs and outputs, but for those of a network's `ends`."""
+    ends = {id(p) for pair in _ends(model) for end in pair for p in end.parameters()}
+    weights = [p for layer in model.modules() if isinstance(layer, LAYERS) for p in layer.parameters(recurse=False)]
+    return [p for p in weights if p.ndim > 1 and min(p.shape[:2]) >= 32 and id(p) not in ends]
+
+
+def last_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Matrices and kernels of what networks end with."""
+    return [p for _, last in _ends(model) for p in last.parameters() if p.ndim > 1]
+
+
+def _ends(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Of the networks in a model."""
+    return [ends for module in model.modules() if (ends := getattr(module, "ends", None)) is not None]
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -192,7 +207,11 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], model: nn.Mod
 def load_optimizer_tensors(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        RuntimeError: if a parameter was stepped by another optimizer.
+    """
     parameters = dict(model.named_parameters())
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in optimizers:
@@ -200,6 +219,10 @@ def load_optimizer_tensors(
     for name, value in tensors.items():
         parameter, slot = name.rsplit("/", 1)
         target = parameters[parameter]
+        if (slot in MUON_SLOTS) != isinstance(owners[id(target)], Muon):
+            raise RuntimeError(
+                f"optimizer: {parameter} was {'' if slot in MUON_SLOTS else 'not '}stepped by Muon, now otherwise"
+            )
         # AdamW's step counter is a scalar; the moments live where, and laid out as, the parameter does.
         kept = value.to(target.device) if value.ndim == 0 else torch.empty_like(target).copy_(value)
         owners[id(target)].state[target][slot] = kept

@@ -30,14 +30,19 @@ def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats
         for name in CHOICES:
             begun = time.perf_counter()
             work(DTYPES[name])
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            finish(device)
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - begun)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     chosen = "bfloat16" if medians["bfloat16"] < 0.9 * medians["float32"] else "float32"
     measured = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in medians.items())
     return chosen, f"precision {chosen}: measured {measured} a pass"
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def require(network: nn.Module, name: str) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from sfumato.errors import RunError
+from sfumato.errors import RunError, SfumatoError
 
 HEARTBEAT_S = 5.0
+DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
 
 
 class RunDirectory:
@@ -86,6 +87,17 @@ class RunDirectory:
                     "another process is training here", where=str(self.path), mend="wait for it, or stop it first"
                 ) from None
             yield
+
+    @contextmanager
+    def unchanged_if_refused(self) -> Iterator[None]:
+        """Put back what describes the run where settings or data turn out not to be those that it can go on with."""
+        before = {path: path.read_bytes() for path in map(self.path.joinpath, DESCRIPTIONS) if path.is_file()}
+        try:
+            yield
+        except SfumatoError:
+            for path, content in before.items():
+                path.write_bytes(content)
+            raise
 
     def require_space(self, needed_bytes: int) -> None:
         """Raise RunError unless the disk has room for what the run will write."""

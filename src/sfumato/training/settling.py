@@ -17,6 +17,7 @@ from sfumato.training import precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.state import Counters
 
+GPU_AFTER_S = 600.0  # of training: compiling takes a minute or two of it, which a short run had better use
 Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision, leaving no trace
 Say = Callable[[str], None]
 
@@ -58,22 +59,22 @@ def settle_compiling(
 
 
 def _pays(config: TrainingConfig, counters: Counters, network: nn.Module, pictures: int, trial: Callable[[], Pass]) -> bool:
-    """On a GPU always; elsewhere where the whole budget comes to more than the network's kind makes up for in."""
-    if _device(network).type == "cuda":
-        return True
-    after_s = getattr(network, "compiling_pays_after_s", math.inf)
+    """Where the whole budget comes to more than what the network's kind makes up for compiling in on such a device."""
+    on_gpu = _device(network).type == "cuda"
+    after_s = GPU_AFTER_S if on_gpu else getattr(network, "compiling_pays_after_s", math.inf)
     if math.isinf(after_s):
         return False
-    counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)])
+    counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)], _device(network))
     steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, pictures=pictures)
     return counters.pass_s * steps > after_s
 
 
-def _timed(work: Pass, dtype: torch.dtype) -> float:
+def _timed(work: Pass, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of the second of two passes; the first warms up."""
     for _ in range(2):
         begun = time.perf_counter()
         work(dtype)
+        precision.finish(device)
     return time.perf_counter() - begun
 
 

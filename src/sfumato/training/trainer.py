@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from torch import nn
 
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.errors import CheckpointError, DataError, DivergedError
-from sfumato.observability.metrics import MetricsFile
+from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.training import checkpoint, posthoc
 from sfumato.training.config import TrainingConfig
@@ -45,7 +44,10 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Trains a task's model in a run directory until its budget is spent; `run()` may be called again after `resume()`."""
+    """Trains a task's model in a run directory until its budget is spent; `run()` may be called again after `resume()`.
+
+    Whoever calls either holds the run's lock.
+    """
 
     def __init__(
         self, config: TrainingConfig, *, task: Task, dataset: Dataset, directory: RunDirectory, pinned: Mapping[str, Any]
@@ -99,7 +101,7 @@ class Trainer:
             DivergedError: after too many non-finite steps in a row.
         """
         counters = self.state.counters
-        with self.directory.locked(), Interruption() as asked, ProgressBar("training") as bar:
+        with Interruption() as asked, ProgressBar("training") as bar:
             self._prepare(bar)
             metrics = MetricsFile(self.directory.metrics, after_step=counters.step)
             try:
@@ -310,7 +312,6 @@ class Trainer:
     def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
         counters = self.state.counters
         images_per_s, wait_ms = clock.lap(self.config.batch_size, counters.step)
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "step": counters.step,
             "samples_seen": counters.samples_seen,
@@ -327,7 +328,7 @@ class Trainer:
             "train/skipped": counters.skipped,
             "perf/images_per_s": images_per_s,
             "perf/data_wait_ms": wait_ms,
-            "memory/peak_gib": peak_kib / 2**20,
+            "memory/peak_gib": peak_gib(self.device),
         }
 
     def _note_bad(self, batch: Batch, bar: ProgressBar) -> None:

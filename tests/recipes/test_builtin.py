@@ -1,0 +1,31 @@
+"""What every built-in recipe must do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfumato.conditioners import Facts
+from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
+from sfumato.recipes import RECIPES, launch, recipe
+
+NETWORKS = [
+    UNetConfig(channels=32, multipliers=(1, 2), attention_depths=(1,), head_channels=32),
+    *(DiTConfig(channels=64, layers=2, head_channels=32, tokens_as=how) for how in ("cross", "joint", "sequence")),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=["u-net", "cross", "joint", "sequence"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkConfig) -> None:
+    """Whatever steers it, and in pixels or latents."""
+    run = replace(recipe(name), network=network)
+    layout = run.autoencoder.layout(run.data.channels, None)
+    facts = Facts(
+        channels=run.data.channels, categories=("a", "b"), words=("a", "word"), dimensions=3 if "solids" in name else 2,
+        augmentation=run.data.augment.labels, factor=layout.factor,
+    )  # fmt: skip
+    side = run.data.resolution // layout.factor
+    model = launch.build_model(run, facts)
+    x = torch.randn(2, layout.channels, side, side)
+    assert model.network(x, torch.tensor([10.0, 900.0]), model.conditioner.null(2)).shape == x.shape
