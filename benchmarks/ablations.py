@@ -52,7 +52,8 @@ from sfumato.evaluation.kernel import kernel_distance
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import build_model, facts_of, load, open_data, train
+from sfumato.recipes.launch import build_model, facts_of, open_data, train
+from sfumato.recipes.loading import load
 from sfumato.training import (
     AdamWConfig,
     AlignmentConfig,
@@ -157,9 +158,17 @@ CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, 
         "transformer",
         lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=2e-3)),
     ),
-    "transformer, Muon at 1e-3": (
+    "transformer, AdamW at 2e-3": (
         "transformer",
-        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=1e-3)),
+        lambda run: replace(TRANSFORMER(run), optimizer=replace(ADAMW, learning_rate=2e-3)),
+    ),
+    "transformer, Muon at 16e-3": (
+        "transformer",
+        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=16e-3)),
+    ),
+    "transformer, Muon at 8e-3": (
+        "transformer",
+        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=8e-3)),
     ),
     "transformer, registers": ("transformer", lambda run: with_network(registers=4)(TRANSFORMER(run))),
     "transformer, context as tokens": ("transformer", lambda run: with_network(vector_as="tokens")(TRANSFORMER(run))),

@@ -31,7 +31,8 @@ from sfumato.networks import UNetConfig
 from sfumato.observability.pictures import grid_image, save_png
 from sfumato.recipes import Run, recipe
 from sfumato.recipes.latents import PixelSpace
-from sfumato.recipes.launch import load, open_data, train
+from sfumato.recipes.launch import open_data, train
+from sfumato.recipes.loading import load
 from sfumato.training import Budget, PosthocConfig, PreviewConfig, ValidationConfig
 from sfumato.training.checkpoint import load_snapshot
 from sfumato.training.run_directory import RunDirectory

@@ -45,7 +45,8 @@ from sfumato.evaluation.kernel import kernel_distance_interval
 from sfumato.observability.pictures import grid_image, save_png
 from sfumato.pipeline import Pipeline
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import load, open_data, resume, train
+from sfumato.recipes.launch import open_data, resume, train
+from sfumato.recipes.loading import load
 from sfumato.training import (
     Budget,
     CheckpointConfig,
@@ -65,7 +66,7 @@ Curve = Iterator[tuple[float, Sampled]]  # minutes of training, and the sampler 
 
 
 def recipe(data: str, minutes: float, seed: int) -> Run:
-    """What `sfumato train` chooses for such a set on a CPU, pictures mirrored; averages are kept along the way."""
+    """What `sfumato train` chooses for such a set on this machine, pictures mirrored; averages are kept along the way."""
     never, chosen = 10**9, resolve(data, {"data": {"resolution": 32}})
     return replace(
         chosen, name="cifar", seed=seed, data=replace(chosen.data, augment=AugmentConfig(flip="horizontal")),

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.pipeline import Pipeline
-    from sfumato.recipes.launch import load, train
+    from sfumato.recipes.launch import train
+    from sfumato.recipes.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__", "load", "train"]
 
-_HOMES = {"Pipeline": "sfumato.pipeline", "load": "sfumato.recipes.launch", "train": "sfumato.recipes.launch"}
+_HOMES = {"Pipeline": "sfumato.pipeline", "load": "sfumato.recipes.loading", "train": "sfumato.recipes.launch"}
 
 
 def __getattr__(name: str) -> object:

@@ -59,6 +59,8 @@ def test_the_same_kind_keeps_them(override: str) -> None:
 def test_settings_of_the_new_kind_may_stand_before_it_or_after(kind: str) -> None:
     for overrides in ([kind, "schedule.rho=5"], ["schedule.rho=5", kind]):
         assert config.with_overrides(BASE, overrides)["schedule"] == {"kind": "Karras", "rho": 5}
+    together = ["schedule={rho: 5}", "schedule.kind=Karras"]
+    assert config.with_overrides(BASE, together)["schedule"] == {"kind": "Karras", "rho": 5}
     deep = ["schedule.warp.scale=1", "schedule.warp.kind=Mode", "schedule.kind=Other"]
     assert config.with_overrides(BASE, deep)["schedule"] == {"kind": "Other", "warp": {"kind": "Mode", "scale": 1}}
 

@@ -70,7 +70,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
-    trainer = launch._trainer(config, launch.open_data(config), RunDirectory.create(run))
+    dataset, directory = launch.open_data(config), RunDirectory.create(run)
+    trainer = launch._trainer(config, dataset, directory, *launch._built(config, dataset, directory))
     return trainer.task.figures(trainer.state.model, trainer.state.average)
 
 

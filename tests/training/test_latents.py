@@ -19,7 +19,7 @@ from sfumato.conditioners import ContextConfig, DoodleConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
-from sfumato.errors import ConfigError
+from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.observability.pictures import GAP, grid_image
 from sfumato.recipes import Run, latents, launch, load, resume, train
@@ -189,6 +189,20 @@ def test_killed_in_any_stage_and_resumed_it_ends_as_if_left_alone(
         crash_in(patch, stage)
         with pytest.raises(Crash):
             train(latent_run(folder), run=tmp_path / "run")
+    assert traces(resume(tmp_path / "run")) == traces(whole)
+
+
+def test_what_an_autoencoder_cannot_go_on_with_is_refused_and_leaves_the_run_as_it_was(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        crash_in(patch, "training 5")
+        with pytest.raises(Crash):
+            train(latent_run(folder), run=tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match="seed or batch_size"):
+        resume(tmp_path / "run", overrides=["autoencoder.seed=5"])
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert traces(resume(tmp_path / "run")) == traces(whole)
 
 

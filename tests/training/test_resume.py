@@ -170,6 +170,7 @@ def described(run: Path) -> list[str]:
         ("seed=1", "seed or batch_size"),
         ("optimizer.muon={}", "was not stepped by Muon, now otherwise"),
         ("network.multipliers=[1,1,1,1,1]", "cannot be halved 4 times"),
+        ("checkpoint.keep=1000000000", "GiB needed for checkpoints"),
     ],
 )
 def test_a_refused_resume_leaves_the_run_as_it_was(folder, whole, tmp_path, monkeypatch, override: str, said: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from sfumato.asking import Asked
 from sfumato.errors import CheckpointError, RunError
-from sfumato.recipes import launch, load, resume, train
+from sfumato.recipes import load, resume, snapshot, train
 from sfumato.training import Budget, CheckpointConfig, Trainer, checkpoint, trainer
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
@@ -162,14 +162,14 @@ def _stopped(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *, after:
 
 
 def test_the_model_of_a_step_is_the_run_as_it_was(run: Path) -> None:
-    model = launch.snapshot(run, 5)
+    model = snapshot(run, 5)
     assert same(dict(model.state_dict()), weights(run, 4))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_pictures_can_be_led_away_from_it(run: Path) -> None:
-    pipeline, worse = load(run), launch.snapshot(run, 2)
+    pipeline, worse = load(run), snapshot(run, 2)
     asked = Asked(category="odd")
     plain = pipeline.sample(2, asked=asked, steps=3)
     assert (pipeline.sample(2, asked=asked, steps=3, worse=(worse, 1.0)) - plain).abs().max() < 1e-5
@@ -178,6 +178,6 @@ def test_pictures_can_be_led_away_from_it(run: Path) -> None:
 
 def test_no_run_and_no_snapshot_are_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run"):
-        launch.snapshot(tmp_path, 5)
+        snapshot(tmp_path, 5)
     with pytest.raises(CheckpointError, match="there are 2, 4, 8"):
-        launch.snapshot(run, 1)
+        snapshot(run, 1)

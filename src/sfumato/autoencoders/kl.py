@@ -84,6 +84,11 @@ class KLAutoencoder(Codec):
         return self.decoder.head(self.post_quant_conv(z))
 
     @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The first convolution and the last."""
+        return self.encoder.conv_in, self.decoder.conv_out
+
+    @property
     def tail(self) -> nn.Module:
         """From there to the picture."""
         return self.decoder.tail

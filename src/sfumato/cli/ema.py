@@ -16,7 +16,7 @@ def ema(
 ) -> None:
     """Reconstruct averages of several widths after training, and compare their error on held-out pictures."""
     from sfumato.observability.tables import aligned
-    from sfumato.recipes.launch import width_errors
+    from sfumato.recipes.loading import width_errors
 
     found = dict(width_errors(run, width or WIDTHS))
     best = min(found, key=lambda asked: found[asked]["eps_mse"])

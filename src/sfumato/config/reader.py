@@ -107,8 +107,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
         ConfigError: for a setting without "=", or a path that leads through a value that has no keys.
     """
     result = _copy(data)
-    whole_first = sorted(_parsed(overrides), key=lambda setting: setting[0].removesuffix(f".{TAG}").count("."))
-    for path, value in whole_first:
+    for path, value in sorted(_parsed(overrides), key=_wholeness):
         *parents, last = path.split(".")
         target = result
         for depth, key in enumerate(parents):
@@ -124,6 +123,12 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
             value = {TAG: value}
         target[last] = _merged(current, value)
     return result
+
+
+def _wholeness(setting: tuple[str, Any]) -> tuple[int, bool]:
+    """Orders settings: what is set whole before its parts, and of that the kind first."""
+    path = setting[0]
+    return path.removesuffix(f".{TAG}").count("."), not path.endswith(f".{TAG}")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
 from sfumato.data.embeddings import EmbeddingStore
-from sfumato.errors import CheckpointError, ConfigError, RunError, ShapeError
+from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
-from sfumato.pipeline import Model, Pipeline
+from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
-from sfumato.training import Trainer, checkpoint, posthoc
-from sfumato.training.precision import DTYPES, default_device, require
+from sfumato.training import Trainer
+from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
-from sfumato.training.watching import Validator
 
 MOST_WORDS = 50_000
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -184,7 +182,9 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
     with directory.locked():
         directory.write_status("preparing", 0)
-        _trainer(settings, dataset, directory).run()
+        facts, model = _built(settings, dataset, directory)
+        _describe(settings, dataset, directory)
+        _trainer(settings, dataset, directory, facts, model).run()
     return directory.path
 
 
@@ -205,33 +205,46 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 
 def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
-    """The trainer as its newest checkpoint left it; a refusal leaves the run as it was."""
+    """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's description is touched."""
     before = resolve(directory.path)
     settings = resolve(directory.path, overrides)
     screen = console()
     for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
         screen.print(f"changed on resume: {line}", markup=False)
     dataset = open_data(settings)
-    with directory.unchanged_if_refused():
-        trainer = _trainer(settings, dataset, directory)
-        if directory.status().get("state") != "preparing":
-            for warning in trainer.resume():
-                screen.print(f"warning: {warning}", markup=False)
+    facts, model = _built(settings, dataset, directory)
+    if directory.status().get("state") == "preparing":
+        with directory.unchanged_if_refused():
+            _describe(settings, dataset, directory)
+            return _trainer(settings, dataset, directory, facts, model)
+    trainer = _trainer(settings, dataset, directory, facts, model)
+    for warning in trainer.resume():
+        screen.print(f"warning: {warning}", markup=False)
+    directory.require_space(trainer.disk_bytes())
+    _describe(settings, dataset, directory)
     return trainer
 
 
-def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Trainer:
-    """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
-    pinned = configuration.plain(settings)
+def _built(settings: Run, dataset: Dataset, directory: RunDirectory) -> tuple[Facts, Model]:
+    """The untrained model; what the settings lack is said here, before anything is done."""
     facts = facts_of(settings, dataset, directory.path)
-    model = with_auxiliary(settings, build_model(settings, facts, directory.path))  # what is missing is said first
+    model = with_auxiliary(settings, build_model(settings, facts, directory.path))
     require(model.network, settings.precision)
     if settings.compile == "on":
         require_compiler()
     _require_sides(cast(UNet | DiT, model.network), dataset, facts.factor)
-    directory.config.write_text(configuration.dump_yaml(pinned))
+    return facts, model
+
+
+def _describe(settings: Run, dataset: Dataset, directory: RunDirectory) -> None:
+    """Write down what the run is."""
+    directory.config.write_text(configuration.dump_yaml(configuration.plain(settings)))
     directory.write_json("data.json", dataset.summary())
     directory.write_environment()
+
+
+def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Facts, model: Model) -> Trainer:
+    """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.sees_pictures)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console().print(
@@ -240,8 +253,9 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory) -> Traine
         markup=False,
     )
     return diffusion_trainer(
-        settings, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=facts, pinned=pinned
-    )
+        settings, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=facts,
+        pinned=configuration.plain(settings),
+    )  # fmt: skip
 
 
 def _require_sides(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
@@ -266,86 +280,3 @@ def _require_sides(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
 def _free(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run directory below `root` that was written to last.
-
-    Raises:
-        RunError: if there is none.
-    """
-    found = [path.parent for path in root.glob("*/config.yaml")]
-    if not found:
-        raise RunError(
-            "no run to sample from", where=str(root), mend="name a run directory, or train one: sfumato train digits"
-        )
-    return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
-
-
-def snapshot(path: str | Path, step: int) -> Model:
-    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
-    directory = RunDirectory.existing(Path(path))
-    pipeline = load(path)
-    pipeline.model.load_state_dict(_deployed(checkpoint.load_snapshot(directory.snapshots, step=step)))
-    return pipeline.model
-
-
-def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Errors on held-out pictures of averages of several widths, reconstructed from those that a run kept.
-
-    Raises:
-        CheckpointError: if it kept none.
-    """
-    directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
-    model, device = pipeline.model, default_device()
-    validator = Validator(
-        settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
-    )
-    for width in widths:
-        model.load_state_dict(_deployed(posthoc.reconstructed(directory.averages, width=width)))
-        yield width, validator.error(model)
-
-
-def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
-    if isinstance(which, float):
-        return posthoc.reconstructed(directory.averages, width=which)
-    return loaded.tensors["ema" if which == "ema" else "model"]
-
-
-def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors without what was of use in training only."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
-
-
-def load(
-    path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
-) -> Pipeline:
-    """The pipeline of a run's newest checkpoint.
-
-    Args:
-        weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
-            (`posthoc.widths`).
-        precision: inside the network.
-    Raises:
-        RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
-    """
-    directory = RunDirectory.existing(Path(path))
-    settings = resolve(directory.path)
-    found = checkpoint.paths(directory.checkpoints)
-    if not found:
-        raise CheckpointError(
-            "holds no checkpoint yet", where=str(directory.checkpoints), mend="wait for the first one, or train"
-        )
-    loaded = checkpoint.load(found[0])
-    facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
-    model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
-    model.load_state_dict(_deployed(_weights(weights, loaded, directory)))
-    channels, height, width = loaded.state["image_shape"]
-    return Pipeline(
-        model=model.to(default_device()),
-        autoencoder=settings.autoencoder.opened(directory.path, channels).to(default_device()),
-        sampling=settings.sampling,
-        facts=facts,
-        image_shape=(channels, height, width),
-        compute_dtype=DTYPES[precision],
-    )

@@ -18,7 +18,7 @@ class MuonConfig:
     """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and outputs, the network's first and last
     layers aside.
 
-    Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; two to four times that of AdamW
+    Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; two to eight times that of AdamW
     alone trains best.
 
     Attributes:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sfumato.errors import RunError, SfumatoError
+from sfumato.errors import CheckpointError, ConfigError, RunError
 
 HEARTBEAT_S = 5.0
 DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
@@ -90,11 +90,11 @@ class RunDirectory:
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
-        """Put back what describes the run where settings or data turn out not to be those that it can go on with."""
+        """Put back what describes the run where settings or data turn out not to be those that its checkpoints go on with."""
         before = {path: path.read_bytes() for path in map(self.path.joinpath, DESCRIPTIONS) if path.is_file()}
         try:
             yield
-        except SfumatoError:
+        except (CheckpointError, ConfigError):
             for path, content in before.items():
                 path.write_bytes(content)
             raise

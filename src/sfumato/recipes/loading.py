@@ -1,0 +1,102 @@
+"""From a trained run back to something that makes pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sfumato import config as configuration
+from sfumato.conditioners import Facts
+from sfumato.errors import CheckpointError, RunError
+from sfumato.pipeline import Model, Pipeline
+from sfumato.recipes.launch import build_model, open_data, resolve
+from sfumato.training import checkpoint, posthoc
+from sfumato.training.precision import DTYPES, default_device
+from sfumato.training.run_directory import RunDirectory
+from sfumato.training.watching import Validator
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run directory below `root` that was written to last.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = [path.parent for path in root.glob("*/config.yaml")]
+    if not found:
+        raise RunError(
+            "no run to sample from", where=str(root), mend="name a run directory, or train one: sfumato train digits"
+        )
+    return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def snapshot(path: str | Path, step: int) -> Model:
+    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
+    directory = RunDirectory.existing(Path(path))
+    pipeline = load(path)
+    pipeline.model.load_state_dict(_deployed(checkpoint.load_snapshot(directory.snapshots, step=step)))
+    return pipeline.model
+
+
+def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Errors on held-out pictures of averages of several widths, reconstructed from those that a run kept.
+
+    Raises:
+        CheckpointError: if it kept none.
+    """
+    directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
+    model, device = pipeline.model, default_device()
+    validator = Validator(
+        settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
+    )
+    for width in widths:
+        model.load_state_dict(_deployed(posthoc.reconstructed(directory.averages, width=width)))
+        yield width, validator.error(model)
+
+
+def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
+    if isinstance(which, float):
+        return posthoc.reconstructed(directory.averages, width=which)
+    return loaded.tensors["ema" if which == "ema" else "model"]
+
+
+def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors without what was of use in training only."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
+
+
+def load(
+    path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
+) -> Pipeline:
+    """The pipeline of a run's newest checkpoint.
+
+    Args:
+        weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
+            (`posthoc.widths`).
+        precision: inside the network.
+    Raises:
+        RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
+    """
+    directory = RunDirectory.existing(Path(path))
+    settings = resolve(directory.path)
+    found = checkpoint.paths(directory.checkpoints)
+    if not found:
+        raise CheckpointError(
+            "holds no checkpoint yet", where=str(directory.checkpoints), mend="wait for the first one, or train"
+        )
+    loaded = checkpoint.load(found[0])
+    facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
+    model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
+    model.load_state_dict(_deployed(_weights(weights, loaded, directory)))
+    channels, height, width = loaded.state["image_shape"]
+    return Pipeline(
+        model=model.to(default_device()),
+        autoencoder=settings.autoencoder.opened(directory.path, channels).to(default_device()),
+        sampling=settings.sampling,
+        facts=facts,
+        image_shape=(channels, height, width),
+        compute_dtype=DTYPES[precision],
+    )
