@@ -136,9 +136,9 @@ def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolu
 
 @pytest.mark.parametrize(
     ("side", "factor"),
-    [(16, 0.5), (32, 0.5), (48, 0.75), (64, 1.0), (88, 1.38), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
+    [(16, 1.0), (32, 1.0), (64, (3 * 64 * 64 / 4096) ** 0.5), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
 )
-def test_many_values_are_given_more_noise_and_few_less(place: str, side: int, factor: float) -> None:
+def test_many_values_are_given_more_noise(place: str, side: int, factor: float) -> None:
     """Of pixels, or of latents; in training and in sampling alike."""
     choice = choose(place, listing(60, image=picture(side, side)), resolution=side)
     t = torch.tensor([0.3], dtype=torch.float64)
@@ -147,8 +147,7 @@ def test_many_values_are_given_more_noise_and_few_less(place: str, side: int, fa
     for found, unshifted in ((sampled, plain), (trained, middle)):
         moved = (unshifted.logsnr() - found.logsnr()) / 2
         assert float(moved) == pytest.approx(np.log(factor), abs=0.01)
-    assert any("shifted" in reason for reason in choice.reasons) == (factor != 1)
-    assert ("more noise" in said(choice), "less noise" in said(choice)) == (factor > 1, factor < 1)
+    assert any("shifted" in reason for reason in choice.reasons) == (factor > 1)
 
 
 def test_a_resolution_that_is_asked_for_decides_on_latents(place: str, tmp_path: Path) -> None:

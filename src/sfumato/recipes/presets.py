@@ -29,7 +29,6 @@ SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
 SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another
-PIXELS, LATENTS = 3 * 64 * 64, 4096  # values whose noise is not shifted
 MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
@@ -123,12 +122,10 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
         )
     run = _run(place, source, survey, network, optimizer, resolution, space, channels, categories)
     layout = space.layout(channels, None)
-    values = layout.channels * (resolution // layout.factor) ** 2
-    factor = shift(values, unshifted=PIXELS if layout.factor == 1 else LATENTS)
-    if factor != 1:
+    factor = shift(layout.channels * (resolution // layout.factor) ** 2)
+    if factor > 1:
         run = _shifted(run, factor)
-        many, more = ("many", "more") if factor > 1 else ("few", "less")
-        reasons.append(f"noise levels shifted by {factor:g}: so {many} values need {more} noise to be hidden")
+        reasons.append(f"noise levels shifted by {factor:g}: so many values need more noise to be hidden")
     return Choice(run=run, reasons=tuple(reasons))
 
 
@@ -232,22 +229,20 @@ def _run(
     )  # fmt: skip
 
 
-def shift(values: int, *, unshifted: int) -> float:
+def shift(values: int) -> float:
     """How far training and sampling move to more noise: neighbouring values of large pictures tell of one another, so that the same noise
-    hides less of them. Not below 1/2, which paid at 16 and at 32 px (docs/training.md, "What each part buys").
+    hides less of them. Never to less, which made better pictures that followed their category less (docs/training.md).
 
     Args:
         values: of a picture, or of its latents.
-        unshifted: how many need no shift.
 
-    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; 4,096 values of latents as the reference: Zheng et al. 2025 (arXiv:2510.11690),
-        sec. 4; 64 x 64 pixels: Hoogeboom et al. 2023 (arXiv:2301.11093).
+    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 values as the reference: Zheng et al. 2025 (arXiv:2510.11690), sec. 4.
     """
-    return round(max(0.5, math.sqrt(values / unshifted)), 2)
+    return round(max(1.0, math.sqrt(values / 4096)), 2)
 
 
 def _shifted(run: Run, factor: float) -> Run:
-    """The run with training and sampling moved to more noise, or to less."""
+    """The run with training and sampling moved to more noise."""
     moved = Warped(schedule=Linear(), warp=Shift(factor))
     return replace(
         run,
