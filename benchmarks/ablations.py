@@ -100,13 +100,23 @@ def predicting(parameterization: Any, weighting: Any) -> Change:
 
 
 def shifted(factor: float) -> Change:
-    """More noise in training and in sampling."""
+    """More noise in training and in sampling, or less."""
     warp = Shift(factor)
     return lambda run: replace(
         run,
         objective=replace(run.objective, schedule=Warped(schedule=Warped(schedule=Linear(), warp=warp), warp=LogitNormal())),
         sampling=replace(run.sampling, schedule=Warped(schedule=Linear(), warp=warp)),
     )
+
+
+def stepped_by(optimizer: AdamWConfig, rate: float) -> Change:
+    """Another optimizer, or another rate."""
+    return lambda run: replace(run, optimizer=replace(optimizer, learning_rate=rate))
+
+
+def transformer_with(change: Change) -> tuple[str, Change]:
+    """A row that changes the transformer."""
+    return "transformer", lambda run: change(TRANSFORMER(run))
 
 
 def unchanged(run: Run) -> Run:
@@ -153,34 +163,16 @@ CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, 
     "EMA 0.2": ("u-net", lambda run: replace(run, ema=PowerEMA(0.2))),
     "dropout 0.1": ("u-net", with_network(dropout=0.1)),
     "transformer": ("u-net", TRANSFORMER),
-    "transformer, AdamW": ("transformer", lambda run: replace(TRANSFORMER(run), optimizer=ADAMW)),
-    "transformer, Muon at 2e-3": (
-        "transformer",
-        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=2e-3)),
-    ),
-    "transformer, AdamW at 2e-3": (
-        "transformer",
-        lambda run: replace(TRANSFORMER(run), optimizer=replace(ADAMW, learning_rate=2e-3)),
-    ),
-    "transformer, Muon at 16e-3": (
-        "transformer",
-        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=16e-3)),
-    ),
-    "transformer, Muon at 8e-3": (
-        "transformer",
-        lambda run: replace(TRANSFORMER(run), optimizer=replace(MUON, learning_rate=8e-3)),
-    ),
-    "transformer, registers": ("transformer", lambda run: with_network(registers=4)(TRANSFORMER(run))),
-    "transformer, context as tokens": ("transformer", lambda run: with_network(vector_as="tokens")(TRANSFORMER(run))),
-    "transformer, alignment": (
-        "transformer",
-        lambda run: with_auxiliary(alignment=AlignmentConfig())(TRANSFORMER(run)),
-    ),
-    "transformer, dispersive loss": (
-        "transformer",
-        lambda run: with_auxiliary(dispersive=DispersiveConfig())(TRANSFORMER(run)),
-    ),
-    "patches of 4": ("transformer", lambda run: with_network(patch=4)(TRANSFORMER(run))),
+    "transformer, AdamW": transformer_with(stepped_by(ADAMW, 1e-3)),
+    "transformer, AdamW at 2e-3": transformer_with(stepped_by(ADAMW, 2e-3)),
+    "transformer, Muon at 2e-3": transformer_with(stepped_by(MUON, 2e-3)),
+    "transformer, Muon at 8e-3": transformer_with(stepped_by(MUON, 8e-3)),
+    "transformer, Muon at 16e-3": transformer_with(stepped_by(MUON, 16e-3)),
+    "transformer, registers": transformer_with(with_network(registers=4)),
+    "transformer, context as tokens": transformer_with(with_network(vector_as="tokens")),
+    "transformer, alignment": transformer_with(with_auxiliary(alignment=AlignmentConfig())),
+    "transformer, dispersive loss": transformer_with(with_auxiliary(dispersive=DispersiveConfig())),
+    "patches of 4": transformer_with(with_network(patch=4)),
     "patches of 4, picture predicted, velocity loss": (
         "patches of 4",
         lambda run: predicting(Sample(), LossSpace(of=Flow()))(with_network(patch=4)(TRANSFORMER(run))),
