@@ -2,10 +2,11 @@
 
     python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only "NAME;NAME"] [--json FILE]
 
-Each run is trained for the same minutes, and 1,000 samples (20 steps, no guidance) are compared with the training pictures: kernel and
-Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px); and its error on held-out pictures at fixed noises,
-which compares whatever the network predicts. The sheet --json is read first, and only what it lacks is run, so that a long table may be
-made in several sittings. Differences are taken seed by seed; the interval is Student's t.
+Each run is trained for the same minutes, and 1,000 samples (20 steps) without guidance and as many with it are compared with the training
+pictures: kernel and Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), and the share that a classifier
+trained on the real pictures reads as asked, since a part may make better pictures of the wrong thing; and its error on held-out pictures at
+fixed noises, which compares whatever the network predicts. The sheet --json is read first, and only what it lacks is run, so that a long
+table may be made in several sittings. Differences are taken seed by seed; the interval is Student's t.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ from sfumato.diffusion import (
     Velocity,
     Warped,
 )
+from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.features import extractor, pooled
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.kernel import kernel_distance
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.networks.features import Features
+from sfumato.pipeline import DenoiserConfig, Pipeline, SamplingConfig
 from sfumato.recipes import Run, resolve
 from sfumato.recipes.launch import build_model, facts_of, open_data, train
 from sfumato.recipes.loading import load
@@ -70,6 +72,7 @@ from sfumato.training.precision import default_device
 from sfumato.training.watching import Validator
 
 STEPS = 20
+GUIDANCE = 1.5
 ADAMW = AdamWConfig(learning_rate=1e-3, warmup_steps=50)
 MUON = AdamWConfig(learning_rate=4e-3, warmup_steps=50, muon=MuonConfig())
 Change = Callable[[Run], Run]
@@ -154,6 +157,10 @@ CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, 
     "dispersive loss": ("u-net", with_auxiliary(dispersive=DispersiveConfig())),
     "alignment to EfficientNet-Lite0": ("u-net", with_auxiliary(alignment=AlignmentConfig())),
     "contrastive flow matching": ("u-net", with_objective(contrast=0.05)),
+    "one block, contrastive flow matching": (
+        "one block a depth",
+        lambda run: with_objective(contrast=0.05)(with_network(blocks=1)(run)),
+    ),
     "optimal-transport coupling": ("u-net", with_objective(coupling=MinibatchOptimalTransport())),
     "shift 2": ("u-net", shifted(2.0)),
     "shift 1/2": ("u-net", shifted(0.5)),
@@ -205,18 +212,51 @@ def base(data: str, side: int, minutes: float) -> Run:
     )
 
 
-def measured(run: Run, validator: Validator, read: Callable[[Tensor], Tensor], reference: Tensor, num: int) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What runs are compared with: the same pictures, noises and levels for all, whatever they were trained on."""
+
+    features: Features
+    reference: Tensor
+    reader: Classifier
+    validator: Validator
+
+    @classmethod
+    def made(cls, start: Run) -> Judge:
+        """From the pictures of the base."""
+        dataset, features = open_data(start), extractor("auto")
+        spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
+        conditioner = build_model(start, facts_of(start, dataset)).conditioner
+        return cls(
+            features=features,
+            reference=pooled(features, to_float(dataset.images(spread)[0])),
+            reader=train_classifier(dataset, dataset.training),
+            validator=Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device()),
+        )
+
+    def figures(self, pipeline: Pipeline, num: int, guidance: float) -> dict[str, float]:
+        """Of `num` samples, the categories in turn."""
+        categories = list(pipeline.categories)
+        pictures = pipeline.sample(num, category=categories, seed=1, guidance=guidance, batch_size=100) * 2 - 1
+        features, labels = pooled(self.features, pictures), torch.arange(num) % len(categories)
+        return {
+            "kernel": kernel_distance(features, self.reference),
+            "frechet": frechet_distance(features, self.reference),
+            "asked": float((self.reader.read(pictures)[0] == labels).double().mean()) * 100,
+        }
+
+
+def measured(run: Run, judge: Judge, num: int) -> dict[str, float]:
     """Train, sample, compare."""
     with tempfile.TemporaryDirectory() as folder:
         place = train(run, run=Path(folder) / "run")
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         pipeline = load(place, precision="bfloat16")
-        pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, batch_size=100)
-    features = read(pictures * 2 - 1)
+    guided = judge.figures(pipeline, num, GUIDANCE)
     return {
-        "kernel": kernel_distance(features, reference),
-        "frechet": frechet_distance(features, reference),
-        "noise_mse": validator.error(pipeline.model)["eps_mse"],
+        **judge.figures(pipeline, num, 1.0),
+        **{f"guided_{name}": value for name, value in guided.items()},
+        "noise_mse": judge.validator.error(pipeline.model)["eps_mse"],
         "steps": max(line["step"] for line in lines),
     }
 
@@ -227,21 +267,18 @@ def main() -> None:
     if asked.quick:
         asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
     start = base(asked.data, asked.side, asked.minutes)
-    dataset, features = open_data(start), extractor("auto")
-    settings = {"extractor": features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num}
-    sheet, read = continued(asked.json, settings, rows="runs"), partial(pooled, features)
-    spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
-    reference = read(to_float(dataset.images(spread)[0]))
-    # The same pictures, noises and levels for all, whatever schedule they were trained on.
-    conditioner = build_model(start, facts_of(start, dataset)).conditioner
-    validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
+    judge = Judge.made(start)
+    settings = {
+        "extractor": judge.features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num, "guidance": GUIDANCE
+    }  # fmt: skip
+    sheet = continued(asked.json, settings, rows="runs") | {"classifier_accuracy": judge.reader.held_out_accuracy}
     names = [name for name in CHANGES if not asked.only or name in asked.only.split(";")]
     for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row
         for name in names:
             rows = sheet["runs"].setdefault(name, {})
             if str(seed) not in rows:
                 changed = replace(CHANGES[name][1](start), seed=seed)
-                rows[str(seed)] = measured(changed, validator, read, reference, asked.num)
+                rows[str(seed)] = measured(changed, judge, asked.num)
                 print(name, seed, json.dumps(rows[str(seed)]), flush=True)
                 if asked.json:
                     asked.json.write_text(json.dumps(sheet, indent=1))
@@ -250,17 +287,15 @@ def main() -> None:
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: each change's figures, and the difference from what it changes."""
-    lines = [
-        "| part | steps | kernel distance | change | Fréchet | noise MSE | change |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    shown = {"kernel": ("kernel distance", 2), "asked": ("read as asked, %", 1), "noise_mse": ("noise MSE", 4)}
+    shown |= {f"guided_{key}": (f"{shown[key][0]}, guided", shown[key][1]) for key in ("kernel", "asked")}
+    titles = ["part", "steps", *(part for title, _ in shown.values() for part in (title, "change"))]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, rows in runs.items():
         other = runs.get(CHANGES[name][0], {})
         means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
-        lines.append(
-            f"| {name} | {means['steps']:.0f} | {means['kernel']:.2f} | {difference(rows, other, 'kernel', 2)} | {means['frechet']:.1f} | "
-            f"{means['noise_mse']:.4f} | {difference(rows, other, 'noise_mse', 4)} |"
-        )
+        cells = [f"{means[key]:.{digits}f} | {difference(rows, other, key, digits)}" for key, (_, digits) in shown.items()]
+        lines.append(f"| {name} | {means['steps']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/sampling.py [--quick] [--json FILE] [--resolution 32] [--batch 32] [--steps 8]
 
-Also the share of the time that is not the network: our whole trajectory against the bare network called as often; and of a whole
-`Pipeline.sample` with guidance, keyed noise and pictures at the end, against the bare network on twice the batch.
+Also how near the measured bfloat16 peak each is, and the share of the time that is not the network: our whole trajectory against the bare
+network called as often; and of a whole `Pipeline.sample` with guidance, keyed noise and pictures at the end, against the bare network on
+twice the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-from machine import interleaved, machine, options, paired_ratio, report
+from machine import flops, interleaved, machine, options, paired_ratio, peaks, report
 from peer_unconditional import PeerSampler, build_peer
 from train_step import NETWORK, PEER_PARAMETERS
 
@@ -74,9 +75,16 @@ def main() -> None:
     candidates["diffusers DDIM at its defaults"] = defaults
     candidates["ours guided, whole, bfloat16"] = lambda: pipeline.sample(batch, category="a", batch_size=batch)
     candidates["bare network guided, bfloat16"] = bare_guided
-    times = interleaved(candidates, rounds)
+    times, peak = interleaved(candidates, rounds), peaks()
 
-    figures = {name: {"images_per_s": batch / statistics.median(taken)} for name, taken in times.items()}
+    figures = {
+        name: {
+            "images_per_s": batch / statistics.median(taken),
+            "gflop_per_image": (work := flops(candidates[name])) / batch / 1e9,
+            "of_convolution_peak": work / statistics.median(taken) / 1e9 / peak["convolution_gflops"],
+        }
+        for name, taken in times.items()
+    }
     ratio = {
         f"diffusers DDIM {name}": paired_ratio(times[f"ours DDIM {name}"], times[f"diffusers DDIM {name}"])
         for name in ("float32", "bfloat16")
@@ -90,7 +98,7 @@ def main() -> None:
         times["bare network guided, bfloat16"], times["ours guided, whole, bfloat16"]
     )
     result = {
-        "machine": machine(), "batch": batch, "resolution": asked.resolution, "steps": steps, "rounds": rounds,
+        "machine": machine(), "batch": batch, "resolution": asked.resolution, "steps": steps, "rounds": rounds, "peak": peak,
         "ours": {name: row for name, row in figures.items() if not name.startswith("diffusers")},
         "peers": {name: row for name, row in figures.items() if name.startswith("diffusers")},
         "ratio": ratio, "overhead_over_bare_network": overhead,

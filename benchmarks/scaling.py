@@ -1,8 +1,10 @@
 """What training costs as batches, pictures and networks grow: images/s, and the share of the machine's measured peak.
 
-    python benchmarks/scaling.py [--quick] [--rounds 3] [--json FILE]
+    python benchmarks/scaling.py [--quick] [--rounds 3] [--only NAME] [--json FILE]
 
-One thing grows at a time, from a common point: 32 x 32, batch 32, the default U-Net and DiT-S/2. One process, one rank.
+One thing grows at a time, from a common point: 32 x 32, batch 32, the default U-Net and DiT-S/2. And what a batch of several shapes costs,
+which goes through the network a shape at a time: buckets give whole batches of one shape but for a few mixed ones at an epoch's end. One
+process, one rank.
 """
 
 from __future__ import annotations
@@ -21,29 +23,41 @@ from sfumato.data import Batch, Part
 from sfumato.networks import DiTConfig, NetworkConfig
 
 DIT = DiTConfig(channels=384, layers=12)
-POINTS: dict[str, tuple[NetworkConfig, int, int]] = {  # name -> network, side, batch
-    **{f"U-Net, batch {batch}": (NETWORK, 32, batch) for batch in (8, 32, 128)},
-    **{f"U-Net, {side} px": (NETWORK, side, 32) for side in (16, 64)},
-    **{f"U-Net, {width} channels": (replace(NETWORK, channels=width), 32, 32) for width in (32, 128)},
-    **{f"DiT-S/2, batch {batch}": (DIT, 32, batch) for batch in (8, 32, 128)},
-    **{f"DiT-S/2, {side} px": (DIT, side, 32) for side in (16, 64)},
-    "DiT-B/2": (replace(DIT, channels=768), 32, 32),
+SHAPES = ((32, 32), (24, 40), (40, 24), (28, 36))  # as buckets have them: nearly one area, 240 to 256 patches
+POINTS: dict[str, tuple[NetworkConfig, tuple[tuple[int, int], ...], int]] = {  # name -> network, shapes, batch
+    **{f"U-Net, batch {batch}": (NETWORK, SHAPES[:1], batch) for batch in (8, 32, 128)},
+    **{f"U-Net, {side} px": (NETWORK, ((side, side),), 32) for side in (16, 64)},
+    **{f"U-Net, {width} channels": (replace(NETWORK, channels=width), SHAPES[:1], 32) for width in (32, 128)},
+    "U-Net, four shapes": (NETWORK, SHAPES, 32),
+    **{f"DiT-S/2, batch {batch}": (DIT, SHAPES[:1], batch) for batch in (8, 32, 128)},
+    **{f"DiT-S/2, {side} px": (DIT, ((side, side),), 32) for side in (16, 64)},
+    "DiT-S/2, four shapes": (DIT, SHAPES, 32),
+    "DiT-B/2": (replace(DIT, channels=768), SHAPES[:1], 32),
 }
+
+
+def batch_of(shapes: tuple[tuple[int, int], ...], size: int) -> Batch:
+    """`size` pictures, as many of each shape."""
+    each = size // len(shapes)
+    parts = [
+        Part(first=number * each, images=torch.rand(each, 3, *shape) * 2 - 1, context={}) for number, shape in enumerate(shapes)
+    ]
+    return Batch(parts=parts)
 
 
 def main() -> None:
     """Each point by itself: together they would not fit."""
-    asked = options(__doc__.splitlines()[0], rounds=3)
+    asked = options(__doc__.splitlines()[0], rounds=3, only="")
     rounds, peak = (1 if asked.quick else asked.rounds), peaks()
     limit = max(peak["matmul_gflops"], peak["convolution_gflops"])
     rows: dict[str, Any] = {}
-    for name, (network, side, batch) in POINTS.items():
-        if asked.quick and batch * side**2 > 16 * 32**2:
+    for name, (network, shapes, batch) in POINTS.items():
+        side = max(shapes[0])
+        if asked.only not in name or (asked.quick and batch * side**2 > 16 * 32**2):
             continue
         with tempfile.TemporaryDirectory() as folder:
             trainer = our_trainer(side, batch, Path(folder), "bfloat16", network)
-            images = torch.rand(batch, 3, side, side) * 2 - 1
-            given = Batch(parts=[Part(first=0, images=images, context={})])
+            given = batch_of(shapes, batch)
             work = flops(lambda: trainer.train_step(given))  # noqa: B023
             taken = statistics.median(interleaved({name: lambda: trainer.train_step(given)}, rounds)[name])  # noqa: B023
         rows[name] = {

@@ -11,8 +11,9 @@ Each at its documented settings, in bfloat16, which is the fastest for all: ours
 its own. All are sampled in 25 deterministic steps without guidance: ours by DPM-Solver++(2M), the peers by DDIM, as their pipelines do.
 
 Figures: Fréchet and kernel distance to 10,000 training pictures in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), with
-bootstrap intervals, and the share that a classifier trained on the real pictures reads as asked. The sheet --json is read first and only
-what it lacks is run, so that a long comparison may be made in several sittings. --place keeps pictures and averaged weights.
+bootstrap intervals, and the share that a classifier trained on the real pictures reads as asked; and how many pictures were trained on, at
+how many model FLOPs each and at what share of the measured convolution peak. The sheet --json is read first and only what it lacks is run,
+so that a long comparison may be made in several sittings. --place keeps pictures and averaged weights.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from machine import continued, options, seconds
+from machine import continued, flops, options, peaks, seconds
 from peer_unconditional import PeerTrainer, build_peer
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -62,7 +63,17 @@ ALONG = 500  # pictures for each point of a curve
 PEER_PARAMETERS = 7_000_000
 WIDTH = 0.1
 Sampled = Callable[[Tensor], Tensor]  # labels (B,) -> pictures (B, 3, 32, 32) in [0, 1]
-Curve = Iterator[tuple[float, Sampled]]  # minutes of training, and the sampler of the weights at that time
+
+
+class Stage(NamedTuple):
+    """A training at one time: minutes and pictures so far, and the sampler of its weights."""
+
+    minutes: float
+    images: int
+    sampled: Sampled
+
+
+Curve = Iterator[Stage]
 
 
 def recipe(data: str, minutes: float, seed: int) -> Run:
@@ -92,7 +103,7 @@ def ours(run: Run, place: Path) -> Curve:
         step = int(path.stem[5:])
         pipeline.model.load_state_dict(load_snapshot(averages, step=step))
         spent = times[min(times, key=lambda known: abs(known - step))]
-        yield spent / 60, drawn_by(pipeline)
+        yield Stage(spent / 60, step * run.batch_size, drawn_by(pipeline))
 
 
 def drawn_by(pipeline: Pipeline) -> Sampled:
@@ -125,7 +136,7 @@ def diffusers(images: Tensor, labels: Tensor, minutes: float, place: Path) -> Cu
         alphas = trainer.scheduler.alphas_cumprod
         return averaged, lambda asked: ddim(predicted, alphas, asked)
 
-    yield from timed(lambda: trainer.step(*drawn_batch(images, labels, 16)), sampler, minutes, place / "diffusers")
+    yield from timed(lambda: trainer.step(*drawn_batch(images, labels, 16)), sampler, 16, minutes, place / "diffusers")
 
 
 def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float, place: Path) -> Curve:
@@ -160,7 +171,7 @@ def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float, 
 
         return kept, lambda asked: ddim(predicted, diffusion.alphas_cumprod, asked)
 
-    yield from timed(step, sampler, minutes, place / "denoising-diffusion-pytorch")
+    yield from timed(step, sampler, 32, minutes, place / "denoising-diffusion-pytorch")
 
 
 def peer_module() -> Any:
@@ -200,17 +211,31 @@ def drawn_batch(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tens
     return torch.where(mirrored, pictures.flip(3), pictures), labels[chosen]
 
 
-def timed(step: Callable[[], object], sampler: Callable[[], tuple[nn.Module, Sampled]], minutes: float, place: Path) -> Curve:
+def timed(
+    step: Callable[[], object], sampler: Callable[[], tuple[nn.Module, Sampled]], batch: int, minutes: float, place: Path
+) -> Curve:
     """Train, and stop the clock whenever another part is over; the averaged weights are kept in place-PART.safetensors."""
-    spent = 0.0
+    spent, steps = 0.0, 0
     for part in range(1, PARTS + 1):
         begun = time.perf_counter()
         while spent + time.perf_counter() - begun < minutes * 60 * part / PARTS:
             step()
+            steps += 1
         spent += time.perf_counter() - begun
         averaged, sampled = sampler()
         save_model(averaged, f"{place}-{part}.safetensors")
-        yield spent / 60, sampled
+        yield Stage(spent / 60, steps * batch, sampled)
+
+
+def work(stage: Stage, peak: float) -> dict[str, float]:
+    """What the training did: a picture costs three times its pass forward, which is what a step of sampling without guidance is.
+
+    Args:
+        peak: GFLOP/s.
+    """
+    each = 3 * flops(lambda: stage.sampled(torch.arange(CLASSES))) / CLASSES / STEPS / 1e9
+    rate = stage.images * each / (stage.minutes * 60)
+    return {"images": stage.images, "gflop_per_image": each, "of_convolution_peak": rate / peak}
 
 
 class Judge:
@@ -271,18 +296,20 @@ def main() -> None:
         "ours": str((own.network, own.optimizer, own.objective)),
     }  # fmt: skip
     sheet = continued(asked.json, settings, rows="curves")
-    sheet |= {"reference": len(judge.reference), "classifier_accuracy": judge.reader.held_out_accuracy}
+    peak = peaks()
+    sheet |= {"peak": peak, "reference": len(judge.reference), "classifier_accuracy": judge.reader.held_out_accuracy}
     for name, curve in contestants.items():
         if name in sheet["curves"] or (asked.only and asked.only not in name):
             continue
         torch.manual_seed(0)
         points = []
-        for number, (minutes, sampled) in enumerate(curve(), 1):
-            pictures = drawn(sampled, along)
+        for number, stage in enumerate(curve(), 1):
+            pictures = drawn(stage.sampled, along)
             save_png(grid_image(pictures[:100], columns=CLASSES), place / f"{name.replace(', ', '-')}-{number}.png")
-            points.append({"minutes": minutes, **judge.figures(pictures)})
+            points.append({"minutes": stage.minutes, **judge.figures(pictures)})
             print(name, json.dumps(points[-1]), flush=True)
-        end = judge.figures(torch.cat([pictures, drawn(sampled, asked.num - along)]) if asked.num > along else pictures)
+        end = judge.figures(torch.cat([pictures, drawn(stage.sampled, asked.num - along)]) if asked.num > along else pictures)
+        end |= work(stage, peak["convolution_gflops"])
         print(name, json.dumps(end), flush=True)
         sheet["curves"][name] = {"points": points, "end": end}
         if asked.json:

@@ -68,9 +68,9 @@ def test_neither_import_nor_help_loads_torch() -> None:
     assert "torch" in in_new_python(f"import sys, sfumato; sfumato.load; print({heavy})")
 
 
-def test_the_installed_program_is_this_one() -> None:
-    program = Path(sys.executable).with_name("sfumato")
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True)
+@pytest.mark.parametrize("program", [(str(Path(sys.executable).with_name("sfumato")),), (sys.executable, "-m", "sfumato")])
+def test_the_installed_program_is_this_one(program: tuple[str, ...]) -> None:
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"{package.__version__}\n"
 
 

@@ -78,7 +78,7 @@ def test_larger_sets_and_machines_get_larger_networks(
         assert choice.run.network.channels == width
         assert (choice.run.optimizer.muon is not None) == (machine == "cpu")
         assert choice.reasons[0].startswith(f"{count} pictures on ")
-        assert f"a U-Net of {width} channels" in choice.reasons[0]
+        assert f"U-Net of {width} channels" in choice.reasons[0]
 
 
 def test_the_reason_names_the_machine(place: str, machine: str) -> None:

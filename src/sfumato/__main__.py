@@ -1,0 +1,6 @@
+"""`python -m sfumato`: the program, where its folder is not on PATH."""
+
+from sfumato.cli.main import main
+
+if __name__ == "__main__":  # processes that a program starts import its main module, under another name
+    main()
