@@ -200,7 +200,7 @@ def _pictures(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -
         raise ShapeError(
             f"a {what} of shape {tuple(given.shape)}", where="sample", mend=f"give ({shape[0]}, H, W), or several of them"
         )
-    images = images.float()
+    images = images.float().cpu()
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
         raise ShapeError(f"a {what} with values outside [0, 1]", where="sample", mend="divide 8-bit pixels by 255")
     if tuple(images.shape[2:]) != shape[1:]:
@@ -210,7 +210,7 @@ def _pictures(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -
 
 def _clouds(given: Tensor | Sequence[Tensor], dimensions: int, num: int) -> Tensor:
     """(num, N, D), rows of NaN after the shorter ones."""
-    clouds = [cloud.float() for cloud in ([given] if isinstance(given, Tensor) and given.ndim == 2 else given)]
+    clouds = [cloud.float().cpu() for cloud in ([given] if isinstance(given, Tensor) and given.ndim == 2 else given)]
     for cloud in clouds:
         if cloud.ndim != 2 or cloud.shape[1] != dimensions or not 1 <= len(cloud) <= MOST_POINTS:
             raise ShapeError(

@@ -31,6 +31,7 @@ from sfumato.diffusion import (
     ScheduleConfig,
     Steered,
     UnitVariance,
+    require_schedule,
 )
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.nn.compiling import compile_in_place
@@ -77,6 +78,7 @@ class SamplingConfig:
                 where="sampling",
                 mend="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
             )
+        require_schedule(self.schedule)
 
 
 class Model(nn.Module):

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from program import Result, sfumato
 
+from sfumato import load
 from sfumato.config import load_yaml_file
 from sfumato.data import Digits
+from sfumato.errors import ConfigError
 from sfumato.evaluation import report
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.pictures import GAP
@@ -130,6 +132,13 @@ def test_the_same_command_makes_the_same_pictures_and_another_seed_does_not(run:
     assert np.abs(a - c).max() > 20
 
 
+def test_weights_and_precisions_that_there_are_not_are_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match="weights = 'EMA'"):
+        load(run, weights="EMA")
+    with pytest.raises(ConfigError, match="precision = 'fp16'"):
+        load(run, precision="fp16")
+
+
 def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
     for weights in ("ema", "raw"):
         assert sfumato("sample", run, "--num", 4, "--steps", 3, "--weights", weights, "--out", tmp_path / weights).code == 0
@@ -230,6 +239,8 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     assert f"{figures['classifier_accuracy']:.1%} right on held-out ones" in result.out
     assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
     assert f"figures: {out}\n" in result.out
+    assert figures["adherence_guidance"] == 2
+    assert "does the condition work? (guidance 2;" in result.out
     sheet = Image.open(tmp_path / "here" / "nearest-guidance-2.png")
     assert sheet.size == (16 + 7 * len("nearest real") + 10 * TILE, GAP + 2 * TILE)
     assert f"real pictures: {out.parent}/asked-by-*.png\n" in result.out

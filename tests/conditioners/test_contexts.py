@@ -187,6 +187,20 @@ def test_training_clouds_are_thinned_and_never_emptied() -> None:
     assert torch.equal(thin[kept], cloud[kept])
 
 
+def test_small_clouds_beside_large_ones_keep_as_many_points_as_others_do() -> None:
+    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, fewest=10), dimensions=2)
+    cloud = torch.rand(300, 200, 2)
+    cloud[::3, 20:] = math.nan  # 20 points, and 6 in the next: all of them
+    cloud[1::3, 6:] = math.nan
+    thin = conditioner.derive(torch.zeros(300, 1, 8, 8), {"points": cloud}, seed=0, first=0)["points"]
+    counts = (~thin.isnan().any(2)).sum(1)
+    for offset, (least, most) in enumerate([(10, 20), (6, 6), (10, 200)]):
+        assert counts[offset::3].min() >= least
+        assert counts[offset::3].max() <= most
+    assert counts[::3].min() < 12 < 18 < counts[::3].max()
+    assert torch.equal(thin[~thin.isnan()], cloud[~thin.isnan()])
+
+
 @pytest.mark.parametrize("lost", [Shrink(factor=4), Grayscale()])
 def test_what_is_lost_once_is_not_lost_twice(lost: Any) -> None:
     images = torch.rand(3, 3, 16, 16) * 2 - 1

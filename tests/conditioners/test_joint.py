@@ -14,6 +14,9 @@ from sfumato.conditioners import (
     DoodleConditioner,
     DoodleConfig,
     Joint,
+    PointsConditioner,
+    PointsConfig,
+    SplatConfig,
 )
 from sfumato.errors import ShapeError
 
@@ -77,6 +80,18 @@ def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None
     assert condition.spatial.shape[2:] == (2, 2)
     dropped = joint(context, 2, draws=torch.zeros(2, 2))  # below any dropout: nothing is asked for
     assert torch.equal(dropped.spatial, joint.null(2).spatial.expand_as(dropped.spatial))
+
+
+def test_the_places_of_a_map_do_not_depend_on_what_lies_beside_it() -> None:
+    """Nor does a smaller map that is asked for alone lie elsewhere than in training, where both are there."""
+    points = PointsConditioner(PointsConfig(size=8, heads=2, splat=SplatConfig(side=8)), dimensions=2)
+    joint = Joint({"doodle": DoodleConditioner(DoodleConfig()), "points": points}, factor=4)
+    cloud = torch.rand(2, 5, 2) * 2 - 1
+    together = joint({"doodle": torch.rand(2, 1, 16, 16), "points": cloud}, 2).spatial
+    alone = joint({"points": cloud}, 2).spatial
+    assert together.shape[2:] == (4, 4)
+    shown = torch.nn.functional.interpolate(alone, size=(4, 4), mode="nearest")
+    assert torch.equal(shown[:, -2 * 16 :], together[:, -2 * 16 :])
 
 
 def test_smaller_maps_are_repeated_up_to_the_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from importlib.util import find_spec
@@ -197,3 +198,12 @@ def test_a_zip_without_a_model_gives_nothing(tmp_path: Path) -> None:
     assert folder is not None
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "y.zip", "root"}
+
+
+def test_a_models_average_reads_with_the_same_encoder(saved: tuple[str, Path, Any, Any], tmp_path: Path) -> None:
+    """It is frozen and large: copies would each load it, and each keep its own embeddings."""
+    reads = encoder(saved[1], tmp_path)
+    conditioner = PretrainedTextConditioner(reads.config, encoder=reads)
+    average = copy.deepcopy(conditioner)
+    assert average._encoder[0] is reads
+    assert average.nothing is not conditioner.nothing

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import config
+from sfumato.conditioners import WordsConfig
 from sfumato.config.schema import config_fields, is_tagged, members
 from sfumato.errors import ConfigError, SfumatoError
 from sfumato.recipes import RECIPES, Run, recipe, resolve
@@ -102,6 +103,11 @@ class Quiet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Heard:
+    sound: Loud | Quiet
+
+
+@dataclasses.dataclass(frozen=True)
 class Box:
     size: int
     sound: Loud | Quiet = Quiet()
@@ -182,14 +188,19 @@ def test_without_a_kind_it_is_the_defaults() -> None:
     assert config.parse(Box, {"size": 1, "sound": {"hours": [3, 4]}}) == Box(1, Quiet((3, 4)))
     with pytest.raises(ConfigError, match=r"`sound\.volume` is no key"):
         config.parse(Box, {"size": 1, "sound": {"volume": 2}})
+    assert config.parse(Box, {"size": 1, "either": {"volume": 2}}).either == Loud(
+        2
+    )  # the first, where there is none by default
+    assert resolve("digits", ["conditioner.text.length=48"]).conditioner.text == WordsConfig(length=48)
+    assert resolve("digits", ["conditioner.text={}"]).conditioner.text == WordsConfig()
     old = config.plain(resolve("digits"))
     del old["network"]["kind"]
     assert config.parse(Run, old) == resolve("digits")
 
 
 def test_a_missing_kind_and_a_missing_key_are_named() -> None:
-    with pytest.raises(ConfigError, match="`either` needs a `kind`"):
-        config.parse(Box, {"size": 1, "either": {"volume": 2}})
+    with pytest.raises(ConfigError, match="`sound` needs a `kind`"):
+        config.parse(Heard, {"sound": {"volume": 2}})
     with pytest.raises(ConfigError, match="box: `size` is missing"):
         config.parse(Box, {}, where="box")
     assert "`data.source.path` is missing" in wrong("data.source.kind=Folder")

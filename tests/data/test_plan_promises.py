@@ -278,6 +278,15 @@ def test_lost_pictures_are_listed_with_the_reason_and_training_goes_on(
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
+def test_the_same_picture_lost_again_and_again_is_one(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    while_training(monkeypatch, lambda dataset: lose(dataset, pictures, [int(dataset.training[2])]))
+    settings = replace(run_on(mixed(pictures)), budget=Budget(epochs=25), batch_size=24)
+    path = recipes.train(settings, run=tmp_path / "run")
+    listed = (path / "bad_samples.jsonl").read_text().splitlines()
+    assert len(listed) > 20  # more than the fewest that stop a run
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+
+
 def test_over_a_set_share_of_lost_pictures_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = fill(tmp_path / "pictures", [(16, 16)] * 60)
 

@@ -18,6 +18,7 @@ from sfumato.diffusion import (
     LogitNormal,
     LogNormal,
     Mode,
+    Objective,
     ScaledLinear,
     Shift,
     Sigmoid,
@@ -30,6 +31,7 @@ from sfumato.diffusion import (
     ZeroTerminalSNR,
 )
 from sfumato.errors import ScheduleError
+from sfumato.pipeline import SamplingConfig
 from tests.diffusion.schedules import SCHEDULES
 
 T = torch.linspace(0, 1, 501, dtype=torch.float64)
@@ -157,6 +159,30 @@ def test_zero_terminal_snr_keeps_the_start_and_reaches_noise() -> None:
 def test_impossible_ones_are_refused(build) -> None:
     with pytest.raises(ScheduleError):
         build()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Karras(rho=0.0),
+        Karras(sigma_min=80.0, sigma_max=0.002),
+        VarianceExploding(sigma_min=0.0),
+        LinearBetas(steps=0),
+        LinearBetas(beta_end=1.5),
+        Warped(schedule=Linear(), warp=Shift(0.0)),
+        Warped(schedule=Linear(), warp=Shift(-1.0)),
+        UniformLogSNR(logsnr_min=10.0, logsnr_max=-10.0),
+    ],
+)
+@pytest.mark.parametrize("config", [Objective, SamplingConfig])
+def test_what_leads_nowhere_is_refused_where_it_is_used(wrong, config) -> None:
+    with pytest.raises(ScheduleError, match="mend"):
+        config(schedule=wrong)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_leads_from_data_to_noise_may_be_used(schedule) -> None:
+    assert Objective(schedule=schedule).schedule == SamplingConfig(schedule=schedule).schedule == schedule
 
 
 def test_tabulated_passes_through_its_levels() -> None:

@@ -16,12 +16,13 @@ from sfumato import config
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
+def start(*arguments: str, start_new_session: bool = False) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "sfumato.cli.main", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
     )
 
 
@@ -92,3 +93,27 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
     assert b"Traceback" not in errors
     assert newest(run) > "step-000000000"
     assert '"interrupted"' in (run / "status.json").read_text()
+
+
+def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path) -> None:
+    """As `timeout`, Ctrl-C on a terminal and job schedulers send it: those that read ahead are ended at the same time."""
+    folder = pictures(tmp_path / "pictures")
+    recipe = tmp_path / "tiny.yaml"
+    changes = {"budget.steps": 100_000, "checkpoint.every_steps": 99_999, "validation.every_steps": 99_999}
+    decoded_as_used = {"data.cache": "off", "data.memory_gib": 0.0, "data.workers": 2, "preview.every_steps": 99_999}
+    recipe.write_text(config.dump_yaml(config.with_overrides(config.plain(tiny_run(folder)), {**changes, **decoded_as_used})))
+    arguments = ["train", str(recipe), "--run", str(tmp_path / "run")]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process = start(*arguments, start_new_session=True)
+        metrics, before = tmp_path / "run" / "metrics.jsonl", newest(tmp_path / "run")
+        step = int(before[5:] or 0) + 5
+        while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[1].decode()
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, errors.decode()
+        assert b"sfumato resume" in errors
+        assert b"Traceback" not in errors
+        assert newest(tmp_path / "run") > before
+        arguments = ["resume", str(tmp_path / "run")]

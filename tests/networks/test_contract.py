@@ -141,7 +141,16 @@ def test_missing_context_is_named(config: NetworkConfig) -> None:
         config.build(image_channels=3, context=ContextSizes(vector=6))(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition())
 
 
-@pytest.mark.parametrize("wrong", [{"attention_depths": (7,)}, {"head_channels": 48}, {"blocks": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attention_depths": (7,)},
+        {"head_channels": 48},
+        {"blocks": 0},
+        {"channels": 33, "attention_depths": ()},  # sines and cosines come in pairs
+        {"channels": 160, "multipliers": (1, 2, 3), "attention_depths": (1,), "head_channels": 64},  # the middle attends
+    ],
+)
 def test_impossible_configuration_is_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="mend"):
         UNetConfig(**{**TINY.__dict__, **wrong})

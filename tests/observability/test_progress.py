@@ -5,7 +5,7 @@ import io
 import pytest
 
 from sfumato.observability import progress
-from sfumato.observability.progress import ProgressBar, duration, printable
+from sfumato.observability.progress import Clock, ProgressBar, duration, printable
 
 
 class Terminal(io.StringIO):
@@ -72,3 +72,13 @@ def test_control_characters_do_not_reach_the_terminal(payload: str, capsys: pyte
 def test_ordinary_text_is_left_as_it_is() -> None:
     text = "été 猫 🐈 naïve\n  mend: 'x'"
     assert printable(text) == text
+
+
+def test_a_resumed_runs_speed_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([50.0, 50.0, 60.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    clock = Clock(7.0, 100)
+    clock.wait(2.0)
+    speed, wait_ms = clock.lap(batch_size=8, step=120)
+    assert speed == 20 * 8 / 10
+    assert wait_ms == 100

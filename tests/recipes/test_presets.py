@@ -1,6 +1,7 @@
 """The preset follows from the data and the machine, says why, and gives way to whatever is set."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,15 +151,52 @@ def test_many_values_are_given_more_noise(place: str, side: int, factor: float) 
     assert any("shifted" in reason for reason in choice.reasons) == (factor > 1)
 
 
-def test_a_resolution_that_is_asked_for_decides_on_latents(place: str, tmp_path: Path) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder of four pictures of 40 pixels."""
+    folder = tmp_path / "small"
+    (folder / "a").mkdir(parents=True)
     for number in range(4):
-        (tmp_path / "a").mkdir(exist_ok=True)
-        (tmp_path / "a" / f"{number}.png").write_bytes(picture(40 + number, 40))
-    settings = launch.resolve(str(tmp_path), ["data.resolution=128"])
+        (folder / "a" / f"{number}.png").write_bytes(picture(40 + number, 40))
+    return folder
+
+
+def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path: Path) -> None:
+    settings = launch.resolve(str(small), ["data.resolution=128"])
     assert settings.autoencoder.layout(3, None).factor == 8
-    assert launch.resolve(str(tmp_path), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
-    settings = launch.resolve(str(tmp_path), ["data.resolution=128", "autoencoder.kind=PixelSpace"])
-    assert settings.autoencoder.layout(3, None).factor == 1
+    assert launch.resolve(str(small), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
+    (tmp_path / "mine.yaml").write_text(f"recipe: {small}\ndata: {{resolution: 128}}\nbatch_size: 5\n")
+    written = launch.resolve(tmp_path / "mine.yaml")
+    assert replace(written, batch_size=settings.batch_size) == settings
+    asked = launch.resolve(tmp_path / "mine.yaml", ["data.resolution=64"])
+    assert replace(asked, batch_size=settings.batch_size) == launch.resolve(str(small), ["data.resolution=64"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor", "values"),
+    [
+        (["autoencoder.kind=PixelSpace"], 1, 3 * 128 * 128),
+        (["autoencoder.network.latent_channels=4"], 8, 4 * 16 * 16),
+        (["autoencoder.network.channels=[16,32,64]", "autoencoder.network.latent_channels=16"], 4, 16 * 32 * 32),
+    ],
+)
+def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
+    small: Path, settings: list[str], factor: int, values: int
+) -> None:
+    run = launch.resolve(str(small), ["data.resolution=128", *settings])
+    assert run.autoencoder.layout(3, None).factor == factor
+    t = torch.tensor([0.3], dtype=torch.float64)
+    moved = (Linear()(t).logsnr() - run.sampling.schedule(t).logsnr()) / 2
+    assert float(moved) == pytest.approx(np.log(max(1, values / 4096) ** 0.5), abs=0.01)
+    assert 128 // factor // 2 ** (len(run.network.multipliers) - 1) >= 4
+
+
+@pytest.mark.parametrize("name", ["digits", "solids"])
+def test_built_in_sets_are_trained_on_by_name(name: str) -> None:
+    """By the recipe of that name, or by what is chosen for them."""
+    run = launch.resolve(name)
+    assert type(run.data.source).__name__ == name.capitalize()
+    assert launch.is_preset(name) == (name == "solids")
 
 
 @pytest.mark.parametrize("side", range(8, 72, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -142,6 +143,32 @@ def test_damage_falls_back_loudly_and_deletes_nothing(tmp_path, damage) -> None:
     assert loaded.state["at"] == 1
     assert "step-000000002" in warnings[0]
     assert (tmp_path / "step-000000002.corrupt").is_dir()
+
+
+def test_a_checkpoint_of_another_version_is_left_as_it_is(tmp_path) -> None:
+    save(tmp_path, 1)
+    other = save(tmp_path, 2)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    with pytest.raises(CheckpointError, match="another version of sfumato"):
+        checkpoint.load_newest(tmp_path)
+    assert sorted(path.name for path in checkpoint.paths(tmp_path)) == ["step-000000001", "step-000000002"]
+
+
+def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path, monkeypatch) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = checkpoint._digest
+
+    def bad_sector(file: Path) -> str:
+        if "step-000000002" in str(file):
+            raise OSError(5, "Input/output error")
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "_digest", bad_sector)
+    loaded, warnings = checkpoint.load_newest(tmp_path)
+    assert loaded.state["at"] == 1
+    assert "Input/output error" in warnings[0]
 
 
 def test_empty_latest_does_not_matter(tmp_path) -> None:

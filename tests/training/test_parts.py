@@ -9,7 +9,7 @@ from torch import nn
 
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig
-from sfumato.training import AdamWConfig, Budget, FixedEMA, PowerEMA, TrainingConfig
+from sfumato.training import AdamWConfig, Budget, FixedEMA, MuonConfig, PowerEMA, TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.precision import choose
 from sfumato.training.task import Learner
@@ -75,6 +75,21 @@ def test_a_network_that_says_so_keeps_its_ends_from_the_rates_of_hidden_layers()
     shares = {id(p): group.get("share", 1.0) for group in groups for p in group["params"]}
     assert shares[id(network.patches[0].weight)] == shares[id(network.level_embedding[1].weight)] == 1.0
     assert shares[id(network.blocks[0].readers[0].q.weight)] == shares[id(network.output.weight)] == 0.5
+
+
+def test_beside_muon_the_last_layer_alone_is_stepped_by_less() -> None:
+    network = DiTConfig(patch=4, channels=128, layers=1, head_channels=32).build(image_channels=3)
+    adamw, muon = AdamWConfig(base_width=64, muon=MuonConfig()).build(network)
+    shares = {id(p): group.get("share", 1.0) for group in adamw.param_groups for p in group["params"]}
+    assert shares[id(network.output.weight)] == 0.5
+    assert sorted(set(shares.values())) == [0.5, 1.0]
+    assert id(network.blocks[0].readers[0].q.weight) in {id(p) for group in muon.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1.0}, {"learning_rate": 0.0}])
+def test_impossible_steps_are_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match="mend"):
+        AdamWConfig(**wrong)
 
 
 def test_narrower_layers_are_not_stepped_by_more() -> None:

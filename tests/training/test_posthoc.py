@@ -30,6 +30,15 @@ def test_an_average_that_was_kept_is_itself() -> None:
     assert np.allclose(shares(kept, kept[3]), np.eye(6)[3], atol=1e-6)
 
 
+@pytest.mark.parametrize("widths", [(0.1,), (0.1, 0.25)])
+@pytest.mark.parametrize("steps", [(1000,), (500, 1000), tuple(range(100, 1001, 100))])
+@pytest.mark.parametrize("wanted", [0.05, 0.1, 0.25])
+def test_shares_sum_to_one_however_little_was_kept(widths: tuple, steps: tuple, wanted: float) -> None:
+    """Or all weights would be made larger or smaller: what never changed stays as it is."""
+    kept = [Profile(step, PowerEMA(width).gamma) for step in steps for width in widths]
+    assert shares(kept, Profile(1000, PowerEMA(wanted).gamma)).sum() == pytest.approx(1, abs=1e-9)
+
+
 @pytest.mark.parametrize("sigma", [0.06, 0.08, 0.15, 0.2])
 def test_a_reconstructed_average_is_the_tracked_one(sigma: float) -> None:
     """Weights on a random walk with drift, as training's are; all averages tracked step by step."""

@@ -13,6 +13,8 @@ import torch
 
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
+from sfumato.networks import UNet
+from sfumato.observability.metrics import MetricsFile
 from sfumato.recipes import launch, resume, train
 from sfumato.training import Budget, MuonConfig, Trainer, checkpoint
 from sfumato.training.interruption import Interrupted
@@ -180,6 +182,61 @@ def test_a_refused_resume_leaves_the_run_as_it_was(folder, whole, tmp_path, monk
         resume(run, overrides=[override])
     assert described(run) == before
     assert fingerprint(resume(run)) == whole
+
+
+def test_a_run_that_fitted_on_the_disk_is_resumed_on_it(folder, tmp_path, monkeypatch) -> None:
+    """What lies there already is not asked for again."""
+    asked: list[int] = []
+    monkeypatch.setattr(RunDirectory, "require_space", lambda self, needed: asked.append(needed - (16 << 20)))
+    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 11)
+    assert len(checkpoint.paths(run / "checkpoints")) == 2  # as many as are kept: one more is written before one goes
+    resume(run)
+    first, *later = asked
+    assert set(later) == {first // 3}
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(folder, whole, tmp_path, monkeypatch, capsys) -> None:
+    real, count = MetricsFile.write, [0]
+
+    def full(self, record):
+        count[0] += 1
+        if count[0] in (3, 4, 6):
+            raise OSError(28, "No space left on device")
+        real(self, record)
+
+    monkeypatch.setattr(MetricsFile, "write", full)
+    run = train(tiny_run(folder), run=tmp_path / "run")
+    assert "No space left on device" in capsys.readouterr().err
+    found = fingerprint(run)
+    assert {name: found[name] for name in ("model", "ema", "optimizer")} == {
+        name: whole[name] for name in ("model", "ema", "optimizer")
+    }
+
+
+def test_what_ends_a_run_is_told_though_the_disk_is_full(folder, tmp_path, monkeypatch) -> None:
+    real = RunDirectory.write_status
+
+    def full(self, state, step, **more):
+        if state == "failed":
+            raise OSError(28, "No space left on device")
+        real(self, state, step, **more)
+
+    monkeypatch.setattr(RunDirectory, "write_status", full)
+    interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 2)  # the crash itself comes out
+
+
+def test_held_out_pictures_are_measured_in_micro_batches(folder, tmp_path, monkeypatch) -> None:
+    """A batch that is too large for the memory in one go is so there, too."""
+    sizes: list[int] = []
+    real = UNet.forward
+
+    def seen(self, x, *rest):
+        sizes.append(len(x))
+        return real(self, x, *rest)
+
+    monkeypatch.setattr(UNet, "forward", seen)
+    train(tiny_run(folder, budget=Budget(steps=4)), run=tmp_path / "run")
+    assert max(sizes) == 5
 
 
 def test_muon_cannot_be_left_on_resume(folder, tmp_path, monkeypatch) -> None:

@@ -26,7 +26,10 @@ PAIRS = 10
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     num: Annotated[int, typer.Option(min=2, help="Pictures to generate for each guidance scale.")] = 500,
-    guidance: Annotated[list[float] | None, typer.Option(help="Scales to compare, by default 1 and the run's own.")] = None,
+    guidance: Annotated[
+        list[float] | None,
+        typer.Option(help="Scales to compare, by default 1 and the run's own; contexts are judged at the largest."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
@@ -46,6 +49,7 @@ def evaluate(
         pipeline.compile()
     dataset = open_data(resolve(run))
     scales = guidance or sorted({1.0, pipeline.sampling.guidance})
+    strongest = max(scales)
     target = out or run / "evaluation" / "evaluation.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
@@ -55,22 +59,25 @@ def evaluate(
             keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
         )  # fmt: skip
         adherence = measure_adherence(
-            pipeline, dataset, classifier=reader, num=num, seed=seed, on_progress=_share(bar, 0.5, 0.85),
+            pipeline, dataset, classifier=reader, num=num, seed=seed, guidance=strongest, on_progress=_share(bar, 0.5, 0.85),
             keep=lambda name, asked, samples, real: save_png(
                 gallery(asked, samples, real, categories=dataset.categories), target.parent / f"asked-by-{name}.png"
             ),
         )  # fmt: skip
         bar.update(0.85, "combinations that were kept from training")
-        composed = {name: _composed(pipeline, dataset, held, seed) for name, held in dataset.named_holdouts.items()}
+        composed = {name: _composed(pipeline, dataset, held, seed, strongest) for name, held in dataset.named_holdouts.items()}
     figures = {
         **result.plain(),
+        "adherence_guidance": strongest,
         "adherence": [asdict(row) for row in adherence],
         "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
     }
     target.write_text(json.dumps(figures, indent=1))
     typer.echo(table(result))
     if adherence:
-        typer.echo("\ndoes the condition work? (each context alone, on held-out ones; then all together)")
+        typer.echo(
+            f"\ndoes the condition work? (guidance {strongest:g}; each context alone, on held-out ones; then all together)"
+        )
         typer.echo(adherence_table(adherence))
         typer.echo(f"what was asked for, what came, and the real pictures: {target.parent}/asked-by-*.png")
     for name, rows in composed.items():
@@ -86,13 +93,15 @@ def _share(bar: ProgressBar, start: float, stop: float) -> Callable[[float, str]
     return lambda fraction, text: bar.update(start + (stop - start) * fraction, text)
 
 
-def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int) -> list[Composition]:
+def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int, guidance: float) -> list[Composition]:
     """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has some."""
     from sfumato.evaluation import composition
 
     held = dataset.usual(held)
     captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
-    return composition(pipeline, dataset, captioned, seed=seed) if "text" in pipeline.reads and len(captioned) > 1 else []
+    if "text" not in pipeline.reads or len(captioned) < 2:
+        return []
+    return composition(pipeline, dataset, captioned, seed=seed, guidance=guidance)
 
 
 def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:

@@ -33,6 +33,12 @@ class Shrink:
 
     factor: int = 4
 
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(
+                f"factor = {self.factor}", where="conditioner.image.lost.factor", mend="use 2 or more; 4 is usual"
+            )
+
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
         """The same for every draw."""
         return self.given(images)

@@ -40,8 +40,7 @@ class Joint(nn.Module):
         self.factor = factor
         self.parts = nn.ModuleDict(parts)
         self._parts = tuple(parts.values())  # the same, with their own types
-        sizes = reduce(ContextSizes.beside, (part.sizes for part in parts.values()), NO_CONTEXT)
-        self.sizes: ContextSizes = sizes.folded(factor)
+        self.sizes = reduce(ContextSizes.beside, (part.sizes.folded(factor) for part in parts.values()), NO_CONTEXT)
 
     def forward(self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None) -> Condition:
         """The condition of a batch.
@@ -56,8 +55,8 @@ class Joint(nn.Module):
             if draws is not None:
                 dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
                 condition = condition.replaced_where(dropped, part.null(batch_size))
-            conditions.append(condition)
-        return reduce(Condition.beside, conditions, NO_CONDITION).folded(self.factor)
+            conditions.append(condition.folded(self.factor))  # each by itself: its places are the same whatever lies beside it
+        return reduce(Condition.beside, conditions, NO_CONDITION)
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
         """The context that training uses: what the data hold, and what is made from the pictures (B, C, H, W) themselves.
@@ -71,4 +70,4 @@ class Joint(nn.Module):
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        return reduce(Condition.beside, (part.null(batch_size) for part in self._parts), NO_CONDITION).folded(self.factor)
+        return reduce(Condition.beside, (part.null(batch_size).folded(self.factor) for part in self._parts), NO_CONDITION)

@@ -114,15 +114,20 @@ class PointsConditioner(nn.Module):
         return Condition(vector=self.summary(torch.cat([mean, mean], dim=1)), tokens=tokens, spatial=spatial)
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Training clouds thinned to a random number of points; keyed by the samples' numbers."""
+        """Training clouds (B, N, D), NaN where one has fewer points, each thinned to a random number of its own from `fewest` up; keyed by
+        the samples' numbers.
+        """
         if "points" not in context:
             return {}
         points = context["points"]
         count, most = points.shape[:2]
         draws = randomness.uniform(seed, "points", first=first, count=count, per_item=most + 1).to(points)
-        share = self.config.fewest / most + (1 - self.config.fewest / most) * draws[:, :1]
-        rank = draws[:, 1:].argsort(1).argsort(1)
-        return {"points": points.masked_fill((rank >= (share * most).clamp(min=1))[..., None], torch.nan)}
+        absent = points.isnan().any(2)
+        own = (~absent).sum(1, keepdim=True)
+        least = own.clamp(max=self.config.fewest)
+        kept = least + (own - least) * draws[:, :1]
+        rank = draws[:, 1:].masked_fill(absent, 2.0).argsort(1).argsort(1)
+        return {"points": points.masked_fill((rank >= kept)[..., None], torch.nan)}
 
     def _encoded(self, points: Tensor) -> Tensor:
         """Coordinates with their sines and cosines: (B, N, D) -> (B, N, 13 D)."""

@@ -74,6 +74,10 @@ class TextEncoder:
     folder: Path
     known: MutableMapping[str, Any] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
+        """Itself: it is frozen and large, and a model's average reads with the same one."""
+        return self
+
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
         """The embeddings of texts, float32."""
         new = sorted({text for text in texts if text not in self.known})

@@ -98,18 +98,20 @@ def _reference(annotation: Any, default: Any) -> Any:
         inner: Any = f"{_identifier(options[0])}_plain"
     else:
         names = ", ".join(f"{_identifier(option)}_tagged" for option in options)
-        kind = repr(default[TAG] if isinstance(default, dict) else None)
-        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name({kind}))]"
+        usual = default[TAG] if isinstance(default, dict) else options[0].__name__ if optional else None
+        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name({usual!r}))]"
     return f"Optional[{inner}]" if optional else inner
 
 
-def _by_name(default: str | None) -> Callable[[Any], Any]:
-    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`; a mapping without `kind` is of the default's."""
+def _by_name(usual: str | None) -> Callable[[Any], Any]:
+    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`; a mapping without `kind` is of the usual one: the default's, and the
+    first where the default is none at all.
+    """
 
     def whole(value: Any) -> Any:
         if isinstance(value, str):
             return {TAG: value}
-        return {TAG: default, **value} if isinstance(value, dict) and TAG not in value and default is not None else value
+        return {TAG: usual, **value} if isinstance(value, dict) and TAG not in value and usual is not None else value
 
     return whole
 

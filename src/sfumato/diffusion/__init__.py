@@ -44,6 +44,7 @@ from sfumato.diffusion.schedules import (
     WarpConfig,
     Warped,
     ZeroTerminalSNR,
+    require_schedule,
 )
 from sfumato.diffusion.weighting import (
     EDM,
@@ -125,5 +126,6 @@ __all__ = [
     "Weighting",
     "WeightingConfig",
     "ZeroTerminalSNR",
+    "require_schedule",
     "target_weight",
 ]  # fmt: skip

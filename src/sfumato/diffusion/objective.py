@@ -13,7 +13,7 @@ from sfumato.condition import NO_CONDITION, Condition
 from sfumato.diffusion.coupling import CouplingConfig, Independent
 from sfumato.diffusion.denoiser import NetworkDenoiser
 from sfumato.diffusion.level import Denoised, NoiseLevel
-from sfumato.diffusion.schedules import Linear, ScheduleConfig
+from sfumato.diffusion.schedules import Linear, ScheduleConfig, require_schedule
 from sfumato.diffusion.weighting import Native, WeightingConfig, target_weight
 from sfumato.errors import ConfigError
 
@@ -85,9 +85,10 @@ class Objective:
             raise ConfigError(
                 f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum"
             )
+        require_schedule(self.schedule)
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
-        """The batch's noise levels from uniform draws (B,) in [0, 1)."""
+        """The batch's noise levels from uniform draws (B,) in [0, 1); in float64, or the last stratum may round to 1."""
         return self.schedule(self.times(uniform))
 
     def __call__(

@@ -19,6 +19,7 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.errors import ScheduleError
 
 HALF_PI = math.pi / 2
+MEND = "its numbers must give finite levels whose share of noise never falls from t = 0 to t = 1"
 
 
 class Schedule(Protocol):
@@ -27,6 +28,19 @@ class Schedule(Protocol):
     def __call__(self, t: Tensor) -> NoiseLevel:
         """The levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
         ...
+
+
+def require_schedule(schedule: Schedule) -> None:
+    """Raise ScheduleError unless levels are finite and never rise, and there is more noise at the end than at the beginning."""
+    try:
+        alpha, sigma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64))
+    except (ArithmeticError, ValueError, LookupError, RuntimeError) as error:
+        raise ScheduleError(f"{schedule} has no levels: {error}", where="schedule", mend=MEND) from None
+    finite = bool(torch.isfinite(alpha).all() and torch.isfinite(sigma).all() and min(alpha.min(), sigma.min()) >= 0)
+    if not (
+        finite and (alpha[:-1] * sigma[1:] >= alpha[1:] * sigma[:-1]).all() and alpha[0] * sigma[-1] > alpha[-1] * sigma[0]
+    ):
+        raise ScheduleError(f"{schedule} does not lead from data to noise", where="schedule", mend=MEND)
 
 
 def _variance_preserving(log_alpha: Tensor) -> NoiseLevel:

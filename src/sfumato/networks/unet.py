@@ -61,11 +61,18 @@ class UNetConfig:
                 where="network",
                 mend=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
             )
-        for depth in self.attention_depths:
+        if self.channels % 2:
+            raise ConfigError(
+                f"{self.channels} channels are odd, and sines and cosines of the noise level come in pairs",
+                where="network.channels",
+                mend="choose an even number; multiples of 32 run best",
+            )
+        middle = {len(self.multipliers) - 1} if self.attention_depths else set()
+        for depth in sorted({*self.attention_depths, *middle}):
             if self.channels * self.multipliers[depth] % self.head_channels:
                 raise ConfigError(
                     f"{self.channels * self.multipliers[depth]} channels at depth {depth} are no multiple of "
-                    f"head_channels = {self.head_channels}",
+                    f"head_channels = {self.head_channels}" + (", and the middle attends" if depth in middle else ""),
                     where="network.head_channels",
                     mend="choose 32 or 64, and channels that are multiples of it",
                 )

@@ -74,11 +74,11 @@ class ProgressBar:
 
 
 class Clock:
-    """Seconds of work so far, begun in an earlier process perhaps, and its speed since the last lap."""
+    """Seconds and steps of work so far, begun in an earlier process perhaps, and its speed since the last lap."""
 
-    def __init__(self, seconds_before: float) -> None:
+    def __init__(self, seconds_before: float, steps_before: int) -> None:
         self._origin = time.perf_counter() - seconds_before
-        self._lap, self._lap_step, self._waited = time.perf_counter(), -1, 0.0
+        self._lap, self._lap_step, self._waited = time.perf_counter(), steps_before, 0.0
 
     def seconds(self) -> float:
         return time.perf_counter() - self._origin
@@ -88,7 +88,7 @@ class Clock:
 
     def lap(self, batch_size: int, step: int) -> tuple[float, float]:
         """Images/s and milliseconds a step spent waiting for data since the last call."""
-        now, steps = time.perf_counter(), step - self._lap_step if self._lap_step >= 0 else 1
+        now, steps = time.perf_counter(), step - self._lap_step
         speed, wait_ms = steps * batch_size / (now - self._lap), 1000 * self._waited / steps
         self._lap, self._lap_step, self._waited = now, step, 0.0
         return speed, wait_ms

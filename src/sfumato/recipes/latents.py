@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import config as configuration
@@ -138,7 +140,25 @@ class OwnAutoencoder(TrainingConfig):
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             self._train(dataset, directory.stage(FOLDER), final)
+        else:
+            self._require_unchanged(directory.stage(FOLDER))
         return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
+
+    def _require_unchanged(self, stage: RunDirectory) -> None:
+        """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what is learned of them, are its own."""
+        for newest in checkpoint.paths(stage.checkpoints)[:1]:
+            before, now = checkpoint.configuration_of(newest), configuration.plain(self)
+            changed = [
+                line
+                for line in configuration.differences({key: before[key] for key in before if key in now}, now)
+                if not line.startswith("variants:") and "(absent)" not in line
+            ]
+            if changed:
+                raise ConfigError(
+                    f"the autoencoder is trained already, and cannot be changed: {'; '.join(changed)}",
+                    where="autoencoder",
+                    mend="leave its settings as they are in config.yaml, or start a new run",
+                )
 
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
         """Of the autoencoder alone."""
@@ -308,10 +328,15 @@ def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -
     latents = Latents(codec, torch.zeros(size), torch.ones(size))
     _, height, width = dataset.image_shape
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
-    gather = lambda rows: np.broadcast_to(blank, (len(rows), *blank.shape)).copy()  # noqa: E731
+    gather = partial(_repeated, blank)
     return latents, replace(
         dataset, encoded=Encoded(gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels)
     )
+
+
+def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
+    """As many as there are rows; a function with a name, which processes that read ahead can be handed."""
+    return np.broadcast_to(blank, (len(rows), *blank.shape)).copy()
 
 
 def _encoded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index
 from sfumato.data.embeddings import EmbeddingStore
+from sfumato.data.sources.find import BUILT_IN
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
 from sfumato.nn.compiling import require_compiler
@@ -39,7 +41,7 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    base, where = _plain(source, overrides)
+    base, where = _plain(source, configuration.with_overrides({}, overrides))
     return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
 
 
@@ -50,7 +52,8 @@ def is_preset(source: str | Path | Run) -> bool:
     return not (Path(source) / "config.yaml").is_file()
 
 
-def _plain(source: str | Path | Run, overrides: Overrides = ()) -> tuple[dict[str, Any], str]:
+def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What `source` says by itself, and where; where it is pictures, what is asked for besides decides more than itself."""
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)
@@ -61,9 +64,11 @@ def _plain(source: str | Path | Run, overrides: Overrides = ()) -> tuple[dict[st
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
-        return (data if name is None else configuration.merged(_plain(str(name))[0], data)), str(path)
-    if files.exists(str(source)) or str(source).startswith("hub:"):
-        return configuration.plain(_chosen(source, overrides).run), str(source)
+        return (
+            data if name is None else configuration.merged(_plain(str(name), configuration.merged(data, asked))[0], data)
+        ), str(path)
+    if files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN:
+        return configuration.plain(_chosen(source, asked).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
@@ -87,14 +92,20 @@ def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[s
 
 
 def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
-    return [f"chosen: {reason}" for reason in _chosen(source, overrides).reasons] if is_preset(source) else []
+    if not is_preset(source):
+        return []
+    return [f"chosen: {reason}" for reason in _chosen(source, configuration.with_overrides({}, overrides)).reasons]
 
 
-def _chosen(source: str | Path | Run, overrides: Overrides) -> Choice:
-    """The preset of a source; a resolution that was asked for decides more than itself."""
-    data = configuration.with_overrides({}, overrides).get("data")
+def _chosen(source: str | Path | Run, asked: Mapping[str, Any]) -> Choice:
+    """The preset of a source; a resolution or an autoencoder that was asked for decides more than itself."""
+    data = asked.get("data")
     resolution = data.get("resolution") if isinstance(data, dict) else None
-    return choose(str(source), resolution=resolution if isinstance(resolution, int) and resolution > 0 else None)
+    chosen = partial(choose, str(source), resolution=resolution if isinstance(resolution, int) and resolution > 0 else None)
+    if "autoencoder" not in asked:
+        return chosen()
+    plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": asked["autoencoder"]})
+    return chosen(space=configuration.parse(Run, plain, where=str(source)).autoencoder)
 
 
 def parameters(run: Run) -> int:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import Facts
-from sfumato.errors import CheckpointError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.launch import build_model, open_data, resolve
 from sfumato.training import checkpoint, posthoc
-from sfumato.training.precision import DTYPES, default_device
+from sfumato.training.precision import CHOICES, DTYPES, default_device
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.watching import Validator
+
+KEPT = {"ema": "ema", "raw": "model"}  # weights of a checkpoint -> its file
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -60,7 +62,13 @@ def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[fl
 def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
     if isinstance(which, float):
         return posthoc.reconstructed(directory.averages, width=which)
-    return loaded.tensors["ema" if which == "ema" else "model"]
+    if which not in KEPT:
+        raise ConfigError(
+            f"weights = {which!r}",
+            where="load",
+            mend="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
+        )
+    return loaded.tensors[KEPT[which]]
 
 
 def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,8 +87,11 @@ def load(
         precision: inside the network.
     Raises:
         RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
+        ConfigError: for weights or a precision that there are not.
     """
     directory = RunDirectory.existing(Path(path))
+    if precision not in CHOICES:
+        raise ConfigError(f"precision = {precision!r}", where="load", mend=f"choose among {', '.join(CHOICES)}")
     settings = resolve(directory.path)
     found = checkpoint.paths(directory.checkpoints)
     if not found:

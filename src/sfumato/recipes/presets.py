@@ -89,12 +89,15 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(place: str, listing: Listing | None = None, *, resolution: int | None = None) -> Choice:
+def choose(
+    place: str, listing: Listing | None = None, *, resolution: int | None = None, space: AutoencoderConfig | None = None
+) -> Choice:
     """The preset for a source of pictures on this machine.
 
     Args:
         listing: what the source lists, if that is known already.
         resolution: if it is settled already; from 96 on, the model works in the latents of an autoencoder of its own.
+        space: the autoencoder, or pixels, if that is settled already.
     Raises:
         DataError: if there is no such source, or it holds nothing.
     """
@@ -105,7 +108,7 @@ def choose(place: str, listing: Listing | None = None, *, resolution: int | None
     resolution, why_resolution = (
         _resolution(survey, gpu=gpu) if resolution is None else (resolution, f"{resolution} px, as asked")
     )
-    space, why_space = _space(resolution, gpu=gpu)
+    space, why_space = _space(resolution, gpu=gpu) if space is None else (space, [])
     network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL

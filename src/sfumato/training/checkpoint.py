@@ -28,6 +28,10 @@ SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another version, which nothing is wrong with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What was read back: JSON state, and tensors by file ("model", "ema", "optimizer")."""
@@ -127,12 +131,14 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told of in the second value.
 
     Raises:
-        CheckpointError: if there is none. A run never silently starts over.
+        CheckpointError: if there is none, or another version wrote it. A run never silently starts over.
     """
     warnings: list[str] = []
     for path in paths(root):
         try:
             return load(path), warnings
+        except ForeignCheckpointError:
+            raise
         except CheckpointError as error:
             aside = path.with_name(f"{path.name}.corrupt")
             if aside.exists():
@@ -155,15 +161,24 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = dict(manifest["files"])
-        if manifest["schema"] != SCHEMA:
-            raise CheckpointError(f"schema {manifest['schema']}, this version reads {SCHEMA}", where=str(path))
+        schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"manifest unreadable ({error})", where=str(path / "manifest.json")) from None
+    if schema != SCHEMA:
+        raise ForeignCheckpointError(
+            f"was written by another version of sfumato (schema {schema}; this one reads {SCHEMA})",
+            where=str(path),
+            mend="use that version; nothing was changed",
+        )
     for name, facts in files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError("is missing", where=str(file))
-        if file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
+        try:
+            same = file.stat().st_size == facts["bytes"] and _digest(file) == facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(file)) from None
+        if not same:
             raise CheckpointError("differs from what was saved (size or hash)", where=str(file))
     try:
         state = json.loads((path / "state.json").read_text())
@@ -171,6 +186,18 @@ def load(path: Path) -> Checkpoint:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
     return Checkpoint(path=path, state=state, tensors=tensors)
+
+
+def configuration_of(path: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was written under, as plain data.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return dict(json.loads((path / "state.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path / "state.json")) from None
 
 
 def _digest(file: Path) -> str:

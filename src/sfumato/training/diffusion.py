@@ -57,9 +57,9 @@ class Diffusion:
         device = self._device
         images, first, seed = part.images[chosen].to(device), part.first + chosen.start, self.config.seed
         count, offset = len(images), part.first - batch.parts[0].first + chosen.start
-        times = randomness.uniform(seed, "time", first=batch.parts[0].first, count=len(batch))[:, 0].float()
+        times = randomness.uniform(seed, "time", first=batch.parts[0].first, count=len(batch))[:, 0]
         levels = self.objective.levels(times)
-        level = NoiseLevel(*(value[offset : offset + count].to(device) for value in levels))
+        level = NoiseLevel(*(value[offset : offset + count].float().to(device) for value in levels))
         draws = randomness.uniform(
             seed, "condition dropout", first=first, count=count, per_item=max(1, len(model.conditioner.parts))
         )

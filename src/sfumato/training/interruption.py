@@ -16,11 +16,16 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within `with Interruption() as asked:`, the first SIGINT or SIGTERM only sets a flag; the second one acts at once."""
+    """Within `with Interruption() as asked:`, the first SIGINT or SIGTERM only sets a flag; the second one acts at once.
+
+    A signal to a whole group of processes ends those that read data ahead, too; from then on their end is no error, so that the step is
+    finished and saved.
+    """
 
     def __init__(self) -> None:
         self._number: int | None = None
         self._previous: dict[int, object] = {}
+        self._of_children: object = None
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -32,6 +37,8 @@ class Interruption:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if self._of_children is not None:
+            signal.signal(signal.SIGCHLD, self._of_children)  # type: ignore[arg-type]
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -41,6 +48,7 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number
         self._restore()
+        self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of a step
 
     def raise_if_asked(self) -> None:
         """Raise Interrupted if a signal came in."""

@@ -18,7 +18,7 @@ class MuonConfig:
     """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and outputs, the network's first and last
     layers aside.
 
-    Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; two to eight times that of AdamW
+    Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; four to eight times that of AdamW
     alone trains best.
 
     Attributes:
@@ -43,8 +43,7 @@ class AdamWConfig:
         clip: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
         base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
-            so that what was found on a narrow network is near the best for a wide one. 0 steps all alike, and Muon's steps fit every
-            width.
+            so that what was found on a narrow network is near the best for a wide one; Muon's steps fit every width. 0 steps all alike.
 
     Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
     """
@@ -61,18 +60,22 @@ class AdamWConfig:
     base_width: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and self.clip > 0 and min(self.weight_decay, self.warmup_steps, self.base_width) >= 0):
+        positive = self.learning_rate > 0 and self.clip > 0
+        if not (positive and min(self.weight_decay, self.warmup_steps, self.base_width, self.eps) >= 0):
             raise ConfigError(
                 f"learning_rate = {self.learning_rate}, clip = {self.clip}, weight_decay = {self.weight_decay}, "
-                f"warmup_steps = {self.warmup_steps}, base_width = {self.base_width}",
+                f"warmup_steps = {self.warmup_steps}, base_width = {self.base_width}, eps = {self.eps}",
                 where="optimizer",
                 mend="learning_rate and clip are above 0, the others at least 0",
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas = {self.betas}", where="optimizer.betas", mend="both are in [0, 1), e.g. [0.9, 0.99]")
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """The optimizers that share a model's parameters: AdamW, and Muon if asked for."""
         hidden = [] if self.muon is None else hidden_weights(model)
-        scaled = [*hidden_weights(model), *last_weights(model)] if self.base_width and self.muon is None else []
+        wide = [*([] if hidden else hidden_weights(model)), *last_weights(model)]
+        scaled = wide if self.base_width else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         groups: list[dict[str, Any]] = [

@@ -33,13 +33,15 @@ class Profile(NamedTuple):
 
 
 def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
-    """The share of each kept average in the wanted one, (n,); they sum to nearly 1.
+    """The share of each kept average in the wanted one, (n,); they sum to 1.
 
-    Least squares over all t: the solution of A x = b with A the overlaps of kept profiles, and b theirs with the wanted one.
+    Least squares over all t: the solution of A x = b with A the overlaps of kept profiles, and b theirs with the wanted one. Where little
+    was kept the best fit has another sum, which would make all weights larger or smaller: it is divided by that.
     """
     matrix = np.array([[overlap(a, b) for b in kept] for a in kept])
     target = np.array([overlap(a, wanted) for a in kept])
-    return np.linalg.lstsq(matrix, target, rcond=1e-14)[0]
+    found: NDArray[np.float64] = np.linalg.lstsq(matrix, target, rcond=1e-14)[0]
+    return found / found.sum()
 
 
 def overlap(a: Profile, b: Profile) -> float:

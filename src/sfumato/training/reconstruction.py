@@ -184,8 +184,9 @@ class Reconstruction:
 
     def _fidelity(self, codec: KLAutoencoder) -> dict[str, float]:
         rows = []
-        for first in range(0, len(self._real), self.config.batch_size):
-            real = self._real[first : first + self.config.batch_size].to(self._device)
+        size = self.config.micro_batch or self.config.batch_size
+        for first in range(0, len(self._real), size):
+            real = self._real[first : first + size].to(self._device)
             made = reconstructed(codec, real)
             figures = [
                 psnr(made, real),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class Trainer:
         self.state = TrainingState.new(task.model, task.learners, config.posthoc.profiles)
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
-        self._lost = 0
+        self._lost: set[str] = set()
         self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
@@ -112,10 +112,12 @@ class Trainer:
                 bar.say(f"{signal}: saved at step {counters.step}; `sfumato resume {self.directory.root}` goes on from there")
                 raise
             except BaseException as error:
-                self.directory.write_status("failed", counters.step, error=str(error))
+                with suppress(OSError):  # the disk may be why
+                    self.directory.write_status("failed", counters.step, error=str(error))
                 raise
             finally:
-                metrics.close()
+                with suppress(OSError):
+                    metrics.close()
             self.directory.write_status("finished", counters.step)
 
     def _prepare(self, bar: ProgressBar) -> None:
@@ -140,11 +142,17 @@ class Trainer:
         return statistics.median(seconds[1:])
 
     def disk_bytes(self) -> int:
-        """What the run's checkpoints need, and a little for the rest: weights, their averages and two moments, in float32."""
+        """What the checkpoints that are not there yet need, and a little for the rest: weights, their averages and two moments, in float32.
+
+        There is one more than are kept while the oldest has not been removed. Snapshots are counted where the budget says how many steps.
+        """
+        config, counters = self.config, self.state.counters
         size = 4 * sum(parameter.numel() for parameter in self.state.model.parameters())
-        widths, kept = len(self.config.posthoc.widths), self.config.posthoc.num
-        left = math.ceil(widths * kept * (1 - self.state.counters.kept))
-        return size * ((4 + widths) * (self.config.checkpoint.keep + 1) + left) + (16 << 20)
+        widths, kept = len(config.posthoc.widths), config.posthoc.num
+        averages = math.ceil(widths * kept * (1 - counters.kept))
+        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
+        checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
+        return size * ((4 + widths) * checkpoints + averages + snapshots) + (16 << 20)
 
     def _settle(self, say: Callable[[str], None]) -> nn.Module:
         """Settle the precision; the network."""
@@ -154,7 +162,7 @@ class Trainer:
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
         counters = self.state.counters
-        clock = Clock(counters.seconds)
+        clock = Clock(counters.seconds, counters.step)
         supply = batches(self.dataset, self.plan, start=counters.step)
         bar.start_at(self._spent())
         while True:
@@ -165,18 +173,26 @@ class Trainer:
             if finished:
                 return
             waited = time.perf_counter()
-            batch = next(supply)
+            batch = self._next(supply, asked)
             clock.wait(time.perf_counter() - waited)
             self._note_bad(batch, bar)
             result = self.train_step(batch)
             counters.seconds = clock.seconds()
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
                 record = self._record(result, clock)
-                metrics.write(record)
+                self._try(bar, partial(metrics.write, record))
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
                 figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
-                self.directory.heartbeat(counters.step)
+                self._try(bar, partial(self.directory.heartbeat, counters.step))
+
+    def _next(self, supply: Iterator[Batch], asked: Interruption) -> Batch:
+        """The next batch. Processes that read ahead may have been ended by the signal that asks this one to stop."""
+        try:
+            return next(supply)
+        except RuntimeError:
+            asked.raise_if_asked()
+            raise
 
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
         """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
@@ -191,7 +207,8 @@ class Trainer:
         self._keep_averages(bar)
         if step and (finished or step % config.validation.every_steps == 0):
             figures = self.figures()
-            metrics.write({"step": step, "samples_seen": self.state.counters.samples_seen, **figures})
+            seen = self.state.counters.samples_seen
+            self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
         if finished or step % config.checkpoint.every_steps == 0:
@@ -202,11 +219,11 @@ class Trainer:
         with self._watched_as():
             return self.task.figures(self.state.model, self.state.average)
 
-    def _try(self, bar: ProgressBar, write: Callable[[], Path]) -> None:
+    def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
         """A disk that is full for a while need not end a run."""
         try:
             write()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             bar.say(f"warning: {error}")
 
     def train_step(self, batch: Batch) -> StepResult:
@@ -333,14 +350,17 @@ class Trainer:
 
     def _note_bad(self, batch: Batch, bar: ProgressBar) -> None:
         if batch.bad:
-            self._lost += len(batch.bad)
-            if self._lost > max(20, LOST_SHARE * len(self.dataset.entries)):
+            self._lost.update(bad.name for bad in batch.bad)
+            if len(self._lost) > max(20, LOST_SHARE * len(self.dataset.entries)):
                 raise DataError(
-                    f"{self._lost} pictures could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
+                    f"{len(self._lost)} pictures could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
                     where=str(self.directory.path / "bad_samples.jsonl"),
                     mend="is the disk still there? restore the pictures, then `sfumato resume`",
                 )
-            with MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self.state.counters.step) as file:
-                for bad in batch.bad:
-                    file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
+            self._try(bar, partial(self._write_bad, batch))
             bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")
+
+    def _write_bad(self, batch: Batch) -> None:
+        with MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self.state.counters.step) as file:
+            for bad in batch.bad:
+                file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})

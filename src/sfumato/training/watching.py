@@ -37,14 +37,14 @@ class Validator:
         autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
-        self.batch_size = config.batch_size
+        self.batch_size = config.micro_batch or config.batch_size
         self._sets: list[tuple[Triples, Context]] = []
         for part in (dataset.holdout, dataset.training):
-            positions = dataset.usual(part) if len(dataset.usual(part)) else part[:1]
+            positions = _usual_or_first(dataset, part)
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
             pixels, _, chosen = dataset.images(positions[order[[i % len(order) for i in range(config.validation.samples)]]])
             images = to_float(pixels).to(device)
-            x0 = latents(autoencoder, images, seed=config.seed, batch_size=config.batch_size)
+            x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
             triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
             context = on_device(dataset.context(chosen), device)
             self._sets.append((triples, conditioner.derive(images, context, seed=config.seed, first=0)))
@@ -85,6 +85,12 @@ class Validator:
         with torch.no_grad():
             condition = model.conditioner(context, len(triples.x0))
         return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
+
+
+def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The pictures of a part that have the set's usual shape; the first picture, where none has."""
+    usual = dataset.usual(part)
+    return usual if len(usual) else part[:1]
 
 
 @torch.no_grad()
@@ -144,7 +150,7 @@ class Previewer:
 
 def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
     """Training pictures, the categories in turn."""
-    training = dataset.usual(dataset.training)
+    training = _usual_or_first(dataset, dataset.training)
     labels = dataset.labels[torch.from_numpy(training)]
     numbers = range(min(num, len(dataset.categories))) or [-1]
     pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
@@ -153,6 +159,7 @@ def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
 
 def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
     """Pictures that are not trained on, whose context has not been seen."""
-    positions = dataset.usual(dataset.holdout) if len(dataset.usual(dataset.holdout)) else dataset.usual(dataset.training)
+    held_out = dataset.usual(dataset.holdout)
+    positions = held_out if len(held_out) else _usual_or_first(dataset, dataset.training)
     order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))
     return positions[order[[i % len(order) for i in range(config.preview.num)]]]
