@@ -214,15 +214,20 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(folder, whole, tmp_p
 
 
 def test_what_ends_a_run_is_told_though_the_disk_is_full(folder, tmp_path, monkeypatch) -> None:
-    real = RunDirectory.write_status
+    real, refused = RunDirectory.write_status, []
 
     def full(self, state, step, **more):
         if state == "failed":
+            refused.append(step)
             raise OSError(28, "No space left on device")
         real(self, state, step, **more)
 
     monkeypatch.setattr(RunDirectory, "write_status", full)
-    interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 2)  # the crash itself comes out
+    crash_after(monkeypatch, 2)
+    with pytest.raises(Crash):  # and not what the disk says
+        train(tiny_run(folder), run=tmp_path / "run")
+    assert refused == [2]
+    assert RunDirectory.existing(tmp_path / "run").status()["state"] == "running"
 
 
 def test_held_out_pictures_are_measured_in_micro_batches(folder, tmp_path, monkeypatch) -> None:
