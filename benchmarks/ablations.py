@@ -4,8 +4,8 @@
 
 Each run is trained for the same minutes, and 1,000 samples (20 steps) without guidance and as many with it are compared with the training
 pictures: kernel and Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), and the share that a classifier
-trained on the real pictures reads as asked, since a part may make better pictures of the wrong thing; and its error on held-out pictures at
-fixed noises, which compares whatever the network predicts. The sheet --json is read first, and only what it lacks is run, so that a long
+trained on the real pictures reads as asked, since a part may make better pictures of the wrong thing; the standard deviation of their
+values, which distances forgive; and its error on held-out pictures at fixed noises, which compares whatever the network predicts. The sheet --json is read first, and only what it lacks is run, so that a long
 table may be made in several sittings. Differences are taken seed by seed; the interval is Student's t.
 """
 
@@ -15,18 +15,18 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from judge import Judge
 from machine import continued, options
 from scipy.stats import t as student
-from torch import Tensor
 
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import CategoryConfig, ContextConfig
-from sfumato.data import AugmentConfig, to_float
+from sfumato.data import AugmentConfig
 from sfumato.diffusion import (
     EDM,
     Flow,
@@ -46,12 +46,9 @@ from sfumato.diffusion import (
     Velocity,
     Warped,
 )
-from sfumato.evaluation.classifier import Classifier, train_classifier
-from sfumato.evaluation.features import extractor, pooled
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.kernel import kernel_distance
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.networks.features import Features
 from sfumato.pipeline import DenoiserConfig, Pipeline, SamplingConfig
 from sfumato.recipes import Run, resolve
 from sfumato.recipes.launch import build_model, facts_of, open_data, train
@@ -212,51 +209,29 @@ def base(data: str, side: int, minutes: float) -> Run:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """What runs are compared with: the same pictures, noises and levels for all, whatever they were trained on."""
-
-    features: Features
-    reference: Tensor
-    reader: Classifier
-    validator: Validator
-
-    @classmethod
-    def made(cls, start: Run) -> Judge:
-        """From the pictures of the base."""
-        dataset, features = open_data(start), extractor("auto")
-        spread = dataset.training[:: max(1, len(dataset.training) // 5000)]
-        conditioner = build_model(start, facts_of(start, dataset)).conditioner
-        return cls(
-            features=features,
-            reference=pooled(features, to_float(dataset.images(spread)[0])),
-            reader=train_classifier(dataset, dataset.training),
-            validator=Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device()),
-        )
-
-    def figures(self, pipeline: Pipeline, num: int, guidance: float) -> dict[str, float]:
-        """Of `num` samples, the categories in turn."""
-        categories = list(pipeline.categories)
-        pictures = pipeline.sample(num, category=categories, seed=1, guidance=guidance, batch_size=100) * 2 - 1
-        features, labels = pooled(self.features, pictures), torch.arange(num) % len(categories)
-        return {
-            "kernel": kernel_distance(features, self.reference),
-            "frechet": frechet_distance(features, self.reference),
-            "asked": float((self.reader.read(pictures)[0] == labels).double().mean()) * 100,
-        }
+def figures(pipeline: Pipeline, judge: Judge, num: int, guidance: float) -> dict[str, float]:
+    """Of `num` samples, the categories in turn."""
+    pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, guidance=guidance, batch_size=100) * 2 - 1
+    features = judge.read(pictures)
+    return {
+        "kernel": kernel_distance(features, judge.reference),
+        "frechet": frechet_distance(features, judge.reference),
+        "asked": 100 * judge.read_as_asked(pictures),
+        "deviation": float(pictures.std()) / 2,
+    }
 
 
-def measured(run: Run, judge: Judge, num: int) -> dict[str, float]:
+def measured(run: Run, judge: Judge, validator: Validator, num: int) -> dict[str, float]:
     """Train, sample, compare."""
     with tempfile.TemporaryDirectory() as folder:
         place = train(run, run=Path(folder) / "run")
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         pipeline = load(place, precision="bfloat16")
-    guided = judge.figures(pipeline, num, GUIDANCE)
+    guided = figures(pipeline, judge, num, GUIDANCE)
     return {
-        **judge.figures(pipeline, num, 1.0),
+        **figures(pipeline, judge, num, 1.0),
         **{f"guided_{name}": value for name, value in guided.items()},
-        "noise_mse": judge.validator.error(pipeline.model)["eps_mse"],
+        "noise_mse": validator.error(pipeline.model)["eps_mse"],
         "steps": max(line["step"] for line in lines),
     }
 
@@ -267,7 +242,11 @@ def main() -> None:
     if asked.quick:
         asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
     start = base(asked.data, asked.side, asked.minutes)
-    judge = Judge.made(start)
+    dataset = open_data(start)
+    judge = Judge(dataset, most=5000)
+    # The same pictures, noises and levels for all, whatever schedule they were trained on.
+    conditioner = build_model(start, facts_of(start, dataset)).conditioner
+    validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
     settings = {
         "extractor": judge.features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num, "guidance": GUIDANCE
     }  # fmt: skip
@@ -278,7 +257,7 @@ def main() -> None:
             rows = sheet["runs"].setdefault(name, {})
             if str(seed) not in rows:
                 changed = replace(CHANGES[name][1](start), seed=seed)
-                rows[str(seed)] = measured(changed, judge, asked.num)
+                rows[str(seed)] = measured(changed, judge, validator, asked.num)
                 print(name, seed, json.dumps(rows[str(seed)]), flush=True)
                 if asked.json:
                     asked.json.write_text(json.dumps(sheet, indent=1))
@@ -287,8 +266,13 @@ def main() -> None:
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: each change's figures, and the difference from what it changes."""
-    shown = {"kernel": ("kernel distance", 2), "asked": ("read as asked, %", 1), "noise_mse": ("noise MSE", 4)}
-    shown |= {f"guided_{key}": (f"{shown[key][0]}, guided", shown[key][1]) for key in ("kernel", "asked")}
+    shown = {
+        "kernel": ("kernel distance", 2),
+        "asked": ("read as asked, %", 1),
+        "deviation": ("deviation", 3),
+        "noise_mse": ("noise MSE", 4),
+    }
+    shown |= {f"guided_{key}": (f"{shown[key][0]}, guided", shown[key][1]) for key in ("kernel", "asked", "deviation")}
     titles = ["part", "steps", *(part for title, _ in shown.values() for part in (title, "change"))]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, rows in runs.items():

@@ -32,15 +32,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from judge import Judge
 from machine import continued, flops, options, peaks, seconds
 from peer_unconditional import PeerTrainer, build_peer
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from sfumato import config as configuration
-from sfumato.data import AugmentConfig, Dataset, to_float
-from sfumato.evaluation.classifier import train_classifier
-from sfumato.evaluation.features import extractor, pooled
+from sfumato.data import AugmentConfig, to_float
 from sfumato.evaluation.frechet import frechet_interval
 from sfumato.evaluation.kernel import kernel_distance_interval
 from sfumato.observability.pictures import grid_image, save_png
@@ -238,28 +237,16 @@ def work(stage: Stage, peak: float) -> dict[str, float]:
     return {"images": stage.images, "gflop_per_image": each, "of_convolution_peak": rate / peak}
 
 
-class Judge:
-    """What samples are compared with."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.features = extractor("auto")
-        self.reader = train_classifier(dataset, dataset.training)
-        spread = dataset.training[:: max(1, len(dataset.training) // 10_000)]
-        self.reference = self.read(to_float(dataset.images(spread)[0]))
-
-    def read(self, pictures: Tensor) -> Tensor:
-        """Features of pictures in [-1, 1]."""
-        return pooled(self.features, pictures)
-
-    def figures(self, pictures: Tensor) -> dict[str, Any]:
-        """Of pictures (N, 3, 32, 32) in [0, 1], as many of each category, in turn."""
-        features, labels = self.read(pictures * 2 - 1), torch.arange(len(pictures)) % CLASSES
-        return {
-            "num": len(pictures),
-            "frechet": frechet_interval(features, self.reference)._asdict(),
-            "kernel": kernel_distance_interval(features, self.reference)._asdict(),
-            "read_as_asked": float((self.reader.read(pictures * 2 - 1)[0] == labels).double().mean()),
-        }
+def figures(judge: Judge, pictures: Tensor) -> dict[str, Any]:
+    """Of pictures (N, 3, 32, 32) in [0, 1], as many of each category, in turn."""
+    pictures = pictures * 2 - 1
+    features = judge.read(pictures)
+    return {
+        "num": len(pictures),
+        "frechet": frechet_interval(features, judge.reference)._asdict(),
+        "kernel": kernel_distance_interval(features, judge.reference)._asdict(),
+        "read_as_asked": judge.read_as_asked(pictures),
+    }
 
 
 def drawn(sampled: Sampled, num: int) -> Tensor:
@@ -279,7 +266,7 @@ def main() -> None:
     place = Path(asked.place)
     place.mkdir(parents=True, exist_ok=True)
     dataset = open_data(resolve(asked.data, {"data": {"resolution": 32}}))
-    judge = Judge(dataset)
+    judge = Judge(dataset, most=10_000)
     images, _, chosen = dataset.images(dataset.training)
     labels = dataset.context(chosen)["category"]
     contestants: dict[str, Callable[[], Curve]] = {
@@ -306,9 +293,9 @@ def main() -> None:
         for number, stage in enumerate(curve(), 1):
             pictures = drawn(stage.sampled, along)
             save_png(grid_image(pictures[:100], columns=CLASSES), place / f"{name.replace(', ', '-')}-{number}.png")
-            points.append({"minutes": stage.minutes, **judge.figures(pictures)})
+            points.append({"minutes": stage.minutes, **figures(judge, pictures)})
             print(name, json.dumps(points[-1]), flush=True)
-        end = judge.figures(torch.cat([pictures, drawn(stage.sampled, asked.num - along)]) if asked.num > along else pictures)
+        end = figures(judge, torch.cat([pictures, drawn(stage.sampled, asked.num - along)]) if asked.num > along else pictures)
         end |= work(stage, peak["convolution_gflops"])
         print(name, json.dumps(end), flush=True)
         sheet["curves"][name] = {"points": points, "end": end}

@@ -78,7 +78,7 @@ class SamplingConfig:
                 where="sampling",
                 mend="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
             )
-        require_schedule(self.schedule)
+        require_schedule(self.schedule, where="sampling.schedule")
 
 
 class Model(nn.Module):

@@ -216,8 +216,9 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
     monkeypatch.setattr(OwnAutoencoder, "_train", None)
     monkeypatch.setattr(encoding, "_moments", None)
     described = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"trained already, and cannot be changed: budget\.steps: 8 -> 9"):
-        resume(tmp_path / "run", overrides=["autoencoder.budget.steps=9"])
+    for override, line in (("budget.steps=9", r"budget\.steps: 8 -> 9"), ("losses.adversarial=null", r"losses\.adversarial")):
+        with pytest.raises(ConfigError, match=f"trained already, and cannot be changed: {line}"):
+            resume(tmp_path / "run", overrides=[f"autoencoder.{override}"])
     assert (tmp_path / "run" / "config.yaml").read_text() == described
     resume(tmp_path / "run")
     assert final.stat().st_mtime_ns == before

@@ -85,7 +85,7 @@ class Objective:
             raise ConfigError(
                 f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum"
             )
-        require_schedule(self.schedule)
+        require_schedule(self.schedule, where="objective.schedule")
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
         """The batch's noise levels from uniform draws (B,) in [0, 1); in float64, or the last stratum may round to 1."""

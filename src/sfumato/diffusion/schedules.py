@@ -30,17 +30,17 @@ class Schedule(Protocol):
         ...
 
 
-def require_schedule(schedule: Schedule) -> None:
+def require_schedule(schedule: Schedule, *, where: str) -> None:
     """Raise ScheduleError unless levels are finite and never rise, and there is more noise at the end than at the beginning."""
     try:
         alpha, sigma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64))
     except (ArithmeticError, ValueError, LookupError, RuntimeError) as error:
-        raise ScheduleError(f"{schedule} has no levels: {error}", where="schedule", mend=MEND) from None
+        raise ScheduleError(f"{schedule} has no levels: {error}", where=where, mend=MEND) from None
     finite = bool(torch.isfinite(alpha).all() and torch.isfinite(sigma).all() and min(alpha.min(), sigma.min()) >= 0)
     if not (
         finite and (alpha[:-1] * sigma[1:] >= alpha[1:] * sigma[:-1]).all() and alpha[0] * sigma[-1] > alpha[-1] * sigma[0]
     ):
-        raise ScheduleError(f"{schedule} does not lead from data to noise", where="schedule", mend=MEND)
+        raise ScheduleError(f"{schedule} does not lead from data to noise", where=where, mend=MEND)
 
 
 def _variance_preserving(log_alpha: Tensor) -> NoiseLevel:

@@ -147,12 +147,9 @@ class OwnAutoencoder(TrainingConfig):
     def _require_unchanged(self, stage: RunDirectory) -> None:
         """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what is learned of them, are its own."""
         for newest in checkpoint.paths(stage.checkpoints)[:1]:
-            before, now = checkpoint.configuration_of(newest), configuration.plain(self)
-            changed = [
-                line
-                for line in configuration.differences({key: before[key] for key in before if key in now}, now)
-                if not line.startswith("variants:") and "(absent)" not in line
-            ]
+            before = configuration.parse(OwnAutoencoder, checkpoint.configuration_of(newest), where=str(newest))
+            before = replace(before, variants=self.variants)  # which is of encoding alone
+            changed = configuration.differences(configuration.plain(before), configuration.plain(self))
             if changed:
                 raise ConfigError(
                     f"the autoencoder is trained already, and cannot be changed: {'; '.join(changed)}",

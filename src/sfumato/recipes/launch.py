@@ -14,7 +14,7 @@ import torch
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
-from sfumato.data import Dataset, files, index
+from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.sources.find import BUILT_IN
 from sfumato.errors import ConfigError, ShapeError
@@ -64,9 +64,8 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
-        return (
-            data if name is None else configuration.merged(_plain(str(name), configuration.merged(data, asked))[0], data)
-        ), str(path)
+        below = {} if name is None else _plain(str(name), configuration.merged(data, asked))[0]
+        return configuration.merged(below, data), str(path)
     if files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN:
         return configuration.plain(_chosen(source, asked).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
@@ -101,7 +100,8 @@ def _chosen(source: str | Path | Run, asked: Mapping[str, Any]) -> Choice:
     """The preset of a source; a resolution or an autoencoder that was asked for decides more than itself."""
     data = asked.get("data")
     resolution = data.get("resolution") if isinstance(data, dict) else None
-    chosen = partial(choose, str(source), resolution=resolution if isinstance(resolution, int) and resolution > 0 else None)
+    resolution = resolution if isinstance(resolution, int) and resolution > 0 else None
+    chosen = partial(choose, str(source), source_at(str(source)).listing(), resolution=resolution)
     if "autoencoder" not in asked:
         return chosen()
     plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": asked["autoencoder"]})

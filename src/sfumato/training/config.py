@@ -133,10 +133,15 @@ class TrainingConfig:
     validation: ValidationConfig = ValidationConfig()
     preview: PreviewConfig = PreviewConfig()
 
+    @property
+    def at_once(self) -> int:
+        """Images in one pass through the network, in training and in validation."""
+        return self.batch_size if self.micro_batch is None else self.micro_batch
+
     def __post_init__(self) -> None:
         counts = {
             "batch_size": self.batch_size,
-            "micro_batch": self.batch_size if self.micro_batch is None else self.micro_batch,
+            "micro_batch": self.at_once,
             "log.every_steps": self.log.every_steps,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.keep": self.checkpoint.keep,

@@ -184,7 +184,7 @@ class Reconstruction:
 
     def _fidelity(self, codec: KLAutoencoder) -> dict[str, float]:
         rows = []
-        size = self.config.micro_batch or self.config.batch_size
+        size = self.config.at_once
         for first in range(0, len(self._real), size):
             real = self._real[first : first + size].to(self._device)
             made = reconstructed(codec, real)

@@ -262,7 +262,7 @@ class Trainer:
     def _backward(self, batch: Batch, dtype: torch.dtype) -> Outcome:
         """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
         self.state.model.train()
-        size, spent = self.config.micro_batch or len(batch), self._spent()
+        size, spent = self.config.at_once, self._spent()
         found = []
         for part in batch.parts:
             for begin in range(0, len(part), size):

@@ -37,7 +37,7 @@ class Validator:
         autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
-        self.batch_size = config.micro_batch or config.batch_size
+        self.batch_size = config.at_once
         self._sets: list[tuple[Triples, Context]] = []
         for part in (dataset.holdout, dataset.training):
             positions = _usual_or_first(dataset, part)
