@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from sfumato.conditioners.attributes import AttributesConditioner, AttributesConfig
 from sfumato.conditioners.augmentation import AugmentationConditioner
@@ -31,6 +32,9 @@ class Facts:
         dimensions: of points, features included; 0 where there are none.
         augmentation: numbers that tell what was done to a picture.
         factor: side of a picture over the side of what the network sees of it.
+        bits: of each value in an image, 8 or 16.
+        value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None where they are those of its integers.
+        alpha: what the last of 2 or 4 channels is: "none" (a channel like the others), "straight" alpha, or "premultiplied" alpha.
     """
 
     channels: int
@@ -42,6 +46,9 @@ class Facts:
     dimensions: int = 0
     augmentation: int = 0
     factor: int = 1
+    bits: int = 8
+    value_range: tuple[float, float] | None = None
+    alpha: Literal["none", "straight", "premultiplied"] = "straight"
 
 
 @dataclass(frozen=True, kw_only=True)

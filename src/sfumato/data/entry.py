@@ -131,6 +131,7 @@ class Entry:
         doodle, mask: encoded pictures that lie over the image: a line drawing; white where the image counts.
         points: an encoded point cloud.
         holdout: name of a set that is kept from training as a whole, such as a combination nobody trains on.
+        group: entries of one group are never split over training and hold-out; None where the entry stands for itself.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Entry:
     mask: Blob | None = None
     points: Blob | None = None
     holdout: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
         dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
         augmentation=run.data.augment.labels,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
+        bits=run.data.bits,
     )
 
 
