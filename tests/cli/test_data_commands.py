@@ -72,7 +72,8 @@ def test_check_reports_and_changes_nothing(pictures: Path) -> None:
     result = sfumato("data", "check", pictures)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0] == "14 pictures, 13 readable, 12 without copies"
+    assert lines[0] == "26 files: 13 images used, 12 captions, 1 left out (1 empty file)"
+    assert "14 images, 13 readable, 12 without copies" in lines
     assert any(line.split()[:2] == ["1", "unreadable"] for line in lines)
     assert any(line.split()[:2] == ["2", "duplicate"] for line in lines)
     assert lines[-3:] == [f"data-check/pets/{name}" for name in ("data_report.html", "data.json", "rejects.txt")]
@@ -104,7 +105,7 @@ def test_check_of_pictures_that_cannot_be_read_lists_them(tmp_path: Path) -> Non
         put(tmp_path / "set", f"{number}.png", b"<html>")
     result = sfumato("data", "check", tmp_path / "set", "--out", tmp_path / "out")
     assert result.code == 0
-    assert "3 pictures, 0 readable" in result.out
+    assert "3 images, 0 readable" in result.out
     assert "3 unreadable" in result.out
     assert "No picture can be read: there is nothing to learn from." in result.out
     assert (tmp_path / "out" / "rejects.txt").read_text().count("not a picture in a known format") == 3

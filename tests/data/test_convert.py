@@ -20,7 +20,7 @@ from encoded import encoded, noise, smooth
 from sfumato.data import DataConfig, Dataset, Digits, Entry, Folder, Listing, Npz, Parquet, Source, WebDataset, index, source_at
 from sfumato.data import convert as module
 from sfumato.data.convert import convert
-from sfumato.data.entry import STRAY, Inline
+from sfumato.data.entry import Inline
 from sfumato.errors import ConfigError, DataError
 
 KINDS = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -164,7 +164,7 @@ def shards(listing: Listing, root: Path, kind: str) -> dict[str, str]:
 
 def large(count: int = 7) -> Listing:
     """Pictures of 0.3 MiB each, three to a shard."""
-    return Listing([Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i)))) for i in range(count)], [])
+    return Listing(entries=[Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i)))) for i in range(count)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,27 +266,24 @@ def test_what_is_left_out_is_listed(kind: str, tmp_path: Path, monkeypatch: pyte
     header = b"\x93NUMPY\x01\x00" + (60).to_bytes(2, "little")
     lying = header + b"{'descr': '|u1', 'fortran_order': False, 'shape': (9**15,)}".ljust(60)
     listing = Listing(
-        [
+        entries=[
             *(Entry(name=f"good{i}.png", image=Inline(encoded(noise(SIDE, SIDE, seed=i))), category="a") for i in range(3)),
             Entry(name="gone.png", image=Interrupting(FileNotFoundError("it is gone"))),
             Entry(name="large.png", image=Inline(bytes(200_000))),
-            Entry(name="stray.png", image=Inline(encoded(noise(SIDE, SIDE))), category=""),
             Entry(name="lying.npy", image=Inline(lying)),
             Entry(name="vast.npy", image=Inline(lying.replace(b"(9**15,)", b"(999999999999999,)"))),
-        ],
-        [],
+        ]
     )
     (path,), rejects = convert(listing, tmp_path / f"a{KINDS[kind]}")
     found = {reject.name: reject.reason for reject in rejects}
-    assert set(found) == {"gone.png", "large.png", "stray.png", "lying.npy", "vast.npy"}
+    assert set(found) == {"gone.png", "large.png", "lying.npy", "vast.npy"}
     assert found["gone.png"] == "it is gone"
-    assert found["stray.png"] == STRAY
     assert opened(source_at(str(path))).ids == opened(source_at(str(path))).ids
     assert len(source_at(str(path)).listing().entries) == 3
 
 
 def test_when_nothing_can_be_read_nothing_is_written(tmp_path: Path) -> None:
-    listing = Listing([Entry(name="gone.png", image=Interrupting(OSError("gone")))], [])
+    listing = Listing(entries=[Entry(name="gone.png", image=Interrupting(OSError("gone")))])
     for place in ("a.tar", "a.parquet"):
         with pytest.raises(DataError, match="nothing was written"):
             convert(listing, tmp_path / place)
@@ -301,7 +298,7 @@ def test_names_of_any_kind_survive_a_tar(name: str, tmp_path: Path) -> None:
         Entry(name=n, image=Inline(encoded(noise(SIDE, SIDE, seed=i)))) for i, n in enumerate((name, name + "2", "other.png"))
     ]
     entries.append(replace(entries[0], image=entries[2].image, captions=("the same name",)))
-    (path,), _ = convert(Listing(entries, []), tmp_path / "a.tar")
+    (path,), _ = convert(Listing(entries=entries), tmp_path / "a.tar")
     found = WebDataset(str(path)).listing()
     assert found.rejects == []
     assert [entry.image.read() for entry in found.entries] == [entry.image.read() for entry in entries]

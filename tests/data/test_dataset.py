@@ -98,9 +98,10 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) -> None
 
 def test_a_picture_beside_the_category_folders_is_left_out(tmp_path: Path) -> None:
     fill(tmp_path, 3, category="cat")
+    fill(tmp_path, 3, first=10, category="dog")
     fill(tmp_path, 1, first=7)
     dataset = opened(tmp_path)
-    assert dataset.categories == ("cat",)
+    assert dataset.categories == ("cat", "dog")
     assert [(reject.name, reject.reason) for reject in dataset.rejects] == [
         ("0007.png", "lies beside the category folders, in none of them")
     ]

@@ -24,9 +24,11 @@ def put(root: Path, *names: str) -> Path:
 
 
 def entries(root: Path) -> list[Entry]:
-    listing = Folder(str(root)).listing()
-    assert listing.rejects == []
-    return listing.entries
+    return Folder(str(root)).listing().entries
+
+
+def left_out(root: Path) -> dict[str, str]:
+    return {reject.name: reject.reason for reject in Folder(str(root)).listing().rejects}
 
 
 def listed(root: Path) -> list[tuple[str, str | None]]:
@@ -34,8 +36,9 @@ def listed(root: Path) -> list[tuple[str, str | None]]:
 
 
 def test_digits_are_scikit_learns() -> None:
-    (entries, rejects), digits = Digits().listing(), load_digits()
-    assert rejects == []
+    listing, digits = Digits().listing(), load_digits()
+    entries = listing.entries
+    assert listing.rejects == []
     assert len(entries) == 1797
     assert [entry.category for entry in entries] == [str(label) for label in digits.target]
     decoded = decode(entries[17].image.read(), PixelFormat(shapes=((8, 8),), channels=1))
@@ -54,9 +57,10 @@ def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) 
     assert listed(tmp_path) == [("cat/1.png", "cat"), ("dog/2.png", "dog"), ("dog/puppies/young/3.png", "dog")]
 
 
-def test_a_picture_beside_category_folders_has_the_empty_category(tmp_path: Path) -> None:
-    put(tmp_path, "cat/1.png", "stray.png")
-    assert listed(tmp_path) == [("cat/1.png", "cat"), ("stray.png", "")]
+def test_an_image_beside_category_folders_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.png", "dog/1.png", "stray.png")
+    assert listed(tmp_path) == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
+    assert left_out(tmp_path) == {"stray.png": "lies beside the category folders, in none of them"}
 
 
 def test_hidden_files_folders_and_other_files_are_left_out(tmp_path: Path) -> None:
@@ -70,19 +74,25 @@ def test_hidden_files_folders_and_other_files_are_left_out(tmp_path: Path) -> No
         "notes.txt",
         "z.svg",
         "model.pt",
-        "png",
     )
+    (tmp_path / "notes.txt").write_text("notes")
     assert listed(tmp_path) == [("seen.png", None)]
+    assert left_out(tmp_path).keys() == {"notes.txt", "z.svg", "model.pt"}
 
 
-def test_linked_folders_are_not_entered_and_linked_files_are_read(tmp_path: Path) -> None:
-    outside = put(tmp_path / "outside", "secret.png")
-    root = put(tmp_path / "root", "in.png")
-    (root / "away").symlink_to(outside, target_is_directory=True)
-    (root / "folder.png").symlink_to(outside, target_is_directory=True)
+def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None:
+    outside = put(tmp_path / "outside", "0.png", "deep/1.png")
+    root = put(tmp_path / "root", "cats/in.png")
+    (root / "dogs").symlink_to(outside, target_is_directory=True)
+    (root / "again").symlink_to(outside / "deep", target_is_directory=True)
     (root / "loop").symlink_to(root, target_is_directory=True)
-    (root / "file.png").symlink_to(outside / "secret.png")
-    assert listed(root) == [("file.png", None), ("in.png", None)]
+    (root / "up").symlink_to(tmp_path, target_is_directory=True)
+    (outside / "back").symlink_to(root / "cats", target_is_directory=True)
+    (root / "cats" / "file.png").symlink_to(outside / "0.png")
+    assert listed(root) == [
+        ("again/1.png", "again"), ("cats/file.png", "cats"), ("cats/in.png", "cats"), ("dogs/0.png", "dogs"),
+    ]  # fmt: skip
+    assert left_out(root).keys() == {"loop", "up", "dogs/deep", "dogs/back"}
 
 
 def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
@@ -93,6 +103,7 @@ def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
 
 def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "b/1.png", "a/2.png", "a/10.png", "a.png", "c.png")
+    (tmp_path / "d").symlink_to(put(tmp_path.parent / f"{tmp_path.name}-outside", "1.png", "2.png"), target_is_directory=True)
     before, walk = listed(tmp_path), os.walk
 
     def backwards(*arguments: object):
@@ -124,6 +135,7 @@ def test_pipes_and_devices_are_never_waited_for(tmp_path: Path, make) -> None:
     put(tmp_path, "a.png")
     make(tmp_path / "b.png")
     assert listed(tmp_path) == [("a.png", None)]
+    assert left_out(tmp_path) == {"b.png": "a pipe or device"}
 
 
 def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
@@ -131,7 +143,8 @@ def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
     os.mkdir(folder)
     with open(folder + b"/\xff.png", "wb") as file:
         file.write(PICTURE)
-    (only,) = entries(tmp_path)
+    put(tmp_path, "dog/1.png")
+    only, _ = entries(tmp_path)
     assert (only.name, only.category) == ("caf\\udce9/\\udcff.png", "caf\\udce9")
     assert only.image.read() == PICTURE
 

@@ -30,15 +30,14 @@ def listing(count: int, *, image: bytes | None = None, categories: int = 0, capt
     """`count` pictures, dealt out to the categories in turn, the first share of them with a caption."""
     blob = Inline(picture() if image is None else image)
     return Listing(
-        [
+        entries=[
             Entry(
                 name=f"{number}.png", image=blob,
                 category=f"kind-{number % categories}" if categories else None,
                 captions=("some words",) if number < captions * count else (),
             )
             for number in range(count)
-        ],
-        [],
+        ]
     )  # fmt: skip
 
 
@@ -280,7 +279,7 @@ def test_no_more_than_a_few_hundred_pictures_are_opened(place: str) -> None:
 
     image = picture()
     entries = [Entry(name=f"{number}.png", image=Counted()) for number in range(10_000)]
-    choose(place, Listing(entries, []))
+    choose(place, Listing(entries=entries))
     assert 100 <= len(opened) < 401
 
 

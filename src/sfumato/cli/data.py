@@ -56,7 +56,9 @@ def check(
         )
     paths = write(found, out or Path("data-check") / _slug(source))
     figures = found.figures
-    _say(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
+    for line in found.ledger.lines() if found.ledger else ():
+        _say(line)
+    _say(f"{figures['images']} images, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
     for kind, names in found.files().items():
         about = KINDS[kind]
         _say(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")

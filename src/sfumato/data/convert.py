@@ -16,18 +16,14 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data import files
-from sfumato.data.decoding import NUMPY
-from sfumato.data.entry import MAX_BYTES, STRAY, Blob, Entry, Listing, Reject
+from sfumato.data.endings import NUMPY, suffix_of
+from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.sources.arrays import plain_array
 from sfumato.errors import ConfigError, DataError
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
 LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "attributes", "holdout")
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
-    (NUMPY, "npy"), (b"ply", "ply"),
-)  # fmt: skip
 Packed = dict[str, Any]
 
 
@@ -116,8 +112,6 @@ def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[
     """Samples as plain data: encoded bytes as they are, arrays of up to four 8-bit channels as PNG."""
     for number, entry in enumerate(entries):
         try:
-            if entry.category == "":
-                raise OSError(STRAY)
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
             sample["attributes"] = dict(entry.attributes)
             for name in ("image", *LAYERS):
@@ -152,13 +146,6 @@ def _as_picture(data: bytes) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def suffix_of(data: bytes) -> str:
-    """The usual ending of a file, from its first bytes."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((suffix for signature, suffix in _SIGNATURES if data.startswith(signature)), "bin")
 
 
 class Writer(Protocol):

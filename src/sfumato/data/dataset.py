@@ -17,7 +17,9 @@ from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.entry import Entry, Reject
+from sfumato.data.holdout import parts
 from sfumato.data.layers import Layers
+from sfumato.data.ledger import Ledger
 from sfumato.data.sources import Digits, SourceConfig
 from sfumato.errors import ConfigError, DataError
 
@@ -34,7 +36,9 @@ class DataConfig:
         bits: of each value, 8 or 16.
         background: colour under transparent pictures where alpha is not kept, RGB from 0 to 255.
         augment: changes made to training pictures.
-        holdout: share kept from training for validation, chosen by a hash of the content; near-duplicates stay together.
+        holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of a smaller set.
+        near_duplicates: what stays together in training or hold-out: images that are nearly the same (`auto`), or exact copies only
+            (`exact`); `off` compares nothing.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of pictures to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free space; `off` does not.
         memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded as they are used.
@@ -49,6 +53,7 @@ class DataConfig:
     background: tuple[int, int, int] = (255, 255, 255)
     augment: AugmentConfig = AugmentConfig()
     holdout: float = 0.1
+    near_duplicates: Literal["auto", "exact", "off"] = "auto"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
     memory_gib: float = 4.0
@@ -109,7 +114,8 @@ class Dataset:
         shapes: index into the format's shapes; shape (N,).
         gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where each is decoded when used.
         clusters: number of the group of near-duplicates that each picture belongs to; shape (N,).
-        rejects: what was left out; notes: what had to be converted, by kind.
+        remarks: what is to be said of those groups.
+        rejects: what was left out; ledger: the account of all that the source holds; notes: what had to be converted, by kind.
         crop_loss: mean share of the pictures' area that cropping cut away.
         layers: what else is known of each picture.
         encoded: their latents, where training works on those.
@@ -125,7 +131,9 @@ class Dataset:
     shapes: NDArray[np.int64]
     gather: Callable[[NDArray[np.int64]], Pixels] | None
     clusters: NDArray[np.int64]
+    remarks: Sequence[str]
     rejects: Sequence[Reject]
+    ledger: Ledger
     notes: dict[str, list[str]]
     crop_loss: float
     layers: Layers
@@ -135,7 +143,7 @@ class Dataset:
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
 
     def __post_init__(self) -> None:
-        part = _parts(self.entries, self.ids, self.clusters, self.config.holdout)
+        part = parts(self.entries, self.ids, self.clusters, self.config.holdout)
         object.__setattr__(self, "holdout", np.flatnonzero(part == "holdout"))
         object.__setattr__(self, "training", np.flatnonzero(part == "training"))
         names = sorted(set(part) - {"holdout", "training"})
@@ -251,36 +259,9 @@ class Dataset:
                 f"{w}x{h}": int((self.shapes == i).sum()) for i, (h, w) in enumerate(shapes) if (self.shapes == i).any()
             },
             "crop_loss": round(self.crop_loss, 4),
+            "remarks": list(self.remarks),
+            "ledger": self.ledger.plain(),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],
             "notes": {**self.notes, **{kind: names for kind, names in found.items() if names}},
             "holdout_files": [self.entries[i].name for i in self.holdout],
         }
-
-
-def _parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float) -> NDArray[np.str_]:
-    """The part of each picture: "training", "holdout", or ":name" of a hold-out that the source names.
-
-    Whole groups of near-duplicates are either learned from or held out, by a hash of their least id. A hold-out that the source
-    names is what the source says, and exact copies of it: one skin tone of an astronaut may be held out and another learned from.
-    """
-    named = {id_: f":{entry.holdout}" for entry, id_ in zip(entries, ids, strict=True) if entry.holdout is not None}
-    least: dict[int, str] = {}
-    for id_, group in zip(ids, groups.tolist(), strict=True):
-        if id_ not in named:
-            least[group] = min(id_, least.get(group, id_))
-    keys = {group: _key(id_) for group, id_ in least.items()}
-    if len(keys) < 2:
-        raise DataError(
-            f"{len(keys)} different picture(s) to learn from, near-duplicates counted as one",
-            where="data",
-            mend="at least two are needed: one to learn from, one to validate on; thousands make a good model",
-        )
-    held = {group for group, key in keys.items() if key < share} or {min(keys, key=keys.__getitem__)}
-    if len(held) == len(keys):
-        held.discard(max(keys, key=keys.__getitem__))
-    parts = zip(ids, groups.tolist(), strict=True)
-    return np.array([named.get(id_, "holdout" if group in held else "training") for id_, group in parts])
-
-
-def _key(id_: str) -> float:
-    return float(int(hashlib.sha256(f"holdout/{id_}".encode()).hexdigest()[:12], 16) / 16**12)

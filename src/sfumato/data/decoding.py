@@ -19,16 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from sfumato.data.endings import NUMPY as NUMPY
 from sfumato.data.entry import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 MAX_PIXELS = 80_000_000
 MAX_SIDE_RATIO = 20.0
 MAX_BANDS = 64
 MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole picture
 MAX_PROFILE_BYTES = 4 << 20
-NUMPY = b"\x93NUMPY"
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

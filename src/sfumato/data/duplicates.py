@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ALGORITHM = 2  # raised when the same pictures come to form other groups
+ALGORITHM = 3  # raised when the same pictures come to form other groups
 SIDE = 32
 SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12
@@ -25,27 +26,84 @@ LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
 CHUNK = 4_000
+DIM = 0.5  # of the range of values: a set that uses less is stretched before its images are compared
+PERCENTILES = (0.1, 99.9)
 Floats = NDArray[np.float32]
 
 
-def thumbnail(pixels: NDArray) -> NDArray[np.uint8]:
-    """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3), by which near-duplicates are found."""
-    if pixels.dtype != np.uint8:
-        pixels = (pixels >> 8).astype(np.uint8)
+def thumbnail(pixels: NDArray) -> NDArray[Any]:
+    """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3) of as many bits, by which near-duplicates are found."""
     colours = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
+    if colours.dtype != np.uint8:
+        planes = [
+            Image.fromarray(plane.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for plane in colours
+        ]
+        return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(colours.dtype)
     image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
     if image.size == (SIDE, SIDE):
         return np.asarray(image)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def clusters(ids: Sequence[str], thumbnails: NDArray[np.uint8], *, resolution: int) -> NDArray[np.int64]:
-    """Number of the group of equal or nearly equal pictures that each belongs to, (N,); of `resolution` pixels at most."""
+def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
+    """Thumbnails (N, 32, 32, 3) in 8 bits. A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
+    of it, or its images would seem flat and so alike.
+    """
+    most = float(np.iinfo(thumbnails.dtype).max)
+    sample = thumbnails[:: max(1, len(thumbnails) // 1000)]
+    low, high = np.percentile(sample, PERCENTILES) if len(sample) else (0.0, most)
+    if high - low >= DIM * most or high <= low:
+        low, high = 0.0, most
+        if thumbnails.dtype == np.uint8:
+            return thumbnails
+    return np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+
+
+def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -> NDArray[np.int64]:
+    """Number of the group of equal or nearly equal images that each belongs to, (N,); of `resolution` pixels at most.
+
+    All of a group are nearly equal to one of them: frames of a video, each like the next, are not all of one group.
+    """
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
     distinct = np.unique(same)
-    near = distinct[near_pairs(thumbnails[distinct] if resolution >= SMALLEST else thumbnails[:0])]
-    return components(len(ids), np.concatenate([np.stack([np.arange(len(ids)), same], axis=1), near]))
+    small = stretched(thumbnails)[distinct] if resolution >= SMALLEST else np.empty((0, SIDE, SIDE, 3), np.uint8)
+    leaders = np.arange(len(distinct))
+    pairs = near_pairs(small)
+    if len(pairs):
+        leaders = _led(small, pairs, [ids[number] for number in distinct])
+    groups = np.arange(len(ids))
+    groups[distinct] = distinct[leaders]
+    return np.unique(groups[same], return_inverse=True)[1].astype(np.int64)
+
+
+def _led(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int64]:
+    """The leader of each thumbnail: connected ones follow the one with most copies among them if they are its copies too.
+
+    What is a copy of a follower is compared with the leader itself, so that chains end where the likeness does.
+    """
+    beside: dict[int, set[int]] = {}
+    for first, second in pairs.tolist():
+        beside.setdefault(first, set()).add(second)
+        beside.setdefault(second, set()).add(first)
+    leader = np.arange(len(thumbnails))
+    free = set(beside)
+    for chosen in sorted(beside, key=lambda number: (-len(beside[number]), ids[number])):
+        if chosen not in free:
+            continue
+        free.discard(chosen)
+        met, frontier = {chosen}, [chosen]
+        while frontier:
+            candidates = sorted({other for number in frontier for other in beside[number] if other in free} - met)
+            met.update(candidates)
+            direct = [other for other in candidates if other in beside[chosen]]
+            further = np.array([(chosen, other) for other in candidates if other not in beside[chosen]], np.int64).reshape(
+                -1, 2
+            )
+            frontier = [*direct, *(further[_alike(thumbnails, further, np.ones(len(further), np.float32)), 1].tolist())]
+            leader[frontier] = chosen
+            free.difference_update(frontier)
+    return leader
 
 
 def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:

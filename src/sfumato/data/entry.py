@@ -7,14 +7,16 @@ import json
 import lzma
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from sfumato.data import files
+from sfumato.data.splits import HELD_OUT, split_of
 
 MAX_BYTES = 256 << 20  # of one picture
 MAX_ATTRIBUTES = 1024  # of one picture
@@ -125,7 +127,7 @@ class Entry:
     Attributes:
         name: for people, unique in its source; in a folder the path below it.
         image: the encoded picture.
-        category: None where the source has none; "" for a picture beside the category folders, which is left out.
+        category: None where the source has none.
         captions: any number of texts.
         attributes: numbers by name, sorted; 1 for a label of which several may hold.
         doodle, mask: encoded pictures that lie over the image: a line drawing; white where the image counts.
@@ -148,20 +150,41 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reject:
-    """A picture left out, and why."""
+    """Something left out, and why.
+
+    Attributes:
+        part: whether it is a part of something that is counted by itself, such as a row of a metadata file.
+    """
 
     name: str
     reason: str
+    part: bool = False
 
 
-STRAY = "lies beside the category folders, in none of them"
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a source holds, in an order that does not depend on the machine.
 
-
-class Listing(NamedTuple):
-    """What a source holds: entries in an order that does not depend on the machine, and what it had to leave out already."""
+    Attributes:
+        entries: the images.
+        rejects: what was left out already.
+        beside: files that say something about images, counted by kind, such as {"captions": 40, "metadata": 1}.
+        unit: what `found` counts.
+        found: all that there is; -1 stands for what the entries and rejects come to.
+        remarks: how it was read, in whole sentences, where a person might expect something else.
+    """
 
     entries: list[Entry]
-    rejects: list[Reject]
+    rejects: list[Reject] = field(default_factory=list)
+    beside: dict[str, int] = field(default_factory=dict)
+    unit: str = "files"
+    found: int = -1
+    remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.found < 0:
+            found = len(self.entries) + sum(self.beside.values()) + sum(not reject.part for reject in self.rejects)
+            object.__setattr__(self, "found", found)
 
 
 class Source(Protocol):
@@ -177,15 +200,34 @@ class Source(Protocol):
 
 
 # By the names that people use for them, in metadata files, JSON sidecars and table columns; the first one found counts.
-CAPTION_KEYS = ("captions", "caption", "text", "texts", "prompt", "description")
-CATEGORY_KEYS = ("category", "label", "class", "cls", "fine_label")
+CAPTION_KEYS = (
+    "captions", "caption", "text", "texts", "prompt", "prompts", "description", "caption_text", "sentence", "sentences", "alt_text", "alt",
+)  # fmt: skip
+CATEGORY_KEYS = (
+    "category",
+    "label",
+    "class",
+    "cls",
+    "fine_label",
+    "categories",
+    "labels",
+    "class_name",
+    "category_name",
+    "label_name",
+)
 HOLDOUT_KEYS = ("holdout",)
-KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, "attributes", "tags"}
+SPLIT_KEYS = ("split", "subset", "partition")
+KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, *SPLIT_KEYS, "attributes", "tags"}
 
 
 def says_something(column: str) -> bool:
     """Whether `described` looks at a column."""
-    return column in KNOWN_KEYS or column.startswith("attributes.")
+    return normalized_key(column) in KNOWN_KEYS or column.startswith("attributes.")
+
+
+def normalized_key(key: str) -> str:
+    """A column's name as it is compared: `Caption`, ` caption` and `caption` are one."""
+    return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
 def described(record: dict[str, Any]) -> dict[str, Any]:
@@ -194,11 +236,12 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the captions are longer than MAX_TEXT_BYTES.
     """
+    known = {normalized_key(key): value for key, value in reversed(record.items())} | record
 
     def first(keys: tuple[str, ...]) -> Any:
-        return next((record[key] for key in keys if record.get(key) is not None), None)
+        return next((known[key] for key in keys if known.get(key) is not None), None)
 
-    captions, category, holdout = first(CAPTION_KEYS), first(CATEGORY_KEYS), first(HOLDOUT_KEYS)
+    captions, category, holdout, split = first(CAPTION_KEYS), first(CATEGORY_KEYS), first(HOLDOUT_KEYS), first(SPLIT_KEYS)
     texts = captions if isinstance(captions, list | tuple) else [captions]
     said = [_writable(str(text)).strip() for text in texts if isinstance(text, str | int)]
     if sum(map(len, said)) > MAX_TEXT_BYTES:
@@ -210,6 +253,8 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
         found["category"] = legible(str(category))
     if isinstance(holdout, str) and holdout:
         found["holdout"] = legible(holdout)
+    elif isinstance(split, str) and split_of(split) == HELD_OUT:
+        found["holdout"] = legible(split)
     if attributes := _attributes(record):
         found["attributes"] = attributes
     return found

@@ -12,9 +12,10 @@ import os
 import re
 import tempfile
 import time
+from collections import deque
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from sfumato.errors import DataError, without_secrets
@@ -60,12 +61,20 @@ def is_reserved(name: str) -> bool:
 
 
 def contained(root: str, relative: str) -> str:
-    """`relative` if that file lies below `root`; pictures may be links to elsewhere, texts that are shown may not.
+    """`relative`, a name that a file gives, if that file lies below `root`: see `check_relative` and `check_link`.
 
     Raises:
         UnsafePath: if its words or a link lead elsewhere.
     """
-    check_relative(relative)
+    return check_link(root, check_relative(relative))
+
+
+def check_link(root: str, relative: str) -> str:
+    """`relative` if it is not a link to a file outside of `root`: images may be, texts that are shown may not.
+
+    Raises:
+        UnsafePath: if it is one.
+    """
     path = f"{root}/{relative}"
     if not is_url(root) and os.path.islink(path) and not Path(path).resolve().is_relative_to(Path(root).resolve()):
         raise UnsafePath(f"{relative[:80]!r} is a link to somewhere else")
@@ -77,20 +86,60 @@ def is_hidden(folders: list[str]) -> bool:
     return any(name.startswith((".", "__MACOSX")) and name not in (".", "..") for name in folders)
 
 
+class Walk(NamedTuple):
+    """What lies below a folder: files as sorted relative paths, and what was passed over, with the reason."""
+
+    names: list[str]
+    passed_over: list[tuple[str, str]]
+
+
 def walk(root: str) -> list[str]:
-    """All files below `root` as sorted relative paths; hidden ones, pipes, devices and what lies behind linked folders are left out."""
+    """All files below `root` as sorted relative paths: see `explore`."""
+    return explore(root).names
+
+
+def explore(root: str) -> Walk:
+    """All files below `root`, also behind linked folders; hidden ones are left out.
+
+    A linked folder is entered once all folders of the tree itself have been, and only if nothing in it has been read already, so that
+    circles of links end and nothing counts twice. What is gone (a dangling link) stays listed, so that it can be reported.
+    """
     if is_url(root):
-        found = _remote_walk(root)
-    else:
-        found = []
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not is_hidden([name])]
-            paths = (Path(folder, name) for name in names if not name.startswith("."))
-            # What is gone (a dangling link) stays listed, so that it can be reported.
-            found.extend(
-                path.relative_to(root).as_posix() for path in paths if os.path.isfile(path) or not os.path.exists(path)
-            )
-    return sorted(found)
+        return Walk(sorted(_remote_walk(root)), [])
+    names: list[str] = []
+    passed_over: list[tuple[str, str]] = []
+    entered: set[str] = set()
+    queue = deque([(root, "")])
+    while queue:
+        place, prefix = queue.popleft()
+        target = os.path.realpath(place)
+        if prefix and target in entered:
+            passed_over.append((prefix.rstrip("/"), "a link to a folder that is read in its own place"))
+            continue
+        if prefix and os.path.realpath(os.path.dirname(place)).startswith(target.rstrip("/") + "/"):
+            passed_over.append((prefix.rstrip("/"), "a link to a folder around it"))
+            continue
+        for folder, folders, files in os.walk(place):
+            relative = prefix + (f"{Path(folder).relative_to(place).as_posix()}/" if folder != place else "")
+            real = os.path.realpath(folder)
+            if real in entered:
+                passed_over.append((relative.rstrip("/"), "is read already, through a link"))
+                folders.clear()
+                continue
+            entered.add(real)
+            shown = sorted(name for name in folders if not is_hidden([name]))
+            linked = [name for name in shown if os.path.islink(os.path.join(folder, name))]
+            queue.extend((os.path.join(folder, name), f"{relative}{name}/") for name in linked)
+            folders[:] = [name for name in shown if name not in linked]
+            for name in files:
+                path = os.path.join(folder, name)
+                if name.startswith("."):
+                    continue
+                if os.path.exists(path) and not os.path.isfile(path):
+                    passed_over.append((relative + name, "a pipe or device"))
+                else:
+                    names.append(relative + name)
+    return Walk(sorted(names), sorted(passed_over))
 
 
 def exists(path: str) -> bool:

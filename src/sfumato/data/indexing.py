@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
-from sfumato.data.entry import STRAY, Entry, Reject
+from sfumato.data.entry import Entry, Reject
 from sfumato.data.files import cache_folder
+from sfumato.data.holdout import grouped
 from sfumato.data.layers import Layers
+from sfumato.data.ledger import Ledger
 from sfumato.data.parallel import in_order
 from sfumato.errors import DataError
 
@@ -43,23 +45,22 @@ def index(
     listing = config.source.listing()
     excluded = _excluded(config)
     wanted = [entry for entry in listing.entries if entry.name not in excluded]
-    rejects = [
-        *listing.rejects,
-        *(Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded),
-    ]
+    unused = [Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded]
     shelf = _shelf(config, len(wanted))
     good: list[Entry] = []
     facts: list[dict[str, Any]] = []
     with quiet(), shelf:
         for number, (entry, found) in enumerate(_examined(wanted, shelf)):
             if "reject" in found:
-                rejects.append(Reject(entry.name, found["reject"]))
+                unused.append(Reject(entry.name, found["reject"]))
             else:
                 good.append(entry)
                 facts.append(found)
             if on_progress is not None:
                 on_progress(number + 1, len(wanted))
+    rejects = [*listing.rejects, *unused]
     gather, thumbnails = shelf.finish()
+    together = grouped(good, [str(fact["id"]) for fact in facts], _clusters(config, facts, thumbnails))
     ids = [str(fact["id"]) for fact in facts]
     if len(set(ids)) < 2:
         reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
@@ -89,15 +90,22 @@ def index(
         shapes=shapes,
         layers=beside,
         gather=gather,
-        clusters=_clusters(config, ids, thumbnails),
+        clusters=together.groups,
+        remarks=together.remarks,
         rejects=rejects,
+        ledger=Ledger.of(listing, unused),
         notes=notes,
         crop_loss=float(np.mean([_lost(fact["size"], config.pixel_format().shapes[fact["shape"]]) for fact in facts])),
     )
 
 
-def _clusters(config: DataConfig, ids: Sequence[str], thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Groups of near-duplicates; kept in the cache, since finding them takes a while in large sets."""
+def _clusters(config: DataConfig, facts: Sequence[Mapping[str, Any]], thumbnails: NDArray[Any]) -> NDArray[np.int64]:
+    """Groups of images that stay together; those of near-duplicates are kept in the cache, since finding them takes a while."""
+    ids = [str(fact["id"]) for fact in facts]
+    if config.near_duplicates == "off":
+        return np.arange(len(ids))
+    if config.near_duplicates == "exact":
+        return clusters(ids, thumbnails[:0], resolution=0)
     identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
     kept = cache_folder() / "clusters" / f"{identity}.npy"
     if config.cache == "auto" and kept.is_file():
@@ -151,14 +159,12 @@ class _Look:
 
     key: str
     decoded: Decoded | None = None
-    thumbnail: NDArray[np.uint8] | None = None
+    thumbnail: NDArray[Any] | None = None
     reject: str | None = None
 
 
 def _look(entry: Entry, shelf: _Shelf) -> _Look:
     try:
-        if entry.category == "":
-            raise RejectedImage(STRAY)
         data = entry.image.read()
     except (RejectedImage, OSError) as error:
         return _Look("", reject=str(error))
@@ -180,7 +186,7 @@ class _Shelf:
         self._writer = None if cache is None else Writer(cache)
         self._keys: list[str] = []
         self._pixels: list[Pixels] | None = [] if cache is None and in_memory else None
-        self._thumbnails: list[NDArray[np.uint8]] = []
+        self._thumbnails: list[NDArray[Any]] = []
 
     def __enter__(self) -> None:
         """Begin."""
@@ -216,13 +222,13 @@ class _Shelf:
                 self._pixels.append(decoded.pixels)
         return facts
 
-    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, NDArray[np.uint8]]:
+    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, NDArray[Any]]:
         """A way to the pixels if they were kept, and all thumbnails (N, 32, 32, 3)."""
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
             thumbnails = Gather(self.cache, [record.arrays["thumbnail"] for record in records])
             return Gather(self.cache, [record.arrays["pixels"] for record in records]), thumbnails(np.arange(len(records)))
-        return None if self._pixels is None else _InMemory(self._pixels), np.array(self._thumbnails, np.uint8)
+        return None if self._pixels is None else _InMemory(self._pixels), np.array(self._thumbnails)
 
 
 class _InMemory:

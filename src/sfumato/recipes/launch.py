@@ -16,6 +16,7 @@ from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
+from sfumato.data.holdout import ROUGH
 from sfumato.data.sources.find import BUILT_IN
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
@@ -31,7 +32,7 @@ from sfumato.training import Trainer
 from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
 
-MOST_WORDS = 50_000
+MOST_WORDS, REJECTS_SHOWN = 50_000, 5
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -159,16 +160,25 @@ def open_data(run: Run) -> Dataset:
             layers=run.conditioner.reads,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
-        if dataset.rejects:
-            bar.say(f"{len(dataset.rejects)} picture(s) left out, listed in data.json:")
-            for reject in dataset.rejects[:10]:
-                bar.say(f"  {reject.name}: {reject.reason}")
+        bar.say(dataset.ledger.line())
+        for remark in dataset.ledger.remarks:
+            bar.say(remark)
+        for reject in dataset.rejects[:REJECTS_SHOWN]:
+            bar.say(f"  left out {reject.name}: {reject.reason}")
+        if len(dataset.rejects) > REJECTS_SHOWN:
+            bar.say(f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json")
         for kind, names in dataset.notes.items():
             bar.say(f"{len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}")
         groups = np.bincount(dataset.clusters)
         if (groups > 1).any():
             bar.say(
                 f"{groups[groups > 1].sum()} pictures have duplicates or near-duplicates; training and hold-out share none of them"
+            )
+        for remark in dataset.remarks:
+            bar.say(remark)
+        if len(dataset.holdout) < ROUGH:
+            bar.say(
+                f"only {len(dataset.holdout)} held out: figures on them are rough, and copying is hard to notice; more images help"
             )
         if dataset.crop_loss > 0.1:
             bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the pictures' area; data.buckets keeps more of it")

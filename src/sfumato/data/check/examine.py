@@ -16,12 +16,14 @@ from sfumato.data.check.kinds import KINDS
 from sfumato.data.check.measure import Measurement, measure
 from sfumato.data.decoding import quiet
 from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
-from sfumato.data.entry import Entry, Listing
+from sfumato.data.entry import Entry, Listing, Reject
+from sfumato.data.ledger import Ledger
 from sfumato.data.parallel import in_order
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
+UNNAMED = "not named in"  # how the reason begins why an image is left out that metadata do not name
 SAMPLE = 20_000  # pictures that diversity, clusters and outliers are judged by, spread evenly
 EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
@@ -41,8 +43,9 @@ class Examination:
     Attributes:
         entries: as listed; positions below count them.
         measured: positions of readable pictures, in the order of the arrays.
-        issues: positions by kind; `unreadable` has names, since it also lists what is no picture.
-        reasons: why unreadable ones are.
+        issues: positions by kind; names of what was left out are in `reasons`.
+        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
+        ledger: the account of all that the source holds.
         groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
         clusters: positions of typical pictures of each kind of picture found, and the kind's share.
         figures: counts and scores, as data.json has them.
@@ -52,7 +55,8 @@ class Examination:
     source: str
     entries: Sequence[Entry]
     issues: dict[str, list[int]] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
+    ledger: Ledger | None = None
     groups: dict[str, list[list[int]]] = field(default_factory=dict)
     clusters: list[tuple[list[int], float]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -61,17 +65,21 @@ class Examination:
     def files(self) -> dict[str, list[str]]:
         """Names by kind, kinds in the order of the report."""
         named = {
-            "unreadable": sorted(self.reasons),
+            **{kind: sorted(found) for kind, found in self.reasons.items()},
             **{kind: [self.entries[i].name for i in found] for kind, found in self.issues.items()},
         }
         return {kind: named[kind] for kind in KINDS if named.get(kind)}
+
+    def why(self) -> dict[str, str]:
+        """Why each name that was left out was left out."""
+        return {name: reason for reasons in self.reasons.values() for name, reason in reasons.items()}
 
     def rejects(self) -> dict[str, str]:
         """Names that training is better without, and why: all but one of each group of copies, and what cannot be learned from.
 
         Copies under another caption or category stay: leaving them out is for a person to decide.
         """
-        found = dict(self.reasons)
+        found = dict(self.reasons.get("unreadable", {}))
         for kind in ("low_information",):
             found.update({self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])})
         for kind in ("duplicate", "near_duplicate"):
@@ -84,20 +92,28 @@ class Examination:
 def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> Examination:
     """Measure every picture and say what is to be said; the same data give the same findings."""
     result = Examination(source=source, entries=listing.entries)
-    result.reasons.update({reject.name: reject.reason for reject in listing.rejects})
+    for reject in listing.rejects:
+        kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
+        result.reasons.setdefault(kind, {})[reject.name] = reject.reason
+    unreadable: list[Reject] = []
     positions: list[int] = []
     found: list[Measurement] = []
     with quiet():
         for number, looked in enumerate(in_order(measure, listing.entries)):
             if isinstance(looked, str):
-                result.reasons[listing.entries[number].name] = looked
+                unreadable.append(Reject(listing.entries[number].name, looked))
             else:
                 positions.append(number)
                 found.append(looked)
             if on_progress is not None:
                 on_progress(number + 1, len(listing.entries))
+    if unreadable:
+        result.reasons["unreadable"] = {reject.name: reject.reason for reject in unreadable}
+    result.ledger = Ledger.of(listing, unreadable)
     places = np.array(positions, np.int64)
-    result.figures.update(images=len(listing.entries), readable=len(found), unreadable=len(result.reasons))
+    result.figures.update(
+        images=len(listing.entries), readable=len(found), unreadable=len(unreadable), ledger=result.ledger.plain()
+    )
     if found:
         _single(result, places, found, plan)
         _copies(result, places, found)

@@ -17,7 +17,17 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "unreadable": Kind("Unreadable", "They cannot be learned from.", "Mend or remove them; training leaves them out.", True),
+    "unreadable": Kind("Unreadable", "They cannot be learned from.", "Repair or remove them; training leaves them out.", True),
+    "unnamed": Kind(
+        "Not named in the metadata",
+        "They are not trained on, since nothing is said of them.",
+        "Name them in the metadata, or set data.source.unnamed=use to train them without a caption.",
+    ),
+    "left_out": Kind(
+        "Not used",
+        "These files are neither images nor texts that belong to one; training does not read them.",
+        "Each has its reason below, with what would let it in.",
+    ),
     "duplicate": Kind(
         "Exact duplicates",
         "A picture that stands k times is learned k times as hard, and is the first that the model memorizes.",

@@ -53,7 +53,7 @@ def plain(found: Examination) -> dict[str, Any]:
         **found.figures,
         "counts": {kind: len(names) for kind, names in files.items()},
         "issues": files,
-        "reasons": found.reasons,
+        "reasons": found.why(),
         "groups": {kind: [[found.entries[i].name for i in group] for group in groups] for kind, groups in found.groups.items()},
         "remarks": found.remarks,
     }
@@ -79,7 +79,7 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
     for kind, names in files.items():
         groups = found.groups.get(kind, [])[:GROUPS_SHOWN]
         shown = [[_tile(found.entries, i) for i in group[:6]] for group in groups]
-        if not shown and kind != "unreadable":
+        if not shown and kind in found.issues:
             shown = [[_tile(found.entries, i) for i in found.issues[kind][:SHOWN]]]
         sections.append(
             {
@@ -95,7 +95,7 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
         source=found.source, figures=found.figures, remarks=found.remarks, sections=sections, clusters=clusters, rejects=rejects,
-        reasons=found.reasons, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found.entries, i))["src"]],
+        reasons=found.why(), account=found.ledger, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found.entries, i))["src"]],
         categories=_bars(found.figures.get("categories", {}).get("counts", {})),
     )  # fmt: skip
 

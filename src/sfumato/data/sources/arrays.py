@@ -9,18 +9,23 @@ import os
 import struct
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
-from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, legible, read
+from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, Reject, legible, read
+from sfumato.data.splits import TRAIN, split_of
 from sfumato.errors import DataError
 
-IMAGES, LABELS = ("images", "image", "x_train", "x", "samples", "arr_0"), ("labels", "label", "y_train", "y", "arr_1")
+IMAGES, LABELS = (
+    ("images", "image", "x", "samples", "imgs", "data", "arr_0"),
+    ("labels", "label", "y", "targets", "target", "arr_1"),
+)
 MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_PICTURES = 64 << 30, 1 << 30, 200, 5_000_000
 
 
@@ -44,29 +49,38 @@ class Row:
         return buffer.getvalue()
 
 
+class Part(NamedTuple):
+    """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the names of images and labels."""
+
+    holdout: str | None
+    images: str
+    labels: str | None
+
+
 @dataclass(frozen=True)
 class Npz:
-    """An .npz with pixels (N, H, W, C) or (N, H, W) of uint8 or uint16 as `images` or `arr_0`, and perhaps `labels` or `arr_1`."""
+    """An .npz with pixels (N, H, W, C) or (N, H, W) as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
+
+    Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
+    `val` are held out.
+    """
 
     path: str
 
     def listing(self) -> Listing:
         try:
             with zipfile.ZipFile(files.local(self.path)) as archive:
-                names = {
+                infos = {
                     info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")
                 }
-                image = next((names[name] for name in IMAGES if name in names), None)
-                if image is None:
+                parts = _parts(list(infos))
+                if not parts:
                     raise DataError(
-                        f"holds {', '.join(list(names)[:5]) or 'no arrays'}",
+                        f"holds {', '.join(list(infos)[:5]) or 'no arrays'}",
                         where=self.path,
-                        mend="name the pixels `images` or `arr_0`",
+                        mend="name the pixels `images` or `arr_0`, or `train_images` and `test_images`",
                     )
-                place, start = _plain(self.path, archive, image)
-                shape, dtype, offset = _header(files.local(place), start)
-                label = next((names[name] for name in LABELS if name in names), None)
-                categories = None if label is None else _categories(archive, label)
+                entries = [entry for part in parts for entry in self._entries(archive, infos, part, len(parts))]
         except FileNotFoundError:
             raise DataError(
                 "no such file", where=self.path, mend="check the path; it is relative to where you run sfumato"
@@ -77,16 +91,24 @@ class Npz:
                 where=self.path,
                 mend="save it with np.savez",
             ) from None
-        return self._listed(place, shape, dtype, offset, categories)
+        used = {name for part in parts for name in (part.images, part.labels)}
+        rejects = [
+            Reject(legible(name), "an array that is neither images nor labels", part=True) for name in infos if name not in used
+        ]
+        held = [f"{part.images} as {part.holdout}" for part in parts if part.holdout is not None]
+        remarks = (f"held out by name: {', '.join(held)}",) if held else ()
+        return Listing(entries=entries, rejects=rejects, unit="images", remarks=remarks)
 
-    def _listed(
-        self, place: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, categories: list[str] | None
-    ) -> Listing:
-        if len(shape) not in (3, 4) or dtype not in (np.uint8, np.uint16) or min(shape) < 1 or shape[0] > MAX_PICTURES:
+    def _entries(self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int) -> list[Entry]:
+        """The images of one part."""
+        place, start = _plain(self.path, archive, infos[part.images])
+        shape, dtype, offset = _header(files.local(place), start)
+        categories = None if part.labels is None else _categories(archive, infos[part.labels])
+        if len(shape) not in (3, 4) or dtype.kind not in "uif" or min(shape) < 1 or shape[0] > MAX_PICTURES:
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                mend=f"use (N, H, W, C) of uint8 or uint16, N at most {MAX_PICTURES}",
+                mend=f"use (N, H, W, C) of whole numbers or floats, N at most {MAX_PICTURES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
@@ -95,15 +117,41 @@ class Npz:
         size = math.prod(shape[1:]) * dtype.itemsize
         if offset + shape[0] * size > files.local(place).stat().st_size:
             raise DataError("is cut short", where=self.path, mend="fetch or make it again")
-        rows = (Row(place, offset + i * size, shape[1:], dtype.str) for i in range(shape[0]))
-        width = len(str(shape[0] - 1))
-        return Listing(
-            [
-                Entry(name=f"{i:0{width}d}", image=row, category=None if categories is None else categories[i])
-                for i, row in enumerate(rows)
-            ],
-            [],
-        )
+        width, prefix = len(str(shape[0] - 1)), f"{legible(part.images)}/" if parts > 1 else ""
+        return [
+            Entry(
+                name=f"{prefix}{i:0{width}d}", image=Row(place, offset + i * size, shape[1:], dtype.str),
+                category=None if categories is None else categories[i], holdout=part.holdout,
+            )
+            for i in range(shape[0])
+        ]  # fmt: skip
+
+
+def _parts(names: Sequence[str]) -> list[Part]:
+    """Which arrays are images, which are their labels, and which are held out."""
+    found: dict[str | None, tuple[str, str | None]] = {}
+    for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
+        own = {_split(name)[1]: name for name in names if _split(name)[0] == split}
+        image, label = (next((own[key] for key in keys if key in own), None) for keys in (IMAGES, LABELS))
+        if image is not None:
+            found[split] = (image, label)
+    trained = [split for split in found if split_of(str(split)) == TRAIN]
+    if trained:
+        return [
+            Part(None if split in trained else split, *pair)
+            for split, pair in sorted(found.items(), key=lambda item: item[0] not in trained)
+        ]
+    image, label = (next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS))
+    return [] if image is None else [Part(None, image, label)]
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """`train` and `images` of `train_images`; `test` and `x` of `x_test`; None where a name is of no split."""
+    first, _, rest = name.lower().partition("_")
+    start, _, last = name.lower().rpartition("_")
+    if rest and split_of(first) is not None:
+        return first, rest
+    return (last, start) if start and split_of(last) is not None else (None, name)
 
 
 def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, int]:

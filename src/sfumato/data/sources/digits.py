@@ -20,9 +20,8 @@ class Digits:
 
         digits = load_digits()
         pairs = enumerate(zip(digits.images, digits.target, strict=True))
-        return Listing(
-            [Entry(name=f"digit-{i:04d}", image=Inline(_png(image)), category=str(label)) for i, (image, label) in pairs], []
-        )
+        entries = [Entry(name=f"digit-{i:04d}", image=Inline(_png(image)), category=str(label)) for i, (image, label) in pairs]
+        return Listing(entries=entries, unit="images")
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -107,10 +107,11 @@ class Emoji:
     def listing(self) -> Listing:
         if not 8 <= self.size <= 2048:
             raise DataError(f"pictures of {self.size} pixels", where="emoji", mend="set a size from 8 to 2048")
-        entries, rejects = WebDataset(str(_rendered(self.size))).listing()
-        if self.holdout != "none":
-            entries = [replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry for entry in entries]
-        return Listing(entries, rejects)
+        found = WebDataset(str(_rendered(self.size))).listing()
+        if self.holdout == "none":
+            return found
+        entries = [replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry for entry in found.entries]
+        return replace(found, entries=entries)
 
 
 def held_out(caption: str) -> bool:

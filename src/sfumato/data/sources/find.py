@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sfumato.data import files
+from sfumato.data.endings import is_image
 from sfumato.data.sources.arrays import Npz
 from sfumato.data.sources.digits import Digits
 from sfumato.data.sources.emoji import Emoji
-from sfumato.data.sources.folder import METADATA, Folder
+from sfumato.data.sources.folder import Folder, outside_runs
 from sfumato.data.sources.hub import HuggingFace
+from sfumato.data.sources.metadata import is_authoritative
 from sfumato.data.sources.shards import WebDataset
 from sfumato.data.sources.solids import Solids
 from sfumato.data.sources.table import Parquet
@@ -54,14 +56,14 @@ def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parqu
 
 
 def _folder(place: str) -> Folder | HuggingFace | Parquet | WebDataset:
-    """What a folder is, by what it holds: tars or tables and no pictures of its own beside them."""
-    names = files.walk(place.rstrip("/"))
+    """What a folder is, by what it holds: tars or tables count as the set only where no images of its own lie beside them."""
+    names = outside_runs(files.walk(place.rstrip("/") or "/"))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
         return HuggingFace(path=place)
-    if any(name.rpartition("/")[2] in METADATA for name in names):
+    if any(is_authoritative(name) or is_image(name) for name in names):
         return Folder(place)
-    if any(name.endswith(".tar") for name in names):
+    if any(name.lower().endswith(".tar") for name in names):
         return WebDataset(place)
-    if any(name.endswith(".parquet") for name in names):
+    if any(name.lower().endswith(".parquet") for name in names):
         return Parquet(place)
     return Folder(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -84,7 +85,11 @@ class HuggingFace:
                 rejects.append(Reject(name, str(error)))
         if not entries:
             raise DataError("holds no rows", where=self.path, mend="name another split with data.source.split")
-        return Listing(entries, rejects)
+        unused = [name for name in data.column_names if name != image and name not in layers and not says_something(name)]
+        remarks = [f"columns that are not used: {', '.join(map(legible, unused[:12]))[:300]}"] if unused else []
+        others = _other_splits(self.path, self.split)
+        remarks += [f"split {self.split!r} is read; not read are {', '.join(others)}"] if others else []
+        return Listing(entries=entries, rejects=rejects, unit="rows", found=len(data), remarks=tuple(remarks))
 
 
 def _record(data: Any, row: int, where: str) -> dict[str, Any]:
@@ -92,6 +97,16 @@ def _record(data: Any, row: int, where: str) -> dict[str, Any]:
         return dict(data[row]) if data.column_names else {}
     except Exception as error:  # as above
         raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, mend="fetch or make it again") from None
+
+
+def _other_splits(path: str, split: str) -> list[str]:
+    """Splits of a saved dataset that are left aside; [] where only the hub knows them."""
+    file = Path(path) / "dataset_dict.json"
+    try:
+        splits = json.loads(file.read_text()).get("splits", []) if file.is_file() else []
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [legible(str(name)) for name in splits if name != split]
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""WebDataset: tar files whose members `key.jpg key.txt key.json ...` make up one sample; read in place, never unpacked."""
+"""Tar files, WebDataset's (`key.jpg key.txt key.json ...`) and any others, read in place and never unpacked."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.decoding import SUFFIXES
-from sfumato.data.entry import MAX_TEXT_BYTES, Entry, Listing, Reject, Slice, described, legible
+from sfumato.data.endings import HEAD_BYTES, is_image
+from sfumato.data.entry import Listing, Reject, Slice, legible, read
 from sfumato.data.files import UnsafePath
-from sfumato.data.sources.folder import LAYERS, readable
+from sfumato.data.sources.tree import LAYERS, Tree
+from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
 
 MAX_MEMBERS = 1_000_000  # of one shard
@@ -35,101 +35,97 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class WebDataset:
-    """A .tar shard, or a folder of them. A sample is a run of members with the same name up to the first dot."""
+    """A .tar, or a folder of them: WebDataset's shards, or folders that somebody packed. Read as the folder that they hold together.
+
+    Attributes:
+        path, metadata, unnamed: as of a folder.
+    """
 
     path: str
+    metadata: Literal["auto", "off"] = "auto"
+    unnamed: Literal["leave_out", "use"] = "leave_out"
 
     def listing(self) -> Listing:
-        entries: list[Entry] = []
-        rejects: list[Reject] = []
-        for shard in self._shards():
-            members, refused = indexed(shard)
-            prefix = "" if shard == self.path else f"{legible(shard[len(self.path.rstrip('/')) + 1 :])}:"
-            rejects += [Reject(prefix + reject.name, reject.reason) for reject in refused]
-            _samples(shard, prefix, members, entries, rejects)
-        if not entries:
-            reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
-            raise DataError(
-                "holds no pictures" + (f" ({reasons})" if reasons else ""),
-                where=self.path,
-                mend=f"members end in {', '.join(SUFFIXES)}",
-            )
-        return Listing(entries, rejects)
+        shards, rejects = self._shards()
+        members: dict[str, tuple[str, Member]] = {}
+        for shard in shards:
+            prefix = "" if shard == self.path else f"{self._below(shard)}/"
+            found, refused = indexed(shard)
+            shown = _shown(prefix)
+            rejects += [Reject(shown(prefix + reject.name), reject.reason, reject.part) for reject in refused]
+            for member in found:
+                if prefix + member.name in members:
+                    rejects.append(Reject(shown(prefix + member.name), "appears twice in the tar: the first one counts"))
+                else:
+                    members[prefix + member.name] = (shard, member)
+        for name in _further_images(members):
+            prefix = name[: len(name) - len(members[name][1].name)]
+            rejects.append(Reject(_shown(prefix)(name), "another image of the same sample"))
+            del members[name]
+        return self._tree(shards, members, rejects).listing()
 
-    def _shards(self) -> list[str]:
+    def _tree(self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]) -> Tree:
+        held = {} if shards == [self.path] else held_out_files([self._below(shard) for shard in shards])
+        prefixes = {name: name[: len(name) - len(member.name)] for name, (_, member) in members.items()}
+
+        def blob(name: str) -> Slice:
+            shard, member = members[name]
+            return Slice(shard, member.offset, member.size)
+
+        def head(name: str) -> bytes:
+            shard, member = members[name]
+            return read(shard, member.offset, min(HEAD_BYTES, member.size))
+
+        return Tree(
+            where=self.path, names=list(members), blob=blob, head=head, metadata=self.metadata, unnamed=self.unnamed, rejects=rejects,
+            inside=lambda name: members[name][1].name, shown=lambda name: _shown(prefixes.get(name, ""))(name),
+            holdout=lambda name: held.get(prefixes[name].rstrip("/")), unit="members",
+        )  # fmt: skip
+
+    def _below(self, shard: str) -> str:
+        """A shard's path below the folder."""
+        return shard[len(self.path.rstrip("/")) + 1 :]
+
+    def _shards(self) -> tuple[list[str], list[Reject]]:
+        """The tars, and what else lies in their folder."""
         if not files.exists(self.path):
             raise DataError(
                 "no such file or folder", where=self.path, mend="check the path; it is relative to where you run sfumato"
             )
         root = self.path.rstrip("/")
-        found = [f"{root}/{name}" for name in files.walk(root)] if files.is_folder(self.path) else [self.path]
-        packed = [name for name in found if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
+        walked = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
+        found = [f"{root}/{name}" for name in walked.names] or [self.path]
+        packed = [name for name in found if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
         if packed:
             raise DataError(
                 "is a compressed tar: no random access",
                 where=packed[0],
                 mend="unpack it to .tar; pictures are compressed already",
             )
-        shards = [name for name in found if name.endswith(".tar")]
+        shards = [name for name in found if name.lower().endswith(".tar")]
         if not shards:
             raise DataError("holds no .tar shards", where=self.path, mend="name a .tar file or the folder that holds them")
-        return shards
+        others = [self._below(name) for name in found if name not in set(shards)]
+        rejects = [Reject(legible(name), "a file beside the shards") for name in others]
+        return shards, [*rejects, *(Reject(legible(name), reason) for name, reason in walked.passed_over)]
 
 
-def _samples(shard: str, prefix: str, members: list[Member], entries: list[Entry], rejects: list[Reject]) -> None:
-    seen: set[str] = set()
-    with files.local(shard).open("rb") as file:
-        for key, group in groupby(members, key=lambda member: _key(member.name)):
-            fields: dict[str, Member] = {}
-            for member in group:
-                field = member.name[len(key) + 1 :].lower()
-                if field in fields:
-                    rejects.append(Reject(prefix + legible(member.name), "stands twice in the tar; the first one counts"))
-                fields.setdefault(field, member)
-            image = next((field for field in fields if "." + field in SUFFIXES), None)
-            name = prefix + legible(key)
-            if image is None:
-                rejects.append(Reject(name, f"no picture among {', '.join(legible(field) for field in list(fields)[:5])}"))
-            elif key in seen:
-                rejects.append(Reject(name, "its members do not stand together in the tar"))
-            else:
-                seen.add(key)
-                found = _described(file, fields, name, rejects)
-                for layer, suffixes in LAYERS.items():
-                    place = next((fields[layer + suffix] for suffix in suffixes if layer + suffix in fields), None)
-                    if place is not None:
-                        found[layer] = Slice(shard, place.offset, place.size)
-                entries.append(
-                    Entry(name=f"{name}.{image}", image=Slice(shard, fields[image].offset, fields[image].size), **found)
-                )
+def _shown(prefix: str) -> Callable[[str], str]:
+    """A member's name for people: `shard.tar:cats/0.png`."""
+    return lambda name: f"{legible(prefix[:-1])}:{legible(name[len(prefix) :])}" if prefix else legible(name)
 
 
-def _described(file: BinaryIO, fields: dict[str, Member], name: str, rejects: list[Reject]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def text(field: str) -> str:
-        member = fields[field]
-        if member.size > MAX_TEXT_BYTES:
-            raise ValueError(f".{field}: text of more than {MAX_TEXT_BYTES >> 10} KiB")
-        file.seek(member.offset)
-        return readable(file.read(member.size)).strip()
-
-    for field in ("txt", "caption", "cls", "json"):
-        if field not in fields:
-            continue
-        try:
-            if field == "cls":
-                found.update(described({"cls": text(field)}))
-            elif field == "json":
-                record = json.loads(text(field))
-                if not isinstance(record, dict):
-                    raise ValueError("not a JSON object")
-                found.update(described(record))
-            else:
-                found.update(described({"caption": text(field)}))
-        except (ValueError, RecursionError) as error:
-            rejects.append(Reject(name, f".{field} left out: {str(error)[:100]}"))
-    return found
+def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
+    """Images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`; layers that models read are none of them."""
+    plain = {_key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]}
+    return [
+        name
+        for name in members
+        if is_image(name)
+        and "." in (fields := name[len(_key(name)) + 1 :])
+        and fields.partition(".")[0].lower() not in LAYERS
+        and _key(name) in plain
+    ]
 
 
 def _key(name: str) -> str:
@@ -143,7 +139,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
     try:
         path = files.local(shard)
         state = path.stat()
-        identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 1"
+        identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 2"
         kept = files.cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             stored = json.loads(kept.read_text())
@@ -151,7 +147,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
         members, rejects = _index(path)
     except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
         raise DataError(f"is no whole tar: {error}", where=shard, mend="fetch or make it again") from None
-    _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason] for reject in rejects]}))
+    _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects]}))
     return members, rejects
 
 
@@ -186,7 +182,7 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
         for info in _headers(tar, path.name, rejects):
-            plain = info.name.removeprefix("./")  # as `tar c .` writes them
+            plain = info.name.replace("\\", "/").removeprefix("./")  # as Windows, and `tar c .`, write them
             name = legible(plain)
             parts = plain.split("/")
             if info.isdir() or files.is_hidden(parts) or any(part.startswith("__") for part in parts):
@@ -203,7 +199,8 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
                 members.append(Member(plain, info.offset_data, info.size))
         file.seek(min(max(0, tar.offset), size))
         if any(file.read(tarfile.BLOCKSIZE)):  # a whole tar ends in zeros
-            rejects.append(Reject(legible(path.name), f"damaged after {len(members)} members: what follows cannot be read"))
+            lost = f"damaged after {len(members)} members: what follows cannot be read"
+            rejects.append(Reject(legible(path.name), lost, part=True))
     return members, rejects
 
 
@@ -215,10 +212,10 @@ def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator
             if info is not None and tar.offset <= before and number:
                 raise tarfile.ReadError("a member of negative size")
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-            rejects.append(Reject(legible(name), f"damaged after {number} members: {error}"))
+            rejects.append(Reject(legible(name), f"damaged after {number} members: {error}", part=True))
             return
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
         if info is None:
             return
         yield info
-    rejects.append(Reject(legible(name), f"more than {MAX_MEMBERS} members: the rest is not read"))
+    rejects.append(Reject(legible(name), f"more than {MAX_MEMBERS} members: the rest is not read", part=True))

@@ -66,11 +66,12 @@ class Solids:
         place = made_once(
             "solids", f"form{_FORM}_{self.count}_{self.size}px.tar", partial(_write, count=self.count, size=self.size)
         )
-        entries, rejects = WebDataset(str(place)).listing()
-        if self.holdout != "none":
-            held = {f"a {colour} {shape}" for shape, colour in HELD_OUT}
-            entries = [replace(entry, holdout=self.holdout) if entry.captions[0] in held else entry for entry in entries]
-        return Listing(entries, rejects)
+        found = WebDataset(str(place)).listing()
+        if self.holdout == "none":
+            return found
+        held = {f"a {colour} {shape}" for shape, colour in HELD_OUT}
+        entries = [replace(entry, holdout=self.holdout) if entry.captions[0] in held else entry for entry in found.entries]
+        return replace(found, entries=entries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,15 @@ import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.entry import Entry, Listing, Reject, described, legible, says_something
+from sfumato.data.entry import Entry, Listing, Reject, described, legible, normalized_key, says_something
+from sfumato.data.sources.metadata import FILE_KEYS
+from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
 
 if TYPE_CHECKING:
@@ -120,14 +122,17 @@ class Parquet:
                 "no such file or folder", where=self.path, mend="check the path; it is relative to where you run sfumato"
             )
         root = self.path.rstrip("/")
-        tables = (
-            [f"{root}/{n}" for n in files.walk(root) if n.endswith(".parquet")] if files.is_folder(self.path) else [self.path]
-        )
+        names, passed_over = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
+        tables = [name for name in names if name.lower().endswith(".parquet")] if files.is_folder(self.path) else [""]
+        held = held_out_files(tables)
         entries: dict[str, Entry] = {}
-        rejects: list[Reject] = []
+        rejects = [Reject(legible(name), "a file beside the tables") for name in names if name not in set(tables)]
+        rejects += [Reject(legible(name), reason) for name, reason in passed_over]
+        found, unused = len(rejects), set[str]()
         for table in tables:
-            prefix = "" if table == self.path else f"{legible(table[len(root) + 1 :])}:"
-            _list(table, prefix, entries, rejects)
+            prefix = f"{legible(table)}:" if table else ""
+            rows, columns = _list(f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects)
+            found, unused = found + rows, unused | columns
         if not entries:
             reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
             raise DataError(
@@ -135,11 +140,15 @@ class Parquet:
                 where=self.path,
                 mend="name a .parquet file or the folder that holds them",
             )
-        return Listing(list(entries.values()), rejects)
+        remarks = [f"columns that are not used: {', '.join(map(legible, sorted(unused)[:12]))[:300]}"] if unused else []
+        remarks += [f"held out by the table's name: {', '.join(map(legible, held))[:300]}"] if held else []
+        return Listing(entries=list(entries.values()), rejects=rejects, unit="rows", found=found, remarks=tuple(remarks))
 
 
-def _list(path: str, prefix: str, entries: dict[str, Entry], rejects: list[Reject]) -> None:
-    """Add a table's rows, each under a name of its own."""
+def _list(
+    path: str, prefix: str, holdout: str | None, entries: dict[str, Entry], rejects: list[Reject]
+) -> tuple[int, set[str]]:
+    """Add a table's rows, each under a name of its own; how many rows there are, and the columns that say nothing."""
     try:
         file = _file(path, files.version(path))
         columns = _Columns.of(file.schema_arrow, path)
@@ -151,12 +160,14 @@ def _list(path: str, prefix: str, entries: dict[str, Entry], rejects: list[Rejec
                 if name == prefix or name in entries:
                     name += ("" if name == prefix else "#") + f"{group:05d}-{row:05d}"
                 try:
-                    entries[name] = columns.entry(name, path, group, row, record)
+                    entry = columns.entry(name, path, group, row, record)
+                    entries[name] = entry if holdout is None or entry.holdout else replace(entry, holdout=holdout)
                     room -= len(name) + sum(map(len, entries[name].captions))
                 except ValueError as error:
                     rejects.append(Reject(name, str(error)))
                 if room < 0:
                     raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
+        return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
     except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, mend="fetch or make it again") from None
 
@@ -205,6 +216,11 @@ class _Columns:
         described = [*texts, *(f"{name}.path" for name in structs)]
         return cls(image=image, layers=layers, structs=structs, described=described, labels=_label_names(schema))
 
+    @property
+    def used(self) -> set[str]:
+        """Names of the columns that are read."""
+        return {self.image, *self.layers, *(name for name in self.described if not name.endswith(".path"))}
+
     def name(self, record: dict[str, Any]) -> str:
         """What the row calls its picture, or ""."""
         inner = (record.get(self.image) or {}) if self.image in self.structs else {}
@@ -235,9 +251,13 @@ def _image_column(schema: Any, path: str) -> str:
     named = [name for name in IMAGE_COLUMNS if name in candidates]
     rest = [name for name in candidates if name not in LAYERS]
     if not named and len(rest) != 1:
-        raise DataError(
-            f"its columns are {', '.join(schema.names)[:300]}", where=path, mend="name the column of pictures `image`"
-        )
+        columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
+        wrong = next((name for name in IMAGE_COLUMNS if name in schema.names and name not in candidates), None)
+        advice = "name the column of encoded images `image`"
+        if wrong is not None:
+            kind = schema.field(wrong).type
+            advice = f"column {wrong} must hold encoded images (bytes, or a struct of bytes and path), not {kind}"
+        raise DataError(f"its columns are {columns[:300]}", where=path, mend=advice)
     return (named or rest)[0]
 
 
@@ -258,12 +278,20 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
     """The rows of a small table given as bytes, such as metadata.parquet."""
     try:
         file = arrow().parquet.ParquetFile(io.BytesIO(data))
-        known = [name for name in file.schema_arrow.names if says_something(name) or name.endswith("file_name")]
+        schema = file.schema_arrow
+        known = [name for name in schema.names if says_something(name) or _names_files(name, schema.field(name).type)]
         for group in range(file.num_row_groups):
             _check_group(file.metadata, group, "metadata.parquet")
             yield from _records(file, group, known)
     except (arrow().ArrowException, KeyError, OverflowError) as error:
         raise ValueError(str(error)[:200]) from None
+
+
+def _names_files(name: str, kind: Any) -> bool:
+    """Whether a column may hold names of files."""
+    types = arrow().types
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)
+    return name.endswith("file_name") or (normalized_key(name) in FILE_KEYS and bool(text))
 
 
 def _cell(name: str, value: Any) -> Any:

@@ -1,0 +1,81 @@
+"""What became of everything that a source holds: found = used + beside + left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.data.entry import Listing, Reject
+
+REASONS_SHOWN, NAMES_KEPT = 3, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The account of a source.
+
+    Attributes:
+        unit: what is counted: "files", "members" of an archive, "rows" of a table or "images" of an array.
+        found: how many there are.
+        used: those that became images.
+        beside: those that say something about images, by kind.
+        left_out: names by reason.
+        remarks: how the source was read, in whole sentences: folders, encodings, metadata.
+    """
+
+    unit: str
+    found: int
+    used: int
+    beside: Mapping[str, int]
+    left_out: Mapping[str, Sequence[str]]
+    remarks: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, listing: Listing, unreadable: Sequence[Reject] = ()) -> Ledger:
+        """The account of a listing, of whose entries some could not be read or were excluded."""
+        left_out: dict[str, list[str]] = {}
+        for reject in (*(reject for reject in listing.rejects if not reject.part), *unreadable):
+            left_out.setdefault(reject.reason, []).append(reject.name)
+        used = len(listing.entries) - len(unreadable)
+        return cls(
+            unit=listing.unit, found=listing.found, used=used, beside=listing.beside, left_out=left_out, remarks=listing.remarks
+        )
+
+    @property
+    def balanced(self) -> bool:
+        """Whether nothing is unaccounted for."""
+        return self.found == self.used + sum(self.beside.values()) + sum(map(len, self.left_out.values()))
+
+    def line(self) -> str:
+        """One line for a person."""
+        said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
+        said += [f"{count:,} {kind}" for kind, count in self.beside.items()]
+        if self.left_out:
+            said.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
+        return ", ".join(said)
+
+    def _reasons(self) -> str:
+        """The commonest reasons; what differs from file to file follows a colon and is left to the full list."""
+        counts: Counter[str] = Counter()
+        for reason, names in self.left_out.items():
+            counts[reason.partition(":")[0]] += len(names)
+        shown = [f"{count:,} {reason}" for reason, count in counts.most_common(REASONS_SHOWN)]
+        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(REASONS_SHOWN))
+        return "; ".join([*shown, *([f"{rest:,} for other reasons"] if rest else [])])
+
+    def lines(self) -> list[str]:
+        """The whole account for a person, a reason a line, each with the first names."""
+        said = [self.line(), *self.remarks]
+        for reason, names in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
+            said.append(f"  {len(names):,} left out: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        return said
+
+    def plain(self) -> dict[str, Any]:
+        """What data.json holds."""
+        left_out = {reason: {"count": len(names), "names": list(names[:NAMES_KEPT])} for reason, names in self.left_out.items()}
+        return {
+            "unit": self.unit, "found": self.found, "used": self.used, "beside": dict(self.beside), "left_out": left_out,
+            "remarks": list(self.remarks),
+        }  # fmt: skip

@@ -1,0 +1,143 @@
+"""Texts of unknown encoding. Unicode is recognized text by text; for all others of a set one encoding is guessed, and said.
+
+The only file that knows charset-normalizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sfumato.data.entry import MAX_TEXT_BYTES
+
+GUESSED_FROM_BYTES = 64 << 10  # of a set's texts
+TOO_FEW_BYTES, FEW_BYTES = 4, 8  # outside ASCII, that tell nothing of the encoding, or little
+WESTERN = ("cp1252", "cp1250")  # in order of preference, where letters alone do not decide
+LATIN = frozenset(
+    {"cp1252", "cp1250", "latin_1", "iso8859_2", "iso8859_15", "iso8859_16", "iso8859_10", "iso8859_14", "mac_latin2"}
+)
+USUAL = (
+    ("\t", "~"),
+    ("\xa0", "\u06ff"),
+    ("\u0900", "\u0e7f"),
+    ("\u3000", "\u9fff"),
+    ("\uac00", "\ud7a3"),
+    ("\uff00", "\uffef"),
+)
+MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+@dataclass
+class Texts:
+    """The texts of a set by name: add all of them, then `settle`, then look them up."""
+
+    _texts: dict[str, str] = field(default_factory=dict)
+    _raw: dict[str, bytes] = field(default_factory=dict)
+    note: str = ""
+
+    def add(self, name: str, data: bytes, *, limit: int = MAX_TEXT_BYTES) -> None:
+        """Take in one text.
+
+        Raises:
+            ValueError: if it is longer than `limit` bytes.
+        """
+        text = unicode_text(data, limit=limit)
+        if text is None:
+            self._raw[name] = data
+        else:
+            self._texts[name] = text
+
+    def settle(self) -> None:
+        """Decode what is not Unicode, all of it by one guess; `note` says which, and for how many texts."""
+        if not self._raw:
+            return
+        encoding = guess(self._raw)
+        damaged = 0
+        for name, data in self._raw.items():
+            self._texts[name] = text = data.decode(encoding, errors="replace")
+            damaged += "\N{REPLACEMENT CHARACTER}" in text
+        of = f"{len(self._raw)} of {len(self._texts)} texts are not Unicode and were read as {encoding}, which is a guess"
+        self.note = of + (f"; {damaged} of them hold bytes that it does not have" if damaged else "")
+        self._raw.clear()
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._texts
+
+
+def unicode_text(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str | None:
+    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; None if it is neither.
+
+    Raises:
+        ValueError: if it is longer than `limit` bytes.
+    """
+    if len(data) > limit:
+        raise ValueError(f"text of more than {limit >> 10} KiB")
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    if b"\0" in data:  # valid UTF-8, and yet UTF-16 without a mark
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def readable(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
+    """One text by itself, in whatever encoding it is.
+
+    Raises:
+        ValueError: if it is longer than `limit` bytes.
+    """
+    text = unicode_text(data, limit=limit)
+    return text if text is not None else data.decode(guess({"": data}), errors="replace")
+
+
+def guess(raw: Mapping[str, bytes]) -> str:
+    """The name of the one encoding that all of these byte strings, none of which is UTF-8, are most likely in."""
+    wide = _wide(raw)
+    if wide:
+        return wide
+    chosen: list[bytes] = []
+    size = 0
+    for data in raw.values():
+        chosen.append(data)
+        size += len(data) + 1
+        if size > GUESSED_FROM_BYTES:
+            break
+    sample = b"\n".join(chosen)[:GUESSED_FROM_BYTES]
+    western = _western(sample)
+    beyond = sum(byte > 127 for byte in sample)
+    if beyond < TOO_FEW_BYTES or (beyond < FEW_BYTES and western is not None):
+        return western or WESTERN[0]
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(sample).best()
+    if best is None or best.encoding == "utf_8" or best.encoding in LATIN:
+        return western or WESTERN[0]
+    return best.encoding
+
+
+def _wide(raw: Mapping[str, bytes]) -> str:
+    """UTF-16 without a mark, told by zero bytes; "" if there are none. Of the two byte orders, the one that gives more usual letters."""
+    if not any(b"\0" in data for data in raw.values()):
+        return ""
+    return max(("utf-16-le", "utf-16-be"), key=lambda encoding: sum(_usual(data, encoding) for data in raw.values()))
+
+
+def _usual(data: bytes, encoding: str) -> int:
+    """How many letters lie in blocks that people write in: bytes in the wrong order are spread over all of Unicode."""
+    text = data[:GUESSED_FROM_BYTES].decode(encoding, errors="replace")
+    return sum(any(low <= letter <= high for low, high in USUAL) for letter in text)
+
+
+def _western(sample: bytes) -> str | None:
+    """The first Latin code page in which everything outside ASCII is a letter or a quotation mark; None if there is none."""
+    for encoding in WESTERN:
+        beyond = [letter for letter in sample.decode(encoding, errors="replace") if letter > "\x7f"]
+        if all((letter.isalpha() and letter not in "ªº") or letter in "‘’“”–—…«»°€" for letter in beyond):
+            return encoding
+    return None
