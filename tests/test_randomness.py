@@ -97,3 +97,16 @@ def test_permutations_depend_on_seed_and_purpose_and_reach_every_place() -> None
 def test_seed_and_purpose_do_not_run_together() -> None:
     one, two = randomness.uniform(1, "2x", first=0, count=4), randomness.uniform(12, "x", first=0, count=4)
     assert not torch.equal(one, two)
+
+
+def test_items_of_different_shapes_share_no_draws() -> None:
+    """Item 15 as 32 x 32 and item 16 as 24 x 40 once had the same 2,880 values."""
+    drawn = [
+        randomness.normal(0, "noise", first=first, shape=(4, *shape)).flatten(1)
+        for first, shape in ((14, (3, 32, 32)), (14, (3, 24, 40)), (14, (3, 40, 24)), (14, (1, 64, 64)))
+    ]
+    sizes = {values.shape[1] for values in drawn}
+    values = {size: {float(v) for d in drawn if d.shape[1] == size for v in d[:, :500].flatten()} for size in sizes}
+    for one in sizes:
+        for other in sizes - {one}:
+            assert len(values[one] & values[other]) < 20  # float32 values may meet by chance

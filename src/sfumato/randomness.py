@@ -20,9 +20,12 @@ WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words for each value of its 
 
 
 def _words(seed: int | str, purpose: str, first: int, count: int, words_per_item: int) -> NDArray[np.uint64]:
-    """Raw words of items [first, first + count): item g always owns the same blocks of the counter."""
+    """Raw words of items [first, first + count): item g always owns the same blocks of the counter.
+
+    The number of blocks is part of the key: items of different sizes, whose blocks would overlap, have streams of their own.
+    """
     blocks = -(-words_per_item // WORDS_PER_BLOCK)
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:16], "little")
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{blocks}".encode()).digest()[:16], "little")
     generator = np.random.Philox(key=key, counter=first * blocks)
     return generator.random_raw(count * blocks * WORDS_PER_BLOCK).reshape(count, blocks * WORDS_PER_BLOCK)
 

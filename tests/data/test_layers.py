@@ -98,7 +98,7 @@ def test_the_number_of_dimensions_is_that_of_most_clouds(dataset: Dataset) -> No
 
 
 def test_attributes_and_tags_are_numbers_by_name(dataset: Dataset) -> None:
-    assert dataset.layers.attributes == ("age", "asleep", "cat", "height", "outside")
+    assert dataset.layers.attributes.names == ("age", "asleep", "cat", "height", "outside")
     values = dataset.context(ALL)["attributes"]
     assert values.dtype == torch.float32
     assert values[0].tolist() == [7, 1, 1, -1.5, 0]
@@ -116,7 +116,7 @@ def test_a_number_that_is_1_once_is_no_label(tmp_path: Path) -> None:
     given = ({"n": 1, "same": 1}, {"n": 1}, {"n": 2}, {})
     found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(4)}
     found |= {f"{i}.json": json.dumps({"attributes": facts}).encode() for i, facts in enumerate(given)}
-    values = opened(put(tmp_path, found)).layers.values
+    values = opened(put(tmp_path, found)).layers.attributes.rows(np.arange(4))
     assert values[:3, 0].tolist() == [1, 1, 2]
     assert values[3, 0].isnan()
     assert values[:, 1].tolist() == [1, 0, 0, 0]
@@ -305,7 +305,7 @@ def test_a_table_of_metadata_names_attributes_by_column(tmp_path: Path) -> None:
     assert [entry.attributes for entry in dataset.entries] == [
         (("age", 3.0), ("cat", 1.0), ("wild", 1.0)), (("cat", 1.0),), (),
     ]  # fmt: skip
-    assert dataset.layers.values[:, 1:].tolist() == [[1, 1], [1, 0], [0, 0]]
+    assert dataset.layers.attributes.rows(np.arange(3))[:, 1:].tolist() == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_other_attributes_are_other_data(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_converted_data_have_the_same_layers(root: Path, tmp_path: Path, suffix:
     before = opened(root)
     after = index(DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"), layers=LAYERS)
     assert [entry.attributes for entry in after.entries] == [entry.attributes for entry in before.entries]
-    assert after.layers.attributes == before.layers.attributes
+    assert after.layers.attributes.names == before.layers.attributes.names
     mine, theirs = before.context(ALL), after.context(ALL)
     assert mine["text"] == theirs["text"]
     for name in ("doodle", "mask", "points", "attributes"):

@@ -159,7 +159,7 @@ def test_a_set_of_nothing_but_copies_of_two_scenes(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", COPIES, numbers=range(2))
     dataset = opened(root)
     assert sorted(set(np.bincount(dataset.clusters))) == [1, 1 + len(EXACT)]  # split, or half of the set would be held out
-    assert len(dataset.holdout) <= 6
+    assert 0 < len(dataset.holdout) < 11
     assert "22 images are alike" in dataset.remarks[0]
 
 

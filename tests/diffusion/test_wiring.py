@@ -52,14 +52,22 @@ def network(x, noise_input, condition):
 
 
 def test_noise_inputs_are_what_they_are_named_after() -> None:
-    torch.testing.assert_close(Angle()(Cosine()(T)), 1000 * T)
+    torch.testing.assert_close(Angle()(Cosine()(T)), T)
     torch.testing.assert_close(FlowTime()(Linear()(T)), T)
     level = LogNormal(mean=-1.2, std=1.2)(T)
-    torch.testing.assert_close(LogSNR()(level), torch.log(level.sigma) / 4)  # EDM's c_noise
+    told = LogSNR(limit=20.0)(level)
+    torch.testing.assert_close(told, 0.5 + torch.log(level.sigma) / 20)  # EDM's c_noise, up to its scale
 
 
 def test_told_logsnr_is_finite_at_both_ends() -> None:
-    torch.testing.assert_close(LogSNR(limit=24.0)(Linear()(torch.tensor([0.0, 1.0]))), torch.tensor([-3.0, 3.0]))
+    torch.testing.assert_close(LogSNR(limit=24.0)(Linear()(torch.tensor([0.0, 1.0]))), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("told", [Angle(), LogSNR(), FlowTime()], ids=str)
+def test_what_a_network_is_told_runs_from_0_at_data_to_1_at_noise(told) -> None:
+    values = told(Linear()(torch.linspace(0, 1, 101, dtype=torch.float64)))
+    assert (values.diff() >= 0).all()
+    assert (float(values[0]), float(values[-1])) == (0.0, 1.0)
 
 
 def test_input_scales_are_the_identity_on_their_paths() -> None:

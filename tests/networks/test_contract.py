@@ -78,7 +78,7 @@ def test_gradient_reaches_every_parameter(config: NetworkConfig, channels: int) 
 @pytest.mark.parametrize("config", KINDS)
 def test_images_of_a_batch_do_not_see_one_another(config: NetworkConfig) -> None:
     network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
-    x, levels, context = torch.randn(3, 3, 8, 8), torch.rand(3) * 1000, condition(3, 8, 8)
+    x, levels, context = torch.randn(3, 3, 8, 8), torch.rand(3), condition(3, 8, 8)
     together = network(x, levels, context)
     alone = torch.cat([network(x[i : i + 1], levels[i : i + 1], context.map(lambda s, i=i: s[i : i + 1])) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
@@ -177,7 +177,7 @@ def test_recomputing_changes_memory_only() -> None:
     plain = awake(SMALL.build(image_channels=3, context=CONTEXT))
     again = replace(SMALL, recompute=True).build(image_channels=3, context=CONTEXT)
     again.load_state_dict(plain.state_dict())
-    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
+    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2), condition(2, 8, 8)
     for network in (plain, again):
         network(x, levels, context).square().sum().backward()
     for a, b in zip(plain.parameters(), again.parameters(), strict=True):
@@ -192,7 +192,7 @@ def test_dropped_tokens_skip_the_inner_blocks_while_training_only() -> None:
     seen: list[int] = []
     for block in half.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].shape[1]))
-    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
+    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2), condition(2, 8, 8)
     assert not torch.allclose(half(x, levels, context), full(x, levels, context))
     assert seen == [18, 18, 10, 10, 18, 18]  # 16 patches and 2 registers
     torch.testing.assert_close(half.eval()(x, levels, context), full.eval()(x, levels, context))
@@ -218,7 +218,7 @@ def test_any_aspect_ratio_will_do(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("config", KINDS)
 def test_compiled_equals_eager(config: NetworkConfig) -> None:
     network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
-    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2) * 1000, condition(2, 8, 8)
+    x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2), condition(2, 8, 8)
     with torch.no_grad():
         eager = network(x, levels, context)
         compiled = torch.compile(copy.deepcopy(network))(x, levels, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -180,3 +181,15 @@ def test_empty_latest_does_not_matter(tmp_path) -> None:
 def test_nothing_usable_is_an_error(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         checkpoint.load_newest(tmp_path)
+
+
+def test_state_is_json_that_any_reader_takes_infinities_included(tmp_path) -> None:
+    state = {"interval": [-math.inf, math.inf], "facts": {"means": [math.nan, 1.5]}}
+    path = checkpoint.save(tmp_path, step=1, state=state, tensors=tensors(1.0), keep=1)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    read = json.loads((path / "state.json").read_text(), parse_constant=refuse)
+    assert [float(value) for value in read["interval"]] == [-math.inf, math.inf]
+    assert math.isnan(float(read["facts"]["means"][0]))

@@ -171,7 +171,7 @@ def described(run: Path) -> list[str]:
         ("network.channels=64", "does not fit the model"),
         ("seed=1", "seed or batch_size"),
         ("optimizer.muon={}", "was not stepped by Muon, now otherwise"),
-        ("network.multipliers=[1,1,1,1,1]", "cannot be halved 4 times"),
+        ("network.multipliers=[1,1,1,1,1]", "does not fit the model"),
         ("checkpoint.keep=1000000000", "GiB needed for checkpoints"),
     ],
 )

@@ -59,8 +59,10 @@ class Grayscale:
         return self.given(images)
 
     def given(self, images: Tensor) -> Tensor:
-        """The mean of the channels in each of them."""
-        return images.mean(1, keepdim=True).expand_as(images)
+        """The mean of the colours in each of them; a second or fourth channel, which is alpha or infrared, stays."""
+        colours = images.shape[1] - (images.shape[1] in (2, 4))
+        gray = images[:, :colours].mean(1, keepdim=True).expand(-1, colours, -1, -1)
+        return torch.cat([gray, images[:, colours:]], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ class BucketConfig:
 
     Attributes:
         count: how many shapes at most: the square one, and as many tall as wide.
-        step: sides are multiples of it, in pixels; the network's down-sampling must divide it.
+        step: sides are multiples of it, in pixels; the autoencoder must divide it, and the network pads others.
         max_ratio: of the longer to the shorter side.
     """
 

@@ -31,12 +31,14 @@ class DataConfig:
     Attributes:
         source: where they come from.
         resolution: side of the square they are resized and centre-cropped to, in pixels; with buckets, the square root of the area.
+        size: (height, width) of a rectangle that takes the place of the square; None for the square.
         buckets: shapes other than the square that pictures may take; None for squares only.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; more as arrays have them.
         bits: of each value, 8 or 16.
         background: colour under transparent pictures where alpha is not kept, RGB from 0 to 255.
         augment: changes made to training pictures.
-        holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of a smaller set.
+        holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of
+            a smaller set.
         near_duplicates: what stays together in training or hold-out: images that are nearly the same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of pictures to leave out.
@@ -47,6 +49,7 @@ class DataConfig:
 
     source: SourceConfig = Digits()
     resolution: int = 32
+    size: tuple[int, int] | None = None
     buckets: BucketConfig | None = None
     channels: int = 3
     bits: Literal[8, 16] = 8
@@ -69,13 +72,20 @@ class DataConfig:
                 where="data",
                 mend="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, workers at least 0, background from 0 to 255",
             )
-        if self.buckets is not None and self.augment.quarter_turns == "all":
+        if self.size is not None and (min(self.size) < 1 or self.buckets is not None):
+            raise ConfigError(
+                f"size = {self.size}" + (" beside buckets" if self.buckets is not None else ""),
+                where="data.size",
+                mend="a height and a width of at least 1, and no data.buckets beside it",
+            )
+        square = self.buckets is None and (self.size is None or self.size[0] == self.size[1])
+        if not square and self.augment.quarter_turns == "all":
             raise ConfigError("quarter turns of tall and wide pictures", where="data.augment", mend="set quarter_turns=none")
 
     def pixel_format(self) -> PixelFormat:
         """The shapes and colours that pictures are decoded to."""
-        square = ((self.resolution, self.resolution),)
-        shapes = square if self.buckets is None else self.buckets.shapes(self.resolution)
+        single = (self.size or (self.resolution, self.resolution),)
+        shapes = single if self.buckets is None else self.buckets.shapes(self.resolution)
         return PixelFormat(shapes=shapes, channels=self.channels, bits=self.bits, background=self.background)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from sfumato.data.cache import ArrayCache, Writer
 from sfumato.errors import DataError
 
 COMMIT_EVERY = 256
-RECENT = 100_000  # texts held in memory
+RECENT_BYTES = 256 << 20  # of embeddings held in memory, beside those that are not on disk yet
 
 
 class Kept(NamedTuple):
@@ -31,7 +32,9 @@ class EmbeddingStore(MutableMapping[str, Kept]):
     def __init__(self, encoder: str) -> None:
         """`encoder` is a hash of what an embedding depends on beside the text."""
         self.encoder = encoder
-        self._recent: dict[str, Kept] = {}
+        self._recent: OrderedDict[str, Kept] = OrderedDict()
+        self._held = 0
+        self._maps: dict[str, Any] = {}
         self._new: list[str] = []
 
     @cached_property
@@ -39,11 +42,12 @@ class EmbeddingStore(MutableMapping[str, Kept]):
         return ArrayCache.open("embeddings", self.encoder)
 
     def __getitem__(self, text: str) -> Kept:
-        if text not in self._recent:
-            record = self._cache.records[_key(text)]
-            vector, tokens = (self._array(*record.arrays[name]) for name in ("vector", "tokens"))
-            self._hold(text, Kept(vector, tokens))
-        return self._recent[text]
+        if text in self._recent:
+            return self._recent[text]
+        record = self._cache.records[_key(text)]
+        vector, tokens = (self._array(*record.arrays[name]) for name in ("vector", "tokens"))
+        self._hold(text, Kept(vector, tokens))
+        return Kept(vector, tokens)
 
     def __setitem__(self, text: str, embedded: Kept) -> None:
         self._hold(text, embedded)
@@ -77,12 +81,21 @@ class EmbeddingStore(MutableMapping[str, Kept]):
         return len(self._recent)
 
     def _array(self, file: str, row: int) -> Tensor:
-        return torch.from_numpy(self._cache.map(file)[row].copy())
+        if file not in self._maps:
+            self._maps[file] = self._cache.map(file)
+        return torch.from_numpy(self._maps[file][row].copy())
 
     def _hold(self, text: str, embedded: Kept) -> None:
-        if len(self._recent) >= RECENT and not self._new:
-            self._recent.clear()
+        """Keep at hand; what was kept longest goes, if it can be read again."""
+        if text not in self._recent:
+            self._held += _size(embedded)
         self._recent[text] = embedded
+        while self._held > RECENT_BYTES and _key(old := next(iter(self._recent))) in self._cache.records:
+            self._held -= _size(self._recent.pop(old))
+
+
+def _size(embedded: Kept) -> int:
+    return embedded.vector.nbytes + embedded.tokens.nbytes
 
 
 def _key(text: str) -> str:

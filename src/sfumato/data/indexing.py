@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,15 @@ def index(
     )
 
 
-def _clusters(config: DataConfig, facts: Sequence[Mapping[str, Any]], thumbnails: NDArray[Any]) -> NDArray[np.int64]:
+def _clusters(
+    config: DataConfig, facts: Sequence[Mapping[str, Any]], thumbnails: Callable[[], NDArray[Any]]
+) -> NDArray[np.int64]:
     """Groups of images that stay together; those of near-duplicates are kept in the cache, since finding them takes a while."""
     ids = [str(fact["id"]) for fact in facts]
     if config.near_duplicates == "off":
         return np.arange(len(ids))
     if config.near_duplicates == "exact":
-        return clusters(ids, thumbnails[:0], resolution=0)
+        return clusters(ids, np.empty(0, np.uint8), resolution=0)
     identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
     kept = cache_folder() / "clusters" / f"{identity}.npy"
     if config.cache == "auto" and kept.is_file():
@@ -113,7 +116,7 @@ def _clusters(config: DataConfig, facts: Sequence[Mapping[str, Any]], thumbnails
             stored = np.load(kept, allow_pickle=False)
             if stored.shape == (len(ids),):
                 return stored.astype(np.int64)
-    found = clusters(ids, thumbnails, resolution=config.resolution)
+    found = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in config.pixel_format().shapes))
     if config.cache == "auto":
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -222,13 +225,15 @@ class _Shelf:
                 self._pixels.append(decoded.pixels)
         return facts
 
-    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, NDArray[Any]]:
-        """A way to the pixels if they were kept, and all thumbnails (N, 32, 32, 3)."""
+    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, Callable[[], NDArray[Any]]]:
+        """Ways to the pixels, if they were kept, and to all thumbnails (N, 32, 32, 3), which are read only if asked."""
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
             thumbnails = Gather(self.cache, [record.arrays["thumbnail"] for record in records])
-            return Gather(self.cache, [record.arrays["pixels"] for record in records]), thumbnails(np.arange(len(records)))
-        return None if self._pixels is None else _InMemory(self._pixels), np.array(self._thumbnails)
+            return Gather(self.cache, [record.arrays["pixels"] for record in records]), partial(
+                thumbnails, np.arange(len(records))
+            )
+        return None if self._pixels is None else _InMemory(self._pixels), partial(np.array, self._thumbnails)
 
 
 class _InMemory:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.data.attributes import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
 from sfumato.data.entry import Blob, Entry, Reject
 from sfumato.data.parallel import in_order
@@ -42,20 +43,9 @@ class Layers:
         return {**self.__dict__, "_kept": {}}  # worker processes decode for themselves
 
     @cached_property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the attributes that any picture has, sorted."""
-        return tuple(sorted({name for entry in self.entries for name, _ in entry.attributes}))
-
-    @cached_property
-    def values(self) -> Tensor:
-        """Attributes (N, D), NaN where unknown. One that is never anything but 1 is a label, and 0 where it is not given."""
-        columns = {name: number for number, name in enumerate(self.attributes)}
-        values = torch.full((len(self.entries), len(columns)), torch.nan)
-        for row, entry in enumerate(self.entries):
-            for name, value in entry.attributes:
-                values[row, columns[name]] = value
-        labels = ((values == 1) | values.isnan()).all(0)
-        return torch.where(labels & values.isnan(), 0.0, values)
+    def attributes(self) -> AttributeTable:
+        """The numbers that are known of the images."""
+        return AttributeTable.of(self.entries)
 
     @cached_property
     def dimensions(self) -> int:
@@ -71,7 +61,7 @@ class Layers:
         """
         made: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
-            "attributes": lambda: self.values[torch.from_numpy(np.asarray(positions))],
+            "attributes": lambda: self.attributes.rows(np.asarray(positions)),
             "points": lambda: self._points(positions),
             **{name: lambda name=name: self._maps(name, positions) for name in MAPS},  # type: ignore[misc]
         }

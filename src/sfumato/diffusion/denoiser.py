@@ -22,7 +22,11 @@ class Denoiser(Protocol):
 
 
 class Network(Protocol):
-    """What a network must be: it knows tensors and `Condition`, nothing of diffusion."""
+    """What a network must be: it knows tensors and `Condition`, nothing of diffusion.
+
+    Called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1 (noise), and a condition; gives a tensor of x's
+    shape. A network whose embedding expects timesteps multiplies `noise_input` by their number.
+    """
 
     def __call__(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor: ...
 
@@ -47,20 +51,23 @@ class UnitSum:
 
 @dataclass(frozen=True)
 class Angle:
-    """The level as 1000 * atan2(sigma, alpha) / (pi/2), from 0 (data) to 1000 (noise): finite at both ends."""
+    """The level as atan2(sigma, alpha) / (pi/2), from 0 (data) to 1 (noise): finite at both ends."""
 
     def __call__(self, level: NoiseLevel) -> Tensor:
-        return torch.atan2(level.sigma, level.alpha) * (2000 / math.pi)
+        return torch.atan2(level.sigma, level.alpha) * (2 / math.pi)
 
 
 @dataclass(frozen=True)
 class LogSNR:
-    """The level as -log-SNR/8, which is EDM's log(sigma)/4 where alpha = 1 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """The level as its log-SNR, clamped to +-limit and mapped to 0 (data) to 1 (noise); linear in EDM's log(sigma) where alpha = 1.
 
-    limit: float = 40.0
+    Source: Karras et al. 2022 (arXiv:2206.00364), table 1, up to the scale.
+    """
+
+    limit: float = 20.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
-        return level.logsnr().clamp(-self.limit, self.limit) / -8
+        return 0.5 - level.logsnr().clamp(-self.limit, self.limit) / (2 * self.limit)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class NetworkDenoiser:
         network: called as network(x, noise_input, condition); its output is the parameterization's target.
         parameterization: what the output means.
         input_scale: level -> factor on x, homogeneous of degree -1 so that the result depends on the log-SNR alone.
-        noise_input: level -> what the network is told of the level, a function of the log-SNR.
+        noise_input: level -> what the network is told of the level, a function of the log-SNR from 0 (data) to 1 (noise).
         compute_dtype: precision inside the network; x, the solve and the result stay in x's own.
     """
 

@@ -37,15 +37,17 @@ class Stratified:
     """One time in each of B equal strata: the batch's mean loss varies far less (Kingma et al. 2021, arXiv:2107.00630, app. I).
 
     Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's slice, a micro-batch) is
-    spread over all noise levels too.
+    spread over all noise levels too. Where they begin is drawn anew for each batch, from the same draws, so that a place in the batch is
+    not tied to a stratum: an image whose place is always the same sees all levels.
     """
 
     def __call__(self, uniform: Tensor) -> Tensor:
         count = len(uniform)
+        offset = uniform.double().sum() % 1 * count  # uniform, and independent of each of the draws for two or more of them
         stride = max(1, round(count * 0.618))
         while math.gcd(stride, count) > 1:
             stride += 1
-        stratum = torch.arange(count, device=uniform.device) * stride % count
+        stratum = (torch.arange(count, device=uniform.device) * stride + offset.long()) % count
         return (stratum + uniform) / count
 
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
-from sfumato.errors import ConfigError, ShapeError
-from sfumato.networks.inputs import require_built_for, resized
+from sfumato.errors import ConfigError
+from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
-from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.initial import zeroed
 from sfumato.nn.norms import RMSNorm, rms_normed
 from sfumato.nn.positions import angles, rotated
@@ -115,7 +115,9 @@ class DiT(nn.Module):
         inputs = (image_channels + context.spatial) * patch**2
         squeezed = [nn.Linear(inputs, config.bottleneck, bias=False)] if config.bottleneck else []
         self.patches = nn.Sequential(*squeezed, nn.Linear(config.bottleneck or inputs, size))
-        self.level_embedding = nn.Sequential(SinusoidalEmbedding(LEVEL_SIZE), nn.Linear(LEVEL_SIZE, size), nn.SiLU())
+        self.level_embedding = nn.Sequential(
+            SinusoidalEmbedding(LEVEL_SIZE, scale=TIMESTEPS), nn.Linear(LEVEL_SIZE, size), nn.SiLU()
+        )
         vector, tokens = context.vector, context.tokens
         self.vector_embedding = nn.Linear(vector, size) if vector and config.vector_as == "modulation" else None
         self.vector_tokens = nn.Linear(vector, SUMMARY_TOKENS * size) if vector and config.vector_as == "tokens" else None
@@ -135,13 +137,16 @@ class DiT(nn.Module):
         self.output = zeroed(nn.Linear(size, image_channels * patch**2))
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
-        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1000] -> (B, C, H, W).
+        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1] -> (B, C, H, W).
+
+        Sides of any length are padded to multiples of the patch.
 
         Raises:
-            ShapeError: if H or W is no multiple of the patch, or x or the condition lack a channel or a slot.
+            ShapeError: if x or the condition lack a channel or a slot.
         """
-        self.require_sides(*x.shape[-2:])
         require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
+        height, width = x.shape[-2:]
+        x, condition = padded(x, condition, self.multiple)
         patch = self.config.patch
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         level = self.level_embedding(noise_input)
@@ -155,7 +160,7 @@ class DiT(nn.Module):
         made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
         made = self.output(rms_normed(made) * (1 + scale) + shift)
-        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)
+        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)[..., :height, :width]
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
         """What goes through the blocks, a part for each stream; context tokens come last, where their mask is applied."""
@@ -204,14 +209,10 @@ class DiT(nn.Module):
         """Of what the width decides one side only: what patches and level are embedded by, and the output."""
         return nn.ModuleList([self.patches, self.level_embedding]), self.output
 
-    def require_sides(self, height: int, width: int) -> None:
-        """Raise ShapeError unless x may have these sides."""
-        if height % self.config.patch or width % self.config.patch:
-            raise ShapeError(
-                f"an image of {height} x {width} cannot be cut into patches of {self.config.patch}",
-                where="DiT",
-                mend=f"use sides that are multiples of {self.config.patch}, or another network.patch",
-            )
+    @property
+    def multiple(self) -> int:
+        """What sides are padded to multiples of."""
+        return self.config.patch
 
 
 class Block(nn.Module):

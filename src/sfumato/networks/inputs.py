@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +21,25 @@ def require_built_for(x: Tensor, condition: Condition, *, image_channels: int, c
             where=where,
             mend="make the condition with the model's own conditioner",
         )
+
+
+def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
+    """x (B, C, H, W) and the maps beside it, with zeros below and at the right up to sides that are multiples; both as they are if x has
+    such sides. What a network makes of the margin is cropped away.
+    """
+    below, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if not below and not right:
+        return x, condition
+    maps = condition.spatial
+    if maps is not None and max(maps.shape[2:]) > 1:  # a map of one place is the same everywhere
+        condition = replace(condition, spatial=F.pad(resized(maps, x), (0, right, 0, below)))
+    return F.pad(x, (0, right, 0, below)), condition
+
+
+def margin(height: int, width: int, multiple: int) -> float:
+    """What padding to multiples adds to the work, as a share of it."""
+    area = (height + -height % multiple) * (width + -width % multiple)
+    return area / (height * width) - 1
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
-from sfumato.errors import ConfigError, ShapeError
-from sfumato.networks.inputs import require_built_for, resized
+from sfumato.errors import ConfigError
+from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
-from sfumato.nn.embeddings import SinusoidalEmbedding
+from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.initial import zeroed
 from sfumato.nn.norms import ModulatedGroupNorm, groups_of
 
@@ -96,7 +96,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.image_channels, self.context = config, image_channels, context
         size = 4 * config.channels
-        self.level_embedding = nn.Sequential(SinusoidalEmbedding(config.channels), nn.Linear(config.channels, size), nn.SiLU())
+        self.level_embedding = nn.Sequential(
+            SinusoidalEmbedding(config.channels, scale=TIMESTEPS), nn.Linear(config.channels, size), nn.SiLU()
+        )
         self.vector_embedding = nn.Linear(context.vector, size) if context.vector else None
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
 
@@ -129,13 +131,16 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
-        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1000] -> (B, C, H, W).
+        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1] -> (B, C, H, W).
+
+        Sides of any length are padded to multiples of the down-sampling.
 
         Raises:
-            ShapeError: if H or W is no multiple of the down-sampling, or x or the condition lack a channel or a slot.
+            ShapeError: if x or the condition lack a channel or a slot.
         """
-        self.require_sides(*x.shape[-2:])
         require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
+        height, width = x.shape[-2:]
+        x, condition = padded(x, condition, self.multiple)
         level = self.level_embedding(noise_input)
         steered = level if self.vector_embedding is None else level + self.vector_embedding(condition.vector)
         on_the_way_up = self.embedding(steered)
@@ -149,22 +154,17 @@ class UNet(nn.Module):
         x = self.middle_out(self.probe(self.middle(x, embedding, condition)), embedding)
         for up in self.up:
             x = up(x, on_the_way_up, condition, skips)
-        return self.output(F.silu(self.output_norm(x)))
+        return self.output(F.silu(self.output_norm(x)))[..., :height, :width]
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """Of what the width decides one side only: the first convolution and the last."""
         return self.input, self.output
 
-    def require_sides(self, height: int, width: int) -> None:
-        """Raise ShapeError unless x may have these sides."""
-        factor = 2 ** (len(self.config.multipliers) - 1)
-        if height % factor or width % factor:
-            raise ShapeError(
-                f"an image of {height} x {width} cannot be halved {len(self.config.multipliers) - 1} times",
-                where="UNet",
-                mend=f"use sides that are multiples of {factor}, or fewer network.multipliers",
-            )
+    @property
+    def multiple(self) -> int:
+        """What sides are padded to multiples of."""
+        return int(2 ** (len(self.config.multipliers) - 1))
 
 
 class ResidualBlock(nn.Module):

@@ -18,8 +18,8 @@ from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
 from sfumato.data.sources.find import BUILT_IN
-from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
+from sfumato.networks.inputs import margin
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model
@@ -33,6 +33,7 @@ from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
 
 MOST_WORDS, REJECTS_SHOWN = 50_000, 5
+MARGIN_SAID = 0.1  # more work than the pixels need
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -98,15 +99,24 @@ def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
 
 
 def _chosen(source: str | Path | Run, asked: Mapping[str, Any]) -> Choice:
-    """The preset of a source; a resolution or an autoencoder that was asked for decides more than itself."""
+    """The preset of a source; a resolution, size or autoencoder that is set decides more than itself."""
     data = asked.get("data")
-    resolution = data.get("resolution") if isinstance(data, dict) else None
-    resolution = resolution if isinstance(resolution, int) and resolution > 0 else None
-    chosen = partial(choose, str(source), source_at(str(source)).listing(), resolution=resolution)
+    chosen = partial(
+        choose, str(source), source_at(str(source)).listing(), resolution=_sides(data if isinstance(data, dict) else {})
+    )
     if "autoencoder" not in asked:
         return chosen()
     plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": asked["autoencoder"]})
     return chosen(space=configuration.parse(Run, plain, where=str(source)).autoencoder)
+
+
+def _sides(data: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width, if they are set to something that they can be; what cannot be is refused when the whole is read."""
+    resolution, size = data.get("resolution"), data.get("size")
+    match size if isinstance(size, list | tuple) else [resolution, resolution]:
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    return None
 
 
 def parameters(run: Run) -> int:
@@ -120,15 +130,15 @@ def parameters(run: Run) -> int:
 def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
     """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
     captions = (text for position in dataset.training for text in dataset.entries[position].captions)
-    values = dataset.layers.values[torch.from_numpy(dataset.training)]
-    means = values.nanmean(0)
+    attributes = dataset.layers.attributes if run.conditioner.attributes is not None else None
+    means, deviations = attributes.moments(dataset.training) if attributes else ((), ())
     return Facts(
         channels=run.data.channels,
         categories=dataset.categories,
         words=Words.fitted(captions, most=MOST_WORDS).vocabulary if run.conditioner.text is not None else (),
-        attributes=dataset.layers.attributes,
-        means=tuple(means.tolist()),
-        deviations=tuple((values - means).square().nanmean(0).sqrt().tolist()),
+        attributes=attributes.names if attributes else (),
+        means=means,
+        deviations=deviations,
         dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
         augmentation=run.data.augment.labels,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
@@ -179,6 +189,10 @@ def open_data(run: Run) -> Dataset:
         if len(dataset.holdout) < ROUGH:
             bar.say(
                 f"only {len(dataset.holdout)} held out: figures on them are rough, and copying is hard to notice; more images help"
+            )
+        if run.conditioner.attributes is not None and (left_out := dataset.layers.attributes.left_out):
+            bar.say(
+                f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, {left_out} rarer ones are not"
             )
         if dataset.crop_loss > 0.1:
             bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the pictures' area; data.buckets keeps more of it")
@@ -254,7 +268,7 @@ def _built(settings: Run, dataset: Dataset, directory: RunDirectory) -> tuple[Fa
     require(model.network, settings.precision)
     if settings.compile == "on":
         require_compiler()
-    _require_sides(cast(UNet | DiT, model.network), dataset, facts.factor)
+    _say_margins(cast(UNet | DiT, model.network), dataset, facts.factor)
     return facts, model
 
 
@@ -280,23 +294,17 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Fa
     )  # fmt: skip
 
 
-def _require_sides(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
-    """Raise ConfigError unless the network takes pictures of every shape, before an autoencoder is trained for it."""
+def _say_margins(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
+    """Say which sizes cost the network much more than a size near by."""
     shapes = dataset.config.pixel_format().shapes
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
-        if height % factor or width % factor:
-            continue  # which the autoencoder refuses
-        try:
-            network.require_sides(height // factor, width // factor)
-        except ShapeError as error:
-            latents = f", which are latents of {height // factor} x {width // factor}" if factor > 1 else ""
-            raise ConfigError(
-                f"pictures of {height} x {width}{latents}: {error.what}",
-                where="data.resolution",
-                mend=f"{error.mend}; {factor} times as large in pixels, also for data.buckets.step"
-                if factor > 1
-                else error.mend,
-            ) from None
+        multiple = network.multiple * factor
+        if (more := margin(-(-height // factor), -(-width // factor), network.multiple)) > MARGIN_SAID:
+            console().print(
+                f"images of {height} x {width} are padded to multiples of {multiple} inside the network, {more:.0%} more work than at "
+                f"{height // multiple * multiple or multiple} x {width // multiple * multiple or multiple}, pixel for pixel",
+                markup=False,
+            )
 
 
 def _free(path: Path) -> Path:

@@ -28,7 +28,8 @@ LOOKED_AT = 200
 SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
-SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another
+SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another in any case
+MOST_ATTENDED = 32  # side of a feature map, above which attention over its places takes most of a step
 MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
@@ -90,13 +91,17 @@ class Choice:
 
 
 def choose(
-    place: str, listing: Listing | None = None, *, resolution: int | None = None, space: AutoencoderConfig | None = None
+    place: str,
+    listing: Listing | None = None,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    space: AutoencoderConfig | None = None,
 ) -> Choice:
     """The preset for a source of pictures on this machine.
 
     Args:
         listing: what the source lists, if that is known already.
-        resolution: if it is settled already; from 96 on, the model works in the latents of an autoencoder of its own.
+        resolution: side, or height and width, if that is settled already; from 96 on, the model works in latents of its own autoencoder.
         space: the autoencoder, or pixels, if that is settled already.
     Raises:
         DataError: if there is no such source, or it holds nothing.
@@ -105,10 +110,9 @@ def choose(
     survey = Survey.of(source.listing() if listing is None else listing)
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
-    resolution, why_resolution = (
-        _resolution(survey, gpu=gpu) if resolution is None else (resolution, f"{resolution} px, as asked")
-    )
-    space, why_space = _space(resolution, gpu=gpu) if space is None else (space, [])
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    resolution, why_resolution = _resolution(survey, gpu=gpu) if sides is None else (min(sides), f"{_by(sides)} px, as set")
+    space, why_space = _space(sides or (resolution, resolution), gpu=gpu) if space is None else (space, [])
     network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
@@ -159,16 +163,22 @@ def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
     return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
 
 
-def _space(resolution: int, *, gpu: bool) -> tuple[AutoencoderConfig, list[str]]:
-    """Pixels, or latents of 1/8 of the side, or of what the side can be divided by, where pixels would be too many."""
-    depth = max(depth for depth in range(4) if resolution % 2**depth == 0)
+def _by(sides: tuple[int, int]) -> str:
+    """32, or 32 x 48."""
+    return " x ".join(map(str, dict.fromkeys(sides)))
+
+
+def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, list[str]]:
+    """Pixels, or latents of 1/8 of the sides, or of what the sides can be divided by, where pixels would be too many."""
+    resolution = min(sides)
+    depth = max(depth for depth in range(4) if not any(side % 2**depth for side in sides))
     if resolution < LATENTS_FROM or depth < 2:
         return PixelSpace(), []
     widths, blocks, groups = ((64, 128, 256, 256), 2, 16) if gpu else ((16, 32, 64, 128), 1, 4)
     network = KLConfig(channels=widths[: depth + 1], latent_channels=16 if depth == 3 else 4, blocks=blocks, groups=groups)
-    side = resolution // network.factor
+    height, width = (side // network.factor for side in sides)
     return OwnAutoencoder(network=network, budget=Budget(minutes=20)), [
-        f"in latents of {side} x {side} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
+        f"in latents of {height} x {width} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
     ]
 
 
@@ -206,13 +216,12 @@ def _run(
     small = survey.count < SMALL
     factor = space.layout(channels, None).factor
     side = resolution // factor
-    depth = len(network.multipliers) - 1
-    while side % 2**depth or (depth and side // 2**depth < SMALLEST_MAP):
-        depth -= 1
-    attended = tuple(at for at in range(depth + 1) if at == depth or side // 2**at <= ATTENDED)
-    widths = [network.channels * network.multipliers[at] for at in attended]
+    multipliers = _multipliers(network.multipliers, side)
+    depth = len(multipliers) - 1
+    attended = tuple(at for at in range(depth + 1) if at == depth or -(-side // 2**at) <= ATTENDED)
+    widths = [network.channels * multipliers[at] for at in attended]
     network = replace(
-        network, multipliers=network.multipliers[: depth + 1], attention_depths=attended, dropout=0.1 if small else 0.0,
+        network, multipliers=multipliers, attention_depths=attended, dropout=0.1 if small else 0.0,
         head_channels=32 if any(width % 64 for width in widths) else 64,
     )  # fmt: skip
     return Run(
@@ -231,6 +240,16 @@ def _run(
         budget=Budget(minutes=60),
         sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captioned > MOST_CAPTIONED else 1.0),
     )  # fmt: skip
+
+
+def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """Widths of the depths for maps of `side`: fewer for small ones; more for large ones, so that attention sees at most 32 x 32 places."""
+    depth = len(usual) - 1
+    while depth and side // 2**depth < SMALLEST_MAP:
+        depth -= 1
+    while -(-side // 2**depth) > MOST_ATTENDED:
+        depth += 1
+    return (*usual, *[usual[-1]] * depth)[: depth + 1]
 
 
 def shift(values: int) -> float:

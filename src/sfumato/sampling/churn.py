@@ -23,7 +23,9 @@ PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
 @dataclass(frozen=True)
 class Churn:
     """Raise sigma by the factor 1 + gamma with fresh noise, then step from there: `Churn(RungeKutta("heun", parameterization=Epsilon()))`
-    is EDM's stochastic sampler.
+    is EDM's stochastic sampler, but for the last step, onto clean data, before which no noise is added.
+
+    A sampler with memory forgets what it has evaluated wherever noise is added, and so steps there at its first order.
 
     Attributes:
         sampler: takes the step from the raised level.
@@ -42,13 +44,15 @@ class Churn:
 
     @property
     def order(self) -> int:
-        """That of the sampler inside, which is what gamma = 0 leaves."""
+        """That of the sampler inside, which it has where gamma = 0."""
         return self.sampler.order
 
     def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
         ratio = start.sigma / start.alpha
-        gamma = torch.where((ratio >= self.low) & (ratio <= self.high), self.gamma, 0.0).to(start.sigma)
+        gamma = self.gamma * ((ratio >= self.low) & (ratio <= self.high)).to(start.sigma)
         raised = NoiseLevel(start.alpha, start.sigma * (1 + gamma))
         added = torch.sqrt(raised.sigma**2 - start.sigma**2) * self.inflation
         x = x + broadcast(added, x) * noise(x)
+        if bool((gamma > 0).any()):
+            history.clear()  # evaluations of a trajectory that the noise has left
         return self.sampler.step(denoise, x, raised, stop, history, noise)

@@ -158,6 +158,8 @@ def _check(weight: float, until: float) -> None:
 def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...) -> (B,)."""
     flat = hidden.float().flatten(1)
+    # What all maps share would cancel in the products that distances are computed from, and with it most of their digits.
+    flat = flat - flat.mean(0, keepdim=True)
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
     return torch.logsumexp(-squared.flatten() / temperature, 0).sub(2 * math.log(len(flat))).expand(len(flat))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -57,7 +58,7 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors"
             )
-        (temporary / "state.json").write_text(json.dumps(dict(state), indent=1))
+        (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
         manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -75,6 +76,15 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
     for old in paths(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which infinities and NaN, which JSON does not have, are the words that a configuration reads as numbers."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -59,6 +60,28 @@ class FixedEMA:
 
 
 EMAConfig = PowerEMA | FixedEMA
+
+LEAST_STEP = 2.5e-4  # that an average moves towards the weights at once: float32 would round much less away
+
+
+def follow(average: nn.Module, model: nn.Module, profile: EMA, update: int) -> None:
+    """Let `average` follow the weights after their `update`-th change, from 1.
+
+    Where a profile's step is so small that float32 would lose it, 1 - decay < LEAST_STEP / 2, every second, fourth, ... update is
+    averaged, with the product of the decays since the last one; which ones is a function of `update` alone.
+    """
+    if update % stride(profile, update):
+        return
+    before = update - 1
+    while before and before % stride(profile, before):
+        before -= 1
+    update_average(average, model, math.prod(profile.decay(step) for step in range(before + 1, update + 1)))
+
+
+def stride(profile: EMA, update: int) -> int:
+    """The largest power of two that keeps an average's step below LEAST_STEP: 1 in short runs."""
+    step = 1 - profile.decay(update)
+    return 1 if step * 2 > LEAST_STEP or step <= 0 else 2 ** int(math.log2(LEAST_STEP / step))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from sfumato.autoencoders import Latents
 from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.augment import augment
 from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
 from sfumato.errors import DataError
 
@@ -42,7 +43,7 @@ def with_latents(
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
-    cache = ArrayCache.open("latents", f"{identity} {config.pixel_format()!r} {config.augment!r}")
+    cache = ArrayCache.open("latents", f"decoder {DECODER} {identity} {config.pixel_format()!r} {config.augment!r}")
     chunks = list(_chunks(dataset, count))
     writer, begun = Writer(cache), time.monotonic()
     try:

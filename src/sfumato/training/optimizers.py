@@ -78,9 +78,10 @@ class AdamWConfig:
         scaled = wide if self.base_width else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
         rest = [p for p in model.parameters() if id(p) not in chosen]
+        kernels = {id(weight) for weight in weights_of_layers(model)}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if id(p) in kernels], "weight_decay": self.weight_decay},
+            {"params": [p for p in rest if id(p) not in kernels], "weight_decay": 0.0},
         ]
         for width in sorted({weight.shape[1] for weight in scaled}):
             weights = [weight for weight in scaled if weight.shape[1] == width]
@@ -181,8 +182,15 @@ LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
     """Matrices and kernels with at least 32 inputs and outputs, but for those of a network's `ends`."""
     ends = {id(p) for pair in _ends(model) for end in pair for p in end.parameters()}
+    return [p for p in weights_of_layers(model) if min(p.shape[:2]) >= 32 and id(p) not in ends]
+
+
+def weights_of_layers(model: nn.Module) -> list[nn.Parameter]:
+    """Matrices and kernels: the weights of linear, convolution and attention layers. Embedding tables, positions, registers and offsets,
+    whatever their shape, are not among them.
+    """
     weights = [p for layer in model.modules() if isinstance(layer, LAYERS) for p in layer.parameters(recurse=False)]
-    return [p for p in weights if p.ndim > 1 and min(p.shape[:2]) >= 32 and id(p) not in ends]
+    return [p for p in weights if p.ndim > 1]
 
 
 def last_weights(model: nn.Module) -> list[nn.Parameter]:

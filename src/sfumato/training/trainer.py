@@ -21,7 +21,7 @@ from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.training import checkpoint, posthoc
 from sfumato.training.config import TrainingConfig
-from sfumato.training.ema import update_average
+from sfumato.training.ema import follow
 from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
@@ -59,6 +59,8 @@ class Trainer:
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._lost: set[str] = set()
+        self._bad: MetricsFile | None = None
+        self._began = 0
         self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
@@ -103,7 +105,7 @@ class Trainer:
         counters = self.state.counters
         with Interruption() as asked, ProgressBar("training") as bar:
             self._prepare(bar)
-            metrics = MetricsFile(self.directory.metrics, after_step=counters.step)
+            metrics, self._began = MetricsFile(self.directory.metrics, after_step=counters.step), counters.step
             try:
                 self._loop(metrics, bar, asked)
             except Interrupted as signal:
@@ -116,8 +118,11 @@ class Trainer:
                     self.directory.write_status("failed", counters.step, error=str(error))
                 raise
             finally:
-                with suppress(OSError):
-                    metrics.close()
+                for file in (metrics, self._bad):
+                    with suppress(OSError):
+                        if file is not None:
+                            file.close()
+                self._bad = None
             self.directory.write_status("finished", counters.step)
 
     def _prepare(self, bar: ProgressBar) -> None:
@@ -242,9 +247,9 @@ class Trainer:
                 learner.step(counters.updates, self._spent())
             counters.updates += 1
             counters.skipped_in_a_row = 0
-            update_average(state.average, state.model, config.ema.decay(counters.updates))
+            follow(state.average, state.model, config.ema, counters.updates)
             for profile, kept in state.kept.items():
-                update_average(kept, state.model, profile.decay(counters.updates))
+                follow(kept, state.model, profile, counters.updates)
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
@@ -361,6 +366,7 @@ class Trainer:
             bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")
 
     def _write_bad(self, batch: Batch) -> None:
-        with MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self.state.counters.step) as file:
-            for bad in batch.bad:
-                file.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
+        if self._bad is None:  # opened once: lines of steps that are trained again are dropped, the others stay as they are
+            self._bad = MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self._began)
+        for bad in batch.bad:
+            self._bad.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
