@@ -101,7 +101,7 @@ SPLIT = {
 
 @pytest.mark.parametrize("text", SPLIT)
 def test_letters_are_words_where_a_script_has_no_spaces_and_marks_stay_with_their_letter(text: str) -> None:
-    assert Words(()).pieces(text) == [unicodedata.normalize("NFKC", piece) for piece in SPLIT[text]]
+    assert ByScript().pieces(text) == [unicodedata.normalize("NFKC", piece) for piece in SPLIT[text]]
 
 
 UNSPACED = {
@@ -134,18 +134,18 @@ def test_composed_and_decomposed_texts_have_the_same_numbers(text: str) -> None:
 def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
     words = Words.fitted([text], most=1000)
     found = [number for number in words.encode(text, length=1000) if number not in (PAD, START, NOTHING)]
-    assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.pieces(text)
+    assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.splitting.pieces(text)
 
 
 @given(st.text(max_size=60))
 def test_nothing_of_a_text_is_lost_but_its_spaces(text: str) -> None:
     plain = ByScript().normalized(text)
-    assert "".join(Words(()).pieces(text)) == "".join(letter for letter in plain if not letter.isspace())
+    assert "".join(ByScript().pieces(text)) == "".join(letter for letter in plain if not letter.isspace())
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_plain_texts_are_read_as_they_were(text: str) -> None:
-    assert Words((), ByScript()).pieces(text) == Words((), ByRuns()).pieces(text)
+    assert ByScript().pieces(text) == ByRuns().pieces(text)
     plain = text.lower()
     assert list(letters.spans(plain, _WORD)) == list(ByRuns().spans(plain))  # by the slow way too
 
@@ -153,7 +153,7 @@ def test_plain_texts_are_read_as_they_were(text: str) -> None:
 @pytest.mark.parametrize("hostile", ["猫", "\u0301", "e\u0301", "'", "_\u0301", "ก็", "a猫", "\U0010ffff"])
 def test_long_hostile_texts_are_read_in_one_pass(hostile: str) -> None:
     """A rule that looks back would not end within the patience of a test."""
-    assert "".join(Words(()).pieces(hostile * 50_000)) == ByScript().normalized(hostile * 50_000)
+    assert "".join(ByScript().pieces(hostile * 50_000)) == ByScript().normalized(hostile * 50_000)
 
 
 # Made by the code before there was a choice: fitted to these captions, with room for 20 words and 14 numbers.

@@ -184,7 +184,7 @@ class PretrainedTextConditioner(nn.Module):
     def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
         super().__init__()
         self.config, self.dropout = config, config.dropout
-        self.length, self.learns_letters = encoder.length, True
+        self.learns_letters = True
         self._encoder = (encoder,)  # in a tuple, so that it is no module's child
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.tokens = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
@@ -224,6 +224,11 @@ class PretrainedTextConditioner(nn.Module):
             tokens=tokens.expand(batch_size, -1, -1),
             token_mask=first.expand(batch_size, -1),
         )
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read of a text."""
+        return self._encoder[0].length
 
     def read(self, text: str) -> str:
         """The part of a text that is not cut off."""

@@ -124,7 +124,7 @@ class WordsConditioner(nn.Module):
 
     def unknown(self, text: str) -> list[str]:
         """Words of a text that no training caption contains, each once; punctuation does not count."""
-        found = dict.fromkeys(self.words.pieces(text))
+        found = dict.fromkeys(self.words.splitting.pieces(text))
         return [word for word in found if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)]
 
     def _read(self, texts: Sequence[str], spelled: Sequence[int | None]) -> Condition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -27,10 +28,15 @@ class ByScript:
             return text.lower()
         return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
+    def pieces(self, text: str) -> list[str]:
+        """Words and signs of a text, normalized."""
+        plain = self.normalized(text)
+        if plain.isascii():  # where both patterns find the same
+            return _RUN.findall(plain)
+        return [plain[first:last] for first, last in letters.spans(plain, _WORD)]
+
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where words and signs begin and end."""
-        if text.isascii():
-            return (found.span() for found in _RUN.finditer(text))
+        """Where words and signs begin and end in a text as it is."""
         return letters.spans(text, _WORD)
 
 
@@ -42,8 +48,12 @@ class ByRuns:
         """Compatibility forms and case folded together."""
         return unicodedata.normalize("NFKC", text).casefold()
 
+    def pieces(self, text: str) -> list[str]:
+        """Words and signs of a text, normalized."""
+        return _RUN.findall(self.normalized(text))
+
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where words and signs begin and end."""
+        """Where words and signs begin and end in a text as it is."""
         return (found.span() for found in _RUN.finditer(text))
 
 
@@ -69,18 +79,12 @@ class Words:
     @classmethod
     def fitted(cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()) -> Words:
         """The `most` most frequent words of the captions."""
-        plain = cls((), splitting)
-        counts = Counter(piece for caption in captions for piece in plain.pieces(caption))
+        counts = Counter(piece for caption in captions for piece in splitting.pieces(caption))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(tuple(frequent[:most]), splitting)
 
     def __len__(self) -> int:
         return FIRST_WORD + len(self.vocabulary)
-
-    def pieces(self, text: str) -> list[str]:
-        """Words and signs of a text, normalized."""
-        plain = self.splitting.normalized(text)
-        return [plain[first:last] for first, last in self.splitting.spans(plain)]
 
     def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
         """Numbers of a text, `length` of them: START, then what fits of the text, then PAD; NOTHING alone for an empty text.
@@ -88,14 +92,19 @@ class Words:
         Args:
             spelled: number of a word that is spelled in bytes although it is known, where all of the text still fits.
         """
-        numbers = [number for found in self._within(text, length, spelled) for number in found]
+        pieces = self.splitting.pieces(text)
+        numbers = self._of(pieces, length)
+        if spelled is not None and spelled < len(pieces) and len(numbers) < length:
+            around = self._of(pieces[:spelled], length), self._of(pieces[spelled + 1 :], length)
+            longer = [*around[0], *_bytes(pieces[spelled]), *around[1]]
+            numbers = longer if len(longer) < length else numbers
         if not numbers:
             return [NOTHING] + [PAD] * (length - 1)
         return ([START, *numbers] + [PAD] * length)[:length]
 
     def count(self, text: str) -> int:
         """How many numbers a text takes, START included."""
-        return 1 + sum(len(self._of(piece)) for piece in self.pieces(text))
+        return 1 + len(self._of(self.splitting.pieces(text)))
 
     def read(self, text: str, *, length: int) -> str:
         """The part of a text that `encode` does not cut off."""
@@ -103,30 +112,24 @@ class Words:
             return text
         end, room = 0, length - 1
         for first, last in self.splitting.spans(text):
-            room -= sum(len(self._of(piece)) for piece in self.pieces(text[first:last]))
+            room -= len(self._of(self.splitting.pieces(text[first:last])))
             if room < 0:
                 break
             end = last
         return text[:end]
 
-    def _within(self, text: str, length: int, spelled: int | None) -> list[list[int]]:
-        """The numbers of each word, up to the one that exceeds the length."""
-        found, count = [], 1
-        pieces = self.pieces(text)
+    def _of(self, pieces: list[str], most: float = math.inf) -> list[int]:
+        """The numbers of words and signs, up to the word that makes them `most` or more."""
+        numbers: list[int] = []
         for piece in pieces:
-            found.append(self._of(piece))
-            count += len(found[-1])
-            if count > length:
-                return found
-        if spelled is not None and spelled < len(found):
-            as_bytes = _bytes(pieces[spelled])
-            if count - len(found[spelled]) + len(as_bytes) <= length:
-                found[spelled] = as_bytes
-        return found
-
-    def _of(self, piece: str) -> list[int]:
-        known = self._numbers.get(piece)
-        return [known] if known is not None else _bytes(piece)
+            known = self._numbers.get(piece)
+            if known is not None:
+                numbers.append(known)
+            else:
+                numbers += _bytes(piece)
+            if len(numbers) >= most:
+                break
+        return numbers
 
 
 def _bytes(piece: str) -> list[int]:

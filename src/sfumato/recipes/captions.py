@@ -24,7 +24,8 @@ ROOM = 7  # tokens for one word of eight letters that is spelled: a slip in a pr
 class Reader(Protocol):
     """A conditioner that reads `length` tokens of a text."""
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
     def seen(self, text: str) -> tuple[int, ...]: ...
 
