@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import letters
@@ -236,6 +236,7 @@ def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
     assert part.learns_letters
 
 
+@settings(max_examples=30)
 @given(st.text(max_size=40), st.integers(2, 12))
 def test_a_text_is_cut_exactly_if_a_longer_reading_says_more(text: str, length: int) -> None:
     part = WordsConfig(size=2, heads=1, length=length).build(WORDS.vocabulary, None)
