@@ -48,7 +48,7 @@ def trained(spelled: float) -> nn.Module:
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_slip_in_a_known_word_is_read_as_that_word() -> None:
-    """Measured: 79 % of slips are nearest to the word that was meant, of 29; without spelled words 3 %, which is chance."""
+    """Measured on 30 nouns: 79 % of slips are nearest to the word that was meant; without spelled words 3 %, which is chance."""
     with torch.enable_grad():
         joint = trained(0.02)
     known = joint({"text": [f"red {noun}" for noun in NOUNS]}, len(NOUNS)).vector
