@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sfumato.asking import MOST_POINTS, Asked, Request, Truncated, settled
-from sfumato.conditioners import Grayscale, Shrink
+from sfumato.asking import MOST_POINTS, Asked, Request, Truncated, Unfamiliar, settled
+from sfumato.conditioners import Grayscale, Joint, Shrink
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
 from sfumato.pipeline import Pipeline
-from tests.steered import ASKED, FACTS, SIDE, cloud, picture, steered
+from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, picture, steered
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ def condition_of(pipeline: Pipeline, text: str) -> Tensor:
     return pipeline.model.conditioner({"text": [text]}, 1).vector
 
 
-@pytest.mark.filterwarnings("ignore::sfumato.asking.Truncated")
+@pytest.mark.filterwarnings("ignore::sfumato.asking.PromptNote")
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_text_in_any_script_can_be_read(text: str) -> None:
     pipeline = steered("text")
@@ -345,7 +346,7 @@ def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(long: str, asked: di
             for name, text in asked.items()}  # fmt: skip
     with pytest.warns(Truncated) as caught:
         request_of(pipeline, **mine)
-    (warning,) = [str(w.message) for w in caught]
+    (warning,) = [str(w.message) for w in caught if w.category is Truncated]
     assert f"of a prompt of {len(long)} characters the model reads " in warning
     assert len(warning) < 200
 
@@ -362,6 +363,35 @@ def test_nothing_is_said_of_a_text_that_fits() -> None:
         for text in ("", "a red heart", "a red heart, two cats", "  a   heart  "):
             request_of(pipeline, prompt=text, negative=text)
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prompt": "a red guitar"}, 'the captions never contained: "guitar"; it is read letter by letter'),
+        ({"prompt": ["a red guitar", "two owls"], "negative": "owls"}, '"guitar", "owls"; they are read letter by letter'),
+        ({"prompt": "红猫"}, '"红", "猫"; they are'),
+        ({"prompt": "a \u202e \x1b"}, r'"\u202e", "\x1b"; they are'),
+        ({"prompt": "y" * 7}, '"yyyyyyy"; it is'),
+    ],
+)
+def test_words_that_no_caption_contained_are_named(asked: dict[str, Any], said: str) -> None:
+    with pytest.warns(Unfamiliar) as caught:
+        request_of(steered("text"), **asked)
+    assert said in str(caught[0].message)
+
+
+def test_of_many_unknown_words_ten_are_named() -> None:
+    run = replace(CONFIGS["text"], length=60)
+    part = run.build(FACTS.words, None)
+    with pytest.warns(Unfamiliar, match='"j" and 2 more; they are read'):
+        settled(Asked(prompt="b c d e f g h i k j l m"), Joint({"text": part}), FACTS, (1, 8, 8), 1)
+
+
+def test_a_model_that_never_learned_letters_says_so() -> None:
+    part = replace(CONFIGS["text"], spelled=0.0).build(FACTS.words, None)
+    with pytest.warns(Unfamiliar, match="letters mean nothing to this model, which was trained without spelled words"):
+        settled(Asked(prompt="a guitar"), Joint({"text": part}), FACTS, (1, 8, 8), 1)
 
 
 def test_the_facts_above_are_what_the_model_knows(everything: Pipeline) -> None:

@@ -18,10 +18,19 @@ from sfumato.conditioners import Facts, ImageConditioner, Joint
 from sfumato.errors import ConfigError, ShapeError
 
 MOST_POINTS = 100_000
+NAMED = 10  # words in one message
 
 
-class Truncated(UserWarning):
+class PromptNote(UserWarning):
+    """Something about a prompt that a person should know: the images may not be what it says."""
+
+
+class Truncated(PromptNote):
     """A prompt is longer than the model reads; the message says which part it sees."""
+
+
+class Unfamiliar(PromptNote):
+    """A prompt has words that the model did not see in training; the message names them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,8 +116,11 @@ def settled(asked: Asked, conditioner: Joint, facts: Facts, image_shape: tuple[i
         context["category"] = _categories(asked.category, facts.categories, num)
     if asked.prompt is not None:
         context["text"] = _cycled([asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt), num, "prompt")
-    for text in {*context.get("text", ()), *([] if asked.negative is None else [asked.negative])}:
+    texts = list(dict.fromkeys([*context.get("text", ()), *([] if asked.negative is None else [asked.negative])]))
+    for text in texts:
         _say_if_cut(text, conditioner)
+    if texts:
+        _say_if_unfamiliar(texts, conditioner)
     if asked.attributes is not None:
         given = [asked.attributes] if isinstance(asked.attributes, Mapping) else list(asked.attributes)
         context["attributes"] = torch.stack(_cycled([_attributes(one, facts.attributes) for one in given], num, "attributes"))
@@ -187,10 +199,30 @@ def _attributes(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
 
 
 def _say_if_cut(text: str, conditioner: Joint) -> None:
-    read = conditioner.parts["text"].read(text)  # type: ignore[operator]
-    if len(read.split()) < len(text.split()):
+    part = conditioner.parts["text"]
+    if part.cuts(text):  # type: ignore[operator]
+        read = part.read(text)  # type: ignore[operator]
         shown = read if len(read) <= 60 else f"{read[:40]} ... {read[-15:]}"
         warnings.warn(f"of a prompt of {len(text)} characters the model reads {len(read)}: {shown!r}", Truncated, stacklevel=4)
+
+
+def _say_if_unfamiliar(texts: Sequence[str], conditioner: Joint) -> None:
+    """Name those words that no caption contains in what is read of the texts, in one message."""
+    part = conditioner.parts["text"]
+    unknown = list(dict.fromkeys(word for text in texts for word in part.unknown(part.read(text))))  # type: ignore[operator]
+    if not unknown:
+        return
+    shown = ", ".join(f'"{_printable(word if len(word) <= 40 else word[:37] + "...")}"' for word in unknown[:NAMED])
+    more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+    how = "it is" if len(unknown) == 1 else "they are"
+    meaning = "" if part.learns_letters else ", and letters mean nothing to this model, which was trained without spelled words"
+    warnings.warn(
+        f"the captions never contained: {shown}{more}; {how} read letter by letter{meaning}", Unfamiliar, stacklevel=4
+    )
+
+
+def _printable(word: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in word)
 
 
 def _pictures(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -> Tensor:

@@ -131,6 +131,23 @@ def test_coverage_tells_seen_never_together_and_unseen_apart(pictures: Path) -> 
             assert sheet.width > sheet.height
 
 
+@pytest.mark.parametrize(("settings", "cut"), [([], False), (["conditioner.text.length=4"], True)])
+def test_check_counts_the_captions_that_the_run_would_cut(
+    pictures: Path, tmp_path: Path, settings: list[str], cut: bool
+) -> None:
+    """The preset's length holds all of them; START and three words hold none."""
+    result = sfumato("data", "check", pictures, *settings, "--out", tmp_path / "out")
+    assert result.code == 0
+    found = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert found["captions"]["tokens_read"] == (4 if settings else 16)
+    assert len(found["issues"].get("caption_truncated", [])) == (12 if cut else 0)
+    said = (
+        "captions: 4 of 4 different ones are cut, since the model reads 4 tokens" if cut else "none of 4 different ones is cut"
+    )
+    assert said in result.out
+    assert any(said in remark for remark in found["remarks"])
+
+
 def test_coverage_goes_by_categories_where_there_are_no_captions(tmp_path: Path) -> None:
     for number, category in enumerate(("cat", "dog")):
         put(tmp_path / "set", f"{category}/1.png", tiles(number))

@@ -135,6 +135,20 @@ def test_the_same_words_in_other_letters_are_seen(caption: str, prompt: str) -> 
     assert Vocabulary([caption]).coverage(prompt).verdict == "seen"
 
 
+@pytest.mark.parametrize(
+    ("caption", "prompt", "counts"),
+    [
+        ("一个红色的圆形放在桌子上", "红圆", {"红": 1, "圆": 1}),
+        ("ねこがいる", "ねこ", {"ね": 1, "こ": 1}),
+        ("एक लाल फूल", "लाल", {"लाल": 1}),
+        ("แมวสีแดง", "แดง", {"แ": 1, "ด": 1, "ง": 1}),
+        ("l’été d'un chat", "l'e\u0301te\u0301", {"l'été": 1}),
+    ],
+)
+def test_words_are_found_in_scripts_without_spaces_and_with_marks(caption: str, prompt: str, counts: dict[str, int]) -> None:
+    assert Vocabulary([caption]).coverage(prompt).counts == counts
+
+
 @pytest.mark.parametrize("prompt", ["🦊", "!!!", "\x00\x1b[", "   \n\t", "\u202e\u200b", "_ _ _"])
 def test_prompts_without_any_word_say_that_nothing_teaches_them(known: Vocabulary, prompt: str) -> None:
     found = known.coverage(prompt)

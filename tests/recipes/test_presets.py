@@ -34,7 +34,7 @@ def listing(count: int, *, image: bytes | None = None, categories: int = 0, capt
             Entry(
                 name=f"{number}.png", image=blob,
                 category=f"kind-{number % categories}" if categories else None,
-                captions=("some words",) if number < captions * count else (),
+                captions=(f"some words on {number}",) if number < captions * count else (),
             )
             for number in range(count)
         ]
@@ -255,9 +255,10 @@ def test_too_many_categories_or_a_single_one_are_left_aside(place: str, count: i
     assert ("too many" if categories > 1 else "no categories") in said(choice)
 
 
-def test_captions_that_nothing_reads_are_mentioned(place: str) -> None:
-    assert "90% of the pictures have captions" in said(choose(place, listing(10, captions=0.9)))
-    assert "captions" not in said(choose(place, listing(10, captions=0.1)))
+def test_captions_are_mentioned_whether_they_are_read_or_not(place: str) -> None:
+    assert "90% of the images (9 of 10) have captions: steered by text" in said(choose(place, listing(10, captions=0.9)))
+    assert "10% of the images (1 of 10) have captions: the text is not used" in said(choose(place, listing(10, captions=0.1)))
+    assert "captions" not in said(choose(place, listing(10)))
 
 
 # --- odd sources ---------------------------------------------------------------------------------------------------------------

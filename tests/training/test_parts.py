@@ -163,7 +163,7 @@ def test_an_average_follows_the_weights_in_float32_however_long_the_run(profile:
     for update in range(begun + 1, begun + 2001):
         follow(average, model, profile, update)
     kept = math.prod(profile.decay(update) for update in range(begun + 1, begun + 2001))
-    moved = ((average.weight.double() - start) / (model.weight.double() - start)).mean()
+    moved = ((average.weight.detach().double() - start) / (model.weight.detach().double() - start)).mean()
     late = (
         0 if stride(profile, begun + 2000) == 1 else stride(profile, begun + 2000) / 2000
     )  # what the last stride has not seen yet
@@ -172,7 +172,7 @@ def test_an_average_follows_the_weights_in_float32_however_long_the_run(profile:
 
 def test_averages_of_short_runs_follow_every_update() -> None:
     assert {stride(PowerEMA(0.1), update) for update in range(1, 100_000, 997)} == {1}
-    assert {stride(FixedEMA(0.9999), update) for update in (1, 10, 100_000, 10_000_000)} <= {1, 2}
+    assert {stride(FixedEMA(0.9999), update) for update in (1, 10, 1000)} == {1}
 
 
 def test_decay_is_not_applied_to_tables_positions_registers_and_offsets() -> None:

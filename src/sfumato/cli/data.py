@@ -39,21 +39,28 @@ def _listing(source: str) -> Listing:
 def check(
     source: Source,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as conditioner.text.length=77.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
     from sfumato.observability.progress import ProgressBar
-    from sfumato.recipes.launch import parameters
+    from sfumato.recipes.captions import Cut, reader_of
+    from sfumato.recipes.launch import parameters, resolve, text_encoder
     from sfumato.recipes.presets import choose
 
     listing = _listing(source)
-    preset = choose(source, listing).run
-    plan = Plan(resolution=resolution or preset.data.resolution, parameters=parameters(preset))
+    preset = resolve(choose(source, listing).run, overrides or ())
+    captions = [text for entry in listing.entries for text in entry.captions]
+    reader = reader_of(preset, captions, text_encoder)
+    plan = Plan(
+        resolution=resolution or preset.data.resolution, parameters=parameters(preset), length=reader.length, cuts=reader.cuts
+    )
     with ProgressBar("checking") as bar:
         found = examine(
             listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")
         )
+    found.remarks += Cut.of(captions, reader).lines
     paths = write(found, out or Path("data-check") / _slug(source))
     figures = found.figures
     for line in found.ledger.lines() if found.ledger else ():

@@ -117,13 +117,13 @@ def _refuse_on_the_way(worse: int | None, trajectory: bool) -> None:
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Says which part of a long prompt was read."""
-    from sfumato.asking import Truncated
+    """Prints which part of a long prompt was read, and which words are unknown, as soon as the images are made."""
+    from sfumato.asking import PromptNote
 
-    with warnings.catch_warnings(record=True) as cut:
-        warnings.simplefilter("always", Truncated)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PromptNote)
         yield
-    for warning in cut:
+    for warning in said:
         typer.echo(f"note: {warning.message}", err=True)
 
 

@@ -47,11 +47,12 @@ class Joint(nn.Module):
 
         Args:
             context: what is known of each picture, by name; what is missing asks for nothing.
-            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below its `dropout`. None drops nothing.
+            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below its `dropout`, and what lies above it
+                decides how captions are varied. None drops and varies nothing.
         """
         conditions = []
         for number, part in enumerate(self._parts):
-            condition = part(context, batch_size)
+            condition = part(_told(part, context, draws, number), batch_size)
             if draws is not None:
                 dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
                 condition = condition.replaced_where(dropped, part.null(batch_size))
@@ -71,3 +72,8 @@ class Joint(nn.Module):
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
         return reduce(Condition.beside, (part.null(batch_size).folded(self.factor) for part in self._parts), NO_CONDITION)
+
+
+def _told(part: ConditionerModule, context: Mapping[str, Any], draws: Tensor | None, number: int) -> Mapping[str, Any]:
+    """What a part is told: of captions, training varies the spelling."""
+    return part.varied(context, draws[:, number]) if draws is not None and isinstance(part, WordsConditioner) else context

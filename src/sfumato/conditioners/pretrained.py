@@ -7,7 +7,7 @@ import importlib.metadata
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.words import MOST_WORDS, Words
 from sfumato.errors import ConfigError
 from sfumato.pretrained import from_transformers
 
@@ -47,6 +48,10 @@ class PretrainedTextConfig:
     length: int = 77
     size: int = 128
     dropout: float = 0.1
+
+    def words(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """The words of captions, the most frequent first, at most 50,000."""
+        return Words.fitted(captions, most=MOST_WORDS).vocabulary
 
     def build(self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> PretrainedTextConditioner:
         """The untrained projections of what the encoder reads."""
@@ -120,8 +125,18 @@ class TextEncoder:
 
     def read(self, text: str) -> str:
         """The part of a text that is not cut off."""
+        if not self.cuts(text):
+            return text
         found = self._tokenizer(text, truncation=True, max_length=self.length, return_offsets_mapping=True)
         return text[: max((end for _, end in found["offset_mapping"]), default=0)]
+
+    def seen(self, text: str) -> tuple[int, ...]:
+        """The tokens that are read of a text."""
+        return tuple(self._tokenizer(text, truncation=True, max_length=self.length)["input_ids"])
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it."""
+        return len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"]) > self.length
 
     @cached_property
     def _settings(self) -> Any:
@@ -169,6 +184,7 @@ class PretrainedTextConditioner(nn.Module):
     def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
         super().__init__()
         self.config, self.dropout = config, config.dropout
+        self.learns_letters = True
         self._encoder = (encoder,)  # in a tuple, so that it is no module's child
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.tokens = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
@@ -209,9 +225,26 @@ class PretrainedTextConditioner(nn.Module):
             token_mask=first.expand(batch_size, -1),
         )
 
+    @property
+    def length(self) -> int:
+        """Tokens that are read of a text."""
+        return self._encoder[0].length
+
     def read(self, text: str) -> str:
         """The part of a text that is not cut off."""
         return self._encoder[0].read(text)
+
+    def seen(self, text: str) -> tuple[int, ...]:
+        """The tokens that are read of a text: texts that the model cannot tell apart have the same."""
+        return self._encoder[0].seen(text)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it."""
+        return self._encoder[0].cuts(text)
+
+    def unknown(self, text: str) -> list[str]:
+        """None: the encoder knows more words than the captions contain."""
+        return []
 
 
 def unpacked(package: str, root: Path) -> Path:

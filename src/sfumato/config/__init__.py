@@ -5,9 +5,10 @@ ever built from a name that is not in one of their unions.
 """
 
 from sfumato.config.reader import differences, dump_yaml, load_yaml, load_yaml_file, merged, with_overrides
-from sfumato.config.schema import json_schema, parse, plain
+from sfumato.config.schema import as_before, json_schema, parse, plain, since
 
 __all__ = [
+    "as_before",
     "differences",
     "dump_yaml",
     "json_schema",
@@ -16,5 +17,6 @@ __all__ = [
     "merged",
     "parse",
     "plain",
+    "since",
     "with_overrides",
 ]

@@ -10,6 +10,7 @@ import difflib
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import field as dataclass_field
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,7 @@ from sfumato.errors import ConfigError
 
 T = TypeVar("T")
 TAG = "kind"
+_BEFORE = "before"
 
 
 def members(annotation: Any) -> list[type]:
@@ -64,6 +66,28 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
         raise ConfigError(
             "; ".join(lines), where=where, mend="`sfumato config show RECIPE` prints every key, `config schema` their types"
         ) from None
+
+
+def since(default: T, *, before: Any) -> T:
+    """A field that came later: its default for new runs, and what runs did that were made before it, for `as_before`."""
+    return dataclass_field(default=default, metadata={_BEFORE: before})
+
+
+def as_before(cls: type, data: Any) -> Any:
+    """The plain data of a run's own configuration, which were whole when written: a key that is absent means what the run did then."""
+    if not isinstance(data, dict):
+        return data
+    result = dict(data)
+    for entry, hint in config_fields(cls):
+        if entry.name in data:
+            chosen = data[entry.name]
+            name = chosen.get(TAG) if isinstance(chosen, dict) else None
+            options = members(hint)
+            option = next((option for option in options if option.__name__ == name or len(options) == 1), None)
+            result[entry.name] = chosen if option is None else as_before(option, chosen)
+        elif _BEFORE in entry.metadata:
+            result[entry.name] = plain(entry.metadata[_BEFORE], hint)
+    return result
 
 
 def json_schema(cls: type) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
-from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
+from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
@@ -25,6 +25,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
+from sfumato.recipes.captions import cut_captions
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
@@ -32,7 +33,7 @@ from sfumato.training import Trainer
 from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
 
-MOST_WORDS, REJECTS_SHOWN = 50_000, 5
+REJECTS_SHOWN = 5
 MARGIN_SAID = 0.1  # more work than the pixels need
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -60,7 +61,8 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
         return configuration.plain(source), source.name
     path = Path(source)
     if (path / "config.yaml").is_file():
-        return configuration.load_yaml_file(path / "config.yaml"), str(path / "config.yaml")
+        written = configuration.load_yaml_file(path / "config.yaml")
+        return configuration.as_before(Run, written), str(path / "config.yaml")
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
@@ -84,6 +86,7 @@ def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
+    said += cut_captions(dataset, model.conditioner)
     lines = [*_reasons(source, overrides), *said, *_predicted(run, model, dataset, facts)]
     return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
 
@@ -135,7 +138,7 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
     return Facts(
         channels=run.data.channels,
         categories=dataset.categories,
-        words=Words.fitted(captions, most=MOST_WORDS).vocabulary if run.conditioner.text is not None else (),
+        words=() if run.conditioner.text is None else run.conditioner.text.words(captions),
         attributes=attributes.names if attributes else (),
         means=means,
         deviations=deviations,
@@ -151,12 +154,12 @@ def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
     channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        conditioner = run.conditioner.build(facts, encoder=_encoder)
+        conditioner = run.conditioner.build(facts, encoder=text_encoder)
         network = run.network.build(image_channels=channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 
 
-def _encoder(config: PretrainedTextConfig) -> TextEncoder:
+def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
     """A pretrained text encoder whose embeddings are kept on disk."""
     encoder = TextEncoder(config, files.cache_folder() / "encoders")
     return replace(encoder, known=EmbeddingStore(encoder.identity))
@@ -219,6 +222,8 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     with directory.locked():
         directory.write_status("preparing", 0)
         facts, model = _built(settings, dataset, directory)
+        for line in cut_captions(dataset, model.conditioner):
+            console().print(line, markup=False)
         _describe(settings, dataset, directory)
         _trainer(settings, dataset, directory, facts, model).run()
     return directory.path

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from sfumato.autoencoders import KLConfig
-from sfumato.conditioners import CategoryConfig, ContextConfig, WordsConfig
+from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
 from sfumato.data.decoding import FORMATS, NUMPY, quiet
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.recipes.captions import CaptionSurvey
 from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
 from sfumato.recipes.run import Run
 from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
@@ -30,7 +31,6 @@ MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
 SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another in any case
 MOST_ATTENDED = 32  # side of a feature map, above which attention over its places takes most of a step
-MOST_CAPTIONED = 0.5  # share of pictures with captions, above which the model is steered by them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Survey:
     Attributes:
         count: pictures listed.
         categories: how many pictures each has; {} where there are none.
-        captioned: share of pictures with a caption.
+        captions: how many images have captions, and what these are good for.
         sides: median length of the shorter side in pixels; 0 if none could be read.
         gray: whether all pictures looked at are gray.
         deep: whether all have more than 8 bits.
@@ -48,7 +48,7 @@ class Survey:
 
     count: int
     categories: dict[str, int]
-    captioned: float
+    captions: CaptionSurvey
     side: int
     gray: bool
     deep: bool
@@ -63,7 +63,7 @@ class Survey:
         return cls(
             count=len(entries),
             categories=dict(Counter(entry.category for entry in entries if entry.category)),
-            captioned=sum(bool(entry.captions) for entry in entries) / max(1, len(entries)),
+            captions=CaptionSurvey.of(entries),
             side=int(statistics.median(look[0] for look in looks)) if looks else 0,
             gray=bool(looks) and all(look[1] in ("1", "L", "LA", "I;16", "I;16B", "I") for look in looks),
             deep=bool(looks) and all(look[1].startswith("I;16") for look in looks),
@@ -123,10 +123,7 @@ def choose(
     )
     if small:
         reasons.append("the set is small, so augmentation that does not leak (0.12) and dropout hold off memorizing")
-    if survey.captioned > MOST_CAPTIONED:
-        reasons.append(
-            f"{survey.captioned:.0%} of the pictures have captions: steered by text, which a small transformer learns to read"
-        )
+    reasons += survey.captions.reasons
     run = _run(place, source, survey, network, optimizer, resolution, space, channels, categories)
     layout = space.layout(channels, None)
     factor = shift(layout.channels * (resolution // layout.factor) ** 2)
@@ -233,12 +230,12 @@ def _run(
         autoencoder=space,
         network=network,
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.5 if factor == 1 else 1.0)),
-        conditioner=ContextConfig(category=categories, text=WordsConfig() if survey.captioned > MOST_CAPTIONED else None),
+        conditioner=ContextConfig(category=categories, text=survey.captions.text),
         optimizer=optimizer,
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=60),
-        sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captioned > MOST_CAPTIONED else 1.0),
+        sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captions.usable else 1.0),
     )  # fmt: skip
 
 

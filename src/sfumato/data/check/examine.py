@@ -30,10 +30,12 @@ EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the set would be used for: resolution and size of the model."""
+    """What the set would be used for: resolution and size of the model, tokens that it reads of a caption, and which captions it cuts."""
 
     resolution: int
     parameters: int = 0
+    length: int = text.CLIP_LIMIT
+    cuts: Callable[[str], bool] = text.exceeds_clip
 
 
 @dataclass(kw_only=True)
@@ -118,7 +120,7 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
         _single(result, places, found, plan)
         _copies(result, places, found)
         _diversity(result, places, found)
-    _captions(result)
+    _captions(result, plan)
     _categories(result, set(positions))
     _size(result, plan)
     return result
@@ -278,7 +280,7 @@ def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[
             result.issues["outlier"] = places[far[np.argsort(-away[far], kind="stable")[:200]]].tolist()
 
 
-def _captions(result: Examination) -> None:
+def _captions(result: Examination, plan: Plan) -> None:
     """Findings about texts; nothing is missing where nothing has one."""
     entries = result.entries
     captioned = [i for i, entry in enumerate(entries) if entry.captions]
@@ -293,7 +295,7 @@ def _captions(result: Examination) -> None:
     found = {
         "caption_missing": [i for i, entry in enumerate(entries) if not entry.captions],
         "caption_duplicate": [i for i in captioned if entries[i].captions[0] in shared],
-        "caption_truncated": having(lambda caption: text.tokens(caption) > text.CLIP_LIMIT),
+        "caption_truncated": having(plan.cuts),
         "caption_damaged": having(text.is_damaged),
         "caption_placeholder": having(text.is_placeholder),
     }
@@ -308,6 +310,7 @@ def _captions(result: Examination) -> None:
         "distinct": len(set(everyone)),
         "tokens_estimated": {f"p{q}": int(np.quantile(lengths, q / 100)) for q in (5, 50, 95, 100)},
         **over,
+        "tokens_read": plan.length,
         "words": len(common),
         "common_words": common.most_common(30),
         "openings": [[opening, round(share, 3)] for opening, share in openings],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sfumato.data.check.words import CLIP_LIMIT
-
 
 class Kind(NamedTuple):
     """What a finding means."""
@@ -100,8 +98,8 @@ KINDS = {
     ),
     "caption_truncated": Kind(
         "Caption too long",
-        f"CLIP reads {CLIP_LIMIT} tokens; the rest is not seen.",
-        "Put what matters first, or use an encoder with a longer limit.",
+        "The model does not read the rest.",
+        "Put what matters first, or raise conditioner.text.length.",
     ),
     "caption_damaged": Kind(
         "Caption with broken letters",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from sfumato import letters
+
 CLIP_LIMIT = 77
 COMPARED = 40  # words of a prompt that are looked at in pairs, or replaced by others: more than a person reads
 STOP_WORDS = frozenset(
@@ -20,6 +22,7 @@ STOP_WORDS = frozenset(
     ]
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
+_WORD_OF_KINDS = re.compile(r"w[wm]*(?:'w[wm]*)*|om*")  # the same, of `letters.kinds`
 _PIECE = re.compile(r"[^\W_]+|[^\w\s]", re.UNICODE)
 # UTF-8 read as Western European: an accented capital followed by what its second byte looks like; and the replacement character.
 _MOJIBAKE = re.compile("[ÂÃâÐÑ][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]|\ufffd")
@@ -39,10 +42,19 @@ def tokens(text: str) -> int:
     return count
 
 
+def exceeds_clip(text: str) -> bool:
+    """Whether it has more tokens than CLIP reads, about."""
+    return tokens(text) > CLIP_LIMIT
+
+
 def words(text: str) -> list[str]:
-    """The words of a text that carry meaning: lower case, plural endings removed."""
-    plain = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-    return [_stem(word) for word in _WORD.findall(plain) if word not in STOP_WORDS]
+    """The words of a text that carry meaning: lower case, plural endings removed; single letters in scripts without spaces."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).replace("’", "'")
+    if plain.isascii():
+        found = _WORD.findall(plain)
+    else:
+        found = [plain[first:last] for first, last in letters.spans(plain, _WORD_OF_KINDS)]
+    return [_stem(word) for word in found if word not in STOP_WORDS]
 
 
 def _stem(word: str) -> str:

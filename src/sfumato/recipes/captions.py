@@ -1,0 +1,155 @@
+"""The captions of a set: whether they steer a model, how many of their tokens it reads, and what is cut off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from sfumato.conditioners import Joint, PretrainedTextConfig, TextEncoder, Words, WordsConfig
+from sfumato.data import Dataset, Entry
+from sfumato.data.check.words import is_placeholder
+from sfumato.recipes.run import Run
+
+FEWEST = 8  # images with a caption: of fewer, the hold-out may take all
+LOOKED_AT = 20_000  # captions that decide on the length, spread evenly over the set
+SHORTEST, LONGEST, STEP = 16, 128, 8  # tokens
+ROOM = 7  # tokens for one word of eight letters that is spelled: a slip in a prompt, or a word that training spells
+
+
+class Reader(Protocol):
+    """A conditioner that reads `length` tokens of a text."""
+
+    @property
+    def length(self) -> int: ...
+
+    def seen(self, text: str) -> tuple[int, ...]: ...
+
+    def cuts(self, text: str) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSurvey:
+    """What the captions of a set are good for.
+
+    Attributes:
+        images, captioned: images in all, and those with a caption that says something.
+        different: different captions.
+        length: tokens that hold 95 % of the captions, with room for one spelled word; a multiple of 8 from 16 to 128.
+    """
+
+    images: int
+    captioned: int
+    different: int
+    length: int
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> CaptionSurvey:
+        """Look at all captions, and at the tokens of up to 20,000 spread over the set."""
+        usable = [texts for entry in entries if (texts := [text for text in entry.captions if not is_placeholder(text)])]
+        captions = [text for texts in usable for text in texts]
+        different = len(set(captions))
+        return cls(images=len(entries), captioned=len(usable), different=different, length=fitting_length(captions))
+
+    @property
+    def usable(self) -> bool:
+        """Whether a model is steered by them: at least 8 images or most of the set have one, and they differ."""
+        return self.different > 1 and (self.captioned >= FEWEST or 2 * self.captioned > self.images)
+
+    @property
+    def text(self) -> WordsConfig | None:
+        """How captions are read; None where they are not used."""
+        return WordsConfig(length=self.length) if self.usable else None
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is chosen, and why; nothing where there are no captions."""
+        if not self.captioned:
+            return []
+        share = f"{self.captioned / self.images:.0%} of the images ({self.captioned} of {self.images}) have captions"
+        if not self.usable:
+            why = (
+                "all of them are the same" if self.different == 1 else f"fewer than {FEWEST} are too few to learn to read from"
+            )
+            return [f"{share}: the text is not used, since {why}"]
+        others = "" if self.captioned == self.images else "; the others are trained without a caption"
+        return [f"{share}: steered by text, which a small transformer learns to read{others}"]
+
+
+def fitting_length(captions: Sequence[str]) -> int:
+    """Tokens that hold 95 % of the captions by the tokenizer of new runs; a multiple of 8 from 16 to 128."""
+    if not captions:
+        return SHORTEST
+    spread = captions[:: max(1, len(captions) // LOOKED_AT)]
+    config = WordsConfig()
+    words = Words(config.words(spread)[: config.vocabulary], config.splitting)
+    most = int(np.quantile([words.count(text) for text in spread], 0.95, method="higher"))
+    return min(LONGEST, max(SHORTEST, -(-(most + ROOM) // STEP) * STEP))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What a model does not read of captions.
+
+    Attributes:
+        different: captions, equal ones counted once.
+        cut: how many of them are longer than what is read.
+        confused: how many of them differ only in what is cut off, so that the model takes them for the same.
+    """
+
+    different: int
+    cut: int
+    confused: int
+    length: int
+
+    @classmethod
+    def of(cls, captions: Iterable[str], reader: Reader) -> Cut:
+        """Read every caption; those that differ in capitals or spaces are the same."""
+        different = {" ".join(text.casefold().split()) for text in captions}
+        long = {text for text in different if reader.cuts(text)}
+        alike = Counter(reader.seen(text) for text in long)
+        if long:
+            alike.update(
+                seen for text in different - long if (seen := reader.seen(text)) in alike
+            )  # what ends where others go on
+        confused = sum(count for count in alike.values() if count > 1)
+        return cls(different=len(different), cut=len(long), confused=confused, length=reader.length)
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person should know before training."""
+        if not self.different:
+            return []
+        if not self.cut:
+            return [f"captions: none of {self.different} different ones is cut; the model reads {self.length} tokens"]
+        found = [
+            f"captions: {self.cut} of {self.different} different ones are cut, since the model reads {self.length} tokens "
+            "(conditioner.text.length)"
+        ]
+        if self.confused:
+            found.append(
+                f"warning: {self.confused} captions differ only in what is cut off, so the model cannot tell them apart; "
+                "raise conditioner.text.length"
+            )
+        return found
+
+
+def cut_captions(dataset: Dataset, conditioner: Joint) -> list[str]:
+    """What a run's model does not read of the captions that it learns from; nothing where it reads none."""
+    parts = dict(conditioner.parts.items())
+    if "text" not in parts:
+        return []
+    part: Any = parts["text"]
+    captions = (text for position in dataset.training for text in dataset.entries[position].captions)
+    return Cut.of(captions, part).lines
+
+
+def reader_of(run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> Reader:
+    """What would read the captions in a run on them; its length is chosen where the run reads no text."""
+    config = run.conditioner.text or WordsConfig(length=fitting_length(captions))
+    with torch.device("meta"):  # it only counts
+        return config.build(config.words(captions), encoder)
