@@ -30,7 +30,7 @@ def test_every_command_is_documented() -> None:
     text = "".join(page.read_text() for page in PAGES)
     missing = [name for name in get_command(app).commands if f"sfumato {name}" not in text]
     assert missing == []
-    for verb in ("train", "resume", "sample", "evaluate", "explain"):
+    for verb in ("train", "resume", "sample", "compare", "evaluate", "explain"):
         for option in get_command(app).commands[verb].params:
             if option.opts[0].startswith("--"):
                 assert option.opts[0] in text, (verb, option.opts)
