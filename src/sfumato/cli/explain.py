@@ -139,9 +139,11 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     texts = list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS] if "text" in pipeline.reads else []
     if categories is None and not texts:
         return None
-    asked = {"category": categories, "prompt": None} if categories else {"category": None, "prompt": texts}
+    prompt = None if categories else texts
     num, steps = len(categories or texts), min(GUIDED_STEPS, pipeline.sampling.steps)
-    rows = [pipeline.sample(num, seed=seed, guidance=scale, steps=steps, **asked) for scale in SCALES]
+    rows = [
+        pipeline.sample(num, seed=seed, guidance=scale, steps=steps, category=categories, prompt=prompt) for scale in SCALES
+    ]
     labels = [text if len(text) <= 40 else f"{text[:37]}..." for text in categories or texts]
     return grid_image(torch.cat(rows), columns=num, labels=labels, row_labels=[f"guidance {scale:g}" for scale in SCALES])
 
