@@ -18,6 +18,7 @@ from sfumato.diffusion import (
     Angle,
     AutoGuidance,
     ClassifierFree,
+    Clip,
     Denoiser,
     Flow,
     InputScaleConfig,
@@ -63,6 +64,7 @@ class SamplingConfig:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is off.
         interval: log-SNR from where to where guidance acts; outside, the condition alone does.
+        clip: whether each guess of x0 is clamped to [-1, 1], as DDPM does; for models that work in pixels.
     """
 
     sampler: SamplerConfig = DPMSolverPP2M()
@@ -70,6 +72,7 @@ class SamplingConfig:
     steps: int = 25
     guidance: float = 1.0
     interval: tuple[float, float] = (-math.inf, math.inf)
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not math.isfinite(self.guidance) or not self.interval[0] < self.interval[1]:
@@ -209,7 +212,7 @@ class Pipeline:
                 if part.known is not None:
                     cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
                     denoiser = Known(denoiser=denoiser, picture=start, known=cells)
-            x = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
+            x = sample(solver, self._clipped(denoiser), x, levels, condition=condition, noise=noise, on_step=on_step)
             made = self.decode(x)
             if part.known is not None:
                 made = self.autoencoder.restored(made, part.start, part.known)
@@ -262,7 +265,7 @@ class Pipeline:
             )
             denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
             condition = ends[0].between(ends[1], shares)
-            pictures = sample(self._solver(sampler), denoiser, x, levels, condition=condition, noise=noise)
+            pictures = sample(self._solver(sampler), self._clipped(denoiser), x, levels, condition=condition, noise=noise)
         return to_unit(self.decode(pictures)).cpu()
 
     def _blank(self, num: int) -> Tensor:
@@ -310,6 +313,9 @@ class Pipeline:
                 less = {known: part.context[known] for known in before if known in part.context}
                 rungs.append(Rung(self.model.conditioner(less if "text" in before else instead | less, count), scales[name]))
         return tuple(rungs)
+
+    def _clipped(self, denoiser: Denoiser) -> Denoiser:
+        return Clip(denoiser=denoiser) if self.sampling.clip else denoiser
 
     def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
         plain = self.model.denoiser(self.compute_dtype)

@@ -16,7 +16,7 @@ from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
 from sfumato.recipes import Run, launch, recipe, resolve
 
-VERBS = ["train", "resume", "sample", "evaluate", "explain", "recipes", "doctor", "config", "data"]
+VERBS = ["train", "resume", "sample", "compare", "evaluate", "explain", "recipes", "doctor", "config", "data"]
 
 
 def in_new_python(code: str) -> str:

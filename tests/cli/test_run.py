@@ -196,9 +196,23 @@ def test_what_the_model_does_not_know_is_said(run: Path, option: list[str], said
 def test_explaining_a_run_uses_its_model(run: Path, tmp_path: Path) -> None:
     result = sfumato("explain", run)
     assert result.code == 0
-    assert [Path(line).name for line in result.out.splitlines()][-2:] == ["way_back.png", "README.md"]
+    assert [Path(line).name for line in result.out.splitlines()][-3:] == ["way_back.png", "guidance.png", "README.md"]
     assert "by the trained model" in (run / "explained" / "README.md").read_text()
     assert sfumato("explain", run, "--out", tmp_path / "here").out.startswith(f"{tmp_path}/here/schedule.png\n")
+
+
+def test_explaining_a_steered_run_draws_rising_guidance(run: Path, tmp_path: Path) -> None:
+    figure = next(Path(line) for line in sfumato("explain", run, "--out", tmp_path).out.split() if "guidance.png" in line)
+    scales = 5
+    assert Image.open(figure).size == (16 + 7 * len("guidance 1.5") + 10 * TILE, GAP + 20 + scales * TILE)
+    assert "at guidance 1, 1.5, 2, 3, 5, 20 steps" in (tmp_path / "README.md").read_text()
+
+
+def test_samplers_of_a_run_are_compared(run: Path) -> None:
+    result = sfumato("compare", run, "--sampler", "ddpm:3", "--sampler", "ddim:2")
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == f"{run}/compared/seed-0.png"
+    assert settings(run / "compared" / "seed-0.png")["rows"][1] == {"sampler": "ddim", "steps": 2, "guidance": 1.3}
 
 
 def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:

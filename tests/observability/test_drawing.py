@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.cli.explain import PICTURES, _with_contrast
 from sfumato.observability.pictures import GAP, PAPER, SMALLEST_TILE, grid_image, picture, save_png, to_uint8
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
@@ -146,3 +147,13 @@ def test_points_that_are_not_finite_are_gaps() -> None:
 @pytest.mark.parametrize("ys", [[], [math.nan], [1.0], [2.0, 2.0], [0.0, 1e-13], [-math.inf, math.inf]])
 def test_no_data_is_too_odd_for_a_plot(ys: list[float]) -> None:
     assert line_plot("t", "x", [Line("a", list(range(len(ys))), ys)]).size == (640, 380)
+
+
+@pytest.mark.parametrize("blank", [0, 5, 8])
+def test_what_is_drawn_on_its_way_into_noise_is_not_blank(blank: int) -> None:
+    """The first few images of a set may be black: slices beyond the body, sprites that are empty."""
+    images = torch.cat([-torch.ones(blank, 1, 4, 4), torch.randn(9 - blank, 1, 4, 4)])
+    chosen = _with_contrast(images)
+    assert len(chosen) == PICTURES
+    shown = 9 - blank
+    assert torch.equal(chosen[:shown], images[blank : blank + PICTURES])

@@ -9,12 +9,19 @@ import typer
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from sfumato.data import Dataset
+    from sfumato.pipeline import Pipeline
     from sfumato.recipes import Run
     from sfumato.sampling import Progress
 
 COLUMNS, PICTURES = 10, 3
+SCALES, GUIDED_STEPS = (1.0, 1.5, 2.0, 3.0, 5.0), 50
+LOOKED_AT, FLAT = (
+    100,
+    0.1,
+)  # images among which those to draw are found; contrast, in that of the strongest, below which one looks blank
 TEXT = """# How {name} makes pictures
 
 1. **Into noise** (`noising.png`). A picture x0 and noise eps are mixed, x = alpha x0 + sigma eps. `schedule.png` shows alpha,
@@ -23,6 +30,13 @@ TEXT = """# How {name} makes pictures
    the mean squared error. The density of log-SNR that training sees is in `density.png`.
 3. **Back** (`way_back.png`, by {denoiser}). Each step guesses *all* of the noise, subtracts it (the guess of the clean
    picture is under each noisy one), and adds most of it back. {steps} steps of {sampler}.
+
+All images share one scale: -1 is black and 1 is white. Only where a schedule amplifies x (alpha^2 + sigma^2 > 1) is the noisy
+image divided by sqrt(alpha^2 + sigma^2).
+"""
+GUIDED = """
+4. **Guidance** (`guidance.png`): the same noise and the same conditions at guidance {scales}, {steps} steps. Guidance follows
+   the condition more closely and gives up variety; too much of it saturates.
 """
 
 
@@ -32,29 +46,34 @@ def explain(
         Path | None, typer.Option(help="Folder for the pictures; by default RUN/explained or explained/NAME.")
     ] = None,
 ) -> None:
-    """Draw how diffusion works here: the schedule, a picture on its way into noise, and the way back."""
+    """Draw how diffusion works here: the schedule, a picture on its way into noise, the way back, and what guidance does."""
     from sfumato.observability.pictures import save_png
-    from sfumato.recipes import resolve
+    from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
 
     settings = resolve(source)
     trained = (Path(source) / "checkpoints").is_dir()
     folder = out or (Path(source) / "explained" if trained else Path("explained") / settings.name)
     dataset = open_data(settings)
-    way_back, denoiser = _way_back(source if trained else None, settings, dataset)
+    pipeline = load(source) if trained else None
+    way_back, denoiser = _way_back(pipeline, settings, dataset)
     paths = [
         *_curves(settings, folder),
         save_png(_noising(settings, dataset), folder / "noising.png"),
         save_png(way_back, folder / "way_back.png"),
-        folder / "README.md",
     ]
-    paths[-1].write_text(
+    strip = _guidance_strip(pipeline, dataset, settings.seed) if pipeline is not None else None
+    if strip is not None:
+        paths.append(save_png(strip, folder / "guidance.png"))
+    guided = GUIDED.format(scales=", ".join(f"{scale:g}" for scale in SCALES), steps=min(GUIDED_STEPS, settings.sampling.steps))
+    readme = folder / "README.md"
+    readme.write_text(
         TEXT.format(
             name=settings.name, target=type(settings.denoiser.parameterization).__name__.lower(), denoiser=denoiser,
             steps=settings.sampling.steps, sampler=type(settings.sampling.sampler).__name__,
-        )
+        ) + (guided if strip is not None else "")
     )  # fmt: skip
-    for path in paths:
+    for path in [*paths, readme]:
         typer.echo(path)
 
 
@@ -92,7 +111,7 @@ def _noising(settings: Run, dataset: Dataset):
     from sfumato.observability.pictures import grid_image
     from sfumato.pipeline import to_unit
 
-    x0 = to_float(dataset.images(dataset.usual(dataset.training)[:PICTURES])[0])
+    x0 = _with_contrast(to_float(dataset.images(dataset.usual(dataset.training)[:LOOKED_AT])[0]))
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
@@ -100,19 +119,46 @@ def _noising(settings: Run, dataset: Dataset):
     return grid_image(tiles, columns=COLUMNS, labels=[f"t {t:.2f}" for t in times.tolist()])
 
 
-def _way_back(run: str | None, settings: Run, dataset: Dataset) -> tuple[Image.Image, str]:
+def _with_contrast(images: Tensor) -> Tensor:
+    """The first few images that are not blank; the strongest few where fewer are."""
+    contrast = images.flatten(1).std(1)
+    chosen = (contrast >= FLAT * contrast.max()).nonzero().flatten()
+    if len(chosen) < PICTURES:
+        chosen = contrast.argsort(descending=True, stable=True)
+    return images[chosen[:PICTURES]]
+
+
+def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Image | None:
+    """The same noise at rising guidance; None for a model that neither categories nor text steer."""
+    import torch
+
+    from sfumato.observability.pictures import grid_image
+
+    categories = list(pipeline.categories[:COLUMNS]) or None
+    captions = [dataset.entries[i].captions for i in dataset.usual(dataset.training)]
+    texts = list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS] if "text" in pipeline.reads else []
+    if categories is None and not texts:
+        return None
+    prompt = None if categories else texts
+    num, steps = len(categories or texts), min(GUIDED_STEPS, pipeline.sampling.steps)
+    rows = [
+        pipeline.sample(num, seed=seed, guidance=scale, steps=steps, category=categories, prompt=prompt) for scale in SCALES
+    ]
+    labels = [text if len(text) <= 40 else f"{text[:37]}..." for text in categories or texts]
+    return grid_image(torch.cat(rows), columns=num, labels=labels, row_labels=[f"guidance {scale:g}" for scale in SCALES])
+
+
+def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tuple[Image.Image, str]:
     """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training pictures."""
     import torch
 
     from sfumato.cli.drawing import trajectory_image
     from sfumato.data import to_float
     from sfumato.diffusion import EmpiricalDenoiser
-    from sfumato.recipes import load
     from sfumato.sampling import KeyedNoise, grid, sample
 
     recorded: list[Progress] = []
-    if run is not None:
-        pipeline = load(run)
+    if pipeline is not None:
         pipeline.sample(PICTURES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
         return trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS, decode=pipeline.decode), "the trained model"
     ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
+from sfumato.cli.compare import compare
 from sfumato.cli.config import config_app, recipes
 from sfumato.cli.data import data_app
 from sfumato.cli.doctor import doctor
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (train, resume, sample, evaluate, ema, explain, recipes, doctor):
+for verb in (train, resume, sample, compare, evaluate, ema, explain, recipes, doctor):
     app.command()(verb)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")

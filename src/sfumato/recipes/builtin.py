@@ -19,13 +19,23 @@ from sfumato.conditioners import (
     WordsConfig,
 )
 from sfumato.data import DataConfig, Digits, Emoji, Solids
-from sfumato.diffusion import UnitVariance
+from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
 from sfumato.errors import ConfigError
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import OwnAutoencoder
 from sfumato.recipes.run import Run
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, MuonConfig, PowerEMA, PreviewConfig, ValidationConfig
+from sfumato.sampling import DDIM
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    CheckpointConfig,
+    FixedEMA,
+    MuonConfig,
+    PowerEMA,
+    PreviewConfig,
+    ValidationConfig,
+)
 
 
 def digits() -> Run:
@@ -43,6 +53,29 @@ def digits() -> Run:
         preview=PreviewConfig(every_steps=200, num=40),
         checkpoint=CheckpointConfig(every_steps=400),
         sampling=SamplingConfig(guidance=1.3, steps=20),
+    )
+
+
+def ddpm() -> Run:
+    """The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction, clipped: three minutes on two cores.
+
+    In a YAML file `recipe: ddpm` trains any other data the same way; set data.source, data.resolution and data.channels.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239). Times are continuous here, so training also sees levels between two of the 1,000.
+    """
+    betas = LinearBetas(beta_start=1e-4, beta_end=0.02, steps=1000)
+    return Run(
+        name="ddpm",
+        data=digits().data,
+        network=digits().network,
+        denoiser=DenoiserConfig(parameterization=Epsilon(), input_scale=UnitVariance(1.0)),  # 1: x enters the network as it is
+        objective=Objective(schedule=betas, weighting=UniformEpsilon()),
+        optimizer=AdamWConfig(learning_rate=1e-3),
+        ema=FixedEMA(0.9999),
+        batch_size=64,
+        budget=Budget(minutes=3),
+        preview=PreviewConfig(every_steps=2000),  # each takes 1,000 steps
+        sampling=SamplingConfig(sampler=DDIM(eta=1.0), schedule=betas, steps=1000, clip=True),
     )
 
 
@@ -132,6 +165,7 @@ def solids_points() -> Run:
 
 RECIPES: dict[str, Callable[[], Run]] = {
     "digits": digits,
+    "ddpm": ddpm,
     "emoji": emoji,
     "emoji-text": emoji_text,
     "emoji-doodle": emoji_doodle,
