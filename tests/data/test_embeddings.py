@@ -104,9 +104,10 @@ def test_two_that_write_at_once_lose_nothing() -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "RECENT", 10)
     monkeypatch.setattr(embeddings, "COMMIT_EVERY", 5)
     texts = [f"text {i}" for i in range(60)]
+    each = filled(texts[:1])[texts[0]]
+    monkeypatch.setattr(embeddings, "RECENT_BYTES", 10 * (each.vector.nbytes + each.tokens.nbytes))
     store = filled(texts)
     assert holds(store, texts)
     assert len(store) <= 15
