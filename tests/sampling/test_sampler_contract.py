@@ -139,7 +139,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(
-    ("gamma", "most"), [(0.05, 0.03), (math.sqrt(2) - 1, 0.08)]
+    ("gamma", "most"), [(0.05, 0.03), (math.sqrt(2) - 1, 0.1)]
 )  # the larger, the more a first-order step errs
 @pytest.mark.parametrize("name", PLAIN)
 def test_churn_around_every_plain_sampler_keeps_the_moments_of_the_data(name: str, gamma: float, most: float) -> None:
