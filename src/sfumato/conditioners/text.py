@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.words import BYTES, FIRST_WORD, PAD, Words
+from sfumato.config.bounds import CountOrZero, FractionBelowOne, Size
 from sfumato.errors import ConfigError
 
 
@@ -26,12 +27,12 @@ class WordsConfig:
         dropout: share of training samples whose caption is hidden, which is what guidance extrapolates from.
     """
 
-    size: int = 128
-    layers: int = 2
-    heads: int = 4
-    length: int = 24
-    vocabulary: int = 20_000
-    dropout: float = 0.1
+    size: Size = 128
+    layers: Size = 2
+    heads: Size = 4
+    length: Size = 24
+    vocabulary: CountOrZero = 20_000
+    dropout: FractionBelowOne = 0.1
 
     def __post_init__(self) -> None:
         if min(self.size, self.layers, self.heads, self.length - 1) < 1 or self.size % self.heads or self.vocabulary < 0:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.config.bounds import InnerFraction, NonNegative, Size, SizeOrZero
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
@@ -42,17 +43,17 @@ class DataConfig:
     """
 
     source: SourceConfig = Digits()
-    resolution: int = 32
+    resolution: Size = 32
     buckets: BucketConfig | None = None
-    channels: int = 3
+    channels: Size = 3
     bits: Literal[8, 16] = 8
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[SizeOrZero, SizeOrZero, SizeOrZero] = (255, 255, 255)
     augment: AugmentConfig = AugmentConfig()
-    holdout: float = 0.1
+    holdout: InnerFraction = 0.1
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
-    memory_gib: float = 4.0
-    workers: int = 0
+    memory_gib: NonNegative = 4.0
+    workers: SizeOrZero = 0
 
     def __post_init__(self) -> None:
         colour = all(0 <= level <= 255 for level in self.background)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
+from sfumato.config.bounds import Positive
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Parameterization
 
@@ -31,7 +32,7 @@ class Network(Protocol):
 class UnitVariance:
     """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1."""
 
-    sigma_data: float = 1.0
+    sigma_data: Positive = 1.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return torch.hypot(level.alpha * self.sigma_data, level.sigma).reciprocal()
@@ -57,7 +58,7 @@ class Angle:
 class LogSNR:
     """The level as -log-SNR/8, which is EDM's log(sigma)/4 where alpha = 1 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
 
-    limit: float = 40.0
+    limit: Positive = 40.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return level.logsnr().clamp(-self.limit, self.limit) / -8

@@ -19,6 +19,7 @@ from sfumato import config as configuration
 from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, Latents, Pixels, Statistics, measure
 from sfumato.autoencoders import files as autoencoder_files
 from sfumato.autoencoders.adversary import PatchDiscriminator
+from sfumato.config.bounds import Count
 from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
@@ -98,8 +99,8 @@ class OwnAutoencoder(TrainingConfig):
     network: KLConfig = KLConfig()
     losses: LossesConfig = LossesConfig()
     features: str = "auto"
-    variants: int = 8
-    batch_size: int = 16
+    variants: Count = 8
+    batch_size: Count = 16
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
@@ -225,7 +226,7 @@ class PretrainedAutoencoder:
     path: str
     decoder: str | None = None
     statistics: Literal["measured", "own"] = "measured"
-    variants: int = 8
+    variants: Count = 8
 
     def __post_init__(self) -> None:
         _require_variants(self.variants)

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Bounded, Limit, NonNegative, Positive
 from sfumato.diffusion.level import NoiseLevel, broadcast
 from sfumato.diffusion.parameterizations import Epsilon
 from sfumato.sampling.ddim import DDIM
@@ -21,7 +22,7 @@ PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(Bounded):
     """Raise sigma by the factor 1 + gamma with fresh noise, then step from there: `Churn(RungeKutta("heun", parameterization=Epsilon()))`
     is EDM's stochastic sampler.
 
@@ -35,10 +36,10 @@ class Churn:
 
     sampler: PlainSamplerConfig = RungeKutta("heun", parameterization=Epsilon())
     _: KW_ONLY
-    gamma: float = math.sqrt(2) - 1
-    low: float = 0.0
-    high: float = math.inf
-    inflation: float = 1.0
+    gamma: NonNegative = math.sqrt(2) - 1
+    low: Limit = 0.0
+    high: Limit = math.inf
+    inflation: Positive = 1.0
 
     @property
     def order(self) -> int:
