@@ -180,7 +180,7 @@ def test_pictures_without_a_category_are_left_out(
 def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
     assert len(few.holdout) == 1
-    with pytest.raises(DataError, match="1 picture is held out, too few"):
+    with pytest.raises(DataError, match="1 image is held out and has a category, of 1797"):
         evaluate(Fake(few, noisy(0.1)), few)
 
 

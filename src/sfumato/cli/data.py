@@ -43,18 +43,20 @@ def check(
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.observability.places import require_writable
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.launch import parameters
     from sfumato.recipes.presets import choose
 
     listing = _listing(source)
+    folder = require_writable(out or Path("data-check") / _slug(source))
     preset = choose(source, listing).run
     plan = Plan(resolution=resolution or preset.data.resolution, parameters=parameters(preset))
     with ProgressBar("checking") as bar:
         found = examine(
             listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")
         )
-    paths = write(found, out or Path("data-check") / _slug(source))
+    paths = write(found, folder)
     figures = found.figures
     _say(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
     for kind, names in found.files().items():
@@ -75,12 +77,14 @@ def coverage(
     """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
     from sfumato.data.check.words import Vocabulary
     from sfumato.errors import DataError
+    from sfumato.observability.places import require_writable
 
     listed = _listing(source).entries
     entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
         raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
+    folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
@@ -89,7 +93,7 @@ def coverage(
             _say(f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})")
         sheet = _sheet([entries[place] for place, _ in found.nearest])
         if sheet is not None:
-            path = (out or Path("data-check") / _slug(source)) / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
+            path = folder / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             _say(path)

@@ -45,7 +45,8 @@ def require_bounds(thing: Any, path: str = "") -> None:
     Args:
         path: of `thing` in the configuration; "" for its root.
     """
-    for name, check in _checks(type(thing)):
+    cls: Any = type(thing)
+    for name, check in _checks(cls):
         value = getattr(thing, name)
         if is_dataclass(value):
             require_bounds(value, f"{path}.{name}" if path else name)
@@ -55,7 +56,7 @@ def require_bounds(thing: Any, path: str = "") -> None:
             except ValidationError as error:
                 raise ConfigError(
                     f"`{name}` = {value!r}: {error.errors()[0]['msg'].lower()}",
-                    where=path or type(thing).__name__,
+                    where=path or cls.__name__,
                     mend="`sfumato config schema` prints the bounds of every number",
                 ) from None
 

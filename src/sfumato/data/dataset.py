@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.config.bounds import InnerFraction, NonNegative, Size, SizeOrZero
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
+from sfumato.data.changes import recorded
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.entry import Entry, Reject
 from sfumato.data.layers import Layers
@@ -254,6 +255,7 @@ class Dataset:
             "crop_loss": round(self.crop_loss, 4),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],
             "notes": {**self.notes, **{kind: names for kind, names in found.items() if names}},
+            **recorded(self),
             "holdout_files": [self.entries[i].name for i in self.holdout],
         }
 

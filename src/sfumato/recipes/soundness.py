@@ -4,8 +4,8 @@ guidance leads away from ever trained?"""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_
     reason = _obstacle(denoiser, sampling)
     if reason is None:
         return
-    ways = [way for way, *other in _others(denoiser, sampling, trained_on) if _obstacle(*other) is None]
+    others = _others(denoiser, sampling, trained_on)
+    ways = [way for way, predicted, sampled in others if _obstacle(predicted, sampled) is None]
     raise ConfigError(
         f"{_name(sampling.sampler)} cannot sample along {_name(sampling.schedule)} with a network that predicts "
         f"{_name(denoiser.parameterization)}: {reason}",
@@ -52,11 +53,9 @@ def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_
     )
 
 
-def _name(part: object) -> str:
+def _name(part: Any) -> str:
     """Of a part of a configuration, with those inside it."""
-    inner = [
-        _name(getattr(part, field.name)) for field in fields(part) if hasattr(getattr(part, field.name), "__dataclass_fields__")
-    ]  # type: ignore[arg-type]
+    inner = [_name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))]
     return type(part).__name__ + (f"({', '.join(inner)})" if inner else "")
 
 
@@ -112,10 +111,13 @@ def require_finite_loss(run: Run) -> None:
     lost = ~(weight.isfinite() & told.isfinite())
     if bool(lost.any()):
         first = int(torch.nonzero(lost)[0])
+        schedule, weighting, predicted = map(
+            _name, (run.objective.schedule, run.objective.weighting, run.denoiser.parameterization)
+        )
         raise ConfigError(
-            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of {_name(run.objective.schedule)}, such as "
-            f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: {_name(run.objective.weighting)} divided by "
-            f"how much of the noise {_name(run.denoiser.parameterization)} tells there",
+            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of {schedule}, such as "
+            f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: {weighting} with a network that "
+            f"predicts {predicted}",
             where="objective.schedule",
             mend="use levels further from the ends, such as {kind: Warped, schedule: ..., warp: {kind: Span, low: 0.01, high: 0.99}}, "
             "or denoiser.parameterization=Flow",
