@@ -16,6 +16,7 @@ from sfumato.cli.mishaps import REASONS, in_words
 from sfumato.errors import RunError
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.places import require_writable
+from sfumato.pipeline import SamplingConfig
 from sfumato.recipes import train
 from sfumato.training import Budget, run_directory
 from sfumato.training.run_directory import RunDirectory
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    settings = tiny_run(folder, budget=Budget(steps=1))
+    settings = tiny_run(folder, budget=Budget(steps=1), sampling=SamplingConfig(steps=2))
     return train(replace(settings, data=replace(settings.data, holdout=0.4)), run=path)
 
 

@@ -25,17 +25,19 @@ def recorded(dataset: Dataset) -> dict[str, Any]:
     """What data.json keeps for `changes`: a hash of each part of the contents, and of each image and what is said of it."""
     entries = dataset.entries
     labels = dataset.labels.tolist()
+    names = [dataset.categories[label] if label >= 0 else "" for label in labels]
     parts = {
         "images": _hash(sorted(dataset.ids)),
-        "captions": _hash([entry.captions for entry in entries]),
-        "attributes": _hash([entry.attributes for entry in entries]),
-        "categories": _hash([(dataset.categories[label] if label >= 0 else None) for label in labels]),
-        "split": _hash(dataset.training.tolist()),
+        "captions": _hash(sorted(zip(dataset.ids, (entry.captions for entry in entries), strict=True))),
+        "attributes": _hash(sorted(zip(dataset.ids, (repr(entry.attributes) for entry in entries), strict=True))),
+        "categories": _hash(sorted(zip(dataset.ids, names, strict=True))),
+        "split": _hash(sorted(dataset.ids[position] for position in dataset.training)),
+        "order": _hash(dataset.ids),
         "format": repr(dataset.config.pixel_format()),
     }
     if len(entries) > LISTED:
         return {"parts": parts}
-    told = (_hash((e.captions, e.attributes, label)) for e, label in zip(entries, labels, strict=True))
+    told = (_hash((e.captions, e.attributes, name)) for e, name in zip(entries, names, strict=True))
     return {"parts": parts, "files": {e.name: [i[:WIDTH], t] for e, i, t in zip(entries, dataset.ids, told, strict=True)}}
 
 
@@ -58,7 +60,7 @@ def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
         elif part in WORDS and same_images:  # of other images, these differ anyhow
             edited = [name for name in old if name in new and old[name][0] == new[name][0] and old[name][1] != new[name][1]]
             found.append(f"{WORDS[part]}{_of(edited) if edited and part != 'split' else ''}")
-    return found
+    return found or (["the order of the images differs"] if "order" in differing else [])
 
 
 def _of_files(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> Iterator[str]:
