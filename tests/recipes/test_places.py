@@ -12,6 +12,7 @@ from sfumato.errors import CheckpointError, DataError
 from sfumato.pipeline import SamplingConfig
 from sfumato.recipes import resolve, resume, train
 from sfumato.recipes.launch import open_data
+from sfumato.recipes.places import from_run, with_whole_paths
 from sfumato.training import Budget
 from tests.cli.program import sfumato
 from tests.training.tiny import pictures, tiny_run
@@ -78,6 +79,20 @@ def test_a_relative_path_of_an_older_run_is_looked_for_around_it(
     assert path_of(run) == str(project / "pics")
     monkeypatch.chdir(project)  # as it was always read
     assert path_of(run) == "pics"
+
+
+def test_paths_of_encoders_are_kept_whole_too_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("encoder", "auto"):
+        Path(name).mkdir()
+    settings = [
+        "conditioner.text={kind: PretrainedTextConfig, encoder: encoder}",
+        "autoencoder={kind: OwnAutoencoder, features: auto}",
+    ]
+    run = with_whole_paths(resolve("digits", settings))
+    assert run.conditioner.text.encoder == str(tmp_path / "encoder")
+    assert run.autoencoder.features == "auto"
+    assert from_run(run, tmp_path / "runs" / "x") == {"conditioner.text.encoder": "../../encoder"}
 
 
 def test_what_is_no_path_here_is_left_as_it_is() -> None:

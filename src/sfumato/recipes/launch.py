@@ -24,7 +24,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.places import FROM_RUN, found_again, from_run, require_there, settled
+from sfumato.recipes.places import FROM_RUN, found_again, from_run, require_there, with_whole_paths
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
@@ -186,7 +186,7 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings = settled(resolve(source, overrides))
+    settings = with_whole_paths(resolve(source, overrides))
     if run is None:
         RunDirectory.require_free(_free(Path("runs") / settings.name))
     dataset = open_data(settings)
@@ -224,8 +224,8 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
     """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's description is touched."""
-    before = settled(resolve(directory.path))
-    settings = settled(resolve(directory.path, overrides))
+    before = with_whole_paths(resolve(directory.path))
+    settings = with_whole_paths(resolve(directory.path, overrides))
     screen = console()
     for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
         screen.print(f"changed on resume: {line}", markup=False)
