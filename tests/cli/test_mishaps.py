@@ -13,7 +13,8 @@ import torch
 
 from sfumato.cli.main import app
 from sfumato.cli.mishaps import REASONS, in_words
-from sfumato.errors import RunError
+from sfumato.data.files import remote_limit_bytes
+from sfumato.errors import DataError, RunError
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.places import require_writable
 from sfumato.pipeline import SamplingConfig
@@ -143,6 +144,20 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
     result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
     assert result.code == 2
     assert "choose another place with --" in result.err
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused_by_the_command_that_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", "/proc/sfumato-was-here")
+    result = sfumato("data", "cache", "digits")
+    assert result.code == 2
+    assert "choose another place with SFUMATO_CACHE" in result.err
+
+
+@pytest.mark.parametrize("said", ["many", "inf", "nan"])
+def test_a_limit_in_the_environment_that_is_not_a_number_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_REMOTE_GIB", said)
+    with pytest.raises(DataError, match=r"^SFUMATO_REMOTE_GIB: "):
+        remote_limit_bytes()
 
 
 def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,12 @@ def cache(
 ) -> None:
     """Decode a run's pictures into the cache ahead of training."""
     from sfumato.data.files import cache_folder
+    from sfumato.observability.places import require_writable
     from sfumato.recipes import resolve
     from sfumato.recipes.launch import open_data
 
+    require_writable(
+        cache_folder(), option="SFUMATO_CACHE"
+    )  # training goes on without a cache; this command is for nothing else
     dataset = open_data(resolve(source, overrides or ()))
     _say(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")

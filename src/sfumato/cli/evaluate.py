@@ -49,13 +49,13 @@ def evaluate(
     from sfumato.training.run_directory import RunDirectory
 
     target = out or run / "evaluation" / "evaluation.json"
-    settings = resolve(run)
+    directory = RunDirectory.existing(run)
     require_writable(target.parent, target)
     pipeline = load(run, precision=precision)
     if compile:
         pipeline.compile()
-    dataset = open_data(settings)
-    changed = changes(RunDirectory.existing(run).data_record(), dataset)
+    dataset = open_data(resolve(run))
+    changed = changes(directory.data_record(), dataset)
     compared(dataset)  # refuses what is too small before a classifier is trained
     scales = guidance or sorted({1.0, pipeline.sampling.guidance})
     strongest = max(scales)
