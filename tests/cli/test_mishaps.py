@@ -13,12 +13,13 @@ import torch
 
 from sfumato.cli.main import app
 from sfumato.cli.mishaps import REASONS, in_words
+from sfumato.data import Dataset
 from sfumato.data.files import remote_limit_bytes
 from sfumato.errors import DataError, RunError
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.places import require_writable
 from sfumato.pipeline import SamplingConfig
-from sfumato.recipes import train
+from sfumato.recipes import Run, launch, train
 from sfumato.training import Budget, run_directory
 from sfumato.training.run_directory import RunDirectory
 from tests.cli.program import sfumato
@@ -169,6 +170,24 @@ def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path
     result = sfumato("train", folder, "--run", run)
     assert result.code == 2
     assert f"{run}: there is a run here already" in result.err
+
+
+def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = launch.open_data
+
+    def few(settings: Run) -> Dataset:
+        dataset = opened(settings)
+        return replace(dataset, config=replace(dataset.config, holdout=1e-9))
+
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("a classifier was trained")
+
+    monkeypatch.setattr(launch, "open_data", few)
+    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", work)
+    result = sfumato("evaluate", run)
+    assert result.code == 2
+    assert "1 image is held out and has a category, of 12" in result.err
+    assert "data.holdout" in result.err
 
 
 def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:

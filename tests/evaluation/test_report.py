@@ -177,6 +177,17 @@ def test_pictures_without_a_category_are_left_out(
     assert copycat.read_as_asked > 0.95
 
 
+def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
+    assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
+    assert result.remarks == [
+        "a Fréchet distance is not given: it would be taken of 20 images, and below 30 it mostly measures their number"
+    ]
+    copies = result.rows[1]
+    assert copies.copies_interval == wilson(copies.copies, 20)
+
+
 def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
     assert len(few.holdout) == 1
