@@ -158,6 +158,18 @@ def test_three_scales_step_from_context_to_context() -> None:
     assert apart(pipeline.sample(1, asked=asked, guidance=mixed), expected) < 2e-4
 
 
+def test_guidance_away_from_what_training_never_saw_is_refused() -> None:
+    pipeline = steered("category", "text")
+    pipeline.model.conditioner.parts["category"].dropout = 0.0
+    for scales in (2.0, {"category": 2.0, "text": 1.0}):
+        with pytest.raises(
+            ConfigError, match=r"without category, which training never saw: .*conditioner\.category\.dropout=0"
+        ):
+            pipeline.sample(1, asked=BOTH, guidance=scales)
+    for scales in (1.0, {"category": 1.0, "text": 3.0}):  # which never leaves out the category
+        assert pipeline.sample(1, asked=BOTH, guidance=scales).isfinite().all()
+
+
 def test_guidance_1_is_no_guidance_and_calls_the_network_once_a_step(two: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     two.model.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from sfumato.asking import Asked, Request, settled
 from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import Facts, Joint
+from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.diffusion import (
     Angle,
     AutoGuidance,
@@ -69,9 +71,9 @@ class SamplingConfig:
 
     sampler: SamplerConfig = DPMSolverPP2M()
     schedule: ScheduleConfig = Linear()
-    steps: int = 25
-    guidance: float = 1.0
-    interval: tuple[float, float] = (-math.inf, math.inf)
+    steps: Count = 25
+    guidance: Finite = 1.0
+    interval: tuple[Limit, Limit] = (-math.inf, math.inf)
     clip: bool = False
 
     def __post_init__(self) -> None:
@@ -304,6 +306,7 @@ class Pipeline:
                     "a negative prompt without guidance", where="sample", mend="give a guidance above 1, such as 3"
                 )
             return ()
+        self._require_trained_absence(asked, scales, negative=part.negative is not None)
         count = len(part.start)
         instead = {} if part.negative is None else {"text": [part.negative] * count}
         rungs: list[Rung] = []
@@ -316,6 +319,20 @@ class Pipeline:
 
     def _clipped(self, denoiser: Denoiser) -> Denoiser:
         return Clip(denoiser=denoiser) if self.sampling.clip else denoiser
+
+    def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: bool) -> None:
+        """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
+        steps = [1.0, *(scales[name] for name in asked)]
+        first = next(number for number, (before, after) in enumerate(itertools.pairwise(steps)) if before != after)
+        hidden = [name for name in asked[first:] if not (negative and name == "text")]
+        never = [name for name in hidden if self.model.conditioner.parts[name].dropout == 0]
+        if never:
+            raise ConfigError(
+                f"guidance leads away from samples without {' and '.join(never)}, which training never saw: it was trained with "
+                f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
+                where="sample",
+                mend="leave guidance at 1, or train with a dropout such as 0.1",
+            )
 
     def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
         plain = self.model.denoiser(self.compute_dtype)

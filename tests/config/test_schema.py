@@ -61,7 +61,8 @@ def test_recipes_survive_plain_data_and_yaml(name: str) -> None:
 def test_every_member_of_every_union_survives(case: str) -> None:
     path, member = EVERY_MEMBER[case]
     needed = NEEDED.get(member.__name__, {})
-    run = resolve("digits", {path: {"kind": member.__name__, **needed}})
+    within = {"sampling.schedule": "LinearBetas"} if member.__name__ in ("Epsilon", "Churn") else {}  # not from pure noise
+    run = resolve("digits", {path: {"kind": member.__name__, **needed}, **within})
     assert type(at(run, path)) is member
     again = config.parse(Run, config.load_yaml(config.dump_yaml(config.plain(run)), where="here"))
     assert again == run
@@ -224,9 +225,9 @@ def test_a_kind_outside_the_union_builds_nothing(kind: str) -> None:
 
 
 def test_errors_of_the_dataclass_itself_come_through() -> None:
-    assert wrong("data.holdout=2").startswith("data: resolution = 8, channels = 1, holdout = 2.0")
+    assert wrong("data.holdout=2").startswith("digits: `data.holdout` = 2: input should be less than 1")
     assert wrong("data.channels=65").startswith("data: resolution = 8, channels = 65, holdout = 0.15")
-    assert wrong("data.augment.crop=1").startswith("data.augment: crop = 1.0")
+    assert wrong("data.augment.crop=1").startswith("digits: `data.augment.crop` = 1: input should be less than 1")
     with pytest.raises(SfumatoError, match="not a schedule"):
         resolve("digits", ["objective.schedule={kind: Tabulated, alphas: [1], sigmas: [0]}"])
 

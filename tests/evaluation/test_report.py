@@ -177,10 +177,21 @@ def test_pictures_without_a_category_are_left_out(
     assert copycat.read_as_asked > 0.95
 
 
+def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
+    assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
+    assert result.remarks == [
+        "a Fréchet distance is not given: it would be taken of 20 images, and below 30 it mostly measures their number"
+    ]
+    copies = result.rows[1]
+    assert copies.copies_interval == wilson(copies.copies, 20)
+
+
 def test_one_held_out_picture_is_too_few(digits: Dataset) -> None:
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
     assert len(few.holdout) == 1
-    with pytest.raises(DataError, match="1 picture is held out, too few"):
+    with pytest.raises(DataError, match="1 image is held out and has a category, of 1797"):
         evaluate(Fake(few, noisy(0.1)), few)
 
 

@@ -146,6 +146,32 @@ def test_damage_falls_back_loudly_and_deletes_nothing(tmp_path, damage) -> None:
     assert (tmp_path / "step-000000002.corrupt").is_dir()
 
 
+@pytest.mark.parametrize("damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap])
+def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path, damage) -> None:
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    loaded, warnings = checkpoint.read_newest(tmp_path)
+    assert loaded.state["at"] == 1
+    (warning,) = warnings
+    assert "step-000000002" in warning
+    assert warning.endswith("passed over; step 1 is used")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_reader_of_nothing_whole_is_told_what_to_do(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint yet\n  mend: wait for the first one"):
+        checkpoint.read_newest(tmp_path)
+    for step in (1, 2):
+        flip(save(tmp_path, step))
+    with pytest.raises(
+        CheckpointError, match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  mend: copy a whole one"
+    ) as caught:
+        checkpoint.read_newest(tmp_path)
+    assert all(f"step-00000000{step}" in str(caught.value) for step in (1, 2))
+    assert len(checkpoint.paths(tmp_path)) == 2
+
+
 def test_a_checkpoint_of_another_version_is_left_as_it_is(tmp_path) -> None:
     save(tmp_path, 1)
     other = save(tmp_path, 2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.autoencoders.codec import Codec
+from sfumato.config.bounds import Size
 from sfumato.errors import ConfigError
 
 EPS = 1e-6  # of group norms
@@ -37,10 +38,10 @@ class KLConfig:
         projections: `quant` has a 1 x 1 convolution on both sides of the latents, as Stable Diffusion's has; FLUX's has none.
     """
 
-    channels: tuple[int, ...] = (64, 128, 256, 256)
-    latent_channels: int = 8
-    blocks: int = 2
-    groups: int = 8
+    channels: tuple[Size, ...] = (64, 128, 256, 256)
+    latent_channels: Size = 8
+    blocks: Size = 2
+    groups: Size = 8
     attention: Literal["middle", "none"] = "none"
     projections: Literal["quant", "none"] = "quant"
 

@@ -44,12 +44,14 @@ def check(
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.observability.places import require_writable
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.captions import Cut, reader_of
     from sfumato.recipes.launch import parameters, resolve, text_encoder
     from sfumato.recipes.presets import choose
 
     listing = _listing(source)
+    folder = require_writable(out or Path("data-check") / _slug(source))
     preset = resolve(choose(source, listing).run, overrides or ())
     captions = [text for entry in listing.entries for text in entry.captions]
     reader = reader_of(preset, captions, text_encoder)
@@ -61,7 +63,7 @@ def check(
             listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")
         )
     found.remarks += Cut.of(captions, reader).lines
-    paths = write(found, out or Path("data-check") / _slug(source))
+    paths = write(found, folder)
     figures = found.figures
     for line in found.ledger.lines() if found.ledger else ():
         _say(line)
@@ -84,12 +86,14 @@ def coverage(
     """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
     from sfumato.data.check.words import Vocabulary
     from sfumato.errors import DataError
+    from sfumato.observability.places import require_writable
 
     listed = _listing(source).entries
     entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
         raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
+    folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
@@ -98,7 +102,7 @@ def coverage(
             _say(f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})")
         sheet = _sheet([entries[place] for place, _ in found.nearest])
         if sheet is not None:
-            path = (out or Path("data-check") / _slug(source)) / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
+            path = folder / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             _say(path)
@@ -165,8 +169,12 @@ def cache(
 ) -> None:
     """Decode a run's pictures into the cache ahead of training."""
     from sfumato.data.files import cache_folder
+    from sfumato.observability.places import require_writable
     from sfumato.recipes import resolve
     from sfumato.recipes.launch import open_data
 
+    require_writable(
+        cache_folder(), option="SFUMATO_CACHE"
+    )  # training goes on without a cache; this command is for nothing else
     dataset = open_data(resolve(source, overrides or ()))
     _say(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")

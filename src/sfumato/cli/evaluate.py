@@ -36,21 +36,29 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
+    from sfumato.data.changes import changes
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
     from sfumato.evaluation.classifier import train_classifier
+    from sfumato.evaluation.report import compared
     from sfumato.observability.pictures import save_png
+    from sfumato.observability.places import require_writable
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
+    from sfumato.training.run_directory import RunDirectory
 
+    target = out or run / "evaluation" / "evaluation.json"
+    directory = RunDirectory.existing(run)
+    require_writable(target.parent, target)
     pipeline = load(run, precision=precision)
     if compile:
         pipeline.compile()
     dataset = open_data(resolve(run))
+    changed = changes(directory.data_record(), dataset)
+    compared(dataset)  # refuses what is too small before a classifier is trained
     scales = guidance or sorted({1.0, pipeline.sampling.guidance})
     strongest = max(scales)
-    target = out or run / "evaluation" / "evaluation.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
         reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
@@ -74,6 +82,9 @@ def evaluate(
     }
     target.write_text(json.dumps(figures, indent=1))
     typer.echo(table(result))
+    since = [f"the data are not what this run was trained on: {'; '.join(changed)}"] if changed else []
+    for remark in (*since, *result.remarks):
+        typer.echo(f"note: {remark}")
     if adherence:
         typer.echo(
             f"\ndoes the condition work? (guidance {strongest:g}; each context alone, on held-out ones; then all together)"
@@ -132,13 +143,14 @@ def table(result: Evaluation) -> str:
     rows = [
         (
             row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]" if row.interval else "-",
-            f"{row.frechet:.2f}", f"{row.nearest:.2f}", f"{row.copies:.1%}",
+            "-" if row.frechet is None else f"{row.frechet:.2f}", f"{row.nearest:.2f}",
+            f"{row.copies:.1%} [{row.copies_interval[0]:.1%}, {row.copies_interval[1]:.1%}]",
         )
         for row in result.rows
     ]  # fmt: skip
     accuracy = result.classifier_accuracy
     head = (
-        f"classifier trained on the run's real pictures: {accuracy:.1%} right on held-out ones; "
+        f"classifier trained on the run's real pictures: {accuracy:.1%} right on {result.rows[0].n} held-out ones; "
         if accuracy is not None
         else "no categories, so that samples are not read by a classifier; "
     ) + (

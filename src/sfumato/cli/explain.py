@@ -48,12 +48,14 @@ def explain(
 ) -> None:
     """Draw how diffusion works here: the schedule, a picture on its way into noise, the way back, and what guidance does."""
     from sfumato.observability.pictures import save_png
+    from sfumato.observability.places import require_writable
     from sfumato.recipes import load, resolve
     from sfumato.recipes.launch import open_data
 
     settings = resolve(source)
     trained = (Path(source) / "checkpoints").is_dir()
     folder = out or (Path(source) / "explained" if trained else Path("explained") / settings.name)
+    require_writable(folder)
     dataset = open_data(settings)
     pipeline = load(source) if trained else None
     way_back, denoiser = _way_back(pipeline, settings, dataset)

@@ -21,9 +21,12 @@ from sfumato.cli.doctor import doctor
 from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
+from sfumato.cli.mishaps import in_words
 from sfumato.cli.sample import sample
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
+
+UNKNOWN = "\n  mend: run again with --debug and report it"
 
 app = typer.Typer(
     name="sfumato",
@@ -72,8 +75,10 @@ def main() -> None:
             raise
         code = getattr(error, "exit_code", None)  # an interrupted run has said what there is to say
         if code is None:
-            _complain(f"error: {type(error).__name__}: {error}\n  mend: run again with --debug and report it")
-        sys.exit(1 if code is None else code)
+            known = in_words(error)
+            code = 1 if known is None else known.exit_code
+            _complain(f"error: {known or f'{type(error).__name__}: {error}{UNKNOWN}'}")
+        sys.exit(code)
 
 
 def keep_memory() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import FractionBelowOne, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,9 @@ class AttributesConfig:
         hidden: share of the single attributes that are hidden besides, so that any choice of them can be asked for.
     """
 
-    size: int = 128
-    dropout: float = 0.1
-    hidden: float = 0.1
+    size: Size = 128
+    dropout: FractionBelowOne = 0.1
+    hidden: FractionBelowOne = 0.1
 
 
 class AttributesConditioner(nn.Module):

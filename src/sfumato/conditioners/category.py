@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import FractionBelowOne, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class CategoryConfig:
         dropout: share of training samples whose category is replaced by "none", which is what guidance extrapolates from.
     """
 
-    size: int = 128
-    dropout: float = 0.1
+    size: Size = 128
+    dropout: FractionBelowOne = 0.1
 
 
 class CategoryConditioner(nn.Module):

@@ -15,6 +15,7 @@ from sfumato.conditioners.joint import ConditionerModule, Joint
 from sfumato.conditioners.points import PointsConditioner, PointsConfig
 from sfumato.conditioners.pretrained import PretrainedTextConfig, TextEncoder
 from sfumato.conditioners.text import WordsConfig
+from sfumato.config.bounds import AnyFloat
 from sfumato.errors import ConfigError
 
 TextConfig = WordsConfig | PretrainedTextConfig
@@ -41,8 +42,8 @@ class Facts:
     categories: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
-    means: tuple[float, ...] = ()
-    deviations: tuple[float, ...] = ()
+    means: tuple[AnyFloat, ...] = ()
+    deviations: tuple[AnyFloat, ...] = ()
     dimensions: int = 0
     augmentation: int = 0
     factor: int = 1

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import Fraction, FractionBelowOne
 from sfumato.errors import ConfigError
 
 
@@ -27,10 +28,10 @@ class DoodleConfig:
         dropout: share of training samples whose doodle is hidden.
     """
 
-    made: float = 0.0
-    wobble: float = 0.01
-    dropped: float = 0.3
-    dropout: float = 0.1
+    made: Fraction = 0.0
+    wobble: Fraction = 0.01
+    dropped: Fraction = 0.3
+    dropout: FractionBelowOne = 0.1
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in (self.made, self.wobble, self.dropped, self.dropout)):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import Fraction, FractionBelowOne, Size
 from sfumato.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ class Degradation(Protocol):
 class Shrink:
     """Detail: the picture at 1/factor of the resolution (super-resolution)."""
 
-    factor: int = 4
+    factor: Size = 4
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -74,9 +75,9 @@ class Holes:
         outside: share of samples of which only the rectangle is left, and its surroundings are to be made.
     """
 
-    smallest: float = 0.2
-    largest: float = 0.8
-    outside: float = 0.2
+    smallest: Fraction = 0.2
+    largest: Fraction = 0.8
+    outside: Fraction = 0.2
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
         """A rectangle at a random place."""
@@ -108,7 +109,7 @@ class ImageConfig:
     """
 
     lost: DegradationConfig = Shrink()
-    dropout: float = 0.1
+    dropout: FractionBelowOne = 0.1
 
 
 class ImageConditioner(nn.Module):
@@ -150,9 +151,9 @@ class ReferenceConfig:
         dropout: share of training samples that are shown nothing.
     """
 
-    size: int = 128
-    side: int = 4
-    dropout: float = 0.1
+    size: Size = 128
+    side: Size = 4
+    dropout: FractionBelowOne = 0.1
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.size < 1:

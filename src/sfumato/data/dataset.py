@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.config.bounds import InnerFraction, NonNegative, Size, SizeOrZero
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
+from sfumato.data.changes import recorded
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.entry import Entry, Reject
 from sfumato.data.holdout import parts
@@ -48,19 +50,19 @@ class DataConfig:
     """
 
     source: SourceConfig = Digits()
-    resolution: int = 32
-    size: tuple[int, int] | None = None
+    resolution: Size = 32
+    size: tuple[Size, Size] | None = None
     buckets: BucketConfig | None = None
-    channels: int = 3
+    channels: Size = 3
     bits: Literal[8, 16] = 8
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[SizeOrZero, SizeOrZero, SizeOrZero] = (255, 255, 255)
     augment: AugmentConfig = AugmentConfig()
-    holdout: float = 0.1
+    holdout: InnerFraction = 0.1
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
-    memory_gib: float = 4.0
-    workers: int = 0
+    memory_gib: NonNegative = 4.0
+    workers: SizeOrZero = 0
 
     def __post_init__(self) -> None:
         colour = all(0 <= level <= 255 for level in self.background)
@@ -273,5 +275,6 @@ class Dataset:
             "ledger": self.ledger.plain(),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],
             "notes": {**self.notes, **{kind: names for kind, names in found.items() if names}},
+            **recorded(self),
             "holdout_files": [self.entries[i].name for i in self.holdout],
         }

@@ -181,7 +181,13 @@ def cache_folder() -> Path:
 
 def remote_limit_bytes() -> int:
     """How much of remote files is kept on this machine: $SFUMATO_REMOTE_GIB, 20 by default."""
-    return int(float(os.environ.get("SFUMATO_REMOTE_GIB") or 20) * 2**30)
+    said = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
+    try:
+        return int(float(said) * 2**30)
+    except (ValueError, OverflowError):
+        raise DataError(
+            f"{said!r} is not a number of GiB", where="SFUMATO_REMOTE_GIB", mend="set it to one, such as 20"
+        ) from None
 
 
 @lru_cache(maxsize=256)

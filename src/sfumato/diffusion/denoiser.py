@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
+from sfumato.config.bounds import Positive
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Parameterization
 
@@ -35,7 +36,7 @@ class Network(Protocol):
 class UnitVariance:
     """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1."""
 
-    sigma_data: float = 1.0
+    sigma_data: Positive = 1.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return torch.hypot(level.alpha * self.sigma_data, level.sigma).reciprocal()
@@ -64,7 +65,7 @@ class LogSNR:
     Source: Karras et al. 2022 (arXiv:2206.00364), table 1, up to the scale.
     """
 
-    limit: float = 20.0
+    limit: Positive = 20.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return 0.5 - level.logsnr().clamp(-self.limit, self.limit) / (2 * self.limit)

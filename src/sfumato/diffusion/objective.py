@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
+from sfumato.config.bounds import FractionBelowOne
 from sfumato.diffusion.coupling import CouplingConfig, Independent
 from sfumato.diffusion.denoiser import NetworkDenoiser
 from sfumato.diffusion.level import Denoised, NoiseLevel
@@ -80,7 +81,7 @@ class Objective:
     weighting: WeightingConfig = Native()
     coupling: CouplingConfig = Independent()
     times: TimesConfig = Stratified()
-    contrast: float = 0.0
+    contrast: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.contrast < 1:

@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Positive
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.errors import ScheduleError
 
@@ -161,7 +162,7 @@ class Velocity(Parameterization):
     Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix D; Karras et al. 2022 (arXiv:2206.00364), table 1.
     """
 
-    sigma_data: float = 1.0
+    sigma_data: Positive = 1.0
 
     def scale(self, level: NoiseLevel) -> Tensor:
         return torch.hypot(level.alpha * self.sigma_data, level.sigma)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Finite, Fraction, InnerFraction, NonNegative, Positive, Size
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.errors import ScheduleError
 
@@ -72,8 +73,8 @@ class Cosine:
 class VariancePreserving:
     """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: NonNegative = 0.1
+    beta_max: Positive = 20.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _variance_preserving(-0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min)
@@ -83,9 +84,9 @@ class VariancePreserving:
 class _DiscreteBetas:
     """A table of betas, read at any time: alpha at t = (i+1)/T is sqrt(prod_{j<=i} (1 - beta_j)) exactly, log-linear between."""
 
-    beta_start: float
-    beta_end: float
-    steps: int
+    beta_start: InnerFraction
+    beta_end: InnerFraction
+    steps: Size
 
     def betas(self) -> Tensor:
         """beta_0 ... beta_{T-1}, shape (steps,), float64."""
@@ -103,9 +104,9 @@ class _DiscreteBetas:
 class LinearBetas(_DiscreteBetas):
     """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`."""
 
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    steps: int = 1000
+    beta_start: InnerFraction = 1e-4
+    beta_end: InnerFraction = 0.02
+    steps: Size = 1000
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
@@ -115,9 +116,9 @@ class LinearBetas(_DiscreteBetas):
 class ScaledLinear(_DiscreteBetas):
     """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752)."""
 
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    steps: int = 1000
+    beta_start: InnerFraction = 0.00085
+    beta_end: InnerFraction = 0.012
+    steps: Size = 1000
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
@@ -127,9 +128,9 @@ class ScaledLinear(_DiscreteBetas):
 class Sigmoid:
     """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1)."""
 
-    start: float = -3.0
-    end: float = 3.0
-    temperature: float = 1.0
+    start: Finite = -3.0
+    end: Finite = 3.0
+    temperature: Positive = 1.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         def curve(time: Tensor) -> Tensor:
@@ -144,8 +145,8 @@ class Sigmoid:
 class VarianceExploding:
     """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31)."""
 
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    sigma_min: Positive = 0.01
+    sigma_max: Positive = 50.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _variance_exploding(self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
@@ -155,9 +156,9 @@ class VarianceExploding:
 class Karras:
     """alpha = 1, sigma^(1/rho) even in t (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -171,9 +172,9 @@ class LogNormal:
     The outermost `tail` of each end is left out, so that every level is finite and above zero.
     """
 
-    mean: float = -1.2
-    std: float = 1.2
-    tail: float = 1e-6
+    mean: Finite = -1.2
+    std: Positive = 1.2
+    tail: InnerFraction = 1e-6
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         # In float64: float32 rounds the upper tail by a twentieth of itself.
@@ -185,8 +186,8 @@ class LogNormal:
 class UniformLogSNR:
     """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630)."""
 
-    logsnr_min: float = -10.0
-    logsnr_max: float = 10.0
+    logsnr_min: Finite = -10.0
+    logsnr_max: Finite = 10.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         logsnr = self.logsnr_max + t * (self.logsnr_min - self.logsnr_max)
@@ -200,10 +201,10 @@ class Geometric:
     DDIM on this grid is the loop "predict all the noise, subtract it, add `ratio` of it back".
     """
 
-    ratio: float = 0.9
+    ratio: InnerFraction = 0.9
     _: KW_ONLY
-    sigma_max: float = 80.0
-    steps: int = 100
+    sigma_max: Positive = 80.0
+    steps: Size = 100
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _variance_exploding(self.sigma_max * self.ratio ** (self.steps * (1 - t)))
@@ -217,8 +218,8 @@ class Tabulated:
         ScheduleError: if the tables differ in length, hold fewer than two levels, or their log-SNR does not strictly fall.
     """
 
-    alphas: tuple[float, ...]
-    sigmas: tuple[float, ...]
+    alphas: tuple[NonNegative, ...]
+    sigmas: tuple[NonNegative, ...]
 
     def __post_init__(self) -> None:
         falling = len(self.alphas) == len(self.sigmas) >= 2 and all(
@@ -255,7 +256,7 @@ class Warp(Protocol):
 class Shift:
     """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
 
-    factor: float = 3.0
+    factor: Positive = 3.0
 
     def __call__(self, t: Tensor) -> Tensor:
         return t / (t + (1 - t) / self.factor)  # this form is exact at both ends
@@ -265,8 +266,8 @@ class Shift:
 class LogitNormal:
     """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: Finite = 0.0
+    std: Positive = 1.0
 
     def __call__(self, t: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(t.to(torch.float64))).to(t.dtype)
@@ -280,7 +281,7 @@ class Mode:
         ScheduleError: outside -1 <= scale <= 2/(pi - 2), where the map would fold back.
     """
 
-    scale: float = 1.29
+    scale: Finite = 1.29
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
@@ -295,8 +296,8 @@ class Mode:
 class Span:
     """t -> low + (high - low) t: a part of a schedule."""
 
-    low: float = 0.0
-    high: float = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:

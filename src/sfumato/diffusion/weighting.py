@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Finite, Positive
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import Flow, Parameterization, ParameterizationConfig
 
@@ -42,7 +43,7 @@ class UniformEpsilon:
 class MinSNR:
     """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556)."""
 
-    gamma: float = 5.0
+    gamma: Positive = 5.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return torch.minimum(level.alpha**2, self.gamma * level.sigma**2)
@@ -52,7 +53,7 @@ class MinSNR:
 class SigmoidWeighting:
     """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324)."""
 
-    bias: float = 0.0
+    bias: Finite = 0.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return level.alpha**2 * torch.sigmoid(self.bias - level.logsnr())
@@ -62,7 +63,7 @@ class SigmoidWeighting:
 class EDM:
     """w = 1 + e^-lambda / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
 
-    sigma_data: float = 0.5
+    sigma_data: Positive = 0.5
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return level.alpha**2 + (level.sigma / self.sigma_data) ** 2
@@ -81,7 +82,7 @@ class LossSpace:
     """
 
     of: ParameterizationConfig = Flow()
-    most: float = 400.0
+    most: Positive = 400.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return torch.minimum(self.of.determinant(level) ** 2, self.most * level.sigma**2)

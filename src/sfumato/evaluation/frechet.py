@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEWEST = 30  # images on either side, below which the distance says more about their number than about the images
+
 
 class Estimate(NamedTuple):
     """A figure and its 95 % interval."""

@@ -19,7 +19,7 @@ from sfumato.errors import DataError
 from sfumato.evaluation.adherence import wilson
 from sfumato.evaluation.classifier import Classifier, labelled, train_classifier
 from sfumato.evaluation.features import extractor, pooled
-from sfumato.evaluation.frechet import frechet_distance
+from sfumato.evaluation.frechet import FEWEST, frechet_distance
 from sfumato.evaluation.memorization import Neighbours, nearest
 from sfumato.pipeline import Pipeline
 
@@ -34,18 +34,20 @@ class Row:
         read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
             categories.
         frechet: distance to training pictures in the extractor's features, taken with `frechet_n` pictures, as many of each category, so
-            that rows compare: category counts and n move it.
-        nearest: mean L2 distance to the nearest training picture; copies: share with d1/d2 < 1/3.
+            that rows compare: category counts and n move it; None below `FEWEST` images.
+        nearest: mean L2 distance to the nearest training picture.
+        copies: fraction with d1/d2 < 1/3, and `copies_interval`, its 95 % interval (Wilson).
     """
 
     name: str
     n: int
     read_as_asked: float | None
     interval: tuple[float, float] | None
-    frechet: float
+    frechet: float | None
     frechet_n: int
     nearest: float
     copies: float
+    copies_interval: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Evaluation:
         reference: pictures that it is taken to.
         classifier_accuracy: on held-out pictures, of what reads the samples; None without categories.
         training: pictures among which the nearest are looked for.
+        remarks: sentences on how far these figures can be trusted.
     """
 
     extractor: str
@@ -64,10 +67,45 @@ class Evaluation:
     classifier_accuracy: float | None
     training: int
     rows: Sequence[Row]
+    remarks: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+class Compared(NamedTuple):
+    """Positions of the training and held-out images that are compared: of the commonest shape, with a category if any have one."""
+
+    training: NDArray[np.int64]
+    holdout: NDArray[np.int64]
+
+
+def compared(dataset: Dataset) -> Compared:
+    """What an evaluation of a model of this dataset compares.
+
+    Raises:
+        DataError: if fewer than two images are held out, or fewer than four are left to compare with: before anything is trained.
+    """
+    training, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
+    which = "held out"
+    if len(dataset.categories) > 1:
+        training, holdout = labelled(dataset, training), labelled(dataset, holdout)
+        which = "held out and has a category"
+    if len(holdout) < 2:
+        count = "1 image is" if len(holdout) == 1 else "no image is"
+        raise DataError(
+            f"{count} {which}, of {len(dataset.entries)}; samples are compared with at least 2, and reliably with {FEWEST}",
+            where="evaluate",
+            mend="train a new run on more images, or with a larger data.holdout such as 0.2",
+        )
+    if len(training) < 4:
+        raise DataError(
+            f"{len(training)} training images can be compared with; at least 4 are needed",
+            where="evaluate",
+            mend="train a new run on more images",
+        )
+    return Compared(training, holdout)
 
 
 def balanced(labels: Tensor, each: int) -> Tensor:
@@ -96,18 +134,10 @@ def evaluate(
         reader: what samples are read with, where there are categories; trained on the training pictures unless given.
         keep: handed each scale's pictures in [0, 1] and their nearest training pictures.
     Raises:
-        DataError: if fewer than two pictures are held out.
+        DataError: if there are too few images to compare: see `compared`.
     """
-    trained_on, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
+    trained_on, holdout = compared(dataset)
     has_categories = len(dataset.categories) > 1
-    if has_categories:
-        trained_on, holdout = labelled(dataset, trained_on), labelled(dataset, holdout)
-    if len(holdout) < 2:
-        raise DataError(
-            f"{len(holdout)} picture is held out, too few to compare samples with",
-            where="evaluate",
-            mend="add pictures, or raise data.holdout in a new run",
-        )
     tell = on_progress or (lambda fraction, text: None)
     tell(0.0, "training a classifier on the real pictures" if has_categories else "looking at the real pictures")
     eyes = _trained_eyes(dataset, trained_on, reader) if has_categories else _frozen_eyes(dataset, trained_on)
@@ -133,7 +163,20 @@ def evaluate(
         classifier_accuracy=eyes.reader.held_out_accuracy if eyes.reader else None,
         training=len(training),
         rows=rows,
+        remarks=_remarks(len(holdout), min(rows[0].frechet_n, len(eyes.reference))),
     )
+
+
+def _remarks(held_out: int, frechet_n: int) -> list[str]:
+    """What too few images mean for the figures."""
+    found = []
+    if held_out < FEWEST:
+        found.append(f"only {held_out} images are held out: every figure in their row may be far off by chance")
+    if frechet_n < FEWEST:
+        found.append(
+            f"a Fréchet distance is not given: it would be taken of {frechet_n} images, and below {FEWEST} it mostly measures their number"
+        )
+    return found
 
 
 def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
@@ -168,7 +211,8 @@ def _trained_eyes(dataset: Dataset, trained_on: NDArray[np.int64], reader: Class
     seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
     classifier = train_classifier(dataset, seen)
     labels = _kinds(dataset, reference)
-    reference = reference[balanced(labels, int(torch.bincount(labels).min())).numpy()]
+    fewest = int(labels.unique(return_counts=True)[1].min())  # of the categories that this half has
+    reference = reference[balanced(labels, fewest).numpy()]
     features = lambda images: classifier.read(images)[1]  # noqa: E731
     return _Eyes(
         classifier.name,
@@ -194,14 +238,16 @@ class _Judge:
         neighbours = nearest(images, self.training)
         chosen = balanced(asked, self.each)
         reader = self.eyes.reader
+        enough = min(len(chosen), len(self.eyes.reference)) >= FEWEST
         right = float((reader.read(images)[0] == asked).double().mean()) if reader else None
         return Row(
             name=name,
             n=len(images),
             read_as_asked=right,
             interval=None if right is None else wilson(right, len(images)),
-            frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference),
+            frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference) if enough else None,
             frechet_n=len(chosen),
             nearest=float(neighbours.first.mean()),
             copies=neighbours.copies,
+            copies_interval=wilson(neighbours.copies, len(images)),
         )

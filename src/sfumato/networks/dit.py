@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
@@ -52,17 +53,17 @@ class DiTConfig:
         Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
     """
 
-    patch: int = 2
-    channels: int = 384
-    layers: int = 12
-    head_channels: int = 64
-    hidden: float = 8 / 3
-    bottleneck: int = 0
+    patch: Size = 2
+    channels: Size = 384
+    layers: Size = 12
+    head_channels: Size = 64
+    hidden: Positive = 8 / 3
+    bottleneck: SizeOrZero = 0
     vector_as: Literal["modulation", "tokens"] = "modulation"
     tokens_as: Literal["cross", "joint", "sequence"] = "cross"
-    registers: int = 0
-    dropout: float = 0.0
-    dropped: float = 0.0
+    registers: SizeOrZero = 0
+    dropout: FractionBelowOne = 0.0
+    dropped: FractionBelowOne = 0.0
     recompute: bool = False
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
@@ -39,15 +40,15 @@ class UNetConfig:
         dropout: of the residual branches.
     """
 
-    channels: int = 64
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    blocks: int = 2
-    attention_depths: tuple[int, ...] = (2,)
-    head_channels: int = 64
+    channels: Size = 64
+    multipliers: tuple[Size, ...] = (1, 2, 2)
+    blocks: Size = 2
+    attention_depths: tuple[SizeOrZero, ...] = (2,)
+    head_channels: Size = 64
     vector_at: Place = "all"
     tokens_at: Place = "all"
     maps_at: Place = "all"
-    dropout: float = 0.0
+    dropout: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
         depths = range(len(self.multipliers))

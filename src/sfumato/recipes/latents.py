@@ -19,11 +19,12 @@ from sfumato import config as configuration
 from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, Latents, Pixels, Statistics, measure
 from sfumato.autoencoders import files as autoencoder_files
 from sfumato.autoencoders.adversary import PatchDiscriminator
+from sfumato.config.bounds import Count
 from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
 from sfumato.evaluation.features import extractor
-from sfumato.evaluation.frechet import frechet_distance
+from sfumato.evaluation.frechet import FEWEST, frechet_distance
 from sfumato.networks.features import Features
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.training import (
@@ -98,8 +99,8 @@ class OwnAutoencoder(TrainingConfig):
     network: KLConfig = KLConfig()
     losses: LossesConfig = LossesConfig()
     features: str = "auto"
-    variants: int = 8
-    batch_size: int = 16
+    variants: Count = 8
+    batch_size: Count = 16
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
     preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
@@ -207,7 +208,7 @@ class OwnAutoencoder(TrainingConfig):
             **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
         }
         autoencoder_files.save(Latents(codec, statistics.mean, statistics.deviation), final, facts)
-        distance = f"  rFD {facts['rfd']:.3g} ({facts['rfd_features']})" if "rfd" in facts else ""
+        distance = f"  rFD {facts['rfd']:.3g} (n={facts['rfd_pictures']}, {facts['rfd_features']})" if "rfd" in facts else ""
         say(f"autoencoder: {trainer.task.headline(figures)}{distance}; {_described(statistics)}", markup=False)
 
 
@@ -225,7 +226,7 @@ class PretrainedAutoencoder:
     path: str
     decoder: str | None = None
     statistics: Literal["measured", "own"] = "measured"
-    variants: int = 8
+    variants: Count = 8
 
     def __post_init__(self) -> None:
         _require_variants(self.variants)
@@ -303,7 +304,7 @@ def _measured(codec: Codec, dataset: Dataset) -> Statistics:
 def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Features) -> dict[str, Any]:
     """The Fréchet distance between held-out pictures and their reconstructions, and what it was measured with."""
     held = dataset.usual(dataset.holdout)[:MEASURED]
-    if len(held) < 2:
+    if len(held) < FEWEST:
         return {}
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(held), BATCH):

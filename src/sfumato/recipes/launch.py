@@ -26,6 +26,7 @@ from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
 from sfumato.recipes.captions import cut_captions
+from sfumato.recipes.places import FROM_RUN, found_again, from_run, require_there, with_whole_paths
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
@@ -61,8 +62,8 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
         return configuration.plain(source), source.name
     path = Path(source)
     if (path / "config.yaml").is_file():
-        written = configuration.load_yaml_file(path / "config.yaml")
-        return configuration.as_before(Run, written), str(path / "config.yaml")
+        written = configuration.as_before(Run, configuration.load_yaml_file(path / "config.yaml"))
+        return found_again(written, path), str(path / "config.yaml")
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
@@ -167,6 +168,7 @@ def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
 
 def open_data(run: Run) -> Dataset:
     """Index the run's data, showing progress."""
+    require_there(run)
     with ProgressBar("reading pictures") as bar:
         dataset = index(
             run.data,
@@ -209,7 +211,11 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<name>, numbered if taken.
     """
-    settings = resolve(source, overrides)
+    if run is not None:
+        RunDirectory.require_free(Path(run))
+    settings = with_whole_paths(resolve(source, overrides))
+    if run is None:
+        RunDirectory.require_free(_free(Path("runs") / settings.name))
     dataset = open_data(settings)
     if is_preset(source):
         facts = facts_of(settings, dataset)
@@ -247,8 +253,8 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
     """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's description is touched."""
-    before = resolve(directory.path)
-    settings = resolve(directory.path, overrides)
+    before = with_whole_paths(resolve(directory.path))
+    settings = with_whole_paths(resolve(directory.path, overrides))
     screen = console()
     for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
         screen.print(f"changed on resume: {line}", markup=False)
@@ -280,7 +286,7 @@ def _built(settings: Run, dataset: Dataset, directory: RunDirectory) -> tuple[Fa
 def _describe(settings: Run, dataset: Dataset, directory: RunDirectory) -> None:
     """Write down what the run is."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(settings)))
-    directory.write_json("data.json", dataset.summary())
+    directory.write_json("data.json", {**dataset.summary(), FROM_RUN: from_run(settings, directory.path)})
     directory.write_environment()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import Facts
-from sfumato.errors import CheckpointError, ConfigError, RunError
+from sfumato.errors import ConfigError, RunError
+from sfumato.observability.progress import console
 from sfumato.pipeline import Model, Pipeline
 from sfumato.recipes.launch import build_model, open_data, resolve
 from sfumato.training import checkpoint, posthoc
@@ -79,7 +80,7 @@ def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(
     path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Pipeline:
-    """The pipeline of a run's newest checkpoint.
+    """The pipeline of a run's newest checkpoint that is whole; warns of newer ones that are not, and leaves them as they are.
 
     Args:
         weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
@@ -93,12 +94,9 @@ def load(
     if precision not in CHOICES:
         raise ConfigError(f"precision = {precision!r}", where="load", mend=f"choose among {', '.join(CHOICES)}")
     settings = resolve(directory.path)
-    found = checkpoint.paths(directory.checkpoints)
-    if not found:
-        raise CheckpointError(
-            "holds no checkpoint yet", where=str(directory.checkpoints), mend="wait for the first one, or train"
-        )
-    loaded = checkpoint.load(found[0])
+    loaded, warnings = checkpoint.read_newest(directory.checkpoints)
+    for warning in warnings:
+        console().print(f"warning: {warning}", markup=False)
     facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
     model.load_state_dict(_deployed(_weights(weights, loaded, directory)))

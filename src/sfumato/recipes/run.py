@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sfumato.conditioners import ContextConfig
+from sfumato.config.bounds import require_bounds
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
+from sfumato.recipes.soundness import require_finite_loss, require_guidable, require_sampled
 from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 
@@ -36,6 +38,7 @@ class Run(TrainingConfig):
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         TrainingConfig.__post_init__(self)
         if self.auxiliary.uncertainty and self.objective.contrast:
             raise ConfigError(
@@ -50,6 +53,9 @@ class Run(TrainingConfig):
                 where="sampling.clip",
                 mend="set sampling.clip=false, or train in pixels: autoencoder=PixelSpace",
             )
+        require_sampled(self.denoiser, self.sampling, self.objective.schedule)
+        require_finite_loss(self)
+        require_guidable(self)
 
     @property
     def sees_pictures(self) -> bool:

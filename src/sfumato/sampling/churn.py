@@ -8,8 +8,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Bounded, Limit, NonNegative, Positive
 from sfumato.diffusion.level import NoiseLevel, broadcast
-from sfumato.diffusion.parameterizations import Epsilon
 from sfumato.sampling.ddim import DDIM
 from sfumato.sampling.dpm_solver import DPMSolverPP2M
 from sfumato.sampling.multistep import Multistep
@@ -21,7 +21,7 @@ PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(Bounded):
     """Raise sigma by the factor 1 + gamma with fresh noise, then step from there: `Churn(RungeKutta("heun", parameterization=Epsilon()))`
     is EDM's stochastic sampler, but for the last step, onto clean data, before which no noise is added.
 
@@ -35,12 +35,12 @@ class Churn:
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
     """
 
-    sampler: PlainSamplerConfig = RungeKutta("heun", parameterization=Epsilon())
+    sampler: PlainSamplerConfig = RungeKutta("heun")
     _: KW_ONLY
-    gamma: float = math.sqrt(2) - 1
-    low: float = 0.0
-    high: float = math.inf
-    inflation: float = 1.0
+    gamma: NonNegative = math.sqrt(2) - 1
+    low: Limit = 0.0
+    high: Limit = math.inf
+    inflation: Positive = 1.0
 
     @property
     def order(self) -> int:

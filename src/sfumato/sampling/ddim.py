@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Bounded, Fraction
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.sampling.protocol import Denoise, History, Noise
 
@@ -17,7 +18,7 @@ def renewed_share(eta: float, start: NoiseLevel, stop: NoiseLevel) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(Bounded):
     """x' = alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z),  tau = eta^2 (1 - exp(logsnr - logsnr')).
 
     `eta` is the paper's: 0 is deterministic (and is Euler's method in the coordinates of `Epsilon`, `Sample` and `Flow`),
@@ -26,7 +27,7 @@ class DDIM:
     Source: Song, Meng & Ermon 2021 (arXiv:2010.02502), eqs. 12 and 16; Ho et al. 2020 (arXiv:2006.11239), algorithm 2.
     """
 
-    eta: float = 0.0
+    eta: Fraction = 0.0
 
     @property
     def order(self) -> int:

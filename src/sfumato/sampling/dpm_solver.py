@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Bounded, Fraction
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.sampling.ddim import renewed_share
 from sfumato.sampling.protocol import Denoise, History, Noise, Point
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2M:
+class DPMSolverPP2M(Bounded):
     """x' = q x + (alpha' - alpha q) D + sigma' sqrt(tau) z,  q = sigma'/sigma sqrt(1 - tau),  D = x0 + (x0 - x0_prev)/(2r).
 
     r is the ratio of the last step to this one in log-SNR; tau = eta^2 (1 - exp(logsnr - logsnr')) as in `DDIM`. eta = 0 is
@@ -22,7 +23,7 @@ class DPMSolverPP2M:
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2 and eq. 19 (SDE).
     """
 
-    eta: float = 0.0
+    eta: Fraction = 0.0
 
     @property
     def order(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.config.bounds import Count
 from sfumato.diffusion.level import NoiseLevel, broadcast
 from sfumato.diffusion.parameterizations import ParameterizationConfig, Sample
 from sfumato.errors import ConfigError
@@ -68,7 +69,7 @@ class Multistep:
     Source: Liu et al. 2022 (arXiv:2202.09778); Zhang & Chen 2023 (arXiv:2204.13902) for the exponential form.
     """
 
-    order: int = 2
+    order: Count = 2
     _: KW_ONLY
     parameterization: ParameterizationConfig = Sample()
     exponential: bool = True

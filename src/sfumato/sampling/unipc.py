@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sfumato.config.bounds import Count
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import Sample
 from sfumato.sampling.multistep import check_order, integrate
@@ -22,7 +23,7 @@ class UniPC:
     Source: Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2.
     """
 
-    order: int = 3
+    order: Count = 3
 
     def __post_init__(self) -> None:
         check_order("UniPC", self.order, (2, 3, 4))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sfumato.config.bounds import Fraction, NonNegative, Positive
 from sfumato.errors import ConfigError
 from sfumato.networks.features import Features
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
@@ -31,9 +32,9 @@ class DispersiveConfig:
     Source: Wang & He 2025 (arXiv:2506.09027), eq. 6 (the InfoNCE variant with squared distances) and table 3.
     """
 
-    weight: float = 0.5
-    temperature: float = 0.5
-    until: float = 1.0
+    weight: NonNegative = 0.5
+    temperature: Positive = 0.5
+    until: Fraction = 1.0
 
     def __post_init__(self) -> None:
         _check(self.weight, self.until)
@@ -56,8 +57,8 @@ class AlignmentConfig:
     """
 
     encoder: str = "efficientnet-lite0"
-    weight: float = 0.5
-    until: float = 0.4
+    weight: NonNegative = 0.5
+    until: Fraction = 0.4
 
     def __post_init__(self) -> None:
         _check(self.weight, self.until)

@@ -143,23 +143,52 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: if there is none, or another version wrote it. A run never silently starts over.
     """
+    loaded, damaged = _newest_whole(root)
     warnings: list[str] = []
+    for path, error in damaged:
+        aside = path.with_name(f"{path.name}.corrupt")
+        if aside.exists():
+            aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
+        path.rename(aside)
+        warnings.append(f"{error} -- kept as {aside.name}; trying the one before")
+    if loaded is None:
+        raise CheckpointError(
+            "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
+            where=str(root),
+            mend="start a new run with `sfumato train`; nothing is restarted silently",
+        )
+    return loaded, warnings
+
+
+def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, for whoever only reads: nothing is renamed; bad ones are told of in the second value.
+
+    Raises:
+        CheckpointError: if there is none, or another version wrote it.
+    """
+    loaded, damaged = _newest_whole(root)
+    if loaded is None and not damaged:
+        raise CheckpointError("holds no checkpoint yet", where=str(root), mend="wait for the first one, or train")
+    if loaded is None:
+        raise CheckpointError(
+            f"none of {len(damaged)} checkpoint(s) is whole; {'; '.join(error.args[0] for _, error in damaged)}",
+            where=str(root),
+            mend="copy a whole one here from a backup, or train a new run",
+        )
+    return loaded, [f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used" for _, error in damaged]
+
+
+def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
+    """The newest checkpoint that is whole, None if none is, and the newer ones with what is wrong with each."""
+    damaged: list[tuple[Path, CheckpointError]] = []
     for path in paths(root):
         try:
-            return load(path), warnings
+            return load(path), damaged
         except ForeignCheckpointError:
             raise
         except CheckpointError as error:
-            aside = path.with_name(f"{path.name}.corrupt")
-            if aside.exists():
-                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
-            path.rename(aside)
-            warnings.append(f"{error} -- kept as {aside.name}; trying the one before")
-    raise CheckpointError(
-        "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
-        where=str(root),
-        mend="start a new run with `sfumato train`; nothing is restarted silently",
-    )
+            damaged.append((path, error))
+    return None, damaged
 
 
 def load(path: Path) -> Checkpoint:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sfumato.config.bounds import Count, InnerFraction, Positive, Seed
 from sfumato.errors import ConfigError
 from sfumato.training.ema import EMAConfig, PowerEMA
 from sfumato.training.optimizers import AdamWConfig
@@ -15,10 +16,10 @@ from sfumato.training.optimizers import AdamWConfig
 class Budget:
     """When to stop: the first limit reached ends the run. Minutes count the training loop, previews and validation included."""
 
-    steps: int | None = None
-    samples: int | None = None
-    epochs: float | None = None
-    minutes: float | None = None
+    steps: Count | None = None
+    samples: Count | None = None
+    epochs: Positive | None = None
+    minutes: Positive | None = None
 
     def __post_init__(self) -> None:
         limits = (self.steps, self.samples, self.epochs, self.minutes)
@@ -42,8 +43,8 @@ class Budget:
 class CheckpointConfig:
     """Saved at step 0, every `every_steps`, when interrupted, and at the end; the newest `keep` are kept."""
 
-    every_steps: int = 500
-    keep: int = 2
+    every_steps: Count = 500
+    keep: Count = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +56,17 @@ class ValidationConfig:
         bins: equal ranges of log-SNR that the error is reported in.
     """
 
-    every_steps: int = 500
-    samples: int = 250
-    bins: int = 10
+    every_steps: Count = 500
+    samples: Count = 250
+    bins: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
     """A grid of samples from the averaged weights every `every_steps`, with the same noise and categories each time."""
 
-    every_steps: int = 500
-    num: int = 20
+    every_steps: Count = 500
+    num: Count = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ class PosthocConfig:
     Source: Karras et al. 2024 (arXiv:2312.02696), sec. 3.1.
     """
 
-    widths: tuple[float, ...] = ()
-    num: int = 32
+    widths: tuple[InnerFraction, ...] = ()
+    num: Count = 32
 
     def __post_init__(self) -> None:
         if self.num < 1 or len(set(self.profiles)) != len(self.widths):
@@ -100,7 +101,7 @@ class PosthocConfig:
 class LogConfig:
     """A line of metrics.jsonl every `every_steps`."""
 
-    every_steps: int = 10
+    every_steps: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,9 @@ class TrainingConfig:
             without a C++ compiler.
     """
 
-    seed: int = 0
-    batch_size: int = 64
-    micro_batch: int | None = None
+    seed: Seed = 0
+    batch_size: Count = 64
+    micro_batch: Count | None = None
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig()
     ema: EMAConfig = PowerEMA()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sfumato.config.bounds import InnerFraction
 from sfumato.errors import ConfigError
 
 LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training counts alike
@@ -31,7 +32,7 @@ class PowerEMA:
     Source: Karras et al. 2024 (arXiv:2312.02696), eqs. 123 and 127.
     """
 
-    sigma_rel: float = 0.1
+    sigma_rel: InnerFraction = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_rel < LARGEST_WIDTH:
@@ -53,7 +54,7 @@ class PowerEMA:
 class FixedEMA:
     """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step)."""
 
-    rate: float = 0.9999
+    rate: InnerFraction = 0.9999
 
     def decay(self, step: int) -> float:
         return min(self.rate, (1 + step) / (10 + step))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, NonNegative, Positive, SizeOrZero
 from sfumato.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ class MuonConfig:
         momentum: share of the running mean of gradients that a step keeps.
     """
 
-    momentum: float = 0.95
+    momentum: FractionBelowOne = 0.95
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -48,16 +49,16 @@ class AdamWConfig:
     Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
     """
 
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
+    learning_rate: Positive = 1e-3
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.99)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.01
+    warmup_steps: CountOrZero = 50
     decay: Literal["constant", "cosine", "linear"] = "cosine"
-    final: float = 0.0
-    clip: float = 1.0
+    final: Fraction = 0.0
+    clip: Positive = 1.0
     muon: MuonConfig | None = None
-    base_width: int = 0
+    base_width: SizeOrZero = 0
 
     def __post_init__(self) -> None:
         positive = self.learning_rate > 0 and self.clip > 0

@@ -14,6 +14,7 @@ from sfumato import randomness
 from sfumato.autoencoders import KLAutoencoder
 from sfumato.autoencoders.adversary import PatchDiscriminator, balance, pleasing, telling
 from sfumato.autoencoders.fidelity import psnr, ssim
+from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
 from sfumato.data import Batch, Dataset, Part, to_float
 from sfumato.errors import ConfigError
 from sfumato.networks.features import Features, distance
@@ -39,10 +40,10 @@ class AdversarialConfig:
         optimizer: its own.
     """
 
-    weight: float = 0.5
-    start: float = 0.5
-    channels: int = 32
-    layers: int = 2
+    weight: Positive = 0.5
+    start: Fraction = 0.5
+    channels: Size = 32
+    layers: Size = 2
     optimizer: AdamWConfig = AdamWConfig(learning_rate=2e-4, betas=(0.5, 0.9), weight_decay=0.0)
 
     def __post_init__(self) -> None:
@@ -70,9 +71,9 @@ class LossesConfig:
     """
 
     pixels: Literal["l1", "charbonnier"] = "l1"
-    perceptual: float = 0.1
-    kl: float = 1e-4
-    equivariance: float = 0.0
+    perceptual: NonNegative = 0.1
+    kl: NonNegative = 1e-4
+    equivariance: Fraction = 0.0
     adversarial: AdversarialConfig | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import platform
@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from sfumato.errors import CheckpointError, ConfigError, RunError
+from sfumato.observability.places import require_writable
 
 HEARTBEAT_S = 5.0
 DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
@@ -37,16 +43,22 @@ class RunDirectory:
         self._last_heartbeat = 0.0
 
     @classmethod
+    def require_free(cls, path: Path) -> None:
+        """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called before the data are read."""
+        if os.path.lexists(path / "config.yaml"):
+            raise RunError(
+                "there is a run here already", where=str(path), mend=f"`sfumato resume {path}`, or choose another --run"
+            )
+        require_writable(path, option="--run")
+
+    @classmethod
     def create(cls, path: Path) -> RunDirectory:
         """A new, empty run.
 
         Raises:
             RunError: if there is a run already, or the folder cannot be written to.
         """
-        if (path / "config.yaml").exists():
-            raise RunError(
-                "there is a run here already", where=str(path), mend=f"`sfumato resume {path}`, or choose another --run"
-            )
+        cls.require_free(path)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "samples").mkdir(exist_ok=True)
@@ -78,13 +90,37 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: two processes never train in one folder."""
-        with (self.path / ".lock").open("w") as handle:
+        """Hold the run: two processes never train in one folder.
+
+        Raises:
+            RunError: if another process holds it, it cannot be written to, or this system has no such locks.
+        """
+        if fcntl is None:
+            raise RunError(
+                "this system lacks the file locks (fcntl) that training needs",
+                where=str(self.path),
+                mend="train on Linux or macOS, on Windows inside WSL; sampling works here",
+            )
+        with contextlib.ExitStack() as stack:
+            try:
+                handle = stack.enter_context((self.path / ".lock").open("w"))
+            except OSError as error:
+                raise RunError(
+                    f"cannot be written to: {error.strerror}",
+                    where=str(self.path),
+                    mend="change its permissions, or copy the run to a folder you may write to, and resume it there",
+                ) from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise RunError(
                     "another process is training here", where=str(self.path), mend="wait for it, or stop it first"
+                ) from None
+            except OSError as error:
+                raise RunError(
+                    f"cannot be locked: {error.strerror}",
+                    where=str(self.path),
+                    mend="its file system has no locks: copy the run to a local disk, and resume it there",
                 ) from None
             yield
 
@@ -125,6 +161,13 @@ class RunDirectory:
         """What status.json says; {} if there is none yet."""
         try:
             return dict(json.loads((self.path / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def data_record(self) -> dict[str, Any]:
+        """What data.json says of the data that the run was begun with; {} if it cannot be read."""
+        try:
+            return dict(json.loads((self.root / "data.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 

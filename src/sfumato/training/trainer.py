@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sfumato.data import Batch, Dataset, Plan, batches
+from sfumato.data.changes import changes
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
@@ -72,10 +73,13 @@ class Trainer:
         checkpoint.sweep(self.directory.checkpoints)
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
         if loaded.state["data"] != self.dataset.fingerprint:
+            before = self.directory.data_record()
+            found = changes(before, self.dataset) if before.get("fingerprint") == loaded.state["data"] else []
             raise CheckpointError(
-                "the data are not what this run was trained on (pictures, order or pixel format changed)",
+                "the data are not what this run was trained on: "
+                + ("; ".join(found) or "images, their order, captions, categories, the split or the pixel format changed"),
                 where=str(loaded.path),
-                mend="restore them, or start a new run",
+                mend="restore them as they were, or train a new run on them as they are",
             )
         if loaded.state["plan"] != self.plan.hash:
             raise CheckpointError(

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sfumato.config.bounds import Size
 from sfumato.data.entry import Listing
 from sfumato.data.sources.made import made_once
 from sfumato.data.sources.shards import WebDataset
@@ -100,7 +101,7 @@ class Emoji:
         holdout: whole combinations kept from training; by default one skin tone of ten professions, 30 of 310 such pictures.
     """
 
-    size: int = 72
+    size: Size = 72
     holdout: Literal["profession x skin tone", "none"] = "profession x skin tone"
     attribution = ATTRIBUTION  # whom a model trained on these pictures must name
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sfumato.config.bounds import Count, Size
 from sfumato.data.entry import Listing
 from sfumato.data.parallel import in_order
 from sfumato.data.sources.made import made_once
@@ -54,8 +55,8 @@ class Solids:
         holdout: pairs of shape and colour kept from training, five of forty-eight by default.
     """
 
-    count: int = 3000
-    size: int = 64
+    count: Count = 3000
+    size: Size = 64
     holdout: Literal["shape x colour", "none"] = "shape x colour"
 
     def listing(self) -> Listing:

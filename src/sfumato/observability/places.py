@@ -1,0 +1,39 @@
+"""Where a command writes to: asked before the work, so that none is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from sfumato.errors import RunError
+
+
+def require_writable(folder: Path, target: Path | None = None, *, option: str = "--out") -> Path:
+    """`folder`, if it can be made and written into; this is tried, and leaves no trace.
+
+    Args:
+        target: a file in it that will be replaced.
+        option: what names another place on the command line.
+    Raises:
+        RunError: naming `option`, if it cannot.
+    """
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".sfumato-"):
+                pass
+        finally:
+            for path in missing:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        if target is not None and target.is_dir():
+            raise IsADirectoryError("a folder of that name is there")
+    except OSError as error:
+        raise RunError(
+            f"cannot be written to: {error.strerror or error}",
+            where=str(target or folder),
+            mend=f"choose another place with {option}, or change its permissions",
+        ) from None
+    return folder

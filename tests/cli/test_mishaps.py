@@ -1,0 +1,242 @@
+"""What the system refuses is said in a person's words, by every verb: nobody is asked to report a full disk."""
+
+import errno
+import functools
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.cli.main import app
+from sfumato.cli.mishaps import REASONS, in_words
+from sfumato.data import Dataset
+from sfumato.data.files import remote_limit_bytes
+from sfumato.errors import DataError, RunError
+from sfumato.evaluation.classifier import train_classifier
+from sfumato.observability.places import require_writable
+from sfumato.pipeline import SamplingConfig
+from sfumato.recipes import Run, launch, train
+from sfumato.training import Budget, run_directory
+from sfumato.training.run_directory import RunDirectory
+from tests.cli.program import sfumato
+from tests.training.tiny import pictures, tiny_run
+
+OURS = "run again with --debug and report it"
+
+
+@pytest.mark.parametrize("number", sorted(REASONS))
+def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "there"))
+
+    monkeypatch.setattr("sfumato.recipes.resolve", refuse)
+    result = sfumato("config", "validate", "digits")
+    assert result.code == 2
+    assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  mend: {REASONS[number][1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("odd"), "the system refuses: odd"),
+        (MemoryError(), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory: DefaultCPUAllocator"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "a name or text is not UTF-8"),
+    ],
+)
+def test_memory_and_names_have_words_too(error: Exception, said: str) -> None:
+    found = in_words(error)
+    assert found is not None
+    assert str(found).startswith(said)
+    assert found.mend
+
+
+def test_a_fault_of_ours_is_still_reported() -> None:
+    assert in_words(KeyError("x")) is None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = pictures(tmp_path_factory.mktemp("set") / "pictures", count=12)
+    for picture in found.rglob("*.png"):
+        picture.with_suffix(".txt").write_text("a grey square")
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    settings = tiny_run(folder, budget=Budget(steps=1), sampling=SamplingConfig(steps=2))
+    return train(replace(settings, data=replace(settings.data, holdout=0.4)), run=path)
+
+
+def verbs(folder: Path, run: Path, at: Path) -> dict[str, list[object]]:
+    """Every verb that writes, told to write to `at`."""
+    return {
+        "train": ["train", folder, "budget.steps=1", "precision=float32", "--run", at],
+        "sample": ["sample", run, "--num", 1, "--steps", 1, "--out", at],
+        "evaluate": ["evaluate", run, "--num", 2, "--out", at / "evaluation.json"],
+        "explain": ["explain", run, "--out", at],
+        "data check": ["data", "check", folder, "--out", at],
+        "data coverage": ["data", "coverage", folder, "--prompt", "a square", "--out", at],
+        "data convert": ["data", "convert", folder, at / "set.tar"],
+    }
+
+
+READING = {
+    "resume",
+    "ema",
+    "recipes",
+    "doctor",
+    "compare",
+    "config show",
+    "config diff",
+    "config validate",
+    "config schema",
+    "data cache",
+}
+WRITING = set(verbs(Path(), Path(), Path()))
+
+
+def test_every_verb_is_known_to_write_or_to_read() -> None:
+    """So that a new one is given a line here."""
+    named = {command.name or command.callback.__name__ for command in app.registered_commands}
+    for group in app.registered_groups:
+        named |= {
+            f"{group.name} {command.name or command.callback.__name__}" for command in group.typer_instance.registered_commands
+        }
+    assert named <= READING | WRITING
+    assert named >= WRITING
+
+
+@pytest.mark.parametrize("verb", sorted(WRITING))
+def test_a_file_where_a_folder_is_needed_is_refused_by_every_verb(verb: str, folder: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    result = sfumato(*verbs(folder, run, tmp_path / "taken" / "below")[verb])
+    assert result.code == 2, result.err
+    assert OURS not in result.err
+    assert "mend: " in result.err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", sorted(WRITING))
+def test_a_place_that_cannot_be_written_to_is_refused_by_every_verb(verb: str, folder: Path, run: Path) -> None:
+    """In /proc nobody may make a folder, root included."""
+    result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
+    assert result.code == 2, result.err
+    assert OURS not in result.err
+    assert "mend: " in result.err
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "explain", "data check", "data coverage"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    verb: str, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for name in ("sfumato.recipes.launch.open_data", "sfumato.data.check.examine", "sfumato.data.check.words.Vocabulary"):
+        monkeypatch.setattr(name, work)
+    result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
+    assert result.code == 2
+    assert "choose another place with --" in result.err
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused_by_the_command_that_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", "/proc/sfumato-was-here")
+    result = sfumato("data", "cache", "digits")
+    assert result.code == 2
+    assert "choose another place with SFUMATO_CACHE" in result.err
+
+
+@pytest.mark.parametrize("said", ["many", "inf", "nan"])
+def test_a_limit_in_the_environment_that_is_not_a_number_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_REMOTE_GIB", said)
+    with pytest.raises(DataError, match=r"^SFUMATO_REMOTE_GIB: "):
+        remote_limit_bytes()
+
+
+def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr("sfumato.recipes.launch.open_data", work)
+    monkeypatch.setattr("sfumato.recipes.launch.resolve", work)
+    result = sfumato("train", folder, "--run", run)
+    assert result.code == 2
+    assert f"{run}: there is a run here already" in result.err
+
+
+def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = launch.open_data
+
+    def few(settings: Run) -> Dataset:
+        dataset = opened(settings)
+        return replace(dataset, config=replace(dataset.config, holdout=1e-9))
+
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("a classifier was trained")
+
+    monkeypatch.setattr(launch, "open_data", few)
+    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", work)
+    result = sfumato("evaluate", run)
+    assert result.code == 2
+    assert "1 image is held out and has a category, of 12" in result.err
+    assert "data.holdout" in result.err
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b"
+    assert require_writable(place) == place
+    assert list(tmp_path.iterdir()) == []
+    (place / "x.json").mkdir(parents=True)
+    with pytest.raises(RunError, match="a folder of that name is there"):
+        require_writable(place, place / "x.json")
+
+
+def test_a_system_without_file_locks_can_load_and_says_that_it_cannot_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("without_fcntl", run_directory.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.fcntl is None
+    monkeypatch.setattr(run_directory, "fcntl", None)
+    with pytest.raises(RunError, match=r"lacks the file locks .*(\n.*)*on Windows inside WSL"), RunDirectory(tmp_path).locked():
+        pass
+
+
+def test_a_run_that_cannot_be_written_to_is_not_resumed_and_says_so(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    (tmp_path / ".lock").mkdir()  # so that the lock cannot be opened
+    result = sfumato("resume", tmp_path)
+    assert result.code == 2
+    assert "cannot be written to" in result.err
+    assert OURS not in result.err
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "explain", "data check", "data coverage", "data convert"])
+def test_a_disk_that_fills_up_is_named_by_every_verb(
+    verb: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file that is written to below the target fails after it was opened."""
+    from PIL import Image
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr("sfumato.data.convert.os.replace", full)
+    quick = functools.partial(train_classifier, steps=2)
+    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
+    result = sfumato(*verbs(folder, run, tmp_path / "out")[verb])
+    assert result.code == 2, result.err
+    assert OURS not in result.err
