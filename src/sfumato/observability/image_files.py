@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import ConfigError
+from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
 from sfumato.observability.pictures import Alpha, picture, save_png, whole
 
-DESCRIPTION = 270  # TIFF's ImageDescription, in EXIF too
 SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -74,8 +72,6 @@ class Values:
         low, high = self.value_range or (0.0, 1.0)
         values = self.straight(image, levels=levels)
         colours = low + values[: self.colours] * (high - low)
-        if self.has_alpha:
-            colours = np.where(np.rint(values[-1:] * levels) > 0, colours, 0.0)
         return np.concatenate([colours, values[self.colours :] * alpha_scale])
 
     def integers(self, image: Tensor, bits: int) -> NDArray[Any]:
@@ -134,7 +130,7 @@ def _refuse(what: str, mend: str) -> ConfigError:
 def _pixels(path: Path, values: Values) -> Tensor:
     """Of a file that Pillow reads."""
     with Image.open(path) as image:
-        found = np.asarray(image if image.mode.startswith("I;16") else image.convert(MODES[values.channels]))
+        found = np.asarray(image.convert(MODES[values.channels]))
     return values.unit(found if found.ndim == 3 else found[..., None])
 
 
@@ -158,7 +154,7 @@ class Png:
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
-        return _pixels(path, values)
+        return _pixels(path, values) if values.bits == 8 else values.unit(png16_pixels(path.read_bytes()))
 
     def settings(self, path: Path) -> Any:
         with Image.open(path) as image:
@@ -289,62 +285,3 @@ def _floats(image: Tensor, values: Values) -> NDArray[np.float32]:
     """(H, W, C) in the values of the source; alpha in [0, 1]."""
     units = values.in_units(image, levels=2**values.bits - 1, alpha_scale=1.0)
     return np.ascontiguousarray(units.transpose(1, 2, 0).astype(np.float32))
-
-
-def png16(pixels: NDArray[np.uint16], text: dict[str, str]) -> bytes:
-    """A PNG of 16 bits a value from (H, W, C), C of 1 to 4, which Pillow writes for gray only.
-
-    Source: PNG specification, third edition, secs. 5, 9 and 11.
-    """
-    height, width, channels = pixels.shape
-    rows = np.ascontiguousarray(pixels.astype(">u2")).view(np.uint8).reshape(height, -1)
-    lines = np.full((height, rows.shape[1] + 1), 2, np.uint8)  # filter type "up": the difference to the row above, modulo 256
-    lines[:, 1:] = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    parts = [(b"IHDR", head), *((b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items())]
-    parts += [(b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b"")]
-    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
-    """An uncompressed TIFF from (H, W, C) of uint8, uint16 or float32, whose pixels begin at byte 8.
-
-    Source: TIFF 6.0 (Adobe 1992), secs. 2, 8 and 18.
-    """
-    height, width, channels = pixels.shape
-    data = np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder("<"))).tobytes()
-    rgb = channels - alpha == 3
-    extra = [0] * (channels - (3 if rgb else 1) - alpha) + [2] * alpha
-    short, long = "H", "I"
-    entries: list[tuple[int, str, list[int] | bytes]] = [
-        (256, long, [width]), (257, long, [height]), (258, short, [8 * pixels.dtype.itemsize] * channels), (259, short, [1]),
-        (262, short, [2 if rgb else 1]), (DESCRIPTION, "s", description.encode("ascii") + b"\0"), (273, long, [8]),
-        (277, short, [channels]), (278, long, [height]), (279, long, [len(data)]), (284, short, [1]),
-        *([(338, short, extra)] if extra else []), (339, short, [3 if pixels.dtype.kind == "f" else 1] * channels),
-    ]  # fmt: skip
-    data += b"\0" * (len(data) % 2)
-    fields = b""
-    for tag, kind, value in entries:
-        packed = value if isinstance(value, bytes) else struct.pack(f"<{len(value)}{kind}", *value)
-        if len(packed) > 4:
-            place, data = struct.pack("<I", 8 + len(data)), data + packed + b"\0" * (len(packed) % 2)
-        else:
-            place = packed.ljust(4, b"\0")
-        fields += struct.pack("<HHI", tag, {"s": 2, "H": 3, "I": 4}[kind], len(value)) + place
-    head = b"II*\0" + struct.pack("<I", 8 + len(data))
-    return head + data + struct.pack("<H", len(entries)) + fields + b"\0\0\0\0"
-
-
-def tiff_tags(data: bytes) -> dict[int, Any]:
-    """Numbers (the first of several) and texts of the first directory of a TIFF that `tiff` wrote."""
-    (start,) = struct.unpack_from("<I", data, 4)
-    (count,) = struct.unpack_from("<H", data, start)
-    tags: dict[int, Any] = {}
-    for number in range(count):
-        tag, kind, length, place = struct.unpack_from("<HHII", data, start + 2 + 12 * number)
-        if kind == 2:
-            tags[tag] = data[place : place + length].rstrip(b"\0").decode("ascii")
-        elif length == 1:
-            tags[tag] = place if kind == 4 else place & 0xFFFF
-    return tags

@@ -39,7 +39,7 @@ def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
     channels, height, width = images.shape[1:]
     if channels in (2, 4) and alpha != "none":
         colours, opaque = images[:, :-1], images[:, -1:]
-        colours = colours if alpha == "premultiplied" else colours * opaque
+        colours = torch.minimum(colours, opaque) if alpha == "premultiplied" else colours * opaque
         images = (colours + (1 - opaque) * _checkerboard(height, width).to(images)).clamp(0, 1)
     elif channels == 2:
         images = torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)

@@ -44,6 +44,13 @@ class Run(TrainingConfig):
                 mend="use one of the two: auxiliary.uncertainty=false, or objective.contrast=0",
             )
 
+        if self.sampling.clip and not isinstance(self.autoencoder, PixelSpace):
+            raise ConfigError(
+                "clamps guesses of the image to [-1, 1], and the model works in latents, whose values have no bounds",
+                where="sampling.clip",
+                mend="set sampling.clip=false, or autoencoder.kind=PixelSpace",
+            )
+
     @property
     def sees_pictures(self) -> bool:
         """Whether training needs the pictures themselves where the model works in latents."""
