@@ -117,7 +117,8 @@ def require_context(guidance: float | Mapping[str, float], reads: Collection[str
     given = {name for one in asked for name in one.contexts if name in reads}
     scales = guidance if isinstance(guidance, Mapping) else {} if given else {"": guidance}
     for name, scale in scales.items():
-        if scale != 1 and name not in given:
+        known = math.isfinite(scale) and (not name or name in reads)  # what is neither is refused where scales are read
+        if known and scale != 1 and name not in given:
             lacks = f"no {name} is given" if name else "no context is given" if reads else "the model is steered by nothing"
             ways = [{"text": "prompt"}.get(read, read) for read in ([name] if name else reads)]
             raise ConfigError(
