@@ -126,5 +126,5 @@ def test_presets_count_categories_without_named_holdouts(tmp_path: Path) -> None
 def test_clipping_is_refused_in_latents() -> None:
     sampling = SamplingConfig(clip=True)
     assert Run(name="x", sampling=sampling).sampling.clip
-    with pytest.raises(ConfigError, match="sampling.clip"):
+    with pytest.raises(ConfigError, match="latents, whose values have no bounds"):
         Run(name="x", sampling=sampling, autoencoder=OwnAutoencoder())
