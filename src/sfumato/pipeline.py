@@ -239,7 +239,7 @@ class Pipeline:
         Args:
             skip: numbers of images that are not made.
         Raises:
-            ConfigError, ShapeError, ScheduleError: as `sample`, before the first batch is asked for.
+            ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
         """
         if num < 1 or batch_size < 1:
             raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", mend="ask for at least 1")

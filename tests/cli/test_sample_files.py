@@ -153,6 +153,11 @@ def test_images_without_settings_by_an_older_version_are_left_alone(run: Path) -
     assert names(run / "generated/seed-0") == {"00000.png"}
 
 
+def test_two_jobs_at_a_time_never_share_a_folder(run: Path) -> None:
+    (run / "generated/seed-0").mkdir(parents=True)  # of a job that has not written its first image yet
+    assert sampled(run, "--num", 1).out == "run/generated/seed-0-2/grid.png\n"
+
+
 # --- stops and full disks ------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ def evenly(count: int, at_most: int) -> list[int]:
 
 
 def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
-    """A noisy picture on the scale of the data, whatever the schedule: as it would be with alpha^2 + sigma^2 = 1."""
+    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 + sigma^2 = 1."""
     return x / float((level.alpha**2 + level.sigma**2).sqrt())
 
 

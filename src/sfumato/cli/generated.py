@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.errors import OutputError
@@ -25,13 +26,15 @@ BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
     """Make `folder` and try a file in it, before any work; if an error leaves it empty, it is removed again.
 
+    Args:
+        fresh: whether it was made for this already.
     Raises:
         OutputError: if it cannot be written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists() or (fresh and path == folder)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
@@ -74,7 +77,7 @@ def weights_id(*modules: nn.Module) -> str:
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -95,12 +98,14 @@ class Generated:
         kind: a name in `FORMATS`, and the files' ending.
         values: what the images' values stand for.
         settings: written into every file; "request" names the request.
+        fresh: whether the folder was made for this request just now.
     """
 
     folder: Path
     kind: str
     values: Values
     settings: Mapping[str, Any]
+    fresh: bool = False
 
     @property
     def form(self) -> ImageFormat:
@@ -146,7 +151,9 @@ class Generated:
         return self._found[1]
 
     def in_free_folder(self) -> Generated:
-        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds nothing of another request.
+        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds images of this request only, or can be made.
+
+        A folder that is empty belongs to a job that has just begun, so that two at a time never share one.
 
         Raises:
             OutputError: if all are taken.
@@ -154,7 +161,10 @@ class Generated:
         for number in range(1, MOST_FOLDERS):
             name = self.folder.name if number == 1 else f"{self.folder.name}-{number}"
             tried = replace(self, folder=self.folder.with_name(name))
-            if not tried.others:
+            with suppress(FileExistsError):
+                tried.folder.mkdir()
+                return replace(tried, fresh=True)
+            if tried.there and not tried.others:
                 return tried
         raise OutputError("holds too many requests of one seed", where=str(self.folder.parent), mend="name a folder with --out")
 

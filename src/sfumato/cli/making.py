@@ -16,7 +16,7 @@ from sfumato.cli.generated import GRID, TRAJECTORY, Generated, unwritten, writab
 from sfumato.errors import NonFiniteError
 from sfumato.observability.image_files import SETTINGS
 from sfumato.observability.pictures import grid_image, save_png, shown, whole
-from sfumato.observability.progress import ProgressBar
+from sfumato.observability.progress import ProgressBar, printable
 from sfumato.pipeline import Pipeline
 from sfumato.sampling import Progress
 from sfumato.training.interruption import Interrupted, Interruption
@@ -64,7 +64,7 @@ class Job:
         target.notes(self.num, _say)
         if there:
             _say(f"note: {len(there)} of {self.num} images are in {target.folder} already, made by the same request")
-        with writable(target.folder):
+        with writable(target.folder, fresh=target.fresh):
             try:
                 self._make(make, skip)
                 sheets = self._draw()
@@ -171,4 +171,4 @@ def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)

@@ -113,11 +113,11 @@ def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
     FORMATS[kind].require(values)
     if kind != (options["format"] or "png"):
         typer.echo(f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}", err=True)
+    make = _make(pipeline, asked, how, options)
     settings = _settings(options, pipeline, asked, how, kind)
     target = Generated(options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings)
     if options["out"] is None:
         target = target.in_free_folder()
-    make = _make(pipeline, asked, how, options)
     job = Job(
         pipeline=pipeline, target=target, num=num, inputs=_inputs(asked, pipeline), trajectory=options["trajectory"],
         labels=[] if options["to_prompt"] else _labels(options["prompt"], options["category"], num),
@@ -164,7 +164,7 @@ def _make(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
 
 
 def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) -> Asked:
-    """What is asked for, files read."""
+    """The request, with its files read."""
     from sfumato.asking import Asked
     from sfumato.data.given import given_mask, given_picture
 
@@ -194,7 +194,7 @@ def _inputs(asked: Asked, pipeline: Pipeline) -> dict[str, Tensor]:
 
 
 def _number_of_images(num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None) -> int:
-    """`num`, or enough for all that is asked for; says what a smaller `num` leaves out."""
+    """`num`, or enough for every prompt and category; says what a smaller `num` leaves out."""
     count = num or max(FEWEST, len(prompts or ()), len(categories or ()))
     for name, given in (("prompt", prompts or ()), ("category", categories or ())):
         left = given[count:]

@@ -59,7 +59,7 @@ def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
 
 
 def picture(image: Tensor) -> Image.Image:
-    """One picture (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and straight alpha stays alpha."""
+    """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and straight alpha stays alpha."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 

@@ -38,7 +38,7 @@ class Survey:
 
     Attributes:
         count: pictures listed.
-        categories: how many pictures each has that no hold-out of the source's takes; {} where there are none.
+        categories: how many images each has, named hold-outs aside; {} where there are none.
         captioned: share of pictures with a caption.
         sides: median length of the shorter side in pixels; 0 if none could be read.
         gray: whether all pictures looked at are gray.
