@@ -88,6 +88,8 @@ def sample(
     run = RunDirectory.existing(newest_run() if run is None else run).path
     with writable(out or run / "generated"):
         pipeline = load(run, weights=_weights(weights), precision=precision)
+        if compile:
+            pipeline.compile()
         files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
         asked = _asked(
             pipeline, files, category=category, prompt=prompt, negative=negative, points=_cloud(points), strength=strength,
