@@ -321,7 +321,7 @@ def test_a_large_grid_shows_the_first_images_and_says_so(run: Path, monkeypatch:
 
 def test_the_network_is_compiled_only_where_that_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Pipeline] = []
-    monkeypatch.setattr(Pipeline, "compile", compiled.append)
+    monkeypatch.setattr(Pipeline, "compile", lambda model: compiled.append(model))
     assert sampled(run, "--num", 1).code == 0
     assert compiled == []
     assert sampled(run, "--num", 1, "--compile").out == "run/generated/seed-0/grid.png\n"
