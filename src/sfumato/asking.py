@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,6 +60,13 @@ class Asked:
     strength: float | None = None
     mask: Tensor | None = None
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Names of the contexts that something is given for, or led away from."""
+        named = {"prompt": "text", "negative": "text"}
+        given = (field.name for field in fields(self) if getattr(self, field.name) is not None)
+        return tuple(dict.fromkeys(named.get(name, name) for name in given if name not in ("strength", "mask")))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -90,6 +97,11 @@ class Request:
         return self.strength < 1 or self.known is not None
 
     @property
+    def fills(self) -> bool:
+        """Whether a part of `start` stays, so that the rest has to agree with it."""
+        return self.known is not None and bool((self.known > 0).any())
+
+    @property
     def given(self) -> tuple[str, ...]:
         """Names of the contexts that are asked for, or asked not to be."""
         return tuple(dict.fromkeys([*self.context, *([] if self.negative is None else ["text"])]))
@@ -103,6 +115,28 @@ class Request:
         )
 
 
+def require_context(guidance: float | Mapping[str, float], reads: Collection[str], *asked: Asked) -> None:
+    """Refuse guidance without effect: a scale other than 1 that acts on a context which is in none of `asked`.
+
+    Args:
+        reads: names of the contexts that steer the model.
+    Raises:
+        ConfigError: saying what would have to be given.
+    """
+    given = {name for one in asked for name in one.contexts if name in reads}
+    scales = guidance if isinstance(guidance, Mapping) else {} if given else {"": guidance}
+    for name, scale in scales.items():
+        known = math.isfinite(scale) and (not name or name in reads)  # what is neither is refused where scales are read
+        if known and scale != 1 and name not in given:
+            lacks = f"no {name} is given" if name else "no context is given" if reads else "the model is steered by nothing"
+            ways = [{"text": "prompt"}.get(read, read) for read in ([name] if name else reads)]
+            raise ConfigError(
+                f"guidance {scale:g} has nothing to act on: {lacks}",
+                where="sample",
+                mend=f"give {' or '.join(ways)}, or leave guidance out" if ways else "leave guidance out",
+            )
+
+
 def settled(asked: Asked, conditioner: Joint, facts: Facts, image_shape: tuple[int, int, int], num: int) -> Request:
     """What `asked` means to a model, for `num` pictures.
 
@@ -113,7 +147,7 @@ def settled(asked: Asked, conditioner: Joint, facts: Facts, image_shape: tuple[i
     height, width = image_shape[1:]
     context: dict[str, Any] = {}
     if asked.category is not None:
-        context["category"] = _categories(asked.category, facts.categories, num)
+        context["category"] = _categories(asked.category, facts, num)
     if asked.prompt is not None:
         context["text"] = _cycled([asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt), num, "prompt")
     texts = list(dict.fromkeys([*context.get("text", ()), *([] if asked.negative is None else [asked.negative])]))
@@ -173,12 +207,19 @@ def _cycled(values: list[Any], num: int, what: str) -> list[Any]:
     return [values[i % len(values)] for i in range(num)]
 
 
-def _categories(category: str | int | Sequence[str | int], known: tuple[str, ...], num: int) -> Tensor:
+def _categories(category: str | int | Sequence[str | int], facts: Facts, num: int) -> Tensor:
+    known = tuple(name for name in facts.categories if name not in facts.untrained)
     names = [str(category)] if isinstance(category, str | int) else [str(name) for name in category]
     for name in names:
+        if name in facts.untrained:
+            raise ConfigError(
+                f"category {name!r} was never trained: all of its images are held out",
+                where="sample",
+                mend=f"choose among {', '.join(known[:20])}; or train with more images of it",
+            )
         if name not in known:
             raise _unknown("category", name, known)
-    return torch.tensor(_cycled([known.index(name) for name in names], num, "categories"))
+    return torch.tensor(_cycled([facts.categories.index(name) for name in names], num, "categories"))
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:

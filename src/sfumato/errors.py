@@ -59,3 +59,13 @@ class DivergedError(SfumatoError):
     """Training that produced non-finite losses or gradients again and again."""
 
     exit_code = 3
+
+
+class OutputError(SfumatoError):
+    """A file or folder that cannot be written to, or that holds what must not be replaced."""
+
+
+class NonFiniteError(SfumatoError, ValueError):
+    """A model whose output is not finite: its weights are damaged, or it diverged."""
+
+    exit_code = 3

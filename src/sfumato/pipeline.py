@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.asking import Asked, Request, settled
-from sfumato.autoencoders import Autoencoder
+from sfumato.autoencoders import Autoencoder, Pixels
 from sfumato.conditioners import Facts, Joint
 from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.diffusion import (
@@ -29,6 +28,7 @@ from sfumato.diffusion import (
     Linear,
     NetworkDenoiser,
     NoiseInputConfig,
+    NoiseLevel,
     ParameterizationConfig,
     Rung,
     ScheduleConfig,
@@ -36,9 +36,20 @@ from sfumato.diffusion import (
     UnitVariance,
     require_schedule,
 )
-from sfumato.errors import ConfigError, ShapeError
+from sfumato.errors import ConfigError, NonFiniteError, ShapeError
 from sfumato.nn.compiling import compile_in_place
-from sfumato.sampling import SAMPLERS, DPMSolverPP2M, KeyedNoise, Progress, SamplerConfig, grid, sample
+from sfumato.observability.image_files import Values
+from sfumato.sampling import (
+    BetweenNoise,
+    DPMSolverPP2M,
+    KeyedNoise,
+    Progress,
+    Resampled,
+    SamplerConfig,
+    chosen_sampler,
+    grid,
+    sample,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,7 @@ class SamplingConfig:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is off.
         interval: log-SNR from where to where guidance acts; outside, the condition alone does.
-        clip: whether each guess of x0 is clamped to [-1, 1], as DDPM does; for models that work in pixels.
+        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models of pixels.
     """
 
     sampler: SamplerConfig = DPMSolverPP2M()
@@ -146,7 +157,15 @@ class Pipeline:
     @property
     def categories(self) -> tuple[str, ...]:
         """Names that `category` may take; () for a model that is not steered by categories."""
-        return self.facts.categories if "category" in self.reads else ()
+        if "category" not in self.reads:
+            return ()
+        return tuple(name for name in self.facts.categories if name not in self.facts.untrained)
+
+    @property
+    def values(self) -> Values:
+        """What the values of its images stand for."""
+        facts = self.facts
+        return Values(channels=self.image_shape[0], bits=facts.bits, alpha=facts.alpha, value_range=facts.value_range)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -167,6 +186,8 @@ class Pipeline:
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
         worse: tuple[Model, float] | None = None,
+        clip: bool | None = None,
+        resample: int = 1,
         batch_size: int = 64,
         on_step: Callable[[Progress], None] | None = None,
     ) -> Tensor:
@@ -176,50 +197,92 @@ class Pipeline:
             asked: what the pictures are steered by, and the picture they start from; `category` and `prompt` are short for two of it.
             request: instead of all that, tensors that are known to fit the model, for `num` pictures.
             seed: picture i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
-            steps, sampler, guidance, interval: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
-                Guidance is one scale for all contexts, or one for each by name, which costs a network call each.
+            steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
+                Guidance is one scale for all contexts, or one for each by name, which costs a network call each. Where a mask is given
+                and no sampler is, it is `churn`, or `ddpm` if it is resampled.
             worse: an earlier snapshot of the same run, and the scale at which pictures are pushed away from its guesses.
+            resample: how many times each step is taken where a mask is filled; more agrees better with what is known.
             batch_size: pictures made at once; a matter of memory, not of the result.
             on_step: told of each denoising step of each batch.
         Raises:
-            ConfigError: for a context that the model does not read, or a value that it does not know.
+            ConfigError: for a context that the model does not read, a value that it does not know, or a setting without effect.
+            NonFiniteError: if what the model makes is not finite.
         """
-        if num < 1 or batch_size < 1:
-            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", mend="ask for at least 1")
         asked = asked or Asked()
         asked = replace(
             asked, category=asked.category if category is None else category, prompt=asked.prompt if prompt is None else prompt
         )
-        request = request or settled(asked, self.model.conditioner, self.facts, self.image_shape, num)
-        if request.strength == 0:
-            return to_unit(request.start)
-        solver = self._solver(sampler)
-        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps, strength=request.strength)
+        made = self.batches(
+            num, asked=asked, request=request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval,
+            worse=worse, clip=clip, resample=resample, batch_size=batch_size, on_step=on_step,
+        )  # fmt: skip
+        return torch.cat([images for _, images in made])
+
+    def batches(
+        self,
+        num: int,
+        *,
+        asked: Asked | None = None,
+        request: Request | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        worse: tuple[Model, float] | None = None,
+        clip: bool | None = None,
+        resample: int = 1,
+        batch_size: int = 64,
+        skip: Collection[int] = (),
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `sample` gives, batch by batch as it is made: the number of the batch's first image, and its images.
+
+        Args:
+            skip: numbers of images that are not made.
+        Raises:
+            ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
+        """
+        if num < 1 or batch_size < 1:
+            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", mend="ask for at least 1")
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
-        device = next(self.model.parameters()).device
-        pictures = []
-        for first in range(0, len(request.start), batch_size):
-            part = request.rows(slice(first, first + batch_size), device)
-            noise = KeyedNoise(seed, first)
-            with torch.no_grad():
-                start = self.autoencoder.encode(part.start) if request.begins_at_picture else self._blank(len(part.start))
-                x = levels.at(0).like(start).mix(start, noise(start))
-                condition = self.model.conditioner(part.context, len(part.start))
-                rungs = self._rungs(part, part.given, scales)
-                denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
-                if worse is not None:
-                    own = worse[0].conditioner(part.context, len(x))
-                    bad = Steered(denoiser=worse[0].denoiser(self.compute_dtype), condition=own)
-                    denoiser = AutoGuidance(good=denoiser, bad=bad, scale=worse[1])
-                if part.known is not None:
-                    cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
-                    denoiser = Known(denoiser=denoiser, picture=start, known=cells)
-            x = sample(solver, self._clipped(denoiser), x, levels, condition=condition, noise=noise, on_step=on_step)
-            made = self.decode(x)
+        if request is None:
+            request = settled(asked or Asked(), self.model.conditioner, self.facts, self.image_shape, num)
+        spans = _spans(num, skip, batch_size)
+        solver = chosen_sampler(sampler, self.sampling.sampler, filling=request.fills, resample=resample)
+        clip = self._require_clip(self.sampling.clip if clip is None else clip)
+        steps = self.sampling.steps if steps is None else steps
+        if request.strength == 0:
+            return iter([(span.start, to_unit(request.start[span])) for span in spans])
+        how = _How(
+            solver=solver, levels=grid(self.sampling.schedule, steps, strength=request.strength), scales=scales, seed=seed,
+            interval=self.sampling.interval if interval is None else interval, worse=worse, clip=clip, on_step=on_step,
+        )  # fmt: skip
+        return ((span.start, self._made(request, span, how)) for span in spans)
+
+    def _made(self, request: Request, span: slice, how: _How) -> Tensor:
+        """The images of one batch, (B, C, H, W) in [0, 1]."""
+        part = request.rows(span, next(self.model.parameters()).device)
+        noise = KeyedNoise(how.seed, span.start)
+        with torch.no_grad():
+            start = self.autoencoder.encode(part.start) if request.begins_at_picture else self._blank(len(part.start))
+            x = how.levels.at(0).like(start).mix(start, noise(start))
+            condition = self.model.conditioner(part.context, len(part.start))
+            denoiser = self._guided(self._rungs(part, part.given, how.scales), how.interval)
+            if how.worse is not None:
+                own = how.worse[0].conditioner(part.context, len(x))
+                bad = Steered(denoiser=how.worse[0].denoiser(self.compute_dtype), condition=own)
+                denoiser = AutoGuidance(good=denoiser, bad=bad, scale=how.worse[1])
+            if how.clip:
+                denoiser = Clip(denoiser=denoiser)
             if part.known is not None:
-                made = self.autoencoder.restored(made, part.start, part.known)
-            pictures.append(to_unit(made).cpu())
-        return torch.cat(pictures)
+                cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
+                denoiser = Known(denoiser=denoiser, picture=start, known=cells)
+        x = sample(how.solver, denoiser, x, how.levels, condition=condition, noise=noise, on_step=how.on_step)
+        made = self.decode(x)
+        if part.known is not None:
+            made = self.autoencoder.restored(made, part.start, part.known)
+        return to_unit(_finite(made, span.start)).cpu()
 
     def between(
         self,
@@ -232,6 +295,8 @@ class Pipeline:
         sampler: str | SamplerConfig | None = None,
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
+        clip: bool | None = None,
+        on_step: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
 
@@ -255,8 +320,9 @@ class Pipeline:
             )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         given = {name for request in requests for name in request.given}
+        clip = self._require_clip(self.sampling.clip if clip is None else clip)
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
-        noise = _Between(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
+        noise = BetweenNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
         x = levels.at(0).sigma * noise(self._blank(num))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
@@ -266,9 +332,10 @@ class Pipeline:
                 for a, b in zip(*ladders, strict=True)
             )
             denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
-            condition = ends[0].between(ends[1], shares)
-            pictures = sample(self._solver(sampler), self._clipped(denoiser), x, levels, condition=condition, noise=noise)
-        return to_unit(self.decode(pictures)).cpu()
+            denoiser = Clip(denoiser=denoiser) if clip else denoiser
+            condition, solver = ends[0].between(ends[1], shares), chosen_sampler(sampler, self.sampling.sampler)
+            pictures = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
+        return to_unit(_finite(self.decode(pictures), 0)).cpu()
 
     def _blank(self, num: int) -> Tensor:
         """Latents of zeros."""
@@ -281,8 +348,14 @@ class Pipeline:
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
-    def _solver(self, sampler: str | SamplerConfig | None) -> SamplerConfig:
-        return find_sampler(sampler) if isinstance(sampler, str) else sampler or self.sampling.sampler
+    def _require_clip(self, clip: bool) -> bool:
+        if clip and not isinstance(self.autoencoder, Pixels):
+            raise ConfigError(
+                "clipping in latents, whose values have no bounds",
+                where="sample",
+                mend="leave clip out: it is for models of pixels",
+            )
+        return clip
 
     def _scales(self, guidance: float | Mapping[str, float]) -> dict[str, float]:
         """The scale of each context."""
@@ -317,9 +390,6 @@ class Pipeline:
                 rungs.append(Rung(self.model.conditioner(less if "text" in before else instead | less, count), scales[name]))
         return tuple(rungs)
 
-    def _clipped(self, denoiser: Denoiser) -> Denoiser:
-        return Clip(denoiser=denoiser) if self.sampling.clip else denoiser
-
     def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: bool) -> None:
         """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
         steps = [1.0, *(scales[name] for name in asked)]
@@ -346,38 +416,42 @@ class Pipeline:
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
 
 
-@dataclass(frozen=True)
-class _Between:
-    """Draw after draw, noises on the way from picture 0 of one seed to picture 0 of another, at `shares` of it."""
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """The settings of `Pipeline.sample`, checked."""
 
-    first: KeyedNoise
-    last: KeyedNoise
-    shares: Sequence[float]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        a, b = self.first(x[:1]), self.last(x[:1])
-        return torch.cat([on_the_sphere(a, b, share) for share in self.shares])
-
-
-def on_the_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Noise on the way from `a` to `b`, of the same variance: spherical interpolation."""
-    angle = torch.arccos((torch.sum(a * b) / (a.norm() * b.norm())).clamp(-1, 1))
-    if angle < 1e-4:
-        return a
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    solver: SamplerConfig | Resampled
+    levels: NoiseLevel
+    scales: Mapping[str, float]
+    interval: tuple[float, float]
+    worse: tuple[Model, float] | None
+    clip: bool
+    seed: int
+    on_step: Callable[[Progress], None] | None
 
 
-def find_sampler(name: str) -> SamplerConfig:
-    """The sampler of that name.
+def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
+    """Runs of at most `most` numbers below `num`, without those of `skip`."""
+    spans: list[slice] = []
+    skipped = frozenset(skip)
+    for number in (number for number in range(num) if number not in skipped):
+        if spans and spans[-1].stop == number and number - spans[-1].start < most:
+            spans[-1] = slice(spans[-1].start, number + 1)
+        else:
+            spans.append(slice(number, number + 1))
+    return spans
 
-    Raises:
-        ConfigError: naming the nearest, if there is none.
-    """
-    if name in SAMPLERS:
-        return SAMPLERS[name]
-    close = difflib.get_close_matches(name, SAMPLERS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"no sampler {name!r}", where="sample", mend=f"{hint}there are {', '.join(SAMPLERS)}")
+
+def _finite(made: Tensor, first: int) -> Tensor:
+    """The images themselves; raise NonFiniteError if one of them is not finite."""
+    bad = torch.nonzero(~made.isfinite().flatten(1).all(1))[:, 0].tolist()
+    if bad:
+        raise NonFiniteError(
+            f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is image {first + bad[0]})",
+            where="sample",
+            mend="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
+        )
+    return made
 
 
 def to_unit(x: Tensor) -> Tensor:

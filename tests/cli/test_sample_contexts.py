@@ -241,7 +241,7 @@ def test_a_prompt_that_is_cut_is_said_to_be(run: Path, given: Path) -> None:
     result = sampled(run, "--prompt", "a dark square " * 100)
     assert result.code == 0
     assert result.err.startswith("note: of a prompt of 1400 characters the model reads ")
-    assert sampled(run, "--prompt", "noise").err == ""
+    assert sampled(run, "--prompt", "noise", out="another").err == ""
 
 
 @pytest.mark.parametrize("prompt", ["", "猫 🐈", "$(touch owned); ../x", "\x1b]0;owned\x07\n<b>", "\udcff"])

@@ -11,7 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.cli.drawing import dimmed
 from sfumato.cli.explain import PICTURES, _with_contrast
+from sfumato.diffusion import NoiseLevel
 from sfumato.observability.pictures import GAP, PAPER, SMALLEST_TILE, grid_image, picture, save_png, to_uint8
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
@@ -72,6 +74,32 @@ def test_labels_take_room_of_their_own() -> None:
     assert top > 13
     assert (np.asarray(labelled)[top + GAP :, left + GAP :] == np.asarray(plain)[GAP:, GAP:]).all()
     assert np.asarray(labelled)[:, :left].min() < 100
+
+
+def test_inputs_fill_a_row_of_their_own_and_no_more() -> None:
+    plain = np.asarray(grid_image(levels(4), columns=2))
+    inputs = {"image": torch.ones(1, 8, 8), "mask": torch.zeros(1, 8, 8), "doodle": torch.ones(1, 8, 8)}
+    sheet = np.asarray(grid_image(levels(4), columns=2, inputs=inputs))
+    tile = SMALLEST_TILE + GAP
+    assert sheet.shape[1] == GAP + 3 * tile
+    below = sheet[-(GAP + 2 * tile) :]
+    assert (below[GAP : GAP + SMALLEST_TILE, GAP : GAP + SMALLEST_TILE] == 0).all()
+    assert sheet.shape[0] > plain.shape[0] + tile
+    first = sheet[-(GAP + 3 * tile) : -(GAP + 2 * tile)]
+    middles = [int(first[tile // 2, GAP + column * tile + 5, 0]) for column in range(3)]
+    assert middles == [255, 0, 255]
+
+
+@pytest.mark.parametrize("logsnr", [-4.0, 0.0, 4.0])
+def test_noisy_images_are_shown_on_one_scale_whatever_the_schedule(logsnr: float) -> None:
+    x0, eps = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ratio = math.exp(-logsnr / 2)
+    alphas = (1.0, 1 / (1 + ratio), 1 / math.hypot(1, ratio))  # variance exploding, straight, variance preserving
+    found = [NoiseLevel(torch.tensor(a, dtype=torch.float64), torch.tensor(a * ratio, dtype=torch.float64)) for a in alphas]
+    shown = [dimmed(level.mix(x0, eps), level) for level in found]
+    for other in shown[1:]:
+        torch.testing.assert_close(other, shown[0])
+    assert torch.equal(dimmed(x0, NoiseLevel(torch.tensor(1.0), torch.tensor(0.0))), x0)
 
 
 def test_a_png_carries_its_settings_and_makes_its_folder(tmp_path: Path) -> None:

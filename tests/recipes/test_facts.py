@@ -16,7 +16,10 @@ from sfumato import config
 from sfumato.conditioners import AttributesConfig, CategoryConfig, ContextConfig, Facts, PointsConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
+from sfumato.pipeline import SamplingConfig
 from sfumato.recipes import Run, launch
+from sfumato.recipes.latents import OwnAutoencoder
+from sfumato.recipes.presets import Survey
 
 ALL = {"category": CategoryConfig(), "text": WordsConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
 
@@ -105,3 +108,23 @@ def test_contexts_that_the_data_do_not_hold_are_refused(tmp_path: Path, name: st
     )
     with pytest.raises(ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"):
         launch.build_model(run, launch.facts_of(run, launch.open_data(run)))
+
+
+def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(tmp_path: Path) -> None:
+    facts: dict[str, dict[str, Any]] = {f"{'ac'[i % 2]}/{i}": {} for i in range(8)}
+    facts |= {f"b/{i}": {"holdout": "set"} for i in range(2)}
+    found = facts_of(folder(tmp_path, facts), {"category": CategoryConfig()})
+    assert (found.categories, found.untrained) == (("a", "b", "c"), ("b",))
+
+
+def test_presets_count_categories_without_named_holdouts(tmp_path: Path) -> None:
+    facts: dict[str, dict[str, Any]] = {f"{'ac'[i % 2]}/{i}": {} for i in range(8)}
+    facts |= {f"b/{i}": {"holdout": "set"} for i in range(2)} | {"a/held": {"holdout": "set"}}
+    assert Survey.of(folder(tmp_path, facts).listing()).categories == {"a": 4, "c": 4}
+
+
+def test_clipping_is_refused_in_latents() -> None:
+    sampling = SamplingConfig(clip=True)
+    assert Run(name="x", sampling=sampling).sampling.clip
+    with pytest.raises(ConfigError, match="latents, whose values have no bounds"):
+        Run(name="x", sampling=sampling, autoencoder=OwnAutoencoder())

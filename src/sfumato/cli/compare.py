@@ -102,7 +102,7 @@ def compare(
 
 def _named(text: str) -> tuple[str, int | None]:
     """`ddim:20` as a known name and its steps."""
-    from sfumato.pipeline import find_sampler
+    from sfumato.sampling.choice import find_sampler
 
     name, colon, count = text.partition(":")
     if colon and not (count.isdecimal() and int(count) > 0):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.diffusion import NoiseLevel
+    from sfumato.observability.pictures import Alpha
     from sfumato.sampling import Progress
 
 
@@ -21,17 +22,23 @@ def evenly(count: int, at_most: int) -> list[int]:
 
 
 def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
-    """A noisy picture, brought to the brightness of the data where its level amplifies it."""
-    return x / max(1.0, float((level.alpha**2 + level.sigma**2).sqrt()))
+    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 + sigma^2 = 1."""
+    return x / float((level.alpha**2 + level.sigma**2).sqrt())
 
 
 def trajectory_image(
-    recorded: Sequence[Progress], *, pictures: int, columns: int, decode: Callable[[Tensor], Tensor]
+    recorded: Sequence[Progress],
+    *,
+    pictures: int,
+    columns: int,
+    decode: Callable[[Tensor], Tensor],
+    alpha: Alpha = "straight",
 ) -> Image.Image:
     """For each picture a row of noisy states and, under it, the guess of the clean picture made from each; the result last.
 
     Args:
         decode: gives the pictures of latents.
+        alpha: what the last of 2 or 4 channels is.
     """
     import torch
 
@@ -49,4 +56,4 @@ def trajectory_image(
             rows += [state[number] for state in states] + [result[number]]
         labels += ["noisy x", "guess of x0"]
     columns_labels = [f"step {step.step}" for step in shown] + ["result"]
-    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels)
+    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels, alpha=alpha)

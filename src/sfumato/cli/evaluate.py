@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sfumato.data import Dataset
     from sfumato.evaluation import Composition, Evaluation
+    from sfumato.observability.pictures import Alpha
     from sfumato.observability.progress import ProgressBar
     from sfumato.pipeline import Pipeline
 
@@ -36,6 +37,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
 ) -> None:
     """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
+    from sfumato.asking import require_context
     from sfumato.data.changes import changes
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
@@ -54,6 +56,9 @@ def evaluate(
     pipeline = load(run, precision=precision)
     if compile:
         pipeline.compile()
+    if not pipeline.reads:
+        for scale in guidance or ():
+            require_context(scale, ())
     dataset = open_data(resolve(run))
     changed = changes(directory.data_record(), dataset)
     compared(dataset)  # refuses what is too small before a classifier is trained
@@ -64,12 +69,13 @@ def evaluate(
         reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
         result = measure(
             pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.0, 0.5), reader=reader,
-            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent),
+            keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent, pipeline.facts.alpha),
         )  # fmt: skip
         adherence = measure_adherence(
             pipeline, dataset, classifier=reader, num=num, seed=seed, guidance=strongest, on_progress=_share(bar, 0.5, 0.85),
             keep=lambda name, asked, samples, real: save_png(
-                gallery(asked, samples, real, categories=dataset.categories), target.parent / f"asked-by-{name}.png"
+                gallery(asked, samples, real, categories=dataset.categories, alpha=pipeline.facts.alpha),
+                target.parent / f"asked-by-{name}.png",
             ),
         )  # fmt: skip
         bar.update(0.85, "combinations that were kept from training")
@@ -115,7 +121,7 @@ def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], see
     return composition(pipeline, dataset, captioned, seed=seed, guidance=guidance)
 
 
-def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path) -> None:
+def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path, alpha: Alpha) -> None:
     """The samples closest to a training picture, each above that picture."""
     import torch
 
@@ -124,7 +130,8 @@ def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path)
 
     closest = neighbours.first.argsort()[:PAIRS]
     real = (to_float(dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]) + 1) / 2
-    sheet = grid_image(torch.cat([images[closest], real]), columns=len(closest), row_labels=["sample", "nearest real"])
+    both = torch.cat([images[closest], real])
+    sheet = grid_image(both, columns=len(closest), row_labels=["sample", "nearest real"], alpha=alpha)
     save_png(sheet, folder / f"nearest-guidance-{scale:g}.png")
 
 

@@ -162,7 +162,10 @@ def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tup
     recorded: list[Progress] = []
     if pipeline is not None:
         pipeline.sample(PICTURES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
-        return trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS, decode=pipeline.decode), "the trained model"
+        drawn = trajectory_image(
+            recorded, pictures=PICTURES, columns=COLUMNS, decode=pipeline.decode, alpha=pipeline.facts.alpha
+        )
+        return drawn, "the trained model"
     ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
     noise = KeyedNoise(settings.seed)
     levels = grid(settings.sampling.schedule, settings.sampling.steps)

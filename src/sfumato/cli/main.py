@@ -1,6 +1,7 @@
 """The program `sfumato`: its verbs, and what happens when something goes wrong.
 
-Exit codes: 0 done, 2 the user can mend it, 3 training diverged, 130 and 143 interrupted with a checkpoint saved.
+Exit codes: 0 done, 2 the user can mend it, 3 training diverged or a model's output is not finite, 130 and 143 interrupted with a checkpoint
+or finished images saved.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
@@ -13,19 +15,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
+    from sfumato.asking import Asked
+    from sfumato.cli.making import Make
     from sfumato.pipeline import Pipeline
     from sfumato.sampling import Progress
 
-STRIP_PICTURES, STRIP_STEPS = 4, 10
+FEWEST = 16  # images, unless more prompts or categories are given
+FILES = ("doodle", "points", "reference", "image", "mask")
+UNSAID = ("out", "trajectory", "compile", "as_json", "format")  # options that decide nothing in an image
 
 
 def sample(
     context: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 16,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="How many images; by default 16, or one for each prompt or category if more.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text asked for; several are taken in turn.")] = None,
     negative: Annotated[str | None, typer.Option(help="Text to lead away from; needs guidance above 1.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Category asked for; several are taken in turn.")] = None,
@@ -46,6 +53,12 @@ def sample(
     interval: Annotated[tuple[float, float] | None, typer.Option(help="Log-SNR from where to where guidance acts.")] = None,
     worse: Annotated[int | None, typer.Option(help="Guide away from the snapshot at this step of the run.")] = None,
     worse_scale: Annotated[float, typer.Option(help="How far.")] = 1.5,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Clamp each guess of the clean image to the range of the data (models of pixels).")
+    ] = False,
+    resample: Annotated[
+        int, typer.Option(min=1, help="With a mask: take each step so many times, which agrees better with what is kept.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Picture i depends on the seed and i only.")] = 0,
     weights: Annotated[
         str, typer.Option(help="ema: averaged weights; raw: the last step's; or the width of an average to reconstruct.")
@@ -57,37 +70,150 @@ def sample(
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Also draw the noisy pictures and the guess under each.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; by default RUN/generated/seed-SEED.")] = None,
+    format: Annotated[
+        Literal["png", "tiff", "npy", "webp", "jpg"] | None,
+        typer.Option(help="Of the files; by default png, or tiff where PNG cannot hold the channels."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; by default RUN/generated/seed-SEED, or seed-SEED-2, ... if taken.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print files, settings and seconds as JSON.")] = False,
 ) -> None:
-    """Generate pictures with a trained model; prints the path of the grid."""
-    from sfumato.asking import Asked
-    from sfumato.recipes import load, newest_run, snapshot
+    """Generate images with a trained model; prints the path of the grid. The same command again completes what was interrupted."""
+    from sfumato.cli.generated import writable
+    from sfumato.recipes import load, newest_run
+    from sfumato.training.run_directory import RunDirectory
 
-    run = newest_run() if run is None else run
-    pipeline = load(run, weights=_weights(weights), precision=precision)
-    if compile:
-        pipeline.compile()
-    scales = _guidance(guidance, pipeline)
-    files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
-    asked = Asked(
-        category=category, prompt=prompt, negative=negative, attributes=_numbers(attribute, "--attribute") or None,
-        points=_cloud(points), strength=strength,
-        **{name: _picture(path, pipeline, gray=name in ("doodle", "mask")) for name, path in files.items()},
+    begun = time.monotonic()
+    run = RunDirectory.existing(newest_run() if run is None else run).path
+    with writable(out or run / "generated"):
+        pipeline = load(run, weights=_weights(weights), precision=precision)
+        if compile:
+            pipeline.compile()
+        files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
+        asked = _asked(
+            pipeline, files, category=category, prompt=prompt, negative=negative, points=_cloud(points), strength=strength,
+            attributes=_numbers(attribute, "--attribute") or None,
+        )  # fmt: skip
+        how: dict[str, Any] = {
+            "steps": steps, "sampler": sampler, "guidance": _guidance(guidance), "interval": interval, "clip": clip or None,
+        }  # fmt: skip
+        options = {**context.params, "num": _number_of_images(num, prompt, category), "run": run}
+        made = _made(pipeline, asked, how, options)
+    _report(made | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
+
+
+def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Make and write what `options` ask for; refuse before any work what cannot be done."""
+    from sfumato.cli.generated import Generated
+    from sfumato.cli.making import Job, not_finite
+    from sfumato.errors import NonFiniteError
+    from sfumato.observability.image_files import FORMATS, usual_format
+
+    num, run, values = options["num"], options["run"], pipeline.values
+    kind = options["format"] or usual_format(values)
+    FORMATS[kind].require(values)
+    if kind != (options["format"] or "png"):
+        typer.echo(f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}", err=True)
+    make = _make(pipeline, asked, how, options)
+    settings = _settings(options, pipeline, asked, how, kind)
+    target = Generated(options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings)
+    if options["out"] is None:
+        target = target.in_free_folder()
+    job = Job(
+        pipeline=pipeline, target=target, num=num, inputs=_inputs(asked, pipeline), trajectory=options["trajectory"],
+        labels=[] if options["to_prompt"] else _labels(options["prompt"], options["category"], num),
     )  # fmt: skip
-    recorded: list[Progress] = []
-    how: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": scales, "interval": interval}
-    with _notes():
-        if to_prompt is None and to_seed is None:
-            bad = None if worse is None else (snapshot(run, worse), worse_scale)
-            how |= {"seed": seed, "worse": bad, "on_step": recorded.append if trajectory else None}
-            images = pipeline.sample(num, asked=asked, **how)
+    try:
+        return job.run(make)
+    except NonFiniteError as error:
+        raise not_finite(error, run, options["weights"]) from None
+
+
+def _make(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> Make:
+    """What makes the images: from noise each, or on the way to another prompt or seed."""
+    from sfumato.asking import require_context
+
+    num, seed, to_prompt, to_seed = (options[name] for name in ("num", "seed", "to_prompt", "to_seed"))
+    if to_prompt is None and to_seed is None:
+        from sfumato.recipes import snapshot
+
+        worse = options["worse"]
+        bad = None if worse is None else (snapshot(options["run"], worse), options["worse_scale"])
+        if how["guidance"] is not None:
+            require_context(how["guidance"], pipeline.reads, asked)
+
+        def batches(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
+            with _notes():
+                return pipeline.batches(
+                    num, asked=asked, seed=seed, worse=bad, resample=options["resample"], skip=skip, on_step=on_step, **how
+                )
+
+        return batches
+    _refuse_on_the_way(options)
+    last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
+    if how["guidance"] is not None:
+        require_context(how["guidance"], pipeline.reads, asked, last)
+
+    def between(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
+        if len(skip) == num:
+            return []
+        with _notes():
+            seeds = (seed, seed if to_seed is None else to_seed)
+            return [(0, pipeline.between(num, asked, last, seeds=seeds, on_step=on_step, **how))]
+
+    return between
+
+
+def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) -> Asked:
+    """The request, with its files read."""
+    from sfumato.asking import Asked
+    from sfumato.data.given import given_mask, given_picture
+
+    channels, height, width = pipeline.image_shape
+    read: dict[str, Any] = {}
+    for name, path in files.items():
+        if path is None:
+            read[name] = None
+        elif name == "mask":
+            read[name] = given_mask(path, height=height, width=width)
         else:
-            _refuse_on_the_way(worse, trajectory)
-            last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
-            images = pipeline.between(num, asked, last, seeds=(seed, seed if to_seed is None else to_seed), **how)
-    settings = _settings(context.params, run, pipeline) | {"guidance": scales}
-    labels = [] if to_prompt else _labels(prompt, category, num)
-    _save(images, _strip(recorded, pipeline), out or run / "generated" / f"seed-{seed}", settings, labels)
+            gray = name == "doodle"
+            read[name] = given_picture(
+                path, channels=1 if gray else channels, height=height, width=width, bits=8 if gray else pipeline.values.bits,
+                premultiplied=not gray and pipeline.values.has_alpha and pipeline.values.alpha == "premultiplied",
+            )  # fmt: skip
+    return Asked(**read, **more)
+
+
+def _inputs(asked: Asked, pipeline: Pipeline) -> dict[str, Tensor]:
+    """What images were begun with, as the grid shows it."""
+    from sfumato.observability.pictures import scattered
+
+    found = {name: getattr(asked, name) for name in FILES if getattr(asked, name) is not None}
+    height, width = pipeline.image_shape[1:]
+    return {name: scattered(value, (height, width)) if name == "points" else value for name, value in found.items()}
+
+
+def _number_of_images(num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None) -> int:
+    """`num`, or enough for every prompt and category; says what a smaller `num` leaves out."""
+    count = num or max(FEWEST, len(prompts or ()), len(categories or ()))
+    for name, given in (("prompt", prompts or ()), ("category", categories or ())):
+        left = given[count:]
+        if left:
+            listed = ", ".join(repr(text if len(text) <= 40 else f"{text[:37]}...") for text in left[:5])
+            more = ", ..." if len(left) > 5 else ""
+            typer.echo(f"note: --num {count} leaves out {len(left)} of {len(given)} --{name}: {listed}{more}", err=True)
+    return count
+
+
+def _report(made: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(made))
+        return
+    for sheet in ("trajectory", "grid"):
+        if sheet in made:
+            typer.echo(made[sheet])
 
 
 def _weights(said: str) -> Literal["ema", "raw"] | float:
@@ -101,18 +227,46 @@ def _weights(said: str) -> Literal["ema", "raw"] | float:
         raise typer.BadParameter(f"{said!r} is neither ema, raw nor a number", param_hint="--weights") from None
 
 
-def _settings(options: dict[str, Any], run: Path, pipeline: Pipeline) -> dict[str, Any]:
-    """What pictures carry of how they were made: every option that has a say in them; of files no more than the name."""
-    said = {name: value for name, value in options.items() if name not in ("out", "trajectory", "compile")}
-    for name in ("doodle", "points", "reference", "image", "mask"):
-        said[name] = None if said[name] is None else Path(said[name]).name
-    steps = options["steps"] or pipeline.sampling.steps
-    return said | {"run": run.name, "steps": steps, "sampler": options["sampler"] or type(pipeline.sampling.sampler).__name__}
+def _settings(options: dict[str, Any], pipeline: Pipeline, asked: Asked, how: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What images carry of how they were made: every option that has a say in them; of files no more than the name.
+
+    "request" names all that decides what image i is: the options, the weights, the content of the files.
+    """
+    from sfumato import __version__
+    from sfumato.cli.generated import file_id, request_id, weights_id
+    from sfumato.observability.image_files import FORMATS
+    from sfumato.sampling import FILLING, RESAMPLING
+
+    said = {name: value for name, value in options.items() if name not in UNSAID}
+    content = {name: file_id(Path(said[name])) for name in FILES if said[name] is not None}
+    said |= {name: Path(said[name]).name for name in content}
+    sampling = pipeline.sampling
+    fills = asked.mask is not None and bool((asked.mask < 1).any())
+    usual = (FILLING if options["resample"] == 1 else RESAMPLING) if fills else type(sampling.sampler).__name__
+    said |= {
+        "run": options["run"].name, "steps": options["steps"] or sampling.steps, "sampler": options["sampler"] or usual,
+        "guidance": sampling.guidance if how["guidance"] is None else how["guidance"], "clip": options["clip"] or sampling.clip,
+        "format": kind,
+    }  # fmt: skip
+    values = pipeline.values
+    if values.value_range is not None:
+        said |= {"value_range": values.value_range, "in_values_of_the_source": FORMATS[kind].holds_units(values)}
+    on_the_way = options["to_prompt"] is not None or options["to_seed"] is not None
+    deciding = {name: value for name, value in said.items() if name != "run" and (name != "num" or on_the_way)}
+    model = weights_id(pipeline.model, pipeline.autoencoder)
+    return said | {
+        "request": request_id(deciding | {"files": content, "model": model, "of": repr(sampling), "by": __version__})
+    }
 
 
-def _refuse_on_the_way(worse: int | None, trajectory: bool) -> None:
-    if worse is not None or trajectory:
-        raise typer.BadParameter("not on the way to another prompt or seed", param_hint="--worse, --trajectory")
+def _refuse_on_the_way(options: dict[str, Any]) -> None:
+    """What has no meaning on the way to another prompt or seed."""
+    if options["worse"] is not None or options["trajectory"] or options["resample"] != 1:
+        hint = "--worse, --trajectory, --resample"
+        raise typer.BadParameter("not on the way to another prompt or seed", param_hint=hint)
+    for name in ("prompt", "category"):
+        if len(options[name] or ()) > 1:
+            raise typer.BadParameter("the way begins at one, and several are given", param_hint=f"--{name}")
 
 
 @contextmanager
@@ -134,42 +288,16 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
     return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []
 
 
-def _strip(recorded: list[Progress], pipeline: Pipeline) -> Image.Image | None:
-    """The way of the first few pictures from noise, if it was recorded."""
-    from sfumato.cli.drawing import trajectory_image
-
-    first = recorded[: recorded[0].steps] if recorded else []  # of the first batch
-    return trajectory_image(first, pictures=STRIP_PICTURES, columns=STRIP_STEPS, decode=pipeline.decode) if first else None
-
-
-def _save(images: Tensor, strip: Image.Image | None, folder: Path, settings: dict[str, Any], labels: Sequence[str]) -> None:
-    """Every picture, the way of the first few from noise if it was drawn, and the grid with `labels`."""
-    from sfumato.observability.pictures import grid_image, picture, save_png
-
-    for number, image in enumerate(images):
-        save_png(picture(image), folder / f"{number:05d}.png", {**settings, "index": number})
-    if strip is not None:
-        typer.echo(save_png(strip, folder / "trajectory.png", settings))
-    typer.echo(save_png(grid_image(images, labels=labels), folder / "grid.png", settings))
-
-
-def _picture(path: Path | None, pipeline: Pipeline, *, gray: bool) -> Any:
-    from sfumato.data.given import given_picture
-
-    channels, height, width = pipeline.image_shape
-    return None if path is None else given_picture(path, channels=1 if gray else channels, height=height, width=width)
-
-
 def _cloud(path: Path | None) -> Any:
     from sfumato.data.given import given_points
 
     return None if path is None else given_points(path)
 
 
-def _guidance(given: list[str] | None, pipeline: Pipeline) -> float | dict[str, float]:
-    """One scale, or one for each context by name."""
+def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
+    """One scale, or one for each context by name; None where the model's own is used."""
     if not given:
-        return pipeline.sampling.guidance
+        return None
     if len(given) == 1 and "=" not in given[0]:
         return _number(given[0], "--guidance")
     return _numbers(given, "--guidance")

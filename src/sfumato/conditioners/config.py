@@ -36,6 +36,7 @@ class Facts:
         bits: of each value in an image, 8 or 16.
         value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None where they are those of its integers.
         alpha: what the last of 2 or 4 channels is: "none" (a channel like the others), "straight" alpha, or "premultiplied" alpha.
+        untrained: those of `categories` that no training image has, since all of their images are held out.
     """
 
     channels: int
@@ -50,6 +51,7 @@ class Facts:
     bits: int = 8
     value_range: tuple[float, float] | None = None
     alpha: Literal["none", "straight", "premultiplied"] = "straight"
+    untrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

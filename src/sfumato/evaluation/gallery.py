@@ -13,29 +13,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.evaluation.adherence import spread
-from sfumato.observability.pictures import grid_image
+from sfumato.observability.pictures import Alpha, grid_image, scattered, shown
 
 COLUMNS = 10
 TILE = 96  # pixels on screen that a small picture is enlarged to
-POINT = 3  # pixels on screen of a point's side
 
 
-def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, categories: Sequence[str] = ()) -> Image.Image:
+def gallery(
+    context: Mapping[str, Any], samples: Tensor, real: Tensor, *, categories: Sequence[str] = (), alpha: Alpha = "straight"
+) -> Image.Image:
     """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts, the sample and the real picture.
 
     Args:
         context: what samples were asked for, batched: text, category, doodle, points, reference, image.
         samples, real: (n, C, H, W) in [-1, 1].
         categories: names of the numbers in context["category"].
+        alpha: what the last of 2 or 4 channels is.
     """
     chosen = spread(np.arange(len(samples)), COLUMNS)
     factor = max(1, math.ceil(TILE / max(samples.shape[2:])))
     height, width = (factor * side for side in samples.shape[2:])
     rows = {name: _drawn(name, context[name][chosen], (height, width)) for name in _DRAWN if name in context}
     rows |= {"sample": samples[chosen], "real": real[chosen]}
-    tiles = [F.interpolate(_rgb(row), size=(height, width), mode="nearest") for row in rows.values()]
+    tiles = [F.interpolate(shown((row + 1) / 2, alpha), size=(height, width), mode="nearest") for row in rows.values()]
     return grid_image(
-        (torch.cat(tiles) + 1) / 2,
+        torch.cat(tiles),
         columns=len(chosen),
         row_labels=list(rows),
         labels=_words(context, chosen.tolist(), categories),
@@ -47,23 +49,9 @@ _DRAWN = ("doodle", "points", "reference", "image")
 
 def _drawn(name: str, values: Tensor, size: tuple[int, int]) -> Tensor:
     """The condition as a picture (n, C, h, w) in [-1, 1]; what it does not know is gray."""
-    return _scattered(values, size) if name == "points" else values.nan_to_num(0.0)
-
-
-def _scattered(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Points (n, N, D) in [-1, 1] with y upwards, seen along the third axis, as dark dots on white."""
-    height, width = size
-    sheets = torch.ones(len(points), 1, height, width)
-    for sheet, cloud in zip(sheets, points, strict=True):
-        known = cloud[~cloud.isnan().any(1), :2].clamp(-1, 1)
-        columns = ((known[:, 0] + 1) / 2 * (width - 1)).round().long()
-        rows = ((1 - known[:, 1]) / 2 * (height - 1)).round().long()
-        sheet[0, rows, columns] = -1.0
-    return -F.max_pool2d(-sheets, POINT, stride=1, padding=POINT // 2)
-
-
-def _rgb(pictures: Tensor) -> Tensor:
-    return pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)
+    if name == "points":
+        return torch.stack([scattered(cloud, size) for cloud in values]) * 2 - 1
+    return values.nan_to_num(0.0)
 
 
 def _words(context: Mapping[str, Any], chosen: list[int], categories: Sequence[str]) -> list[str]:

@@ -4,33 +4,75 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
+from torch.nn import functional as F
 
+Alpha = Literal["none", "straight", "premultiplied"]
 GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
 FONT = ImageFont.load_default(13)
 SMALLEST_TILE = 56  # pixels on screen below which a picture is hard to see
 WORDY_TILE, WORDY = 96, 8  # the same where labels are longer than so many letters
+SQUARES, SHADE = 8, 0.8  # of the checkerboard under alpha: along the shorter side, and the darker gray
+POINT = 3  # pixels of a point's side
 
 
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """(N, C, H, W) in [0, 1], C of 1 or 3 -> (N, H, W, 3)."""
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
+def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
+    """(N, C, H, W) in [0, 1] -> RGB (N, 3, H, W) for a person to look at.
+
+    Alpha lies over a checkerboard. Of more than three colours the first three are shown; two channels without alpha are red and green.
+
+    Args:
+        alpha: what the last of 2 or 4 channels is.
+    """
+    images = images.float().clamp(0, 1)
+    channels, height, width = images.shape[1:]
+    if channels in (2, 4) and alpha != "none":
+        colours, opaque = images[:, :-1], images[:, -1:]
+        colours = torch.minimum(colours, opaque) if alpha == "premultiplied" else colours * opaque
+        images = (colours + (1 - opaque) * _checkerboard(height, width).to(images)).clamp(0, 1)
+    elif channels == 2:
+        images = torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
+def _checkerboard(height: int, width: int) -> Tensor:
+    """Light gray and white squares, (1, H, W) in [0, 1]."""
+    side = max(1, min(height, width) // SQUARES)
+    odd = (torch.arange(height)[:, None] // side + torch.arange(width) // side) % 2
+    return 1 - (1 - SHADE) * odd[None].float()
+
+
+def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
+    """(N, C, H, W) in [0, 1] -> (N, H, W, 3), as `shown`."""
+    return (shown(images, alpha) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def picture(image: Tensor) -> Image.Image:
-    """One picture (C, H, W) in [0, 1] at its own size; gray stays gray."""
+    """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and straight alpha stays alpha."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3])
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def scattered(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points (N, D) in [-1, 1] with y upwards, seen along the third axis, as dark dots on white: (1, H, W) in [0, 1]."""
+    height, width = size
+    sheet = torch.ones(1, 1, height, width)
+    known = points[~points.isnan().any(1), :2].clamp(-1, 1)
+    columns = ((known[:, 0] + 1) / 2 * (width - 1)).round().long()
+    rows = ((1 - known[:, 1]) / 2 * (height - 1)).round().long()
+    sheet[0, 0, rows, columns] = 0.0
+    return -F.max_pool2d(-sheet, POINT, stride=1, padding=POINT // 2)[0]
 
 
 def grid_image(
@@ -39,17 +81,25 @@ def grid_image(
     columns: int | None = None,
     row_labels: Sequence[str] = (),
     labels: Sequence[str] = (),
+    inputs: Mapping[str, Tensor] | None = None,
+    alpha: Alpha = "straight",
 ) -> Image.Image:
     """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel.
 
     Args:
         row_labels: at the left of each row.
         labels: above each picture, over several lines where they are long; as many as `columns` for a heading of the columns.
+        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own above the others.
+        alpha: what the last of 2 or 4 channels is.
     """
-    tiles = to_uint8(images)
-    count, height, width, _ = tiles.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+    tiles: list[NDArray[np.uint8] | None] = list(to_uint8(images, alpha))
+    height, width = images.shape[2:]
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    if inputs:
+        columns = max(columns, len(inputs))
+        tiles = [*(to_uint8(one[None], alpha)[0] for one in inputs.values()), *[None] * (columns - len(inputs)), *tiles]
+        labels = [*inputs, *[""] * (columns - len(inputs)), *labels]
+    rows = math.ceil(len(tiles) / columns)
     smallest = WORDY_TILE if any(len(label) > WORDY for label in labels) else SMALLEST_TILE
     factor = max(1, math.ceil(smallest / max(height, width)))
     height, width = height * factor, width * factor
@@ -60,6 +110,8 @@ def grid_image(
     sheet = Image.new("RGB", (left + columns * (width + GAP), GAP + tops[-1] + height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, tile in enumerate(tiles):
+        if tile is None:
+            continue
         x, y = left + number % columns * (width + GAP), GAP + tops[number // columns]
         sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if number < len(wrapped):
@@ -75,11 +127,26 @@ def _band(labels: Sequence[str]) -> int:
     return 4 + 16 * max(label.count("\n") + 1 for label in labels) if any(labels) else 0
 
 
-def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
-    """Write a PNG whose text carries the settings it was made with."""
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears at `path` when all of it is written, and not at all if anything goes wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
+    """Write a PNG, whole or not at all, whose text carries the settings it was made with."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("sfumato", json.dumps(settings))
-    image.save(path, pnginfo=text)
+    with whole(path) as file:
+        image.save(file, "PNG", pnginfo=text)
     return path

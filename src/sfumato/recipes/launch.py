@@ -147,7 +147,14 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
         augmentation=run.data.augment.labels,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
         bits=run.data.bits,
+        untrained=untrained(dataset),
     )
+
+
+def untrained(dataset: Dataset) -> tuple[str, ...]:
+    """Categories that no training image has."""
+    counts = np.bincount(dataset.labels.numpy()[dataset.training].clip(min=-1) + 1, minlength=len(dataset.categories) + 1)
+    return tuple(name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count)
 
 
 def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:

@@ -39,7 +39,7 @@ class Survey:
 
     Attributes:
         count: pictures listed.
-        categories: how many pictures each has; {} where there are none.
+        categories: how many images each has, named hold-outs aside; {} where there are none.
         captions: how many images have captions, and what these are good for.
         sides: median length of the shorter side in pixels; 0 if none could be read.
         gray: whether all pictures looked at are gray.
@@ -62,7 +62,7 @@ class Survey:
             looks = [look for entry in spread if (look := _look(entry.image.read)) is not None]
         return cls(
             count=len(entries),
-            categories=dict(Counter(entry.category for entry in entries if entry.category)),
+            categories=dict(Counter(entry.category for entry in entries if entry.category and entry.holdout is None)),
             captions=CaptionSurvey.of(entries),
             side=int(statistics.median(look[0] for look in looks)) if looks else 0,
             gray=bool(looks) and all(look[1] in ("1", "L", "LA", "I;16", "I;16B", "I") for look in looks),

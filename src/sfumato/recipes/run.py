@@ -49,9 +49,9 @@ class Run(TrainingConfig):
 
         if self.sampling.clip and not isinstance(self.autoencoder, PixelSpace):
             raise ConfigError(
-                "clipping to [-1, 1] in latents, whose values go beyond",
+                "clamps guesses of the image to [-1, 1], and the model works in latents, whose values have no bounds",
                 where="sampling.clip",
-                mend="set sampling.clip=false, or train in pixels: autoencoder=PixelSpace",
+                mend="set sampling.clip=false, or autoencoder.kind=PixelSpace",
             )
         require_sampled(self.denoiser, self.sampling, self.objective.schedule)
         require_finite_loss(self)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sfumato import randomness
@@ -25,3 +27,25 @@ class KeyedNoise:
         noise = randomness.normal(self.seed, f"sample/{self.draws}", first=self.first, shape=tuple(x.shape))
         self.draws += 1
         return noise.to(x)
+
+
+@dataclass(frozen=True)
+class BetweenNoise:
+    """Draw after draw, noises on the way from image 0 of one seed to image 0 of another, at `shares` of it."""
+
+    first: KeyedNoise
+    last: KeyedNoise
+    shares: Sequence[float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Noise in the shape, dtype and on the device of `x` (B, ...), B as many as `shares`."""
+        a, b = self.first(x[:1]), self.last(x[:1])
+        return torch.cat([on_the_sphere(a, b, share) for share in self.shares])
+
+
+def on_the_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Noise on the way from `a` to `b`, of the same variance: spherical interpolation."""
+    angle = torch.arccos((torch.sum(a * b) / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-4:
+        return a
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)

@@ -132,7 +132,7 @@ class Previewer:
         self.columns = kinds if reads == ["category"] and 2 <= kinds <= 12 else None
         path = directory.samples / "real.png"
         if not path.exists():
-            save_png(grid_image((images + 1) / 2, columns=self.columns), path)
+            save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=facts.alpha), path)
 
     def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
@@ -144,7 +144,8 @@ class Previewer:
         folder = self.directory.samples / f"step-{step:09d}"
         asked = {name: self.asked[name] for name in self.asked if name in self.context}
         settings = {"step": step, "seed": self.seed, **asked, "weights": "ema", "guidance": self.sampling.guidance}
-        save_png(grid_image(images, columns=self.columns), folder / "grid.png", {**settings, "text": None})
+        sheet = grid_image(images, columns=self.columns, alpha=self.facts.alpha)
+        save_png(sheet, folder / "grid.png", {**settings, "text": None})
         self.directory.write_json(f"samples/{folder.name}/samples.json", settings)
 
 

@@ -1,0 +1,196 @@
+"""Where `sfumato sample` writes: a folder holds the images of one request, which the same request completes and no other replaces."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import OutputError
+from sfumato.observability.image_files import FORMATS, SETTINGS, ImageFormat, Values, settings_of
+
+GRID, TRAJECTORY = "grid.png", "trajectory.png"
+NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")
+MOST_FOLDERS = 10_000
+BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block of it
+
+
+@contextmanager
+def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
+    """Make `folder` and try a file in it, before any work; if an error leaves it empty, it is removed again.
+
+    Args:
+        fresh: whether it was made for this already.
+    Raises:
+        OutputError: if it cannot be written to.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists() or (fresh and path == folder)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
+            file.write(bytes(BLOCK))
+            file.flush()
+    except OSError as error:
+        _remove(made)
+        raise unwritten(folder, error) from None
+    try:
+        yield
+    except BaseException:
+        _remove(made)
+        raise
+
+
+def _remove(folders: list[Path]) -> None:
+    """Those of the folders that are empty."""
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
+    """What to say of a folder that cannot be written to."""
+    return OutputError(
+        f"cannot be written to: {error.strerror or error}{more}",
+        where=str(folder),
+        mend="name another folder with --out, or free space and set permissions there",
+    )
+
+
+def request_id(deciding: Mapping[str, Any]) -> str:
+    """A name for all that decides what image i is: equal for equal requests."""
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def weights_id(*modules: nn.Module) -> str:
+    """Hash of every weight."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def file_id(path: Path) -> str:
+    """Hash of a file's content; "" for one that cannot be read, which is refused elsewhere."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The files of one request in a folder.
+
+    Attributes:
+        folder: may hold other files, which are left alone.
+        kind: a name in `FORMATS`, and the files' ending.
+        values: what the images' values stand for.
+        settings: written into every file; "request" names the request.
+        fresh: whether the folder was made for this request just now.
+    """
+
+    folder: Path
+    kind: str
+    values: Values
+    settings: Mapping[str, Any]
+    fresh: bool = False
+
+    @property
+    def form(self) -> ImageFormat:
+        """How images are written."""
+        return FORMATS[self.kind]
+
+    def path(self, number: int) -> Path:
+        """The file of image `number`."""
+        return self.folder / f"{number:05d}.{self.kind}"
+
+    def write(self, number: int, image: Tensor) -> Path:
+        """Write one image (C, H, W) in [0, 1], whole or not at all."""
+        return self.form.write(image, self.path(number), self.values, {**self.settings, "index": number})
+
+    def _same(self, path: Path) -> bool:
+        """Whether a file carries this request's settings."""
+        found = _json(path) if path.name == SETTINGS else settings_of(path)
+        return isinstance(found, dict) and found.get("request") == self.settings["request"]
+
+    @cached_property
+    def _found(self) -> tuple[frozenset[int], tuple[str, ...]]:
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        mine: set[int] = set()
+        others: list[str] = []
+        for name in names:
+            numbered = NUMBERED.fullmatch(name)
+            if numbered is None and name not in (GRID, TRAJECTORY, SETTINGS):
+                continue
+            if not self._same(self.folder / name):
+                others.append(name)
+            elif numbered is not None and name.endswith(f".{self.kind}"):
+                mine.add(int(numbered[1]))
+        return frozenset(mine), tuple(others)
+
+    @property
+    def there(self) -> frozenset[int]:
+        """Numbers of the images of this request that the folder holds."""
+        return self._found[0]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of the files of other requests, or of nobody's, that look like images of a request."""
+        return self._found[1]
+
+    def in_free_folder(self) -> Generated:
+        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds images of this request only, or can be made.
+
+        A folder that is empty belongs to a job that has just begun, so that two at a time never share one.
+
+        Raises:
+            OutputError: if all are taken.
+        """
+        for number in range(1, MOST_FOLDERS):
+            name = self.folder.name if number == 1 else f"{self.folder.name}-{number}"
+            tried = replace(self, folder=self.folder.with_name(name))
+            with suppress(FileExistsError):
+                tried.folder.mkdir()
+                return replace(tried, fresh=True)
+            if tried.there and not tried.others:
+                return tried
+        raise OutputError("holds too many requests of one seed", where=str(self.folder.parent), mend="name a folder with --out")
+
+    def require_unharmed(self, written: Collection[str]) -> None:
+        """Raise OutputError if one of the files that will be `written` is there and is not this request's."""
+        harmed = [name for name in self.others if name in written]
+        if harmed:
+            shown = ", ".join(harmed[:3]) + (", ..." if len(harmed) > 3 else "")
+            raise OutputError(
+                f"holds {len(harmed)} file(s) that would be replaced and were not made by this request: {shown}",
+                where=str(self.folder),
+                mend="name another folder with --out, or move them away",
+            )
+
+    def notes(self, num: int, say: Callable[[str], None]) -> None:
+        """Say what the folder holds besides the `num` images of now."""
+        beyond = sum(number >= num for number in self.there)
+        if beyond:
+            say(f"note: {self.folder} also holds {beyond} more image(s) of the same request, made with a larger --num")
+        strange = sum(bool(NUMBERED.fullmatch(name)) for name in self.others)
+        if strange:
+            say(f"note: {self.folder} also holds {strange} numbered image(s) that this request did not make")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

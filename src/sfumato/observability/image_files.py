@@ -1,0 +1,287 @@
+"""Images as files that hold what a model makes: alpha, 16 bits, any number of channels, the values of the source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sfumato.errors import ConfigError
+from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
+from sfumato.observability.pictures import Alpha, picture, save_png, whole
+
+SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What the values of an image (C, H, W) in [0, 1] stand for.
+
+    Attributes:
+        channels: C.
+        bits: of each value in the training set, 8 or 16.
+        alpha: what the last of 2 or 4 channels is.
+        value_range: values of the source that 0 and 1 of the colours stand for; None where they are those of its integers.
+    """
+
+    channels: int
+    bits: int = 8
+    alpha: Alpha = "straight"
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the last channel is alpha."""
+        return self.channels in (2, 4) and self.alpha != "none"
+
+    @property
+    def colours(self) -> int:
+        """Channels that are not alpha."""
+        return self.channels - self.has_alpha
+
+    def whole_units(self, bits: int) -> bool:
+        """Whether integers of so many bits hold the values of the source."""
+        if self.value_range is None:
+            return False
+        low, high = self.value_range
+        return 0 <= low < high <= 2**bits - 1 and float(low).is_integer() and float(high).is_integer()
+
+    def straight(self, image: Tensor, *, levels: int) -> NDArray[np.float64]:
+        """(C, H, W) in [0, 1] with straight alpha; the colour is 0 where alpha is below half of 1 / `levels`."""
+        values = image.detach().cpu().double().clamp(0, 1).numpy()
+        if not self.has_alpha:
+            return values
+        colours, alpha = values[:-1], values[-1:]
+        seen = np.rint(alpha * levels) > 0
+        if self.alpha == "premultiplied":
+            colours = np.divide(colours, alpha, out=np.zeros_like(colours), where=np.broadcast_to(seen, colours.shape)).clip(
+                0, 1
+            )
+        return np.concatenate([np.where(seen, colours, 0.0), alpha])
+
+    def in_units(self, image: Tensor, *, levels: int, alpha_scale: float) -> NDArray[np.float64]:
+        """(C, H, W) with colours in the values of the source, and alpha from 0 to `alpha_scale`."""
+        low, high = self.value_range or (0.0, 1.0)
+        values = self.straight(image, levels=levels)
+        colours = low + values[: self.colours] * (high - low)
+        return np.concatenate([colours, values[self.colours :] * alpha_scale])
+
+    def integers(self, image: Tensor, bits: int) -> NDArray[Any]:
+        """(H, W, C), uint8 or uint16, in the values of the source where so many bits hold them."""
+        levels = 2**bits - 1
+        if self.whole_units(bits):
+            values = self.in_units(image, levels=levels, alpha_scale=levels)
+        else:
+            values = self.straight(image, levels=levels) * levels
+        return np.rint(values).astype(np.uint8 if bits == 8 else np.uint16).transpose(1, 2, 0)
+
+    def unit(self, values: NDArray[Any]) -> Tensor:
+        """(H, W, C) as stored -> (C, H, W) in [0, 1] with straight alpha, for looking at."""
+        bits = 8 * values.dtype.itemsize if values.dtype.kind == "u" else 0
+        unit = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1) / (2**bits - 1 if bits else 1)
+        if self.value_range is not None and (not bits or self.whole_units(bits)):
+            low, high = self.value_range
+            stored = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1)[: self.colours]
+            unit = torch.cat([(stored - low) / (high - low), unit[self.colours :]])
+        return unit.clamp(0, 1).float()
+
+
+class ImageFormat(Protocol):
+    """A kind of file that images are written to, whole or not at all, with the settings that they were made with."""
+
+    def require(self, values: Values) -> None:
+        """Raise ConfigError if the format cannot hold such images."""
+        ...
+
+    def holds_units(self, values: Values) -> bool:
+        """Whether files hold the values of the source."""
+        ...
+
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path: ...
+
+    def read(self, path: Path, values: Values) -> Tensor:
+        """An image that `write` wrote, (C, H, W) in [0, 1] with straight alpha, for looking at."""
+        ...
+
+    def settings(self, path: Path) -> Any:
+        """The settings that a file carries; None for a file without."""
+        ...
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError):
+        return None
+
+
+def _refuse(what: str, mend: str) -> ConfigError:
+    return ConfigError(what, where="--format", mend=mend)
+
+
+def _pixels(path: Path, values: Values) -> Tensor:
+    """Of a file that Pillow reads."""
+    with Image.open(path) as image:
+        found = np.asarray(image.convert(MODES[values.channels]))
+    return values.unit(found if found.ndim == 3 else found[..., None])
+
+
+@dataclass(frozen=True)
+class Png:
+    """PNG of 8 or 16 bits: gray or RGB, with or without alpha."""
+
+    def require(self, values: Values) -> None:
+        if values.colours not in (1, 3):
+            raise _refuse(f"PNG cannot hold {values.colours} colour channels", "use tiff or npy")
+
+    def holds_units(self, values: Values) -> bool:
+        return values.whole_units(values.bits)
+
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        pixels = values.integers(image, values.bits)
+        if values.bits == 8:
+            return save_png(_pillow(pixels), path, settings)
+        with whole(path) as file:
+            file.write(png16(pixels, {"sfumato": json.dumps(settings)}))
+        return path
+
+    def read(self, path: Path, values: Values) -> Tensor:
+        return _pixels(path, values) if values.bits == 8 else values.unit(png16_pixels(path.read_bytes()))
+
+    def settings(self, path: Path) -> Any:
+        with Image.open(path) as image:
+            return _parsed(image.info.get("sfumato"))
+
+
+@dataclass(frozen=True)
+class Lossy8:
+    """A format of Pillow's of 8 bits a value, with settings in EXIF; `alpha` is whether it has any."""
+
+    name: str
+    alpha: bool
+    options: tuple[tuple[str, Any], ...]
+
+    def require(self, values: Values) -> None:
+        if values.bits != 8:
+            raise _refuse(f"{self.name} holds 8 bits a value, and the model makes {values.bits}", "use png, tiff or npy")
+        if values.colours not in (1, 3):
+            raise _refuse(f"{self.name} cannot hold {values.colours} colour channels", "use tiff or npy")
+        if values.has_alpha and not self.alpha:
+            raise _refuse(f"{self.name} cannot hold alpha, which the model makes", "use png, webp, tiff or npy")
+
+    def holds_units(self, values: Values) -> bool:
+        return values.whole_units(8)
+
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        exif = Image.Exif()
+        exif[DESCRIPTION] = json.dumps(settings)
+        with whole(path) as file:
+            _pillow(values.integers(image, 8)).save(file, self.name, exif=exif.tobytes(), **dict(self.options))
+        return path
+
+    def read(self, path: Path, values: Values) -> Tensor:
+        return _pixels(path, values)
+
+    def settings(self, path: Path) -> Any:
+        with Image.open(path) as image:
+            return _parsed(image.getexif().get(DESCRIPTION))
+
+
+@dataclass(frozen=True)
+class Tiff:
+    """Uncompressed TIFF of any number of channels: integers as the source had them, else float32 in its values."""
+
+    def require(self, values: Values) -> None:
+        return None
+
+    def holds_units(self, values: Values) -> bool:
+        return values.value_range is not None
+
+    def _bits(self, values: Values) -> int:
+        """Of the integers; 0 for float32."""
+        if values.value_range is None:
+            return values.bits
+        return next((bits for bits in (8, 16) if bits >= values.bits and values.whole_units(bits)), 0)
+
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        bits = self._bits(values)
+        pixels = values.integers(image, bits) if bits else _floats(image, values)
+        with whole(path) as file:
+            file.write(tiff(pixels, json.dumps(settings), alpha=values.has_alpha))
+        return path
+
+    def read(self, path: Path, values: Values) -> Tensor:
+        data = path.read_bytes()
+        tags = tiff_tags(data)
+        kind = np.dtype({0: "<f4", 8: "u1", 16: "<u2"}[self._bits(values)])
+        shape = (tags[257], tags[256], values.channels)
+        return values.unit(np.frombuffer(data, kind, int(np.prod(shape)), offset=8).reshape(shape))
+
+    def settings(self, path: Path) -> Any:
+        return _parsed(tiff_tags(path.read_bytes()).get(DESCRIPTION))
+
+
+@dataclass(frozen=True)
+class Npy:
+    """float32 arrays (H, W, C), or (H, W) of one channel, in the values of the source; settings are in one file of the folder."""
+
+    def require(self, values: Values) -> None:
+        return None
+
+    def holds_units(self, values: Values) -> bool:
+        return values.value_range is not None
+
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        pixels = _floats(image, values)
+        with whole(path) as file:
+            np.save(file, pixels[..., 0] if values.channels == 1 else pixels, allow_pickle=False)
+        return path
+
+    def read(self, path: Path, values: Values) -> Tensor:
+        found = np.load(path, allow_pickle=False)
+        return values.unit(found if found.ndim == 3 else found[..., None])
+
+    def settings(self, path: Path) -> Any:
+        beside = path.with_name(SETTINGS)
+        return _parsed(beside.read_text()) if beside.is_file() else None
+
+
+FORMATS: dict[str, ImageFormat] = {
+    "png": Png(),
+    "tiff": Tiff(),
+    "npy": Npy(),
+    "webp": Lossy8("WEBP", True, (("lossless", True), ("exact", True))),
+    "jpg": Lossy8("JPEG", False, (("quality", 95), ("subsampling", 0))),
+}
+
+
+def usual_format(values: Values) -> str:
+    """PNG where it can hold the images, else TIFF."""
+    return "png" if values.colours in (1, 3) else "tiff"
+
+
+def settings_of(path: Path) -> Any:
+    """The settings that a file of any of the formats carries; None for one without, or that cannot be read."""
+    form = FORMATS.get(path.suffix[1:])
+    try:
+        return None if form is None else form.settings(path)
+    except Exception:  # a file of another's, of whatever kind and condition: whatever the parser raises
+        return None
+
+
+def _pillow(pixels: NDArray[np.uint8]) -> Image.Image:
+    return picture(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 255)
+
+
+def _floats(image: Tensor, values: Values) -> NDArray[np.float32]:
+    """(H, W, C) in the values of the source; alpha in [0, 1]."""
+    units = values.in_units(image, levels=2**values.bits - 1, alpha_scale=1.0)
+    return np.ascontiguousarray(units.transpose(1, 2, 0).astype(np.float32))
