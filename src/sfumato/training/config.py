@@ -112,9 +112,9 @@ class TrainingConfig:
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result; but what compares
             a batch's pictures with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
-        precision: of the network's inside; `auto` measures whether float32 or bfloat16 is faster. `float8` is bfloat16 with matrix
-            products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and optimizer are
-            always float32.
+        precision: of the network's inside; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
+            with matrix products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and
+            optimizer are always float32.
         compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU transformers from 20 minutes on; not
             without a C++ compiler.
     """

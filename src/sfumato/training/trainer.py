@@ -157,7 +157,7 @@ class Trainer:
     def _settle(self, say: Callable[[str], None]) -> nn.Module:
         """Settle the precision; the network."""
         network = self.task.core(self.state.model)
-        settle_precision(self.config, self.state.counters, network, trial=self._trial, say=say)
+        settle_precision(self.config, self.state.counters, network, say=say)
         return network
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
