@@ -24,6 +24,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
+from sfumato.recipes.limits import replaced
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
@@ -41,8 +42,15 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    base, where = _plain(source, configuration.with_overrides({}, overrides))
-    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
+    return _settled(source, overrides)[0]
+
+
+def _settled(source: str | Path | Run, overrides: Overrides) -> tuple[Run, list[str]]:
+    """The configuration, and a line for each limit of the source that a limit among the overrides replaced."""
+    asked = configuration.with_overrides({}, overrides)
+    base, where = _plain(source, asked)
+    base, lines = replaced(base, asked)
+    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where), lines
 
 
 def is_preset(source: str | Path | Run) -> bool:
@@ -65,7 +73,7 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
         below = {} if name is None else _plain(str(name), configuration.merged(data, asked))[0]
-        return configuration.merged(below, data), str(path)
+        return configuration.merged(replaced(below, data)[0], data), str(path)
     if files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN:
         return configuration.plain(_chosen(source, asked).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
@@ -182,7 +190,9 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<name>, numbered if taken.
     """
-    settings = resolve(source, overrides)
+    settings, lines = _settled(source, overrides)
+    for line in lines:
+        console().print(line, markup=False)
     dataset = open_data(settings)
     if is_preset(source):
         facts = facts_of(settings, dataset)
