@@ -220,8 +220,12 @@ def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
     assert result.code == 0
-    assert result.out.startswith("# 1506 pictures to learn from, 291 held out, 0 left out\n# 10 categories; 0.73M parameters\n")
-    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve("digits", ["budget.steps=6"])
+    lines = result.out.splitlines()
+    assert lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
+    assert lines[1:3] == ["1506 pictures to learn from, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
+    assert lines[-2].startswith("summary: 1506 images at 8 px, ")
+    assert lines[-1].startswith("verdict: too short")
+    assert "kind:" not in result.out
     assert os.listdir() == []
 
 
@@ -237,7 +241,7 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
     for path in (root / "0").iterdir():
         path.rename(flat / path.name)
     assert resolve(flat).conditioner.reads == ()
-    assert "# 2 categories" not in sfumato("train", flat, "--dry-run").out
+    assert "\n2 categories" not in sfumato("train", flat, "--dry-run").out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
 from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.sources.find import BUILT_IN
+from sfumato.elsewhere import refuse_diffusers
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
 from sfumato.nn.compiling import require_compiler
@@ -42,10 +43,10 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    return _settled(source, overrides)[0]
+    return settled(source, overrides)[0]
 
 
-def _settled(source: str | Path | Run, overrides: Overrides) -> tuple[Run, list[str]]:
+def settled(source: str | Path | Run, overrides: Overrides) -> tuple[Run, list[str]]:
     """The configuration, and a line for each limit of the source that a limit among the overrides replaced."""
     asked = configuration.with_overrides({}, overrides)
     base, where = _plain(source, asked)
@@ -65,6 +66,7 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)
+    refuse_diffusers(path)
     if (path / "config.yaml").is_file():
         return configuration.load_yaml_file(path / "config.yaml"), str(path / "config.yaml")
     if str(source) in RECIPES:
@@ -79,26 +81,12 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
     return configuration.plain(recipe(str(source))), str(source)
 
 
-def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
-    """The configuration as YAML, with the reasons for it and what it will take, for `train --dry-run`."""
-    run = resolve(source, overrides)
-    dataset = open_data(run)
-    facts = facts_of(run, dataset)
-    model = build_model(run, facts)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    said = [
-        f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
-        f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
-    ]
-    lines = [*_reasons(source, overrides), *said, *_predicted(run, model, dataset, facts)]
-    return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
-
-
 def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[str]:
-    return [line for found in predict(run, model, dataset, facts) for line in found.lines(len(dataset.training))]
+    return [line for found in predict(run, model, dataset, facts) for line in found.lines()]
 
 
-def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
+def reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
+    """Why a preset is as it is; [] for what is no preset."""
     if not is_preset(source):
         return []
     return [f"chosen: {reason}" for reason in _chosen(source, configuration.with_overrides({}, overrides)).reasons]
@@ -190,14 +178,14 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<name>, numbered if taken.
     """
-    settings, lines = _settled(source, overrides)
+    settings, lines = settled(source, overrides)
     for line in lines:
         console().print(line, markup=False)
     dataset = open_data(settings)
     if is_preset(source):
         facts = facts_of(settings, dataset)
         lines = [
-            *_reasons(source, overrides),
+            *reasons(source, overrides),
             *_predicted(settings, build_model(settings, facts), dataset, facts),
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)

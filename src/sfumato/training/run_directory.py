@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sfumato.elsewhere import refuse_diffusers
 from sfumato.errors import CheckpointError, ConfigError, RunError
 
 HEARTBEAT_S = 5.0
@@ -61,9 +62,10 @@ class RunDirectory:
         """A run that was made before.
 
         Raises:
-            RunError: if this is no run.
+            RunError: if this is no run, saying what it is if it is a model of diffusers.
         """
         if not (path / "config.yaml").exists():
+            refuse_diffusers(path)
             raise RunError(
                 "is no run: it holds no config.yaml", where=str(path), mend="name a folder that `sfumato train` made"
             )

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.training import checkpoint, posthoc
-from sfumato.training.config import TrainingConfig
+from sfumato.training.config import Cadence, TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.precision import DTYPES
@@ -31,6 +31,7 @@ from sfumato.training.task import Outcome, Task
 
 SKIPS_IN_A_ROW = 20
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
+LONG_S = 2.0  # of rehearsal, after which warming up does not count and a measured step is enough
 LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
 
 
@@ -59,6 +60,7 @@ class Trainer:
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._lost: set[str] = set()
+        self._cost_s: dict[str, float] = {}  # of what goes by the clock, the last time
         self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
@@ -131,15 +133,18 @@ class Trainer:
         self.directory.write_status("running", counters.step)
 
     def rehearse(self, *, steps: int = 3) -> float:
-        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up."""
+        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up.
+
+        The first step warms up, and is the only one where it is long.
+        """
         self._settle(lambda line: None)
         supply = batches(self.dataset, self.plan, start=0)
-        seconds = []
-        for _ in range(steps + 1):
+        seconds: list[float] = []
+        while len(seconds) <= steps and sum(seconds) < LONG_S:
             begun = time.perf_counter()
             self.train_step(next(supply))
             seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds[1:])
+        return statistics.median(seconds[1:] or seconds)
 
     def disk_bytes(self) -> int:
         """What the checkpoints that are not there yet need, and a little for the rest: weights, their averages and two moments, in float32.
@@ -197,22 +202,38 @@ class Trainer:
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
         """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
         step, config = self.state.counters.step, self.config
-        if finished or step % config.preview.every_steps == 0:
+        if finished or step == 0 or self._due("preview", config.preview):
             try:
-                self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
+                with self._doing("preview"):
+                    self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
             self._try(bar, self._snapshot)
         self._keep_averages(bar)
-        if step and (finished or step % config.validation.every_steps == 0):
-            figures = self.figures()
+        if step and (finished or self._due("validation", config.validation)):
+            with self._doing("validation"):
+                figures = self.figures()
             seen = self.state.counters.samples_seen
             self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
-        if finished or step % config.checkpoint.every_steps == 0:
-            self._try(bar, self._save)
+        if finished or self._due("checkpoint", config.checkpoint):
+            with self._doing("checkpoint"):
+                self._try(bar, self._save)
+
+    def _due(self, name: str, cadence: Cadence) -> bool:
+        counters = self.state.counters
+        last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
+        return cadence.due(step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s)
+
+    @contextmanager
+    def _doing(self, name: str) -> Iterator[None]:
+        """Note when something is done, which a checkpoint keeps, and how long it takes, which is of this machine alone."""
+        self.state.counters.done_s[name] = self.state.counters.seconds
+        begun = time.perf_counter()
+        yield
+        self._cost_s[name] = time.perf_counter() - begun
 
     def figures(self) -> dict[str, Any]:
         """The task's, on held-out pictures, of the weights and averaged weights as they are."""
