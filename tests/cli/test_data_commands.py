@@ -277,6 +277,17 @@ def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_verbs_have_their_figures_for_a_program(pictures: Path) -> None:
+    checked = json.loads(sfumato("data", "check", pictures, "--json").out)
+    assert (checked["images"], checked["readable"]) == (12, 12)
+    data = next(path for path in checked["files"] if path.endswith("data.json"))
+    written = json.loads(Path(data).read_text())
+    assert {key: checked[key] for key in written} == written
+    (covered,) = json.loads(sfumato("data", "coverage", pictures, "--prompt", "a red fox", "--json").out)
+    assert (covered["verdict"], covered["captions"], covered["counts"]["fox"]) == ("seen", 12, 6)
+    assert covered["nearest"][0]["captions"] == ["a red fox in snow"]
+
+
 # --- train --dry-run -----------------------------------------------------------------------------------------------------------
 
 

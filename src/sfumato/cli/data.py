@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from sfumato.data import Listing
+    from sfumato.data import Entry, Listing
     from sfumato.data.check.words import Coverage
 
 data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 Source = Annotated[
     str, typer.Argument(help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set such as digits.")
 ]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 def _slug(source: str) -> str:
@@ -40,9 +43,11 @@ def check(
     source: Source,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.data.check.report import plain
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.launch import parameters
     from sfumato.recipes.presets import choose
@@ -56,6 +61,9 @@ def check(
         )
     paths = write(found, out or Path("data-check") / _slug(source))
     figures = found.figures
+    if as_json:
+        typer.echo(json.dumps({**plain(found), "files": [str(path) for path in paths]}, indent=1, ensure_ascii=False))
+        return
     _say(f"{figures['images']} pictures, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
     for kind, names in found.files().items():
         about = KINDS[kind]
@@ -71,6 +79,7 @@ def coverage(
     source: Source,
     prompt: Annotated[list[str], typer.Option(help="What you mean to ask for; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder for pictures of the nearest captions.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
     from sfumato.data.check.words import Vocabulary
@@ -82,6 +91,9 @@ def coverage(
     if not any(texts):
         raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
     vocabulary = Vocabulary(texts)
+    if as_json:
+        typer.echo(json.dumps([_plain(vocabulary.coverage(asked), entries) for asked in prompt], indent=1, ensure_ascii=False))
+        return
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
         _say("\n".join(_lines(found, len(entries))))
@@ -93,6 +105,19 @@ def coverage(
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             _say(path)
+
+
+def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
+    """For a program."""
+    near = [
+        {"likeness": likeness, "file": entries[place].name, "captions": list(entries[place].captions)}
+        for place, likeness in found.nearest
+    ]
+    pairs = [{"words": list(pair), "captions": count} for pair, count in found.together.items()]
+    return {
+        "prompt": found.prompt, "verdict": found.verdict, "captions": len(entries), "whole": found.whole, "counts": found.counts,
+        "together": pairs, "similar": found.similar, "nearest": near,
+    }  # fmt: skip
 
 
 def _lines(found: Coverage, total: int) -> list[str]:

@@ -34,6 +34,7 @@ def evaluate(
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the file holds instead of tables.")] = False,
 ) -> None:
     """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
@@ -73,6 +74,9 @@ def evaluate(
         "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
     }
     target.write_text(json.dumps(figures, indent=1))
+    if as_json:
+        typer.echo(target.read_text())
+        return
     typer.echo(table(result))
     if adherence:
         typer.echo(

@@ -29,6 +29,7 @@ from sfumato.recipes.limits import replaced
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
+from sfumato.recipes.verdict import Machine, findings
 from sfumato.training import Trainer
 from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
@@ -82,7 +83,9 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[str]:
-    return [line for found in predict(run, model, dataset, facts) for line in found.lines()]
+    stages, images = predict(run, model, dataset, facts), len(dataset.training)
+    verdict = [finding.line() for finding in findings(stages, images=images, machine=Machine.here())]
+    return [*(line for stage in stages for line in stage.lines()), *verdict]
 
 
 def reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:

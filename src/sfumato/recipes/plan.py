@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sfumato import config as configuration
 from sfumato.data import Dataset
@@ -96,7 +92,7 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
         images=images,
         notes=(*reasons(source, overrides), *replaced, *said),
         stages=tuple(stages),
-        findings=tuple(findings(stages, images=images, machine=this_machine())),
+        findings=tuple(findings(stages, images=images, machine=Machine.here())),
     )
 
 
@@ -105,12 +101,3 @@ def _of(dataset: Dataset, parameters: int) -> list[str]:
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
     ]
-
-
-def this_machine() -> Machine:
-    """Memory of the device that is trained on, and free disk space here."""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)

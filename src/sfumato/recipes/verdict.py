@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from sfumato.observability.progress import duration
 from sfumato.recipes.prediction import Prediction
@@ -38,6 +43,15 @@ class Machine:
 
     memory_gib: float
     disk_gib: float
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Memory of the device that is trained on, and free disk space of the working directory."""
+        if torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)
 
 
 def findings(stages: Sequence[Prediction], *, images: int, machine: Machine) -> list[Finding]:

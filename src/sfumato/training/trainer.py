@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.training import checkpoint, posthoc
-from sfumato.training.config import Cadence, TrainingConfig
+from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import update_average
 from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.precision import DTYPES
@@ -28,6 +28,7 @@ from sfumato.training.run_directory import RunDirectory
 from sfumato.training.settling import precision_of, settle_compiling, settle_precision
 from sfumato.training.state import TrainingState, kept_name
 from sfumato.training.task import Outcome, Task
+from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
@@ -60,7 +61,7 @@ class Trainer:
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._lost: set[str] = set()
-        self._cost_s: dict[str, float] = {}  # of what goes by the clock, the last time
+        self._timetable = Timetable(self.state)
         self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
@@ -202,38 +203,25 @@ class Trainer:
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
         """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
         step, config = self.state.counters.step, self.config
-        if finished or step == 0 or self._due("preview", config.preview):
+        if finished or step == 0 or self._timetable.due("preview", config.preview):
             try:
-                with self._doing("preview"):
+                with self._timetable.doing("preview"):
                     self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
             self._try(bar, self._snapshot)
         self._keep_averages(bar)
-        if step and (finished or self._due("validation", config.validation)):
-            with self._doing("validation"):
+        if step and (finished or self._timetable.due("validation", config.validation)):
+            with self._timetable.doing("validation"):
                 figures = self.figures()
             seen = self.state.counters.samples_seen
             self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
-        if finished or self._due("checkpoint", config.checkpoint):
-            with self._doing("checkpoint"):
+        if finished or self._timetable.due("checkpoint", config.checkpoint):
+            with self._timetable.doing("checkpoint"):
                 self._try(bar, self._save)
-
-    def _due(self, name: str, cadence: Cadence) -> bool:
-        counters = self.state.counters
-        last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
-        return cadence.due(step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s)
-
-    @contextmanager
-    def _doing(self, name: str) -> Iterator[None]:
-        """Note when something is done, which a checkpoint keeps, and how long it takes, which is of this machine alone."""
-        self.state.counters.done_s[name] = self.state.counters.seconds
-        begun = time.perf_counter()
-        yield
-        self._cost_s[name] = time.perf_counter() - begun
 
     def figures(self) -> dict[str, Any]:
         """The task's, on held-out pictures, of the weights and averaged weights as they are."""
