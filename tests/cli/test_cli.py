@@ -252,7 +252,7 @@ def test_what_takes_long_is_measured_once() -> None:
 @pytest.mark.parametrize("verb", [*VERBS, "ema", "data check", "data convert", "config show"])
 def test_help_names_values_as_a_person_reads_them(verb: str) -> None:
     options = [line for line in sfumato(*verb.split(), "--help").out.splitlines() if "--" in line and "--help" not in line]
-    for python in ("<int>", "<int range", "<float", "<str>", "list[", "<bool>", "float,float"):
+    for python in ("<int>", "<int range", "<float>", "<float range", "<float,", "<str>", "list[", "<bool>", "float,float"):
         assert not [line for line in options if python in line]
 
 

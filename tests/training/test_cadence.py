@@ -99,18 +99,14 @@ def test_minutes_that_are_not_a_time_are_refused(name: str, minutes: float) -> N
         TrainingConfig(**{name: kinds[name](every_minutes=minutes)})
 
 
-def test_a_slow_run_is_saved_shown_and_validated_by_the_clock(folder: Path, tmp_path: Path, steps_of_30_s: None) -> None:
-    run = train(tiny_run(folder, budget=Budget(steps=25), **BY_CLOCK), run=tmp_path / "run")
-    assert saved(run) == [0, 10, 20, 25]
-    assert shown(run) == [0, 2, 12, 22, 25]  # 60 s, then every 5 minutes
-    assert validated(run) == [2, 12, 22, 25]
-
-
-def test_a_resumed_run_keeps_the_time_of_the_last_look_and_ends_as_if_left_alone(
+def test_a_slow_run_goes_by_the_clock_and_resumed_it_ends_as_if_left_alone(
     folder: Path, tmp_path: Path, steps_of_30_s: None
 ) -> None:
     settings = tiny_run(folder, budget=Budget(steps=25), **BY_CLOCK)
     whole = train(settings, run=tmp_path / "whole")
+    assert saved(whole) == [0, 10, 20, 25]
+    assert shown(whole) == [0, 2, 12, 22, 25]  # 60 s, then every 5 minutes
+    assert validated(whole) == [2, 12, 22, 25]
     cut = train(settings, run=tmp_path / "cut")
     for path in (cut / "checkpoints").glob("step-*"):
         if path.name > "step-000000010":

@@ -22,8 +22,8 @@ def in_words(annotation: Any) -> str | None:
         inner = in_words(parts[0])
         return None if inner is None else f"{inner} ..."
     if origin is tuple:
-        inner = [in_words(part) for part in parts]
-        return None if None in inner else " ".join(map(str, inner))
+        each = [in_words(part) for part in parts]
+        return None if None in each else " ".join(map(str, each))
     return WORDS.get(annotation)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
@@ -32,7 +33,7 @@ from sfumato.recipes.run import Run
 from sfumato.recipes.verdict import Machine, findings
 from sfumato.training import Trainer
 from sfumato.training.precision import require
-from sfumato.training.run_directory import RunDirectory
+from sfumato.training.run_directory import RunDirectory, commit
 
 MOST_WORDS = 50_000
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -253,7 +254,7 @@ def _describe(settings: Run, dataset: Dataset, directory: RunDirectory) -> None:
     """Write down what the run is."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(settings)))
     directory.write_json("data.json", dataset.summary())
-    directory.write_environment()
+    directory.write_environment(sfumato=__version__, commit=commit())
 
 
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Facts, model: Model) -> Trainer:

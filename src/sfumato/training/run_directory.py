@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from sfumato import __version__
 from sfumato.elsewhere import refuse_diffusers
 from sfumato.errors import CheckpointError, ConfigError, RunError
 
@@ -143,8 +142,6 @@ class RunDirectory:
         self.write_json(
             "environment.json",
             {
-                "sfumato": __version__,
-                "commit": commit(),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "platform": platform.platform(),
