@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sfumato.cli.main import keep_memory
+from sfumato.training.precision import DTYPES, choose, default_device
 
 keep_memory()  # as the command line does; the peers run in the same process and gain as much
 
@@ -77,21 +78,29 @@ def flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def peaks(rounds: int = 15) -> dict[str, float]:
-    """Best measured GFLOP/s of a square matrix product and of 3x3 convolutions, bfloat16, on this machine, now.
+def fastest() -> str:
+    """The precision that multiplies fastest here, float32 or bfloat16: as `precision=auto` chooses for a wide layer."""
+    device = default_device()
+    return choose(torch.nn.Linear(1024, 1024, device=device), device)[0]
+
+
+def peaks(rounds: int = 15, precision: str | None = None) -> dict[str, Any]:
+    """Best measured GFLOP/s of a square matrix product and of 3x3 convolutions on this machine, now, in its fastest precision.
 
     A GPU is given larger ones, many at a time, so that starting them is hidden.
     """
     gpu = torch.cuda.is_available()
     device, size, repeat, batch = (torch.device("cuda"), 8192, 10, 512) if gpu else (torch.device("cpu"), 2048, 1, 64)
-    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    found = {"matmul_gflops": 0.0, "convolution_gflops": 0.0}
+    precision = precision or fastest()
+    dtype = DTYPES[precision]
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    found: dict[str, Any] = {"matmul_gflops": 0.0, "convolution_gflops": 0.0, "precision": precision}
     for _ in range(rounds):
         taken = seconds(lambda: [a @ a for _ in range(repeat)])
         found["matmul_gflops"] = max(found["matmul_gflops"], repeat * 2 * size**3 / taken / 1e9)
     for channels, side in ((64, 32), (128, 32), (128, 16), (256, 16), (256, 32)):
-        x = torch.ones(batch, channels, side, side, dtype=torch.bfloat16, device=device).to(memory_format=torch.channels_last)
-        layer = torch.nn.Conv2d(channels, channels, 3, padding=1, dtype=torch.bfloat16, device=device)
+        x = torch.ones(batch, channels, side, side, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+        layer = torch.nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype, device=device)
         layer = layer.to(memory_format=torch.channels_last)
         work = repeat * 2 * batch * side**2 * channels**2 * 9
         with torch.no_grad():

@@ -1,16 +1,21 @@
 """What the program says, where it says it, and how it exits, before any model is trained."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
+from unittest import mock
 
 import pytest
 from program import sfumato
 
 import sfumato as package
 from sfumato import config
+from sfumato.cli import doctor as doctor_module
+from sfumato.cli.help import in_words
 from sfumato.config import load_yaml
 from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
@@ -139,7 +144,7 @@ def test_errors_have_their_exit_codes_and_no_control_characters(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(launch, "resolve", fail)
+    monkeypatch.setattr(launch, "settled", fail)
     assert sfumato("train", "digits") == (code, "", said)
 
 
@@ -166,6 +171,7 @@ def test_a_yaml_file_builds_on_its_recipe(tmp_path: Path) -> None:
     path.write_text("recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: Karras, rho: 5}}\n")
     assert sfumato("config", "diff", "digits", path).out.splitlines() == [
         "budget.steps: None -> 7",
+        "budget.minutes: 1.0 -> None",
         "name: digits -> mine",
         "objective.schedule.kind: Warped -> Karras",
         "objective.schedule.schedule.kind: Linear -> (absent)",
@@ -206,22 +212,77 @@ def test_the_schema_is_json_with_every_key() -> None:
     assert {"seed", "batch_size", "data", "budget", "optimizer", "precision", "compile"} <= set(schema["properties"])
 
 
-def test_doctor_says_what_is_here() -> None:
+@pytest.fixture
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured, and everything is slow."""
+    monkeypatch.setattr(doctor_module, "_seconds", lambda work, device: 60.0)
+
+
+def test_doctor_says_what_it_knows_before_it_measures(slow_machine: None) -> None:
     result = sfumato("doctor")
     assert result.code == 0
-    assert f"sfumato {package.__version__}, Python {sys.version.split()[0]}, torch " in result.out
-    assert "float32: matrix product " in result.out
-    assert "GPUs: " in result.out
-    assert "compiling: " in result.out
-    assert "extra diffusers: " in result.out
+    lines = result.out.splitlines()
+    assert lines[0].startswith(f"sfumato {package.__version__}, Python {sys.version.split()[0]}, torch ")
+    assert [line.split(":")[0] for line in lines[-4:]] == ["float32", "float32", "bfloat16", "bfloat16"]
+    for said in ("GPUs: ", "compiling: ", "extra diffusers: ", "bfloat16 instructions: "):
+        assert any(line.startswith(said) for line in lines[:-4])
+
+
+def test_a_slow_product_is_not_rounded_to_nothing(slow_machine: None) -> None:
+    """A machine that emulates bfloat16 was said to reach 0 GFLOP/s."""
+    measured = sfumato("doctor").out.splitlines()[-4:]
+    assert "bfloat16: matrix product 0.0358 GFLOP/s" in measured
+    assert " 0 GFLOP/s" not in "".join(measured)
+
+
+def test_doctor_answers_a_program(slow_machine: None) -> None:
+    found = json.loads(sfumato("doctor", "--json").out)
+    assert found["gflops"]["bfloat16"]["matrix product"] == 2 * 1024**3 / 60 / 1e9
+    assert found["bfloat16_instructions"] in (True, False, None)
+    assert set(found["extras"]) == set(doctor_module.EXTRAS)
+
+
+def test_what_takes_long_is_measured_once() -> None:
+    calls: list[None] = []
+    with mock.patch("time.perf_counter", itertools.count(0.0, 5.0).__next__):
+        assert doctor_module._seconds(lambda: calls.append(None), "cpu") == 5.0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "ema", "data check", "data convert", "config show"])
+def test_help_names_values_as_a_person_reads_them(verb: str) -> None:
+    options = [line for line in sfumato(*verb.split(), "--help").out.splitlines() if "--" in line and "--help" not in line]
+    for python in ("<int>", "<int range", "<float>", "<float range", "<float,", "<str>", "list[", "<bool>", "float,float"):
+        assert not [line for line in options if python in line]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (int, "<integer>"),
+        (bool, ""),
+        (Path | None, "<path>"),
+        (Annotated[list[str] | None, "help"], "<text> ..."),
+        (tuple[float, float] | None, "<number> <number>"),
+        (Literal["a", "b"], None),
+        (list[bytes], None),
+        (int | str, None),
+    ],
+)
+def test_values_in_words(annotation: object, expected: str | None) -> None:
+    assert in_words(annotation) == expected
 
 
 def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
     assert result.code == 0
-    assert result.out.startswith("# 1506 pictures to learn from, 291 held out, 0 left out\n# 10 categories; 0.73M parameters\n")
-    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve("digits", ["budget.steps=6"])
+    lines = result.out.splitlines()
+    assert lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
+    assert lines[1:3] == ["1506 pictures to learn from, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
+    assert lines[-2].startswith("summary: 1506 images at 8 px, ")
+    assert lines[-1].startswith("verdict: too short")
+    assert "kind:" not in result.out
     assert os.listdir() == []
 
 
@@ -237,7 +298,7 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
     for path in (root / "0").iterdir():
         path.rename(flat / path.name)
     assert resolve(flat).conditioner.reads == ()
-    assert "# 2 categories" not in sfumato("train", flat, "--dry-run").out
+    assert "\n2 categories" not in sfumato("train", flat, "--dry-run").out
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,17 @@ def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_verbs_have_their_figures_for_a_program(pictures: Path) -> None:
+    checked = json.loads(sfumato("data", "check", pictures, "--json").out)
+    assert (checked["images"], checked["readable"]) == (12, 12)
+    data = next(path for path in checked["files"] if path.endswith("data.json"))
+    written = json.loads(Path(data).read_text())
+    assert {key: checked[key] for key in written} == written
+    (covered,) = json.loads(sfumato("data", "coverage", pictures, "--prompt", "a red fox", "--json").out)
+    assert (covered["verdict"], covered["captions"], covered["counts"]["fox"]) == ("seen", 12, 6)
+    assert covered["nearest"][0]["captions"] == ["a red fox in snow"]
+
+
 # --- train --dry-run -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +319,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configuration(pictures: Path, no_training: None) -> None:
     before = contents(pictures)
-    result = sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run")
+    result = sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run", "--config")
     assert result.code == 0, result.err
     notes = [line for line in result.out.splitlines() if line.startswith("# ")]
     assert notes[0].startswith("# chosen: 12 pictures on ")
@@ -323,12 +334,22 @@ def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configura
 
 
 def test_what_a_dry_run_prints_is_a_recipe(pictures: Path, tmp_path: Path, no_training: None) -> None:
-    printed = sfumato("train", pictures, *SMALL, "--dry-run").out
+    printed = sfumato("train", pictures, *SMALL, "--dry-run", "--config").out
     (tmp_path / "mine.yaml").write_text(printed)
-    again = sfumato("train", tmp_path / "mine.yaml", "--dry-run")
+    again = sfumato("train", tmp_path / "mine.yaml", "--dry-run", "--config")
     assert again.code == 0
     assert "# chosen" not in again.out  # the file is the choice
     assert load_yaml(again.out, where="again") == load_yaml(printed, where="printed")
+
+
+def test_a_dry_run_for_a_program_holds_what_it_says_and_the_configuration(pictures: Path, no_training: None) -> None:
+    found = json.loads(sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run", "--json").out)
+    assert found["stages"][-1]["steps"] == 8
+    assert found["long_enough"] is False
+    assert found["findings"]
+    assert config.parse(Run, found["config"]) == resolve(pictures, [*SMALL, "budget.steps=8"])
+    assert found["total_s"] >= sum(stage["seconds"] for stage in found["stages"])
+    assert sfumato("train", pictures, "--json").code == sfumato("train", pictures, "--config").code == 2
 
 
 def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: Path, no_training: None) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from program import Result, sfumato
 
-from sfumato import load
+from sfumato import __version__, load
 from sfumato.config import load_yaml_file
 from sfumato.data import Digits
 from sfumato.errors import ConfigError
@@ -50,6 +50,12 @@ def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple
     assert result.out == f"{path}\n"
     assert "1506 pictures to learn from, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
     assert "step 6: held-out noise error MSE " in result.err
+
+
+def test_a_run_says_what_program_trained_it(run: Path) -> None:
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["sfumato"] == __version__
+    assert environment["commit"] is None or len(environment["commit"]) == 40
 
 
 def test_a_run_holds_what_it_should(run: Path) -> None:
@@ -303,7 +309,9 @@ def test_a_run_among_the_pictures_is_no_part_of_them(tmp_path: Path, monkeypatch
 
 def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=5))
-    assert sfumato("evaluate", run, "--num", 10).code == 0
+    result = sfumato("evaluate", run, "--num", 10, "--json")
+    assert result.code == 0
+    assert json.loads(result.out) == json.loads((run / "evaluation" / "evaluation.json").read_text())
     own = load_yaml_file(run / "config.yaml")["sampling"]["guidance"]
     figures = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert [row["name"] for row in figures["rows"][1:]] == ["samples, guidance 1", f"samples, guidance {own:g}"]

@@ -3,9 +3,11 @@
 import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sfumato.observability import progress
-from sfumato.observability.progress import Clock, ProgressBar, duration, printable
+from sfumato.observability.progress import Clock, ProgressBar, TimeLeft, duration, printable
 
 
 class Terminal(io.StringIO):
@@ -27,7 +29,9 @@ def test_where_no_terminal_is_a_plain_line_now_and_then_and_the_last(
             bar.update(fraction, f"loss {fraction}")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["training  35%  loss 0.35  left 0:13", "training 100%  loss 1.0  left 0:00"]
+    lines = captured.err.splitlines()
+    assert [line.split("  left ")[0] for line in lines] == ["training  35%  loss 0.35", "training 100%  loss 1.0"]
+    assert lines[1].endswith("left 0:00")
     assert "\x1b" not in captured.err
 
 
@@ -40,6 +44,42 @@ def test_the_time_left_of_a_resumed_run_counts_from_where_it_began(
     bar.start_at(0.5)
     bar.update(0.6, "x")  # a tenth took 10 s, four are left
     assert "left 0:40" in capsys.readouterr().err
+
+
+def test_the_time_left_is_not_told_from_one_sample() -> None:
+    """A first step that warmed up made `left 4:51:36` of a run of an hour."""
+    assert TimeLeft(0.0).at(4.9, 0.2) is None
+    slow = TimeLeft(0.0)
+    assert slow.at(10.0, 0.001) is None
+    assert slow.at(90.0, 0.011) is not None
+
+
+def test_twenty_reports_are_enough_where_the_work_is_long() -> None:
+    left = TimeLeft(0.0)
+    told = [left.at(10.0 * n, 0.0001 * n) for n in range(1, 21)]
+    assert told[:19] == [None] * 19
+    assert told[19] == pytest.approx(10.0 * (10_000 - 20))
+
+
+@given(speed=st.floats(1e-5, 0.1), every=st.floats(0.1, 30.0), begun=st.floats(0, 0.9))
+def test_work_at_a_constant_speed_ends_when_it_is_told_to(speed: float, every: float, begun: float) -> None:
+    left = TimeLeft(100.0)
+    left.start_at(begun)
+    for n in range(1, 200):
+        fraction = begun + n * every * speed
+        if fraction >= 1:
+            break
+        seconds = left.at(100.0 + n * every, fraction)
+        assert seconds is None or seconds == pytest.approx((1 - fraction) / speed, rel=1e-6)
+
+
+def test_the_time_left_follows_a_machine_that_became_faster() -> None:
+    left = TimeLeft(0.0)
+    for second in range(1, 60):
+        left.at(float(second), 0.0001 * second)
+    for second in range(60, 400):
+        left.at(float(second), 0.006 + 0.001 * (second - 60))
+    assert left.at(400.0, 0.346) == pytest.approx(654.0, rel=0.05)  # by the mean of all it would be 756
 
 
 def test_a_terminal_gets_a_live_bar_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a run is said to take is what it takes: steps exactly, disk at least, and larger runs more."""
 
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run, launch
 from sfumato.recipes.latents import OwnAutoencoder
-from sfumato.recipes.prediction import Prediction, predict
+from sfumato.recipes.prediction import Prediction, predict, rehearsal, times
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
+from sfumato.training.config import Cadence
 
 COUNT = 30
 
@@ -76,7 +78,7 @@ def test_the_steps_are_those_that_the_budget_allows(root: Path, budget: Budget) 
     taken = next(n for n in range(1, 1000) if budget.spent(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1)
     assert found.steps == taken
     assert found.epochs == pytest.approx(8 * taken / size)
-    assert found.seconds == pytest.approx(taken * found.step_s)
+    assert found.seconds == pytest.approx(taken * found.step_s + found.looks_s)
 
 
 def test_a_budget_of_minutes_is_filled(root: Path) -> None:
@@ -141,16 +143,57 @@ HOUR = Prediction(
 
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
-    assert HOUR.lines(1000) == [
+    assert HOUR.lines() == [
         "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each picture seen 12.3 times",
         "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
+    assert "1:00:00 in all, 5:00 of it for previews and validation; " in replace(HOUR, looks_s=300.0).lines()[0]
 
 
-@pytest.mark.parametrize(("epochs", "pictures", "warned"), [(201.0, 4999, True), (199.0, 100, False), (900.0, 5000, False)])
-def test_many_views_of_few_pictures_are_warned_of(epochs: float, pictures: int, warned: bool) -> None:
-    lines = replace(HOUR, epochs=epochs).lines(pictures)
-    assert any("watch the gap to held-out pictures" in line for line in lines) == warned
+@pytest.mark.parametrize(
+    ("cadence", "seconds", "cost_s", "expected"),
+    [
+        (PreviewConfig(), 30.0, 1.0, 0),
+        (PreviewConfig(), 60.0, 1.0, 1),
+        (PreviewConfig(), 3600.0, 1.0, 12),
+        (PreviewConfig(), 3600.0, 100.0, 4),  # nine times as long as it takes, from one to the next
+        (PreviewConfig(every_steps=10, every_minutes=None), 3600.0, 1.0, 9),
+        (PreviewConfig(every_steps=200), 3600.0, 1.0, 12),
+        (CheckpointConfig(), 299.0, 1.0, 0),
+        (CheckpointConfig(), 3599.0, 1.0, 11),
+    ],
+)
+def test_how_often_something_comes_due(cadence: Cadence, seconds: float, cost_s: float, expected: int) -> None:
+    """As often as by going through the training second by second."""
+    steps, last_s, found = 100, 0.0, 0
+    assert times(cadence, steps, seconds, cost_s) == expected
+    for second in range(1, round(10 * seconds)):
+        step = second * steps / (10 * seconds)
+        if cadence.due(step=int(step) if step.is_integer() else 1, seconds=second / 10, last_s=last_s, cost_s=cost_s):
+            last_s, found = second / 10, found + 1
+    assert found == pytest.approx(expected, abs=1)
+
+
+def test_previews_and_validation_take_their_time_from_the_steps(root: Path) -> None:
+    often = tiny(root, budget=Budget(minutes=2), preview=PreviewConfig(num=30), validation=ValidationConfig(samples=250))
+    seldom = tiny(root, budget=Budget(minutes=2))
+    found, few = predicted(often)[0], predicted(seldom)[0]
+    assert found.looks_s > 5 * few.looks_s
+    assert found.seconds == pytest.approx(120, rel=0.05)
+    assert found.steps * found.step_s == pytest.approx(found.seconds - found.looks_s)
+
+
+def test_a_long_step_is_measured_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(root)
+    dataset = launch.open_data(run)
+    facts = launch.facts_of(run, dataset)
+    trainer = rehearsal(run, launch.build_model(run, facts), dataset, facts, root.parent / "scratch")
+    taken: list[int] = []
+    clock = itertools.count(0.0, 7.0)
+    monkeypatch.setattr("sfumato.training.trainer.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(trainer, "train_step", taken.append)
+    assert trainer.rehearse() == 7.0
+    assert len(taken) == 1
 
 
 def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> None:

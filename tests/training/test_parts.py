@@ -1,10 +1,12 @@
-"""Budget, optimizer, averages, precision."""
+"""Budget, optimizer, averages."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from sfumato.condition import ContextSizes
@@ -12,7 +14,6 @@ from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig
 from sfumato.training import AdamWConfig, Budget, FixedEMA, MuonConfig, PowerEMA, TrainingConfig
 from sfumato.training.ema import follow, stride, update_average
-from sfumato.training.precision import choose
 from sfumato.training.task import Learner
 
 
@@ -45,6 +46,32 @@ def test_learning_rate_rises_then_falls_to_its_end() -> None:
     assert config.rate(99, 1.0) == pytest.approx(0.1)
     assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="linear").rate(5, 0.25) == pytest.approx(0.75)
     assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant").rate(5, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(100, 141), (50, 50), (100, 999), (3, 14)])
+def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(warmup: int, steps: int) -> None:
+    """A rise of 100 steps in a run of 141 left no step at the peak that was set."""
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=warmup, decay="constant")
+    rates = [config.rate(step, step / steps) for step in range(steps)]
+    assert rates == sorted(rates)
+    assert all(rate == 1.0 for step, rate in enumerate(rates) if step >= 0.1 * steps)
+    assert rates[0] == 1 / (warmup + 1)
+
+
+@given(warmup=st.integers(0, 500), longer=st.floats(1.0, 50.0), final=st.floats(0, 1))
+def test_a_run_of_ten_times_the_rise_has_the_same_rates_as_ever(warmup: int, longer: float, final: float) -> None:
+    config = AdamWConfig(learning_rate=3e-3, warmup_steps=warmup, final=final)
+    steps = max(1, math.ceil(10 * warmup * longer))
+    for step in range(min(steps, warmup + 3)):
+        spent = step / steps
+        course = 0.5 * (1 - math.cos(math.pi * (1 - spent)))
+        before = 3e-3 * min(1.0, (step + 1) / (warmup + 1)) * (final + (1 - final) * course)
+        assert config.rate(step, spent) == before  # bit for bit
+
+
+def test_time_that_passed_before_the_first_step_is_not_taken_for_training() -> None:
+    """A first preview of 3 % of the minutes leaves the first step below a tenth of the peak."""
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=100, decay="constant").rate(1, 0.03) < 0.1
 
 
 def test_weight_decay_acts_on_matrices_only() -> None:
@@ -128,19 +155,6 @@ def test_first_update_of_a_power_average_copies_the_weights() -> None:
 def test_fixed_average_warms_up_to_its_rate() -> None:
     assert FixedEMA(0.99).decay(1) == pytest.approx(2 / 11)
     assert FixedEMA(0.99).decay(100_000) == 0.99
-
-
-def test_precision_is_the_faster_one_and_says_so() -> None:
-    import time
-
-    def work(fast: torch.dtype):
-        return lambda dtype: time.sleep(0.001 if dtype is fast else 0.02)
-
-    assert choose(work(torch.bfloat16), torch.device("cpu"))[0] == "bfloat16"
-    name, line = choose(work(torch.float32), torch.device("cpu"))
-    assert name == "float32"
-    assert "bfloat16" in line
-    assert "ms" in line
 
 
 def test_counts_below_one_are_refused() -> None:

@@ -9,21 +9,32 @@ import typer
 
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a folder of pictures.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as budget.minutes=5.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as budget.minutes=5.", metavar="[KEY=VALUE]...")]
 
 
-def recipes() -> None:
+def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print names and summaries as JSON.")] = False) -> None:
     """List the built-in recipes."""
-    from sfumato.recipes import RECIPES
+    from sfumato.recipes.names import SUMMARIES
 
-    width = max(map(len, RECIPES)) + 1
-    for name, function in RECIPES.items():
-        typer.echo(f"{name:{width}} {(function.__doc__ or '').splitlines()[0]}")
+    if as_json:
+        typer.echo(json.dumps(SUMMARIES, indent=1))
+        return
+    width = max(map(len, SUMMARIES)) + 1
+    for name, summary in SUMMARIES.items():
+        typer.echo(f"{name:{width}} {summary}")
+
+
+def _require(source: str, overrides: list[str] | None = None) -> None:
+    """Refuse what is certain to be wrong before anything heavy is imported."""
+    from sfumato.recipes import names
+
+    names.require(source, overrides or ())
 
 
 @config_app.command()
 def show(source: Source, overrides: Overrides = None) -> None:
     """Print a configuration with every key."""
+    _require(source, overrides)
     from sfumato import config
     from sfumato.recipes import resolve
 
@@ -33,6 +44,8 @@ def show(source: Source, overrides: Overrides = None) -> None:
 @config_app.command()
 def diff(old: Source, new: Source) -> None:
     """Print the settings in which two configurations differ."""
+    _require(old)
+    _require(new)
     from sfumato import config
     from sfumato.recipes import resolve
 
@@ -43,6 +56,7 @@ def diff(old: Source, new: Source) -> None:
 @config_app.command()
 def validate(source: Source, overrides: Overrides = None) -> None:
     """Check a configuration; exit 2 and name the key if it is wrong."""
+    _require(source, overrides)
     from sfumato.recipes import resolve
 
     typer.echo(f"{source}: valid ({resolve(source, overrides or ()).name})")

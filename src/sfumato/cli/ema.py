@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +14,16 @@ WIDTHS = [0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
 def ema(
     run: Annotated[Path, typer.Argument(help="Directory of the run; it was trained with posthoc.widths.")],
     width: Annotated[list[float] | None, typer.Option(help="Widths to compare, as shares of the training.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the errors of each width as JSON.")] = False,
 ) -> None:
     """Reconstruct averages of several widths after training, and compare their error on held-out pictures."""
     from sfumato.observability.tables import aligned
     from sfumato.recipes.loading import width_errors
 
     found = dict(width_errors(run, width or WIDTHS))
+    if as_json:
+        typer.echo(json.dumps([{"width": asked, **figures} for asked, figures in found.items()], indent=1))
+        return
     best = min(found, key=lambda asked: found[asked]["eps_mse"])
     lines = [("width", "noise MSE", "R2", "")]
     for asked, figures in found.items():

@@ -35,6 +35,7 @@ def evaluate(
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the file holds instead of tables.")] = False,
 ) -> None:
     """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
     from sfumato.asking import require_context
@@ -87,6 +88,9 @@ def evaluate(
         "composition": {name: [asdict(row) for row in rows] for name, rows in composed.items()},
     }
     target.write_text(json.dumps(figures, indent=1))
+    if as_json:
+        typer.echo(target.read_text())
+        return
     typer.echo(table(result))
     since = [f"the data are not what this run was trained on: {'; '.join(changed)}"] if changed else []
     for remark in (*since, *result.remarks):

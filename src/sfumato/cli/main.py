@@ -22,6 +22,7 @@ from sfumato.cli.doctor import doctor
 from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
+from sfumato.cli.help import explain_values
 from sfumato.cli.mishaps import in_words
 from sfumato.cli.sample import sample
 from sfumato.cli.train import resume, train
@@ -65,7 +66,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        explain_values(typer.main.get_command(app))()
     except SfumatoError as error:
         if debug:
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings such as budget.minutes=5; `sfumato config show` lists them.")
+    list[str] | None,
+    typer.Argument(help="Settings such as budget.minutes=5; `sfumato config show` lists them.", metavar="[KEY=VALUE]..."),
 ]
 
 
@@ -16,15 +18,31 @@ def train(
     source: Annotated[str, typer.Argument(help="A folder of pictures, a recipe's name, or a YAML file.")],
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Directory of the new run; by default runs/NAME.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be trained, what it takes and whether it is long enough, and stop."),
+    ] = False,
+    config: Annotated[bool, typer.Option("--config", help="With --dry-run: print the configuration too, as YAML.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
 ) -> None:
     """Train a model from a folder of pictures, a recipe or a YAML file."""
-    from sfumato.recipes import launch
+    from sfumato.recipes import names
 
-    if dry_run:
-        typer.echo(launch.describe(source, overrides=overrides or ()))
+    if (config or as_json) and not dry_run:
+        raise typer.BadParameter("--config and --json belong to --dry-run")
+    names.require(source, overrides or ())
+    if not dry_run:
+        from sfumato.recipes import launch
+
+        typer.echo(launch.train(source, overrides=overrides or (), run=run))
         return
-    typer.echo(launch.train(source, overrides=overrides or (), run=run))
+    from sfumato.recipes.plan import plan
+
+    found = plan(source, overrides=overrides or ())
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=1))
+    else:
+        typer.echo(found.as_yaml() if config else "\n".join(found.lines()), nl=not config)
 
 
 def resume(

@@ -22,6 +22,7 @@ from sfumato.errors import ConfigError, SfumatoError
 T = TypeVar("T")
 TAG = "kind"
 _BEFORE = "before"
+NEAR = 0.75  # likeness of a key to the one that is suggested for it: a letter or two of a word apart
 
 
 def members(annotation: Any) -> list[type]:
@@ -210,14 +211,21 @@ def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _nearest(key: str, legal: list[str]) -> str | None:
+    """The key that was meant: one that is spelled nearly so, or the outermost that ends with the same word; None if nothing is near."""
+    close = difflib.get_close_matches(key, legal, n=1, cutoff=NEAR)
+    same = [path for path in legal if path.rpartition(".")[2] == key]
+    return close[0] if close else min(same, key=lambda path: path.count("."), default=None)
+
+
 def _explain(error: Any, legal: list[str]) -> str:
     # A union's location repeats the class name; keys are lower case, class names are not.
     *parents, last = error["loc"] or ("",)
     path = [part for part in map(str, parents) if not part[:1].isupper()]
     if error["type"] == "extra_forbidden":
         key = ".".join([*path, str(last)])
-        nearest = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
-        return f"`{key}` is no key" + (f" (did you mean `{nearest[0]}`?)" if nearest else "")
+        nearest = _nearest(key, legal)
+        return f"`{key}` is no key" + (f" (did you mean `{nearest}`?)" if nearest else "")
     key = ".".join(path if str(last)[:1].isupper() else [*path, str(last)])
     if error["type"] in ("model_type", "model_attributes_type"):
         return (

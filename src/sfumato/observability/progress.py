@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -13,6 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 PLAIN_EVERY_S = 5.0
+TELLS_AFTER_S, TELLS_FROM, TELLS_SAMPLES = (
+    5.0,
+    0.01,
+    20,
+)  # seconds, and share done or reports, before the time left means something
+MEMORY_S = 60.0  # of work, over which its speed is averaged
 
 
 def console() -> Console:
@@ -38,8 +45,8 @@ class ProgressBar:
     def __init__(self, title: str) -> None:
         self.title = title
         self.live = sys.stderr.isatty() and not os.environ.get("CI") and "NO_COLOR" not in os.environ
-        self._begun = self._last_line = time.monotonic()
-        self._from = 0.0
+        self._last_line = time.monotonic()
+        self._left = TimeLeft(self._last_line)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console(), refresh_per_second=4,
@@ -56,13 +63,13 @@ class ProgressBar:
 
     def start_at(self, fraction: float) -> None:
         """Where a resumed run begins: the time left is estimated from here on."""
-        self._from = fraction
+        self._left.start_at(fraction)
 
     def update(self, fraction: float, text: str) -> None:
         """Show how far the work is (0 to 1) and a few figures."""
         now = time.monotonic()
-        done = fraction - self._from
-        left = duration((now - self._begun) / done * (1 - fraction)) if done > 0 else "?"
+        seconds = self._left.at(now, fraction)
+        left = "?" if seconds is None else duration(seconds)
         self._bar.update(self._task, completed=fraction, text=text, left=left)
         if not self.live and (now - self._last_line >= PLAIN_EVERY_S or fraction >= 1):
             self._last_line = now
@@ -71,6 +78,32 @@ class ProgressBar:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._bar.console.print(printable(line), markup=False)
+
+
+class TimeLeft:
+    """The time left of some work, from its speed so far, in which what is recent counts more."""
+
+    def __init__(self, begun: float) -> None:
+        self._begun = self._last = begun
+        self._from = self._last_fraction = 0.0
+        self._seen, self._speed = 0, 0.0
+
+    def start_at(self, fraction: float) -> None:
+        """Where the work begins, if not at 0."""
+        self._from = self._last_fraction = fraction
+
+    def at(self, now: float, fraction: float) -> float | None:
+        """Seconds, at a time and a fraction done; None until enough was done to tell."""
+        self._seen += 1
+        gained, passed = fraction - self._last_fraction, now - self._last
+        if gained > 0 and passed > 0:
+            share = max(1 - math.exp(-passed / MEMORY_S), 1 / self._seen)  # the mean of all while there are few
+            self._speed += share * (gained / passed - self._speed)
+            self._last, self._last_fraction = now, fraction
+        if fraction >= 1:
+            return 0.0
+        told = now - self._begun >= TELLS_AFTER_S and (fraction - self._from >= TELLS_FROM or self._seen >= TELLS_SAMPLES)
+        return (1 - fraction) / self._speed if told and self._speed > 0 else None
 
 
 class Clock:

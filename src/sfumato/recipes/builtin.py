@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,10 +19,10 @@ from sfumato.conditioners import (
 )
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
-from sfumato.errors import ConfigError
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.recipes.latents import OwnAutoencoder
+from sfumato.recipes.names import unknown
 from sfumato.recipes.run import Run
 from sfumato.sampling import DDIM
 from sfumato.training import (
@@ -185,10 +184,4 @@ def recipe(name: str) -> Run:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-    hint = f"did you mean `{close[0]}`? " if close else ""
-    raise ConfigError(
-        f"{name!r} is no recipe, YAML file or folder",
-        where="train",
-        mend=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
-    )
+    raise unknown(name)

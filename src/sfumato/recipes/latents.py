@@ -37,6 +37,7 @@ from sfumato.training import (
     Reconstructor,
     Trainer,
     TrainingConfig,
+    ValidationConfig,
     checkpoint,
     reconstructed,
     with_latents,
@@ -103,7 +104,7 @@ class OwnAutoencoder(TrainingConfig):
     batch_size: Count = 16
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
-    preview: PreviewConfig = PreviewConfig(every_steps=500, num=16)
+    preview: PreviewConfig = PreviewConfig(num=16)
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
@@ -133,8 +134,9 @@ class OwnAutoencoder(TrainingConfig):
         return _rehearsed(codec, dataset, self.variants, pixels=pixels)
 
     def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
-        """Its own training, in a scratch folder."""
-        return {"autoencoder": self.trainer(dataset, RunDirectory.create(place))}
+        """Its own training, in a scratch folder, with hardly anything to look at."""
+        short = replace(self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
+        return {"autoencoder": short.trainer(dataset, RunDirectory.create(place))}
 
     def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder
@@ -18,6 +19,7 @@ from sfumato.data import Dataset, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
 from sfumato.data.sources.find import BUILT_IN
+from sfumato.elsewhere import refuse_diffusers
 from sfumato.networks import DiT, UNet
 from sfumato.networks.inputs import margin
 from sfumato.nn.compiling import require_compiler
@@ -26,13 +28,15 @@ from sfumato.pipeline import Model
 from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.builtin import RECIPES, recipe
 from sfumato.recipes.captions import cut_captions
+from sfumato.recipes.limits import replaced
 from sfumato.recipes.places import FROM_RUN, found_again, from_run, require_there, with_whole_paths
 from sfumato.recipes.prediction import predict
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
+from sfumato.recipes.verdict import Machine, findings
 from sfumato.training import Trainer
 from sfumato.training.precision import require
-from sfumato.training.run_directory import RunDirectory
+from sfumato.training.run_directory import RunDirectory, commit
 
 REJECTS_SHOWN = 5
 MARGIN_SAID = 0.1  # more work than the pixels need
@@ -45,8 +49,15 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    base, where = _plain(source, configuration.with_overrides({}, overrides))
-    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
+    return settled(source, overrides)[0]
+
+
+def settled(source: str | Path | Run, overrides: Overrides) -> tuple[Run, list[str]]:
+    """The configuration, and a line for each limit of the source that a limit among the overrides replaced."""
+    asked = configuration.with_overrides({}, overrides)
+    base, where = _plain(source, asked)
+    base, lines = replaced(base, asked)
+    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=where), lines
 
 
 def is_preset(source: str | Path | Run) -> bool:
@@ -61,6 +72,7 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)
+    refuse_diffusers(path)
     if (path / "config.yaml").is_file():
         written = configuration.as_before(Run, configuration.load_yaml_file(path / "config.yaml"))
         return found_again(written, path), str(path / "config.yaml")
@@ -70,33 +82,20 @@ def _plain(source: str | Path | Run, asked: Mapping[str, Any]) -> tuple[dict[str
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
         below = {} if name is None else _plain(str(name), configuration.merged(data, asked))[0]
-        return configuration.merged(below, data), str(path)
+        return configuration.merged(replaced(below, data)[0], data), str(path)
     if files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN:
         return configuration.plain(_chosen(source, asked).run), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
-def describe(source: str | Path | Run, *, overrides: Overrides = ()) -> str:
-    """The configuration as YAML, with the reasons for it and what it will take, for `train --dry-run`."""
-    run = resolve(source, overrides)
-    dataset = open_data(run)
-    facts = facts_of(run, dataset)
-    model = build_model(run, facts)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    said = [
-        f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
-        f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
-    ]
-    said += cut_captions(dataset, model.conditioner)
-    lines = [*_reasons(source, overrides), *said, *_predicted(run, model, dataset, facts)]
-    return "\n".join([*(f"# {line}" for line in lines), configuration.dump_yaml(configuration.plain(run))])
-
-
 def _predicted(run: Run, model: Model, dataset: Dataset, facts: Facts) -> list[str]:
-    return [line for found in predict(run, model, dataset, facts) for line in found.lines(len(dataset.training))]
+    stages, images = predict(run, model, dataset, facts), len(dataset.training)
+    verdict = [finding.line() for finding in findings(stages, images=images, machine=Machine.here())]
+    return [*(line for stage in stages for line in stage.lines()), *verdict]
 
 
-def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
+def reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
+    """Why a preset is as it is; [] for what is no preset."""
     if not is_preset(source):
         return []
     return [f"chosen: {reason}" for reason in _chosen(source, configuration.with_overrides({}, overrides)).reasons]
@@ -220,14 +219,17 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings = with_whole_paths(resolve(source, overrides))
+    settings, lines = settled(source, overrides)
+    settings = with_whole_paths(settings)
     if run is None:
         RunDirectory.require_free(_free(Path("runs") / settings.name))
+    for line in lines:
+        console().print(line, markup=False)
     dataset = open_data(settings)
     if is_preset(source):
         facts = facts_of(settings, dataset)
         lines = [
-            *_reasons(source, overrides),
+            *reasons(source, overrides),
             *_predicted(settings, build_model(settings, facts), dataset, facts),
         ]
         console().print("\n".join([*lines, "more about the data: sfumato data check " + str(source)]), markup=False)
@@ -294,7 +296,7 @@ def _describe(settings: Run, dataset: Dataset, directory: RunDirectory) -> None:
     """Write down what the run is."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(settings)))
     directory.write_json("data.json", {**dataset.summary(), FROM_RUN: from_run(settings, directory.path)})
-    directory.write_environment()
+    directory.write_environment(sfumato=__version__, commit=commit())
 
 
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Facts, model: Model) -> Trainer:

@@ -11,6 +11,9 @@ from sfumato.errors import ConfigError
 from sfumato.training.ema import EMAConfig, PowerEMA
 from sfumato.training.optimizers import AdamWConfig
 
+FIRST_LOOK_S = 45.0  # of training, so that the first figures and samples are there within a minute
+PATIENCE = 9  # times as long as something took, before it is done again by the clock: a tenth of the time at most
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -40,32 +43,71 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saved at step 0, every `every_steps`, when interrupted, and at the end; the newest `keep` are kept."""
+class Cadence:
+    """How often something is done while training: whichever comes sooner.
 
-    every_steps: Count = 500
+    Attributes:
+        every_steps: optimizer steps from one time to the next; None for the clock alone.
+        every_minutes: of training since the last time; None for steps alone. What takes long is done less often: it waits for
+            nine times as long as it took the last time.
+    """
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = 5.0
+
+    def due(self, *, step: int, seconds: float, last_s: float, cost_s: float = 0.0) -> bool:
+        """Whether it is time, at a step and second of training.
+
+        Args:
+            last_s: the second at which it was done the last time; 0 if it was not done since the beginning.
+            cost_s: how long that took.
+        """
+        if self.every_steps is not None and step % self.every_steps == 0:
+            return True
+        if self.every_minutes is None:
+            return False
+        return seconds - last_s >= max(self.wait_s(first=last_s == 0), PATIENCE * cost_s)
+
+    def wait_s(self, *, first: bool) -> float:
+        """Seconds of training from one time to the next, by the clock; infinite without one."""
+        return math.inf if self.every_minutes is None else 60 * self.every_minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Cadence):
+    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end; the newest `keep` are kept."""
+
     keep: Count = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """Error on fixed held-out triples (image, noise, level) every `every_steps`.
+class Look(Cadence):
+    """A cadence whose first time comes within a minute of training."""
+
+    def wait_s(self, *, first: bool) -> float:
+        """As any cadence's; the first time no longer than FIRST_LOOK_S."""
+        wait_s = super().wait_s(first=first)
+        return min(wait_s, FIRST_LOOK_S) if first and self.every_minutes is not None else wait_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Look):
+    """Error on fixed held-out triples (image, noise, level) within the first minute, and every `every_minutes` or `every_steps`.
 
     Attributes:
         samples: number of triples.
         bins: equal ranges of log-SNR that the error is reported in.
     """
 
-    every_steps: Count = 500
     samples: Count = 250
     bins: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """A grid of samples from the averaged weights every `every_steps`, with the same noise and categories each time."""
+class PreviewConfig(Look):
+    """A grid of samples from the averaged weights at step 0, within the first minute, and every `every_minutes` or `every_steps`, with the
+    same noise and categories each time."""
 
-    every_steps: Count = 500
     num: Count = 20
 
 
@@ -113,9 +155,9 @@ class TrainingConfig:
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result; but what compares
             a batch's pictures with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
-        precision: of the network's inside; `auto` measures whether float32 or bfloat16 is faster. `float8` is bfloat16 with matrix
-            products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and optimizer are
-            always float32.
+        precision: of the network's inside; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
+            with matrix products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and
+            optimizer are always float32.
         compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU transformers from 20 minutes on; not
             without a C++ compiler.
     """
@@ -140,18 +182,29 @@ class TrainingConfig:
         return self.batch_size if self.micro_batch is None else self.micro_batch
 
     def __post_init__(self) -> None:
+        cadences = {"checkpoint": self.checkpoint, "validation": self.validation, "preview": self.preview}
         counts = {
             "batch_size": self.batch_size,
             "micro_batch": self.at_once,
             "log.every_steps": self.log.every_steps,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.keep": self.checkpoint.keep,
-            "validation.every_steps": self.validation.every_steps,
             "validation.samples": self.validation.samples,
             "validation.bins": self.validation.bins,
-            "preview.every_steps": self.preview.every_steps,
             "preview.num": self.preview.num,
+            **{
+                f"{name}.every_steps": cadence.every_steps
+                for name, cadence in cadences.items()
+                if cadence.every_steps is not None
+            },
         }
         for name, count in counts.items():
             if count < 1:
                 raise ConfigError(f"{name} = {count}", where="configuration", mend="use 1 or more")
+        for name, cadence in cadences.items():
+            minutes = cadence.every_minutes
+            if minutes is not None and not (0 < minutes < math.inf):
+                raise ConfigError(
+                    f"{name}.every_minutes = {minutes}",
+                    where="configuration",
+                    mend="use a number above 0, or null for steps alone",
+                )

@@ -44,7 +44,7 @@ class Diffusion:
     ) -> None:
         self.config, self.model, self.autoencoder, self.objective = config, model, autoencoder, objective
         self.facts = {"facts": asdict(facts), "image_shape": list(dataset.image_shape)}
-        self._device = next(model.parameters()).device
+        self._device, self._sampling = next(model.parameters()).device, sampling
         self._validator = Validator(config, dataset, objective.schedule, model.conditioner, autoencoder, self._device)
         self._previewer = Previewer(config, dataset, sampling, model.conditioner, autoencoder, directory, facts)
 
@@ -109,6 +109,12 @@ class Diffusion:
     def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
         """See `Previewer.show`."""
         self._previewer.show(average, step, on_step)
+
+    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+        """Twice as many for a preview with guidance; for a validation the weights, their average twice, and each context shuffled."""
+        contexts = [name for name in self.model.conditioner.parts if name != "augmentation"]
+        guided = 2 if contexts and self._sampling.guidance != 1 else 1
+        return config.preview.num * self._sampling.steps * guided, config.validation.samples * (3 + len(contexts))
 
     def core(self, model: Model) -> nn.Module:
         """The network; conditioners are small."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, NonNegative, Positive, SizeOrZero
 from sfumato.errors import ConfigError
 
+WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
+
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
@@ -39,7 +41,7 @@ class AdamWConfig:
 
     Attributes:
         learning_rate: the peak.
-        warmup_steps: linear rise from 0.
+        warmup_steps: linear rise from 0; in runs of less than ten times as many steps, the rise ends with the first tenth of the budget.
         decay: course of the learning rate over the rest of the budget, down to `final` of the peak.
         clip: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
@@ -95,8 +97,11 @@ class AdamWConfig:
         return found
 
     def rate(self, step: int, spent: float) -> float:
-        """Learning rate of step `step` (from 0) when the share `spent` of the budget is used up."""
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        """Learning rate of step `step` (from 0) when the share `spent` of the budget is used up.
+
+        The share is squared, so that time spent before the first steps (a preview, compiling) does not end the rise.
+        """
+        warm = min(1.0, max((step + 1) / (self.warmup_steps + 1), (spent / WARM_SHARE) ** 2))
         left = max(0.0, 1 - spent)
         course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[self.decay]
         return self.learning_rate * warm * (self.final + (1 - self.final) * course)

@@ -1,18 +1,25 @@
-"""Where and in which precision the network computes; the latter is measured on the machine and the model at hand."""
+"""Where and in which precision the network computes; `auto` goes by the machine's instructions, and by one small product."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.nn.float8 import float8_layers, in_float8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}  # float8 is of matrix products only
 CHOICES = ("float32", "bfloat16")
+GPU_FROM = (8, 0)  # compute capability of the first NVIDIA GPUs that multiply bfloat16 (CUDA C++ programming guide, table 5)
+FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")  # as torch and Linux name them, x86 and ARM
+FLOPS, REPEATS = 2**26, 3  # of the measured product: 10 ms at the 6 GFLOP/s of emulated bfloat16
+HOPELESS = 2.0  # times as slow, warming up included
 
 
 def default_device() -> torch.device:
@@ -20,23 +27,70 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose(work: Callable[[torch.dtype], None], device: torch.device, *, repeats: int = 3) -> tuple[str, str]:
-    """Time `work` (one forward and backward pass) in both precisions, in turn; the faster one's name, and a line that says so.
+def has_bfloat16(device: torch.device) -> bool | None:
+    """Whether a device has instructions that multiply bfloat16; None where only a measurement tells."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= GPU_FROM
+    known = _capabilities()
+    return any(known.get(name, False) for name in FLAGS) if known else None
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """The processor's instruction sets by name; {} where neither torch (from 2.13) nor Linux says."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        listed = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+        return dict.fromkeys(listed, True)
+    return {}
+
+
+def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
+    """The faster precision for a network's products, and a line that says why; in well under a second."""
+    found = has_bfloat16(device)
+    if found is False:
+        return "float32", f"precision float32: {_named(device)} has no bfloat16 instructions"
+    if found is True and device.type == "cuda":
+        return "bfloat16", f"precision bfloat16: {_named(device)} multiplies it directly"
+    return faster(_widest(network), device)
+
+
+def faster(weight: Tensor, device: torch.device) -> tuple[str, str]:
+    """Multiply a matrix (N, M) with columns in both precisions, rounding included; the faster one's name, and a line that says so.
 
     bfloat16 must win by a tenth: it rounds, so it has to pay.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in CHOICES}
-    for repeat in range(repeats + 1):
-        for name in CHOICES:
-            begun = time.perf_counter()
-            work(DTYPES[name])
-            finish(device)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    chosen = "bfloat16" if medians["bfloat16"] < 0.9 * medians["float32"] else "float32"
-    measured = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in medians.items())
-    return chosen, f"precision {chosen}: measured {measured} a pass"
+    columns = torch.ones(weight.shape[1], max(16, FLOPS // (2 * weight.numel())), device=device)
+    exact = _timed(weight, columns, torch.float32)
+    seconds = {"float32": exact, "bfloat16": _timed(weight, columns, torch.bfloat16, enough=HOPELESS * exact)}
+    chosen = "bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32"
+    measured = ", ".join(f"{1000 * value:.1f} ms in {name}" for name, value in seconds.items())
+    return chosen, f"precision {chosen}: a product of the network's largest matrix takes {measured}"
+
+
+@torch.no_grad()
+def _timed(weight: Tensor, columns: Tensor, dtype: torch.dtype, *, enough: float = 1.0) -> float:
+    """Seconds of one product, in the median; the first warms up, and is the only one if it takes longer than `enough`."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        begun = time.perf_counter()
+        weight.to(dtype) @ columns.to(dtype)
+        finish(weight.device)
+        seconds.append(time.perf_counter() - begun)
+        if seconds[0] > enough:
+            return seconds[0]
+    return statistics.median(seconds[1:])
+
+
+def _widest(network: nn.Module) -> Tensor:
+    """The largest kernel or matrix of a network as a matrix (N, M); a small one for a network that has none."""
+    matrices = [parameter.detach().flatten(1) for parameter in network.parameters() if parameter.ndim > 1]
+    return max(matrices, key=torch.numel, default=torch.ones(256, 256))
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
 
 
 def finish(device: torch.device) -> None:

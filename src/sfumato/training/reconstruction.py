@@ -216,6 +216,10 @@ class Reconstruction:
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
         save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})
 
+    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+        """Each image once, in a validation by the weights and by their average."""
+        return config.preview.num, 2 * config.validation.samples
+
     def core(self, model: Reconstructor) -> nn.Module:
         """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
         return model.codec.encoder

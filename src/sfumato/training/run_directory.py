@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from sfumato.elsewhere import refuse_diffusers
 from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.observability.places import require_writable
 
 HEARTBEAT_S = 5.0
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
 
 
@@ -73,9 +76,10 @@ class RunDirectory:
         """A run that was made before.
 
         Raises:
-            RunError: if this is no run.
+            RunError: if this is no run, saying what it is if it is a model of diffusers.
         """
         if not (path / "config.yaml").exists():
+            refuse_diffusers(path)
             raise RunError(
                 "is no run: it holds no config.yaml", where=str(path), mend="name a folder that `sfumato train` made"
             )
@@ -190,3 +194,36 @@ class RunDirectory:
                 **more,
             },
         )
+
+
+def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
+    """The git commit that is checked out where this program's source lies; None where it was installed as a package.
+
+    Read from git's own files, so that git need not be there. Changes that were not committed are not seen.
+    """
+    checkout = package.parent.parent  # of src/sfumato
+    if not (checkout / "pyproject.toml").is_file():
+        return None
+    with suppress(OSError, ValueError):
+        folder = checkout / ".git"
+        if folder.is_file():  # a worktree's
+            folder = checkout / folder.read_text().removeprefix("gitdir:").strip()
+        shared = folder / (folder / "commondir").read_text().strip() if (folder / "commondir").is_file() else folder
+        found = (folder / "HEAD").read_text().strip()
+        if found.startswith("ref: "):
+            found = _resolved(found.removeprefix("ref: "), folder, shared)
+        return found if HASH.fullmatch(found) else None
+    return None
+
+
+def _resolved(name: str, *folders: Path) -> str:
+    """The hash that a branch stands for, kept in a file of its own or packed with others; "" if there is none yet."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return (folder / name).read_text().strip()
+    for folder in folders:
+        packed = folder / "packed-refs"
+        for line in packed.read_text().splitlines() if packed.is_file() else []:
+            if line.endswith(f" {name}"):
+                return line.partition(" ")[0]
+    return ""

@@ -1,6 +1,6 @@
-"""What is settled when a run starts, from what is measured once in its life: the precision, and whether the network is compiled.
+"""What is settled when a run starts, once in its life: the precision, and whether the network is compiled.
 
-The counters keep what was measured, so that a run goes on as it began, however busy the machine is when it is resumed.
+The counters keep what was settled and measured, so that a run goes on as it began, however busy the machine is when it is resumed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from sfumato.training.config import TrainingConfig
 from sfumato.training.state import Counters
 
 GPU_AFTER_S = 600.0  # of training: compiling takes a minute or two of it, which a short run had better use
+LONG_S = 5.0  # of a pass, beside which warming up does not count
 Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision, leaving no trace
 Say = Callable[[str], None]
 
 
-def settle_precision(
-    config: TrainingConfig, counters: Counters, network: nn.Module, *, trial: Callable[[], Pass], say: Say
-) -> None:
-    """Choose the precision if that is left to measuring, and make the network fit for it."""
+def settle_precision(config: TrainingConfig, counters: Counters, network: nn.Module, *, say: Say) -> None:
+    """Choose the precision if that is left to the machine, and make the network fit for it."""
     if config.precision == "auto" and counters.precision == "auto":
-        counters.precision, line = precision.choose(trial(), _device(network))
+        counters.precision, line = precision.choose(network, _device(network))
         say(line)
     precision.prepare(network, precision_of(config, counters))
 
@@ -70,12 +69,14 @@ def _pays(config: TrainingConfig, counters: Counters, network: nn.Module, pictur
 
 
 def _timed(work: Pass, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of the second of two passes; the first warms up."""
+    """Seconds of the second of two passes; the first warms up, and is enough where it is long."""
     for _ in range(2):
         begun = time.perf_counter()
         work(dtype)
         precision.finish(device)
-    return time.perf_counter() - begun
+        if (taken := time.perf_counter() - begun) > LONG_S:
+            break
+    return taken
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -19,8 +19,8 @@ from sfumato.training.task import Learner
 @dataclass
 class Counters:
     """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at, `kept` the
-    share of the budget at which averages were kept last. What was measured at the start is kept, so that a run goes on as it began:
-    `precision`, and the seconds of a pass `pass_s`."""
+    share of the budget at which averages were kept last, `done_s` the second at which each thing that goes by the clock was done last.
+    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the seconds of a pass `pass_s`."""
 
     step: int = 0
     updates: int = 0
@@ -32,6 +32,7 @@ class Counters:
     kept: float = 0.0
     precision: str = "auto"
     pass_s: float = 0.0
+    done_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.data import Batch, Part
 from sfumato.sampling import Progress
+from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import AdamWConfig
 
 
@@ -97,6 +98,10 @@ class Task(Protocol):
 
     def show(self, average: Any, step: int, on_step: Callable[[Progress], None]) -> None:
         """Draw what the averaged model makes."""
+        ...
+
+    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+        """Images that go forward through the model in one `show`, each as often as it does, and in one `figures`."""
         ...
 
     def core(self, model: Any) -> nn.Module:

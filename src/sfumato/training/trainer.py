@@ -29,9 +29,11 @@ from sfumato.training.run_directory import RunDirectory
 from sfumato.training.settling import precision_of, settle_compiling, settle_precision
 from sfumato.training.state import TrainingState, kept_name
 from sfumato.training.task import Outcome, Task
+from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
+LONG_S = 2.0  # of rehearsal, after which warming up does not count and a measured step is enough
 LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
 
 
@@ -62,6 +64,7 @@ class Trainer:
         self._lost: set[str] = set()
         self._bad: MetricsFile | None = None
         self._began = 0
+        self._timetable = Timetable(self.state)
         self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
 
     def resume(self) -> list[str]:
@@ -140,15 +143,18 @@ class Trainer:
         self.directory.write_status("running", counters.step)
 
     def rehearse(self, *, steps: int = 3) -> float:
-        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up."""
+        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up.
+
+        The first step warms up, and is the only one where it is long.
+        """
         self._settle(lambda line: None)
         supply = batches(self.dataset, self.plan, start=0)
-        seconds = []
-        for _ in range(steps + 1):
+        seconds: list[float] = []
+        while len(seconds) <= steps and sum(seconds) < LONG_S:
             begun = time.perf_counter()
             self.train_step(next(supply))
             seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds[1:])
+        return statistics.median(seconds[1:] or seconds)
 
     def disk_bytes(self) -> int:
         """What the checkpoints that are not there yet need, and a little for the rest: weights, their averages and two moments, in float32.
@@ -166,7 +172,7 @@ class Trainer:
     def _settle(self, say: Callable[[str], None]) -> nn.Module:
         """Settle the precision; the network."""
         network = self.task.core(self.state.model)
-        settle_precision(self.config, self.state.counters, network, trial=self._trial, say=say)
+        settle_precision(self.config, self.state.counters, network, say=say)
         return network
 
     def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
@@ -206,22 +212,25 @@ class Trainer:
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
         """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
         step, config = self.state.counters.step, self.config
-        if finished or step % config.preview.every_steps == 0:
+        if finished or step == 0 or self._timetable.due("preview", config.preview):
             try:
-                self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
+                with self._timetable.doing("preview"):
+                    self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
             self._try(bar, self._snapshot)
         self._keep_averages(bar)
-        if step and (finished or step % config.validation.every_steps == 0):
-            figures = self.figures()
+        if step and (finished or self._timetable.due("validation", config.validation)):
+            with self._timetable.doing("validation"):
+                figures = self.figures()
             seen = self.state.counters.samples_seen
             self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
             bar.say(f"step {step}: {self.task.headline(figures)}")
         self.state.counters.watched = step
-        if finished or step % config.checkpoint.every_steps == 0:
-            self._try(bar, self._save)
+        if finished or self._timetable.due("checkpoint", config.checkpoint):
+            with self._timetable.doing("checkpoint"):
+                self._try(bar, self._save)
 
     def figures(self) -> dict[str, Any]:
         """The task's, on held-out pictures, of the weights and averaged weights as they are."""

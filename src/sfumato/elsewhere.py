@@ -1,0 +1,34 @@
+"""Model folders of other programs, told apart by their files, so that an error can say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sfumato.errors import RunError
+
+PIPELINE, CONFIG = "model_index.json", "config.json"  # of diffusers: a pipeline's, and a single model's or scheduler's
+
+
+def diffusers_class(folder: Path) -> str | None:
+    """The class that a folder in diffusers' layout is loaded by, e.g. "DDPMPipeline"; None for any other folder."""
+    for name in (PIPELINE, CONFIG):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("_class_name"), str):
+            return found["_class_name"]
+    return None
+
+
+def refuse_diffusers(folder: Path) -> None:
+    """Raise RunError, saying what it is, if a folder holds a model of diffusers."""
+    found = diffusers_class(folder)
+    if found is not None:
+        raise RunError(
+            f"holds a diffusers model ({found}), which sfumato cannot train or sample yet",
+            where=str(folder),
+            mend="use diffusers for it until a later version of sfumato loads such folders; "
+            "its autoencoder can be used today: autoencoder.kind=PretrainedAutoencoder autoencoder.path=FOLDER/vae",
+        )

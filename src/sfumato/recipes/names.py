@@ -1,0 +1,85 @@
+"""What a person can name, as plain text: importing this imports no torch, so that a typing error is answered at once.
+
+Tests hold these tables equal to the recipes, sources and configurations that they speak of.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfumato.elsewhere import refuse_diffusers
+from sfumato.errors import ConfigError
+
+SUMMARIES = {
+    "digits": "Handwritten digits, 8 x 8, steered by category: one minute on two cores.",
+    "emoji": (
+        "OpenMoji's pictures at 32 x 32, steered by fifteen categories; combinations of profession and skin "
+        "tone held out: 45 minutes."
+    ),
+    "emoji-text": (
+        "OpenMoji's pictures at 32 x 32, steered by their names, which a small transformer learns to read: "
+        "45 minutes on two cores."
+    ),
+    "emoji-doodle": "OpenMoji's pictures at 32 x 32 from their line drawings: 10 minutes on two cores.",
+    "emoji-inpaint": (
+        "OpenMoji's pictures at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."
+    ),
+    "emoji-points": "OpenMoji's pictures at 32 x 32 from points along their outlines: 10 minutes on two cores.",
+    "emoji-everything": (
+        "OpenMoji's pictures at 32 x 32 by name, category, doodle, points and reference, alone and together: "
+        "45 minutes on two cores."
+    ),
+    "emoji-latent": (
+        "OpenMoji's pictures at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."
+    ),
+    "solids-points": "Shaded solids at 32 x 32 from 3-D points on their surface, with their names: 10 minutes on two cores.",
+}
+BUILT_IN = ("digits", "emoji", "solids")  # sets of images
+KEYS = (
+    "seed", "batch_size", "micro_batch", "budget", "optimizer", "ema", "posthoc", "precision", "compile", "log",
+    "checkpoint", "validation", "preview", "name", "data", "autoencoder", "network", "conditioner", "denoiser",
+    "auxiliary", "objective", "sampling",
+)  # fmt: skip
+
+
+def unknown(name: str) -> ConfigError:
+    """The error for a name that stands for nothing, with the nearest recipe."""
+    close = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.6)
+    hint = f"did you mean `{close[0]}`? " if close else ""
+    return ConfigError(
+        f"{name!r} is no recipe, YAML file or folder",
+        where="train",
+        mend=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
+    )
+
+
+def require(source: str, overrides: Sequence[str] = ()) -> None:
+    """Raise what is certain to be raised later, before anything heavy is imported.
+
+    Raises:
+        ConfigError: for a source that stands for nothing, or an override of a key that is nearly one.
+        RunError: for a model folder of diffusers.
+    """
+    path = Path(source)
+    refuse_diffusers(path)
+    remote = "://" in source or source.startswith("hub:")
+    if not (source in SUMMARIES or source in BUILT_IN or remote or path.suffix in (".yaml", ".yml") or path.exists()):
+        raise unknown(source)
+    for override in overrides:
+        _require_key(override, source)
+
+
+def _require_key(override: str, source: str) -> None:
+    path, equals, _ = override.partition("=")
+    key = path.partition(".")[0]
+    if not path or not equals:
+        raise ConfigError(f"{override!r} sets nothing", where="overrides", mend="write key=value, e.g. budget.minutes=5")
+    close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
+    if key not in KEYS and close:  # what is near none of these may be near a key inside one, which the schema knows
+        raise ConfigError(
+            f"`{key}` is no key (did you mean `{close[0]}`?)",
+            where=source,
+            mend="`sfumato config show RECIPE` prints every key, `config schema` their types",
+        )

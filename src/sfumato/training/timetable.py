@@ -1,0 +1,32 @@
+"""When a training run was last saved, shown and validated, and how long that took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sfumato.training.config import Cadence
+from sfumato.training.state import TrainingState
+
+
+class Timetable:
+    """Of what goes by the clock of a run. When something was done last is of the run, and is kept by checkpoints; how long it took is of
+    this machine, and is not."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state, self._cost_s = state, dict[str, float]()
+
+    def due(self, name: str, cadence: Cadence) -> bool:
+        """Whether it is time, at the step and second that the run has reached."""
+        counters = self._state.counters
+        last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
+        return cadence.due(step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s)
+
+    @contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """Note that something is done, before it is, so that a checkpoint holds the time of its own."""
+        self._state.counters.done_s[name] = self._state.counters.seconds
+        begun = time.perf_counter()
+        yield
+        self._cost_s[name] = time.perf_counter() - begun

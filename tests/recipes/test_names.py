@@ -1,0 +1,104 @@
+"""What is known without torch is what is true with it, and what is certain to be refused is refused at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sfumato.data.sources.find import BUILT_IN
+from sfumato.errors import ConfigError, RunError
+from sfumato.recipes import RECIPES, Run, load, names, recipe, resolve
+from sfumato.training.run_directory import RunDirectory
+
+
+def test_the_tables_are_those_of_the_recipes_sources_and_keys() -> None:
+    assert {name: (function.__doc__ or "").splitlines()[0] for name, function in RECIPES.items()} == names.SUMMARIES
+    assert tuple(BUILT_IN) == names.BUILT_IN
+    assert set(names.KEYS) == {field.name for field in fields(Run)}
+
+
+@pytest.mark.parametrize("source", [*RECIPES, *BUILT_IN, "mine.yaml", "hub:owner/name", "s3://bucket/set.tar", "."])
+def test_what_may_stand_for_something_is_let_through(source: str) -> None:
+    names.require(source, ["budget.steps=3", "data.nonsense=1"])  # what is inside a key is checked by the schema
+
+
+def test_what_stands_for_nothing_is_refused_in_the_words_of_the_recipes() -> None:
+    with pytest.raises(ConfigError) as early:
+        names.require("digit")
+    with pytest.raises(ConfigError) as late:
+        recipe("digit")
+    assert str(early.value) == str(late.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("bugdet.steps=3", "`bugdet` is no key (did you mean `budget`?)"),
+        ("initial=3", "`initial` is no key\n"),
+        ("learning_rate=3", "`learning_rate` is no key (did you mean `optimizer.learning_rate`?)"),
+        ("steps=3", "`steps` is no key (did you mean `budget.steps`?)"),
+        ("network.chanels=3", "`network.chanels` is no key (did you mean `network.channels`?)"),
+        ("xyzzy=3", "`xyzzy` is no key\n"),
+        ("steps", "sets nothing"),
+        ("=3", "sets nothing"),
+    ],
+)
+def test_a_wrong_key_names_another_only_if_it_is_near(override: str, said: str) -> None:
+    def use() -> None:
+        names.require("digits", [override])
+        resolve("digits", [override])
+
+    with pytest.raises(ConfigError) as refused:
+        use()
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["recipes"], 0),
+        (["recipes", "--json"], 0),
+        (["train", "digit"], 2),
+        (["train", "digits", "bugdet.steps=3"], 2),
+        (["train", "digits", "--stpes", "3"], 2),
+        (["config", "show", "digit"], 2),
+        (["config", "validate", "digits", "bugdet=1"], 2),
+        (["config", "diff", "digits", "digit"], 2),
+        (["trian"], 2),
+    ],
+)
+def test_answers_that_need_no_model_load_no_torch(arguments: list[str], code: int) -> None:
+    program = (
+        f"import sys; from sfumato.cli.main import main; sys.argv[1:] = {arguments}\n"
+        "try: main()\nexcept SystemExit as end: sys.exit(end.code)\n"
+        "finally: print('loaded', sorted({'torch', 'numpy', 'scipy', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("loaded []\n")
+
+
+def test_recipes_are_listed_for_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "sfumato", "recipes", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == names.SUMMARIES
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "config.json"])
+def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(json.dumps({"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0"}))
+    for use in (names.require, resolve, load):
+        with pytest.raises(RunError, match=r"diffusers model \(DDPMPipeline\)"):
+            use(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"_class_name": 5}'])
+def test_any_other_folder_with_such_a_file_is_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    names.require(str(tmp_path))
+    with pytest.raises(RunError, match=r"holds no config\.yaml"):
+        RunDirectory.existing(tmp_path)
