@@ -14,6 +14,10 @@ from sfumato.errors import ConfigError
 
 SUMMARIES = {
     "digits": "Handwritten digits, 8 x 8, steered by category: one minute on two cores.",
+    "ddpm": (
+        "The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction, clipped: "
+        "three minutes on two cores."
+    ),
     "emoji": (
         "OpenMoji's pictures at 32 x 32, steered by fifteen categories; combinations of profession and skin "
         "tone held out: 45 minutes."
