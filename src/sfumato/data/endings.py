@@ -86,3 +86,16 @@ _OTHER = (
     ".yaml", ".yml", ".toml", ".log", ".py", ".ipynb", ".sh", ".m", ".r", ".xls", ".xlsx", ".doc", ".docx", ".ply", ".xyz", ".pt",
     ".pth", ".ckpt", ".safetensors", ".pkl", ".h5", ".hdf5", ".mat", ".db", ".sqlite", ".lnk", ".url", ".wav", ".mp3", ".flac",
 )  # fmt: skip
+
+
+def stem_of(name: str) -> str:
+    """A name without its ending."""
+    ending = ending_of(name)
+    return name[: -len(ending)] if ending else name
+
+
+def ending_of(name: str) -> str:
+    """The ending with its dot in lower case, "" if there is none."""
+    base = name.rpartition("/")[2]
+    stem, dot, ending = base.rpartition(".")
+    return f".{ending.lower()}" if dot and stem else ""

@@ -43,17 +43,18 @@ class Folder:
             raise DataError("is a file, not a folder", where=self.path, mend="name the folder that holds the pictures")
         root = self.path.rstrip("/") or "/"
         found = files.explore(root)
-        tree = Tree(
-            where=self.path, names=outside_runs(found.names),
+        names = outside_runs(found.names)
+        runs = len(found.names) - len(names)
+        return Tree(
+            where=self.path, names=names,
             blob=lambda name: File(f"{root}/{name}"),
             head=lambda name: read(f"{root}/{name}", 0, HEAD_BYTES),
             check=lambda name: files.contained(root, name),
             check_text=lambda name: files.check_link(root, name),
             metadata=self.metadata, unnamed=self.unnamed,
             rejects=[Reject(legible(name), reason) for name, reason in found.passed_over],
-        )  # fmt: skip
-        tree.set_aside(len(found.names) - len(tree.names), "files of runs")
-        return tree.listing()
+            aside={"files of runs": runs} if runs else {},
+        ).listing()  # fmt: skip
 
 
 def outside_runs(names: Sequence[str]) -> Sequence[str]:

@@ -17,7 +17,8 @@ from sfumato.data import files
 from sfumato.data.endings import HEAD_BYTES, is_image
 from sfumato.data.entry import Listing, Reject, Slice, legible, read
 from sfumato.data.files import UnsafePath
-from sfumato.data.sources.tree import LAYERS, Tree
+from sfumato.data.sources.account import LAYERS
+from sfumato.data.sources.tree import Tree
 from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
 
