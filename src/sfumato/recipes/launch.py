@@ -132,6 +132,8 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
         augmentation=run.data.augment.labels,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
         bits=run.data.bits,
+        value_range=dataset.scale.range,
+        alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
     )
 
 
@@ -163,6 +165,8 @@ def open_data(run: Run) -> Dataset:
             bar.say(f"{len(dataset.rejects)} picture(s) left out, listed in data.json:")
             for reject in dataset.rejects[:10]:
                 bar.say(f"  {reject.name}: {reject.reason}")
+        for remark in dataset.remarks:
+            bar.say(remark)
         for kind, names in dataset.notes.items():
             bar.say(f"{len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}")
         groups = np.bincount(dataset.clusters)

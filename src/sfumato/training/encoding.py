@@ -42,7 +42,7 @@ def with_latents(
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
-    cache = ArrayCache.open("latents", f"{identity} {config.pixel_format()!r} {config.augment!r}")
+    cache = ArrayCache.open("latents", f"{identity} {dataset.pixel_format!r} {config.augment!r}")
     chunks = list(_chunks(dataset, count))
     writer, begun = Writer(cache), time.monotonic()
     try:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sfumato.data import files
 from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, legible, read
+from sfumato.data.values import is_numeric
 from sfumato.errors import DataError
 
 IMAGES, LABELS = ("images", "image", "x_train", "x", "samples", "arr_0"), ("labels", "label", "y_train", "y", "arr_1")
@@ -46,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Npz:
-    """An .npz with pixels (N, H, W, C) or (N, H, W) of uint8 or uint16 as `images` or `arr_0`, and perhaps `labels` or `arr_1`."""
+    """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps `labels` or `arr_1`."""
 
     path: str
 
@@ -82,11 +83,11 @@ class Npz:
     def _listed(
         self, place: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, categories: list[str] | None
     ) -> Listing:
-        if len(shape) not in (3, 4) or dtype not in (np.uint8, np.uint16) or min(shape) < 1 or shape[0] > MAX_PICTURES:
+        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_PICTURES:
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                mend=f"use (N, H, W, C) of uint8 or uint16, N at most {MAX_PICTURES}",
+                mend=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
