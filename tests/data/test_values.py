@@ -196,7 +196,8 @@ def ways_of_alpha(values: np.ndarray) -> dict[str, bytes]:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     image = Image.fromarray(values)
     return {
-        "PNG": encoded(image), "PNG 16": png(W, H, depth=16, colour=6, rows=rows), "WebP": encoded(image, "WEBP", lossless=True, exact=True),
+        "PNG": encoded(image), "PNG 16": png(W, H, depth=16, colour=6, rows=rows),
+        "WebP": encoded(image, "WEBP", lossless=True, exact=True),
         "TIFF": encoded(image, "TIFF"), "TIFF 16": tif(deep, photometric="rgb", extrasamples=["unassalpha"]),
     }  # fmt: skip
 

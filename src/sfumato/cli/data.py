@@ -38,18 +38,27 @@ def _listing(source: str) -> Listing:
 @data_app.command()
 def check(
     source: Source,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings such as data.range=[0,4095] or data.frames=all.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
+    from sfumato.data.frames import framed
+    from sfumato.data.ranges import choose_scale
     from sfumato.observability.progress import ProgressBar
-    from sfumato.recipes.launch import parameters
-    from sfumato.recipes.presets import choose
+    from sfumato.recipes.launch import parameters, preset
 
     listing = _listing(source)
-    preset = choose(source, listing).run
-    plan = Plan(resolution=resolution or preset.data.resolution, parameters=parameters(preset))
+    run = preset(source, overrides or (), listing)
+    listing = framed(listing, run.data.frames)
+    chosen = choose_scale(run.data.range, listing.entries)
+    plan = Plan(
+        resolution=resolution or run.data.resolution, parameters=parameters(run), form=run.data.pixel_format(chosen.scale),
+        remarks=chosen.lines,
+    )  # fmt: skip
     with ProgressBar("checking") as bar:
         found = examine(
             listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")

@@ -161,3 +161,14 @@ def _split(entry: Entry, count: int) -> Sequence[Entry]:
         replace(entry, name=f"{entry.name}#{number:04d}", image=Frame(entry.image, number), group=entry.group or entry.name)
         for number in range(count)
     ]
+
+
+def left_out(counts: Sequence[int]) -> list[str]:
+    """What is said where files of so many images each are read for their first one; [] where all hold one."""
+    several = [count for count in counts if count > 1]
+    if not several:
+        return []
+    return [
+        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and the first is used; "
+        "data.frames=all takes all, max their maximum"
+    ]

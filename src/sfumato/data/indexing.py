@@ -21,7 +21,7 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
 from sfumato.data.entry import STRAY, Entry, Reject
 from sfumato.data.files import cache_folder
-from sfumato.data.frames import framed
+from sfumato.data.frames import framed, left_out
 from sfumato.data.layers import Layers
 from sfumato.data.parallel import in_order
 from sfumato.data.ranges import choose_scale
@@ -99,18 +99,8 @@ def index(
         notes=notes,
         crop_loss=float(np.mean([_lost(fact["size"], form.shapes[fact["shape"]]) for fact in facts])),
         scale=chosen.scale,
-        remarks=(*chosen.lines, *_frames_left_out([int(fact.get("frames", 1)) for fact in facts])),
+        remarks=(*chosen.lines, *left_out([int(fact.get("frames", 1)) for fact in facts])),
     )
-
-
-def _frames_left_out(counts: Sequence[int]) -> list[str]:
-    several = [count for count in counts if count > 1]
-    if not several:
-        return []
-    return [
-        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and the first is used; "
-        "data.frames=all takes all, max their maximum"
-    ]
 
 
 def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:

@@ -14,9 +14,10 @@ from sfumato.data.values import Kind, Range, Scale, Values, kind_of
 
 LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
 PLACES, SHARE = 65_536, 1e-4  # values looked at in an image, and the share of them at either end that does not count
-OUTSHINES, DIM = 8.0, 1 / 8  # times the usual span of an image; share of the container's span
+OUTSHINES, DIM = 8.0, 1 / 3  # times the usual span of an image; share of what the values could span
 TOPS = (255.0, 1023.0, 4095.0, 16383.0)  # of 8, 10, 12 and 14 bits
 DEEP = 65535.0
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Chosen(NamedTuple):
@@ -58,7 +59,7 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
     8-bit integers are from 0 to 255. Of other types, integers that fit into 10, 12, 14 or 16 bits and floats from 0 to 1 keep those ends,
     unless the set is dim all the same; everything else gets the ends of what its images hold, without those that outshine the usual one.
     """
-    spread = entries[:: max(1, len(entries) // LOOKED_AT)]
+    spread = _spread(entries, LOOKED_AT)
     with quiet():
         kinds = list(in_order(_kind, spread))
         if asked != "auto":
@@ -67,14 +68,20 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
         lines = []
         for kind in ("integers", "floats"):
             chosen = [entry for entry, its in zip(spread, kinds, strict=True) if its == kind]
-            chosen = chosen[:: max(1, len(chosen) // MEASURED)]
-            ends = [found for found in in_order(_ends, chosen) if found is not None]
+            ends = [found for found in in_order(_ends, _spread(chosen, MEASURED)) if found is not None]
             if ends:
                 found, line = _of_kind(ends)
                 lines.append(line)
                 if found is not None:
                     scale[kind] = found
     return Chosen(Scale(**scale), tuple(lines))
+
+
+def _spread(entries: Sequence[Entry], most: int) -> Sequence[Entry]:
+    """Some entries, in no step that could be in step with the set's own order; the same ones each time."""
+    if len(entries) <= most:
+        return entries
+    return [entries[place] for place in sorted({int((number * GOLDEN % 1) * len(entries)) for number in range(most)})]
 
 
 def _kind(entry: Entry) -> Kind | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder, Words
-from sfumato.data import Dataset, files, index, source_at
+from sfumato.data import Dataset, Listing, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
+from sfumato.data.frames import framed
 from sfumato.data.sources.find import BUILT_IN
+from sfumato.data.values import MAX_BANDS
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiT, UNet
 from sfumato.nn.compiling import require_compiler
@@ -32,6 +34,7 @@ from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory
 
 MOST_WORDS = 50_000
+SETTLED: dict[str, Container[int]] = {"resolution": range(1, 1 << 20), "channels": range(1, MAX_BANDS + 1), "bits": (8, 16)}
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -96,12 +99,22 @@ def _reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
     return [f"chosen: {reason}" for reason in _chosen(source, configuration.with_overrides({}, overrides)).reasons]
 
 
-def _chosen(source: str | Path | Run, asked: Mapping[str, Any]) -> Choice:
-    """The preset of a source; a resolution or an autoencoder that was asked for decides more than itself."""
+def preset(place: str, overrides: Overrides, listing: Listing) -> Run:
+    """The configuration that is chosen for a listed source, with settings laid over it."""
+    asked = configuration.with_overrides({}, overrides)
+    base = configuration.plain(_chosen(place, asked, listing).run)
+    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=place)
+
+
+def _chosen(source: str | Path | Run, asked: Mapping[str, Any], listing: Listing | None = None) -> Choice:
+    """The preset of a source; settings of its images, or an autoencoder, decide more than themselves."""
     data = asked.get("data")
-    resolution = data.get("resolution") if isinstance(data, dict) else None
-    resolution = resolution if isinstance(resolution, int) and resolution > 0 else None
-    chosen = partial(choose, str(source), source_at(str(source)).listing(), resolution=resolution)
+    given = {name: value for name, value in data.items() if name in SETTLED} if isinstance(data, dict) else {}
+    known: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, int) and value in SETTLED[name]}
+    listing = source_at(str(source)).listing() if listing is None else listing
+    if isinstance(data, dict) and data.get("frames") in ("all", "max"):
+        listing = framed(listing, data["frames"])
+    chosen = partial(choose, str(source), listing, **known)
     if "autoencoder" not in asked:
         return chosen()
     plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": asked["autoencoder"]})

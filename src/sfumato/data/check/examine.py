@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from sfumato.data.check import words as text
 from sfumato.data.check.kinds import KINDS
 from sfumato.data.check.measure import Measurement, measure
-from sfumato.data.decoding import quiet
+from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
 from sfumato.data.entry import Entry, Listing
+from sfumato.data.frames import left_out
 from sfumato.data.parallel import in_order
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
+FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
 SAMPLE = 20_000  # pictures that diversity, clusters and outliers are judged by, spread evenly
@@ -28,10 +30,19 @@ EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the set would be used for: resolution and size of the model."""
+    """What the set would be used for.
+
+    Attributes:
+        resolution: of the images.
+        parameters: of the model.
+        form: what training would decode the images to, in RGB by default.
+        remarks: what is known about the set beforehand, a sentence each.
+    """
 
     resolution: int
     parameters: int = 0
+    form: PixelFormat | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -40,6 +51,7 @@ class Examination:
 
     Attributes:
         entries: as listed; positions below count them.
+        form: what they were decoded to, but for the size; in RGB by default.
         measured: positions of readable pictures, in the order of the arrays.
         issues: positions by kind; `unreadable` has names, since it also lists what is no picture.
         reasons: why unreadable ones are.
@@ -51,6 +63,7 @@ class Examination:
 
     source: str
     entries: Sequence[Entry]
+    form: PixelFormat | None = None
     issues: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[list[int]]] = field(default_factory=dict)
@@ -83,12 +96,12 @@ class Examination:
 
 def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> Examination:
     """Measure every picture and say what is to be said; the same data give the same findings."""
-    result = Examination(source=source, entries=listing.entries)
+    result = Examination(source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks))
     result.reasons.update({reject.name: reject.reason for reject in listing.rejects})
     positions: list[int] = []
     found: list[Measurement] = []
     with quiet():
-        for number, looked in enumerate(in_order(measure, listing.entries)):
+        for number, looked in enumerate(in_order(lambda entry: measure(entry, plan.form), listing.entries)):
             if isinstance(looked, str):
                 result.reasons[listing.entries[number].name] = looked
             else:
@@ -99,6 +112,7 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
     places = np.array(positions, np.int64)
     result.figures.update(images=len(listing.entries), readable=len(found), unreadable=len(result.reasons))
     if found:
+        result.remarks += left_out([m.frames for m in found])
         _single(result, places, found, plan)
         _copies(result, places, found)
         _diversity(result, places, found)
@@ -122,7 +136,7 @@ def _single(result: Examination, places: NDArray[np.int64], found: list[Measurem
     kinds = {
         "dark": of("dark_end") < DARK,
         "bright": (of("bright_end") > BRIGHT) | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
-        "low_information": of("contrast") < FLAT,
+        "low_information": of("contrast") < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
         "odd_aspect": _odd_aspect(longer / shorter),
         "odd_size": _odd_size(np.sqrt(longer * shorter)),
         "upscaled": shorter < plan.resolution,
