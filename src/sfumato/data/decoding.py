@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.data import gif, tiff
@@ -35,6 +33,8 @@ from sfumato.data.values import (
     array_id,
     check_size,
     covering,
+    premultiplied,
+    quiet,
     resampled,
     transposed,
 )
@@ -50,14 +50,6 @@ MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole pict
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BANDS = {"1": 1, "L": 1, "I;16": 1, "I;16B": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4}  # of Pillow's modes; else 3
 WITH_ALPHA = ("LA", "RGBA", "La", "RGBa")
-
-
-class quiet(warnings.catch_warnings):
-    """Without the warnings of picture parsers: what is odd and matters is in the notes."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
 
 
 class Decoded(NamedTuple):
@@ -351,12 +343,5 @@ def _resampled(image: Image.Image, box: Box, target: tuple[int, int], form: Pixe
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*form.background, 255)), image.convert("RGBA"))
     pixels = np.asarray(image if image.mode == wanted else image.convert(wanted)).reshape(*target, form.channels)
     if form.channels in (2, 4):
-        pixels = _premultiplied(pixels)
+        pixels = premultiplied(pixels)
     return pixels.astype(np.uint16) * np.uint16(257) if form.bits == 16 else pixels
-
-
-def _premultiplied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours times the last channel, rounded."""
-    alpha = pixels[..., -1:].astype(np.uint16)
-    colours = (pixels[..., :-1] * alpha + np.uint16(127)) // np.uint16(255)
-    return np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +37,14 @@ Kind = Literal["bytes", "integers", "floats"]
 
 class RejectedImage(Exception):
     """A picture that cannot or should not be learned from; the message is the reason, for a person."""
+
+
+class quiet(warnings.catch_warnings):
+    """Without the warnings of picture parsers: what is odd and matters is in the notes."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +192,9 @@ def resampled(values: Values, box: Box, target: tuple[int, int], form: PixelForm
         RejectedImage: if the channels are not the format's, or nothing says which values are black and white.
     """
     values = _labelled(values, form, notes)
-    low, high = _ends(values, form.scale)
     if values.array.dtype.kind == "f" and not (finite := np.isfinite(values.array)).all():
         raise RejectedImage(f"{finite.size - np.count_nonzero(finite)} of its values are not finite (NaN or infinity)")
+    low, high = _ends(values, form.scale)
     if values.kind == "integers" and form.bits == 8:
         notes.append("sixteen_bit_reduced")
     named = getattr(form.scale, values.kind) is not None
@@ -287,3 +296,10 @@ def _arranged(
         return colours
     alpha = np.full(colours.shape[:2], top, np.float32) if alpha is None else alpha  # an image without alpha is opaque
     return np.concatenate([np.minimum(colours, alpha[..., None]), alpha[..., None]], axis=2)
+
+
+def premultiplied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """8-bit colours (H, W, C) times the last channel, rounded."""
+    alpha = pixels[..., -1:].astype(np.uint16)
+    colours = (pixels[..., :-1] * alpha + np.uint16(127)) // np.uint16(255)
+    return np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=2)
