@@ -361,3 +361,16 @@ def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: P
     assert "channels" in result.err
     result = sfumato("train", pictures, "data.exclude=nowhere.txt", "--dry-run")
     assert_refused(result, "cannot be read", where="nowhere.txt", mend="name a text file")
+
+
+def test_data_check_takes_settings_and_says_what_black_and_white_are(tmp_path: Path) -> None:
+    (tmp_path / "dim").mkdir()
+    for seed in range(6):
+        np.save(tmp_path / "dim" / f"{seed}.npy", np.random.default_rng(seed).integers(0, 900, (24, 24)).astype(np.int32))
+    said = sfumato("data", "check", tmp_path / "dim", "data.range=[0,900]", "--out", tmp_path / "report")
+    assert said.code == 0
+    assert "6 pictures, 6 readable" in said.out
+    assert "values: 0 is black and 900 white, as set by data.range" in said.out
+    refused = sfumato("data", "check", tmp_path / "dim", "data.rnage=[0,900]", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "did you mean" in refused.err

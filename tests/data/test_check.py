@@ -17,6 +17,7 @@ from scipy import stats
 from sfumato.data import DataConfig, Folder, index
 from sfumato.data.check import KINDS, Examination, Plan, examine, write
 from sfumato.data.check.examine import vendi
+from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
 
 CLEAN = 40
@@ -465,3 +466,24 @@ def test_a_folder_without_pictures_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no pictures") as caught:
         examined(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
+    """12 bits of a camera that fill a sixteenth of 16: not black, not empty, not all the same."""
+    from sfumato.data.frames import framed
+    from sfumato.data.ranges import choose_scale
+
+    (tmp_path / "set").mkdir()
+    y, x = np.mgrid[:64, :64]
+    for number in range(30):
+        r = np.random.default_rng(number)
+        spots = sum(np.exp(-((y - r.uniform(0, 64)) ** 2 + (x - r.uniform(0, 64)) ** 2) / r.uniform(20, 80)) for _ in range(5))
+        np.save(tmp_path / "set" / f"{number}.npy", (100 + 700 * spots + r.normal(0, 3, (64, 64))).astype(np.uint16))
+    listing = framed(Folder(str(tmp_path / "set")).listing(), "first")
+    chosen = choose_scale("auto", listing.entries)
+    form = PixelFormat(shapes=((32, 32),), channels=1, bits=16, scale=chosen.scale)
+    found = examine(listing, source="set", plan=Plan(resolution=32, form=form, remarks=chosen.lines))
+    assert found.figures["distinct"] == 30
+    assert "low_information" not in found.issues
+    assert found.rejects() == {}
+    assert found.remarks[0].startswith("12-bit values: 0 is black and 4,095 white")

@@ -211,13 +211,11 @@ def test_parsers_that_are_not_listed_never_see_the_bytes(kind: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("mode", "value", "word"), [("F", 0.5, "floating-point"), ("I", 70_000, "32-bit"), ("I", 200, "32-bit")]
+    ("mode", "value", "word"), [("F", 3.5, "floating-point"), ("F", -0.5, "floating-point"), ("I", 70_000, "32-bit integer")]
 )
-def test_pixels_without_a_known_white_are_refused(mode: str, value: float, word: str) -> None:
-    assert (
-        reason(encoded(flat(mode, value), "TIFF"))
-        == f"{word} {'' if mode == 'F' else 'integer '}pixels: no telling what is black and what is white"
-    )
+def test_values_without_a_known_white_name_the_setting(mode: str, value: float, word: str) -> None:
+    said = reason(encoded(flat(mode, value), "TIFF"))
+    assert said.startswith(f"{word} values from {value:g} to {value:g}: set data.range=[BLACK, WHITE]")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 4000), (4000, 1), (210, 10)])

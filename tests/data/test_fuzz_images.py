@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from encoded import chunk, encoded, noise, png, smooth
 from harmed import assert_pixels_or_a_reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted
+from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted, look
 
 MIB = 1 << 20
 REFUSED_MIB = 48  # over the size of the file itself: what refusing a bomb may cost
@@ -50,8 +51,19 @@ def corpus() -> dict[str, bytes]:
     text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"words " * 20)) + chunk(
         b"iTXt", b"Title\0\1\0en\0t\0" + zlib.compress(b"name")
     )
-    array = io.BytesIO()
+    array, floats = io.BytesIO(), io.BytesIO()
     np.save(array, noise(20, 30), allow_pickle=False)
+    np.save(floats, noise(20, 30) / np.float32(255), allow_pickle=False)
+
+    def tiff(dtype: type, **options) -> bytes:
+        """Five bands as scientists write them."""
+        buffer, bands = io.BytesIO(), np.concatenate([noise(20, 30), noise(20, 30, seed=1)[..., :2]], axis=2)
+        values = (bands / 255).astype(dtype) if np.dtype(dtype).kind == "f" else bands.astype(dtype)
+        planar = options.pop("planarconfig", "contig")
+        values = values if planar == "contig" else np.moveaxis(values, 2, 0)
+        tifffile.imwrite(buffer, values, photometric="minisblack", planarconfig=planar, **options)
+        return buffer.getvalue()
+
     return {
         "jpeg": encoded(rgb, "JPEG", exif=exif),
         "jpeg progressive": encoded(Image.fromarray(smooth(60, 90)), "JPEG", progressive=True, icc_profile=icc),
@@ -79,7 +91,15 @@ def corpus() -> dict[str, bytes]:
         "tiff jpeg": encoded(rgb, "TIFF", compression="jpeg"),
         "tiff deflate deep": encoded(deep, "TIFF", compression="tiff_adobe_deflate"),
         "tiff fax": encoded(gray.convert("1"), "TIFF", compression="group4"),
+        "tiff bands": tiff(np.uint16),
+        "tiff bands planar deflate": tiff(
+            np.uint8, planarconfig="separate", compression="zlib", predictor=True, rowsperstrip=6
+        ),
+        "tiff bands floats tiles": tiff(np.float32, tile=(16, 16), compression="zlib", byteorder=">"),
+        "tiff big": tiff(np.uint16, bigtiff=True, byteorder=">"),
+        "tiff lzw floats": encoded(Image.fromarray(noise(20, 30)[..., 0] / np.float32(255)), "TIFF", compression="tiff_lzw"),
         "npy": array.getvalue(),
+        "npy floats": floats.getvalue(),
     }
 
 
@@ -87,6 +107,7 @@ FORMS = [
     PixelFormat(shapes=((8, 8),), channels=3),
     PixelFormat(shapes=((12, 6), (8, 8), (6, 12)), channels=4, bits=16),
     PixelFormat(shapes=((5, 9),), channels=1, background=(0, 0, 0)),
+    PixelFormat(shapes=((8, 8),), channels=5, bits=16),
 ]
 
 
@@ -150,7 +171,8 @@ FILES = corpus()
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_corpus_is_of_pictures(kind: str) -> None:
-    assert assert_pixels_or_a_reason(FILES[kind], FORMS[0])
+    bands = look(FILES[kind]).bands
+    assert assert_pixels_or_a_reason(FILES[kind], FORMS[3 if bands == 5 else 0])
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -159,7 +181,8 @@ def test_a_few_harmed_files_are_pictures_or_a_reason(kind: str) -> None:
     read = 0
     for number in range(40):
         generator = np.random.Generator(np.random.Philox(key=number))
-        read += assert_pixels_or_a_reason(mutated(FILES[kind], generator, list(FILES.values())), FORMS[number % 3])
+        harmed = mutated(FILES[kind], generator, list(FILES.values()))
+        read += assert_pixels_or_a_reason(harmed, FORMS[3 if "bands" in kind or "big" in kind else number % 3])
     assert read < 40  # harm is noticed
 
 

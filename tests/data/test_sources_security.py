@@ -473,8 +473,8 @@ def test_an_npz_whose_header_lies_is_refused(shape: str, kind: int, tmp_path: Pa
         npz_of(tmp_path / "x.npz", kind=kind, images=header(shape)).listing()
 
 
-@pytest.mark.parametrize("dtype", ["|O", "<f4", "<i8", "|V8", "<U9", "[('a', '|u1'), ('b', '|O')]", "|u1, os"])
-def test_pixels_that_are_no_small_whole_numbers_are_refused(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["|O", "<c8", "|b1", "|V8", "<U9", "[('a', '|u1'), ('b', '|O')]", "|u1, os"])
+def test_pixels_that_are_not_numbers_are_refused(dtype: str, tmp_path: Path) -> None:
     assert_refused(npz_of(tmp_path / "x.npz", images=header("(1, 2, 2, 3)", dtype)), "pixels of|plain numbers")
 
 
@@ -482,7 +482,7 @@ def test_floats_with_nan_and_infinity_are_refused(tmp_path: Path) -> None:
     values = np.full((3, 4, 4, 3), np.nan, np.float32)
     values[1] = np.inf
     np.savez(tmp_path / "x.npz", images=values)
-    assert_refused(Npz(str(tmp_path / "x.npz")), "type float32")
+    assert_refused(Npz(str(tmp_path / "x.npz")), "48 of its values are not finite")
 
 
 @pytest.mark.parametrize("member", ["images", "labels"])

@@ -215,9 +215,8 @@ def test_gray_sets_have_one_channel(place: str, mode: str, channels: int) -> Non
     image = picture(mode=mode) if mode != "I;16" else sixteen_bits()
     choice = choose(place, listing(4, image=image))
     assert choice.run.data.channels == channels
-    assert (
-        f"{channels} channel(s): {'all pictures looked at are gray' if channels == 1 else 'the pictures are in colour'}"
-        in said(choice)
+    assert f"{channels} channel(s): {'all images looked at are gray' if channels == 1 else 'the images are in colour'}" in said(
+        choice
     )
 
 
@@ -266,7 +265,7 @@ def test_captions_are_mentioned_whether_they_are_read_or_not(place: str) -> None
 
 def test_pictures_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
     choice = choose(place, listing(5, image=b"damaged"))
-    assert "no picture could be looked at" in said(choice)
+    assert "no image could be looked at" in said(choice)
     assert choice.run.data.resolution == (64 if torch.cuda.is_available() else 32)
 
 

@@ -41,28 +41,34 @@ def _listing(source: str) -> Listing:
 @data_app.command()
 def check(
     source: Source,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings such as data.range=[0,4095] or data.frames=all.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as conditioner.text.length=77.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every picture and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, Plan, examine, write
     from sfumato.data.check.report import plain
+    from sfumato.data.frames import framed
+    from sfumato.data.ranges import choose_scale
     from sfumato.observability.places import require_writable
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.captions import Cut, reader_of
-    from sfumato.recipes.launch import parameters, resolve, text_encoder
-    from sfumato.recipes.presets import choose
+    from sfumato.recipes.launch import parameters, preset, text_encoder
 
     listing = _listing(source)
     folder = require_writable(out or Path("data-check") / _slug(source))
-    preset = resolve(choose(source, listing).run, overrides or ())
+    run = preset(source, overrides or (), listing)
     captions = [text for entry in listing.entries for text in entry.captions]
-    reader = reader_of(preset, captions, text_encoder)
+    reader = reader_of(run, captions, text_encoder)
+    listing = framed(listing, run.data.frames)
+    chosen = choose_scale(run.data.range, listing.entries)
     plan = Plan(
-        resolution=resolution or preset.data.resolution, parameters=parameters(preset), length=reader.length, cuts=reader.cuts
-    )
+        resolution=resolution or run.data.resolution, parameters=parameters(run), form=run.data.pixel_format(chosen.scale),
+        remarks=chosen.lines, length=reader.length, cuts=reader.cuts,
+    )  # fmt: skip
     with ProgressBar("checking") as bar:
         found = examine(
             listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")

@@ -109,7 +109,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None) -> Iterator[Packed]:
-    """Samples as plain data: encoded bytes as they are, arrays of up to four 8-bit channels as PNG."""
+    """Samples as plain data: encoded bytes as they are, 8-bit arrays of gray or RGB as PNG."""
     for number, entry in enumerate(entries):
         try:
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
@@ -141,7 +141,8 @@ def _as_picture(data: bytes) -> bytes:
     except ValueError as error:
         raise OSError(f"damaged: {error}") from None
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (2, 3, 4)):
+    plain = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)  # as PNG, 2 or 4 channels would come to have alpha
+    if values.dtype != np.uint8 or not plain:
         return data
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfumato.config.bounds import InnerFraction, NonNegative, Size, SizeOrZero
+from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, SizeOrZero
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.changes import recorded
-from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, quiet
+from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.entry import Entry, Reject
+from sfumato.data.frames import Frames
 from sfumato.data.holdout import parts
 from sfumato.data.layers import Layers
 from sfumato.data.ledger import Ledger
@@ -38,6 +40,11 @@ class DataConfig:
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; more as arrays have them.
         bits: of each value, 8 or 16.
         background: colour under transparent pictures where alpha is not kept, RGB from 0 to 255.
+        alpha: `auto` takes the last channel for alpha where the container says so, which arrays never do; `on` takes that of 2 or 4
+            for it in any image; `off` in none. Colours are trained multiplied by it.
+        range: values of the source that are black and white, [low, high]; `auto` takes them from the type of the numbers, or from the
+            set where that does not say it.
+        frames: of files that hold several images the `first`, `all` as images of their own, or their `max`.
         augment: changes made to training pictures.
         holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of
             a smaller set.
@@ -56,6 +63,9 @@ class DataConfig:
     channels: Size = 3
     bits: Literal[8, 16] = 8
     background: tuple[SizeOrZero, SizeOrZero, SizeOrZero] = (255, 255, 255)
+    alpha: Literal["auto", "on", "off"] = "auto"
+    range: Literal["auto"] | tuple[Finite, Finite] = "auto"
+    frames: Frames = "first"
     augment: AugmentConfig = AugmentConfig()
     holdout: InnerFraction = 0.1
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
@@ -80,15 +90,21 @@ class DataConfig:
                 where="data.size",
                 mend="a height and a width of at least 1, and no data.buckets beside it",
             )
+        if self.range != "auto" and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
+            raise ConfigError(
+                f"range = {list(self.range)}", where="data.range", mend="give [BLACK, WHITE], the smaller number first, or auto"
+            )
         square = self.buckets is None and (self.size is None or self.size[0] == self.size[1])
         if not square and self.augment.quarter_turns == "all":
             raise ConfigError("quarter turns of tall and wide pictures", where="data.augment", mend="set quarter_turns=none")
 
-    def pixel_format(self) -> PixelFormat:
-        """The shapes and colours that pictures are decoded to."""
+    def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
+        """The shapes and colours that pictures are decoded to, given what black and white are."""
         single = (self.size or (self.resolution, self.resolution),)
         shapes = single if self.buckets is None else self.buckets.shapes(self.resolution)
-        return PixelFormat(shapes=shapes, channels=self.channels, bits=self.bits, background=self.background)
+        return PixelFormat(
+            shapes=shapes, channels=self.channels, bits=self.bits, background=self.background, alpha=self.alpha, scale=scale
+        )
 
 
 class Pictures(NamedTuple):
@@ -131,6 +147,8 @@ class Dataset:
         crop_loss: mean share of the pictures' area that cropping cut away.
         layers: what else is known of each picture.
         encoded: their latents, where training works on those.
+        scale: the values that are black and white.
+        remarks: what a person is told about the values and frames, a sentence a line.
         training, holdout: positions of the two parts, which share no picture and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
     """
@@ -150,6 +168,7 @@ class Dataset:
     crop_loss: float
     layers: Layers
     encoded: Encoded | None = None
+    scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
@@ -167,13 +186,23 @@ class Dataset:
         texts = hashlib.sha256("\0".join("\1".join(entry.captions) for entry in self.entries).encode()).hexdigest()
         texts += repr([entry.attributes for entry in self.entries if entry.attributes])
         lines = [
-            repr(self.config.pixel_format()),
+            repr(self.pixel_format),
             *self.ids,
             *map(str, self.labels.tolist()),
             texts,
             self.training.tobytes().hex(),
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """What its pictures are decoded to."""
+        return self.config.pixel_format(self.scale)
+
+    @property
+    def alpha(self) -> Literal["none", "premultiplied"]:
+        """What the last of 2 or 4 channels is."""
+        return "none" if self.config.alpha == "off" or "no_alpha" in self.notes else "premultiplied"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -223,7 +252,7 @@ class Dataset:
 
     def _read(self, position: int) -> tuple[Pixels, list[Reject], int]:
         bad: list[Reject] = []
-        form, shape = self.config.pixel_format(), self.shapes[position]
+        form, shape = self.pixel_format, self.shapes[position]
         for candidate in self._substitutes(position):
             entry = self.entries[candidate]
             try:
@@ -271,6 +300,7 @@ class Dataset:
                 f"{w}x{h}": int((self.shapes == i).sum()) for i, (h, w) in enumerate(shapes) if (self.shapes == i).any()
             },
             "crop_loss": round(self.crop_loss, 4),
+            "value_range": self.scale.range,
             "remarks": list(self.remarks),
             "ledger": self.ledger.plain(),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],

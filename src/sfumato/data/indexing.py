@@ -22,13 +22,15 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
 from sfumato.data.entry import Entry, Reject
 from sfumato.data.files import cache_folder
+from sfumato.data.frames import framed, left_out
 from sfumato.data.holdout import grouped
 from sfumato.data.layers import Layers
 from sfumato.data.ledger import Ledger
 from sfumato.data.parallel import in_order
+from sfumato.data.ranges import choose_scale
 from sfumato.errors import DataError
 
-DECODER = 1  # raised when the same bytes come to give other pixels
+DECODER = 2  # raised when the same bytes come to give other pixels
 CACHE_SHARE_OF_DISK = 0.25
 COMMIT_EVERY = 20_000
 
@@ -43,11 +45,13 @@ def index(
     Raises:
         DataError: if the source is missing or fewer than two different pictures can be read, with the first reasons.
     """
-    listing = config.source.listing()
+    listing = framed(config.source.listing(), config.frames)
     excluded = _excluded(config)
     wanted = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded]
-    shelf = _shelf(config, len(wanted))
+    chosen = choose_scale(config.range, wanted)
+    form = config.pixel_format(chosen.scale)
+    shelf = _shelf(config, form, len(wanted))
     good: list[Entry] = []
     facts: list[dict[str, Any]] = []
     with quiet(), shelf:
@@ -61,7 +65,7 @@ def index(
                 on_progress(number + 1, len(wanted))
     rejects = [*listing.rejects, *unused]
     gather, thumbnails = shelf.finish()
-    together = grouped(good, [str(fact["id"]) for fact in facts], _clusters(config, facts, thumbnails))
+    together = grouped(good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails))
     ids = [str(fact["id"]) for fact in facts]
     if len(set(ids)) < 2:
         reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
@@ -77,8 +81,9 @@ def index(
     for entry, fact in zip(good, facts, strict=True):
         for note in fact["notes"]:
             notes.setdefault(note, []).append(entry.name)
+    _require_one_kind_of_alpha(notes, len(good))
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
-    beside = Layers(entries=good, form=config.pixel_format(), shapes=shapes, names=frozenset(layers))
+    beside = Layers(entries=good, form=form, shapes=shapes, names=frozenset(layers))
     with quiet():
         for name, reject in beside.examine():
             notes.setdefault(f"{name}_unreadable", []).append(reject.name)
@@ -92,16 +97,28 @@ def index(
         layers=beside,
         gather=gather,
         clusters=together.groups,
-        remarks=together.remarks,
         rejects=rejects,
         ledger=Ledger.of(listing, unused),
         notes=notes,
-        crop_loss=float(np.mean([_lost(fact["size"], config.pixel_format().shapes[fact["shape"]]) for fact in facts])),
+        crop_loss=float(np.mean([_lost(fact["size"], form.shapes[fact["shape"]]) for fact in facts])),
+        scale=chosen.scale,
+        remarks=(*chosen.lines, *together.remarks, *left_out([int(fact.get("frames", 1)) for fact in facts])),
     )
 
 
+def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
+    """Raise DataError where the last channel is alpha in some images and something else in others."""
+    without = notes.get("no_alpha", [])
+    if without and len(without) < count:
+        raise DataError(
+            f"the last channel of {len(without)} images, e.g. {without[0]}, is not marked as alpha, and that of {count - len(without)} is",
+            where="data.alpha",
+            mend="set data.alpha=on if it is alpha in all, or train the two kinds apart",
+        )
+
+
 def _clusters(
-    config: DataConfig, facts: Sequence[Mapping[str, Any]], thumbnails: Callable[[], NDArray[Any]]
+    config: DataConfig, form: PixelFormat, facts: Sequence[Mapping[str, Any]], thumbnails: Callable[[], NDArray[Any]]
 ) -> NDArray[np.int64]:
     """Groups of images that stay together; those of near-duplicates are kept in the cache, since finding them takes a while."""
     ids = [str(fact["id"]) for fact in facts]
@@ -109,14 +126,14 @@ def _clusters(
         return np.arange(len(ids))
     if config.near_duplicates == "exact":
         return clusters(ids, np.empty(0, np.uint8), resolution=0)
-    identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {config.pixel_format()!r} {' '.join(ids)}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()).hexdigest()
     kept = cache_folder() / "clusters" / f"{identity}.npy"
     if config.cache == "auto" and kept.is_file():
         with contextlib.suppress(OSError, ValueError, EOFError):
             stored = np.load(kept, allow_pickle=False)
             if stored.shape == (len(ids),):
                 return stored.astype(np.int64)
-    found = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in config.pixel_format().shapes))
+    found = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +230,8 @@ class _Shelf:
         decoded, small = look.decoded, look.thumbnail
         assert small is not None
         facts = {"id": decoded.id, "shape": decoded.shape, "size": list(decoded.size), "notes": list(decoded.notes)}
+        if decoded.frames > 1:
+            facts["frames"] = decoded.frames
         if self._writer is not None and self.cache is not None:
             self._keys.append(look.key)
             self._writer.add(look.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
@@ -254,8 +273,7 @@ class _InMemory:
         return self.arrays[self.shapes[positions[0]]][self.row[positions]]
 
 
-def _shelf(config: DataConfig, count: int) -> _Shelf:
-    form = config.pixel_format()
+def _shelf(config: DataConfig, form: PixelFormat, count: int) -> _Shelf:
     height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
     size = form.channels * height * width * form.bits // 8
     cache = _cache(form, count, size) if config.cache == "auto" else None

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.decoding import NUMPY, ArrayHeader
+from sfumato.data.endings import NUMPY
 from sfumato.data.entry import MAX_BYTES
+from sfumato.data.npy import ArrayHeader
 
 SUFFIXES = (".npy", ".ply", ".xyz", ".csv")
 MAX_POINTS = 10_000_000

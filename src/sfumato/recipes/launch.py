@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,12 @@ from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder
-from sfumato.data import Dataset, files, index, source_at
+from sfumato.data import Dataset, Listing, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
+from sfumato.data.frames import framed
 from sfumato.data.holdout import ROUGH
 from sfumato.data.sources.find import BUILT_IN
+from sfumato.data.values import MAX_BANDS
 from sfumato.elsewhere import refuse_diffusers
 from sfumato.networks import DiT, UNet
 from sfumato.networks.inputs import margin
@@ -40,6 +42,7 @@ from sfumato.training.run_directory import RunDirectory, commit
 
 REJECTS_SHOWN = 5
 MARGIN_SAID = 0.1  # more work than the pixels need
+SETTLED: dict[str, Container[int]] = {"channels": range(1, MAX_BANDS + 1), "bits": (8, 16)}
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -101,12 +104,24 @@ def reasons(source: str | Path | Run, overrides: Overrides) -> list[str]:
     return [f"chosen: {reason}" for reason in _chosen(source, configuration.with_overrides({}, overrides)).reasons]
 
 
-def _chosen(source: str | Path | Run, asked: Mapping[str, Any]) -> Choice:
-    """The preset of a source; a resolution, size or autoencoder that is set decides more than itself."""
-    data = asked.get("data")
-    chosen = partial(
-        choose, str(source), source_at(str(source)).listing(), resolution=_sides(data if isinstance(data, dict) else {})
-    )
+def preset(place: str, overrides: Overrides, listing: Listing) -> Run:
+    """The configuration that is chosen for a listed source, with settings laid over it."""
+    asked = configuration.with_overrides({}, overrides)
+    base = configuration.plain(_chosen(place, asked, listing).run)
+    return configuration.parse(Run, configuration.with_overrides(base, overrides), where=place)
+
+
+def _chosen(source: str | Path | Run, asked: Mapping[str, Any], listing: Listing | None = None) -> Choice:
+    """The preset of a source; settings of its images, or an autoencoder, decide more than themselves."""
+    data: Any = asked.get("data")
+    data = data if isinstance(data, dict) else {}
+    known: dict[str, Any] = {
+        name: data[name] for name, legal in SETTLED.items() if isinstance(data.get(name), int) and data[name] in legal
+    }
+    listing = source_at(str(source)).listing() if listing is None else listing
+    if data.get("frames") in ("all", "max"):
+        listing = framed(listing, data["frames"])
+    chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
     if "autoencoder" not in asked:
         return chosen()
     plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": asked["autoencoder"]})
@@ -147,6 +162,8 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
         factor=run.autoencoder.layout(run.data.channels, place).factor,
         bits=run.data.bits,
         untrained=untrained(dataset),
+        value_range=dataset.scale.range,
+        alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
     )
 
 

@@ -2,84 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import statistics
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from PIL import Image
 
 from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
-from sfumato.data.decoding import FORMATS, NUMPY, quiet
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
-from sfumato.recipes.captions import CaptionSurvey
 from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
 from sfumato.recipes.run import Run
+from sfumato.recipes.survey import MOST, Survey
 from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
 
-LOOKED_AT = 200
 SMALL, LARGE = 5_000, 500_000  # pictures
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
 SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another in any case
 MOST_ATTENDED = 32  # side of a feature map, above which attention over its places takes most of a step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a source holds, as far as a look at a few pictures tells.
-
-    Attributes:
-        count: pictures listed.
-        categories: how many images each has, named hold-outs aside; {} where there are none.
-        captions: how many images have captions, and what these are good for.
-        sides: median length of the shorter side in pixels; 0 if none could be read.
-        gray: whether all pictures looked at are gray.
-        deep: whether all have more than 8 bits.
-    """
-
-    count: int
-    categories: dict[str, int]
-    captions: CaptionSurvey
-    side: int
-    gray: bool
-    deep: bool
-
-    @classmethod
-    def of(cls, listing: Listing) -> Survey:
-        """Look at up to 200 pictures spread over the source."""
-        entries = listing.entries
-        spread = entries[:: max(1, len(entries) // LOOKED_AT)]
-        with quiet():
-            looks = [look for entry in spread if (look := _look(entry.image.read)) is not None]
-        return cls(
-            count=len(entries),
-            categories=dict(Counter(entry.category for entry in entries if entry.category and entry.holdout is None)),
-            captions=CaptionSurvey.of(entries),
-            side=int(statistics.median(look[0] for look in looks)) if looks else 0,
-            gray=bool(looks) and all(look[1] in ("1", "L", "LA", "I;16", "I;16B", "I") for look in looks),
-            deep=bool(looks) and all(look[1].startswith("I;16") for look in looks),
-        )
-
-
-def _look(read) -> tuple[int, str] | None:
-    """Shorter side and mode of a picture; its pixels are not decoded."""
-    try:
-        data = read()
-        if data.startswith(NUMPY):
-            return None
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return min(image.size), image.mode
-    except Exception:  # what is wrong with it is said when it is indexed
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +41,8 @@ def choose(
     listing: Listing | None = None,
     *,
     resolution: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    bits: Literal[8, 16] | None = None,
     space: AutoencoderConfig | None = None,
 ) -> Choice:
     """The preset for a source of pictures on this machine.
@@ -102,6 +50,7 @@ def choose(
     Args:
         listing: what the source lists, if that is known already.
         resolution: side, or height and width, if that is settled already; from 96 on, the model works in latents of its own autoencoder.
+        channels, bits: of the images, if they are settled already.
         space: the autoencoder, or pixels, if that is settled already.
     Raises:
         DataError: if there is no such source, or it holds nothing.
@@ -117,14 +66,17 @@ def choose(
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
     reasons = [f"{survey.count} pictures on {machine}: {why_network}", why_resolution, *why_space, *why_categories]
-    channels = 1 if survey.gray else 3
-    reasons.append(
-        f"{channels} channel(s): {'all pictures looked at are gray' if survey.gray else 'the pictures are in colour'}"
-    )
+    why_channels = f": {survey.why}" if channels is None else ", as set"
+    channels = survey.channels if channels is None else channels
+    reasons.append(f"{channels} channel(s){why_channels}")
+    why_bits = f": {survey.deep:.0%} of the images looked at have more than 8" if bits is None else ", as set"
+    bits = (16 if survey.deep >= MOST else 8) if bits is None else bits
+    if survey.deep or "set" in why_bits:
+        reasons.append(f"{bits} bits a value{why_bits}")
     if small:
         reasons.append("the set is small, so augmentation that does not leak (0.12) and dropout hold off memorizing")
     reasons += survey.captions.reasons
-    run = _run(place, source, survey, network, optimizer, resolution, space, channels, categories)
+    run = _run(place, source, survey, network, optimizer, resolution, space, channels, bits, categories)
     layout = space.layout(channels, None)
     factor = shift(layout.channels * (resolution // layout.factor) ** 2)
     if factor > 1:
@@ -152,11 +104,14 @@ def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamW
 def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
     largest = 64 if gpu else 32
     if not survey.side:
-        return largest, f"{largest} px: no picture could be looked at"
+        return largest, f"{largest} px: no image could be looked at"
     resolution = max(8, min(largest, survey.side // 8 * 8))
-    reason = (
-        "what this machine trains in reasonable time" if resolution == largest < survey.side else "the pictures are no larger"
-    )
+    if resolution == largest < survey.side:
+        reason = "what this machine trains in reasonable time"
+    elif resolution < survey.side:
+        reason = "the largest multiple of 8 within the images"
+    else:
+        reason = "the images are no larger"
     return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
 
 
@@ -208,6 +163,7 @@ def _run(
     resolution: int,
     space: AutoencoderConfig,
     channels: int,
+    bits: Literal[8, 16],
     categories: CategoryConfig | None,
 ) -> Run:
     small = survey.count < SMALL
@@ -224,7 +180,7 @@ def _run(
     return Run(
         name=_name(place),
         data=DataConfig(
-            source=source, resolution=resolution, channels=channels, workers=2,
+            source=source, resolution=resolution, channels=channels, bits=bits, workers=2,
             augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),
         ),
         autoencoder=space,

@@ -43,7 +43,7 @@ def with_latents(
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
-    cache = ArrayCache.open("latents", f"decoder {DECODER} {identity} {config.pixel_format()!r} {config.augment!r}")
+    cache = ArrayCache.open("latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}")
     chunks = list(_chunks(dataset, count))
     writer, begun = Writer(cache), time.monotonic()
     try:

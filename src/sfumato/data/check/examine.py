@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from sfumato.data.check import words as text
 from sfumato.data.check.kinds import KINDS
 from sfumato.data.check.measure import Measurement, measure
-from sfumato.data.decoding import quiet
+from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
 from sfumato.data.entry import Entry, Listing, Reject
+from sfumato.data.frames import left_out
 from sfumato.data.ledger import Ledger
 from sfumato.data.parallel import in_order
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
+FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
 UNNAMED = "not named in"  # how the reason begins why an image is left out that metadata do not name
@@ -30,10 +32,20 @@ EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the set would be used for: resolution and size of the model, tokens that it reads of a caption, and which captions it cuts."""
+    """What the set would be used for.
+
+    Attributes:
+        resolution: of the images.
+        parameters: of the model.
+        form: what training would decode the images to, in RGB by default.
+        remarks: what is known about the set beforehand, a sentence each.
+        length: tokens that the model reads of a caption; cuts: whether it cuts one.
+    """
 
     resolution: int
     parameters: int = 0
+    form: PixelFormat | None = None
+    remarks: tuple[str, ...] = ()
     length: int = text.CLIP_LIMIT
     cuts: Callable[[str], bool] = text.exceeds_clip
 
@@ -44,6 +56,7 @@ class Examination:
 
     Attributes:
         entries: as listed; positions below count them.
+        form: what they were decoded to, but for the size; in RGB by default.
         measured: positions of readable pictures, in the order of the arrays.
         issues: positions by kind; names of what was left out are in `reasons`.
         reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
@@ -56,6 +69,7 @@ class Examination:
 
     source: str
     entries: Sequence[Entry]
+    form: PixelFormat | None = None
     issues: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
     ledger: Ledger | None = None
@@ -93,7 +107,7 @@ class Examination:
 
 def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> Examination:
     """Measure every picture and say what is to be said; the same data give the same findings."""
-    result = Examination(source=source, entries=listing.entries)
+    result = Examination(source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks))
     for reject in listing.rejects:
         kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
         result.reasons.setdefault(kind, {})[reject.name] = reject.reason
@@ -101,7 +115,7 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
     positions: list[int] = []
     found: list[Measurement] = []
     with quiet():
-        for number, looked in enumerate(in_order(measure, listing.entries)):
+        for number, looked in enumerate(in_order(lambda entry: measure(entry, plan.form), listing.entries)):
             if isinstance(looked, str):
                 unreadable.append(Reject(listing.entries[number].name, looked))
             else:
@@ -117,6 +131,7 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
         images=len(listing.entries), readable=len(found), unreadable=len(unreadable), ledger=result.ledger.plain()
     )
     if found:
+        result.remarks += left_out([m.frames for m in found])
         _single(result, places, found, plan)
         _copies(result, places, found)
         _diversity(result, places, found)
@@ -140,7 +155,7 @@ def _single(result: Examination, places: NDArray[np.int64], found: list[Measurem
     kinds = {
         "dark": of("dark_end") < DARK,
         "bright": (of("bright_end") > BRIGHT) | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
-        "low_information": of("contrast") < FLAT,
+        "low_information": of("contrast") < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
         "odd_aspect": _odd_aspect(longer / shorter),
         "odd_size": _odd_size(np.sqrt(longer * shorter)),
         "upscaled": shorter < plan.resolution,

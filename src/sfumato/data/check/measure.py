@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data.decoding import RejectedImage, decode, fitted
+from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, fitted
 from sfumato.data.duplicates import thumbnail
 from sfumato.data.entry import Entry
 
@@ -31,6 +31,7 @@ class Measurement(NamedTuple):
         colourful: mean difference of the channels, of 255; 0 for gray.
         thumbnail: (32, 32, 3).
         gradients: histogram of edge directions in 4 x 4 cells, (128,).
+        frames: images that the file holds, of which the first is measured.
     """
 
     id: str
@@ -44,16 +45,26 @@ class Measurement(NamedTuple):
     colourful: float
     thumbnail: NDArray[np.uint8]
     gradients: NDArray[np.float16]
+    frames: int = 1
 
 
-def measure(entry: Entry) -> Measurement | str:
-    """The numbers of a picture, or why it cannot be read."""
+def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float32]:
+    """What a person sees of pixels (C, H, W): RGB from 0 to 255, (H, W, 3), on the background; the first three of many channels."""
+    values = pixels.transpose(1, 2, 0).astype(np.float32) / np.float32(1 if pixels.dtype == np.uint8 else 257)
+    if form.channels in (2, 4) and alpha:
+        values = values[..., :-1] + (1 - values[..., -1:] / np.float32(255)) * np.array(form.background, np.float32)
+    return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
+
+
+def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
+    """The numbers of a picture as training sees it, in RGB by default, or why it cannot be read."""
     try:
         data = entry.image.read()
-        decoded = decode(data, fitted(data, SIDE), identify=True)
+        form = fitted(data, SIDE, form)
+        decoded = decode(data, form, identify=True)
     except (RejectedImage, OSError) as error:
         return str(error)
-    pixels = decoded.pixels.transpose(1, 2, 0).astype(np.float32)
+    pixels = shown(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
     brightness = np.sqrt(np.square(pixels) @ np.array([0.241, 0.691, 0.068], np.float32)) / 255
     bright_end, dark_end = np.quantile(brightness, [0.05, 0.99])
     gray = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -67,8 +78,9 @@ def measure(entry: Entry) -> Measurement | str:
         contrast=float(pixels.std((0, 1)).max()),
         sharpness=sharpness(gray),
         colourful=float(np.ptp(pixels, axis=2).mean()),
-        thumbnail=thumbnail(decoded.pixels),
+        thumbnail=thumbnail(np.rint(pixels).clip(0, 255).astype(np.uint8).transpose(2, 0, 1)),
         gradients=_gradients(gray),
+        frames=decoded.frames,
     )
 
 

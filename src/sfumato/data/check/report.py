@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from sfumato.data.check.examine import KINDS, Examination
-from sfumato.data.decoding import RejectedImage, decode, fitted
+from sfumato.data.check.measure import shown
+from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted
 from sfumato.data.entry import Entry
 from sfumato.errors import DataError
 
@@ -59,14 +60,16 @@ def plain(found: Examination) -> dict[str, Any]:
     }
 
 
-def thumbnail(entry: Entry) -> str:
-    """A small picture as a data: address, "" if it cannot be read."""
+def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
+    """A small image, as training sees it, as a data: address; "" if it cannot be read."""
     try:
         data = entry.image.read()
-        pixels = decode(data, fitted(data, THUMBNAIL)).pixels
+        form = fitted(data, THUMBNAIL, form)
+        decoded = decode(data, form)
     except (RejectedImage, OSError):
         return ""
-    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    pixels = shown(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
+    image = Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
     image.thumbnail((3 * THUMBNAIL, 3 * THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=80)
@@ -78,9 +81,9 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
     sections = []
     for kind, names in files.items():
         groups = found.groups.get(kind, [])[:GROUPS_SHOWN]
-        shown = [[_tile(found.entries, i) for i in group[:6]] for group in groups]
+        shown = [[_tile(found, i) for i in group[:6]] for group in groups]
         if not shown and kind in found.issues:
-            shown = [[_tile(found.entries, i) for i in found.issues[kind][:SHOWN]]]
+            shown = [[_tile(found, i) for i in found.issues[kind][:SHOWN]]]
         sections.append(
             {
                 "kind": kind,
@@ -90,20 +93,20 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
                 "share": len(names) / max(1, found.figures["images"]),
             }
         )
-    clusters = [{"share": share, "row": [_tile(found.entries, i) for i in typical]} for typical, share in found.clusters]
+    clusters = [{"share": share, "row": [_tile(found, i) for i in typical]} for typical, share in found.clusters]
     spread = range(0, len(found.entries), max(1, len(found.entries) // SHOWN))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
         source=found.source, figures=found.figures, remarks=found.remarks, sections=sections, clusters=clusters, rejects=rejects,
-        reasons=found.why(), account=found.ledger, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found.entries, i))["src"]],
+        reasons=found.why(), account=found.ledger, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found, i))["src"]],
         categories=_bars(found.figures.get("categories", {}).get("counts", {})),
     )  # fmt: skip
 
 
-def _tile(entries: Sequence[Entry], position: int) -> dict[str, str]:
-    entry = entries[position]
+def _tile(found: Examination, position: int) -> dict[str, str]:
+    entry = found.entries[position]
     words = " · ".join([*([entry.category] if entry.category else []), *entry.captions[:1]])
-    return {"src": thumbnail(entry), "name": entry.name, "words": words[:120]}
+    return {"src": thumbnail(entry, found.form), "name": entry.name, "words": words[:120]}
 
 
 def _bars(counts: dict[str, int]) -> list[tuple[str, int, float]]:

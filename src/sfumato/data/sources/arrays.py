@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sfumato.data import files
 from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, Reject, legible, read
 from sfumato.data.splits import TRAIN, split_of
+from sfumato.data.values import is_numeric
 from sfumato.errors import DataError
 
 IMAGES, LABELS = (
@@ -59,7 +60,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Npz:
-    """An .npz with pixels (N, H, W, C) or (N, H, W) as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
+    """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
 
     Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
     `val` are held out.
@@ -104,11 +105,11 @@ class Npz:
         place, start = _plain(self.path, archive, infos[part.images])
         shape, dtype, offset = _header(files.local(place), start)
         categories = None if part.labels is None else _categories(archive, infos[part.labels])
-        if len(shape) not in (3, 4) or dtype.kind not in "uif" or min(shape) < 1 or shape[0] > MAX_PICTURES:
+        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_PICTURES:
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                mend=f"use (N, H, W, C) of whole numbers or floats, N at most {MAX_PICTURES}",
+                mend=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(

@@ -1,0 +1,176 @@
+"""Files of several images: stacks, multi-page TIFFs, animations, arrays of four dimensions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from sfumato.data import gif, tiff
+from sfumato.data.decoding import RejectedImage, quiet, read_values
+from sfumato.data.endings import NUMPY
+from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.data.npy import ArrayHeader
+from sfumato.data.parallel import in_order
+from sfumato.data.values import Values, check_size
+
+Frames = Literal["first", "all", "max"]
+MAX_FRAMES = 10_000  # of one file
+ANIMATED = ("GIF", "WEBP", "PNG")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One image of a file, as a file of its own: a TIFF or array as it is stored, an animation's frame as PNG."""
+
+    file: Blob
+    number: int
+
+    def read(self) -> bytes:
+        with _refused():
+            return _Several.of(self.file.read()).frame(self.number)
+        raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class Brightest:
+    """The largest value of each pixel over all images of a file; a file of one image as it is."""
+
+    file: Blob
+
+    def read(self) -> bytes:
+        data = self.file.read()
+        with _refused():
+            several = _Several.of(data)
+            return data if several.count < 2 else _maximum(several)
+        raise AssertionError
+
+
+class _refused:
+    """What is wrong with a file, as what `Blob.read` raises."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OSError | MemoryError):
+            raise OSError(str(error)[:200] or type(error).__name__) from None
+
+
+@dataclass(frozen=True)
+class _Several:
+    """How many images there are, and the bytes of each."""
+
+    count: int
+    frame: Callable[[int], bytes]
+
+    @classmethod
+    def of(cls, data: bytes) -> _Several:
+        if len(data) > MAX_BYTES:
+            return cls(1, lambda number: data)
+        if tiff.is_tiff(data):
+            pages = tiff.frames(data)
+            return cls(len(pages), lambda number: tiff.alone(data, pages[number]))
+        if data.startswith(NUMPY):
+            return cls._of_array(data)
+        if data[:3] == b"GIF":
+            return cls(gif.frames(data), lambda number: _still(data, number))
+        if data[8:12] == b"WEBP" or data.startswith(b"\x89PNG"):
+            with quiet(), Image.open(io.BytesIO(data), formats=ANIMATED) as image:
+                return cls(int(getattr(image, "n_frames", 1)), lambda number: _still(data, number))
+        return cls(1, lambda number: data)
+
+    @classmethod
+    def _of_array(cls, data: bytes) -> _Several:
+        header = ArrayHeader.of(data)
+        if len(header.shape) != 4 or header.fortran or header.dtype.hasobject:
+            return cls(1, lambda number: data)
+        size = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+
+        def frame(number: int) -> bytes:
+            part = data[header.offset + number * size : header.offset + (number + 1) * size]
+            buffer = io.BytesIO()
+            np.save(buffer, np.frombuffer(part, header.dtype).reshape(header.shape[1:]), allow_pickle=False)
+            return buffer.getvalue()
+
+        return cls(header.shape[0], frame)
+
+
+def _still(data: bytes, number: int) -> bytes:
+    """A frame of an animation, laid over those before it, as PNG."""
+    with quiet(), Image.open(io.BytesIO(data), formats=ANIMATED) as image:
+        check_size(*image.size)
+        image.seek(number)
+        buffer = io.BytesIO()
+        image.convert("RGBA" if image.has_transparency_data else "RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _maximum(several: _Several) -> bytes:
+    best: Values | None = None
+    for number in range(min(several.count, MAX_FRAMES)):
+        values = read_values(several.frame(number))
+        if best is not None and values.array.shape != best.array.shape:
+            raise RejectedImage("its frames have several shapes, so that they have no maximum: data.frames=first or all")
+        best = values if best is None else best._replace(array=np.maximum(best.array, values.array))
+    assert best is not None
+    buffer = io.BytesIO()
+    if not best.alpha:
+        np.save(buffer, best.array, allow_pickle=False)
+    elif best.array.dtype == np.uint8:
+        Image.fromarray(best.array).save(buffer, "PNG", compress_level=1)
+    else:
+        raise RejectedImage("frames of 16 bits with alpha have no maximum: data.frames=first or all")
+    return buffer.getvalue()
+
+
+def framed(listing: Listing, frames: Frames) -> Listing:
+    """A listing with one entry for each frame (`all`), or for the maximum of each file (`max`); as it is for `first`.
+
+    Frames are called `file#0003`, keep what is known of the file, and form a group, which is never split over training and hold-out.
+    """
+    if frames == "first":
+        return listing
+    if frames == "max":
+        return replace(listing, entries=[replace(entry, image=Brightest(entry.image)) for entry in listing.entries])
+    entries: list[Entry] = []
+    rejects = list(listing.rejects)
+    for entry, count in zip(listing.entries, in_order(_count, listing.entries), strict=True):
+        entries += _split(entry, min(count, MAX_FRAMES))
+        if count > MAX_FRAMES:
+            rejects.append(Reject(entry.name, f"{count - MAX_FRAMES} frames beyond the first {MAX_FRAMES} left out"))
+    more = len(entries) + len(rejects) - len(listing.entries) - len(listing.rejects)
+    return replace(listing, entries=entries, rejects=rejects, found=listing.found + more, unit=f"{listing.unit} and frames")
+
+
+def _count(entry: Entry) -> int:
+    try:
+        with _refused():
+            return _Several.of(entry.image.read()).count
+    except OSError:  # said when it is decoded
+        pass
+    return 1
+
+
+def _split(entry: Entry, count: int) -> Sequence[Entry]:
+    if count < 2:
+        return [entry]
+    return [
+        replace(entry, name=f"{entry.name}#{number:04d}", image=Frame(entry.image, number), group=entry.group or entry.name)
+        for number in range(count)
+    ]
+
+
+def left_out(counts: Sequence[int]) -> list[str]:
+    """What is said where files of so many images each are read for their first one; [] where all hold one."""
+    several = [count for count in counts if count > 1]
+    if not several:
+        return []
+    return [
+        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and the first is used; "
+        "data.frames=all takes all, max their maximum"
+    ]
