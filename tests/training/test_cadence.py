@@ -29,18 +29,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def steps_of_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step of training takes 30 s by the run's own clock, whatever it takes by that of the machine."""
-    origin: dict[int, float] = {}
-
-    def seconds(self: Clock) -> float:
-        origin[id(self)] = origin.get(id(self), self.before) + 30.0
-        return origin[id(self)]
-
     made = Clock.__init__
 
     def begin(self: Clock, seconds_before: float, steps_before: int) -> None:
         made(self, seconds_before, steps_before)
-        self.before = seconds_before  # type: ignore[attr-defined]
+        self.passed = seconds_before  # type: ignore[attr-defined]
 
+    def seconds(self: Clock) -> float:
+        self.passed += 30.0  # type: ignore[attr-defined]
+        return self.passed  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("sfumato.training.config.PATIENCE", 0)  # what it takes to look is of the machine's clock
     monkeypatch.setattr(Clock, "__init__", begin)
     monkeypatch.setattr(Clock, "seconds", seconds)
 
