@@ -84,7 +84,8 @@ def test_a_run_is_a_source_of_its_configuration(run: Path) -> None:
     changed = sfumato("config", "diff", "digits", run).out.splitlines()
     assert "budget.steps: None -> 6" in changed
     assert "preview.num: 40 -> 10" in changed
-    assert len(changed) == 4  # channels are the recipe's
+    assert "budget.minutes: 1.0 -> None" in changed  # replaced by the steps
+    assert len(changed) == 5  # channels are the recipe's
 
 
 def test_sample_writes_pictures_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:

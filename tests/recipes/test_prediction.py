@@ -156,7 +156,7 @@ def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
         (PreviewConfig(), 30.0, 1.0, 0),
         (PreviewConfig(), 60.0, 1.0, 1),
         (PreviewConfig(), 3600.0, 1.0, 12),
-        (PreviewConfig(), 3600.0, 100.0, 4),  # nine times as long as it takes, from one to the next
+        (PreviewConfig(), 3600.0, 100.0, 2),  # 19 times as long as it takes, from one to the next
         (PreviewConfig(every_steps=10, every_minutes=None), 3600.0, 1.0, 9),
         (PreviewConfig(every_steps=200), 3600.0, 1.0, 12),
         (CheckpointConfig(), 299.0, 1.0, 0),

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,11 @@ from sfumato.training.config import FIRST_LOOK_S, PATIENCE
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 KINDS = [CheckpointConfig, PreviewConfig, ValidationConfig]
-BY_CLOCK = {"checkpoint": CheckpointConfig(keep=20), "preview": PreviewConfig(num=2), "validation": ValidationConfig(samples=4)}
+BY_CLOCK = {
+    "checkpoint": CheckpointConfig(keep=20, every_minutes=2.0),
+    "preview": PreviewConfig(num=2, every_minutes=2.0),
+    "validation": ValidationConfig(samples=4, every_minutes=2.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def steps_of_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed += 30.0  # type: ignore[attr-defined]
         return self.passed  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("sfumato.training.config.PATIENCE", 0)  # what it takes to look is of the machine's clock
+    monkeypatch.setattr("sfumato.training.timetable.time", SimpleNamespace(perf_counter=lambda: 0.0))  # looking takes no time
     monkeypatch.setattr(Clock, "__init__", begin)
     monkeypatch.setattr(Clock, "seconds", seconds)
 
@@ -73,7 +78,7 @@ def test_whichever_is_sooner(kind: type) -> None:
     assert not both.due(step=21, seconds=61.0, last_s=2.0)
     steps = kind(every_steps=10, every_minutes=None)
     assert not steps.due(step=21, seconds=1e9, last_s=2.0)
-    assert steps.wait_s(first=True) == math.inf
+    assert steps.wait_s(first=True, cost_s=1.0) == math.inf
 
 
 @pytest.mark.parametrize("kind", [PreviewConfig, ValidationConfig])
@@ -82,6 +87,12 @@ def test_the_first_look_comes_within_a_minute_and_earlier_where_that_is_set(kind
     assert not kind().due(step=3, seconds=FIRST_LOOK_S - 1, last_s=0.0)
     assert kind().due(step=3, seconds=FIRST_LOOK_S, last_s=0.0)
     assert kind(every_minutes=0.1).due(step=3, seconds=6.0, last_s=0.0)
+
+
+@pytest.mark.parametrize("kind", [PreviewConfig, ValidationConfig])
+def test_a_slow_look_before_the_first_step_does_not_put_off_the_next(kind: type) -> None:
+    assert not kind().due(step=1, seconds=30.0 + FIRST_LOOK_S - 1, last_s=0.0, cost_s=30.0)
+    assert kind().due(step=9, seconds=30.0 + FIRST_LOOK_S, last_s=0.0, cost_s=30.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,14 +112,14 @@ def test_minutes_that_are_not_a_time_are_refused(name: str, minutes: float) -> N
 def test_a_slow_run_goes_by_the_clock_and_resumed_it_ends_as_if_left_alone(
     folder: Path, tmp_path: Path, steps_of_30_s: None
 ) -> None:
-    settings = tiny_run(folder, budget=Budget(steps=25), **BY_CLOCK)
+    settings = tiny_run(folder, budget=Budget(steps=11), **BY_CLOCK)
     whole = train(settings, run=tmp_path / "whole")
-    assert saved(whole) == [0, 10, 20, 25]
-    assert shown(whole) == [0, 2, 12, 22, 25]  # 60 s, then every 5 minutes
-    assert validated(whole) == [2, 12, 22, 25]
+    assert saved(whole) == [0, 4, 8, 11]
+    assert shown(whole) == [0, 2, 6, 10, 11]  # 60 s, then every 2 minutes
+    assert validated(whole) == [2, 6, 10, 11]
     cut = train(settings, run=tmp_path / "cut")
     for path in (cut / "checkpoints").glob("step-*"):
-        if path.name > "step-000000010":
+        if path.name > "step-000000004":
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()

@@ -17,7 +17,7 @@ from sfumato.recipes.assembly import diffusion_trainer, with_auxiliary
 from sfumato.recipes.latents import OwnAutoencoder
 from sfumato.recipes.run import Run
 from sfumato.training import PreviewConfig, Trainer, TrainingConfig, ValidationConfig
-from sfumato.training.config import PATIENCE, Cadence
+from sfumato.training.config import Cadence
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.settling import precision_of
 
@@ -117,7 +117,7 @@ def _looks_s(config: TrainingConfig, steps: int, seconds: float, preview_s: floa
 def times(cadence: Cadence, steps: int, seconds: float, cost_s: float) -> int:
     """How often something comes due before the last step of a training of so many steps and seconds."""
     by_steps = 0 if cadence.every_steps is None else (steps - 1) // cadence.every_steps
-    first_s, then_s = (max(cadence.wait_s(first=first), PATIENCE * cost_s) for first in (True, False))
+    first_s, then_s = (cadence.wait_s(first=first, cost_s=cost_s) for first in (True, False))
     return max(by_steps, 0 if seconds <= first_s else 1 + int((seconds - first_s) / then_s))
 
 

@@ -12,7 +12,7 @@ from sfumato.training.ema import EMAConfig, PowerEMA
 from sfumato.training.optimizers import AdamWConfig
 
 FIRST_LOOK_S = 45.0  # of training, so that the first figures and samples are there within a minute
-PATIENCE = 9  # times as long as something took, before it is done again by the clock: a tenth of the time at most
+PATIENCE = 19  # times as long as something took, before it is done again by the clock: a twentieth of the time at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class Cadence:
 
     Attributes:
         every_steps: optimizer steps from one time to the next; None for the clock alone.
-        every_minutes: of training since the last time; None for steps alone. What takes long is done less often: it waits for
-            nine times as long as it took the last time.
+        every_minutes: of training since the last time; None for steps alone. What takes long is done less often: it waits for 19
+            times as long as it took the last time.
     """
 
     every_steps: Count | None = None
@@ -64,13 +64,11 @@ class Cadence:
         """
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        if self.every_minutes is None:
-            return False
-        return seconds - last_s >= max(self.wait_s(first=last_s == 0), PATIENCE * cost_s)
+        return seconds - last_s >= self.wait_s(first=last_s == 0, cost_s=cost_s)
 
-    def wait_s(self, *, first: bool) -> float:
+    def wait_s(self, *, first: bool, cost_s: float) -> float:
         """Seconds of training from one time to the next, by the clock; infinite without one."""
-        return math.inf if self.every_minutes is None else 60 * self.every_minutes
+        return math.inf if self.every_minutes is None else max(60 * self.every_minutes, PATIENCE * cost_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +82,10 @@ class CheckpointConfig(Cadence):
 class Look(Cadence):
     """A cadence whose first time comes within a minute of training."""
 
-    def wait_s(self, *, first: bool) -> float:
-        """As any cadence's; the first time no longer than FIRST_LOOK_S."""
-        wait_s = super().wait_s(first=first)
-        return min(wait_s, FIRST_LOOK_S) if first and self.every_minutes is not None else wait_s
+    def wait_s(self, *, first: bool, cost_s: float) -> float:
+        """As any cadence's; the first time no longer than FIRST_LOOK_S, beside what was done before the first step."""
+        wait_s = super().wait_s(first=first, cost_s=cost_s)
+        return min(wait_s, FIRST_LOOK_S + cost_s) if first and self.every_minutes is not None else wait_s
 
 
 @dataclass(frozen=True, kw_only=True)
