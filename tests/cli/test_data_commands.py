@@ -369,7 +369,7 @@ def test_data_check_takes_settings_and_says_what_black_and_white_are(tmp_path: P
         np.save(tmp_path / "dim" / f"{seed}.npy", np.random.default_rng(seed).integers(0, 900, (24, 24)).astype(np.int32))
     said = sfumato("data", "check", tmp_path / "dim", "data.range=[0,900]", "--out", tmp_path / "report")
     assert said.code == 0
-    assert "6 pictures, 6 readable" in said.out
+    assert "6 images, 6 readable" in said.out
     assert "values: 0 is black and 900 white, as set by data.range" in said.out
     refused = sfumato("data", "check", tmp_path / "dim", "data.rnage=[0,900]", "--out", tmp_path / "other")
     assert refused.code == 2

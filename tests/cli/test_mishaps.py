@@ -182,6 +182,7 @@ def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, m
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError("a classifier was trained")
 
+    monkeypatch.setattr("sfumato.data.holdout.SMALL_SHARE", 1e-9)
     monkeypatch.setattr(launch, "open_data", few)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", work)
     result = sfumato("evaluate", run)

@@ -141,7 +141,8 @@ def assert_refused(result: Result, what: str, *, where: str = "", mend: str = ""
     """Exit code 2 and a message that says what, where and how to mend it."""
     assert result.code == 2
     assert result.out == ""
-    assert result.err.startswith(f"error: {where}")
+    said = [line for line in result.err.splitlines() if not line.startswith("note: ")]
+    assert said[0].startswith(f"error: {where}")
     assert what in result.err
     assert f"\n  mend: {mend}" in result.err
     assert "Traceback" not in result.err

@@ -97,6 +97,7 @@ PICTURES: dict[str, tuple[bytes | Image.Image, set[str]]] = {
     "alike-2.jpg": (encoded(tiles(213), "JPEG", quality=85), {"look_alike"}),
 }
 COPIES_OF_ONE_NAME = ("twin", "near")
+ELSEWHERE = {"outlier", "unnamed"}  # tested by themselves
 CAPTIONS: dict[str, tuple[str | None, set[str]]] = {
     "silent.png": (None, {"caption_missing"}),
     "shared-1.png": ("the very same words", {"caption_duplicate"}),
@@ -115,6 +116,7 @@ def planted(root: Path) -> Path:
         put(root, name, data, caption)
     for number, (name, (caption, _)) in enumerate(CAPTIONS.items()):
         put(root, name, tiles(300 + number), caption)
+    (root / "notes.docx").write_bytes(b"not of the set")
     return root
 
 
@@ -124,6 +126,7 @@ def expected() -> dict[str, list[str]]:
         for kind in found:
             kinds[kind].append(name)
     kinds["caption_duplicate"] += [name for name in PICTURES if name.partition("-")[0] in COPIES_OF_ONE_NAME]
+    kinds["left_out"] = ["notes.docx"]
     return {kind: sorted(names) for kind, names in kinds.items()}
 
 
@@ -146,25 +149,36 @@ def data_of(folder: Path) -> dict:
 # --- what is found -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "outlier"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ELSEWHERE])
 def test_a_planted_defect_is_found_and_nothing_else_is(written: Path, kind: str) -> None:
     assert sorted(data_of(written)["issues"].get(kind, [])) == expected()[kind]
 
 
 def test_every_kind_is_planted_somewhere() -> None:
-    assert set(expected()) == set(KINDS) - {"outlier"}
+    assert set(expected()) == set(KINDS) - ELSEWHERE
 
 
 def test_the_counts_and_reasons_go_with_the_lists(written: Path) -> None:
     data = data_of(written)
     assert data["counts"] == {kind: len(names) for kind, names in data["issues"].items()}
     assert data["images"] == CLEAN + len(PICTURES) + len(CAPTIONS)
-    assert data["unreadable"] == len(data["reasons"]) == 3
+    assert data["unreadable"] == len(data["reasons"]) - 1 == 3
     assert data["readable"] == data["images"] - 3
     assert data["copies"] == 3  # two more twins and one more near-duplicate
     assert data["reasons"]["empty.png"] == "empty file"
     assert data["reasons"]["page.png"].startswith("not a picture in a known format")
     assert data["groups"]["duplicate"] == [["twin-1.png", "twin-2.png", "twin-3.bmp"]]
+
+
+def test_images_that_metadata_do_not_name_are_a_kind_of_their_own(tmp_path: Path) -> None:
+    root = clean(tmp_path / "set", captions=False)
+    first, *others = sorted(path.name for path in root.iterdir())
+    (root / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{name},a caption of {name}\n" for name in others))
+    data = report(root, tmp_path / "out")
+    assert data["issues"]["unnamed"] == [first]
+    assert data["reasons"] == {first: "not named in the metadata"}
+    assert data["ledger"]["found"] == len(others) + 2
+    assert "unreadable" not in data["issues"]
 
 
 def test_clean_data_have_no_findings(tmp_path: Path) -> None:
@@ -421,7 +435,7 @@ def test_the_report_scores_the_whole_and_each_category(tmp_path: Path) -> None:
     assert figures["overall"] < figures["by_category"]["varied"]
 
 
-@pytest.mark.parametrize("counts", [{"a": 5}, {"a": 4, "b": 4}, {"a": 9, "b": 2, "c": 1}])
+@pytest.mark.parametrize("counts", [{"a": 5, "b": 1}, {"a": 4, "b": 4}, {"a": 9, "b": 2, "c": 1}])
 def test_the_effective_number_of_categories_is_exp_of_the_entropy(tmp_path: Path, counts: dict[str, int]) -> None:
     for category, count in counts.items():
         for number in range(count):

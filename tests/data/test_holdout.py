@@ -1,0 +1,123 @@
+"""What is held out: whole groups, enough of them, never the last of a category, and nobody is moved by a chain."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfumato.data.duplicates import clusters, difference, stretched, thumbnail
+from sfumato.data.entry import Entry, Inline
+from sfumato.data.holdout import MOST, grouped, parts
+
+
+def entries(categories: list[str], groups: list[str | None] | None = None) -> list[Entry]:
+    groups = groups or [None] * len(categories)
+    return [
+        Entry(name=str(i), image=Inline(b""), category=c, group=g)
+        for i, (c, g) in enumerate(zip(categories, groups, strict=True))
+    ]
+
+
+def ids(count: int, seed: int = 0) -> list[str]:
+    return [hashlib.sha256(f"{seed}/{i}".encode()).hexdigest() for i in range(count)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abcde")), min_size=2, max_size=80),
+    share=st.sampled_from([0.01, 0.1, 0.4]),
+    seed=st.integers(0, 99),
+)
+def test_every_split_keeps_its_promises(rows: list[tuple[int, str]], share: float, seed: int) -> None:
+    groups = np.array([group for group, _ in rows])
+    categories = [category for _, category in rows]
+    if len(set(groups)) < 2:
+        return
+    found = parts(entries(categories), ids(len(rows), seed), groups, share)
+    held = found == "holdout"
+    assert 0 < held.sum() < len(rows)
+    assert all(len(set(held[groups == group])) == 1 for group in set(groups))
+    if len(set(groups[held])) > 1:  # one alone may be all that there is to validate on
+        assert held.sum() <= max(share, MOST) * len(rows)
+        for category in set(categories):
+            assert not held[[c == category for c in categories]].all()
+
+
+@pytest.mark.parametrize(("count", "fewest", "most"), [(20, 3, 6), (60, 6, 18), (125, 14, 37), (300, 18, 50), (5000, 430, 570)])
+def test_small_sets_hold_out_about_25_images_or_a_fifth(count: int, fewest: int, most: int) -> None:
+    sizes = [
+        int((parts(entries(["a"] * count), ids(count, seed), np.arange(count), 0.1) == "holdout").sum()) for seed in range(20)
+    ]
+    assert fewest <= np.median(sizes) <= most
+    assert min(sizes) >= min(4, count // 5)
+
+
+def test_the_only_image_of_a_category_is_learned_from() -> None:
+    categories = [*["common"] * 30, *(f"rare{i}" for i in range(7))]
+    for seed in range(30):
+        found = parts(entries(categories), ids(37, seed), np.arange(37), 0.1)
+        assert (found[30:] == "training").all()
+
+
+def test_frames_of_one_file_are_never_split() -> None:
+    stacks = [f"stack-{i // 6}" for i in range(120)]
+    found = grouped(entries(["a"] * 120, stacks), ids(120), np.arange(120))
+    assert found.remarks == ()
+    split = parts(entries(["a"] * 120, stacks), ids(120), found.groups, 0.1)
+    assert all(len(set(split[i : i + 6])) == 1 for i in range(0, 120, 6))
+    only = grouped(entries(["a"] * 50, ["one"] * 50), ids(50), np.arange(50))
+    assert "all images are of one file" in only.remarks[0]
+    assert set(parts(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {"training", "holdout"}
+
+
+def test_a_group_above_a_tenth_of_the_set_is_split_and_said_but_copies_stay_together() -> None:
+    alike = np.array([0] * 40 + list(range(1, 61)))
+    names = ids(100)
+    names[1] = names[0]
+    found = grouped(entries(["a"] * 100), names, alike)
+    assert found.remarks[0].startswith("40 images are alike")
+    assert len(set(found.groups)) == 99
+    assert found.groups[0] == found.groups[1]
+    small = grouped(entries(["a"] * 12), ids(12), np.array([0, 0, 0, *range(1, 10)]))
+    assert small.remarks == ()  # three copies in a small set are still copies
+
+
+def frames(count: int, side: int = 64) -> np.ndarray:
+    """A block that moves over a scene: each frame is nearly the next, and the first is not the last."""
+    scene = np.kron(np.random.default_rng(0).integers(0, 256, (3, 8, 8)), np.ones((8, 8))).astype(np.uint8)
+    result = np.repeat(scene[None], count, axis=0)
+    for number in range(count):
+        left = number * (side - 16) // count
+        result[number, :, 24:40, left : left + 16] = np.array([255, 0, 0])[:, None, None]
+    return result
+
+
+def test_frames_each_like_the_next_are_several_groups_around_one_of_them() -> None:
+    small = np.array([thumbnail(frame) for frame in frames(48)])
+    groups = clusters(ids(48), small, resolution=64)
+    sizes = np.bincount(groups)
+    assert sizes.max() < 40  # a chain would have all of them
+    assert sizes.max() > 1  # neighbours are still found
+    first, last = small[:1], small[-1:]
+    assert groups[0] != groups[-1]
+    assert difference(first, last)[0] > 16
+
+
+def test_dim_and_sparse_images_are_told_apart() -> None:
+    """16-bit images that fill a sixtieth of their range, and stars on black, once all counted as one image."""
+    generator = np.random.default_rng(0)
+    dim = [(np.kron(generator.random((8, 8)), np.ones((8, 8))) * 1000 + 100).astype(np.uint16)[None] for _ in range(20)]
+    stars = np.zeros((20, 1, 256, 256), np.uint8)
+    for field in stars:
+        for y, x in generator.integers(4, 252, (12, 2)):
+            field[0, y - 1 : y + 2, x - 1 : x + 2] = generator.integers(120, 255)
+    for images in (dim, list(stars)):
+        small = np.array([thumbnail(image) for image in images])
+        assert stretched(small).max() > 200
+        assert len(set(clusters(ids(20), small, resolution=64))) == 20
+    bright = np.array([thumbnail(frame) for frame in frames(3)])
+    assert stretched(bright) is bright  # a set that uses its range is compared as it is
