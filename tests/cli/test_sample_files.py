@@ -289,7 +289,7 @@ def test_there_are_as_many_images_as_prompts_unless_fewer_are_wanted(run: Path) 
     prompts = [option for i in range(20) for option in ("--prompt", f"red {i}")]
     result = sampled(run, *prompts, "--out", "all")
     assert len(pixels("all")) == 20
-    assert result.err == ""
+    assert all(line.startswith("note: the captions never contained") for line in result.err.splitlines())
     assert sampled(run, "--out", "sixteen", "--prompt", "red").code == 0
     assert len(pixels("sixteen")) == 16
     result = sampled(run, *prompts, "--num", 18, "--out", "some")

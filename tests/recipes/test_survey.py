@@ -126,7 +126,7 @@ def test_a_few_transparent_images_are_laid_on_the_background_and_said(tmp_path: 
 @pytest.mark.parametrize(("key", "value"), [("channels", 3), ("bits", 8), ("resolution", 16)])
 def test_what_is_set_is_said_to_be_set(key: str, value: int, tmp_path: Path) -> None:
     place = written(tmp_path, "png", "deep gray")
-    reasons = launch._reasons(place, [f"data.{key}={value}"])
+    reasons = launch.reasons(place, [f"data.{key}={value}"])
     said = [reason for reason in reasons if reason.endswith("as set")]
     assert len(said) == 1
     assert re.search(rf"\b{value} (channel|bits|px)", said[0])
@@ -138,8 +138,8 @@ def test_frames_that_are_taken_count(tmp_path: Path) -> None:
     for seed in range(3):
         stack = np.stack([values("deep gray", 10 * seed + page)[..., 0] for page in range(4)])
         tifffile.imwrite(tmp_path / "set" / f"{seed}.tif", stack, photometric="minisblack")
-    assert launch._reasons(str(tmp_path / "set"), ["data.frames=all"])[0].startswith("chosen: 12 pictures")
-    assert launch._reasons(str(tmp_path / "set"), [])[0].startswith("chosen: 3 pictures")
+    assert launch.reasons(str(tmp_path / "set"), ["data.frames=all"])[0].startswith("chosen: 12 pictures")
+    assert launch.reasons(str(tmp_path / "set"), [])[0].startswith("chosen: 3 pictures")
 
 
 @pytest.mark.parametrize(
