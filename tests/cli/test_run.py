@@ -257,7 +257,7 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     figures = json.loads(out.read_text())
     assert [row["name"] for row in figures["rows"]] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2"]
     assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
-    assert f"{figures['classifier_accuracy']:.1%} right on held-out ones" in result.out
+    assert f"{figures['classifier_accuracy']:.1%} right on 291 held-out ones" in result.out
     assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
     assert f"figures: {out}\n" in result.out
     assert figures["adherence_guidance"] == 2

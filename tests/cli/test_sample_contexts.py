@@ -287,7 +287,7 @@ CLOUDS = "give a .npy, .ply, .xyz or .csv of numbers"
     ],
 )
 def test_files_that_are_no_pictures_are_named(run: Path, given: Path, option: str, file: str) -> None:
-    assert_refused(sampled(run, option, file), "cannot be used as a picture: ", where=file, mend=PICTURES)
+    assert_refused(sampled(run, option, file), "cannot be used as an image: ", where=file, mend=PICTURES)
     assert not Path("out").exists()
 
 

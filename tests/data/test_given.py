@@ -58,7 +58,7 @@ def test_reading_warns_of_nothing_and_gives_a_copy(tmp_path: Path) -> None:
 
 def test_an_image_is_premultiplied_and_deep_where_the_model_is(tmp_path: Path) -> None:
     rgba((200, 100, 50), (255, 0, 255)).save(tmp_path / "a.png")
-    found = given_picture(tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, premultiplied=True)
+    found = given_picture(tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, alpha="premultiplied")
     assert torch.equal(found[:3, ~PAINTED], torch.zeros(3, int((~PAINTED).sum())))
     assert (found[:3, PAINTED].T * 255).round().unique(dim=0).tolist() == [[200, 100, 50]]
     Image.fromarray(np.full((SIDE, SIDE), 12_345, np.uint16)).save(tmp_path / "deep.png")

@@ -76,7 +76,9 @@ def test_clipping_makes_a_difference_to_that_model() -> None:
 
 
 def test_clipping_in_latents_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"sampling\.clip: clipping to \[-1, 1\] in latents"):
+    with pytest.raises(
+        ConfigError, match=r"sampling\.clip: clamps guesses of the image to \[-1, 1\], and the model works in latents"
+    ):
         resolve("ddpm", ["autoencoder=OwnAutoencoder"])
     assert not resolve("ddpm", ["autoencoder=OwnAutoencoder", "sampling.clip=false"]).sampling.clip
 

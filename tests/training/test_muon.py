@@ -103,7 +103,9 @@ def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
         assert name in adamw[0]
     for name in ("text.embedding.weight", "text.positions"):
         assert name in adamw[1]
-    assert all(name.endswith("bias") or "norm" in name or name in ("text.embedding.weight", "text.positions") for name in adamw[1])
+    assert all(
+        name.endswith("bias") or "norm" in name or name in ("text.embedding.weight", "text.positions") for name in adamw[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) ->
             gray = name == "doodle"
             read[name] = given_picture(
                 path, channels=1 if gray else channels, height=height, width=width, bits=8 if gray else pipeline.values.bits,
-                premultiplied=not gray and pipeline.values.has_alpha and pipeline.values.alpha == "premultiplied",
+                alpha=pipeline.facts.alpha, value_range=None if gray else pipeline.facts.value_range,
             )  # fmt: skip
     return Asked(**read, **more)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
-from sfumato.config.bounds import FractionBelowOne, Size
+from sfumato.config.bounds import Fraction, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class AttributesConfig:
     """
 
     size: Size = 128
-    dropout: FractionBelowOne = 0.1
-    hidden: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
+    hidden: Fraction = 0.1
 
 
 class AttributesConditioner(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
-from sfumato.config.bounds import FractionBelowOne, Size
+from sfumato.config.bounds import Fraction, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class CategoryConfig:
     """
 
     size: Size = 128
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
 
 class CategoryConditioner(nn.Module):

@@ -48,7 +48,7 @@ class Facts:
     dimensions: int = 0
     augmentation: int = 0
     factor: int = 1
-    bits: int = 8
+    bits: Literal[8, 16] = 8
     value_range: tuple[float, float] | None = None
     alpha: Literal["none", "straight", "premultiplied"] = "straight"
     untrained: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
-from sfumato.config.bounds import Fraction, FractionBelowOne
+from sfumato.config.bounds import Fraction
 from sfumato.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ class DoodleConfig:
     made: Fraction = 0.0
     wobble: Fraction = 0.01
     dropped: Fraction = 0.3
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in (self.made, self.wobble, self.dropped, self.dropout)):

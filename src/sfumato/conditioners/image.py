@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
-from sfumato.config.bounds import Fraction, FractionBelowOne, Size
+from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
 
 
@@ -109,7 +109,7 @@ class ImageConfig:
     """
 
     lost: DegradationConfig = Shrink()
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
 
 class ImageConditioner(nn.Module):
@@ -153,7 +153,7 @@ class ReferenceConfig:
 
     size: Size = 128
     side: Size = 4
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.size < 1:

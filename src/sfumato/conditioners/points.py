@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
-from sfumato.config.bounds import Count, FractionBelowOne, Positive, Size
+from sfumato.config.bounds import Count, Fraction, Positive, Size
 from sfumato.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ class PointsConfig:
     frame: Literal["picture", "own"] = "picture"
     fewest: Count = 64
     splat: SplatConfig | None = None
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
         if min(self.size, self.tokens, self.layers, self.heads, self.fewest) < 1 or self.size % self.heads:

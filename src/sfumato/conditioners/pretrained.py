@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.words import MOST_WORDS, Words
-from sfumato.config.bounds import FractionBelowOne, Size
+from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
 from sfumato.pretrained import from_transformers
 
@@ -48,7 +48,7 @@ class PretrainedTextConfig:
     revision: str | None = None
     length: Size = 77
     size: Size = 128
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words of captions, the most frequent first, at most 50,000."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.words import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, Words
 from sfumato.config import since
-from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, Size
+from sfumato.config.bounds import CountOrZero, Fraction, Size
 from sfumato.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ class WordsConfig:
     heads: Size = 4
     length: Size = 24
     vocabulary: CountOrZero = 20_000
-    dropout: FractionBelowOne = 0.1
+    dropout: Fraction = 0.1
     spelled: Fraction = since(0.02, before=0.0)
     splitting: Splitting = since(ByScript(), before=ByRuns())
 

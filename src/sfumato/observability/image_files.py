@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Values:
     """
 
     channels: int
-    bits: int = 8
+    bits: Literal[8, 16] = 8
     alpha: Alpha = "straight"
     value_range: tuple[float, float] | None = None
 
