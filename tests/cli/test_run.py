@@ -241,7 +241,7 @@ def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: 
         "train", tmp_path / "digits", "budget.steps=2", "data.cache=off", "data.memory_gib=0", *small, "--run", tmp_path / "run"
     )
     assert result.code == 0
-    assert "4 picture(s) left out" in result.err
+    assert "44 files: 40 images used, 4 left out (" in result.err
     assert "\x1b" not in result.err
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert {reject["file"] for reject in data["rejects"]} == {name.replace("\x1b", "\\x1b") for name in bad}
