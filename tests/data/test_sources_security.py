@@ -36,10 +36,10 @@ PICTURE = encoded(noise(8, 8, seed=7))
 @pytest.fixture(autouse=True)
 def nothing_hangs() -> Iterator[None]:
     def give_up(*_: object) -> None:
-        raise AssertionError("still waiting after 20 s")
+        raise AssertionError("still waiting after 120 s")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 20)
+    signal.setitimer(signal.ITIMER_REAL, 120)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -1032,7 +1032,7 @@ def test_bombs_stay_below_a_cap_on_memory(tmp_path: Path) -> None:
     """1.5 GiB above what importing takes, of which threads reserve some; let through, each would need far more."""
     expected = bombs(tmp_path)
     command = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in expected)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-2000:]
     for said, what in zip(result.stdout.splitlines(), expected.values(), strict=True):
         assert re.search(what, said), (said, what)

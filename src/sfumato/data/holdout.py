@@ -14,7 +14,7 @@ from sfumato.data.entry import Entry
 from sfumato.errors import DataError
 
 FEWEST, SMALL_SHARE = 25, 0.2  # images to hold out, if they are no more than a fifth of the set
-MOST = 0.3  # of a set that is held out, unless a larger share is set: chance may pick more of a small one
+MOST = 0.25  # of a set, above which a group of images that stay together is not held out
 LEAST = 4  # images that are held out in any case, if they are no more than a fifth
 ROUGH = (
     12  # images, below which figures on held-out ones are too rough to rely on: at 12, a share's 95 % interval spans 50 points
@@ -80,8 +80,8 @@ def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64
     """The part of each image: "training", "holdout", or ":name" of a hold-out that the source names.
 
     Whole groups are held out whose least id has a hash below `share`, or below the share that 25 images, or a fifth of the set, come to:
-    so that images that are added or removed move no others. A group is passed over if more than three tenths of the set would be held
-    out, or if it is the last of a category to learn from. A hold-out that the source names is what the source says, and exact copies of it.
+    so that images that are added or removed move no others. A group is passed over if it is more than a quarter of the set, or the last
+    of a category to learn from. A hold-out that the source names is what the source says, and exact copies of it.
 
     Raises:
         DataError: if there are fewer than two groups.
@@ -110,7 +110,7 @@ def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64
 def _held(keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float) -> set[int]:
     total = sizes.total()
     threshold = max(share, min(FEWEST / total, SMALL_SHARE))
-    most = max(share, MOST) * total
+    most = max(1, MOST * total)
     least = min(LEAST, int(SMALL_SHARE * total))
     left = Counter(kind for group in keys for kind in kinds[group])
     order = sorted(keys, key=keys.__getitem__)
@@ -119,7 +119,7 @@ def _held(keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str 
     for group in order:
         if keys[group] >= threshold and size >= least:
             break
-        if size + sizes[group] <= most and all(left[kind] > 1 for kind in kinds[group]):
+        if sizes[group] <= most and all(left[kind] > 1 for kind in kinds[group]):
             held.add(group)
             size += sizes[group]
             left.subtract(kinds[group])
