@@ -6,7 +6,8 @@ Each run is trained for the same minutes, and 1,000 samples (20 steps) without g
 pictures: kernel and Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), and the share that a classifier
 trained on the real pictures reads as asked, since a part may make better pictures of the wrong thing; the standard deviation of their
 values, which distances forgive; and its error on held-out pictures at fixed noises, which compares whatever the network predicts. The
-sheet --json is read first, and only what it lacks is run, so that a long table may be made in several sittings. Differences are taken seed by seed; the interval is Student's t.
+sheet --json is read first, and only what it lacks is run, so that a long table may be made in several sittings.
+Differences are taken seed by seed; the interval is Student's t.
 """
 
 from __future__ import annotations
