@@ -14,7 +14,6 @@ from sfumato import __version__, load
 from sfumato.config import load_yaml_file
 from sfumato.data import Digits
 from sfumato.errors import ConfigError
-from sfumato.evaluation import report
 from sfumato.evaluation.classifier import train_classifier
 from sfumato.observability.pictures import GAP
 from sfumato.pipeline import to_unit
@@ -33,6 +32,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 @pytest.fixture
 def run(trained: tuple[Path, Result]) -> Path:
     return trained[0]
+
+
+def train_classifiers_briefly(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Both that an evaluation trains: the one that reads samples, and the one that gives features."""
+    quick = functools.partial(train_classifier, steps=steps)
+    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
 
 
 def settings(path: Path) -> dict:
@@ -157,6 +163,7 @@ def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
 def test_the_network_is_compiled_if_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That the pictures are the same: tests/training/test_compiling.py."""
     compiled = []
+    train_classifiers_briefly(monkeypatch, steps=5)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: compiled.append(type(network).__name__))
     sample = ("sample", run, "--num", 1, "--steps", 1, "--out", tmp_path)
     evaluate = ("evaluate", run, "--num", 10, "--guidance", 1, "--out", tmp_path / "evaluation.json")
@@ -250,7 +257,7 @@ def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: 
 
 
 def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=30))
+    train_classifiers_briefly(monkeypatch, steps=30)
     out = tmp_path / "here" / "figures.json"
     result = sfumato("evaluate", run, "--num", 20, "--guidance", 1, "--guidance", 2, "--out", out)
     assert result.code == 0
@@ -309,7 +316,7 @@ def test_a_run_among_the_pictures_is_no_part_of_them(tmp_path: Path, monkeypatch
 
 
 def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=5))
+    train_classifiers_briefly(monkeypatch, steps=5)
     result = sfumato("evaluate", run, "--num", 10, "--json")
     assert result.code == 0
     assert json.loads(result.out) == json.loads((run / "evaluation" / "evaluation.json").read_text())

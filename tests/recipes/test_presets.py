@@ -13,6 +13,7 @@ from sfumato import config as configuration
 from sfumato.conditioners import Facts
 from sfumato.data import Folder, Listing
 from sfumato.data.entry import Entry, Inline
+from sfumato.data.sources import solids
 from sfumato.diffusion import Linear, LogitNormal, Warped
 from sfumato.errors import ConfigError, DataError
 from sfumato.recipes import launch, resolve
@@ -191,8 +192,11 @@ def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
 
 
 @pytest.mark.parametrize("name", ["digits", "solids"])
-def test_built_in_sets_are_trained_on_by_name(name: str) -> None:
-    """By the recipe of that name, or by what is chosen for them."""
+def test_built_in_sets_are_trained_on_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the recipe of that name, or by what is chosen for them; a few solids stand for all, which take minutes to render."""
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    render = solids._write
+    monkeypatch.setattr(solids, "_write", lambda file, count, size: render(file, count=60, size=8))
     run = launch.resolve(name)
     assert type(run.data.source).__name__ == name.capitalize()
     assert launch.is_preset(name) == (name == "solids")

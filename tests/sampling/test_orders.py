@@ -43,7 +43,7 @@ def error(sampler, oracle, steps: int, warm: bool = True) -> float:
     return float((x - oracle.flow(first, start, levels.at(-1))).square().mean().sqrt())
 
 
-def measured_order(sampler, oracle, steps=(160, 320, 640), warm: bool = True) -> float:
+def measured_order(sampler, oracle, steps=(200, 400), warm: bool = True) -> float:
     errors = [error(sampler, oracle, n, warm) for n in steps]
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
