@@ -47,7 +47,7 @@ def noisy(size: float):
 
 @pytest.fixture
 def rows(digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
     return lambda harm, **options: evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
 
 
@@ -112,7 +112,7 @@ def test_the_first_row_is_real_pictures_and_each_guidance_has_its_own(digits: Da
 
 
 def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
     fake, kept, told = Fake(digits, noisy(0.1)), [], []
     result = evaluate(
         fake, digits, num=30, seed=9, guidances=(1.5,), keep=lambda *given: kept.append(given),
@@ -171,14 +171,14 @@ def test_pictures_without_a_category_are_left_out(
     assert train_classifier(some, some.training, steps=2).name.endswith(
         f"n{int((labels[torch.from_numpy(some.training)] >= 0).sum())}"
     )
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
     held_out, copycat = evaluate(Fake(some, noisy(0.02)), some, num=50).rows
     assert held_out.n == int((labels[torch.from_numpy(some.holdout)] >= 0).sum())
     assert copycat.read_as_asked > 0.95
 
 
 def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions: classifier)
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
@@ -220,3 +220,14 @@ def test_proportions_have_wilsons_interval_and_other_means_the_normal_one() -> N
     assert (half.low, half.high) == wilson(0.5, 4)
     other = Figure.of(torch.tensor([0.0, 0.5, 1.0]))
     assert (other.mean, other.high - other.mean) == pytest.approx((0.5, 1.96 * 0.5 / 3**0.5))
+
+
+def test_a_small_set_is_not_shown_to_the_classifier_thousands_of_times(digits: Dataset) -> None:
+    """It took five minutes for twelve pictures."""
+    shares: list[float] = []
+    few = digits.training[:20]
+    read = train_classifier(digits, few, on_progress=shares.append)
+    assert len(shares) == 200 * 20 // 20
+    assert shares[-1] == 1
+    own, _ = read.read(to_float(digits.images(few)[0]))
+    assert (own == digits.labels[torch.from_numpy(few)]).double().mean() > 0.9

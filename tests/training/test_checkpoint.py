@@ -14,6 +14,7 @@ import torch
 
 from sfumato.errors import CheckpointError
 from sfumato.training import checkpoint
+from sfumato.training.state import Counters
 
 
 class Crash(BaseException):
@@ -219,3 +220,27 @@ def test_state_is_json_that_any_reader_takes_infinities_included(tmp_path) -> No
     read = json.loads((path / "state.json").read_text(), parse_constant=refuse)
     assert [float(value) for value in read["interval"]] == [-math.inf, math.inf]
     assert math.isnan(float(read["facts"]["means"][0]))
+
+
+def test_pruning_leaves_the_newest_sound_checkpoint(tmp_path) -> None:
+    for step, sound in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        checkpoint.save(tmp_path, step=step, state={}, tensors=tensors(1.0), keep=2, sound=sound)
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000005", "step-000000004", "step-000000002"]
+    assert checkpoint.set_diverged_aside(tmp_path) == 2
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000002"]
+    assert (tmp_path / "latest").read_text() == "step-000000002\n"
+    assert sorted(path.name for path in tmp_path.glob("*.diverged")) == ["step-000000004.diverged", "step-000000005.diverged"]
+    checkpoint.save(tmp_path, step=6, state={}, tensors=tensors(1.0), keep=1, sound=True)
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000006"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sound"), [((1.0, 0.5), True), ((0.1, 0.1, 50.0), False), ((0.1, 0.9), True), ((-1.0, 3.0), True)]
+)
+def test_a_loss_far_above_its_least_is_not_sound(losses: tuple[float, ...], sound: bool) -> None:
+    counters = Counters()
+    for loss in losses:
+        counters.follow_loss(loss)
+    assert counters.sound == sound
+    counters.skipped_in_a_row = 1
+    assert not counters.sound

@@ -294,9 +294,26 @@ def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skipped = [line["train/skipped"] for line in lines if "train/skipped" in line]
     assert skipped[:4] == [0, 0, 0, 1]
-    newest = checkpoint.load(checkpoint.paths(tmp_path / "run" / "checkpoints")[0])
+    skipping = max((tmp_path / "run" / "checkpoints").glob("*.diverged"))
+    newest = checkpoint.load(skipping)
     assert all(torch.isfinite(value).all() for value in newest.tensors["model"].values())
     assert newest.state["counters"]["updates"] == 3
+
+
+def test_a_run_that_diverged_goes_on_from_before_its_loss_rose(folder, tmp_path) -> None:
+    """Its checkpoints of overflowing weights lie aside, so that the lower learning rate that is advised has something to learn from."""
+    wild = {"optimizer.learning_rate": 1e6, "budget.steps": 120, "checkpoint.every_steps": 4}
+    with pytest.raises(DivergedError, match=r"resume .* begins at step \d+, before the loss rose"):
+        train(tiny_run(folder), run=tmp_path / "run", overrides=wild)
+    root = tmp_path / "run" / "checkpoints"
+    sound = checkpoint.paths(root)
+    assert sound
+    assert all(checkpoint.load(path).state["counters"]["skipped"] == 0 for path in sound)
+    assert list(root.glob("*.diverged"))
+    resume(tmp_path / "run", overrides={"optimizer.learning_rate": 1e-4, "budget.steps": 24})
+    newest = checkpoint.load(checkpoint.paths(root)[0]).state["counters"]
+    assert newest["step"] == 24
+    assert newest["skipped"] == 0
 
 
 def test_categories_asked_of_flat_data_are_refused(tmp_path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sfumato.data import Dataset
     from sfumato.evaluation import Composition, Evaluation
+    from sfumato.evaluation.classifier import Classifier
     from sfumato.observability.pictures import Alpha
     from sfumato.observability.progress import ProgressBar
     from sfumato.pipeline import Pipeline
@@ -42,7 +43,6 @@ def evaluate(
     from sfumato.data.changes import changes
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
-    from sfumato.evaluation.classifier import train_classifier
     from sfumato.evaluation.report import compared
     from sfumato.observability.pictures import save_png
     from sfumato.observability.places import require_writable
@@ -67,9 +67,9 @@ def evaluate(
     strongest = max(scales)
     target.parent.mkdir(parents=True, exist_ok=True)
     with ProgressBar("evaluating") as bar:
-        reader = train_classifier(dataset, dataset.usual(dataset.training)) if len(dataset.categories) > 1 else None
+        reader = _reader(dataset, bar) if len(dataset.categories) > 1 else None
         result = measure(
-            pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.0, 0.5), reader=reader,
+            pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_share(bar, 0.1, 0.5), reader=reader,
             keep=lambda scale, images, neighbours: _draw_pairs(dataset, scale, images, neighbours, target.parent, pipeline.facts.alpha),
         )  # fmt: skip
         adherence = measure_adherence(
@@ -107,6 +107,18 @@ def evaluate(
             typer.echo(composition_table(rows))
     typer.echo(f"figures: {target}")
     typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+
+
+def _reader(dataset: Dataset, bar: ProgressBar) -> Classifier:
+    """The classifier that reads samples, trained on the run's training images."""
+    from sfumato.evaluation.classifier import train_classifier
+
+    tell = _share(bar, 0.0, 0.1)
+    return train_classifier(
+        dataset,
+        dataset.usual(dataset.training),
+        on_progress=lambda share: tell(share, "training a classifier on the real images"),
+    )
 
 
 def _share(bar: ProgressBar, start: float, stop: float) -> Callable[[float, str], None]:

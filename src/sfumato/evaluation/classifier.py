@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.data import Dataset, to_float
+
+VIEWS, FEWEST_STEPS, SMALLEST_BATCH = 200, 100, 16  # of each picture, enough for a small set; of any training
 
 
 class _Network(nn.Module):
@@ -56,13 +59,25 @@ def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64
 
 
 def train_classifier(
-    dataset: Dataset, positions: NDArray[np.int64], *, seed: int = 0, steps: int = 1500, batch_size: int = 64
+    dataset: Dataset,
+    positions: NDArray[np.int64],
+    *,
+    seed: int = 0,
+    steps: int = 1500,
+    batch_size: int = 64,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Classifier:
     """Train on the pictures at `positions` that have a category, test on such of the held-out part.
 
     Noise and label smoothing keep it from being sure of itself.
+
+    Args:
+        steps, batch_size: at most; fewer where they would show each picture more than 200 times.
+        on_progress: told the share of the steps that are done.
     """
     positions, held_out = (labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout)))
+    batch_size = min(batch_size, max(SMALLEST_BATCH, len(positions)))
+    steps = min(steps, max(FEWEST_STEPS, VIEWS * len(positions) // batch_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(*dataset.image_shape[:2], len(dataset.categories))
@@ -78,6 +93,8 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
+            if on_progress is not None:
+                on_progress((step + 1) / steps)
     network.eval().requires_grad_(False)
     classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}")
     read, _ = classifier.read(to_float(dataset.images(held_out)[0]))

@@ -24,6 +24,7 @@ from sfumato.evaluation.memorization import Neighbours, nearest
 from sfumato.pipeline import Pipeline
 
 LARGEST_TRAINING = 20_000  # pictures that distances are taken to
+LOOKING = 0.2  # share of an evaluation that is over when its features are known, as a progress bar shows it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +140,13 @@ def evaluate(
     trained_on, holdout = compared(dataset)
     has_categories = len(dataset.categories) > 1
     tell = on_progress or (lambda fraction, text: None)
-    tell(0.0, "training a classifier on the real pictures" if has_categories else "looking at the real pictures")
-    eyes = _trained_eyes(dataset, trained_on, reader) if has_categories else _frozen_eyes(dataset, trained_on)
+    looking = "training a classifier on the real pictures" if has_categories else "looking at the real pictures"
+    tell(0.0, looking)
+    eyes = (
+        _trained_eyes(dataset, trained_on, reader, lambda share: tell(LOOKING * share, looking))
+        if has_categories
+        else _frozen_eyes(dataset, trained_on)
+    )
     training, held_out = (to_float(dataset.images(part)[0]) for part in (trained_on[:LARGEST_TRAINING], holdout))
     kinds = max(1, len(dataset.categories))
     each = int(torch.bincount(_kinds(dataset, holdout), minlength=kinds).min())
@@ -150,7 +156,7 @@ def evaluate(
     context, asked = _asked(pipeline, dataset, holdout, num)
     read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
-        tell((number + 0.5) / (len(guidances) + 0.5), f"{num} samples at guidance {guidance:g}")
+        tell(LOOKING + (1 - LOOKING) * number / len(guidances), f"{num} samples at guidance {guidance:g}")
         request = Request.of(read, pipeline.image_shape, num)
         images = pipeline.sample(num, request=request, seed=seed, guidance=guidance, batch_size=100)
         rows.append(judge.row(f"samples, guidance {guidance:g}", images * 2 - 1, asked))
@@ -204,12 +210,14 @@ class _Eyes(NamedTuple):
     reader: Classifier | None
 
 
-def _trained_eyes(dataset: Dataset, trained_on: NDArray[np.int64], reader: Classifier | None) -> _Eyes:
+def _trained_eyes(
+    dataset: Dataset, trained_on: NDArray[np.int64], reader: Classifier | None, on_progress: Callable[[float], None]
+) -> _Eyes:
     """Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from one
     trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples."""
     order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
     seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
-    classifier = train_classifier(dataset, seen)
+    classifier = train_classifier(dataset, seen, on_progress=on_progress)
     labels = _kinds(dataset, reference)
     fewest = int(labels.unique(return_counts=True)[1].min())  # of the categories that this half has
     reference = reference[balanced(labels, fewest).numpy()]

@@ -42,9 +42,19 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
 
 
-def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> Path:
-    """Commit a checkpoint under `root` and prune all but the newest `keep`.
+def save(
+    root: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+    sound: bool = True,
+) -> Path:
+    """Commit a checkpoint under `root` and prune all but the newest `keep`, and the newest sound one.
 
+    Args:
+        sound: whether the loss is where it usually is; where it is not, the weights may have diverged.
     Raises:
         CheckpointError: if it could not be written; what was there before is untouched.
     """
@@ -60,7 +70,9 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
             )
         (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
-        manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "files": files}
+        manifest = {
+            "schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "sound": sound, "files": files,
+        }  # fmt: skip
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in temporary.iterdir():
             _sync(file)
@@ -73,9 +85,43 @@ def save(root: Path, *, step: int, state: Mapping[str, Any], tensors: Mapping[st
             f"could not be written: {error}", where=str(final), mend="free some disk space; earlier checkpoints are intact"
         ) from None
     _point_latest(root, final.name)
-    for old in paths(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(root, keep)
     return final
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints and no longer the newest sound one."""
+    found = paths(root)
+    newest_sound = next(filter(_is_sound, found), None)
+    for old in found[keep:]:
+        if old != newest_sound:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the loss was where it usually is; what says nothing of it is sound."""
+    try:
+        return bool(json.loads((path / "manifest.json").read_text()).get("sound", True))
+    except (OSError, ValueError, AttributeError):
+        return True  # `load` says what is wrong with it
+
+
+def set_diverged_aside(root: Path) -> int | None:
+    """Rename the checkpoints that are newer than the newest sound one to `.diverged`; the step of the sound one, None if there is none."""
+    for path in paths(root):
+        if _is_sound(path):
+            _point_latest(root, path.name)
+            return int(path.name[5:])
+        _set_aside(path, "diverged")
+    return None
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Give a checkpoint a name that is never loaded."""
+    aside = path.with_name(f"{path.name}.{why}")
+    if aside.exists():
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.{why}")
+    return path.rename(aside)
 
 
 def _finite(value: Any) -> Any:
@@ -146,11 +192,7 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     loaded, damaged = _newest_whole(root)
     warnings: list[str] = []
     for path, error in damaged:
-        aside = path.with_name(f"{path.name}.corrupt")
-        if aside.exists():
-            aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
-        path.rename(aside)
-        warnings.append(f"{error} -- kept as {aside.name}; trying the one before")
+        warnings.append(f"{error} -- kept as {_set_aside(path, 'corrupt').name}; trying the one before")
     if loaded is None:
         raise CheckpointError(
             "no usable checkpoint" + "".join(f"; {line}" for line in warnings),

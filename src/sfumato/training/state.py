@@ -15,12 +15,16 @@ from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.task import Learner
 
+LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
+FAR = 10.0  # times the least loss of a run, above which its weights may have diverged
+
 
 @dataclass
 class Counters:
     """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at, `kept` the
     share of the budget at which averages were kept last, `done_s` the second at which each thing that goes by the clock was done last.
-    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the seconds of a pass `pass_s`."""
+    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the seconds of a pass `pass_s`. `loss` is the
+    moving average of the steps' losses, `least_loss` the least that it has been, after the first step."""
 
     step: int = 0
     updates: int = 0
@@ -32,7 +36,21 @@ class Counters:
     kept: float = 0.0
     precision: str = "auto"
     pass_s: float = 0.0
+    loss: float = 0.0
+    least_loss: float = 0.0
     done_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the last step was applied and the loss is not far above what it has been; if not, the weights may have diverged."""
+        return not self.skipped_in_a_row and (self.least_loss <= 0 or self.loss <= FAR * self.least_loss)
+
+    def follow_loss(self, loss: float) -> None:
+        """Count an update, and the loss of the step that it came from."""
+        self.loss = self.loss + LOSS_RATE * (loss - self.loss) if self.updates else loss
+        self.least_loss = min(self.loss, self.least_loss) if self.updates else loss
+        self.updates += 1
+        self.skipped_in_a_row = 0
 
 
 @dataclass

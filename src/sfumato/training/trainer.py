@@ -258,8 +258,7 @@ class Trainer:
         if applied:
             for learner in state.learners:
                 learner.step(counters.updates, self._spent())
-            counters.updates += 1
-            counters.skipped_in_a_row = 0
+            counters.follow_loss(loss)
             follow(state.average, state.model, config.ema, counters.updates)
             for profile, kept in state.kept.items():
                 follow(kept, state.model, profile, counters.updates)
@@ -270,12 +269,20 @@ class Trainer:
         counters.step += 1
         counters.samples_seen += config.batch_size
         if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise DivergedError(
-                f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
-                where=f"step {counters.step}",
-                mend="lower optimizer.learning_rate, or set precision=float32; the last checkpoint is intact",
-            )
+            self._give_up()
         return StepResult(loss, outcome, norms, applied)
+
+    def _give_up(self) -> None:
+        """Raise DivergedError; what was saved since the loss rose far above its least is set aside, so that resuming begins before."""
+        sound = checkpoint.set_diverged_aside(self.directory.checkpoints)
+        start = (
+            "" if sound is None else f"; `sfumato resume {self.directory.root}` begins at step {sound}, before the loss rose"
+        )
+        raise DivergedError(
+            f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
+            where=f"step {self.state.counters.step}",
+            mend=f"lower optimizer.learning_rate, or set precision=float32{start}",
+        )
 
     def _backward(self, batch: Batch, dtype: torch.dtype) -> Outcome:
         """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
@@ -342,6 +349,7 @@ class Trainer:
             },
             tensors=self.state.tensors(),
             keep=self.config.checkpoint.keep,
+            sound=self.state.counters.sound,
         )
 
     def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
