@@ -273,3 +273,24 @@ def test_hold_outs_named_beside_each_picture(tmp_path: Path) -> None:
         assert scenes(dataset, dataset.named_holdouts[name]) == {f"{number:03d}" for number in numbers}
         assert len(dataset.named_holdouts[name]) == 5 * 3  # with their exact copies
     assert straddling(dataset) == set()
+
+
+def nuclei(seed: int) -> Image.Image:
+    """Some hundred small blobs spread evenly, whose means over an eighth of the side tell nothing."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:128, :128]
+    values = sum(np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 8) for cx, cy in rng.uniform(0, 128, (250, 2)))
+    return Image.fromarray((8 * values).round().astype(np.uint8))
+
+
+def test_fields_of_many_small_things_are_copies_only_of_what_shows_the_same_ones(tmp_path: Path) -> None:
+    """28 different microscope fields were called copies of one."""
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(encoded(nuclei(number)))
+    (tmp_path / "bright.png").write_bytes(encoded(Image.new("L", (128, 128), 230)))  # so that the set's range is whole
+    (tmp_path / "3 again.jpg").write_bytes(encoded(nuclei(3), "JPEG", quality=95))
+    dataset = index(DataConfig(source=Folder(str(tmp_path)), resolution=128, channels=1))
+    groups: dict[int, list[str]] = {}
+    for entry, group in zip(dataset.entries, dataset.clusters, strict=True):
+        groups.setdefault(int(group), []).append(entry.name)
+    assert sorted(sorted(names) for names in groups.values() if len(names) > 1) == [["3 again.jpg", "3.png"]]

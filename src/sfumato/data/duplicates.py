@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ALGORITHM = 3  # raised when the same pictures come to form other groups
+ALGORITHM = 4  # raised when the same pictures come to form other groups
 SIDE = 32
 SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12
 FLAT = 6.0  # of 255: below this contrast, noise is not stretched
+BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
 # Measured on 20,000 CIFAR-10 pictures and 4,495 emoji with planted copies (docs/data.md).
 LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87  # of signatures, for a closer look, and for one after alignment
 LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
@@ -124,7 +125,7 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
     kept = asked = np.arange(len(thumbnails))
     while len(asked):
         near = kept[_neighbours(values[kept], np.searchsorted(kept, asked))]
-        found = [part[_alike(thumbnails, part, correlation)] for part, correlation in _related(values, near)]
+        found = [part[_alike(thumbnails, part, correlation)] for part, correlation in _related(thumbnails, values, near)]
         pairs = np.concatenate([pairs, *found])
         kept, asked = _crowded(components(len(thumbnails), pairs), kept)
     return pairs
@@ -165,14 +166,27 @@ def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int6
     return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
 
 
-def _related(signatures: Floats, pairs: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+def _related(
+    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """The pairs worth a closer look and the correlations of their signatures, some at a time."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
         first, second = signatures[part[:, 0]], signatures[part[:, 1]]
         correlation = (first * second).sum(1) / (np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6)
-        correlation[(np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1)] = 1  # both flat
+        flat = np.flatnonzero((np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1))
+        correlation[flat] = _fine_correlation(*(thumbnails[part[flat, column]] for column in (0, 1)))
         chosen = correlation > LEAST_CORRELATION
         yield part[chosen], correlation[chosen]
+
+
+def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
+    """Of the pixels of thumbnails (n, 32, 32, 3) that coarse means do not tell apart, such as fields of many small things; 1 where both
+    are blank."""
+    a, b = _centred(first), _centred(second)
+    powers = _power(a)[:, 0, 0, 0], _power(b)[:, 0, 0, 0]
+    correlation: Floats = (a * b).mean((1, 2, 3)) / np.sqrt(powers[0] * powers[1] + 1e-6)
+    correlation[np.maximum(*powers) < BLANK**2] = 1
+    return correlation
 
 
 def _alike(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation: Floats) -> NDArray[np.bool_]:
