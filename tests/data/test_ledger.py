@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from encoded import encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sfumato
 from sfumato.data import DataConfig, Folder, Listing, index, source_at
-from sfumato.data.ledger import Ledger
+from sfumato.data.ledger import CHANGES, Ledger, change
 from sfumato.data.sources.layout import Layout
 from sfumato.data.splits import HELD_OUT, TRAIN, held_out_files, split_of
 from sfumato.data.texts import Texts
@@ -366,3 +368,13 @@ def test_the_account_names_what_decoding_refused_and_balances(tmp_path: Path) ->
     assert ledger.used == 4
     assert ledger.line().startswith("6 files: 4 images used, 2 left out (")
     assert json.dumps(ledger.plain())
+
+
+def test_everything_that_decoding_notes_is_said_in_words() -> None:
+    """ "20 values outside range" were 20 images."""
+    source = "".join(path.read_text() for path in (Path(sfumato.__file__).parent / "data").rglob("*.py"))
+    noted = set(re.findall(r'notes\.append\("(\w+)"\)', source))
+    assert len(noted) > 8
+    assert noted <= set(CHANGES)
+    assert change("upscaled", ["a.png"]) == "smaller than what is trained, and enlarged: 1 image, e.g. a.png"
+    assert change("upscaled", ["a.png", "b.png"]).endswith(": 2 images, e.g. a.png")

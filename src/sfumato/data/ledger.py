@@ -10,6 +10,32 @@ from typing import Any
 from sfumato.data.entry import Listing, Reject
 
 REASONS_SHOWN, NAMES_KEPT = 3, 1000
+CHANGES = {
+    "animated_first_frame_used": "several frames, of which the first is used",
+    "cmyk_converted": "converted from CMYK to RGB",
+    "exif_damaged": "damaged EXIF data, so that the orientation is not known",
+    "exif_rotated": "turned upright by the orientation tag",
+    "icc_converted_to_srgb": "converted from a colour profile to sRGB",
+    "icc_profile_ignored": "a colour profile that cannot be read and is ignored",
+    "no_alpha": "2 or 4 channels, none of which is alpha",
+    "palette_converted": "converted from a palette",
+    "sixteen_bit_reduced": "reduced from 16 bits to 8",
+    "transparency_filled": "transparent somewhere, and laid on data.background",
+    "upscaled": "smaller than what is trained, and enlarged",
+    "values_outside_range": "values outside data.range, which are cut off",
+}  # what decoding does to images, by note
+
+
+def _singular(kind: str) -> str:
+    """One of "files of the system" is a file of the system."""
+    first, *rest = kind.split(" ")
+    return " ".join([first.removesuffix("s"), *rest])
+
+
+def change(note: str, names: Sequence[str]) -> str:
+    """What was done to images, with an example."""
+    count = f"{len(names):,} image{'s' if len(names) > 1 else ''}"
+    return f"{CHANGES.get(note, note.replace('_', ' '))}: {count}, e.g. {names[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +77,7 @@ class Ledger:
     def line(self) -> str:
         """One line for a person."""
         said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
-        said += [f"{count:,} {kind}" for kind, count in self.beside.items()]
+        said += [f"{count:,} {_singular(kind) if count == 1 else kind}" for kind, count in self.beside.items()]
         if self.left_out:
             said.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
         return ", ".join(said)

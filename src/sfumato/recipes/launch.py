@@ -19,6 +19,7 @@ from sfumato.data import Dataset, Listing, files, index, source_at
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.frames import framed
 from sfumato.data.holdout import ROUGH
+from sfumato.data.ledger import change
 from sfumato.data.sources.find import BUILT_IN
 from sfumato.data.values import MAX_BANDS
 from sfumato.elsewhere import refuse_diffusers
@@ -206,7 +207,7 @@ def open_data(run: Run) -> Dataset:
         if len(dataset.rejects) > REJECTS_SHOWN:
             bar.say(f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json")
         for kind, names in dataset.notes.items():
-            bar.say(f"{len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}")
+            bar.say(change(kind, names))
         groups = np.bincount(dataset.clusters)
         if (groups > 1).any():
             bar.say(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfumato.config.bounds import InnerFraction
+from sfumato.config.bounds import FractionBelowOne, InnerFraction
 from sfumato.errors import ConfigError
 
 LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training counts alike
@@ -54,7 +54,7 @@ class PowerEMA:
 class FixedEMA:
     """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step)."""
 
-    rate: InnerFraction = 0.9999
+    rate: FractionBelowOne = 0.9999
 
     def decay(self, step: int) -> float:
         return min(self.rate, (1 + step) / (10 + step))
