@@ -288,7 +288,7 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     assert "no categories, so that samples are not read by a classifier; Fréchet distances to " in result.out
     assert "held-out real pictures" in result.out
     assert "note: only " in result.out
-    assert "a Fréchet distance is not given" in result.out
+    assert "a Fréchet distance is not given for" in result.out
     assert "rank of its own picture" in result.out
     assert Image.open(run / "evaluation" / "asked-by-text.png").size
     assert sfumato("explain", run).code == 0  # though there are no categories to draw

@@ -182,10 +182,21 @@ def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier:
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
-        "a Fréchet distance is not given: it would be taken of 20 images, and below 30 it mostly measures their number"
+        "a Fréchet distance is not given for held-out real pictures and samples, guidance 1: it would be taken of 20 images, "
+        "and below 30 it mostly measures their number"
     ]
     copies = result.rows[1]
     assert copies.copies_interval == wilson(copies.copies, 20)
+
+
+def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+    """Samples are asked for what held-out pictures are, which may be few of a category."""
+    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    zeros = torch.zeros(50, dtype=torch.long)
+    monkeypatch.setattr(report, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
+    result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
+    assert [row.frechet is None for row in result.rows] == [False, True]
+    assert result.remarks[-1].startswith("a Fréchet distance is not given for samples, guidance 1: it would be taken of 5 images")
 
 
 def test_one_held_out_picture_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,18 +169,21 @@ def evaluate(
         classifier_accuracy=eyes.reader.held_out_accuracy if eyes.reader else None,
         training=len(training),
         rows=rows,
-        remarks=_remarks(len(holdout), min(rows[0].frechet_n, len(eyes.reference))),
+        remarks=_remarks(len(holdout), rows, len(eyes.reference)),
     )
 
 
-def _remarks(held_out: int, frechet_n: int) -> list[str]:
+def _remarks(held_out: int, rows: Sequence[Row], reference: int) -> list[str]:
     """What too few images mean for the figures."""
     found = []
     if held_out < FEWEST:
         found.append(f"only {held_out} images are held out: every figure in their row may be far off by chance")
-    if frechet_n < FEWEST:
+    without = [row for row in rows if row.frechet is None]
+    if without:
+        fewest = min(reference, *(row.frechet_n for row in without))
         found.append(
-            f"a Fréchet distance is not given: it would be taken of {frechet_n} images, and below {FEWEST} it mostly measures their number"
+            f"a Fréchet distance is not given for {' and '.join(row.name for row in without)}: it would be taken of {fewest} images, "
+            f"and below {FEWEST} it mostly measures their number"
         )
     return found
 
