@@ -196,7 +196,9 @@ def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classi
     monkeypatch.setattr(report, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]
-    assert result.remarks[-1].startswith("a Fréchet distance is not given for samples, guidance 1: it would be taken of 5 images")
+    assert result.remarks[-1].startswith(
+        "a Fréchet distance is not given for samples, guidance 1: it would be taken of 5 images"
+    )
 
 
 def test_one_held_out_picture_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
