@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ALGORITHM = 4  # raised when the same pictures come to form other groups
+ALGORITHM = 4  # raised when a change regroups images
 SIDE = 32
 SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12

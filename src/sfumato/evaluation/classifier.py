@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.data import Dataset, to_float
 
-VIEWS, FEWEST_STEPS, SMALLEST_BATCH = 200, 100, 16  # of each picture, enough for a small set; of any training
+VIEWS = 200  # of each image, enough for a small set
+FEWEST_STEPS, SMALLEST_BATCH = 100, 16
 
 
 class _Network(nn.Module):
@@ -72,7 +73,7 @@ def train_classifier(
     Noise and label smoothing keep it from being sure of itself.
 
     Args:
-        steps, batch_size: at most; fewer where they would show each picture more than 200 times.
+        steps, batch_size: upper limits; a small set gets fewer, so that each image is seen about 200 times.
         on_progress: told the share of the steps that are done.
     """
     positions, held_out = (labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout)))

@@ -140,7 +140,7 @@ def evaluate(
     trained_on, holdout = compared(dataset)
     has_categories = len(dataset.categories) > 1
     tell = on_progress or (lambda fraction, text: None)
-    looking = "training a classifier on the real pictures" if has_categories else "looking at the real pictures"
+    looking = "training a classifier on the real images" if has_categories else "extracting features of the real images"
     tell(0.0, looking)
     eyes = (
         _trained_eyes(dataset, trained_on, reader, lambda share: tell(LOOKING * share, looking))
