@@ -1,6 +1,5 @@
 """Does a prompt lie within the captions? Seen, never together, unseen words; and what captions tell about themselves."""
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
