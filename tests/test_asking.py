@@ -31,7 +31,7 @@ def said(pipeline: Pipeline, error: type[SfumatoError] = ConfigError, **asked: A
     with pytest.raises(error) as caught:
         request_of(pipeline, **asked)
     assert caught.value.where == "sample"
-    assert caught.value.mend
+    assert caught.value.hint
     return str(caught.value)
 
 

@@ -122,7 +122,7 @@ def said(pipeline: Pipeline, error: type[Exception], **asked: object) -> str:
 
 def test_an_unknown_category_names_the_nearest(pipeline: Pipeline) -> None:
     assert said(pipeline, ConfigError, category="two wrods") == (
-        "sample: no category 'two wrods'\n  mend: did you mean 'two words'? the model knows 0, 1, two words, 10"
+        "sample: no category 'two wrods'\n  hint: did you mean 'two words'? the model knows 0, 1, two words, 10"
     )
     assert "no category '7'" in said(pipeline, ConfigError, category=["0", 7])
     assert "no category ''" in said(pipeline, ConfigError, category="")
@@ -138,7 +138,7 @@ def test_a_model_without_categories_says_so() -> None:
 
 def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:
     assert said(pipeline, ConfigError, sampler="huen").startswith(
-        "sample: no sampler 'huen'\n  mend: did you mean 'heun'? there are ddim, ddpm, euler, "
+        "sample: no sampler 'huen'\n  hint: did you mean 'heun'? there are ddim, ddpm, euler, "
     )
 
 
@@ -146,7 +146,7 @@ def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:
     ("asked", "error"), [({"num": 0}, ShapeError), ({"batch_size": 0}, ShapeError), ({"steps": 0}, ScheduleError)]
 )
 def test_nothing_to_do_is_refused(pipeline: Pipeline, asked: dict[str, int], error: type[Exception]) -> None:
-    assert "mend: " in said(pipeline, error, **asked)
+    assert "hint: " in said(pipeline, error, **asked)
 
 
 def test_an_interval_from_high_to_low_is_refused(pipeline: Pipeline) -> None:

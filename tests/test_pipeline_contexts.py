@@ -429,4 +429,4 @@ def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: Ask
     for ends in ((TEXT, last), (last, TEXT)):
         with pytest.raises((ConfigError, ShapeError), match=words) as caught:
             two.between(num, *ends)
-        assert caught.value.mend
+        assert caught.value.hint

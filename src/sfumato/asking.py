@@ -133,7 +133,7 @@ def require_context(guidance: float | Mapping[str, float], reads: Collection[str
             raise ConfigError(
                 f"guidance {scale:g} has nothing to act on: {lacks}",
                 where="sample",
-                mend=f"give {' or '.join(ways)}, or leave guidance out" if ways else "leave guidance out",
+                hint=f"give {' or '.join(ways)}, or leave guidance out" if ways else "leave guidance out",
             )
 
 
@@ -187,23 +187,23 @@ def _check_read(asked: Asked, conditioner: Joint) -> None:
             raise ConfigError(
                 f"the model does not read {field.name}",
                 where="sample",
-                mend=f"it is steered by {', '.join(steers) or 'nothing'}; train with conditioner.{name} to change that",
+                hint=f"it is steered by {', '.join(steers) or 'nothing'}; train with conditioner.{name} to change that",
             )
     if asked.strength is not None and not 0 <= asked.strength <= 1:
-        raise ConfigError(f"strength {asked.strength}", where="sample", mend="use 0 (the picture as it is) to 1 (a new one)")
+        raise ConfigError(f"strength {asked.strength}", where="sample", hint="use 0 (the picture as it is) to 1 (a new one)")
     if asked.image is None and (asked.mask is not None or asked.strength is not None):
-        raise ConfigError("a mask or a strength without a picture", where="sample", mend="give `image` too")
+        raise ConfigError("a mask or a strength without a picture", where="sample", hint="give `image` too")
     if asked.image is not None and asked.mask is None and asked.strength is None and "image" not in steers:
         raise ConfigError(
             "nothing is said of what to do with the picture",
             where="sample",
-            mend="give a strength from 0 to 1 to start from it, or a mask to paint anew a part of it",
+            hint="give a strength from 0 to 1 to start from it, or a mask to paint anew a part of it",
         )
 
 
 def _cycled(values: list[Any], num: int, what: str) -> list[Any]:
     if not values:
-        raise ConfigError(f"an empty list of {what}", where="sample", mend="name at least one, or None for none")
+        raise ConfigError(f"an empty list of {what}", where="sample", hint="name at least one, or None for none")
     return [values[i % len(values)] for i in range(num)]
 
 
@@ -215,7 +215,7 @@ def _categories(category: str | int | Sequence[str | int], facts: Facts, num: in
             raise ConfigError(
                 f"category {name!r} was never trained: all of its images are held out",
                 where="sample",
-                mend=f"choose among {', '.join(known[:20])}; or train with more images of it",
+                hint=f"choose among {', '.join(known[:20])}; or train with more images of it",
             )
         if name not in known:
             raise _unknown("category", name, known)
@@ -225,7 +225,7 @@ def _categories(category: str | int | Sequence[str | int], facts: Facts, num: in
 def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return ConfigError(f"no {what} {name!r}", where="sample", mend=f"{hint}the model knows {', '.join(known[:20])}")
+    return ConfigError(f"no {what} {name!r}", where="sample", hint=f"{hint}the model knows {', '.join(known[:20])}")
 
 
 def _attributes(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
@@ -234,7 +234,7 @@ def _attributes(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
         if name not in known:
             raise _unknown("attribute", name, known)
         if not math.isfinite(value):
-            raise ConfigError(f"attribute {name} = {value}", where="sample", mend="use a finite number")
+            raise ConfigError(f"attribute {name} = {value}", where="sample", hint="use a finite number")
         values[known.index(name)] = value
     return values
 
@@ -271,11 +271,11 @@ def _pictures(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -
     images = given[None] if given.ndim == 3 else given
     if images.ndim != 4 or images.shape[1] != shape[0] or not len(images) or min(images.shape[2:]) < 1:
         raise ShapeError(
-            f"a {what} of shape {tuple(given.shape)}", where="sample", mend=f"give ({shape[0]}, H, W), or several of them"
+            f"a {what} of shape {tuple(given.shape)}", where="sample", hint=f"give ({shape[0]}, H, W), or several of them"
         )
     images = images.float().cpu()
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise ShapeError(f"a {what} with values outside [0, 1]", where="sample", mend="divide 8-bit pixels by 255")
+        raise ShapeError(f"a {what} with values outside [0, 1]", where="sample", hint="divide 8-bit pixels by 255")
     if tuple(images.shape[2:]) != shape[1:]:
         images = F.interpolate(images, size=shape[1:], mode="bilinear", antialias=True).clamp(0, 1)
     return torch.stack(_cycled(list(images * 2 - 1), num, what))
@@ -288,10 +288,10 @@ def _clouds(given: Tensor | Sequence[Tensor], dimensions: int, num: int) -> Tens
         if cloud.ndim != 2 or cloud.shape[1] != dimensions or not 1 <= len(cloud) <= MOST_POINTS:
             raise ShapeError(
                 f"a point cloud of shape {tuple(cloud.shape)}", where="sample",
-                mend=f"give N x {dimensions} with N from 1 to {MOST_POINTS}, as the model was trained on",
+                hint=f"give N x {dimensions} with N from 1 to {MOST_POINTS}, as the model was trained on",
             )  # fmt: skip
         if not cloud.isfinite().all():
-            raise ShapeError("a point cloud with values that are not finite", where="sample", mend="leave those points out")
+            raise ShapeError("a point cloud with values that are not finite", where="sample", hint="leave those points out")
     most = max((len(cloud) for cloud in clouds), default=1)
     padded = [torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)]) for cloud in clouds]
     return torch.stack(_cycled(padded, num, "point clouds"))

@@ -51,7 +51,7 @@ class Condition:
         if mine.keys() != theirs.keys():
             raise ShapeError(
                 f"two conditions fill different slots: {sorted(mine) or ['none']} and {sorted(theirs) or ['none']}",
-                mend="make both with the same conditioner (its `null` gives the empty context)",
+                hint="make both with the same conditioner (its `null` gives the empty context)",
             )
         return Condition(**{name: function(slot, theirs[name]) for name, slot in mine.items()})
 
@@ -159,7 +159,7 @@ class ContextSizes:
         """
         if self.tokens and other.tokens and self.tokens != other.tokens:
             raise ShapeError(
-                f"tokens of {self.tokens} and {other.tokens} channels", mend="give both conditioners one token size"
+                f"tokens of {self.tokens} and {other.tokens} channels", hint="give both conditioners one token size"
             )
         return ContextSizes(
             vector=self.vector + other.vector, tokens=self.tokens or other.tokens, spatial=self.spatial + other.spatial

@@ -29,6 +29,6 @@ def refuse_diffusers(folder: Path) -> None:
         raise RunError(
             f"holds a diffusers model ({found}), which sfumato cannot train or sample yet",
             where=str(folder),
-            mend="use diffusers for it until a later version of sfumato loads such folders; "
-            "its autoencoder can be used today: autoencoder.kind=PretrainedAutoencoder autoencoder.path=FOLDER/vae",
+            hint="use diffusers for it until a later version of sfumato loads such folders; "
+            "its autoencoder can be used today: autoencoder.kind=pretrained autoencoder.path=FOLDER/vae",
         )

@@ -1,6 +1,6 @@
-"""The errors a person is meant to read: each says what is wrong, where, and how to mend it.
+"""The errors a person is meant to read: each says what is wrong, where, and how to fix it.
 
-Nothing else belongs here. Every message that is the user's to mend is a `SfumatoError`; the command line prints it without
+Nothing else belongs here. Every message that is the user's to fix is a `SfumatoError`; the command line prints it without
 a traceback and exits with the class's `exit_code`.
 """
 
@@ -18,16 +18,16 @@ def without_secrets(text: str) -> str:
 
 
 class SfumatoError(Exception):
-    """An error with a remedy: `what` happened, `where`, and `mend`, the next thing to do."""
+    """An error with a remedy: `what` happened, `where`, and `hint`, the next thing to do."""
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         what, where = without_secrets(what), without_secrets(where)
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.hint = what, where, hint
         lines = [f"{where}: {what}" if where else what]
-        if mend:
-            lines.append(f"  mend: {mend}")
+        if hint:
+            lines.append(f"  hint: {hint}")
         super().__init__("\n".join(lines))
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sfumato.asking import Asked, Request, settled
 from sfumato.autoencoders import Autoencoder, Pixels
 from sfumato.conditioners import Facts, Joint
+from sfumato.config import named
 from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.diffusion import (
     Angle,
@@ -31,15 +32,17 @@ from sfumato.diffusion import (
     NoiseLevel,
     ParameterizationConfig,
     Rung,
-    ScheduleConfig,
+    Schedule,
     Steered,
     UnitVariance,
     require_schedule,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
+from sfumato.networks import Backbone
 from sfumato.nn.compiling import compile_in_place
 from sfumato.observability.image_files import Values
 from sfumato.sampling import (
+    SAMPLERS,
     BetweenNoise,
     DPMSolverPP2M,
     KeyedNoise,
@@ -80,8 +83,8 @@ class SamplingConfig:
         clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models of pixels.
     """
 
-    sampler: SamplerConfig = DPMSolverPP2M()
-    schedule: ScheduleConfig = Linear()
+    sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
+    schedule: Schedule = Linear()
     steps: Count = 25
     guidance: Finite = 1.0
     interval: tuple[Limit, Limit] = (-math.inf, math.inf)
@@ -92,7 +95,7 @@ class SamplingConfig:
             raise ConfigError(
                 f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
                 where="sampling",
-                mend="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
+                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
             )
         require_schedule(self.schedule, where="sampling.schedule")
 
@@ -104,11 +107,11 @@ class Model(nn.Module):
         auxiliary: what is trained beside them and is of no use afterwards; empty in a model that was loaded.
     """
 
-    network: nn.Module
+    network: Backbone
     conditioner: Joint
 
     def __init__(
-        self, network: nn.Module, conditioner: Joint, config: DenoiserConfig, auxiliary: nn.Module | None = None
+        self, network: Backbone, conditioner: Joint, config: DenoiserConfig, auxiliary: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
@@ -244,7 +247,7 @@ class Pipeline:
             ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
         """
         if num < 1 or batch_size < 1:
-            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", mend="ask for at least 1")
+            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", hint="ask for at least 1")
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         if request is None:
             request = settled(asked or Asked(), self.model.conditioner, self.facts, self.image_shape, num)
@@ -306,7 +309,7 @@ class Pipeline:
             ConfigError, ShapeError: as `sample`, and for a picture to start from.
         """
         if num < 1:
-            raise ShapeError(f"{num} pictures", where="sample", mend="ask for at least 1")
+            raise ShapeError(f"{num} pictures", where="sample", hint="ask for at least 1")
         device = next(self.model.parameters()).device
         conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
         requests = [
@@ -316,7 +319,7 @@ class Pipeline:
             raise ConfigError(
                 "a strength or a mask on the way between pictures",
                 where="sample",
-                mend="leave them out: the way begins in noise",
+                hint="leave them out: the way begins in noise",
             )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         given = {name for request in requests for name in request.given}
@@ -353,7 +356,7 @@ class Pipeline:
             raise ConfigError(
                 "clipping in latents, whose values have no bounds",
                 where="sample",
-                mend="leave clip out: it is for models of pixels",
+                hint="leave clip out: it is for models of pixels",
             )
         return clip
 
@@ -366,7 +369,7 @@ class Pipeline:
                 raise ConfigError(
                     f"guidance {name} = {scale}",
                     where="sample",
-                    mend=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
+                    hint=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
                 )
         return {name: given.get(name, self.sampling.guidance) for name in names}
 
@@ -376,7 +379,7 @@ class Pipeline:
         if all(scales[name] == 1 for name in asked):
             if part.negative is not None:
                 raise ConfigError(
-                    "a negative prompt without guidance", where="sample", mend="give a guidance above 1, such as 3"
+                    "a negative prompt without guidance", where="sample", hint="give a guidance above 1, such as 3"
                 )
             return ()
         self._require_trained_absence(asked, scales, negative=part.negative is not None)
@@ -401,7 +404,7 @@ class Pipeline:
                 f"guidance leads away from samples without {' and '.join(never)}, which training never saw: it was trained with "
                 f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
                 where="sample",
-                mend="leave guidance at 1, or train with a dropout such as 0.1",
+                hint="leave guidance at 1, or train with a dropout such as 0.1",
             )
 
     def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
@@ -410,7 +413,7 @@ class Pipeline:
             return plain
         if not interval[0] < interval[1]:
             raise ConfigError(
-                f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", mend="name the lower one first"
+                f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", hint="name the lower one first"
             )
         guided = ClassifierFree(denoiser=plain, rungs=rungs)
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
@@ -449,7 +452,7 @@ def _finite(made: Tensor, first: int) -> Tensor:
         raise NonFiniteError(
             f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is image {first + bad[0]})",
             where="sample",
-            mend="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
+            hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
         )
     return made
 

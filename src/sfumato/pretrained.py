@@ -17,7 +17,7 @@ def from_transformers(kind: str, place: str, *, where: str, revision: str | None
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise ConfigError("needs the package transformers", where=where, mend="pip install 'sfumato[text]'") from None
+        raise ConfigError("needs the package transformers", where=where, hint="pip install 'sfumato[text]'") from None
     try:
         return getattr(transformers, kind).from_pretrained(
             place, revision=revision or "main", trust_remote_code=False, **settings
@@ -26,5 +26,5 @@ def from_transformers(kind: str, place: str, *, where: str, revision: str | None
         raise ConfigError(
             f"cannot be loaded: {' '.join(str(error).split())[:300]}",
             where=f"{where} = {place}",
-            mend="name a folder with config.json, model.safetensors and, for texts, a tokenizer, or a model on a hub that can be reached",
+            hint="name a folder with config.json, model.safetensors and, for texts, a tokenizer, or a model on a hub that can be reached",
         ) from None

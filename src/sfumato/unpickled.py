@@ -30,13 +30,13 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
     try:
         data = source.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(source), mend="install its package again") from None
+        raise CheckpointError(f"cannot be read: {error}", where=str(source), hint="install its package again") from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise CheckpointError(
             f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
             where=str(source),
-            mend="install its package again; a pickled file is read only if it is known, since reading one can run code",
+            hint="install its package again; a pickled file is read only if it is known, since reading one can run code",
         )
     command = [sys.executable, "-P", "-m", "sfumato.unpickled", str(target)]
     kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
@@ -44,7 +44,7 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
         done = subprocess.run(command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         raise CheckpointError(
-            f"was not converted within {LIMIT_S} s", where=str(source), mend="is the disk slow or full?"
+            f"was not converted within {LIMIT_S} s", where=str(source), hint="is the disk slow or full?"
         ) from None
     if done.returncode:
         raise CheckpointError(f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}", where=str(source))

@@ -91,7 +91,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert result.out == ""
     assert result.err == (
         "error: train: 'digit' is no recipe, YAML file or folder\n"
-        "  mend: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or file must exist\n"
+        "  hint: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or file must exist\n"
     )
 
 
@@ -129,8 +129,8 @@ def test_a_traceback_is_for_debug_only_and_debug_may_stand_anywhere() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (DivergedError("it diverged", mend="lower the rate"), 3, "error: it diverged\n  mend: lower the rate\n"),
-        (RuntimeError("odd"), 1, "error: RuntimeError: odd\n  mend: run again with --debug and report it\n"),
+        (DivergedError("it diverged", hint="lower the rate"), 3, "error: it diverged\n  hint: lower the rate\n"),
+        (RuntimeError("odd"), 1, "error: RuntimeError: odd\n  hint: run again with --debug and report it\n"),
         (
             ConfigError("bad \x1b]0;owned\x07 name"),
             2,
@@ -168,14 +168,14 @@ def test_show_prints_a_configuration_that_reads_back(tmp_path: Path) -> None:
 
 def test_a_yaml_file_builds_on_its_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: Karras, rho: 5}}\n")
+    path.write_text("recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: karras, rho: 5}}\n")
     assert sfumato("config", "diff", "digits", path).out.splitlines() == [
         "budget.steps: None -> 7",
         "budget.minutes: 1.0 -> None",
         "name: digits -> mine",
-        "objective.schedule.kind: Warped -> Karras",
-        "objective.schedule.schedule.kind: Linear -> (absent)",
-        "objective.schedule.warp.kind: LogitNormal -> (absent)",
+        "objective.schedule.kind: warped -> Karras",
+        "objective.schedule.schedule.kind: linear -> (absent)",
+        "objective.schedule.warp.kind: logit-normal -> (absent)",
         "objective.schedule.warp.mean: 0.0 -> (absent)",
         "objective.schedule.warp.std: 1.0 -> (absent)",
         "objective.schedule.sigma_min: (absent) -> 0.002",
@@ -321,7 +321,7 @@ def test_sources_that_are_none(tmp_path: Path, source: str, said: str) -> None:
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path, verb: str) -> None:
     result = sfumato(verb, tmp_path)
     assert result.code == 2
-    assert "is no run: it holds no config.yaml\n  mend: name a folder that `sfumato train` made\n" in result.err
+    assert "is no run: it holds no config.yaml\n  hint: name a folder that `sfumato train` made\n" in result.err
 
 
 def test_explaining_a_recipe_draws_the_ideal_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_refused(result: Result, what: str, *, where: object = "", mend: str) -> None:
-    """Exit code 2, nothing on standard output, and a message that says what, where and how to mend it."""
+def assert_refused(result: Result, what: str, *, where: object = "", hint: str) -> None:
+    """Exit code 2, nothing on standard output, and a message that says what, where and how to fix it."""
     assert result.code == 2
     assert result.out == ""
     assert f"error: {where}" in result.err
     assert what in result.err
-    assert f"\n  mend: {mend}" in result.err
+    assert f"\n  hint: {hint}" in result.err
     assert "Traceback" not in result.err
 
 
@@ -167,7 +167,7 @@ def test_coverage_without_any_words_says_what_is_missing(tmp_path: Path) -> None
     put(tmp_path / "set", "1.png", tiles(1))
     result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "fox")
     assert_refused(
-        result, "has neither captions nor categories", where=tmp_path / "set", mend="put a .txt file beside each picture"
+        result, "has neither captions nor categories", where=tmp_path / "set", hint="put a .txt file beside each picture"
     )
 
 
@@ -221,13 +221,13 @@ def test_convert_writes_the_same_bytes_each_time(pictures: Path, tmp_path: Path)
 def test_convert_does_not_write_over_anything(pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "pets.parquet"
     target.write_text("precious")
-    assert_refused(sfumato("data", "convert", pictures, target), "exists already", where=target, mend="name a new file")
+    assert_refused(sfumato("data", "convert", pictures, target), "exists already", where=target, hint="name a new file")
     assert target.read_text() == "precious"
 
 
 def test_convert_names_the_kinds_that_it_knows(pictures: Path, tmp_path: Path) -> None:
     for arguments in ([tmp_path / "pets.rar"], [tmp_path / "out", "--to", "rar"]):
-        assert_refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", mend="use --to parquet or")
+        assert_refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", hint="use --to parquet or")
     assert not list(tmp_path.glob("pets.rar"))
 
 
@@ -250,7 +250,7 @@ def test_cache_decodes_ahead_of_training(pictures: Path, tmp_path: Path) -> None
 def test_cache_takes_recipes_and_refuses_keys_that_are_none(pictures: Path) -> None:
     assert sfumato("data", "cache", "digits").out.startswith("1797 pictures, 0 left out")
     assert_refused(
-        sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, mend=""
+        sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, hint=""
     )
 
 
@@ -263,7 +263,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, way: list[str]) -> None:
     assert result.code == 2
     assert str(tmp_path / "nowhere") in result.err
     assert "no such" in result.err or "is no recipe" in result.err
-    assert "\n  mend: " in result.err
+    assert "\n  hint: " in result.err
     assert "Traceback" not in result.err
 
 
@@ -284,13 +284,13 @@ def test_a_path_that_holds_no_pictures(tmp_path: Path, way: list[str], name: str
     if name != "empty":
         (tmp_path / name).write_text("hello")
     verb, options = (way[:2], way[2:]) if way[0] == "data" else (way[:1], way[1:])
-    assert_refused(sfumato(*verb, tmp_path / name, *options), what, where=tmp_path / name, mend="")
+    assert_refused(sfumato(*verb, tmp_path / name, *options), what, where=tmp_path / name, hint="")
 
 
 def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
     assert_refused(
         sfumato("data", "convert", tmp_path / "nowhere", tmp_path / "out.tar"), "no such file", where=tmp_path / "nowhere",
-        mend="check the path",
+        hint="check the path",
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -355,12 +355,12 @@ def test_a_dry_run_for_a_program_holds_what_it_says_and_the_configuration(pictur
 def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: Path, no_training: None) -> None:
     put(tmp_path / "one", "1.png", tiles(1))
     result = sfumato("train", tmp_path / "one", *SMALL, "--dry-run")
-    assert_refused(result, "1 different readable pictures", where=tmp_path / "one", mend="at least two are needed")
+    assert_refused(result, "1 different readable pictures", where=tmp_path / "one", hint="at least two are needed")
     result = sfumato("train", pictures, "network.channels=33", "--dry-run")
     assert result.code == 2
     assert "channels" in result.err
     result = sfumato("train", pictures, "data.exclude=nowhere.txt", "--dry-run")
-    assert_refused(result, "cannot be read", where="nowhere.txt", mend="name a text file")
+    assert_refused(result, "cannot be read", where="nowhere.txt", hint="name a text file")
 
 
 def test_data_check_takes_settings_and_says_what_black_and_white_are(tmp_path: Path) -> None:

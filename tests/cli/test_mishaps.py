@@ -36,7 +36,7 @@ def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monk
     monkeypatch.setattr("sfumato.recipes.resolve", refuse)
     result = sfumato("config", "validate", "digits")
     assert result.code == 2
-    assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  mend: {REASONS[number][1]}\n"
+    assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  hint: {REASONS[number][1]}\n"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_memory_and_names_have_words_too(error: Exception, said: str) -> None:
     found = in_words(error)
     assert found is not None
     assert str(found).startswith(said)
-    assert found.mend
+    assert found.hint
 
 
 def test_a_fault_of_ours_is_still_reported() -> None:
@@ -120,7 +120,7 @@ def test_a_file_where_a_folder_is_needed_is_refused_by_every_verb(verb: str, fol
     result = sfumato(*verbs(folder, run, tmp_path / "taken" / "below")[verb])
     assert result.code == 2, result.err
     assert OURS not in result.err
-    assert "mend: " in result.err
+    assert "hint: " in result.err
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -130,7 +130,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_by_every_verb(verb: str, f
     result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
     assert result.code == 2, result.err
     assert OURS not in result.err
-    assert "mend: " in result.err
+    assert "hint: " in result.err
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "explain", "data check", "data coverage"])

@@ -82,7 +82,7 @@ def test_a_run_is_not_trained_over(run: Path) -> None:
     before = (run / "status.json").read_bytes()
     result = sfumato("train", "digits", *TINY, "--run", run)
     assert result.code == 2
-    assert f"{run}: there is a run here already\n  mend: `sfumato resume {run}`" in result.err
+    assert f"{run}: there is a run here already\n  hint: `sfumato resume {run}`" in result.err
     assert (run / "status.json").read_bytes() == before
 
 
@@ -194,10 +194,10 @@ def test_a_trajectory_shows_noisy_pictures_and_guesses(run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--category", "seven"], "no category 'seven'\n  mend: the model knows 0, 1, 2, 3"),
+        (["--category", "seven"], "no category 'seven'\n  hint: the model knows 0, 1, 2, 3"),
         (
             ["--sampler", "dpm-solver++"],
-            "no sampler 'dpm-solver++'\n  mend: did you mean 'dpm-solver++2m'? there are ddim, ddpm",
+            "no sampler 'dpm-solver++'\n  hint: did you mean 'dpm-solver++2m'? there are ddim, ddpm",
         ),
     ],
 )

@@ -137,14 +137,14 @@ def made(run: Path, *options: object, out: str = "out", num: int = 2) -> np.ndar
     return pictures(out)
 
 
-def assert_refused(result: Result, what: str, *, where: str = "", mend: str = "") -> None:
-    """Exit code 2 and a message that says what, where and how to mend it."""
+def assert_refused(result: Result, what: str, *, where: str = "", hint: str = "") -> None:
+    """Exit code 2 and a message that says what, where and how to fix it."""
     assert result.code == 2
     assert result.out == ""
     said = [line for line in result.err.splitlines() if not line.startswith("note: ")]
     assert said[0].startswith(f"error: {where}")
     assert what in result.err
-    assert f"\n  mend: {mend}" in result.err
+    assert f"\n  hint: {hint}" in result.err
     assert "Traceback" not in result.err
 
 
@@ -268,9 +268,9 @@ def test_without_a_run_the_newest_is_taken(run: Path, given: Path) -> None:
 
 def test_without_any_run_it_says_how_to_make_one(given: Path) -> None:
     assert_refused(
-        sfumato("sample"), "no run to sample from", where="runs", mend="name a run directory, or train one: sfumato train"
+        sfumato("sample"), "no run to sample from", where="runs", hint="name a run directory, or train one: sfumato train"
     )
-    assert_refused(sfumato("sample", "nowhere"), "is no run", where="nowhere", mend="name a folder")
+    assert_refused(sfumato("sample", "nowhere"), "is no run", where="nowhere", hint="name a folder")
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------------------
@@ -287,17 +287,17 @@ CLOUDS = "give a .npy, .ply, .xyz or .csv of numbers"
     ],
 )
 def test_files_that_are_no_pictures_are_named(run: Path, given: Path, option: str, file: str) -> None:
-    assert_refused(sampled(run, option, file), "cannot be used as an image: ", where=file, mend=PICTURES)
+    assert_refused(sampled(run, option, file), "cannot be used as an image: ", where=file, hint=PICTURES)
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("file", ["nowhere.npy", "cut.npy", "empty.npy", "words.csv", "nan.csv", ".", "doodle.png"])
 def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -> None:
-    assert_refused(sampled(run, "--points", file), "cannot be used as a point cloud: ", where=file, mend=CLOUDS)
+    assert_refused(sampled(run, "--points", file), "cannot be used as a point cloud: ", where=file, hint=CLOUDS)
 
 
 @pytest.mark.parametrize(
-    ("options", "what", "mend"),
+    ("options", "what", "hint"),
     [
         (["--points", "solid.npy"], "a point cloud of shape (10, 3)", "give N x 2"),
         (["--strength", "0.5"], "without a picture", "give `image` too"),
@@ -315,14 +315,14 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         (["--to-prompt", "x", "--to-seed", "1", "--negative", "y"], "a negative prompt without guidance", "give a guidance"),
     ],
 )
-def test_what_does_not_fit_is_said(run: Path, given: Path, options: list[str], what: str, mend: str) -> None:
-    assert_refused(sampled(run, *options), what, where="sample", mend=mend)
+def test_what_does_not_fit_is_said(run: Path, given: Path, options: list[str], what: str, hint: str) -> None:
+    assert_refused(sampled(run, *options), what, where="sample", hint=hint)
     assert not Path("out").exists()
 
 
 def test_a_step_before_the_first_snapshot_names_those_that_there_are(run: Path, given: Path) -> None:
     assert_refused(
-        sampled(run, "--worse", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", mend="there are 2, 4"
+        sampled(run, "--worse", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", hint="there are 2, 4"
     )
 
 

@@ -137,7 +137,7 @@ def test_another_encoder_or_length_has_another_identity(tmp_path: Path, saved: t
 @pytest.mark.parametrize("wrong", ["nowhere/to/be/found", "package:no-such-package", "package:pytest"])
 def test_what_is_no_encoder_is_named(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         _ = encoder(wrong, tmp_path).length
 
 

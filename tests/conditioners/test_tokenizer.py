@@ -74,7 +74,7 @@ def test_a_word_changes_the_condition_and_case_does_not() -> None:
 
 @pytest.mark.parametrize("wrong", [{"size": 10, "heads": 4}, {"length": 1}, {"layers": 0}, {"vocabulary": -1}])
 def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         WordsConfig(**wrong)
 
 

@@ -97,9 +97,9 @@ def test_a_number_made_in_python_is_checked_with_its_run(case: str) -> None:
 
 def test_the_key_of_a_refused_number_is_the_whole_path() -> None:
     with pytest.raises(ConfigError, match=r"`sampling\.sampler\.eta` = 1\.5: input should be less than or equal to 1"):
-        resolve("digits", ["sampling.sampler={kind: DDIM, eta: 1.5}"])
+        resolve("digits", ["sampling.sampler={kind: ddim, eta: 1.5}"])
     with pytest.raises(ConfigError, match=r"^autoencoder\.posthoc: widths"):  # the class itself knows itself as `posthoc`
-        resolve("digits", ["autoencoder.kind=OwnAutoencoder", "autoencoder.posthoc.widths=[0.1, 0.1]"])
+        resolve("digits", ["autoencoder.kind=trained", "autoencoder.posthoc.widths=[0.1, 0.1]"])
 
 
 @pytest.mark.parametrize("make", [lambda: DDIM(eta=1.5), lambda: DPMSolverPP2M(eta=math.nan), lambda: Churn(gamma=-1.0)])
@@ -109,7 +109,7 @@ def test_samplers_made_in_python_are_checked_by_themselves(make: Any) -> None:
 
 
 def test_open_ends_of_intervals_may_be_infinite() -> None:
-    run = resolve("digits", ["sampling.interval=[-.inf, 3]", "sampling.sampler={kind: Churn, high: .inf}"])
+    run = resolve("digits", ["sampling.interval=[-.inf, 3]", "sampling.sampler={kind: churn, high: .inf}"])
     assert run.sampling.interval == (-math.inf, 3.0)
     assert run.sampling.sampler.high == math.inf
 

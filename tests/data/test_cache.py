@@ -308,7 +308,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_with_a_remedy(home: Path, mo
     monkeypatch.setattr(cache.os, "replace", full)
     with pytest.raises(DataError, match="No space left on device") as caught:
         writer.commit()
-    assert "data.cache=off" in caught.value.mend
+    assert "data.cache=off" in caught.value.hint
     assert list(store.folder.iterdir()) == []
 
 

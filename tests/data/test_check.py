@@ -283,7 +283,7 @@ def test_a_list_written_by_hand_may_have_comments_empty_lines_and_windows_line_e
 
 
 def test_a_reject_list_that_is_not_there_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read: .*\n  mend: name a text file"):
+    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read: .*\n  hint: name a text file"):
         index(DataConfig(source=Folder(str(clean(tmp_path / "set", count=3))), exclude=str(tmp_path / "nowhere.txt")))
 
 
@@ -384,7 +384,7 @@ def test_json_keeps_hostile_captions_as_they_are(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written: .*\n  mend: name another folder with --out"):
+    with pytest.raises(DataError, match=r"cannot be written: .*\n  hint: name another folder with --out"):
         write(examined(clean(tmp_path / "set", count=2)), tmp_path / "file" / "out")
 
 

@@ -214,7 +214,7 @@ def test_a_place_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be written") as caught:
         convert(large(1), tmp_path / "file" / "a.tar")
-    assert "check the disk" in caught.value.mend
+    assert "check the disk" in caught.value.hint
 
 
 class Interrupting:

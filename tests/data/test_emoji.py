@@ -367,7 +367,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: st
     with pytest.raises(DataError, match=package) as caught:
         Emoji().listing()
     assert caught.value.where == "emoji"
-    assert caught.value.mend == "pip install 'sfumato[emoji]'"
+    assert caught.value.hint == "pip install 'sfumato[emoji]'"
 
 
 @pytest.mark.parametrize("size", [0, 7, 1_000_000])

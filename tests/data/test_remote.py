@@ -217,14 +217,14 @@ def test_what_is_not_there_is_an_error_that_names_it(kind: type, memory) -> None
     with pytest.raises(DataError, match="no such") as caught:
         kind("memory://bucket/nothing").listing()
     assert "memory://bucket/nothing" in caught.value.where
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("place", ["memory://bucket/nothing", "memory://bucket/no.tar", "memory://", "memory://bucket/no.zip"])
 def test_an_address_of_nothing_is_refused(place: str, memory) -> None:
     with pytest.raises(DataError) as caught:
         source_at(place).listing()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_a_picture_that_vanishes_is_left_out(memory, home: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_picture_that_vanishes_is_left_out(memory, home: Path) -> None:
 def test_an_unknown_protocol_names_what_to_install(place: str, home: Path) -> None:
     with pytest.raises(DataError, match=r"nothing here can open nosuch:// addresses") as caught:
         source_at(place).listing()
-    assert "sfumato[remote]" in caught.value.mend
+    assert "sfumato[remote]" in caught.value.hint
 
 
 SECRETS = ("hunter2", "SIGNED123", "AKIA999")
@@ -320,7 +320,7 @@ def test_a_storage_that_refuses_is_an_error_without_its_secrets(
     shown = "".join(traceback.format_exception_only(caught.value)) + repr(caught.value.args) + caught.value.where
     assert not any(secret in shown for secret in SECRETS), shown
     assert "vault://***@host/photos" in shown
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -392,5 +392,5 @@ def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(DataError, match="nothing here can open memory://") as caught:
         source_at("memory://bucket/f")
-    assert "sfumato[remote]" in caught.value.mend
+    assert "sfumato[remote]" in caught.value.hint
     files._system.cache_clear()

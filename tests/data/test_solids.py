@@ -87,5 +87,5 @@ def test_they_are_a_source_like_any_other() -> None:
     context = dataset.context(dataset.training[:3])
     assert context["points"].shape == (3, 512, 3)
     assert len(dataset.named_holdouts["shape x colour"]) > 0
-    with pytest.raises(DataError, match="mend"):
+    with pytest.raises(DataError, match="hint"):
         Solids(count=0).listing()

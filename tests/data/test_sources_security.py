@@ -1,4 +1,4 @@
-"""Sources that nobody vouches for: each attack gives a listed reject or an error that says what, where and how to mend it."""
+"""Sources that nobody vouches for: each attack gives a listed reject or an error that says what, where and how to fix it."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def assert_refused(source: Source, what: str) -> None:
     with pytest.raises(DataError, match=what) as caught:
         opened(source)
     assert str(source.path) in caught.value.where
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def in_folder(root: Path, files: dict[str, bytes]) -> Source:
@@ -732,7 +732,7 @@ def test_a_pipe_device_or_loop_in_place_of_a_container_is_refused(suffix: str, m
     make(str(tmp_path / f"x{suffix}"))
     with pytest.raises(DataError) as caught:
         source_at(str(tmp_path / f"x{suffix}")).listing()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
@@ -774,7 +774,7 @@ def test_folders_deeper_than_a_path_may_be_long_do_no_harm(tmp_path: Path) -> No
 def test_places_that_are_nowhere_are_refused(place: str) -> None:
     with pytest.raises(DataError) as caught:
         source_at(place).listing()
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 # Parquet
@@ -960,7 +960,7 @@ def test_a_container_cut_anywhere_is_refused_or_rejects_are_listed(kind: str, tm
             dataset = opened(source_at(str(path)))
         except DataError as error:
             assert str(path) in error.where  # noqa: PT017
-            assert error.mend  # noqa: PT017
+            assert error.hint  # noqa: PT017
         else:
             assert dataset.rejects, share
 
@@ -979,7 +979,7 @@ def test_bytes_changed_anywhere_raise_nothing_but_errors_with_a_remedy(kind: str
         try:
             opened(source_at(str(path)))
         except DataError as error:
-            assert error.mend  # noqa: PT017
+            assert error.hint  # noqa: PT017
 
 
 # Memory

@@ -1,14 +1,13 @@
 """One of each schedule, found through the union, so that a new one is tested by being listed."""
 
-from typing import get_args
-
+from sfumato.config import members
 from sfumato.diffusion import (
     Cosine,
     Linear,
     LinearBetas,
     LogitNormal,
     Mode,
-    ScheduleConfig,
+    Schedule,
     Shift,
     Span,
     Tabulated,
@@ -22,7 +21,7 @@ NEED_ARGUMENTS = {
     "Warped": Warped(schedule=Linear(), warp=Shift(3.0)),
 }
 SCHEDULES = {
-    **{kind.__name__: NEED_ARGUMENTS.get(kind.__name__) or kind() for kind in get_args(ScheduleConfig)},
+    **{kind.__name__: NEED_ARGUMENTS.get(kind.__name__) or kind() for kind in members(Schedule)},
     "LogitNormal": Warped(schedule=Linear(), warp=LogitNormal(mean=0.2, std=0.8)),
     "Mode": Warped(schedule=Cosine(), warp=Mode(0.8)),
     "Span": Warped(schedule=Linear(), warp=Span(low=0.1, high=0.8)),

@@ -176,7 +176,7 @@ def test_impossible_ones_are_refused(build) -> None:
 )
 @pytest.mark.parametrize("config", [Objective, SamplingConfig])
 def test_what_leads_nowhere_is_refused_where_it_is_used(wrong, config) -> None:
-    with pytest.raises(ScheduleError, match=r"^(objective|sampling)\.schedule: .*\n +mend"):
+    with pytest.raises(ScheduleError, match=r"^(objective|sampling)\.schedule: .*\n +hint"):
         config(schedule=wrong)
 
 

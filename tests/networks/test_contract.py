@@ -160,7 +160,7 @@ def test_missing_context_is_named(config: NetworkConfig) -> None:
     ],
 )
 def test_impossible_configuration_is_refused(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         UNetConfig(**{**TINY.__dict__, **wrong})
 
 
@@ -177,7 +177,7 @@ def test_impossible_configuration_is_refused(wrong: dict) -> None:
     ],
 )
 def test_impossible_transformers_are_refused(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         replace(SMALL, **wrong)
 
 

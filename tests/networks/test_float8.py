@@ -36,9 +36,9 @@ def error(a: Tensor, b: Tensor) -> float:
 def test_products_are_those_of_rounded_tensors() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(64, 128)
-    within = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(plain)])})
-    in_float8(within)
-    network = within.get_submodule("blocks.0")
+    within = nn.ModuleList([copy.deepcopy(plain)])
+    in_float8(within, [within[0]])
+    network = within[0]
     x, given = torch.randn(32, 64, requires_grad=True), torch.randn(32, 128)
     found = network(x)
     weight, bias = plain.weight, plain.bias
@@ -54,7 +54,7 @@ def test_products_are_those_of_rounded_tensors() -> None:
 def test_weights_stay_what_they_are() -> None:
     network = DiTConfig(channels=64, layers=2, head_channels=32).build(image_channels=3)
     before, names = dict(network.named_parameters()), list(network.state_dict())
-    in_float8(network)
+    in_float8(network, network.float8_layers())
     after = dict(network.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
@@ -64,21 +64,23 @@ def test_weights_stay_what_they_are() -> None:
 
 
 def test_it_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"network\.kind=DiTConfig"):
+    with pytest.raises(ConfigError, match=r"network\.kind=dit"):
         train(tiny_run(pictures(tmp_path / "pictures"), precision="float8"), run=tmp_path / "run")
     with pytest.raises(ConfigError, match="an autoencoder is convolutions"):
         OwnAutoencoder(precision="float8")
 
 
 def test_a_network_without_such_layers_is_refused() -> None:
+    network = UNetConfig(channels=64).build(image_channels=3)
     with pytest.raises(ConfigError, match="precision=bfloat16"):
-        in_float8(UNetConfig(channels=64).build(image_channels=3))
+        in_float8(network, network.float8_layers())
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    network = DiTConfig(channels=64, layers=1).build(image_channels=3)
     with pytest.raises(ConfigError, match=r"sfumato\[float8\]"):
-        in_float8(DiTConfig(channels=64, layers=1).build(image_channels=3))
+        in_float8(network, network.float8_layers())
 
 
 def losses(run: Path) -> list[float]:

@@ -110,7 +110,7 @@ def test_control_characters_do_not_reach_the_terminal(payload: str, capsys: pyte
 
 
 def test_ordinary_text_is_left_as_it_is() -> None:
-    text = "été 猫 🐈 naïve\n  mend: 'x'"
+    text = "été 猫 🐈 naïve\n  hint: 'x'"
     assert printable(text) == text
 
 

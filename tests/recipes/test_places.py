@@ -86,8 +86,8 @@ def test_paths_of_encoders_are_kept_whole_too_and_names_stay_names(tmp_path: Pat
     for name in ("encoder", "auto"):
         Path(name).mkdir()
     settings = [
-        "conditioner.text={kind: PretrainedTextConfig, encoder: encoder}",
-        "autoencoder={kind: OwnAutoencoder, features: auto}",
+        "conditioner.text={kind: pretrained, encoder: encoder}",
+        "autoencoder={kind: trained, features: auto}",
     ]
     run = with_whole_paths(resolve("digits", settings))
     assert run.conditioner.text.encoder == str(tmp_path / "encoder")
@@ -97,7 +97,7 @@ def test_paths_of_encoders_are_kept_whole_too_and_names_stay_names(tmp_path: Pat
 
 def test_what_is_no_path_here_is_left_as_it_is() -> None:
     for path in ("hub:owner/name", "https://example.org/set.zip"):
-        assert resolve("digits", [f"data.source={{kind: Zip, path: '{path}'}}"]).data.source.path == path
+        assert resolve("digits", [f"data.source={{kind: zip, path: '{path}'}}"]).data.source.path == path
     with pytest.raises(DataError, match=r"^data\.source\.path: nowhere: no such file or folder"):
         open_data(resolve("digits", {"data.source": {"kind": "Folder", "path": "nowhere"}}))
 

@@ -175,7 +175,7 @@ def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path
 @pytest.mark.parametrize(
     ("settings", "factor", "values"),
     [
-        (["autoencoder.kind=PixelSpace"], 1, 3 * 128 * 128),
+        (["autoencoder.kind=pixels"], 1, 3 * 128 * 128),
         (["autoencoder.network.latent_channels=4"], 8, 4 * 16 * 16),
         (["autoencoder.network.channels=[16,32,64]", "autoencoder.network.latent_channels=16"], 4, 16 * 32 * 32),
     ],

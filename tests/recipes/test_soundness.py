@@ -68,15 +68,15 @@ def test_a_configuration_is_refused_exactly_if_its_samples_fail(sampler: str, pa
     [
         ["denoiser.parameterization=Epsilon"],
         ["denoiser.parameterization=Epsilon", "objective.schedule=LinearBetas"],
-        ["sampling.sampler={kind: Churn, sampler: {kind: RungeKutta, parameterization: Epsilon}}"],
-        ["sampling.sampler={kind: RungeKutta, parameterization: Epsilon}"],
-        ["sampling.sampler={kind: Multistep, parameterization: Epsilon}"],
+        ["sampling.sampler={kind: churn, sampler: {kind: runge-kutta, parameterization: Epsilon}}"],
+        ["sampling.sampler={kind: runge-kutta, parameterization: Epsilon}"],
+        ["sampling.sampler={kind: multistep, parameterization: Epsilon}"],
     ],
 )
 def test_every_way_out_that_is_named_is_one(overrides: list[str]) -> None:
     error = refusal(*overrides)
     assert error.where == "sampling.schedule"
-    ways = re.findall(r"[\w.]+=\S+?(?=,|$)", error.mend)
+    ways = re.findall(r"[\w.]+=\S+?(?=,|$)", error.hint)
     assert len(ways) >= 2
     for way in ways:
         resolve("digits", [*overrides, way])
@@ -84,21 +84,21 @@ def test_every_way_out_that_is_named_is_one(overrides: list[str]) -> None:
 
 def test_the_schedule_that_a_network_is_trained_on_is_offered_first() -> None:
     error = refusal("denoiser.parameterization=Epsilon", "objective.schedule=Karras")
-    assert error.mend.startswith("set sampling.schedule=Karras, ")
+    assert error.hint.startswith("set sampling.schedule=Karras, ")
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_the_share_of_levels() -> None:
-    error = refusal("denoiser.parameterization=Sample", "objective.schedule={kind: Geometric, ratio: 0.5}")
+    error = refusal("denoiser.parameterization=Sample", "objective.schedule={kind: geometric, ratio: 0.5}")
     assert error.where == "objective.schedule"
     assert re.search(r"not finite at \d+\.\d+% of the noise levels of Geometric, such as alpha = 1, sigma = ", error.what)
-    resolve("digits", ["denoiser.parameterization=Flow", "objective.schedule={kind: Geometric, ratio: 0.5}"])
+    resolve("digits", ["denoiser.parameterization=Flow", "objective.schedule={kind: geometric, ratio: 0.5}"])
 
 
 def test_guidance_away_from_what_training_never_sees_is_refused() -> None:
     error = refusal("sampling.guidance=3", "conditioner.category.dropout=0")
     assert error.where == "sampling.guidance"
     assert "without category, which training never sees: dropout is 0" in error.what
-    assert error.mend == "set conditioner.category.dropout=0.1, or sampling.guidance=1"
+    assert error.hint == "set conditioner.category.dropout=0.1, or sampling.guidance=1"
     resolve("digits", ["sampling.guidance=1", "conditioner.category.dropout=0"])
     resolve("digits", ["sampling.guidance=3", "conditioner.category.dropout=0.05"])
 

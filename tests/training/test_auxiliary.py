@@ -116,7 +116,7 @@ def test_the_encoder_is_neither_saved_nor_copied() -> None:
 @pytest.mark.parametrize("wrong", [{"weight": -1}, {"until": 0}, {"until": 2}])
 @pytest.mark.parametrize("kind", [DispersiveConfig, AlignmentConfig])
 def test_impossible_settings_are_refused(kind, wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         kind(**wrong)
 
 

@@ -161,12 +161,12 @@ def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path, damage) -> No
 
 
 def test_a_reader_of_nothing_whole_is_told_what_to_do(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint yet\n  mend: wait for the first one"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint yet\n  hint: wait for the first one"):
         checkpoint.read_newest(tmp_path)
     for step in (1, 2):
         flip(save(tmp_path, step))
     with pytest.raises(
-        CheckpointError, match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  mend: copy a whole one"
+        CheckpointError, match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  hint: copy a whole one"
     ) as caught:
         checkpoint.read_newest(tmp_path)
     assert all(f"step-00000000{step}" in str(caught.value) for step in (1, 2))

@@ -46,7 +46,7 @@ def test_what_is_asked_for_is_done(folder: Path, tmp_path: Path, compiled: list[
 def test_a_transformer_is_compiled_where_the_run_is_long(
     folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
+    monkeypatch.setattr(DiT, "compile_after_s", 1e-3)
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == ["DiT"]
     settings = (tmp_path / "run" / "config.yaml").read_text()
@@ -78,7 +78,7 @@ def test_a_u_net_is_not_compiled_however_long_the_run(
 def test_without_a_compiler_nothing_is_compiled(
     folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(DiT, "compiling_pays_after_s", 1e-3)
+    monkeypatch.setattr(DiT, "compile_after_s", 1e-3)
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == []

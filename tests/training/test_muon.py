@@ -115,7 +115,7 @@ def test_first_and_last_layers_are_adamws_however_large(network: DiTConfig | UNe
     built = network.build(image_channels=48)
     stepped = {id(p) for p in hidden_weights(built)}
     assert stepped
-    assert not stepped & {id(p) for end in built.ends for p in end.parameters()}
+    assert not stepped & {id(p) for layer in (*built.input_layers(), *built.output_layers()) for p in layer.parameters()}
 
 
 def test_a_model_without_hidden_layers_is_adamws() -> None:

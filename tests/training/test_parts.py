@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from sfumato.condition import ContextSizes
+from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
-from sfumato.networks import DiTConfig
+from sfumato.networks import Backbone, DiTConfig
 from sfumato.training import AdamWConfig, Budget, FixedEMA, MuonConfig, PowerEMA, TrainingConfig
 from sfumato.training.ema import follow, stride, update_average
 from sfumato.training.task import Learner
@@ -84,15 +84,28 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 
 
 def test_wider_hidden_layers_are_stepped_by_less() -> None:
-    model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1))
-    model.ends = (model[0], model[3])
+    class Stack(Backbone):
+        def __init__(self) -> None:
+            super().__init__(image_channels=3)
+            self.layers = nn.ModuleList([nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1)])
+
+        def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+            return x
+
+        def input_layers(self) -> list[nn.Module]:
+            return [self.layers[0]]
+
+        def output_layers(self) -> list[nn.Module]:
+            return [self.layers[3]]
+
+    model = Stack()
     learner = Learner("model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant", base_width=32))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     learner.step(0, 0.0)
     rates = {id(p): group["lr"] for group in learner.optimizers[0].param_groups for p in group["params"]}
-    assert [rates[id(layer.weight)] for layer in model] == [1.0, 0.5, 0.25, 1.0]
-    assert {rates[id(layer.bias)] for layer in model} == {1.0}
+    assert [rates[id(layer.weight)] for layer in model.layers] == [1.0, 0.5, 0.25, 1.0]
+    assert {rates[id(layer.bias)] for layer in model.layers} == {1.0}
     assert learner.rate == 1.0
 
 
@@ -116,7 +129,7 @@ def test_beside_muon_the_last_layer_alone_is_stepped_by_less() -> None:
 
 @pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1.0}, {"learning_rate": 0.0}])
 def test_impossible_steps_are_refused(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="mend"):
+    with pytest.raises(ConfigError, match="hint"):
         AdamWConfig(**wrong)
 
 

@@ -71,18 +71,18 @@ def test_the_nearest_before_is_found(run: Path, step: int, found: int) -> None:
 @pytest.mark.parametrize("step", [1, 0, -5])
 def test_none_before_names_those_that_there_are(run: Path, step: int) -> None:
     error = said(run / "snapshots", step)
-    assert str(error) == f"{run}/snapshots: no snapshot at or before step {step}\n  mend: there are 2, 4, 8"
+    assert str(error) == f"{run}/snapshots: no snapshot at or before step {step}\n  hint: there are 2, 4, 8"
 
 
 def test_a_folder_without_any_says_so(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
-        assert str(said(root, 5)) == f"{root}: no snapshot at or before step 5\n  mend: there are none yet"
+        assert str(said(root, 5)) == f"{root}: no snapshot at or before step 5\n  hint: there are none yet"
 
 
 def test_other_files_are_not_snapshots(tmp_path: Path) -> None:
     for name in (".tmp-7-abc", "step-7.safetensors", "step-000000007.safetensors.bak", "step-00000000x.safetensors"):
         (tmp_path / name).write_bytes(b"")
-    assert "there are none yet" in said(tmp_path, 9).mend
+    assert "there are none yet" in said(tmp_path, 9).hint
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0{}      garbage"])
@@ -123,7 +123,7 @@ def test_a_full_disk_does_not_end_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(root: Path, **_: object) -> Path:
-        raise CheckpointError("could not be written: No space left on device", where=str(root), mend="free some disk space")
+        raise CheckpointError("could not be written: No space left on device", where=str(root), hint="free some disk space")
 
     monkeypatch.setattr(trainer, "SNAPSHOTS", STEPS)
     monkeypatch.setattr(checkpoint, "save_snapshot", full)

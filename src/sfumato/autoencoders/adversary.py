@@ -26,7 +26,7 @@ class PatchDiscriminator(nn.Module):
             raise ConfigError(
                 f"an adversary of {channels} channels and {layers} layers",
                 where="autoencoder.losses.adversarial",
-                mend=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
+                hint=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
             )
         self.smallest = 3 * 2**layers  # side of a picture that still has a patch
         found: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]

@@ -51,7 +51,7 @@ def save(latents: Latents, folder: Path, facts: Mapping[str, Any]) -> Path:
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot be written: {error}", where=str(folder), mend="free some disk space") from None
+        raise CheckpointError(f"cannot be written: {error}", where=str(folder), hint="free some disk space") from None
     return folder
 
 
@@ -225,7 +225,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot be read: {error}", where=str(path), mend="only .safetensors are read; convert others, they can run code"
+            f"cannot be read: {error}", where=str(path), hint="only .safetensors are read; convert others, they can run code"
         ) from None
 
 
@@ -234,5 +234,5 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"cannot be read: {error}", where=str(path), mend="name a folder with config.json and safetensors"
+            f"cannot be read: {error}", where=str(path), hint="name a folder with config.json and safetensors"
         ) from None

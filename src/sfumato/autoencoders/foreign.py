@@ -36,12 +36,12 @@ class ForeignCodec(Codec):
             raise CheckpointError(
                 f"an autoencoder of the kind {kind}",
                 where=str(folder),
-                mend=f"AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)} are read",
+                hint=f"AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)} are read",
             )
         try:
             import diffusers
         except ImportError:
-            raise ConfigError(f"{kind} needs diffusers", where="autoencoder", mend="pip install 'sfumato[diffusers]'") from None
+            raise ConfigError(f"{kind} needs diffusers", where="autoencoder", hint="pip install 'sfumato[diffusers]'") from None
         try:
             model = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:

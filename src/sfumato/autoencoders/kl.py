@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sfumato.autoencoders.codec import Codec
 from sfumato.config.bounds import Size
 from sfumato.errors import ConfigError
+from sfumato.nn.accelerable import Accelerable
 
 EPS = 1e-6  # of group norms
 BRANCH = 0.1  # of what an untrained layer would else do, where it mostly passes on what it is given
@@ -47,12 +48,12 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         if not self.channels or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1:
-            raise ConfigError(f"{self} is no autoencoder", where="autoencoder.network", mend="all sizes are at least 1")
+            raise ConfigError(f"{self} is no autoencoder", where="autoencoder.network", hint="all sizes are at least 1")
         if any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels {self.channels} in {self.groups} groups",
                 where="autoencoder.network.groups",
-                mend="choose groups that divide all channels",
+                hint="choose groups that divide all channels",
             )
 
     @property
@@ -95,7 +96,7 @@ class KLAutoencoder(Codec):
         return self.decoder.tail
 
 
-class Encoder(nn.Module):
+class Encoder(Accelerable):
     """Pictures -> means and log-variances."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:

@@ -76,7 +76,7 @@ class Latents(nn.Module):
                 f"pictures of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for an autoencoder of "
                 f"{self.image_channels} channels that makes sides {self.factor} times smaller",
                 where="autoencoder",
-                mend=f"use {self.image_channels} channels, and sides that are multiples of {self.factor}",
+                hint=f"use {self.image_channels} channels, and sides that are multiples of {self.factor}",
             )
         mean, log_variance = self.codec.moments(x).chunk(2, dim=1)
         scale = self.deviation[:, None, None]
@@ -144,5 +144,5 @@ def measure(codec: Codec, pictures: Iterable[Tensor]) -> Statistics:
     between, drawn = (squares / count - average.square()).clamp(min=0), within / count
     variance = between + drawn
     if not bool((variance > 1e-12).all()):
-        raise DataError("latents of no variance", where="autoencoder", mend="train it longer, or on pictures that differ")
+        raise DataError("latents of no variance", where="autoencoder", hint="train it longer, or on pictures that differ")
     return Statistics(mean=average.float(), deviation=variance.sqrt().float(), told=(between / variance).float())

@@ -128,7 +128,7 @@ def _wanted(
         raise ConfigError(
             "guidance has no effect on images that nothing steers",
             where="compare",
-            mend=f"give a --prompt (the model reads {readers})"
+            hint=f"give a --prompt (the model reads {readers})"
             if readers
             else "leave out --guidance: the model reads no condition",
         )
@@ -152,7 +152,7 @@ def _target(run: Path, seed: int, out: Path | None, settings: dict[str, Any]) ->
 
     if out is not None:
         if out.exists() and _carried(out) != settings:
-            raise ConfigError("another file exists there", where=str(out), mend="choose another --out, or move that file")
+            raise ConfigError("another file exists there", where=str(out), hint="choose another --out, or move that file")
         return out
     place, number = run / "compared" / f"seed-{seed}.png", 1
     while place.exists() and _carried(place) != settings:

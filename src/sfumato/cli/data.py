@@ -107,7 +107,7 @@ def coverage(
     entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
-        raise DataError("has neither captions nor categories", where=source, mend="put a .txt file beside each picture")
+        raise DataError("has neither captions nor categories", where=source, hint="put a .txt file beside each picture")
     folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
     if as_json:

@@ -62,7 +62,7 @@ def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
     return OutputError(
         f"cannot be written to: {error.strerror or error}{more}",
         where=str(folder),
-        mend="name another folder with --out, or free space and set permissions there",
+        hint="name another folder with --out, or free space and set permissions there",
     )
 
 
@@ -166,7 +166,7 @@ class Generated:
                 return replace(tried, fresh=True)
             if tried.there and not tried.others:
                 return tried
-        raise OutputError("holds too many requests of one seed", where=str(self.folder.parent), mend="name a folder with --out")
+        raise OutputError("holds too many requests of one seed", where=str(self.folder.parent), hint="name a folder with --out")
 
     def require_unharmed(self, written: Collection[str]) -> None:
         """Raise OutputError if one of the files that will be `written` is there and is not this request's."""
@@ -176,7 +176,7 @@ class Generated:
             raise OutputError(
                 f"holds {len(harmed)} file(s) that would be replaced and were not made by this request: {shown}",
                 where=str(self.folder),
-                mend="name another folder with --out, or move them away",
+                hint="name another folder with --out, or move them away",
             )
 
     def notes(self, num: int, say: Callable[[str], None]) -> None:

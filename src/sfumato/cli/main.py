@@ -1,6 +1,6 @@
 """The program `sfumato`: its verbs, and what happens when something goes wrong.
 
-Exit codes: 0 done, 2 the user can mend it, 3 training diverged or a model's output is not finite, 130 and 143 interrupted with a checkpoint
+Exit codes: 0 done, 2 the user can fix it, 3 training diverged or a model's output is not finite, 130 and 143 interrupted with a checkpoint
 or finished images saved.
 """
 
@@ -30,7 +30,7 @@ from sfumato.cli.sample import sample
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
 
-UNKNOWN = "\n  mend: run again with --debug and report it"
+UNKNOWN = "\n  hint: run again with --debug and report it"
 
 app = typer.Typer(
     name="sfumato",
@@ -60,7 +60,7 @@ def options(
 
 
 def main() -> None:
-    """Run the program; errors that a person can mend are one message and no traceback."""
+    """Run the program; errors that a person can fix are one message and no traceback."""
     # OpenMP's threads wait for one another by spinning; where another program wants the cores too, long spins slow every step
     # several times over. This many turns cost nothing on an idle machine. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -165,7 +165,7 @@ def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError
     return NonFiniteError(
         error.what,
         where=str(run),
-        mend=f"try --weights {other}, or --precision float32; the run keeps {listed or 'nothing else'}; if all of them diverged, "
+        hint=f"try --weights {other}, or --precision float32; the run keeps {listed or 'nothing else'}; if all of them diverged, "
         "train again with a lower optimizer.learning_rate",
     )
 

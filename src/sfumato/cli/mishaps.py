@@ -35,13 +35,13 @@ def in_words(error: BaseException) -> SfumatoError | None:
         return _refused(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         first = next(iter(str(error).splitlines()), "")
-        return SfumatoError(f"not enough memory{': ' if first else ''}{first}", mend=MEMORY)
+        return SfumatoError(f"not enough memory{': ' if first else ''}{first}", hint=MEMORY)
     if isinstance(error, UnicodeError):
-        return SfumatoError(f"a name or text is not UTF-8: {error}", mend="rename the file, or save the text as UTF-8")
+        return SfumatoError(f"a name or text is not UTF-8: {error}", hint="rename the file, or save the text as UTF-8")
     return None
 
 
 def _refused(error: OSError) -> SfumatoError:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
-    what, mend = REASONS.get(error.errno or 0, (f"the system refuses: {error.strerror or error}", PERMISSIONS))
-    return SfumatoError(what if names or error.errno not in REASONS else f"a file {what}", where=" -> ".join(names), mend=mend)
+    what, hint = REASONS.get(error.errno or 0, (f"the system refuses: {error.strerror or error}", PERMISSIONS))
+    return SfumatoError(what if names or error.errno not in REASONS else f"a file {what}", where=" -> ".join(names), hint=hint)

@@ -120,10 +120,10 @@ class ContextConfig:
         return Joint(parts, factor=facts.factor)
 
 
-def _require(found: object, name: str, what: str, mend: str) -> None:
+def _require(found: object, name: str, what: str, hint: str) -> None:
     if not found:
         raise ConfigError(
             f"asks for {what}, and the data have none",
             where=f"conditioner.{name}",
-            mend=f"set conditioner.{name}=null, or {mend}",
+            hint=f"set conditioner.{name}=null, or {hint}",
         )

@@ -35,7 +35,7 @@ class DoodleConfig:
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in (self.made, self.wobble, self.dropped, self.dropout)):
-            raise ConfigError(f"{self}", where="conditioner.doodle", mend="all of them are shares, from 0 to 1")
+            raise ConfigError(f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1")
 
 
 class DoodleConditioner(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,14 @@ class Degradation(Protocol):
 class Shrink:
     """Detail: the picture at 1/factor of the resolution (super-resolution)."""
 
+    kind: ClassVar[str] = "downsample"
+
     factor: Size = 4
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ConfigError(
-                f"factor = {self.factor}", where="conditioner.image.lost.factor", mend="use 2 or more; 4 is usual"
+                f"factor = {self.factor}", where="conditioner.image.lost.factor", hint="use 2 or more; 4 is usual"
             )
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.size < 1:
-            raise ConfigError(f"{self}", where="conditioner.reference", mend="size and side are at least 1")
+            raise ConfigError(f"{self}", where="conditioner.reference", hint="size and side are at least 1")
 
 
 class ReferenceConditioner(nn.Module):

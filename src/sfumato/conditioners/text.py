@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class WordsConfig:
         splitting: what counts as a word.
     """
 
+    kind: ClassVar[str] = "learned"
+
     size: Size = 128
     layers: Size = 2
     heads: Size = 4
@@ -45,13 +47,13 @@ class WordsConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.spelled <= 1:
             raise ConfigError(
-                f"spelled = {self.spelled}", where="conditioner.text.spelled", mend="use a fraction of the words, from 0 to 1"
+                f"spelled = {self.spelled}", where="conditioner.text.spelled", hint="use a fraction of the words, from 0 to 1"
             )
         if min(self.size, self.layers, self.heads, self.length - 1) < 1 or self.size % self.heads or self.vocabulary < 0:
             raise ConfigError(
                 f"{self}",
                 where="conditioner.text",
-                mend="size, layers and heads are at least 1, length 2, and heads divide size",
+                hint="size, layers and heads are at least 1, length 2, and heads divide size",
             )
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:

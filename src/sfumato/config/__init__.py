@@ -4,17 +4,22 @@ The dataclasses are the one schema: the parser, `config show`, `config schema` a
 ever built from a name that is not in one of their unions.
 """
 
+from sfumato.config.kinds import Extensible, kind_of, members, named
 from sfumato.config.reader import differences, dump_yaml, load_yaml, load_yaml_file, merged, with_overrides
 from sfumato.config.schema import as_before, json_schema, parse, plain, since
 
 __all__ = [
+    "Extensible",
     "as_before",
     "differences",
     "dump_yaml",
     "json_schema",
+    "kind_of",
     "load_yaml",
     "load_yaml_file",
+    "members",
     "merged",
+    "named",
     "parse",
     "plain",
     "since",

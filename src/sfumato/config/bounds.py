@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AllowInfNan, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sfumato.config.schema import config_fields, members
+from sfumato.config.kinds import members
+from sfumato.config.schema import config_fields
 from sfumato.errors import ConfigError
 
 LARGE = 1e9  # beyond which a number is a slip, in any unit used here
@@ -57,7 +58,7 @@ def require_bounds(thing: Any, path: str = "") -> None:
                 raise ConfigError(
                     f"`{name}` = {value!r}: {error.errors()[0]['msg'].lower()}",
                     where=path or cls.__name__,
-                    mend="`sfumato config schema` prints the bounds of every number",
+                    hint="`sfumato config schema` prints the bounds of every number",
                 ) from None
 
 

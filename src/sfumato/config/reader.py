@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from sfumato.config.schema import TAG
+from sfumato.config.aliases import current_kind
+from sfumato.config.kinds import TAG
 from sfumato.errors import ConfigError
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 24
@@ -61,7 +62,7 @@ def load_yaml(text: str, *, where: str) -> Any:
         ConfigError: if it is no YAML, larger than 1 MiB, nested too deep, or uses tags or aliases.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{len(text)} characters of YAML", where=where, mend="a configuration has a few hundred lines")
+        raise ConfigError(f"{len(text)} characters of YAML", where=where, hint="a configuration has a few hundred lines")
     try:
         return _StricterSafeLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
@@ -76,7 +77,7 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
     data = load_yaml(text, where=str(path))
     if not isinstance(data, dict):
-        raise ConfigError("holds no mapping of keys to values", where=str(path), mend="begin with e.g. `recipe: digits`")
+        raise ConfigError("holds no mapping of keys to values", where=str(path), hint="begin with e.g. `recipe: digits`")
     return data
 
 
@@ -116,7 +117,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
             target = target[key]
             if not isinstance(target, dict):
                 raise ConfigError(f"`{'.'.join(parents[: depth + 1])}` has no keys to set", where=f"{path}={value}")
-        if last == TAG and target.get(TAG) != value:
+        if last == TAG and not _same_kind(target.get(TAG), value):
             target.clear()
         current = target.get(last)
         if isinstance(current, dict) and TAG in current and isinstance(value, str):
@@ -140,9 +141,13 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def _merged(base: Any, changes: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
-    if TAG in changes and changes[TAG] != base.get(TAG):
+    if TAG in changes and not _same_kind(changes[TAG], base.get(TAG)):
         return changes
     return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def _same_kind(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and current_kind(one) == current_kind(other)
 
 
 def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -152,7 +157,7 @@ def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str,
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path:
-            raise ConfigError(f"{item!r} sets nothing", where="overrides", mend="write key=value, e.g. budget.minutes=5")
+            raise ConfigError(f"{item!r} sets nothing", where="overrides", hint="write key=value, e.g. budget.minutes=5")
         yield path, load_yaml(text, where=item)
 
 

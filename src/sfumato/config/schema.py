@@ -1,52 +1,42 @@
 """A pydantic model for each dataclass, derived from its fields: validation, error locations and JSON schema for nothing.
 
-A union of dataclasses is told apart by the key `kind`, the class's name; `kind` alone may stand for the whole object, and where it is left
-out the class is that of the field's default.
+The members of a union or family of dataclasses are told apart by the key `kind`. The kind alone may stand for the whole object, and where
+it is left out the class is that of the field's default. Former kinds and keys are read as what they are called now.
 """
 
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from dataclasses import field as dataclass_field
-from functools import lru_cache
-from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache, lru_cache
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_type_hints
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from sfumato.config.aliases import FORMER_KEYS, current_kind
+from sfumato.config.kinds import SHORTHANDS, TAG, is_tagged, kind_of, members
 from sfumato.errors import ConfigError, SfumatoError
 
 T = TypeVar("T")
-TAG = "kind"
 _BEFORE = "before"
 NEAR = 0.75  # likeness of a key to the one that is suggested for it: a letter or two of a word apart
 
 
-def members(annotation: Any) -> list[type]:
-    """The dataclasses of a union, or of a single dataclass annotation; [] if there are none."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
-    return [option for option in options if is_dataclass(option) and isinstance(option, type)]
-
-
-def is_tagged(annotation: Any) -> bool:
-    """Whether values of this annotation need a `kind`: it is a union of several dataclasses."""
-    return len(members(annotation)) > 1
-
-
-def config_fields(cls: type) -> list[tuple[Field[Any], Any]]:
+@cache
+def config_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
     """The fields that a configuration may set, with their resolved types and the bounds declared with them."""
     hints = get_type_hints(cls, include_extras=True)
-    return [(field, hints[field.name]) for field in fields(cls) if field.init]
+    return tuple((field, hints[field.name]) for field in fields(cls) if field.init)
 
 
 def plain(value: Any, annotation: Any = None) -> Any:
     """A configuration as dicts, lists, strings and numbers; `kind` is written where a union needs it."""
     if is_dataclass(value) and not isinstance(value, type):
         body = {field.name: plain(getattr(value, field.name), hint) for field, hint in config_fields(type(value))}
-        return {TAG: type(value).__name__, **body} if is_tagged(annotation) else body
+        return {TAG: kind_of(type(value)), **body} if is_tagged(annotation) else body
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return value
@@ -58,15 +48,66 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
     Raises:
         ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds, and the nearest legal name.
     """
+    present = modern(cls, data)
     try:
-        model: Any = _model(cls)  # type: ignore[arg-type]
-        return _build(cls, model.model_validate(data))
+        model: Any = _model(cls)
+        return _build(cls, model.model_validate(present))
     except ValidationError as error:
-        legal = _legal_keys(cls, data)
-        lines = [_explain(item, legal) for item in error.errors()]
+        legal = _legal_keys(cls, present)
+        lines = [_explain(item, cls, legal) for item in error.errors()]
         raise ConfigError(
-            "; ".join(lines), where=where, mend="`sfumato config show RECIPE` prints every key, `config schema` their types"
+            "; ".join(lines), where=where, hint="`sfumato config show RECIPE` prints every key, `config schema` their types"
         ) from None
+
+
+def modern(cls: type, data: Any) -> Any:
+    """Plain data of `cls` in present words and in full: former kinds and keys replaced, short names and left-out kinds written out."""
+    if not isinstance(data, Mapping):
+        return data
+    former = FORMER_KEYS.get(cls.__name__, {})
+    result = {
+        former.get(key, key): value for key, value in data.items() if key not in former.values() or not _old(key, former, data)
+    }
+    for entry, hint in config_fields(cls):
+        if entry.name in result:
+            result[entry.name] = _modern_value(entry, hint, result[entry.name])
+    return result
+
+
+def _old(key: str, former: Mapping[str, str], data: Mapping[str, Any]) -> bool:
+    """Whether a key's former spelling is given too, which then decides: it was written on top of a whole configuration."""
+    return any(old in data for old, new in former.items() if new == key)
+
+
+def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
+    options = members(hint)
+    if not options:
+        return value
+    if not is_tagged(hint):
+        return modern(options[0], value)
+    if isinstance(value, str):
+        value = {TAG: value}
+    if not isinstance(value, Mapping):
+        return value
+    usual = _usual_kind(entry, hint)
+    name = value.get(TAG, usual)
+    kind = current_kind(name) if isinstance(name, str) else name
+    shorthands = entry.metadata.get(SHORTHANDS, {})
+    member = next((option for option in options if kind_of(option) == kind), None)
+    if member is None and kind in shorthands:
+        whole = plain(shorthands[kind], hint)
+        return {**whole, **{key: item for key, item in value.items() if key != TAG}}
+    if member is None:  # as it was written, for the error
+        return dict(value) if name is None else {**value, TAG: name}
+    return {TAG: kind, **modern(member, {key: item for key, item in value.items() if key != TAG})}
+
+
+def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
+    """The kind that is meant where none is given: the default's, or the first where the default is None."""
+    default = _default(entry, hint)
+    if isinstance(default, dict):
+        return str(default[TAG])
+    return kind_of(members(hint)[0]) if default is None else None
 
 
 def since(default: T, *, before: Any) -> T:
@@ -78,13 +119,13 @@ def as_before(cls: type, data: Any) -> Any:
     """The plain data of a run's own configuration, which were whole when written: a key that is absent means what the run did then."""
     if not isinstance(data, dict):
         return data
-    result = dict(data)
+    result = modern(cls, data)
     for entry, hint in config_fields(cls):
-        if entry.name in data:
-            chosen = data[entry.name]
+        if entry.name in result:
+            chosen = result[entry.name]
             name = chosen.get(TAG) if isinstance(chosen, dict) else None
             options = members(hint)
-            option = next((option for option in options if option.__name__ == name or len(options) == 1), None)
+            option = next((option for option in options if kind_of(option) == name or not is_tagged(hint)), None)
             result[entry.name] = chosen if option is None else as_before(option, chosen)
         elif _BEFORE in entry.metadata:
             result[entry.name] = plain(entry.metadata[_BEFORE], hint)
@@ -119,43 +160,25 @@ def _located(error: SfumatoError, path: str) -> SfumatoError:
     """A dataclass's own error, with the key of that dataclass where it names none: it does not know what holds it."""
     if not path or error.where == path or error.where.startswith(f"{path}."):
         return error
-    return ConfigError(error.what, where=path, mend=error.mend)
+    return ConfigError(error.what, where=path, hint=error.hint)
 
 
 def _identifier(cls: type) -> str:
     return f"{cls.__module__}_{cls.__qualname__}".replace(".", "_")
 
 
-def _reference(annotation: Any, default: Any) -> Any:
-    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive.
-
-    Args:
-        default: the field's, as plain data.
-    """
+def _reference(annotation: Any) -> Any:
+    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive."""
     options = members(annotation)
     if not options:
         return annotation
     optional = type(None) in get_args(annotation)
-    if len(options) == 1:
+    if not is_tagged(annotation):
         inner: Any = f"{_identifier(options[0])}_plain"
     else:
         names = ", ".join(f"{_identifier(option)}_tagged" for option in options)
-        usual = default[TAG] if isinstance(default, dict) else options[0].__name__ if optional else None
-        inner = f"Annotated[Annotated[Union[{names}], Field(discriminator='{TAG}')], BeforeValidator(by_name({usual!r}))]"
+        inner = f"Annotated[Union[{names}], Field(discriminator='{TAG}')]"
     return f"Optional[{inner}]" if optional else inner
-
-
-def _by_name(usual: str | None) -> Callable[[Any], Any]:
-    """`schedule: Cosine` is short for `schedule: {kind: Cosine}`; a mapping without `kind` is of the usual one: the default's, and the
-    first where the default is none at all.
-    """
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, str):
-            return {TAG: value}
-        return {TAG: usual, **value} if isinstance(value, dict) and TAG not in value and usual is not None else value
-
-    return whole
 
 
 def _default(field: Field[Any], hint: Any) -> Any:
@@ -164,20 +187,20 @@ def _default(field: Field[Any], hint: Any) -> Any:
     return ... if field.default is MISSING else plain(field.default, hint)
 
 
-@lru_cache
 def _model(cls: Any) -> type[BaseModel]:
     """The pydantic model of `cls`, with those of all dataclasses that it reaches."""
-    namespace: dict[str, Any] = {
-        "Annotated": Annotated, "Union": Union, "Optional": Optional, "Field": pydantic.Field,
-        "BeforeValidator": BeforeValidator, "by_name": _by_name,
-    }  # fmt: skip
+    return _models(cls, tuple(_reachable(cls)))
+
+
+@lru_cache
+def _models(cls: Any, reachable: tuple[type, ...]) -> type[BaseModel]:
+    namespace: dict[str, Any] = {"Annotated": Annotated, "Union": Union, "Optional": Optional, "Field": pydantic.Field}
     models = []
-    for reached in _reachable(cls):
-        body: dict[str, Any] = {
-            f.name: (_reference(hint, _default(f, hint)), _default(f, hint)) for f, hint in config_fields(reached)
-        }
+    for reached in reachable:
+        body: dict[str, Any] = {f.name: (_reference(hint), _default(f, hint)) for f, hint in config_fields(reached)}
         config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=False)
-        for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[reached.__name__], reached.__name__)})):
+        kind = kind_of(reached)
+        for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[kind], kind)})):
             name = f"{_identifier(reached)}_{suffix}"
             namespace[name] = create_model(name, __config__=config, **extra, **body)  # type: ignore[call-overload]
             models.append(namespace[name])
@@ -188,14 +211,14 @@ def _model(cls: Any) -> type[BaseModel]:
 
 
 def _reachable(cls: type) -> list[type]:
-    found: list[type] = []
+    found: dict[type, None] = {}
     queue = [cls]
     while queue:
         current = queue.pop()
         if current not in found:
-            found.append(current)
+            found[current] = None
             queue += [option for _, hint in config_fields(current) for option in members(hint)]
-    return found
+    return list(found)
 
 
 def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
@@ -206,7 +229,7 @@ def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
         keys.append(prefix + field.name)
         options = members(hint)
         name = value.get(TAG) if isinstance(value, dict) else value
-        for option in options if len(options) == 1 else [option for option in options if option.__name__ == name]:
+        for option in options if not is_tagged(hint) else [option for option in options if kind_of(option) == name]:
             keys += _legal_keys(option, value, f"{prefix}{field.name}.")
     return keys
 
@@ -218,29 +241,41 @@ def _nearest(key: str, legal: list[str]) -> str | None:
     return close[0] if close else min(same, key=lambda path: path.count("."), default=None)
 
 
-def _explain(error: Any, legal: list[str]) -> str:
-    # A union's location repeats the class name; keys are lower case, class names are not.
-    *parents, last = error["loc"] or ("",)
-    path = [part for part in map(str, parents) if not part[:1].isupper()]
+def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
+    """The dotted path of an error's location, which names the kind after each key whose value has one, and the last field."""
+    path: list[str] = []
+    options, after_tagged, last = [cls], False, None
+    for part in location:
+        if after_tagged and (chosen := [option for option in options if kind_of(option) == part]):
+            options, after_tagged = chosen, False
+            continue
+        path.append(str(part))
+        known = [pair for option in options[:1] for pair in config_fields(option) if pair[0].name == part]
+        last, hint = known[0] if known else (None, None)
+        options, after_tagged = members(hint), is_tagged(hint)
+    return ".".join(path), last
+
+
+def _explain(error: Any, cls: type, legal: list[str]) -> str:
+    key, entry = _located_at(cls, error["loc"])
     if error["type"] == "extra_forbidden":
-        key = ".".join([*path, str(last)])
         nearest = _nearest(key, legal)
-        return f"`{key}` is no key" + (f" (did you mean `{nearest}`?)" if nearest else "")
-    key = ".".join(path if str(last)[:1].isupper() else [*path, str(last)])
+        return f"unknown key `{key}`" + (f" (did you mean `{nearest}`?)" if nearest else "")
     if error["type"] in ("model_type", "model_attributes_type"):
         return (
             f"`{key}` = {error['input']!r}: needs keys and values"
             if key
-            else f"{error['input']!r} is no mapping of keys to values"
+            else f"{error['input']!r} is not a mapping of keys to values"
         )
     if error["type"] == "missing":
         return f"`{key}` is missing"
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         options = [name.strip(" '") for name in context["expected_tags"].split(",")]
-        close = difflib.get_close_matches(str(context["tag"]), options, n=1, cutoff=0.4)
+        options += [name for name in (entry.metadata.get(SHORTHANDS, {}) if entry else ()) if name not in options]
+        close = difflib.get_close_matches(current_kind(context["tag"]), options, n=1, cutoff=0.5)
         guess = f"; did you mean `{close[0]}`?" if close else ""
-        return f"`{key}` = {context['tag']!r} is none of {', '.join(options)}{guess}"
+        return f"`{key}` = {context['tag']!r} is not one of {', '.join(options)}{guess}"
     if error["type"] == "union_tag_not_found":
         return f"`{key}` needs a `{TAG}`"
     return f"`{key}` = {error['input']!r}: {error['msg'].lower()}"

@@ -15,7 +15,6 @@ from sfumato.data.sources import (
     Npz,
     Parquet,
     Solids,
-    SourceConfig,
     WebDataset,
     Zip,
     source_at,
@@ -23,6 +22,6 @@ from sfumato.data.sources import (
 
 __all__ = [
     "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Encoded", "Entry", "Folder", "HuggingFace",
-    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Solids", "Source", "SourceConfig", "WebDataset", "Zip", "batches", "index",
+    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Solids", "Source", "WebDataset", "Zip", "batches", "index",
     "source_at", "to_float",
 ]  # fmt: skip

@@ -51,10 +51,10 @@ class AugmentConfig:
         shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "non_leaking")}
         for name, share in shares.items():
             if not 0 <= share < 1:
-                raise ConfigError(f"{name} = {share}", where="data.augment", mend="use a share from 0 up to, not including, 1")
+                raise ConfigError(f"{name} = {share}", where="data.augment", hint="use a share from 0 up to, not including, 1")
         for name in ("rotation_degrees", "hue_degrees"):
             if not 0 <= getattr(self, name) <= 180:
-                raise ConfigError(f"{name} = {getattr(self, name)}", where="data.augment", mend="use 0 to 180")
+                raise ConfigError(f"{name} = {getattr(self, name)}", where="data.augment", hint="use 0 to 180")
 
     @property
     def is_off(self) -> bool:
@@ -145,7 +145,7 @@ def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
     if config.quarter_turns == "all":
         if images.shape[-1] != images.shape[-2]:
             raise ConfigError(
-                "quarter turns of pictures that are not square", where="data.augment", mend="set quarter_turns=none"
+                "quarter turns of pictures that are not square", where="data.augment", hint="set quarter_turns=none"
             )
         turns = (draws[:, 2] * 4).long()
         for turn in (1, 2, 3):

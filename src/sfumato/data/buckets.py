@@ -28,7 +28,7 @@ class BucketConfig:
             raise ConfigError(
                 f"count = {self.count}, step = {self.step}, max_ratio = {self.max_ratio}",
                 where="data.buckets",
-                mend="count and step are at least 1, max_ratio from 1 to 8",
+                hint="count and step are at least 1, max_ratio from 1 to 8",
             )
 
     def shapes(self, resolution: int) -> tuple[tuple[int, int], ...]:
@@ -38,7 +38,7 @@ class BucketConfig:
             raise ConfigError(
                 f"no shape with sides that are multiples of {self.step}",
                 where="data.buckets.step",
-                mend=f"divide {resolution} by it",
+                hint=f"divide {resolution} by it",
             )
         area, wide = resolution**2, {0.0: (square, square)}
         for width in range(square + self.step, int(resolution * math.sqrt(self.max_ratio)) + 1, self.step):

@@ -130,7 +130,7 @@ class Writer:
         except OSError as error:
             self.discard()
             raise DataError(
-                f"cannot be written: {error}", where=str(self.cache.folder), mend="free some space, or set data.cache=off"
+                f"cannot be written: {error}", where=str(self.cache.folder), hint="free some space, or set data.cache=off"
             ) from None
         self.cache._read(segment)
 

@@ -47,10 +47,10 @@ def convert(
     kind, single = to or by_suffix, by_suffix is not None
     if kind not in SUFFIX or (single and kind != by_suffix):
         raise ConfigError(
-            f"{to or dest.name!r} is no kind of container for it", where=str(dest), mend="use --to parquet or --to webdataset"
+            f"{to or dest.name!r} is no kind of container for it", where=str(dest), hint="use --to parquet or --to webdataset"
         )
     if dest.exists() and (single or not dest.is_dir() or any(dest.iterdir())):
-        raise DataError("exists already", where=str(dest), mend="name a new file or an empty folder")
+        raise DataError("exists already", where=str(dest), hint="name a new file or an empty folder")
     rejects = list(listing.rejects)
     layout = Layout.of(listing.entries)
     try:
@@ -58,7 +58,7 @@ def convert(
         samples = _packed(listing.entries, rejects, on_progress)
         paths = _written(samples, dest, kind, layout, None if single else shard_mib << 20)
     except OSError as error:
-        raise DataError(f"cannot be written: {error}", where=str(dest), mend="check the disk and the permissions") from None
+        raise DataError(f"cannot be written: {error}", where=str(dest), hint="check the disk and the permissions") from None
     return paths, rejects
 
 
@@ -94,7 +94,7 @@ def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, l
             writer.add(sample)
             size += len(sample["image"])
         if writer is None:
-            raise DataError("nothing could be read, so nothing was written", where=str(dest), mend="see `sfumato data check`")
+            raise DataError("nothing could be read, so nothing was written", where=str(dest), hint="see `sfumato data check`")
         writer.close()
         for path in paths:
             os.replace(_temporary(path), path)

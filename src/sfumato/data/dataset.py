@@ -19,12 +19,12 @@ from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.changes import recorded
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
-from sfumato.data.entry import Entry, Reject
+from sfumato.data.entry import Entry, Reject, Source
 from sfumato.data.frames import Frames
 from sfumato.data.holdout import parts
 from sfumato.data.layers import Layers
 from sfumato.data.ledger import Ledger
-from sfumato.data.sources import Digits, SourceConfig
+from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
 
 
@@ -56,7 +56,7 @@ class DataConfig:
         workers: processes that decode ahead when they are.
     """
 
-    source: SourceConfig = Digits()
+    source: Source = Digits()
     resolution: Size = 32
     size: tuple[Size, Size] | None = None
     buckets: BucketConfig | None = None
@@ -82,21 +82,21 @@ class DataConfig:
                 f"resolution = {self.resolution}, channels = {self.channels}, holdout = {self.holdout}, workers = {self.workers}, "
                 f"background = {self.background}",
                 where="data",
-                mend="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, workers at least 0, background from 0 to 255",
+                hint="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, workers at least 0, background from 0 to 255",
             )
         if self.size is not None and (min(self.size) < 1 or self.buckets is not None):
             raise ConfigError(
                 f"size = {self.size}" + (" beside buckets" if self.buckets is not None else ""),
                 where="data.size",
-                mend="a height and a width of at least 1, and no data.buckets beside it",
+                hint="a height and a width of at least 1, and no data.buckets beside it",
             )
         if self.range != "auto" and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
             raise ConfigError(
-                f"range = {list(self.range)}", where="data.range", mend="give [BLACK, WHITE], the smaller number first, or auto"
+                f"range = {list(self.range)}", where="data.range", hint="give [BLACK, WHITE], the smaller number first, or auto"
             )
         square = self.buckets is None and (self.size is None or self.size[0] == self.size[1])
         if not square and self.augment.quarter_turns == "all":
-            raise ConfigError("quarter turns of tall and wide pictures", where="data.augment", mend="set quarter_turns=none")
+            raise ConfigError("quarter turns of tall and wide pictures", where="data.augment", hint="set quarter_turns=none")
 
     def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
         """The shapes and colours that pictures are decoded to, given what black and white are."""
@@ -263,7 +263,7 @@ class Dataset:
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
         raise DataError(
-            "neither it nor any picture like it can be read any more", where=bad[0].name, mend="is the disk still there?"
+            "neither it nor any picture like it can be read any more", where=bad[0].name, hint="is the disk still there?"
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:

@@ -11,10 +11,12 @@ import re
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
+from sfumato.config import Extensible
 from sfumato.data import files
 from sfumato.data.splits import HELD_OUT, split_of
 
@@ -187,16 +189,16 @@ class Listing:
             object.__setattr__(self, "found", found)
 
 
-class Source(Protocol):
-    """A frozen configuration that can list what it holds."""
+class Source(Extensible, ABC):
+    """A place that images come from. A frozen dataclass that derives from it is a kind of source."""
 
+    @abstractmethod
     def listing(self) -> Listing:
-        """All samples.
+        """List all samples.
 
         Raises:
             DataError: if the source is missing, damaged as a whole, or holds nothing.
         """
-        ...
 
 
 # By the names that people use for them, in metadata files, JSON sidecars and table columns; the first one found counts.

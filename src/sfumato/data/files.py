@@ -186,7 +186,7 @@ def remote_limit_bytes() -> int:
         return int(float(said) * 2**30)
     except (ValueError, OverflowError):
         raise DataError(
-            f"{said!r} is not a number of GiB", where="SFUMATO_REMOTE_GIB", mend="set it to one, such as 20"
+            f"{said!r} is not a number of GiB", where="SFUMATO_REMOTE_GIB", hint="set it to one, such as 20"
         ) from None
 
 
@@ -202,7 +202,7 @@ def _system(url: str) -> tuple[Any, str]:
         raise DataError(
             f"nothing here can open {protocol}:// addresses ({error})",
             where=f"{protocol}://",
-            mend="pip install 'sfumato[remote]', and the package that the message names (s3fs, gcsfs, adlfs, ...)",
+            hint="pip install 'sfumato[remote]', and the package that the message names (s3fs, gcsfs, adlfs, ...)",
         ) from None
     except Exception as error:
         raise _unreachable(url, error) from None
@@ -212,7 +212,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
     return DataError(
         f"cannot be reached: {type(error).__name__}: {str(error)[:200]}",
         where=url,
-        mend="check the address, the network and your credentials for it",
+        hint="check the address, the network and your credentials for it",
     )
 
 

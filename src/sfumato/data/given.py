@@ -76,7 +76,7 @@ def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
             pixels = decode(File(str(path)).read(), form).pixels
     except (RejectedImage, OSError) as error:
         raise DataError(
-            f"cannot be used as an image: {error}", where=str(path), mend="give a PNG, JPEG, WebP, BMP, GIF or TIFF"
+            f"cannot be used as an image: {error}", where=str(path), hint="give a PNG, JPEG, WebP, BMP, GIF or TIFF"
         ) from None
     return torch.from_numpy(pixels.astype(np.float32)) / (2**form.bits - 1)
 
@@ -91,5 +91,5 @@ def given_points(path: str | Path) -> Tensor:
         return torch.from_numpy(read_points(File(str(path)).read()))
     except (RejectedPoints, OSError) as error:
         raise DataError(
-            f"cannot be used as a point cloud: {error}", where=str(path), mend="give a .npy, .ply, .xyz or .csv of numbers"
+            f"cannot be used as a point cloud: {error}", where=str(path), hint="give a .npy, .ply, .xyz or .csv of numbers"
         ) from None

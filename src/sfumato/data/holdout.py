@@ -100,7 +100,7 @@ def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64
         raise DataError(
             f"{len(keys)} different picture(s) to learn from, near-duplicates counted as one",
             where="data",
-            mend="at least two are needed: one to learn from, one to validate on; thousands make a good model",
+            hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
         )
     held = _held(keys, sizes, kinds, share)
     pairs = zip(ids, groups.tolist(), strict=True)

@@ -73,7 +73,7 @@ def index(
             f"{len(set(ids))} different readable pictures among {len(listing.entries)} files"
             + (f" ({reasons})" if reasons else ""),
             where=str(getattr(config.source, "path", type(config.source).__name__)),
-            mend="at least two are needed: one to learn from, one to validate on; thousands make a good model",
+            hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
         )
     categories = tuple(sorted({entry.category for entry in good if entry.category is not None}, key=_natural))
     numbers = {name: number for number, name in enumerate(categories)}
@@ -113,7 +113,7 @@ def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
         raise DataError(
             f"the last channel of {len(without)} images, e.g. {without[0]}, is not marked as alpha, and that of {count - len(without)} is",
             where="data.alpha",
-            mend="set data.alpha=on if it is alpha in all, or train the two kinds apart",
+            hint="set data.alpha=on if it is alpha in all, or train the two kinds apart",
         )
 
 
@@ -151,7 +151,7 @@ def _excluded(config: DataConfig) -> set[str]:
         lines = Path(config.exclude).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot be read: {error}", where=config.exclude, mend="name a text file with one picture a line"
+            f"cannot be read: {error}", where=config.exclude, hint="name a text file with one picture a line"
         ) from None
     return {line.partition("\t")[0] for line in lines if line.strip() and not (line.startswith("#") and "\t" not in line)}
 

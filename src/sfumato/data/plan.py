@@ -59,7 +59,7 @@ class Plan:
         if self.batch_size % ranks:
             legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
-                f"a batch of {self.batch_size} over {ranks} processes", where="batch_size", mend=f"use one of {legal} processes"
+                f"a batch of {self.batch_size} over {ranks} processes", where="batch_size", hint=f"use one of {legal} processes"
             )
         share = self.batch_size // ranks
         return self.samples(step * self.batch_size + rank * share, share)

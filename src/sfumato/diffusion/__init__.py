@@ -3,7 +3,7 @@
 Everything here is immutable, and knows tensors and `Condition` only. Networks, data and files may not enter.
 """
 
-from sfumato.diffusion.coupling import Coupling, CouplingConfig, Independent, MinibatchOptimalTransport
+from sfumato.diffusion.coupling import Coupling, Independent, MinibatchOptimalTransport
 from sfumato.diffusion.denoiser import (
     Angle,
     Denoiser,
@@ -32,7 +32,6 @@ from sfumato.diffusion.schedules import (
     Mode,
     ScaledLinear,
     Schedule,
-    ScheduleConfig,
     Shift,
     Sigmoid,
     Span,
@@ -41,7 +40,6 @@ from sfumato.diffusion.schedules import (
     VarianceExploding,
     VariancePreserving,
     Warp,
-    WarpConfig,
     Warped,
     ZeroTerminalSNR,
     require_schedule,
@@ -54,7 +52,6 @@ from sfumato.diffusion.weighting import (
     SigmoidWeighting,
     UniformEpsilon,
     Weighting,
-    WeightingConfig,
     target_weight,
 )
 
@@ -66,7 +63,6 @@ __all__ = [
     "Clip",
     "Cosine",
     "Coupling",
-    "CouplingConfig",
     "Denoised",
     "Denoiser",
     "EmpiricalDenoiser",
@@ -102,7 +98,6 @@ __all__ = [
     "Sample",
     "ScaledLinear",
     "Schedule",
-    "ScheduleConfig",
     "Shift",
     "Sigmoid",
     "SigmoidWeighting",
@@ -121,10 +116,8 @@ __all__ = [
     "VariancePreserving",
     "Velocity",
     "Warp",
-    "WarpConfig",
     "Warped",
     "Weighting",
-    "WeightingConfig",
     "ZeroTerminalSNR",
     "require_schedule",
     "target_weight",

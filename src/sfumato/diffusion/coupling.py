@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sfumato.config import Extensible
 
-class Coupling(Protocol):
-    """Reorder a batch of noise, given the batch of data; each row stays a standard normal draw."""
 
-    def __call__(self, x0: Tensor, noise: Tensor) -> Tensor: ...
+class Coupling(Extensible, ABC):
+    """Reorder a batch of noise, given the batch of data; each row stays a standard normal draw. A dataclass that derives from it is a kind
+    of coupling.
+    """
+
+    @abstractmethod
+    def __call__(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The noise (B, ...) in another order."""
 
 
 @dataclass(frozen=True)
-class Independent:
+class Independent(Coupling):
     """Noise drawn without looking at the data."""
 
     def __call__(self, x0: Tensor, noise: Tensor) -> Tensor:
@@ -24,7 +30,7 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class MinibatchOptimalTransport:
+class MinibatchOptimalTransport(Coupling):
     """The assignment within the batch of least total squared distance: straighter paths (Pooladian et al. 2023, arXiv:2304.14772)."""
 
     def __call__(self, x0: Tensor, noise: Tensor) -> Tensor:
@@ -33,6 +39,3 @@ class MinibatchOptimalTransport:
         cost = torch.cdist(x0.flatten(1).double(), noise.flatten(1).double()) ** 2
         _, order = linear_sum_assignment(cost.cpu().numpy())
         return noise[torch.from_numpy(order).to(noise.device)]
-
-
-CouplingConfig = Independent | MinibatchOptimalTransport

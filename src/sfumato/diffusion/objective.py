@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
 from sfumato.config.bounds import FractionBelowOne
-from sfumato.diffusion.coupling import CouplingConfig, Independent
+from sfumato.diffusion.coupling import Coupling, Independent
 from sfumato.diffusion.denoiser import NetworkDenoiser
 from sfumato.diffusion.level import Denoised, NoiseLevel
-from sfumato.diffusion.schedules import Linear, ScheduleConfig, require_schedule
-from sfumato.diffusion.weighting import Native, WeightingConfig, target_weight
+from sfumato.diffusion.schedules import Linear, Schedule, require_schedule
+from sfumato.diffusion.weighting import Native, Weighting, target_weight
 from sfumato.errors import ConfigError
 
 
@@ -28,6 +28,8 @@ class Times(Protocol):
 @dataclass(frozen=True)
 class IndependentTimes:
     """Each sample's time on its own."""
+
+    kind: ClassVar[str] = "independent"
 
     def __call__(self, uniform: Tensor) -> Tensor:
         return uniform
@@ -77,16 +79,16 @@ class Objective:
     Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
     """
 
-    schedule: ScheduleConfig = Linear()
-    weighting: WeightingConfig = Native()
-    coupling: CouplingConfig = Independent()
+    schedule: Schedule = Linear()
+    weighting: Weighting = Native()
+    coupling: Coupling = Independent()
     times: TimesConfig = Stratified()
     contrast: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.contrast < 1:
             raise ConfigError(
-                f"contrast = {self.contrast}", where="objective", mend="use 0 to 0.1; from 1 on there is no minimum"
+                f"contrast = {self.contrast}", where="objective", hint="use 0 to 0.1; from 1 on there is no minimum"
             )
         require_schedule(self.schedule, where="objective.schedule")
 

@@ -50,7 +50,7 @@ class Parameterization(ABC):
             raise ScheduleError(
                 f"no solver can integrate in the coordinate of {type(self).__name__} from or to a level where it is infinite",
                 where="sampler",
-                mend="use parameterization=Flow() or Velocity(), or keep off that end: Warped(schedule=..., warp=Span(high=0.999))",
+                hint="use parameterization=Flow() or Velocity(), or keep off that end: Warped(schedule=..., warp=Span(high=0.999))",
             )
         return coordinate
 
@@ -84,7 +84,7 @@ class Parameterization(ABC):
                 f"{type(self).__name__} cannot recover x0 and eps where its prediction holds only one of them "
                 "(Epsilon at alpha = 0, Sample at sigma = 0)",
                 where="Parameterization.solve",
-                mend="predict Velocity or Flow, or keep off that end, e.g. Warped(schedule=schedule, warp=Span(high=0.999))",
+                hint="predict Velocity or Flow, or keep off that end, e.g. Warped(schedule=schedule, warp=Span(high=0.999))",
             )
         return Denoised(
             x0=(level.sigma * output - b * x) / determinant,

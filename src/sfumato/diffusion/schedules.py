@@ -8,27 +8,30 @@ samples on any other.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sfumato.config import Extensible
 from sfumato.config.bounds import Finite, Fraction, InnerFraction, NonNegative, Positive, Size
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.errors import ScheduleError
 
 HALF_PI = math.pi / 2
-MEND = "its numbers must give finite levels whose share of noise never falls from t = 0 to t = 1"
+HINT = "its numbers must give finite levels whose share of noise never falls from t = 0 to t = 1"
 
 
-class Schedule(Protocol):
-    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t."""
+class Schedule(Extensible, ABC):
+    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t. A dataclass that derives from it is a kind of
+    schedule.
+    """
 
+    @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:
         """The levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
-        ...
 
 
 def require_schedule(schedule: Schedule, *, where: str) -> None:
@@ -36,12 +39,12 @@ def require_schedule(schedule: Schedule, *, where: str) -> None:
     try:
         alpha, sigma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64))
     except (ArithmeticError, ValueError, LookupError, RuntimeError) as error:
-        raise ScheduleError(f"{schedule} has no levels: {error}", where=where, mend=MEND) from None
+        raise ScheduleError(f"{schedule} has no levels: {error}", where=where, hint=HINT) from None
     finite = bool(torch.isfinite(alpha).all() and torch.isfinite(sigma).all() and min(alpha.min(), sigma.min()) >= 0)
     if not (
         finite and (alpha[:-1] * sigma[1:] >= alpha[1:] * sigma[:-1]).all() and alpha[0] * sigma[-1] > alpha[-1] * sigma[0]
     ):
-        raise ScheduleError(f"{schedule} does not lead from data to noise", where=where, mend=MEND)
+        raise ScheduleError(f"{schedule} does not lead from data to noise", where=where, hint=HINT)
 
 
 def _variance_preserving(log_alpha: Tensor) -> NoiseLevel:
@@ -54,7 +57,7 @@ def _variance_exploding(sigma: Tensor) -> NoiseLevel:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Schedule):
     """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023, arXiv:2210.02747)."""
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -62,7 +65,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Schedule):
     """A quarter circle: alpha = cos(pi t/2), sigma = sin(pi t/2) (Nichol & Dhariwal 2021, arXiv:2102.09672, with s = 0)."""
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -70,7 +73,7 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariancePreserving:
+class VariancePreserving(Schedule):
     """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
 
     beta_min: NonNegative = 0.1
@@ -101,7 +104,7 @@ class _DiscreteBetas:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearBetas(_DiscreteBetas):
+class LinearBetas(_DiscreteBetas, Schedule):
     """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`."""
 
     beta_start: InnerFraction = 1e-4
@@ -113,7 +116,7 @@ class LinearBetas(_DiscreteBetas):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledLinear(_DiscreteBetas):
+class ScaledLinear(_DiscreteBetas, Schedule):
     """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752)."""
 
     beta_start: InnerFraction = 0.00085
@@ -125,7 +128,7 @@ class ScaledLinear(_DiscreteBetas):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid:
+class Sigmoid(Schedule):
     """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1)."""
 
     start: Finite = -3.0
@@ -142,7 +145,7 @@ class Sigmoid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VarianceExploding:
+class VarianceExploding(Schedule):
     """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31)."""
 
     sigma_min: Positive = 0.01
@@ -153,7 +156,7 @@ class VarianceExploding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karras:
+class Karras(Schedule):
     """alpha = 1, sigma^(1/rho) even in t (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
 
     sigma_min: Positive = 0.002
@@ -166,7 +169,7 @@ class Karras:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormal:
+class LogNormal(Schedule):
     """alpha = 1, log sigma normal when t is uniform: EDM's training levels (Karras et al. 2022, arXiv:2206.00364, table 1).
 
     The outermost `tail` of each end is left out, so that every level is finite and above zero.
@@ -183,7 +186,7 @@ class LogNormal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformLogSNR:
+class UniformLogSNR(Schedule):
     """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630)."""
 
     logsnr_min: Finite = -10.0
@@ -195,7 +198,7 @@ class UniformLogSNR:
 
 
 @dataclass(frozen=True)
-class Geometric:
+class Geometric(Schedule):
     """alpha = 1, sigma = sigma_max ratio^(steps (1 - t)): a grid of `steps` steps keeps the fraction `ratio` of the noise at each.
 
     DDIM on this grid is the loop "predict all the noise, subtract it, add `ratio` of it back".
@@ -211,7 +214,7 @@ class Geometric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tabulated:
+class Tabulated(Schedule):
     """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in between.
 
     Raises:
@@ -230,7 +233,7 @@ class Tabulated:
             raise ScheduleError(
                 f"a table of {len(self.alphas)} alphas and {len(self.sigmas)} sigmas is not a schedule",
                 where="Tabulated",
-                mend="give as many sigmas as alphas, at least two, from data to noise, with alpha/sigma strictly falling",
+                hint="give as many sigmas as alphas, at least two, from data to noise, with alpha/sigma strictly falling",
             )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -246,14 +249,16 @@ def _interpolate(table: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(table[index], table[index + 1], position - index).to(t.dtype)
 
 
-class Warp(Protocol):
-    """A strictly increasing map of [0, 1] into itself."""
+class Warp(Extensible, ABC):
+    """A strictly increasing map of [0, 1] into itself. A dataclass that derives from it is a kind of warp."""
 
-    def __call__(self, t: Tensor) -> Tensor: ...
+    @abstractmethod
+    def __call__(self, t: Tensor) -> Tensor:
+        """Warped times, of t's shape."""
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Warp):
     """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
 
     factor: Positive = 3.0
@@ -263,7 +268,7 @@ class Shift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitNormal:
+class LogitNormal(Warp):
     """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
 
     mean: Finite = 0.0
@@ -274,7 +279,7 @@ class LogitNormal:
 
 
 @dataclass(frozen=True)
-class Mode:
+class Mode(Warp):
     """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024, arXiv:2403.03206, eq. 20, t reversed).
 
     Raises:
@@ -293,7 +298,7 @@ class Mode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(Warp):
     """t -> low + (high - low) t: a part of a schedule."""
 
     low: Fraction = 0.0
@@ -308,18 +313,18 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warped:
+class Warped(Schedule):
     """A schedule read at warped times: another density of training levels, another spacing of the sampling grid."""
 
-    schedule: ScheduleConfig
-    warp: WarpConfig
+    schedule: Schedule
+    warp: Warp
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return self.schedule(self.warp(t))
 
 
 @dataclass(frozen=True)
-class ZeroTerminalSNR:
+class ZeroTerminalSNR(Schedule):
     """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha - alpha_1) alpha_0/(alpha_0 - alpha_1).
 
     Raises:
@@ -327,7 +332,7 @@ class ZeroTerminalSNR:
     Source: Lin et al. 2024 (arXiv:2305.08891), algorithm 1.
     """
 
-    schedule: ScheduleConfig
+    schedule: Schedule
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -335,27 +340,8 @@ class ZeroTerminalSNR:
             raise ScheduleError(
                 f"{type(self.schedule).__name__} does not preserve variance",
                 where="ZeroTerminalSNR",
-                mend="Linear and Cosine end at pure noise already; variance-exploding ones cannot",
+                hint="Linear and Cosine end at pure noise already; variance-exploding ones cannot",
             )
         first, last = ends.alpha.to(t)
         alpha = (self.schedule(t).alpha - last) * first / (first - last)
         return NoiseLevel(alpha, torch.sqrt(1 - alpha**2))
-
-
-WarpConfig = Shift | LogitNormal | Mode | Span
-ScheduleConfig = (
-    Linear
-    | Cosine
-    | VariancePreserving
-    | LinearBetas
-    | ScaledLinear
-    | Sigmoid
-    | VarianceExploding
-    | Karras
-    | LogNormal
-    | UniformLogSNR
-    | Geometric
-    | Tabulated
-    | Warped
-    | ZeroTerminalSNR
-)

@@ -6,25 +6,29 @@ alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ - T|^2 the weight on th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sfumato.config import Extensible
 from sfumato.config.bounds import Finite, Positive
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.parameterizations import Flow, Parameterization, ParameterizationConfig
 
 
-class Weighting(Protocol):
-    """alpha^2 w(lambda) as a function of the level."""
+class Weighting(Extensible, ABC):
+    """alpha^2 w(lambda) as a function of the level. A dataclass that derives from it is a kind of weighting."""
 
-    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor: ...
+    @abstractmethod
+    def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """The factor of each level, of the level's shape."""
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(Weighting):
     """1 in the parameterization's own space: w = (D/alpha)^2, the plain mean squared error of the target."""
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
@@ -32,7 +36,7 @@ class Native:
 
 
 @dataclass(frozen=True)
-class UniformEpsilon:
+class UniformEpsilon(Weighting):
     """w = 1: DDPM's simple loss (Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
@@ -40,7 +44,7 @@ class UniformEpsilon:
 
 
 @dataclass(frozen=True)
-class MinSNR:
+class MinSNR(Weighting):
     """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556)."""
 
     gamma: Positive = 5.0
@@ -50,8 +54,10 @@ class MinSNR:
 
 
 @dataclass(frozen=True)
-class SigmoidWeighting:
+class SigmoidWeighting(Weighting):
     """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324)."""
+
+    kind: ClassVar[str] = "sigmoid"
 
     bias: Finite = 0.0
 
@@ -60,7 +66,7 @@ class SigmoidWeighting:
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDM(Weighting):
     """w = 1 + e^-lambda / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
 
     sigma_data: Positive = 0.5
@@ -70,7 +76,7 @@ class EDM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpace:
+class LossSpace(Weighting):
     """1 in another parameterization's space: with `LossSpace(of=Flow())`, a network that predicts the picture is judged by its velocity.
 
     Attributes:
@@ -81,14 +87,13 @@ class LossSpace:
         which takes 0.05 for the least noise and so 1/0.05^2 for `most`.
     """
 
+    kind: ClassVar[str] = "target-space"
+
     of: ParameterizationConfig = Flow()
     most: Positive = 400.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return torch.minimum(self.of.determinant(level) ** 2, self.most * level.sigma**2)
-
-
-WeightingConfig = Native | UniformEpsilon | MinSNR | SigmoidWeighting | EDM | LossSpace
 
 
 def target_weight(weighting: Weighting, level: NoiseLevel, parameterization: Parameterization) -> Tensor:

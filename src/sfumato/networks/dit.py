@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
+from sfumato.networks.backbone import Backbone, NetworkConfig
 from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
@@ -32,7 +33,7 @@ UNROUTED = 2  # blocks at either end that see every token, where tokens are drop
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(NetworkConfig):
     """Size and shape of a diffusion transformer. (384, 12), (768, 12), (1024, 24) and (1152, 28) are the sizes S, B, L and XL.
 
     Attributes:
@@ -53,6 +54,8 @@ class DiTConfig:
         Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
     """
 
+    kind: ClassVar[str] = "dit"
+
     patch: Size = 2
     channels: Size = 384
     layers: Size = 12
@@ -72,23 +75,23 @@ class DiTConfig:
             or min(self.bottleneck, self.registers) < 0
         ):
             raise ConfigError(
-                f"{self} is no network", where="network", mend="sizes are above 0; bottleneck and registers may be 0"
+                f"{self} is no network", where="network", hint="sizes are above 0; bottleneck and registers may be 0"
             )
         if self.channels % self.head_channels or self.head_channels % 4:
             raise ConfigError(
                 f"{self.channels} channels in heads of {self.head_channels}",
                 where="network.head_channels",
-                mend="choose 32 or 64, and channels that are a multiple of it",
+                hint="choose 32 or 64, and channels that are a multiple of it",
             )
         if not 0 <= self.dropped < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"dropped = {self.dropped}, dropout = {self.dropout}", where="network", mend="shares are from 0 to less than 1"
+                f"dropped = {self.dropped}, dropout = {self.dropout}", where="network", hint="shares are from 0 to less than 1"
             )
         if self.dropped and self.layers <= 2 * UNROUTED:
             raise ConfigError(
                 f"tokens that skip the inner ones of {self.layers} layers",
                 where="network.dropped",
-                mend=f"set it to 0, or use more than {2 * UNROUTED} layers",
+                hint=f"set it to 0, or use more than {2 * UNROUTED} layers",
             )
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> DiT:
@@ -96,7 +99,7 @@ class DiTConfig:
         return DiT(self, image_channels=image_channels, context=context)
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
 
     What its patches are after a third of the blocks (before any are dropped), (B, hidden_channels, rows, columns), passes through
@@ -107,11 +110,11 @@ class DiT(nn.Module):
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
-    compiling_pays_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/performance.md)
+    compile_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/performance.md)
 
     def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
-        super().__init__()
-        self.config, self.image_channels, self.context = config, image_channels, context
+        super().__init__(image_channels=image_channels, context=context)
+        self.config = config
         size, patch = config.channels, config.patch
         inputs = (image_channels + context.spatial) * patch**2
         squeezed = [nn.Linear(inputs, config.bottleneck, bias=False)] if config.bottleneck else []
@@ -133,7 +136,7 @@ class DiT(nn.Module):
             Block(config, reading=streams, writing=streams if number < config.layers - 1 else 1, token_size=beside)
             for number in range(config.layers)
         )
-        self.probe, self.hidden_channels = nn.Identity(), size
+        self.hidden_channels = size
         self.output_modulation = zeroed(nn.Linear(size, 2 * size))
         self.output = zeroed(nn.Linear(size, image_channels * patch**2))
 
@@ -205,14 +208,21 @@ class DiT(nn.Module):
                 parts = block(parts, places, *shared)
         return parts
 
-    @property
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """Of what the width decides one side only: what patches and level are embedded by, and the output."""
-        return nn.ModuleList([self.patches, self.level_embedding]), self.output
+    def input_layers(self) -> list[nn.Module]:
+        """The embeddings of patches and of the noise level."""
+        return [self.patches, self.level_embedding]
+
+    def output_layers(self) -> list[nn.Module]:
+        """The projection back to pixels."""
+        return [self.output]
+
+    def float8_layers(self) -> list[nn.Linear]:
+        """All linear layers of the blocks."""
+        return [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
 
     @property
     def multiple(self) -> int:
-        """What sides are padded to multiples of."""
+        """The side of a patch."""
         return self.config.patch
 
 

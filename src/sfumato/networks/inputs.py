@@ -19,7 +19,7 @@ def require_built_for(x: Tensor, condition: Condition, *, image_channels: int, c
         raise ShapeError(
             f"got {x.shape[1]} image channels and context {given}, built for {image_channels} and {context}",
             where=where,
-            mend="make the condition with the model's own conditioner",
+            hint="make the condition with the model's own conditioner",
         )
 
 

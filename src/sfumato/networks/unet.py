@@ -6,7 +6,7 @@ Source: Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
+from sfumato.networks.backbone import Backbone, NetworkConfig
 from sfumato.networks.inputs import padded, require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
@@ -26,7 +27,7 @@ GROUP_CHANNELS = 16  # channels that share a group norm's statistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """Size and shape of a U-Net.
 
     Attributes:
@@ -39,6 +40,8 @@ class UNetConfig:
             or only the feature maps on the way up.
         dropout: of the residual branches.
     """
+
+    kind: ClassVar[str] = "unet"
 
     channels: Size = 64
     multipliers: tuple[Size, ...] = (1, 2, 2)
@@ -60,13 +63,13 @@ class UNetConfig:
             raise ConfigError(
                 f"{self} is no network",
                 where="network",
-                mend=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
+                hint=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
             )
         if self.channels % 2:
             raise ConfigError(
                 f"{self.channels} channels are odd, and sines and cosines of the noise level come in pairs",
                 where="network.channels",
-                mend="choose an even number; multiples of 32 run best",
+                hint="choose an even number; multiples of 32 run best",
             )
         middle = {len(self.multipliers) - 1} if self.attention_depths else set()
         for depth in sorted({*self.attention_depths, *middle}):
@@ -75,7 +78,7 @@ class UNetConfig:
                     f"{self.channels * self.multipliers[depth]} channels at depth {depth} are no multiple of "
                     f"head_channels = {self.head_channels}" + (", and the middle attends" if depth in middle else ""),
                     where="network.head_channels",
-                    mend="choose 32 or 64, and channels that are multiples of it",
+                    hint="choose 32 or 64, and channels that are multiples of it",
                 )
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> UNet:
@@ -83,7 +86,7 @@ class UNetConfig:
         return UNet(self, image_channels=image_channels, context=context)
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
 
     Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, which may be listened to.
@@ -94,8 +97,8 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
-        super().__init__()
-        self.config, self.image_channels, self.context = config, image_channels, context
+        super().__init__(image_channels=image_channels, context=context)
+        self.config = config
         size = 4 * config.channels
         self.level_embedding = nn.Sequential(
             SinusoidalEmbedding(config.channels, scale=TIMESTEPS), nn.Linear(config.channels, size), nn.SiLU()
@@ -117,15 +120,14 @@ class UNet(nn.Module):
             width = out
             skips += [out] * (config.blocks + (depth < last))
         self.middle = Stage(width, width, size, config, bool(config.attention_depths), encoder_tokens)
-        self.probe, self.hidden_channels = nn.Identity(), width
+        self.hidden_channels = width
         self.middle_out = ResidualBlock(width, width, size, config.dropout)
         for depth, out in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
             stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
             maps = zeroed(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
-            width = widths[
-                max(0, depth - 1)
-            ]  # narrowed on the way to the next depth, where every channel costs four times as much
+            # Narrowed before the next depth, where every channel costs four times as much.
+            width = widths[max(0, depth - 1)]
             self.up.append(UpLevel(stages, Upsample(out, width) if depth else None, maps))
         self.output_norm = nn.GroupNorm(groups_of(width, GROUP_CHANNELS), width)
         self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
@@ -157,14 +159,17 @@ class UNet(nn.Module):
             x = up(x, on_the_way_up, condition, skips)
         return self.output(F.silu(self.output_norm(x)))[..., :height, :width]
 
-    @property
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """Of what the width decides one side only: the first convolution and the last."""
-        return self.input, self.output
+    def input_layers(self) -> list[nn.Module]:
+        """The first convolution."""
+        return [self.input]
+
+    def output_layers(self) -> list[nn.Module]:
+        """The last convolution."""
+        return [self.output]
 
     @property
     def multiple(self) -> int:
-        """What sides are padded to multiples of."""
+        """The down-sampling of all depths together."""
         return int(2 ** (len(self.config.multipliers) - 1))
 
 

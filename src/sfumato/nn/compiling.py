@@ -24,7 +24,7 @@ def can_compile() -> bool:
 def require_compiler() -> None:
     """Raise ConfigError if this machine lacks what compiling takes."""
     if not can_compile():
-        raise ConfigError(NEEDED, where="compile", mend="apt install g++ python3-dev, or leave it off")
+        raise ConfigError(NEEDED, where="compile", hint="apt install g++ python3-dev, or leave it off")
 
 
 def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -10,26 +12,26 @@ from sfumato.errors import ConfigError
 MULTIPLE = 16  # of a matrix's sides, which the hardware asks for
 
 
-def in_float8(network: nn.Module) -> None:
-    """Have the blocks of a transformer multiply in float8, forwards and backwards, in place. Weights stay what, and called as, they are.
+def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
+    """Have some of a network's layers multiply in float8, forwards and backwards, in place. Weights keep their names and values.
 
     Each tensor is scaled by its largest magnitude, and rounded to four bits of exponent and three of mantissa, on the way back five and
     two. A machine without such products does the same rounding and multiplies in float32: slower than not to, good for trying it out.
 
     Raises:
-        ConfigError: see `float8_layers`.
+        ConfigError: see `require_float8`.
 
     Source: Micikevicius et al. 2022 (arXiv:2209.05433).
     """
-    names = float8_layers(network)
+    fitting = {id(layer) for layer in require_float8(layers)}
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     settings = Float8LinearConfig(emulate=not has_float8(network), pad_inner_dim=True)
-    convert_to_float8_training(network, module_filter_fn=lambda module, name: name in names, config=settings)
+    convert_to_float8_training(network, module_filter_fn=lambda module, name: id(module) in fitting, config=settings)
 
 
-def float8_layers(network: nn.Module) -> set[str]:
-    """Names of the linear layers in a transformer's blocks whose sides the hardware can take.
+def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
+    """Those of some layers whose sides the hardware can take.
 
     Raises:
         ConfigError: without torchao, or where there are none.
@@ -37,20 +39,20 @@ def float8_layers(network: nn.Module) -> set[str]:
     try:
         import torchao.float8  # noqa: F401
     except ImportError:
-        raise ConfigError("float8 needs torchao", where="precision", mend="pip install 'sfumato[float8]'") from None
-    names = {name for name, module in network.named_modules() if name.startswith("blocks.") and fits(module)}
-    if not names:
+        raise ConfigError("float8 needs torchao", where="precision", hint="pip install 'sfumato[float8]'") from None
+    fitting = [layer for layer in layers if fits(layer)]
+    if not fitting:
         raise ConfigError(
             f"float8 is for transformers whose channels are a multiple of {MULTIPLE}",
             where="precision",
-            mend=f"use precision=bfloat16, or network.kind=DiTConfig with network.channels a multiple of {MULTIPLE}",
+            hint=f"use precision=bfloat16, or network.kind=dit with network.channels a multiple of {MULTIPLE}",
         )
-    return names
+    return fitting
 
 
-def fits(module: nn.Module) -> bool:
-    """Whether it is a linear layer whose weight the hardware multiplies by."""
-    return isinstance(module, nn.Linear) and all(side % MULTIPLE == 0 for side in module.weight.shape)
+def fits(layer: nn.Linear) -> bool:
+    """Whether the hardware can multiply by a layer's weight."""
+    return all(side % MULTIPLE == 0 for side in layer.weight.shape)
 
 
 def has_float8(network: nn.Module) -> bool:

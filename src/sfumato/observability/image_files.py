@@ -123,8 +123,8 @@ def _parsed(text: Any) -> Any:
         return None
 
 
-def _refuse(what: str, mend: str) -> ConfigError:
-    return ConfigError(what, where="--format", mend=mend)
+def _refuse(what: str, hint: str) -> ConfigError:
+    return ConfigError(what, where="--format", hint=hint)
 
 
 def _pixels(path: Path, values: Values) -> Tensor:

@@ -34,6 +34,6 @@ def require_writable(folder: Path, target: Path | None = None, *, option: str = 
         raise RunError(
             f"cannot be written to: {error.strerror or error}",
             where=str(target or folder),
-            mend=f"choose another place with {option}, or change its permissions",
+            hint=f"choose another place with {option}, or change its permissions",
         ) from None
     return folder

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from sfumato.training import (
     reconstructed,
     with_latents,
 )
+from sfumato.training.parameters import describe
 from sfumato.training.precision import default_device
 from sfumato.training.run_directory import RunDirectory
 
@@ -61,6 +62,8 @@ class Layout(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class PixelSpace:
     """No autoencoder: the model works in pixels."""
+
+    kind: ClassVar[str] = "pixels"
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
         """Of what the model makes: the pictures themselves."""
@@ -97,6 +100,8 @@ class OwnAutoencoder(TrainingConfig):
         variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
     """
 
+    kind: ClassVar[str] = "trained"
+
     network: KLConfig = KLConfig()
     losses: LossesConfig = LossesConfig()
     features: str = "auto"
@@ -113,7 +118,7 @@ class OwnAutoencoder(TrainingConfig):
             raise ConfigError(
                 "an autoencoder is convolutions, which have no float8",
                 where="autoencoder.precision",
-                mend="use auto or bfloat16",
+                hint="use auto or bfloat16",
             )
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
@@ -157,7 +162,7 @@ class OwnAutoencoder(TrainingConfig):
                 raise ConfigError(
                     f"the autoencoder is trained already, and cannot be changed: {'; '.join(changed)}",
                     where="autoencoder",
-                    mend="leave its settings as they are in config.yaml, or start a new run",
+                    hint="leave its settings as they are in config.yaml, or start a new run",
                 )
 
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
@@ -175,7 +180,7 @@ class OwnAutoencoder(TrainingConfig):
             raise ConfigError(
                 f"an adversary of that many layers for pictures of {min(dataset.image_shape[1:])} px",
                 where="autoencoder.losses.adversarial.layers",
-                mend=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
+                hint=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
             )
         features = extractor(self.features)
         if isinstance(features, torch.nn.Module):
@@ -188,10 +193,9 @@ class OwnAutoencoder(TrainingConfig):
 
     def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
         trainer = self.trainer(dataset, stage)
-        size = sum(parameter.numel() for parameter in trainer.task.model.codec.parameters())
         say = console().print
         say(
-            f"first its autoencoder: {size / 1e6:.2f}M parameters, perceptual loss by {trainer.task.facts['features']}",
+            f"first its autoencoder: {describe(trainer.task.model.codec)}, perceptual loss by {trainer.task.facts['features']}",
             markup=False,
         )
         if checkpoint.paths(stage.checkpoints):
@@ -224,6 +228,8 @@ class PretrainedAutoencoder:
         statistics: `measured` on the training set, or its `own` scaling factor.
         variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
     """
+
+    kind: ClassVar[str] = "pretrained"
 
     path: str
     decoder: str | None = None
@@ -274,7 +280,7 @@ AutoencoderConfig = PixelSpace | OwnAutoencoder | PretrainedAutoencoder
 
 def _require_variants(variants: int) -> None:
     if variants < 1:
-        raise ConfigError(f"variants = {variants}", where="autoencoder", mend="use 1 or more")
+        raise ConfigError(f"variants = {variants}", where="autoencoder", hint="use 1 or more")
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:
@@ -284,7 +290,7 @@ def _require_fit(factor: int, dataset: Dataset) -> None:
             raise ConfigError(
                 f"pictures of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
                 where="autoencoder",
-                mend=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
+                hint=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sfumato.data.ledger import change
 from sfumato.data.sources.find import BUILT_IN
 from sfumato.data.values import MAX_BANDS
 from sfumato.elsewhere import refuse_diffusers
-from sfumato.networks import DiT, UNet
+from sfumato.networks import Backbone
 from sfumato.networks.inputs import margin
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
@@ -38,6 +38,7 @@ from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
 from sfumato.recipes.verdict import Machine, findings
 from sfumato.training import Trainer
+from sfumato.training.parameters import count, describe
 from sfumato.training.precision import require
 from sfumato.training.run_directory import RunDirectory, commit
 
@@ -143,7 +144,7 @@ def parameters(run: Run) -> int:
     channels = run.autoencoder.layout(run.data.channels, None).channels
     with torch.device("meta"):
         network = run.network.build(image_channels=channels, context=NO_CONTEXT)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return count(network.parameters())
 
 
 def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
@@ -306,7 +307,7 @@ def _built(settings: Run, dataset: Dataset, directory: RunDirectory) -> tuple[Fa
     require(model.network, settings.precision)
     if settings.compile == "on":
         require_compiler()
-    _say_margins(cast(UNet | DiT, model.network), dataset, facts.factor)
+    _say_margins(model.network, dataset, facts.factor)
     return facts, model
 
 
@@ -320,10 +321,9 @@ def _describe(settings: Run, dataset: Dataset, directory: RunDirectory) -> None:
 def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Facts, model: Model) -> Trainer:
     """The diffusion model's, once there is an autoencoder to work with; finished stages are not repeated."""
     autoencoder, dataset = settings.autoencoder.prepared(dataset, directory, pixels=settings.sees_pictures)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     console().print(
         f"{directory.path}: {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, "
-        f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {parameters / 1e6:.2f}M parameters",
+        f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {describe(model)}",
         markup=False,
     )
     return diffusion_trainer(
@@ -332,7 +332,7 @@ def _trainer(settings: Run, dataset: Dataset, directory: RunDirectory, facts: Fa
     )  # fmt: skip
 
 
-def _say_margins(network: UNet | DiT, dataset: Dataset, factor: int) -> None:
+def _say_margins(network: Backbone, dataset: Dataset, factor: int) -> None:
     """Say which sizes cost the network much more than a size near by."""
     shapes = dataset.config.pixel_format().shapes
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):

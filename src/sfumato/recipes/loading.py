@@ -31,7 +31,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
     found = [path.parent for path in root.glob("*/config.yaml")]
     if not found:
         raise RunError(
-            "no run to sample from", where=str(root), mend="name a run directory, or train one: sfumato train digits"
+            "no run to sample from", where=str(root), hint="name a run directory, or train one: sfumato train digits"
         )
     return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
@@ -39,9 +39,9 @@ def newest_run(root: Path = Path("runs")) -> Path:
 def snapshot(path: str | Path, step: int) -> Model:
     """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
     directory = RunDirectory.existing(Path(path))
-    pipeline = load(path)
-    pipeline.model.load_state_dict(_deployed(checkpoint.load_snapshot(directory.snapshots, step=step)))
-    return pipeline.model
+    model = load(path).model
+    _load_weights(model, checkpoint.load_snapshot(directory.snapshots, step=step), _frozen(directory))
+    return model
 
 
 def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -56,7 +56,7 @@ def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[fl
         settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
     )
     for width in widths:
-        model.load_state_dict(_deployed(posthoc.reconstructed(directory.averages, width=width)))
+        _load_weights(model, posthoc.reconstructed(directory.averages, width=width), _frozen(directory))
         yield width, validator.error(model)
 
 
@@ -67,14 +67,20 @@ def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint
         raise ConfigError(
             f"weights = {which!r}",
             where="load",
-            mend="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
+            hint="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
         )
     return loaded.tensors[KEPT[which]]
 
 
-def _deployed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors without what was of use in training only."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("auxiliary.")}
+def _load_weights(model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
+    """Load what training changed and what it left, without the parts that only training uses."""
+    model.load_state_dict({name: tensor for name, tensor in {**frozen, **trained}.items() if not name.startswith("auxiliary.")})
+
+
+def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
+    """The frozen parameters of a run's newest checkpoint."""
+    newest = checkpoint.read_newest(directory.checkpoints)[0]
+    return checkpoint.load_frozen(newest.path, newest.state)
 
 
 def load(
@@ -92,14 +98,14 @@ def load(
     """
     directory = RunDirectory.existing(Path(path))
     if precision not in CHOICES:
-        raise ConfigError(f"precision = {precision!r}", where="load", mend=f"choose among {', '.join(CHOICES)}")
+        raise ConfigError(f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}")
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
     facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
-    model.load_state_dict(_deployed(_weights(weights, loaded, directory)))
+    _load_weights(model, _weights(weights, loaded, directory), checkpoint.load_frozen(loaded.path, loaded.state))
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(default_device()),

@@ -55,7 +55,7 @@ def unknown(name: str) -> ConfigError:
     return ConfigError(
         f"{name!r} is no recipe, YAML file or folder",
         where="train",
-        mend=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
+        hint=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
     )
 
 
@@ -79,11 +79,11 @@ def _require_key(override: str, source: str) -> None:
     path, equals, _ = override.partition("=")
     key = path.partition(".")[0]
     if not path or not equals:
-        raise ConfigError(f"{override!r} sets nothing", where="overrides", mend="write key=value, e.g. budget.minutes=5")
+        raise ConfigError(f"{override!r} sets nothing", where="overrides", hint="write key=value, e.g. budget.minutes=5")
     close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
     if key not in KEYS and close:  # what is near none of these may be near a key inside one, which the schema knows
         raise ConfigError(
             f"`{key}` is no key (did you mean `{close[0]}`?)",
             where=source,
-            mend="`sfumato config show RECIPE` prints every key, `config schema` their types",
+            hint="`sfumato config show RECIPE` prints every key, `config schema` their types",
         )

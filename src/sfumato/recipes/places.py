@@ -84,7 +84,7 @@ def require_there(run: Run) -> None:
         raise DataError(
             f"{path}: no such file or folder",
             where="data.source.path",
-            mend=f"if the data ({kind}) have moved, say where they are: data.source.path=NEW/PLACE; "
+            hint=f"if the data ({kind}) have moved, say where they are: data.source.path=NEW/PLACE; "
             "a relative path starts at the folder that the command is run in",
         )
 

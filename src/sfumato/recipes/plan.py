@@ -14,6 +14,7 @@ from sfumato.recipes.launch import Overrides, build_model, facts_of, open_data, 
 from sfumato.recipes.prediction import Prediction, predict
 from sfumato.recipes.run import Run
 from sfumato.recipes.verdict import Finding, Machine, findings
+from sfumato.training.parameters import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
     dataset = open_data(run)
     facts = facts_of(run, dataset)
     model = build_model(run, facts)
-    said = _of(dataset, sum(parameter.numel() for parameter in model.parameters()))
+    said = _of(dataset, describe(model))
     said += cut_captions(dataset, model.conditioner)
     stages = predict(run, model, dataset, facts)
     images = len(dataset.training)
@@ -98,8 +99,8 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
     )
 
 
-def _of(dataset: Dataset, parameters: int) -> list[str]:
+def _of(dataset: Dataset, parameters: str) -> list[str]:
     return [
         f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
-        f"{len(dataset.categories) or 'no'} categories; {parameters / 1e6:.2f}M parameters",
+        f"{len(dataset.categories) or 'no'} categories; {parameters}",
     ]

@@ -12,7 +12,7 @@ import torch
 
 from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig
-from sfumato.data import AugmentConfig, DataConfig, Listing, SourceConfig, source_at
+from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.networks import UNetConfig
 from sfumato.pipeline import DenoiserConfig, SamplingConfig
@@ -156,7 +156,7 @@ def _name(place: str) -> str:
 
 def _run(
     place: str,
-    source: SourceConfig,
+    source: Source,
     survey: Survey,
     network: UNetConfig,
     optimizer: AdamWConfig,

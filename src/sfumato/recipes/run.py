@@ -44,14 +44,14 @@ class Run(TrainingConfig):
             raise ConfigError(
                 "learned uncertainty divides by the expected loss, which a contrast makes negative",
                 where="auxiliary.uncertainty",
-                mend="use one of the two: auxiliary.uncertainty=false, or objective.contrast=0",
+                hint="use one of the two: auxiliary.uncertainty=false, or objective.contrast=0",
             )
 
         if self.sampling.clip and not isinstance(self.autoencoder, PixelSpace):
             raise ConfigError(
                 "clamps guesses of the image to [-1, 1], and the model works in latents, whose values have no bounds",
                 where="sampling.clip",
-                mend="set sampling.clip=false, or autoencoder.kind=PixelSpace",
+                hint="set sampling.clip=false, or autoencoder.kind=pixels",
             )
         require_sampled(self.denoiser, self.sampling, self.objective.schedule)
         require_finite_loss(self)

@@ -19,7 +19,7 @@ from sfumato.diffusion import (
     LinearBetas,
     NetworkDenoiser,
     NoiseLevel,
-    ScheduleConfig,
+    Schedule,
     Velocity,
     target_weight,
 )
@@ -34,7 +34,7 @@ WALKED = 8  # steps at either end of a trajectory: what is infinite is so at an 
 LEVELS = 1024  # times at which the loss's weight is looked at, each in the middle of as many equal parts of [0, 1]
 
 
-def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: ScheduleConfig) -> None:
+def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule) -> None:
     """Raise ConfigError unless the sampler can walk its schedule with a network that predicts what this one does.
 
     Args:
@@ -49,7 +49,7 @@ def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_
         f"{_name(sampling.sampler)} cannot sample along {_name(sampling.schedule)} with a network that predicts "
         f"{_name(denoiser.parameterization)}: {reason}",
         where="sampling.schedule",
-        mend=f"set {', or '.join(ways) or 'another sampling.schedule, sampling.sampler or denoiser.parameterization'}",
+        hint=f"set {', or '.join(ways) or 'another sampling.schedule, sampling.sampler or denoiser.parameterization'}",
     )
 
 
@@ -60,10 +60,10 @@ def _name(part: Any) -> str:
 
 
 def _others(
-    denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: ScheduleConfig
+    denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule
 ) -> Iterator[tuple[str, DenoiserConfig, SamplingConfig]]:
     """Settings that differ in one key, with that key."""
-    usual: tuple[ScheduleConfig, ...] = (LinearBetas(), Karras(), Linear(), Cosine())
+    usual: tuple[Schedule, ...] = (LinearBetas(), Karras(), Linear(), Cosine())
     for schedule in [schedule for schedule in usual if type(schedule) is type(trained_on)] or usual[:2]:
         yield f"sampling.schedule={_name(schedule)}", denoiser, replace(sampling, schedule=schedule)
     for sampler in (DPMSolverPP2M(), DDIM()):
@@ -119,7 +119,7 @@ def require_finite_loss(run: Run) -> None:
             f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: {weighting} with a network that "
             f"predicts {predicted}",
             where="objective.schedule",
-            mend="use levels further from the ends, such as {kind: Warped, schedule: ..., warp: {kind: Span, low: 0.01, high: 0.99}}, "
+            hint="use levels further from the ends, such as {kind: warped, schedule: ..., warp: {kind: span, low: 0.01, high: 0.99}}, "
             "or denoiser.parameterization=Flow",
         )
 
@@ -133,5 +133,5 @@ def require_guidable(run: Run) -> None:
             f"guidance {run.sampling.guidance:g} leads away from samples without {' and '.join(never)}, which training never sees: "
             "dropout is 0",
             where="sampling.guidance",
-            mend=f"set {keys}, or sampling.guidance=1",
+            hint=f"set {keys}, or sampling.guidance=1",
         )

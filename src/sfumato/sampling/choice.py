@@ -48,7 +48,7 @@ def chosen_sampler(
     """
     if resample != 1 and not filling:
         raise ConfigError(
-            "resampling where no part of an image is kept", where="sample", mend="give an image and a mask, or leave it out"
+            "resampling where no part of an image is kept", where="sample", hint="give an image and a mask, or leave it out"
         )
     if isinstance(sampler, str):
         chosen = find_sampler(sampler)
@@ -69,4 +69,4 @@ def find_sampler(name: str) -> SamplerConfig:
         return SAMPLERS[name]
     close = difflib.get_close_matches(name, SAMPLERS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"no sampler {name!r}", where="sample", mend=f"{hint}there are {', '.join(SAMPLERS)}")
+    raise ConfigError(f"no sampler {name!r}", where="sample", hint=f"{hint}there are {', '.join(SAMPLERS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class DPMSolverPP2M(Bounded):
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2 and eq. 19 (SDE).
     """
+
+    kind: ClassVar[str] = "dpm-solver++2m"
 
     eta: Fraction = 0.0
 

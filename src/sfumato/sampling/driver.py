@@ -51,7 +51,7 @@ def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel
     """
     if steps < 1 or not 0 < strength <= 1:
         raise ScheduleError(
-            f"{steps} steps, strength {strength}", where="grid", mend="take at least 1 step, and a strength above 0, up to 1"
+            f"{steps} steps, strength {strength}", where="grid", hint="take at least 1 step, and a strength above 0, up to 1"
         )
     steps = max(1, round(steps * strength))
     levels = schedule(torch.linspace(strength, 0, steps + 1, dtype=torch.float64))
@@ -119,11 +119,11 @@ def _check_grid(levels: NoiseLevel) -> None:
         raise ScheduleError(
             f"levels of shapes {tuple(alpha.shape)} and {tuple(sigma.shape)} are no grid",
             where="sample",
-            mend="pass a NoiseLevel of two tensors (steps + 1,), e.g. grid(Linear(), 50)",
+            hint="pass a NoiseLevel of two tensors (steps + 1,), e.g. grid(Linear(), 50)",
         )
     if not bool(torch.isfinite(alpha).all() & torch.isfinite(sigma).all() & (alpha >= 0).all() & (sigma >= 0).all()):
         raise ScheduleError(
-            "levels hold negative or non-finite values", where="sample", mend="build them with grid(schedule, steps)"
+            "levels hold negative or non-finite values", where="sample", hint="build them with grid(schedule, steps)"
         )
     # alpha' sigma > alpha sigma' is "the log-SNR rises", with infinite ends allowed.
     rising = alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]
@@ -132,5 +132,5 @@ def _check_grid(levels: NoiseLevel) -> None:
         raise ScheduleError(
             f"level {bad + 1} is not less noisy than level {bad}",
             where="sample",
-            mend="order the levels from noise to data, strictly: schedule(torch.linspace(1, 0, steps + 1))",
+            hint="order the levels from noise to data, strictly: schedule(torch.linspace(1, 0, steps + 1))",
         )

@@ -22,7 +22,7 @@ _NODES, _WEIGHTS = (torch.from_numpy(array) for array in np.polynomial.legendre.
 def check_order(name: str, order: int, legal: Sequence[int]) -> None:
     """Raise ConfigError unless `order` is one that the method has."""
     if order not in legal:
-        raise ConfigError(f"order {order} is not one of {list(legal)}", where=name, mend=f"{name}(order={legal[0]})")
+        raise ConfigError(f"order {order} is not one of {list(legal)}", where=name, hint=f"{name}(order={legal[0]})")
 
 
 def integrate(

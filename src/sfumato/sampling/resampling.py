@@ -37,7 +37,7 @@ class Resampled:
             raise ConfigError(
                 f"{type(self.sampler).__name__} resampled {self.times} times",
                 where="sample",
-                mend="use a sampler without memory (ddpm, ddim, euler, midpoint, heun, rk4 or churn), at least 1 time",
+                hint="use a sampler without memory (ddpm, ddim, euler, midpoint, heun, rk4 or churn), at least 1 time",
             )
 
     @property

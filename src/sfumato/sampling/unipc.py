@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class UniPC:
 
     Source: Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2.
     """
+
+    kind: ClassVar[str] = "unipc"
 
     order: Count = 3
 

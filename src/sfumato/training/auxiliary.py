@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sfumato.config.bounds import Fraction, NonNegative, Positive
 from sfumato.errors import ConfigError
+from sfumato.networks import Backbone
 from sfumato.networks.features import Features
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
 
@@ -39,7 +40,7 @@ class DispersiveConfig:
     def __post_init__(self) -> None:
         _check(self.weight, self.until)
         if not self.temperature > 0:
-            raise ConfigError(f"temperature = {self.temperature}", where="auxiliary", mend="use more than 0")
+            raise ConfigError(f"temperature = {self.temperature}", where="auxiliary", hint="use more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,21 @@ class AuxiliaryConfig:
     dispersive: DispersiveConfig | None = None
     alignment: AlignmentConfig | None = None
 
-    def build(self, network: Any, *, encoder: Callable[[str], Features]) -> Auxiliary:
-        """For a network with a `probe`; `encoder` finds a frozen network by its name."""
+    def build(self, network: Backbone, *, encoder: Callable[[str], Features]) -> Auxiliary:
+        """Build what the settings name.
+
+        Args:
+            network: whose hidden map is listened to.
+            encoder: finds a frozen network by its name.
+        Raises:
+            ConfigError: for a loss on hidden maps of a network that has none.
+        """
+        if (self.dispersive or self.alignment) and not network.hidden_channels:
+            raise ConfigError(
+                f"{type(network).__name__} passes no hidden map through its `probe`, which this loss reads",
+                where="auxiliary.dispersive" if self.dispersive else "auxiliary.alignment",
+                hint="leave the loss out, or set `hidden_channels` and call `self.probe` in the network's forward",
+            )
         terms: dict[str, nn.Module] = {}
         if self.dispersive is not None:
             terms["dispersive"] = Dispersive(self.dispersive)
@@ -152,7 +166,7 @@ class Shared(Generic[T]):
 def _check(weight: float, until: float) -> None:
     if not (weight >= 0 and 0 < until <= 1):
         raise ConfigError(
-            f"weight = {weight}, until = {until}", where="auxiliary", mend="a weight of at least 0, until a share up to 1"
+            f"weight = {weight}, until = {until}", where="auxiliary", hint="a weight of at least 0, until a share up to 1"
         )
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
+from sfumato.training.parameters import digest
 
 SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
@@ -82,7 +83,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"could not be written: {error}", where=str(final), mend="free some disk space; earlier checkpoints are intact"
+            f"could not be written: {error}", where=str(final), hint="free some disk space; earlier checkpoints are intact"
         ) from None
     _point_latest(root, final.name)
     _prune(root, keep)
@@ -149,8 +150,59 @@ def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CheckpointError(f"could not be written: {error}", where=str(final), mend="free some disk space") from None
+        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
     return final
+
+
+def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a run's frozen parameters once, under their hash, beside its checkpoints; the hash, or "" if there are none.
+
+    Raises:
+        CheckpointError: if they could not be written.
+    """
+    name = digest(tensors)
+    final, temporary = root / f"frozen-{name}.safetensors", root / f".tmp-frozen-{uuid.uuid4().hex[:8]}"
+    if not name or final.is_file():
+        return name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+        _sync(temporary)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+    return name
+
+
+def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The frozen parameters that a checkpoint refers to; {} if it refers to none.
+
+    Raises:
+        CheckpointError: if they are missing or altered.
+    """
+    name = state.get("frozen", "")
+    if not name:
+        return {}
+    file = path.parent / f"frozen-{name}.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"frozen parameters cannot be read: {error}", where=str(file)) from None
+    if digest(tensors) != name:
+        raise CheckpointError("frozen parameters differ from what was saved (hash)", where=str(file))
+    return tensors
+
+
+def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a model's frozen parameters are those that a checkpoint was trained with."""
+    if loaded.state.get("frozen", "") != digest(tensors):
+        raise CheckpointError(
+            f"the {len(tensors)} frozen parameters of the model are not those that this run was trained with",
+            where=str(loaded.path),
+            hint="use the pretrained weights that the run began with, or train a new run",
+        )
 
 
 def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
@@ -163,7 +215,7 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
     earlier = [found for found in steps if found <= step]
     if not earlier:
         listed = ", ".join(map(str, steps)) or "none yet"
-        raise CheckpointError(f"no snapshot at or before step {step}", where=str(root), mend=f"there are {listed}")
+        raise CheckpointError(f"no snapshot at or before step {step}", where=str(root), hint=f"there are {listed}")
     path = root / f"step-{earlier[-1]:09d}.safetensors"
     try:
         return load_file(path)
@@ -197,7 +249,7 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
         raise CheckpointError(
             "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
             where=str(root),
-            mend="start a new run with `sfumato train`; nothing is restarted silently",
+            hint="start a new run with `sfumato train`; nothing is restarted silently",
         )
     return loaded, warnings
 
@@ -210,12 +262,12 @@ def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     """
     loaded, damaged = _newest_whole(root)
     if loaded is None and not damaged:
-        raise CheckpointError("holds no checkpoint yet", where=str(root), mend="wait for the first one, or train")
+        raise CheckpointError("holds no checkpoint yet", where=str(root), hint="wait for the first one, or train")
     if loaded is None:
         raise CheckpointError(
             f"none of {len(damaged)} checkpoint(s) is whole; {'; '.join(error.args[0] for _, error in damaged)}",
             where=str(root),
-            mend="copy a whole one here from a backup, or train a new run",
+            hint="copy a whole one here from a backup, or train a new run",
         )
     return loaded, [f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used" for _, error in damaged]
 
@@ -249,7 +301,7 @@ def load(path: Path) -> Checkpoint:
         raise ForeignCheckpointError(
             f"was written by another version of sfumato (schema {schema}; this one reads {SCHEMA})",
             where=str(path),
-            mend="use that version; nothing was changed",
+            hint="use that version; nothing was changed",
         )
     for name, facts in files.items():
         file = path / name

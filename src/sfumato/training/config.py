@@ -28,7 +28,7 @@ class Budget:
         limits = (self.steps, self.samples, self.epochs, self.minutes)
         if all(limit is None for limit in limits) or not all(limit is None or limit > 0 for limit in limits):
             raise ConfigError(
-                f"{self} is no budget", where="budget", mend="set budget.minutes (or steps, samples, epochs) above 0"
+                f"{self} is no budget", where="budget", hint="set budget.minutes (or steps, samples, epochs) above 0"
             )
 
     def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
@@ -128,7 +128,7 @@ class PosthocConfig:
             raise ConfigError(
                 f"widths = {self.widths}, num = {self.num}",
                 where="posthoc",
-                mend="different widths, kept at least once; [0.1, 0.25] is best",
+                hint="different widths, kept at least once; [0.1, 0.25] is best",
             )
 
     @property
@@ -197,12 +197,12 @@ class TrainingConfig:
         }
         for name, count in counts.items():
             if count < 1:
-                raise ConfigError(f"{name} = {count}", where="configuration", mend="use 1 or more")
+                raise ConfigError(f"{name} = {count}", where="configuration", hint="use 1 or more")
         for name, cadence in cadences.items():
             minutes = cadence.every_minutes
             if minutes is not None and not (0 < minutes < math.inf):
                 raise ConfigError(
                     f"{name}.every_minutes = {minutes}",
                     where="configuration",
-                    mend="use a number above 0, or null for steps alone",
+                    hint="use a number above 0, or null for steps alone",
                 )

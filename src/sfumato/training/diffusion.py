@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
@@ -15,6 +15,7 @@ from sfumato.condition import on_device, rows
 from sfumato.conditioners import Facts
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
+from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.uncertainty import uncertainty_weighted
 from sfumato.pipeline import Model, SamplingConfig
 from sfumato.sampling import Progress
@@ -116,6 +117,6 @@ class Diffusion:
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
         return config.preview.num * self._sampling.steps * guided, config.validation.samples * (3 + len(contexts))
 
-    def core(self, model: Model) -> nn.Module:
+    def core(self, model: Model) -> Accelerable:
         """The network; conditioners are small."""
         return model.network

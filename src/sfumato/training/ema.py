@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -32,12 +32,14 @@ class PowerEMA:
     Source: Karras et al. 2024 (arXiv:2312.02696), eqs. 123 and 127.
     """
 
+    kind: ClassVar[str] = "power"
+
     sigma_rel: InnerFraction = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_rel < LARGEST_WIDTH:
             raise ConfigError(
-                f"sigma_rel = {self.sigma_rel}", where="ema", mend=f"use 0.05 to 0.25: above 0, and below {LARGEST_WIDTH}"
+                f"sigma_rel = {self.sigma_rel}", where="ema", hint=f"use 0.05 to 0.25: above 0, and below {LARGEST_WIDTH}"
             )
 
     @cached_property
@@ -53,6 +55,8 @@ class PowerEMA:
 @dataclass(frozen=True)
 class FixedEMA:
     """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step)."""
+
+    kind: ClassVar[str] = "exponential"
 
     rate: FractionBelowOne = 0.9999
 
@@ -87,5 +91,6 @@ def stride(profile: EMA, update: int) -> int:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same object in both and stay as they are."""
+    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p]
+    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)

@@ -88,7 +88,7 @@ def _moments(dataset: Dataset, autoencoder: Latents, chunk: list[tuple[int, int]
     pixels, bad, _ = dataset.images([position for position, _ in chunk])
     if bad:
         raise DataError(
-            f"can no longer be read: {bad[0].reason}", where=bad[0].name, mend="restore it, or leave it out (data.exclude)"
+            f"can no longer be read: {bad[0].reason}", where=bad[0].name, hint="restore it, or leave it out (data.exclude)"
         )
     images = to_float(pixels)
     draws = torch.cat([variant_draws(dataset.ids[position], variant) for position, variant in chunk])

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, NonNegative, Positive, SizeOrZero
 from sfumato.errors import ConfigError
+from sfumato.networks import Backbone
+from sfumato.training.parameters import trainable
 
 WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
 
@@ -32,7 +34,7 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum = {self.momentum}", where="optimizer.muon", mend="use 0 or more, and less than 1")
+            raise ConfigError(f"momentum = {self.momentum}", where="optimizer.muon", hint="use 0 or more, and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +71,28 @@ class AdamWConfig:
                 f"learning_rate = {self.learning_rate}, clip = {self.clip}, weight_decay = {self.weight_decay}, "
                 f"warmup_steps = {self.warmup_steps}, base_width = {self.base_width}, eps = {self.eps}",
                 where="optimizer",
-                mend="learning_rate and clip are above 0, the others at least 0",
+                hint="learning_rate and clip are above 0, the others at least 0",
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas = {self.betas}", where="optimizer.betas", mend="both are in [0, 1), e.g. [0.9, 0.99]")
+            raise ConfigError(f"betas = {self.betas}", where="optimizer.betas", hint="both are in [0, 1), e.g. [0.9, 0.99]")
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        """The optimizers that share a model's parameters: AdamW, and Muon if asked for."""
+        """The optimizers that share a model's trainable parameters: AdamW, and Muon if configured.
+
+        Raises:
+            ConfigError: if all parameters are frozen.
+        """
+        if not trainable(model):
+            raise ConfigError(
+                f"all parameters of {type(model).__name__} are frozen",
+                where="optimizer",
+                hint="leave `requires_grad` on in what shall be trained",
+            )
         hidden = [] if self.muon is None else hidden_weights(model)
         wide = [*([] if hidden else hidden_weights(model)), *last_weights(model)]
         scaled = wide if self.base_width else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
+        rest = [p for p in trainable(model) if id(p) not in chosen]
         kernels = {id(weight) for weight in weights_of_layers(model)}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in rest if id(p) in kernels], "weight_decay": self.weight_decay},
@@ -186,27 +198,28 @@ LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Matrices and kernels with at least 32 inputs and outputs, but for those of a network's `ends`."""
-    ends = {id(p) for pair in _ends(model) for end in pair for p in end.parameters()}
-    return [p for p in weights_of_layers(model) if min(p.shape[:2]) >= 32 and id(p) not in ends]
+    """Trained matrices and kernels with at least 32 inputs and outputs, except those of a backbone's input and output layers."""
+    layers = [layer for backbone in _backbones(model) for layer in (*backbone.input_layers(), *backbone.output_layers())]
+    outer = {id(p) for layer in layers for p in layer.parameters()}
+    return [p for p in weights_of_layers(model) if min(p.shape[:2]) >= 32 and id(p) not in outer]
 
 
 def weights_of_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Matrices and kernels: the weights of linear, convolution and attention layers. Embedding tables, positions, registers and offsets,
-    whatever their shape, are not among them.
+    """Trained matrices and kernels: the weights of linear, convolution and attention layers. Embedding tables, positions, registers and
+    offsets, whatever their shape, are not among them.
     """
     weights = [p for layer in model.modules() if isinstance(layer, LAYERS) for p in layer.parameters(recurse=False)]
-    return [p for p in weights if p.ndim > 1]
+    return [p for p in weights if p.ndim > 1 and p.requires_grad]
 
 
 def last_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Matrices and kernels of what networks end with."""
-    return [p for _, last in _ends(model) for p in last.parameters() if p.ndim > 1]
+    """Trained matrices and kernels of the output layers of backbones."""
+    layers = [layer for backbone in _backbones(model) for layer in backbone.output_layers()]
+    return [p for layer in layers for p in layer.parameters() if p.ndim > 1 and p.requires_grad]
 
 
-def _ends(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Of the networks in a model."""
-    return [ends for module in model.modules() if (ends := getattr(module, "ends", None)) is not None]
+def _backbones(model: nn.Module) -> list[Backbone]:
+    return [module for module in model.modules() if isinstance(module, Backbone)]
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.nn.float8 import float8_layers, in_float8
+from sfumato.nn.accelerable import Accelerable
+from sfumato.nn.float8 import in_float8, require_float8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}  # float8 is of matrix products only
 CHOICES = ("float32", "bfloat16")
@@ -99,13 +100,13 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def require(network: nn.Module, name: str) -> None:
+def require(network: Accelerable, name: str) -> None:
     """Raise ConfigError where a precision needs what the network or the machine does not have."""
     if name == "float8":
-        float8_layers(network)
+        require_float8(network.float8_layers())
 
 
-def prepare(network: nn.Module, name: str) -> None:
+def prepare(network: Accelerable, name: str) -> None:
     """Change a network's layers, in place, where a precision is more than the dtype of their context."""
     if name == "float8":
-        in_float8(network)
+        in_float8(network, network.float8_layers())

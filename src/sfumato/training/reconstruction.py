@@ -18,6 +18,7 @@ from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
 from sfumato.data import Batch, Dataset, Part, to_float
 from sfumato.errors import ConfigError
 from sfumato.networks.features import Features, distance
+from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.pictures import grid_image, save_png
 from sfumato.sampling import Progress
 from sfumato.training.config import TrainingConfig
@@ -51,7 +52,7 @@ class AdversarialConfig:
             raise ConfigError(
                 f"weight = {self.weight}, start = {self.start}",
                 where="autoencoder.losses.adversarial",
-                mend="a weight above 0, and a start from 0 to 1",
+                hint="a weight above 0, and a start from 0 to 1",
             )
 
 
@@ -81,7 +82,7 @@ class LossesConfig:
             raise ConfigError(
                 f"perceptual = {self.perceptual}, kl = {self.kl}, equivariance = {self.equivariance}",
                 where="autoencoder.losses",
-                mend="weights are at least 0, equivariance is a share from 0 to 1",
+                hint="weights are at least 0, equivariance is a share from 0 to 1",
             )
 
 
@@ -220,7 +221,7 @@ class Reconstruction:
         """Each image once, in a validation by the weights and by their average."""
         return config.preview.num, 2 * config.validation.samples
 
-    def core(self, model: Reconstructor) -> nn.Module:
+    def core(self, model: Reconstructor) -> Accelerable:
         """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
         return model.codec.encoder
 

@@ -50,7 +50,7 @@ class RunDirectory:
         """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called before the data are read."""
         if os.path.lexists(path / "config.yaml"):
             raise RunError(
-                "there is a run here already", where=str(path), mend=f"`sfumato resume {path}`, or choose another --run"
+                "there is a run here already", where=str(path), hint=f"`sfumato resume {path}`, or choose another --run"
             )
         require_writable(path, option="--run")
 
@@ -67,7 +67,7 @@ class RunDirectory:
             (path / "samples").mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot be created: {error}", where=str(path), mend="choose a folder you may write to with --run"
+                f"cannot be created: {error}", where=str(path), hint="choose a folder you may write to with --run"
             ) from None
         return cls(path)
 
@@ -81,7 +81,7 @@ class RunDirectory:
         if not (path / "config.yaml").exists():
             refuse_diffusers(path)
             raise RunError(
-                "is no run: it holds no config.yaml", where=str(path), mend="name a folder that `sfumato train` made"
+                "is no run: it holds no config.yaml", where=str(path), hint="name a folder that `sfumato train` made"
             )
         return cls(path)
 
@@ -103,7 +103,7 @@ class RunDirectory:
             raise RunError(
                 "this system lacks the file locks (fcntl) that training needs",
                 where=str(self.path),
-                mend="train on Linux or macOS, on Windows inside WSL; sampling works here",
+                hint="train on Linux or macOS, on Windows inside WSL; sampling works here",
             )
         with contextlib.ExitStack() as stack:
             try:
@@ -112,19 +112,19 @@ class RunDirectory:
                 raise RunError(
                     f"cannot be written to: {error.strerror}",
                     where=str(self.path),
-                    mend="change its permissions, or copy the run to a folder you may write to, and resume it there",
+                    hint="change its permissions, or copy the run to a folder you may write to, and resume it there",
                 ) from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    "another process is training here", where=str(self.path), mend="wait for it, or stop it first"
+                    "another process is training here", where=str(self.path), hint="wait for it, or stop it first"
                 ) from None
             except OSError as error:
                 raise RunError(
                     f"cannot be locked: {error.strerror}",
                     where=str(self.path),
-                    mend="its file system has no locks: copy the run to a local disk, and resume it there",
+                    hint="its file system has no locks: copy the run to a local disk, and resume it there",
                 ) from None
             yield
 
@@ -146,7 +146,7 @@ class RunDirectory:
             raise RunError(
                 f"{free / 2**30:.2f} GiB free, {needed_bytes / 2**30:.2f} GiB needed for checkpoints",
                 where=str(self.path),
-                mend="free some space, lower checkpoint.keep, or choose another disk with --run",
+                hint="free some space, lower checkpoint.keep, or choose another disk with --run",
             )
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:

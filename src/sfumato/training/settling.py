@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
+from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.compiling import NEEDED, can_compile, compile_in_place
 from sfumato.training import precision
 from sfumato.training.config import TrainingConfig
@@ -23,7 +23,7 @@ Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision,
 Say = Callable[[str], None]
 
 
-def settle_precision(config: TrainingConfig, counters: Counters, network: nn.Module, *, say: Say) -> None:
+def settle_precision(config: TrainingConfig, counters: Counters, network: Accelerable, *, say: Say) -> None:
     """Choose the precision if that is left to the machine, and make the network fit for it."""
     if config.precision == "auto" and counters.precision == "auto":
         counters.precision, line = precision.choose(network, _device(network))
@@ -37,7 +37,7 @@ def precision_of(config: TrainingConfig, counters: Counters) -> str:
 
 
 def settle_compiling(
-    config: TrainingConfig, counters: Counters, network: nn.Module, *, pictures: int, trial: Callable[[], Pass], say: Say
+    config: TrainingConfig, counters: Counters, network: Accelerable, *, pictures: int, trial: Callable[[], Pass], say: Say
 ) -> bool:
     """Compile the network if asked to, or if it pays and can be done; whether it is.
 
@@ -57,10 +57,10 @@ def settle_compiling(
     return True
 
 
-def _pays(config: TrainingConfig, counters: Counters, network: nn.Module, pictures: int, trial: Callable[[], Pass]) -> bool:
+def _pays(config: TrainingConfig, counters: Counters, network: Accelerable, pictures: int, trial: Callable[[], Pass]) -> bool:
     """Where the whole budget comes to more than what the network's kind makes up for compiling in on such a device."""
     on_gpu = _device(network).type == "cuda"
-    after_s = GPU_AFTER_S if on_gpu else getattr(network, "compiling_pays_after_s", math.inf)
+    after_s = GPU_AFTER_S if on_gpu else network.compile_after_s
     if math.isinf(after_s):
         return False
     counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)], _device(network))
@@ -79,5 +79,5 @@ def _timed(work: Pass, dtype: torch.dtype, device: torch.device) -> float:
     return taken
 
 
-def _device(network: nn.Module) -> torch.device:
+def _device(network: Accelerable) -> torch.device:
     return next(network.parameters()).device

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from sfumato.training.parameters import frozen_names, without
 from sfumato.training.task import Learner
 
 LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
@@ -57,9 +58,12 @@ class Counters:
 class TrainingState:
     """The model, its averages, the learners that share its weights, and the counters.
 
+    Frozen parameters are the same tensors in the model and in all averages, and are not written into checkpoints.
+
     Attributes:
         average: that samples are made with.
         kept: averages from which others are made after training.
+        frozen: names of the parameters that are not trained.
     """
 
     model: nn.Module
@@ -67,14 +71,21 @@ class TrainingState:
     learners: list[Learner]
     kept: dict[PowerEMA, nn.Module] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def new(
         cls, model: nn.Module, learners: Callable[[nn.Module], list[Learner]], profiles: Sequence[PowerEMA] = ()
     ) -> TrainingState:
         """The state before the first step."""
-        average, *kept = (copy.deepcopy(model).eval().requires_grad_(False) for _ in range(1 + len(profiles)))
-        return cls(model=model, average=average, learners=learners(model), kept=dict(zip(profiles, kept, strict=True)))
+        average, *kept = (_average(model) for _ in range(1 + len(profiles)))
+        return cls(
+            model=model,
+            average=average,
+            learners=learners(model),
+            kept=dict(zip(profiles, kept, strict=True)),
+            frozen=frozen_names(model),
+        )
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -82,13 +93,21 @@ class TrainingState:
         return [optimizer for learner in self.learners for optimizer in learner.optimizers]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By checkpoint file."""
+        """Everything but frozen parameters, by checkpoint file."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.average.state_dict(),
+            "model": self.trained(self.model),
+            "ema": self.trained(self.average),
             "optimizer": optimizer_tensors(self.optimizers, self.model),
-            **{kept_name(profile): module.state_dict() for profile, module in self.kept.items()},
+            **{kept_name(profile): self.trained(module) for profile, module in self.kept.items()},
         }
+
+    def trained(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state dict of the model or of an average, without frozen parameters."""
+        return without(module.state_dict(), self.frozen)
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The frozen parameters by name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if name in self.frozen}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -97,17 +116,24 @@ class TrainingState:
             CheckpointError: if it belongs to a model of another shape.
         """
         try:
-            self.model.load_state_dict(tensors["model"])
-            self.average.load_state_dict(tensors["ema"])
+            frozen = self.frozen_tensors()
+            self.model.load_state_dict({**frozen, **tensors["model"]})
+            self.average.load_state_dict({**frozen, **tensors["ema"]})
             load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
             for profile, module in self.kept.items():
-                module.load_state_dict(tensors[kept_name(profile)])
+                module.load_state_dict({**frozen, **tensors[kept_name(profile)]})
             self.counters = Counters(**counters)
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"does not fit the model: {' '.join(str(error).split())[:300]}",
-                mend="resume with the configuration it was trained with (config.yaml beside it)",
+                hint="resume with the configuration it was trained with (config.yaml beside it)",
             ) from None
+
+
+def _average(model: nn.Module) -> nn.Module:
+    """A copy that is never trained and shares the frozen parameters."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def kept_name(profile: PowerEMA) -> str:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data import Batch, Part
+from sfumato.nn.accelerable import Accelerable
 from sfumato.sampling import Progress
 from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.parameters import trainable
 
 
 class Outcome(NamedTuple):
@@ -51,7 +53,7 @@ class Learner:
 
     def clip(self) -> Tensor:
         """Scale down a gradient that is too large; its norm before, not read from the device yet."""
-        return torch.nn.utils.clip_grad_norm_(list(self.module.parameters()), self.config.clip)
+        return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.clip)
 
     def step(self, updates: int, spent: float) -> None:
         """Update the weights, after `updates` updates and a share `spent` of the budget."""
@@ -104,6 +106,6 @@ class Task(Protocol):
         """Images that go forward through the model in one `show`, each as often as it does, and in one `figures`."""
         ...
 
-    def core(self, model: Any) -> nn.Module:
+    def core(self, model: Any) -> Accelerable:
         """The part that most of the time goes into, and that may be compiled."""
         ...

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from sfumato.data import Batch, Dataset, Plan, batches
 from sfumato.data.changes import changes
 from sfumato.errors import CheckpointError, DataError, DivergedError
+from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.training import checkpoint, posthoc
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import follow
 from sfumato.training.interruption import Interrupted, Interruption
+from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.run_directory import RunDirectory
 from sfumato.training.settling import precision_of, settle_compiling, settle_precision
@@ -61,6 +62,7 @@ class Trainer:
         self.state = TrainingState.new(task.model, task.learners, config.posthoc.profiles)
         self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
+        self._frozen = ""
         self._lost: set[str] = set()
         self._bad: MetricsFile | None = None
         self._began = 0
@@ -82,14 +84,15 @@ class Trainer:
                 "the data are not what this run was trained on: "
                 + ("; ".join(found) or "images, their order, captions, categories, the split or the pixel format changed"),
                 where=str(loaded.path),
-                mend="restore them as they were, or train a new run on them as they are",
+                hint="restore them as they were, or train a new run on them as they are",
             )
         if loaded.state["plan"] != self.plan.hash:
             raise CheckpointError(
                 "seed or batch_size are not what this run began with, so that samples would be repeated or left out",
                 where=str(loaded.path),
-                mend="leave them as they are in config.yaml; micro_batch may change",
+                hint="leave them as they are in config.yaml; micro_batch may change",
             )
+        checkpoint.require_frozen(loaded, self.state.frozen_tensors())
         self.state.restore(loaded.tensors, loaded.state["counters"])
         counters = self.state.counters
         counters.kept = min(counters.kept, self._spent())  # the budget may have been raised
@@ -162,14 +165,15 @@ class Trainer:
         There is one more than are kept while the oldest has not been removed. Snapshots are counted where the budget says how many steps.
         """
         config, counters = self.config, self.state.counters
-        size = 4 * sum(parameter.numel() for parameter in self.state.model.parameters())
+        size = 4 * count(trainable(self.state.model))
+        frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
         widths, kept = len(config.posthoc.widths), config.posthoc.num
         averages = math.ceil(widths * kept * (1 - counters.kept))
         snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
         checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
-        return size * ((4 + widths) * checkpoints + averages + snapshots) + (16 << 20)
+        return size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
 
-    def _settle(self, say: Callable[[str], None]) -> nn.Module:
+    def _settle(self, say: Callable[[str], None]) -> Accelerable:
         """Settle the precision; the network."""
         network = self.task.core(self.state.model)
         settle_precision(self.config, self.state.counters, network, say=say)
@@ -281,7 +285,7 @@ class Trainer:
         raise DivergedError(
             f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
             where=f"step {self.state.counters.step}",
-            mend=f"lower optimizer.learning_rate, or set precision=float32{start}",
+            hint=f"lower optimizer.learning_rate, or set precision=float32{start}",
         )
 
     def _backward(self, batch: Batch, dtype: torch.dtype) -> Outcome:
@@ -321,7 +325,7 @@ class Trainer:
 
     def _snapshot(self) -> Path:
         return checkpoint.save_snapshot(
-            self.directory.snapshots, step=self.state.counters.step, weights=self.state.average.state_dict()
+            self.directory.snapshots, step=self.state.counters.step, weights=self.state.trained(self.state.average)
         )
 
     def _keep_averages(self, bar: ProgressBar) -> None:
@@ -332,11 +336,14 @@ class Trainer:
             for profile, average in self.state.kept.items():
                 place = self.directory.averages / kept_name(profile)
                 facts = {posthoc.UPDATES: str(counters.updates)}
-                save = partial(checkpoint.save_snapshot, place, step=counters.step, weights=average.state_dict(), facts=facts)
+                save = partial(
+                    checkpoint.save_snapshot, place, step=counters.step, weights=self.state.trained(average), facts=facts
+                )
                 self._try(bar, save)
             counters.kept = share
 
     def _save(self) -> Path:
+        self._frozen = self._frozen or checkpoint.save_frozen(self.directory.checkpoints, self.state.frozen_tensors())
         return checkpoint.save(
             self.directory.checkpoints,
             step=self.state.counters.step,
@@ -345,6 +352,7 @@ class Trainer:
                 "data": self.dataset.fingerprint,
                 **self.task.facts,
                 "plan": self.plan.hash,
+                "frozen": self._frozen,
                 "config": self.pinned,
             },
             tensors=self.state.tensors(),
@@ -381,7 +389,7 @@ class Trainer:
                 raise DataError(
                     f"{len(self._lost)} pictures could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
                     where=str(self.directory.path / "bad_samples.jsonl"),
-                    mend="is the disk still there? restore the pictures, then `sfumato resume`",
+                    hint="is the disk still there? restore the pictures, then `sfumato resume`",
                 )
             self._try(bar, partial(self._write_bad, batch))
             bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")

@@ -42,7 +42,7 @@ def write(found: Examination, folder: Path) -> list[Path]:
         for name, content in paths.items():
             (folder / name).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot be written: {error}", where=str(folder), mend="name another folder with --out") from None
+        raise DataError(f"cannot be written: {error}", where=str(folder), hint="name another folder with --out") from None
     return [folder / name for name in paths]
 
 

@@ -1,4 +1,4 @@
-"""Where pictures come from, one class a file. To add one: write it, and name it in `SourceConfig`."""
+"""Sources of images, one class a file. To add one: derive a dataclass from `Source`, and import it here."""
 
 from sfumato.data.sources.arrays import Npz
 from sfumato.data.sources.digits import Digits
@@ -11,8 +11,6 @@ from sfumato.data.sources.solids import Solids
 from sfumato.data.sources.table import Parquet
 from sfumato.data.sources.zipped import Zip
 
-SourceConfig = Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip
-
 __all__ = [
     "Digits",
     "Emoji",
@@ -21,7 +19,6 @@ __all__ = [
     "Npz",
     "Parquet",
     "Solids",
-    "SourceConfig",
     "WebDataset",
     "Zip",
     "source_at",

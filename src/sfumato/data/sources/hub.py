@@ -6,9 +6,20 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sfumato.data.entry import CATEGORY_KEYS, MAX_BYTES, Entry, Listing, Reject, described, legible, read, says_something
+from sfumato.data.entry import (
+    CATEGORY_KEYS,
+    MAX_BYTES,
+    Entry,
+    Listing,
+    Reject,
+    Source,
+    described,
+    legible,
+    read,
+    says_something,
+)
 from sfumato.errors import DataError
 
 
@@ -46,13 +57,15 @@ def _contained(path: str, dataset: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFace:
+class HuggingFace(Source):
     """A dataset of the library `datasets`.
 
     Attributes:
         path: a folder written by `save_to_disk`, or a name on the hub such as `owner/name`.
         split: of it; other splits are left out.
     """
+
+    kind: ClassVar[str] = "huggingface"
 
     path: str
     split: str = "train"
@@ -65,7 +78,7 @@ class HuggingFace:
             raise DataError(
                 f"its columns are {', '.join(data.column_names)}",
                 where=self.path,
-                mend="one of them must have the feature Image",
+                hint="one of them must have the feature Image",
             )
         names = {key: data.features[key].names for key in CATEGORY_KEYS if hasattr(data.features.get(key), "names")}
         layers = [column for column in ("doodle", "mask") if column in pictures]
@@ -84,7 +97,7 @@ class HuggingFace:
             except ValueError as error:
                 rejects.append(Reject(name, str(error)))
         if not entries:
-            raise DataError("holds no rows", where=self.path, mend="name another split with data.source.split")
+            raise DataError("holds no rows", where=self.path, hint="name another split with data.source.split")
         unused = [name for name in data.column_names if name != image and name not in layers and not says_something(name)]
         remarks = [f"columns that are not used: {', '.join(map(legible, unused[:12]))[:300]}"] if unused else []
         others = _other_splits(self.path, self.split)
@@ -96,7 +109,7 @@ def _record(data: Any, row: int, where: str) -> dict[str, Any]:
     try:
         return dict(data[row]) if data.column_names else {}
     except Exception as error:  # as above
-        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, mend="fetch or make it again") from None
+        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, hint="fetch or make it again") from None
 
 
 def _other_splits(path: str, split: str) -> list[str]:
@@ -114,7 +127,7 @@ def _open(path: str, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError("needs the package datasets", where=path, mend="pip install 'sfumato[hub]'") from None
+        raise DataError("needs the package datasets", where=path, hint="pip install 'sfumato[hub]'") from None
     try:
         if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(path)
@@ -123,11 +136,11 @@ def _open(path: str, split: str) -> Any:
             data = datasets.load_dataset(path, split=split)
     except KeyError:
         raise DataError(
-            f"has no split {split!r}; it has {', '.join(loaded)}", where=path, mend="set data.source.split"
+            f"has no split {split!r}; it has {', '.join(loaded)}", where=path, hint="set data.source.split"
         ) from None
     except Exception as error:  # the library raises whatever its parsers do
         raise DataError(
-            f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}", where=path, mend="check name and network"
+            f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}", where=path, hint="check name and network"
         ) from None
     for name, feature in data.features.items():
         if type(feature).__name__ == "Image":

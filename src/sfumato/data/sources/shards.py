@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, ClassVar, Literal, NamedTuple
 
 from sfumato.data import files
 from sfumato.data.endings import HEAD_BYTES, is_image
-from sfumato.data.entry import Listing, Reject, Slice, legible, read
+from sfumato.data.entry import Listing, Reject, Slice, Source, legible, read
 from sfumato.data.files import UnsafePath
 from sfumato.data.sources.account import LAYERS
 from sfumato.data.sources.tree import Tree
@@ -35,12 +35,14 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WebDataset:
+class WebDataset(Source):
     """A .tar, or a folder of them: WebDataset's shards, or folders that somebody packed. Read as the folder that they hold together.
 
     Attributes:
         path, metadata, unnamed: as of a folder.
     """
+
+    kind: ClassVar[str] = "webdataset"
 
     path: str
     metadata: Literal["auto", "off"] = "auto"
@@ -91,7 +93,7 @@ class WebDataset:
         """The tars, and what else lies in their folder."""
         if not files.exists(self.path):
             raise DataError(
-                "no such file or folder", where=self.path, mend="check the path; it is relative to where you run sfumato"
+                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
             )
         root = self.path.rstrip("/")
         walked = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
@@ -101,11 +103,11 @@ class WebDataset:
             raise DataError(
                 "is a compressed tar: no random access",
                 where=packed[0],
-                mend="unpack it to .tar; pictures are compressed already",
+                hint="unpack it to .tar; pictures are compressed already",
             )
         shards = [name for name in found if name.lower().endswith(".tar")]
         if not shards:
-            raise DataError("holds no .tar shards", where=self.path, mend="name a .tar file or the folder that holds them")
+            raise DataError("holds no .tar shards", where=self.path, hint="name a .tar file or the folder that holds them")
         others = [self._below(name) for name in found if name not in set(shards)]
         rejects = [Reject(legible(name), "a file beside the shards") for name in others]
         return shards, [*rejects, *(Reject(legible(name), reason) for name, reason in walked.passed_over)]
@@ -147,7 +149,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
             return [Member(*member) for member in stored["members"]], [Reject(*reject) for reject in stored["rejects"]]
         members, rejects = _index(path)
     except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise DataError(f"is no whole tar: {error}", where=shard, mend="fetch or make it again") from None
+        raise DataError(f"is no whole tar: {error}", where=shard, hint="fetch or make it again") from None
     _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects]}))
     return members, rejects
 

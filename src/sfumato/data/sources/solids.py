@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.config.bounds import Count, Size
-from sfumato.data.entry import Listing
+from sfumato.data.entry import Listing, Source
 from sfumato.data.parallel import in_order
 from sfumato.data.sources.made import made_once
 from sfumato.data.sources.shards import WebDataset
@@ -43,7 +43,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solids:
+class Solids(Source):
     """Superquadrics, each with one caption ("a red box"), its shape as category, and 512 surface points in the camera's frame.
 
     Points are x right, y up, z towards the camera, scaled so that the picture spans x and y from -1 to 1 at the solid's depth.
@@ -62,7 +62,7 @@ class Solids:
     def listing(self) -> Listing:
         if not 1 <= self.count <= 100_000 or not 8 <= self.size <= 1024:
             raise DataError(
-                f"{self.count} solids of {self.size} pixels", where="solids", mend="count to 100,000, size from 8 to 1024"
+                f"{self.count} solids of {self.size} pixels", where="solids", hint="count to 100,000, size from 8 to 1024"
             )
         place = made_once(
             "solids", f"form{_FORM}_{self.count}_{self.size}px.tar", partial(_write, count=self.count, size=self.size)

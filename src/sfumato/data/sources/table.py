@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.entry import Entry, Listing, Reject, described, legible, normalized_key, says_something
+from sfumato.data.entry import Entry, Listing, Reject, Source, described, legible, normalized_key, says_something
 from sfumato.data.sources.metadata import FILE_KEYS
 from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
@@ -39,7 +39,7 @@ def arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError("parquet needs the package pyarrow", where="data", mend="pip install 'sfumato[parquet]'") from None
+        raise DataError("parquet needs the package pyarrow", where="data", hint="pip install 'sfumato[parquet]'") from None
     return pyarrow
 
 
@@ -111,7 +111,7 @@ def _pictures(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFil
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(Source):
     """A .parquet file or a folder of them: a column of pictures (bytes, or Hugging Face's struct of bytes and path), others beside it."""
 
     path: str
@@ -119,7 +119,7 @@ class Parquet:
     def listing(self) -> Listing:
         if not files.exists(self.path):
             raise DataError(
-                "no such file or folder", where=self.path, mend="check the path; it is relative to where you run sfumato"
+                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
             )
         root = self.path.rstrip("/")
         names, passed_over = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
@@ -138,7 +138,7 @@ class Parquet:
             raise DataError(
                 "holds no rows" + (f" that can be read ({reasons})" if reasons else ""),
                 where=self.path,
-                mend="name a .parquet file or the folder that holds them",
+                hint="name a .parquet file or the folder that holds them",
             )
         remarks = [f"columns that are not used: {', '.join(map(legible, sorted(unused)[:12]))[:300]}"] if unused else []
         remarks += [f"held out by the table's name: {', '.join(map(legible, held))[:300]}"] if held else []
@@ -169,15 +169,15 @@ def _list(
                     raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
         return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
     except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, mend="fetch or make it again") from None
+        raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, hint="fetch or make it again") from None
 
 
 def _check_group(metadata: Any, group: int, path: str) -> None:
     found = metadata.row_group(group)
     if found.total_byte_size > MAX_GROUP_BYTES:
-        raise DataError(f"row group {group} is over 2 GiB", where=path, mend="write it with row groups of at most 1,000 rows")
+        raise DataError(f"row group {group} is over 2 GiB", where=path, hint="write it with row groups of at most 1,000 rows")
     if metadata.num_rows > MAX_ROWS or not 0 <= found.num_rows <= MAX_ROWS:
-        raise DataError(f"over {MAX_ROWS} rows", where=path, mend="split it into several files")
+        raise DataError(f"over {MAX_ROWS} rows", where=path, hint="split it into several files")
 
 
 def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -208,7 +208,7 @@ class _Columns:
     def of(cls, schema: Any, path: str) -> _Columns:
         twice = [name for name, count in Counter(schema.names).items() if count > 1]
         if twice:
-            raise DataError(f"has two columns {twice[0][:80]!r}", where=path, mend="give each column a name of its own")
+            raise DataError(f"has two columns {twice[0][:80]!r}", where=path, hint="give each column a name of its own")
         image = _image_column(schema, path)
         layers = [name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)]
         structs = [name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)]
@@ -257,7 +257,7 @@ def _image_column(schema: Any, path: str) -> str:
         if wrong is not None:
             kind = schema.field(wrong).type
             advice = f"column {wrong} must hold encoded images (bytes, or a struct of bytes and path), not {kind}"
-        raise DataError(f"its columns are {columns[:300]}", where=path, mend=advice)
+        raise DataError(f"its columns are {columns[:300]}", where=path, hint=advice)
     return (named or rest)[0]
 
 

@@ -61,7 +61,7 @@ class Metadata:
         decisive = [name for name in self.names if is_authoritative(name)]
         if len({name.rpartition(".")[2].lower() for name in decisive}) > 1:
             raise DataError(
-                f"metadata files of several kinds: {', '.join(decisive[:3])}", where=self.where, mend="keep one kind of them"
+                f"metadata files of several kinds: {', '.join(decisive[:3])}", where=self.where, hint="keep one kind of them"
             )
         for name in decisive or candidates[:MOST_TABLES]:
             self._by_table(name, decisive=bool(decisive))
@@ -86,7 +86,7 @@ class Metadata:
             if decisive:
                 raise DataError(
                     f"{name} cannot be read: {str(error)[:200]}", where=self.where,
-                    mend="repair or remove that file, or set data.source.metadata=off",
+                    hint="repair or remove that file, or set data.source.metadata=off",
                 ) from None  # fmt: skip
             self.account.leave_out(name, f"a table that cannot be read: {str(error)[:100]}")
             return
@@ -111,7 +111,7 @@ class Metadata:
         )
         raise DataError(
             f"its metadata name no picture that is there ({reasons})", where=self.where,
-            mend=f"{column}, or set data.source.metadata=off",
+            hint=f"{column}, or set data.source.metadata=off",
         )  # fmt: skip
 
     def _row(self, row: Row, column: str | None, folder: str) -> None:
@@ -169,7 +169,7 @@ class Metadata:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(
                 f"dataset.json cannot be read: {str(error)[:100]}", where=self.where,
-                mend='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}; or set data.source.metadata=off',
+                hint='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}; or set data.source.metadata=off',
             ) from None  # fmt: skip
         self.account.count(file, "metadata")
         for name in images:

@@ -137,7 +137,7 @@ class Tree:
         return DataError(
             f"holds no pictures ({', '.join(SUFFIXES)})" + (f"; {reasons}" if reasons else ""),
             where=self.where,
-            mend="put images in it, or name another folder",
+            hint="put images in it, or name another folder",
         )
 
     def _images(self) -> tuple[list[str], dict[str, str]]:

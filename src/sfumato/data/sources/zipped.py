@@ -11,7 +11,7 @@ from typing import Literal
 
 from sfumato.data import files
 from sfumato.data.endings import HEAD_BYTES
-from sfumato.data.entry import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, ZipMember, legible
+from sfumato.data.entry import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, Source, ZipMember, legible
 from sfumato.data.files import UnsafePath
 from sfumato.data.sources.tree import Tree
 from sfumato.data.texts import Texts
@@ -23,7 +23,7 @@ MAX_RATIO = 200  # of a member above 1 MiB; pictures are compressed already
 
 
 @dataclass(frozen=True)
-class Zip:
+class Zip(Source):
     """A .zip of images: with EDM's `dataset.json`, or laid out like a folder.
 
     Attributes:
@@ -51,11 +51,11 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except FileNotFoundError:
-        raise DataError("no such file", where=path, mend="check the path; it is relative to where you run sfumato") from None
+        raise DataError("no such file", where=path, hint="check the path; it is relative to where you run sfumato") from None
     except (*DAMAGED_ZIP, OSError) as error:
-        raise DataError(f"is no whole zip: {error}", where=path, mend="fetch or make it again") from None
+        raise DataError(f"is no whole zip: {error}", where=path, hint="fetch or make it again") from None
     if len(infos) > MAX_MEMBERS:
-        raise DataError(f"{len(infos)} members", where=path, mend=f"split it: at most {MAX_MEMBERS} are read")
+        raise DataError(f"{len(infos)} members", where=path, hint=f"split it: at most {MAX_MEMBERS} are read")
     names, remarks = _names(infos)
     members: dict[str, Blob] = {}
     rejects: list[Reject] = []

@@ -1,0 +1,49 @@
+"""Former words: kinds and keys as they were written by earlier versions, so that old files and habits keep working."""
+
+from __future__ import annotations
+
+# Kinds were class names. Those that differ from today's kind by more than capitals and hyphens:
+FORMER_KINDS = {
+    "ByRuns": "by-runs",
+    "ByScript": "by-script",
+    "DPMSolverPP2M": "dpm-solver++2m",
+    "DiTConfig": "dit",
+    "FixedEMA": "exponential",
+    "FlowTime": "flow-time",
+    "HuggingFace": "huggingface",
+    "IndependentTimes": "independent",
+    "LinearBetas": "linear-betas",
+    "LogNormal": "log-normal",
+    "LogSNR": "log-snr",
+    "LogitNormal": "logit-normal",
+    "LossSpace": "target-space",
+    "MinSNR": "min-snr",
+    "MinibatchOptimalTransport": "minibatch-optimal-transport",
+    "OwnAutoencoder": "trained",
+    "PixelSpace": "pixels",
+    "PowerEMA": "power",
+    "PretrainedAutoencoder": "pretrained",
+    "PretrainedTextConfig": "pretrained",
+    "RungeKutta": "runge-kutta",
+    "ScaledLinear": "scaled-linear",
+    "Shrink": "downsample",
+    "SigmoidWeighting": "sigmoid",
+    "UNetConfig": "unet",
+    "UniformEpsilon": "uniform-epsilon",
+    "UniformLogSNR": "uniform-log-snr",
+    "UnitSum": "unit-sum",
+    "UnitVariance": "unit-variance",
+    "VarianceExploding": "variance-exploding",
+    "VariancePreserving": "variance-preserving",
+    "WebDataset": "webdataset",
+    "WordsConfig": "learned",
+    "ZeroTerminalSNR": "zero-terminal-snr",
+}
+
+# Keys by the kind or name of the dataclass that has them: former -> present.
+FORMER_KEYS: dict[str, dict[str, str]] = {}
+
+
+def current_kind(name: str) -> str:
+    """The present kind for a kind as written: former names, capitals and underscores are understood."""
+    return FORMER_KINDS.get(name, name.lower().replace("_", "-"))

@@ -1,0 +1,64 @@
+"""Families of configurations, and the kind by which each member is named in YAML and on the command line."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import field, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+TAG = "kind"
+SHORTHANDS = "shorthands"
+
+
+class Extensible:
+    """Base of a family that other code may extend: every dataclass that is derived from a direct subclass of this is a member of it.
+
+    A member's kind is its class variable `kind`, or else its name: `MyNetworkConfig` is `my-network`.
+    """
+
+
+def members(annotation: Any) -> list[type]:
+    """The dataclasses that a value of this annotation may be: those of a union, a family or a single one; [] if there are none."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    return [member for option in options if isinstance(option, type) for member in _members(option)]
+
+
+def is_tagged(annotation: Any) -> bool:
+    """Whether values of this annotation need a `kind`: there are several dataclasses to choose among."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    return len(members(annotation)) > 1 or any(isinstance(option, type) and _is_family(option) for option in options)
+
+
+def _members(option: type) -> list[type]:
+    if not _is_family(option):
+        return [option] if is_dataclass(option) else []
+    latest = {
+        kind_of(member): member for member in _derived(option) if is_dataclass(member)
+    }  # a reloaded module defines them again
+    return list(latest.values())
+
+
+def _is_family(option: type) -> bool:
+    return Extensible in option.__bases__
+
+
+def _derived(option: type) -> list[type]:
+    classes: list[type] = option.__subclasses__()
+    return [found for derived in classes for found in (derived, *_derived(derived))]
+
+
+def kind_of(cls: type) -> str:
+    """The kind of a dataclass: its own `kind`, or its name without `Config` in lower case, words joined by hyphens."""
+    own = cls.__dict__.get(TAG)
+    if isinstance(own, str):
+        return own
+    name = cls.__name__.removesuffix("Config") or cls.__name__
+    return "-".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[A-Z]", name)).lower()
+
+
+def named(default: T, shorthands: Mapping[str, Any]) -> T:
+    """A field whose values also have short names, each for a member with its settings: `sampler=heun`."""
+    return field(default=default, metadata={SHORTHANDS: shorthands})

@@ -1,0 +1,72 @@
+"""The network of a diffusion model, as trainers, presets and samplers see it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.config import Extensible
+from sfumato.nn.accelerable import Accelerable
+
+
+class NetworkConfig(Extensible, ABC):
+    """Size and shape of a network. A frozen dataclass that derives from it is a kind of network."""
+
+    @abstractmethod
+    def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
+        """Build the untrained network.
+
+        Args:
+            image_channels: of x and of the prediction.
+            context: sizes of the condition's slots.
+        """
+
+
+class Backbone(Accelerable, ABC):
+    """A network of any architecture. Subclasses define `forward`; all other members have defaults.
+
+    A subclass may wrap any other `nn.Module`: hold it as an attribute and call it in `forward`.
+
+    Attributes:
+        image_channels: channels of x and of the prediction.
+        context: sizes of the condition's slots; an absent slot has size 0.
+        multiple: sides of x that are not multiples of this are padded inside, which costs time.
+        hidden_channels: channels of the feature map that passes through `probe`; 0 if the network passes none.
+        probe: an identity that `forward` passes a hidden feature map (B, hidden_channels, h, w) through. Auxiliary losses listen to it.
+    """
+
+    hidden_channels: int = 0
+
+    def __init__(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
+        super().__init__()
+        self.image_channels, self.context = image_channels, context
+        self.probe = nn.Identity()
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Predict the parameterization's target.
+
+        Args:
+            x: noisy images (B, C, H, W), of about unit variance.
+            noise_input: noise level of each image (B,), from 0 (data) to 1 (noise).
+            condition: slots of the sizes `context`.
+
+        Returns:
+            A tensor of x's shape.
+        """
+
+    @property
+    def multiple(self) -> int:
+        """See the class."""
+        return 1
+
+    def input_layers(self) -> Sequence[nn.Module]:
+        """Layers whose input has a fixed size, however wide the network is. Optimizers do not scale their learning rate with width."""
+        return ()
+
+    def output_layers(self) -> Sequence[nn.Module]:
+        """Layers whose output has a fixed size, however wide the network is. Muon leaves them to AdamW."""
+        return ()

@@ -1,0 +1,23 @@
+"""What compiling and float8 ask of a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+
+class Accelerable(nn.Module):
+    """The part of a model that most of the time goes into.
+
+    Attributes:
+        compile_after_s: seconds of training on a CPU from which compiling it pays; infinity where it never does.
+    """
+
+    compile_after_s: ClassVar[float] = math.inf
+
+    def float8_layers(self) -> Sequence[nn.Linear]:
+        """Linear layers that may multiply in float8."""
+        return ()
