@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO ?= runs/demo
 WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
+SPELLED := src docs tests README.md CONTRIBUTING.md CHANGELOG.md
 
 .PHONY: demo test test-slow check clean
 
@@ -36,6 +37,7 @@ test-slow: $(VENV)/dev
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $(SPELLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
