@@ -49,11 +49,12 @@ from sfumato.diffusion import (
 )
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.kernel import kernel_distance
+from sfumato.generation.pipeline import DenoiserConfig, Pipeline, SamplingConfig
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.pipeline import DenoiserConfig, Pipeline, SamplingConfig
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import build_model, facts_of, open_data, train
-from sfumato.recipes.loading import load
+from sfumato.runs import train
+from sfumato.runs.loading import load
+from sfumato.runs.preparation import build_model, facts_of, open_data
 from sfumato.training import (
     AdamWConfig,
     AlignmentConfig,
@@ -66,8 +67,8 @@ from sfumato.training import (
     PreviewConfig,
     ValidationConfig,
 )
+from sfumato.training.monitors import Validator
 from sfumato.training.precision import default_device
-from sfumato.training.watching import Validator
 
 STEPS = 20
 GUIDANCE = 1.5

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.evaluation.features import extractor, pooled
+from sfumato.evaluation.extractors import extractor, pooled
 
 
 class Judge:

@@ -25,17 +25,18 @@ from torch import Tensor
 
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.evaluation.features import extractor
+from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 from sfumato.networks import UNetConfig
-from sfumato.observability.pictures import grid_image, save_png
+from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import Run, recipe
-from sfumato.recipes.latents import PixelSpace
-from sfumato.recipes.launch import open_data, train
-from sfumato.recipes.loading import load
+from sfumato.recipes.autoencoder_stage import PixelSpace
+from sfumato.runs import train
+from sfumato.runs.loading import load
+from sfumato.runs.preparation import open_data
+from sfumato.storage.checkpoint import load_snapshot
+from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, PosthocConfig, PreviewConfig, ValidationConfig
-from sfumato.training.checkpoint import load_snapshot
-from sfumato.training.run_directory import RunDirectory
 
 STEPS = 20
 WIDTH, POINTS = 0.1, 4  # of the averages that are sampled, evenly over each training

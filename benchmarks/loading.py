@@ -156,8 +156,8 @@ def huggingface(path: Path, resolution: int, workers: int, cache: Path) -> Calla
 def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
-    from sfumato.recipes.launch import build_model, facts_of
-    from sfumato.recipes.prediction import rehearsal
+    from sfumato.runs.cost import rehearsal
+    from sfumato.runs.preparation import build_model, facts_of
 
     overrides = {"precision": "bfloat16", "batch_size": BATCH}
     settings = recipes.resolve(str(path), overrides)

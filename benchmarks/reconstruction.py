@@ -19,15 +19,15 @@ from machine import machine, report
 from torch import Tensor
 
 from sfumato.autoencoders import Latents
-from sfumato.autoencoders.fidelity import psnr, ssim
-from sfumato.autoencoders.files import load
+from sfumato.autoencoders.image_metrics import psnr, ssim
+from sfumato.autoencoders.io import load
 from sfumato.data import to_float
-from sfumato.evaluation.features import extractor
+from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.frechet import frechet_distance
-from sfumato.networks.features import Features
-from sfumato.observability.pictures import grid_image, save_png
+from sfumato.networks.perceptual import Features
+from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import resolve
-from sfumato.recipes.launch import open_data
+from sfumato.runs.preparation import open_data
 from sfumato.training import reconstructed
 
 SHOWN = 10

@@ -20,8 +20,8 @@ from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
 from sfumato.conditioners import CategoryConfig, ContextConfig, Facts, Joint
 from sfumato.diffusion import Linear
+from sfumato.generation.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
 from sfumato.networks import UNet
-from sfumato.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
 from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
 
 

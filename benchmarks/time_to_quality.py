@@ -42,19 +42,14 @@ from sfumato import config as configuration
 from sfumato.data import AugmentConfig, to_float
 from sfumato.evaluation.frechet import frechet_interval
 from sfumato.evaluation.kernel import kernel_distance_interval
-from sfumato.observability.pictures import grid_image, save_png
-from sfumato.pipeline import Pipeline
+from sfumato.generation.pipeline import Pipeline
+from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.launch import open_data, resume, train
-from sfumato.recipes.loading import load
-from sfumato.training import (
-    Budget,
-    CheckpointConfig,
-    PosthocConfig,
-    PreviewConfig,
-    ValidationConfig,
-)
-from sfumato.training.checkpoint import load_snapshot
+from sfumato.runs import resume, train
+from sfumato.runs.loading import load
+from sfumato.runs.preparation import open_data
+from sfumato.storage.checkpoint import load_snapshot
+from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PreviewConfig, ValidationConfig
 
 STEPS, CLASSES = 25, 10
 PARTS = 4  # of a training, at whose ends it is sampled

@@ -22,8 +22,8 @@ from PIL import Image
 from sfumato.data import Batch, DataConfig, Folder, Part, index
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
-from sfumato.recipes.launch import build_model, facts_of
-from sfumato.recipes.prediction import rehearsal
+from sfumato.runs.cost import rehearsal
+from sfumato.runs.preparation import build_model, facts_of
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 
 NETWORK = UNetConfig(channels=64, multipliers=(1, 2, 2), blocks=2, attention_depths=(2,), head_channels=64)

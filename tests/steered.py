@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfumato.asking import Asked
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import (
     AttributesConfig,
@@ -21,10 +20,11 @@ from sfumato.conditioners import (
     WordsConfig,
 )
 from sfumato.diffusion import Linear, Objective
+from sfumato.generation.pipeline import Pipeline, SamplingConfig
+from sfumato.generation.request import Asked
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import Pipeline, SamplingConfig
 from sfumato.recipes import Run
-from sfumato.recipes.launch import build_model
+from sfumato.runs.preparation import build_model
 from sfumato.sampling import DDIM
 
 SIDE = 8

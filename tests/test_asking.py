@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.asking import MOST_POINTS, Asked, Request, Truncated, Unfamiliar, settled
 from sfumato.conditioners import Grayscale, Joint, Shrink
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
-from sfumato.pipeline import Pipeline
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import MOST_POINTS, Asked, Request, Truncated, Unfamiliar, settled
 from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, picture, steered
 
 
@@ -322,7 +322,7 @@ def condition_of(pipeline: Pipeline, text: str) -> Tensor:
     return pipeline.model.conditioner({"text": [text]}, 1).vector
 
 
-@pytest.mark.filterwarnings("ignore::sfumato.asking.PromptNote")
+@pytest.mark.filterwarnings("ignore::sfumato.generation.request.PromptNote")
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_text_in_any_script_can_be_read(text: str) -> None:
     pipeline = steered("text")

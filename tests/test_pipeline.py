@@ -6,9 +6,9 @@ import torch
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import Facts
 from sfumato.errors import ConfigError, ScheduleError, ShapeError
-from sfumato.pipeline import Pipeline, to_unit
+from sfumato.generation.pipeline import Pipeline, to_unit
 from sfumato.recipes import resolve
-from sfumato.recipes.launch import build_model
+from sfumato.runs.preparation import build_model
 from sfumato.sampling import DDIM, SAMPLERS, KeyedNoise
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.asking import Asked
 from sfumato.diffusion import Cosine, EmpiricalDenoiser, Known, Linear, NoiseLevel, VarianceExploding
 from sfumato.errors import ConfigError, ShapeError
-from sfumato.pipeline import Pipeline
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import Asked
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
 from tests.oracles import exact
 from tests.steered import ASKED, SIDE, picture, steered

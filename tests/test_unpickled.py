@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sfumato import unpickled
+from sfumato import safe_unpickle
 from sfumato.errors import CheckpointError
 
-SOURCES = Path(unpickled.__file__).parent
+SOURCES = Path(safe_unpickle.__file__).parent
 
 
 def hashed(path: Path) -> str:
@@ -36,7 +36,7 @@ def test_a_pickle_that_runs_code_is_refused_even_if_its_hash_is_known(tmp_path: 
     for save in (torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))):
         save({"weight": Payload(tmp_path / "mark")}, source)
         with pytest.raises(CheckpointError, match="cannot be converted"):
-            unpickled.convert(source, target, sha256=hashed(source))
+            safe_unpickle.convert(source, target, sha256=hashed(source))
     assert not (tmp_path / "mark").exists()
     assert not target.exists()
 
@@ -46,7 +46,7 @@ def test_tensors_come_through_as_they_are_and_leave_nothing_else(tmp_path: Path)
     target.parent.mkdir()
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(4, 3).T, "c": torch.arange(5)}
     torch.save(tensors, source)
-    unpickled.convert(source, target, sha256=hashed(source))
+    safe_unpickle.convert(source, target, sha256=hashed(source))
     found = load_file(target)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
@@ -55,10 +55,10 @@ def test_tensors_come_through_as_they_are_and_leave_nothing_else(tmp_path: Path)
 
 def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
-        unpickled.convert(tmp_path / "nowhere.pth", tmp_path / "out", sha256="")
+        safe_unpickle.convert(tmp_path / "nowhere.pth", tmp_path / "out", sha256="")
     torch.save({}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="SHA-256"):
-        unpickled.convert(tmp_path / "other.pth", tmp_path / "out", sha256="0" * 64)
+        safe_unpickle.convert(tmp_path / "other.pth", tmp_path / "out", sha256="0" * 64)
     assert not (tmp_path / "out").exists()
 
 

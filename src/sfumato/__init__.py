@@ -4,14 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.pipeline import Pipeline
-    from sfumato.recipes.launch import train
-    from sfumato.recipes.loading import load
+    from sfumato.generation.pipeline import Pipeline
+    from sfumato.recipes.builtin import recipe
+    from sfumato.recipes.resolver import resolve
+    from sfumato.recipes.run import Run
+    from sfumato.runs.loading import load
+    from sfumato.runs.training import resume, train
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__", "load", "train"]
+__all__ = ["Pipeline", "Run", "__version__", "load", "recipe", "resolve", "resume", "train"]
 
-_HOMES = {"Pipeline": "sfumato.pipeline", "load": "sfumato.recipes.loading", "train": "sfumato.recipes.launch"}
+_HOMES = {
+    "Pipeline": "sfumato.generation.pipeline",
+    "Run": "sfumato.recipes.run",
+    "load": "sfumato.runs.loading",
+    "recipe": "sfumato.recipes.builtin",
+    "resolve": "sfumato.recipes.resolver",
+    "resume": "sfumato.runs.training",
+    "train": "sfumato.runs.training",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfumato.autoencoders.adversary import PatchDiscriminator, balance, pleasing, telling
+from sfumato.autoencoders.discriminator import PatchDiscriminator, balance, pleasing, telling
 from sfumato.errors import ConfigError
 
 

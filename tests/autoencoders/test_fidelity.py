@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from sfumato.autoencoders.fidelity import psnr, ssim
+from sfumato.autoencoders.image_metrics import psnr, ssim
 
 
 def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

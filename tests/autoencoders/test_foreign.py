@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.autoencoders import Latents, files
-from sfumato.autoencoders.foreign import ForeignCodec
+from sfumato.autoencoders import Latents, io
+from sfumato.autoencoders.diffusers_codec import ForeignCodec
 from sfumato.errors import CheckpointError
 
 
@@ -31,7 +31,7 @@ def pictures(side: int = 32) -> torch.Tensor:
 
 
 def test_a_deep_compression_autoencoder_gives_its_own_numbers(theirs) -> None:
-    ours, x = files.load(theirs.folder), pictures()
+    ours, x = io.load(theirs.folder), pictures()
     with torch.no_grad():
         z = theirs.encode(x).latent
         assert (ours.encode(x) - 0.5 * z).abs().max() < 1e-5  # its scaling factor is honoured
@@ -48,11 +48,11 @@ def generator(seed: int) -> torch.Generator:
 
 
 def test_it_is_copied_with_the_statistics_that_were_measured(theirs, tmp_path: Path) -> None:
-    codec = files.load(theirs.folder).codec
+    codec = io.load(theirs.folder).codec
     measured = Latents(codec, torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4))
-    files.save(measured, tmp_path / "final", {})
+    io.save(measured, tmp_path / "final", {})
     assert str(theirs.folder) not in (tmp_path / "final" / "config.json").read_text()
-    again, x = files.load(tmp_path / "final"), pictures()
+    again, x = io.load(tmp_path / "final"), pictures()
     assert torch.equal(again.encode(x), measured.encode(x))
     assert torch.equal(again.decode(again.encode(x)), measured.decode(measured.encode(x)))
 
@@ -62,4 +62,4 @@ def test_other_kinds_and_damage_are_refused(theirs, tmp_path: Path) -> None:
         ForeignCodec.load("VQModel", tmp_path)
     (tmp_path / "config.json").write_text((theirs.folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        files.load(tmp_path)
+        io.load(tmp_path)

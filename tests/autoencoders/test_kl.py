@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, files, measure
+from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, io, measure
 from sfumato.errors import CheckpointError, ConfigError, DataError, ShapeError
 from tests.autoencoders.models import made
 
@@ -31,7 +31,7 @@ def test_ours_and_diffusers_give_the_same_numbers(config: KLConfig, channels: in
     codec = made(config, channels)
     mean, deviation = torch.linspace(-1, 1, config.latent_channels), torch.linspace(0.5, 2, config.latent_channels)
     latents = Latents(codec, mean, deviation)
-    folder = files.save(latents, tmp_path / "saved", {})
+    folder = io.save(latents, tmp_path / "saved", {})
     theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
     x = pictures(channels=channels)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_ours_and_diffusers_give_the_same_numbers(config: KLConfig, channels: in
         assert (posterior.logvar - ours_log).abs().max() < 1e-4
         assert (theirs.decode(ours_mean).sample - latents.decode(ours_mean)).abs().max() < 1e-4
     assert theirs.config.scaling_factor == 1
-    again = files.load(folder)
+    again = io.load(folder)
     assert torch.equal(again.mean, torch.zeros_like(mean))
     assert (again.decode(ours_mean) - latents.decode(ours_mean)).abs().max() < 1e-4
 
@@ -56,7 +56,7 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, 
         shift_factor=0.1,
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = files.load(tmp_path / "theirs")
+    ours = io.load(tmp_path / "theirs")
     x = pictures()
     with torch.no_grad():
         z = (theirs.encode(x).latent_dist.mean - 0.1) * 0.18215
@@ -66,18 +66,18 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, 
 
 def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
     codec = made(SHAPES[2])
-    folder = files.save(Latents(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {})
+    folder = io.save(Latents(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {})
     from safetensors.torch import load_file, save_file
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
-    for name, tensor in load_file(folder / files.WEIGHTS).items():
+    for name, tensor in load_file(folder / io.WEIGHTS).items():
         for new, before in old.items():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
         renamed[name] = tensor.clone()
-    save_file(renamed, folder / files.WEIGHTS)
+    save_file(renamed, folder / io.WEIGHTS)
     x = pictures()
-    assert torch.equal(files.load(folder).encode(x), Latents(codec, torch.zeros(16), torch.ones(16)).encode(x))
+    assert torch.equal(io.load(folder).encode(x), Latents(codec, torch.zeros(16), torch.ones(16)).encode(x))
 
 
 def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> None:
@@ -127,35 +127,35 @@ def test_wrong_pictures_and_shapes_are_refused() -> None:
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
-    folder = files.save(Latents(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {})
-    config = json.loads((folder / files.CONFIG).read_text())
+    folder = io.save(Latents(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {})
+    config = json.loads((folder / io.CONFIG).read_text())
     for wrong in (
         {"latent_channels": 5}, {"act_fn": "relu"}, {"_class_name": "AutoencoderOobleck"}, {"block_out_channels": None},
         {"use_quant_conv": False},
     ):  # fmt: skip
-        (folder / files.CONFIG).write_text(json.dumps(config | wrong))
+        (folder / io.CONFIG).write_text(json.dumps(config | wrong))
         with pytest.raises(CheckpointError):
-            files.load(folder)
-    (folder / files.CONFIG).write_text(json.dumps(config))
-    (folder / files.STATISTICS).write_text(json.dumps({"mean": [0.0], "deviation": [1.0]}))
+            io.load(folder)
+    (folder / io.CONFIG).write_text(json.dumps(config))
+    (folder / io.STATISTICS).write_text(json.dumps({"mean": [0.0], "deviation": [1.0]}))
     with pytest.raises(CheckpointError, match="statistics"):
-        files.load(folder)
+        io.load(folder)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        files.load(tmp_path / "nothing")
+        io.load(tmp_path / "nothing")
 
 
 def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Latents(made(SHAPES[0]), torch.zeros(4), torch.ones(4))
-    folder = files.save(first, tmp_path / "saved", {"from": "here"})
-    assert json.loads((folder / files.STATISTICS).read_text())["from"] == "here"
+    folder = io.save(first, tmp_path / "saved", {"from": "here"})
+    assert json.loads((folder / io.STATISTICS).read_text())["from"] == "here"
 
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(io, "save_file", full)
     with pytest.raises(CheckpointError, match="No space"):
-        files.save(Latents(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
-    assert files.identity(files.load(folder)) == files.identity(files.folded(first))
+        io.save(Latents(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
+    assert io.identity(io.load(folder)) == io.identity(io.folded(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, space
-from sfumato.autoencoders.tiles import decode_in_tiles, tiles
+from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, latent_space
+from sfumato.autoencoders.tiling import decode_in_tiles, tiles
 from tests.autoencoders.models import made
 
 
@@ -43,8 +43,8 @@ def test_tiles_cover_everything_once() -> None:
 
 def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z))
-    monkeypatch.setattr(space, "WHOLE", 32 * 32)
+    monkeypatch.setattr(latent_space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z))
+    monkeypatch.setattr(latent_space, "WHOLE", 32 * 32)
     latents = Latents(
         KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1), torch.zeros(2), torch.ones(2)
     )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from sfumato.autoencoders import Latents, TinyAutoencoder, files
+from sfumato.autoencoders import Latents, TinyAutoencoder, io
 from sfumato.errors import CheckpointError
 
 
@@ -32,7 +32,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
 
 def taesd_files(folder: Path, place: Path) -> tuple[Path, Path]:
     """The same weights as TAESD's two files: layers counted from 0, the decoder's from 1 since it begins with the squashing."""
-    tensors = load_file(folder / files.WEIGHTS)
+    tensors = load_file(folder / io.WEIGHTS)
     for half, shift in (("encoder", 0), ("decoder", 1)):
         found = {}
         for name, tensor in tensors.items():
@@ -44,7 +44,7 @@ def taesd_files(folder: Path, place: Path) -> tuple[Path, Path]:
 
 
 def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None:
-    ours, x = files.load(theirs.folder), pictures()
+    ours, x = io.load(theirs.folder), pictures()
     with torch.no_grad():
         z = theirs.encode(x).latents
         assert (ours.encode(x) - z).abs().max() < 1e-5
@@ -55,19 +55,19 @@ def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None
 
 
 def test_the_two_files_of_taesd_give_the_same(theirs, tmp_path: Path) -> None:
-    ours, x = files.load(*taesd_files(theirs.folder, tmp_path)), pictures()
-    folder = files.load(theirs.folder)
+    ours, x = io.load(*taesd_files(theirs.folder, tmp_path)), pictures()
+    folder = io.load(theirs.folder)
     assert torch.equal(ours.encode(x), folder.encode(x))
     assert torch.equal(ours.decode(ours.encode(x)), folder.decode(folder.encode(x)))
 
 
 def test_what_is_saved_is_read_back_with_its_statistics(theirs, tmp_path: Path) -> None:
-    codec = files.load(theirs.folder).codec
+    codec = io.load(theirs.folder).codec
     latents = Latents(codec, torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5))
-    again, x = files.load(files.save(latents, tmp_path / "saved", {})), pictures()
+    again, x = io.load(io.save(latents, tmp_path / "saved", {})), pictures()
     assert torch.equal(again.encode(x), latents.encode(x))
     assert torch.equal(again.decode(again.encode(x)), latents.decode(latents.encode(x)))
-    assert files.identity(again) == files.identity(latents)
+    assert io.identity(again) == io.identity(latents)
     diffusers = pytest.importorskip("diffusers")
     reopened = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():

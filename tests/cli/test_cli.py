@@ -19,7 +19,7 @@ from sfumato.cli.help import in_words
 from sfumato.config import load_yaml
 from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
-from sfumato.recipes import Run, launch, recipe, resolve
+from sfumato.recipes import Run, recipe, resolve
 
 VERBS = ["train", "resume", "sample", "compare", "evaluate", "explain", "recipes", "doctor", "config", "data"]
 
@@ -98,7 +98,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     result = sfumato("train", "digits", "bugdet.steps=3", "--run", tmp_path / "run")
     assert result.code == 2
-    assert "digits: `bugdet` is no key (did you mean `budget`?)" in result.err
+    assert "digits: unknown key `bugdet` (did you mean `budget`?)" in result.err
     assert not (tmp_path / "run").exists()
 
 
@@ -144,7 +144,7 @@ def test_errors_have_their_exit_codes_and_no_control_characters(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(launch, "settled", fail)
+    monkeypatch.setattr("sfumato.runs.training.resolved", fail)
     assert sfumato("train", "digits") == (code, "", said)
 
 
@@ -173,7 +173,7 @@ def test_a_yaml_file_builds_on_its_recipe(tmp_path: Path) -> None:
         "budget.steps: None -> 7",
         "budget.minutes: 1.0 -> None",
         "name: digits -> mine",
-        "objective.schedule.kind: warped -> Karras",
+        "objective.schedule.kind: warped -> karras",
         "objective.schedule.schedule.kind: linear -> (absent)",
         "objective.schedule.warp.kind: logit-normal -> (absent)",
         "objective.schedule.warp.mean: 0.0 -> (absent)",
@@ -192,7 +192,7 @@ def test_validate_says_valid_or_names_the_file_and_the_key(tmp_path: Path) -> No
     path.write_text("recipe: digits\noptimzer: {learning_rate: 1}\n")
     result = sfumato("config", "validate", path)
     assert result.code == 2
-    assert f"{path}: `optimzer` is no key (did you mean `optimizer`?)" in result.err
+    assert f"{path}: unknown key `optimzer` (did you mean `optimizer`?)" in result.err
     path.write_text("recipe: [1]\n")
     assert sfumato("config", "validate", path).code == 2
 

@@ -13,10 +13,10 @@ from program import Result, sfumato
 
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import Facts
-from sfumato.observability.pictures import GAP, to_uint8
-from sfumato.pipeline import Pipeline
+from sfumato.generation.pipeline import Pipeline
+from sfumato.observability.images import GAP, to_uint8
 from sfumato.recipes import resolve
-from sfumato.recipes.launch import build_model
+from sfumato.runs.preparation import build_model
 from sfumato.sampling import SAMPLERS
 
 TILE = 56
@@ -41,7 +41,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`digits` is steered by category, `ddpm` by nothing; both are loaded from memory."""
-    with mock.patch("sfumato.recipes.load", lambda path: MODELS[path.name]):
+    with mock.patch("sfumato.runs.loading.load", lambda path: MODELS[path.name]):
         yield tmp_path_factory.mktemp("runs")
 
 

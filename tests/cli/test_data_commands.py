@@ -250,7 +250,7 @@ def test_cache_decodes_ahead_of_training(pictures: Path, tmp_path: Path) -> None
 def test_cache_takes_recipes_and_refuses_keys_that_are_none(pictures: Path) -> None:
     assert sfumato("data", "cache", "digits").out.startswith("1797 pictures, 0 left out")
     assert_refused(
-        sfumato("data", "cache", pictures, "data.resolutoin=8"), "`data.resolutoin` is no key", where=pictures, hint=""
+        sfumato("data", "cache", pictures, "data.resolutoin=8"), "unknown key `data.resolutoin`", where=pictures, hint=""
     )
 
 

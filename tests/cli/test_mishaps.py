@@ -12,16 +12,19 @@ import pytest
 import torch
 
 from sfumato.cli.main import app
-from sfumato.cli.mishaps import REASONS, in_words
+from sfumato.cli.system_errors import REASONS, in_words
 from sfumato.data import Dataset
 from sfumato.data.files import remote_limit_bytes
 from sfumato.errors import DataError, RunError
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.observability.places import require_writable
-from sfumato.pipeline import SamplingConfig
-from sfumato.recipes import Run, launch, train
-from sfumato.training import Budget, run_directory
-from sfumato.training.run_directory import RunDirectory
+from sfumato.generation.pipeline import SamplingConfig
+from sfumato.recipes import Run
+from sfumato.runs import train
+from sfumato.runs.preparation import open_data
+from sfumato.storage import run_directory
+from sfumato.storage.output_paths import require_writable
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import Budget
 from tests.cli.program import sfumato
 from tests.training.tiny import pictures, tiny_run
 
@@ -33,7 +36,7 @@ def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monk
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "there"))
 
-    monkeypatch.setattr("sfumato.recipes.resolve", refuse)
+    monkeypatch.setattr("sfumato.recipes.resolver", refuse)
     result = sfumato("config", "validate", "digits")
     assert result.code == 2
     assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  hint: {REASONS[number][1]}\n"
@@ -140,7 +143,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError("the work has begun")
 
-    for name in ("sfumato.recipes.launch.open_data", "sfumato.data.check.examine", "sfumato.data.check.words.Vocabulary"):
+    for name in ("sfumato.runs.preparation.open_data", "sfumato.data.check.examine", "sfumato.data.check.captions.Vocabulary"):
         monkeypatch.setattr(name, work)
     result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
     assert result.code == 2
@@ -165,15 +168,15 @@ def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr("sfumato.recipes.launch.open_data", work)
-    monkeypatch.setattr("sfumato.recipes.launch.resolve", work)
+    monkeypatch.setattr("sfumato.runs.preparation.open_data", work)
+    monkeypatch.setattr("sfumato.runs.training.resolved", work)
     result = sfumato("train", folder, "--run", run)
     assert result.code == 2
     assert f"{run}: there is a run here already" in result.err
 
 
 def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = launch.open_data
+    opened = open_data
 
     def few(settings: Run) -> Dataset:
         dataset = opened(settings)
@@ -183,7 +186,7 @@ def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, m
         raise AssertionError("a classifier was trained")
 
     monkeypatch.setattr("sfumato.data.holdout.SMALL_SHARE", 1e-9)
-    monkeypatch.setattr(launch, "open_data", few)
+    monkeypatch.setattr("sfumato.runs.preparation.open_data", few)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", work)
     result = sfumato("evaluate", run)
     assert result.code == 2
@@ -236,7 +239,7 @@ def test_a_disk_that_fills_up_is_named_by_every_verb(
     monkeypatch.setattr(Image.Image, "save", full)
     monkeypatch.setattr("sfumato.data.convert.os.replace", full)
     quick = functools.partial(train_classifier, steps=2)
-    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
     result = sfumato(*verbs(folder, run, tmp_path / "out")[verb])
     assert result.code == 2, result.err

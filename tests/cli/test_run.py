@@ -15,8 +15,8 @@ from sfumato.config import load_yaml_file
 from sfumato.data import Digits
 from sfumato.errors import ConfigError
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.observability.pictures import GAP
-from sfumato.pipeline import to_unit
+from sfumato.generation.pipeline import to_unit
+from sfumato.observability.images import GAP
 from sfumato.sampling import KeyedNoise
 
 TINY = ["budget.steps=6", "network.channels=32", "precision=float32", "preview.num=10", "validation.samples=20"]
@@ -37,7 +37,7 @@ def run(trained: tuple[Path, Result]) -> Path:
 def train_classifiers_briefly(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Both that an evaluation trains: the one that reads samples, and the one that gives features."""
     quick = functools.partial(train_classifier, steps=steps)
-    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
 
 

@@ -23,9 +23,10 @@ from sfumato.conditioners import (
     WordsConfig,
 )
 from sfumato.data import DataConfig, Folder
+from sfumato.generation.pipeline import SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import SamplingConfig
-from sfumato.recipes import Run, train
+from sfumato.recipes import Run
+from sfumato.runs import train
 from sfumato.training import AdamWConfig, Budget, FixedEMA, PreviewConfig, ValidationConfig, trainer
 
 SIDE = 8

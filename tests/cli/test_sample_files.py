@@ -18,15 +18,15 @@ from program import Result, sfumato
 
 from sfumato import recipes
 from sfumato.autoencoders import Pixels
-from sfumato.cli import generated
-from sfumato.cli.generated import Generated
+from sfumato.cli import output_folder, sample_job
+from sfumato.cli.output_folder import Generated
 from sfumato.conditioners import CategoryConfig, ContextConfig, Facts, WordsConfig
 from sfumato.data import DataConfig, Digits
+from sfumato.generation.pipeline import Pipeline, SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.observability.image_files import settings_of
-from sfumato.pipeline import Pipeline, SamplingConfig
 from sfumato.recipes import Run
-from sfumato.recipes.launch import build_model
+from sfumato.runs.preparation import build_model
 
 SIDE = 8
 Made = Callable[..., Pipeline]
@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
         assert result.code == 2
         assert "cannot be written to" in result.err
         assert "name another folder with --out" in result.err
-    monkeypatch.setattr(generated.tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(output_folder.tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "full")))
     assert "run/generated: cannot be written to: full" in sampled(run).err
     assert names(run) == {"config.yaml"}
 
@@ -312,9 +312,8 @@ def test_inputs_lie_above_the_images(run: Path) -> None:
 
 
 def test_a_large_grid_shows_the_first_images_and_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.cli import making
 
-    monkeypatch.setattr(making, "GRID_MOST", 16)
+    monkeypatch.setattr(sample_job, "GRID_MOST", 16)
     result = sampled(run, "--num", 17, "--out", "made")
     assert "note: grid.png shows the first 16 of 17 images" in result.err
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sfumato.conditioners import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
-from sfumato.conditioners.pretrained import unpacked
+from sfumato.conditioners.pretrained_text import unpacked
 from sfumato.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -180,7 +180,7 @@ def test_a_sentence_encoder_out_of_a_package(tmp_path: Path) -> None:
 
 
 def test_a_zip_without_a_model_gives_nothing(tmp_path: Path) -> None:
-    from sfumato.conditioners.pretrained import _unzipped
+    from sfumato.conditioners.pretrained_text import _unzipped
 
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("config.json", "{}")

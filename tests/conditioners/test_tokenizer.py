@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato import letters
+from sfumato import characters
 from sfumato.conditioners import Joint, Words, WordsConditioner, WordsConfig
-from sfumato.conditioners.words import _WORD, BYTES, FIRST_WORD, NOTHING, PAD, START, ByRuns, ByScript
+from sfumato.conditioners.tokenizer import _WORD, BYTES, FIRST_WORD, NOTHING, PAD, START, ByRuns, ByScript
 from sfumato.errors import ConfigError
 
 CAPTIONS = ["a red heart", "a red cat", "Cat, asleep", "a dog"]
@@ -147,7 +147,7 @@ def test_nothing_of_a_text_is_lost_but_its_spaces(text: str) -> None:
 def test_plain_texts_are_read_as_they_were(text: str) -> None:
     assert ByScript().pieces(text) == ByRuns().pieces(text)
     plain = text.lower()
-    assert list(letters.spans(plain, _WORD)) == list(ByRuns().spans(plain))  # by the slow way too
+    assert list(characters.spans(plain, _WORD)) == list(ByRuns().spans(plain))  # by the slow way too
 
 
 @pytest.mark.parametrize("hostile", ["猫", "\u0301", "e\u0301", "'", "_\u0301", "ก็", "a猫", "\U0010ffff"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sfumato.data.attributes import AttributeTable
-from sfumato.data.entry import Entry, Inline
+from sfumato.data.listing import Entry, Inline
 
 
 def entries(rows: list[dict[str, float]]) -> list[Entry]:

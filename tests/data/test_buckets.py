@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato import recipes
+from sfumato import recipes, runs
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
+from sfumato.generation.pipeline import SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import SamplingConfig
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 
 
@@ -249,7 +249,7 @@ def test_training_validation_and_previews_of_several_shapes(pictures: Path, tmp_
         preview=PreviewConfig(every_steps=2, num=2),
         sampling=SamplingConfig(steps=3),
     )
-    path = recipes.train(run, run=tmp_path / "run")
+    path = runs.train(run, run=tmp_path / "run")
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -259,7 +259,7 @@ def test_training_validation_and_previews_of_several_shapes(pictures: Path, tmp_
     assert sum("validation/ema/eps_mse" in line for line in lines) == 2
     assert (path / "samples" / "real.png").is_file()
     assert (path / "samples" / "step-000000002" / "grid.png").is_file()
-    images = recipes.load(path).sample(2, category=["a", "b"], seed=0)
+    images = runs.load(path).sample(2, category=["a", "b"], seed=0)
     assert images.shape == (2, *opened(pictures).image_shape)
 
 
@@ -281,7 +281,7 @@ def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(pictures: Path
             preview=PreviewConfig(every_steps=5, num=1),
             sampling=SamplingConfig(steps=1),
         )
-        path = recipes.train(run, run=tmp_path / f"run-{micro}")
+        path = runs.train(run, run=tmp_path / f"run-{micro}")
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         losses.append(next(line["train/loss"] for line in lines if "train/loss" in line))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

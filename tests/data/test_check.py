@@ -16,7 +16,7 @@ from scipy import stats
 
 from sfumato.data import DataConfig, Folder, index
 from sfumato.data.check import KINDS, Examination, Plan, examine, write
-from sfumato.data.check.examine import vendi
+from sfumato.data.check.inspect import vendi
 from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
 
@@ -485,7 +485,7 @@ def test_a_folder_without_pictures_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     """12 bits of a camera that fill a sixteenth of 16: not black, not empty, not all the same."""
     from sfumato.data.frames import framed
-    from sfumato.data.ranges import choose_scale
+    from sfumato.data.value_range import choose_scale
 
     (tmp_path / "set").mkdir()
     y, x = np.mgrid[:64, :64]

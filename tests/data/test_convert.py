@@ -20,7 +20,7 @@ from encoded import encoded, noise, smooth
 from sfumato.data import DataConfig, Dataset, Digits, Entry, Folder, Listing, Npz, Parquet, Source, WebDataset, index, source_at
 from sfumato.data import convert as module
 from sfumato.data.convert import convert
-from sfumato.data.entry import Inline
+from sfumato.data.listing import Inline
 from sfumato.errors import ConfigError, DataError
 
 KINDS = {"parquet": ".parquet", "webdataset": ".tar"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode, fitted
-from sfumato.data.values import covering as _covering
+from sfumato.data.pixel_values import covering as _covering
 
 H, W = 6, 10
 BACKGROUND = (10, 130, 250)

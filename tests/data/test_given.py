@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.given import given_mask, given_picture
+from sfumato.data.user_inputs import given_mask, given_picture
 
 SIDE = 8
 PAINTED = np.zeros((SIDE, SIDE), bool)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.data.duplicates import clusters, difference, stretched, thumbnail
-from sfumato.data.entry import Entry, Inline
 from sfumato.data.holdout import MOST, grouped, parts
+from sfumato.data.listing import Entry, Inline
 
 
 def entries(categories: list[str], groups: list[str | None] | None = None) -> list[Entry]:

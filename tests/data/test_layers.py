@@ -14,9 +14,9 @@ from containers import put, tar
 from encoded import encoded, noise
 
 from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index, source_at
-from sfumato.data import layers as module
+from sfumato.data import annotations as module
 from sfumato.data.convert import convert
-from sfumato.data.entry import MAX_ATTRIBUTES, described
+from sfumato.data.listing import MAX_ATTRIBUTES, described
 
 SIDE = 8
 LAYERS = ("text", "doodle", "mask", "points", "attributes")

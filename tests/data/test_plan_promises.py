@@ -15,10 +15,10 @@ from encoded import encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato import randomness, recipes
+from sfumato import randomness, recipes, runs
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, Batch, BucketConfig, DataConfig, Dataset, Digits, Folder, Plan, batches, index
-from sfumato.data import plan as planning
+from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError
 from sfumato.networks import UNetConfig
 from sfumato.training import Budget, LogConfig, PreviewConfig, ValidationConfig, trainer
@@ -271,7 +271,7 @@ def test_lost_pictures_are_listed_with_the_reason_and_training_goes_on(
 ) -> None:
     lost: set[str] = set()
     while_training(monkeypatch, lambda dataset: lost.update(lose(dataset, pictures, [int(dataset.training[2])])))
-    path = recipes.train(run_on(mixed(pictures)), run=tmp_path / "run")
+    path = runs.train(run_on(mixed(pictures)), run=tmp_path / "run")
     listed = [json.loads(line) for line in (path / "bad_samples.jsonl").read_text().splitlines()]
     assert {line["file"] for line in listed} == lost
     assert {line["reason"] for line in listed} == {"empty file"}
@@ -281,7 +281,7 @@ def test_lost_pictures_are_listed_with_the_reason_and_training_goes_on(
 def test_the_same_picture_lost_again_and_again_is_one(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     while_training(monkeypatch, lambda dataset: lose(dataset, pictures, [int(dataset.training[2])]))
     settings = replace(run_on(mixed(pictures)), budget=Budget(epochs=25), batch_size=24)
-    path = recipes.train(settings, run=tmp_path / "run")
+    path = runs.train(settings, run=tmp_path / "run")
     listed = (path / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) > 20  # more than the fewest that stop a run
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
@@ -296,6 +296,6 @@ def test_over_a_set_share_of_lost_pictures_the_run_stops(tmp_path: Path, monkeyp
 
     while_training(monkeypatch, all_but_one_of_each_category)
     with pytest.raises(DataError, match=r"pictures could not be read any more, e\.g\. .*: empty file"):
-        recipes.train(run_on(mixed(root)), run=tmp_path / "run")
+        runs.train(run_on(mixed(root)), run=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

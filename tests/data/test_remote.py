@@ -15,7 +15,7 @@ from containers import SAMPLES, SIDE
 from encoded import encoded, noise
 
 from sfumato.data import DataConfig, Dataset, Folder, Npz, Parquet, WebDataset, Zip, files, index, source_at
-from sfumato.data.entry import File
+from sfumato.data.listing import File
 from sfumato.errors import DataError, without_secrets
 
 fsspec = pytest.importorskip("fsspec")

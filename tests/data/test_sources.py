@@ -8,7 +8,7 @@ import pytest
 from encoded import encoded, noise
 from sklearn.datasets import load_digits
 
-from sfumato.data import Digits, Entry, Folder, decoding, entry, files
+from sfumato.data import Digits, Entry, Folder, decoding, files, listing
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import DataError
 
@@ -32,7 +32,7 @@ def left_out(root: Path) -> dict[str, str]:
 
 
 def listed(root: Path) -> list[tuple[str, str | None]]:
-    return [(entry.name, entry.category) for entry in entries(root)]
+    return [(listing.name, listing.category) for entry in entries(root)]
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -40,7 +40,7 @@ def test_digits_are_scikit_learns() -> None:
     entries = listing.entries
     assert listing.rejects == []
     assert len(entries) == 1797
-    assert [entry.category for entry in entries] == [str(label) for label in digits.target]
+    assert [listing.category for entry in entries] == [str(label) for label in digits.target]
     decoded = decode(entries[17].image.read(), PixelFormat(shapes=((8, 8),), channels=1))
     assert (decoded.pixels[0] == np.rint(digits.images[17] * 255 / 16)).all()
     assert decoded.notes == ()
@@ -98,7 +98,7 @@ def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None
 def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
     put(tmp_path, "été/Ω 1.png", "猫/emoji 🐈.png", "naïve/a\u202eb.png")
     assert {category for _, category in listed(tmp_path)} == {"été", "猫", "naïve"}
-    assert all(entry.image.read() == PICTURE for entry in entries(tmp_path))
+    assert all(listing.image.read() == PICTURE for entry in entries(tmp_path))
 
 
 def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:
 def test_no_more_of_a_huge_file_is_read_than_it_takes_to_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 40)  # a hole: takes no space
-    monkeypatch.setattr(entry, "MAX_BYTES", 1000)
+    monkeypatch.setattr(listing, "MAX_BYTES", 1000)
     monkeypatch.setattr(decoding, "MAX_BYTES", 1000)
     (only,) = entries(tmp_path)
     data = only.image.read()

@@ -25,8 +25,21 @@ import pytest
 from containers import put
 from encoded import chunk, encoded, noise, png
 
-from sfumato.data import DataConfig, Dataset, Folder, HuggingFace, Npz, Parquet, Source, WebDataset, Zip, index, source_at
-from sfumato.data.sources import arrays, shards, table, zipped
+from sfumato.data import (
+    DataConfig,
+    Dataset,
+    Folder,
+    HuggingFace,
+    Npz,
+    Parquet,
+    Source,
+    WebDataset,
+    Zip,
+    index,
+    listing,
+    source_at,
+)
+from sfumato.data.sources import npz, parquet, webdataset, zip_archive
 from sfumato.errors import DataError
 
 GOOD = {f"good{i}.png": encoded(noise(8, 8, seed=i)) for i in range(3)}
@@ -149,9 +162,9 @@ def test_bad_pictures_are_left_out_with_the_reason(
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
 def test_a_picture_over_the_byte_limit_is_left_out(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.data import decoding, entry
+    from sfumato.data import decoding
 
-    for module in (decoding, entry):
+    for module in (decoding, listing):
         monkeypatch.setattr(module, "MAX_BYTES", 1000)
     assert "more than" in rejected(PACKED[source](tmp_path, GOOD | {"large.png": encoded(noise(64, 64))}))["large.png"]
 
@@ -296,7 +309,7 @@ def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(webdataset, "MAX_MEMBERS", 3)
     source = in_tar(tmp_path, GOOD | {"one_more.png": PICTURE})
     assert rejected(source) == {"x.tar": "more than 3 members: the rest is not read"}
 
@@ -416,9 +429,9 @@ def test_a_central_directory_in_another_place_than_stated(offset: int, tmp_path:
 
 def test_a_vast_directory_and_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = in_zip(tmp_path, GOOD)
-    monkeypatch.setattr(zipped, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(zip_archive, "MAX_MEMBERS", 2)
     assert_refused(source, "3 members")
-    monkeypatch.setattr(zipped, "MAX_DIRECTORY_BYTES", 100)
+    monkeypatch.setattr(zip_archive, "MAX_DIRECTORY_BYTES", 100)
     assert_refused(source, "directory alone")
 
 
@@ -526,7 +539,7 @@ def test_a_bomb_in_an_npz_is_not_unpacked(member: str, tmp_path: Path, monkeypat
 
 
 def test_an_npz_of_too_many_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "MAX_PICTURES", 2)
+    monkeypatch.setattr(npz, "MAX_PICTURES", 2)
     assert_refused(npz_of(tmp_path / "x.npz", images=PIXELS), "at most 2|pixels of shape")
 
 
@@ -863,9 +876,9 @@ def test_empty_cells_and_paths_to_elsewhere_are_left_out(tmp_path: Path) -> None
 
 def test_a_table_of_too_many_rows_or_too_large_groups_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN})
-    monkeypatch.setattr(table, "MAX_ROWS", 2)
+    monkeypatch.setattr(parquet, "MAX_ROWS", 2)
     assert_refused(source, "over 2 rows")
-    monkeypatch.setattr(table, "MAX_GROUP_BYTES", 100)
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 100)
     assert_refused(source, "row group 0 is over")
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from sfumato.data import DataConfig, Folder, Npz, index
 from sfumato.data.decoding import PixelFormat, RejectedImage, Scale, decode, look, read_values
-from sfumato.data.entry import Entry, Inline
-from sfumato.data.ranges import choose_scale
+from sfumato.data.listing import Entry, Inline
+from sfumato.data.value_range import choose_scale
 from sfumato.errors import ConfigError, DataError
 
 H, W, SIDE = 20, 28, 10

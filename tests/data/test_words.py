@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.data.check.words import Vocabulary, is_damaged, is_placeholder, templates, tokens, words
+from sfumato.data.check.captions import Vocabulary, is_damaged, is_placeholder, templates, tokens, words
 
 CAPTIONS = [
     "a red fox in the snow",

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from typer.main import get_command
 
 import sfumato.diffusion
-import sfumato.recipes.latents
+import sfumato.recipes.autoencoder_stage
 import sfumato.sampling
 import sfumato.training
 from sfumato.cli.main import app
 from sfumato.recipes import resolve
 
 PAGE = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
-HOMES = (sfumato.diffusion, sfumato.sampling, sfumato.training, sfumato.recipes.latents)
+HOMES = (sfumato.diffusion, sfumato.sampling, sfumato.training, sfumato.recipes.autoencoder_stage)
 NAMES = {name: value for home in HOMES for name, value in vars(home).items()}
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
 ENTRIES = sorted({entry for row in ROWS if row[0] != "elsewhere" for entry in re.findall(r"`([^`]+)`", row[-1])})

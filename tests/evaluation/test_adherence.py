@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.asking import Asked, Request
 from sfumato.conditioners import ContextConfig, DoodleConfig, Facts, PointsConfig, WordsConfig
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
 from sfumato.evaluation.adherence import Figure, chamfer, drawn, line_f1, own_rank, silhouette_iou
 from sfumato.evaluation.composition import overlap
+from sfumato.generation.request import Asked, Request
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sfumato.evaluation.gallery import TILE, gallery
-from sfumato.observability.pictures import GAP, PAPER
+from sfumato.observability.images import GAP, PAPER
 
 
 def tiles(sheet: Image.Image, rows: int, columns: int) -> np.ndarray:

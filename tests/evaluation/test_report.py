@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfumato.asking import Request
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
-from sfumato.evaluation import evaluate, features, report
+from sfumato.evaluation import evaluate, extractors, fidelity
 from sfumato.evaluation.adherence import Figure, wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
+from sfumato.generation.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def noisy(size: float):
 
 @pytest.fixture
 def rows(digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     return lambda harm, **options: evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
 
 
@@ -112,7 +112,7 @@ def test_the_first_row_is_real_pictures_and_each_guidance_has_its_own(digits: Da
 
 
 def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     fake, kept, told = Fake(digits, noisy(0.1)), [], []
     result = evaluate(
         fake, digits, num=30, seed=9, guidances=(1.5,), keep=lambda *given: kept.append(given),
@@ -145,7 +145,7 @@ def test_without_categories_distances_are_measured_and_copies_found(
 ) -> None:
     """In the features of a frozen network, trained where its package is there."""
     if not installed:
-        monkeypatch.setattr(features, "_package", lambda: None)
+        monkeypatch.setattr(extractors, "_package", lambda: None)
     results = []
     for harm in (lambda x: x, lambda x: noisy(1.0)(torch.zeros_like(x))):
         fake = Unsteered(digits, harm)
@@ -171,14 +171,14 @@ def test_pictures_without_a_category_are_left_out(
     assert train_classifier(some, some.training, steps=2).name.endswith(
         f"n{int((labels[torch.from_numpy(some.training)] >= 0).sum())}"
     )
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     held_out, copycat = evaluate(Fake(some, noisy(0.02)), some, num=50).rows
     assert held_out.n == int((labels[torch.from_numpy(some.holdout)] >= 0).sum())
     assert copycat.read_as_asked > 0.95
 
 
 def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
@@ -191,9 +191,9 @@ def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier:
 
 def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
     """Samples are asked for what held-out pictures are, which may be few of a category."""
-    monkeypatch.setattr(report, "train_classifier", lambda dataset, positions, **_: classifier)
+    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     zeros = torch.zeros(50, dtype=torch.long)
-    monkeypatch.setattr(report, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
+    monkeypatch.setattr(fidelity, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]
     assert result.remarks[-1].startswith(

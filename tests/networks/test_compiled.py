@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
-from sfumato.networks.features import RandomFeatures
+from sfumato.networks.perceptual import RandomFeatures
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
 
 CONTEXT = ContextSizes(vector=6, tokens=5)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.evaluation import features
-from sfumato.networks.features import EfficientNetLite0, Lpips, RandomFeatures, distance, efficientnet_lite0
+from sfumato.evaluation import extractors
+from sfumato.networks.perceptual import EfficientNetLite0, Lpips, RandomFeatures, distance, efficientnet_lite0
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -140,18 +140,18 @@ def test_distance_is_zero_for_equal_pictures_and_grows(channels: int) -> None:
 
 def test_extractors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    assert features.extractor("random").name == "random features"
+    assert extractors.extractor("random").name == "random features"
     save_file(lpips_tensors(), tmp_path / "lpips.safetensors")
-    assert features.extractor(str(tmp_path / "lpips.safetensors")).name == "LPIPS (VGG-16)"
+    assert extractors.extractor(str(tmp_path / "lpips.safetensors")).name == "LPIPS (VGG-16)"
     with pytest.raises(ConfigError, match="random"):
-        features.extractor("vgg")
+        extractors.extractor("vgg")
     (tmp_path / "broken.safetensors").write_bytes(b"what")
     with pytest.raises(CheckpointError):
-        features.extractor(str(tmp_path / "broken.safetensors"))
-    monkeypatch.setattr(features, "_package", lambda: None)
-    assert features.extractor("auto").name == "random features"
+        extractors.extractor(str(tmp_path / "broken.safetensors"))
+    monkeypatch.setattr(extractors, "_package", lambda: None)
+    assert extractors.extractor("auto").name == "random features"
     with pytest.raises(ConfigError, match=r"sfumato\[features\]"):
-        features.extractor("efficientnet-lite0")
+        extractors.extractor("efficientnet-lite0")
 
 
 def test_the_packages_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +159,14 @@ def test_the_packages_file_is_converted_once(tmp_path: Path, monkeypatch: pytest
     package = tmp_path / "package"
     (package / "models").mkdir(parents=True)
     tensors = lite0_tensors()
-    torch.save(tensors, package / features.FILE)
-    monkeypatch.setattr(features, "_package", lambda: package)
+    torch.save(tensors, package / extractors.FILE)
+    monkeypatch.setattr(extractors, "_package", lambda: package)
     with pytest.raises(CheckpointError, match="SHA-256"):  # not the file that the package came with
-        features.extractor("auto")
-    monkeypatch.setattr(features, "SHA256", hashlib.sha256((package / features.FILE).read_bytes()).hexdigest())
-    first, x = features.extractor("auto"), pictures()
-    (package / features.FILE).unlink()
-    assert torch.equal(features.extractor("efficientnet-lite0").pooled(x), first.pooled(x))
+        extractors.extractor("auto")
+    monkeypatch.setattr(extractors, "SHA256", hashlib.sha256((package / extractors.FILE).read_bytes()).hexdigest())
+    first, x = extractors.extractor("auto"), pictures()
+    (package / extractors.FILE).unlink()
+    assert torch.equal(extractors.extractor("efficientnet-lite0").pooled(x), first.pooled(x))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
@@ -175,7 +175,7 @@ def test_a_vision_transformers_patches_are_its_map(kind: str, tmp_path: Path) ->
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
     model.save_pretrained(tmp_path / "encoder")
-    found = features.extractor(str(tmp_path / "encoder"))
+    found = extractors.extractor(str(tmp_path / "encoder"))
     assert found.name == "encoder"
     x = pictures(side=28)
     mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -193,4 +193,4 @@ def test_a_model_that_sees_no_pictures_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="vision transformer"):
-        features.extractor(str(tmp_path))
+        extractors.extractor(str(tmp_path))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.nn.float8 import in_float8
-from sfumato.recipes import load, resume, train
-from sfumato.recipes.latents import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.runs import load, resume, train
 from sfumato.training import Budget
 from tests.training.tiny import pictures, tiny_run
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sfumato.nn.positions import angles, rotated
+from sfumato.nn.rotary import angles, rotated
 
 
 def test_products_depend_on_differences_of_places() -> None:

@@ -11,10 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.cli.drawing import dimmed
 from sfumato.cli.explain import PICTURES, _with_contrast
+from sfumato.cli.trajectory_images import dimmed
 from sfumato.diffusion import NoiseLevel
-from sfumato.observability.pictures import GAP, PAPER, SMALLEST_TILE, grid_image, picture, save_png, to_uint8
+from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, picture, save_png, to_uint8
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sfumato.errors import ConfigError
 from sfumato.observability.encoded import png16
 from sfumato.observability.image_files import FORMATS, Values, settings_of, usual_format
-from sfumato.observability.pictures import shown, whole
+from sfumato.observability.images import shown, whole
 
 SETTINGS = {"seed": 3, "prompt": ["ü", "\udcff"], "index": 1}
 KINDS = [

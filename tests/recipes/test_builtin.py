@@ -7,7 +7,8 @@ import torch
 
 from sfumato.conditioners import Facts
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
-from sfumato.recipes import RECIPES, launch, recipe
+from sfumato.recipes import RECIPES, recipe
+from sfumato.runs.preparation import build_model
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), attention_depths=(1,), head_channels=32),
@@ -26,6 +27,6 @@ def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkCo
         augmentation=run.data.augment.labels, factor=layout.factor,
     )  # fmt: skip
     side = run.data.resolution // layout.factor
-    model = launch.build_model(run, facts)
+    model = build_model(run, facts)
     x = torch.randn(2, layout.channels, side, side)
     assert model.network(x, torch.tensor([10.0, 900.0]), model.conditioner.null(2)).shape == x.shape

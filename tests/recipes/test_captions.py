@@ -14,11 +14,13 @@ from PIL import Image
 
 from sfumato import config as configuration
 from sfumato.conditioners import ContextConfig, Words, WordsConfig
-from sfumato.conditioners.words import ByRuns, ByScript
+from sfumato.conditioners.tokenizer import ByRuns, ByScript
 from sfumato.data import DataConfig, Entry, Folder
-from sfumato.data.entry import Inline
-from sfumato.recipes import Run, launch, recipe, resolve
+from sfumato.data.listing import Inline
+from sfumato.recipes import Run, recipe, resolve
 from sfumato.recipes.captions import CaptionSurvey, Cut, fitting_length, reader_of
+from sfumato.runs import train
+from sfumato.runs.preparation import text_encoder
 
 LONG = "an object on a wooden table in front of a plain wall with soft light from the left showing a"  # 20 words
 
@@ -114,17 +116,14 @@ def place(tmp_path: Path) -> Path:
 def test_train_says_how_many_captions_are_cut(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], length: str, said: str
 ) -> None:
-    class Nothing:
-        def run(self) -> None: ...
-
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(launch, "_trainer", lambda *a: Nothing())
+    monkeypatch.setattr("sfumato.training.Trainer.run", lambda self: None)
     run = Run(
         name="x",
         data=DataConfig(source=Folder(str(place)), resolution=8, cache="off"),
         conditioner=ContextConfig(text=WordsConfig(length=int(length))),
     )
-    launch.train(run, run=tmp_path / "run")
+    train(run, run=tmp_path / "run")
     output = "".join(capsys.readouterr())
     assert said in output
     assert ("warning: 2 captions differ only in what is cut off" in output) == (length == "16")
@@ -134,10 +133,10 @@ def test_what_would_read_a_set_is_what_the_run_reads_with(place: Path) -> None:
     captions = [path.read_text() for path in sorted(place.glob("*.txt"))]
     run = resolve(str(place))
     assert run.conditioner.text is not None
-    assert reader_of(run, captions, launch.text_encoder).length == run.conditioner.text.length == 32
+    assert reader_of(run, captions, text_encoder).length == run.conditioner.text.length == 32
     silent = resolve(run, ["conditioner.text=null"])
-    assert reader_of(silent, captions, launch.text_encoder).length == 32
-    assert reader_of(resolve(run, ["conditioner.text.length=9"]), captions, launch.text_encoder).length == 9
+    assert reader_of(silent, captions, text_encoder).length == 32
+    assert reader_of(resolve(run, ["conditioner.text.length=9"]), captions, text_encoder).length == 9
 
 
 # --- runs made before ------------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def test_what_would_read_a_set_is_what_the_run_reads_with(place: Path) -> None:
 def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path: Path) -> None:
     """Absent keys of a run's own configuration mean what the run did; those of a person's file mean the defaults."""
     plain = configuration.plain(recipe("emoji-text"))
-    assert plain["conditioner"]["text"].pop("splitting") == {"kind": "ByScript"}
+    assert plain["conditioner"]["text"].pop("splitting") == {"kind": "by-script"}
     assert plain["conditioner"]["text"].pop("spelled") == 0.02
     written = configuration.dump_yaml(plain)
     (tmp_path / "run").mkdir()
@@ -160,7 +159,7 @@ def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path
     assert resolve(tmp_path / "run", ["conditioner.text.spelled=0.1"]).conditioner.text.spelled == 0.1  # what is set wins
 
 
-@pytest.mark.parametrize("text", [None, {"kind": "PretrainedTextConfig"}])
+@pytest.mark.parametrize("text", [None, {"kind": "pretrained"}])
 def test_other_parts_of_a_run_made_before_are_left_as_they_are(text: Any) -> None:
     plain = configuration.plain(recipe("digits"))
     plain["conditioner"]["text"] = text

@@ -11,9 +11,9 @@ from sfumato.condition import NO_CONDITION
 from sfumato.conditioners import Facts
 from sfumato.diffusion import NoiseLevel
 from sfumato.errors import ConfigError
-from sfumato.pipeline import Pipeline, to_unit
+from sfumato.generation.pipeline import Pipeline, to_unit
 from sfumato.recipes import resolve
-from sfumato.recipes.launch import build_model
+from sfumato.runs.preparation import build_model
 from sfumato.sampling import KeyedNoise, grid
 
 TABLE = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

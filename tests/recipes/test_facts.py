@@ -16,10 +16,12 @@ from sfumato import config
 from sfumato.conditioners import AttributesConfig, CategoryConfig, ContextConfig, Facts, PointsConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
-from sfumato.pipeline import SamplingConfig
-from sfumato.recipes import Run, launch
-from sfumato.recipes.latents import OwnAutoencoder
+from sfumato.generation.pipeline import SamplingConfig
+from sfumato.recipes import Run
+from sfumato.recipes.autoencoder_stage import OwnAutoencoder
 from sfumato.recipes.presets import Survey
+from sfumato.runs import preparation
+from sfumato.runs.preparation import build_model, open_data
 
 ALL = {"category": CategoryConfig(), "text": WordsConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
 
@@ -45,7 +47,7 @@ def folder(root: Path, facts: dict[str, dict[str, Any]], points: dict[str, str] 
 def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Facts:
     data = DataConfig(source=source, resolution=8, channels=1, cache="off", **options)
     run = Run(name="x", data=data, conditioner=ContextConfig(**contexts))
-    return launch.facts_of(run, launch.open_data(run))
+    return preparation.facts_of(run, open_data(run))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def learned(source: Folder) -> list[int]:
     """Numbers of the pictures that are learned from."""
     run = Run(name="x", data=DataConfig(source=source, resolution=8, channels=1, cache="off"))
-    dataset = launch.open_data(run)
+    dataset = open_data(run)
     return [int(Path(dataset.entries[i].name).stem) for i in dataset.training]
 
 
@@ -107,7 +109,7 @@ def test_contexts_that_the_data_do_not_hold_are_refused(tmp_path: Path, name: st
         conditioner=ContextConfig(**{name: ALL[name]}),
     )
     with pytest.raises(ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"):
-        launch.build_model(run, launch.facts_of(run, launch.open_data(run)))
+        build_model(run, preparation.facts_of(run, open_data(run)))
 
 
 def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(tmp_path: Path) -> None:

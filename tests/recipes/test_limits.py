@@ -8,7 +8,8 @@ import pytest
 
 from sfumato import config
 from sfumato.errors import ConfigError
-from sfumato.recipes import RECIPES, Run, limits, recipe, resolve, train
+from sfumato.recipes import RECIPES, Run, limits, recipe, resolve
+from sfumato.runs import train
 from sfumato.training import Budget
 from tests.training.tiny import pictures, tiny_run
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.data.sources.find import BUILT_IN
+from sfumato.data.sources.detect import BUILT_IN
 from sfumato.errors import ConfigError, RunError
-from sfumato.recipes import RECIPES, Run, load, names, recipe, resolve
-from sfumato.training.run_directory import RunDirectory
+from sfumato.recipes import RECIPES, Run, names, recipe, resolve
+from sfumato.runs import load
+from sfumato.storage.run_directory import RunDirectory
 
 
 def test_the_tables_are_those_of_the_recipes_sources_and_keys() -> None:
@@ -39,12 +40,12 @@ def test_what_stands_for_nothing_is_refused_in_the_words_of_the_recipes() -> Non
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("bugdet.steps=3", "`bugdet` is no key (did you mean `budget`?)"),
-        ("initial=3", "`initial` is no key\n"),
-        ("learning_rate=3", "`learning_rate` is no key (did you mean `optimizer.learning_rate`?)"),
-        ("steps=3", "`steps` is no key (did you mean `budget.steps`?)"),
-        ("network.chanels=3", "`network.chanels` is no key (did you mean `network.channels`?)"),
-        ("xyzzy=3", "`xyzzy` is no key\n"),
+        ("bugdet.steps=3", "unknown key `bugdet` (did you mean `budget`?)"),
+        ("initial=3", "unknown key `initial`\n"),
+        ("learning_rate=3", "unknown key `learning_rate` (did you mean `optimizer.learning_rate`?)"),
+        ("steps=3", "unknown key `steps` (did you mean `budget.steps`?)"),
+        ("network.chanels=3", "unknown key `network.chanels` (did you mean `network.channels`?)"),
+        ("xyzzy=3", "unknown key `xyzzy`\n"),
         ("steps", "sets nothing"),
         ("=3", "sets nothing"),
     ],

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import sfumato
-from sfumato import config, recipes
+from sfumato import config, runs
 from sfumato.errors import ConfigError
 from sfumato.recipes import Run, builtin
 
@@ -24,7 +24,7 @@ def old_run(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_was_begun_before_goes_on_to_the_same_weights(old_run: Path) -> None:
-    recipes.resume(old_run)
+    runs.resume(old_run)
     resumed = load_file(old_run / "checkpoints" / "step-000000006" / "model.safetensors")
     expected = load_file(OLD / "expected.safetensors")
     assert resumed.keys() == expected.keys()

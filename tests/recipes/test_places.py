@@ -9,10 +9,11 @@ import pytest
 
 from sfumato.config import load_yaml_file
 from sfumato.errors import CheckpointError, DataError
-from sfumato.pipeline import SamplingConfig
-from sfumato.recipes import resolve, resume, train
-from sfumato.recipes.launch import open_data
-from sfumato.recipes.places import from_run, with_whole_paths
+from sfumato.generation.pipeline import SamplingConfig
+from sfumato.recipes import resolve
+from sfumato.recipes.paths import from_run, with_whole_paths
+from sfumato.runs import resume, train
+from sfumato.runs.preparation import open_data
 from sfumato.training import Budget
 from tests.cli.program import sfumato
 from tests.training.tiny import pictures, tiny_run

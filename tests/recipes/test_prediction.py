@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato import recipes
+from sfumato import runs
 from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
-from sfumato.recipes import Run, launch
-from sfumato.recipes.latents import OwnAutoencoder
-from sfumato.recipes.prediction import Prediction, predict, rehearsal, times
+from sfumato.recipes import Run
+from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.runs import prepare
+from sfumato.runs.cost import Prediction, predict, rehearsal, times
+from sfumato.runs.preparation import network_parameters
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 from sfumato.training.config import Cadence
 
@@ -56,9 +58,8 @@ def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
 
 def predicted(run: Run) -> tuple[Prediction, int]:
     """The prediction, and how many pictures there are to learn from."""
-    dataset = launch.open_data(run)
-    model = launch.build_model(run, launch.facts_of(run, dataset))
-    return predict(run, model, dataset, launch.facts_of(run, dataset))[-1], len(dataset.training)
+    prepared = prepare(run)
+    return predict(prepared)[-1], len(prepared.dataset.training)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,13 @@ def test_memory_covers_the_weights_their_average_and_the_moments(root: Path) -> 
     run = tiny(root, channels=192)
     wide, _ = predicted(run)
     assert wide.memory_gib >= small.memory_gib
-    assert wide.memory_gib > 16 * launch.parameters(run) / 2**30
+    assert wide.memory_gib > 16 * network_parameters(run) / 2**30
 
 
 def test_a_run_takes_the_steps_and_no_more_disk_than_predicted(root: Path, tmp_path: Path) -> None:
     run = tiny(root, budget=Budget(samples=41))
     found, _ = predicted(run)
-    path = recipes.train(run, run=tmp_path / "run")
+    path = runs.train(run, run=tmp_path / "run")
     assert json.loads((path / "status.json").read_text())["step"] == found.steps
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert 0.2 * found.disk_gib < size / 2**30 <= found.disk_gib
@@ -180,9 +181,7 @@ def test_previews_and_validation_take_their_time_from_the_steps(root: Path, monk
 
 def test_a_long_step_is_measured_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny(root)
-    dataset = launch.open_data(run)
-    facts = launch.facts_of(run, dataset)
-    trainer = rehearsal(run, launch.build_model(run, facts), dataset, facts, root.parent / "scratch")
+    trainer = rehearsal(prepare(run), root.parent / "scratch")
     taken: list[int] = []
     clock = itertools.count(0.0, 7.0)
     monkeypatch.setattr("sfumato.training.trainer.time.perf_counter", lambda: next(clock))
@@ -197,7 +196,5 @@ def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> N
         precision="float32", budget=Budget(steps=7), validation=ValidationConfig(samples=2), preview=PreviewConfig(num=1),
     )  # fmt: skip
     run = tiny(root, autoencoder=own)
-    dataset = launch.open_data(run)
-    facts = launch.facts_of(run, dataset)
-    found = predict(run, launch.build_model(run, facts), dataset, facts)
+    found = predict(prepare(run))
     assert [(stage.stage, stage.steps) for stage in found] == [("autoencoder", 7), ("diffusion model", 5)]

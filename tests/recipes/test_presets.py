@@ -12,12 +12,13 @@ from PIL import Image
 from sfumato import config as configuration
 from sfumato.conditioners import Facts
 from sfumato.data import Folder, Listing
-from sfumato.data.entry import Entry, Inline
+from sfumato.data.listing import Entry, Inline
 from sfumato.data.sources import solids
 from sfumato.diffusion import Linear, LogitNormal, Warped
 from sfumato.errors import ConfigError, DataError
-from sfumato.recipes import launch, resolve
 from sfumato.recipes.presets import Choice, choose
+from sfumato.recipes.resolver import is_preset, resolve
+from sfumato.runs.preparation import build_model
 
 
 def picture(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
@@ -130,7 +131,7 @@ def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolu
     channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
     facts = Facts(channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor)
     with torch.device("meta"):
-        model = launch.build_model(run, facts)
+        model = build_model(run, facts)
         shape = (2, channels, side, side)
         assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
 
@@ -162,14 +163,14 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path: Path) -> None:
-    settings = launch.resolve(str(small), ["data.resolution=128"])
+    settings = resolve(str(small), ["data.resolution=128"])
     assert settings.autoencoder.layout(3, None).factor == 8
-    assert launch.resolve(str(small), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
+    assert resolve(str(small), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
     (tmp_path / "mine.yaml").write_text(f"recipe: {small}\ndata: {{resolution: 128}}\nbatch_size: 5\n")
-    written = launch.resolve(tmp_path / "mine.yaml")
+    written = resolve(tmp_path / "mine.yaml")
     assert replace(written, batch_size=settings.batch_size) == settings
-    asked = launch.resolve(tmp_path / "mine.yaml", ["data.resolution=64"])
-    assert replace(asked, batch_size=settings.batch_size) == launch.resolve(str(small), ["data.resolution=64"])
+    asked = resolve(tmp_path / "mine.yaml", ["data.resolution=64"])
+    assert replace(asked, batch_size=settings.batch_size) == resolve(str(small), ["data.resolution=64"])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path
 def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
     small: Path, settings: list[str], factor: int, values: int
 ) -> None:
-    run = launch.resolve(str(small), ["data.resolution=128", *settings])
+    run = resolve(str(small), ["data.resolution=128", *settings])
     assert run.autoencoder.layout(3, None).factor == factor
     t = torch.tensor([0.3], dtype=torch.float64)
     moved = (Linear()(t).logsnr() - run.sampling.schedule(t).logsnr()) / 2
@@ -197,9 +198,9 @@ def test_built_in_sets_are_trained_on_by_name(name: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     render = solids._write
     monkeypatch.setattr(solids, "_write", lambda file, count, size: render(file, count=60, size=8))
-    run = launch.resolve(name)
+    run = resolve(name)
     assert type(run.data.source).__name__ == name.capitalize()
-    assert launch.is_preset(name) == (name == "solids")
+    assert is_preset(name) == (name == "solids")
 
 
 @pytest.mark.parametrize("side", range(8, 72, 8))
@@ -208,7 +209,7 @@ def test_a_network_is_built_that_fits_the_resolution(place: str, machine: str, s
     assert run.data.resolution % 2 ** (len(run.network.multipliers) - 1) == 0
     shape = (2, 3, run.data.resolution, run.data.resolution)
     with torch.device("meta"):  # shapes only
-        model = launch.build_model(
+        model = build_model(
             run, Facts(channels=run.data.channels, categories=("a", "b"), words=("a",), augmentation=run.data.augment.labels)
         )
         assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape

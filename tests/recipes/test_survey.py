@@ -13,8 +13,10 @@ import tifffile
 from PIL import Image
 
 from sfumato.data import index
-from sfumato.recipes import launch, resolve
+from sfumato.recipes import resolve
 from sfumato.recipes.presets import Choice, choose
+from sfumato.recipes.resolver import resolved
+from sfumato.runs.preparation import facts_of
 
 SIDE, COUNT = 28, 12
 KINDS = {  # bands, type, alpha, channels and bits that fit
@@ -126,7 +128,7 @@ def test_a_few_transparent_images_are_laid_on_the_background_and_said(tmp_path: 
 @pytest.mark.parametrize(("key", "value"), [("channels", 3), ("bits", 8), ("resolution", 16)])
 def test_what_is_set_is_said_to_be_set(key: str, value: int, tmp_path: Path) -> None:
     place = written(tmp_path, "png", "deep gray")
-    reasons = launch.reasons(place, [f"data.{key}={value}"])
+    reasons = resolved(place, [f"data.{key}={value}"]).reasons
     said = [reason for reason in reasons if reason.endswith("as set")]
     assert len(said) == 1
     assert re.search(rf"\b{value} (channel|bits|px)", said[0])
@@ -138,8 +140,8 @@ def test_frames_that_are_taken_count(tmp_path: Path) -> None:
     for seed in range(3):
         stack = np.stack([values("deep gray", 10 * seed + page)[..., 0] for page in range(4)])
         tifffile.imwrite(tmp_path / "set" / f"{seed}.tif", stack, photometric="minisblack")
-    assert launch.reasons(str(tmp_path / "set"), ["data.frames=all"])[0].startswith("chosen: 12 pictures")
-    assert launch.reasons(str(tmp_path / "set"), [])[0].startswith("chosen: 3 pictures")
+    assert resolved(str(tmp_path / "set"), ["data.frames=all"]).reasons[0].startswith("chosen: 12 pictures")
+    assert resolved(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 pictures")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_what_was_decided_about_values_is_a_fact_of_the_run(
 ) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     run = resolve(written(tmp_path, container, kind), settings)
-    facts = launch.facts_of(run, index(run.data))
+    facts = facts_of(run, index(run.data))
     assert facts.value_range == value_range
     assert facts.alpha == alpha
     assert facts.bits == KINDS[kind][4]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato.recipes.prediction import Prediction
-from sfumato.recipes.verdict import AUTOENCODER_STEPS, ENOUGH, MANY_VIEWS, TOO_FEW, Machine, findings
+from sfumato.runs.budget_check import AUTOENCODER_STEPS, ENOUGH, MANY_VIEWS, TOO_FEW, Machine, findings
+from sfumato.runs.cost import Prediction
 
 ROOMY = Machine(memory_gib=16.0, disk_gib=100.0)
 GOOD = Prediction(

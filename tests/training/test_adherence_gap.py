@@ -14,9 +14,12 @@ from PIL import Image
 from sfumato.conditioners import CategoryConfig, ContextConfig, DoodleConfig, ImageConfig, ReferenceConfig, WordsConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.data.decoding import PixelFormat, decode
-from sfumato.recipes import Run, launch, train
+from sfumato.recipes import Run
+from sfumato.runs import prepare, train
+from sfumato.runs.preparation import open_data
+from sfumato.runs.training import trainer_of
+from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, FixedEMA, PreviewConfig, ValidationConfig
-from sfumato.training.run_directory import RunDirectory
 from tests.training.tiny import tiny_run
 
 STEPS = 40
@@ -70,8 +73,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
-    dataset, directory = launch.open_data(config), RunDirectory.create(run)
-    trainer = launch._trainer(config, dataset, directory, *launch._built(config, dataset, directory))
+    trainer = trainer_of(prepare(config), RunDirectory.create(run))
     return trainer.task.figures(trainer.state.model, trainer.state.average)
 
 
@@ -97,7 +99,7 @@ def test_contexts_made_from_the_pictures_are_measured_too(told: Path, tmp_path: 
 @pytest.mark.parametrize("times", [1, 2])  # that each held-out picture is looked at
 def test_a_category_that_tells_the_picture_steers_after_a_few_steps(told: Path, tmp_path: Path, times: int) -> None:
     config = settings(told, category=CategoryConfig(size=8))
-    samples = times * len(launch.open_data(config).holdout)
+    samples = times * len(open_data(config).holdout)
     config = replace(config, validation=replace(config.validation, samples=samples))
     gap = gaps(train(config, run=tmp_path / "run"), "category")
     assert gap["mean"] > 0.01
@@ -132,6 +134,6 @@ def test_the_pictures_are_what_they_are_said_to_be(told: Path) -> None:
             pixels = decode(path.read_bytes(), PixelFormat(shapes=((8, 8),), channels=1)).pixels[0]
             assert pixels[:, bright].min() > 127
             assert (pixels > 127).sum() == 32
-    dataset = launch.open_data(settings(told))
+    dataset = open_data(settings(told))
     assert len(set(dataset.clusters)) == 80  # none are taken for copies of one another, and held out together
     assert len(set(dataset.labels[dataset.holdout].tolist())) == 2

@@ -16,9 +16,9 @@ from sfumato.condition import Condition
 from sfumato.diffusion import Denoised, Flow, Linear, NetworkDenoiser, NoiseLevel, Objective
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.networks.features import RandomFeatures
+from sfumato.networks.perceptual import RandomFeatures
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted, uncertainty_weighted
-from sfumato.recipes.launch import train
+from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
 from sfumato.training.auxiliary import dispersion, enlarged, misalignment
 
@@ -168,7 +168,7 @@ def test_uncertainty_and_contrast_are_refused_together(folder: Path) -> None:
 
 
 def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.recipes.launch import resume
+    from sfumato.runs import resume
     from sfumato.training.trainer import Trainer
 
     settings = tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random")))

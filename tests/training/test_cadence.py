@@ -13,7 +13,8 @@ import pytest
 from sfumato import config
 from sfumato.errors import ConfigError
 from sfumato.observability.progress import Clock
-from sfumato.recipes import Run, resume, train
+from sfumato.recipes import Run
+from sfumato.runs import resume, train
 from sfumato.training import Budget, CheckpointConfig, PreviewConfig, TrainingConfig, ValidationConfig
 from sfumato.training.config import FIRST_LOOK_S, PATIENCE
 from tests.training.tiny import fingerprint, pictures, tiny_run

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sfumato.errors import CheckpointError
-from sfumato.training import checkpoint
+from sfumato.storage import checkpoint
 from sfumato.training.state import Counters
 
 

@@ -11,8 +11,8 @@ import torch
 
 from sfumato.errors import ConfigError
 from sfumato.networks import DiT, DiTConfig
-from sfumato.recipes import load, resume, train
-from sfumato.training import AdamWConfig, Budget, Trainer, TrainingConfig, ValidationConfig, settling
+from sfumato.runs import load, resume, train
+from sfumato.training import AdamWConfig, Budget, Trainer, TrainingConfig, ValidationConfig, autotune
 from sfumato.training.state import Counters
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
@@ -60,10 +60,10 @@ def test_a_transformer_is_compiled_where_the_run_is_long(
 
 @pytest.mark.parametrize(("seconds", "steps", "pays"), [(1.0, 60, False), (1.0, 1200, True), (0.01, 1200, False)])
 def test_on_a_gpu_short_runs_are_not_compiled(monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int, pays: bool) -> None:
-    monkeypatch.setattr(settling, "_device", lambda network: torch.device("cuda"))
-    monkeypatch.setattr(settling, "_timed", lambda *args: seconds)
+    monkeypatch.setattr(autotune, "_device", lambda network: torch.device("cuda"))
+    monkeypatch.setattr(autotune, "_timed", lambda *args: seconds)
     config, counters = TrainingConfig(budget=Budget(steps=steps), precision="float32"), Counters()
-    assert settling._pays(config, counters, torch.nn.Identity(), 100, lambda: lambda dtype: None) == pays
+    assert autotune._pays(config, counters, torch.nn.Identity(), 100, lambda: lambda dtype: None) == pays
     assert counters.pass_s == seconds
 
 

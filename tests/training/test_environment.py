@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.training.run_directory import commit
+from sfumato.storage.run_directory import commit
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 

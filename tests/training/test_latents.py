@@ -12,18 +12,21 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from sfumato.autoencoders import KLConfig, Latents, files
+from sfumato.autoencoders import KLConfig, Latents, io
 from sfumato.autoencoders import measure as measure_latents
-from sfumato.cli.drawing import trajectory_image
+from sfumato.cli.trajectory_images import trajectory_image
 from sfumato.conditioners import ContextConfig, DoodleConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.observability.pictures import GAP, grid_image
-from sfumato.recipes import Run, latents, launch, load, resume, train
-from sfumato.recipes.latents import OwnAutoencoder, PretrainedAutoencoder
+from sfumato.observability.images import GAP, grid_image
+from sfumato.recipes import Run, autoencoder_stage
+from sfumato.recipes.autoencoder_stage import OwnAutoencoder, PretrainedAutoencoder
+from sfumato.runs import load, resume, train
+from sfumato.runs.preparation import open_data
+from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
     AdversarialConfig,
     Budget,
@@ -33,7 +36,7 @@ from sfumato.training import (
     PreviewConfig,
     Trainer,
     ValidationConfig,
-    encoding,
+    latent_cache,
 )
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
@@ -79,7 +82,7 @@ def latent_run(folder: Path, **changes) -> Run:
 
 def traces(run: Path) -> dict[str, str]:
     """Hashes of what both stages left."""
-    final = hashlib.sha256((run / "autoencoder" / "final" / files.WEIGHTS).read_bytes()).hexdigest()
+    final = hashlib.sha256((run / "autoencoder" / "final" / io.WEIGHTS).read_bytes()).hexdigest()
     return {"final": final, "autoencoder": str(_losses(run / "autoencoder")), **fingerprint(run)}
 
 
@@ -105,7 +108,7 @@ def test_one_command_leads_to_decoded_samples(whole: Path) -> None:
     assert (again - images[:2]).abs().max() < 1e-4
     for stage in (whole, whole / "autoencoder"):
         assert list((stage / "samples").glob("step-*/grid.png"))
-    said = json.loads((whole / "autoencoder" / "final" / files.STATISTICS).read_text())
+    said = json.loads((whole / "autoencoder" / "final" / io.STATISTICS).read_text())
     assert {"psnr", "ssim", "l1", "told", "dead_channels"} <= set(said)
 
 
@@ -139,7 +142,7 @@ def test_held_out_pictures_are_measured_without_compiling_again(
 
 
 def test_pictures_are_started_from_and_completed_in_latents(whole: Path) -> None:
-    from sfumato.asking import Asked
+    from sfumato.generation.request import Asked
 
     pipeline, picture = load(whole), torch.rand(1, 16, 16)
     mask = torch.zeros(1, 16, 16)
@@ -165,11 +168,11 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
 
         monkeypatch.setattr(Trainer, "train_step", step)
     elif stage == "measuring":
-        monkeypatch.setattr(latents, "measure", lambda *_: (_ for _ in ()).throw(Crash))
+        monkeypatch.setattr(autoencoder_stage, "measure", lambda *_: (_ for _ in ()).throw(Crash))
     elif stage == "saving":
-        monkeypatch.setattr(files, "save_file", lambda *_: (_ for _ in ()).throw(Crash))
+        monkeypatch.setattr(io, "save_file", lambda *_: (_ for _ in ()).throw(Crash))
     else:
-        real_moments, chunks = encoding._moments, [1]
+        real_moments, chunks = latent_cache._moments, [1]
 
         def moments(*arguments):
             if not chunks[0]:
@@ -177,7 +180,7 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
             chunks[0] -= 1
             return real_moments(*arguments)
 
-        monkeypatch.setattr(encoding, "_moments", moments)
+        monkeypatch.setattr(latent_cache, "_moments", moments)
 
 
 @pytest.mark.parametrize("stage", ["training 0", "training 5", "measuring", "encoding", "training 8", "training 11"])
@@ -211,10 +214,10 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
         crash_in(patch, "training 11")
         with pytest.raises(Crash):
             train(latent_run(folder), run=tmp_path / "run")
-    final = tmp_path / "run" / "autoencoder" / "final" / files.WEIGHTS
+    final = tmp_path / "run" / "autoencoder" / "final" / io.WEIGHTS
     before = final.stat().st_mtime_ns
     monkeypatch.setattr(OwnAutoencoder, "_train", None)
-    monkeypatch.setattr(encoding, "_moments", None)
+    monkeypatch.setattr(latent_cache, "_moments", None)
     described = (tmp_path / "run" / "config.yaml").read_text()
     for override, line in (("budget.steps=9", r"budget\.steps: 8 -> 9"), ("losses.adversarial=null", r"losses\.adversarial")):
         with pytest.raises(ConfigError, match=f"trained already, and cannot be changed: {line}"):
@@ -226,7 +229,7 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
 
 def trainer_of(folder: Path, run: Path, **changes) -> Trainer:
     settings = latent_run(folder, autoencoder=own(**changes))
-    trainer = settings.autoencoder.trainer(launch.open_data(settings), launch.RunDirectory.create(run).stage("autoencoder"))
+    trainer = settings.autoencoder.trainer(open_data(settings), RunDirectory.create(run).stage("autoencoder"))
     trainer.state.counters.precision = "float32"
     return trainer
 
@@ -282,12 +285,12 @@ def test_latents_and_pictures_are_shrunk_and_turned_alike(folder: Path, tmp_path
 
 def encoded(folder: Path, **changes):
     settings = latent_run(folder, **changes)
-    dataset = launch.open_data(settings)
+    dataset = open_data(settings)
     torch.manual_seed(0)
-    codec = latents.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
+    codec = autoencoder_stage.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
     statistics = measure_latents(codec, [to_float(dataset.images(dataset.training)[0])])
     autoencoder = Latents(codec, statistics.mean, statistics.deviation)
-    made = encoding.with_latents(dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.makes)
+    made = latent_cache.with_latents(dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.makes)
     return settings, autoencoder, made
 
 
@@ -321,13 +324,13 @@ def test_pictures_come_along_where_something_is_made_of_them(folder: Path) -> No
 def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = pictures(tmp_path / "mine", size=16)
     added: list[str] = []
-    real = encoding.Writer.add
+    real = latent_cache.Writer.add
 
     def add(self, key: str, *rest) -> None:
         added.extend([key] if "/" in key else [])  # pixels are kept under the id alone
         real(self, key, *rest)
 
-    monkeypatch.setattr(encoding.Writer, "add", add)
+    monkeypatch.setattr(latent_cache.Writer, "add", add)
     _, _, dataset = encoded(place)
     assert 0 < len(dataset.training) < len(dataset.ids)  # held-out pictures are not encoded
     assert sorted(added) == sorted(f"{dataset.ids[p]}/{variant}" for p in dataset.training for variant in range(3))
@@ -358,15 +361,15 @@ def test_other_kinds_of_pictures(mode: str, channels: int, tmp_path: Path) -> No
 
 def test_anybodys_autoencoder_is_copied_and_measured(folder: Path, whole: Path, tmp_path: Path) -> None:
     place = tmp_path / "given"
-    given = files.load(whole / "autoencoder" / "final")
-    files.save(given, place, {})
+    given = io.load(whole / "autoencoder" / "final")
+    io.save(given, place, {})
     run = train(latent_run(folder, autoencoder=PretrainedAutoencoder(path=str(place))), run=tmp_path / "run")
     for file in place.iterdir():
         file.unlink()
     assert load(run).sample(1, category="odd", steps=2).shape == (1, 1, 16, 16)
-    used = files.load(run / "autoencoder" / "final")
+    used = io.load(run / "autoencoder" / "final")
     settings = latent_run(folder)
-    dataset = launch.open_data(settings)
+    dataset = open_data(settings)
     statistics = measure_latents(used, [to_float(dataset.images(dataset.training)[0])])
     assert statistics.mean.abs().max() < 1e-3
     assert (statistics.deviation - 1).abs().max() < 1e-3

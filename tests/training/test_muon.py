@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sfumato.condition import ContextSizes
-from sfumato.conditioners.text import WordsConditioner, WordsConfig
-from sfumato.conditioners.words import Words
+from sfumato.conditioners.learned_text import WordsConditioner, WordsConfig
+from sfumato.conditioners.tokenizer import Words
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNet, UNetConfig
-from sfumato.recipes import resume, train
+from sfumato.runs import resume, train
 from sfumato.training import AdamWConfig, MuonConfig
 from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
 from tests.training.test_resume import interrupted

@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks import Backbone, DiTConfig
 from sfumato.training import AdamWConfig, Budget, FixedEMA, MuonConfig, PowerEMA, TrainingConfig
 from sfumato.training.ema import follow, stride, update_average
-from sfumato.training.task import Learner
+from sfumato.training.tasks.protocol import Learner
 
 
 def test_budget_ends_at_the_first_limit() -> None:

@@ -10,9 +10,9 @@ from tiny import pictures, tiny_run
 from sfumato import load
 from sfumato.cli.ema import ema
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.recipes.launch import resume, train
+from sfumato.runs import resume, train
 from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PowerEMA
-from sfumato.training.posthoc import Profile, overlap, shares
+from sfumato.training.post_hoc_ema import Profile, overlap, shares
 
 
 @pytest.mark.parametrize(

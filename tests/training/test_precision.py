@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sfumato.training import Budget, Trainer, TrainingConfig, precision
+from sfumato.training.autotune import settle_precision
 from sfumato.training.precision import choose, faster, has_bfloat16
-from sfumato.training.settling import settle_precision
 from sfumato.training.state import Counters
 from tests.training.tiny import pictures, tiny_run
 
@@ -107,6 +107,6 @@ def test_no_pass_of_the_model_is_taken_and_what_was_settled_stays(tmp_path: Path
     settle_precision(config, resumed, nn.Linear(4, 4), say=said.append)
     assert resumed.precision == "bfloat16"
     assert len(said) == 1
-    from sfumato.recipes import train
+    from sfumato.runs import train
 
     train(tiny_run(pictures(tmp_path / "pictures"), precision="auto", budget=Budget(steps=1)), run=tmp_path / "run")

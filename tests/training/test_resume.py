@@ -15,10 +15,12 @@ from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.networks import UNet
 from sfumato.observability.metrics import MetricsFile
-from sfumato.recipes import launch, resume, train
-from sfumato.training import Budget, MuonConfig, Trainer, checkpoint
-from sfumato.training.interruption import Interrupted
-from sfumato.training.run_directory import RunDirectory
+from sfumato.recipes.resolver import resolve
+from sfumato.runs import resume, train
+from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import Budget, MuonConfig, Trainer
+from sfumato.training.signals import Interrupted
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 
@@ -256,7 +258,7 @@ def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, cap
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
     resume(run, overrides={"budget.steps": 16})
     assert "budget.steps: 14 -> 16" in capsys.readouterr().err
-    assert launch.resolve(run).budget.steps == 16
+    assert resolve(run).budget.steps == 16
     assert checkpoint.paths(run / "checkpoints")[0].name == "step-000000016"
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.asking import Asked
 from sfumato.errors import CheckpointError, RunError
-from sfumato.recipes import load, resume, snapshot, train
-from sfumato.training import Budget, CheckpointConfig, Trainer, checkpoint, trainer
+from sfumato.generation.request import Asked
+from sfumato.runs import load, resume, snapshot, train
+from sfumato.storage import checkpoint
+from sfumato.training import Budget, CheckpointConfig, Trainer, trainer
 from tests.training.tiny import fingerprint, pictures, tiny_run
 
 STEPS = frozenset({2, 4, 8, 64})

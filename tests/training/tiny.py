@@ -13,15 +13,8 @@ from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
-from sfumato.training import (
-    AdamWConfig,
-    Budget,
-    CheckpointConfig,
-    LogConfig,
-    PreviewConfig,
-    ValidationConfig,
-    checkpoint,
-)
+from sfumato.storage import checkpoint
+from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 
 
 def pictures(folder: Path, count: int = 40, size: int = 8) -> Path:

@@ -2,7 +2,7 @@
 
 from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
-from sfumato.autoencoders.space import Autoencoder, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders.latent_space import Autoencoder, Latents, Pixels, Statistics, measure
 from sfumato.autoencoders.tiny import TinyAutoencoder
 
 __all__ = [

@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sfumato.pipeline import Pipeline
+    from sfumato.generation.pipeline import Pipeline
     from sfumato.sampling import Progress
 
 USUAL = ("ddim:100", "ddim:20", "heun:10", "dpm-solver++2m:20")
@@ -77,8 +77,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Draw the same noise denoised by several samplers and guidance scales, one row for each, and print what each row costs."""
-    from sfumato.observability.pictures import save_png
-    from sfumato.recipes import load
+    from sfumato.observability.images import save_png
+    from sfumato.runs import load
 
     named = [_named(text) for text in sampler or USUAL]
     pipeline = load(run)
@@ -102,7 +102,7 @@ def compare(
 
 def _named(text: str) -> tuple[str, int | None]:
     """`ddim:20` as a known name and its steps."""
-    from sfumato.sampling.choice import find_sampler
+    from sfumato.sampling.registry import find_sampler
 
     name, colon, count = text.partition(":")
     if colon and not (count.isdecimal() and int(count) > 0):
@@ -210,7 +210,7 @@ def _counted(network: nn.Module) -> Iterator[list[int]]:
 def _figure(rows: Sequence[Row], wanted: dict[str, Any], num: int) -> Any:
     import torch
 
-    from sfumato.observability.pictures import grid_image
+    from sfumato.observability.images import grid_image
 
     labels = [f"{row.setup}: {row.calls:g} calls, {row.seconds:.3g} s" for row in rows]
     named = wanted["prompt"] or wanted["category"] or []

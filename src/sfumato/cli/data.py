@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from sfumato.data import Entry, Listing
-    from sfumato.data.check.words import Coverage
+    from sfumato.data.check.captions import Coverage
 
 data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 Source = Annotated[
@@ -52,11 +52,12 @@ def check(
     from sfumato.data.check import KINDS, Plan, examine, write
     from sfumato.data.check.report import plain
     from sfumato.data.frames import framed
-    from sfumato.data.ranges import choose_scale
-    from sfumato.observability.places import require_writable
+    from sfumato.data.value_range import choose_scale
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.captions import Cut, reader_of
-    from sfumato.recipes.launch import parameters, preset, text_encoder
+    from sfumato.recipes.resolver import preset
+    from sfumato.runs.preparation import network_parameters, text_encoder
+    from sfumato.storage.output_paths import require_writable
 
     listing = _listing(source)
     folder = require_writable(out or Path("data-check") / _slug(source))
@@ -66,7 +67,7 @@ def check(
     listing = framed(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
     plan = Plan(
-        resolution=resolution or run.data.resolution, parameters=parameters(run), form=run.data.pixel_format(chosen.scale),
+        resolution=resolution or run.data.resolution, parameters=network_parameters(run), form=run.data.pixel_format(chosen.scale),
         remarks=chosen.lines, length=reader.length, cuts=reader.cuts,
     )  # fmt: skip
     with ProgressBar("checking") as bar:
@@ -99,9 +100,9 @@ def coverage(
     as_json: AsJson = False,
 ) -> None:
     """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
-    from sfumato.data.check.words import Vocabulary
+    from sfumato.data.check.captions import Vocabulary
     from sfumato.errors import DataError
-    from sfumato.observability.places import require_writable
+    from sfumato.storage.output_paths import require_writable
 
     listed = _listing(source).entries
     entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
@@ -158,7 +159,7 @@ def _sheet(entries):
     import torch
 
     from sfumato.data.decoding import PixelFormat, RejectedImage, decode
-    from sfumato.observability.pictures import grid_image
+    from sfumato.observability.images import grid_image
 
     tiles = []
     for entry in entries:
@@ -200,9 +201,9 @@ def cache(
 ) -> None:
     """Decode a run's pictures into the cache ahead of training."""
     from sfumato.data.files import cache_folder
-    from sfumato.observability.places import require_writable
     from sfumato.recipes import resolve
-    from sfumato.recipes.launch import open_data
+    from sfumato.runs.preparation import open_data
+    from sfumato.storage.output_paths import require_writable
 
     require_writable(
         cache_folder(), option="SFUMATO_CACHE"

@@ -18,7 +18,7 @@ def ema(
 ) -> None:
     """Reconstruct averages of several widths after training, and compare their error on held-out pictures."""
     from sfumato.observability.tables import aligned
-    from sfumato.recipes.loading import width_errors
+    from sfumato.runs.loading import width_errors
 
     found = dict(width_errors(run, width or WIDTHS))
     if as_json:

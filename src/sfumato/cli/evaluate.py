@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from sfumato.data import Dataset
     from sfumato.evaluation import Composition, Evaluation
     from sfumato.evaluation.classifier import Classifier
-    from sfumato.observability.pictures import Alpha
+    from sfumato.generation.pipeline import Pipeline
+    from sfumato.observability.images import Alpha
     from sfumato.observability.progress import ProgressBar
-    from sfumato.pipeline import Pipeline
 
 PAIRS = 10
 
@@ -39,17 +39,18 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print what the file holds instead of tables.")] = False,
 ) -> None:
     """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
-    from sfumato.asking import require_context
     from sfumato.data.changes import changes
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
-    from sfumato.evaluation.report import compared
-    from sfumato.observability.pictures import save_png
-    from sfumato.observability.places import require_writable
+    from sfumato.evaluation.fidelity import compared
+    from sfumato.generation.request import require_context
+    from sfumato.observability.images import save_png
     from sfumato.observability.progress import ProgressBar
-    from sfumato.recipes import load, resolve
-    from sfumato.recipes.launch import open_data
-    from sfumato.training.run_directory import RunDirectory
+    from sfumato.recipes import resolve
+    from sfumato.runs import load
+    from sfumato.runs.preparation import open_data
+    from sfumato.storage.output_paths import require_writable
+    from sfumato.storage.run_directory import RunDirectory
 
     target = out or run / "evaluation" / "evaluation.json"
     directory = RunDirectory.existing(run)
@@ -142,7 +143,7 @@ def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path,
     import torch
 
     from sfumato.data import to_float
-    from sfumato.observability.pictures import grid_image, save_png
+    from sfumato.observability.images import grid_image, save_png
 
     closest = neighbours.first.argsort()[:PAIRS]
     real = (to_float(dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]) + 1) / 2

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.data import Dataset
-    from sfumato.pipeline import Pipeline
+    from sfumato.generation.pipeline import Pipeline
     from sfumato.recipes import Run
     from sfumato.sampling import Progress
 
@@ -47,10 +47,11 @@ def explain(
     ] = None,
 ) -> None:
     """Draw how diffusion works here: the schedule, a picture on its way into noise, the way back, and what guidance does."""
-    from sfumato.observability.pictures import save_png
-    from sfumato.observability.places import require_writable
-    from sfumato.recipes import load, resolve
-    from sfumato.recipes.launch import open_data
+    from sfumato.observability.images import save_png
+    from sfumato.recipes import resolve
+    from sfumato.runs import load
+    from sfumato.runs.preparation import open_data
+    from sfumato.storage.output_paths import require_writable
 
     settings = resolve(source)
     trained = (Path(source) / "checkpoints").is_dir()
@@ -82,7 +83,7 @@ def explain(
 def _curves(settings: Run, folder: Path) -> list[Path]:
     import torch
 
-    from sfumato.observability.pictures import save_png
+    from sfumato.observability.images import save_png
     from sfumato.observability.plot import Line, line_plot
 
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
@@ -108,10 +109,10 @@ def _noising(settings: Run, dataset: Dataset):
     import torch
 
     from sfumato import randomness
-    from sfumato.cli.drawing import dimmed
+    from sfumato.cli.trajectory_images import dimmed
     from sfumato.data import to_float
-    from sfumato.observability.pictures import grid_image
-    from sfumato.pipeline import to_unit
+    from sfumato.generation.pipeline import to_unit
+    from sfumato.observability.images import grid_image
 
     x0 = _with_contrast(to_float(dataset.images(dataset.usual(dataset.training)[:LOOKED_AT])[0]))
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
@@ -134,7 +135,7 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     """The same noise at rising guidance; None for a model that neither categories nor text steer."""
     import torch
 
-    from sfumato.observability.pictures import grid_image
+    from sfumato.observability.images import grid_image
 
     categories = list(pipeline.categories[:COLUMNS]) or None
     captions = [dataset.entries[i].captions for i in dataset.usual(dataset.training)]
@@ -154,7 +155,7 @@ def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tup
     """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training pictures."""
     import torch
 
-    from sfumato.cli.drawing import trajectory_image
+    from sfumato.cli.trajectory_images import trajectory_image
     from sfumato.data import to_float
     from sfumato.diffusion import EmpiricalDenoiser
     from sfumato.sampling import KeyedNoise, grid, sample

@@ -25,8 +25,8 @@ from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
 from sfumato.cli.help import explain_values
-from sfumato.cli.mishaps import in_words
 from sfumato.cli.sample import sample
+from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
 

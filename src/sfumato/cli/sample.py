@@ -17,9 +17,9 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.asking import Asked
-    from sfumato.cli.making import Make
-    from sfumato.pipeline import Pipeline
+    from sfumato.cli.sample_job import Make
+    from sfumato.generation.pipeline import Pipeline
+    from sfumato.generation.request import Asked
     from sfumato.sampling import Progress
 
 FEWEST = 16  # images, unless more prompts or categories are given
@@ -80,9 +80,9 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print files, settings and seconds as JSON.")] = False,
 ) -> None:
     """Generate images with a trained model; prints the path of the grid. The same command again completes what was interrupted."""
-    from sfumato.cli.generated import writable
-    from sfumato.recipes import load, newest_run
-    from sfumato.training.run_directory import RunDirectory
+    from sfumato.cli.output_folder import writable
+    from sfumato.runs import load, newest_run
+    from sfumato.storage.run_directory import RunDirectory
 
     begun = time.monotonic()
     run = RunDirectory.existing(newest_run() if run is None else run).path
@@ -105,8 +105,8 @@ def sample(
 
 def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Make and write what `options` ask for; refuse before any work what cannot be done."""
-    from sfumato.cli.generated import Generated
-    from sfumato.cli.making import Job, not_finite
+    from sfumato.cli.output_folder import Generated
+    from sfumato.cli.sample_job import Job, not_finite
     from sfumato.errors import NonFiniteError
     from sfumato.observability.image_files import FORMATS, usual_format
 
@@ -132,11 +132,11 @@ def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
 
 def _make(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> Make:
     """What makes the images: from noise each, or on the way to another prompt or seed."""
-    from sfumato.asking import require_context
+    from sfumato.generation.request import require_context
 
     num, seed, to_prompt, to_seed = (options[name] for name in ("num", "seed", "to_prompt", "to_seed"))
     if to_prompt is None and to_seed is None:
-        from sfumato.recipes import snapshot
+        from sfumato.runs import snapshot
 
         worse = options["worse"]
         bad = None if worse is None else (snapshot(options["run"], worse), options["worse_scale"])
@@ -167,8 +167,8 @@ def _make(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
 
 def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) -> Asked:
     """The request, with its files read."""
-    from sfumato.asking import Asked
-    from sfumato.data.given import given_mask, given_picture
+    from sfumato.data.user_inputs import given_mask, given_picture
+    from sfumato.generation.request import Asked
 
     channels, height, width = pipeline.image_shape
     read: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) ->
 
 def _inputs(asked: Asked, pipeline: Pipeline) -> dict[str, Tensor]:
     """What images were begun with, as the grid shows it."""
-    from sfumato.observability.pictures import scattered
+    from sfumato.observability.images import scattered
 
     found = {name: getattr(asked, name) for name in FILES if getattr(asked, name) is not None}
     height, width = pipeline.image_shape[1:]
@@ -233,7 +233,7 @@ def _settings(options: dict[str, Any], pipeline: Pipeline, asked: Asked, how: di
     "request" names all that decides what image i is: the options, the weights, the content of the files.
     """
     from sfumato import __version__
-    from sfumato.cli.generated import file_id, request_id, weights_id
+    from sfumato.cli.output_folder import file_id, request_id, weights_id
     from sfumato.observability.image_files import FORMATS
     from sfumato.sampling import FILLING, RESAMPLING
 
@@ -272,7 +272,7 @@ def _refuse_on_the_way(options: dict[str, Any]) -> None:
 @contextmanager
 def _notes() -> Iterator[None]:
     """Prints which part of a long prompt was read, and which words are unknown, as soon as the images are made."""
-    from sfumato.asking import PromptNote
+    from sfumato.generation.request import PromptNote
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", PromptNote)
@@ -289,7 +289,7 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
 
 
 def _cloud(path: Path | None) -> Any:
-    from sfumato.data.given import given_points
+    from sfumato.data.user_inputs import given_points
 
     return None if path is None else given_points(path)
 

@@ -32,11 +32,11 @@ def train(
         raise typer.BadParameter("--config and --json belong to --dry-run")
     names.require(source, overrides or ())
     if not dry_run:
-        from sfumato.recipes import launch
+        from sfumato import runs
 
-        typer.echo(launch.train(source, overrides=overrides or (), run=run))
+        typer.echo(runs.train(source, overrides=overrides or (), run=run))
         return
-    from sfumato.recipes.plan import plan
+    from sfumato.runs.dry_run import plan
 
     found = plan(source, overrides=overrides or ())
     if as_json:
@@ -50,6 +50,6 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Go on with a run from its newest checkpoint, bit for bit."""
-    from sfumato.recipes import launch
+    from sfumato import runs
 
-    typer.echo(launch.resume(run, overrides=overrides or ()))
+    typer.echo(runs.resume(run, overrides=overrides or ()))

@@ -10,6 +10,7 @@ from sfumato.condition import Condition, Context, ContextSizes
 from sfumato.conditioners.attributes import AttributesConditioner, AttributesConfig
 from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
+from sfumato.conditioners.composite import ConditionerModule, Joint
 from sfumato.conditioners.config import ContextConfig, Facts
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
 from sfumato.conditioners.image import (
@@ -21,11 +22,10 @@ from sfumato.conditioners.image import (
     ReferenceConfig,
     Shrink,
 )
-from sfumato.conditioners.joint import ConditionerModule, Joint
+from sfumato.conditioners.learned_text import WordsConditioner, WordsConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
-from sfumato.conditioners.pretrained import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
-from sfumato.conditioners.text import WordsConditioner, WordsConfig
-from sfumato.conditioners.words import Words
+from sfumato.conditioners.pretrained_text import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners.tokenizer import Words
 
 
 class Conditioner(Protocol):

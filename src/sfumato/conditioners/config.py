@@ -9,12 +9,12 @@ from typing import Literal
 from sfumato.conditioners.attributes import AttributesConditioner, AttributesConfig
 from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
+from sfumato.conditioners.composite import ConditionerModule, Joint
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
 from sfumato.conditioners.image import ImageConditioner, ImageConfig, ReferenceConditioner, ReferenceConfig
-from sfumato.conditioners.joint import ConditionerModule, Joint
+from sfumato.conditioners.learned_text import WordsConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig
-from sfumato.conditioners.pretrained import PretrainedTextConfig, TextEncoder
-from sfumato.conditioners.text import WordsConfig
+from sfumato.conditioners.pretrained_text import PretrainedTextConfig, TextEncoder
 from sfumato.config.bounds import AnyFloat
 from sfumato.errors import ConfigError
 

@@ -1,12 +1,12 @@
 """From pictures anywhere to training batches: sources, safe decoding, the cache, splits that do not leak, the stateless plan."""
 
 from sfumato.data.augment import AugmentConfig
+from sfumato.data.batch_plan import Plan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, Encoded
-from sfumato.data.entry import Entry, Listing, Reject, Source
 from sfumato.data.indexing import index
+from sfumato.data.listing import Entry, Listing, Reject, Source
 from sfumato.data.loader import Batch, Part, batches, to_float
-from sfumato.data.plan import Plan
 from sfumato.data.sources import (
     Digits,
     Emoji,

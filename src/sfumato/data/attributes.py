@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfumato.data.entry import Entry
+from sfumato.data.listing import Entry
 
 MOST = 1024  # attributes that are read: the network has two inputs for each
 

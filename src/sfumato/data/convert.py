@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data import files
-from sfumato.data.endings import NUMPY, suffix_of
-from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
-from sfumato.data.sources.arrays import plain_array
+from sfumato.data.file_types import NUMPY, suffix_of
+from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
@@ -199,7 +199,7 @@ class _Parquet:
     """A table as Hugging Face's `datasets` writes it."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        from sfumato.data.sources.table import TableWriter
+        from sfumato.data.sources.parquet import TableWriter
 
         self._table = TableWriter(path, pictures=("image", *layout.layers), texts=layout.texts)
         self._rows: list[Packed] = []

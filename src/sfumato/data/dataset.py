@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, SizeOrZero
+from sfumato.data.annotations import Layers
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.changes import recorded
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
-from sfumato.data.entry import Entry, Reject, Source
 from sfumato.data.frames import Frames
 from sfumato.data.holdout import parts
-from sfumato.data.layers import Layers
 from sfumato.data.ledger import Ledger
+from sfumato.data.listing import Entry, Reject, Source
 from sfumato.data.sources import Digits
 from sfumato.errors import ConfigError, DataError
 

@@ -17,11 +17,10 @@ from PIL import Image
 
 from sfumato.data import gif, tiff
 from sfumato.data.colours import to_srgb
-from sfumato.data.endings import NUMPY, SUFFIXES
-from sfumato.data.entry import MAX_BYTES
+from sfumato.data.file_types import NUMPY, SUFFIXES
+from sfumato.data.listing import MAX_BYTES
 from sfumato.data.npy import ArrayHeader, array_header, read_array
-from sfumato.data.png16 import is_deep_colour, read_deep_colour
-from sfumato.data.values import (
+from sfumato.data.pixel_values import (
     MAX_BANDS,
     MAX_PIXELS,
     UPRIGHT,
@@ -39,6 +38,7 @@ from sfumato.data.values import (
     resampled,
     transposed,
 )
+from sfumato.data.png16 import is_deep_colour, read_deep_colour
 
 __all__ = [
     "FORMATS", "MAX_BANDS", "MAX_BYTES", "MAX_PIXELS", "NUMPY", "SUFFIXES", "ArrayHeader", "Decoded", "Look", "PixelFormat", "Pixels",

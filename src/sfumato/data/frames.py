@@ -12,11 +12,11 @@ from PIL import Image
 
 from sfumato.data import gif, tiff
 from sfumato.data.decoding import RejectedImage, quiet, read_values
-from sfumato.data.endings import NUMPY
-from sfumato.data.entry import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.data.file_types import NUMPY
+from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.npy import ArrayHeader
 from sfumato.data.parallel import in_order
-from sfumato.data.values import Values, check_size
+from sfumato.data.pixel_values import Values, check_size
 
 Frames = Literal["first", "all", "max"]
 MAX_FRAMES = 10_000  # of one file

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.entry import Entry
+from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
 FEWEST, SMALL_SHARE = 25, 0.2  # images to hold out, if they are no more than a fifth of the set

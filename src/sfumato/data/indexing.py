@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sfumato.data.annotations import Layers
 from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
-from sfumato.data.entry import Entry, Reject
 from sfumato.data.files import cache_folder
 from sfumato.data.frames import framed, left_out
 from sfumato.data.holdout import grouped
-from sfumato.data.layers import Layers
 from sfumato.data.ledger import Ledger
+from sfumato.data.listing import Entry, Listing, Reject
 from sfumato.data.parallel import in_order
-from sfumato.data.ranges import choose_scale
+from sfumato.data.value_range import choose_scale
 from sfumato.errors import DataError
 
 DECODER = 2  # raised when the same bytes come to give other pixels
@@ -36,16 +36,21 @@ COMMIT_EVERY = 20_000
 
 
 def index(
-    config: DataConfig, *, layers: Sequence[str] = ("text",), on_progress: Callable[[int, int], None] | None = None
+    config: DataConfig,
+    *,
+    layers: Sequence[str] = ("text",),
+    on_progress: Callable[[int, int], None] | None = None,
+    listing: Listing | None = None,
 ) -> Dataset:
     """Read every picture of a source once; what the cache holds already is not decoded again.
 
     Args:
+        listing: the source's, if it was listed already.
         layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points", "attributes".
     Raises:
         DataError: if the source is missing or fewer than two different pictures can be read, with the first reasons.
     """
-    listing = framed(config.source.listing(), config.frames)
+    listing = framed(listing or config.source.listing(), config.frames)
     excluded = _excluded(config)
     wanted = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded]

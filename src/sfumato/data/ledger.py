@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.data.entry import Listing, Reject
+from sfumato.data.listing import Listing, Reject
 
 REASONS_SHOWN, NAMES_KEPT = 3, 1000
 CHANGES = {

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from sfumato import randomness
+from sfumato.data.annotations import MAPS
 from sfumato.data.augment import augment, augmentation_draws
+from sfumato.data.batch_plan import Plan
 from sfumato.data.dataset import Dataset
-from sfumato.data.entry import Reject
-from sfumato.data.layers import MAPS
-from sfumato.data.plan import Plan
+from sfumato.data.listing import Reject
 
 LIES_OVER = (*MAPS, "points")  # the picture, and moves along when it is changed
 

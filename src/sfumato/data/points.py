@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.endings import NUMPY
-from sfumato.data.entry import MAX_BYTES
+from sfumato.data.file_types import NUMPY
+from sfumato.data.listing import MAX_BYTES
 from sfumato.data.npy import ArrayHeader
 
 SUFFIXES = (".npy", ".ply", ".xyz", ".csv")

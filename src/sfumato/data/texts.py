@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sfumato.data.entry import MAX_TEXT_BYTES
+from sfumato.data.listing import MAX_TEXT_BYTES
 
 GUESSED_FROM_BYTES = 64 << 10  # of a set's texts
 TOO_FEW_BYTES, FEW_BYTES = 4, 8  # outside ASCII, that tell nothing of the encoding, or little

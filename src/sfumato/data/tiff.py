@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data.values import MAX_BANDS, UPRIGHT, RejectedImage, Values, check_size, transposed
+from sfumato.data.pixel_values import MAX_BANDS, UPRIGHT, RejectedImage, Values, check_size, transposed
 
 CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
 MAX_PAGES = 100_000

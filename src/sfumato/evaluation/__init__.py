@@ -2,8 +2,8 @@
 
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.composition import Composition, composition, composition_table
+from sfumato.evaluation.fidelity import Evaluation, evaluate
 from sfumato.evaluation.gallery import gallery
-from sfumato.evaluation.report import Evaluation, evaluate
 
 __all__ = [
     "Adherence",

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.asking import Request
 from sfumato.conditioners import ImageConditioner
 from sfumato.conditioners.doodle import lines
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import Request
 from sfumato.observability.tables import aligned
-from sfumato.pipeline import Pipeline
 
 LARGEST = 500  # samples of each context
 INK = 0.25  # above which a pixel of a drawing counts as drawn

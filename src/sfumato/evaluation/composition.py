@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.asking import Asked
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.adherence import Figure, spread
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import Asked
 from sfumato.observability.tables import aligned
-from sfumato.pipeline import Pipeline
 
 LARGEST = 120  # held-out pictures that are asked for
 EACH = 4  # samples of each held-out prompt

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.evaluation.adherence import spread
-from sfumato.observability.pictures import Alpha, grid_image, scattered, shown
+from sfumato.observability.images import Alpha, grid_image, scattered, shown
 
 COLUMNS = 10
 TILE = 96  # pixels on screen that a small picture is enlarged to

@@ -19,12 +19,12 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.inputs import padded, require_built_for, resized
+from sfumato.networks.checks import padded, require_built_for, resized
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
-from sfumato.nn.initial import zeroed
+from sfumato.nn.init import zeroed
 from sfumato.nn.norms import RMSNorm, rms_normed
-from sfumato.nn.positions import angles, rotated
+from sfumato.nn.rotary import angles, rotated
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256

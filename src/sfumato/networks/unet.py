@@ -16,10 +16,10 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.inputs import padded, require_built_for, resized
+from sfumato.networks.checks import padded, require_built_for, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
-from sfumato.nn.initial import zeroed
+from sfumato.nn.init import zeroed
 from sfumato.nn.norms import ModulatedGroupNorm, groups_of
 
 Place = Literal["all", "decoder"]

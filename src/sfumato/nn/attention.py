@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.nn.initial import zeroed
+from sfumato.nn.init import zeroed
 from sfumato.nn.norms import groups_of
 
 

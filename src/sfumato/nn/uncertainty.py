@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.embeddings import SinusoidalEmbedding
-from sfumato.nn.initial import zeroed
+from sfumato.nn.init import zeroed
 
 FREQUENCIES = 128
 LIMIT = 20.0  # of the log-SNR, which is infinite at both ends

@@ -1,26 +1,19 @@
-"""Configurations that are known to work, and the way from a configuration to a run. Importing it imports no torch."""
+"""Configurations: built-in ones, those chosen from data, and those read from files. Importing it imports no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.recipes.builtin import RECIPES, recipe
-    from sfumato.recipes.launch import resolve, resume, train
-    from sfumato.recipes.loading import load, newest_run, snapshot
+    from sfumato.recipes.resolver import resolve
     from sfumato.recipes.run import Run
 
-__all__ = ["RECIPES", "Run", "load", "newest_run", "recipe", "resolve", "resume", "snapshot", "train"]
+__all__ = ["RECIPES", "Run", "recipe", "resolve"]
 
-_HOMES = {
-    "builtin": ("RECIPES", "recipe"),
-    "launch": ("resolve", "resume", "train"),
-    "loading": ("load", "newest_run", "snapshot"),
-    "run": ("Run",),
-}
+_HOMES = {"RECIPES": "builtin", "Run": "run", "recipe": "builtin", "resolve": "resolver"}
 
 
 def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"sfumato.recipes.{home}"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"sfumato.recipes.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'sfumato.recipes' has no attribute '{name}'")

@@ -19,9 +19,9 @@ from sfumato.conditioners import (
 )
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
+from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import DenoiserConfig, SamplingConfig
-from sfumato.recipes.latents import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import OwnAutoencoder
 from sfumato.recipes.names import unknown
 from sfumato.recipes.run import Run
 from sfumato.sampling import DDIM

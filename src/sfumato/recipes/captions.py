@@ -12,7 +12,7 @@ import torch
 
 from sfumato.conditioners import Joint, PretrainedTextConfig, TextEncoder, Words, WordsConfig
 from sfumato.data import Dataset, Entry
-from sfumato.data.check.words import is_placeholder
+from sfumato.data.check.captions import is_placeholder
 from sfumato.recipes.run import Run
 
 FEWEST = 8  # images with a caption: of fewer, the hold-out may take all

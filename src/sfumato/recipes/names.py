@@ -9,8 +9,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.elsewhere import refuse_diffusers
 from sfumato.errors import ConfigError
+from sfumato.foreign_models import refuse_diffusers
 
 SUMMARIES = {
     "digits": "Handwritten digits, 8 x 8, steered by category: one minute on two cores.",

@@ -14,9 +14,9 @@ from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import CategoryConfig, ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
+from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.pipeline import DenoiserConfig, SamplingConfig
-from sfumato.recipes.latents import AutoencoderConfig, OwnAutoencoder, PixelSpace
+from sfumato.recipes.autoencoder_stage import AutoencoderConfig, OwnAutoencoder, PixelSpace
 from sfumato.recipes.run import Run
 from sfumato.recipes.survey import MOST, Survey
 from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA

@@ -9,10 +9,10 @@ from sfumato.config.bounds import require_bounds
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
+from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
-from sfumato.pipeline import DenoiserConfig, SamplingConfig
-from sfumato.recipes.latents import AutoencoderConfig, PixelSpace
-from sfumato.recipes.soundness import require_finite_loss, require_guidable, require_sampled
+from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelSpace
+from sfumato.recipes.validation import require_finite_loss, require_guidable, require_sampled
 from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sfumato.data import Listing
 from sfumato.data.decoding import Look, PixelFormat, RejectedImage, decode, look, quiet
-from sfumato.data.entry import Entry
+from sfumato.data.listing import Entry
 from sfumato.recipes.captions import CaptionSurvey
 
 LOOKED_AT = 200  # images whose header is read

@@ -3,14 +3,14 @@
 A sampler sees a denoiser and levels, never a network, a schedule or a guidance scale.
 """
 
-from sfumato.sampling.choice import FILLING, RESAMPLING, SAMPLERS, SamplerConfig, chosen_sampler
 from sfumato.sampling.churn import Churn, PlainSamplerConfig
 from sfumato.sampling.ddim import DDIM
 from sfumato.sampling.dpm_solver import DPMSolverPP2M
-from sfumato.sampling.driver import Progress, grid, sample
+from sfumato.sampling.loop import Progress, grid, sample
 from sfumato.sampling.multistep import Multistep
 from sfumato.sampling.noise import BetweenNoise, KeyedNoise
 from sfumato.sampling.protocol import Denoise, History, Noise, Point, Sampler
+from sfumato.sampling.registry import FILLING, RESAMPLING, SAMPLERS, SamplerConfig, chosen_sampler
 from sfumato.sampling.resampling import Resampled
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
 from sfumato.sampling.unipc import UniPC

@@ -13,11 +13,11 @@ from sfumato.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from sfumato.training.diffusion import Diffusion
 from sfumato.training.ema import FixedEMA, PowerEMA
-from sfumato.training.encoding import with_latents
+from sfumato.training.latent_cache import with_latents
 from sfumato.training.optimizers import AdamWConfig, MuonConfig
-from sfumato.training.reconstruction import AdversarialConfig, LossesConfig, Reconstruction, Reconstructor, reconstructed
+from sfumato.training.tasks.diffusion import Diffusion
+from sfumato.training.tasks.reconstruction import AdversarialConfig, LossesConfig, Reconstruction, Reconstructor, reconstructed
 from sfumato.training.trainer import Trainer
 
 __all__ = [

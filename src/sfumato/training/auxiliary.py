@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sfumato.config.bounds import Fraction, NonNegative, Positive
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
-from sfumato.networks.features import Features
+from sfumato.networks.perceptual import Features
 from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
 
 T = TypeVar("T")

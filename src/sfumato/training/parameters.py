@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 
@@ -28,18 +26,6 @@ def without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Te
     """A state dict without some names."""
     left_out = frozenset(names)
     return {name: tensor for name, tensor in tensors.items() if name not in left_out}
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes; "" if there are none."""
-    if not tensors:
-        return ""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
-        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        hashed.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def describe(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.parameters import frozen_names, without
-from sfumato.training.task import Learner
+from sfumato.training.tasks.protocol import Learner
 
 LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
 FAR = 10.0  # times the least loss of a run, above which its weights may have diverged

@@ -20,16 +20,17 @@ from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
-from sfumato.training import checkpoint, posthoc
+from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import post_hoc_ema
+from sfumato.training.autotune import precision_of, settle_compiling, settle_precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import follow
-from sfumato.training.interruption import Interrupted, Interruption
 from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
-from sfumato.training.run_directory import RunDirectory
-from sfumato.training.settling import precision_of, settle_compiling, settle_precision
+from sfumato.training.signals import Interrupted, Interruption
 from sfumato.training.state import TrainingState, kept_name
-from sfumato.training.task import Outcome, Task
+from sfumato.training.tasks.protocol import Outcome, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
@@ -96,7 +97,7 @@ class Trainer:
         self.state.restore(loaded.tensors, loaded.state["counters"])
         counters = self.state.counters
         counters.kept = min(counters.kept, self._spent())  # the budget may have been raised
-        posthoc.forget(self.directory.averages, after=counters.step)
+        post_hoc_ema.forget(self.directory.averages, after=counters.step)
         self._new = False
         return warnings
 
@@ -335,7 +336,7 @@ class Trainer:
         if counters.updates and int(share * config.num) > int(counters.kept * config.num):
             for profile, average in self.state.kept.items():
                 place = self.directory.averages / kept_name(profile)
-                facts = {posthoc.UPDATES: str(counters.updates)}
+                facts = {post_hoc_ema.UPDATES: str(counters.updates)}
                 save = partial(
                     checkpoint.save_snapshot, place, step=counters.step, weights=self.state.trained(average), facts=facts
                 )

@@ -1,6 +1,6 @@
 """What a set of pictures can and cannot teach: measured, explained, and shown. Nothing here changes or deletes a file."""
 
-from sfumato.data.check.examine import KINDS, Examination, Plan, examine
+from sfumato.data.check.inspect import KINDS, Examination, Plan, examine
 from sfumato.data.check.report import write
 
 __all__ = ["KINDS", "Examination", "Plan", "examine", "write"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, fitted
 from sfumato.data.duplicates import thumbnail
-from sfumato.data.entry import Entry
+from sfumato.data.listing import Entry
 
 SIDE = 128
 CELLS, ORIENTATIONS = 4, 8

@@ -12,10 +12,10 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from sfumato.data.check.examine import KINDS, Examination
+from sfumato.data.check.inspect import KINDS, Examination
 from sfumato.data.check.measure import shown
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted
-from sfumato.data.entry import Entry
+from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
 SHOWN, GROUPS_SHOWN, THUMBNAIL = 24, 12, 96

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sfumato.data.entry import Entry, Inline, Listing, Source
+from sfumato.data.listing import Entry, Inline, Listing, Source
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.config.bounds import Size
-from sfumato.data.entry import Listing, Source
-from sfumato.data.sources.made import made_once
-from sfumato.data.sources.shards import WebDataset
+from sfumato.data.listing import Listing, Source
+from sfumato.data.sources.generated import made_once
+from sfumato.data.sources.webdataset import WebDataset
 from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfumato.data import files
-from sfumato.data.endings import HEAD_BYTES
-from sfumato.data.entry import File, Listing, Reject, Source, legible, read
+from sfumato.data.file_types import HEAD_BYTES
+from sfumato.data.listing import File, Listing, Reject, Source, legible, read
 from sfumato.data.sources.tree import Tree
 from sfumato.errors import DataError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sfumato.data.entry import legible
+from sfumato.data.listing import legible
 from sfumato.data.splits import HELD_OUT, TRAIN, split_of
 
 BESIDE_CATEGORIES = "lies beside the category folders, in none of them"

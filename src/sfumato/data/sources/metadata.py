@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sfumato.data.endings import SUFFIXES
-from sfumato.data.entry import CAPTION_KEYS, MAX_TEXT_BYTES, normalized_key, says_something
+from sfumato.data.file_types import SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
+from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_BYTES, normalized_key, says_something
 from sfumato.data.texts import readable
 
 # What the column of file names is called, in order of preference.
@@ -89,7 +89,7 @@ def read_table(name: str, data: bytes) -> Table:
     """
     ending = name.lower().rpartition(".")[2]
     if ending == "parquet":
-        from sfumato.data.sources.table import rows
+        from sfumato.data.sources.parquet import rows
 
         records = list(rows(data))
         found = [Row(f"{name}, row {number}", record) for number, record in enumerate(records, 1)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.endings import (
+from sfumato.data.file_types import (
     SUFFIXES,
     SYSTEM,
     ending_of,
@@ -22,12 +22,12 @@ from sfumato.data.endings import (
     stem_of,
     why_left_out,
 )
-from sfumato.data.entry import Blob, Entry, Listing, Reject, described, legible
 from sfumato.data.files import UnsafePath
-from sfumato.data.sources.account import KINDS, LAYERS, Account
+from sfumato.data.listing import Blob, Entry, Listing, Reject, described, legible
+from sfumato.data.sources.accounting import KINDS, LAYERS, Account
 from sfumato.data.sources.layout import BESIDE_CATEGORIES, Layout
 from sfumato.data.sources.metadata import is_authoritative
-from sfumato.data.sources.told import Metadata, Told
+from sfumato.data.sources.metadata_join import Metadata, Told
 from sfumato.data.texts import Texts
 from sfumato.errors import DataError
 

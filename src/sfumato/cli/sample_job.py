@@ -1,0 +1,174 @@
+"""One job of `sfumato sample`: images written as they are made, with progress, so that a stop loses no more than one batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+from torch import Tensor
+
+from sfumato.cli.output_folder import GRID, TRAJECTORY, Generated, unwritten, writable
+from sfumato.cli.trajectory_images import trajectory_image
+from sfumato.errors import NonFiniteError
+from sfumato.generation.pipeline import Pipeline
+from sfumato.observability.image_files import SETTINGS
+from sfumato.observability.images import grid_image, save_png, shown, whole
+from sfumato.observability.progress import ProgressBar, printable
+from sfumato.sampling import Progress
+from sfumato.training.signals import Interrupted, Interruption
+
+STRIP_IMAGES, STRIP_STEPS = 4, 10
+GRID_MOST, GRID_PIXELS = 400, 2**26  # images in the grid, and about how many pixels they have together
+
+# Makes the images whose numbers are not in the collection, and tells of each step: first number and images, batch by batch.
+Make = Callable[[Collection[int], Callable[[Progress], None]], Iterable[tuple[int, Tensor]]]
+
+
+@dataclass(kw_only=True)
+class Job:
+    """The images of one request, as far as its folder lacks them, and sheets of them.
+
+    Attributes:
+        num: images in all.
+        labels: above each image in the grid; none where they are all alike.
+        inputs: by name, images (C, H, W) in [0, 1] that the request began with, for the first row of the grid.
+        trajectory: whether to draw the way of the first images out of noise.
+    """
+
+    pipeline: Pipeline
+    target: Generated
+    num: int
+    labels: Sequence[str] = ()
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    trajectory: bool = False
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+    _recorded: list[Progress] = field(default_factory=list)
+    _done: int = 0
+
+    def run(self, make: Make) -> dict[str, Any]:
+        """Make and write what is missing; gives the files, and how many images were made now.
+
+        Raises:
+            OutputError: before any work, if the folder cannot be written to or holds files of another request.
+            Interrupted: after a signal; finished images are kept.
+            NonFiniteError: if the model makes images that are not finite.
+        """
+        target = self.target
+        target.require_unharmed([target.path(number).name for number in range(self.num)] + self._sheets())
+        there = target.there & frozenset(range(self.num))
+        skip = there - frozenset(range(STRIP_IMAGES)) if self.trajectory else there
+        target.notes(self.num, _say)
+        if there:
+            _say(f"note: {len(there)} of {self.num} images are in {target.folder} already, made by the same request")
+        with writable(target.folder, fresh=target.fresh):
+            try:
+                self._make(make, skip)
+                sheets = self._draw()
+            except OSError as error:
+                raise unwritten(target.folder, error, f" ({self._written()} of {self.num} images are there)") from None
+        return {
+            "folder": str(target.folder),
+            "files": [str(target.path(number)) for number in range(self.num)],
+            **{name: str(path) for name, path in sheets.items()},
+            "made": self._done,
+            "settings": dict(target.settings),
+        }
+
+    def _sheets(self) -> list[str]:
+        """Names of the files besides the images."""
+        return [GRID, *[TRAJECTORY] * self.trajectory, *[SETTINGS] * (self.target.kind == "npy")]
+
+    def _make(self, make: Make, skip: Collection[int]) -> None:
+        target, total = self.target, self.num - len(skip)
+        if target.kind == "npy":
+            with whole(target.folder / SETTINGS) as file:
+                file.write(json.dumps(dict(target.settings), indent=1).encode())
+        with Interruption() as asked, ProgressBar("sampling") as bar:
+
+            def on_step(progress: Progress) -> None:
+                asked.raise_if_asked()
+                self._record(progress)
+                fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
+                if bar.live or fraction < 1:  # where there is no terminal, a short job needs no line
+                    bar.update(fraction, f"{self._done} of {total} images")
+
+            try:
+                for first, images in make(skip, on_step):
+                    for number, image in enumerate(images, first):
+                        target.write(number, image)
+                    self._keep_tiles(first, images)
+                    self._done += len(images)
+            except Interrupted:
+                bar.say(f"interrupted: {self._written()} of {self.num} images are in {target.folder}; the same command goes on")
+                raise
+
+    def _written(self) -> int:
+        """Whole images of this request that the folder holds."""
+        return sum(self.target.path(number).is_file() for number in range(self.num))
+
+    def _record(self, progress: Progress) -> None:
+        """Keep the first batch's way, of the few images that are drawn."""
+        if self.trajectory and self._done == 0 and len(self._recorded) < progress.steps:
+            few = {name: getattr(progress, name)[:STRIP_IMAGES] for name in ("before", "x", "x0")}
+            self._recorded.append(progress._replace(**few))
+
+    @property
+    def _in_grid(self) -> int:
+        height, width = self.pipeline.image_shape[1:]
+        return min(self.num, max(16, min(GRID_MOST, GRID_PIXELS // (height * width))))
+
+    def _keep_tiles(self, first: int, images: Tensor) -> None:
+        few = images[: max(0, self._in_grid - first)]
+        if len(few):
+            self._tiles |= dict(enumerate(shown(few, self.pipeline.values.alpha), first))
+
+    def _tile(self, number: int) -> Tensor:
+        """An image as the grid shows it: just made, or read back."""
+        if number in self._tiles:
+            return self._tiles[number]
+        values = self.pipeline.values
+        return shown(self.target.form.read(self.target.path(number), values)[None], "straight" if values.has_alpha else "none")[
+            0
+        ]
+
+    def _draw(self) -> dict[str, Path]:
+        """Write the strip, if there is one, and the grid."""
+        import torch
+
+        alpha, settings, sheets = self.pipeline.values.alpha, dict(self.target.settings), {}
+        if self._recorded:
+            strip = trajectory_image(
+                self._recorded, pictures=STRIP_IMAGES, columns=STRIP_STEPS, decode=self.pipeline.decode, alpha=alpha
+            )
+            sheets["trajectory"] = save_png(strip, self.target.folder / TRAJECTORY, settings)
+        count = self._in_grid
+        if count < self.num:
+            _say(f"note: {GRID} shows the first {count} of {self.num} images")
+        inputs = {name: shown(image[None], alpha)[0] for name, image in self.inputs.items()}
+        tiles = torch.stack([self._tile(number) for number in range(count)])
+        sheet = grid_image(tiles, labels=self.labels[:count], inputs=inputs)
+        return sheets | {"grid": save_png(sheet, self.target.folder / GRID, settings)}
+
+
+def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError:
+    """The error, with the other weights that the run keeps."""
+    kept = {
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir()),
+        "snapshots": sorted(path.stem for path in (run / "snapshots").glob("step-*.safetensors")),
+    }
+    listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kept.items() if found)
+    other = "raw" if weights != "raw" else "ema"
+    return NonFiniteError(
+        error.what,
+        where=str(run),
+        hint=f"try --weights {other}, or --precision float32; the run keeps {listed or 'nothing else'}; if all of them diverged, "
+        "train again with a lower optimizer.learning_rate",
+    )
+
+
+def _say(line: str) -> None:
+    typer.echo(printable(line), err=True)

@@ -1,0 +1,59 @@
+"""Pictures of a trajectory, shared by the verbs that draw one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from sfumato.diffusion import NoiseLevel
+    from sfumato.observability.images import Alpha
+    from sfumato.sampling import Progress
+
+
+def evenly(count: int, at_most: int) -> list[int]:
+    """Up to `at_most` of range(count), first and last included."""
+    if count <= at_most:
+        return list(range(count))
+    return [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
+
+
+def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
+    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 + sigma^2 = 1."""
+    return x / float((level.alpha**2 + level.sigma**2).sqrt())
+
+
+def trajectory_image(
+    recorded: Sequence[Progress],
+    *,
+    pictures: int,
+    columns: int,
+    decode: Callable[[Tensor], Tensor],
+    alpha: Alpha = "straight",
+) -> Image.Image:
+    """For each picture a row of noisy states and, under it, the guess of the clean picture made from each; the result last.
+
+    Args:
+        decode: gives the pictures of latents.
+        alpha: what the last of 2 or 4 channels is.
+    """
+    import torch
+
+    from sfumato.generation.pipeline import to_unit
+    from sfumato.observability.images import grid_image
+
+    shown = [recorded[i] for i in evenly(len(recorded), columns)]
+    count = min(pictures, len(recorded[-1].x))
+    drawn = lambda latents: to_unit(decode(latents[:count])).cpu()  # noqa: E731
+    result = drawn(recorded[-1].x)
+    noisy, guesses = [drawn(dimmed(step.before, step.start)) for step in shown], [drawn(step.x0) for step in shown]
+    rows, labels = [], []
+    for number in range(count):
+        for states in (noisy, guesses):
+            rows += [state[number] for state in states] + [result[number]]
+        labels += ["noisy x", "guess of x0"]
+    columns_labels = [f"step {step.step}" for step in shown] + ["result"]
+    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels, alpha=alpha)

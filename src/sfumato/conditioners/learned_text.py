@@ -1,0 +1,143 @@
+"""Text: a small transformer over words, trained along with the model, so that captions work with nothing downloaded."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.tokenizer import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, Words
+from sfumato.config import since
+from sfumato.config.bounds import CountOrZero, Fraction, Size
+from sfumato.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """Steer by captions, read by a transformer that is trained along with the model.
+
+    Attributes:
+        size: channels of tokens and of their summary.
+        layers, heads: of the transformer.
+        length: tokens that are read of a text, the one that marks its start included; what is longer is cut, and said to be.
+        vocabulary: most words with a number of their own; others are spelled in bytes.
+        dropout: share of training samples whose caption is hidden, which is what guidance extrapolates from.
+        spelled: fraction of the words in training captions that are spelled in bytes although they are known, so that the bytes of an
+            unknown word in a prompt are not meaningless; at most one word of a caption, of its first 1 / `spelled`. Validation and
+            sampling spell none of them.
+        splitting: what counts as a word.
+    """
+
+    kind: ClassVar[str] = "learned"
+
+    size: Size = 128
+    layers: Size = 2
+    heads: Size = 4
+    length: Size = 24
+    vocabulary: CountOrZero = 20_000
+    dropout: Fraction = 0.1
+    spelled: Fraction = since(0.02, before=0.0)
+    splitting: Splitting = since(ByScript(), before=ByRuns())
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.spelled <= 1:
+            raise ConfigError(
+                f"spelled = {self.spelled}", where="conditioner.text.spelled", hint="use a fraction of the words, from 0 to 1"
+            )
+        if min(self.size, self.layers, self.heads, self.length - 1) < 1 or self.size % self.heads or self.vocabulary < 0:
+            raise ConfigError(
+                f"{self}",
+                where="conditioner.text",
+                hint="size, layers and heads are at least 1, length 2, and heads divide size",
+            )
+
+    def words(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """The words of captions, the most frequent first, at most 50,000."""
+        return Words.fitted(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
+
+    def build(self, words: Sequence[str], encoder: object) -> WordsConditioner:
+        """The untrained conditioner for captions of these words."""
+        return WordsConditioner(
+            self, words=Words(tuple(words[: self.vocabulary]), self.splitting), rare=words[self.vocabulary :]
+        )
+
+
+class WordsConditioner(nn.Module):
+    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing."""
+
+    def __init__(self, config: WordsConfig, *, words: Words, rare: Sequence[str] = ()) -> None:
+        """`rare` words occur in captions but are spelled in bytes, since the vocabulary is full."""
+        super().__init__()
+        self.config, self.words, self.dropout = config, words, config.dropout
+        self._known = frozenset([*words.vocabulary, *rare])
+        self.length = config.length
+        self.learns_letters = config.spelled > 0 or bool(rare)
+        self.sizes = ContextSizes(vector=config.size, tokens=config.size)
+        self.embedding = nn.Embedding(len(words), config.size, padding_idx=PAD)
+        nn.init.zeros_(self.embedding.weight.data[BYTES:FIRST_WORD])  # what no caption spells must not sound like a word
+        self.positions = nn.Parameter(torch.randn(config.length, config.size) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.size, config.heads, 4 * config.size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerEncoder(
+            layer, config.layers, norm=nn.LayerNorm(config.size), enable_nested_tensor=False
+        )
+        self.summary = nn.Linear(config.size, config.size)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        return self._read(context.get("text", [""] * batch_size), context.get("spelled", [None] * batch_size))
+
+    def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
+        """The context as training tells it: each word is spelled with a probability of `config.spelled`.
+
+        Args:
+            draws: (B,), uniform from `dropout` to 1 where the caption is not hidden. One draw decides both whether a word of a caption
+                is spelled and which.
+        """
+        if not self.config.spelled or "text" not in context:
+            return context
+        chances = ((draws - self.dropout) / max(1 - self.dropout, 1e-9)).tolist()
+        return {**context, "spelled": [int(chance / self.config.spelled) if chance >= 0 else None for chance in chances]}
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """Nothing that the data do not hold."""
+        return {}
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing."""
+        return self._read([""], [None]).expanded(batch_size)
+
+    def read(self, text: str) -> str:
+        """The part of a text that is not cut off."""
+        return self.words.read(text, length=self.config.length)
+
+    def seen(self, text: str) -> tuple[int, ...]:
+        """Numbers that stand for the part of a text that is read: texts that the model cannot tell apart have the same."""
+        return tuple(self.words.encode(text, length=self.config.length))
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it."""
+        return self.words.count(text) > self.config.length
+
+    def unknown(self, text: str) -> list[str]:
+        """Words of a text that no training caption contains, each once; punctuation does not count."""
+        found = dict.fromkeys(self.words.splitting.pieces(text))
+        return [word for word in found if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)]
+
+    def _read(self, texts: Sequence[str], spelled: Sequence[int | None]) -> Condition:
+        length = self.config.length
+        numbers = torch.tensor(
+            [self.words.encode(text, length=length, spelled=word) for text, word in zip(texts, spelled, strict=True)]
+        )
+        numbers = numbers.to(self.positions.device)
+        mask = numbers != PAD
+        tokens = self.transformer(self.embedding(numbers) + self.positions, src_key_padding_mask=~mask)
+        tokens = tokens * mask[..., None]
+        mean = tokens.sum(1) / mask.sum(1, keepdim=True)
+        return Condition(vector=self.summary(mean), tokens=tokens, token_mask=mask)

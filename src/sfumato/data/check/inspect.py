@@ -1,0 +1,378 @@
+"""From the measurements of every picture to findings: which files, what it will do to training, what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.data.check import captions as text
+from sfumato.data.check.findings import KINDS
+from sfumato.data.check.measure import Measurement, measure
+from sfumato.data.decoding import PixelFormat, quiet
+from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
+from sfumato.data.frames import left_out
+from sfumato.data.ledger import Ledger
+from sfumato.data.listing import Entry, Listing, Reject
+from sfumato.data.parallel import in_order
+
+DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
+FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little
+WHITE_SHARE = 0.6
+ASPECT = 1 / 0.35
+UNNAMED = "not named in"  # how the reason begins why an image is left out that metadata do not name
+SAMPLE = 20_000  # pictures that diversity, clusters and outliers are judged by, spread evenly
+EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the set would be used for.
+
+    Attributes:
+        resolution: of the images.
+        parameters: of the model.
+        form: what training would decode the images to, in RGB by default.
+        remarks: what is known about the set beforehand, a sentence each.
+        length: tokens that the model reads of a caption; cuts: whether it cuts one.
+    """
+
+    resolution: int
+    parameters: int = 0
+    form: PixelFormat | None = None
+    remarks: tuple[str, ...] = ()
+    length: int = text.CLIP_LIMIT
+    cuts: Callable[[str], bool] = text.exceeds_clip
+
+
+@dataclass(kw_only=True)
+class Examination:
+    """All that was found.
+
+    Attributes:
+        entries: as listed; positions below count them.
+        form: what they were decoded to, but for the size; in RGB by default.
+        measured: positions of readable pictures, in the order of the arrays.
+        issues: positions by kind; names of what was left out are in `reasons`.
+        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
+        ledger: the account of all that the source holds.
+        groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
+        clusters: positions of typical pictures of each kind of picture found, and the kind's share.
+        figures: counts and scores, as data.json has them.
+        remarks: plain sentences about the set as a whole.
+    """
+
+    source: str
+    entries: Sequence[Entry]
+    form: PixelFormat | None = None
+    issues: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    groups: dict[str, list[list[int]]] = field(default_factory=dict)
+    clusters: list[tuple[list[int], float]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def files(self) -> dict[str, list[str]]:
+        """Names by kind, kinds in the order of the report."""
+        named = {
+            **{kind: sorted(found) for kind, found in self.reasons.items()},
+            **{kind: [self.entries[i].name for i in found] for kind, found in self.issues.items()},
+        }
+        return {kind: named[kind] for kind in KINDS if named.get(kind)}
+
+    def why(self) -> dict[str, str]:
+        """Why each name that was left out was left out."""
+        return {name: reason for reasons in self.reasons.values() for name, reason in reasons.items()}
+
+    def rejects(self) -> dict[str, str]:
+        """Names that training is better without, and why: all but one of each group of copies, and what cannot be learned from.
+
+        Copies under another caption or category stay: leaving them out is for a person to decide.
+        """
+        found = dict(self.reasons.get("unreadable", {}))
+        for kind in ("low_information",):
+            found.update({self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])})
+        for kind in ("duplicate", "near_duplicate"):
+            for kept, *others in self.groups.get(kind, []):
+                copies = [i for i in others if _agree(_called(self.entries[kept]), _called(self.entries[i]))]
+                found.update({self.entries[i].name: f"{kind} of {self.entries[kept].name}" for i in copies})
+        return found
+
+
+def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> Examination:
+    """Measure every picture and say what is to be said; the same data give the same findings."""
+    result = Examination(source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks))
+    for reject in listing.rejects:
+        kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
+        result.reasons.setdefault(kind, {})[reject.name] = reject.reason
+    unreadable: list[Reject] = []
+    positions: list[int] = []
+    found: list[Measurement] = []
+    with quiet():
+        for number, looked in enumerate(in_order(lambda entry: measure(entry, plan.form), listing.entries)):
+            if isinstance(looked, str):
+                unreadable.append(Reject(listing.entries[number].name, looked))
+            else:
+                positions.append(number)
+                found.append(looked)
+            if on_progress is not None:
+                on_progress(number + 1, len(listing.entries))
+    if unreadable:
+        result.reasons["unreadable"] = {reject.name: reject.reason for reject in unreadable}
+    result.ledger = Ledger.of(listing, unreadable)
+    places = np.array(positions, np.int64)
+    result.figures.update(
+        images=len(listing.entries), readable=len(found), unreadable=len(unreadable), ledger=result.ledger.plain()
+    )
+    if found:
+        result.remarks += left_out([m.frames for m in found])
+        _single(result, places, found, plan)
+        _copies(result, places, found)
+        _diversity(result, places, found)
+    _captions(result, plan)
+    _categories(result, set(positions))
+    _size(result, plan)
+    return result
+
+
+def _single(result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: Plan) -> None:
+    """What one picture shows by itself, or beside the usual one."""
+
+    def of(name: str) -> NDArray[Any]:
+        return np.array([getattr(m, name) for m in found])
+
+    size = of("size")
+    longer, shorter = size.max(1), size.min(1)
+    white = of("white")
+    colour = of("colourful") > 2
+    notes = [set(m.notes) for m in found]
+    kinds = {
+        "dark": of("dark_end") < DARK,
+        "bright": (of("bright_end") > BRIGHT) | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
+        "low_information": of("contrast") < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
+        "odd_aspect": _odd_aspect(longer / shorter),
+        "odd_size": _odd_size(np.sqrt(longer * shorter)),
+        "upscaled": shorter < plan.resolution,
+        "grayscale": ~colour if 0.5 < colour.mean() < 1 else np.zeros(len(found), bool),
+        "transparent": np.array(["transparency_filled" in note for note in notes]),
+        "converted": np.array([bool(note - {"transparency_filled"}) for note in notes]),
+    }
+    sharp = of("sharpness")
+    usual = float(np.median(sharp))
+    kinds["blurry"] = (sharp < max(BLURRED, 0.3 * usual)) & ~kinds["low_information"]
+    kinds["bright"] &= ~kinds["low_information"]
+    kinds["dark"] &= ~kinds["low_information"]
+    result.issues.update({kind: places[mask].tolist() for kind, mask in kinds.items() if mask.any()})
+    result.figures.update(
+        median_size=[int(v) for v in np.median(size, axis=0)],
+        smallest_side=int(shorter.min()),
+        largest_side=int(longer.max()),
+        median_sharpness=round(usual, 3),
+        resolution=plan.resolution,
+        notes=dict(sorted(Counter(note for noted in notes for note in noted).items())),
+    )
+
+
+def _odd_aspect(ratio: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Longer over shorter side above 1/0.35, or over twice the usual one."""
+    result: NDArray[np.bool_] = (ratio > ASPECT) | (ratio > 2.0001 * np.median(ratio))
+    return result
+
+
+def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Outside the quartiles by more than three halves of their distance, or by a fifth where that is more; on a log scale."""
+    log = np.log(size)
+    low, high = np.quantile(log, [0.25, 0.75])
+    room = max(1.5 * (high - low), np.log(1.2))
+    result: NDArray[np.bool_] = (log < low - room) | (log > high + room)
+    return result
+
+
+def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
+    """Groups of equal and of nearly equal pictures; look-alikes under different names are kept apart from copies."""
+    same: dict[str, list[int]] = {}
+    for number, measurement in enumerate(found):
+        same.setdefault(measurement.id, []).append(number)
+    groups = [group for group in same.values() if min(found[group[0]].size) >= SMALLEST]
+    called = [_called(result.entries[place]) for place in places]
+    near: list[tuple[int, int]] = []
+    alike: list[tuple[int, int]] = []
+    for one, other in near_pairs(np.array([found[group[0]].thumbnail for group in groups])):
+        # Of equal pictures under several names, those count that are called like the other.
+        matches = [pair for pair in product(groups[one], groups[other]) if _agree(called[pair[0]], called[pair[1]])]
+        near += matches
+        alike += [] if matches else [(groups[one][0], groups[other][0])]
+    area = np.array([m.size[0] * m.size[1] for m in found])
+    copies = {
+        "duplicate": [group for group in same.values() if len(group) > 1],
+        "near_duplicate": _groups(near, area),
+        "look_alike": _groups(alike, area),
+    }
+    for kind, members in copies.items():
+        if members:
+            result.groups[kind] = [[int(places[i]) for i in group] for group in members]
+            result.issues[kind] = sorted(i for group in result.groups[kind] for i in group)
+    links = [(group[0], other) for kind in ("duplicate", "near_duplicate") for group in copies[kind] for other in group[1:]]
+    distinct = len(np.unique(components(len(found), np.array(links, np.int64).reshape(-1, 2))))
+    result.figures.update(copies=len(found) - distinct, distinct=distinct)
+
+
+def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
+    return entry.category, frozenset(entry.captions)
+
+
+def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]) -> bool:
+    """Whether two pictures are called the same, as far as both are called anything."""
+    return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
+
+
+def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[list[int]]:
+    """Connected groups, the largest picture of each first."""
+    members: dict[int, list[int]] = {}
+    for number, group in enumerate(components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()):
+        members.setdefault(group, []).append(number)
+    return [sorted(group, key=lambda i: (-area[i], i)) for group in members.values() if len(group) > 1]
+
+
+def vendi(features: NDArray[np.floating]) -> float:
+    """Effective number of different pictures: exp of the entropy of the eigenvalues of the cosine similarities over n.
+
+    Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; from the smaller of the two Gram matrices, whose eigenvalues agree.
+    """
+    rows = features.astype(np.float64)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    gram = rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T
+    values = np.linalg.eigvalsh(gram / len(rows))
+    values = values[values > 1e-12]
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
+def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
+    """Vendi scores, kinds of pictures, and the ones far from all others, by hand-made features of a spread sample."""
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SAMPLE)).round().astype(int))
+    small = signatures(np.stack([found[i].thumbnail for i in chosen]))
+    small /= np.sqrt(small.shape[1])
+    features = np.concatenate([small, np.stack([found[i].gradients for i in chosen]).astype(np.float32)], axis=1)
+    by_category: dict[str, list[int]] = {}
+    for row, i in enumerate(chosen):
+        category = result.entries[places[i]].category
+        if category:
+            by_category.setdefault(category, []).append(row)
+    scores = {name: round(vendi(features[rows]), 2) for name, rows in sorted(by_category.items()) if len(rows) > 1}
+    result.figures["vendi"] = {
+        "extractor": EXTRACTOR, "n": len(chosen), "overall": round(vendi(features), 2), "by_category": scores,
+    }  # fmt: skip
+    _clusters(result, places[chosen], features)
+
+
+def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[np.float32]) -> None:
+    from scipy.spatial import cKDTree
+    from sklearn.cluster import MiniBatchKMeans
+
+    centred = features - features.mean(0)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, -16:]
+    points = centred @ axes
+    count = int(min(12, len(points) // 20))
+    if count >= 2:
+        means = MiniBatchKMeans(count, random_state=0, n_init=3, batch_size=2048).fit(points)
+        distance = np.linalg.norm(points - means.cluster_centers_[means.labels_], axis=1)
+        for label, size in sorted(Counter(means.labels_.tolist()).items(), key=lambda pair: (-pair[1], pair[0])):
+            inside = np.flatnonzero(means.labels_ == label)
+            typical = inside[np.argsort(distance[inside], kind="stable")[:8]]
+            result.clusters.append((places[typical].tolist(), size / len(points)))
+    if len(points) >= 50:
+        away = cKDTree(points).query(points, k=6, workers=-1)[0][:, 5]
+        middle = np.median(away)
+        limit = middle + 8 * max(np.median(np.abs(away - middle)), 1e-6)
+        far = np.flatnonzero(away > limit)
+        if len(far):
+            result.issues["outlier"] = places[far[np.argsort(-away[far], kind="stable")[:200]]].tolist()
+
+
+def _captions(result: Examination, plan: Plan) -> None:
+    """Findings about texts; nothing is missing where nothing has one."""
+    entries = result.entries
+    captioned = [i for i, entry in enumerate(entries) if entry.captions]
+    if not captioned:
+        return
+    everyone = [caption for i in captioned for caption in entries[i].captions]
+    shared = {caption for caption, times in Counter(entries[i].captions[0] for i in captioned).items() if times > 1}
+
+    def having(test: Callable[[str], bool]) -> list[int]:
+        return [i for i in captioned if any(test(caption) for caption in entries[i].captions)]
+
+    found = {
+        "caption_missing": [i for i, entry in enumerate(entries) if not entry.captions],
+        "caption_duplicate": [i for i in captioned if entries[i].captions[0] in shared],
+        "caption_truncated": having(plan.cuts),
+        "caption_damaged": having(text.is_damaged),
+        "caption_placeholder": having(text.is_placeholder),
+    }
+    result.issues.update({kind: positions for kind, positions in found.items() if positions})
+    lengths = np.array([text.tokens(caption) for caption in everyone])
+    common = Counter(word for caption in everyone for word in set(text.words(caption)))
+    openings = text.templates(everyone)
+    over = {f"over_{limit}_tokens": int((lengths > limit).sum()) for limit in (77, 256, 512)}
+    result.figures["captions"] = {
+        "captioned": len(captioned),
+        "captions": len(everyone),
+        "distinct": len(set(everyone)),
+        "tokens_estimated": {f"p{q}": int(np.quantile(lengths, q / 100)) for q in (5, 50, 95, 100)},
+        **over,
+        "tokens_read": plan.length,
+        "words": len(common),
+        "common_words": common.most_common(30),
+        "openings": [[opening, round(share, 3)] for opening, share in openings],
+    }
+    if openings and openings[0][1] > 0.5:
+        result.remarks.append(
+            f"{openings[0][1]:.0%} of the captions begin “{openings[0][0]} …”: the model will want that opening in every prompt."
+        )
+    if lengths.size and np.quantile(lengths, 0.95) < 12:
+        result.remarks.append(
+            "All captions are short: a mix of short and long ones teaches a model to follow prompts far better."
+        )
+
+
+def _categories(result: Examination, readable: set[int]) -> None:
+    counts = Counter(e.category for i, e in enumerate(result.entries) if e.category and i in readable)
+    if not counts:
+        return
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    effective = float(np.exp(-(shares * np.log(shares)).sum()))
+    result.figures["categories"] = {"counts": dict(sorted(counts.items())), "effective_number": round(effective, 2)}
+    name, least = min(counts.items(), key=lambda pair: (pair[1], pair[0]))
+    if effective < 0.7 * len(counts):
+        result.remarks.append(
+            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” has {least} picture(s) "
+            "and will be drawn worst."
+        )
+    if least < 20:
+        result.remarks.append(f"“{name}” has only {least} picture(s): too few to learn a kind from; expect copies.")
+
+
+def _size(result: Examination, plan: Plan) -> None:
+    """Whether there is enough for the model that would be trained."""
+    distinct = result.figures.get("distinct", 0)
+    if not distinct:
+        result.remarks.append("No picture can be read: there is nothing to learn from.")
+        return
+    if distinct < 100:
+        result.remarks.append(f"{distinct} different pictures: enough to fine-tune a trained model, not to train one.")
+    elif distinct < 1000:
+        result.remarks.append(
+            f"{distinct} different pictures: a small model will learn them by heart unless augmented and stopped early."
+        )
+    values = distinct * plan.resolution**2 * 3
+    result.figures["model"] = {"resolution": plan.resolution, "parameters": plan.parameters, "values_in_pictures": values}
+    if plan.parameters > values:
+        result.remarks.append(
+            f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more than the {values / 1e6:.1f}M values in all "
+            "pictures: it could store them, so watch the gap to held-out pictures."
+        )

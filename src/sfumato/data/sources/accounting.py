@@ -1,0 +1,49 @@
+"""The fate of each file of a set: an image, something that says something about images, or left out with a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sfumato.data.file_types import SUFFIXES
+from sfumato.data.listing import Reject, legible
+
+LAYERS = {"doodle": SUFFIXES, "mask": SUFFIXES, "points": (".npy", ".ply", ".xyz", ".csv")}
+KINDS = {
+    "captions": "captions", "json": "JSON files", "cls": "category files", "doodle": "doodles", "mask": "masks", "points": "point clouds",
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What is known so far; the first fate of a file is its last.
+
+    Attributes:
+        shown: a name as people see it.
+        rejects: what is left out; remarks: how the set is read.
+        beside: files that say something about images, by kind.
+        settled: files whose fate is known.
+    """
+
+    shown: Callable[[str], str] = legible
+    rejects: list[Reject] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    beside: Counter[str] = field(default_factory=Counter)
+    settled: set[str] = field(default_factory=set)
+
+    def use(self, name: str) -> None:
+        """The file becomes an image."""
+        self.settled.add(name)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """The file is left out."""
+        if name not in self.settled:
+            self.settled.add(name)
+            self.rejects.append(Reject(self.shown(name), reason))
+
+    def count(self, name: str, kind: str) -> None:
+        """The file says something about images."""
+        if name not in self.settled:
+            self.settled.add(name)
+            self.beside[kind] += 1

@@ -1,0 +1,193 @@
+"""What metadata say of the images of a set: tables by any usual name and in any usual form, and EDM's dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from sfumato.data.file_types import stem_of
+from sfumato.data.files import UnsafePath
+from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, legible
+from sfumato.data.sources.accounting import KINDS, LAYERS, Account
+from sfumato.data.sources.metadata import Finder, Row, Table, is_authoritative, may_be_table, read_table
+from sfumato.errors import DataError
+
+MAX_TABLE_BYTES = 64 << 20  # of a table that is not called metadata
+UNNAMED = "not named in the metadata"
+ROWS_TRIED, MOST_TABLES = 50, 100
+
+
+class Told(NamedTuple):
+    """What metadata say of images, by the image's name, and whether categories are among it."""
+
+    facts: dict[str, dict[str, Any]]
+    categories: bool
+
+
+@dataclass(kw_only=True)
+class Metadata:
+    """The metadata of a set.
+
+    Attributes:
+        where, names, blob, check, check_text, unnamed: as of the `Tree` that they lie in.
+        account: of the tree's files.
+    """
+
+    where: str
+    names: Sequence[str]
+    blob: Callable[[str], Blob]
+    check: Callable[[str], str]
+    check_text: Callable[[str], str]
+    unnamed: Literal["leave_out", "use"]
+    account: Account
+    _facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _drawn: dict[str, str] = field(default_factory=dict)  # layers that tables name, with their kind
+
+    @cached_property
+    def _finder(self) -> Finder:
+        return Finder(self.names, self.check)
+
+    def read(self, images: Sequence[str], layers: Mapping[str, str]) -> Told:
+        """What they say of `images`; `layers` are files that are known to belong to one.
+
+        Raises:
+            DataError: if a file that is called metadata is damaged or names no image that is there.
+        """
+        stems = {stem_of(name) for name in images}
+        candidates = [name for name in self.names if may_be_table(name) and name not in layers and stem_of(name) not in stems]
+        decisive = [name for name in self.names if is_authoritative(name)]
+        if len({name.rpartition(".")[2].lower() for name in decisive}) > 1:
+            raise DataError(
+                f"metadata files of several kinds: {', '.join(decisive[:3])}", where=self.where, hint="keep one kind of them"
+            )
+        for name in decisive or candidates[:MOST_TABLES]:
+            self._by_table(name, decisive=bool(decisive))
+        for name in self._drawn.keys() - self._facts.keys():
+            self.account.count(name, KINDS[self._drawn[name]])
+        if decisive:
+            self._leave_out_unnamed(images, UNNAMED)
+        for name in [name for name in self.names if name.rpartition("/")[2] == "dataset.json"][:1]:
+            self._by_dataset_json(name, images)
+        return Told(self._facts, categories=any("category" in found for found in self._facts.values()))
+
+    def _by_table(self, name: str, *, decisive: bool) -> None:
+        """Add what a table says. One that is not called metadata counts if it names images."""
+        try:
+            data = self.blob(self.check_text(name)).read()
+            if not decisive and len(data) > MAX_TABLE_BYTES:
+                raise ValueError(f"more than {MAX_TABLE_BYTES >> 20} MiB")
+            if len(data) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+            table = read_table(name, data)
+        except (OSError, ValueError, RecursionError, UnsafePath) as error:
+            if decisive:
+                raise DataError(
+                    f"{name} cannot be read: {str(error)[:200]}", where=self.where,
+                    hint="repair or remove that file, or set data.source.metadata=off",
+                ) from None  # fmt: skip
+            self.account.leave_out(name, f"a table that cannot be read: {str(error)[:100]}")
+            return
+        folder = name.rpartition("/")[0]
+        if not decisive and not _names_some(table, self._finder, folder):
+            return  # its fate is that of any other file
+        before, faults = len(self._facts), len(self.account.rejects)
+        for row in table.rows:
+            self._row(row, table.file_column, folder)
+        if decisive and len(self._facts) == before:
+            self._refuse(table, self.account.rejects[faults:])
+        self.account.count(name, "metadata")
+        if table.unused:
+            self.account.remarks.append(
+                f"{name}: columns that are not used: {', '.join(map(legible, table.unused[:12]))[:300]}"
+            )
+
+    def _refuse(self, table: Table, faults: Sequence[Reject]) -> None:
+        reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in faults[:3]) or "it has no rows"
+        column = (
+            "its column of file names is one of file_name, image, path, ..." if table.file_column is None else "check the names"
+        )
+        raise DataError(
+            f"its metadata name no picture that is there ({reasons})", where=self.where,
+            hint=f"{column}, or set data.source.metadata=off",
+        )  # fmt: skip
+
+    def _row(self, row: Row, column: str | None, folder: str) -> None:
+        facts, find = self._facts, self._finder.find
+        try:
+            if row.fault:
+                raise UnsafePath(row.fault)
+            value = None if column is None else row.record.get(column)
+            if value is None or value == "":
+                raise UnsafePath(f"has no file_name; its columns are {', '.join(map(str, row.record))[:200]}")
+            name = find(value, folder)
+            told = described(row.record)
+            layers = {
+                layer: find(other, folder)
+                for layer in LAYERS
+                if (other := row.record.get(f"{layer}_file_name")) not in (None, "")
+            }
+            if name in facts:
+                if facts[name].get("captions") and told.get("captions"):  # several rows for an image are several captions
+                    facts[name]["captions"] = (*facts[name]["captions"], *told["captions"])
+                    return
+                raise UnsafePath(f"{name[:80]!r} is named twice")
+        except (UnsafePath, ValueError) as reason:
+            self.account.rejects.append(Reject(legible(row.place), str(reason), part=True))
+            return
+        for layer, other in layers.items():
+            self._drawn[other] = layer
+            told[layer] = self.blob(other)
+        facts[name] = told
+
+    def _leave_out_unnamed(self, images: Sequence[str], reason: str) -> None:
+        unnamed = [name for name in images if name not in self._facts and name not in self.account.settled]
+        if not unnamed:
+            return
+        said = f"{len(unnamed)} images are not named in the metadata and are "
+        if self.unnamed == "use":
+            self.account.remarks.append(f"{said}trained without a caption")
+            return
+        for name in unnamed:
+            self.account.leave_out(name, reason)
+        self.account.remarks.append(f"{said}left out; data.source.unnamed=use trains them without a caption")
+
+    def _by_dataset_json(self, file: str, images: Sequence[str]) -> None:
+        """EDM's and StyleGAN's label file; any other file of that name is passed over."""
+        try:
+            data = self.blob(file).read()
+            if len(data) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+            record = json.loads(data)
+            if not isinstance(record, dict) or "labels" not in record:
+                self.account.leave_out(file, 'not a label file, which holds {"labels": [["00000/img00000000.png", 6], ...]}')
+                return
+            folder = file.removesuffix("dataset.json")
+            categories = {folder + str(name): str(label) for name, label in record["labels"] or []}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"dataset.json cannot be read: {str(error)[:100]}", where=self.where,
+                hint='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}; or set data.source.metadata=off',
+            ) from None  # fmt: skip
+        self.account.count(file, "metadata")
+        for name in images:
+            if name in categories:
+                self._facts.setdefault(name, {})["category"] = legible(categories[name])
+        if categories:
+            self._leave_out_unnamed(images, "not named in dataset.json")
+
+
+def _names_some(table: Table, finder: Finder, folder: str) -> bool:
+    """Whether any of a table's first rows names a file that is there, and says something of it."""
+    if table.file_column is None:
+        return False
+    for row in table.rows[:ROWS_TRIED]:
+        try:
+            finder.find(row.record.get(table.file_column), folder)
+            if described(row.record):
+                return True
+        except (UnsafePath, ValueError):
+            continue
+    return False

@@ -1,0 +1,238 @@
+"""Arrays of pixels in an .npz."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.data import files
+from sfumato.data.listing import DAMAGED_ZIP, Entry, Listing, Reject, Source, legible, read
+from sfumato.data.pixel_values import is_numeric
+from sfumato.data.splits import TRAIN, split_of
+from sfumato.errors import DataError
+
+IMAGES, LABELS = (
+    ("images", "image", "x", "samples", "imgs", "data", "arr_0"),
+    ("labels", "label", "y", "targets", "target", "arr_1"),
+)
+MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_PICTURES = 64 << 30, 1 << 30, 200, 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture of an array on disk, as the bytes of a .npy."""
+
+    path: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> bytes:
+        dtype = np.dtype(self.dtype)
+        size = math.prod(self.shape) * dtype.itemsize
+        data = read(self.path, self.offset, size)
+        if len(data) < size:
+            raise OSError(f"{self.path} is cut short")
+        buffer = io.BytesIO()
+        np.save(buffer, np.frombuffer(data, dtype).reshape(self.shape), allow_pickle=False)
+        return buffer.getvalue()
+
+
+class Part(NamedTuple):
+    """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the names of images and labels."""
+
+    holdout: str | None
+    images: str
+    labels: str | None
+
+
+@dataclass(frozen=True)
+class Npz(Source):
+    """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
+
+    Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
+    `val` are held out.
+    """
+
+    path: str
+
+    def listing(self) -> Listing:
+        try:
+            with zipfile.ZipFile(files.local(self.path)) as archive:
+                infos = {
+                    info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")
+                }
+                parts = _parts(list(infos))
+                if not parts:
+                    raise DataError(
+                        f"holds {', '.join(list(infos)[:5]) or 'no arrays'}",
+                        where=self.path,
+                        hint="name the pixels `images` or `arr_0`, or `train_images` and `test_images`",
+                    )
+                entries = [entry for part in parts for entry in self._entries(archive, infos, part, len(parts))]
+        except FileNotFoundError:
+            raise DataError(
+                "no such file", where=self.path, hint="check the path; it is relative to where you run sfumato"
+            ) from None
+        except (*DAMAGED_ZIP, OSError) as error:
+            raise DataError(
+                f"is no whole .npz of plain numbers: {str(error)[:200]}",
+                where=self.path,
+                hint="save it with np.savez",
+            ) from None
+        used = {name for part in parts for name in (part.images, part.labels)}
+        rejects = [
+            Reject(legible(name), "an array that is neither images nor labels", part=True) for name in infos if name not in used
+        ]
+        held = [f"{part.images} as {part.holdout}" for part in parts if part.holdout is not None]
+        remarks = (f"held out by name: {', '.join(held)}",) if held else ()
+        return Listing(entries=entries, rejects=rejects, unit="images", remarks=remarks)
+
+    def _entries(self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int) -> list[Entry]:
+        """The images of one part."""
+        place, start = _plain(self.path, archive, infos[part.images])
+        shape, dtype, offset = _header(files.local(place), start)
+        categories = None if part.labels is None else _categories(archive, infos[part.labels])
+        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_PICTURES:
+            raise DataError(
+                f"pixels of shape {shape} and type {dtype}",
+                where=self.path,
+                hint=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
+            )
+        if categories is not None and len(categories) != shape[0]:
+            raise DataError(
+                f"{len(categories)} labels for {shape[0]} pictures", where=self.path, hint="give each picture one label"
+            )
+        size = math.prod(shape[1:]) * dtype.itemsize
+        if offset + shape[0] * size > files.local(place).stat().st_size:
+            raise DataError("is cut short", where=self.path, hint="fetch or make it again")
+        width, prefix = len(str(shape[0] - 1)), f"{legible(part.images)}/" if parts > 1 else ""
+        return [
+            Entry(
+                name=f"{prefix}{i:0{width}d}", image=Row(place, offset + i * size, shape[1:], dtype.str),
+                category=None if categories is None else categories[i], holdout=part.holdout,
+            )
+            for i in range(shape[0])
+        ]  # fmt: skip
+
+
+def _parts(names: Sequence[str]) -> list[Part]:
+    """Which arrays are images, which are their labels, and which are held out."""
+    found: dict[str | None, tuple[str, str | None]] = {}
+    for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
+        own = {_split(name)[1]: name for name in names if _split(name)[0] == split}
+        image, label = (next((own[key] for key in keys if key in own), None) for keys in (IMAGES, LABELS))
+        if image is not None:
+            found[split] = (image, label)
+    trained = [split for split in found if split_of(str(split)) == TRAIN]
+    if trained:
+        return [
+            Part(None if split in trained else split, *pair)
+            for split, pair in sorted(found.items(), key=lambda item: item[0] not in trained)
+        ]
+    image, label = (next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS))
+    return [] if image is None else [Part(None, image, label)]
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """`train` and `images` of `train_images`; `test` and `x` of `x_test`; None where a name is of no split."""
+    first, _, rest = name.lower().partition("_")
+    start, _, last = name.lower().rpartition("_")
+    if rest and split_of(first) is not None:
+        return first, rest
+    return (last, start) if start and split_of(last) is not None else (None, name)
+
+
+def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, int]:
+    """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the cache."""
+    file = files.local(path)
+    if info.compress_type == zipfile.ZIP_STORED:
+        with file.open("rb") as stream:
+            stream.seek(info.header_offset)
+            header = stream.read(30)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError("a member's header is damaged")
+        return path, info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    _check_size(info, MAX_UNPACKED_BYTES)
+    state = file.stat()
+    identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {info.filename}"
+    target = files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as out, archive.open(info) as member:
+                while block := member.read(1 << 20):
+                    out.write(block)
+            os.replace(name, target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return str(target), 0
+
+
+def _header(path: Path, start: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    with path.open("rb") as file:
+        file.seek(start)
+        shape, dtype = _read_header(file)
+        return shape, dtype, file.tell()
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"an array of format {version}")
+    try:
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # whatever Python's own parser does on a header that is nested, long or cut
+        raise ValueError(str(error)[:200] or type(error).__name__) from None
+    if fortran or dtype.hasobject:
+        raise ValueError("an array of Python objects" if dtype.hasobject else "an array in Fortran order")
+    return shape, dtype
+
+
+def _check_size(info: zipfile.ZipInfo, limit: int) -> None:
+    if info.file_size > limit or info.file_size > max(1 << 20, MAX_RATIO * info.compress_size):
+        raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes, more than {limit} or {MAX_RATIO} times its size")
+
+
+def plain_array(data: bytes) -> NDArray:
+    """The array of an .npy; nothing larger than the file is ever reserved for it.
+
+    Raises:
+        ValueError: if it is damaged, or holds anything but plain numbers and texts.
+    """
+    stream = io.BytesIO(data)
+    shape, dtype = _read_header(stream)
+    try:
+        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
+def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
+    _check_size(info, MAX_LABEL_BYTES)
+    with archive.open(info) as file:
+        labels = plain_array(file.read())
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
+        labels = labels.argmax(1)  # one-hot
+    try:
+        return [_text(label) for label in labels.reshape(-1).tolist()]
+    except SystemError:  # numpy's, of letters beyond Unicode
+        raise ValueError("labels that are no text") from None
+
+
+def _text(label: object) -> str:
+    return legible(label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label))

@@ -1,0 +1,333 @@
+"""Parquet with pictures inside, as Hugging Face writes it. The only file here that knows pyarrow."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sfumato.data import files
+from sfumato.data.listing import Entry, Listing, Reject, Source, described, legible, normalized_key, says_something
+from sfumato.data.sources.metadata import FILE_KEYS
+from sfumato.data.splits import held_out_files
+from sfumato.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
+CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
+MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
+BATCH, MAX_RATIO = 100, 200
+LAYERS = ("doodle", "mask", "points")
+
+
+def arrow() -> Any:
+    """pyarrow.
+
+    Raises:
+        DataError: if it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("parquet needs the package pyarrow", where="data", hint="pip install 'sfumato[parquet]'") from None
+    return pyarrow
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value of a binary or image-struct column."""
+
+    path: str
+    group: int
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        values = _column(_Place(self.path, files.version(self.path), self.group, self.column))
+        data = values[self.row].as_py() if self.row < len(values) else None
+        if not isinstance(data, bytes):
+            raise OSError("the cell holds no bytes")
+        return data
+
+
+class _Place(NamedTuple):
+    """A column of one row group of one version of a file."""
+
+    path: str
+    version: tuple[int, ...]
+    group: int
+    column: str
+
+
+_kept: OrderedDict[_Place, Any] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _column(place: _Place) -> Any:
+    with _lock:
+        if place in _kept:
+            _kept.move_to_end(place)
+            return _kept[place]
+        return _read_column(place)
+
+
+def _read_column(place: _Place) -> Any:
+    try:
+        values = _pictures(place.path, place.version).read_row_group(place.group, columns=[place.column]).column(place.column)
+    except (arrow().ArrowException, OSError, IndexError, KeyError) as error:
+        raise OSError(f"{place.path}: {str(error)[:200]}") from None
+    values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+    if arrow().types.is_struct(values.type):  # Hugging Face's bytes and path: null where either the struct or its bytes are
+        values = values.flatten()[values.type.get_field_index("bytes")]
+    _kept[place] = values
+    while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > CACHE_BYTES:
+        _kept.popitem(last=False)
+    return values
+
+
+@lru_cache(maxsize=64)
+def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+    """A table, opened again when the file was replaced."""
+    return arrow().parquet.ParquetFile(files.local(path))
+
+
+@lru_cache(maxsize=64)
+def _pictures(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+    """The same, whose pictures stay as they are stored: one that stands for a million rows is kept once."""
+    file = _file(path, version)
+    kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}
+    once = [f"{name}.bytes" if arrow().types.is_struct(kind) else name for name, kind in kinds.items()]
+    return arrow().parquet.ParquetFile(files.local(path), metadata=file.metadata, read_dictionary=once)
+
+
+@dataclass(frozen=True)
+class Parquet(Source):
+    """A .parquet file or a folder of them: a column of pictures (bytes, or Hugging Face's struct of bytes and path), others beside it."""
+
+    path: str
+
+    def listing(self) -> Listing:
+        if not files.exists(self.path):
+            raise DataError(
+                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
+            )
+        root = self.path.rstrip("/")
+        names, passed_over = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
+        tables = [name for name in names if name.lower().endswith(".parquet")] if files.is_folder(self.path) else [""]
+        held = held_out_files(tables)
+        entries: dict[str, Entry] = {}
+        rejects = [Reject(legible(name), "a file beside the tables") for name in names if name not in set(tables)]
+        rejects += [Reject(legible(name), reason) for name, reason in passed_over]
+        found, unused = len(rejects), set[str]()
+        for table in tables:
+            prefix = f"{legible(table)}:" if table else ""
+            rows, columns = _list(f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects)
+            found, unused = found + rows, unused | columns
+        if not entries:
+            reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
+            raise DataError(
+                "holds no rows" + (f" that can be read ({reasons})" if reasons else ""),
+                where=self.path,
+                hint="name a .parquet file or the folder that holds them",
+            )
+        remarks = [f"columns that are not used: {', '.join(map(legible, sorted(unused)[:12]))[:300]}"] if unused else []
+        remarks += [f"held out by the table's name: {', '.join(map(legible, held))[:300]}"] if held else []
+        return Listing(entries=list(entries.values()), rejects=rejects, unit="rows", found=found, remarks=tuple(remarks))
+
+
+def _list(
+    path: str, prefix: str, holdout: str | None, entries: dict[str, Entry], rejects: list[Reject]
+) -> tuple[int, set[str]]:
+    """Add a table's rows, each under a name of its own; how many rows there are, and the columns that say nothing."""
+    try:
+        file = _file(path, files.version(path))
+        columns = _Columns.of(file.schema_arrow, path)
+        room = max(64 << 20, MAX_RATIO * files.local(path).stat().st_size)
+        for group in range(file.num_row_groups):
+            _check_group(file.metadata, group, path)
+            for row, record in enumerate(_records(file, group, columns.described)):
+                name = prefix + columns.name(record)
+                if name == prefix or name in entries:
+                    name += ("" if name == prefix else "#") + f"{group:05d}-{row:05d}"
+                try:
+                    entry = columns.entry(name, path, group, row, record)
+                    entries[name] = entry if holdout is None or entry.holdout else replace(entry, holdout=holdout)
+                    room -= len(name) + sum(map(len, entries[name].captions))
+                except ValueError as error:
+                    rejects.append(Reject(name, str(error)))
+                if room < 0:
+                    raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
+        return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
+    except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+        raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, hint="fetch or make it again") from None
+
+
+def _check_group(metadata: Any, group: int, path: str) -> None:
+    found = metadata.row_group(group)
+    if found.total_byte_size > MAX_GROUP_BYTES:
+        raise DataError(f"row group {group} is over 2 GiB", where=path, hint="write it with row groups of at most 1,000 rows")
+    if metadata.num_rows > MAX_ROWS or not 0 <= found.num_rows <= MAX_ROWS:
+        raise DataError(f"over {MAX_ROWS} rows", where=path, hint="split it into several files")
+
+
+def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a group, a few at a time: a small file can stand for very long columns."""
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
+        yield from batch.to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """What each column of a table is.
+
+    Attributes:
+        image: the pictures.
+        layers: other pictures and points that are there.
+        structs: those of them that are structs of bytes and path.
+        described: all that say something of a picture, in the words of `read_row_group`.
+        labels: names of ClassLabel columns.
+    """
+
+    image: str
+    layers: list[str]
+    structs: list[str]
+    described: list[str]
+    labels: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, schema: Any, path: str) -> _Columns:
+        twice = [name for name, count in Counter(schema.names).items() if count > 1]
+        if twice:
+            raise DataError(f"has two columns {twice[0][:80]!r}", where=path, hint="give each column a name of its own")
+        image = _image_column(schema, path)
+        layers = [name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)]
+        structs = [name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)]
+        texts = [name for name in schema.names if says_something(name) and name not in (image, *layers)]
+        described = [*texts, *(f"{name}.path" for name in structs)]
+        return cls(image=image, layers=layers, structs=structs, described=described, labels=_label_names(schema))
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the columns that are read."""
+        return {self.image, *self.layers, *(name for name in self.described if not name.endswith(".path"))}
+
+    def name(self, record: dict[str, Any]) -> str:
+        """What the row calls its picture, or ""."""
+        inner = (record.get(self.image) or {}) if self.image in self.structs else {}
+        return legible(str(inner.get("path") or ""))
+
+    def entry(self, name: str, path: str, group: int, row: int, record: dict[str, Any]) -> Entry:
+        for key, labels in self.labels.items():
+            if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
+                record[key] = labels[record[key]]
+        layers: dict[str, Any] = {
+            layer: Cell(path, group, row, layer)
+            for layer in self.layers
+            if layer not in self.structs or record.get(layer) is not None
+        }
+        texts = {key: value for key, value in record.items() if says_something(key) and key != self.image}
+        return Entry(name=name, image=Cell(path, group, row, self.image), **layers, **described(texts))
+
+
+def _is_bytes(kind: Any) -> bool:
+    types = arrow().types
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _image_column(schema: Any, path: str) -> str:
+    candidates = [name for name in schema.names if _is_bytes(schema.field(name).type)]
+    named = [name for name in IMAGE_COLUMNS if name in candidates]
+    rest = [name for name in candidates if name not in LAYERS]
+    if not named and len(rest) != 1:
+        columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
+        wrong = next((name for name in IMAGE_COLUMNS if name in schema.names and name not in candidates), None)
+        advice = "name the column of encoded images `image`"
+        if wrong is not None:
+            kind = schema.field(wrong).type
+            advice = f"column {wrong} must hold encoded images (bytes, or a struct of bytes and path), not {kind}"
+        raise DataError(f"its columns are {columns[:300]}", where=path, hint=advice)
+    return (named or rest)[0]
+
+
+def _label_names(schema: Any) -> dict[str, list[str]]:
+    """Names of ClassLabel columns, from the metadata that Hugging Face writes."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: [str(label) for label in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def rows(data: bytes) -> Iterator[dict[str, Any]]:
+    """The rows of a small table given as bytes, such as metadata.parquet."""
+    try:
+        file = arrow().parquet.ParquetFile(io.BytesIO(data))
+        schema = file.schema_arrow
+        known = [name for name in schema.names if says_something(name) or _names_files(name, schema.field(name).type)]
+        for group in range(file.num_row_groups):
+            _check_group(file.metadata, group, "metadata.parquet")
+            yield from _records(file, group, known)
+    except (arrow().ArrowException, KeyError, OverflowError) as error:
+        raise ValueError(str(error)[:200]) from None
+
+
+def _names_files(name: str, kind: Any) -> bool:
+    """Whether a column may hold names of files."""
+    types = arrow().types
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)
+    return name.endswith("file_name") or (normalized_key(name) in FILE_KEYS and bool(text))
+
+
+def _cell(name: str, value: Any) -> Any:
+    if name == "attributes":
+        return json.dumps(value, ensure_ascii=False) if value else None
+    return list(value) if name == "captions" else value
+
+
+class TableWriter:
+    """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same values give the same bytes."""
+
+    def __init__(self, path: Path, *, pictures: tuple[str, ...], texts: tuple[str, ...]) -> None:
+        pa = arrow()
+        value = {"dtype": "string", "_type": "Value"}
+        features: dict[str, Any] = {name: {"_type": "Image"} for name in pictures if name != "points"}
+        features |= {name: {"feature": value, "_type": "List"} if name == "captions" else value for name in texts}
+        struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        kinds = {"captions": pa.list_(pa.string())}
+        fields = [*((name, struct) for name in pictures), *((name, kinds.get(name, pa.string())) for name in texts)]
+        self.schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+        self.pictures, self.texts = pictures, texts
+        self._writer = pa.parquet.ParquetWriter(
+            path, self.schema, compression="none", use_dictionary=False, write_statistics=False
+        )
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """One row group, from the encoded bytes by picture's name, "name", and texts."""
+        columns: dict[str, list[Any]] = {
+            name: [
+                {"bytes": row[name], "path": row["name"] if name == "image" else None} if name in row else None for row in rows
+            ]
+            for name in self.pictures
+        }
+        columns |= {name: [_cell(name, row[name]) for row in rows] for name in self.texts}
+        self._writer.write_table(arrow().table(columns, schema=self.schema), row_group_size=len(rows))
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()

@@ -1,0 +1,224 @@
+"""Tar files, WebDataset's (`key.jpg key.txt key.json ...`) and any others, read in place and never unpacked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, ClassVar, Literal, NamedTuple
+
+from sfumato.data import files
+from sfumato.data.file_types import HEAD_BYTES, is_image
+from sfumato.data.files import UnsafePath
+from sfumato.data.listing import Listing, Reject, Slice, Source, legible, read
+from sfumato.data.sources.accounting import LAYERS
+from sfumato.data.sources.tree import Tree
+from sfumato.data.splits import held_out_files
+from sfumato.errors import DataError
+
+MAX_MEMBERS = 1_000_000  # of one shard
+MAX_HEADER_BYTES = 1 << 20  # of one member's extended header
+
+
+class Member(NamedTuple):
+    """A regular file inside a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class WebDataset(Source):
+    """A .tar, or a folder of them: WebDataset's shards, or folders that somebody packed. Read as the folder that they hold together.
+
+    Attributes:
+        path, metadata, unnamed: as of a folder.
+    """
+
+    kind: ClassVar[str] = "webdataset"
+
+    path: str
+    metadata: Literal["auto", "off"] = "auto"
+    unnamed: Literal["leave_out", "use"] = "leave_out"
+
+    def listing(self) -> Listing:
+        shards, rejects = self._shards()
+        members: dict[str, tuple[str, Member]] = {}
+        for shard in shards:
+            prefix = "" if shard == self.path else f"{self._below(shard)}/"
+            found, refused = indexed(shard)
+            shown = _shown(prefix)
+            rejects += [Reject(shown(prefix + reject.name), reject.reason, reject.part) for reject in refused]
+            for member in found:
+                if prefix + member.name in members:
+                    rejects.append(Reject(shown(prefix + member.name), "appears twice in the tar: the first one counts"))
+                else:
+                    members[prefix + member.name] = (shard, member)
+        for name in _further_images(members):
+            prefix = name[: len(name) - len(members[name][1].name)]
+            rejects.append(Reject(_shown(prefix)(name), "another image of the same sample"))
+            del members[name]
+        return self._tree(shards, members, rejects).listing()
+
+    def _tree(self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]) -> Tree:
+        held = {} if shards == [self.path] else held_out_files([self._below(shard) for shard in shards])
+        prefixes = {name: name[: len(name) - len(member.name)] for name, (_, member) in members.items()}
+
+        def blob(name: str) -> Slice:
+            shard, member = members[name]
+            return Slice(shard, member.offset, member.size)
+
+        def head(name: str) -> bytes:
+            shard, member = members[name]
+            return read(shard, member.offset, min(HEAD_BYTES, member.size))
+
+        return Tree(
+            where=self.path, names=list(members), blob=blob, head=head, metadata=self.metadata, unnamed=self.unnamed, rejects=rejects,
+            inside=lambda name: members[name][1].name, shown=lambda name: _shown(prefixes.get(name, ""))(name),
+            holdout=lambda name: held.get(prefixes[name].rstrip("/")), unit="members",
+        )  # fmt: skip
+
+    def _below(self, shard: str) -> str:
+        """A shard's path below the folder."""
+        return shard[len(self.path.rstrip("/")) + 1 :]
+
+    def _shards(self) -> tuple[list[str], list[Reject]]:
+        """The tars, and what else lies in their folder."""
+        if not files.exists(self.path):
+            raise DataError(
+                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
+            )
+        root = self.path.rstrip("/")
+        walked = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
+        found = [f"{root}/{name}" for name in walked.names] or [self.path]
+        packed = [name for name in found if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
+        if packed:
+            raise DataError(
+                "is a compressed tar: no random access",
+                where=packed[0],
+                hint="unpack it to .tar; pictures are compressed already",
+            )
+        shards = [name for name in found if name.lower().endswith(".tar")]
+        if not shards:
+            raise DataError("holds no .tar shards", where=self.path, hint="name a .tar file or the folder that holds them")
+        others = [self._below(name) for name in found if name not in set(shards)]
+        rejects = [Reject(legible(name), "a file beside the shards") for name in others]
+        return shards, [*rejects, *(Reject(legible(name), reason) for name, reason in walked.passed_over)]
+
+
+def _shown(prefix: str) -> Callable[[str], str]:
+    """A member's name for people: `shard.tar:cats/0.png`."""
+    return lambda name: f"{legible(prefix[:-1])}:{legible(name[len(prefix) :])}" if prefix else legible(name)
+
+
+def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
+    """Images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`; layers that models read are none of them."""
+    plain = {_key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]}
+    return [
+        name
+        for name in members
+        if is_image(name)
+        and "." in (fields := name[len(_key(name)) + 1 :])
+        and fields.partition(".")[0].lower() not in LAYERS
+        and _key(name) in plain
+    ]
+
+
+def _key(name: str) -> str:
+    """The path up to the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
+    """The regular members of a tar, from the cache if this very file was indexed before."""
+    try:
+        path = files.local(shard)
+        state = path.stat()
+        identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 2"
+        kept = files.cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+            stored = json.loads(kept.read_text())
+            return [Member(*member) for member in stored["members"]], [Reject(*reject) for reject in stored["rejects"]]
+        members, rejects = _index(path)
+    except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise DataError(f"is no whole tar: {error}", where=shard, hint="fetch or make it again") from None
+    _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects]}))
+    return members, rejects
+
+
+def _keep(target: Path, text: str) -> None:
+    """Write into the cache if it can be written to; it saves time and nothing else."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent)
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, target)
+    except OSError:
+        return
+
+
+class _Headers:
+    """A tar file that refuses to read more at once than any header needs: sizes in it are claims."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _index(path: Path) -> tuple[list[Member], list[Reject]]:
+    members: list[Member] = []
+    rejects: list[Reject] = []
+    size = path.stat().st_size
+    with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
+        for info in _headers(tar, path.name, rejects):
+            plain = info.name.replace("\\", "/").removeprefix("./")  # as Windows, and `tar c .`, write them
+            name = legible(plain)
+            parts = plain.split("/")
+            if info.isdir() or files.is_hidden(parts) or any(part.startswith("__") for part in parts):
+                continue
+            try:
+                if not info.isreg() or info.issparse():
+                    raise UnsafePath("is a link, a device or sparse")
+                files.check_relative(plain)
+                if info.size < 0 or info.offset_data + info.size > size:
+                    raise UnsafePath("is cut short")
+            except UnsafePath as reason:
+                rejects.append(Reject(name[:200], str(reason)))
+            else:
+                members.append(Member(plain, info.offset_data, info.size))
+        file.seek(min(max(0, tar.offset), size))
+        if any(file.read(tarfile.BLOCKSIZE)):  # a whole tar ends in zeros
+            lost = f"damaged after {len(members)} members: what follows cannot be read"
+            rejects.append(Reject(legible(path.name), lost, part=True))
+    return members, rejects
+
+
+def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator[tarfile.TarInfo]:
+    for number in range(MAX_MEMBERS + 1):
+        before = tar.offset
+        try:
+            info = tar.next()
+            if info is not None and tar.offset <= before and number:
+                raise tarfile.ReadError("a member of negative size")
+        except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+            rejects.append(Reject(legible(name), f"damaged after {number} members: {error}", part=True))
+            return
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+        if info is None:
+            return
+        yield info
+    rejects.append(Reject(legible(name), f"more than {MAX_MEMBERS} members: the rest is not read", part=True))

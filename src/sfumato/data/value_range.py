@@ -1,0 +1,148 @@
+"""Which values of a set are black and white: one range for the whole set, from a look at a few of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from sfumato.data.decoding import RejectedImage, look, quiet, read_values
+from sfumato.data.listing import Entry
+from sfumato.data.parallel import in_order
+from sfumato.data.pixel_values import Kind, Range, Scale, Values, kind_of
+
+LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
+PLACES, SHARE = 65_536, 1e-4  # values looked at in an image, and the share of them at either end that does not count
+OUTSHINES, DIM = 8.0, 1 / 3  # times the usual span of an image; share of what the values could span
+TOPS = (255.0, 1023.0, 4095.0, 16383.0)  # of 8, 10, 12 and 14 bits
+DEEP = 65535.0
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Chosen(NamedTuple):
+    """A scale, and what a person is told about it: a sentence a line."""
+
+    scale: Scale
+    lines: tuple[str, ...] = ()
+
+
+class Ends(NamedTuple):
+    """The values of one image: all but the outermost ones lie from `low` to `high`."""
+
+    low: float
+    high: float
+    least: float
+    largest: float
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, values: Values) -> Ends | None:
+        """Of an image's colours; None where none is finite."""
+        flat = values.colours().reshape(-1)
+        if flat.dtype.kind == "f":
+            flat = flat[np.isfinite(flat)]
+        if not flat.size:
+            return None
+        places = (
+            flat if flat.size <= PLACES else flat[np.arange(PLACES, dtype=np.uint64) * 2_654_435_761 % np.uint64(flat.size)]
+        )
+        places = np.sort(places)
+        margin = int(len(places) * SHARE)
+        low, high = float(places[margin]), float(places[-1 - margin])
+        return cls(low, high, float(flat.min()), float(flat.max()), values.array.dtype)
+
+
+def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Chosen:
+    """The scale of a set: as it is set, or from what its values are.
+
+    8-bit integers are from 0 to 255. Of other types, integers that fit into 10, 12, 14 or 16 bits and floats from 0 to 1 keep those ends,
+    unless the set is dim all the same; everything else gets the ends of what its images hold, without those that outshine the usual one.
+    """
+    spread = _spread(entries, LOOKED_AT)
+    with quiet():
+        kinds = list(in_order(_kind, spread))
+        if asked != "auto":
+            return _as_set(asked, set(kinds) - {None})
+        scale: dict[str, Range] = {}
+        lines = []
+        for kind in ("integers", "floats"):
+            chosen = [entry for entry, its in zip(spread, kinds, strict=True) if its == kind]
+            ends = [found for found in in_order(_ends, _spread(chosen, MEASURED)) if found is not None]
+            if ends:
+                found, line = _of_kind(ends)
+                lines.append(line)
+                if found is not None:
+                    scale[kind] = found
+    return Chosen(Scale(**scale), tuple(lines))
+
+
+def _spread(entries: Sequence[Entry], most: int) -> Sequence[Entry]:
+    """Some entries, in no step that could be in step with the set's own order; the same ones each time."""
+    if len(entries) <= most:
+        return entries
+    return [entries[place] for place in sorted({int((number * GOLDEN % 1) * len(entries)) for number in range(most)})]
+
+
+def _kind(entry: Entry) -> Kind | None:
+    try:
+        return kind_of(look(entry.image.read()).dtype)
+    except (RejectedImage, OSError):
+        return None
+
+
+def _ends(entry: Entry) -> Ends | None:
+    try:
+        return Ends.of(read_values(entry.image.read()))
+    except (RejectedImage, OSError):
+        return None
+
+
+def _as_set(asked: Range, kinds: set[Kind | None]) -> Chosen:
+    line = f"values: {_number(asked[0])} is black and {_number(asked[1])} white, as set by data.range"
+    if "bytes" in kinds and len(kinds) > 1:
+        line += "; 8-bit images keep 0 and 255"
+    return Chosen(Scale(integers=asked, floats=asked, bytes=asked if kinds == {"bytes"} else None), (line,))
+
+
+def _of_kind(found: Sequence[Ends]) -> tuple[Range | None, str]:
+    """The range of one kind of number, None where it is the default; and what is said about it."""
+    floats = found[0].dtype.kind == "f"
+    name = "floating-point values" if floats else "integer values"
+    largest = max(ends.largest for ends in found)
+    natural = _natural(found)
+    low, high = _usual(found)
+    if natural is not None and high >= DIM * natural[1]:
+        default = natural == (0, 1) if floats else natural[1] == DEEP and all(ends.dtype == np.uint16 for ends in found)
+        what = name if floats else f"{int(natural[1]).bit_length()}-bit values"
+        said = f"{what}: {_number(natural[0])} is black and {_number(natural[1])} white"
+        return None if default else natural, f"{said} (the largest of {len(found)} images looked at is {_number(largest)})"
+    if high <= low:
+        low, high = low, low + 1
+    said = f"{name}: {_number(low)} is black and {_number(high)} white, by {len(found)} images looked at"
+    if brighter := sum(ends.high > high for ends in found):
+        said += f", {brighter} of which are brighter and cut off"
+    return (low, high), f"{said} (data.range sets others)"
+
+
+def _natural(found: Sequence[Ends]) -> Range | None:
+    """The ends that values of this kind usually have; None where they tell nothing."""
+    least, largest = min(ends.least for ends in found), max(ends.largest for ends in found)
+    if least < 0:
+        return None
+    if found[0].dtype.kind == "f":
+        return (0.0, 1.0) if largest <= 1 else None
+    signed = any(ends.dtype == np.int16 for ends in found)
+    return next(((0.0, top) for top in (*TOPS, 32767.0 if signed else DEEP) if largest <= top), None)
+
+
+def _usual(found: Sequence[Ends]) -> Range:
+    """From the darkest to the brightest value of the images, but for those far outside of what the usual image spans."""
+    lows, highs = np.array([ends.low for ends in found]), np.array([ends.high for ends in found])
+    low, high = float(np.median(lows)), float(np.median(highs))
+    room = (OUTSHINES - 1) * (high - low)
+    return float(lows[lows >= low - room].min()), float(highs[highs <= high + room].max())
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"

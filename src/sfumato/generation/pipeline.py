@@ -1,0 +1,462 @@
+"""A trained model ready to make pictures: what `sfumato.load` gives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato.autoencoders import Autoencoder, Pixels
+from sfumato.conditioners import Facts, Joint
+from sfumato.config import named
+from sfumato.config.bounds import Count, Finite, Limit
+from sfumato.diffusion import (
+    Angle,
+    AutoGuidance,
+    ClassifierFree,
+    Clip,
+    Denoiser,
+    Flow,
+    InputScaleConfig,
+    Interval,
+    Known,
+    Linear,
+    NetworkDenoiser,
+    NoiseInputConfig,
+    NoiseLevel,
+    ParameterizationConfig,
+    Rung,
+    Schedule,
+    Steered,
+    UnitVariance,
+    require_schedule,
+)
+from sfumato.errors import ConfigError, NonFiniteError, ShapeError
+from sfumato.generation.request import Asked, Request, settled
+from sfumato.networks import Backbone
+from sfumato.nn.compiling import compile_in_place
+from sfumato.observability.image_files import Values
+from sfumato.sampling import (
+    SAMPLERS,
+    BetweenNoise,
+    DPMSolverPP2M,
+    KeyedNoise,
+    Progress,
+    Resampled,
+    SamplerConfig,
+    chosen_sampler,
+    grid,
+    sample,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """How the network's output and inputs are read.
+
+    Attributes:
+        parameterization: what it predicts.
+        input_scale: factor on the noisy picture; by default its own standard deviation is divided out.
+        noise_input: how it is told the noise level.
+    """
+
+    parameterization: ParameterizationConfig = Flow()
+    input_scale: InputScaleConfig = UnitVariance(0.5)
+    noise_input: NoiseInputConfig = Angle()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How pictures are made unless the call says otherwise.
+
+    Attributes:
+        sampler: the solver.
+        schedule: where its grid of levels comes from; need not be the one trained on.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 is off.
+        interval: log-SNR from where to where guidance acts; outside, the condition alone does.
+        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models of pixels.
+    """
+
+    sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
+    schedule: Schedule = Linear()
+    steps: Count = 25
+    guidance: Finite = 1.0
+    interval: tuple[Limit, Limit] = (-math.inf, math.inf)
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not math.isfinite(self.guidance) or not self.interval[0] < self.interval[1]:
+            raise ConfigError(
+                f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
+                where="sampling",
+                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
+            )
+        require_schedule(self.schedule, where="sampling.schedule")
+
+
+class Model(nn.Module):
+    """All that is learned: the network and its conditioner, and how the network is read as a denoiser.
+
+    Attributes:
+        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that was loaded.
+    """
+
+    network: Backbone
+    conditioner: Joint
+
+    def __init__(
+        self, network: Backbone, conditioner: Joint, config: DenoiserConfig, auxiliary: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.network, self.conditioner, self.config = network, conditioner, config
+        self.auxiliary = auxiliary or nn.Module()
+
+    def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
+        """The network as a denoiser, its inside computed in `compute_dtype`."""
+        return NetworkDenoiser(
+            network=self.network,
+            parameterization=self.config.parameterization,
+            input_scale=self.config.input_scale,
+            noise_input=self.config.noise_input,
+            compute_dtype=compute_dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Makes pictures. Image i of a seed is the same whatever the number or the batch size asked for.
+
+    Attributes:
+        model: in evaluation mode, on the device that will run it.
+        autoencoder: whose latents the model works in; `Pixels` where those are the pictures.
+        sampling: defaults of `sample`.
+        facts: what the model's conditioner knows of its training set.
+        image_shape: (C, H, W).
+        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so pictures then depend on the batch a little.
+    """
+
+    model: Model
+    autoencoder: Autoencoder
+    sampling: SamplingConfig
+    facts: Facts
+    image_shape: tuple[int, int, int]
+    compute_dtype: torch.dtype = torch.float32
+
+    def compile(self) -> None:
+        """Compile the network, on a GPU as a graph that is replayed; the first pictures take a minute or more, all others less time.
+
+        Raises:
+            ConfigError: if this machine lacks what it takes.
+        """
+        on_gpu = next(self.model.parameters()).is_cuda
+        compile_in_place(self.model.network, mode="reduce-overhead" if on_gpu else "default")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names that `category` may take; () for a model that is not steered by categories."""
+        if "category" not in self.reads:
+            return ()
+        return tuple(name for name in self.facts.categories if name not in self.facts.untrained)
+
+    @property
+    def values(self) -> Values:
+        """What the values of its images stand for."""
+        facts = self.facts
+        return Values(channels=self.image_shape[0], bits=facts.bits, alpha=facts.alpha, value_range=facts.value_range)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the contexts that steer the model."""
+        return tuple(name for name in self.model.conditioner.parts if name != "augmentation")
+
+    def sample(
+        self,
+        num: int,
+        *,
+        asked: Asked | None = None,
+        request: Request | None = None,
+        category: str | int | Sequence[str | int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        worse: tuple[Model, float] | None = None,
+        clip: bool | None = None,
+        resample: int = 1,
+        batch_size: int = 64,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """Generate pictures, (num, C, H, W) in [0, 1].
+
+        Args:
+            asked: what the pictures are steered by, and the picture they start from; `category` and `prompt` are short for two of it.
+            request: instead of all that, tensors that are known to fit the model, for `num` pictures.
+            seed: picture i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
+            steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
+                Guidance is one scale for all contexts, or one for each by name, which costs a network call each. Where a mask is given
+                and no sampler is, it is `churn`, or `ddpm` if it is resampled.
+            worse: an earlier snapshot of the same run, and the scale at which pictures are pushed away from its guesses.
+            resample: how many times each step is taken where a mask is filled; more agrees better with what is known.
+            batch_size: pictures made at once; a matter of memory, not of the result.
+            on_step: told of each denoising step of each batch.
+        Raises:
+            ConfigError: for a context that the model does not read, a value that it does not know, or a setting without effect.
+            NonFiniteError: if what the model makes is not finite.
+        """
+        asked = asked or Asked()
+        asked = replace(
+            asked, category=asked.category if category is None else category, prompt=asked.prompt if prompt is None else prompt
+        )
+        made = self.batches(
+            num, asked=asked, request=request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval,
+            worse=worse, clip=clip, resample=resample, batch_size=batch_size, on_step=on_step,
+        )  # fmt: skip
+        return torch.cat([images for _, images in made])
+
+    def batches(
+        self,
+        num: int,
+        *,
+        asked: Asked | None = None,
+        request: Request | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        worse: tuple[Model, float] | None = None,
+        clip: bool | None = None,
+        resample: int = 1,
+        batch_size: int = 64,
+        skip: Collection[int] = (),
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `sample` gives, batch by batch as it is made: the number of the batch's first image, and its images.
+
+        Args:
+            skip: numbers of images that are not made.
+        Raises:
+            ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
+        """
+        if num < 1 or batch_size < 1:
+            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", hint="ask for at least 1")
+        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        if request is None:
+            request = settled(asked or Asked(), self.model.conditioner, self.facts, self.image_shape, num)
+        spans = _spans(num, skip, batch_size)
+        solver = chosen_sampler(sampler, self.sampling.sampler, filling=request.fills, resample=resample)
+        clip = self._require_clip(self.sampling.clip if clip is None else clip)
+        steps = self.sampling.steps if steps is None else steps
+        if request.strength == 0:
+            return iter([(span.start, to_unit(request.start[span])) for span in spans])
+        how = _How(
+            solver=solver, levels=grid(self.sampling.schedule, steps, strength=request.strength), scales=scales, seed=seed,
+            interval=self.sampling.interval if interval is None else interval, worse=worse, clip=clip, on_step=on_step,
+        )  # fmt: skip
+        return ((span.start, self._made(request, span, how)) for span in spans)
+
+    def _made(self, request: Request, span: slice, how: _How) -> Tensor:
+        """The images of one batch, (B, C, H, W) in [0, 1]."""
+        part = request.rows(span, next(self.model.parameters()).device)
+        noise = KeyedNoise(how.seed, span.start)
+        with torch.no_grad():
+            start = self.autoencoder.encode(part.start) if request.begins_at_picture else self._blank(len(part.start))
+            x = how.levels.at(0).like(start).mix(start, noise(start))
+            condition = self.model.conditioner(part.context, len(part.start))
+            denoiser = self._guided(self._rungs(part, part.given, how.scales), how.interval)
+            if how.worse is not None:
+                own = how.worse[0].conditioner(part.context, len(x))
+                bad = Steered(denoiser=how.worse[0].denoiser(self.compute_dtype), condition=own)
+                denoiser = AutoGuidance(good=denoiser, bad=bad, scale=how.worse[1])
+            if how.clip:
+                denoiser = Clip(denoiser=denoiser)
+            if part.known is not None:
+                cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
+                denoiser = Known(denoiser=denoiser, picture=start, known=cells)
+        x = sample(how.solver, denoiser, x, how.levels, condition=condition, noise=noise, on_step=how.on_step)
+        made = self.decode(x)
+        if part.known is not None:
+            made = self.autoencoder.restored(made, part.start, part.known)
+        return to_unit(_finite(made, span.start)).cpu()
+
+    def between(
+        self,
+        num: int,
+        first: Asked,
+        last: Asked,
+        *,
+        seeds: tuple[int, int] = (0, 0),
+        steps: int | None = None,
+        sampler: str | SamplerConfig | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        interval: tuple[float, float] | None = None,
+        clip: bool | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
+
+        Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
+
+        Raises:
+            ConfigError, ShapeError: as `sample`, and for a picture to start from.
+        """
+        if num < 1:
+            raise ShapeError(f"{num} pictures", where="sample", hint="ask for at least 1")
+        device = next(self.model.parameters()).device
+        conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
+        requests = [
+            settled(asked, conditioner, self.facts, self.image_shape, 1).rows(slice(0, 1), device) for asked in (first, last)
+        ]
+        if any(request.strength != 1 or request.known is not None for request in requests):
+            raise ConfigError(
+                "a strength or a mask on the way between pictures",
+                where="sample",
+                hint="leave them out: the way begins in noise",
+            )
+        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        given = {name for request in requests for name in request.given}
+        clip = self._require_clip(self.sampling.clip if clip is None else clip)
+        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
+        noise = BetweenNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
+        x = levels.at(0).sigma * noise(self._blank(num))
+        with torch.no_grad():
+            ends = [conditioner(request.context, 1).expanded(num) for request in requests]
+            ladders = [self._rungs(request, given, scales) for request in requests]
+            rungs = tuple(
+                Rung(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
+                for a, b in zip(*ladders, strict=True)
+            )
+            denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
+            denoiser = Clip(denoiser=denoiser) if clip else denoiser
+            condition, solver = ends[0].between(ends[1], shares), chosen_sampler(sampler, self.sampling.sampler)
+            pictures = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
+        return to_unit(_finite(self.decode(pictures), 0)).cpu()
+
+    def _blank(self, num: int) -> Tensor:
+        """Latents of zeros."""
+        factor = self.autoencoder.factor
+        shape = (self.autoencoder.latent_channels, self.image_shape[1] // factor, self.image_shape[2] // factor)
+        return torch.zeros(num, *shape, device=next(self.model.parameters()).device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures, in [-1, 1] but not clamped, of what the network works on: latents, or the pictures themselves."""
+        with torch.no_grad():
+            return self.autoencoder.decode(x)
+
+    def _require_clip(self, clip: bool) -> bool:
+        if clip and not isinstance(self.autoencoder, Pixels):
+            raise ConfigError(
+                "clipping in latents, whose values have no bounds",
+                where="sample",
+                hint="leave clip out: it is for models of pixels",
+            )
+        return clip
+
+    def _scales(self, guidance: float | Mapping[str, float]) -> dict[str, float]:
+        """The scale of each context."""
+        names = self.reads
+        given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
+        for name, scale in given.items():
+            if name not in names or not math.isfinite(scale):
+                raise ConfigError(
+                    f"guidance {name} = {scale}",
+                    where="sample",
+                    hint=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
+                )
+        return {name: given.get(name, self.sampling.guidance) for name in names}
+
+    def _rungs(self, part: Request, given: Collection[str], scales: Mapping[str, float]) -> tuple[Rung, ...]:
+        """What guidance leads away from: asking for less. Contexts of one scale are stepped to together; () where all of them are 1."""
+        asked = [name for name in scales if name in given]
+        if all(scales[name] == 1 for name in asked):
+            if part.negative is not None:
+                raise ConfigError(
+                    "a negative prompt without guidance", where="sample", hint="give a guidance above 1, such as 3"
+                )
+            return ()
+        self._require_trained_absence(asked, scales, negative=part.negative is not None)
+        count = len(part.start)
+        instead = {} if part.negative is None else {"text": [part.negative] * count}
+        rungs: list[Rung] = []
+        for number, name in enumerate(asked):
+            if not rungs or scales[name] != scales[asked[number - 1]]:
+                before = asked[:number]
+                less = {known: part.context[known] for known in before if known in part.context}
+                rungs.append(Rung(self.model.conditioner(less if "text" in before else instead | less, count), scales[name]))
+        return tuple(rungs)
+
+    def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: bool) -> None:
+        """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
+        steps = [1.0, *(scales[name] for name in asked)]
+        first = next(number for number, (before, after) in enumerate(itertools.pairwise(steps)) if before != after)
+        hidden = [name for name in asked[first:] if not (negative and name == "text")]
+        never = [name for name in hidden if self.model.conditioner.parts[name].dropout == 0]
+        if never:
+            raise ConfigError(
+                f"guidance leads away from samples without {' and '.join(never)}, which training never saw: it was trained with "
+                f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
+                where="sample",
+                hint="leave guidance at 1, or train with a dropout such as 0.1",
+            )
+
+    def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
+        plain = self.model.denoiser(self.compute_dtype)
+        if not rungs:
+            return plain
+        if not interval[0] < interval[1]:
+            raise ConfigError(
+                f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", hint="name the lower one first"
+            )
+        guided = ClassifierFree(denoiser=plain, rungs=rungs)
+        return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """The settings of `Pipeline.sample`, checked."""
+
+    solver: SamplerConfig | Resampled
+    levels: NoiseLevel
+    scales: Mapping[str, float]
+    interval: tuple[float, float]
+    worse: tuple[Model, float] | None
+    clip: bool
+    seed: int
+    on_step: Callable[[Progress], None] | None
+
+
+def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
+    """Runs of at most `most` numbers below `num`, without those of `skip`."""
+    spans: list[slice] = []
+    skipped = frozenset(skip)
+    for number in (number for number in range(num) if number not in skipped):
+        if spans and spans[-1].stop == number and number - spans[-1].start < most:
+            spans[-1] = slice(spans[-1].start, number + 1)
+        else:
+            spans.append(slice(number, number + 1))
+    return spans
+
+
+def _finite(made: Tensor, first: int) -> Tensor:
+    """The images themselves; raise NonFiniteError if one of them is not finite."""
+    bad = torch.nonzero(~made.isfinite().flatten(1).all(1))[:, 0].tolist()
+    if bad:
+        raise NonFiniteError(
+            f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is image {first + bad[0]})",
+            where="sample",
+            hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
+        )
+    return made
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], clamped."""
+    return ((x + 1) / 2).clamp(0, 1)

@@ -1,0 +1,377 @@
+"""The space that a run's diffusion model works in, and how a run comes by it: train an autoencoder, or take somebody's; measure; encode."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfumato import config as configuration
+from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders import io as autoencoder_files
+from sfumato.autoencoders.discriminator import PatchDiscriminator
+from sfumato.config.bounds import Count
+from sfumato.data import Dataset, Encoded, to_float
+from sfumato.data.files import cache_folder
+from sfumato.errors import ConfigError
+from sfumato.evaluation.extractors import extractor
+from sfumato.evaluation.frechet import FEWEST, frechet_distance
+from sfumato.networks.perceptual import Features
+from sfumato.observability.progress import ProgressBar, console
+from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    LossesConfig,
+    MuonConfig,
+    PreviewConfig,
+    Reconstruction,
+    Reconstructor,
+    Trainer,
+    TrainingConfig,
+    ValidationConfig,
+    reconstructed,
+    with_latents,
+)
+from sfumato.training.parameters import describe
+from sfumato.training.precision import default_device
+
+FOLDER, FINAL = "autoencoder", "final"  # in a run: the autoencoder's own training, and what came of it
+MEASURED = 10_000  # pictures that statistics are taken from, at most
+BATCH = 64
+SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
+
+
+class Layout(NamedTuple):
+    """Of what a diffusion model makes: channels, and the side of a picture over its side."""
+
+    channels: int
+    factor: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpace:
+    """No autoencoder: the model works in pixels."""
+
+    kind: ClassVar[str] = "pixels"
+
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
+        """Of what the model makes: the pictures themselves."""
+        return Layout(image_channels, 1)
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run."""
+        return Pixels(image_channels)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal."""
+        return Pixels(dataset.config.channels), dataset
+
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """There is nothing to train before."""
+        return {}
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """Pictures as they are."""
+        return Pixels(dataset.config.channels), dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAutoencoder(TrainingConfig):
+    """An autoencoder trained on the run's own pictures before the diffusion model is.
+
+    Its latents' statistics are measured and kept inside it, so there is no scaling factor to choose.
+
+    Attributes:
+        network: its size and shape.
+        losses: what its reconstructions are judged by.
+        features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`, or a file: see
+            `evaluation.features.extractor`.
+        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+    """
+
+    kind: ClassVar[str] = "trained"
+
+    network: KLConfig = KLConfig()
+    losses: LossesConfig = LossesConfig()
+    features: str = "auto"
+    variants: Count = 8
+    batch_size: Count = 16
+    budget: Budget = Budget(minutes=10)
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
+    preview: PreviewConfig = PreviewConfig(num=16)
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        _require_variants(self.variants)
+        if self.precision == "float8":
+            raise ConfigError(
+                "an autoencoder is convolutions, which have no float8",
+                where="autoencoder.precision",
+                hint="use auto or bfloat16",
+            )
+
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
+        """Of the latents."""
+        return Layout(self.network.latent_channels, self.network.factor)
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run.
+
+        Raises:
+            CheckpointError: if it is not there.
+        """
+        return autoencoder_files.load(run / FOLDER / FINAL)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal: latents of zeros."""
+        codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
+        return _rehearsed(codec, dataset, self.variants, pixels=pixels)
+
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """Its own training, in a scratch folder, with hardly anything to look at."""
+        short = replace(self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
+        return {"autoencoder": short.trainer(dataset, RunDirectory.create(place))}
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""
+        final = directory.path / FOLDER / FINAL
+        if not (final / autoencoder_files.CONFIG).is_file():
+            self._train(dataset, directory.stage(FOLDER), final)
+        else:
+            self._require_unchanged(directory.stage(FOLDER))
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
+
+    def _require_unchanged(self, stage: RunDirectory) -> None:
+        """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what is learned of them, are its own."""
+        for newest in checkpoint.paths(stage.checkpoints)[:1]:
+            before = configuration.parse(OwnAutoencoder, checkpoint.configuration_of(newest), where=str(newest))
+            before = replace(before, variants=self.variants)  # which is of encoding alone
+            changed = configuration.differences(configuration.plain(before), configuration.plain(self))
+            if changed:
+                raise ConfigError(
+                    f"the autoencoder is trained already, and cannot be changed: {'; '.join(changed)}",
+                    where="autoencoder",
+                    hint="leave its settings as they are in config.yaml, or start a new run",
+                )
+
+    def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
+        """Of the autoencoder alone."""
+        _require_fit(self.network.factor, dataset)
+        device = default_device()
+        adversarial, channels = self.losses.adversarial, dataset.config.channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            codec = KLAutoencoder(self.network, image_channels=channels)
+            adversary = None
+            if adversarial is not None:
+                adversary = PatchDiscriminator(channels, channels=adversarial.channels, layers=adversarial.layers)
+        if adversary is not None and min(dataset.image_shape[1:]) < adversary.smallest:
+            raise ConfigError(
+                f"an adversary of that many layers for pictures of {min(dataset.image_shape[1:])} px",
+                where="autoencoder.losses.adversarial.layers",
+                hint=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
+            )
+        features = extractor(self.features)
+        if isinstance(features, torch.nn.Module):
+            features.to(device)
+        task = Reconstruction(
+            self, model=Reconstructor(codec, adversary).to(device), losses=self.losses, features=features, dataset=dataset,
+            directory=stage,
+        )  # fmt: skip
+        return Trainer(self, task=task, dataset=dataset, directory=stage, pinned=configuration.plain(self))
+
+    def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
+        trainer = self.trainer(dataset, stage)
+        say = console().print
+        say(
+            f"first its autoencoder: {describe(trainer.task.model.codec)}, perceptual loss by {trainer.task.facts['features']}",
+            markup=False,
+        )
+        if checkpoint.paths(stage.checkpoints):
+            for warning in trainer.resume():
+                say(f"warning: {warning}", markup=False)
+        if not (trainer.finished and stage.status().get("state") == "finished"):
+            trainer.run()
+        codec = cast(Reconstructor, trainer.state.average).codec
+        statistics = _measured(codec, dataset)
+        figures = trainer.figures()
+        facts = {
+            **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
+            "told": statistics.told.tolist(),
+            "dead_channels": statistics.dead,
+            "pictures_measured": min(MEASURED, len(dataset.training)),
+            **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
+        }
+        autoencoder_files.save(Latents(codec, statistics.mean, statistics.deviation), final, facts)
+        distance = f"  rFD {facts['rfd']:.3g} (n={facts['rfd_pictures']}, {facts['rfd_features']})" if "rfd" in facts else ""
+        say(f"autoencoder: {trainer.task.headline(figures)}{distance}; {_described(statistics)}", markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedAutoencoder:
+    """Somebody's autoencoder, frozen.
+
+    Attributes:
+        path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the file of a tiny one's encoder.
+        decoder: the file of its decoder, in the second case.
+        statistics: `measured` on the training set, or its `own` scaling factor.
+        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+    """
+
+    kind: ClassVar[str] = "pretrained"
+
+    path: str
+    decoder: str | None = None
+    statistics: Literal["measured", "own"] = "measured"
+    variants: Count = 8
+
+    def __post_init__(self) -> None:
+        _require_variants(self.variants)
+
+    def layout(self, image_channels: int, run: Path | None) -> Layout:
+        """Of the latents; a run's own copy is asked first, since what it was made from may be gone."""
+        own = None if run is None else run / FOLDER / FINAL
+        kept = own is not None and (own / autoencoder_files.CONFIG).is_file()
+        found = autoencoder_files.load(own) if own and kept else autoencoder_files.load(self.path, self.decoder)
+        return Layout(found.latent_channels, found.factor)
+
+    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+        """The autoencoder of a trained run, which holds its own copy."""
+        return autoencoder_files.load(run / FOLDER / FINAL)
+
+    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a rehearsal: latents of zeros."""
+        return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.variants, pixels=pixels)
+
+    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+        """There is nothing to train before."""
+        return {}
+
+    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
+        final = directory.path / FOLDER / FINAL
+        if not (final / autoencoder_files.CONFIG).is_file():
+            given = autoencoder_files.load(self.path, self.decoder).to(default_device())
+            _require_fit(given.factor, dataset)
+            facts: dict[str, Any] = {"from": str(self.path)}
+            if self.statistics == "measured":
+                statistics = _measured(given.codec, dataset)
+                given = Latents(given.codec, statistics.mean, statistics.deviation)
+                facts |= {"told": statistics.told.tolist(), "dead_channels": statistics.dead}
+                console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            autoencoder_files.save(given, final, facts)
+        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
+
+
+AutoencoderConfig = PixelSpace | OwnAutoencoder | PretrainedAutoencoder
+
+
+def _require_variants(variants: int) -> None:
+    if variants < 1:
+        raise ConfigError(f"variants = {variants}", where="autoencoder", hint="use 1 or more")
+
+
+def _require_fit(factor: int, dataset: Dataset) -> None:
+    """Raise ConfigError unless every shape of the pictures can be halved that often."""
+    for height, width in dataset.config.pixel_format().shapes:
+        if height % factor or width % factor:
+            raise ConfigError(
+                f"pictures of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
+                where="autoencoder",
+                hint=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
+            )
+
+
+def _measured(codec: Codec, dataset: Dataset) -> Statistics:
+    """Of the latents of training pictures, spread over the set."""
+    positions = dataset.training[np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)]
+    device = next(codec.parameters()).device
+
+    def pictures() -> Iterator[Tensor]:
+        for shape in np.unique(dataset.shapes[positions]):
+            chosen = positions[dataset.shapes[positions] == shape]
+            for first in range(0, len(chosen), BATCH):
+                yield to_float(dataset.images(chosen[first : first + BATCH])[0]).to(device)
+
+    return measure(codec, pictures())
+
+
+@torch.no_grad()
+def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Features) -> dict[str, Any]:
+    """The Fréchet distance between held-out pictures and their reconstructions, and what it was measured with."""
+    held = dataset.usual(dataset.holdout)[:MEASURED]
+    if len(held) < FEWEST:
+        return {}
+    found: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(held), BATCH):
+        real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
+        found.append((features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu()))
+    real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return {"rfd": frechet_distance(real, made), "rfd_pictures": len(held), "rfd_features": features.name}
+
+
+def _described(statistics: Statistics) -> str:
+    low, high = float(statistics.deviation.min()), float(statistics.deviation.max())
+    dead = f"channels {', '.join(map(str, statistics.dead))} tell nothing" if statistics.dead else "no dead channel"
+    return f"latents' deviation by channel from {low:.3g} to {high:.3g}, brought to 1; {dead}"
+
+
+def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    _require_fit(codec.factor, dataset)
+    size = codec.latent_channels
+    latents = Latents(codec, torch.zeros(size), torch.ones(size))
+    _, height, width = dataset.image_shape
+    blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
+    gather = partial(_repeated, blank)
+    return latents, replace(
+        dataset, encoded=Encoded(gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels)
+    )
+
+
+def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
+    """As many as there are rows; a function with a name, which processes that read ahead can be handed."""
+    return np.broadcast_to(blank, (len(rows), *blank.shape)).copy()
+
+
+def _encoded(
+    autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
+) -> tuple[Autoencoder, Dataset]:
+    """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
+    autoencoder = autoencoder.to(default_device())
+    if not _kept(autoencoder, dataset, variants, directory):
+        console().print(
+            "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
+        )
+        return autoencoder, dataset
+    with ProgressBar("encoding pictures") as bar:
+        return autoencoder, with_latents(
+            dataset, autoencoder, identity=autoencoder_files.identity(autoencoder), variants=variants, pixels=pixels,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total} batches"),
+        )  # fmt: skip
+
+
+def _kept(autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory) -> bool:
+    """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded and fresh ones are not."""
+    decision = directory.path / FOLDER / "kept.json"
+    if decision.is_file():
+        return bool(json.loads(decision.read_text())["kept"])
+    _, height, width = dataset.image_shape
+    count = 1 if dataset.config.augment.is_off else variants
+    each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    room = SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free
+    kept = dataset.config.cache != "off" and each * count * len(dataset.training) <= room
+    directory.write_json(f"{FOLDER}/kept.json", {"kept": kept})
+    return kept

@@ -1,0 +1,137 @@
+"""Questions that a run's parts answer together only, asked before any data are read: can it be sampled, is its loss finite, was what
+guidance leads away from ever trained?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.condition import Condition
+from sfumato.diffusion import (
+    Cosine,
+    Flow,
+    Karras,
+    Linear,
+    LinearBetas,
+    NetworkDenoiser,
+    NoiseLevel,
+    Schedule,
+    Velocity,
+    target_weight,
+)
+from sfumato.errors import ConfigError, ScheduleError
+from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
+
+if TYPE_CHECKING:
+    from sfumato.recipes.run import Run
+
+WALKED = 8  # steps at either end of a trajectory: what is infinite is so at an end
+LEVELS = 1024  # times at which the loss's weight is looked at, each in the middle of as many equal parts of [0, 1]
+
+
+def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule) -> None:
+    """Raise ConfigError unless the sampler can walk its schedule with a network that predicts what this one does.
+
+    Args:
+        trained_on: the schedule of the objective, the first that is tried instead.
+    """
+    reason = _obstacle(denoiser, sampling)
+    if reason is None:
+        return
+    others = _others(denoiser, sampling, trained_on)
+    ways = [way for way, predicted, sampled in others if _obstacle(predicted, sampled) is None]
+    raise ConfigError(
+        f"{_name(sampling.sampler)} cannot sample along {_name(sampling.schedule)} with a network that predicts "
+        f"{_name(denoiser.parameterization)}: {reason}",
+        where="sampling.schedule",
+        hint=f"set {', or '.join(ways) or 'another sampling.schedule, sampling.sampler or denoiser.parameterization'}",
+    )
+
+
+def _name(part: Any) -> str:
+    """Of a part of a configuration, with those inside it."""
+    inner = [_name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))]
+    return type(part).__name__ + (f"({', '.join(inner)})" if inner else "")
+
+
+def _others(
+    denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule
+) -> Iterator[tuple[str, DenoiserConfig, SamplingConfig]]:
+    """Settings that differ in one key, with that key."""
+    usual: tuple[Schedule, ...] = (LinearBetas(), Karras(), Linear(), Cosine())
+    for schedule in [schedule for schedule in usual if type(schedule) is type(trained_on)] or usual[:2]:
+        yield f"sampling.schedule={_name(schedule)}", denoiser, replace(sampling, schedule=schedule)
+    for sampler in (DPMSolverPP2M(), DDIM()):
+        yield f"sampling.sampler={_name(sampler)}", denoiser, replace(sampling, sampler=sampler)
+    for parameterization in (Velocity(), Flow()):
+        key = f"denoiser.parameterization={_name(parameterization)}"
+        yield key, replace(denoiser, parameterization=parameterization), sampling
+
+
+def _obstacle(denoiser: DenoiserConfig, sampling: SamplingConfig) -> str | None:
+    """Why a trajectory cannot be walked, None if it can: a network of zeros walks both of its ends."""
+    network = NetworkDenoiser(
+        network=_zeros,
+        parameterization=denoiser.parameterization,
+        input_scale=denoiser.input_scale,
+        noise_input=denoiser.noise_input,
+    )
+    try:
+        levels = _ends(grid(sampling.schedule, sampling.steps))
+        x = torch.full((1, 1, 2, 2), float(levels.sigma[0]))
+        made = sample(sampling.sampler, network, x, levels)
+    except ScheduleError as error:
+        return error.what
+    return None if bool(made.isfinite().all()) else "numbers on the way are not finite"
+
+
+def _zeros(x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _ends(levels: NoiseLevel) -> NoiseLevel:
+    """The first and last levels of a grid."""
+    alpha, sigma = levels
+    if len(alpha) <= 2 * WALKED + 2:
+        return levels
+    return NoiseLevel(*(torch.cat([part[: WALKED + 1], part[-WALKED - 1 :]]) for part in (alpha, sigma)))
+
+
+def require_finite_loss(run: Run) -> None:
+    """Raise ConfigError if the loss has no finite weight at levels that training draws, in the float32 that it is computed in."""
+    times = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    drawn = NoiseLevel(*(part.float() for part in run.objective.schedule(times)))
+    weight = target_weight(run.objective.weighting, drawn, run.denoiser.parameterization)
+    told = run.denoiser.noise_input(drawn) + run.denoiser.input_scale(drawn)
+    lost = ~(weight.isfinite() & told.isfinite())
+    if bool(lost.any()):
+        first = int(torch.nonzero(lost)[0])
+        schedule, weighting, predicted = map(
+            _name, (run.objective.schedule, run.objective.weighting, run.denoiser.parameterization)
+        )
+        raise ConfigError(
+            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of {schedule}, such as "
+            f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: {weighting} with a network that "
+            f"predicts {predicted}",
+            where="objective.schedule",
+            hint="use levels further from the ends, such as {kind: warped, schedule: ..., warp: {kind: span, low: 0.01, high: 0.99}}, "
+            "or denoiser.parameterization=Flow",
+        )
+
+
+def require_guidable(run: Run) -> None:
+    """Raise ConfigError if samples are guided away from the absence of a context that training never hides."""
+    never = [name for name in run.conditioner.reads if getattr(run.conditioner, name).dropout == 0]
+    if run.sampling.guidance != 1 and never:
+        keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
+        raise ConfigError(
+            f"guidance {run.sampling.guidance:g} leads away from samples without {' and '.join(never)}, which training never sees: "
+            "dropout is 0",
+            where="sampling.guidance",
+            hint=f"set {keys}, or sampling.guidance=1",
+        )

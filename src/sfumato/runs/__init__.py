@@ -1,0 +1,27 @@
+"""Runs: prepare, predict, train, resume and load them. Importing it imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato.runs.loading import load, newest_run, snapshot
+    from sfumato.runs.preparation import PreparedRun, prepare
+    from sfumato.runs.training import resume, train
+
+__all__ = ["PreparedRun", "load", "newest_run", "prepare", "resume", "snapshot", "train"]
+
+_HOMES = {
+    "PreparedRun": "preparation",
+    "load": "loading",
+    "newest_run": "loading",
+    "prepare": "preparation",
+    "resume": "training",
+    "snapshot": "loading",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"sfumato.runs.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'sfumato.runs' has no attribute '{name}'")

@@ -1,0 +1,33 @@
+"""A run's diffusion model and all that trains it, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sfumato.autoencoders import Autoencoder
+from sfumato.conditioners import Facts
+from sfumato.data import Dataset
+from sfumato.generation.pipeline import Model
+from sfumato.recipes.run import Run
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import Diffusion, Trainer
+from sfumato.training.precision import default_device
+
+
+def diffusion_trainer(
+    run: Run,
+    *,
+    model: Model,
+    autoencoder: Autoencoder,
+    dataset: Dataset,
+    directory: RunDirectory,
+    facts: Facts,
+    pinned: Mapping[str, Any],
+) -> Trainer:
+    """Trains a model that is on its device, `with_auxiliary`, on a dataset that holds what the autoencoder made of it."""
+    task = Diffusion(
+        run, model=model, autoencoder=autoencoder.to(default_device()), objective=run.objective, dataset=dataset, sampling=run.sampling,
+        directory=directory, facts=facts,
+    )  # fmt: skip
+    return Trainer(run, task=task, dataset=dataset, directory=directory, pinned=pinned)

@@ -1,0 +1,125 @@
+"""Whether a plan is long enough for its set, size and machine, in words, and what to change."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sfumato.observability.progress import duration
+from sfumato.runs.cost import Prediction
+
+# Images that are trained on, each as often as it is seen. docs/performance.md, "Time to quality": at 32 px 43,000 to 51,000 bring the
+# kernel distance of the preset to 3 or 4, where the baselines end at 8; after a quarter of that it is at 7 (1.8 minutes).
+ENOUGH, TOO_FEW = 45_000, 12_000
+# Steps of 16 images of an autoencoder. Two and a half minutes of it at 64 px end at 19 dB, and seven at 21.8 dB with reds still brown
+# (docs/latents.md, which does not say the steps); this is what seven minutes hold at 0.2 s a step.
+AUTOENCODER_STEPS = 2_000
+MANY_VIEWS = 200  # of each image
+SMALL = 5_000  # images, below which many views of each are memorized
+ROOM = 0.9  # share of the memory that a training may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What speaks against a plan, and what to change."""
+
+    what: str
+    change: str
+
+    def line(self) -> str:
+        """For a person."""
+        return f"verdict: {self.what}; {self.change}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a training has room in, in GiB."""
+
+    memory_gib: float
+    disk_gib: float
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Memory of the device that is trained on, and free disk space of the working directory."""
+        if torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)
+
+
+def findings(stages: Sequence[Prediction], *, images: int, machine: Machine) -> list[Finding]:
+    """What speaks against the plan, the gravest first; [] for a plan that is long enough and fits.
+
+    Args:
+        stages: predicted, the diffusion model's last.
+        images: to learn from.
+    """
+    *before, model = stages
+    found = [*_room(stages, machine), *(line for stage in before for line in _autoencoder(stage)), *_length(model)]
+    if model.epochs > MANY_VIEWS and images < SMALL:
+        found.append(
+            Finding(
+                what=f"{model.epochs:.0f} views of each image: more than {MANY_VIEWS} of a set of {images} are memorized sooner or later",
+                change=f"set budget.epochs={MANY_VIEWS}, add images, or stop when the gap to held-out images grows",
+            )
+        )
+    return found
+
+
+def _room(stages: Sequence[Prediction], machine: Machine) -> list[Finding]:
+    memory, disk = max(stage.memory_gib for stage in stages), sum(stage.disk_gib for stage in stages)
+    found = []
+    if memory > ROOM * machine.memory_gib:
+        found.append(
+            Finding(
+                what=f"{memory:.1f} GiB of memory are needed, and this machine has {machine.memory_gib:.1f} GiB",
+                change="set micro_batch to a part of batch_size, or lower data.resolution or network.channels",
+            )
+        )
+    if disk > machine.disk_gib:
+        found.append(
+            Finding(
+                what=f"{disk:.2f} GiB of disk are needed, and {machine.disk_gib:.2f} GiB are free",
+                change="free some space, or lower checkpoint.keep",
+            )
+        )
+    return found
+
+
+def _autoencoder(stage: Prediction) -> list[Finding]:
+    if stage.steps >= AUTOENCODER_STEPS:
+        return []
+    return [
+        Finding(
+            what=f"{stage.steps} steps are too few for an autoencoder: below some {AUTOENCODER_STEPS} its reconstructions are blurred and "
+            "their colours wrong, and no sample can be better than they are",
+            change=f"{_longer('autoencoder.budget', stage, AUTOENCODER_STEPS)}, lower data.resolution, or use a pretrained autoencoder",
+        )
+    ]
+
+
+def _length(model: Prediction) -> list[Finding]:
+    if model.images >= ENOUGH:
+        return []
+    batch = model.images / model.steps
+    enough = math.ceil(ENOUGH / batch)
+    said = "too short: rough shapes and colours at best" if model.images < TOO_FEW else "short: samples would still get better"
+    return [
+        Finding(
+            what=f"{said}: {model.steps} steps show the model {model.images:,} images, where some {ENOUGH:,} are enough at 32 px",
+            change=f"{_longer('budget', model, enough)}, or lower data.resolution or network.channels",
+        )
+    ]
+
+
+def _longer(key: str, stage: Prediction, steps: int) -> str:
+    """The setting that gives a stage so many steps, and how long that takes here."""
+    seconds = steps * stage.seconds / stage.steps
+    return f"set {key}.minutes={max(1, math.ceil(seconds / 60))} ({steps:,} steps, {duration(seconds)} on this machine)"

@@ -1,0 +1,119 @@
+"""From a trained run back to something that makes pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sfumato import config as configuration
+from sfumato.conditioners import Facts
+from sfumato.errors import ConfigError, RunError
+from sfumato.generation.pipeline import Model, Pipeline
+from sfumato.observability.progress import console
+from sfumato.recipes.resolver import resolve
+from sfumato.runs.preparation import build_model, open_data
+from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import post_hoc_ema
+from sfumato.training.monitors import Validator
+from sfumato.training.precision import CHOICES, DTYPES, default_device
+
+KEPT = {"ema": "ema", "raw": "model"}  # weights of a checkpoint -> its file
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run directory below `root` that was written to last.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = [path.parent for path in root.glob("*/config.yaml")]
+    if not found:
+        raise RunError(
+            "no run to sample from", where=str(root), hint="name a run directory, or train one: sfumato train digits"
+        )
+    return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def snapshot(path: str | Path, step: int) -> Model:
+    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
+    directory = RunDirectory.existing(Path(path))
+    model = load(path).model
+    _load_weights(model, checkpoint.load_snapshot(directory.snapshots, step=step), _frozen(directory))
+    return model
+
+
+def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Errors on held-out pictures of averages of several widths, reconstructed from those that a run kept.
+
+    Raises:
+        CheckpointError: if it kept none.
+    """
+    directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
+    model, device = pipeline.model, default_device()
+    validator = Validator(
+        settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
+    )
+    for width in widths:
+        _load_weights(model, post_hoc_ema.reconstructed(directory.averages, width=width), _frozen(directory))
+        yield width, validator.error(model)
+
+
+def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
+    if isinstance(which, float):
+        return post_hoc_ema.reconstructed(directory.averages, width=which)
+    if which not in KEPT:
+        raise ConfigError(
+            f"weights = {which!r}",
+            where="load",
+            hint="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
+        )
+    return loaded.tensors[KEPT[which]]
+
+
+def _load_weights(model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
+    """Load what training changed and what it left, without the parts that only training uses."""
+    model.load_state_dict({name: tensor for name, tensor in {**frozen, **trained}.items() if not name.startswith("auxiliary.")})
+
+
+def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
+    """The frozen parameters of a run's newest checkpoint."""
+    newest = checkpoint.read_newest(directory.checkpoints)[0]
+    return checkpoint.load_frozen(newest.path, newest.state)
+
+
+def load(
+    path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
+) -> Pipeline:
+    """The pipeline of a run's newest checkpoint that is whole; warns of newer ones that are not, and leaves them as they are.
+
+    Args:
+        weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
+            (`post_hoc_ema.widths`).
+        precision: inside the network.
+    Raises:
+        RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
+        ConfigError: for weights or a precision that there are not.
+    """
+    directory = RunDirectory.existing(Path(path))
+    if precision not in CHOICES:
+        raise ConfigError(f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}")
+    settings = resolve(directory.path)
+    loaded, warnings = checkpoint.read_newest(directory.checkpoints)
+    for warning in warnings:
+        console().print(f"warning: {warning}", markup=False)
+    facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
+    model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
+    _load_weights(model, _weights(weights, loaded, directory), checkpoint.load_frozen(loaded.path, loaded.state))
+    channels, height, width = loaded.state["image_shape"]
+    return Pipeline(
+        model=model.to(default_device()),
+        autoencoder=settings.autoencoder.opened(directory.path, channels).to(default_device()),
+        sampling=settings.sampling,
+        facts=facts,
+        image_shape=(channels, height, width),
+        compute_dtype=DTYPES[precision],
+    )

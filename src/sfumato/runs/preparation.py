@@ -1,0 +1,196 @@
+"""What a configuration names, made once: the data, what the model must know of them, and the untrained model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sfumato.condition import NO_CONTEXT
+from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder
+from sfumato.data import Dataset, Listing, files, index
+from sfumato.data.embeddings import EmbeddingStore
+from sfumato.data.holdout import ROUGH
+from sfumato.data.ledger import change
+from sfumato.evaluation.extractors import extractor
+from sfumato.generation.pipeline import Model
+from sfumato.networks import Backbone
+from sfumato.networks.checks import margin
+from sfumato.networks.perceptual import Features
+from sfumato.nn.compiling import require_compiler
+from sfumato.observability.progress import ProgressBar, console
+from sfumato.recipes.paths import require_there
+from sfumato.recipes.run import Run
+from sfumato.training.parameters import count
+from sfumato.training.precision import default_device, require
+
+REJECTS_SHOWN = 5
+MARGIN_SAID = 0.1  # more work than the pixels need
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that can begin.
+
+    Attributes:
+        run: the configuration.
+        dataset: what it names, indexed.
+        facts: what the model's conditioner knows of the training set.
+        model: untrained, on the CPU; whoever trains it takes a copy.
+    """
+
+    run: Run
+    dataset: Dataset
+    facts: Facts
+    model: Model
+
+    def trainable_model(self) -> Model:
+        """A copy of the untrained model on the device that is used, with what is trained beside it.
+
+        Raises:
+            ConfigError: if an encoder that is aligned to is missing.
+        """
+        return with_auxiliary(self.run, copy.deepcopy(self.model))
+
+
+def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = None) -> PreparedRun:
+    """Index the data and build the model; what the settings lack is refused here, before anything is done.
+
+    Args:
+        listing: of the run's source, if it was listed already.
+        place: the run's directory, if it has one.
+    Raises:
+        ConfigError, DataError: naming what is wrong.
+    """
+    dataset = open_data(run, listing)
+    facts = facts_of(run, dataset, place)
+    model = build_model(run, facts, place)
+    require(model.network, run.precision)
+    if run.compile == "on":
+        require_compiler()
+    return PreparedRun(run=run, dataset=dataset, facts=facts, model=model)
+
+
+def open_data(run: Run, listing: Listing | None = None) -> Dataset:
+    """Index the run's data, showing progress; `listing` is that of its source, if it was listed already."""
+    require_there(run)
+    with ProgressBar("reading pictures") as bar:
+        dataset = index(
+            run.data,
+            layers=run.conditioner.reads,
+            listing=listing,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
+        )
+        bar.say(dataset.ledger.line())
+        for remark in dataset.ledger.remarks:
+            bar.say(remark)
+        for reject in dataset.rejects[:REJECTS_SHOWN]:
+            bar.say(f"  left out {reject.name}: {reject.reason}")
+        if len(dataset.rejects) > REJECTS_SHOWN:
+            bar.say(f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json")
+        for kind, names in dataset.notes.items():
+            bar.say(change(kind, names))
+        groups = np.bincount(dataset.clusters)
+        if (groups > 1).any():
+            bar.say(
+                f"{groups[groups > 1].sum()} pictures have duplicates or near-duplicates; training and hold-out share none of them"
+            )
+        for remark in dataset.remarks:
+            bar.say(remark)
+        if len(dataset.holdout) < ROUGH:
+            bar.say(
+                f"only {len(dataset.holdout)} held out: figures on them are rough, and copying is hard to notice; more images help"
+            )
+        if run.conditioner.attributes is not None and (left_out := dataset.layers.attributes.left_out):
+            bar.say(
+                f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, {left_out} rarer ones are not"
+            )
+        if dataset.crop_loss > 0.1:
+            bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the pictures' area; data.buckets keeps more of it")
+    return dataset
+
+
+def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
+    """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
+    captions = (text for position in dataset.training for text in dataset.entries[position].captions)
+    attributes = dataset.layers.attributes if run.conditioner.attributes is not None else None
+    means, deviations = attributes.moments(dataset.training) if attributes else ((), ())
+    return Facts(
+        channels=run.data.channels,
+        categories=dataset.categories,
+        words=() if run.conditioner.text is None else run.conditioner.text.words(captions),
+        attributes=attributes.names if attributes else (),
+        means=means,
+        deviations=deviations,
+        dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
+        augmentation=run.data.augment.labels,
+        factor=run.autoencoder.layout(run.data.channels, place).factor,
+        bits=run.data.bits,
+        untrained=untrained(dataset),
+        value_range=dataset.scale.range,
+        alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
+    )
+
+
+def untrained(dataset: Dataset) -> tuple[str, ...]:
+    """Categories that no training image has."""
+    counts = np.bincount(dataset.labels.numpy()[dataset.training].clip(min=-1) + 1, minlength=len(dataset.categories) + 1)
+    return tuple(name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count)
+
+
+def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
+    """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is the run's, where it has one."""
+    channels = run.autoencoder.layout(run.data.channels, place).channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        conditioner = run.conditioner.build(facts, encoder=text_encoder)
+        network = run.network.build(image_channels=channels, context=conditioner.sizes)
+        return Model(network, conditioner, run.denoiser)
+
+
+def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
+    """A pretrained text encoder whose embeddings are kept on disk."""
+    encoder = TextEncoder(config, files.cache_folder() / "encoders")
+    return replace(encoder, known=EmbeddingStore(encoder.identity))
+
+
+def with_auxiliary(run: Run, model: Model) -> Model:
+    """The model on the device that is used, with what is trained beside it.
+
+    Raises:
+        ConfigError: if an encoder that is aligned to is missing.
+    """
+    device = default_device()
+
+    def encoder(name: str) -> Features:
+        found = extractor(name)
+        return found.to(device) if isinstance(found, torch.nn.Module) else found
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model.auxiliary = run.auxiliary.build(model.network, encoder=encoder)
+    return model.to(device)
+
+
+def network_parameters(run: Run) -> int:
+    """Learned numbers in a run's model, its conditioner aside; nothing is built."""
+    channels = run.autoencoder.layout(run.data.channels, None).channels
+    with torch.device("meta"):
+        network = run.network.build(image_channels=channels, context=NO_CONTEXT)
+    return count(network.parameters())
+
+
+def say_margins(network: Backbone, dataset: Dataset, factor: int) -> None:
+    """Say which sizes cost the network much more than a size near by."""
+    shapes = dataset.config.pixel_format().shapes
+    for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
+        multiple = network.multiple * factor
+        if (more := margin(-(-height // factor), -(-width // factor), network.multiple)) > MARGIN_SAID:
+            console().print(
+                f"images of {height} x {width} are padded to multiples of {multiple} inside the network, {more:.0%} more work than at "
+                f"{height // multiple * multiple or multiple} x {width // multiple * multiple or multiple}, pixel for pixel",
+                markup=False,
+            )

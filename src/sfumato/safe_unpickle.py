@@ -1,0 +1,65 @@
+"""Tensors out of pickled files: the only place where anything is unpickled, and never in the process that wants them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sfumato.errors import CheckpointError
+
+LIMIT_S = 600
+
+
+def convert(source: Path, target: Path, *, sha256: str) -> None:
+    """Write the tensors of a pickled file that is known by its hash as safetensors.
+
+    They are read with `weights_only` by a process of its own, which is handed nothing of this one but the very bytes that were hashed (so
+    the file cannot be exchanged in between), and where to write.
+
+    Args:
+        source: a file of tensors by name.
+        target: written whole or not at all.
+        sha256: what the file's bytes must hash to.
+    Raises:
+        CheckpointError: if it is another file, or holds something else.
+    """
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(source), hint="install its package again") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
+            where=str(source),
+            hint="install its package again; a pickled file is read only if it is known, since reading one can run code",
+        )
+    command = [sys.executable, "-P", "-m", "sfumato.safe_unpickle", str(target)]
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    try:
+        done = subprocess.run(command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"was not converted within {LIMIT_S} s", where=str(source), hint="is the disk slow or full?"
+        ) from None
+    if done.returncode:
+        raise CheckpointError(f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}", where=str(source))
+
+
+def main(target: str) -> None:
+    """What the other process does with its standard input. Rule S1 of the security design allows this converter, and nothing else."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = torch.load(io.BytesIO(sys.stdin.buffer.read()), map_location="cpu", weights_only=True)
+    temporary = Path(f"{target}.{os.getpid()}.part")  # several processes may want it at once
+    save_file({str(name): tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

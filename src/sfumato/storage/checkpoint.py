@@ -1,0 +1,367 @@
+"""Checkpoints that are either whole or not there: written aside, synced, renamed into place, then the old ones pruned.
+
+Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of the reliability design.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.errors import CheckpointError
+
+SCHEMA = 2
+NAME = re.compile(r"step-(\d{9,})")
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another version, which nothing is wrong with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What was read back: JSON state, and tensors by file ("model", "ema", "optimizer")."""
+
+    path: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save(
+    root: Path,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    keep: int,
+    sound: bool = True,
+) -> Path:
+    """Commit a checkpoint under `root` and prune all but the newest `keep`, and the newest sound one.
+
+    Args:
+        sound: whether the loss is where it usually is; where it is not, the weights may have diverged.
+    Raises:
+        CheckpointError: if it could not be written; what was there before is untouched.
+    """
+    final = root / f"step-{step:09d}"
+    if final.exists():
+        return final
+    temporary = root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors"
+            )
+        (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
+        manifest = {
+            "schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "sound": sound, "files": files,
+        }  # fmt: skip
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not be written: {error}", where=str(final), hint="free some disk space; earlier checkpoints are intact"
+        ) from None
+    _point_latest(root, final.name)
+    _prune(root, keep)
+    return final
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints and no longer the newest sound one."""
+    found = paths(root)
+    newest_sound = next(filter(_is_sound, found), None)
+    for old in found[keep:]:
+        if old != newest_sound:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the loss was where it usually is; what says nothing of it is sound."""
+    try:
+        return bool(json.loads((path / "manifest.json").read_text()).get("sound", True))
+    except (OSError, ValueError, AttributeError):
+        return True  # `load` says what is wrong with it
+
+
+def set_diverged_aside(root: Path) -> int | None:
+    """Rename the checkpoints that are newer than the newest sound one to `.diverged`; the step of the sound one, None if there is none."""
+    for path in paths(root):
+        if _is_sound(path):
+            _point_latest(root, path.name)
+            return int(path.name[5:])
+        _set_aside(path, "diverged")
+    return None
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Give a checkpoint a name that is never loaded."""
+    aside = path.with_name(f"{path.name}.{why}")
+    if aside.exists():
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.{why}")
+    return path.rename(aside)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which infinities and NaN, which JSON does not have, are the words that a configuration reads as numbers."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Path:
+    """Keep weights alone, for good, under `root`; `facts` are written into the file's head.
+
+    Raises:
+        CheckpointError: if they could not be written.
+    """
+    final, temporary = root / f"step-{step:09d}.safetensors", root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(tensors, temporary, metadata=None if facts is None else dict(facts))
+        _sync(temporary)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+    return final
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes; "" if there are none."""
+    if not tensors:
+        return ""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        hashed.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a run's frozen parameters once, under their hash, beside its checkpoints; the hash, or "" if there are none.
+
+    Raises:
+        CheckpointError: if they could not be written.
+    """
+    name = digest(tensors)
+    final, temporary = root / f"frozen-{name}.safetensors", root / f".tmp-frozen-{uuid.uuid4().hex[:8]}"
+    if not name or final.is_file():
+        return name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+        _sync(temporary)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+    return name
+
+
+def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The frozen parameters that a checkpoint refers to; {} if it refers to none.
+
+    Raises:
+        CheckpointError: if they are missing or altered.
+    """
+    name = state.get("frozen", "")
+    if not name:
+        return {}
+    file = path.parent / f"frozen-{name}.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"frozen parameters cannot be read: {error}", where=str(file)) from None
+    if digest(tensors) != name:
+        raise CheckpointError("frozen parameters differ from what was saved (hash)", where=str(file))
+    return tensors
+
+
+def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a model's frozen parameters are those that a checkpoint was trained with."""
+    if loaded.state.get("frozen", "") != digest(tensors):
+        raise CheckpointError(
+            f"the {len(tensors)} frozen parameters of the model are not those that this run was trained with",
+            where=str(loaded.path),
+            hint="use the pretrained weights that the run began with, or train a new run",
+        )
+
+
+def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
+    """The weights of the last snapshot at or before `step`.
+
+    Raises:
+        CheckpointError: naming those that there are, if there is none or it cannot be read.
+    """
+    steps = sorted(int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem))
+    earlier = [found for found in steps if found <= step]
+    if not earlier:
+        listed = ", ".join(map(str, steps)) or "none yet"
+        raise CheckpointError(f"no snapshot at or before step {step}", where=str(root), hint=f"there are {listed}")
+    path = root / f"step-{earlier[-1]:09d}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+
+
+def paths(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what a crash in the middle of `save` left behind."""
+    for orphan in root.glob(".tmp-*"):
+        shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink()
+
+
+def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told of in the second value.
+
+    Raises:
+        CheckpointError: if there is none, or another version wrote it. A run never silently starts over.
+    """
+    loaded, damaged = _newest_whole(root)
+    warnings: list[str] = []
+    for path, error in damaged:
+        warnings.append(f"{error} -- kept as {_set_aside(path, 'corrupt').name}; trying the one before")
+    if loaded is None:
+        raise CheckpointError(
+            "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
+            where=str(root),
+            hint="start a new run with `sfumato train`; nothing is restarted silently",
+        )
+    return loaded, warnings
+
+
+def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, for whoever only reads: nothing is renamed; bad ones are told of in the second value.
+
+    Raises:
+        CheckpointError: if there is none, or another version wrote it.
+    """
+    loaded, damaged = _newest_whole(root)
+    if loaded is None and not damaged:
+        raise CheckpointError("holds no checkpoint yet", where=str(root), hint="wait for the first one, or train")
+    if loaded is None:
+        raise CheckpointError(
+            f"none of {len(damaged)} checkpoint(s) is whole; {'; '.join(error.args[0] for _, error in damaged)}",
+            where=str(root),
+            hint="copy a whole one here from a backup, or train a new run",
+        )
+    return loaded, [f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used" for _, error in damaged]
+
+
+def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
+    """The newest checkpoint that is whole, None if none is, and the newer ones with what is wrong with each."""
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for path in paths(root):
+        try:
+            return load(path), damaged
+        except ForeignCheckpointError:
+            raise
+        except CheckpointError as error:
+            damaged.append((path, error))
+    return None, damaged
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint, checking every file's size and hash against the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or altered.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = dict(manifest["files"])
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"manifest unreadable ({error})", where=str(path / "manifest.json")) from None
+    if schema != SCHEMA:
+        raise ForeignCheckpointError(
+            f"was written by another version of sfumato (schema {schema}; this one reads {SCHEMA})",
+            where=str(path),
+            hint="use that version; nothing was changed",
+        )
+    for name, facts in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError("is missing", where=str(file))
+        try:
+            same = file.stat().st_size == facts["bytes"] and _digest(file) == facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(file)) from None
+        if not same:
+            raise CheckpointError("differs from what was saved (size or hash)", where=str(file))
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
+    return Checkpoint(path=path, state=state, tensors=tensors)
+
+
+def configuration_of(path: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was written under, as plain data.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return dict(json.loads((path / "state.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path / "state.json")) from None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    """`latest` is a courtesy to people; nothing reads it back."""
+    temporary = root / ".tmp-latest"
+    try:
+        temporary.write_text(name + "\n")
+        os.replace(temporary, root / "latest")
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""A run on disk: who holds it, what state it is in, where everything goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from sfumato.errors import CheckpointError, ConfigError, RunError
+from sfumato.foreign_models import refuse_diffusers
+from sfumato.storage.output_paths import require_writable
+
+HEARTBEAT_S = 5.0
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
+
+
+class RunDirectory:
+    """Paths and small JSON files of one run."""
+
+    def __init__(self, path: Path, *, root: Path | None = None) -> None:
+        """`root` is the run that this is a stage of; the run itself unless given."""
+        self.path, self.root = path, root or path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
+        self.averages = path / "averages"
+        self.samples = path / "samples"
+        self.metrics = path / "metrics.jsonl"
+        self._last_heartbeat = 0.0
+
+    @classmethod
+    def require_free(cls, path: Path) -> None:
+        """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called before the data are read."""
+        if os.path.lexists(path / "config.yaml"):
+            raise RunError(
+                "there is a run here already", where=str(path), hint=f"`sfumato resume {path}`, or choose another --run"
+            )
+        require_writable(path, option="--run")
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """A new, empty run.
+
+        Raises:
+            RunError: if there is a run already, or the folder cannot be written to.
+        """
+        cls.require_free(path)
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot be created: {error}", where=str(path), hint="choose a folder you may write to with --run"
+            ) from None
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """A run that was made before.
+
+        Raises:
+            RunError: if this is no run, saying what it is if it is a model of diffusers.
+        """
+        if not (path / "config.yaml").exists():
+            refuse_diffusers(path)
+            raise RunError(
+                "is no run: it holds no config.yaml", where=str(path), hint="name a folder that `sfumato train` made"
+            )
+        return cls(path)
+
+    def stage(self, name: str) -> RunDirectory:
+        """The place of what is trained before the run's own model; it has no configuration of its own."""
+        made = RunDirectory(self.path / name, root=self.root)
+        for folder in (made.checkpoints, made.samples):
+            folder.mkdir(parents=True, exist_ok=True)
+        return made
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: two processes never train in one folder.
+
+        Raises:
+            RunError: if another process holds it, it cannot be written to, or this system has no such locks.
+        """
+        if fcntl is None:
+            raise RunError(
+                "this system lacks the file locks (fcntl) that training needs",
+                where=str(self.path),
+                hint="train on Linux or macOS, on Windows inside WSL; sampling works here",
+            )
+        with contextlib.ExitStack() as stack:
+            try:
+                handle = stack.enter_context((self.path / ".lock").open("w"))
+            except OSError as error:
+                raise RunError(
+                    f"cannot be written to: {error.strerror}",
+                    where=str(self.path),
+                    hint="change its permissions, or copy the run to a folder you may write to, and resume it there",
+                ) from None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    "another process is training here", where=str(self.path), hint="wait for it, or stop it first"
+                ) from None
+            except OSError as error:
+                raise RunError(
+                    f"cannot be locked: {error.strerror}",
+                    where=str(self.path),
+                    hint="its file system has no locks: copy the run to a local disk, and resume it there",
+                ) from None
+            yield
+
+    @contextmanager
+    def unchanged_if_refused(self) -> Iterator[None]:
+        """Put back what describes the run where settings or data turn out not to be those that its checkpoints go on with."""
+        before = {path: path.read_bytes() for path in map(self.path.joinpath, DESCRIPTIONS) if path.is_file()}
+        try:
+            yield
+        except (CheckpointError, ConfigError):
+            for path, content in before.items():
+                path.write_bytes(content)
+            raise
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raise RunError unless the disk has room for what the run will write."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunError(
+                f"{free / 2**30:.2f} GiB free, {needed_bytes / 2**30:.2f} GiB needed for checkpoints",
+                where=str(self.path),
+                hint="free some space, lower checkpoint.keep, or choose another disk with --run",
+            )
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Replace a JSON file in one go."""
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(json.dumps(dict(data), indent=1, ensure_ascii=False))
+        os.replace(temporary, target)
+
+    def write_status(self, state: str, step: int, **more: Any) -> None:
+        """status.json: `state` is preparing, running, finished, interrupted or failed."""
+        self._last_heartbeat = time.monotonic()
+        self.write_json("status.json", {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more})
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; {} if there is none yet."""
+        try:
+            return dict(json.loads((self.path / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def data_record(self) -> dict[str, Any]:
+        """What data.json says of the data that the run was begun with; {} if it cannot be read."""
+        try:
+            return dict(json.loads((self.root / "data.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def heartbeat(self, step: int) -> None:
+        """Say that the run is alive, every few seconds at most."""
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
+            self.write_status("running", step)
+
+    def write_environment(self, **more: Any) -> None:
+        """environment.json: what it takes to explain a result."""
+        self.write_json(
+            "environment.json",
+            {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "platform": platform.platform(),
+                "cpu_threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                **more,
+            },
+        )
+
+
+def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
+    """The git commit that is checked out where this program's source lies; None where it was installed as a package.
+
+    Read from git's own files, so that git need not be there. Changes that were not committed are not seen.
+    """
+    checkout = package.parent.parent  # of src/sfumato
+    if not (checkout / "pyproject.toml").is_file():
+        return None
+    with suppress(OSError, ValueError):
+        folder = checkout / ".git"
+        if folder.is_file():  # a worktree's
+            folder = checkout / folder.read_text().removeprefix("gitdir:").strip()
+        shared = folder / (folder / "commondir").read_text().strip() if (folder / "commondir").is_file() else folder
+        found = (folder / "HEAD").read_text().strip()
+        if found.startswith("ref: "):
+            found = _resolved(found.removeprefix("ref: "), folder, shared)
+        return found if HASH.fullmatch(found) else None
+    return None
+
+
+def _resolved(name: str, *folders: Path) -> str:
+    """The hash that a branch stands for, kept in a file of its own or packed with others; "" if there is none yet."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return (folder / name).read_text().strip()
+    for folder in folders:
+        packed = folder / "packed-refs"
+        for line in packed.read_text().splitlines() if packed.is_file() else []:
+            if line.endswith(f" {name}"):
+                return line.partition(" ")[0]
+    return ""

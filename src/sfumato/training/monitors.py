@@ -1,0 +1,166 @@
+"""What is looked at while a model trains: its error on held-out pictures, and pictures of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.autoencoders import Autoencoder
+from sfumato.condition import Context, on_device, reordered
+from sfumato.conditioners import Facts, Joint
+from sfumato.data import Dataset, to_float
+from sfumato.diffusion import Schedule
+from sfumato.generation.pipeline import Model, Pipeline, SamplingConfig
+from sfumato.generation.request import Request
+from sfumato.observability.images import grid_image, save_png
+from sfumato.sampling import Progress
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.config import TrainingConfig
+from sfumato.training.validation import Errors, Triples, difference, make_triples, measure, summarize
+
+
+class Validator:
+    """Fixed triples of held-out pictures, and as many of training pictures with the same noises and levels."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        schedule: Schedule,
+        conditioner: Joint,
+        autoencoder: Autoencoder,
+        device: torch.device,
+    ) -> None:
+        self.batch_size = config.at_once
+        self._sets: list[tuple[Triples, Context]] = []
+        for part in (dataset.holdout, dataset.training):
+            positions = _usual_or_first(dataset, part)
+            order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
+            pixels, _, chosen = dataset.images(positions[order[[i % len(order) for i in range(config.validation.samples)]]])
+            images = to_float(pixels).to(device)
+            x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
+            triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
+            context = on_device(dataset.context(chosen), device)
+            self._sets.append((triples, conditioner.derive(images, context, seed=config.seed, first=0)))
+        self.second_moment = float(self._sets[0][0].x0.double().square().mean())
+
+    def figures(self, model: Model, average: Model) -> dict[str, Any]:
+        """What metrics.jsonl keeps of a validation.
+
+        `validation/ema/*` and `validation/raw/*` on held-out pictures, in float32 but for raw weights that are trained in float8; of the
+        averaged weights also `validation/gap/*`, their error minus that on training pictures, and `validation/adherence/NAME/*`, their
+        error under another picture's context minus that under its own: above zero as soon as the context steers.
+        """
+        triples, context = self._sets[0]
+        averaged, raw = self._errors(average, 0), self._errors(model, 0)
+        gap = difference(averaged, self._errors(average, 1), triples)
+        return {
+            **{f"validation/ema/{key}": value for key, value in summarize(averaged, triples, self.second_moment).items()},
+            **{f"validation/raw/{key}": value for key, value in summarize(raw, triples, self.second_moment).items()},
+            **{f"validation/gap/{key}": value for key, value in gap.items()},
+            **{
+                f"validation/adherence/{name}/{key}": value
+                for name in average.conditioner.parts
+                if name in context and name != "augmentation"
+                for key, value in difference(self._errors(average, 0, shuffled=name), averaged, triples).items()
+            },
+        }
+
+    def error(self, model: Model) -> dict[str, Any]:
+        """Errors of one model on held-out pictures."""
+        return summarize(self._errors(model, 0), self._sets[0][0], self.second_moment)
+
+    def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
+        triples, context = self._sets[which]
+        if shuffled is not None:
+            count = len(triples.x0)
+            context = {**context, **reordered({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)])}
+        model.eval()
+        with torch.no_grad():
+            condition = model.conditioner(context, len(triples.x0))
+        return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
+
+
+def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The pictures of a part that have the set's usual shape; the first picture, where none has."""
+    usual = dataset.usual(part)
+    return usual if len(usual) else part[:1]
+
+
+@torch.no_grad()
+def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: int) -> Tensor:
+    """One draw of the latents of held-out pictures, the same at every call."""
+
+    def some(first: int) -> Tensor:
+        moments = autoencoder.moments(images[first : first + batch_size])
+        return autoencoder.draw(moments, lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape))
+
+    return torch.cat([some(first) for first in range(0, len(images), batch_size)])
+
+
+class Previewer:
+    """Grids of samples with the same noise and context every time, and one grid of the real pictures that the context belongs to."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dataset: Dataset,
+        sampling: SamplingConfig,
+        conditioner: Joint,
+        autoencoder: Autoencoder,
+        directory: RunDirectory,
+        facts: Facts,
+    ) -> None:
+        self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
+        self.autoencoder = autoencoder
+        self.image_shape = dataset.image_shape
+        reads = [name for name in conditioner.parts if name != "augmentation"]
+        chosen = _of_each_category(dataset, config.preview.num) if reads in ([], ["category"]) else _held_out(dataset, config)
+        pixels, _, chosen = dataset.images(chosen)
+        images = to_float(pixels)
+        context = conditioner.derive(images, dataset.context(chosen), seed=config.seed, first=0)
+        self.context = {name: value for name, value in context.items() if name in reads}
+        entries = [dataset.entries[i] for i in chosen]
+        self.asked = {"category": [entry.category for entry in entries], "text": context.get("text")}
+        kinds = len(dataset.categories)
+        self.columns = kinds if reads == ["category"] and 2 <= kinds <= 12 else None
+        path = directory.samples / "real.png"
+        if not path.exists():
+            save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=facts.alpha), path)
+
+    def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
+        """Write samples/step-.../grid.png and samples.json."""
+        pipeline = Pipeline(
+            model=average, autoencoder=self.autoencoder, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape
+        )
+        request = Request.of(self.context, self.image_shape, len(self.asked["category"] or ()))
+        images = pipeline.sample(len(request.start), request=request, seed=self.seed, on_step=on_step)
+        folder = self.directory.samples / f"step-{step:09d}"
+        asked = {name: self.asked[name] for name in self.asked if name in self.context}
+        settings = {"step": step, "seed": self.seed, **asked, "weights": "ema", "guidance": self.sampling.guidance}
+        sheet = grid_image(images, columns=self.columns, alpha=self.facts.alpha)
+        save_png(sheet, folder / "grid.png", {**settings, "text": None})
+        self.directory.write_json(f"samples/{folder.name}/samples.json", settings)
+
+
+def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
+    """Training pictures, the categories in turn."""
+    training = _usual_or_first(dataset, dataset.training)
+    labels = dataset.labels[torch.from_numpy(training)]
+    numbers = range(min(num, len(dataset.categories))) or [-1]
+    pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
+    return np.array([pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(num)])
+
+
+def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
+    """Pictures that are not trained on, whose context has not been seen."""
+    held_out = dataset.usual(dataset.holdout)
+    positions = held_out if len(held_out) else _usual_or_first(dataset, dataset.training)
+    order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))
+    return positions[order[[i % len(order) for i in range(config.preview.num)]]]

@@ -1,0 +1,231 @@
+"""What an autoencoder learns: to give back what it was shown, through latents that are easy to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import randomness
+from sfumato.autoencoders import KLAutoencoder
+from sfumato.autoencoders.discriminator import PatchDiscriminator, balance, pleasing, telling
+from sfumato.autoencoders.image_metrics import psnr, ssim
+from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
+from sfumato.data import Batch, Dataset, Part, to_float
+from sfumato.errors import ConfigError
+from sfumato.networks.perceptual import Features, distance
+from sfumato.nn.accelerable import Accelerable
+from sfumato.observability.images import grid_image, save_png
+from sfumato.sampling import Progress
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.config import TrainingConfig
+from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.tasks.protocol import Learner, Outcome
+
+SMALLEST = 0.25  # of a latent's side that the equivariance regularizer shrinks it to
+CHARBONNIER = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """An adversary that tells real patches from reconstructed ones, which brings out texture.
+
+    Attributes:
+        weight: of its say, times the weight at which it pulls on the decoder as hard as the other losses do.
+        start: share of the budget after which it is heard; it learns from the beginning.
+        channels, layers: of its network.
+        optimizer: its own.
+    """
+
+    weight: Positive = 0.5
+    start: Fraction = 0.5
+    channels: Size = 32
+    layers: Size = 2
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=2e-4, betas=(0.5, 0.9), weight_decay=0.0)
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and 0 <= self.start <= 1):
+            raise ConfigError(
+                f"weight = {self.weight}, start = {self.start}",
+                where="autoencoder.losses.adversarial",
+                hint="a weight above 0, and a start from 0 to 1",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """What a reconstruction is judged by.
+
+    Attributes:
+        pixels: `l1`, or `charbonnier`, which is smooth at 0.
+        perceptual: weight of the distance in a frozen network's features; more looks sharper, and is further from the pixels' values.
+        kl: weight of each latent value's divergence from the standard normal; small, it only keeps them from running away.
+        equivariance: share of batches in which the latents are shrunk or turned, and must decode to the picture shrunk or turned:
+            smoother latents, which are easier to generate.
+        adversarial: None for no adversary.
+
+    Source: Rombach et al. 2022 (arXiv:2112.10752), appendix G; Kouzelis et al. 2025 (arXiv:2502.09509) for the equivariance.
+    """
+
+    pixels: Literal["l1", "charbonnier"] = "l1"
+    perceptual: NonNegative = 0.1
+    kl: NonNegative = 1e-4
+    equivariance: Fraction = 0.0
+    adversarial: AdversarialConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.perceptual >= 0 and self.kl >= 0 and 0 <= self.equivariance <= 1):
+            raise ConfigError(
+                f"perceptual = {self.perceptual}, kl = {self.kl}, equivariance = {self.equivariance}",
+                where="autoencoder.losses",
+                hint="weights are at least 0, equivariance is a share from 0 to 1",
+            )
+
+
+class Reconstructor(nn.Module):
+    """An autoencoder and, perhaps, its adversary."""
+
+    def __init__(self, codec: KLAutoencoder, adversary: PatchDiscriminator | None) -> None:
+        super().__init__()
+        self.codec, self.adversary = codec, adversary
+
+
+class Reconstruction:
+    """Pictures through their latents and back."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        model: Reconstructor,
+        losses: LossesConfig,
+        features: Features,
+        dataset: Dataset,
+        directory: RunDirectory,
+    ) -> None:
+        self.config, self.model, self.losses, self.features, self.directory = config, model, losses, features, directory
+        self.facts = {"features": features.name, "image_shape": list(dataset.image_shape)}
+        self._device = next(model.parameters()).device
+        held = dataset.usual(dataset.holdout) if len(dataset.usual(dataset.holdout)) else dataset.usual(dataset.training)
+        order = randomness.permutation(config.seed, "validation", index=0, size=len(held))
+        shown = held[order[: max(config.validation.samples, config.preview.num)]]
+        self._real = to_float(dataset.images(shown)[0])
+
+    def learners(self, model: Reconstructor) -> list[Learner]:
+        """The autoencoder, and its adversary if it has one; both step on every batch."""
+        found = [Learner("autoencoder", model.codec, self.config.optimizer)]
+        if model.adversary is not None and self.losses.adversarial is not None:
+            found.append(Learner("adversary", model.adversary, self.losses.adversarial.optimizer))
+        return found
+
+    def outcome(
+        self, model: Reconstructor, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
+    ) -> Outcome:
+        """The sum of all losses of each sample; notes hold each by its name."""
+        images, first, seed = part.images[chosen].to(self._device), part.first + chosen.start, self.config.seed
+        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
+            noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
+            z = mean + (0.5 * log_variance).exp() * noise
+            z, target = self._moved(z, images, batch.parts[0].first)
+            made = model.codec.decode(z).float()
+            notes = {
+                self.losses.pixels: self._pixels(made, target),
+                "perceptual": self._alike(made, target),
+                "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1),
+            }
+            total = notes[self.losses.pixels] + self.losses.perceptual * notes["perceptual"] + self.losses.kl * notes["kl"]
+            if model.adversary is not None and self.losses.adversarial is not None:
+                notes["adversary"] = telling(model.adversary, target, made).float()
+                if spent >= self.losses.adversarial.start:
+                    notes["pleasing"] = pleasing(model.adversary, made).float()
+                    weight = balance(total, notes["pleasing"], cast(nn.Parameter, model.codec.decoder.conv_out.weight))
+                    total = total + self.losses.adversarial.weight * weight * notes["pleasing"]
+                total = total + notes["adversary"]
+        return Outcome(total, notes)
+
+    def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Latents and pictures shrunk and turned together, or left as they are; `first` is the batch's first sample."""
+        chance, size, turn = randomness.uniform(self.config.seed, "equivariance", first=first, count=1, per_item=3)[0].tolist()
+        if chance >= self.losses.equivariance:
+            return z, images
+        factor = images.shape[-1] // z.shape[-1]
+        least = 1 if self.model.adversary is None else -(-self.model.adversary.smallest // factor)
+        sides = [max(least, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]]
+        turns = int(turn * 4) if sides[0] == sides[1] else 0
+        moved = F.interpolate(z, size=sides, mode="bilinear", antialias=True).rot90(turns, (2, 3))
+        target = F.interpolate(images, size=[side * factor for side in sides], mode="bilinear", antialias=True)
+        return moved, target.rot90(turns, (2, 3))
+
+    def _alike(self, made: Tensor, target: Tensor) -> Tensor:
+        """In float32: features of near pictures differ by less than bfloat16 tells apart."""
+        with torch.autocast(self._device.type, enabled=False):
+            return distance(self.features, made, target)
+
+    def _pixels(self, made: Tensor, target: Tensor) -> Tensor:
+        error = made - target
+        values = error.abs() if self.losses.pixels == "l1" else (error.square() + CHARBONNIER**2).sqrt()
+        return values.flatten(1).mean(1)
+
+    def record(self, outcome: Outcome) -> dict[str, float]:
+        """The mean of each loss."""
+        return {f"train/{name}": float(values.mean()) for name, values in outcome.notes.items()}
+
+    @torch.no_grad()
+    def figures(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
+        """`validation/{ema,raw}/*` on held-out pictures, through the latents' means: PSNR in dB, SSIM, L1, and the perceptual distance."""
+        return {
+            f"validation/{name}/{key}": value
+            for name, which in (("ema", average), ("raw", model))
+            for key, value in self._fidelity(which.codec).items()
+        }
+
+    def _fidelity(self, codec: KLAutoencoder) -> dict[str, float]:
+        rows = []
+        size = self.config.at_once
+        for first in range(0, len(self._real), size):
+            real = self._real[first : first + size].to(self._device)
+            made = reconstructed(codec, real)
+            figures = [
+                psnr(made, real),
+                ssim(made, real),
+                (made - real).abs().flatten(1).mean(1),
+                distance(self.features, made, real),
+            ]
+            rows.append(torch.stack([figure.cpu() for figure in figures], dim=1))
+        means = torch.cat(rows).mean(0).tolist()
+        return dict(zip(("psnr", "ssim", "l1", "perceptual"), means, strict=True))
+
+    def headline(self, figures: Mapping[str, Any]) -> str:
+        """Of the averaged weights."""
+        psnr_, ssim_, l1 = (figures[f"validation/ema/{name}"] for name in ("psnr", "ssim", "l1"))
+        return f"held-out reconstructions PSNR {psnr_:.2f} dB  SSIM {ssim_:.3f}  L1 {l1:.4f}"
+
+    @torch.no_grad()
+    def show(self, average: Reconstructor, step: int, on_step: Callable[[Progress], None]) -> None:
+        """Write samples/step-.../grid.png: pairs of a real picture and its reconstruction below it."""
+        count = min(self.config.preview.num, len(self._real))
+        real = self._real[:count]
+        made = reconstructed(average.codec, real.to(self._device)).cpu()
+        columns = next(number for number in range(min(8, count), 0, -1) if count % number == 0)
+        rows = [torch.cat([real[i : i + columns], made[i : i + columns]]) for i in range(0, count, columns)]
+        labels = ["real", "made"] * len(rows)
+        sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
+        save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})
+
+    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+        """Each image once, in a validation by the weights and by their average."""
+        return config.preview.num, 2 * config.validation.samples
+
+    def core(self, model: Reconstructor) -> Accelerable:
+        """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
+        return model.codec.encoder
+
+
+def reconstructed(codec: KLAutoencoder, pictures: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) through the means of their latents and back, clamped to [-1, 1]."""
+    return codec.decode(codec.moments(pictures).chunk(2, dim=1)[0]).clamp(-1, 1)
