@@ -26,7 +26,8 @@ from machine import continued, options
 from scipy.stats import t as student
 
 from sfumato.autoencoders import Pixels
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig
 from sfumato.diffusion import (
     EDM,

@@ -18,7 +18,8 @@ from train_step import NETWORK, PEER_PARAMETERS
 
 from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
-from sfumato.conditioners import CategoryConfig, ContextConfig, Facts, Joint
+from sfumato.conditioners import CategoryConfig, CompositeConditioner, Facts
+from sfumato.contexts import ContextConfig
 from sfumato.diffusion import Linear
 from sfumato.generation.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
 from sfumato.networks import UNet
@@ -44,7 +45,12 @@ def main() -> None:
     batch = min(asked.batch, 16) if asked.quick else asked.batch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = Model(UNet(NETWORK, image_channels=3), Joint({}), DenoiserConfig()).to(device).eval().requires_grad_(False)
+    model = (
+        Model(UNet(NETWORK, image_channels=3), CompositeConditioner({}), DenoiserConfig())
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
     x, levels = torch.randn(batch, 3, asked.resolution, asked.resolution, device=device), grid(Linear(), steps)
     noise_input = torch.full((batch,), 500.0, device=device)
 

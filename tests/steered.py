@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from sfumato.autoencoders import Pixels
 from sfumato.conditioners import (
     AttributesConfig,
     CategoryConfig,
-    ContextConfig,
     DoodleConfig,
     Facts,
     Holes,
@@ -19,9 +20,9 @@ from sfumato.conditioners import (
     SplatConfig,
     WordsConfig,
 )
+from sfumato.contexts import ContextConfig
 from sfumato.diffusion import Linear, Objective
 from sfumato.generation.pipeline import Pipeline, SamplingConfig
-from sfumato.generation.request import Asked
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs.preparation import build_model
@@ -88,12 +89,12 @@ def cloud(seed: int, count: int = 12) -> Tensor:
 
 
 # Two different requests for each context.
-ASKED: dict[str, tuple[Asked, Asked]] = {
-    "category": (Asked(category="cat"), Asked(category="dog")),
-    "attributes": (Asked(attributes={"age": 7}), Asked(attributes={"age": -2, "asleep": 1})),
-    "text": (Asked(prompt="a red heart"), Asked(prompt="two cats")),
-    "image": (Asked(image=picture(1)), Asked(image=picture(2))),
-    "reference": (Asked(reference=picture(3)), Asked(reference=picture(4))),
-    "doodle": (Asked(doodle=picture(5)), Asked(doodle=picture(6))),
-    "points": (Asked(points=cloud(7)), Asked(points=cloud(8))),
+ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "category": ({"category": "cat"}, {"category": "dog"}),
+    "attributes": ({"attributes": {"age": 7}}, {"attributes": {"age": -2, "asleep": 1}}),
+    "text": ({"prompt": "a red heart"}, {"prompt": "two cats"}),
+    "image": ({"image": picture(1)}, {"image": picture(2)}),
+    "reference": ({"reference": picture(3)}, {"reference": picture(4)}),
+    "doodle": ({"doodle": picture(5)}, {"doodle": picture(6)}),
+    "points": ({"points": cloud(7)}, {"points": cloud(8)}),
 }

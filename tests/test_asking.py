@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import Grayscale, Joint, Shrink
+from sfumato.conditioners import CompositeConditioner, Grayscale, Shrink
+from sfumato.contexts import Truncated, Unfamiliar
+from sfumato.contexts.points import MOST_POINTS
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
 from sfumato.generation.pipeline import Pipeline
-from sfumato.generation.request import MOST_POINTS, Asked, Request, Truncated, Unfamiliar, settled
+from sfumato.generation.request import ResolvedRequest, SampleRequest, resolve_request
 from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, picture, steered
 
 
@@ -23,8 +25,8 @@ def everything() -> Pipeline:
     return steered()
 
 
-def request_of(pipeline: Pipeline, num: int = 5, **asked: Any) -> Request:
-    return settled(Asked(**asked), pipeline.model.conditioner, pipeline.facts, pipeline.image_shape, num)
+def request_of(pipeline: Pipeline, num: int = 5, **asked: Any) -> ResolvedRequest:
+    return resolve_request(SampleRequest.of(**asked), pipeline.model.conditioner, pipeline.facts, pipeline.image_shape, num)
 
 
 def said(pipeline: Pipeline, error: type[SfumatoError] = ConfigError, **asked: Any) -> str:
@@ -41,8 +43,8 @@ def said(pipeline: Pipeline, error: type[SfumatoError] = ConfigError, **asked: A
 def test_nothing_is_asked_by_default(everything: Pipeline) -> None:
     request = request_of(everything)
     assert request.context == {}
-    assert request.given == ()
-    assert (request.negative, request.strength, request.known) == (None, 1.0, None)
+    assert request.names == ()
+    assert (request.negative, request.strength, request.known) == ({}, 1.0, None)
     assert request.start.eq(0).all()
 
 
@@ -124,20 +126,20 @@ def test_points_of_whole_numbers_are_points(everything: Pipeline) -> None:
 
 
 def test_everything_at_once(everything: Pipeline) -> None:
-    both = {name: value for asked, _ in ASKED.values() for name, value in vars(asked).items() if value is not None}
+    both = {name: value for asked, _ in ASKED.values() for name, value in asked.items()}
     request = request_of(everything, **both, negative="two", strength=0.5, mask=picture(9).round())
-    assert set(request.given) == set(ASKED)
+    assert set(request.names) == set(ASKED)
     assert all(len(value) == 5 for value in request.context.values())
     some = request.rows(slice(1, 3), torch.device("cpu"))
     assert len(some.start) == len(some.known) == 2
     assert all(len(value) == 2 for value in some.context.values())
-    assert (some.negative, some.strength) == ("two", 0.5)
+    assert (some.negative, some.strength) == ({"text": ["two", "two"]}, 0.5)
 
 
 def test_a_negative_prompt_alone_asks_of_the_text(everything: Pipeline) -> None:
     request = request_of(everything, negative="a heart")
     assert request.context == {}
-    assert request.given == ("text",)
+    assert request.names == ("text",)
 
 
 # --- the picture to start from -------------------------------------------------------------------------------------------------
@@ -190,8 +192,8 @@ def test_what_is_beyond_them_is_none(everything: Pipeline, strength: float) -> N
 
 
 def test_a_mask_or_a_strength_needs_a_picture(everything: Pipeline) -> None:
-    assert "a mask or a strength without a picture" in said(everything, strength=0.5)
-    assert "a mask or a strength without a picture" in said(everything, mask=picture(0))
+    assert "a mask or a strength without an image" in said(everything, strength=0.5)
+    assert "a mask or a strength without an image" in said(everything, mask=picture(0))
 
 
 def test_a_picture_alone_says_too_little_to_a_model_that_reads_none() -> None:
@@ -221,7 +223,7 @@ def test_a_context_that_is_not_read_names_those_that_are(reads: list[str], field
         request_of(pipeline, **{field: UNREAD[field]})
         return
     message = said(pipeline, **{field: UNREAD[field]})
-    assert f"the model does not read {field}" in message
+    assert f"this model was not trained with {field} conditioning" in message
     assert f"it is steered by {', '.join(name for name in ASKED if name in reads)}" in message
     assert f"train with conditioner.{context}" in message
 
@@ -322,7 +324,7 @@ def condition_of(pipeline: Pipeline, text: str) -> Tensor:
     return pipeline.model.conditioner({"text": [text]}, 1).vector
 
 
-@pytest.mark.filterwarnings("ignore::sfumato.generation.request.PromptNote")
+@pytest.mark.filterwarnings("ignore::sfumato.contexts.PromptNote")
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_text_in_any_script_can_be_read(text: str) -> None:
     pipeline = steered("text")
@@ -385,13 +387,15 @@ def test_of_many_unknown_words_ten_are_named() -> None:
     run = replace(CONFIGS["text"], length=60)
     part = run.build(FACTS.words, None)
     with pytest.warns(Unfamiliar, match='"j" and 2 more; they are read'):
-        settled(Asked(prompt="b c d e f g h i k j l m"), Joint({"text": part}), FACTS, (1, 8, 8), 1)
+        resolve_request(
+            SampleRequest.of(prompt="b c d e f g h i k j l m"), CompositeConditioner({"text": part}), FACTS, (1, 8, 8), 1
+        )
 
 
 def test_a_model_that_never_learned_letters_says_so() -> None:
     part = replace(CONFIGS["text"], spelled=0.0).build(FACTS.words, None)
     with pytest.warns(Unfamiliar, match="letters mean nothing to this model, which was trained without spelled words"):
-        settled(Asked(prompt="a guitar"), Joint({"text": part}), FACTS, (1, 8, 8), 1)
+        resolve_request(SampleRequest.of(prompt="a guitar"), CompositeConditioner({"text": part}), FACTS, (1, 8, 8), 1)
 
 
 def test_the_facts_above_are_what_the_model_knows(everything: Pipeline) -> None:

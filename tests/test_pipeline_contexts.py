@@ -14,13 +14,13 @@ from torch import Tensor
 from sfumato.diffusion import Cosine, EmpiricalDenoiser, Known, Linear, NoiseLevel, VarianceExploding
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.generation.pipeline import Pipeline
-from sfumato.generation.request import Asked
+from sfumato.generation.request import SampleRequest
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
 from tests.oracles import exact
 from tests.steered import ASKED, SIDE, picture, steered
 
-TEXT = Asked(prompt="a red heart")
-BOTH = Asked(prompt="a red heart", category="dog")
+TEXT = {"prompt": "a red heart"}
+BOTH = {"prompt": "a red heart", "category": "dog"}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,9 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def together(number: int = 0) -> Asked:
+def together(number: int = 0) -> dict[str, Any]:
     """All contexts at once."""
-    return Asked(
-        **{name: value for asked in ASKED.values() for name, value in vars(asked[number]).items() if value is not None}
-    )
+    return {name: value for asked in ASKED.values() for name, value in asked[number].items()}
 
 
 def said(pipeline: Pipeline, **asked: Any) -> str:
@@ -58,38 +56,38 @@ def said(pipeline: Pipeline, **asked: Any) -> str:
 def test_pictures_depend_on_the_context(name: str) -> None:
     pipeline = steered(name)
     nothing = pipeline.sample(2)
-    one, other = (pipeline.sample(2, asked=asked) for asked in ASKED[name])
+    one, other = (pipeline.sample(2, **asked) for asked in ASKED[name])
     assert apart(one, nothing) > 0.01
     assert apart(one, other) > 0.01
-    assert apart(one, pipeline.sample(2, asked=ASKED[name][0])) == 0
+    assert apart(one, pipeline.sample(2, **ASKED[name][0])) == 0
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_together_with_others_each_context_still_matters(everything: Pipeline, name: str) -> None:
-    (field,) = [field for field, value in vars(ASKED[name][1]).items() if value is not None]
-    changed = replace(together(), **{field: getattr(ASKED[name][1], field)})
-    left_out = replace(together(), **{field: None})
-    whole = everything.sample(2, asked=together())
-    assert apart(everything.sample(2, asked=changed), whole) > 1e-3
-    assert apart(everything.sample(2, asked=left_out), whole) > 1e-3
+    (field,) = ASKED[name][1]
+    changed = dict(together(), **{field: ASKED[name][1][field]})
+    left_out = dict(together(), **{field: None})
+    whole = everything.sample(2, **together())
+    assert apart(everything.sample(2, **changed), whole) > 1e-3
+    assert apart(everything.sample(2, **left_out), whole) > 1e-3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, {"text": 3.0, "category": 1.0, "points": 0.0}])
 def test_picture_i_is_the_same_in_any_number_and_batch(everything: Pipeline, guidance: Any) -> None:
-    asked = replace(
+    asked = dict(
         together(), prompt=["a heart", "two cats", ""], doodle=picture(0, count=2), negative="red" if guidance != 1.0 else None
     )
-    whole = everything.sample(5, asked=asked, guidance=guidance, seed=3)
-    assert apart(everything.sample(5, asked=asked, guidance=guidance, seed=3, batch_size=2), whole) < 1e-4
-    assert apart(everything.sample(2, asked=asked, guidance=guidance, seed=3), whole[:2]) < 1e-4
+    whole = everything.sample(5, **asked, guidance=guidance, seed=3)
+    assert apart(everything.sample(5, **asked, guidance=guidance, seed=3, batch_size=2), whole) < 1e-4
+    assert apart(everything.sample(2, **asked, guidance=guidance, seed=3), whole[:2]) < 1e-4
     assert min(apart(whole[i], whole[j]) for i in range(5) for j in range(i)) > 0.01
 
 
 def test_short_names_for_category_and_prompt_are_laid_over_what_is_asked(two: Pipeline) -> None:
-    assert torch.equal(two.sample(2, category="dog", prompt="a red heart"), two.sample(2, asked=BOTH))
-    assert torch.equal(two.sample(2, asked=TEXT, category="dog"), two.sample(2, asked=BOTH))
-    instead = Asked(prompt="x", category="cat")
-    assert torch.equal(two.sample(2, asked=instead, category="dog", prompt="a red heart"), two.sample(2, asked=BOTH))
+    assert torch.equal(two.sample(2, category="dog", prompt="a red heart"), two.sample(2, **BOTH))
+    assert torch.equal(two.sample(2, **TEXT, category="dog"), two.sample(2, **BOTH))
+    instead = {"prompt": "x", "category": "cat"}
+    assert torch.equal(two.sample(2, **{**instead, **BOTH}), two.sample(2, **BOTH))
 
 
 # --- guidance ------------------------------------------------------------------------------------------------------------------
@@ -129,33 +127,33 @@ CT = {**C, **T}
         (BOTH, {"category": 3.0, "text": 1.0}, [(-2, NULL), (2, C), (1, CT)]),
         (BOTH, {"category": 0.0, "text": 1.0}, [(1, NULL), (-1, C), (1, CT)]),
         (BOTH, {"category": 2.0}, [(-1, NULL), (1, C), (1, CT)]),  # the other one's is the model's own, 1
-        (replace(TEXT, negative="two"), 3.0, [(-2, N), (3, T)]),
-        (Asked(negative="two"), 3.0, [(-2, N), (3, NULL)]),
-        (Asked(category="dog", negative="two"), 3.0, [(-2, N), (3, C)]),
-        (replace(BOTH, negative="two"), 3.0, [(-2, N), (3, CT)]),
-        (replace(BOTH, negative="two"), {"category": 2.0, "text": 4.0}, [(-1, N), (-2, {**C, **N}), (4, CT)]),
-        (replace(BOTH, negative="two"), {"category": 1.0, "text": 4.0}, [(-3, {**C, **N}), (4, CT)]),
+        (dict(TEXT, negative="two"), 3.0, [(-2, N), (3, T)]),
+        ({"negative": "two"}, 3.0, [(-2, N), (3, NULL)]),
+        ({"category": "dog", "negative": "two"}, 3.0, [(-2, N), (3, C)]),
+        (dict(BOTH, negative="two"), 3.0, [(-2, N), (3, CT)]),
+        (dict(BOTH, negative="two"), {"category": 2.0, "text": 4.0}, [(-1, N), (-2, {**C, **N}), (4, CT)]),
+        (dict(BOTH, negative="two"), {"category": 1.0, "text": 4.0}, [(-3, {**C, **N}), (4, CT)]),
     ],
 )
-def test_guidance_is_the_sum_that_it_says(two: Pipeline, asked: Asked, guidance: Any, weights: list) -> None:
+def test_guidance_is_the_sum_that_it_says(two: Pipeline, asked: dict[str, Any], guidance: Any, weights: list) -> None:
     expected = by_hand(two, weights)
     assert expected.std() > 0.02
-    assert apart(two.sample(1, asked=asked, guidance=guidance), expected) < 2e-4
+    assert apart(two.sample(1, **asked, guidance=guidance), expected) < 2e-4
 
 
 def test_three_scales_step_from_context_to_context() -> None:
     pipeline = steered("category", "text", "doodle")
-    asked = replace(BOTH, doodle=picture(5))
+    asked = dict(BOTH, doodle=picture(5))
     doodle = {"doodle": (2 * picture(5) - 1)[None]}
     scales = {"category": 2.0, "text": 0.5, "doodle": 1.5}
     expected = by_hand(pipeline, [(-1, NULL), (2 - 0.5, C), (0.5 - 1.5, CT), (1.5, {**CT, **doodle})])
-    assert apart(pipeline.sample(1, asked=asked, guidance=scales), expected) < 2e-4
+    assert apart(pipeline.sample(1, **asked, guidance=scales), expected) < 2e-4
     expected = by_hand(pipeline, [(-2, N), (3 - 1.5, NULL), (1.5, doodle)])
-    asked_less = Asked(negative="two", doodle=picture(5))
-    assert apart(pipeline.sample(1, asked=asked_less, guidance={"text": 3.0, "doodle": 1.5}), expected) < 2e-4
+    asked_less = {"negative": "two", "doodle": picture(5)}
+    assert apart(pipeline.sample(1, **asked_less, guidance={"text": 3.0, "doodle": 1.5}), expected) < 2e-4
     mixed = {"category": 2.0, "text": 2.0, "doodle": 1.5}
     expected = by_hand(pipeline, [(-1, NULL), (2 - 1.5, CT), (1.5, {**CT, **doodle})])
-    assert apart(pipeline.sample(1, asked=asked, guidance=mixed), expected) < 2e-4
+    assert apart(pipeline.sample(1, **asked, guidance=mixed), expected) < 2e-4
 
 
 def test_guidance_away_from_what_training_never_saw_is_refused() -> None:
@@ -165,70 +163,68 @@ def test_guidance_away_from_what_training_never_saw_is_refused() -> None:
         with pytest.raises(
             ConfigError, match=r"without category, which training never saw: .*conditioner\.category\.dropout=0"
         ):
-            pipeline.sample(1, asked=BOTH, guidance=scales)
+            pipeline.sample(1, **BOTH, guidance=scales)
     for scales in (1.0, {"category": 1.0, "text": 3.0}):  # which never leaves out the category
-        assert pipeline.sample(1, asked=BOTH, guidance=scales).isfinite().all()
+        assert pipeline.sample(1, **BOTH, guidance=scales).isfinite().all()
 
 
 def test_guidance_1_is_no_guidance_and_calls_the_network_once_a_step(two: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     two.model.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
-    plain = two.sample(2, asked=BOTH)
+    plain = two.sample(2, **BOTH)
     for guidance in (1, 1.0, {"category": 1.0, "text": 1.0}, {}):
-        assert torch.equal(two.sample(2, asked=BOTH, guidance=guidance), plain)
+        assert torch.equal(two.sample(2, **BOTH, guidance=guidance), plain)
     assert set(seen) == {2}
-    two.sample(2, asked=BOTH, guidance=2.0)
+    two.sample(2, **BOTH, guidance=2.0)
     assert max(seen) == 4
-    two.sample(2, asked=BOTH, guidance={"category": 2.0, "text": 3.0})
+    two.sample(2, **BOTH, guidance={"category": 2.0, "text": 3.0})
     assert max(seen) == 6
 
 
 def test_equal_scales_are_one_number(everything: Pipeline) -> None:
-    one = everything.sample(2, asked=together(), guidance=2.0)
-    assert torch.equal(everything.sample(2, asked=together(), guidance=dict.fromkeys(ASKED, 2.0)), one)
-    assert apart(everything.sample(2, asked=together()), one) > 0.01
+    one = everything.sample(2, **together(), guidance=2.0)
+    assert torch.equal(everything.sample(2, **together(), guidance=dict.fromkeys(ASKED, 2.0)), one)
+    assert apart(everything.sample(2, **together()), one) > 0.01
 
 
 def test_scales_of_contexts_that_are_not_asked_for_do_not_matter(everything: Pipeline) -> None:
     assert torch.equal(
-        everything.sample(2, asked=TEXT, guidance={**dict.fromkeys(ASKED, 9.0), "text": 2.0}),
-        everything.sample(2, asked=TEXT, guidance=2.0),
+        everything.sample(2, **TEXT, guidance={**dict.fromkeys(ASKED, 9.0), "text": 2.0}),
+        everything.sample(2, **TEXT, guidance=2.0),
     )
 
 
 def test_a_negative_prompt_changes_pictures_and_needs_guidance(two: Pipeline) -> None:
-    plain, away = two.sample(2, asked=TEXT, guidance=3), two.sample(2, asked=replace(TEXT, negative="two cats"), guidance=3)
+    plain, away = two.sample(2, **TEXT, guidance=3), two.sample(2, **dict(TEXT, negative="two cats"), guidance=3)
     assert apart(plain, away) > 0.01
-    assert apart(two.sample(2, asked=replace(TEXT, negative=""), guidance=3), plain) < 1e-5
+    assert apart(two.sample(2, **dict(TEXT, negative=""), guidance=3), plain) < 1e-5
     for guidance in (1.0, {"text": 1.0}, {"category": 3.0, "text": 1.0}):
-        assert "a negative prompt without guidance" in said(two, asked=replace(TEXT, negative="two"), guidance=guidance)
+        assert "a negative prompt without guidance" in said(two, **dict(TEXT, negative="two"), guidance=guidance)
 
 
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, {"text": math.nan}, {"txt": 2.0}, {"": 2.0}, {"doodle": 2.0}])
 def test_guidance_of_other_names_and_numbers_is_refused(two: Pipeline, guidance: Any) -> None:
-    assert "finite numbers for category, text; 1 is off" in said(two, asked=TEXT, guidance=guidance)
+    assert "finite numbers for category, text; 1 is off" in said(two, **TEXT, guidance=guidance)
 
 
 def test_an_interval_of_all_levels_is_always_and_one_of_none_is_never(two: Pipeline) -> None:
-    always, never = two.sample(2, asked=BOTH, guidance=3.0), two.sample(2, asked=BOTH)
-    assert torch.equal(two.sample(2, asked=BOTH, guidance=3.0, interval=(-math.inf, math.inf)), always)
-    assert torch.equal(two.sample(2, asked=BOTH, guidance=3.0, interval=(50.0, 51.0)), never)
-    part = two.sample(2, asked=BOTH, guidance=3.0, interval=(-math.inf, -3.0))
+    always, never = two.sample(2, **BOTH, guidance=3.0), two.sample(2, **BOTH)
+    assert torch.equal(two.sample(2, **BOTH, guidance=3.0, interval=(-math.inf, math.inf)), always)
+    assert torch.equal(two.sample(2, **BOTH, guidance=3.0, interval=(50.0, 51.0)), never)
+    part = two.sample(2, **BOTH, guidance=3.0, interval=(-math.inf, -3.0))
     assert min(apart(part, always), apart(part, never)) > 0.01
 
 
 def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
     worse = steered("category", "text", seed=5).model
-    plain = two.sample(2, asked=BOTH, guidance=2.0)
-    assert apart(two.sample(2, asked=BOTH, guidance=2.0, worse=(worse, 1.0)), plain) < 1e-5
-    assert (
-        apart(two.sample(2, asked=BOTH, guidance=2.0, worse=(two.model, 1.7)), two.sample(2, asked=BOTH, guidance=2.0)) > 1e-3
-    )
-    assert apart(two.sample(2, asked=BOTH, worse=(two.model, 1.7)), two.sample(2, asked=BOTH)) < 1e-4
-    none = two.sample(2, asked=BOTH, guidance=2.0, worse=(worse, 0.0))
-    assert apart(none, replace(two, model=worse).sample(2, asked=BOTH)) < 1e-4
-    away = two.sample(1, asked=BOTH, worse=(worse, 1.5), steps=1)
-    good, bad = two.sample(1, asked=BOTH, steps=1), replace(two, model=worse).sample(1, asked=BOTH, steps=1)
+    plain = two.sample(2, **BOTH, guidance=2.0)
+    assert apart(two.sample(2, **BOTH, guidance=2.0, autoguidance=(worse, 1.0)), plain) < 1e-5
+    assert apart(two.sample(2, **BOTH, guidance=2.0, autoguidance=(two.model, 1.7)), two.sample(2, **BOTH, guidance=2.0)) > 1e-3
+    assert apart(two.sample(2, **BOTH, autoguidance=(two.model, 1.7)), two.sample(2, **BOTH)) < 1e-4
+    none = two.sample(2, **BOTH, guidance=2.0, autoguidance=(worse, 0.0))
+    assert apart(none, replace(two, model=worse).sample(2, **BOTH)) < 1e-4
+    away = two.sample(1, **BOTH, autoguidance=(worse, 1.5), steps=1)
+    good, bad = two.sample(1, **BOTH, steps=1), replace(two, model=worse).sample(1, **BOTH, steps=1)
     inside = (away > 0) & (away < 1) & (good > 0) & (good < 1) & (bad > 0) & (bad < 1)
     assert inside.float().mean() > 0.2
     assert apart(away[inside], (bad + 1.5 * (good - bad))[inside]) < 1e-4
@@ -238,7 +234,7 @@ def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
 
 
 def restarted(pipeline: Pipeline, strength: float, **more: Any) -> Tensor:
-    return pipeline.sample(3, asked=Asked(image=picture(1, count=3), strength=strength, **more), steps=20)
+    return pipeline.sample(3, image=picture(1, count=3), strength=strength, **more, steps=20)
 
 
 def test_strength_0_returns_the_picture_and_1_ignores_it(two: Pipeline) -> None:
@@ -258,7 +254,7 @@ def test_the_smaller_the_strength_the_nearer_the_picture(two: Pipeline) -> None:
 
 def test_strength_is_the_share_of_steps_and_of_the_way(two: Pipeline) -> None:
     told: list = []
-    two.sample(1, asked=Asked(image=picture(1), strength=0.3), steps=20, on_step=told.append)
+    two.sample(1, image=picture(1), strength=0.3, steps=20, on_step=told.append)
     assert len(told) == 6
     assert float(told[0].start.sigma) == pytest.approx(0.3)
     torch.testing.assert_close(told[0].before, 0.7 * (2 * picture(1)[None] - 1) + 0.3 * KeyedNoise(0)(picture(1)[None]))
@@ -278,38 +274,38 @@ HOLE[:, 2:6, 1:5] = 1
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_kept_pixels_are_the_given_ones_and_others_are_made(two: Pipeline, sampler: str, strength: float | None) -> None:
     given, hole = picture(1, count=2), HOLE.bool().expand(2, 1, SIDE, SIDE)
-    asked = Asked(image=given, mask=HOLE, strength=strength, prompt="a red heart")
-    made = two.sample(2, asked=asked, steps=5, sampler=sampler, guidance=2.0)
+    asked = {"image": given, "mask": HOLE, "strength": strength, "prompt": "a red heart"}
+    made = two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0)
     torch.testing.assert_close(made[~hole], given[~hole], atol=1e-5, rtol=0)
     assert apart(made[hole], given[hole]) > 0.05
     assert (
-        apart(made[:, :, 2:6, 1:5], two.sample(2, asked=asked, steps=5, sampler=sampler, guidance=2.0, seed=1)[:, :, 2:6, 1:5])
+        apart(made[:, :, 2:6, 1:5], two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0, seed=1)[:, :, 2:6, 1:5])
         > 0.01
     )
 
 
 def test_what_is_made_depends_on_what_is_kept(two: Pipeline) -> None:
-    one, other = (two.sample(2, asked=Asked(image=picture(seed), mask=HOLE)) for seed in (1, 2))
+    one, other = (two.sample(2, image=picture(seed), mask=HOLE) for seed in (1, 2))
     assert apart(one[:, :, 2:6, 1:5], other[:, :, 2:6, 1:5]) > 0.01
 
 
 def test_a_mask_of_everything_is_a_new_picture_and_one_of_nothing_the_old(two: Pipeline) -> None:
-    whole, none = (two.sample(2, asked=Asked(image=picture(1), mask=torch.full_like(HOLE, value))) for value in (1.0, 0.0))
+    whole, none = (two.sample(2, image=picture(1), mask=torch.full_like(HOLE, value)) for value in (1.0, 0.0))
     assert apart(whole, two.sample(2)) < 1e-5
     torch.testing.assert_close(none, picture(1).expand(2, 1, SIDE, SIDE), atol=1e-5, rtol=0)
 
 
 def test_each_picture_has_its_own_mask_in_any_batch(two: Pipeline) -> None:
     masks = torch.stack([HOLE, 1 - HOLE])
-    asked = Asked(image=picture(1, count=3), mask=masks)
-    whole = two.sample(5, asked=asked)
-    assert apart(two.sample(5, asked=asked, batch_size=2), whole) < 1e-4
+    asked = {"image": picture(1, count=3), "mask": masks}
+    whole = two.sample(5, **asked)
+    assert apart(two.sample(5, **asked, batch_size=2), whole) < 1e-4
     kept = (1 - masks[torch.arange(5) % 2]).bool()
     torch.testing.assert_close(whole[kept], picture(1, count=3)[torch.arange(5) % 3][kept], atol=1e-5, rtol=0)
 
 
 def test_half_a_mask_blends(two: Pipeline) -> None:
-    half = two.sample(1, asked=Asked(image=picture(1), mask=0.5 * torch.ones_like(HOLE)), steps=1)
+    half = two.sample(1, image=picture(1), mask=0.5 * torch.ones_like(HOLE), steps=1)
     new = two.sample(1, steps=1)
     inside = (new > 0) & (new < 1)
     assert apart(half[inside], ((new + picture(1)[None]) / 2)[inside]) < 1e-5
@@ -346,18 +342,18 @@ def test_known_numbers_are_exact_and_others_as_if_alone(oracle: str, schedule: A
 
 # --- the way from one to another -----------------------------------------------------------------------------------------------
 
-WAYS: dict[str, tuple[Asked, Asked, Any]] = {
-    "nothing": (Asked(), Asked(), 1.0),
-    "prompts": (TEXT, Asked(prompt="two cats"), 1.0),
-    "prompts, guided": (TEXT, Asked(prompt="two cats"), 3.0),
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    "nothing": ({}, {}, 1.0),
+    "prompts": (TEXT, {"prompt": "two cats"}, 1.0),
+    "prompts, guided": (TEXT, {"prompt": "two cats"}, 3.0),
     "categories, each context guided by its own": (
-        BOTH, Asked(prompt="two cats", category="7"), {"category": 2.0, "text": 3.0},
+        BOTH, {"prompt": "two cats", "category": "7"}, {"category": 2.0, "text": 3.0},
     ),
-    "from a prompt to a category": (TEXT, Asked(category="cat"), 3.0),
-    "from nothing to something": (Asked(), BOTH, 2.0),
-    "from nothing to something, each guided by its own": (Asked(), BOTH, {"category": 2.0, "text": 3.0}),
-    "away from one thing and from another": (replace(TEXT, negative="two"), replace(TEXT, negative="cats"), 3.0),
-    "away from one thing and from nothing": (replace(TEXT, negative="two"), TEXT, 3.0),
+    "from a prompt to a category": (TEXT, {"category": "cat"}, 3.0),
+    "from nothing to something": ({}, BOTH, 2.0),
+    "from nothing to something, each guided by its own": ({}, BOTH, {"category": 2.0, "text": 3.0}),
+    "away from one thing and from another": (dict(TEXT, negative="two"), dict(TEXT, negative="cats"), 3.0),
+    "away from one thing and from nothing": (dict(TEXT, negative="two"), TEXT, 3.0),
 }  # fmt: skip
 
 
@@ -365,11 +361,11 @@ WAYS: dict[str, tuple[Asked, Asked, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_ends_of_a_way_are_the_pictures_of_the_two_requests(two: Pipeline, way: str, sampler: str) -> None:
     first, last, guidance = WAYS[way]
-    pictures = two.between(5, first, last, seeds=(3, 8), guidance=guidance, sampler=sampler)
+    pictures = two.interpolate(
+        5, SampleRequest.of(**first), SampleRequest.of(**last), seeds=(3, 8), guidance=guidance, sampler=sampler
+    )
     assert pictures.shape == (5, 1, SIDE, SIDE)
-    ends = [
-        two.sample(1, asked=asked, seed=seed, guidance=guidance, sampler=sampler) for asked, seed in ((first, 3), (last, 8))
-    ]
+    ends = [two.sample(1, **asked, seed=seed, guidance=guidance, sampler=sampler) for asked, seed in ((first, 3), (last, 8))]
     assert apart(pictures[:1], ends[0]) < 1e-3
     assert apart(pictures[-1:], ends[1]) < 1e-3
 
@@ -377,15 +373,15 @@ def test_the_ends_of_a_way_are_the_pictures_of_the_two_requests(two: Pipeline, w
 @pytest.mark.parametrize("name", ASKED)
 def test_there_is_a_way_through_every_context(everything: Pipeline, name: str) -> None:
     first, last = ASKED[name]
-    pictures = everything.between(3, first, last, guidance=2.0)
-    assert apart(pictures[:1], everything.sample(1, asked=first, guidance=2.0)) < 1e-3
-    assert apart(pictures[-1:], everything.sample(1, asked=last, guidance=2.0)) < 1e-3
+    pictures = everything.interpolate(3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0)
+    assert apart(pictures[:1], everything.sample(1, **first, guidance=2.0)) < 1e-3
+    assert apart(pictures[-1:], everything.sample(1, **last, guidance=2.0)) < 1e-3
     assert pictures.isfinite().all()
     assert min(apart(pictures[0], pictures[1]), apart(pictures[1], pictures[2])) > 1e-4
 
 
 def test_the_way_is_walked_in_small_steps(two: Pipeline) -> None:
-    pictures = two.between(33, TEXT, Asked(prompt="two cats"), seeds=(0, 1))
+    pictures = two.interpolate(33, SampleRequest.of(**TEXT), SampleRequest.of(prompt="two cats"), seeds=(0, 1))
     steps = (pictures[1:] - pictures[:-1]).flatten(1).norm(dim=1)
     whole = (pictures[-1] - pictures[0]).norm()
     assert whole > 0.5
@@ -397,7 +393,9 @@ def test_noise_on_the_way_is_as_strong_as_at_its_ends(two: Pipeline) -> None:
     real = two.model.network.forward
     two.model.network.forward = lambda x, *rest: (told.append(x), real(x, *rest))[1]
     try:
-        two.between(9, Asked(), Asked(), seeds=(0, 6), steps=1)  # noises that happen to be nearly perpendicular
+        two.interpolate(
+            9, SampleRequest.of(), SampleRequest.of(), seeds=(0, 6), steps=1
+        )  # noises that happen to be nearly perpendicular
     finally:
         del two.model.network.forward
     spread = told[0].flatten(1).std(1)
@@ -406,27 +404,31 @@ def test_noise_on_the_way_is_as_strong_as_at_its_ends(two: Pipeline) -> None:
 
 
 def test_guidance_on_the_way_keeps_to_its_interval(two: Pipeline) -> None:
-    plain, guided = (two.between(3, TEXT, BOTH, guidance=guidance) for guidance in (1.0, 3.0))
-    assert torch.equal(two.between(3, TEXT, BOTH, guidance=3.0, interval=(50.0, 51.0)), plain)
+    plain, guided = (
+        two.interpolate(3, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH), guidance=guidance) for guidance in (1.0, 3.0)
+    )
+    assert torch.equal(
+        two.interpolate(3, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH), guidance=3.0, interval=(50.0, 51.0)), plain
+    )
     assert apart(plain, guided) > 0.01
 
 
 def test_one_picture_on_the_way_is_the_first(two: Pipeline) -> None:
-    assert apart(two.between(1, TEXT, BOTH), two.sample(1, asked=TEXT)) < 1e-5
+    assert apart(two.interpolate(1, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH)), two.sample(1, **TEXT)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("num", "last", "words"),
     [
-        (0, Asked(), "0 pictures"),
-        (3, Asked(prompt="a", negative="b"), "a negative prompt without guidance"),
-        (3, Asked(doodle=picture(0)), "the model does not read doodle"),
-        (3, Asked(image=picture(0), strength=0.5), "the way begins in noise"),
-        (3, Asked(image=picture(0), mask=HOLE), "the way begins in noise"),
+        (0, {}, "0 pictures"),
+        (3, {"prompt": "a", "negative": "b"}, "a negative prompt without guidance"),
+        (3, {"doodle": picture(0)}, "this model was not trained with doodle conditioning"),
+        (3, {"image": picture(0), "strength": 0.5}, "the way begins in noise"),
+        (3, {"image": picture(0), "mask": HOLE}, "the way begins in noise"),
     ],
 )
-def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: Asked, words: str) -> None:
+def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: dict[str, Any], words: str) -> None:
     for ends in ((TEXT, last), (last, TEXT)):
         with pytest.raises((ConfigError, ShapeError), match=words) as caught:
-            two.between(num, *ends)
+            two.interpolate(num, *(SampleRequest.of(**end) for end in ends))
         assert caught.value.hint

@@ -4,7 +4,9 @@ Nothing else belongs here. Every message that is the user's to fix is a `Sfumato
 a traceback and exits with the class's `exit_code`.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]+@")  # of scheme://user:password@host
 _SIGNATURE = re.compile(
@@ -15,6 +17,12 @@ _SIGNATURE = re.compile(
 def without_secrets(text: str) -> str:
     """`text` with passwords and signatures in URLs replaced by ***."""
     return _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text))
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The beginning of a hint that names the nearest of some names, "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 class SfumatoError(Exception):

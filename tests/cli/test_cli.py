@@ -292,12 +292,12 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert run.name == "my digits"
     assert run.data.source == Folder(str(root))
     assert (run.data.resolution, run.data.channels) == (8, 1)
-    assert run.conditioner.reads == ("category",)
+    assert run.conditioner.names == ("category",)
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in (root / "0").iterdir():
         path.rename(flat / path.name)
-    assert resolve(flat).conditioner.reads == ()
+    assert resolve(flat).conditioner.names == ()
     assert "\n2 categories" not in sfumato("train", flat, "--dry-run").out
 
 

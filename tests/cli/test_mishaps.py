@@ -36,7 +36,7 @@ def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monk
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "there"))
 
-    monkeypatch.setattr("sfumato.recipes.resolver", refuse)
+    monkeypatch.setattr("sfumato.recipes.resolver.resolve", refuse)
     result = sfumato("config", "validate", "digits")
     assert result.code == 2
     assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  hint: {REASONS[number][1]}\n"

@@ -13,15 +13,8 @@ import pytest
 from PIL import Image
 from program import Result, sfumato
 
-from sfumato.conditioners import (
-    AttributesConfig,
-    CategoryConfig,
-    ContextConfig,
-    DoodleConfig,
-    PointsConfig,
-    ReferenceConfig,
-    WordsConfig,
-)
+from sfumato.conditioners import AttributesConfig, CategoryConfig, DoodleConfig, PointsConfig, ReferenceConfig, WordsConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Folder
 from sfumato.generation.pipeline import SamplingConfig
 from sfumato.networks import UNetConfig
@@ -174,7 +167,9 @@ def test_everything_together(run: Path, given: Path) -> None:
     options = [option for pair in OPTIONS.values() for option in pair]
     guided = ["--negative", "noise", "--guidance", "text=3", "--guidance", "doodle=2", "--guidance", "points=0.5"]
     picture = ["--image", "other.png", "--strength", "0.7", "--mask", "mask.png"]
-    whole = made(run, *options, *guided, *picture, "--worse", 4, "--worse-scale", 2, "--interval", -20, 20)
+    whole = made(
+        run, *options, *guided, *picture, "--autoguidance", 4, "--autoguidance-scale", 2, "--guidance-interval", -20, 20
+    )
     assert noted()["guidance"] == {"text": 3.0, "doodle": 2.0, "points": 0.5}
     assert (noted()["strength"], noted()["image"], noted()["mask"], noted()["worse"]) == (0.7, "other.png", "mask.png", 4)
     assert noted()["negative"] == "noise"
@@ -196,7 +191,7 @@ def test_guidance_is_one_number_or_one_for_each_context(run: Path, given: Path) 
     one = made(run, *asked, "--guidance", 3)
     assert (made(run, *asked, "--guidance", "text=3", "--guidance", "doodle=3") == one).all()
     assert (made(run, *asked, "--guidance", "text=3", "--guidance", "doodle=1") != one).any()
-    assert (made(run, *asked, "--guidance", 3, "--interval", 60, 61) == made(run, *asked)).all()
+    assert (made(run, *asked, "--guidance", 3, "--guidance-interval", 60, 61) == made(run, *asked)).all()
 
 
 def test_a_negative_prompt_leads_away(run: Path, given: Path) -> None:
@@ -227,16 +222,16 @@ def test_the_way_to_another_prompt_or_seed(run: Path, given: Path) -> None:
     last = made(run, "--prompt", "a dark square", "--seed", 4, "--guidance", 2, num=1)
     assert np.abs(way[0] - first[0]).max() <= 1
     assert np.abs(way[-1] - last[0]).max() <= 1
-    unguided = made(run, "--to-prompt", "noise", "--guidance", 5, "--interval", 60, 61, num=3)
+    unguided = made(run, "--to-prompt", "noise", "--guidance", 5, "--guidance-interval", 60, 61, num=3)
     assert (unguided == made(run, "--to-prompt", "noise", num=3)).all()
     assert (made(run, "--to-seed", 0, num=3)[0] == made(run, num=1)[0]).all()
 
 
 def test_pictures_are_led_away_from_a_snapshot(run: Path, given: Path) -> None:
     plain = made(run, *OPTIONS["prompt"])
-    assert np.abs(made(run, *OPTIONS["prompt"], "--worse", 2, "--worse-scale", 1) - plain).max() <= 1
-    assert (made(run, *OPTIONS["prompt"], "--worse", 2, "--worse-scale", 3) != plain).any()
-    assert (made(run, *OPTIONS["prompt"], "--worse", 3) == made(run, *OPTIONS["prompt"], "--worse", 2)).all()
+    assert np.abs(made(run, *OPTIONS["prompt"], "--autoguidance", 2, "--autoguidance-scale", 1) - plain).max() <= 1
+    assert (made(run, *OPTIONS["prompt"], "--autoguidance", 2, "--autoguidance-scale", 3) != plain).any()
+    assert (made(run, *OPTIONS["prompt"], "--autoguidance", 3) == made(run, *OPTIONS["prompt"], "--autoguidance", 2)).all()
 
 
 def test_a_prompt_that_is_cut_is_said_to_be(run: Path, given: Path) -> None:
@@ -323,7 +318,7 @@ def test_what_does_not_fit_is_said(run: Path, given: Path, options: list[str], w
 
 def test_a_step_before_the_first_snapshot_names_those_that_there_are(run: Path, given: Path) -> None:
     assert_refused(
-        sampled(run, "--worse", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", hint="there are 2, 4"
+        sampled(run, "--autoguidance", 1), "no snapshot at or before step 1", where=f"{run}/snapshots", hint="there are 2, 4"
     )
 
 

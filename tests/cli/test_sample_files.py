@@ -20,7 +20,8 @@ from sfumato import recipes
 from sfumato.autoencoders import Pixels
 from sfumato.cli import output_folder, sample_job
 from sfumato.cli.output_folder import Generated
-from sfumato.conditioners import CategoryConfig, ContextConfig, Facts, WordsConfig
+from sfumato.conditioners import CategoryConfig, Facts, WordsConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits
 from sfumato.generation.pipeline import Pipeline, SamplingConfig
 from sfumato.networks import UNetConfig

@@ -11,9 +11,9 @@ from sfumato.conditioners import (
     AugmentationConditioner,
     CategoryConditioner,
     CategoryConfig,
+    CompositeConditioner,
     DoodleConditioner,
     DoodleConfig,
-    Joint,
     PointsConditioner,
     PointsConfig,
     SplatConfig,
@@ -40,7 +40,7 @@ def same(a: Condition, b: Condition) -> bool:
     return a.slots().keys() == b.slots().keys() and all(torch.equal(slot, b.slots()[name]) for name, slot in a.slots().items())
 
 
-# --- Condition.folded ----------------------------------------------------------------------------------------------------------
+# --- Condition.folded ---------------------------------------------------------------------------------------------------------
 
 
 def maps(*shape: int) -> Condition:
@@ -73,7 +73,7 @@ def test_sides_that_do_not_divide_are_padded_with_their_rim() -> None:
 
 def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None:
     parts = {"doodle": DoodleConditioner(DoodleConfig()), "category": CategoryConditioner(CategoryConfig(size=4), categories=2)}
-    joint = Joint(parts, factor=4)
+    joint = CompositeConditioner(parts, factor=4)
     context = {"doodle": torch.rand(2, 1, 8, 8), "category": torch.tensor([0, 1])}
     condition = joint(context, 2)
     assert ContextSizes.of(condition) == joint.sizes == ContextSizes.of(joint.null(2))
@@ -85,7 +85,7 @@ def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None
 def test_the_places_of_a_map_do_not_depend_on_what_lies_beside_it() -> None:
     """Nor does a smaller map that is asked for alone lie elsewhere than in training, where both are there."""
     points = PointsConditioner(PointsConfig(size=8, heads=2, splat=SplatConfig(side=8)), dimensions=2)
-    joint = Joint({"doodle": DoodleConditioner(DoodleConfig()), "points": points}, factor=4)
+    joint = CompositeConditioner({"doodle": DoodleConditioner(DoodleConfig()), "points": points}, factor=4)
     cloud = torch.rand(2, 5, 2) * 2 - 1
     together = joint({"doodle": torch.rand(2, 1, 16, 16), "points": cloud}, 2).spatial
     alone = joint({"points": cloud}, 2).spatial
@@ -100,7 +100,7 @@ def test_smaller_maps_are_repeated_up_to_the_others() -> None:
     assert torch.equal(both.spatial[:, 1:, ::2, ::2], both.spatial[:, 1:, 1::2, 1::2])
 
 
-# --- Condition.beside ----------------------------------------------------------------------------------------------------------
+# --- Condition.beside ---------------------------------------------------------------------------------------------------------
 
 
 def test_vectors_and_maps_lie_side_by_side_by_channels() -> None:
@@ -175,7 +175,7 @@ def test_tokens_of_two_sizes_are_refused() -> None:
     assert ContextSizes(tokens=3).beside(NO_CONTEXT) == NO_CONTEXT.beside(ContextSizes(tokens=3)) == ContextSizes(tokens=3)
 
 
-# --- Joint ---------------------------------------------------------------------------------------------------------------------
+# --- CompositeConditioner -----------------------------------------------------------------------------------------------------
 
 CATEGORIES = torch.tensor([0, 1, 2, 0])
 CHANGES = torch.arange(8.0).view(4, 2) + 1
@@ -185,13 +185,13 @@ def category(dropout: float = 0.1, *, size: int = 3) -> CategoryConditioner:
     return CategoryConditioner(CategoryConfig(size=size, dropout=dropout), categories=3)
 
 
-def with_augmentation(dropout: float = 0.1) -> Joint:
-    return Joint({"category": category(dropout), "augmentation": AugmentationConditioner(labels=2)})
+def with_augmentation(dropout: float = 0.1) -> CompositeConditioner:
+    return CompositeConditioner({"category": category(dropout), "augmentation": AugmentationConditioner(labels=2)})
 
 
-def two(first: float, second: float) -> Joint:
+def two(first: float, second: float) -> CompositeConditioner:
     """Two parts that can both be dropped: channels 0 to 2, and 3 to 7."""
-    return Joint({"kind": category(first), "style": category(second, size=5)})
+    return CompositeConditioner({"kind": category(first), "style": category(second, size=5)})
 
 
 def test_sizes_and_shapes_add_up() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sfumato import randomness
-from sfumato.conditioners import Joint, WordsConfig
+from sfumato.conditioners import CompositeConditioner, WordsConfig
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "white")
 NOUNS = (
@@ -32,7 +32,7 @@ def trained(spelled: float) -> nn.Module:
     points = torch.stack([meanings[colour] + meanings[noun] for colour, noun in captions])
     texts = [" ".join(caption) for caption in captions]
     config = WordsConfig(size=48, layers=1, heads=4, length=16, spelled=spelled)
-    joint, head = Joint({"text": config.build(config.words(texts), None)}), nn.Linear(48, 64)
+    joint, head = CompositeConditioner({"text": config.build(config.words(texts), None)}), nn.Linear(48, 64)
     optimizer = torch.optim.AdamW([*joint.parameters(), *head.parameters()], lr=4e-3)
     for step in range(1500):
         chosen = torch.randint(len(texts), (32,))

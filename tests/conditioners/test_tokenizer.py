@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import characters
-from sfumato.conditioners import Joint, Words, WordsConditioner, WordsConfig
+from sfumato.conditioners import CompositeConditioner, Words, WordsConditioner, WordsConfig
 from sfumato.conditioners.tokenizer import _WORD, BYTES, FIRST_WORD, NOTHING, PAD, START, ByRuns, ByScript
 from sfumato.errors import ConfigError
 
@@ -203,7 +203,7 @@ def test_a_spelled_word_is_its_bytes_where_the_text_still_fits() -> None:
 def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
     """Even draws: the fraction is exact."""
     config = WordsConfig(size=16, heads=2, length=30, dropout=0.2, spelled=0.05)
-    joint = Joint({"text": config.build(WORDS.vocabulary, None)})
+    joint = CompositeConditioner({"text": config.build(WORDS.vocabulary, None)})
     (part,) = joint._parts
     draws = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
     told = part.varied({"text": ["a red cat"] * 8000}, draws)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato import recipes, runs
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError

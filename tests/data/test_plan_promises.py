@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import randomness, recipes, runs
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, Batch, BucketConfig, DataConfig, Dataset, Digits, Folder, Plan, batches, index
 from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError

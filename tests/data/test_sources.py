@@ -32,7 +32,7 @@ def left_out(root: Path) -> dict[str, str]:
 
 
 def listed(root: Path) -> list[tuple[str, str | None]]:
-    return [(listing.name, listing.category) for entry in entries(root)]
+    return [(entry.name, entry.category) for entry in entries(root)]
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -40,7 +40,7 @@ def test_digits_are_scikit_learns() -> None:
     entries = listing.entries
     assert listing.rejects == []
     assert len(entries) == 1797
-    assert [listing.category for entry in entries] == [str(label) for label in digits.target]
+    assert [entry.category for entry in entries] == [str(label) for label in digits.target]
     decoded = decode(entries[17].image.read(), PixelFormat(shapes=((8, 8),), channels=1))
     assert (decoded.pixels[0] == np.rint(digits.images[17] * 255 / 16)).all()
     assert decoded.notes == ()
@@ -98,7 +98,7 @@ def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None
 def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
     put(tmp_path, "été/Ω 1.png", "猫/emoji 🐈.png", "naïve/a\u202eb.png")
     assert {category for _, category in listed(tmp_path)} == {"été", "猫", "naïve"}
-    assert all(listing.image.read() == PICTURE for entry in entries(tmp_path))
+    assert all(entry.image.read() == PICTURE for entry in entries(tmp_path))
 
 
 def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

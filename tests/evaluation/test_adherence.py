@@ -14,12 +14,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.conditioners import ContextConfig, DoodleConfig, Facts, PointsConfig, WordsConfig
+from sfumato.conditioners import DoodleConfig, Facts, PointsConfig, WordsConfig
+from sfumato.contexts import ContextConfig
+from sfumato.contexts.figures import chamfer, drawn, line_f1, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
-from sfumato.evaluation.adherence import Figure, chamfer, drawn, line_f1, own_rank, silhouette_iou
+from sfumato.evaluation.adherence import Figure, own_rank
 from sfumato.evaluation.composition import overlap
-from sfumato.generation.request import Asked, Request
+from sfumato.generation.request import ResolvedRequest, SampleRequest
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
@@ -71,7 +73,9 @@ class Maker:
         self.model, self.make = SimpleNamespace(conditioner=conditioner), make
         self.reads, self.image_shape = tuple(conditioner.parts), (3, SIDE, SIDE)
 
-    def sample(self, num: int, *, asked: Asked | None = None, request: Request | None = None, **settings: Any) -> Tensor:
+    def sample(
+        self, num: int, *, asked: SampleRequest | None = None, request: ResolvedRequest | None = None, **settings: Any
+    ) -> Tensor:
         context = request.context if request is not None else {"text": asked.prompt}
         return (self.make(context, num) + 1) / 2
 

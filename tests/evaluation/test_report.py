@@ -12,7 +12,7 @@ from sfumato.errors import DataError
 from sfumato.evaluation import evaluate, extractors, fidelity
 from sfumato.evaluation.adherence import Figure, wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
-from sfumato.generation.request import Request
+from sfumato.generation.request import ResolvedRequest
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ class Fake:
         self.dataset, self.harm, self.asked = dataset, harm, []
         self.reads, self.image_shape = ("category",), dataset.image_shape
 
-    def sample(self, num: int, *, request: Request, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+    def sample(self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
         asked = request.context["category"].tolist()
         self.asked.append((len(asked), tuple(asked), seed, guidance))
         labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
@@ -131,10 +131,10 @@ def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, c
 class Unsteered(Fake):
     """The same, of all categories in turn, asked for none."""
 
-    def sample(self, num: int, *, request: Request, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+    def sample(self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
         assert not request.context
         return super().sample(
-            num, request=Request.of({"category": torch.arange(num) % 10}, self.image_shape, num), seed=seed, guidance=guidance,
+            num, request=ResolvedRequest.of({"category": torch.arange(num) % 10}, self.image_shape, num), seed=seed, guidance=guidance,
             batch_size=batch_size,
         )  # fmt: skip
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato import config as configuration
-from sfumato.conditioners import ContextConfig, Words, WordsConfig
+from sfumato.conditioners import Words, WordsConfig
 from sfumato.conditioners.tokenizer import ByRuns, ByScript
+from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Entry, Folder
 from sfumato.data.listing import Inline
 from sfumato.recipes import Run, recipe, resolve

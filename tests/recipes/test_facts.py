@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from sfumato import config
-from sfumato.conditioners import AttributesConfig, CategoryConfig, ContextConfig, Facts, PointsConfig, WordsConfig
+from sfumato.conditioners import AttributesConfig, CategoryConfig, Facts, PointsConfig, WordsConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import SamplingConfig

@@ -12,7 +12,8 @@ from PIL import Image
 
 from sfumato import runs
 from sfumato.autoencoders import KLConfig
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run

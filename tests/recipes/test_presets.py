@@ -237,7 +237,7 @@ def sixteen_bits() -> bytes:
 @pytest.mark.parametrize("count", [10, 1_000, 100_000])
 def test_without_categories_it_is_unconditional_and_says_so(place: str, count: int) -> None:
     choice = choose(place, listing(count))
-    assert choice.run.conditioner.reads == ()
+    assert choice.run.conditioner.names == ()
     assert choice.run.sampling.guidance == 1
     assert "no categories" in said(choice)
 
@@ -255,7 +255,7 @@ def test_with_categories_it_is_steered_by_them(place: str, count: int, categorie
 @pytest.mark.parametrize(("count", "categories"), [(10, 3), (100_000, 1_001), (10, 1)])
 def test_too_many_categories_or_a_single_one_are_left_aside(place: str, count: int, categories: int) -> None:
     choice = choose(place, listing(count, categories=categories))
-    assert choice.run.conditioner.reads == ()
+    assert choice.run.conditioner.names == ()
     assert ("too many" if categories > 1 else "no categories") in said(choice)
 
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from sfumato.conditioners import CategoryConfig, ContextConfig, DoodleConfig
+from sfumato.conditioners import CategoryConfig, DoodleConfig
+from sfumato.contexts import ContextConfig
 from sfumato.diffusion import (
     Cosine,
     Epsilon,

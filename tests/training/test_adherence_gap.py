@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig, ContextConfig, DoodleConfig, ImageConfig, ReferenceConfig, WordsConfig
+from sfumato.conditioners import CategoryConfig, DoodleConfig, ImageConfig, ReferenceConfig, WordsConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.recipes import Run

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from sfumato.autoencoders import KLConfig, Latents, io
 from sfumato.autoencoders import measure as measure_latents
 from sfumato.cli.trajectory_images import trajectory_image
-from sfumato.conditioners import ContextConfig, DoodleConfig
+from sfumato.conditioners import DoodleConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
@@ -142,14 +143,13 @@ def test_held_out_pictures_are_measured_without_compiling_again(
 
 
 def test_pictures_are_started_from_and_completed_in_latents(whole: Path) -> None:
-    from sfumato.generation.request import Asked
 
     pipeline, picture = load(whole), torch.rand(1, 16, 16)
     mask = torch.zeros(1, 16, 16)
     mask[:, :, 7:] = 1  # not at a latent's border
-    filled = pipeline.sample(2, asked=Asked(image=picture, mask=mask), steps=2)
+    filled = pipeline.sample(2, image=picture, mask=mask, steps=2)
     assert torch.allclose(filled[..., :7], picture[..., :7].expand(2, -1, -1, -1), atol=1e-5)
-    near, far = (pipeline.sample(1, asked=Asked(image=picture, strength=strength), steps=4) for strength in (0.1, 1.0))
+    near, far = (pipeline.sample(1, image=picture, strength=strength, steps=4) for strength in (0.1, 1.0))
     given = pipeline.autoencoder.decode(pipeline.autoencoder.encode(picture[None] * 2 - 1))
     through = ((given + 1) / 2).clamp(0, 1)
     assert (near - through).square().mean() < (far - through).square().mean()
@@ -290,7 +290,9 @@ def encoded(folder: Path, **changes):
     codec = autoencoder_stage.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
     statistics = measure_latents(codec, [to_float(dataset.images(dataset.training)[0])])
     autoencoder = Latents(codec, statistics.mean, statistics.deviation)
-    made = latent_cache.with_latents(dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.makes)
+    made = latent_cache.with_latents(
+        dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.needs_images
+    )
     return settings, autoencoder, made
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sfumato.errors import CheckpointError, RunError
-from sfumato.generation.request import Asked
 from sfumato.runs import load, resume, snapshot, train
 from sfumato.storage import checkpoint
 from sfumato.training import Budget, CheckpointConfig, Trainer, trainer
@@ -171,10 +170,10 @@ def test_the_model_of_a_step_is_the_run_as_it_was(run: Path) -> None:
 
 def test_pictures_can_be_led_away_from_it(run: Path) -> None:
     pipeline, worse = load(run), snapshot(run, 2)
-    asked = Asked(category="odd")
-    plain = pipeline.sample(2, asked=asked, steps=3)
-    assert (pipeline.sample(2, asked=asked, steps=3, worse=(worse, 1.0)) - plain).abs().max() < 1e-5
-    assert (pipeline.sample(2, asked=asked, steps=3, worse=(worse, 4.0)) - plain).abs().max() > 1e-4
+    asked = {"category": "odd"}
+    plain = pipeline.sample(2, **asked, steps=3)
+    assert (pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 1.0)) - plain).abs().max() < 1e-5
+    assert (pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 4.0)) - plain).abs().max() > 1e-4
 
 
 def test_no_run_and_no_snapshot_are_errors(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run

@@ -60,7 +60,7 @@ def evaluate(
         pipeline.compile()
     if not pipeline.reads:
         for scale in guidance or ():
-            require_context(scale, ())
+            require_context(scale, {})
     dataset = open_data(resolve(run))
     changed = changes(directory.data_record(), dataset)
     compared(dataset)  # refuses what is too small before a classifier is trained
@@ -76,7 +76,7 @@ def evaluate(
         adherence = measure_adherence(
             pipeline, dataset, classifier=reader, num=num, seed=seed, guidance=strongest, on_progress=_share(bar, 0.5, 0.85),
             keep=lambda name, asked, samples, real: save_png(
-                gallery(asked, samples, real, categories=dataset.categories, alpha=pipeline.facts.alpha),
+                gallery(asked, samples, real, facts=pipeline.facts),
                 target.parent / f"asked-by-{name}.png",
             ),
         )  # fmt: skip
@@ -129,11 +129,12 @@ def _share(bar: ProgressBar, start: float, stop: float) -> Callable[[float, str]
 
 def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], seed: int, guidance: float) -> list[Composition]:
     """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has some."""
+    from sfumato.contexts import Text, part_of
     from sfumato.evaluation import composition
 
     held = dataset.usual(held)
     captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
-    if "text" not in pipeline.reads or len(captioned) < 2:
+    if part_of(pipeline.model.conditioner, Text) is None or len(captioned) < 2:
         return []
     return composition(pipeline, dataset, captioned, seed=seed, guidance=guidance)
 

@@ -135,11 +135,16 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     """The same noise at rising guidance; None for a model that neither categories nor text steer."""
     import torch
 
+    from sfumato.contexts import Text, part_of
     from sfumato.observability.images import grid_image
 
     categories = list(pipeline.categories[:COLUMNS]) or None
     captions = [dataset.entries[i].captions for i in dataset.usual(dataset.training)]
-    texts = list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS] if "text" in pipeline.reads else []
+    texts = (
+        list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS]
+        if part_of(pipeline.model.conditioner, Text) is not None
+        else []
+    )
     if categories is None and not texts:
         return None
     prompt = None if categories else texts

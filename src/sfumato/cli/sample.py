@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
     from sfumato.cli.sample_job import Make
     from sfumato.generation.pipeline import Pipeline
-    from sfumato.generation.request import Asked
+    from sfumato.generation.request import SampleRequest
     from sfumato.sampling import Progress
 
 FEWEST = 16  # images, unless more prompts or categories are given
-FILES = ("doodle", "points", "reference", "image", "mask")
 UNSAID = ("out", "trajectory", "compile", "as_json", "format")  # options that decide nothing in an image
 
 
@@ -43,6 +42,11 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="Picture to start from, to complete or to restore.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of IMAGE is made anew: 0 nothing, 1 everything.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where IMAGE is painted anew, black where it stays.")] = None,
+    context_values: Annotated[
+        list[str] | None,
+        typer.Option("--context", help="NAME=VALUE of any other context that the model reads; may be repeated."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images, e.g. 64x96; by default as trained.")] = None,
     to_prompt: Annotated[str | None, typer.Option(help="Show the way from PROMPT to this one.")] = None,
     to_seed: Annotated[int | None, typer.Option(help="Show the way from SEED to this one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
@@ -50,9 +54,13 @@ def sample(
     guidance: Annotated[
         list[str] | None, typer.Option(help="Classifier-free guidance scale, 1 is off; or NAME=SCALE for each context.")
     ] = None,
-    interval: Annotated[tuple[float, float] | None, typer.Option(help="Log-SNR from where to where guidance acts.")] = None,
-    worse: Annotated[int | None, typer.Option(help="Guide away from the snapshot at this step of the run.")] = None,
-    worse_scale: Annotated[float, typer.Option(help="How far.")] = 1.5,
+    interval: Annotated[
+        tuple[float, float] | None, typer.Option("--guidance-interval", help="Range of log-SNR within which guidance acts.")
+    ] = None,
+    autoguidance: Annotated[
+        int | None, typer.Option(help="Guide away from the snapshot of the run at this step (autoguidance).")
+    ] = None,
+    autoguidance_scale: Annotated[float, typer.Option(help="Strength of autoguidance.")] = 1.5,
     clip: Annotated[
         bool, typer.Option("--clip", help="Clamp each guess of the clean image to the range of the data (models of pixels).")
     ] = False,
@@ -90,20 +98,21 @@ def sample(
         pipeline = load(run, weights=_weights(weights), precision=precision)
         if compile:
             pipeline.compile()
-        files = {"doodle": doodle, "reference": reference, "image": image, "mask": mask}
-        asked = _asked(
-            pipeline, files, category=category, prompt=prompt, negative=negative, points=_cloud(points), strength=strength,
-            attributes=_numbers(attribute, "--attribute") or None,
+        request = _request(
+            pipeline, _size(size),
+            {"prompt": prompt, "negative": negative, "category": category, "attributes": _numbers(attribute, "--attribute") or None},
+            {"doodle": doodle, "points": points, "reference": reference, **_named(context_values)},
+            image=image, mask=mask, strength=strength,
         )  # fmt: skip
         how: dict[str, Any] = {
             "steps": steps, "sampler": sampler, "guidance": _guidance(guidance), "interval": interval, "clip": clip or None,
         }  # fmt: skip
         options = {**context.params, "num": _number_of_images(num, prompt, category), "run": run}
-        made = _made(pipeline, asked, how, options)
+        made = _made(pipeline, request, how, options)
     _report(made | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 
 
-def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _made(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Make and write what `options` ask for; refuse before any work what cannot be done."""
     from sfumato.cli.output_folder import Generated
     from sfumato.cli.sample_job import Job, not_finite
@@ -115,13 +124,13 @@ def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
     FORMATS[kind].require(values)
     if kind != (options["format"] or "png"):
         typer.echo(f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}", err=True)
-    make = _make(pipeline, asked, how, options)
-    settings = _settings(options, pipeline, asked, how, kind)
+    make = _make(pipeline, request, how, options)
+    settings = _settings(options, pipeline, request, how, kind)
     target = Generated(options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings)
     if options["out"] is None:
         target = target.in_free_folder()
     job = Job(
-        pipeline=pipeline, target=target, num=num, inputs=_inputs(asked, pipeline), trajectory=options["trajectory"],
+        pipeline=pipeline, target=target, num=num, inputs=_inputs(request, pipeline), trajectory=options["trajectory"],
         labels=[] if options["to_prompt"] else _labels(options["prompt"], options["category"], num),
     )  # fmt: skip
     try:
@@ -130,69 +139,117 @@ def _made(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[s
         raise not_finite(error, run, options["weights"]) from None
 
 
-def _make(pipeline: Pipeline, asked: Asked, how: dict[str, Any], options: dict[str, Any]) -> Make:
-    """What makes the images: from noise each, or on the way to another prompt or seed."""
+def _make(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]) -> Make:
+    """What makes the images: from noise each, or interpolated to another prompt or seed."""
+    from sfumato.contexts import steering
     from sfumato.generation.request import require_context
 
     num, seed, to_prompt, to_seed = (options[name] for name in ("num", "seed", "to_prompt", "to_seed"))
+    contexts = steering(pipeline.model.conditioner)
     if to_prompt is None and to_seed is None:
         from sfumato.runs import snapshot
 
-        worse = options["worse"]
-        bad = None if worse is None else (snapshot(options["run"], worse), options["worse_scale"])
+        step = options["autoguidance"]
+        weaker = None if step is None else (snapshot(options["run"], step), options["autoguidance_scale"])
         if how["guidance"] is not None:
-            require_context(how["guidance"], pipeline.reads, asked)
+            require_context(how["guidance"], contexts, request)
 
         def batches(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
             with _notes():
                 return pipeline.batches(
-                    num, asked=asked, seed=seed, worse=bad, resample=options["resample"], skip=skip, on_step=on_step, **how
+                    num,
+                    request,
+                    seed=seed,
+                    autoguidance=weaker,
+                    resample=options["resample"],
+                    skip=skip,
+                    on_step=on_step,
+                    **how,
                 )
 
         return batches
     _refuse_on_the_way(options)
-    last = asked if to_prompt is None else replace(asked, prompt=to_prompt)
+    last = request if to_prompt is None else replace(request, contexts={**request.contexts, "prompt": to_prompt})
     if how["guidance"] is not None:
-        require_context(how["guidance"], pipeline.reads, asked, last)
+        require_context(how["guidance"], contexts, request, last)
 
-    def between(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
+    def interpolated(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
         if len(skip) == num:
             return []
         with _notes():
             seeds = (seed, seed if to_seed is None else to_seed)
-            return [(0, pipeline.between(num, asked, last, seeds=seeds, on_step=on_step, **how))]
+            return [(0, pipeline.interpolate(num, request, last, seeds=seeds, on_step=on_step, **how))]
 
-    return between
-
-
-def _asked(pipeline: Pipeline, files: Mapping[str, Path | None], **more: Any) -> Asked:
-    """The request, with its files read."""
-    from sfumato.data.user_inputs import given_mask, given_picture
-    from sfumato.generation.request import Asked
-
-    channels, height, width = pipeline.image_shape
-    read: dict[str, Any] = {}
-    for name, path in files.items():
-        if path is None:
-            read[name] = None
-        elif name == "mask":
-            read[name] = given_mask(path, height=height, width=width)
-        else:
-            gray = name == "doodle"
-            read[name] = given_picture(
-                path, channels=1 if gray else channels, height=height, width=width, bits=8 if gray else pipeline.values.bits,
-                alpha=pipeline.facts.alpha, value_range=None if gray else pipeline.facts.value_range,
-            )  # fmt: skip
-    return Asked(**read, **more)
+    return interpolated
 
 
-def _inputs(asked: Asked, pipeline: Pipeline) -> dict[str, Tensor]:
+def _request(
+    pipeline: Pipeline,
+    size: tuple[int, int] | None,
+    values: dict[str, Any],
+    written: Mapping[str, str | Path | None],
+    *,
+    image: Path | None,
+    mask: Path | None,
+    strength: float | None,
+) -> SampleRequest:
+    """The request, with its files read.
+
+    Args:
+        values: of contexts, by keyword.
+        written: the same as text or as paths of files, which each context reads in its own way.
+    """
+    from sfumato.contexts import CONTEXTS, by_keyword
+    from sfumato.contexts.image import read_image
+    from sfumato.contexts.protocol import RequestInfo
+    from sfumato.data.user_inputs import given_mask
+    from sfumato.generation.request import SampleRequest, require_size
+
+    if size is not None:
+        require_size(size, pipeline.autoencoder.factor)
+    height, width = size or pipeline.image_shape[1:]
+    known, parts = by_keyword(CONTEXTS.values()), dict(pipeline.model.conditioner.parts.items())
+    for keyword, text in written.items():
+        if text is not None and keyword in known:
+            part = parts.get(known[keyword].name)
+            info = RequestInfo(facts=pipeline.facts, conditioner=part, size=(height, width), num=1)
+            values[keyword] = known[keyword].read(str(text), info)
+        elif text is not None:
+            values[keyword] = text
+    info = RequestInfo(facts=pipeline.facts, conditioner=None, size=(height, width), num=1)
+    return SampleRequest.of(
+        image=None if image is None else read_image(str(image), info),
+        mask=None if mask is None else given_mask(mask, height=height, width=width),
+        strength=strength, size=size, **values,
+    )  # fmt: skip
+
+
+def _size(said: str | None) -> tuple[int, int] | None:
+    if said is None:
+        return None
+    height, cross, width = said.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise typer.BadParameter(f"{said!r}: write HEIGHTxWIDTH in pixels, e.g. 64x96", param_hint="--size")
+    return int(height), int(width)
+
+
+def _named(pairs: Sequence[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs as a mapping."""
+    split = [pair.partition("=") for pair in pairs or ()]
+    if any(not (name and equals) for name, equals, _ in split):
+        raise typer.BadParameter("write NAME=VALUE", param_hint="--context")
+    return {name: value for name, _, value in split}
+
+
+def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
     """What images were begun with, as the grid shows it."""
-    from sfumato.observability.images import scattered
+    from sfumato.contexts import CONTEXTS, by_keyword
 
-    found = {name: getattr(asked, name) for name in FILES if getattr(asked, name) is not None}
-    height, width = pipeline.image_shape[1:]
-    return {name: scattered(value, (height, width)) if name == "points" else value for name, value in found.items()}
+    height, width = request.size or pipeline.image_shape[1:]
+    contexts = by_keyword(CONTEXTS.values())
+    shown = {name: contexts[name].shown(value, (height, width)) for name, value in request.contexts.items()}
+    shown |= {"image": request.image, "mask": request.mask}
+    return {name: image for name, image in shown.items() if image is not None}
 
 
 def _number_of_images(num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None) -> int:
@@ -227,22 +284,25 @@ def _weights(said: str) -> Literal["ema", "raw"] | float:
         raise typer.BadParameter(f"{said!r} is neither ema, raw nor a number", param_hint="--weights") from None
 
 
-def _settings(options: dict[str, Any], pipeline: Pipeline, asked: Asked, how: dict[str, Any], kind: str) -> dict[str, Any]:
+def _settings(
+    options: dict[str, Any], pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], kind: str
+) -> dict[str, Any]:
     """What images carry of how they were made: every option that has a say in them; of files no more than the name.
 
     "request" names all that decides what image i is: the options, the weights, the content of the files.
     """
     from sfumato import __version__
     from sfumato.cli.output_folder import file_id, request_id, weights_id
+    from sfumato.config import kind_of
     from sfumato.observability.image_files import FORMATS
     from sfumato.sampling import FILLING, RESAMPLING
 
     said = {name: value for name, value in options.items() if name not in UNSAID}
-    content = {name: file_id(Path(said[name])) for name in FILES if said[name] is not None}
+    content = {name: file_id(value) for name, value in said.items() if isinstance(value, Path) and name != "run"}
     said |= {name: Path(said[name]).name for name in content}
     sampling = pipeline.sampling
-    fills = asked.mask is not None and bool((asked.mask < 1).any())
-    usual = (FILLING if options["resample"] == 1 else RESAMPLING) if fills else type(sampling.sampler).__name__
+    fills = request.mask is not None and bool((request.mask < 1).any())
+    usual = (FILLING if options["resample"] == 1 else RESAMPLING) if fills else kind_of(type(sampling.sampler))
     said |= {
         "run": options["run"].name, "steps": options["steps"] or sampling.steps, "sampler": options["sampler"] or usual,
         "guidance": sampling.guidance if how["guidance"] is None else how["guidance"], "clip": options["clip"] or sampling.clip,
@@ -261,8 +321,8 @@ def _settings(options: dict[str, Any], pipeline: Pipeline, asked: Asked, how: di
 
 def _refuse_on_the_way(options: dict[str, Any]) -> None:
     """What has no meaning on the way to another prompt or seed."""
-    if options["worse"] is not None or options["trajectory"] or options["resample"] != 1:
-        hint = "--worse, --trajectory, --resample"
+    if options["autoguidance"] is not None or options["trajectory"] or options["resample"] != 1:
+        hint = "--autoguidance, --trajectory, --resample"
         raise typer.BadParameter("not on the way to another prompt or seed", param_hint=hint)
     for name in ("prompt", "category"):
         if len(options[name] or ()) > 1:
@@ -272,7 +332,7 @@ def _refuse_on_the_way(options: dict[str, Any]) -> None:
 @contextmanager
 def _notes() -> Iterator[None]:
     """Prints which part of a long prompt was read, and which words are unknown, as soon as the images are made."""
-    from sfumato.generation.request import PromptNote
+    from sfumato.contexts import PromptNote
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", PromptNote)
@@ -286,12 +346,6 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
     asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
     labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
     return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []
-
-
-def _cloud(path: Path | None) -> Any:
-    from sfumato.data.user_inputs import given_points
-
-    return None if path is None else given_points(path)
 
 
 def _guidance(given: list[str] | None) -> float | dict[str, float] | None:

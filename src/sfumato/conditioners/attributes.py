@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, Size
 
 
@@ -29,7 +30,7 @@ class AttributesConfig:
     hidden: Fraction = 0.1
 
 
-class AttributesConditioner(nn.Module):
+class AttributesConditioner(Conditioner):
     """context["attributes"] (B, D), NaN where unknown -> Condition.vector (B, size); nothing known asks for nothing.
 
     Args:

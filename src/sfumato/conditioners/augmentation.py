@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 
 
-class AugmentationConditioner(nn.Module):
+class AugmentationConditioner(Conditioner):
     """context["augmentation"] (B, D) -> Condition.vector (B, D); zeros, or none given, is "nothing was done"."""
 
     nothing: Tensor
+    steers = False
     dropout = 0.0  # a changed picture whose change is not told would leak it
 
     def __init__(self, *, labels: int) -> None:
@@ -29,7 +31,3 @@ class AugmentationConditioner(nn.Module):
     def null(self, batch_size: int) -> Condition:
         """Nothing was done."""
         return Condition(vector=self.nothing.expand(batch_size, -1))
-
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Nothing that the data do not hold."""
-        return {}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, Size
 
 
@@ -26,7 +27,7 @@ class CategoryConfig:
     dropout: Fraction = 0.1
 
 
-class CategoryConditioner(nn.Module):
+class CategoryConditioner(Conditioner):
     """context["category"] (B,) -> Condition.vector (B, size); index -1, or none at all, is the null vector."""
 
     def __init__(self, config: CategoryConfig, *, categories: int) -> None:
@@ -47,7 +48,3 @@ class CategoryConditioner(nn.Module):
         """The condition that asks for nothing."""
         none = torch.full((batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device)
         return Condition(vector=self.embedding(none))
-
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Nothing that the data do not hold."""
-        return {}

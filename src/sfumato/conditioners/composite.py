@@ -9,32 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
-from sfumato.conditioners.attributes import AttributesConditioner
-from sfumato.conditioners.augmentation import AugmentationConditioner
-from sfumato.conditioners.category import CategoryConditioner
-from sfumato.conditioners.doodle import DoodleConditioner
-from sfumato.conditioners.image import ImageConditioner, ReferenceConditioner
-from sfumato.conditioners.learned_text import WordsConditioner
-from sfumato.conditioners.points import PointsConditioner
-from sfumato.conditioners.pretrained_text import PretrainedTextConditioner
-
-ConditionerModule = (
-    AttributesConditioner
-    | AugmentationConditioner
-    | CategoryConditioner
-    | DoodleConditioner
-    | ImageConditioner
-    | PointsConditioner
-    | PretrainedTextConditioner
-    | ReferenceConditioner
-    | WordsConditioner
-)
+from sfumato.conditioners.protocol import Conditioner
 
 
-class Joint(nn.Module):
+class CompositeConditioner(nn.Module):
     """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
 
-    def __init__(self, parts: Mapping[str, ConditionerModule], *, factor: int = 1) -> None:
+    def __init__(self, parts: Mapping[str, Conditioner], *, factor: int = 1) -> None:
         """`parts` by the name of the context that each reads; `factor` is the side of a picture over that of what the network sees."""
         super().__init__()
         self.factor = factor
@@ -52,7 +33,7 @@ class Joint(nn.Module):
         """
         conditions = []
         for number, part in enumerate(self._parts):
-            condition = part(_told(part, context, draws, number), batch_size)
+            condition = part(context if draws is None else part.varied(context, draws[:, number]), batch_size)
             if draws is not None:
                 dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
                 condition = condition.replaced_where(dropped, part.null(batch_size))
@@ -69,11 +50,11 @@ class Joint(nn.Module):
             made |= part.derive(images, context, seed=seed, first=first)
         return made
 
+    @property
+    def steering(self) -> list[str]:
+        """Names of the contexts that a request may ask for."""
+        return [name for name, part in zip(self.parts, self._parts, strict=True) if part.steers]
+
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
         return reduce(Condition.beside, (part.null(batch_size).folded(self.factor) for part in self._parts), NO_CONDITION)
-
-
-def _told(part: ConditionerModule, context: Mapping[str, Any], draws: Tensor | None, number: int) -> Mapping[str, Any]:
-    """What a part is told: of captions, training varies the spelling."""
-    return part.varied(context, draws[:, number]) if draws is not None and isinstance(part, WordsConditioner) else context

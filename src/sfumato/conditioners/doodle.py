@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction
 from sfumato.errors import ConfigError
 
@@ -38,7 +39,7 @@ class DoodleConfig:
             raise ConfigError(f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1")
 
 
-class DoodleConditioner(nn.Module):
+class DoodleConditioner(Conditioner):
     """context["doodle"] (B, 1, H, W), 1 paper to -1 ink, NaN where none is given -> Condition.spatial (B, 2, H, W): ink, given."""
 
     nothing: Tensor

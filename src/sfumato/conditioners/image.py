@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
 
@@ -114,7 +115,7 @@ class ImageConfig:
     dropout: Fraction = 0.1
 
 
-class ImageConditioner(nn.Module):
+class ImageConditioner(Conditioner):
     """context["image"] (B, C, H, W) in [-1, 1], NaN where unknown -> Condition.spatial (B, C + 1, H, W): pixels, and which are known."""
 
     nothing: Tensor
@@ -162,7 +163,7 @@ class ReferenceConfig:
             raise ConfigError(f"{self}", where="conditioner.reference", hint="size and side are at least 1")
 
 
-class ReferenceConditioner(nn.Module):
+class ReferenceConditioner(Conditioner):
     """context["reference"] (B, C, H, W) in [-1, 1], NaN where none is given -> Condition.vector (B, size), tokens (B, side^2, size)."""
 
     def __init__(self, config: ReferenceConfig, *, channels: int) -> None:

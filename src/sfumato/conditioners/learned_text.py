@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.conditioners.tokenizer import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, Words
 from sfumato.config import since
 from sfumato.config.bounds import CountOrZero, Fraction, Size
@@ -67,7 +68,7 @@ class WordsConfig:
         )
 
 
-class WordsConditioner(nn.Module):
+class WordsConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing."""
 
     def __init__(self, config: WordsConfig, *, words: Words, rare: Sequence[str] = ()) -> None:
@@ -104,10 +105,6 @@ class WordsConditioner(nn.Module):
             return context
         chances = ((draws - self.dropout) / max(1 - self.dropout, 1e-9)).tolist()
         return {**context, "spelled": [int(chance / self.config.spelled) if chance >= 0 else None for chance in chances]}
-
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Nothing that the data do not hold."""
-        return {}
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato import randomness
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Count, Fraction, Positive, Size
 from sfumato.errors import ConfigError
 
@@ -57,7 +58,7 @@ class PointsConfig:
             raise ConfigError(f"{self}", where="conditioner.points", hint="all counts are at least 1, and heads divide size")
 
 
-class PointsConditioner(nn.Module):
+class PointsConditioner(Conditioner):
     """context["points"] (B, N, D), rows of NaN where there is no point -> Condition.vector (B, size), tokens (B, tokens, size), map.
 
     The result does not depend on the order of the points, nor on how many rows of NaN follow them.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.protocol import Conditioner
 from sfumato.conditioners.tokenizer import MOST_WORDS, Words
 from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
@@ -178,7 +179,7 @@ class TextEncoder:
 _POOLED = {kind for kind, name in TEXT_MODELS.items() if name.endswith("TextModel")}
 
 
-class PretrainedTextConditioner(nn.Module):
+class PretrainedTextConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing.
 
     The encoder is no part of the model's weights: it is named in the configuration, and loaded from there.
@@ -212,10 +213,6 @@ class PretrainedTextConditioner(nn.Module):
         )
         empty = torch.tensor([not text.strip() for text in context["text"]], device=device)
         return given.replaced_where(empty, self.null(batch_size))
-
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Nothing that the data do not hold."""
-        return {}
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing: one token of its own."""

@@ -132,6 +132,12 @@ def as_before(cls: type, data: Any) -> Any:
     return result
 
 
+def forget_models() -> None:
+    """Derive all models anew, after a dataclass has got other fields."""
+    config_fields.cache_clear()
+    _models.cache_clear()
+
+
 def json_schema(cls: type) -> dict[str, Any]:
     """JSON schema of a configuration, for editors' completion."""
     return _model(cls).model_json_schema()

@@ -8,7 +8,7 @@ to (the ceiling). Conditions come from held-out pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.conditioners import ImageConditioner
-from sfumato.conditioners.doodle import lines
+from sfumato.contexts import CONTEXTS, Measured, Metric
+from sfumato.contexts.figures import silhouette_iou
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
 from sfumato.generation.pipeline import Pipeline
-from sfumato.generation.request import Request
+from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.tables import aligned
 
 LARGEST = 500  # samples of each context
-INK = 0.25  # above which a pixel of a drawing counts as drawn
-FIELD_DRAWS = 51  # uniform draws that `lines` takes for each picture
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -89,11 +87,6 @@ class Adherence:
         return self.own.high < self.shuffled.low
 
 
-Metric = Callable[
-    [Tensor, Tensor], Tensor
-]  # pictures (n, C, H, W) and which condition each is held against (n,) -> values (n,)
-
-
 def measure_adherence(
     pipeline: Pipeline,
     dataset: Dataset,
@@ -116,17 +109,18 @@ def measure_adherence(
     real = to_float(pixels)
     context = pipeline.model.conditioner.derive(real, dataset.context(positions), seed=seed, first=0)
     reads = [name for name in pipeline.reads if name in context]
-    asked = {name: {name: context[name]} for name in reads}
+    asked = {name: [name] for name in reads}
     if len(reads) > 1:
-        asked["all"] = {name: context[name] for name in reads}
+        asked["all"] = reads
     rows = []
-    for number, (name, part) in enumerate(asked.items()):
+    for number, (name, together) in enumerate(asked.items()):
+        part = {read: context[read] for read in together}
         tell(number / len(asked), f"{len(real)} samples by {name}")
-        request = Request.of(part, pipeline.image_shape, len(real))
-        samples = pipeline.sample(len(real), request=request, seed=seed, guidance=guidance) * 2 - 1
+        request = ResolvedRequest.of(part, pipeline.image_shape, len(real))
+        samples = pipeline.sample_request(request, seed=seed, guidance=guidance) * 2 - 1
         if keep is not None:
             keep(name, part, samples, real)
-        for figure, (better, metric) in _metrics(name, context, real, pipeline, classifier).items():
+        for figure, (better, metric) in _metrics(together, context, real, pipeline, classifier).items():
             rows.append(_row(name, figure, better, metric, samples, real))
     return rows
 
@@ -146,24 +140,18 @@ def _row(context: str, figure: str, better: str, metric: Metric, samples: Tensor
 
 
 def _metrics(
-    name: str, context: Mapping[str, Any], real: Tensor, pipeline: Pipeline, classifier: Classifier | None
+    names: Sequence[str], context: Mapping[str, Any], real: Tensor, pipeline: Pipeline, classifier: Classifier | None
 ) -> dict[str, tuple[str, Metric]]:
-    """What can be measured of a context, with the direction that is better."""
-    image = dict(pipeline.model.conditioner.parts.items()).get("image")
-    found: dict[str, tuple[str, Metric]] = {"rank of its own picture": ("higher", lambda x, i: own_rank(x, real, i))}
-    if name in ("category", "all") and "category" in context and classifier is not None:
-        labels = context["category"]
-        found["read as its category"] = ("higher", lambda x, i: (classifier.read(x)[0] == labels[i]).double())
-    if name in ("doodle", "all") and "doodle" in context:
-        ink = (1 - context["doodle"]) / 2
-        found["F1 of lines"] = ("higher", lambda x, i: line_f1(x, ink[i]))
-    if name in ("points", "all") and "points" in context:
-        found["chamfer distance, pixels"] = ("lower", lambda x, i: chamfer(x, context["points"][i]))
-    if name in ("doodle", "points", "all"):
+    """What can be measured of some contexts together, with the direction that is better."""
+    found: dict[str, tuple[str, Metric]] = {"rank of its own image": ("higher", lambda x, i: own_rank(x, real, i))}
+    if len(names) > 1:
         found["IoU of silhouettes"] = ("higher", lambda x, i: silhouette_iou(x, real[i]))
-    if name in ("image", "all") and isinstance(image, ImageConditioner):
-        lost = image.config.lost
-        found["error where it is known"] = ("lower", lambda x, i: _known_error(lost.given(x), context["image"][i]))
+    for name in names:
+        measured = Measured(
+            values=context[name], real=real, conditioner=pipeline.model.conditioner.parts[name],
+            classify=None if classifier is None else lambda x: classifier.read(x)[0],
+        )  # fmt: skip
+        found |= CONTEXTS[name].metrics(measured)
     return found
 
 
@@ -177,59 +165,6 @@ def own_rank(pictures: Tensor, real: Tensor, own: Tensor) -> Tensor:
     mine = distances.gather(1, own[:, None])
     farther = (distances > mine).sum(1) + 0.5 * ((distances == mine).sum(1) - 1)
     return farther.double() / max(1, len(real) - 1)
-
-
-def drawn(pictures: Tensor) -> Tensor:
-    """Where a picture's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with, nothing bent and nothing dropped."""
-    draws = torch.full((len(pictures), FIELD_DRAWS), 0.5, dtype=pictures.dtype)
-    return (1 - lines(pictures, draws, wobble=0.0, dropped=0.0)) / 2 > INK
-
-
-def line_f1(pictures: Tensor, ink: Tensor) -> Tensor:
-    """F1 of a picture's lines against a drawing's, one pixel of slack: harmonic mean of the shares of each that lie on the other."""
-    mine, asked = drawn(pictures), ink.nan_to_num(0.0) > INK
-
-    def share(of: Tensor, on: Tensor) -> Tensor:
-        near = F.max_pool2d(on.float(), 3, stride=1, padding=1) > 0
-        return (of & near).flatten(1).sum(1) / of.flatten(1).sum(1).clamp(min=1)
-
-    precision, recall = share(mine, asked), share(asked, mine)
-    return (2 * precision * recall / (precision + recall).clamp(min=1e-9)).double()
-
-
-def chamfer(pictures: Tensor, points: Tensor) -> Tensor:
-    """Mean distance in pixels from points (n, N, D) to the nearest line of a picture and back; its side if it has no lines."""
-    height, width = pictures.shape[-2:]
-    scale = points.new_tensor([width / 2, -height / 2])
-    values = []
-    for lined, cloud in zip(drawn(pictures)[:, 0], points, strict=True):
-        at = torch.nonzero(lined).flip(1).float() + 0.5
-        wanted = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor([width / 2, height / 2])
-        if not len(wanted):
-            values.append(math.nan)
-        elif not len(at):
-            values.append(float(max(height, width)))
-        else:
-            away = torch.cdist(wanted, at)
-            values.append(float(away.amin(0).mean() + away.amin(1).mean()) / 2)
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def silhouette(pictures: Tensor) -> Tensor:
-    """What is not background, (n, H, W) bool: pixels unlike the picture's corners."""
-    corners = torch.stack([pictures[..., y, x] for y in (0, -1) for x in (0, -1)]).median(0).values
-    return (pictures - corners[..., None, None]).abs().amax(1) > 0.25
-
-
-def silhouette_iou(pictures: Tensor, real: Tensor) -> Tensor:
-    """Overlap of the silhouettes over their union."""
-    mine, theirs = silhouette(pictures), silhouette(real)
-    union = (mine | theirs).flatten(1).sum(1)
-    return ((mine & theirs).flatten(1).sum(1) / union.clamp(min=1)).double()
-
-
-def _known_error(pictures: Tensor, shown: Tensor) -> Tensor:
-    return (pictures - shown).abs().flatten(1).nanmean(1).double()
 
 
 def adherence_table(rows: list[Adherence]) -> str:

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.adherence import Figure, spread
 from sfumato.generation.pipeline import Pipeline
-from sfumato.generation.request import Asked
 from sfumato.observability.tables import aligned
 
 LARGEST = 120  # held-out pictures that are asked for
@@ -60,7 +59,7 @@ def composition(
     texts = [captions[int(i)] for i in gallery_positions]
     prompts = [captions[int(i)] for i in held]
     asked = torch.arange(len(held)).repeat(EACH)
-    samples = pipeline.sample(len(asked), asked=Asked(prompt=[prompts[i] for i in asked]), seed=seed, guidance=guidance) * 2 - 1
+    samples = pipeline.sample(len(asked), prompt=[prompts[i] for i in asked], seed=seed, guidance=guidance) * 2 - 1
     copies = gallery[torch.tensor([_most_alike(prompt, texts[: len(family)]) for prompt in prompts])]
     others = (asked + len(held) // 2) % len(held)
     everyone = torch.arange(len(held))

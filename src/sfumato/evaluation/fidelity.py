@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.contexts import values_in_turn
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation.adherence import wilson
@@ -21,7 +22,7 @@ from sfumato.evaluation.extractors import extractor, pooled
 from sfumato.evaluation.frechet import FEWEST, frechet_distance
 from sfumato.evaluation.memorization import Neighbours, nearest
 from sfumato.generation.pipeline import Pipeline
-from sfumato.generation.request import Request
+from sfumato.generation.request import ResolvedRequest
 
 LARGEST_TRAINING = 20_000  # pictures that distances are taken to
 LOOKING = 0.2  # share of an evaluation that is over when its features are known, as a progress bar shows it
@@ -157,8 +158,8 @@ def evaluate(
     read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
         tell(LOOKING + (1 - LOOKING) * number / len(guidances), f"{num} samples at guidance {guidance:g}")
-        request = Request.of(read, pipeline.image_shape, num)
-        images = pipeline.sample(num, request=request, seed=seed, guidance=guidance, batch_size=100)
+        request = ResolvedRequest.of(read, pipeline.image_shape, num)
+        images = pipeline.sample_request(request, seed=seed, guidance=guidance, batch_size=100)
         rows.append(judge.row(f"samples, guidance {guidance:g}", images * 2 - 1, asked))
         if keep is not None:
             keep(guidance, images, nearest(images * 2 - 1, training))
@@ -196,9 +197,10 @@ def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
 
 def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> tuple[dict[str, Any], Tensor]:
     """What `num` samples are asked for, and their categories: each category in turn, or what held-out pictures are."""
-    if pipeline.reads in ((), ("category",)):
+    listed = values_in_turn(pipeline.model.conditioner, num, pipeline.facts)
+    if listed is not None:
         each = torch.arange(num) % max(1, len(dataset.categories))
-        return {"category": each}, each
+        return listed, each
     pixels, _, chosen = dataset.images(np.resize(holdout, num))
     context = pipeline.model.conditioner.derive(to_float(pixels), dataset.context(chosen), seed=0, first=0)
     return context, _kinds(dataset, chosen)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.autoencoders import Autoencoder, Pixels
-from sfumato.conditioners import Facts, Joint
-from sfumato.config import named
+from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.config import kind_of, named
 from sfumato.config.bounds import Count, Finite, Limit
+from sfumato.contexts import Category, part_of, trained_categories
 from sfumato.diffusion import (
     Angle,
     AutoGuidance,
@@ -37,7 +39,8 @@ from sfumato.diffusion import (
     require_schedule,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
-from sfumato.generation.request import Asked, Request, settled
+from sfumato.generation.generated import Generated
+from sfumato.generation.request import ResolvedRequest, SampleRequest, require_size, resolve_request
 from sfumato.networks import Backbone
 from sfumato.nn.compiling import compile_in_place
 from sfumato.observability.image_files import Values
@@ -108,10 +111,10 @@ class Model(nn.Module):
     """
 
     network: Backbone
-    conditioner: Joint
+    conditioner: CompositeConditioner
 
     def __init__(
-        self, network: Backbone, conditioner: Joint, config: DenoiserConfig, auxiliary: nn.Module | None = None
+        self, network: Backbone, conditioner: CompositeConditioner, config: DenoiserConfig, auxiliary: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
@@ -160,9 +163,7 @@ class Pipeline:
     @property
     def categories(self) -> tuple[str, ...]:
         """Names that `category` may take; () for a model that is not steered by categories."""
-        if "category" not in self.reads:
-            return ()
-        return tuple(name for name in self.facts.categories if name not in self.facts.untrained)
+        return () if part_of(self.model.conditioner, Category) is None else trained_categories(self.facts)
 
     @property
     def values(self) -> Values:
@@ -173,66 +174,111 @@ class Pipeline:
     @property
     def reads(self) -> tuple[str, ...]:
         """Names of the contexts that steer the model."""
-        return tuple(name for name in self.model.conditioner.parts if name != "augmentation")
+        return tuple(self.model.conditioner.steering)
 
     def sample(
         self,
         num: int,
         *,
-        asked: Asked | None = None,
-        request: Request | None = None,
-        category: str | int | Sequence[str | int] | None = None,
         prompt: str | Sequence[str] | None = None,
+        category: str | int | Sequence[str | int] | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        negative: str | None = None,
+        doodle: Tensor | None = None,
+        points: Tensor | Sequence[Tensor] | None = None,
+        reference: Tensor | None = None,
+        attributes: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         steps: int | None = None,
         sampler: str | SamplerConfig | None = None,
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
-        worse: tuple[Model, float] | None = None,
+        autoguidance: tuple[Model, float] | None = None,
         clip: bool | None = None,
         resample: int = 1,
         batch_size: int = 64,
         on_step: Callable[[Progress], None] | None = None,
+        **contexts: Any,
     ) -> Tensor:
-        """Generate pictures, (num, C, H, W) in [0, 1].
+        """Generate images, (num, C, H, W) in [0, 1].
+
+        Every context is for all images, or several to cycle through; None leaves it to the model.
 
         Args:
-            asked: what the pictures are steered by, and the picture they start from; `category` and `prompt` are short for two of it.
-            request: instead of all that, tensors that are known to fit the model, for `num` pictures.
-            seed: picture i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
+            prompt: texts; negative: one text that guidance leads away from.
+            category: names.
+            image: images to start from, to complete or to restore, (C, H, W) or (n, C, H, W) in [0, 1].
+            mask: where `image` is regenerated, 1 there and 0 where it is kept, (1, H, W) or (n, 1, H, W).
+            strength: how much of the way to noise `image` is sent before it is denoised: 0 returns it, 1 ignores it.
+            doodle: line drawings, dark on light, (1, H, W) or (n, 1, H, W) in [0, 1].
+            points: clouds (N, D), or several.
+            reference: images to make variations of, (C, H, W) or (n, C, H, W) in [0, 1].
+            attributes: numbers by name.
+            size: height and width in pixels; by default those that the model was trained at.
+            seed: image i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
             steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
                 Guidance is one scale for all contexts, or one for each by name, which costs a network call each. Where a mask is given
                 and no sampler is, it is `churn`, or `ddpm` if it is resampled.
-            worse: an earlier snapshot of the same run, and the scale at which pictures are pushed away from its guesses.
+            autoguidance: an earlier snapshot of the same run, and the scale at which images are led away from its predictions.
             resample: how many times each step is taken where a mask is filled; more agrees better with what is known.
-            batch_size: pictures made at once; a matter of memory, not of the result.
-            on_step: told of each denoising step of each batch.
+            batch_size: images made at once; a matter of memory, not of the result.
+            on_step: called after each denoising step of each batch.
+            contexts: values of contexts of your own, by keyword.
         Raises:
             ConfigError: for a context that the model does not read, a value that it does not know, or a setting without effect.
-            NonFiniteError: if what the model makes is not finite.
+            NonFiniteError: if the model's output is not finite.
         """
-        asked = asked or Asked()
-        asked = replace(
-            asked, category=asked.category if category is None else category, prompt=asked.prompt if prompt is None else prompt
-        )
-        made = self.batches(
-            num, asked=asked, request=request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval,
-            worse=worse, clip=clip, resample=resample, batch_size=batch_size, on_step=on_step,
+        request = SampleRequest.of(
+            prompt=prompt, category=category, image=image, mask=mask, strength=strength, negative=negative, doodle=doodle,
+            points=points, reference=reference, attributes=attributes, size=size, **contexts,
         )  # fmt: skip
+        made = self.batches(
+            num, request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval,
+            autoguidance=autoguidance, clip=clip, resample=resample, batch_size=batch_size, on_step=on_step,
+        )  # fmt: skip
+        return torch.cat([images for _, images in made])
+
+    def generate(self, num: int, **arguments: Any) -> Generated:
+        """What `sample` gives, with the settings that it was made with, which saved files carry.
+
+        Args:
+            arguments: of `sample`.
+        """
+        images = self.sample(num, **arguments)
+        sampling = self.sampling
+        settings = {
+            "num": num, "seed": 0, "steps": sampling.steps, "sampler": kind_of(type(sampling.sampler)), "guidance": sampling.guidance,
+            **{name: value for name, value in arguments.items() if value is not None and _is_plain(value)},
+        }  # fmt: skip
+        return Generated(images=images, settings=settings, values=self.values)
+
+    def sample_request(
+        self,
+        request: ResolvedRequest,
+        *,
+        seed: int = 0,
+        guidance: float | Mapping[str, float] | None = None,
+        batch_size: int = 64,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """What `sample` gives for tensors that are known to fit the model."""
+        made = self.batches(len(request.start), request, seed=seed, guidance=guidance, batch_size=batch_size, on_step=on_step)
         return torch.cat([images for _, images in made])
 
     def batches(
         self,
         num: int,
+        request: SampleRequest | ResolvedRequest,
         *,
-        asked: Asked | None = None,
-        request: Request | None = None,
         seed: int = 0,
         steps: int | None = None,
         sampler: str | SamplerConfig | None = None,
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
-        worse: tuple[Model, float] | None = None,
+        autoguidance: tuple[Model, float] | None = None,
         clip: bool | None = None,
         resample: int = 1,
         batch_size: int = 64,
@@ -247,35 +293,45 @@ class Pipeline:
             ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
         """
         if num < 1 or batch_size < 1:
-            raise ShapeError(f"{num} pictures in batches of {batch_size}", where="sample", hint="ask for at least 1")
+            raise ShapeError(f"{num} images in batches of {batch_size}", where="sample", hint="ask for at least 1")
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
-        if request is None:
-            request = settled(asked or Asked(), self.model.conditioner, self.facts, self.image_shape, num)
+        resolved = self._resolved(request, num)
         spans = _spans(num, skip, batch_size)
-        solver = chosen_sampler(sampler, self.sampling.sampler, filling=request.fills, resample=resample)
+        solver = chosen_sampler(sampler, self.sampling.sampler, filling=resolved.fills, resample=resample)
         clip = self._require_clip(self.sampling.clip if clip is None else clip)
         steps = self.sampling.steps if steps is None else steps
-        if request.strength == 0:
-            return iter([(span.start, to_unit(request.start[span])) for span in spans])
+        if resolved.strength == 0:
+            return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
         how = _How(
-            solver=solver, levels=grid(self.sampling.schedule, steps, strength=request.strength), scales=scales, seed=seed,
-            interval=self.sampling.interval if interval is None else interval, worse=worse, clip=clip, on_step=on_step,
+            solver=solver, levels=grid(self.sampling.schedule, steps, strength=resolved.strength), scales=scales, seed=seed,
+            interval=self.sampling.interval if interval is None else interval, autoguidance=autoguidance, clip=clip,
+            on_step=on_step,
         )  # fmt: skip
-        return ((span.start, self._made(request, span, how)) for span in spans)
+        return ((span.start, self._made(resolved, span, how)) for span in spans)
 
-    def _made(self, request: Request, span: slice, how: _How) -> Tensor:
+    def _resolved(self, request: SampleRequest | ResolvedRequest, num: int) -> ResolvedRequest:
+        if isinstance(request, ResolvedRequest):
+            return request
+        shape = self.image_shape
+        if request.size is not None:
+            require_size(request.size, self.autoencoder.factor)
+            shape = (shape[0], *request.size)
+        return resolve_request(request, self.model.conditioner, self.facts, shape, num)
+
+    def _made(self, request: ResolvedRequest, span: slice, how: _How) -> Tensor:
         """The images of one batch, (B, C, H, W) in [0, 1]."""
         part = request.rows(span, next(self.model.parameters()).device)
         noise = KeyedNoise(how.seed, span.start)
         with torch.no_grad():
-            start = self.autoencoder.encode(part.start) if request.begins_at_picture else self._blank(len(part.start))
+            start = self.autoencoder.encode(part.start) if request.begins_at_image else self._zeros(part.start)
             x = how.levels.at(0).like(start).mix(start, noise(start))
             condition = self.model.conditioner(part.context, len(part.start))
-            denoiser = self._guided(self._rungs(part, part.given, how.scales), how.interval)
-            if how.worse is not None:
-                own = how.worse[0].conditioner(part.context, len(x))
-                bad = Steered(denoiser=how.worse[0].denoiser(self.compute_dtype), condition=own)
-                denoiser = AutoGuidance(good=denoiser, bad=bad, scale=how.worse[1])
+            denoiser = self._guided(self._rungs(part, part.names, how.scales), how.interval)
+            if how.autoguidance is not None:
+                weaker, scale = how.autoguidance
+                own = weaker.conditioner(part.context, len(x))
+                bad = Steered(denoiser=weaker.denoiser(self.compute_dtype), condition=own)
+                denoiser = AutoGuidance(good=denoiser, bad=bad, scale=scale)
             if how.clip:
                 denoiser = Clip(denoiser=denoiser)
             if part.known is not None:
@@ -287,11 +343,11 @@ class Pipeline:
             made = self.autoencoder.restored(made, part.start, part.known)
         return to_unit(_finite(made, span.start)).cpu()
 
-    def between(
+    def interpolate(
         self,
         num: int,
-        first: Asked,
-        last: Asked,
+        first: SampleRequest,
+        last: SampleRequest,
         *,
         seeds: tuple[int, int] = (0, 0),
         steps: int | None = None,
@@ -312,9 +368,7 @@ class Pipeline:
             raise ShapeError(f"{num} pictures", where="sample", hint="ask for at least 1")
         device = next(self.model.parameters()).device
         conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
-        requests = [
-            settled(asked, conditioner, self.facts, self.image_shape, 1).rows(slice(0, 1), device) for asked in (first, last)
-        ]
+        requests = [self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)]
         if any(request.strength != 1 or request.known is not None for request in requests):
             raise ConfigError(
                 "a strength or a mask on the way between pictures",
@@ -322,11 +376,11 @@ class Pipeline:
                 hint="leave them out: the way begins in noise",
             )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
-        given = {name for request in requests for name in request.given}
+        given = {name for request in requests for name in request.names}
         clip = self._require_clip(self.sampling.clip if clip is None else clip)
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
         noise = BetweenNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
-        x = levels.at(0).sigma * noise(self._blank(num))
+        x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
             ladders = [self._rungs(request, given, scales) for request in requests]
@@ -340,11 +394,11 @@ class Pipeline:
             pictures = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
         return to_unit(_finite(self.decode(pictures), 0)).cpu()
 
-    def _blank(self, num: int) -> Tensor:
-        """Latents of zeros."""
-        factor = self.autoencoder.factor
-        shape = (self.autoencoder.latent_channels, self.image_shape[1] // factor, self.image_shape[2] // factor)
-        return torch.zeros(num, *shape, device=next(self.model.parameters()).device)
+    def _zeros(self, images: Tensor) -> Tensor:
+        """Zeros in the shape of the latents of images (B, C, H, W)."""
+        factor, (height, width) = self.autoencoder.factor, images.shape[2:]
+        shape = (len(images), self.autoencoder.latent_channels, height // factor, width // factor)
+        return torch.zeros(shape, device=next(self.model.parameters()).device)
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures, in [-1, 1] but not clamped, of what the network works on: latents, or the pictures themselves."""
@@ -373,31 +427,31 @@ class Pipeline:
                 )
         return {name: given.get(name, self.sampling.guidance) for name in names}
 
-    def _rungs(self, part: Request, given: Collection[str], scales: Mapping[str, float]) -> tuple[Rung, ...]:
+    def _rungs(self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]) -> tuple[Rung, ...]:
         """What guidance leads away from: asking for less. Contexts of one scale are stepped to together; () where all of them are 1."""
         asked = [name for name in scales if name in given]
         if all(scales[name] == 1 for name in asked):
-            if part.negative is not None:
+            if part.negative:
                 raise ConfigError(
                     "a negative prompt without guidance", where="sample", hint="give a guidance above 1, such as 3"
                 )
             return ()
-        self._require_trained_absence(asked, scales, negative=part.negative is not None)
+        self._require_trained_absence(asked, scales, negative=part.negative)
         count = len(part.start)
-        instead = {} if part.negative is None else {"text": [part.negative] * count}
         rungs: list[Rung] = []
         for number, name in enumerate(asked):
             if not rungs or scales[name] != scales[asked[number - 1]]:
                 before = asked[:number]
                 less = {known: part.context[known] for known in before if known in part.context}
-                rungs.append(Rung(self.model.conditioner(less if "text" in before else instead | less, count), scales[name]))
+                instead = {known: values for known, values in part.negative.items() if known not in before}
+                rungs.append(Rung(self.model.conditioner(instead | less, count), scales[name]))
         return tuple(rungs)
 
-    def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: bool) -> None:
+    def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: Collection[str]) -> None:
         """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
         steps = [1.0, *(scales[name] for name in asked)]
         first = next(number for number, (before, after) in enumerate(itertools.pairwise(steps)) if before != after)
-        hidden = [name for name in asked[first:] if not (negative and name == "text")]
+        hidden = [name for name in asked[first:] if name not in negative]
         never = [name for name in hidden if self.model.conditioner.parts[name].dropout == 0]
         if never:
             raise ConfigError(
@@ -427,7 +481,7 @@ class _How:
     levels: NoiseLevel
     scales: Mapping[str, float]
     interval: tuple[float, float]
-    worse: tuple[Model, float] | None
+    autoguidance: tuple[Model, float] | None
     clip: bool
     seed: int
     on_step: Callable[[Progress], None] | None
@@ -455,6 +509,12 @@ def _finite(made: Tensor, first: int) -> Tensor:
             hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
         )
     return made
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file can carry a value as it is: tensors and functions are left out."""
+    several = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, str | int | float | bool | Mapping) for one in several)
 
 
 def to_unit(x: Tensor) -> Tensor:

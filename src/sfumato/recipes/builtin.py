@@ -8,7 +8,6 @@ from dataclasses import replace
 from sfumato.autoencoders import KLConfig
 from sfumato.conditioners import (
     CategoryConfig,
-    ContextConfig,
     DoodleConfig,
     Holes,
     ImageConfig,
@@ -17,6 +16,7 @@ from sfumato.conditioners import (
     SplatConfig,
     WordsConfig,
 )
+from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
 from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from sfumato.conditioners import Joint, PretrainedTextConfig, TextEncoder, Words, WordsConfig
+from sfumato.conditioners import CompositeConditioner, PretrainedTextConfig, TextEncoder, Words, WordsConfig
+from sfumato.contexts import Text, part_of
 from sfumato.data import Dataset, Entry
 from sfumato.data.check.captions import is_placeholder
 from sfumato.recipes.run import Run
@@ -138,12 +139,11 @@ class Cut:
         return found
 
 
-def cut_captions(dataset: Dataset, conditioner: Joint) -> list[str]:
+def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[str]:
     """What a run's model does not read of the captions that it learns from; nothing where it reads none."""
-    parts = dict(conditioner.parts.items())
-    if "text" not in parts:
+    part = part_of(conditioner, Text)
+    if part is None:
         return []
-    part: Any = parts["text"]
     captions = (text for position in dataset.training for text in dataset.entries[position].captions)
     return Cut.of(captions, part).lines
 

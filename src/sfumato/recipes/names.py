@@ -83,7 +83,7 @@ def _require_key(override: str, source: str) -> None:
     close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
     if key not in KEYS and close:  # what is near none of these may be near a key inside one, which the schema knows
         raise ConfigError(
-            f"`{key}` is no key (did you mean `{close[0]}`?)",
+            f"unknown key `{key}` (did you mean `{close[0]}`?)",
             where=source,
             hint="`sfumato config show RECIPE` prints every key, `config schema` their types",
         )

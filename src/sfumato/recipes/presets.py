@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from sfumato.autoencoders import KLConfig
-from sfumato.conditioners import CategoryConfig, ContextConfig
+from sfumato.conditioners import CategoryConfig
+from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig

@@ -65,6 +65,8 @@ def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
         ConfigError, DataError: see `resolve`.
     """
     given = configuration.with_overrides({}, overrides)
+    if not isinstance(source, Run):
+        refuse_diffusers(Path(source))
     listing = source_at(str(source)).listing() if is_preset(source) and _is_source(source) else None
     choice = None if listing is None else _chosen(source, given, listing)
     base, where = (configuration.plain(choice.run), str(source)) if choice else _plain(source, given)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sfumato.conditioners import ContextConfig
 from sfumato.config.bounds import require_bounds
+from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
@@ -60,4 +60,4 @@ class Run(TrainingConfig):
     @property
     def sees_pictures(self) -> bool:
         """Whether training needs the pictures themselves where the model works in latents."""
-        return self.conditioner.makes or self.auxiliary.alignment is not None
+        return self.conditioner.needs_images or self.auxiliary.alignment is not None

@@ -126,7 +126,7 @@ def require_finite_loss(run: Run) -> None:
 
 def require_guidable(run: Run) -> None:
     """Raise ConfigError if samples are guided away from the absence of a context that training never hides."""
-    never = [name for name in run.conditioner.reads if getattr(run.conditioner, name).dropout == 0]
+    never = [name for name in run.conditioner.names if getattr(run.conditioner, name).dropout == 0]
     if run.sampling.guidance != 1 and never:
         keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
         raise ConfigError(

@@ -80,7 +80,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
     with ProgressBar("reading pictures") as bar:
         dataset = index(
             run.data,
-            layers=run.conditioner.reads,
+            layers=run.conditioner.names,
             listing=listing,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
@@ -115,23 +115,15 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
 
 def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
     """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
-    captions = (text for position in dataset.training for text in dataset.entries[position].captions)
-    attributes = dataset.layers.attributes if run.conditioner.attributes is not None else None
-    means, deviations = attributes.moments(dataset.training) if attributes else ((), ())
     return Facts(
         channels=run.data.channels,
         categories=dataset.categories,
-        words=() if run.conditioner.text is None else run.conditioner.text.words(captions),
-        attributes=attributes.names if attributes else (),
-        means=means,
-        deviations=deviations,
-        dimensions=dataset.layers.dimensions if run.conditioner.points is not None else 0,
-        augmentation=run.data.augment.labels,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
         bits=run.data.bits,
         untrained=untrained(dataset),
         value_range=dataset.scale.range,
         alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
+        **run.conditioner.facts(dataset),
     )
 
 

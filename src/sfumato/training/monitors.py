@@ -13,11 +13,12 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.condition import Context, on_device, reordered
-from sfumato.conditioners import Facts, Joint
+from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.contexts import CONTEXTS, values_in_turn
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
 from sfumato.generation.pipeline import Model, Pipeline, SamplingConfig
-from sfumato.generation.request import Request
+from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.images import grid_image, save_png
 from sfumato.sampling import Progress
 from sfumato.storage.run_directory import RunDirectory
@@ -33,7 +34,7 @@ class Validator:
         config: TrainingConfig,
         dataset: Dataset,
         schedule: Schedule,
-        conditioner: Joint,
+        conditioner: CompositeConditioner,
         autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
@@ -66,8 +67,8 @@ class Validator:
             **{f"validation/gap/{key}": value for key, value in gap.items()},
             **{
                 f"validation/adherence/{name}/{key}": value
-                for name in average.conditioner.parts
-                if name in context and name != "augmentation"
+                for name in average.conditioner.steering
+                if name in context
                 for key, value in difference(self._errors(average, 0, shuffled=name), averaged, triples).items()
             },
         }
@@ -112,7 +113,7 @@ class Previewer:
         config: TrainingConfig,
         dataset: Dataset,
         sampling: SamplingConfig,
-        conditioner: Joint,
+        conditioner: CompositeConditioner,
         autoencoder: Autoencoder,
         directory: RunDirectory,
         facts: Facts,
@@ -120,16 +121,17 @@ class Previewer:
         self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
         self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
-        reads = [name for name in conditioner.parts if name != "augmentation"]
-        chosen = _of_each_category(dataset, config.preview.num) if reads in ([], ["category"]) else _held_out(dataset, config)
+        reads = conditioner.steering
+        listed = values_in_turn(conditioner, config.preview.num, facts) is not None
+        chosen = _of_each_category(dataset, config.preview.num) if listed else _held_out(dataset, config)
         pixels, _, chosen = dataset.images(chosen)
         images = to_float(pixels)
         context = conditioner.derive(images, dataset.context(chosen), seed=config.seed, first=0)
         self.context = {name: value for name, value in context.items() if name in reads}
-        entries = [dataset.entries[i] for i in chosen]
-        self.asked = {"category": [entry.category for entry in entries], "text": context.get("text")}
+        words = {name: CONTEXTS[name].words(values, facts) for name, values in self.context.items()}
+        self.num, self.words = len(chosen), {name: texts for name, texts in words.items() if texts is not None}
         kinds = len(dataset.categories)
-        self.columns = kinds if reads == ["category"] and 2 <= kinds <= 12 else None
+        self.columns = kinds if reads and listed and 2 <= kinds <= 12 else None
         path = directory.samples / "real.png"
         if not path.exists():
             save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=facts.alpha), path)
@@ -139,13 +141,12 @@ class Previewer:
         pipeline = Pipeline(
             model=average, autoencoder=self.autoencoder, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape
         )
-        request = Request.of(self.context, self.image_shape, len(self.asked["category"] or ()))
-        images = pipeline.sample(len(request.start), request=request, seed=self.seed, on_step=on_step)
+        request = ResolvedRequest.of(self.context, self.image_shape, self.num)
+        images = pipeline.sample_request(request, seed=self.seed, on_step=on_step)
         folder = self.directory.samples / f"step-{step:09d}"
-        asked = {name: self.asked[name] for name in self.asked if name in self.context}
-        settings = {"step": step, "seed": self.seed, **asked, "weights": "ema", "guidance": self.sampling.guidance}
+        settings = {"step": step, "seed": self.seed, **self.words, "weights": "ema", "guidance": self.sampling.guidance}
         sheet = grid_image(images, columns=self.columns, alpha=self.facts.alpha)
-        save_png(sheet, folder / "grid.png", {**settings, "text": None})
+        save_png(sheet, folder / "grid.png", {name: value for name, value in settings.items() if name not in self.words})
         self.directory.write_json(f"samples/{folder.name}/samples.json", settings)
 
 

@@ -113,7 +113,7 @@ class Diffusion:
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
         """Twice as many for a preview with guidance; for a validation the weights, their average twice, and each context shuffled."""
-        contexts = [name for name in self.model.conditioner.parts if name != "augmentation"]
+        contexts = self.model.conditioner.steering
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
         return config.preview.num * self._sampling.steps * guided, config.validation.samples * (3 + len(contexts))
 

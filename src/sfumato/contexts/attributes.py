@@ -1,0 +1,49 @@
+"""Attributes: numbers and labels of which several hold at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.conditioners import AttributesConditioner, AttributesConfig, Facts
+from sfumato.contexts.category import unknown
+from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
+from sfumato.data import Dataset
+from sfumato.errors import ConfigError
+
+
+class Attributes(Context):
+    """Numbers by name, each known or not."""
+
+    name = "attributes"
+    config = AttributesConfig
+    lacking = ("attributes", "give them in metadata, as `attributes`")
+
+    def build(self, config: AttributesConfig, facts: Facts, encoder: Encoder) -> AttributesConditioner:
+        self.require(facts.attributes)
+        return AttributesConditioner(config, names=facts.attributes, mean=facts.means, deviation=facts.deviations)
+
+    def facts(self, config: AttributesConfig, dataset: Dataset) -> Mapping[str, Any]:
+        table = dataset.layers.attributes
+        means, deviations = table.moments(dataset.training)
+        return {"attributes": table.names, "means": means, "deviations": deviations}
+
+    def parse(self, value: Mapping[str, float] | Sequence[Mapping[str, float]], asked: RequestInfo) -> Tensor:
+        several = [value] if isinstance(value, Mapping) else list(value)
+        rows = [_row(one, asked.facts.attributes) for one in several]
+        return torch.stack(cycled(rows, asked.num, "attributes"))
+
+
+def _row(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
+    values = torch.full((len(known),), math.nan)
+    for name, value in given.items():
+        if name not in known:
+            raise unknown("attribute", name, known)
+        if not math.isfinite(value):
+            raise ConfigError(f"attribute {name} = {value}", where="sample", hint="use a finite number")
+        values[known.index(name)] = value
+    return values

@@ -1,0 +1,93 @@
+"""Which contexts steer a model. The keys are those of the table of contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from sfumato import config as configuration
+from sfumato.conditioners import CompositeConditioner, Conditioner, Facts
+from sfumato.contexts.protocol import Context, Encoder
+from sfumato.contexts.registry import CONTEXTS
+from sfumato.data import Dataset
+
+GENERATED = ("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__", "__match_args__")
+
+
+class ContextConfig:
+    """What steers the model: for each context its configuration, or None; all None for an unconditional model.
+
+    A frozen dataclass whose fields are the contexts that have a configuration: see `register`.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **contexts: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the contexts that are configured."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)  # type: ignore[arg-type]
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether something is made from the training images themselves, so that latents alone do not do."""
+        return any(CONTEXTS[name].from_images for name in self.names)
+
+    def facts(self, dataset: Dataset) -> dict[str, Any]:
+        """Fields of `Facts` that the contexts need, read from the training set."""
+        found: dict[str, Any] = {}
+        for name, config in self._used():
+            found |= CONTEXTS[name].facts(config, dataset)
+        return found
+
+    def build(self, facts: Facts, *, encoder: Encoder) -> CompositeConditioner:
+        """The untrained conditioner for a training set.
+
+        Args:
+            encoder: where a pretrained text encoder comes from.
+        Raises:
+            ConfigError: if the set lacks what the configuration asks for.
+        """
+        built = ((name, CONTEXTS[name].build(config, facts, encoder)) for name, config in self._used())
+        parts: Mapping[str, Conditioner] = {name: part for name, part in built if part is not None}
+        return CompositeConditioner(parts, factor=facts.factor)
+
+    def _used(self) -> list[tuple[str, Any]]:
+        """Name and configuration of each context that is configured or needs none, in the order of the table."""
+        configured = {name: getattr(self, name) for name in self.names}
+        return [
+            (name, configured.get(name)) for name, context in CONTEXTS.items() if name in configured or context.config is None
+        ]
+
+
+def register(context: Context) -> None:
+    """Add a context of your own to the table: its name becomes a key under `conditioner`, its keyword one of `Pipeline.sample`."""
+    CONTEXTS[context.name] = context
+    _declare()
+
+
+def unregister(name: str) -> None:
+    """Take a context out of the table."""
+    del CONTEXTS[name]
+    delattr(ContextConfig, name)
+    _declare()
+
+
+def _declare() -> None:
+    """Make ContextConfig the dataclass of the present table."""
+    for name in GENERATED:
+        if name in ContextConfig.__dict__:
+            delattr(ContextConfig, name)
+    configured = {name: context.config for name, context in CONTEXTS.items() if context.config is not None}
+    ContextConfig.__annotations__ = {name: config | None for name, config in configured.items()}
+    for name in configured:
+        setattr(ContextConfig, name, None)
+    dataclass(frozen=True, kw_only=True)(ContextConfig)
+    configuration.forget_models()
+
+
+_declare()

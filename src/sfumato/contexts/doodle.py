@@ -1,0 +1,42 @@
+"""Doodles: line drawings, from the data or made from the images."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sfumato.conditioners import DoodleConditioner, DoodleConfig, Facts
+from sfumato.contexts.figures import line_f1, silhouette_iou
+from sfumato.contexts.maps import batch_of_images
+from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
+from sfumato.data.user_inputs import given_picture
+
+
+class Doodle(Context):
+    """A line drawing for each image, dark on light."""
+
+    name = "doodle"
+    config = DoodleConfig
+    from_images = True
+
+    def build(self, config: DoodleConfig, facts: Facts, encoder: Encoder) -> DoodleConditioner:
+        return DoodleConditioner(config)
+
+    def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
+        return batch_of_images(value, (1, *asked.size), asked.num, self.name)
+
+    def read(self, text: str, asked: RequestInfo) -> Tensor:
+        height, width = asked.size
+        return given_picture(text, channels=1, height=height, width=width, alpha=asked.facts.alpha)
+
+    def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        return value
+
+    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        return values.nan_to_num(0.0)
+
+    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        ink, real = (1 - measured.values) / 2, measured.real
+        return {
+            "F1 of lines": ("higher", lambda x, i: line_f1(x, ink[i])),
+            "IoU of silhouettes": ("higher", lambda x, i: silhouette_iou(x, real[i])),
+        }

@@ -1,0 +1,77 @@
+"""Images as context: a degraded image to restore, or a reference to make variations of."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sfumato.conditioners import Facts, ImageConditioner, ImageConfig, ReferenceConditioner, ReferenceConfig
+from sfumato.contexts.maps import batch_of_images
+from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
+from sfumato.data.user_inputs import given_picture
+
+
+class DegradedImage(Context):
+    """An image that has lost something: super-resolution, colourization, inpainting. It is the image that sampling starts from."""
+
+    name = "image"
+    config = ImageConfig
+    from_image = True
+    from_images = True
+
+    def build(self, config: ImageConfig, facts: Facts, encoder: Encoder) -> ImageConditioner:
+        return ImageConditioner(config, channels=facts.channels)
+
+    def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Tensor:
+        seen = start if known is None else start.masked_fill(known < 0.5, math.nan)
+        given: Tensor = asked.conditioner.config.lost.given(seen)
+        return given
+
+    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        return values.nan_to_num(0.0)
+
+    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        degradation, values = measured.conditioner.config.lost, measured.values
+        return {"error where it is known": ("lower", lambda x, i: _known_error(degradation.given(x), values[i]))}
+
+
+class Reference(Context):
+    """An image to make variations of."""
+
+    name = "reference"
+    config = ReferenceConfig
+    from_images = True
+
+    def build(self, config: ReferenceConfig, facts: Facts, encoder: Encoder) -> ReferenceConditioner:
+        return ReferenceConditioner(config, channels=facts.channels)
+
+    def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
+        return batch_of_images(value, (asked.facts.channels, *asked.size), asked.num, self.name)
+
+    def read(self, text: str, asked: RequestInfo) -> Tensor:
+        return read_image(text, asked)
+
+    def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        return value
+
+    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        return values.nan_to_num(0.0)
+
+
+def read_image(path: str, asked: RequestInfo) -> Tensor:
+    """An image file as a model of these facts has images, (C, H, W) in [0, 1]."""
+    (height, width), facts = asked.size, asked.facts
+    return given_picture(
+        path,
+        channels=facts.channels,
+        height=height,
+        width=width,
+        bits=facts.bits,
+        alpha=facts.alpha,
+        value_range=facts.value_range,
+    )
+
+
+def _known_error(images: Tensor, shown: Tensor) -> Tensor:
+    return (images - shown).abs().flatten(1).nanmean(1).double()

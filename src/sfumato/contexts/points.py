@@ -1,0 +1,67 @@
+"""Point clouds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.conditioners import Facts, PointsConditioner, PointsConfig
+from sfumato.contexts.figures import chamfer, silhouette_iou
+from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
+from sfumato.data import Dataset
+from sfumato.data.user_inputs import given_points
+from sfumato.errors import ShapeError
+from sfumato.observability.images import scattered
+
+MOST_POINTS = 100_000
+
+
+class Points(Context):
+    """Any number of points in any order for each image."""
+
+    name = "points"
+    config = PointsConfig
+    lacking = ("point clouds", "put a .npy, .ply, .xyz or .csv beside each image")
+
+    def build(self, config: PointsConfig, facts: Facts, encoder: Encoder) -> PointsConditioner:
+        self.require(facts.dimensions)
+        return PointsConditioner(config, dimensions=facts.dimensions)
+
+    def facts(self, config: PointsConfig, dataset: Dataset) -> Mapping[str, Any]:
+        return {"dimensions": dataset.layers.dimensions}
+
+    def parse(self, value: Tensor | Sequence[Tensor], asked: RequestInfo) -> Tensor:
+        """(num, N, D), rows of NaN after the shorter ones."""
+        dimensions = asked.facts.dimensions
+        clouds = [cloud.float().cpu() for cloud in ([value] if isinstance(value, Tensor) and value.ndim == 2 else value)]
+        for cloud in clouds:
+            if cloud.ndim != 2 or cloud.shape[1] != dimensions or not 1 <= len(cloud) <= MOST_POINTS:
+                raise ShapeError(
+                    f"a point cloud of shape {tuple(cloud.shape)}", where="sample",
+                    hint=f"give N x {dimensions} with N from 1 to {MOST_POINTS}, as the model was trained on",
+                )  # fmt: skip
+            if not cloud.isfinite().all():
+                raise ShapeError("a point cloud with values that are not finite", where="sample", hint="leave those points out")
+        most = max((len(cloud) for cloud in clouds), default=1)
+        padded = [torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)]) for cloud in clouds]
+        return torch.stack(cycled(padded, asked.num, "point clouds"))
+
+    def read(self, text: str, asked: RequestInfo) -> Tensor:
+        return given_points(text)
+
+    def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        return scattered(value, size)
+
+    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        return torch.stack([scattered(cloud, size) for cloud in values]) * 2 - 1
+
+    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        points, real = measured.values, measured.real
+        return {
+            "chamfer distance, pixels": ("lower", lambda x, i: chamfer(x, points[i])),
+            "IoU of silhouettes": ("higher", lambda x, i: silhouette_iou(x, real[i])),
+        }

@@ -1,0 +1,155 @@
+"""What a context is: one way to steer a model, from its configuration to its figures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sfumato.conditioners import Conditioner, Facts, PretrainedTextConfig, TextEncoder
+from sfumato.data import Dataset
+from sfumato.errors import ConfigError
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # of images, for the conditions of these numbers: (n,)
+Encoder = Callable[[PretrainedTextConfig], TextEncoder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestInfo:
+    """A request of a number of images, as a context sees it.
+
+    Attributes:
+        facts: what the model knows of its training set.
+        conditioner: the context's own part of the model.
+        size: height and width of the images.
+        num: how many there are.
+    """
+
+    facts: Facts
+    conditioner: Any
+    size: tuple[int, int]
+    num: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Images that a context may be measured on.
+
+    Attributes:
+        values: the context's own, of n images.
+        real: the images that they belong to, (n, C, H, W) in [-1, 1].
+        conditioner: the context's own part of the model.
+        classify: reads the categories (n,) of images; None where there are none.
+    """
+
+    values: Any
+    real: Tensor
+    conditioner: Any
+    classify: Callable[[Tensor], Tensor] | None
+
+
+class Context(ABC):
+    """Everything about one context. A new one is a subclass in a file of its own, and a line in `contexts/registry.py`.
+
+    Attributes:
+        name: in configurations, in data, and of the conditioner's part.
+        keyword: of `Pipeline.sample`; the name if it is "".
+        negative: keyword of a value that guidance leads away from; "" if there is none.
+        config: the dataclass, or union of dataclasses, that configures it; None where data alone decide.
+        from_image: whether it is made from the image that sampling starts from: see `from_start`.
+        from_images: whether training makes it from the images themselves, so that latents alone do not do.
+        lacking: what the data must hold, in the plural, and how to give it; "" if nothing.
+    """
+
+    name: ClassVar[str]
+    keyword: ClassVar[str] = ""
+    negative: ClassVar[str] = ""
+    config: ClassVar[Any] = None
+    from_image: ClassVar[bool] = False
+    from_images: ClassVar[bool] = False
+    lacking: ClassVar[tuple[str, str]] = ("", "")
+
+    @abstractmethod
+    def build(self, config: Any, facts: Facts, encoder: Encoder) -> Conditioner | None:
+        """The untrained conditioner for a training set; None where the set gives it nothing to do.
+
+        Args:
+            encoder: where a pretrained text encoder comes from.
+        """
+
+    def facts(self, config: Any, dataset: Dataset) -> Mapping[str, Any]:
+        """Fields of `Facts` that it needs, read from the training set."""
+        return {}
+
+    def parse(self, value: Any, asked: RequestInfo) -> Any:
+        """A batch of `asked.num` from the value that `Pipeline.sample` is given.
+
+        Raises:
+            ConfigError, ShapeError: naming what the model does not know.
+        """
+        raise ConfigError(f"{self.name} cannot be asked for", where="sample", hint="leave it out")
+
+    def parse_negative(self, value: Any, asked: RequestInfo) -> Any:
+        """A batch to lead away from."""
+        raise ConfigError(f"{self.name} has no negative", where="sample", hint="leave it out")
+
+    def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Any:
+        """A batch from the images (n, C, H, W) that sampling starts from, and where they are kept; None where it has no use for them."""
+        return None
+
+    def read(self, text: str, asked: RequestInfo) -> Any:
+        """The value that `parse` takes, from what is written on the command line: text, or the path of a file.
+
+        Raises:
+            DataError: for a file that cannot be used.
+        """
+        return text
+
+    def shown(self, value: Any, size: tuple[int, int]) -> Tensor | None:
+        """A value as given to `Pipeline.sample`, as images in [0, 1] for a grid; None for what is said in words."""
+        return None
+
+    def draw(self, values: Any, size: tuple[int, int]) -> Tensor | None:
+        """A batch as images (n, C, h, w) in [-1, 1]; None for what is said in words."""
+        return None
+
+    def words(self, values: Any, facts: Facts) -> list[str] | None:
+        """A batch in words, one text each; None for what is drawn."""
+        return None
+
+    def in_turn(self, num: int, facts: Facts) -> Any:
+        """A batch of all values in turn, for a context whose values can be listed; None for others."""
+        return None
+
+    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        """How well images follow it: by name, "higher" or "lower" is better, and the figure."""
+        return {}
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Keywords of `Pipeline.sample` that it answers."""
+        return tuple(filter(None, (self.keyword or self.name, self.negative)))
+
+    def require(self, found: object) -> None:
+        """Raise ConfigError where the training set lacks what the configuration asks for."""
+        if not found:
+            what, how = self.lacking
+            raise ConfigError(
+                f"asks for {what}, and the data have none",
+                where=f"conditioner.{self.name}",
+                hint=f"set conditioner.{self.name}=null, or {how}",
+            )
+
+
+def cycled(values: Sequence[Any], num: int, what: str) -> list[Any]:
+    """`num` values, taken in turn.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if not values:
+        raise ConfigError(f"an empty list of {what}", where="sample", hint="name at least one, or None for none")
+    return [values[i % len(values)] for i in range(num)]

@@ -1,0 +1,51 @@
+"""The one table of contexts. Configuration keys, keywords of `Pipeline.sample`, previews and evaluations are read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.contexts.attributes import Attributes
+from sfumato.contexts.augmentation import Augmentation
+from sfumato.contexts.category import Category
+from sfumato.contexts.doodle import Doodle
+from sfumato.contexts.image import DegradedImage, Reference
+from sfumato.contexts.points import Points
+from sfumato.contexts.protocol import Context
+from sfumato.contexts.text import Text
+
+CONTEXTS: dict[str, Context] = {
+    context.name: context
+    for context in (
+        Category(),
+        Attributes(),
+        Text(),
+        DegradedImage(),
+        Reference(),
+        Doodle(),
+        Points(),
+        Augmentation(),
+    )
+}
+
+
+def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
+    """The contexts that a request may ask a model for, by name."""
+    return {name: CONTEXTS[name] for name in conditioner.steering}
+
+
+def values_in_turn(conditioner: CompositeConditioner, num: int, facts: Facts) -> dict[str, Any] | None:
+    """A batch of all values in turn for a model that is steered by nothing, or by one context whose values can be listed; else None."""
+    found = {name: context.in_turn(num, facts) for name, context in steering(conditioner).items()}
+    return None if len(found) > 1 or any(values is None for values in found.values()) else found
+
+
+def part_of(conditioner: CompositeConditioner, kind: type[Context]) -> Any:
+    """A model's part for a context; None if the model does not read it."""
+    return dict(conditioner.parts.items()).get(kind.name)
+
+
+def by_keyword(contexts: Iterable[Context]) -> dict[str, Context]:
+    """Contexts by each keyword of `Pipeline.sample` that they answer."""
+    return {keyword: context for context in contexts for keyword in context.keywords}
