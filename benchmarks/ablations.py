@@ -3,9 +3,9 @@
     python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only "NAME;NAME"] [--json FILE]
 
 Each run is trained for the same minutes, and 1,000 samples (20 steps) without guidance and as many with it are compared with the training
-pictures: kernel and Fréchet distance in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), and the share that a classifier
-trained on the real pictures reads as asked, since a part may make better pictures of the wrong thing; the standard deviation of their
-values, which distances forgive; and its error on held-out pictures at fixed noises, which compares whatever the network predicts. The
+images: kernel and Fréchet distance in the features of EfficientNet-Lite0 (images enlarged to 64 px), and the share that a classifier
+trained on the real images reads as asked, since a part may make better images of the wrong thing; the standard deviation of their
+values, which distances forgive; and its error on held-out images at fixed noises, which compares whatever the network predicts. The
 sheet --json is read first, and only what it lacks is run, so that a long table may be made in several sittings.
 Differences are taken seed by seed; the interval is Student's t.
 """
@@ -36,7 +36,6 @@ from sfumato.diffusion import (
     Linear,
     LogitNormal,
     LogNormal,
-    LossSpace,
     MinibatchOptimalTransport,
     MinSNR,
     Native,
@@ -44,6 +43,7 @@ from sfumato.diffusion import (
     Sample,
     Shift,
     SigmoidWeighting,
+    TargetSpace,
     UnitVariance,
     Velocity,
     Warped,
@@ -127,7 +127,7 @@ def unchanged(run: Run) -> Run:
     return run
 
 
-TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch=2, channels=192, layers=4))  # noqa: E731
+TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch_size=2, hidden_size=192, depth=4))  # noqa: E731
 WIDER: Change = with_network(channels=64, multipliers=(1, 2, 2))
 CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, and what it changes there
     "u-net": ("", unchanged),
@@ -176,17 +176,17 @@ CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, 
     "transformer, Muon at 8e-3": transformer_with(stepped_by(MUON, 8e-3)),
     "transformer, Muon at 16e-3": transformer_with(stepped_by(MUON, 16e-3)),
     "transformer, registers": transformer_with(with_network(registers=4)),
-    "transformer, context as tokens": transformer_with(with_network(vector_as="tokens")),
+    "transformer, context as tokens": transformer_with(with_network(vector_conditioning="tokens")),
     "transformer, alignment": transformer_with(with_auxiliary(alignment=AlignmentConfig())),
     "transformer, dispersive loss": transformer_with(with_auxiliary(dispersive=DispersiveConfig())),
     "patches of 4": transformer_with(with_network(patch=4)),
-    "patches of 4, picture predicted, velocity loss": (
+    "patches of 4, image predicted, velocity loss": (
         "patches of 4",
-        lambda run: predicting(Sample(), LossSpace(of=Flow()))(with_network(patch=4)(TRANSFORMER(run))),
+        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(with_network(patch=4)(TRANSFORMER(run))),
     ),
     "patches of 4, the same through a bottleneck": (
-        "patches of 4, picture predicted, velocity loss",
-        lambda run: predicting(Sample(), LossSpace(of=Flow()))(with_network(patch=4, bottleneck=32)(TRANSFORMER(run))),
+        "patches of 4, image predicted, velocity loss",
+        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(with_network(patch=4, bottleneck=32)(TRANSFORMER(run))),
     ),
 }
 
@@ -214,13 +214,13 @@ def base(data: str, side: int, minutes: float) -> Run:
 
 def figures(pipeline: Pipeline, judge: Judge, num: int, guidance: float) -> dict[str, float]:
     """Of `num` samples, the categories in turn."""
-    pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, guidance=guidance, batch_size=100) * 2 - 1
-    features = judge.read(pictures)
+    images = pipeline.sample(num, category=list(pipeline.categories), seed=1, guidance=guidance, batch_size=100) * 2 - 1
+    features = judge.read(images)
     return {
         "kernel": kernel_distance(features, judge.reference),
         "frechet": frechet_distance(features, judge.reference),
-        "asked": 100 * judge.read_as_asked(pictures),
-        "deviation": float(pictures.std()) / 2,
+        "asked": 100 * judge.read_as_asked(images),
+        "deviation": float(images.std()) / 2,
     }
 
 
@@ -247,7 +247,7 @@ def main() -> None:
     start = base(asked.data, asked.side, asked.minutes)
     dataset = open_data(start)
     judge = Judge(dataset, most=5000)
-    # The same pictures, noises and levels for all, whatever schedule they were trained on.
+    # The same images, noises and levels for all, whatever schedule they were trained on.
     conditioner = build_model(start, facts_of(start, dataset)).conditioner
     validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
     settings = {

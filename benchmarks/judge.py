@@ -1,4 +1,4 @@
-"""What samples are judged by: features of real pictures, and a classifier that was trained on them."""
+"""What samples are judged by: features of real images, and a classifier that was trained on them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sfumato.evaluation.extractors import extractor, pooled
 
 
 class Judge:
-    """Of one data set; pictures are (N, 3, H, W) in [-1, 1].
+    """Of one data set; images are (N, 3, H, W) in [-1, 1].
 
     Attributes:
-        reference: features of about `most` training pictures, evenly chosen.
+        reference: features of about `most` training images, evenly chosen.
     """
 
     def __init__(self, dataset: Dataset, *, most: int) -> None:
@@ -23,11 +23,11 @@ class Judge:
         spread = dataset.training[:: max(1, len(dataset.training) // most)]
         self.reference = self.read(to_float(dataset.images(spread)[0]))
 
-    def read(self, pictures: Tensor) -> Tensor:
+    def read(self, images: Tensor) -> Tensor:
         """Features, (N, D)."""
-        return pooled(self.features, pictures)
+        return pooled(self.features, images)
 
-    def read_as_asked(self, pictures: Tensor) -> float:
+    def read_as_asked(self, images: Tensor) -> float:
         """The share that the classifier reads as what was asked for: the categories in turn."""
-        labels = torch.arange(len(pictures)) % self.categories
-        return float((self.reader.read(pictures)[0] == labels).double().mean())
+        labels = torch.arange(len(images)) % self.categories
+        return float((self.reader.read(images)[0] == labels).double().mean())

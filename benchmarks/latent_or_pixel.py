@@ -2,11 +2,11 @@
 
     python benchmarks/latent_or_pixel.py [--minutes 30] [--autoencoder 8] [--num 500] [--json FILE] [--figure FILE]
 
-Both learn the same pictures (emoji at 64 x 64 by category), each with a network from the recipes. Along the way the averaged weights are
-sampled alike (the clock stands still), and the samples' Fréchet distance to the training pictures is taken in the features of two
+Both learn the same images (emoji at 64 x 64 by category), each with a network from the recipes. Along the way the averaged weights are
+sampled alike (the clock stands still), and the samples' Fréchet distance to the training images is taken in the features of two
 networks, with a bootstrap interval: EfficientNet-Lite0, which sees detail, but whose features the autoencoder's perceptual loss knows;
-and a classifier of the categories, trained on half of the training pictures and compared with the other half, which knows neither model.
-Held-out pictures, as many as there are, show what real ones get.
+and a classifier of the categories, trained on half of the training images and compared with the other half, which knows neither model.
+Held-out images, as many as there are, show what real ones get.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 from sfumato.networks import UNetConfig
 from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import Run, recipe
-from sfumato.recipes.autoencoder_stage import PixelSpace
+from sfumato.recipes.autoencoder_stage import PixelsConfig
 from sfumato.runs import train
 from sfumato.runs.loading import load
 from sfumato.runs.preparation import open_data
 from sfumato.storage.checkpoint import load_snapshot
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import Budget, PosthocConfig, PreviewConfig, ValidationConfig
+from sfumato.training import Budget, PostHocEMAConfig, PreviewConfig, ValidationConfig
 
 STEPS = 20
 WIDTH, POINTS = 0.1, 4  # of the averages that are sampled, evenly over each training
@@ -50,14 +50,14 @@ def main() -> None:
     place = Path(asked.place or tempfile.mkdtemp(prefix="latent-or-pixel-"))
     quiet = {
         "validation": ValidationConfig(every_steps=10**9, samples=50), "preview": PreviewConfig(every_steps=10**9, num=20),
-        "posthoc": PosthocConfig(widths=(WIDTH,), num=POINTS),
+        "post_hoc_ema": PostHocEMAConfig(widths=(WIDTH,), num=POINTS),
     }  # fmt: skip
     latent = replace(recipe("emoji-latent"), seed=asked.seed, budget=Budget(minutes=asked.minutes - asked.autoencoder), **quiet)
     latent = replace(latent, autoencoder=replace(latent.autoencoder, budget=Budget(minutes=asked.autoencoder), seed=asked.seed))
     network = UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3))
     emoji = recipe("emoji-text")
     pixel = replace(
-        latent, name="pixel", autoencoder=PixelSpace(), network=network, denoiser=emoji.denoiser, budget=Budget(minutes=asked.minutes)
+        latent, name="pixel", autoencoder=PixelsConfig(), network=network, denoiser=emoji.denoiser, budget=Budget(minutes=asked.minutes)
     )  # fmt: skip
     dataset = open_data(pixel)
     judges, held = two_judges(dataset), real(dataset, dataset.usual(dataset.holdout))
@@ -73,12 +73,12 @@ def main() -> None:
 
 
 def real(dataset: Dataset, positions: Any) -> Tensor:
-    """Pictures of the set in [-1, 1]."""
+    """Images of the set in [-1, 1]."""
     return to_float(dataset.images(positions)[0])
 
 
 class Judge(NamedTuple):
-    """Features (n, d) of pictures in [-1, 1], and those of the pictures that samples are compared with."""
+    """Features (n, d) of images in [-1, 1], and those of the images that samples are compared with."""
 
     name: str
     read: Callable[[Tensor], Tensor]
@@ -86,16 +86,16 @@ class Judge(NamedTuple):
 
 
 def two_judges(dataset: Dataset) -> list[Judge]:
-    """EfficientNet-Lite0, or its fallback, with all training pictures; the classifier with those it was not trained on."""
+    """EfficientNet-Lite0, or its fallback, with all training images; the classifier with those it was not trained on."""
     training, features = dataset.usual(dataset.training), extractor("auto")
     classifier = train_classifier(dataset, training[::2])
 
-    def pooled(pictures: Tensor) -> Tensor:
+    def pooled(images: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([features.pooled(part) for part in pictures.split(64)])
+            return torch.cat([features.pooled(part) for part in images.split(64)])
 
-    def read(pictures: Tensor) -> Tensor:
-        return classifier.read(pictures)[1]
+    def read(images: Tensor) -> Tensor:
+        return classifier.read(images)[1]
 
     return [
         Judge(features.name, pooled, pooled(real(dataset, training))),
@@ -104,26 +104,26 @@ def two_judges(dataset: Dataset) -> list[Judge]:
 
 
 def curve(run: Run, place: Path, judges: list[Judge], num: int) -> list[dict[str, Any]]:
-    """Minutes since the very beginning, and the samples' distance to the training pictures, for averages kept along the way."""
+    """Minutes since the very beginning, and the samples' distance to the training images, for averages kept along the way."""
     begun = time.perf_counter()
     train(run, run=place)
     taken = time.perf_counter() - begun
     directory, pipeline = RunDirectory.existing(place), load(place, precision="bfloat16")
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     times = {line["step"]: line["time"] for line in lines if "time" in line}
-    before = taken - max(times.values())  # the autoencoder's training, measuring, encoding; the first two pictures of both
+    before = taken - max(times.values())  # the autoencoder's training, measuring, encoding; the first two images of both
     print(f"{run.name}: {before:.0f} s before the diffusion model's first step, {max(times)} steps")
     averages = directory.averages / f"ema-{WIDTH:g}"
     points = []
     for step in sorted(int(path.stem[5:]) for path in averages.glob("step-*.safetensors")):
         pipeline.model.load_state_dict(load_snapshot(averages, step=step))
-        pictures = pipeline.sample(num, category=list(pipeline.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
+        images = pipeline.sample(num, category=list(pipeline.categories), seed=1, steps=STEPS, guidance=1.0, batch_size=100)
         seconds = before + times[min(times, key=lambda known: abs(known - step))]
-        found = {judge.name: frechet_interval(judge.read(pictures * 2 - 1), judge.reference) for judge in judges}
+        found = {judge.name: frechet_interval(judge.read(images * 2 - 1), judge.reference) for judge in judges}
         distances = {name: estimate._asdict() for name, estimate in found.items()}
         points.append({"step": step, "minutes": seconds / 60, **distances})
         print(json.dumps(points[-1]))
-        save_png(grid_image(pictures[:60], columns=15), place / f"samples-{step:06d}.png")
+        save_png(grid_image(images[:60], columns=15), place / f"samples-{step:06d}.png")
     return points
 
 
@@ -142,10 +142,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             y, low, high = ([point[judge][key] for point in points] for key in ("value", "low", "high"))
             (line,) = axes.plot(x, y, marker="o", label=name)
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
-        axes.axhline(held[judge], color="gray", linestyle="--", label=f"held-out real pictures (n={held['n']})")
+        axes.axhline(held[judge], color="gray", linestyle="--", label=f"held-out real images (n={held['n']})")
         axes.set(yscale="log", xlabel="minutes on this machine, all stages included", xlim=(0, None), title=judge)
         axes.grid(which="both", alpha=0.25)
-    panels[0].set_ylabel(f"Fréchet distance to the training pictures, {result['samples']} samples")
+    panels[0].set_ylabel(f"Fréchet distance to the training images, {result['samples']} samples")
     panels[0].legend()
     figure.savefig(path, dpi=120)
 

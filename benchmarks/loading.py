@@ -1,4 +1,4 @@
-"""How fast do pictures reach the training loop?
+"""How fast do images reach the training loop?
 
 Samples a second of sfumato's loader, a torch DataLoader over a PIL image folder and Hugging Face's `datasets`, each giving shuffled
 batches of 64 float tensors in [-1, 1]: small PNGs (32 px) and one-megapixel JPEGs trained at 64 px; folder, parquet and tar; no
@@ -6,7 +6,7 @@ worker and two; then sfumato from its cache, and how long a training step waits.
 
     python benchmarks/loading.py [--quick] [--json FILE] [--source FILE.parquet] [--cases "large folder"]
 
-Pictures come from FILE.parquet if it is given (CIFAR-10), else they are made.
+Images come from FILE.parquet if it is given (CIFAR-10), else they are made.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from machine import interleaved, options
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 
-from sfumato.data import DataConfig, Folder, Parquet, Plan, WebDataset, batches, index, source_at
+from sfumato.data import BatchPlan, DataConfig, Folder, Parquet, WebDataset, batches, index, source_at
 from sfumato.data.convert import convert
 
 BATCH = 64
 arguments = options(__doc__.splitlines()[0], source="", cases="", rounds=5)
 SMALL, LARGE = (2_000, 128) if arguments.quick else (10_000, 512)
-PASSES = 3  # over the pictures each time the clock runs, so that starting workers is a small part
+PASSES = 3  # over the images each time the clock runs, so that starting workers is a small part
 ROUNDS = 2 if arguments.quick else arguments.rounds
 
 
-def small_pictures() -> Iterator[Image.Image]:
-    """32 x 32 pictures: real ones, or smooth noise."""
+def small_images() -> Iterator[Image.Image]:
+    """32 x 32 images: real ones, or smooth noise."""
     if arguments.source:
         for entry in source_at(arguments.source).listing().entries[:SMALL]:
             yield Image.open(io.BytesIO(entry.image.read())).convert("RGB")
@@ -51,12 +51,12 @@ def make(root: Path) -> dict[str, Path]:
     """Folders `small` and `large` with two categories, and the same as parquet and tar."""
     rng = np.random.default_rng(1)
     texture = rng.normal(0, 12, (1024, 1024, 3))
-    for number, picture in enumerate(small_pictures()):
+    for number, image in enumerate(small_images()):
         for kind in ("small", "large"):
             (root / kind / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        picture.save(root / "small" / "ab"[number % 2] / f"{number:05d}.png")
+        image.save(root / "small" / "ab"[number % 2] / f"{number:05d}.png")
         if number < LARGE:
-            big = np.asarray(picture.resize((1024, 1024), Image.Resampling.BICUBIC)) + np.roll(texture, number * 7, axis=0)
+            big = np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) + np.roll(texture, number * 7, axis=0)
             Image.fromarray(big.clip(0, 255).astype(np.uint8)).save(
                 root / "large" / "ab"[number % 2] / f"{number:05d}.jpg", quality=90
             )
@@ -83,7 +83,7 @@ def ours(path: Path, resolution: int, workers: int, cache: str = "off") -> Calla
     """sfumato's loader; decoding as it goes, or from the cache."""
     source = {"": Folder, ".parquet": Parquet, ".tar": WebDataset}[path.suffix](str(path))
     dataset = index(DataConfig(source=source, resolution=resolution, cache=cache, memory_gib=0, workers=workers))
-    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
+    plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     count = (PASSES if cache == "off" else 40) * len(dataset.training)
     begun = itertools.count()
 
@@ -156,7 +156,7 @@ def huggingface(path: Path, resolution: int, workers: int, cache: Path) -> Calla
 def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
-    from sfumato.runs.cost import rehearsal
+    from sfumato.runs.cost import trial_trainer
     from sfumato.runs.preparation import build_model, facts_of
 
     overrides = {"precision": "bfloat16", "batch_size": BATCH}
@@ -164,9 +164,9 @@ def waiting(path: Path) -> float:
     dataset = index(settings.data)
     with tempfile.TemporaryDirectory() as place:
         facts = facts_of(settings, dataset)
-        trainer = rehearsal(settings, build_model(settings, facts), dataset, facts, Path(place) / "run")
-        step = trainer.rehearse(steps=3)
-    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
+        trainer = trial_trainer(settings, build_model(settings, facts), dataset, facts, Path(place) / "run")
+        step = trainer.measure_step(steps=3)
+    plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     supply = batches(dataset, plan, start=0)
     next(supply)
     begun = time.perf_counter()

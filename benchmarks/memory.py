@@ -1,9 +1,9 @@
-"""Memory of training: bytes for each parameter, bytes for each picture, and the batch that fits.
+"""Memory of training: bytes for each parameter, bytes for each image, and the batch that fits.
 
     python benchmarks/memory.py [--quick] [--side 32] [--budget 8] [--json FILE]
 
 Each figure is a fresh process whose peak is read at its end (resident memory on a CPU, allocated memory on a GPU). A line through two
-batches tells what a picture costs and what there is before the first one; --budget GiB then tells the batch that fits.
+batches tells what an image costs and what there is before the first one; --budget GiB then tells the batch that fits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from train_step import our_trainer
 from sfumato.data import Batch, Part
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
 
-DIT_S, DIT_B = DiTConfig(channels=384, layers=12), DiTConfig(channels=768, layers=12)
+DIT_S, DIT_B = DiTConfig(hidden_size=384, depth=12), DiTConfig(hidden_size=768, depth=12)
 NETWORKS: dict[str, NetworkConfig] = {
     "U-Net 64 (1, 2, 2)": UNetConfig(channels=64, multipliers=(1, 2, 2), attention_depths=(2,)),
     "DiT-S/2": DIT_S,
-    "DiT-S/2, recomputed": replace(DIT_S, recompute=True),
+    "DiT-S/2, recomputed": replace(DIT_S, activation_checkpointing=True),
     "DiT-B/2": DIT_B,
 }
 
@@ -69,7 +69,7 @@ def main() -> None:
         rows[name] = {
             "parameters": low["parameters"],
             "bytes_per_parameter": fixed / low["parameters"],
-            "mib_per_picture": each / 2**20,
+            "mib_per_image": each / 2**20,
             "batch_that_fits": int((asked.budget * 2**30 - fixed - low["before"]) / each),
         }
         print(name, json.dumps(rows[name]), flush=True)

@@ -1,8 +1,8 @@
 """Does `sfumato data check` find what was planted, and nothing else?
 
-Plants exact and near-duplicates, dark, bright, blurred, empty, odd-sized and odd-shaped pictures and missing, overlong and broken
-captions into a folder of real ones, and prints recall and false alarms by kind. A picture that is flagged and was not planted is a
-false alarm, unless the same picture was flagged before anything was planted: CIFAR-10 holds real near-duplicates and dark pictures.
+Plants exact and near-duplicates, dark, bright, blurred, empty, odd-sized and odd-shaped images and missing, overlong and broken
+captions into a folder of real ones, and prints recall and false alarms by kind. An image that is flagged and was not planted is a
+false alarm, unless the same image was flagged before anything was planted: CIFAR-10 holds real near-duplicates and dark images.
 The share flagged before is printed too.
 
     python benchmarks/planted.py emoji | FILE.parquet [--quick] [--json FILE]
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from sfumato.data import Folder, source_at
-from sfumato.data.check import Plan, examine
+from sfumato.data.check import IntendedModel, examine
 
 KINDS = ("duplicate", "near_duplicate", "dark", "bright", "blurry", "low_information", "odd_size", "odd_aspect")
 TEXTS = ("caption_missing", "caption_truncated", "caption_damaged")
@@ -68,7 +68,7 @@ CHANGES: dict[str, Change] = {
 def plant(
     folder: Path, images: list[Image.Image], captions: list[str], *, each: int, duplicates: int, rng: np.random.Generator
 ) -> dict[str, set[str]]:
-    """Write copies and defects into `folder`, which holds picture i as i.png; returns the planted names by kind."""
+    """Write copies and defects into `folder`, which holds image i as i.png; returns the planted names by kind."""
     planted: dict[str, set[str]] = {kind: set() for kind in (*KINDS, *TEXTS)}
     order = iter(rng.permutation(len(images)).tolist())
     for kind, count in (("duplicate", duplicates), ("near_duplicate", each)):
@@ -101,14 +101,14 @@ def plant(
 
 def flagged(folder: Path) -> dict[str, set[str]]:
     """Names by kind, as `data check` finds them."""
-    found = examine(Folder(str(folder)).listing(), source=str(folder), plan=Plan(resolution=1)).files()
+    found = examine(Folder(str(folder)).listing(), source=str(folder), plan=IntendedModel(resolution=1)).files()
     return {kind: set(found.get(kind, ())) for kind in (*KINDS, *TEXTS)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="?", default="emoji")
-    parser.add_argument("--quick", action="store_true", help="800 pictures and 10 defects a kind instead of 4,000 and 50")
+    parser.add_argument("--quick", action="store_true", help="800 images and 10 defects a kind instead of 4,000 and 50")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -132,7 +132,7 @@ def main() -> None:
         after = flagged(folder)
         names = {path.name for path in folder.glob("*.png")}
     rows = {}
-    print(f"{arguments.source}: {len(names)} pictures\n{'kind':20} planted  recall  false alarms  flagged before")
+    print(f"{arguments.source}: {len(names)} images\n{'kind':20} planted  recall  false alarms  flagged before")
     for kind in (*KINDS, *TEXTS):
         recall = len(after[kind] & planted[kind]) / len(planted[kind])
         false = len(after[kind] - planted[kind] - before[kind]) / len(names - planted[kind])

@@ -1,9 +1,9 @@
-"""What pictures lose on the way through autoencoders: held-out pictures of a run, through its own and through others.
+"""What images lose on the way through autoencoders: held-out images of a run, through its own and through others.
 
     python benchmarks/reconstruction.py RUN [--others taesd_encoder.safetensors,taesd_decoder.safetensors FOLDER ...]
         [--json FILE] [--sheet FILE]
 
-PSNR and SSIM are means over pictures, with 95 % intervals; rFD is the Fréchet distance between pictures and reconstructions.
+PSNR and SSIM are means over images, with 95 % intervals; rFD is the Fréchet distance between images and reconstructions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from machine import machine, report
 from torch import Tensor
 
-from sfumato.autoencoders import Latents
+from sfumato.autoencoders import LatentAutoencoder
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.autoencoders.io import load
 from sfumato.data import to_float
@@ -34,7 +34,7 @@ SHOWN = 10
 
 
 def main() -> None:
-    """Measure all, and draw the first pictures above what each made of them."""
+    """Measure all, and draw the first images above what each made of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--others", nargs="*", default=[], help="folders in diffusers' layout, or ENCODER,DECODER files")
@@ -49,20 +49,20 @@ def main() -> None:
     candidates |= {Path(name.split(",")[0]).stem: load(*name.split(",")) for name in asked.others}
     made = {name: through(autoencoder, real) for name, autoencoder in candidates.items()}
     figures = {name: {**shape(candidates[name]), **fidelity(real, made[name], features)} for name in made}
-    result: dict[str, Any] = {"machine": machine(), "pictures": len(real), "extractor": features.name, "autoencoders": figures}
+    result: dict[str, Any] = {"machine": machine(), "images": len(real), "extractor": features.name, "autoencoders": figures}
     report(json.loads(json.dumps(result)), asked.json)
     if asked.sheet is not None:
-        rows = torch.cat([real[:SHOWN], *(pictures[:SHOWN] for pictures in made.values())])
+        rows = torch.cat([real[:SHOWN], *(images[:SHOWN] for images in made.values())])
         save_png(grid_image((rows + 1) / 2, columns=SHOWN, row_labels=["real", *made]), asked.sheet)
 
 
-def through(autoencoder: Latents, real: Tensor) -> Tensor:
-    """Pictures in batches through the means of their latents, and back."""
+def through(autoencoder: LatentAutoencoder, real: Tensor) -> Tensor:
+    """Images in batches through the means of their latents, and back."""
     with torch.no_grad():
         return torch.cat([reconstructed(autoencoder.codec, part) for part in real.split(64)])
 
 
-def shape(autoencoder: Latents) -> dict[str, Any]:
+def shape(autoencoder: LatentAutoencoder) -> dict[str, Any]:
     """Its size, and how much smaller latents are."""
     size = sum(parameter.numel() for parameter in autoencoder.codec.parameters())
     squeezed = autoencoder.image_channels * autoencoder.factor**2 / autoencoder.latent_channels
@@ -79,7 +79,7 @@ def fidelity(real: Tensor, made: Tensor, features: Features) -> dict[str, Any]:
         for name, values in rows.items()
     }
     with torch.no_grad():
-        pooled = [torch.cat([features.pooled(part) for part in pictures.split(64)]) for pictures in (real, made)]
+        pooled = [torch.cat([features.pooled(part) for part in images.split(64)]) for images in (real, made)]
     return figures | {"rfd": frechet_distance(*pooled)}
 
 

@@ -3,7 +3,7 @@
     python benchmarks/sampling.py [--quick] [--json FILE] [--resolution 32] [--batch 32] [--steps 8]
 
 Also how near the measured bfloat16 peak each is, and the share of the time that is not the network: our whole trajectory against the bare
-network called as often; and of a whole `Pipeline.sample` with guidance, keyed noise and pictures at the end, against the bare network on
+network called as often; and of a whole `Pipeline.sample` with guidance, keyed noise and images at the end, against the bare network on
 twice the batch.
 """
 
@@ -18,7 +18,7 @@ from train_step import NETWORK, PEER_PARAMETERS
 
 from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
-from sfumato.conditioners import CategoryConfig, CompositeConditioner, Facts
+from sfumato.conditioners import CategoryConfig, CompositeConditioner, ConditioningInfo
 from sfumato.contexts import ContextConfig
 from sfumato.diffusion import Linear
 from sfumato.generation.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
@@ -28,7 +28,7 @@ from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
 
 def guided(resolution: int, steps: int, device: torch.device) -> Pipeline:
     """An untrained model steered by two categories, with guidance."""
-    facts = Facts(channels=3, categories=("a", "b"))
+    facts = ConditioningInfo(channels=3, categories=("a", "b"))
     conditioner = ContextConfig(category=CategoryConfig()).build(facts, encoder=lambda config: None)
     network = NETWORK.build(image_channels=3, context=conditioner.sizes)
     model = Model(network, conditioner, DenoiserConfig()).to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What training costs as batches, pictures and networks grow: images/s, and the share of the machine's measured peak.
+"""What training costs as batches, images and networks grow: images/s, and the share of the machine's measured peak.
 
     python benchmarks/scaling.py [--quick] [--rounds 3] [--only NAME] [--json FILE]
 
@@ -22,7 +22,7 @@ from train_step import NETWORK, our_trainer
 from sfumato.data import Batch, Part
 from sfumato.networks import DiTConfig, NetworkConfig
 
-DIT = DiTConfig(channels=384, layers=12)
+DIT = DiTConfig(hidden_size=384, depth=12)
 SHAPES = ((32, 32), (24, 40), (40, 24), (28, 36))  # as buckets have them: nearly one area, 240 to 256 patches
 POINTS: dict[str, tuple[NetworkConfig, tuple[tuple[int, int], ...], int]] = {  # name -> network, shapes, batch
     **{f"U-Net, batch {batch}": (NETWORK, SHAPES[:1], batch) for batch in (8, 32, 128)},
@@ -32,12 +32,12 @@ POINTS: dict[str, tuple[NetworkConfig, tuple[tuple[int, int], ...], int]] = {  #
     **{f"DiT-S/2, batch {batch}": (DIT, SHAPES[:1], batch) for batch in (8, 32, 128)},
     **{f"DiT-S/2, {side} px": (DIT, ((side, side),), 32) for side in (16, 64)},
     "DiT-S/2, four shapes": (DIT, SHAPES, 32),
-    "DiT-B/2": (replace(DIT, channels=768), SHAPES[:1], 32),
+    "DiT-B/2": (replace(DIT, hidden_size=768), SHAPES[:1], 32),
 }
 
 
 def batch_of(shapes: tuple[tuple[int, int], ...], size: int) -> Batch:
-    """`size` pictures, as many of each shape."""
+    """`size` images, as many of each shape."""
     each = size // len(shapes)
     parts = [
         Part(first=number * each, images=torch.rand(each, 3, *shape) * 2 - 1, context={}) for number, shape in enumerate(shapes)

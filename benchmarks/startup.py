@@ -41,7 +41,7 @@ def main() -> None:
             "sfumato --help": lambda: sfumato("--help"),
             "import torch": lambda: run("-c", "import torch"),
             "sfumato train digits, one step": lambda: sfumato("train", "digits", "--run", f"{folder}/{next(numbers)}", *tiny),
-            "sfumato sample, two pictures": lambda: sfumato(
+            "sfumato sample, two images": lambda: sfumato(
                 "sample", str(trained), "--num", "2", "--steps", "2", "--out", f"{folder}/{next(numbers)}"
             ),
         }

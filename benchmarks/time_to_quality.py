@@ -3,17 +3,17 @@
     pip install --no-deps denoising-diffusion-pytorch einops
     python benchmarks/time_to_quality.py --data cifar10-train.parquet [--minutes 30] [--seeds 3] [--num 5000] --json FILE --place FOLDER
 
-The peers train for --minutes, ours for a quarter of that; each is sampled at every quarter of its time (500 pictures) and at its end
-(--num pictures).
+The peers train for --minutes, ours for a quarter of that; each is sampled at every quarter of its time (500 images) and at its end
+(--num images).
 Each at its documented settings, in bfloat16, which is the fastest for all: ours as its preset chooses them, diffusers as
 `train_unconditional.py` has them (batch 16, learning rate 1e-4, averaged weights), denoising-diffusion-pytorch as its README has them
-(`classifier_free_guidance.Unet` of 64 channels, batch 32, 8e-5, average 0.995). Pictures are handed to the peers from memory; ours reads
+(`classifier_free_guidance.Unet` of 64 channels, batch 32, 8e-5, average 0.995). Images are handed to the peers from memory; ours reads
 its own. All are sampled in 25 deterministic steps without guidance: ours by DPM-Solver++(2M), the peers by DDIM, as their pipelines do.
 
-Figures: Fréchet and kernel distance to 10,000 training pictures in the features of EfficientNet-Lite0 (pictures enlarged to 64 px), with
-bootstrap intervals, and the share that a classifier trained on the real pictures reads as asked; and how many pictures were trained on, at
+Figures: Fréchet and kernel distance to 10,000 training images in the features of EfficientNet-Lite0 (images enlarged to 64 px), with
+bootstrap intervals, and the share that a classifier trained on the real images reads as asked; and how many images were trained on, at
 how many model FLOPs each and at what share of the measured convolution peak. The sheet --json is read first and only what it lacks is run,
-so that a long comparison may be made in several sittings. --place keeps pictures and averaged weights.
+so that a long comparison may be made in several sittings. --place keeps images and averaged weights.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ from sfumato.runs import resume, train
 from sfumato.runs.loading import load
 from sfumato.runs.preparation import open_data
 from sfumato.storage.checkpoint import load_snapshot
-from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PreviewConfig, ValidationConfig
+from sfumato.training import Budget, CheckpointConfig, PostHocEMAConfig, PreviewConfig, ValidationConfig
 
 STEPS, CLASSES = 25, 10
 PARTS = 4  # of a training, at whose ends it is sampled
-ALONG = 500  # pictures for each point of a curve
+ALONG = 500  # images for each point of a curve
 PEER_PARAMETERS = 7_000_000
 WIDTH = 0.1
-Sampled = Callable[[Tensor], Tensor]  # labels (B,) -> pictures (B, 3, 32, 32) in [0, 1]
+Sampled = Callable[[Tensor], Tensor]  # labels (B,) -> images (B, 3, 32, 32) in [0, 1]
 
 
 class Stage(NamedTuple):
-    """A training at one time: minutes and pictures so far, and the sampler of its weights."""
+    """A training at one time: minutes and images so far, and the sampler of its weights."""
 
     minutes: float
     images: int
@@ -71,12 +71,12 @@ Curve = Iterator[Stage]
 
 
 def recipe(data: str, minutes: float, seed: int) -> Run:
-    """What `sfumato train` chooses for such a set on this machine, pictures mirrored; averages are kept along the way."""
+    """What `sfumato train` chooses for such a set on this machine, images mirrored; averages are kept along the way."""
     never, chosen = 10**9, resolve(data, {"data": {"resolution": 32}})
     return replace(
         chosen, name="cifar", seed=seed, data=replace(chosen.data, augment=AugmentConfig(flip="horizontal")),
         precision="bfloat16", budget=Budget(minutes=minutes),
-        posthoc=PosthocConfig(widths=(WIDTH,), num=PARTS), checkpoint=CheckpointConfig(every_steps=never, keep=1),
+        post_hoc_ema=PostHocEMAConfig(widths=(WIDTH,), num=PARTS), checkpoint=CheckpointConfig(every_steps=never, keep=1),
         validation=ValidationConfig(every_steps=never), preview=PreviewConfig(every_steps=never, num=20),
         sampling=replace(chosen.sampling, steps=STEPS, guidance=1.0),
     )  # fmt: skip
@@ -143,9 +143,9 @@ def denoising_diffusion_pytorch(images: Tensor, labels: Tensor, minutes: float, 
     steps = [0]
 
     def step() -> None:
-        pictures, asked = drawn_batch(images, labels, 32)
+        photos, asked = drawn_batch(images, labels, 32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = diffusion((pictures + 1) / 2, classes=asked)
+            loss = diffusion((photos + 1) / 2, classes=asked)
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
@@ -184,7 +184,7 @@ def peer_module() -> Any:
 
 @torch.no_grad()
 def ddim(predicted: Callable[[Tensor, Tensor, Tensor], Tensor], alphas: Tensor, labels: Tensor) -> Tensor:
-    """Deterministic steps of a model that predicts noise, the clean picture clipped as both peers' samplers clip it."""
+    """Deterministic steps of a model that predicts noise, the clean image clipped as both peers' samplers clip it."""
     x = torch.randn(len(labels), 3, 32, 32)
     times = torch.linspace(-1, len(alphas) - 1, STEPS + 1).int().tolist()[::-1]
     for now, after in pairwise(times):
@@ -198,11 +198,11 @@ def ddim(predicted: Callable[[Tensor, Tensor, Tensor], Tensor], alphas: Tensor, 
 
 
 def drawn_batch(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures in [-1, 1], half of them mirrored."""
+    """Images in [-1, 1], half of them mirrored."""
     chosen = torch.randint(len(images), (size,))
-    pictures = to_float(images[chosen])
+    photos = to_float(images[chosen])
     mirrored = torch.rand(size, 1, 1, 1) < 0.5
-    return torch.where(mirrored, pictures.flip(3), pictures), labels[chosen]
+    return torch.where(mirrored, photos.flip(3), photos), labels[chosen]
 
 
 def timed(
@@ -222,7 +222,7 @@ def timed(
 
 
 def work(stage: Stage, peak: float) -> dict[str, float]:
-    """What the training did: a picture costs three times its pass forward, which is what a step of sampling without guidance is.
+    """What the training did: an image costs three times its pass forward, which is what a step of sampling without guidance is.
 
     Args:
         peak: GFLOP/s.
@@ -232,20 +232,20 @@ def work(stage: Stage, peak: float) -> dict[str, float]:
     return {"images": stage.images, "gflop_per_image": each, "of_convolution_peak": rate / peak}
 
 
-def figures(judge: Judge, pictures: Tensor) -> dict[str, Any]:
-    """Of pictures (N, 3, 32, 32) in [0, 1], as many of each category, in turn."""
-    pictures = pictures * 2 - 1
-    features = judge.read(pictures)
+def figures(judge: Judge, photos: Tensor) -> dict[str, Any]:
+    """Of images (N, 3, 32, 32) in [0, 1], as many of each category, in turn."""
+    photos = photos * 2 - 1
+    features = judge.read(photos)
     return {
-        "num": len(pictures),
+        "num": len(photos),
         "frechet": frechet_interval(features, judge.reference)._asdict(),
         "kernel": kernel_distance_interval(features, judge.reference)._asdict(),
-        "read_as_asked": judge.read_as_asked(pictures),
+        "read_as_asked": judge.read_as_asked(photos),
     }
 
 
 def drawn(sampled: Sampled, num: int) -> Tensor:
-    """`num` pictures (num, 3, 32, 32) in [0, 1], as many of each category, in turn."""
+    """`num` images (num, 3, 32, 32) in [0, 1], as many of each category, in turn."""
     labels = torch.arange(num) % CLASSES
     return torch.cat([sampled(part) for part in labels.split(250)]).clamp(0, 1)
 
@@ -286,11 +286,11 @@ def main() -> None:
         torch.manual_seed(0)
         points = []
         for number, stage in enumerate(curve(), 1):
-            pictures = drawn(stage.sampled, along)
-            save_png(grid_image(pictures[:100], columns=CLASSES), place / f"{name.replace(', ', '-')}-{number}.png")
-            points.append({"minutes": stage.minutes, **figures(judge, pictures)})
+            photos = drawn(stage.sampled, along)
+            save_png(grid_image(photos[:100], columns=CLASSES), place / f"{name.replace(', ', '-')}-{number}.png")
+            points.append({"minutes": stage.minutes, **figures(judge, photos)})
             print(name, json.dumps(points[-1]), flush=True)
-        end = figures(judge, torch.cat([pictures, drawn(stage.sampled, asked.num - along)]) if asked.num > along else pictures)
+        end = figures(judge, torch.cat([photos, drawn(stage.sampled, asked.num - along)]) if asked.num > along else photos)
         end |= work(stage, peak["convolution_gflops"])
         print(name, json.dumps(end), flush=True)
         sheet["curves"][name] = {"points": points, "end": end}

@@ -22,7 +22,7 @@ from PIL import Image
 from sfumato.data import Batch, DataConfig, Folder, Part, index
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
-from sfumato.runs.cost import rehearsal
+from sfumato.runs.cost import trial_trainer
 from sfumato.runs.preparation import build_model, facts_of
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 
@@ -33,7 +33,7 @@ PEER_PARAMETERS = 6_500_000  # widths (64, 128, 128) as ours has: 6.47M there, 6
 def our_trainer(
     resolution: int, batch: int, folder: Path, precision: str, network: NetworkConfig = NETWORK, channels: int = 3
 ) -> Trainer:
-    """A trainer of the default U-Net, or another; the pictures on disk are only there because a trainer wants some."""
+    """A trainer of the default U-Net, or another; the images on disk are only there because a trainer wants some."""
     generator = np.random.default_rng(0)
     for number in range(16):
         Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)).save(folder / f"{number}.png")
@@ -45,7 +45,7 @@ def our_trainer(
     facts = facts_of(run, dataset)
     model = build_model(run, facts)
     model.network = network.build(image_channels=channels)
-    return rehearsal(run, model, dataset, facts, folder / "run")
+    return trial_trainer(run, model, dataset, facts, folder / "run")
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ from sfumato.sampling import DPMSolverPP2M, grid, sample
 SIDE, CHANNELS, SAMPLED_STEPS = 32, 4, 10
 STATED = {"H200": 989e3, "H100": 989e3, "A100": 312e3}  # GFLOP/s, dense bfloat16
 SIZES: dict[str, tuple[NetworkConfig, int]] = {  # and the batch on a GPU
-    "DiT-S/2": (DiTConfig(channels=384, layers=12), 256),
-    "DiT-B/2": (DiTConfig(channels=768, layers=12), 256),
-    "DiT-XL/2": (DiTConfig(channels=1152, layers=28), 128),
+    "DiT-S/2": (DiTConfig(hidden_size=384, depth=12), 256),
+    "DiT-B/2": (DiTConfig(hidden_size=768, depth=12), 256),
+    "DiT-XL/2": (DiTConfig(hidden_size=1152, depth=28), 128),
     "U-Net": (UNetConfig(channels=256, multipliers=(1, 2, 2), attention_depths=(1, 2)), 128),
 }
 

@@ -11,14 +11,14 @@ from sfumato.autoencoders import Pixels
 from sfumato.conditioners import (
     AttributesConfig,
     CategoryConfig,
+    ConditioningInfo,
     DoodleConfig,
-    Facts,
     Holes,
     ImageConfig,
+    LearnedTextConfig,
     PointsConfig,
     ReferenceConfig,
     SplatConfig,
-    WordsConfig,
 )
 from sfumato.contexts import ContextConfig
 from sfumato.diffusion import Linear, Objective
@@ -29,7 +29,7 @@ from sfumato.runs.preparation import build_model
 from sfumato.sampling import DDIM
 
 SIDE = 8
-FACTS = Facts(
+FACTS = ConditioningInfo(
     channels=1,
     categories=("cat", "dog", "7"),
     words=("a", "red", "heart", "two", "cats"),
@@ -41,8 +41,8 @@ FACTS = Facts(
 CONFIGS = {
     "category": CategoryConfig(size=8),
     "attributes": AttributesConfig(size=8),
-    "text": WordsConfig(size=16, layers=1, heads=2, length=9),
-    "image": ImageConfig(lost=Holes()),
+    "text": LearnedTextConfig(size=16, layers=1, heads=2, length=9),
+    "image": ImageConfig(degradation=Holes()),
     "reference": ReferenceConfig(size=16, side=2),
     "doodle": DoodleConfig(),
     "points": PointsConfig(size=16, heads=2, tokens=3, layers=1, splat=SplatConfig(side=SIDE)),
@@ -53,7 +53,7 @@ def steered(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
     """A pipeline steered by the contexts of these names, all of them by default; every weight is awake."""
     configs = {name: CONFIGS[name] for name in names or CONFIGS}
     if lost is not None:
-        configs["image"] = ImageConfig(lost=lost)
+        configs["image"] = ImageConfig(degradation=lost)
     run = Run(
         name="tiny",
         network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
@@ -76,7 +76,7 @@ def _one_channel():
     return DataConfig(source=Digits(), resolution=SIDE, channels=1)
 
 
-def picture(seed: int, *, count: int | None = None, side: int = SIDE) -> Tensor:
+def image(seed: int, *, count: int | None = None, side: int = SIDE) -> Tensor:
     """Random pixels in [0, 1], (1, side, side) or (count, 1, side, side)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, side, side) if count is None else (count, 1, side, side)
@@ -93,8 +93,8 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "category": ({"category": "cat"}, {"category": "dog"}),
     "attributes": ({"attributes": {"age": 7}}, {"attributes": {"age": -2, "asleep": 1}}),
     "text": ({"prompt": "a red heart"}, {"prompt": "two cats"}),
-    "image": ({"image": picture(1)}, {"image": picture(2)}),
-    "reference": ({"reference": picture(3)}, {"reference": picture(4)}),
-    "doodle": ({"doodle": picture(5)}, {"doodle": picture(6)}),
+    "image": ({"image": image(1)}, {"image": image(2)}),
+    "reference": ({"reference": image(3)}, {"reference": image(4)}),
+    "doodle": ({"doodle": image(5)}, {"doodle": image(6)}),
     "points": ({"points": cloud(7)}, {"points": cloud(8)}),
 }

@@ -1,4 +1,4 @@
-"""What is asked becomes tensors for each picture, or an error that says what the model reads, knows or expects."""
+"""What is asked becomes tensors for each image, or an error that says what the model reads, knows or expects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfumato.contexts.points import MOST_POINTS
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest, SampleRequest, resolve_request
-from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, picture, steered
+from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, image, steered
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_attributes_that_are_not_named_are_unknown(everything: Pipeline) -> None
 
 
 @pytest.mark.parametrize("name", ["doodle", "reference", "image"])
-def test_pictures_are_taken_in_turn_and_stretched_from_minus_one_to_one(everything: Pipeline, name: str) -> None:
-    one, several = picture(0), picture(1, count=2)
+def test_images_are_taken_in_turn_and_stretched_from_minus_one_to_one(everything: Pipeline, name: str) -> None:
+    one, several = image(0), image(1, count=2)
     context = request_of(everything, **{name: one}).context[name]
     assert context.shape == (5, 1, SIDE, SIDE)
     assert all(torch.equal(shown, 2 * one - 1) for shown in context)
@@ -82,13 +82,13 @@ def test_pictures_are_taken_in_turn_and_stretched_from_minus_one_to_one(everythi
     assert all(torch.equal(context[i], 2 * several[i % 2] - 1) for i in range(5))
 
 
-def test_pictures_of_another_size_are_resized(everything: Pipeline) -> None:
-    large = picture(0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+def test_images_of_another_size_are_resized(everything: Pipeline) -> None:
+    large = image(0).repeat_interleave(4, 1).repeat_interleave(4, 2)
     doodle = request_of(everything, doodle=large).context["doodle"][0]
     assert doodle.shape == (1, SIDE, SIDE)
     assert doodle.min() >= -1
     assert doodle.max() <= 1
-    assert (doodle - (2 * picture(0) - 1)).abs().mean() < 0.2
+    assert (doodle - (2 * image(0) - 1)).abs().mean() < 0.2
     stripes = (torch.arange(8 * SIDE) % 2).float().expand(1, 8 * SIDE, 8 * SIDE)
     assert request_of(everything, doodle=stripes).context["doodle"].abs().max() < 0.1  # thin lines turn gray, and do not vanish
     white = request_of(everything, doodle=torch.ones(1, 3, 100)).context["doodle"]
@@ -99,9 +99,9 @@ def test_pictures_of_another_size_are_resized(everything: Pipeline) -> None:
 def test_whole_numbers_0_and_1_are_black_and_white(everything: Pipeline) -> None:
     mask = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
     mask[:, :3] = 1
-    known = request_of(everything, image=picture(0), mask=mask).known
+    known = request_of(everything, image=image(0), mask=mask).known
     assert torch.equal(known[0], 1 - mask.float())
-    known = request_of(everything, image=picture(0), mask=mask.bool()).known
+    known = request_of(everything, image=image(0), mask=mask.bool()).known
     assert torch.equal(known[0], 1 - mask.float())
 
 
@@ -127,7 +127,7 @@ def test_points_of_whole_numbers_are_points(everything: Pipeline) -> None:
 
 def test_everything_at_once(everything: Pipeline) -> None:
     both = {name: value for asked, _ in ASKED.values() for name, value in asked.items()}
-    request = request_of(everything, **both, negative="two", strength=0.5, mask=picture(9).round())
+    request = request_of(everything, **both, negative="two", strength=0.5, mask=image(9).round())
     assert set(request.names) == set(ASKED)
     assert all(len(value) == 5 for value in request.context.values())
     some = request.rows(slice(1, 3), torch.device("cpu"))
@@ -142,27 +142,27 @@ def test_a_negative_prompt_alone_asks_of_the_text(everything: Pipeline) -> None:
     assert request.names == ("text",)
 
 
-# --- the picture to start from -------------------------------------------------------------------------------------------------
+# --- the image to start from -------------------------------------------------------------------------------------------------
 
 
-def test_a_strength_starts_from_the_picture(everything: Pipeline) -> None:
-    request = request_of(everything, image=picture(0), strength=0.25)
+def test_a_strength_starts_from_the_image(everything: Pipeline) -> None:
+    request = request_of(everything, image=image(0), strength=0.25)
     assert request.strength == 0.25
-    assert torch.equal(request.start[4], 2 * picture(0) - 1)
+    assert torch.equal(request.start[4], 2 * image(0) - 1)
 
 
-def test_a_mask_says_where_the_picture_stays(everything: Pipeline) -> None:
+def test_a_mask_says_where_the_image_stays(everything: Pipeline) -> None:
     mask = torch.zeros(2, 1, SIDE, SIDE)
     mask[1, :, :, 4:] = 1
-    request = request_of(everything, image=picture(0), mask=mask)
+    request = request_of(everything, image=image(0), mask=mask)
     assert request.strength == 1
     assert torch.equal(request.known[:3], 1 - mask[[0, 1, 0]])
 
 
-def test_a_model_that_fills_holes_is_shown_the_picture_without_them(everything: Pipeline) -> None:
+def test_a_model_that_fills_holes_is_shown_the_image_without_them(everything: Pipeline) -> None:
     mask = torch.zeros(1, SIDE, SIDE)
     mask[:, 2:5] = 1
-    request = request_of(everything, image=picture(0), mask=mask)
+    request = request_of(everything, image=image(0), mask=mask)
     shown = request.context["image"][0]
     assert torch.equal(shown.isnan(), mask.bool())
     assert torch.equal(shown[~mask.bool()], request.start[0][~mask.bool()])
@@ -171,34 +171,34 @@ def test_a_model_that_fills_holes_is_shown_the_picture_without_them(everything: 
 
 @pytest.mark.parametrize("lost", [Shrink(factor=4), Grayscale()])
 def test_a_model_that_restores_is_shown_what_has_lost_it(lost: Any) -> None:
-    request = request_of(steered("image", lost=lost), image=picture(0))
+    request = request_of(steered("image", lost=lost), image=image(0))
     assert torch.equal(request.context["image"], lost.given(request.start))
 
 
-def test_a_model_that_reads_no_pictures_is_shown_none() -> None:
-    request = request_of(steered("category"), image=picture(0), strength=0.5, mask=picture(1).round())
+def test_a_model_that_reads_no_images_is_shown_none() -> None:
+    request = request_of(steered("category"), image=image(0), strength=0.5, mask=image(1).round())
     assert request.context == {}
 
 
 @pytest.mark.parametrize("strength", [0, 0.0, 1e-9, 1, 1.0])
 def test_the_bounds_of_strength_are_strengths(everything: Pipeline, strength: float) -> None:
-    assert request_of(everything, image=picture(0), strength=strength).strength == strength
+    assert request_of(everything, image=image(0), strength=strength).strength == strength
 
 
 @pytest.mark.parametrize("strength", [-1e-9, 1.0001, math.nan, math.inf, -math.inf, 30])
 def test_what_is_beyond_them_is_none(everything: Pipeline, strength: float) -> None:
-    assert "strength" in said(everything, image=picture(0), strength=strength)
-    assert "strength" in said(steered("category"), image=picture(0), strength=strength)
+    assert "strength" in said(everything, image=image(0), strength=strength)
+    assert "strength" in said(steered("category"), image=image(0), strength=strength)
 
 
-def test_a_mask_or_a_strength_needs_a_picture(everything: Pipeline) -> None:
+def test_a_mask_or_a_strength_needs_a_image(everything: Pipeline) -> None:
     assert "a mask or a strength without an image" in said(everything, strength=0.5)
-    assert "a mask or a strength without an image" in said(everything, mask=picture(0))
+    assert "a mask or a strength without an image" in said(everything, mask=image(0))
 
 
-def test_a_picture_alone_says_too_little_to_a_model_that_reads_none() -> None:
-    assert "give a strength from 0 to 1 to start from it, or a mask" in said(steered("category"), image=picture(0))
-    request_of(steered("image"), image=picture(0))
+def test_a_image_alone_says_too_little_to_a_model_that_reads_none() -> None:
+    assert "give a strength from 0 to 1 to start from it, or a mask" in said(steered("category"), image=image(0))
+    request_of(steered("image"), image=image(0))
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------------
@@ -208,9 +208,9 @@ UNREAD = {
     "attributes": {"age": 1},
     "prompt": "a cat",
     "negative": "a cat",
-    "doodle": picture(0),
+    "doodle": image(0),
     "points": cloud(0),
-    "reference": picture(0),
+    "reference": image(0),
 }
 
 
@@ -253,7 +253,7 @@ def test_no_attributes_named_asks_for_none_in_particular(everything: Pipeline) -
     assert request_of(everything, attributes={}).context["attributes"].isnan().all()
 
 
-WRONG_PICTURES = {
+WRONG_IMAGES = {
     "of two dimensions": torch.zeros(SIDE, SIDE),
     "of five dimensions": torch.zeros(1, 1, 1, SIDE, SIDE),
     "in colour": torch.zeros(3, SIDE, SIDE),
@@ -269,10 +269,10 @@ WRONG_PICTURES = {
 
 
 @pytest.mark.parametrize("name", ["doodle", "reference", "image", "mask"])
-@pytest.mark.parametrize("what", WRONG_PICTURES)
-def test_pictures_of_other_shapes_and_values_are_refused(everything: Pipeline, name: str, what: str) -> None:
-    beside = {"image": picture(0)} if name == "mask" else {}
-    message = said(everything, ShapeError, **{**beside, name: WRONG_PICTURES[what]})
+@pytest.mark.parametrize("what", WRONG_IMAGES)
+def test_images_of_other_shapes_and_values_are_refused(everything: Pipeline, name: str, what: str) -> None:
+    beside = {"image": image(0)} if name == "mask" else {}
+    message = said(everything, ShapeError, **{**beside, name: WRONG_IMAGES[what]})
     assert f"a {name} " in message
 
 

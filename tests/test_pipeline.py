@@ -1,10 +1,10 @@
-"""A pipeline's pictures depend on what is asked for and on nothing else."""
+"""A pipeline's images depend on what is asked for and on nothing else."""
 
 import pytest
 import torch
 
 from sfumato.autoencoders import Pixels
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.errors import ConfigError, ScheduleError, ShapeError
 from sfumato.generation.pipeline import Pipeline, to_unit
 from sfumato.recipes import resolve
@@ -15,7 +15,7 @@ from sfumato.sampling import DDIM, SAMPLERS, KeyedNoise
 def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", "10")) -> Pipeline:
     """A model of digits' shape whose weights are random, so that everything it is told shows."""
     run = resolve("digits", ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", *overrides])
-    facts = Facts(channels=1, categories=categories)
+    facts = ConditioningInfo(channels=1, categories=categories)
     model = build_model(run, facts).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -36,7 +36,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     ("sampler", "schedule"),
     [("dpm-solver++2m", "Linear"), ("ddpm", "Linear"), ("dpm-solver++2m-sde", "Cosine"), ("churn", "Karras")],
 )
-def test_picture_i_is_the_same_in_any_number_and_batch(sampler: str, schedule: str) -> None:
+def test_image_i_is_the_same_in_any_number_and_batch(sampler: str, schedule: str) -> None:
     pipeline = made(f"sampling.schedule={schedule}")
     asked = {"category": ["0", "10", "1"], "seed": 4, "steps": 4, "sampler": sampler, "guidance": 1.5}
     whole = pipeline.sample(7, **asked)
@@ -55,7 +55,7 @@ def test_the_seed_decides_and_nothing_global_does(pipeline: Pipeline) -> None:
     assert apart(pipeline.sample(2, seed=4, steps=3, sampler="ddpm"), first) > 0.05
 
 
-def test_pictures_are_what_the_pipeline_says(pipeline: Pipeline) -> None:
+def test_images_are_what_the_pipeline_says(pipeline: Pipeline) -> None:
     images = pipeline.sample(3, steps=2)
     assert images.shape == (3, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_no_category_asks_for_nothing_and_guidance_has_nothing_to_amplify(pipeli
     assert all(apart(pipeline.sample(2, category=name, steps=2), nothing) > 0.01 for name in pipeline.categories)
 
 
-def test_guidance_moves_the_picture_away_from_asking_for_nothing(pipeline: Pipeline) -> None:
+def test_guidance_moves_the_image_away_from_asking_for_nothing(pipeline: Pipeline) -> None:
     nothing = pipeline.sample(4, steps=1)
     plain, strong, none = (pipeline.sample(4, category="1", steps=1, guidance=scale) for scale in (1.0, 3.0, 0.0))
     assert apart(none, nothing) < 1e-4
@@ -95,7 +95,7 @@ def test_the_default_settings_are_the_models_own() -> None:
     assert apart(pipeline.sample(2, category="0", steps=2), asked) > 1e-3
 
 
-def test_steps_are_told_from_noise_to_picture(pipeline: Pipeline) -> None:
+def test_steps_are_told_from_noise_to_image(pipeline: Pipeline) -> None:
     told = []
     images = pipeline.sample(3, steps=4, batch_size=2, on_step=told.append)
     assert [(progress.step, progress.steps, len(progress.x)) for progress in told] == [

@@ -1,4 +1,4 @@
-"""Pictures follow what is asked: each context alone and with others, guidance by hand, pictures to start from, and the way between two."""
+"""Images follow what is asked: each context alone and with others, guidance by hand, images to start from, and the way between two."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffusion import Cosine, EmpiricalDenoiser, Known, Linear, NoiseLevel, VarianceExploding
+from sfumato.diffusion import Cosine, EmpiricalDenoiser, Inpaint, Linear, NoiseLevel, VarianceExploding
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
 from tests.oracles import exact
-from tests.steered import ASKED, SIDE, picture, steered
+from tests.steered import ASKED, SIDE, image, steered
 
 TEXT = {"prompt": "a red heart"}
 BOTH = {"prompt": "a red heart", "category": "dog"}
@@ -30,7 +30,7 @@ def everything() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def two() -> Pipeline:
-    """Steered by category and text."""
+    """WithCondition by category and text."""
     return steered("category", "text")
 
 
@@ -53,7 +53,7 @@ def said(pipeline: Pipeline, **asked: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_pictures_depend_on_the_context(name: str) -> None:
+def test_images_depend_on_the_context(name: str) -> None:
     pipeline = steered(name)
     nothing = pipeline.sample(2)
     one, other = (pipeline.sample(2, **asked) for asked in ASKED[name])
@@ -73,9 +73,9 @@ def test_together_with_others_each_context_still_matters(everything: Pipeline, n
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, {"text": 3.0, "category": 1.0, "points": 0.0}])
-def test_picture_i_is_the_same_in_any_number_and_batch(everything: Pipeline, guidance: Any) -> None:
+def test_image_i_is_the_same_in_any_number_and_batch(everything: Pipeline, guidance: Any) -> None:
     asked = dict(
-        together(), prompt=["a heart", "two cats", ""], doodle=picture(0, count=2), negative="red" if guidance != 1.0 else None
+        together(), prompt=["a heart", "two cats", ""], doodle=image(0, count=2), negative="red" if guidance != 1.0 else None
     )
     whole = everything.sample(5, **asked, guidance=guidance, seed=3)
     assert apart(everything.sample(5, **asked, guidance=guidance, seed=3, batch_size=2), whole) < 1e-4
@@ -94,7 +94,7 @@ def test_short_names_for_category_and_prompt_are_laid_over_what_is_asked(two: Pi
 
 
 def by_hand(pipeline: Pipeline, weights: list[tuple[float, dict[str, Any]]], *, steps: int = 3, seed: int = 0) -> Tensor:
-    """DDIM from Linear noise on a weighted sum of the guesses under several contexts, one picture."""
+    """DDIM from Linear noise on a weighted sum of the guesses under several contexts, one image."""
     noise = KeyedNoise(seed)(torch.zeros(1, 1, SIDE, SIDE))
     denoiser, conditioner = pipeline.model.denoiser(), pipeline.model.conditioner
     x, times = noise, torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -143,13 +143,13 @@ def test_guidance_is_the_sum_that_it_says(two: Pipeline, asked: dict[str, Any], 
 
 def test_three_scales_step_from_context_to_context() -> None:
     pipeline = steered("category", "text", "doodle")
-    asked = dict(BOTH, doodle=picture(5))
-    doodle = {"doodle": (2 * picture(5) - 1)[None]}
+    asked = dict(BOTH, doodle=image(5))
+    doodle = {"doodle": (2 * image(5) - 1)[None]}
     scales = {"category": 2.0, "text": 0.5, "doodle": 1.5}
     expected = by_hand(pipeline, [(-1, NULL), (2 - 0.5, C), (0.5 - 1.5, CT), (1.5, {**CT, **doodle})])
     assert apart(pipeline.sample(1, **asked, guidance=scales), expected) < 2e-4
     expected = by_hand(pipeline, [(-2, N), (3 - 1.5, NULL), (1.5, doodle)])
-    asked_less = {"negative": "two", "doodle": picture(5)}
+    asked_less = {"negative": "two", "doodle": image(5)}
     assert apart(pipeline.sample(1, **asked_less, guidance={"text": 3.0, "doodle": 1.5}), expected) < 2e-4
     mixed = {"category": 2.0, "text": 2.0, "doodle": 1.5}
     expected = by_hand(pipeline, [(-1, NULL), (2 - 1.5, CT), (1.5, {**CT, **doodle})])
@@ -194,7 +194,7 @@ def test_scales_of_contexts_that_are_not_asked_for_do_not_matter(everything: Pip
     )
 
 
-def test_a_negative_prompt_changes_pictures_and_needs_guidance(two: Pipeline) -> None:
+def test_a_negative_prompt_changes_images_and_needs_guidance(two: Pipeline) -> None:
     plain, away = two.sample(2, **TEXT, guidance=3), two.sample(2, **dict(TEXT, negative="two cats"), guidance=3)
     assert apart(plain, away) > 0.01
     assert apart(two.sample(2, **dict(TEXT, negative=""), guidance=3), plain) < 1e-5
@@ -230,22 +230,20 @@ def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
     assert apart(away[inside], (bad + 1.5 * (good - bad))[inside]) < 1e-4
 
 
-# --- pictures to start from ----------------------------------------------------------------------------------------------------
+# --- images to start from ----------------------------------------------------------------------------------------------------
 
 
 def restarted(pipeline: Pipeline, strength: float, **more: Any) -> Tensor:
-    return pipeline.sample(3, image=picture(1, count=3), strength=strength, **more, steps=20)
+    return pipeline.sample(3, image=image(1, count=3), strength=strength, **more, steps=20)
 
 
-def test_strength_0_returns_the_picture_and_1_ignores_it(two: Pipeline) -> None:
-    torch.testing.assert_close(restarted(two, 0), picture(1, count=3), atol=1e-6, rtol=0)
+def test_strength_0_returns_the_image_and_1_ignores_it(two: Pipeline) -> None:
+    torch.testing.assert_close(restarted(two, 0), image(1, count=3), atol=1e-6, rtol=0)
     assert torch.equal(restarted(two, 1), two.sample(3, steps=20))
 
 
-def test_the_smaller_the_strength_the_nearer_the_picture(two: Pipeline) -> None:
-    distances = [
-        float((restarted(two, strength) - picture(1, count=3)).abs().mean()) for strength in (1e-6, 0.01, 0.1, 0.4, 1.0)
-    ]
+def test_the_smaller_the_strength_the_nearer_the_image(two: Pipeline) -> None:
+    distances = [float((restarted(two, strength) - image(1, count=3)).abs().mean()) for strength in (1e-6, 0.01, 0.1, 0.4, 1.0)]
     assert distances == sorted(distances)
     assert distances[0] < 1e-4
     assert distances[1] < 0.02
@@ -254,17 +252,17 @@ def test_the_smaller_the_strength_the_nearer_the_picture(two: Pipeline) -> None:
 
 def test_strength_is_the_share_of_steps_and_of_the_way(two: Pipeline) -> None:
     told: list = []
-    two.sample(1, image=picture(1), strength=0.3, steps=20, on_step=told.append)
+    two.sample(1, image=image(1), strength=0.3, steps=20, on_step=told.append)
     assert len(told) == 6
     assert float(told[0].start.sigma) == pytest.approx(0.3)
-    torch.testing.assert_close(told[0].before, 0.7 * (2 * picture(1)[None] - 1) + 0.3 * KeyedNoise(0)(picture(1)[None]))
+    torch.testing.assert_close(told[0].before, 0.7 * (2 * image(1)[None] - 1) + 0.3 * KeyedNoise(0)(image(1)[None]))
 
 
-def test_a_picture_is_changed_towards_the_prompt(two: Pipeline) -> None:
+def test_a_image_is_changed_towards_the_prompt(two: Pipeline) -> None:
     assert apart(restarted(two, 0.5, prompt="a red heart"), restarted(two, 0.5)) > 1e-3
 
 
-# --- pictures to complete ------------------------------------------------------------------------------------------------------
+# --- images to complete ------------------------------------------------------------------------------------------------------
 
 HOLE = torch.zeros(1, SIDE, SIDE)
 HOLE[:, 2:6, 1:5] = 1
@@ -273,7 +271,7 @@ HOLE[:, 2:6, 1:5] = 1
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm-solver++2m", "ddpm", "churn", "unipc"])
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_kept_pixels_are_the_given_ones_and_others_are_made(two: Pipeline, sampler: str, strength: float | None) -> None:
-    given, hole = picture(1, count=2), HOLE.bool().expand(2, 1, SIDE, SIDE)
+    given, hole = image(1, count=2), HOLE.bool().expand(2, 1, SIDE, SIDE)
     asked = {"image": given, "mask": HOLE, "strength": strength, "prompt": "a red heart"}
     made = two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0)
     torch.testing.assert_close(made[~hole], given[~hole], atol=1e-5, rtol=0)
@@ -285,41 +283,41 @@ def test_kept_pixels_are_the_given_ones_and_others_are_made(two: Pipeline, sampl
 
 
 def test_what_is_made_depends_on_what_is_kept(two: Pipeline) -> None:
-    one, other = (two.sample(2, image=picture(seed), mask=HOLE) for seed in (1, 2))
+    one, other = (two.sample(2, image=image(seed), mask=HOLE) for seed in (1, 2))
     assert apart(one[:, :, 2:6, 1:5], other[:, :, 2:6, 1:5]) > 0.01
 
 
-def test_a_mask_of_everything_is_a_new_picture_and_one_of_nothing_the_old(two: Pipeline) -> None:
-    whole, none = (two.sample(2, image=picture(1), mask=torch.full_like(HOLE, value)) for value in (1.0, 0.0))
+def test_a_mask_of_everything_is_a_new_image_and_one_of_nothing_the_old(two: Pipeline) -> None:
+    whole, none = (two.sample(2, image=image(1), mask=torch.full_like(HOLE, value)) for value in (1.0, 0.0))
     assert apart(whole, two.sample(2)) < 1e-5
-    torch.testing.assert_close(none, picture(1).expand(2, 1, SIDE, SIDE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(none, image(1).expand(2, 1, SIDE, SIDE), atol=1e-5, rtol=0)
 
 
-def test_each_picture_has_its_own_mask_in_any_batch(two: Pipeline) -> None:
+def test_each_image_has_its_own_mask_in_any_batch(two: Pipeline) -> None:
     masks = torch.stack([HOLE, 1 - HOLE])
-    asked = {"image": picture(1, count=3), "mask": masks}
+    asked = {"image": image(1, count=3), "mask": masks}
     whole = two.sample(5, **asked)
     assert apart(two.sample(5, **asked, batch_size=2), whole) < 1e-4
     kept = (1 - masks[torch.arange(5) % 2]).bool()
-    torch.testing.assert_close(whole[kept], picture(1, count=3)[torch.arange(5) % 3][kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole[kept], image(1, count=3)[torch.arange(5) % 3][kept], atol=1e-5, rtol=0)
 
 
 def test_half_a_mask_blends(two: Pipeline) -> None:
-    half = two.sample(1, image=picture(1), mask=0.5 * torch.ones_like(HOLE), steps=1)
+    half = two.sample(1, image=image(1), mask=0.5 * torch.ones_like(HOLE), steps=1)
     new = two.sample(1, steps=1)
     inside = (new > 0) & (new < 1)
-    assert apart(half[inside], ((new + picture(1)[None]) / 2)[inside]) < 1e-5
+    assert apart(half[inside], ((new + image(1)[None]) / 2)[inside]) < 1e-5
 
 
-def test_pictures_of_a_set_are_completed_from_the_set() -> None:
-    """The exact denoiser of six pictures: the left half is kept, and the right half is mostly the one that belongs to it."""
-    data = picture(1, count=6, side=4) * 2 - 1
+def test_images_of_a_set_are_completed_from_the_set() -> None:
+    """The exact denoiser of six images: the left half is kept, and the right half is mostly the one that belongs to it."""
+    data = image(1, count=6, side=4) * 2 - 1
     left = torch.zeros(1, 1, 4, 4)
     left[..., :2] = 1
     noise = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     right = []
     for wanted in data:
-        denoiser = Known(denoiser=EmpiricalDenoiser(data), picture=wanted[None], known=left)
+        denoiser = Inpaint(denoiser=EmpiricalDenoiser(data), image=wanted[None], known=left)
         x = sample(SAMPLERS["ddim"], denoiser, noise, grid(Cosine(), 25))
         torch.testing.assert_close(x[..., :2], wanted[None, ..., :2].expand(32, 1, 4, 2), atol=1e-5, rtol=0)
         right += ((x - wanted).flatten(1).abs().amax(1) < 0.01).tolist()
@@ -335,7 +333,7 @@ def test_known_numbers_are_exact_and_others_as_if_alone(oracle: str, schedule: A
     left = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
     for sampler in ("ddim", "heun"):
         alone = sample(SAMPLERS[sampler], denoiser, noise, levels)
-        x = sample(SAMPLERS[sampler], Known(denoiser=denoiser, picture=wanted, known=left), noise, levels)
+        x = sample(SAMPLERS[sampler], Inpaint(denoiser=denoiser, image=wanted, known=left), noise, levels)
         torch.testing.assert_close(x[..., 0], wanted[..., 0], atol=1e-12, rtol=0)
         torch.testing.assert_close(x[..., 1], alone[..., 1])  # independent of the known one
 
@@ -359,31 +357,31 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("sampler", ["dpm-solver++2m", "ddpm"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_ends_of_a_way_are_the_pictures_of_the_two_requests(two: Pipeline, way: str, sampler: str) -> None:
+def test_the_ends_of_a_way_are_the_images_of_the_two_requests(two: Pipeline, way: str, sampler: str) -> None:
     first, last, guidance = WAYS[way]
-    pictures = two.interpolate(
+    images = two.interpolate(
         5, SampleRequest.of(**first), SampleRequest.of(**last), seeds=(3, 8), guidance=guidance, sampler=sampler
     )
-    assert pictures.shape == (5, 1, SIDE, SIDE)
+    assert images.shape == (5, 1, SIDE, SIDE)
     ends = [two.sample(1, **asked, seed=seed, guidance=guidance, sampler=sampler) for asked, seed in ((first, 3), (last, 8))]
-    assert apart(pictures[:1], ends[0]) < 1e-3
-    assert apart(pictures[-1:], ends[1]) < 1e-3
+    assert apart(images[:1], ends[0]) < 1e-3
+    assert apart(images[-1:], ends[1]) < 1e-3
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_there_is_a_way_through_every_context(everything: Pipeline, name: str) -> None:
     first, last = ASKED[name]
-    pictures = everything.interpolate(3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0)
-    assert apart(pictures[:1], everything.sample(1, **first, guidance=2.0)) < 1e-3
-    assert apart(pictures[-1:], everything.sample(1, **last, guidance=2.0)) < 1e-3
-    assert pictures.isfinite().all()
-    assert min(apart(pictures[0], pictures[1]), apart(pictures[1], pictures[2])) > 1e-4
+    images = everything.interpolate(3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0)
+    assert apart(images[:1], everything.sample(1, **first, guidance=2.0)) < 1e-3
+    assert apart(images[-1:], everything.sample(1, **last, guidance=2.0)) < 1e-3
+    assert images.isfinite().all()
+    assert min(apart(images[0], images[1]), apart(images[1], images[2])) > 1e-4
 
 
 def test_the_way_is_walked_in_small_steps(two: Pipeline) -> None:
-    pictures = two.interpolate(33, SampleRequest.of(**TEXT), SampleRequest.of(prompt="two cats"), seeds=(0, 1))
-    steps = (pictures[1:] - pictures[:-1]).flatten(1).norm(dim=1)
-    whole = (pictures[-1] - pictures[0]).norm()
+    images = two.interpolate(33, SampleRequest.of(**TEXT), SampleRequest.of(prompt="two cats"), seeds=(0, 1))
+    steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
+    whole = (images[-1] - images[0]).norm()
     assert whole > 0.5
     assert steps.max() < whole / 5
 
@@ -413,18 +411,18 @@ def test_guidance_on_the_way_keeps_to_its_interval(two: Pipeline) -> None:
     assert apart(plain, guided) > 0.01
 
 
-def test_one_picture_on_the_way_is_the_first(two: Pipeline) -> None:
+def test_one_image_on_the_way_is_the_first(two: Pipeline) -> None:
     assert apart(two.interpolate(1, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH)), two.sample(1, **TEXT)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("num", "last", "words"),
     [
-        (0, {}, "0 pictures"),
+        (0, {}, "0 images"),
         (3, {"prompt": "a", "negative": "b"}, "a negative prompt without guidance"),
-        (3, {"doodle": picture(0)}, "this model was not trained with doodle conditioning"),
-        (3, {"image": picture(0), "strength": 0.5}, "the way begins in noise"),
-        (3, {"image": picture(0), "mask": HOLE}, "the way begins in noise"),
+        (3, {"doodle": image(0)}, "this model was not trained with doodle conditioning"),
+        (3, {"image": image(0), "strength": 0.5}, "the way begins in noise"),
+        (3, {"image": image(0), "mask": HOLE}, "the way begins in noise"),
     ],
 )
 def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: dict[str, Any], words: str) -> None:

@@ -24,7 +24,7 @@ class Condition:
         vector: one summary per image, shape (B, D).
         tokens: a sequence per image, shape (B, L, D).
         token_mask: True where a token counts, shape (B, L); None when all of them do.
-        spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
+        spatial: maps format_table with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
     """
 
     vector: Tensor | None = None
@@ -104,11 +104,11 @@ class Condition:
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
 
 
-Context = Mapping[str, Any]  # what is known of B pictures, by name: tensors (B, ...) and lists of B texts
+Context = Mapping[str, Any]  # what is known of B images, by name: tensors (B, ...) and lists of B texts
 
 
 def rows(context: Context, chosen: slice) -> dict[str, Any]:
-    """The context of some of the pictures."""
+    """The context of some of the images."""
     return {name: value[chosen] for name, value in context.items()}
 
 
@@ -118,7 +118,7 @@ def on_device(context: Context, device: torch.device) -> dict[str, Any]:
 
 
 def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
-    """The context of the pictures in another order."""
+    """The context of the images in another order."""
     return {
         name: value[torch.tensor(order)] if isinstance(value, Tensor) else [value[i] for i in order]
         for name, value in context.items()

@@ -14,7 +14,7 @@ _SIGNATURE = re.compile(
 )  # of a signed URL
 
 
-def without_secrets(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """`text` with passwords and signatures in URLs replaced by ***."""
     return _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text))
 
@@ -31,7 +31,7 @@ class SfumatoError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        what, where = without_secrets(what), without_secrets(where)
+        what, where = redact_secrets(what), redact_secrets(where)
         self.what, self.where, self.hint = what, where, hint
         lines = [f"{where}: {what}" if where else what]
         if hint:

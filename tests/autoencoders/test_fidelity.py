@@ -46,7 +46,7 @@ def test_ssim_is_its_formula_where_the_window_fits(channels: int) -> None:
     assert torch.allclose(ssim(a, b).double(), torch.tensor(values), atol=1e-5)
 
 
-def test_ssim_of_equal_pictures_is_one_and_of_negatives_is_below_zero() -> None:
+def test_ssim_of_equal_images_is_one_and_of_negatives_is_below_zero() -> None:
     a, _ = pair()
     assert torch.allclose(ssim(a, a), torch.ones(2), atol=1e-6)
     assert (ssim(a, -a) < 0).all()

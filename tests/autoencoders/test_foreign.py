@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.autoencoders import Latents, io
+from sfumato.autoencoders import LatentAutoencoder, io
 from sfumato.autoencoders.diffusers_codec import ForeignCodec
 from sfumato.errors import CheckpointError
 
@@ -26,12 +26,12 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
     return model
 
 
-def pictures(side: int = 32) -> torch.Tensor:
+def images(side: int = 32) -> torch.Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def test_a_deep_compression_autoencoder_gives_its_own_numbers(theirs) -> None:
-    ours, x = io.load(theirs.folder), pictures()
+    ours, x = io.load(theirs.folder), images()
     with torch.no_grad():
         z = theirs.encode(x).latent
         assert (ours.encode(x) - 0.5 * z).abs().max() < 1e-5  # its scaling factor is honoured
@@ -49,10 +49,10 @@ def generator(seed: int) -> torch.Generator:
 
 def test_it_is_copied_with_the_statistics_that_were_measured(theirs, tmp_path: Path) -> None:
     codec = io.load(theirs.folder).codec
-    measured = Latents(codec, torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4))
+    measured = LatentAutoencoder(codec, torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4))
     io.save(measured, tmp_path / "final", {})
     assert str(theirs.folder) not in (tmp_path / "final" / "config.json").read_text()
-    again, x = io.load(tmp_path / "final"), pictures()
+    again, x = io.load(tmp_path / "final"), images()
     assert torch.equal(again.encode(x), measured.encode(x))
     assert torch.equal(again.decode(again.encode(x)), measured.decode(measured.encode(x)))
 

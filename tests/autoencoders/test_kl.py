@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, io, measure
+from sfumato.autoencoders import KLAutoencoder, KLConfig, LatentAutoencoder, io, measure
 from sfumato.errors import CheckpointError, ConfigError, DataError, ShapeError
 from tests.autoencoders.models import made
 
@@ -20,7 +20,7 @@ SHAPES = [
 ]
 
 
-def pictures(count: int = 3, channels: int = 3, side: int = 32) -> torch.Tensor:
+def images(count: int = 3, channels: int = 3, side: int = 32) -> torch.Tensor:
     return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -30,10 +30,10 @@ def test_ours_and_diffusers_give_the_same_numbers(config: KLConfig, channels: in
     diffusers = pytest.importorskip("diffusers")
     codec = made(config, channels)
     mean, deviation = torch.linspace(-1, 1, config.latent_channels), torch.linspace(0.5, 2, config.latent_channels)
-    latents = Latents(codec, mean, deviation)
+    latents = LatentAutoencoder(codec, mean, deviation)
     folder = io.save(latents, tmp_path / "saved", {})
     theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
-    x = pictures(channels=channels)
+    x = images(channels=channels)
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
         ours_mean, ours_log = latents.moments(x).chunk(2, dim=1)
@@ -57,7 +57,7 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, 
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path / "theirs")
     ours = io.load(tmp_path / "theirs")
-    x = pictures()
+    x = images()
     with torch.no_grad():
         z = (theirs.encode(x).latent_dist.mean - 0.1) * 0.18215
         assert (ours.encode(x) - z).abs().max() < 1e-4
@@ -66,7 +66,7 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, 
 
 def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
     codec = made(SHAPES[2])
-    folder = io.save(Latents(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {})
+    folder = io.save(LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {})
     from safetensors.torch import load_file, save_file
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -76,14 +76,14 @@ def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
         renamed[name] = tensor.clone()
     save_file(renamed, folder / io.WEIGHTS)
-    x = pictures()
-    assert torch.equal(io.load(folder).encode(x), Latents(codec, torch.zeros(16), torch.ones(16)).encode(x))
+    x = images()
+    assert torch.equal(io.load(folder).encode(x), LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)).encode(x))
 
 
 def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> None:
-    codec, x = made(SHAPES[0]), pictures(64, side=16)
+    codec, x = made(SHAPES[0]), images(64, side=16)
     found = measure(codec, x.split(20))
-    latents = Latents(codec, found.mean, found.deviation)
+    latents = LatentAutoencoder(codec, found.mean, found.deviation)
     generator = torch.Generator().manual_seed(0)
     draws = latents.draw(latents.moments(x), lambda shape: torch.randn(shape, generator=generator))
     values = draws.transpose(0, 1).flatten(1)
@@ -98,12 +98,12 @@ def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> No
 def test_channels_that_tell_nothing_are_named() -> None:
     codec = made(SHAPES[0])
     codec.quant_conv.weight.data[1] = 0  # the mean of channel 1 is the same everywhere
-    found = measure(codec, [pictures(8)])
+    found = measure(codec, [images(8)])
     assert found.dead == [1]
-    assert found.told[0] > 0.01
+    assert found.informative[0] > 0.01
 
 
-def test_constant_pictures_have_latents_still() -> None:
+def test_constant_images_have_latents_still() -> None:
     found = measure(made(SHAPES[0]), [torch.zeros(4, 3, 16, 16)])
     assert bool((found.deviation > 0).all())
 
@@ -113,12 +113,12 @@ def test_latents_without_any_variance_are_refused() -> None:
     codec.quant_conv.weight.data.zero_()
     codec.quant_conv.bias.data.fill_(-30.0)
     with pytest.raises(DataError, match="no variance"):
-        measure(codec, [pictures(8)])
+        measure(codec, [images(8)])
 
 
-def test_wrong_pictures_and_shapes_are_refused() -> None:
-    latents = Latents(made(SHAPES[1]), torch.zeros(3), torch.ones(3))
-    for wrong in (pictures(side=30), pictures(channels=1)):
+def test_wrong_images_and_shapes_are_refused() -> None:
+    latents = LatentAutoencoder(made(SHAPES[1]), torch.zeros(3), torch.ones(3))
+    for wrong in (images(side=30), images(channels=1)):
         with pytest.raises(ShapeError, match="multiples of 4"):
             latents.moments(wrong)
     for settings in ({"channels": ()}, {"latent_channels": 0}, {"channels": (20,), "groups": 8}):
@@ -127,7 +127,7 @@ def test_wrong_pictures_and_shapes_are_refused() -> None:
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
-    folder = io.save(Latents(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {})
+    folder = io.save(LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {})
     config = json.loads((folder / io.CONFIG).read_text())
     for wrong in (
         {"latent_channels": 5}, {"act_fn": "relu"}, {"_class_name": "AutoencoderOobleck"}, {"block_out_channels": None},
@@ -145,7 +145,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Latents(made(SHAPES[0]), torch.zeros(4), torch.ones(4))
+    first = LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4))
     folder = io.save(first, tmp_path / "saved", {"from": "here"})
     assert json.loads((folder / io.STATISTICS).read_text())["from"] == "here"
 
@@ -154,14 +154,14 @@ def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(io, "save_file", full)
     with pytest.raises(CheckpointError, match="No space"):
-        io.save(Latents(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
+        io.save(LatentAutoencoder(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
     assert io.identity(io.load(folder)) == io.identity(io.folded(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.parametrize("config", SHAPES)
 def test_an_untrained_one_passes_on_what_it_is_given(config: KLConfig) -> None:
-    """Pictures of one colour keep it, as far as untrained ends allow: what lies between them is nearly the mean over each square."""
+    """Images of one colour keep it, as far as untrained ends allow: what lies between them is nearly the mean over each square."""
     torch.manual_seed(0)
     encoder = KLAutoencoder(config, image_channels=3).encoder
     side = 4 * config.factor

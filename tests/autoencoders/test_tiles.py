@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.autoencoders import KLAutoencoder, KLConfig, Latents, latent_space
+from sfumato.autoencoders import KLAutoencoder, KLConfig, LatentAutoencoder, latent_space
 from sfumato.autoencoders.tiling import decode_in_tiles, tiles
 from tests.autoencoders.models import made
 
@@ -41,11 +41,11 @@ def test_tiles_cover_everything_once() -> None:
     assert (seen == 1).all()
 
 
-def test_large_pictures_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(latent_space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z))
     monkeypatch.setattr(latent_space, "WHOLE", 32 * 32)
-    latents = Latents(
+    latents = LatentAutoencoder(
         KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1), torch.zeros(2), torch.ones(2)
     )
     with torch.no_grad():

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from sfumato.autoencoders import Latents, TinyAutoencoder, io
+from sfumato.autoencoders import LatentAutoencoder, TinyAutoencoder, io
 from sfumato.errors import CheckpointError
 
 
-def pictures(side: int = 32) -> torch.Tensor:
+def images(side: int = 32) -> torch.Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -44,7 +44,7 @@ def taesd_files(folder: Path, place: Path) -> tuple[Path, Path]:
 
 
 def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None:
-    ours, x = io.load(theirs.folder), pictures()
+    ours, x = io.load(theirs.folder), images()
     with torch.no_grad():
         z = theirs.encode(x).latents
         assert (ours.encode(x) - z).abs().max() < 1e-5
@@ -55,7 +55,7 @@ def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None
 
 
 def test_the_two_files_of_taesd_give_the_same(theirs, tmp_path: Path) -> None:
-    ours, x = io.load(*taesd_files(theirs.folder, tmp_path)), pictures()
+    ours, x = io.load(*taesd_files(theirs.folder, tmp_path)), images()
     folder = io.load(theirs.folder)
     assert torch.equal(ours.encode(x), folder.encode(x))
     assert torch.equal(ours.decode(ours.encode(x)), folder.decode(folder.encode(x)))
@@ -63,8 +63,8 @@ def test_the_two_files_of_taesd_give_the_same(theirs, tmp_path: Path) -> None:
 
 def test_what_is_saved_is_read_back_with_its_statistics(theirs, tmp_path: Path) -> None:
     codec = io.load(theirs.folder).codec
-    latents = Latents(codec, torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5))
-    again, x = io.load(io.save(latents, tmp_path / "saved", {})), pictures()
+    latents = LatentAutoencoder(codec, torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5))
+    again, x = io.load(io.save(latents, tmp_path / "saved", {})), images()
     assert torch.equal(again.encode(x), latents.encode(x))
     assert torch.equal(again.decode(again.encode(x)), latents.decode(latents.encode(x)))
     assert io.identity(again) == io.identity(latents)
@@ -88,7 +88,7 @@ def test_a_block_gathers_context_by_its_normed_branch() -> None:
     encoder = {"0.weight": draw(8, 3, 3, 3), "0.bias": draw(8), "2.weight": draw(4, 8, 3, 3), "2.bias": draw(4)}
     encoder |= {f"1.{name}": tensor for name, tensor in block.items()}
     decoder = {"1.weight": draw(8, 4, 3, 3), "1.bias": draw(8), "3.weight": draw(3, 8, 3, 3), "3.bias": draw(3)}
-    codec, x = TinyAutoencoder(encoder, decoder), pictures(8)
+    codec, x = TinyAutoencoder(encoder, decoder), images(8)
     h = F.conv2d((x + 1) / 2, encoder["0.weight"], encoder["0.bias"], padding=1)
     gathered = F.group_norm(F.conv2d(h, block["pool.0.weight"]), 4, block["pool.1.weight"], block["pool.1.bias"])
     h = h + F.conv2d(F.relu(gathered), block["pool.3.weight"])

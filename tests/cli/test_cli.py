@@ -279,7 +279,7 @@ def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, mo
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
-    assert lines[1:3] == ["1506 pictures to learn from, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
+    assert lines[1:3] == ["1506 images to learn from, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
     assert lines[-2].startswith("summary: 1506 images at 8 px, ")
     assert lines[-1].startswith("verdict: too short")
     assert "kind:" not in result.out
@@ -304,8 +304,8 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("empty", "empty: holds no pictures"),
-        ("note.txt", "note.txt: is a file of no kind that holds pictures"),
+        ("empty", "empty: holds no images"),
+        ("note.txt", "note.txt: is a file of no kind that holds images"),
         ("no.yaml", "no.yaml: cannot be read"),
     ],
 )
@@ -332,5 +332,5 @@ def test_explaining_a_recipe_draws_the_ideal_denoiser(tmp_path: Path, monkeypatc
     assert result.out.splitlines() == [f"explained/digits/{name}" for name in names]
     assert all(Path(line).stat().st_size > 100 for line in result.out.splitlines())
     text = Path("explained/digits/README.md").read_text()
-    assert "by the ideal denoiser of the training pictures" in text
+    assert "by the ideal denoiser of the training images" in text
     assert f"{recipe('digits').sampling.steps} steps of DPMSolverPP2M" in text

@@ -12,7 +12,7 @@ from PIL import Image
 from program import Result, sfumato
 
 from sfumato.autoencoders import Pixels
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.images import GAP, to_uint8
 from sfumato.recipes import resolve
@@ -22,7 +22,7 @@ from sfumato.sampling import SAMPLERS
 TILE = 56
 
 
-def made(source: str, facts: Facts) -> Pipeline:
+def made(source: str, facts: ConditioningInfo) -> Pipeline:
     """A model whose weights are random, so that everything it is told shows."""
     settings = resolve(source, ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"])
     model = build_model(settings, facts).eval().requires_grad_(False)
@@ -33,8 +33,8 @@ def made(source: str, facts: Facts) -> Pipeline:
 
 
 MODELS = {
-    "digits": made("digits", Facts(channels=1, categories=tuple("0123456789"))),
-    "ddpm": made("ddpm", Facts(channels=1)),
+    "digits": made("digits", ConditioningInfo(channels=1, categories=tuple("0123456789"))),
+    "ddpm": made("ddpm", ConditioningInfo(channels=1)),
 }
 
 

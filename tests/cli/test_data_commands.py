@@ -22,7 +22,7 @@ SMALL = ["network.channels=32", "network.multipliers=[1,1]", "network.attention_
 
 
 def tiles(seed: int, size: int = 16) -> bytes:
-    """A picture with sharp edges, unlike that of any other seed."""
+    """An image with sharp edges, unlike that of any other seed."""
     values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST).save(buffer, "PNG")
@@ -38,8 +38,8 @@ def put(root: Path, name: str, data: bytes, caption: str | None = None) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve captioned pictures in two categories; the working directory and the cache are empty."""
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve captioned images in two categories; the working directory and the cache are empty."""
     for number in range(12):
         put(tmp_path / "pets", f"{'ab'[number % 2]}/{number:02d}.png", tiles(number), CAPTIONS[number % 4])
     (tmp_path / "here").mkdir()
@@ -65,11 +65,11 @@ def assert_refused(result: Result, what: str, *, where: object = "", hint: str) 
 # --- check ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_check_reports_and_changes_nothing(pictures: Path) -> None:
-    put(pictures, "a/broken.png", b"")
-    put(pictures, "a/twin.png", tiles(0))
-    before = contents(pictures)
-    result = sfumato("data", "check", pictures)
+def test_check_reports_and_changes_nothing(images: Path) -> None:
+    put(images, "a/broken.png", b"")
+    put(images, "a/twin.png", tiles(0))
+    before = contents(images)
+    result = sfumato("data", "check", images)
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0] == "26 files: 13 images used, 12 captions, 1 left out (1 empty file)"
@@ -77,13 +77,13 @@ def test_check_reports_and_changes_nothing(pictures: Path) -> None:
     assert any(line.split()[:2] == ["1", "unreadable"] for line in lines)
     assert any(line.split()[:2] == ["2", "duplicate"] for line in lines)
     assert lines[-3:] == [f"data-check/pets/{name}" for name in ("data_report.html", "data.json", "rejects.txt")]
-    assert contents(pictures) == before
+    assert contents(images) == before
     assert sorted(contents(Path("."))) == sorted(lines[-3:])
 
 
-def test_check_writes_where_it_is_told_and_judges_by_the_resolution(pictures: Path, tmp_path: Path) -> None:
+def test_check_writes_where_it_is_told_and_judges_by_the_resolution(images: Path, tmp_path: Path) -> None:
     for resolution, found in ((16, 0), (17, 12)):
-        result = sfumato("data", "check", pictures, "--out", tmp_path / "out", "--resolution", resolution)
+        result = sfumato("data", "check", images, "--out", tmp_path / "out", "--resolution", resolution)
         assert result.code == 0
         data = json.loads((tmp_path / "out" / "data.json").read_text())
         assert len(data["issues"].get("upscaled", [])) == found
@@ -91,33 +91,31 @@ def test_check_writes_where_it_is_told_and_judges_by_the_resolution(pictures: Pa
     assert contents(Path(".")) == {}
 
 
-def test_the_reject_list_goes_straight_into_training(pictures: Path, tmp_path: Path) -> None:
-    put(pictures, "a/broken.png", b"")
-    put(pictures, "a/twin.png", tiles(0), CAPTIONS[0])
-    sfumato("data", "check", pictures, "--out", tmp_path / "out")
-    result = sfumato("train", pictures, f"data.exclude={tmp_path / 'out' / 'rejects.txt'}", *SMALL, "--dry-run")
+def test_the_reject_list_goes_straight_into_training(images: Path, tmp_path: Path) -> None:
+    put(images, "a/broken.png", b"")
+    put(images, "a/twin.png", tiles(0), CAPTIONS[0])
+    sfumato("data", "check", images, "--out", tmp_path / "out")
+    result = sfumato("train", images, f"data.exclude={tmp_path / 'out' / 'rejects.txt'}", *SMALL, "--dry-run")
     assert result.code == 0
     assert ", 2 left out\n" in result.out
 
 
-def test_check_of_pictures_that_cannot_be_read_lists_them(tmp_path: Path) -> None:
+def test_check_of_images_that_cannot_be_read_lists_them(tmp_path: Path) -> None:
     for number in range(3):
         put(tmp_path / "set", f"{number}.png", b"<html>")
     result = sfumato("data", "check", tmp_path / "set", "--out", tmp_path / "out")
     assert result.code == 0
     assert "3 images, 0 readable" in result.out
     assert "3 unreadable" in result.out
-    assert "No picture can be read: there is nothing to learn from." in result.out
-    assert (tmp_path / "out" / "rejects.txt").read_text().count("not a picture in a known format") == 3
+    assert "No image can be read: there is nothing to learn from." in result.out
+    assert (tmp_path / "out" / "rejects.txt").read_text().count("not an image in a known format") == 3
 
 
 # --- coverage ------------------------------------------------------------------------------------------------------------------
 
 
-def test_coverage_tells_seen_never_together_and_unseen_apart(pictures: Path) -> None:
-    result = sfumato(
-        "data", "coverage", pictures, "--prompt", "red fox", "--prompt", "a green fox", "--prompt", "a red hedgehog"
-    )
+def test_coverage_tells_seen_never_together_and_unseen_apart(images: Path) -> None:
+    result = sfumato("data", "coverage", images, "--prompt", "red fox", "--prompt", "a green fox", "--prompt", "a red hedgehog")
     assert result.code == 0
     assert "“red fox”: seen: 3 of 12 captions hold all of its words" in result.out
     assert "“a green fox”: every part seen, but never together" in result.out
@@ -132,11 +130,9 @@ def test_coverage_tells_seen_never_together_and_unseen_apart(pictures: Path) -> 
 
 
 @pytest.mark.parametrize(("settings", "cut"), [([], False), (["conditioner.text.length=4"], True)])
-def test_check_counts_the_captions_that_the_run_would_cut(
-    pictures: Path, tmp_path: Path, settings: list[str], cut: bool
-) -> None:
+def test_check_counts_the_captions_that_the_run_would_cut(images: Path, tmp_path: Path, settings: list[str], cut: bool) -> None:
     """The preset's length holds all of them; START and three words hold none."""
-    result = sfumato("data", "check", pictures, *settings, "--out", tmp_path / "out")
+    result = sfumato("data", "check", images, *settings, "--out", tmp_path / "out")
     assert result.code == 0
     found = json.loads((tmp_path / "out" / "data.json").read_text())
     assert found["captions"]["tokens_read"] == (4 if settings else 16)
@@ -167,20 +163,20 @@ def test_coverage_without_any_words_says_what_is_missing(tmp_path: Path) -> None
     put(tmp_path / "set", "1.png", tiles(1))
     result = sfumato("data", "coverage", tmp_path / "set", "--prompt", "fox")
     assert_refused(
-        result, "has neither captions nor categories", where=tmp_path / "set", hint="put a .txt file beside each picture"
+        result, "has neither captions nor categories", where=tmp_path / "set", hint="put a .txt file beside each image"
     )
 
 
 @pytest.mark.parametrize("prompt", ["", "!!!", "../../escape", "x" * 100_000, "狐", "🦊"])
-def test_odd_prompts_are_answered_and_write_inside_their_folder(pictures: Path, tmp_path: Path, prompt: str) -> None:
-    result = sfumato("data", "coverage", pictures, "--prompt", prompt, "--prompt", "fox", "--out", tmp_path / "out")
+def test_odd_prompts_are_answered_and_write_inside_their_folder(images: Path, tmp_path: Path, prompt: str) -> None:
+    result = sfumato("data", "coverage", images, "--prompt", prompt, "--prompt", "fox", "--out", tmp_path / "out")
     assert result.code == 0
     assert "unseen words" in result.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["coverage-01-fox.png"]
 
 
-def test_coverage_asks_for_a_prompt(pictures: Path) -> None:
-    result = sfumato("data", "coverage", pictures)
+def test_coverage_asks_for_a_prompt(images: Path) -> None:
+    result = sfumato("data", "coverage", images)
     assert result.code == 2
     assert "--prompt" in result.err
 
@@ -200,57 +196,57 @@ def test_captions_and_names_cannot_command_the_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pets.parquet", "pets.tar"])
-def test_convert_keeps_pictures_captions_and_categories(pictures: Path, tmp_path: Path, name: str) -> None:
-    result = sfumato("data", "convert", pictures, tmp_path / name)
+def test_convert_keeps_images_captions_and_categories(images: Path, tmp_path: Path, name: str) -> None:
+    result = sfumato("data", "convert", images, tmp_path / name)
     assert (result.code, result.out) == (0, f"{tmp_path / name}\n")
     before, after = (
         {(entry.image.read(), entry.captions, entry.category) for entry in source_at(str(place)).listing().entries}
-        for place in (pictures, tmp_path / name)
+        for place in (images, tmp_path / name)
     )
     assert before == after
     assert len(after) == 12
 
 
-def test_convert_writes_the_same_bytes_each_time(pictures: Path, tmp_path: Path) -> None:
+def test_convert_writes_the_same_bytes_each_time(images: Path, tmp_path: Path) -> None:
     for kind in ("parquet", "webdataset"):
         for time in ("first", "second"):
-            assert sfumato("data", "convert", pictures, tmp_path / f"{kind}-{time}", "--to", kind).code == 0
+            assert sfumato("data", "convert", images, tmp_path / f"{kind}-{time}", "--to", kind).code == 0
         assert contents(tmp_path / f"{kind}-first") == contents(tmp_path / f"{kind}-second")
 
 
-def test_convert_does_not_write_over_anything(pictures: Path, tmp_path: Path) -> None:
+def test_convert_does_not_write_over_anything(images: Path, tmp_path: Path) -> None:
     target = tmp_path / "pets.parquet"
     target.write_text("precious")
-    assert_refused(sfumato("data", "convert", pictures, target), "exists already", where=target, hint="name a new file")
+    assert_refused(sfumato("data", "convert", images, target), "exists already", where=target, hint="name a new file")
     assert target.read_text() == "precious"
 
 
-def test_convert_names_the_kinds_that_it_knows(pictures: Path, tmp_path: Path) -> None:
+def test_convert_names_the_kinds_that_it_knows(images: Path, tmp_path: Path) -> None:
     for arguments in ([tmp_path / "pets.rar"], [tmp_path / "out", "--to", "rar"]):
-        assert_refused(sfumato("data", "convert", pictures, *arguments), "is no kind of container", hint="use --to parquet or")
+        assert_refused(sfumato("data", "convert", images, *arguments), "is no kind of container", hint="use --to parquet or")
     assert not list(tmp_path.glob("pets.rar"))
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_cache_decodes_ahead_of_training(pictures: Path, tmp_path: Path) -> None:
-    put(pictures, "a/broken.png", b"")
-    result = sfumato("data", "cache", pictures)
+def test_cache_decodes_ahead_of_training(images: Path, tmp_path: Path) -> None:
+    put(images, "a/broken.png", b"")
+    result = sfumato("data", "cache", images)
     assert result.code == 0
-    assert result.out == f"12 pictures, 1 left out; cache: {tmp_path / 'cache'}\n"
+    assert result.out == f"12 images, 1 left out; cache: {tmp_path / 'cache'}\n"
     kept = contents(tmp_path / "cache")
     assert kept
-    assert sfumato("data", "cache", pictures).out == result.out
+    assert sfumato("data", "cache", images).out == result.out
     assert contents(tmp_path / "cache") == kept
-    assert sfumato("data", "cache", pictures, "data.resolution=8").code == 0
+    assert sfumato("data", "cache", images, "data.resolution=8").code == 0
     assert contents(tmp_path / "cache").keys() > kept.keys()
 
 
-def test_cache_takes_recipes_and_refuses_keys_that_are_none(pictures: Path) -> None:
-    assert sfumato("data", "cache", "digits").out.startswith("1797 pictures, 0 left out")
+def test_cache_takes_recipes_and_refuses_keys_that_are_none(images: Path) -> None:
+    assert sfumato("data", "cache", "digits").out.startswith("1797 images, 0 left out")
     assert_refused(
-        sfumato("data", "cache", pictures, "data.resolutoin=8"), "unknown key `data.resolutoin`", where=pictures, hint=""
+        sfumato("data", "cache", images, "data.resolutoin=8"), "unknown key `data.resolutoin`", where=images, hint=""
     )
 
 
@@ -271,15 +267,15 @@ def test_a_path_that_is_not_there(tmp_path: Path, way: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("empty", "holds no pictures"),
-        ("note.txt", "is a file of no kind that holds pictures"),
+        ("empty", "holds no images"),
+        ("note.txt", "is a file of no kind that holds images"),
         ("fake.zip", ""),
         ("fake.npz", ""),
         ("fake.tar", ""),
         ("fake.parquet", ""),
     ],
 )
-def test_a_path_that_holds_no_pictures(tmp_path: Path, way: list[str], name: str, what: str) -> None:
+def test_a_path_that_holds_no_images(tmp_path: Path, way: list[str], name: str, what: str) -> None:
     (tmp_path / "empty").mkdir()
     if name != "empty":
         (tmp_path / name).write_text("hello")
@@ -295,13 +291,13 @@ def test_converting_from_nowhere_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_verbs_have_their_figures_for_a_program(pictures: Path) -> None:
-    checked = json.loads(sfumato("data", "check", pictures, "--json").out)
+def test_data_verbs_have_their_figures_for_a_program(images: Path) -> None:
+    checked = json.loads(sfumato("data", "check", images, "--json").out)
     assert (checked["images"], checked["readable"]) == (12, 12)
     data = next(path for path in checked["files"] if path.endswith("data.json"))
     written = json.loads(Path(data).read_text())
     assert {key: checked[key] for key in written} == written
-    (covered,) = json.loads(sfumato("data", "coverage", pictures, "--prompt", "a red fox", "--json").out)
+    (covered,) = json.loads(sfumato("data", "coverage", images, "--prompt", "a red fox", "--json").out)
     assert (covered["verdict"], covered["captions"], covered["counts"]["fox"]) == ("seen", 12, 6)
     assert covered["nearest"][0]["captions"] == ["a red fox in snow"]
 
@@ -317,24 +313,24 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "run", fail)
 
 
-def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configuration(pictures: Path, no_training: None) -> None:
-    before = contents(pictures)
-    result = sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run", "--config")
+def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configuration(images: Path, no_training: None) -> None:
+    before = contents(images)
+    result = sfumato("train", images, *SMALL, "budget.steps=8", "--dry-run", "--config")
     assert result.code == 0, result.err
     notes = [line for line in result.out.splitlines() if line.startswith("# ")]
-    assert notes[0].startswith("# chosen: 12 pictures on ")
+    assert notes[0].startswith("# chosen: 12 images on ")
     assert any(line.startswith("# chosen: steered by 2 categories") for line in notes)
-    assert any("pictures to learn from, " in line and line.endswith(", 0 left out") for line in notes)
+    assert any("images to learn from, " in line and line.endswith(", 0 left out") for line in notes)
     assert any(line.startswith("# 2 categories; ") for line in notes)
     assert any(line.startswith("# predicted: diffusion model, 8 steps of ") for line in notes)
     assert any(line.startswith("# predicted: ") and line.endswith(" GiB of disk") for line in notes)
-    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve(pictures, [*SMALL, "budget.steps=8"])
-    assert contents(pictures) == before
+    assert config.parse(Run, load_yaml(result.out, where="printed")) == resolve(images, [*SMALL, "budget.steps=8"])
+    assert contents(images) == before
     assert contents(Path(".")) == {}
 
 
-def test_what_a_dry_run_prints_is_a_recipe(pictures: Path, tmp_path: Path, no_training: None) -> None:
-    printed = sfumato("train", pictures, *SMALL, "--dry-run", "--config").out
+def test_what_a_dry_run_prints_is_a_recipe(images: Path, tmp_path: Path, no_training: None) -> None:
+    printed = sfumato("train", images, *SMALL, "--dry-run", "--config").out
     (tmp_path / "mine.yaml").write_text(printed)
     again = sfumato("train", tmp_path / "mine.yaml", "--dry-run", "--config")
     assert again.code == 0
@@ -342,24 +338,24 @@ def test_what_a_dry_run_prints_is_a_recipe(pictures: Path, tmp_path: Path, no_tr
     assert load_yaml(again.out, where="again") == load_yaml(printed, where="printed")
 
 
-def test_a_dry_run_for_a_program_holds_what_it_says_and_the_configuration(pictures: Path, no_training: None) -> None:
-    found = json.loads(sfumato("train", pictures, *SMALL, "budget.steps=8", "--dry-run", "--json").out)
+def test_a_dry_run_for_a_program_holds_what_it_says_and_the_configuration(images: Path, no_training: None) -> None:
+    found = json.loads(sfumato("train", images, *SMALL, "budget.steps=8", "--dry-run", "--json").out)
     assert found["stages"][-1]["steps"] == 8
     assert found["long_enough"] is False
     assert found["findings"]
-    assert config.parse(Run, found["config"]) == resolve(pictures, [*SMALL, "budget.steps=8"])
+    assert config.parse(Run, found["config"]) == resolve(images, [*SMALL, "budget.steps=8"])
     assert found["total_s"] >= sum(stage["seconds"] for stage in found["stages"])
-    assert sfumato("train", pictures, "--json").code == sfumato("train", pictures, "--config").code == 2
+    assert sfumato("train", images, "--json").code == sfumato("train", images, "--config").code == 2
 
 
-def test_a_dry_run_finds_what_training_would_fail_on(pictures: Path, tmp_path: Path, no_training: None) -> None:
+def test_a_dry_run_finds_what_training_would_fail_on(images: Path, tmp_path: Path, no_training: None) -> None:
     put(tmp_path / "one", "1.png", tiles(1))
     result = sfumato("train", tmp_path / "one", *SMALL, "--dry-run")
-    assert_refused(result, "1 different readable pictures", where=tmp_path / "one", hint="at least two are needed")
-    result = sfumato("train", pictures, "network.channels=33", "--dry-run")
+    assert_refused(result, "1 different readable images", where=tmp_path / "one", hint="at least two are needed")
+    result = sfumato("train", images, "network.channels=33", "--dry-run")
     assert result.code == 2
     assert "channels" in result.err
-    result = sfumato("train", pictures, "data.exclude=nowhere.txt", "--dry-run")
+    result = sfumato("train", images, "data.exclude=nowhere.txt", "--dry-run")
     assert_refused(result, "cannot be read", where="nowhere.txt", hint="name a text file")
 
 

@@ -26,7 +26,7 @@ from sfumato.storage.output_paths import require_writable
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget
 from tests.cli.program import sfumato
-from tests.training.tiny import pictures, tiny_run
+from tests.training.tiny import images, tiny_run
 
 OURS = "run again with --debug and report it"
 
@@ -65,9 +65,9 @@ def test_a_fault_of_ours_is_still_reported() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = pictures(tmp_path_factory.mktemp("set") / "pictures", count=12)
-    for picture in found.rglob("*.png"):
-        picture.with_suffix(".txt").write_text("a grey square")
+    found = images(tmp_path_factory.mktemp("set") / "images", count=12)
+    for image in found.rglob("*.png"):
+        image.with_suffix(".txt").write_text("a grey square")
     return found
 
 

@@ -54,7 +54,7 @@ def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple
     path, result = trained
     assert result.code == 0
     assert result.out == f"{path}\n"
-    assert "1506 pictures to learn from, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
+    assert "1506 images to learn from, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
     assert "step 6: held-out noise error MSE " in result.err
 
 
@@ -94,7 +94,7 @@ def test_a_run_is_a_source_of_its_configuration(run: Path) -> None:
     assert len(changed) == 5  # channels are the recipe's
 
 
-def test_sample_writes_pictures_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:
+def test_sample_writes_images_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:
     result = sfumato(
         "sample", run, "--num", 5, "--category", 3, "--category", 7, "--steps", 4, "--sampler", "ddim", "--guidance", 2,
         "--seed", 11, "--out", tmp_path / "out",
@@ -118,7 +118,7 @@ def test_sample_writes_pictures_and_a_grid_with_their_settings(run: Path, tmp_pa
     assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * (TILE + 20))  # a line above each row
 
 
-def test_a_grid_is_labelled_where_pictures_were_asked_for_different_things() -> None:
+def test_a_grid_is_labelled_where_images_were_asked_for_different_things() -> None:
     from sfumato.cli.sample import _labels
 
     assert _labels(["a cat", "a dog"], ["7"], 3) == ["a cat, 7", "a dog, 7", "a cat, 7"]
@@ -134,7 +134,7 @@ def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> N
     assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (20, "DPMSolverPP2M", [], 0)
 
 
-def test_the_same_command_makes_the_same_pictures_and_another_seed_does_not(run: Path, tmp_path: Path) -> None:
+def test_the_same_command_makes_the_same_images_and_another_seed_does_not(run: Path, tmp_path: Path) -> None:
     for folder, seed, num in (("a", 0, 2), ("b", 0, 3), ("c", 1, 2)):
         assert (
             sfumato("sample", run, "--num", num, "--category", 4, "--steps", 3, "--seed", seed, "--out", tmp_path / folder).code
@@ -161,7 +161,7 @@ def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_network_is_compiled_if_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the pictures are the same: tests/training/test_compiling.py."""
+    """That the images are the same: tests/training/test_compiling.py."""
     compiled = []
     train_classifiers_briefly(monkeypatch, steps=5)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: compiled.append(type(network).__name__))
@@ -172,12 +172,12 @@ def test_the_network_is_compiled_if_asked(run: Path, tmp_path: Path, monkeypatch
         assert compiled == ["UNet"] * times
 
 
-def test_a_trajectory_shows_noisy_pictures_and_guesses(run: Path, tmp_path: Path) -> None:
+def test_a_trajectory_shows_noisy_images_and_guesses(run: Path, tmp_path: Path) -> None:
     result = sfumato("sample", run, "--num", 2, "--steps", 4, "--trajectory", "--out", tmp_path)
     assert result.out == f"{tmp_path}/trajectory.png\n{tmp_path}/grid.png\n"
     image = Image.open(tmp_path / "trajectory.png")
     left, top = 16 + 7 * len("guess of x0"), 22
-    assert image.size == (left + 5 * TILE, top + 4 * TILE)  # four steps and the result; two rows for each picture
+    assert image.size == (left + 5 * TILE, top + 4 * TILE)  # four steps and the result; two rows for each image
 
     def tile(row: int, column: int) -> np.ndarray:
         place = np.asarray(image)[top + row * TILE :, left + column * TILE :]
@@ -229,7 +229,7 @@ def test_samplers_of_a_run_are_compared(run: Path) -> None:
     assert settings(run / "compared" / "seed-0.png")["rows"][1] == {"sampler": "ddim", "steps": 2, "guidance": 1.3}
 
 
-def test_a_folder_with_bad_pictures_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:
+def test_a_folder_with_bad_images_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:
     for number, entry in enumerate(Digits().listing().entries[:40]):
         path = tmp_path / "digits" / entry.category / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,7 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     result = sfumato("evaluate", run, "--num", 20, "--guidance", 1, "--guidance", 2, "--out", out)
     assert result.code == 0
     figures = json.loads(out.read_text())
-    assert [row["name"] for row in figures["rows"]] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2"]
+    assert [row["name"] for row in figures["rows"]] == ["held-out real images", "samples, guidance 1", "samples, guidance 2"]
     assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
     assert f"{figures['classifier_accuracy']:.1%} right on 291 held-out ones" in result.out
     assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
@@ -271,7 +271,7 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     assert "does the condition work? (guidance 2;" in result.out
     sheet = Image.open(tmp_path / "here" / "nearest-guidance-2.png")
     assert sheet.size == (16 + 7 * len("nearest real") + 10 * TILE, GAP + 2 * TILE)
-    assert f"real pictures: {out.parent}/asked-by-*.png\n" in result.out
+    assert f"real images: {out.parent}/asked-by-*.png\n" in result.out
     assert Image.open(out.parent / "asked-by-category.png").width > 10 * 96
 
 
@@ -286,15 +286,15 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
     assert "no categories, so that samples are not read by a classifier; Fréchet distances to " in result.out
-    assert "held-out real pictures" in result.out
+    assert "held-out real images" in result.out
     assert "note: only " in result.out
     assert "a Fréchet distance is not given for" in result.out
-    assert "rank of its own picture" in result.out
+    assert "rank of its own image" in result.out
     assert Image.open(run / "evaluation" / "asked-by-text.png").size
     assert sfumato("explain", run).code == 0  # though there are no categories to draw
 
 
-def test_a_run_among_the_pictures_is_no_part_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_among_the_images_is_no_part_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`cd photos; sfumato train .` puts it there."""
     for number in range(20):
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")

@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 from program import Result, sfumato
 
-from sfumato.conditioners import AttributesConfig, CategoryConfig, DoodleConfig, PointsConfig, ReferenceConfig, WordsConfig
+from sfumato.conditioners import (
+    AttributesConfig,
+    CategoryConfig,
+    DoodleConfig,
+    LearnedTextConfig,
+    PointsConfig,
+    ReferenceConfig,
+)
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Folder
 from sfumato.generation.pipeline import SamplingConfig
@@ -50,7 +57,7 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def drawn(root: Path, count: int = 16) -> Path:
-    """Pictures with a category, a caption, a doodle, a cloud and attributes each."""
+    """Images with a category, a caption, a doodle, a cloud and attributes each."""
     files: dict[str, bytes] = {}
     for i in range(count):
         stem = f"{'ab'[i % 2]}/{i:02d}"
@@ -64,7 +71,7 @@ def settings(root: Path) -> Run:
     contexts = ContextConfig(
         category=CategoryConfig(size=8),
         attributes=AttributesConfig(size=8),
-        text=WordsConfig(size=16, layers=1, heads=2, length=9),
+        text=LearnedTextConfig(size=16, layers=1, heads=2, length=9),
         reference=ReferenceConfig(size=16, side=2),
         doodle=DoodleConfig(),
         points=PointsConfig(size=16, heads=2, tokens=3, layers=1),
@@ -91,7 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("drawn")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "SNAPSHOTS", frozenset({2, 4}))
-        return train(settings(drawn(root / "pictures")), run=root / "run")
+        return train(settings(drawn(root / "images")), run=root / "run")
 
 
 @pytest.fixture
@@ -113,8 +120,8 @@ def sampled(run: Path, *options: object, out: str = "out", num: int = 2) -> Resu
     return sfumato("sample", run, "--num", num, "--out", out, *options)
 
 
-def pictures(folder: str = "out") -> np.ndarray:
-    """All pictures in a folder in gray, (n, H, W)."""
+def images(folder: str = "out") -> np.ndarray:
+    """All images in a folder in gray, (n, H, W)."""
     return np.stack([np.asarray(Image.open(path).convert("L")).astype(int) for path in sorted(Path(folder).glob("0*.png"))])
 
 
@@ -128,7 +135,7 @@ def made(run: Path, *options: object, out: str = "out", num: int = 2) -> np.ndar
     result = sampled(run, *options, out=out, num=num)
     assert result.code == 0, result.err
     assert result.out == f"{out}/grid.png\n"
-    return pictures(out)
+    return images(out)
 
 
 def assert_refused(result: Result, what: str, *, where: str = "", hint: str = "") -> None:
@@ -155,7 +162,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_option_changes_pictures_and_is_noted_in_them(run: Path, given: Path, name: str) -> None:
+def test_each_option_changes_images_and_is_noted_in_them(run: Path, given: Path, name: str) -> None:
     nothing, asked = made(run), made(run, *OPTIONS[name])
     assert (asked != nothing).any()
     value = OPTIONS[name][1]
@@ -166,14 +173,12 @@ def test_each_option_changes_pictures_and_is_noted_in_them(run: Path, given: Pat
 def test_everything_together(run: Path, given: Path) -> None:
     options = [option for pair in OPTIONS.values() for option in pair]
     guided = ["--negative", "noise", "--guidance", "text=3", "--guidance", "doodle=2", "--guidance", "points=0.5"]
-    picture = ["--image", "other.png", "--strength", "0.7", "--mask", "mask.png"]
-    whole = made(
-        run, *options, *guided, *picture, "--autoguidance", 4, "--autoguidance-scale", 2, "--guidance-interval", -20, 20
-    )
+    image = ["--image", "other.png", "--strength", "0.7", "--mask", "mask.png"]
+    whole = made(run, *options, *guided, *image, "--autoguidance", 4, "--autoguidance-scale", 2, "--guidance-interval", -20, 20)
     assert noted()["guidance"] == {"text": 3.0, "doodle": 2.0, "points": 0.5}
     assert (noted()["strength"], noted()["image"], noted()["mask"], noted()["worse"]) == (0.7, "other.png", "mask.png", 4)
     assert noted()["negative"] == "noise"
-    assert (made(run, *options, *picture) != whole).any()
+    assert (made(run, *options, *image) != whole).any()
 
 
 def test_several_prompts_are_taken_in_turn(run: Path, given: Path) -> None:
@@ -199,7 +204,7 @@ def test_a_negative_prompt_leads_away(run: Path, given: Path) -> None:
     assert (made(run, *asked, "--negative", "noise") != made(run, *asked)).any()
 
 
-def test_a_picture_is_returned_changed_or_forgotten(run: Path, given: Path) -> None:
+def test_a_image_is_returned_changed_or_forgotten(run: Path, given: Path) -> None:
     same, near, new = (made(run, "--image", "doodle.png", "--strength", strength) for strength in (0, 0.02, 1))
     original = np.asarray(Image.open("doodle.png")).astype(int)
     assert (same == original).all()
@@ -227,7 +232,7 @@ def test_the_way_to_another_prompt_or_seed(run: Path, given: Path) -> None:
     assert (made(run, "--to-seed", 0, num=3)[0] == made(run, num=1)[0]).all()
 
 
-def test_pictures_are_led_away_from_a_snapshot(run: Path, given: Path) -> None:
+def test_images_are_led_away_from_a_snapshot(run: Path, given: Path) -> None:
     plain = made(run, *OPTIONS["prompt"])
     assert np.abs(made(run, *OPTIONS["prompt"], "--autoguidance", 2, "--autoguidance-scale", 1) - plain).max() <= 1
     assert (made(run, *OPTIONS["prompt"], "--autoguidance", 2, "--autoguidance-scale", 3) != plain).any()
@@ -271,7 +276,7 @@ def test_without_any_run_it_says_how_to_make_one(given: Path) -> None:
 
 # --- what is wrong -------------------------------------------------------------------------------------------------------------
 
-PICTURES = "give a PNG, JPEG, WebP, BMP, GIF or TIFF"
+IMAGES = "give a PNG, JPEG, WebP, BMP, GIF or TIFF"
 CLOUDS = "give a .npy, .ply, .xyz or .csv of numbers"
 
 
@@ -282,8 +287,8 @@ CLOUDS = "give a .npy, .ply, .xyz or .csv of numbers"
         *((option, "cut.png") for option in ("--reference", "--image", "--mask")),
     ],
 )
-def test_files_that_are_no_pictures_are_named(run: Path, given: Path, option: str, file: str) -> None:
-    assert_refused(sampled(run, option, file), "cannot be used as an image: ", where=file, hint=PICTURES)
+def test_files_that_are_no_images_are_named(run: Path, given: Path, option: str, file: str) -> None:
+    assert_refused(sampled(run, option, file), "cannot be used as an image: ", where=file, hint=IMAGES)
     assert not Path("out").exists()
 
 
@@ -296,10 +301,10 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
     ("options", "what", "hint"),
     [
         (["--points", "solid.npy"], "a point cloud of shape (10, 3)", "give N x 2"),
-        (["--strength", "0.5"], "without a picture", "give `image` too"),
-        (["--mask", "mask.png"], "without a picture", "give `image` too"),
-        (["--image", "doodle.png"], "nothing is said of what to do with the picture", "give a strength"),
-        (["--image", "doodle.png", "--strength", "1.5"], "strength 1.5", "use 0 (the picture as it is) to 1"),
+        (["--strength", "0.5"], "without an image", "give `image` too"),
+        (["--mask", "mask.png"], "without an image", "give `image` too"),
+        (["--image", "doodle.png"], "nothing is said of what to do with the image", "give a strength"),
+        (["--image", "doodle.png", "--strength", "1.5"], "strength 1.5", "use 0 (the image as it is) to 1"),
         (["--image", "doodle.png", "--strength", "nan"], "strength nan", "use 0"),
         (["--category", "c"], "no category 'c'", "the model knows a, b"),
         (["--attribute", "agee=1"], "no attribute 'agee'", "did you mean 'age'?"),
@@ -307,7 +312,7 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         (["--prompt", "x", "--negative", "y"], "a negative prompt without guidance", "give a guidance above 1"),
         (["--guidance", "txt=2"], "guidance txt = 2.0", "finite numbers for category, attributes, text"),
         (["--guidance", "nan"], "= nan", "finite numbers for"),
-        (["--to-seed", "2", "--image", "doodle.png", "--strength", "0.5"], "on the way between pictures", "leave them out"),
+        (["--to-seed", "2", "--image", "doodle.png", "--strength", "0.5"], "on the way between images", "leave them out"),
         (["--to-prompt", "x", "--to-seed", "1", "--negative", "y"], "a negative prompt without guidance", "give a guidance"),
     ],
 )

@@ -20,7 +20,7 @@ from sfumato import recipes
 from sfumato.autoencoders import Pixels
 from sfumato.cli import output_folder, sample_job
 from sfumato.cli.output_folder import Generated
-from sfumato.conditioners import CategoryConfig, Facts, WordsConfig
+from sfumato.conditioners import CategoryConfig, ConditioningInfo, LearnedTextConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits
 from sfumato.generation.pipeline import Pipeline, SamplingConfig
@@ -35,7 +35,7 @@ Made = Callable[..., Pipeline]
 
 def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeline:
     """A tiny model with random weights; any facts of its training set."""
-    contexts = ContextConfig(category=CategoryConfig(size=8), text=WordsConfig(size=16, layers=1, heads=2, length=9))
+    contexts = ContextConfig(category=CategoryConfig(size=8), text=LearnedTextConfig(size=16, layers=1, heads=2, length=9))
     run = Run(
         name="tiny",
         network=UNetConfig(channels=32, multipliers=(1,), blocks=1, attention_depths=(), head_channels=32),
@@ -43,7 +43,7 @@ def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeli
         sampling=SamplingConfig(steps=2),
         data=DataConfig(source=Digits(), resolution=SIDE, channels=channels),
     )
-    known = Facts(channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **facts)
+    known = ConditioningInfo(channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **facts)
     model = build_model(run, known).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -22,15 +22,15 @@ from sfumato.conditioners import (
     Holes,
     ImageConditioner,
     ImageConfig,
+    LearnedTextConditioner,
+    LearnedTextConfig,
     PointsConditioner,
     PointsConfig,
     ReferenceConditioner,
     ReferenceConfig,
     Shrink,
     SplatConfig,
-    Words,
-    WordsConditioner,
-    WordsConfig,
+    WordTokenizer,
 )
 
 B, SIDE = 5, 16
@@ -59,7 +59,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
         {"attributes": with_missing(torch.rand(B, 2))},
     ),
     "text": lambda: (
-        WordsConditioner(WordsConfig(size=8, heads=2, length=9), words=Words.fitted(TEXTS, most=3)),
+        LearnedTextConditioner(LearnedTextConfig(size=8, heads=2, length=9), words=WordTokenizer.fitted(TEXTS, most=3)),
         {"text": TEXTS},
     ),
     "doodle": lambda: (DoodleConditioner(DoodleConfig()), {"doodle": with_missing(torch.rand(B, 1, SIDE, SIDE) * 2 - 1)}),
@@ -121,7 +121,7 @@ def test_what_is_missing_asks_for_nothing(made: tuple[Any, dict[str, Any]]) -> N
     )
 
 
-def test_pictures_of_a_batch_do_not_see_one_another(made: tuple[Any, dict[str, Any]]) -> None:
+def test_images_of_a_batch_do_not_see_one_another(made: tuple[Any, dict[str, Any]]) -> None:
     conditioner, context = made
     together = conditioner(context, B)
     for i in range(B):
@@ -177,7 +177,7 @@ def test_a_cloud_in_its_own_frame_may_lie_anywhere() -> None:
 
 
 def test_training_clouds_are_thinned_and_never_emptied() -> None:
-    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, fewest=3), dimensions=2)
+    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, min_points=3), dimensions=2)
     cloud = torch.rand(200, 50, 2)
     thin = conditioner.derive(torch.zeros(200, 1, 8, 8), {"points": cloud}, seed=0, first=0)["points"]
     counts = (~thin.isnan().any(2)).sum(1)
@@ -188,7 +188,7 @@ def test_training_clouds_are_thinned_and_never_emptied() -> None:
 
 
 def test_small_clouds_beside_large_ones_keep_as_many_points_as_others_do() -> None:
-    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, fewest=10), dimensions=2)
+    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, min_points=10), dimensions=2)
     cloud = torch.rand(300, 200, 2)
     cloud[::3, 20:] = math.nan  # 20 points, and 6 in the next: all of them
     cloud[1::3, 6:] = math.nan
@@ -229,15 +229,15 @@ def test_holes_are_rectangles_of_the_sizes_asked_for() -> None:
 
 
 def test_a_hole_is_told_from_black_and_white() -> None:
-    conditioner = ImageConditioner(ImageConfig(lost=Holes()), channels=1)
+    conditioner = ImageConditioner(ImageConfig(degradation=Holes()), channels=1)
     image = torch.tensor([[[[1.0, -1.0], [0.0, math.nan]]]])
     assert conditioner({"image": image}, 1).spatial.tolist() == [[[[1, -1], [0, 0]], [[1, 1], [1, 0]]]]
 
 
-def test_lines_are_drawn_where_the_picture_changes_and_nowhere_else() -> None:
+def test_lines_are_drawn_where_the_image_changes_and_nowhere_else() -> None:
     image = torch.ones(1, 3, 32, 32)
     image[..., 8:24, 8:24] = torch.tensor([-1.0, 0.5, 0.0]).view(3, 1, 1)
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, dropped=0)).derive(image, {}, seed=0, first=0)["doodle"]
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(image, {}, seed=0, first=0)["doodle"]
     ink = (1 - drawn[0, 0]) / 2
     rim = torch.zeros(32, 32, dtype=torch.bool)
     rim[6:26, 6:26] = True
@@ -251,20 +251,20 @@ def test_wobble_and_dropped_strokes_change_lines_a_little() -> None:
     image = torch.ones(1, 1, 32, 32).repeat(40, 1, 1, 1)
     image[..., 8:24, 8:24] = -1
     straight, bent = (
-        DoodleConditioner(DoodleConfig(wobble=wobble, dropped=dropped)).derive(image, {}, seed=0, first=0)["doodle"]
+        DoodleConditioner(DoodleConfig(wobble=wobble, missing_lines=dropped)).derive(image, {}, seed=0, first=0)["doodle"]
         for wobble, dropped in ((0, 0), (0.05, 0.5))
     )
     ink, other = (1 - straight) / 2, (1 - bent) / 2
     assert other.mean() < 0.95 * ink.mean()
     assert other.mean() > 0.4 * ink.mean()
-    assert len({picture.numpy().tobytes() for picture in bent}) == 40
+    assert len({photo.numpy().tobytes() for photo in bent}) == 40
 
 
 def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None:
     image = torch.ones(2, 1, 32, 32)
     image[0, :, :, 15:17] = -1  # a stroke two pixels wide
     image[1, :, :, 16:] = -1  # a dark half
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, dropped=0)).derive(image, {}, seed=0, first=0)["doodle"]
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(image, {}, seed=0, first=0)["doodle"]
     inked = [torch.nonzero(row < 0).flatten().tolist() for row in drawn[:, 0, 16]]
     assert inked[0] == [15, 16]
     assert inked[1] in ([16], [16, 17])
@@ -272,7 +272,7 @@ def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None
 
 def test_a_share_of_doodles_is_made() -> None:
     own = torch.ones(2000, 1, 4, 4)
-    made = DoodleConditioner(DoodleConfig(made=0.3)).derive(torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0)[
+    made = DoodleConditioner(DoodleConfig(synthetic=0.3)).derive(torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0)[
         "doodle"
     ]
     assert 0.25 < (made != 1).flatten(1).any(1).float().mean() < 0.35

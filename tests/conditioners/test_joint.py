@@ -22,7 +22,7 @@ from sfumato.errors import ShapeError
 
 
 def tokens(length: int, *, value: float = 1.0, mask: list[bool] | None = None, batch: int = 2) -> Condition:
-    """`length` tokens of 3 channels for each picture."""
+    """`length` tokens of 3 channels for each image."""
     kept = None if mask is None else torch.tensor(mask).expand(batch, length)
     return Condition(tokens=torch.full((batch, length, 3), value), token_mask=kept)
 
@@ -228,7 +228,7 @@ def test_each_part_is_dropped_by_its_own_draw() -> None:
         assert torch.equal(mixed[row, 3:], (null if second else kept)[row, 3:])
 
 
-def test_what_was_done_to_a_picture_is_told_even_where_the_category_is_dropped() -> None:
+def test_what_was_done_to_a_image_is_told_even_where_the_category_is_dropped() -> None:
     joint = with_augmentation(dropout=1.0)
     made = joint({"category": CATEGORIES, "augmentation": CHANGES}, 4, draws=torch.zeros(4, 2)).vector
     assert torch.equal(made[:, 3:], CHANGES)

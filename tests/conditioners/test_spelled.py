@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sfumato import randomness
-from sfumato.conditioners import CompositeConditioner, WordsConfig
+from sfumato.conditioners import CompositeConditioner, LearnedTextConfig
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "white")
 NOUNS = (
@@ -31,7 +31,7 @@ def trained(spelled: float) -> nn.Module:
     meanings = {word: torch.randn(64) for word in (*COLOURS, *NOUNS)}
     points = torch.stack([meanings[colour] + meanings[noun] for colour, noun in captions])
     texts = [" ".join(caption) for caption in captions]
-    config = WordsConfig(size=48, layers=1, heads=4, length=16, spelled=spelled)
+    config = LearnedTextConfig(size=48, layers=1, heads=4, length=16, spelled=spelled)
     joint, head = CompositeConditioner({"text": config.build(config.words(texts), None)}), nn.Linear(48, 64)
     optimizer = torch.optim.AdamW([*joint.parameters(), *head.parameters()], lr=4e-3)
     for step in range(1500):

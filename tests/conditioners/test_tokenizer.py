@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import characters
-from sfumato.conditioners import CompositeConditioner, Words, WordsConditioner, WordsConfig
+from sfumato.conditioners import CompositeConditioner, LearnedTextConditioner, LearnedTextConfig, WordTokenizer
 from sfumato.conditioners.tokenizer import _WORD, BYTES, FIRST_WORD, NOTHING, PAD, START, ByRuns, ByScript
 from sfumato.errors import ConfigError
 
 CAPTIONS = ["a red heart", "a red cat", "Cat, asleep", "a dog"]
-WORDS = Words.fitted(CAPTIONS, most=100)
+WORDS = WordTokenizer.fitted(CAPTIONS, most=100)
 
 
 def test_frequent_words_come_first_and_rare_ones_are_left_out_when_there_is_no_room() -> None:
     assert WORDS.vocabulary[:3] == ("a", "cat", "red")
-    assert Words.fitted(CAPTIONS, most=2).vocabulary == ("a", "cat")
+    assert WordTokenizer.fitted(CAPTIONS, most=2).vocabulary == ("a", "cat")
     assert set(WORDS.vocabulary) == {"a", "red", "heart", "cat", ",", "asleep", "dog"}
 
 
@@ -64,7 +64,7 @@ def test_a_hundred_thousand_characters_take_no_time() -> None:
 
 def test_a_word_changes_the_condition_and_case_does_not() -> None:
     torch.manual_seed(0)
-    conditioner = WordsConditioner(WordsConfig(size=16, heads=2, length=8), words=WORDS)
+    conditioner = LearnedTextConditioner(LearnedTextConfig(size=16, heads=2, length=8), words=WORDS)
     conditions = conditioner({"text": ["a red cat", "A Red CAT", "a red dog", "cat red a"]}, 4)
     assert torch.equal(conditions.vector[0], conditions.vector[1])
     assert not torch.allclose(conditions.vector[0], conditions.vector[2])
@@ -75,7 +75,7 @@ def test_a_word_changes_the_condition_and_case_does_not() -> None:
 @pytest.mark.parametrize("wrong", [{"size": 10, "heads": 4}, {"length": 1}, {"layers": 0}, {"vocabulary": -1}])
 def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="hint"):
-        WordsConfig(**wrong)
+        LearnedTextConfig(**wrong)
 
 
 # --- every script ----------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ UNSPACED = {
 
 @given(st.sampled_from(sorted(UNSPACED)).flatmap(lambda script: st.text(UNSPACED[script], min_size=1, max_size=20)))
 def test_a_new_order_of_known_letters_is_read_without_bytes(text: str) -> None:
-    words = Words.fitted(["".join(UNSPACED.values())], most=100)
+    words = WordTokenizer.fitted(["".join(UNSPACED.values())], most=100)
     numbers = words.encode(text, length=30)
     assert sum(number >= FIRST_WORD for number in numbers) == len(text)
     assert words.count(text) == len(text) + 1
@@ -126,13 +126,13 @@ def test_a_new_order_of_known_letters_is_read_without_bytes(text: str) -> None:
 @given(st.text(max_size=60))
 def test_composed_and_decomposed_texts_have_the_same_numbers(text: str) -> None:
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
-    words = Words.fitted(forms[:1], most=100)
+    words = WordTokenizer.fitted(forms[:1], most=100)
     assert words.encode(forms[0], length=80) == words.encode(forms[1], length=80)
 
 
 @given(st.text(max_size=60))
 def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
-    words = Words.fitted([text], most=1000)
+    words = WordTokenizer.fitted([text], most=1000)
     found = [number for number in words.encode(text, length=1000) if number not in (PAD, START, NOTHING)]
     assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.splitting.pieces(text)
 
@@ -184,7 +184,7 @@ NUMBERS = {
 
 
 def test_runs_made_before_read_as_they_did() -> None:
-    words = Words.fitted(THEN, most=20, splitting=ByRuns())
+    words = WordTokenizer.fitted(THEN, most=20, splitting=ByRuns())
     assert words.vocabulary == VOCABULARY
     assert {text: words.encode(text, length=14) for text in NUMBERS} == NUMBERS
 
@@ -202,7 +202,7 @@ def test_a_spelled_word_is_its_bytes_where_the_text_still_fits() -> None:
 
 def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
     """Even draws: the fraction is exact."""
-    config = WordsConfig(size=16, heads=2, length=30, dropout=0.2, spelled=0.05)
+    config = LearnedTextConfig(size=16, heads=2, length=30, dropout=0.2, spelled=0.05)
     joint = CompositeConditioner({"text": config.build(WORDS.vocabulary, None)})
     (part,) = joint._parts
     draws = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
@@ -223,14 +223,14 @@ def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
 
 
 def test_without_spelled_words_training_is_told_the_captions_as_they_are() -> None:
-    part = WordsConfig(size=16, heads=2, spelled=0.0).build(WORDS.vocabulary, None)
+    part = LearnedTextConfig(size=16, heads=2, spelled=0.0).build(WORDS.vocabulary, None)
     context = {"text": ["a red cat"]}
     assert part.varied(context, torch.tensor([0.5])) is context
     assert not part.learns_letters
 
 
 def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
-    part = WordsConfig(size=16, heads=2, vocabulary=2).build(WORDS.vocabulary, None)
+    part = LearnedTextConfig(size=16, heads=2, vocabulary=2).build(WORDS.vocabulary, None)
     assert part.unknown("A red Guitar; and a guitar: 猫狗!") == ["guitar", "and", "猫", "狗"]
     assert part.unknown("a dog asleep") == []  # beyond the vocabulary, and yet in captions
     assert part.learns_letters
@@ -239,7 +239,7 @@ def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
 @settings(max_examples=30)
 @given(st.text(max_size=40), st.integers(2, 12))
 def test_a_text_is_cut_exactly_if_a_longer_reading_says_more(text: str, length: int) -> None:
-    part = WordsConfig(size=2, heads=1, length=length).build(WORDS.vocabulary, None)
+    part = LearnedTextConfig(size=2, heads=1, length=length).build(WORDS.vocabulary, None)
     whole = [number for number in WORDS.encode(text, length=1000) if number != PAD]
     assert part.cuts(text) == (len(whole) > length)
     assert list(part.seen(text)) == WORDS.encode(text, length=length)
@@ -249,4 +249,4 @@ def test_a_text_is_cut_exactly_if_a_longer_reading_says_more(text: str, length: 
 @pytest.mark.parametrize("spelled", [-0.1, 1.5, float("nan")])
 def test_an_impossible_fraction_is_refused(spelled: float) -> None:
     with pytest.raises(ConfigError, match=r"conditioner\.text\.spelled"):
-        WordsConfig(spelled=spelled)
+        LearnedTextConfig(spelled=spelled)

@@ -62,7 +62,7 @@ def test_the_walk_reaches_what_it_should() -> None:
     assert {
         "DDIM.eta",
         "Churn.gamma",
-        "AdamWConfig.final",
+        "AdamWConfig.final_fraction",
         "SamplingConfig.interval",
         "Tabulated.alphas",
         "Budget.minutes",
@@ -98,8 +98,10 @@ def test_a_number_made_in_python_is_checked_with_its_run(case: str) -> None:
 def test_the_key_of_a_refused_number_is_the_whole_path() -> None:
     with pytest.raises(ConfigError, match=r"`sampling\.sampler\.eta` = 1\.5: input should be less than or equal to 1"):
         resolve("digits", ["sampling.sampler={kind: ddim, eta: 1.5}"])
-    with pytest.raises(ConfigError, match=r"^autoencoder\.posthoc: widths"):  # the class itself knows itself as `posthoc`
-        resolve("digits", ["autoencoder.kind=trained", "autoencoder.posthoc.widths=[0.1, 0.1]"])
+    with pytest.raises(
+        ConfigError, match=r"^autoencoder\.post_hoc_ema: widths"
+    ):  # the class itself knows itself as `post_hoc_ema`
+        resolve("digits", ["autoencoder.kind=trained", "autoencoder.post_hoc_ema.widths=[0.1, 0.1]"])
 
 
 @pytest.mark.parametrize("make", [lambda: DDIM(eta=1.5), lambda: DPMSolverPP2M(eta=math.nan), lambda: Churn(gamma=-1.0)])

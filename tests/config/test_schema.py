@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import config
-from sfumato.conditioners import WordsConfig
+from sfumato.conditioners import LearnedTextConfig
 from sfumato.config.schema import config_fields, is_tagged, members
 from sfumato.errors import ConfigError, SfumatoError
 from sfumato.recipes import RECIPES, Run, recipe, resolve
 
 NEEDED = {
-    **{kind: {"path": "pictures"} for kind in ("Folder", "HuggingFace", "Npz", "Parquet", "WebDataset", "Zip")},
+    **{kind: {"path": "images"} for kind in ("Folder", "HuggingFace", "Npz", "Parquet", "WebDataset", "Zip")},
     "PretrainedAutoencoder": {"path": "somewhere"},
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
@@ -190,8 +190,8 @@ def test_without_a_kind_it_is_the_defaults() -> None:
     assert config.parse(Box, {"size": 1, "either": {"volume": 2}}).either == Loud(
         2
     )  # the first, where there is none by default
-    assert resolve("digits", ["conditioner.text.length=48"]).conditioner.text == WordsConfig(length=48)
-    assert resolve("digits", ["conditioner.text={}"]).conditioner.text == WordsConfig()
+    assert resolve("digits", ["conditioner.text.length=48"]).conditioner.text == LearnedTextConfig(length=48)
+    assert resolve("digits", ["conditioner.text={}"]).conditioner.text == LearnedTextConfig()
     old = config.plain(resolve("digits"))
     del old["network"]["kind"]
     assert config.parse(Run, old) == resolve("digits")

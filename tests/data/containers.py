@@ -24,7 +24,7 @@ class Sample:
     values: np.ndarray
 
     @property
-    def picture(self) -> bytes:
+    def image(self) -> bytes:
         return encoded(self.values)
 
 
@@ -51,13 +51,13 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def pictures(*, flat: bool = False) -> dict[str, bytes]:
-    """The pictures by name; flat, the folders' slash is a dash."""
-    return {s.name.replace("/", "-") if flat else s.name: s.picture for s in SAMPLES}
+def images(*, flat: bool = False) -> dict[str, bytes]:
+    """The images by name; flat, the folders' slash is a dash."""
+    return {s.name.replace("/", "-") if flat else s.name: s.image for s in SAMPLES}
 
 
 def sidecars(kind: str) -> dict[str, bytes]:
-    """What lies beside the pictures: two captions are a .txt and a .caption."""
+    """What lies beside the images: two captions are a .txt and a .caption."""
     found = {}
     for s in SAMPLES:
         stem = s.name.removesuffix(".png")
@@ -95,7 +95,7 @@ def table(path: Path, *, struct: bool = True) -> Path:
     """A parquet file as Hugging Face's, with ClassLabel; or one with plain bytes."""
     names = sorted(set(CATEGORIES))
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-    column = [{"bytes": s.picture, "path": s.name} if struct else s.picture for s in SAMPLES]
+    column = [{"bytes": s.image, "path": s.name} if struct else s.image for s in SAMPLES]
     labels = [names.index(s.category) for s in SAMPLES]
     found = pa.table({"image": column, "text": [list(s.captions) for s in SAMPLES], "label": labels})
     pq.write_table(
@@ -114,7 +114,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def webdataset(path: Path) -> Path:
-    return tar(path, dict(sorted((pictures() | sidecars("json")).items())))
+    return tar(path, dict(sorted((images() | sidecars("json")).items())))
 
 
 def zipped(path: Path, files: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> Path:
@@ -126,7 +126,7 @@ def zipped(path: Path, files: dict[str, bytes], kind: int = zipfile.ZIP_STORED) 
 
 def edm_zip(path: Path) -> Path:
     labels = json.dumps({"labels": [[s.name, s.category] for s in SAMPLES]}).encode()
-    return zipped(path, {"dataset.json": labels} | pictures())
+    return zipped(path, {"dataset.json": labels} | images())
 
 
 def npz(path: Path, *, compressed: bool = False) -> Path:
@@ -144,7 +144,7 @@ def saved(path: Path) -> Path:
         image=datasets.Image(), captions=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=names)
     )
     columns = {
-        "image": [{"bytes": s.picture, "path": None} for s in SAMPLES],
+        "image": [{"bytes": s.image, "path": None} for s in SAMPLES],
         "captions": [list(s.captions) for s in SAMPLES],
         "label": [names.index(s.category) for s in SAMPLES],
     }

@@ -1,4 +1,4 @@
-"""Pictures as bytes: ordinary ones by Pillow, odd ones chunk by chunk."""
+"""Images as bytes: ordinary ones by Pillow, odd ones chunk by chunk."""
 
 import io
 import struct
@@ -9,21 +9,21 @@ from PIL import Image
 
 
 def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
-    """An RGB picture without any symmetry."""
+    """An RGB image without any symmetry."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """An RGB picture that JPEG keeps nearly as it is."""
+    """An RGB image that JPEG keeps nearly as it is."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = [np.sin(5 * x + 2 * y), np.cos(4 * y - x), np.sin(7 * x * y)]
     return (127.5 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
-def encoded(picture: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    """Bytes of a picture in one of Pillow's formats."""
+def encoded(photo: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    """Bytes of an image in one of Pillow's formats."""
     buffer = io.BytesIO()
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 

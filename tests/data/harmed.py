@@ -1,4 +1,4 @@
-"""What becomes of bytes that may or may not be a picture."""
+"""What becomes of bytes that may or may not be an image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode
 
 
 def pixels_or_reason(data: bytes, form: PixelFormat) -> Decoded | str:
-    """The picture, decoded as when a set is indexed, or why it is refused; any other error is a failure."""
+    """The image, decoded as when a set is indexed, or why it is refused; any other error is a failure."""
     try:
         return decode(data, form, identify=True)
     except RejectedImage as rejected:

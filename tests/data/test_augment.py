@@ -1,4 +1,4 @@
-"""Changes to pictures are functions of the sample's number, do what they say to the pixel, and are told to the network truly."""
+"""Changes to images are functions of the sample's number, do what they say to the pixel, and are told to the network truly."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from sfumato.data.augment import augment as augment_by
 from sfumato.errors import ConfigError
 
 EVERYTHING = AugmentConfig(
-    flip="both", rotation_degrees=30, crop=0.3, brightness=0.2, contrast=0.2, saturation=0.4, hue_degrees=40, non_leaking=0.5
+    flip="both", rotation_degrees=30, crop=0.3, brightness=0.2, contrast=0.2, saturation=0.4, hue_degrees=40, karras=0.5
 )
 
 
@@ -82,7 +82,7 @@ def once(config: AugmentConfig, images: torch.Tensor, first: int = 0, seed: int 
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_off_is_the_same_pictures(channels: int) -> None:
+def test_off_is_the_same_images(channels: int) -> None:
     images = noise(5, channels, 6, 9)
     before = images.clone()
     changed, labels, _ = augment(AugmentConfig(), images, seed=3, first=10)
@@ -93,7 +93,7 @@ def test_off_is_the_same_pictures(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_everything_on_keeps_shape_type_range_and_the_pictures_given(channels: int) -> None:
+def test_everything_on_keeps_shape_type_range_and_the_images_given(channels: int) -> None:
     images = noise(6, channels, 12, 8)
     before = images.clone()
     changed, labels, _ = augment(EVERYTHING, images, seed=0, first=0)
@@ -106,9 +106,7 @@ def test_everything_on_keeps_shape_type_range_and_the_pictures_given(channels: i
     assert (changed != before).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize(
-    "config", [EVERYTHING, AugmentConfig(flip="both", quarter_turns="all"), AugmentConfig(non_leaking=0.9)]
-)
+@pytest.mark.parametrize("config", [EVERYTHING, AugmentConfig(flip="both", quarter_turns="all"), AugmentConfig(karras=0.9)])
 def test_a_sample_is_changed_alike_wherever_it_stands(config: AugmentConfig) -> None:
     images = noise(24, 3, 10, 10)
     whole, labels, _ = augment(config, images, seed=5, first=100)
@@ -167,7 +165,7 @@ def test_flips_and_turns_are_independent_of_one_another() -> None:
     assert max(counts) < 1.3 * 1000
 
 
-def test_quarter_turns_of_pictures_that_are_not_square_are_refused() -> None:
+def test_quarter_turns_of_images_that_are_not_square_are_refused() -> None:
     with pytest.raises(ConfigError, match="quarter turns"):
         once(AugmentConfig(quarter_turns="all"), noise(2, 1, 4, 6))
 
@@ -176,13 +174,13 @@ def test_quarter_turns_of_pictures_that_are_not_square_are_refused() -> None:
 
 
 def waves(height: int, width: int) -> torch.Tensor:
-    """A smooth picture without symmetry, (1, 1, H, W)."""
+    """A smooth image without symmetry, (1, 1, H, W)."""
     x, y = grid(height, width)
     return (0.5 * torch.sin(0.21 * x + 0.13 * y + 0.4) + 0.3 * torch.cos(0.17 * y - 0.09 * x))[None, None]
 
 
 def rotated(image: torch.Tensor, angle: float) -> np.ndarray:
-    """By scipy, with cubic splines: the value at p is the picture's at R p, R turning by `angle` from x to y."""
+    """By scipy, with cubic splines: the value at p is the image's at R p, R turning by `angle` from x to y."""
     plane = image.squeeze().double().numpy()
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos, sin], [-sin, cos]])  # of (y, x)
@@ -223,7 +221,7 @@ def test_angles_cover_the_range_evenly() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 48)])
-def test_circles_stay_circles_when_pictures_that_are_not_square_turn(drawing: Callable, height: int, width: int) -> None:
+def test_circles_stay_circles_when_images_that_are_not_square_turn(drawing: Callable, height: int, width: int) -> None:
     x, y = grid(height, width)
     for angle in (0.65, 0.8, 0.97):
         drawing(TURN=angle)
@@ -242,7 +240,7 @@ def test_circles_stay_circles_when_pictures_that_are_not_square_turn(drawing: Ca
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (80, 48)])
 @pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.0, 0.5), (1.0, 1.0), (0.25, 0.9)])
 def test_a_crop_shows_the_part_that_was_drawn(drawing: Callable, height: int, width: int, x: float, y: float) -> None:
-    """What is kept is enlarged to the whole; at the ends of the draw it touches the picture's rim, on every side."""
+    """What is kept is enlarged to the whole; at the ends of the draw it touches the image's rim, on every side."""
     image = waves(height, width)
     drawing(CROP=0.8, CROP_X=x, CROP_Y=y)
     found = once(AugmentConfig(crop=0.5), image).squeeze().numpy()
@@ -264,7 +262,7 @@ def test_a_crop_keeps_what_lies_in_the_middle() -> None:
         assert seen.flatten(1).max(1).values.min() > 0.6
 
 
-def test_crops_spread_over_the_picture() -> None:
+def test_crops_spread_over_the_image() -> None:
     dot = blob(40, 40, radius=2)
     places = np.array([centre(image) for image in once(AugmentConfig(crop=0.4), dot.repeat(800, 1, 1, 1))])
     assert np.abs(places.mean(0)).max() < 0.5
@@ -282,7 +280,7 @@ def constant(*values: float) -> torch.Tensor:
 
 
 def shown(config: AugmentConfig, *values: float) -> np.ndarray:
-    """The one colour that a picture of one colour becomes."""
+    """The one colour that an image of one colour becomes."""
     found = once(config, constant(*values))[0]
     assert (found == found[:, :1, :1]).all()
     return found[:, 0, 0].double().numpy()
@@ -363,7 +361,7 @@ def test_alpha_is_no_colour(channels: int) -> None:
 def test_alpha_moves_with_the_colours(channels: int) -> None:
     plane = noise(8, 1, 9, 9)
     images = plane.repeat(1, channels, 1, 1)
-    changed = once(AugmentConfig(flip="both", rotation_degrees=30, crop=0.3, non_leaking=0.5), images)
+    changed = once(AugmentConfig(flip="both", rotation_degrees=30, crop=0.3, karras=0.5), images)
     assert (changed - changed[:, :1]).abs().max() < 1e-6
 
 
@@ -435,8 +433,8 @@ def test_how_often_each_change_is_made() -> None:
     assert np.abs(np.corrcoef(made) - np.eye(6)).max() < 0.03
 
 
-def test_labels_and_pictures_agree_in_a_batch() -> None:
-    config = AugmentConfig(non_leaking=0.12)
+def test_labels_and_images_agree_in_a_batch() -> None:
+    config = AugmentConfig(karras=0.12)
     images = noise(1, 1, 16, 16).repeat(600, 1, 1, 1)
     changed, labels, _ = augment(config, images, seed=0, first=0)
     assert config.labels == LABELS
@@ -478,7 +476,7 @@ def test_a_zoom_label_enlarges(zoom: float) -> None:
 @pytest.mark.parametrize("draw", [0.6, 0.25, 0.93])
 @pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
 def test_a_turn_label_is_the_angle_of_the_turn(draw: float, shape: tuple[int, int]) -> None:
-    """As in the published code: the picture turns by -angle in coordinates whose y points down, anticlockwise to the eye."""
+    """As in the published code: the image turns by -angle in coordinates whose y points down, anticlockwise to the eye."""
     found, labels = moved(blob(*shape, x=12), drawn("turn", angle=draw))
     angle = (2 * draw - 1) * math.pi
     assert labels == pytest.approx([0, 0, 0, math.cos(angle) - 1, math.sin(angle), 0, 0, 0, 0], abs=1e-9)
@@ -521,7 +519,7 @@ def test_published_draws_are_the_last_thirteen(drawing: Callable) -> None:
     """The order of changes: whole pixels, then the turn and crop, then the pipeline that the labels speak of."""
     drawing(FLIP=0.0, LEAK=0.0)  # a learned flip, and one that is told
     image = noise(1, 1, 8, 8)
-    changed, labels, _ = augment(AugmentConfig(flip="horizontal", non_leaking=0.12), image, seed=0, first=0)
+    changed, labels, _ = augment(AugmentConfig(flip="horizontal", karras=0.12), image, seed=0, first=0)
     assert (changed - image).abs().max() < 1e-4
     assert labels[0].tolist() == [1.0] + [0.0] * 8
 
@@ -548,12 +546,12 @@ def test_what_lies_outside_is_the_mirrored_inside() -> None:
         AugmentConfig(flip="both"),
         AugmentConfig(rotation_degrees=60),
         AugmentConfig(crop=0.3),
-        AugmentConfig(non_leaking=0.6),
+        AugmentConfig(karras=0.6),
         AugmentConfig(flip="both", rotation_degrees=30, crop=0.2),
     ],
 )
-def test_what_lies_over_a_picture_moves_with_it(config: AugmentConfig) -> None:
-    """Points go where the spot goes that is painted at them; maps are changed as pictures are."""
+def test_what_lies_over_a_image_moves_with_it(config: AugmentConfig) -> None:
+    """Points go where the spot goes that is painted at them; maps are changed as images are."""
     height, width, count = 40, 56, 60
     places = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
     y, x = torch.meshgrid(

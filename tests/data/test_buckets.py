@@ -1,4 +1,4 @@
-"""Tall and wide pictures keep about their shape: the shapes are fair, pictures go to the nearest, and training sees each of them once."""
+"""Tall and wide images keep about their shape: the shapes are fair, images go to the nearest, and training sees each of them once."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from PIL import Image
 from sfumato import recipes, runs
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index
+from sfumato.data import AugmentConfig, BatchPlan, BucketConfig, DataConfig, Dataset, Folder, batches, index
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import SamplingConfig
@@ -105,12 +105,12 @@ def test_a_step_that_fits_no_shape_is_refused_with_the_way_out() -> None:
         DataConfig(buckets=BucketConfig(), augment=AugmentConfig(quarter_turns="all"))
 
 
-# --- which picture goes where ------------------------------------------------------------------------------------------------
+# --- which image goes where ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(3, 60), height=st.integers(3, 60), count=st.sampled_from([1, 3, 5, 9]))
-def test_each_picture_takes_the_shape_of_the_nearest_ratio(width: int, height: int, count: int) -> None:
+def test_each_image_takes_the_shape_of_the_nearest_ratio(width: int, height: int, count: int) -> None:
     shapes = BucketConfig(count=count, step=4, max_ratio=3).shapes(16)
     form = PixelFormat(shapes=shapes, channels=1)
     found = decode(encoded(Image.new("L", (width, height), 9)), form)
@@ -120,7 +120,7 @@ def test_each_picture_takes_the_shape_of_the_nearest_ratio(width: int, height: i
 
 
 def fill(root: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Pictures of these (width, height), every second one of another category."""
+    """Images of these (width, height), every second one of another category."""
     for number, (width, height) in enumerate(sizes):
         path = root / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def fill(root: Path, sizes: list[tuple[int, int]]) -> Path:
 
 def test_the_share_that_cropping_costs(tmp_path: Path) -> None:
     sizes = [(16, 16), (32, 16), (16, 32), (64, 16), (20, 16), (48, 48)]
-    root = str(fill(tmp_path / "pictures", sizes))
+    root = str(fill(tmp_path / "images", sizes))
     squares = index(DataConfig(source=Folder(root), resolution=16))
     assert squares.crop_loss == pytest.approx(np.mean([0, 1 / 2, 1 / 2, 3 / 4, 1 / 5, 0]))
     buckets = BucketConfig(count=5, step=4, max_ratio=2)
@@ -146,7 +146,7 @@ def test_the_share_that_cropping_costs(tmp_path: Path) -> None:
     assert sum(shaped.summary()["shapes"].values()) == len(sizes)
 
 
-def test_turned_pictures_count_by_how_they_are_seen(tmp_path: Path) -> None:
+def test_turned_images_count_by_how_they_are_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.jpg").write_bytes(encoded(noise(16, 32), "JPEG", exif=exif))
@@ -163,8 +163,8 @@ SIZES = [(16, 16)] * 12 + [(24, 12)] * 9 + [(12, 24)] * 7 + [(20, 16)] * 6
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return fill(tmp_path / "pictures", SIZES)
+def photos(tmp_path: Path) -> Path:
+    return fill(tmp_path / "images", SIZES)
 
 
 def mixed(root: Path, **changes) -> DataConfig:
@@ -183,11 +183,9 @@ def opened(root: Path, keeping: str = "cached", **changes) -> Dataset:
 
 
 @pytest.mark.parametrize(("batch_size", "keeping"), [(4, "cached"), (7, "read"), (64, "in memory")])
-def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(
-    pictures: Path, batch_size: int, keeping: str
-) -> None:
-    dataset = opened(pictures, keeping)
-    plan = Plan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
+def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(photos: Path, batch_size: int, keeping: str) -> None:
+    dataset = opened(photos, keeping)
+    plan = BatchPlan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
     shapes = dataset.config.pixel_format().shapes
     seen: list[bytes] = []
     number = 0
@@ -213,11 +211,11 @@ def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(
         assert set(counts.values()) == {1}
 
 
-def test_kept_and_read_pictures_are_the_same(pictures: Path) -> None:
+def test_kept_and_read_images_are_the_same(photos: Path) -> None:
     found = {}
     for keeping in KEEPING:
-        dataset = opened(pictures, keeping, augment=AugmentConfig(flip="horizontal", rotation_degrees=10, non_leaking=0.3))
-        plan = Plan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=6)
+        dataset = opened(photos, keeping, augment=AugmentConfig(flip="horizontal", rotation_degrees=10, karras=0.3))
+        plan = BatchPlan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=6)
         found[keeping] = [
             (part.first, part.images.numpy().tobytes(), part.context["augmentation"].numpy().tobytes())
             for batch in islice(batches(dataset, plan, start=2), 4)
@@ -226,17 +224,17 @@ def test_kept_and_read_pictures_are_the_same(pictures: Path) -> None:
     assert found["cached"] == found["in memory"] == found["read"]
 
 
-def test_the_usual_shape_is_the_most_frequent_one(pictures: Path) -> None:
-    dataset = opened(pictures)
+def test_the_usual_shape_is_the_most_frequent_one(photos: Path) -> None:
+    dataset = opened(photos)
     number = int(np.bincount(dataset.shapes).argmax())
     assert dataset.image_shape == (3, *dataset.config.pixel_format().shapes[number])
     assert (dataset.shapes[dataset.usual(dataset.training)] == number).all()
 
 
-def test_training_validation_and_previews_of_several_shapes(pictures: Path, tmp_path: Path) -> None:
+def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_path: Path) -> None:
     run = recipes.Run(
         name="mixed",
-        data=mixed(pictures, augment=AugmentConfig(flip="horizontal", rotation_degrees=5, non_leaking=0.12)),
+        data=mixed(photos, augment=AugmentConfig(flip="horizontal", rotation_degrees=5, karras=0.12)),
         network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
         conditioner=ContextConfig(category=CategoryConfig(size=8)),
         optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
@@ -261,16 +259,16 @@ def test_training_validation_and_previews_of_several_shapes(pictures: Path, tmp_
     assert (path / "samples" / "real.png").is_file()
     assert (path / "samples" / "step-000000002" / "grid.png").is_file()
     images = runs.load(path).sample(2, category=["a", "b"], seed=0)
-    assert images.shape == (2, *opened(pictures).image_shape)
+    assert images.shape == (2, *opened(photos).image_shape)
 
 
-def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(pictures: Path, tmp_path: Path) -> None:
+def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(photos: Path, tmp_path: Path) -> None:
     """Micro-batches only split the work: one by one or all at once, the first loss is the same."""
     losses = []
     for micro in (3, None):
         run = recipes.Run(
             name="mixed",
-            data=mixed(pictures),
+            data=mixed(photos),
             network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
             optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
             batch_size=20,

@@ -28,7 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The pictures that were decoded, in order."""
+    """The images that were decoded, in order."""
     seen: list[bytes] = []
     decode = indexing.decode
 
@@ -40,13 +40,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return seen
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     return encoded(noise(SIDE, SIDE, seed=seed))
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    return put(tmp_path / "photos", {f"{i:02d}.png": picture(i) for i in range(12)})
+    return put(tmp_path / "photos", {f"{i:02d}.png": image(i) for i in range(12)})
 
 
 def opened(root: Path, **options) -> Dataset:
@@ -73,12 +73,12 @@ def test_what_is_kept_is_not_decoded_again(home: Path, photos: Path, decoded: li
     assert again.summary() == first.summary()
 
 
-def test_an_edited_picture_is_decoded_again_alone(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_an_edited_image_is_decoded_again_alone(home: Path, photos: Path, decoded: list[bytes]) -> None:
     opened(photos)
     decoded.clear()
-    (photos / "05.png").write_bytes(picture(99))
+    (photos / "05.png").write_bytes(image(99))
     assert right(opened(photos), [*range(5), 99, *range(6, 12)])
-    assert decoded == [picture(99)]
+    assert decoded == [image(99)]
 
 
 def test_an_edit_that_keeps_size_and_time_is_seen(home: Path, photos: Path, decoded: list[bytes]) -> None:
@@ -95,7 +95,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(home: Path, photos: Path, deco
     assert right(opened(photos), [*range(5), 98, *range(6, 12)])
 
 
-def test_new_names_and_deleted_pictures_need_no_decoding(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_new_names_and_deleted_images_need_no_decoding(home: Path, photos: Path, decoded: list[bytes]) -> None:
     opened(photos)
     decoded.clear()
     (photos / "00.png").rename(photos / "99.png")
@@ -104,7 +104,7 @@ def test_new_names_and_deleted_pictures_need_no_decoding(home: Path, photos: Pat
     assert decoded == []
 
 
-def test_a_picture_in_another_container_is_known(home: Path, photos: Path, decoded: list[bytes], tmp_path: Path) -> None:
+def test_a_image_in_another_container_is_known(home: Path, photos: Path, decoded: list[bytes], tmp_path: Path) -> None:
     from containers import zipped
 
     from sfumato.data import Zip
@@ -150,7 +150,7 @@ def cut(path: Path) -> None:
 
 
 def with_record(segment: Path, facts: object, places: dict) -> None:
-    """The first picture's record, once more and wrong."""
+    """The first image's record, once more and wrong."""
     path = segment / "records.jsonl"
     key = json.loads(path.read_text().partition("\n")[0])[0]
     path.write_text(path.read_text() + json.dumps([key, facts, places]) + "\n")
@@ -184,7 +184,7 @@ def test_a_damaged_segment_is_noticed_and_made_again(damage: str, home: Path, ph
     (segment,) = segments(home)
     DAMAGE[damage](segment)
     assert right(opened(photos))
-    assert sorted(decoded) == sorted(picture(i) for i in range(12))
+    assert sorted(decoded) == sorted(image(i) for i in range(12))
     decoded.clear()
     assert right(opened(photos))
     assert decoded == []
@@ -192,17 +192,17 @@ def test_a_damaged_segment_is_noticed_and_made_again(damage: str, home: Path, ph
 
 def test_damage_to_one_segment_leaves_the_others(home: Path, photos: Path, decoded: list[bytes]) -> None:
     opened(photos)
-    put(photos, {"12.png": picture(12)})
+    put(photos, {"12.png": image(12)})
     opened(photos)
     decoded.clear()
     cut(biggest(segments(home)[1]))
     assert right(opened(photos), range(13))
-    assert decoded == [picture(12)]
+    assert decoded == [image(12)]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"not numpy", b"\x80\x04."])
 def test_damaged_groups_of_duplicates_are_found_again(data: bytes, home: Path, photos: Path) -> None:
-    put(photos, {"copy.png": picture(3)})
+    put(photos, {"copy.png": image(3)})
     before = opened(photos)
     (kept,) = home.glob("clusters/*.npy")
     kept.write_bytes(data)
@@ -228,7 +228,7 @@ def test_two_processes_may_fill_the_cache_at_the_same_time(
     home: Path, photos: Path, decoded: list[bytes], tmp_path: Path
 ) -> None:
     ready = [str(tmp_path / "ready0"), str(tmp_path / "ready1")]
-    put(photos, {f"more{i}.png": picture(i) for i in range(100, 200)})
+    put(photos, {f"more{i}.png": image(i) for i in range(100, 200)})
     commands = [
         [sys.executable, "-c", PROGRAM, str(photos), *ready],
         [sys.executable, "-c", PROGRAM, str(photos), *ready[::-1]],
@@ -253,7 +253,7 @@ def test_an_interrupted_run_keeps_what_it_decoded(home: Path, photos: Path, deco
         index(DataConfig(source=Folder(str(photos)), resolution=SIDE), on_progress=stop)
     decoded.clear()
     assert right(opened(photos))
-    assert decoded == [picture(i) for i in range(7, 12)]
+    assert decoded == [image(i) for i in range(7, 12)]
     assert not list(home.glob("pixels/*/.tmp-*"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data import AugmentConfig, DataConfig, Dataset, Folder, changes, index
-from tests.training.tiny import pictures
+from tests.training.tiny import images
 
 
 def opened(folder: Path, **settings: Any) -> Dataset:
@@ -54,7 +54,7 @@ def moved(folder: Path) -> None:
     ],
 )
 def test_a_change_is_named(tmp_path: Path, change: Callable[[Path], None], said: list[str]) -> None:
-    folder = pictures(tmp_path / "set", count=20)
+    folder = images(tmp_path / "set", count=20)
     image(folder, 3).with_suffix(".txt").write_text("first")
     before = json.loads(json.dumps(opened(folder).summary()))
     change(folder)
@@ -72,14 +72,14 @@ def test_a_change_is_named(tmp_path: Path, change: Callable[[Path], None], said:
     ],
 )
 def test_a_changed_setting_is_told_from_changed_images(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    folder = pictures(tmp_path / "set", count=20)
+    folder = images(tmp_path / "set", count=20)
     before = json.loads(json.dumps(opened(folder).summary()))
     (found,) = changes.changes(before, opened(folder, **settings))
     assert found.startswith(said)
 
 
 def test_what_does_not_touch_the_contents_is_no_change(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "set", count=20)
+    folder = images(tmp_path / "set", count=20)
     before = json.loads(json.dumps(opened(folder).summary()))
     image(folder, 4).rename(image(folder, 4).with_name("008-a.png"))  # in the same place of the order
     after = opened(folder, augment=AugmentConfig(flip="horizontal"), cache="off")
@@ -87,11 +87,11 @@ def test_what_does_not_touch_the_contents_is_no_change(tmp_path: Path) -> None:
 
 
 def test_older_runs_recorded_nothing_to_compare(tmp_path: Path) -> None:
-    assert changes.changes({"fingerprint": "x"}, opened(pictures(tmp_path / "set", count=20))) == []
+    assert changes.changes({"fingerprint": "x"}, opened(images(tmp_path / "set", count=20))) == []
 
 
 def test_of_very_large_sets_single_files_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = pictures(tmp_path / "set", count=20)
+    folder = images(tmp_path / "set", count=20)
     monkeypatch.setattr(changes, "LISTED", 19)
     before = opened(folder).summary()
     assert "files" not in before

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from sfumato.data import DataConfig, Folder, index
-from sfumato.data.check import KINDS, Examination, Plan, examine, write
+from sfumato.data.check import KINDS, Examination, IntendedModel, examine, write
 from sfumato.data.check.inspect import vendi
 from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
@@ -25,7 +25,7 @@ RESOLUTION = 32
 
 
 def tiles(seed: int, *, width: int = 64, height: int = 64, low: int = 0, high: int = 256) -> Image.Image:
-    """A picture with sharp edges and colours, unlike that of any other seed."""
+    """An image with sharp edges and colours, unlike that of any other seed."""
     values = np.random.default_rng(seed).integers(low, high, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST)
 
@@ -51,7 +51,7 @@ def put(root: Path, name: str, data: bytes | Image.Image, caption: str | None = 
 
 
 def clean(root: Path, *, captions: bool = True, count: int = CLEAN) -> Path:
-    """Pictures in which nothing is to be found."""
+    """Images in which nothing is to be found."""
     for number in range(count):
         put(
             root,
@@ -63,7 +63,7 @@ def clean(root: Path, *, captions: bool = True, count: int = CLEAN) -> Path:
 
 
 def examined(root: Path, **plan) -> Examination:
-    return examine(Folder(str(root)).listing(), source=str(root), plan=Plan(**{"resolution": RESOLUTION, **plan}))
+    return examine(Folder(str(root)).listing(), source=str(root), plan=IntendedModel(**{"resolution": RESOLUTION, **plan}))
 
 
 def report(root: Path, out: Path) -> dict:
@@ -72,8 +72,8 @@ def report(root: Path, out: Path) -> dict:
     return json.loads((out / "data.json").read_text(encoding="utf-8"))
 
 
-# Name: (picture, the kinds that it is to be found as). A caption of its own goes with each.
-PICTURES: dict[str, tuple[bytes | Image.Image, set[str]]] = {
+# Name: (image, the kinds that it is to be found as). A caption of its own goes with each.
+IMAGES: dict[str, tuple[bytes | Image.Image, set[str]]] = {
     "empty.png": (b"", {"unreadable"}),
     "page.png": (b"<html>404 not found</html>", {"unreadable"}),
     "cut.jpg": (encoded(tiles(200), "JPEG")[:300], {"unreadable"}),
@@ -110,7 +110,7 @@ CAPTIONS: dict[str, tuple[str | None, set[str]]] = {
 
 def planted(root: Path) -> Path:
     clean(root)
-    for name, (data, _) in PICTURES.items():
+    for name, (data, _) in IMAGES.items():
         stem = name.partition("-")[0]
         caption = f"copies called {stem} alike" if stem in COPIES_OF_ONE_NAME else f"defect of its own {name}"
         put(root, name, data, caption)
@@ -122,10 +122,10 @@ def planted(root: Path) -> Path:
 
 def expected() -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name, (_, found) in {**PICTURES, **CAPTIONS}.items():
+    for name, (_, found) in {**IMAGES, **CAPTIONS}.items():
         for kind in found:
             kinds[kind].append(name)
-    kinds["caption_duplicate"] += [name for name in PICTURES if name.partition("-")[0] in COPIES_OF_ONE_NAME]
+    kinds["caption_duplicate"] += [name for name in IMAGES if name.partition("-")[0] in COPIES_OF_ONE_NAME]
     kinds["left_out"] = ["notes.docx"]
     return {kind: sorted(names) for kind, names in kinds.items()}
 
@@ -161,12 +161,12 @@ def test_every_kind_is_planted_somewhere() -> None:
 def test_the_counts_and_reasons_go_with_the_lists(written: Path) -> None:
     data = data_of(written)
     assert data["counts"] == {kind: len(names) for kind, names in data["issues"].items()}
-    assert data["images"] == CLEAN + len(PICTURES) + len(CAPTIONS)
+    assert data["images"] == CLEAN + len(IMAGES) + len(CAPTIONS)
     assert data["unreadable"] == len(data["reasons"]) - 1 == 3
     assert data["readable"] == data["images"] - 3
     assert data["copies"] == 3  # two more twins and one more near-duplicate
     assert data["reasons"]["empty.png"] == "empty file"
-    assert data["reasons"]["page.png"].startswith("not a picture in a known format")
+    assert data["reasons"]["page.png"].startswith("not an image in a known format")
     assert data["groups"]["duplicate"] == [["twin-1.png", "twin-2.png", "twin-3.bmp"]]
 
 
@@ -191,7 +191,7 @@ def test_without_any_caption_none_is_missing(tmp_path: Path) -> None:
     assert "captions" not in data
 
 
-def test_a_picture_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
+def test_a_image_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
     base = np.asarray(tiles(0).resize((8, 8), Image.Resampling.NEAREST))
     for number in range(80):
         generator = np.random.default_rng(number)
@@ -202,13 +202,13 @@ def test_a_picture_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
     assert examined(tmp_path / "set").files()["outlier"] == ["stranger.png"]
 
 
-def test_gray_pictures_are_odd_only_among_coloured_ones(tmp_path: Path) -> None:
+def test_gray_images_are_odd_only_among_coloured_ones(tmp_path: Path) -> None:
     for number in range(30):
         put(tmp_path / "set", f"{number}.png", tiles(number).convert("L"))
     assert "grayscale" not in examined(tmp_path / "set").issues
 
 
-def test_pictures_are_small_for_one_resolution_and_large_enough_for_another(tmp_path: Path) -> None:
+def test_images_are_small_for_one_resolution_and_large_enough_for_another(tmp_path: Path) -> None:
     root = clean(tmp_path / "set", count=5)
     assert "upscaled" not in examined(root, resolution=64).issues
     assert len(examined(root, resolution=65).issues["upscaled"]) == 5
@@ -217,7 +217,7 @@ def test_pictures_are_small_for_one_resolution_and_large_enough_for_another(tmp_
 def test_a_model_that_could_store_the_set_is_remarked_on(tmp_path: Path) -> None:
     root = clean(tmp_path / "set", count=5)
     values = 5 * RESOLUTION**2 * 3
-    assert examined(root, parameters=values).figures["model"]["values_in_pictures"] == values
+    assert examined(root, parameters=values).figures["model"]["values_in_images"] == values
     assert not any("could store" in remark for remark in examined(root, parameters=values).remarks)
     assert any("could store" in remark for remark in examined(root, parameters=values + 1).remarks)
 
@@ -342,7 +342,7 @@ def test_the_page_is_well_formed_and_shows_every_kind(written: Path) -> None:
     page = Page(page_of(written))
     assert not page.broken
     assert all(KINDS[kind].title in page.text for kind in data_of(written)["issues"])
-    assert all(name in page.text for name in PICTURES)
+    assert all(name in page.text for name in IMAGES)
 
 
 @pytest.mark.parametrize("make", [planted, hostile, clean])
@@ -356,8 +356,8 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, make) -> None:
         if "src" in attributes:
             assert tag == "img"
             assert attributes["src"].startswith("data:image/webp;base64,")
-    without_pictures = re.sub(r"data:image/webp;base64,[\w+/=]+", "", html)
-    assert not re.search(r"//\w|@import|url\(", without_pictures)
+    without_images = re.sub(r"data:image/webp;base64,[\w+/=]+", "", html)
+    assert not re.search(r"//\w|@import|url\(", without_images)
     policy = next(attributes["content"] for tag, attributes in page.elements if attributes.get("http-equiv"))
     assert "default-src 'none'" in policy
 
@@ -406,7 +406,7 @@ def test_the_vendi_score_is_that_of_its_definition(count: int, size: int) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 30])
-def test_equal_pictures_count_as_one_and_unrelated_ones_as_many(count: int) -> None:
+def test_equal_images_count_as_one_and_unrelated_ones_as_many(count: int) -> None:
     assert vendi(np.ones((count, 9))) == pytest.approx(1)
     assert vendi(np.eye(30)[:count]) == pytest.approx(count)
     assert vendi(np.repeat(np.eye(30)[:count], 3, axis=0)) == pytest.approx(count)
@@ -449,14 +449,14 @@ def test_the_effective_number_of_categories_is_exp_of_the_entropy(tmp_path: Path
 # --- next to nothing -----------------------------------------------------------------------------------------------------------
 
 
-def test_one_picture_is_reported_on(tmp_path: Path) -> None:
+def test_one_image_is_reported_on(tmp_path: Path) -> None:
     data = report(clean(tmp_path / "set", count=1), tmp_path / "out")
     assert (data["images"], data["readable"], data["distinct"], data["issues"]) == (1, 1, 1, {})
     assert data["vendi"]["overall"] == 1
     assert not Page(page_of(tmp_path / "out")).broken
 
 
-def test_two_equal_pictures_are_one(tmp_path: Path) -> None:
+def test_two_equal_images_are_one(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         put(tmp_path / "set", name, tiles(0))
     data = report(tmp_path / "set", tmp_path / "out")
@@ -468,16 +468,16 @@ def test_where_nothing_can_be_read_it_says_so_and_why(tmp_path: Path) -> None:
         put(tmp_path / "set", f"{number}.png", b"")
     data = report(tmp_path / "set", tmp_path / "out")
     assert data["issues"] == {"unreadable": ["0.png", "1.png", "2.png"]}
-    assert data["remarks"] == ["No picture can be read: there is nothing to learn from."]
+    assert data["remarks"] == ["No image can be read: there is nothing to learn from."]
     page = Page(page_of(tmp_path / "out"))
     assert not page.broken
     assert "empty file" in page.text
-    with pytest.raises(DataError, match=r"0 different readable pictures among 3 files \(0\.png: empty file"):
+    with pytest.raises(DataError, match=r"0 different readable images among 3 files \(0\.png: empty file"):
         index(DataConfig(source=Folder(str(tmp_path / "set"))))
 
 
-def test_a_folder_without_pictures_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no pictures") as caught:
+def test_a_folder_without_images_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no images") as caught:
         examined(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -496,7 +496,7 @@ def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     listing = framed(Folder(str(tmp_path / "set")).listing(), "first")
     chosen = choose_scale("auto", listing.entries)
     form = PixelFormat(shapes=((32, 32),), channels=1, bits=16, scale=chosen.scale)
-    found = examine(listing, source="set", plan=Plan(resolution=32, form=form, remarks=chosen.lines))
+    found = examine(listing, source="set", plan=IntendedModel(resolution=32, form=form, remarks=chosen.lines))
     assert found.figures["distinct"] == 30
     assert "low_information" not in found.issues
     assert found.rejects() == {}

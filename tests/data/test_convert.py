@@ -31,14 +31,14 @@ def opened(source: Source, **options) -> Dataset:
 
 
 def rich_folder(root: Path) -> Folder:
-    """Pictures with everything that may lie beside them, in all encodings."""
-    files = containers.pictures() | containers.sidecars("json")
+    """Images with everything that may lie beside them, in all encodings."""
+    files = containers.images() | containers.sidecars("json")
     files |= {
         "cat/photo.jpg": encoded(smooth(40, 30), "JPEG", quality=90),
         "cat/photo.json": json.dumps({"caption": "a photo", "holdout": "photos"}).encode(),
         "cat/photo.doodle.png": encoded(noise(SIDE, SIDE, seed=40)),
         "cat/photo.mask.png": encoded(noise(SIDE, SIDE, seed=41)),
-        "cat/photo.png": encoded(noise(SIDE, SIDE, seed=42)),  # two pictures of one stem
+        "cat/photo.png": encoded(noise(SIDE, SIDE, seed=42)),  # two images of one stem
         "dog/web.webp": encoded(noise(SIDE, SIDE, seed=43), "WEBP", lossless=True),
         "dog/bits.png": encoded(noise(SIDE, SIDE, seed=44)[..., 0] > 99),
         "dog/con.v2.png": encoded(noise(SIDE, SIDE, seed=45)),
@@ -163,7 +163,7 @@ def shards(listing: Listing, root: Path, kind: str) -> dict[str, str]:
 
 
 def large(count: int = 7) -> Listing:
-    """Pictures of 0.3 MiB each, three to a shard."""
+    """Images of 0.3 MiB each, three to a shard."""
     return Listing(entries=[Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i)))) for i in range(count)])
 
 
@@ -178,7 +178,7 @@ def test_a_folder_gets_shards_of_about_the_size_asked_for_the_same_each_time(kin
     assert [entry.image.read() for entry in source.listing().entries] == [entry.image.read() for entry in large().entries]
 
 
-def test_row_groups_are_small_enough_to_read_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_small_enough_to_read_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(Digits().listing(), tmp_path / "digits.parquet")
     metadata = pq.read_metadata(tmp_path / "digits.parquet")
     assert max(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)) == 100
@@ -218,7 +218,7 @@ def test_a_place_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path
 
 
 class Interrupting:
-    """A picture at which a person presses Ctrl-C, or the disk fails."""
+    """An image at which a person presses Ctrl-C, or the disk fails."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -250,8 +250,8 @@ convert(Folder(sys.argv[1]).listing(), Path(sys.argv[2]), to="webdataset", shard
 
 
 def test_a_killed_conversion_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
-    pictures = put(tmp_path / "in", {entry.name: entry.image.read() for entry in large().entries})
-    result = subprocess.run([sys.executable, "-c", KILLED, str(pictures), str(tmp_path / "out")])
+    images = put(tmp_path / "in", {entry.name: entry.image.read() for entry in large().entries})
+    result = subprocess.run([sys.executable, "-c", KILLED, str(images), str(tmp_path / "out")])
     assert result.returncode == 9
     assert any((tmp_path / "out").iterdir())
     with pytest.raises(DataError, match="holds no"):
@@ -305,7 +305,7 @@ def test_names_of_any_kind_survive_a_tar(name: str, tmp_path: Path) -> None:
     assert found.entries[3].captions == ("the same name",)
 
 
-def test_progress_is_told_for_every_picture(tmp_path: Path) -> None:
+def test_progress_is_told_for_every_image(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     convert(large(3), tmp_path / "a.tar", on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]

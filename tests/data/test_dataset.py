@@ -1,4 +1,4 @@
-"""An index vouches for its pictures: the split follows content, the fingerprint follows pixels, damage is replaced and reported."""
+"""An index vouches for its images: the split follows content, the fingerprint follows pixels, damage is replaced and reported."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from encoded import encoded, noise
 from sfumato.data import DataConfig, Dataset, Digits, Folder, index
 from sfumato.errors import ConfigError, DataError
 
-ON_USE = {"cache": "off", "memory_gib": 0.0}  # nothing is kept, pictures are decoded as they are used
+ON_USE = {"cache": "off", "memory_gib": 0.0}  # nothing is kept, images are decoded as they are used
 
 
 def fill(root: Path, count: int, *, first: int = 0, category: str = "") -> Path:
-    """`count` different pictures 0000.png, 0001.png, ..."""
+    """`count` different images 0000.png, 0001.png, ..."""
     (root / category).mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
         (root / category / f"{number:04d}.png").write_bytes(encoded(noise(4, 4, seed=number)))
@@ -55,7 +55,7 @@ def test_duplicates_never_straddle_the_split(tmp_path: Path) -> None:
     assert len(dataset.summary()["notes"]["duplicate"]) == 80
 
 
-def test_the_split_survives_new_names_and_new_pictures(tmp_path: Path) -> None:
+def test_the_split_survives_new_names_and_new_images(tmp_path: Path) -> None:
     dataset = opened(fill(tmp_path, 60), holdout=0.3)
     held = contents(dataset, dataset.holdout)
     for number, path in enumerate(sorted(tmp_path.iterdir(), reverse=True)):
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) -> None
     dataset = opened(tmp_path)
     reasons = {reject.name: reject.reason for reject in dataset.rejects}
     assert reasons["0001.png"] == "empty file"
-    assert reasons["0003.png"].startswith("not a picture in a known format")
+    assert reasons["0003.png"].startswith("not an image in a known format")
     assert reasons["cut.jpg"].startswith("damaged: ")
     assert "No such file" in reasons["gone.png"]
     assert [entry.name for entry in dataset.entries] == ["0000.png", "0002.png", "0004.png"]
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) -> None
     assert dataset.summary()["rejects"] == [{"file": name, "reason": reason} for name, reason in reasons.items()]
 
 
-def test_a_picture_beside_the_category_folders_is_left_out(tmp_path: Path) -> None:
+def test_a_image_beside_the_category_folders_is_left_out(tmp_path: Path) -> None:
     fill(tmp_path, 3, category="cat")
     fill(tmp_path, 3, first=10, category="dog")
     fill(tmp_path, 1, first=7)
@@ -107,11 +107,11 @@ def test_a_picture_beside_the_category_folders_is_left_out(tmp_path: Path) -> No
     ]
 
 
-def test_too_few_readable_pictures_are_an_error_with_the_reasons(tmp_path: Path) -> None:
+def test_too_few_readable_images_are_an_error_with_the_reasons(tmp_path: Path) -> None:
     fill(tmp_path, 1)
     (tmp_path / "same.png").write_bytes((tmp_path / "0000.png").read_bytes())
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 different readable pictures among 3 files \(x.png: empty file\)") as caught:
+    with pytest.raises(DataError, match=r"1 different readable images among 3 files \(x.png: empty file\)") as caught:
         opened(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -156,9 +156,9 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
         "gray": opened(tmp_path, channels=1).fingerprint,
         "background": opened(tmp_path, background=(0, 0, 0)).fingerprint,
     }
-    picture = noise(4, 4, seed=1)
-    picture[2, 3, 0] ^= 1
-    (tmp_path / "a" / "0001.png").write_bytes(encoded(picture))
+    image = noise(4, 4, seed=1)
+    image[2, 3, 0] ^= 1
+    (tmp_path / "a" / "0001.png").write_bytes(encoded(image))
     changed["pixel"] = opened(tmp_path).fingerprint
     (tmp_path / "a" / "0001.png").write_bytes(encoded(noise(4, 4, seed=1)))
     assert opened(tmp_path).fingerprint == before
@@ -172,7 +172,7 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
 
 
 @pytest.mark.parametrize("harm", ["deleted", "emptied", "cut"])
-def test_a_picture_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: Path, harm: str) -> None:
+def test_a_image_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: Path, harm: str) -> None:
     dataset = opened(fill(tmp_path, 20), **ON_USE)
     lost = int(dataset.training[3])
     path = tmp_path / dataset.entries[lost].name
@@ -225,7 +225,7 @@ def test_when_nothing_can_be_read_any_more_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_pictures_kept_in_the_cache_or_in_memory_need_no_source(tmp_path: Path, cache: str) -> None:
+def test_images_kept_in_the_cache_or_in_memory_need_no_source(tmp_path: Path, cache: str) -> None:
     dataset = opened(fill(tmp_path, 5), cache=cache)
     for path in tmp_path.iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""Every kind of picture that people have comes out as the pixels they see; every other file is refused with its reason."""
+"""Every kind of image that people have comes out as the pixels they see; every other file is refused with its reason."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def opened(data: bytes, form: PixelFormat = COLOUR) -> tuple[np.ndarray, list[st
 
 
 def only_colour(data: bytes, form: PixelFormat = COLOUR) -> list[int]:
-    """The one colour of a picture that has no other."""
+    """The one colour of an image that has no other."""
     pixels, _ = opened(data, form)
     assert (pixels == pixels[:, :1, :1]).all()
     return pixels[:, 0, 0].tolist()
@@ -44,10 +44,10 @@ def reason(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
-def test_lossless_pictures_of_the_right_size_are_kept_bit_for_bit(kind: str) -> None:
-    picture = noise(SIDE, SIDE)
-    pixels, notes = opened(encoded(picture, kind), COLOUR)
-    assert (pixels == picture.transpose(2, 0, 1)).all()
+def test_lossless_images_of_the_right_size_are_kept_bit_for_bit(kind: str) -> None:
+    image = noise(SIDE, SIDE)
+    pixels, notes = opened(encoded(image, kind), COLOUR)
+    assert (pixels == image.transpose(2, 0, 1)).all()
     assert pixels.dtype == np.uint8
     assert notes == []
 
@@ -166,7 +166,7 @@ def test_of_an_animation_the_first_frame_is_used(kind: str) -> None:
     assert np.abs(pixels.astype(int) - 40).max() <= 3
 
 
-def test_small_pictures_are_enlarged_and_noted() -> None:
+def test_small_images_are_enlarged_and_noted() -> None:
     pixels, notes = opened(encoded(Image.new("RGB", (SIDE - 1, SIDE), (7, 8, 9))), COLOUR)
     assert pixels.shape == (3, SIDE, SIDE)
     assert notes == ["upscaled"]
@@ -174,7 +174,7 @@ def test_small_pictures_are_enlarged_and_noted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_a_truncated_picture_is_refused_wherever_it_was_cut(kind: str) -> None:
+def test_a_truncated_image_is_refused_wherever_it_was_cut(kind: str) -> None:
     whole = encoded(noise(40, 60), kind)
     decode(whole, COLOUR)
     for cut in [*range(40), *range(40, int(0.99 * len(whole)), 101)]:
@@ -196,8 +196,8 @@ def test_an_empty_file_says_so() -> None:
     "text",
     [b"hello", b"<!DOCTYPE html><html><body>404</body></html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 4096],
 )
-def test_text_and_zeros_are_no_pictures(text: bytes) -> None:
-    assert reason(text) == "not a picture in a known format (JPEG, PNG, WEBP, BMP, GIF, TIFF)"
+def test_text_and_zeros_are_no_images(text: bytes) -> None:
+    assert reason(text) == "not an image in a known format (JPEG, PNG, WEBP, BMP, GIF, TIFF)"
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "PCX", "ICO", "PDF", "SGI", "JPEG2000", "DDS"])
@@ -207,7 +207,7 @@ def test_parsers_that_are_not_listed_never_see_the_bytes(kind: str, monkeypatch:
         Image.open(io.BytesIO(data)).close()
     for other in set(Image.OPEN) - set(decoding.FORMATS):
         monkeypatch.setitem(Image.OPEN, other, (lambda *_: pytest.fail("was asked to open"), None))
-    assert reason(data).startswith("not a picture in a known format")
+    assert reason(data).startswith("not an image in a known format")
 
 
 @pytest.mark.parametrize(

@@ -49,5 +49,5 @@ def test_a_signature_and_rubbish_is_a_reason(start: bytes, rest: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_unharmed_files_are_pictures(kind: str) -> None:
+def test_the_unharmed_files_are_images(kind: str) -> None:
     assert assert_pixels_or_a_reason(FILES[kind], FORM)

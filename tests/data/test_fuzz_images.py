@@ -38,7 +38,7 @@ def corpus() -> dict[str, bytes]:
     """Small whole files, by kind and what is special about them."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    exif[0x010E] = "a picture"
+    exif[0x010E] = "an image"
     from PIL import ImageCms
 
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"sRGB", b"eRGB")
@@ -169,14 +169,14 @@ FILES = corpus()
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_corpus_is_of_pictures(kind: str) -> None:
+def test_the_corpus_is_of_images(kind: str) -> None:
     bands = look(FILES[kind]).bands
     assert assert_pixels_or_a_reason(FILES[kind], FORMS[3 if bands == 5 else 0])
 
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.filterwarnings("ignore")
-def test_a_few_harmed_files_are_pictures_or_a_reason(kind: str) -> None:
+def test_a_few_harmed_files_are_images_or_a_reason(kind: str) -> None:
     read = 0
     for number in range(40):
         generator = np.random.Generator(np.random.Philox(key=number))
@@ -188,7 +188,7 @@ def test_a_few_harmed_files_are_pictures_or_a_reason(kind: str) -> None:
 @settings(max_examples=120, deadline=None)
 @given(kind=st.sampled_from(sorted(FILES)), data=st.data())
 @pytest.mark.filterwarnings("ignore")
-def test_small_mutations_are_pictures_or_a_reason(kind: str, data: st.DataObject) -> None:
+def test_small_mutations_are_images_or_a_reason(kind: str, data: st.DataObject) -> None:
     harmed = bytearray(FILES[kind])
     places = st.one_of(st.integers(0, min(len(harmed), 150) - 1), st.integers(0, len(harmed) - 1))
     for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=6)):
@@ -233,7 +233,7 @@ def test_other_formats_are_refused_whatever_they_are_called(kind: str) -> None:
     else:
         image = Image.new("1" if kind == "XBM" else "RGB", (16, 16), 1)
         data = encoded(image, kind)
-    with pytest.raises(RejectedImage, match="not a picture in a known format"):
+    with pytest.raises(RejectedImage, match="not an image in a known format"):
         decode(data, FORMS[0])
 
 
@@ -408,7 +408,7 @@ def test_bombs_are_refused_at_the_price_of_their_bytes_and_long_animations_cost_
 
 
 @pytest.mark.slow
-def test_the_largest_honest_pictures_stay_below_two_gibibytes(tmp_path: Path) -> None:
+def test_the_largest_honest_images_stay_below_two_gibibytes(tmp_path: Path) -> None:
     side = 8900  # 79 million pixels
     band = b"\0" + b"\7" * (4 * side)
     rows = band * side
@@ -457,7 +457,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kinds", "count"), [("jpeg,png,webp", 10_000), ("gif,bmp,tiff,npy", 4_000)])
-def test_thousands_of_harmed_files_are_pictures_or_a_reason(kinds: str, count: int) -> None:
+def test_thousands_of_harmed_files_are_images_or_a_reason(kinds: str, count: int) -> None:
     found = outcome(FUZZ, kinds, str(count), "1", timeout=1200)
     print(f"{kinds}: {found}")  # noqa: T201
     assert not found["wrong"], "\n".join(found["wrong"][:20])
@@ -467,7 +467,7 @@ def test_thousands_of_harmed_files_are_pictures_or_a_reason(kinds: str, count: i
 
 @pytest.mark.slow
 def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
-    """Each empty scan is a hundred bytes long, and walks over all of a picture's blocks."""
+    """Each empty scan is a hundred bytes long, and walks over all of an image's blocks."""
     data = encoded(Image.new("L", (8900, 8900), 77), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda")) : -2]
     with pytest.raises(RejectedImage, match="more than 64 scans"):

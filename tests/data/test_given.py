@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.user_inputs import given_mask, given_picture
+from sfumato.data.user_inputs import load_user_image, load_user_mask
 
 SIDE = 8
 PAINTED = np.zeros((SIDE, SIDE), bool)
@@ -32,35 +32,35 @@ def test_what_is_painted_on_transparent_ground_is_the_mask(
 ) -> None:
     options = {"lossless": True, "exact": True} if ending == "webp" else {}
     rgba(colour, hidden).save(tmp_path / f"mask.{ending}", **options)
-    assert (given_mask(tmp_path / f"mask.{ending}", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (load_user_mask(tmp_path / f"mask.{ending}", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P"])
 def test_white_is_the_mask_where_nothing_is_transparent(mode: str, tmp_path: Path) -> None:
     Image.fromarray((255 * PAINTED).astype(np.uint8)).convert(mode).save(tmp_path / "mask.png")
-    assert (given_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
 
 
 def test_black_and_white_on_transparent_ground_lie_on_black(tmp_path: Path) -> None:
     pixels = np.asarray(rgba((255, 255, 255), (255, 255, 255))).copy()
     pixels[6] = (0, 0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    assert (given_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
 
 
 def test_reading_warns_of_nothing_and_gives_a_copy(tmp_path: Path) -> None:
     rgba((9, 9, 9), (9, 9, 9)).save(tmp_path / "mask.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given_mask(tmp_path / "mask.png", height=SIDE, width=SIDE).zero_()
-        given_picture(tmp_path / "mask.png", channels=3, height=SIDE, width=SIDE).zero_()
+        load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE).zero_()
+        load_user_image(tmp_path / "mask.png", channels=3, height=SIDE, width=SIDE).zero_()
 
 
 def test_an_image_is_premultiplied_and_deep_where_the_model_is(tmp_path: Path) -> None:
     rgba((200, 100, 50), (255, 0, 255)).save(tmp_path / "a.png")
-    found = given_picture(tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, alpha="premultiplied")
+    found = load_user_image(tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, alpha="premultiplied")
     assert torch.equal(found[:3, ~PAINTED], torch.zeros(3, int((~PAINTED).sum())))
     assert (found[:3, PAINTED].T * 255).round().unique(dim=0).tolist() == [[200, 100, 50]]
     Image.fromarray(np.full((SIDE, SIDE), 12_345, np.uint16)).save(tmp_path / "deep.png")
-    deep = given_picture(tmp_path / "deep.png", channels=1, height=SIDE, width=SIDE, bits=16)
+    deep = load_user_image(tmp_path / "deep.png", channels=1, height=SIDE, width=SIDE, bits=16)
     assert (deep * 65535).round().unique().tolist() == [12_345]

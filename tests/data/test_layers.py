@@ -1,4 +1,4 @@
-"""What lies beside pictures reaches a model as it is: in its place, NaN where it is missing, and moved along with the picture."""
+"""What lies beside images reaches a model as it is: in its place, NaN where it is missing, and moved along with the image."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import torch
 from containers import put, tar
 from encoded import encoded, noise
 
-from sfumato.data import AugmentConfig, BucketConfig, DataConfig, Dataset, Folder, Plan, batches, index, source_at
+from sfumato.data import AugmentConfig, BatchPlan, BucketConfig, DataConfig, Dataset, Folder, batches, index, source_at
 from sfumato.data import annotations as module
 from sfumato.data.convert import convert
 from sfumato.data.listing import MAX_ATTRIBUTES, described
@@ -38,7 +38,7 @@ def ply(points: np.ndarray) -> bytes:
 
 
 def files() -> dict[str, bytes]:
-    """Six pictures: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other dimensions, 5 and 6 nothing."""
+    """Six images: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other dimensions, 5 and 6 nothing."""
     found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(1, 7)}
     found |= {"1.doodle.png": encoded(DOODLE), "1.mask.png": encoded(MASK), "1.points.npy": npy(POINTS)}
     facts = {"captions": ["one", "uno", "eins"], "attributes": {"age": 7, "height": -1.5}, "tags": ["cat", " asleep "]}
@@ -68,7 +68,7 @@ ALL = np.arange(6)
 # --- values --------------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_are_no_pictures_of_their_own(dataset: Dataset) -> None:
+def test_layers_are_no_images_of_their_own(dataset: Dataset) -> None:
     assert [entry.name for entry in dataset.entries] == [f"{i}.png" for i in range(1, 7)]
     assert dataset.rejects == []
 
@@ -184,7 +184,7 @@ def test_what_is_kept_decoded_changes_nothing(root: Path, monkeypatch: pytest.Mo
 # --- shapes --------------------------------------------------------------------------------------------------------------------
 
 
-def test_layers_take_the_shape_and_the_crop_of_their_picture(tmp_path: Path) -> None:
+def test_layers_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> None:
     tall = np.zeros((4 * SIDE, 2 * SIDE), np.uint8)
     tall[: 2 * SIDE] = 255
     wide = np.ascontiguousarray(tall.T)
@@ -206,7 +206,7 @@ def test_layers_take_the_shape_and_the_crop_of_their_picture(tmp_path: Path) -> 
 
 
 def lying_over(root: Path, count: int = 12) -> Path:
-    """Pictures whose doodle and mask are their own first channel, with a point at each bright pixel and a caption."""
+    """Images whose doodle and mask are their own first channel, with a point at each bright pixel and a caption."""
     found = {}
     for i in range(count):
         pixels = noise(SIDE, SIDE, seed=i)
@@ -219,12 +219,12 @@ def lying_over(root: Path, count: int = 12) -> Path:
 
 
 def seen(dataset: Dataset, *, count: int = 3, batch_size: int = 5) -> list:
-    plan = Plan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
+    plan = BatchPlan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
     return [part for batch in islice(batches(dataset, plan, start=0), count) for part in batch.parts]
 
 
 def bright(images: torch.Tensor) -> list[set[tuple[int, int]]]:
-    """Of each picture, columns and rows of the pixels above 200."""
+    """Of each image, columns and rows of the pixels above 200."""
     found: list[set[tuple[int, int]]] = [set() for _ in images]
     for number, y, x in torch.nonzero((images[:, 0] + 1) * 127.5 > 200.5).tolist():
         found[number].add((x, y))
@@ -241,7 +241,7 @@ def pointed_at(points: torch.Tensor) -> list[set[tuple[int, int]]]:
     "augment",
     [AugmentConfig(), AugmentConfig(flip="both"), AugmentConfig(flip="horizontal"), AugmentConfig(quarter_turns="all")],
 )
-def test_layers_move_with_the_picture(tmp_path: Path, augment: AugmentConfig) -> None:
+def test_layers_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> None:
     dataset = opened(lying_over(tmp_path), augment=augment)
     for part in seen(dataset):
         assert torch.equal(part.context["doodle"], part.images[:, :1])
@@ -252,7 +252,7 @@ def test_layers_move_with_the_picture(tmp_path: Path, augment: AugmentConfig) ->
     assert torch.equal(moved, still) == augment.is_off
 
 
-def test_turned_layers_stay_where_the_picture_is(tmp_path: Path) -> None:
+def test_turned_layers_stay_where_the_image_is(tmp_path: Path) -> None:
     dataset = opened(lying_over(tmp_path), augment=AugmentConfig(rotation_degrees=30, crop=0.3, flip="both"))
     for part in seen(dataset):
         torch.testing.assert_close(part.context["doodle"], part.images[:, :1], atol=1e-5, rtol=0)
@@ -294,7 +294,7 @@ def test_attributes_are_finite_numbers_under_names_that_can_be_printed(record: d
     assert described(record).get("attributes") == found
 
 
-def test_a_picture_has_so_many_attributes_and_no_more() -> None:
+def test_a_image_has_so_many_attributes_and_no_more() -> None:
     assert len(described({"tags": [str(i) for i in range(5000)]})["attributes"]) == MAX_ATTRIBUTES
 
 
@@ -316,10 +316,10 @@ def test_other_attributes_are_other_data(tmp_path: Path) -> None:
 
 
 def test_a_sidecar_without_captions_leaves_those_of_another(tmp_path: Path) -> None:
-    pictures = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(2)}
-    found = {**pictures, "0.txt": b"zero", "0.json": b'{"tags": "cat"}', "1.txt": b"one", "1.json": b'{"caption": "uno"}'}
+    images = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(2)}
+    found = {**images, "0.txt": b"zero", "0.json": b'{"tags": "cat"}', "1.txt": b"one", "1.json": b'{"caption": "uno"}'}
     assert opened(put(tmp_path / "folder", found)).context(np.arange(2))["text"] == ["zero", "uno"]
-    shard = {**pictures, "0.txt": b"zero", "0.cls": b"3", "1.caption": b"one", "1.json": b'{"tags": ["cat"]}'}
+    shard = {**images, "0.txt": b"zero", "0.cls": b"3", "1.caption": b"one", "1.json": b'{"tags": ["cat"]}'}
     dataset = index(
         DataConfig(source=source_at(str(tar(tmp_path / "a.tar", dict(sorted(shard.items()))))), resolution=SIDE, cache="off")
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from encoded import encoded, noise
 
-from sfumato.data import AugmentConfig, Batch, DataConfig, Dataset, Digits, Folder, Part, Plan, batches, index, to_float
+from sfumato.data import AugmentConfig, Batch, BatchPlan, DataConfig, Dataset, Digits, Folder, Part, batches, index, to_float
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +22,20 @@ def folder(root: Path, **options) -> Dataset:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encoded(noise(6, 6, seed=number)))
     dataset = index(DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options))
-    assert dataset.gather is None  # pictures are decoded as they are used
+    assert dataset.gather is None  # images are decoded as they are used
     return dataset
 
 
-def some(dataset: Dataset, plan: Plan, *, start: int = 0, count: int = 6) -> list[Batch]:
+def some(dataset: Dataset, plan: BatchPlan, *, start: int = 0, count: int = 6) -> list[Batch]:
     return list(islice(batches(dataset, plan, start=start), count))
 
 
-def planned(dataset: Dataset, *, seed: int, batch_size: int) -> Plan:
-    return Plan(seed=seed, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
+def planned(dataset: Dataset, *, seed: int, batch_size: int) -> BatchPlan:
+    return BatchPlan(seed=seed, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
 
 
 def only(batch: Batch) -> Part:
-    """The one part of a batch whose pictures have one shape."""
+    """The one part of a batch whose images have one shape."""
     (part,) = batch.parts
     assert len(batch) == len(part) == len(part.images)
     return part
@@ -55,7 +55,7 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
-def test_batches_hold_the_plans_pictures_and_labels(digits: Dataset) -> None:
+def test_batches_hold_the_plans_images_and_labels(digits: Dataset) -> None:
     plan = planned(digits, seed=1, batch_size=5)
     for step, batch in enumerate(some(digits, plan)):
         positions, part = digits.training[plan.batch(step)], only(batch)
@@ -65,7 +65,7 @@ def test_batches_hold_the_plans_pictures_and_labels(digits: Dataset) -> None:
         assert list(batch.bad) == []
 
 
-def test_held_out_pictures_are_never_in_a_batch(digits: Dataset) -> None:
+def test_held_out_images_are_never_in_a_batch(digits: Dataset) -> None:
     plan = planned(digits, seed=1, batch_size=400)
     seen = {image.numpy().tobytes() for batch in some(digits, plan) for image in only(batch).images}
     held = {image.numpy().tobytes() for image in to_float(digits.images(digits.holdout)[0])}
@@ -96,7 +96,7 @@ def test_two_workers_give_what_none_gives(tmp_path: Path) -> None:
     assert any(batch.bad for batch in together)
 
 
-def test_a_lost_picture_leaves_the_batch_whole(tmp_path: Path) -> None:
+def test_a_lost_image_leaves_the_batch_whole(tmp_path: Path) -> None:
     dataset = folder(tmp_path)
     plan = planned(dataset, seed=0, batch_size=len(dataset.training))
     whole = some(dataset, plan, count=1)[0]

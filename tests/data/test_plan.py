@@ -1,21 +1,21 @@
 """The plan is a function of (seed, shapes, step): nothing to save, nothing lost, nothing seen twice in an epoch (R1).
 
-Here all pictures have one shape; plans for several are in test_buckets.py.
+Here all images have one shape; plans for several are in test_buckets.py.
 """
 
 import numpy as np
 import pytest
 
-from sfumato.data import Plan
+from sfumato.data import BatchPlan
 from sfumato.errors import ConfigError
 
 
-def planned(*, seed: int, size: int, batch_size: int) -> Plan:
-    """A plan for `size` pictures of one shape."""
-    return Plan(seed=seed, shapes=np.zeros(size, np.int64), batch_size=batch_size)
+def planned(*, seed: int, size: int, batch_size: int) -> BatchPlan:
+    """A plan for `size` images of one shape."""
+    return BatchPlan(seed=seed, shapes=np.zeros(size, np.int64), batch_size=batch_size)
 
 
-def first(plan: Plan, count: int) -> list[int]:
+def first(plan: BatchPlan, count: int) -> list[int]:
     return plan.samples(0, count).tolist()
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sfumato import randomness, recipes, runs
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, Batch, BucketConfig, DataConfig, Dataset, Digits, Folder, Plan, batches, index
+from sfumato.data import AugmentConfig, Batch, BatchPlan, BucketConfig, DataConfig, Dataset, Digits, Folder, batches, index
 from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError
 from sfumato.networks import UNetConfig
@@ -29,29 +29,29 @@ SIZES = [(16, 16)] * 11 + [(24, 12)] * 8 + [(12, 24)] * 7
 TINY = UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32)
 
 
-def planned(shapes: list[int], batch_size: int, *, seed: int = 0) -> Plan:
-    return Plan(seed=seed, shapes=np.array(shapes, np.int64), batch_size=batch_size)
+def planned(shapes: list[int], batch_size: int, *, seed: int = 0) -> BatchPlan:
+    return BatchPlan(seed=seed, shapes=np.array(shapes, np.int64), batch_size=batch_size)
 
 
-def gathered(plan: Plan, step: int, ranks: int) -> list[int]:
+def gathered(plan: BatchPlan, step: int, ranks: int) -> list[int]:
     """What all ranks together train on at a step, in the order of the global batch."""
     return [int(i) for rank in range(ranks) for i in plan.batch(step, rank=rank, ranks=ranks)]
 
 
-def epochs(plan: Plan, ranks: int, count: int) -> list[list[int]]:
+def epochs(plan: BatchPlan, ranks: int, count: int) -> list[list[int]]:
     """The samples of the first epochs, an epoch each."""
     steps = -(-count * plan.size // plan.batch_size)
     seen = [i for step in range(steps) for i in gathered(plan, step, ranks)]
     return [seen[epoch * plan.size : (epoch + 1) * plan.size] for epoch in range(count)]
 
 
-def once_each(plan: Plan, ranks: int, *, count: int = 3) -> bool:
+def once_each(plan: BatchPlan, ranks: int, *, count: int = 3) -> bool:
     return all(sorted(seen) == list(range(plan.size)) for seen in epochs(plan, ranks, count))
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------------
 
-sets = st.lists(st.integers(0, 4), min_size=1, max_size=90)  # shapes of up to 90 pictures
+sets = st.lists(st.integers(0, 4), min_size=1, max_size=90)  # shapes of up to 90 images
 steps = st.integers(0, 400)
 
 
@@ -137,7 +137,7 @@ def test_the_hash_tells_plans_apart_that_give_other_batches() -> None:
 
 
 def fill(root: Path, sizes: list[tuple[int, int]] = SIZES) -> Path:
-    """Pictures of these (width, height), every second one of another category."""
+    """Images of these (width, height), every second one of another category."""
     for number, (width, height) in enumerate(sizes):
         path = root / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,19 +146,19 @@ def fill(root: Path, sizes: list[tuple[int, int]] = SIZES) -> Path:
 
 
 def mixed(root: Path, **options) -> DataConfig:
-    """Pictures of several shapes, decoded as they are used."""
+    """Images of several shapes, decoded as they are used."""
     return DataConfig(
         source=Folder(str(root)), resolution=16, buckets=BucketConfig(count=5, step=4), holdout=0.2, cache="off", memory_gib=0.0, **options,
     )  # fmt: skip
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return fill(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return fill(tmp_path / "images")
 
 
-def plan_of(dataset: Dataset, batch_size: int) -> Plan:
-    return Plan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
+def plan_of(dataset: Dataset, batch_size: int) -> BatchPlan:
+    return BatchPlan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
 
 
 def contents(batch: Batch) -> list[tuple[int, bytes, bytes, bytes]]:
@@ -172,27 +172,27 @@ def some(dataset: Dataset, batch_size: int, *, start: int = 0, count: int = 8) -
     return [contents(batch) for batch in islice(batches(dataset, plan_of(dataset, batch_size), start=start), count)]
 
 
-CHANGED = AugmentConfig(flip="horizontal", rotation_degrees=10, non_leaking=0.3)
+CHANGED = AugmentConfig(flip="horizontal", rotation_degrees=10, karras=0.3)
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 40])
-def test_resuming_in_mid_epoch_goes_on_as_if_never_stopped(pictures: Path, batch_size: int) -> None:
-    whole = some(index(mixed(pictures, augment=CHANGED)), batch_size)
+def test_resuming_in_mid_epoch_goes_on_as_if_never_stopped(images: Path, batch_size: int) -> None:
+    whole = some(index(mixed(images, augment=CHANGED)), batch_size)
     for stopped in (1, 5):
-        again = index(mixed(pictures, augment=CHANGED))  # as a new process would
+        again = index(mixed(images, augment=CHANGED))  # as a new process would
         assert some(again, batch_size, start=stopped, count=8 - stopped) == whole[stopped:]
         assert some(again, batch_size, start=stopped + 1, count=8 - stopped) != whole[stopped:]
 
 
-def test_two_workers_resume_where_none_stopped(pictures: Path) -> None:
-    dataset = index(mixed(pictures, augment=CHANGED))
+def test_two_workers_resume_where_none_stopped(images: Path) -> None:
+    dataset = index(mixed(images, augment=CHANGED))
     with_two = replace(dataset, config=replace(dataset.config, workers=2))
     assert some(with_two, 6, start=3, count=4) == some(dataset, 6, start=3, count=4)
 
 
 @pytest.mark.parametrize("batch_size", [5, 8, 64])
-def test_parts_have_one_shape_follow_one_another_and_fill_the_batch(pictures: Path, batch_size: int) -> None:
-    dataset = index(mixed(pictures))
+def test_parts_have_one_shape_follow_one_another_and_fill_the_batch(images: Path, batch_size: int) -> None:
+    dataset = index(mixed(images))
     number, several = 0, 0
     for batch in islice(batches(dataset, plan_of(dataset, batch_size), start=0), 2 * len(SIZES) // batch_size + 1):
         assert len(batch) == batch_size
@@ -223,10 +223,10 @@ def lose(dataset: Dataset, root: Path, positions: list[int]) -> set[str]:
     return names
 
 
-def test_a_lost_picture_is_replaced_by_one_of_its_shape_and_no_batch_shrinks(pictures: Path) -> None:
-    dataset = index(mixed(pictures))
+def test_a_lost_image_is_replaced_by_one_of_its_shape_and_no_batch_shrinks(images: Path) -> None:
+    dataset = index(mixed(images))
     before = list(islice(batches(dataset, plan_of(dataset, 7), start=0), 6))
-    names = lose(dataset, pictures, [int(i) for i in dataset.training[::6]])
+    names = lose(dataset, images, [int(i) for i in dataset.training[::6]])
     after = list(islice(batches(dataset, plan_of(dataset, 7), start=0), 6))
     again = list(islice(batches(dataset, plan_of(dataset, 7), start=0), 6))
     shapes = [[part.images.shape for part in batch.parts] for batch in before]
@@ -238,10 +238,10 @@ def test_a_lost_picture_is_replaced_by_one_of_its_shape_and_no_batch_shrinks(pic
     assert {reason for _, reason in reported} == {"empty file"}
 
 
-def test_a_lost_picture_is_never_replaced_by_a_held_out_one(pictures: Path) -> None:
-    dataset = index(mixed(pictures))
+def test_a_lost_image_is_never_replaced_by_a_held_out_one(images: Path) -> None:
+    dataset = index(mixed(images))
     kept = {dataset.images([position])[0].numpy().tobytes() for position in dataset.holdout}
-    names = lose(dataset, pictures, [int(i) for i in dataset.training[::4]])
+    names = lose(dataset, images, [int(i) for i in dataset.training[::4]])
     for position in dataset.training:
         if dataset.entries[position].name in names:
             assert dataset.images([position])[0].numpy().tobytes() not in kept
@@ -260,43 +260,43 @@ def while_training(monkeypatch: pytest.MonkeyPatch, action) -> None:
     """Do something after indexing, before the first batch is read."""
     original = trainer.batches
 
-    def disturbed(dataset: Dataset, plan: Plan, *, start: int):
+    def disturbed(dataset: Dataset, plan: BatchPlan, *, start: int):
         action(dataset)
         return original(dataset, plan, start=start)
 
     monkeypatch.setattr(trainer, "batches", disturbed)
 
 
-def test_lost_pictures_are_listed_with_the_reason_and_training_goes_on(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_lost_images_are_listed_with_the_reason_and_training_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: set[str] = set()
-    while_training(monkeypatch, lambda dataset: lost.update(lose(dataset, pictures, [int(dataset.training[2])])))
-    path = runs.train(run_on(mixed(pictures)), run=tmp_path / "run")
+    while_training(monkeypatch, lambda dataset: lost.update(lose(dataset, images, [int(dataset.training[2])])))
+    path = runs.train(run_on(mixed(images)), run=tmp_path / "run")
     listed = [json.loads(line) for line in (path / "bad_samples.jsonl").read_text().splitlines()]
     assert {line["file"] for line in listed} == lost
     assert {line["reason"] for line in listed} == {"empty file"}
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
-def test_the_same_picture_lost_again_and_again_is_one(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    while_training(monkeypatch, lambda dataset: lose(dataset, pictures, [int(dataset.training[2])]))
-    settings = replace(run_on(mixed(pictures)), budget=Budget(epochs=25), batch_size=24)
+def test_the_same_image_lost_again_and_again_is_one(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    while_training(monkeypatch, lambda dataset: lose(dataset, images, [int(dataset.training[2])]))
+    settings = replace(run_on(mixed(images)), budget=Budget(epochs=25), batch_size=24)
     path = runs.train(settings, run=tmp_path / "run")
     listed = (path / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) > 20  # more than the fewest that stop a run
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
-def test_over_a_set_share_of_lost_pictures_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = fill(tmp_path / "pictures", [(16, 16)] * 60)
+def test_over_a_set_share_of_lost_images_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fill(tmp_path / "images", [(16, 16)] * 60)
 
     def all_but_one_of_each_category(dataset: Dataset) -> None:
         kept = {int(np.flatnonzero(dataset.labels[dataset.training] == label)[0]) for label in (0, 1)}
         lose(dataset, root, [int(i) for row, i in enumerate(dataset.training) if row not in kept])
 
     while_training(monkeypatch, all_but_one_of_each_category)
-    with pytest.raises(DataError, match=r"pictures could not be read any more, e\.g\. .*: empty file"):
+    with pytest.raises(DataError, match=r"images could not be read any more, e\.g\. .*: empty file"):
         runs.train(run_on(mixed(root)), run=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

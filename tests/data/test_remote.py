@@ -16,7 +16,7 @@ from encoded import encoded, noise
 
 from sfumato.data import DataConfig, Dataset, Folder, Npz, Parquet, WebDataset, Zip, files, index, source_at
 from sfumato.data.listing import File
-from sfumato.errors import DataError, without_secrets
+from sfumato.errors import DataError, redact_secrets
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -71,7 +71,7 @@ def opened(place: str) -> Dataset:
 
 
 def folder(root: Path, more: dict[str, bytes]) -> Path:
-    return containers.put(root / "photos", containers.pictures() | more)
+    return containers.put(root / "photos", containers.images() | more)
 
 
 def shards(root: Path) -> Path:
@@ -88,7 +88,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], str, type]] = {
     "parquet": (lambda root: containers.table(root / "x.parquet"), "x.parquet", Parquet),
     "zip": (lambda root: containers.edm_zip(root / "x.zip"), "x.zip", Zip),
     "deflated zip": (
-        lambda root: containers.zipped(root / "x.zip", containers.pictures(), zipfile.ZIP_DEFLATED),
+        lambda root: containers.zipped(root / "x.zip", containers.images(), zipfile.ZIP_DEFLATED),
         "x.zip",
         Zip,
     ),
@@ -182,7 +182,7 @@ def test_a_source_larger_than_the_cache_is_read_all_the_same(memory, home: Path,
 
 
 def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory.pipe_file("/bucket/a.png", b"picture")
+    memory.pipe_file("/bucket/a.png", b"image")
     real, told = files.local, []
 
     def local(path: str) -> Path:
@@ -192,7 +192,7 @@ def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(memory, m
         return told[-1]
 
     monkeypatch.setattr(files, "local", local)
-    assert File("memory://bucket/a.png").read() == b"picture"
+    assert File("memory://bucket/a.png").read() == b"image"
     assert len(told) == 2
 
 
@@ -227,7 +227,7 @@ def test_an_address_of_nothing_is_refused(place: str, memory) -> None:
     assert caught.value.hint
 
 
-def test_a_picture_that_vanishes_is_left_out(memory, home: Path) -> None:
+def test_a_image_that_vanishes_is_left_out(memory, home: Path) -> None:
     for number in range(4):
         memory.pipe_file(f"/bucket/f/{number}.png", encoded(noise(SIDE, SIDE, seed=number)))
     source = Folder("memory://bucket/f")
@@ -324,7 +324,7 @@ def test_a_storage_that_refuses_is_an_error_without_its_secrets(
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_picture_that_cannot_be_fetched_is_listed_without_secrets(error: Callable, failing: Callable) -> None:
+def test_a_image_that_cannot_be_fetched_is_listed_without_secrets(error: Callable, failing: Callable) -> None:
     failing(error, "open")
     entries = Folder(URL.format("")).listing().entries
     assert len(entries) == 3
@@ -351,7 +351,7 @@ def test_a_picture_that_cannot_be_fetched_is_listed_without_secrets(error: Calla
     ],
 )
 def test_only_secrets_are_struck_out(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+    assert redact_secrets(text) == shown
 
 
 def test_an_interrupted_download_leaves_nothing(memory, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,16 +369,16 @@ def test_an_interrupted_download_leaves_nothing(memory, home: Path, monkeypatch:
 
 
 def test_addresses_in_chains_are_opened(memory, tmp_path: Path, home: Path) -> None:
-    path = containers.zipped(tmp_path / "x.zip", containers.pictures())
+    path = containers.zipped(tmp_path / "x.zip", containers.images())
     url = upload(memory, path, "x.zip")
     listing = source_at(f"simplecache::{url}").listing()
-    assert [entry.image.read() for entry in listing.entries] == [s.picture for s in SAMPLES]
+    assert [entry.image.read() for entry in listing.entries] == [s.image for s in SAMPLES]
 
 
 def test_paths_that_look_like_addresses_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("C:", "a:b", "x"):
-        containers.put(tmp_path / name, containers.pictures())
+        containers.put(tmp_path / name, containers.images())
         assert len(opened(name).entries) == len(SAMPLES)
     assert len(opened(f"{tmp_path}//x").entries) == len(SAMPLES)
     assert os.listdir(tmp_path)

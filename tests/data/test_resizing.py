@@ -26,25 +26,25 @@ def weights(size: int, start: float, length: float, target: int) -> np.ndarray:
     return rows / rows.sum(1, keepdims=True)
 
 
-def reference(picture: np.ndarray, resolution: int) -> np.ndarray:
+def reference(image: np.ndarray, resolution: int) -> np.ndarray:
     """The centre square of (H, W, 3) at `resolution`, (3, R, R), float."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     side = min(height, width)
     down = weights(height, (height - side) / 2, side, resolution)
     across = weights(width, (width - side) / 2, side, resolution)
-    return np.einsum("ih,jw,hwc->cij", down, across, picture.astype(float))
+    return np.einsum("ih,jw,hwc->cij", down, across, image.astype(float))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 67), (90, 30), (12, 12), (16, 33), (10, 7), (16, 16), (67, 41)])
 def test_it_is_lanczos_of_the_centre_square(height: int, width: int) -> None:
-    picture = noise(height, width) // 2 + 64  # nothing overshoots, so that the order of Pillow's two passes does not show
-    pixels = decode(encoded(picture), square(16)).pixels
-    assert np.abs(pixels - reference(picture, 16)).max() <= 1.5  # Pillow rounds after each of its two passes
+    image = noise(height, width) // 2 + 64  # nothing overshoots, so that the order of Pillow's two passes does not show
+    pixels = decode(encoded(image), square(16)).pixels
+    assert np.abs(pixels - reference(image, 16)).max() <= 1.5  # Pillow rounds after each of its two passes
 
 
 def test_the_reference_can_tell_a_crop_that_is_off_by_a_pixel() -> None:
-    picture = smooth(40, 67)
-    assert np.abs(reference(picture, 16) - reference(picture[:, 1:], 16)).max() > 2
+    image = smooth(40, 67)
+    assert np.abs(reference(image, 16) - reference(image[:, 1:], 16)).max() > 2
 
 
 def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None:
@@ -58,11 +58,11 @@ def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None
 
 
 def test_the_middle_is_what_is_kept() -> None:
-    picture = np.zeros((30, 90, 3), np.uint8)
-    picture[:, 30:60] = 200
-    pixels = decode(encoded(picture), square(10)).pixels
+    image = np.zeros((30, 90, 3), np.uint8)
+    image[:, 30:60] = 200
+    pixels = decode(encoded(image), square(10)).pixels
     assert (pixels[:, :, 2:-2] >= 198).all()
-    pixels = decode(encoded(picture.transpose(1, 0, 2).copy()), square(10)).pixels
+    pixels = decode(encoded(image.transpose(1, 0, 2).copy()), square(10)).pixels
     assert (pixels[:, 2:-2] >= 198).all()
 
 

@@ -39,8 +39,8 @@ def test_points_of_a_ball_are_spread_evenly() -> None:
 
 
 def test_a_ball_is_a_disc_of_the_size_that_the_camera_sees() -> None:
-    picture = BALL.render(64)
-    red = (picture[..., 0].astype(int) - picture[..., 2]) > 40
+    image = BALL.render(64)
+    red = (image[..., 0].astype(int) - image[..., 2]) > 40
     radius = 32 * FOCUS * np.tan(np.arcsin(0.6 / DISTANCE))
     assert np.sqrt(red.sum() / np.pi) == pytest.approx(radius, rel=0.03)
     y, x = np.nonzero(red)
@@ -48,7 +48,7 @@ def test_a_ball_is_a_disc_of_the_size_that_the_camera_sees() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_points_lie_on_the_picture_of_their_solid(shape: str) -> None:
+def test_points_lie_on_the_image_of_their_solid(shape: str) -> None:
     members = solids._members(list(SHAPES).index(shape), size=64)
     points = np.load(io.BytesIO(members["points.npy"])).astype(float)
     with Image.open(io.BytesIO(members["png"])) as image:

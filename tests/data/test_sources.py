@@ -1,4 +1,4 @@
-"""A source lists the pictures that a person would expect it to, in an order that no machine changes."""
+"""A source lists the images that a person would expect it to, in an order that no machine changes."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ from sfumato.data import Digits, Entry, Folder, decoding, files, listing
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import DataError
 
-PICTURE = encoded(noise(8, 8))
+IMAGE = encoded(noise(8, 8))
 
 
 def put(root: Path, *names: str) -> Path:
-    """A folder with one picture under each name."""
+    """A folder with one image under each name."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(PICTURE)
+        (root / name).write_bytes(IMAGE)
     return root
 
 
@@ -49,7 +49,7 @@ def test_digits_are_scikit_learns() -> None:
 def test_a_flat_folder_has_no_categories(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "a.JPG", "c.webp")
     assert listed(tmp_path) == [("a.JPG", None), ("b.png", None), ("c.webp", None)]
-    assert entries(tmp_path)[0].image.read() == PICTURE
+    assert entries(tmp_path)[0].image.read() == IMAGE
 
 
 def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None
 def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
     put(tmp_path, "été/Ω 1.png", "猫/emoji 🐈.png", "naïve/a\u202eb.png")
     assert {category for _, category in listed(tmp_path)} == {"été", "猫", "naïve"}
-    assert all(entry.image.read() == PICTURE for entry in entries(tmp_path))
+    assert all(entry.image.read() == IMAGE for entry in entries(tmp_path))
 
 
 def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_empty_folder_says_what_would_count(tmp_path: Path) -> None:
     put(tmp_path, "readme.md")
-    with pytest.raises(DataError, match=r"holds no pictures \(.jpg, .jpeg, .png") as caught:
+    with pytest.raises(DataError, match=r"holds no images \(.jpg, .jpeg, .png") as caught:
         Folder(str(tmp_path)).listing()
     assert str(tmp_path) in str(caught.value)
 
@@ -142,11 +142,11 @@ def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path / "caf") + b"\xe9"
     os.mkdir(folder)
     with open(folder + b"/\xff.png", "wb") as file:
-        file.write(PICTURE)
+        file.write(IMAGE)
     put(tmp_path, "dog/1.png")
     only, _ = entries(tmp_path)
     assert (only.name, only.category) == ("caf\\udce9/\\udcff.png", "caf\\udce9")
-    assert only.image.read() == PICTURE
+    assert only.image.read() == IMAGE
 
 
 def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The same pictures give the same samples, whatever they are packed in."""
+"""The same images give the same samples, whatever they are packed in."""
 
 import json
 import multiprocessing
@@ -29,7 +29,7 @@ METADATA = {
 
 def folder(*more: dict[str, bytes]) -> Callable[[Path], Path]:
     return lambda root: put(
-        root / "photos", {name: data for files in (containers.pictures(), *more) for name, data in files.items()}
+        root / "photos", {name: data for files in (containers.images(), *more) for name, data in files.items()}
     )
 
 
@@ -56,11 +56,9 @@ CONTAINERS: dict[str, tuple[Callable[[Path], Path], list[tuple[str, ...]]]] = {
     "folder of parquet": (table_folder, ALL),
     "tar": (lambda root: containers.webdataset(root / "t.tar"), ALL),
     "folder of tars": (tar_folder, ALL),
-    "zip": (lambda root: containers.zipped(root / "z.zip", containers.pictures() | containers.sidecars("txt")), ALL),
+    "zip": (lambda root: containers.zipped(root / "z.zip", containers.images() | containers.sidecars("txt")), ALL),
     "zip, deflated": (
-        lambda root: containers.zipped(
-            root / "z.zip", containers.pictures() | containers.sidecars("json"), zipfile.ZIP_DEFLATED
-        ),
+        lambda root: containers.zipped(root / "z.zip", containers.images() | containers.sidecars("json"), zipfile.ZIP_DEFLATED),
         ALL,
     ),
     "zip, dataset.json": (lambda root: containers.edm_zip(root / "edm.zip"), NONE),
@@ -130,7 +128,7 @@ def test_rows_that_share_a_path_have_names_of_their_own(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_pictures_that_metadata_do_not_name_are_listed(name: str, tmp_path: Path) -> None:
+def test_images_that_metadata_do_not_name_are_listed(name: str, tmp_path: Path) -> None:
     place = folder({name: METADATA[name](), "cat/unnamed.png": encoded(noise(SIDE, SIDE, seed=9))})(tmp_path)
     (reject,) = opened(place).rejects
     assert (reject.name, reject.reason) == ("cat/unnamed.png", "not named in the metadata")

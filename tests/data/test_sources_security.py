@@ -43,7 +43,7 @@ from sfumato.data.sources import npz, parquet, webdataset, zip_archive
 from sfumato.errors import DataError
 
 GOOD = {f"good{i}.png": encoded(noise(8, 8, seed=i)) for i in range(3)}
-PICTURE = encoded(noise(8, 8, seed=7))
+IMAGE = encoded(noise(8, 8, seed=7))
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def opened(source: Source) -> Dataset:
 
 
 def rejected(source: Source) -> dict[str, str]:
-    """What is left out of a source whose good pictures must all be there."""
+    """What is left out of a source whose good images must all be there."""
     dataset = opened(source)
     assert {name.rpartition("/")[2].rpartition(":")[2] for name in (entry.name for entry in dataset.entries)} >= set(GOOD)
     return {reject.name: reject.reason for reject in dataset.rejects}
@@ -107,7 +107,7 @@ PACKED: dict[str, Callable[[Path, dict[str, bytes]], Source]] = {
 }
 
 
-# Pictures
+# Images
 
 
 def array(header: str, body: bytes = b"") -> bytes:
@@ -128,18 +128,18 @@ class Marked:
         return os.mkdir, (os.environ["MARKER"],)
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "empty.png": (b"", "empty file"),
     "cut.png": (encoded(noise(40, 40))[:200], "damaged"),
-    "text.png": (b"<html><script>alert(1)</script>", "not a picture in a known format"),
-    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture in a known format"),
+    "text.png": (b"<html><script>alert(1)</script>", "not an image in a known format"),
+    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a known format"),
     "vast.png": (png(50_000, 50_000, depth=8, colour=2, rows=b"\0"), "more than 80 million pixels"),
     "thin.png": (encoded(noise(1, 100)), "sides 100 : 1"),
     "text_bomb.png": (
         png(8, 8, depth=8, colour=0, rows=bytes(72), extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))),
         "damaged|more than",
     ),
-    "pickle.npy": (pickle.dumps([1]), "not a picture in a known format"),
+    "pickle.npy": (pickle.dumps([1]), "not an image in a known format"),
     "lies.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (8000, 8000, 1)}", bytes(64)), "cut short"),
     "negative.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (-8, -8, 1)}", bytes(64)), "no pixels|damaged"),
     "endless.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 9, 1)}"), "million pixels"),
@@ -148,20 +148,20 @@ BAD_PICTURES = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_bad_pictures_are_left_out_with_the_reason(
+def test_bad_images_are_left_out_with_the_reason(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setenv("MARKER", str(tmp_path / "unpickled"))
-    bad = {name: data for name, (data, _) in BAD_PICTURES.items()} | {"objects.npy": pickled_array()}
+    bad = {name: data for name, (data, _) in BAD_IMAGES.items()} | {"objects.npy": pickled_array()}
     found = rejected(PACKED[kind](tmp_path, GOOD | bad))
     assert set(found) == set(bad)
-    for name, (_, reason) in BAD_PICTURES.items():
+    for name, (_, reason) in BAD_IMAGES.items():
         assert re.search(reason, found[name]), (name, found[name])
     assert not (tmp_path / "unpickled").exists()
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
-def test_a_picture_over_the_byte_limit_is_left_out(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_over_the_byte_limit_is_left_out(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sfumato.data import decoding
 
     for module in (decoding, listing):
@@ -199,7 +199,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:24])
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_names_that_lead_elsewhere_are_left_out(kind: str, name: str, tmp_path: Path) -> None:
-    source = PACKED[kind](tmp_path, GOOD | {name: PICTURE})
+    source = PACKED[kind](tmp_path, GOOD | {name: IMAGE})
     (found,) = rejected(source).items()
     assert "lie below" in found[1] or "printed" in found[1] or "too long" in found[1] or "reserved" in found[1]
     assert "".join(found).isprintable()
@@ -208,9 +208,9 @@ def test_names_that_lead_elsewhere_are_left_out(kind: str, name: str, tmp_path: 
 
 
 def test_names_of_rows_are_only_names(tmp_path: Path) -> None:
-    entries = in_table(tmp_path, dict.fromkeys(NAMES, PICTURE)).listing().entries
+    entries = in_table(tmp_path, dict.fromkeys(NAMES, IMAGE)).listing().entries
     assert len(entries) == len(NAMES)
-    assert all(entry.name.isprintable() and entry.image.read() == PICTURE for entry in entries)
+    assert all(entry.name.isprintable() and entry.image.read() == IMAGE for entry in entries)
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -220,12 +220,12 @@ def test_one_name_twice_is_told(kind: str, tmp_path: Path) -> None:
         containers.tar(path, GOOD)
         with tarfile.open(path, "a") as archive:
             info = tarfile.TarInfo("good2.png")
-            info.size = len(PICTURE)
-            archive.addfile(info, io.BytesIO(PICTURE))
+            info.size = len(IMAGE)
+            archive.addfile(info, io.BytesIO(IMAGE))
     else:
         containers.zipped(path, GOOD)
         with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-            archive.writestr("good2.png", PICTURE)
+            archive.writestr("good2.png", IMAGE)
     source = source_at(str(path))
     assert "twice" in rejected(source)["good2.png"]
     assert len(opened(source).entries) == len(GOOD)
@@ -235,7 +235,7 @@ def test_one_name_twice_is_told(kind: str, tmp_path: Path) -> None:
 
 
 def tar_of(path: Path, *more: tarfile.TarInfo | bytes) -> WebDataset:
-    """The good pictures between what else is given, as headers or as raw bytes."""
+    """The good images between what else is given, as headers or as raw bytes."""
     with path.open("wb") as file:
         for part in more:
             file.write(part if isinstance(part, bytes) else part.tobuf())
@@ -269,7 +269,7 @@ def test_links_and_devices_in_a_tar_are_left_out(kind: bytes, target: str, tmp_p
 
 
 def test_a_chain_of_links_in_a_tar_leads_nowhere(tmp_path: Path) -> None:
-    secret = put(tmp_path / "outside", {"secret.png": PICTURE})
+    secret = put(tmp_path / "outside", {"secret.png": IMAGE})
     chain = [member("a", kind=tarfile.SYMTYPE, target=".."), member("a/b", kind=tarfile.SYMTYPE, target="outside")]
     source = tar_of(tmp_path / "x.tar", *chain, member("a/b/secret.png", kind=tarfile.SYMTYPE, target=str(secret)))
     assert set(rejected(source)) == {"a", "a/b", "a/b/secret.png"}
@@ -297,7 +297,7 @@ def test_a_tar_member_that_lies_about_its_size_ends_the_reading(size: int, tmp_p
 
 def test_headers_before_headers_without_end_are_not_followed(tmp_path: Path) -> None:
     long_name = member("././@LongLink", 512, tarfile.GNUTYPE_LONGNAME).tobuf(format=tarfile.GNU_FORMAT) + b"n" * 511 + b"\0"
-    assert_refused(tar_of(tmp_path / "x.tar", long_name * 5000), "no whole tar|holds no pictures")
+    assert_refused(tar_of(tmp_path / "x.tar", long_name * 5000), "no whole tar|holds no images")
 
 
 def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
 
 def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webdataset, "MAX_MEMBERS", 3)
-    source = in_tar(tmp_path, GOOD | {"one_more.png": PICTURE})
+    source = in_tar(tmp_path, GOOD | {"one_more.png": IMAGE})
     assert rejected(source) == {"x.tar": "more than 3 members: the rest is not read"}
 
 
@@ -319,7 +319,7 @@ def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypat
     [
         (b"", "no whole tar"),
         (b"\x1f\x8b\x08" + bytes(600), "no whole tar"),
-        (bytes(10240), "holds no pictures"),
+        (bytes(10240), "holds no images"),
         (b"x" * 99, "no whole tar"),
     ],
 )
@@ -391,10 +391,10 @@ SIZE = struct.pack("<L", 0x7FFFFFFF)
         (26, b"\xff\xff\xff\xff", True),  # lengths of name and extra field
     ],
 )
-def test_headers_of_a_zip_that_lie_cost_at_most_that_picture(
+def test_headers_of_a_zip_that_lie_cost_at_most_that_image(
     method: int, offset: int, value: bytes, local: bool, tmp_path: Path
 ) -> None:
-    path = containers.zipped(tmp_path / "x.zip", GOOD | {"bad.png": PICTURE}, method)
+    path = containers.zipped(tmp_path / "x.zip", GOOD | {"bad.png": IMAGE}, method)
     source = replaced(path, "bad.png", offset, value, local=local)
     try:
         dataset = opened(source)
@@ -407,7 +407,7 @@ def test_headers_of_a_zip_that_lie_cost_at_most_that_picture(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_damaged_data_in_a_zip_cost_that_picture(method: int, tmp_path: Path) -> None:
+def test_damaged_data_in_a_zip_cost_that_image(method: int, tmp_path: Path) -> None:
     path = containers.zipped(tmp_path / "x.zip", {"bad.png": encoded(noise(30, 30)), **GOOD}, method)
     data = bytearray(path.read_bytes())
     for place in (41, 60, 100, 900, 1500):  # the first member's data begin at 37
@@ -424,7 +424,7 @@ def test_a_central_directory_in_another_place_than_stated(offset: int, tmp_path:
     (start,) = struct.unpack("<L", data[end + 16 : end + 20])
     data[end + 16 : end + 20] = struct.pack("<L", start + offset)
     path.write_bytes(data)
-    assert_refused(Zip(str(path)), "is no whole zip|different readable pictures")
+    assert_refused(Zip(str(path)), "is no whole zip|different readable images")
 
 
 def test_a_vast_directory_and_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +510,7 @@ def test_pickled_objects_in_an_npz_are_not_opened(member: str, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        (npy(np.arange(4)), "4 labels for 3 pictures"),
+        (npy(np.arange(4)), "4 labels for 3 images"),
         (header("(9999999999999,)"), "plain numbers"),
         (header("(99999999999999999999999999,)"), "plain numbers"),
         (header("(3,)", "<U0"), "plain numbers"),
@@ -538,12 +538,12 @@ def test_a_bomb_in_an_npz_is_not_unpacked(member: str, tmp_path: Path, monkeypat
     )
 
 
-def test_an_npz_of_too_many_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz, "MAX_PICTURES", 2)
+def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npz, "MAX_IMAGES", 2)
     assert_refused(npz_of(tmp_path / "x.npz", images=PIXELS), "at most 2|pixels of shape")
 
 
-def test_an_npz_cut_after_it_was_listed_gives_unreadable_pictures(tmp_path: Path) -> None:
+def test_an_npz_cut_after_it_was_listed_gives_unreadable_images(tmp_path: Path) -> None:
     entries = npz_of(tmp_path / "x.npz", images=PIXELS).listing().entries
     (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
     with pytest.raises(OSError, match="cut short"):
@@ -575,7 +575,7 @@ METADATA = {"metadata.csv": as_csv, "metadata.jsonl": as_jsonl, "metadata.parque
 @pytest.mark.parametrize("column", ["file_name", "doodle_file_name"])
 @pytest.mark.parametrize("kind", METADATA)
 def test_metadata_cannot_name_what_is_outside(kind: str, column: str, tmp_path: Path) -> None:
-    outside = put(tmp_path, {"up.png": PICTURE, "secret.png": PICTURE})
+    outside = put(tmp_path, {"up.png": IMAGE, "secret.png": IMAGE})
     root = put(tmp_path / "photos", GOOD)
     (root / "link.png").symlink_to(outside / "secret.png")
     names = [*GOOD, *(name for name in OUTSIDE if kind != "metadata.csv" or "\0" not in name)]
@@ -629,7 +629,7 @@ def test_a_file_name_that_is_no_text_is_left_out(value: object, tmp_path: Path) 
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_damaged_descriptions_of_a_whole_set_are_refused(kind: str, name: str, data: bytes, tmp_path: Path) -> None:
-    assert_refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no picture")
+    assert_refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no image")
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{}", b'{"name": "mine", "version": 1}'])
@@ -642,13 +642,13 @@ def test_a_dataset_json_that_is_not_a_label_file_is_left_out(kind: str, data: by
 
 def test_a_label_file_names_only_what_is_there(tmp_path: Path) -> None:
     labels = [["../up.png", 1], ["/etc/passwd", 2], *([name, 3] for name in GOOD)]
-    put(tmp_path, {"up.png": PICTURE})
-    source = in_folder(tmp_path, GOOD | {"more.png": PICTURE, "dataset.json": json.dumps({"labels": labels}).encode()})
+    put(tmp_path, {"up.png": IMAGE})
+    source = in_folder(tmp_path, GOOD | {"more.png": IMAGE, "dataset.json": json.dumps({"labels": labels}).encode()})
     assert rejected(source) == {"more.png": "not named in dataset.json"}
     assert {entry.category for entry in opened(source).entries} == {"3"}
 
 
-# Texts beside pictures
+# Texts beside images
 
 HARMLESS_TEXTS = {
     b"\xff\xfe": (),
@@ -662,7 +662,7 @@ HARMLESS_TEXTS = {
 @pytest.mark.parametrize("data", HARMLESS_TEXTS)
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_captions_of_any_writing_are_read(kind: str, data: bytes, tmp_path: Path) -> None:
-    listing = PACKED[kind](tmp_path, {"good0.png": PICTURE, "good0.txt": data}).listing()
+    listing = PACKED[kind](tmp_path, {"good0.png": IMAGE, "good0.txt": data}).listing()
     assert listing.entries[0].captions == HARMLESS_TEXTS[data]
     assert listing.rejects == []
 
@@ -681,7 +681,7 @@ BAD_JSON = {
 
 @pytest.mark.parametrize("name", BAD_JSON)
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
-def test_bad_json_beside_a_picture_costs_the_json_only(kind: str, name: str, tmp_path: Path) -> None:
+def test_bad_json_beside_a_image_costs_the_json_only(kind: str, name: str, tmp_path: Path) -> None:
     source = PACKED[kind](tmp_path, {"good0.json": BAD_JSON[name]} | GOOD)
     found = rejected(source)
     assert all(reason.startswith((".json left out", "JSON left out")) for reason in found.values())
@@ -813,11 +813,11 @@ GOOD_COLUMN = [{"bytes": data, "path": name} for name, data in GOOD.items()]
         ({"a": [b"x"], "b": [b"y"]}, "name the column of encoded images"),
     ],
 )
-def test_tables_without_one_column_of_pictures_are_refused(columns: dict | list, what: str, tmp_path: Path) -> None:
+def test_tables_without_one_column_of_images_are_refused(columns: dict | list, what: str, tmp_path: Path) -> None:
     assert_refused(parquet_of(tmp_path / "x.parquet", columns), what)
 
 
-def test_columns_that_say_nothing_of_pictures_are_not_read(tmp_path: Path) -> None:
+def test_columns_that_say_nothing_of_images_are_not_read(tmp_path: Path) -> None:
     broken = pa.array([b"\xff\xfe", b"a", b"b"], pa.binary()).view(pa.string())
     late = pa.array([2**62, 0, -(2**62)], pa.timestamp("us"))
     columns = {"image": GOOD_COLUMN, "when": late, "notes": broken, "deep": [[[[["x"]]]]] * 3}
@@ -846,7 +846,7 @@ def test_a_label_that_became_a_float_for_gaps_keeps_its_name(tmp_path: Path) -> 
 
 
 def test_a_row_with_a_huge_caption_is_listed(tmp_path: Path) -> None:
-    column = [*GOOD_COLUMN, {"bytes": PICTURE, "path": "more.png"}]
+    column = [*GOOD_COLUMN, {"bytes": IMAGE, "path": "more.png"}]
     source = parquet_of(tmp_path / "x.parquet", {"image": column, "text": ["a", "b", "c", "x" * (2 << 20)]})
     assert rejected(source) == {"more.png": "text of more than 1024 KiB"}
 
@@ -863,7 +863,7 @@ def test_damaged_notes_on_label_names_leave_numbers(features: bytes, tmp_path: P
 
 
 def test_empty_cells_and_paths_to_elsewhere_are_left_out(tmp_path: Path) -> None:
-    put(tmp_path, {"secret.png": PICTURE})
+    put(tmp_path, {"secret.png": IMAGE})
     odd = [
         {"bytes": None, "path": str(tmp_path / "secret.png")},
         {"bytes": None, "path": None},
@@ -903,7 +903,7 @@ def saved(path: Path, column: list[dict]) -> HuggingFace:
 
 def test_cells_of_a_saved_dataset_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    put(tmp_path, {"secret.png": PICTURE})
+    put(tmp_path, {"secret.png": IMAGE})
     paths = [
         tmp_path / "secret.png",
         "/dev/zero",
@@ -954,7 +954,7 @@ WHOLE = {
     "tar": lambda root: containers.webdataset(root / "x.tar"),
     "zip": lambda root: containers.edm_zip(root / "x.zip"),
     "deflated zip": lambda root: containers.zipped(
-        root / "x.zip", containers.pictures() | containers.sidecars("json"), zipfile.ZIP_DEFLATED
+        root / "x.zip", containers.images() | containers.sidecars("json"), zipfile.ZIP_DEFLATED
     ),
     "npz": lambda root: containers.npz(root / "x.npz"),
     "deflated npz": lambda root: containers.npz(root / "x.npz", compressed=True),
@@ -1006,8 +1006,8 @@ def repeated(value: bytes | str, times: int) -> pa.DictionaryArray:
 def bombs(root: Path) -> dict[str, str]:
     """Small files that stand for much, and what is said of each."""
     small = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
-    parquet_of(root / "pictures.parquet", {"image": repeated(PICTURE + bytes(60_000_000), 40)}, **small)
-    parquet_of(root / "texts.parquet", {"image": repeated(PICTURE, 20_000), "text": repeated("x" * 1_000_000, 20_000)}, **small)
+    parquet_of(root / "images.parquet", {"image": repeated(IMAGE + bytes(60_000_000), 40)}, **small)
+    parquet_of(root / "texts.parquet", {"image": repeated(IMAGE, 20_000), "text": repeated("x" * 1_000_000, 20_000)}, **small)
     npz_of(root / "shape.npz", images=header("(99999999999999, 4294967296, 4294967296, 1)"))
     npz_of(root / "labels.npz", images=PIXELS, labels=header("(99999999999,)"))
     (root / "zip").mkdir()
@@ -1015,12 +1015,12 @@ def bombs(root: Path) -> dict[str, str]:
     (root / "tar").mkdir()
     tar_of(root / "tar" / "x.tar", signed_size(10**13))
     return {
-        "pictures.parquet": "40 entries, 40 read, 0 rejects",
+        "images.parquet": "40 entries, 40 read, 0 rejects",
         "texts.parquet": "texts unpack to over 200 times",
         "shape.npz": "pixels of shape",
         "labels.npz": "is no whole .npz",
-        "zip/x.zip": "holds no pictures",
-        "tar/x.tar": "holds no pictures",
+        "zip/x.zip": "holds no images",
+        "tar/x.tar": "holds no images",
     }
 
 

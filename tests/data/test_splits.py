@@ -1,4 +1,4 @@
-"""No copy of a training picture is held out: planted duplicates and near-duplicates stay on one side, and stray without the clusters."""
+"""No copy of a training image is held out: planted duplicates and near-duplicates stay on one side, and stray without the clusters."""
 
 import io
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def scene(number: int) -> Image.Image:
-    """A picture with a texture of its own, smooth enough to survive JPEG."""
+    """An image with a texture of its own, smooth enough to survive JPEG."""
     values = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -73,12 +73,12 @@ def opened(root: Path, **options) -> Dataset:
 
 
 def scenes(dataset: Dataset, positions: np.ndarray) -> set[str]:
-    """The scenes that the pictures at `positions` show, by the number in their names."""
+    """The scenes that the images at `positions` show, by the number in their names."""
     return {dataset.entries[i].name.rpartition("/")[2][:3] for i in positions}
 
 
 def straddling(dataset: Dataset) -> set[str]:
-    """Scenes of which training has one picture and a hold-out another."""
+    """Scenes of which training has one image and a hold-out another."""
     held = [dataset.holdout, *dataset.named_holdouts.values()]
     return scenes(dataset, dataset.training) & set().union(*(scenes(dataset, part) for part in held))
 
@@ -88,7 +88,7 @@ def names(dataset: Dataset, positions: np.ndarray) -> set[str]:
 
 
 def alone(ids: list[str], thumbnails: np.ndarray, *, resolution: int) -> np.ndarray:
-    """Each picture in a group of its own."""
+    """Each image in a group of its own."""
     return np.arange(len(ids))
 
 
@@ -195,7 +195,7 @@ def test_the_split_is_the_same_each_time_with_and_without_the_cache(tmp_path: Pa
         assert again.fingerprint == first.fingerprint
 
 
-def test_new_pictures_move_none_of_the_others(tmp_path: Path) -> None:
+def test_new_images_move_none_of_the_others(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", ["recompressed.jpg"])
     before = names(opened(root), opened(root).holdout)
     dataset = opened(plant(root, [], numbers=range(100, 130)))
@@ -205,7 +205,7 @@ def test_new_pictures_move_none_of_the_others(tmp_path: Path) -> None:
 
 
 def test_a_new_copy_goes_to_its_original_or_takes_the_whole_group_along(tmp_path: Path) -> None:
-    """The least id of a group decides, so a copy can move its own group; every other picture stays."""
+    """The least id of a group decides, so a copy can move its own group; every other image stays."""
     root = plant(tmp_path / "set", [])
     before = opened(root)
     sides = {name: name in names(before, before.holdout) for name in names(before, np.arange(ORIGINALS))}
@@ -217,7 +217,7 @@ def test_a_new_copy_goes_to_its_original_or_takes_the_whole_group_along(tmp_path
     assert sum((name in held) != side for name, side in sides.items()) <= 8
 
 
-def test_leaving_pictures_out_moves_none_of_the_others(tmp_path: Path) -> None:
+def test_leaving_images_out_moves_none_of_the_others(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", [])
     before = opened(root)
     gone = sorted(names(before, before.training))[:10]
@@ -250,7 +250,7 @@ def test_a_named_hold_out_is_a_part_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("copy", EXACT)
-def test_training_pictures_that_the_test_set_holds_too_leave_training(tmp_path: Path, copy: str) -> None:
+def test_training_images_that_the_test_set_holds_too_leave_training(tmp_path: Path, copy: str) -> None:
     dataset = opened(split_folders(tmp_path / "set", copy))
     assert straddling(dataset) == set()
     moved = {name for name in names(dataset, dataset.named_holdouts["test"]) if name.startswith("train/")}
@@ -263,7 +263,7 @@ def test_what_only_resembles_a_named_hold_out_stays_where_its_source_put_it(tmp_
     assert not scenes(dataset, dataset.training) & scenes(dataset, dataset.holdout)
 
 
-def test_hold_outs_named_beside_each_picture(tmp_path: Path) -> None:
+def test_hold_outs_named_beside_each_image(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", EXACT)
     for number in range(0, 20, 2):
         (root / f"{number:03d}.json").write_text(f'{{"holdout": "{"hats" if number < 10 else "boots"}"}}')

@@ -19,6 +19,7 @@ from sfumato.diffusion import (
     Epsilon,
     Flow,
     FlowTime,
+    GuidanceTerm,
     Independent,
     IndependentTimes,
     Interval,
@@ -29,7 +30,6 @@ from sfumato.diffusion import (
     NetworkDenoiser,
     NoiseLevel,
     Objective,
-    Rung,
     Sample,
     Stratified,
     Threshold,
@@ -96,7 +96,7 @@ def test_result_keeps_the_dtype_of_x_while_the_network_computes_in_its_own() -> 
 def test_guidance_commutes_with_the_parameterization(p, w: float) -> None:
     denoiser = NetworkDenoiser(network=network, parameterization=p)
     x, good, bad = noisy(), vector(0.4), vector(-0.2)
-    guided = ClassifierFree(denoiser=denoiser, rungs=(Rung(bad, w),))(x, LEVEL, good)
+    guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, w),))(x, LEVEL, good)
     in_target_space = denoiser.predict(x, LEVEL, bad) + w * (denoiser.predict(x, LEVEL, good) - denoiser.predict(x, LEVEL, bad))
     expected = p.solve(in_target_space, x, LEVEL)
     torch.testing.assert_close(guided.x0, expected.x0)
@@ -109,9 +109,9 @@ def test_guidance_scale_may_follow_the_level_and_levels_may_differ() -> None:
     denoiser = NetworkDenoiser(network=network, parameterization=Flow())
     levels = Cosine()(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
     x, good, bad = noisy(), vector(0.4), vector(-0.2, count=1)
-    guided = ClassifierFree(denoiser=denoiser, rungs=(Rung(bad, lambda level: 1 + level.sigma),))(x, levels, good)
+    guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, lambda level: 1 + level.sigma),))(x, levels, good)
     for i in range(4):
-        fixed = ClassifierFree(denoiser=denoiser, rungs=(Rung(bad, 1 + float(levels.sigma[i])),))
+        fixed = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, 1 + float(levels.sigma[i])),))
         one = fixed(x[i : i + 1], levels.at(i), Condition(vector=good.vector[i : i + 1]))
         torch.testing.assert_close(guided.x0[i : i + 1], one.x0)
 
@@ -209,7 +209,9 @@ def test_several_rungs_weigh_each_context_by_itself() -> None:
         Condition(vector=torch.tensor([row], dtype=torch.float64)) for row in ([0, 0, 1], [2, 0, 1], [2, 3, 1])
     )
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
-    guided = ClassifierFree(denoiser=denoiser, rungs=(Rung(nothing, 1.5), Rung(first, 4.0)))(x, LEVEL, both.expanded(2))
+    guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(nothing, 1.5), GuidanceTerm(first, 4.0)))(
+        x, LEVEL, both.expanded(2)
+    )
     expected = direction[2] + 1.5 * 2 * direction[0] + 4.0 * 3 * direction[1]
     torch.testing.assert_close(guided.x0, expected.expand_as(x))
     torch.testing.assert_close(LEVEL.alpha * guided.x0 + LEVEL.sigma * guided.eps, x)

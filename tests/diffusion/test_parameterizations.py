@@ -19,7 +19,7 @@ from sfumato.diffusion import (
     Velocity,
     target_weight,
 )
-from sfumato.diffusion.weighting import EDM, LossSpace, MinSNR, Native, SigmoidWeighting, UniformEpsilon, Weighting
+from sfumato.diffusion.weighting import EDM, MinSNR, Native, SigmoidWeighting, TargetSpace, UniformEpsilon, Weighting
 from sfumato.errors import ScheduleError
 from tests.diffusion.schedules import SCHEDULES
 
@@ -106,7 +106,7 @@ EPS_SPACE = {  # w(lambda) on |eps^ - eps|^2, as the papers give it
     "MinSNR": (MinSNR(5.0), lambda snr, p: torch.minimum(snr, torch.tensor(5.0)) / snr),
     "SigmoidWeighting": (SigmoidWeighting(1.5), lambda snr, p: torch.sigmoid(1.5 - torch.log(snr))),
     "EDM": (EDM(0.5), lambda snr, p: 1 + 1 / snr / 0.25),
-    "LossSpace": (LossSpace(of=Flow(), most=400), lambda snr, p: torch.minimum((1 + snr**-0.5) ** 2, 400 / snr)),
+    "TargetSpace": (TargetSpace(space=Flow(), max_weight=400), lambda snr, p: torch.minimum((1 + snr**-0.5) ** 2, 400 / snr)),
     "Native": (
         Native(),
         lambda snr, p: {

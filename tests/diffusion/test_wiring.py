@@ -192,7 +192,7 @@ def test_prediction_comes_back_in_the_dtype_of_x() -> None:
 
 @pytest.mark.parametrize("quiet", [0.05, 0.5])
 def test_threshold_never_brightens(quiet: float) -> None:
-    """A picture whose quantile is below 1 is not stretched to fill the range, only its outliers are clamped to 1."""
+    """An image whose quantile is below 1 is not stretched to fill the range, only its outliers are clamped to 1."""
     guess = torch.full((1, 1, 10, 10), quiet, dtype=torch.float64)
     guess[0, 0, 0, 0] = 3.0
     level, x = Linear()(torch.tensor(0.5, dtype=torch.float64)), images(0)[:1, :1].repeat(1, 1, 4, 4)[..., :10, :10]

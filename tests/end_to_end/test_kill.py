@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sfumato import config
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 
 def start(*arguments: str, start_new_session: bool = False) -> subprocess.Popen[bytes]:
@@ -33,7 +33,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.parametrize("wanted", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "images")
     recipe = tmp_path / "tiny.yaml"
     settings = config.with_overrides(
         config.plain(tiny_run(folder)),
@@ -75,7 +75,7 @@ def newest(run: Path) -> str:
 
 
 def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "images")
     recipe = tmp_path / "tiny.yaml"
     settings = config.with_overrides(
         config.plain(tiny_run(folder)), {"budget.steps": 100_000, "checkpoint.every_steps": 99_999}
@@ -97,7 +97,7 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
 
 def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path) -> None:
     """As `timeout`, Ctrl-C on a terminal and job schedulers send it: those that read ahead are ended at the same time."""
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "images")
     recipe = tmp_path / "tiny.yaml"
     changes = {"budget.steps": 100_000, "checkpoint.every_steps": 99_999, "validation.every_steps": 99_999}
     decoded_as_used = {"data.cache": "off", "data.memory_gib": 0.0, "data.workers": 2, "preview.every_steps": 99_999}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.conditioners import DoodleConfig, Facts, PointsConfig, WordsConfig
+from sfumato.conditioners import ConditioningInfo, DoodleConfig, LearnedTextConfig, PointsConfig
 from sfumato.contexts import ContextConfig
 from sfumato.contexts.figures import chamfer, drawn, line_f1, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
@@ -64,11 +64,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 class Maker:
-    """A pipeline whose pictures come from `make`, of the context asked for."""
+    """A pipeline whose images come from `make`, of the context asked for."""
 
     def __init__(self, make: Any) -> None:
-        context = ContextConfig(text=WordsConfig(size=8, heads=2), doodle=DoodleConfig(), points=PointsConfig(size=8, heads=2))
-        facts = Facts(channels=3, words=("a",), dimensions=2)
+        context = ContextConfig(
+            text=LearnedTextConfig(size=8, heads=2), doodle=DoodleConfig(), points=PointsConfig(size=8, heads=2)
+        )
+        facts = ConditioningInfo(channels=3, words=("a",), dimensions=2)
         conditioner = context.build(facts, encoder=lambda config: pytest.fail("no encoder"))
         self.model, self.make = SimpleNamespace(conditioner=conditioner), make
         self.reads, self.image_shape = tuple(conditioner.parts), (3, SIDE, SIDE)
@@ -91,7 +93,7 @@ def test_a_figure_has_the_interval_of_a_mean() -> None:
     assert figure.high - figure.mean == pytest.approx(1.96 * 0.25126 / 10, abs=1e-4)
 
 
-def test_the_own_picture_ranks_first_and_chance_is_a_half() -> None:
+def test_the_own_image_ranks_first_and_chance_is_a_half() -> None:
     torch.manual_seed(0)
     real = torch.rand(200, 3, 16, 16)
     own = torch.arange(200)
@@ -100,7 +102,7 @@ def test_the_own_picture_ranks_first_and_chance_is_a_half() -> None:
     assert own_rank(real[:1].expand(200, -1, -1, -1), real[:1].expand(200, -1, -1, -1), own).mean() == pytest.approx(0.5)
 
 
-def test_a_drawings_lines_are_found_in_the_picture_that_it_was_drawn_from(dataset: Dataset) -> None:
+def test_a_drawings_lines_are_found_in_the_image_that_it_was_drawn_from(dataset: Dataset) -> None:
     chosen = dataset.training[:40]
     real, ink = real_of(dataset, chosen), (1 - dataset.context(chosen)["doodle"]) / 2
     assert line_f1(real, ink).min() > 0.75  # a line has two edges
@@ -132,18 +134,18 @@ def test_silhouettes_overlap_as_areas_do() -> None:
 
 
 def follows(dataset: Dataset) -> Any:
-    """Shows the real picture of the context, whichever part of it is given."""
+    """Shows the real image of the context, whichever part of it is given."""
     every = np.arange(len(dataset.entries))
     known = dataset.context(every)
-    pictures = real_of(dataset, every)
+    images = real_of(dataset, every)
 
     def one(context: Any, i: int) -> Tensor:
         if "doodle" in context:
-            return pictures[(known["doodle"] - context["doodle"][i]).abs().flatten(1).sum(1).argmin()]
+            return images[(known["doodle"] - context["doodle"][i]).abs().flatten(1).sum(1).argmin()]
         if "points" in context:
             alike = [_far(context["points"][i], cloud) for cloud in known["points"]]
-            return pictures[int(np.argmin(alike))]
-        return pictures[known["text"].index(context["text"][i])]
+            return images[int(np.argmin(alike))]
+        return images[known["text"].index(context["text"][i])]
 
     return lambda context, num: torch.stack([one(context, i) for i in range(num)])
 
@@ -157,14 +159,14 @@ def test_who_follows_is_told_from_who_does_not(dataset: Dataset) -> None:
     rows = measure_adherence(Maker(follows(dataset)), dataset, classifier=None, num=40)
     assert {row.context for row in rows} == {"text", "doodle", "points", "all"}
     assert {row.figure for row in rows} >= {
-        "rank of its own picture",
+        "rank of its own image",
         "F1 of lines",
         "chamfer distance, pixels",
         "IoU of silhouettes",
     }
     listened = [row for row in rows if row.context == "doodle"]
     assert all(row.works for row in listened), [(row.context, row.figure, row.own, row.shuffled) for row in listened]
-    assert all(row.real.mean >= row.own.mean - 1e-6 for row in rows if row.figure == "rank of its own picture")
+    assert all(row.real.mean >= row.own.mean - 1e-6 for row in rows if row.figure == "rank of its own image")
 
     torch.manual_seed(0)
     deaf = measure_adherence(

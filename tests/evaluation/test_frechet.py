@@ -65,7 +65,7 @@ def test_identical_sets_are_at_distance_zero() -> None:
     assert frechet_distance(a, a + 0.01) > 1e-4
 
 
-def test_neither_the_order_of_pictures_nor_of_the_sets_matters() -> None:
+def test_neither_the_order_of_images_nor_of_the_sets_matters() -> None:
     a, b = normal(90, 8), 1.3 * normal(70, 8, seed=1) + 0.2
     value = frechet_distance(a, b)
     assert frechet_distance(a.flip(0), b[torch.randperm(70, generator=torch.Generator().manual_seed(0))]) == pytest.approx(

@@ -1,4 +1,4 @@
-"""The sheet of conditions, samples and real pictures: what stands where."""
+"""The sheet of conditions, samples and real images: what stands where."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tiles(sheet: Image.Image, rows: int, columns: int) -> np.ndarray:
     return body.reshape(rows, step, columns, step, 3).swapaxes(1, 2)[:, :, :TILE, :TILE]
 
 
-def test_samples_stand_above_their_real_pictures_and_below_what_was_asked() -> None:
+def test_samples_stand_above_their_real_images_and_below_what_was_asked() -> None:
     values = torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None]
     samples, real = ((values * sign).expand(3, 3, 8, 8) for sign in (1, -1))
     doodle = torch.ones(3, 1, 8, 8)
@@ -55,15 +55,15 @@ def test_at_most_ten_columns_evenly_chosen() -> None:
 
 
 def test_words_stand_above_in_as_many_lines_as_they_need() -> None:
-    picture = torch.zeros(1, 1, 8, 8)
+    image = torch.zeros(1, 1, 8, 8)
     bare, short, long = (
-        gallery(context, picture, picture)
+        gallery(context, image, image)
         for context in ({}, {"text": ["a cat"]}, {"text": ["a cat that has a name of many words"]})
     )
     assert bare.height < short.height < long.height
     assert (np.asarray(short)[: short.height - bare.height] != PAPER).any()
 
 
-def test_pictures_larger_than_a_tile_keep_their_size() -> None:
-    picture = torch.zeros(1, 1, 2 * TILE, 2 * TILE)
-    assert gallery({}, picture, picture).height >= 2 * 2 * TILE
+def test_images_larger_than_a_tile_keep_their_size() -> None:
+    image = torch.zeros(1, 1, 2 * TILE, 2 * TILE)
+    assert gallery({}, image, image).height >= 2 * 2 * TILE

@@ -1,4 +1,4 @@
-"""Copies are found, and pictures that are merely good are not taken for them."""
+"""Copies are found, and images that are merely good are not taken for them."""
 
 from itertools import pairwise
 
@@ -47,14 +47,14 @@ def test_no_more_distances_are_held_than_a_chunk(monkeypatch: pytest.MonkeyPatch
     assert seen == [30, 30, 30, 10]
 
 
-def test_the_order_of_the_training_pictures_does_not_matter() -> None:
+def test_the_order_of_the_training_images_does_not_matter() -> None:
     images, training = noise(20, 1, 4, 4), noise(150, 1, 4, 4, seed=1)
     forwards, backwards = nearest(images, training), nearest(images, training.flip(0))
     torch.testing.assert_close(forwards.first, backwards.first)
     assert torch.equal(forwards.index, 149 - backwards.index)
 
 
-def test_a_copycat_is_flagged_and_held_out_pictures_are_not(real: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_copycat_is_flagged_and_held_out_images_are_not(real: tuple[torch.Tensor, torch.Tensor]) -> None:
     training, held_out = real
     copycat = training[:300] + 0.02 * noise(300, 1, 8, 8)
     assert nearest(copycat, training).copies > 0.98
@@ -77,7 +77,7 @@ def test_the_threshold_is_a_third() -> None:
     assert found.copies == 0.5
 
 
-def test_a_copy_of_a_picture_that_stands_twice_is_a_copy(real: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_copy_of_a_image_that_stands_twice_is_a_copy(real: tuple[torch.Tensor, torch.Tensor]) -> None:
     training = real[0][:200]
     twice = torch.cat([training, training])
     copycat = training + 0.02 * noise(200, 1, 8, 8)
@@ -85,7 +85,7 @@ def test_a_copy_of_a_picture_that_stands_twice_is_a_copy(real: tuple[torch.Tenso
     assert torch.equal(nearest(copycat, twice).index, torch.arange(200))
 
 
-def test_with_one_training_picture_nothing_can_be_told() -> None:
+def test_with_one_training_image_nothing_can_be_told() -> None:
     found = nearest(torch.zeros(2, 1, 2, 2) + 1e-3, torch.zeros(1, 1, 2, 2))
     assert found.copies == 0
     assert found.index.tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""An evaluation compares samples with real pictures, and each figure with what held-out real pictures get."""
+"""An evaluation compares samples with real images, and each figure with what held-out real images get."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ def classifier(digits: Dataset) -> Classifier:
 
 
 class Fake:
-    """A pipeline that shows what it is given: real pictures of the categories asked for, made worse by `harm`."""
+    """A pipeline that shows what it is given: real images of the categories asked for, made worse by `harm`."""
 
     def __init__(self, dataset: Dataset, harm) -> None:
         self.dataset, self.harm, self.asked = dataset, harm, []
@@ -73,7 +73,7 @@ def test_training_a_classifier_leaves_the_global_generator_alone(digits: Dataset
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_picture_reads_the_same_alone_and_in_company(digits: Dataset, classifier: Classifier) -> None:
+def test_a_image_reads_the_same_alone_and_in_company(digits: Dataset, classifier: Classifier) -> None:
     images = to_float(digits.images(digits.training[:300])[0])
     labels, features = classifier.read(images)
     alone, their_features = classifier.read(images[299:])
@@ -103,9 +103,9 @@ def test_the_wrong_category_is_not_read_as_asked(rows) -> None:
     assert low <= shifted.read_as_asked <= high
 
 
-def test_the_first_row_is_real_pictures_and_each_guidance_has_its_own(digits: Dataset, classifier: Classifier, rows) -> None:
+def test_the_first_row_is_real_images_and_each_guidance_has_its_own(digits: Dataset, classifier: Classifier, rows) -> None:
     given = rows(noisy(0.1), guidances=(1.0, 2.5), num=50)
-    assert [row.name for row in given] == ["held-out real pictures", "samples, guidance 1", "samples, guidance 2.5"]
+    assert [row.name for row in given] == ["held-out real images", "samples, guidance 1", "samples, guidance 2.5"]
     assert [row.n for row in given] == [len(digits.holdout), 50, 50]
     assert given[0].read_as_asked == pytest.approx(classifier.held_out_accuracy)
     assert {row.frechet_n for row in given} == {50}  # five of each digit in every row
@@ -161,7 +161,7 @@ def test_without_categories_distances_are_measured_and_copies_found(
     assert json.loads(json.dumps(results[0].plain()))["rows"][0]["read_as_asked"] is None
 
 
-def test_pictures_without_a_category_are_left_out(
+def test_images_without_a_category_are_left_out(
     digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder may hold some beside its sub-folders."""
@@ -182,7 +182,7 @@ def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier:
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
-        "a Fréchet distance is not given for held-out real pictures and samples, guidance 1: it would be taken of 20 images, "
+        "a Fréchet distance is not given for held-out real images and samples, guidance 1: it would be taken of 20 images, "
         "and below 30 it mostly measures their number"
     ]
     copies = result.rows[1]
@@ -190,7 +190,7 @@ def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier:
 
 
 def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
-    """Samples are asked for what held-out pictures are, which may be few of a category."""
+    """Samples are asked for what held-out images are, which may be few of a category."""
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     zeros = torch.zeros(50, dtype=torch.long)
     monkeypatch.setattr(fidelity, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
@@ -201,7 +201,7 @@ def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classi
     )
 
 
-def test_one_held_out_picture_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_held_out_image_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FEWEST", "LEAST"):
         monkeypatch.setattr(f"sfumato.data.holdout.{name}", 0)
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
@@ -236,7 +236,7 @@ def test_proportions_have_wilsons_interval_and_other_means_the_normal_one() -> N
 
 
 def test_a_small_set_is_not_shown_to_the_classifier_thousands_of_times(digits: Dataset) -> None:
-    """It took five minutes for twelve pictures."""
+    """It took five minutes for twelve images."""
     shares: list[float] = []
     few = digits.training[:20]
     read = train_classifier(digits, few, on_progress=shares.append)

@@ -15,7 +15,7 @@ from sfumato.networks.perceptual import RandomFeatures
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
 
 CONTEXT = ContextSizes(vector=6, tokens=5)
-DIT = DiTConfig(channels=32, layers=3, head_channels=16, tokens_as="joint", registers=1)
+DIT = DiTConfig(hidden_size=32, depth=3, head_dim=16, token_conditioning="joint", registers=1)
 UNET = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
 
 
@@ -68,7 +68,9 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [DIT, UNET, replace(DIT, recompute=True)], ids=["dit", "unet", "dit-recomputed"])
+@pytest.mark.parametrize(
+    "config", [DIT, UNET, replace(DIT, activation_checkpointing=True)], ids=["dit", "unet", "dit-recomputed"]
+)
 def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -> None:
     """A second shape makes sides symbols, whatever shapes come then."""
     torch._dynamo.reset()  # shapes that other tests showed are forgotten

@@ -12,13 +12,13 @@ from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiTConfig, NetworkConfig, UNet, UNetConfig
 
 TINY = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
-SMALL = DiTConfig(patch=2, channels=32, layers=2, head_channels=16)
+SMALL = DiTConfig(patch_size=2, hidden_size=32, depth=2, head_dim=16)
 CONTEXT = ContextSizes(vector=6, tokens=5, spatial=2)
 KINDS = [
     pytest.param(TINY, id="unet"),
     pytest.param(SMALL, id="dit-cross"),
-    pytest.param(replace(SMALL, tokens_as="joint", registers=2, bottleneck=6), id="dit-joint"),
-    pytest.param(replace(SMALL, tokens_as="sequence", vector_as="tokens", patch=4), id="dit-sequence"),
+    pytest.param(replace(SMALL, token_conditioning="joint", registers=2, bottleneck=6), id="dit-joint"),
+    pytest.param(replace(SMALL, token_conditioning="sequence", vector_conditioning="tokens", patch_size=4), id="dit-sequence"),
 ]
 
 
@@ -62,7 +62,7 @@ def seed() -> None:
         ),
         UNetConfig(channels=40, multipliers=(1, 3), attention_depths=(1,), head_channels=40),  # no multiples of a group
         *KINDS,
-        replace(SMALL, layers=5, dropped=0.5, registers=1, recompute=True),
+        replace(SMALL, depth=5, token_drop=0.5, registers=1, activation_checkpointing=True),
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -153,7 +153,7 @@ def test_missing_context_is_named(config: NetworkConfig) -> None:
     "wrong",
     [
         {"attention_depths": (7,)},
-        {"head_channels": 48},
+        {"head_dim": 48},
         {"blocks": 0},
         {"channels": 33, "attention_depths": ()},  # sines and cosines come in pairs
         {"channels": 160, "multipliers": (1, 2, 3), "attention_depths": (1,), "head_channels": 64},  # the middle attends
@@ -167,13 +167,13 @@ def test_impossible_configuration_is_refused(wrong: dict) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"patch": 0},
-        {"head_channels": 48},
-        {"channels": 40},
-        {"dropped": 1.0},
-        {"dropped": 0.5},
+        {"patch_size": 0},
+        {"head_dim": 48},
+        {"hidden_size": 40},
+        {"token_drop": 1.0},
+        {"token_drop": 0.5},
         {"registers": -1},
-        {"head_channels": 2},
+        {"head_dim": 2},
     ],
 )
 def test_impossible_transformers_are_refused(wrong: dict) -> None:
@@ -183,7 +183,7 @@ def test_impossible_transformers_are_refused(wrong: dict) -> None:
 
 def test_recomputing_changes_memory_only() -> None:
     plain = awake(SMALL.build(image_channels=3, context=CONTEXT))
-    again = replace(SMALL, recompute=True).build(image_channels=3, context=CONTEXT)
+    again = replace(SMALL, activation_checkpointing=True).build(image_channels=3, context=CONTEXT)
     again.load_state_dict(plain.state_dict())
     x, levels, context = torch.randn(2, 3, 8, 8), torch.rand(2), condition(2, 8, 8)
     for network in (plain, again):
@@ -193,9 +193,9 @@ def test_recomputing_changes_memory_only() -> None:
 
 
 def test_dropped_tokens_skip_the_inner_blocks_while_training_only() -> None:
-    config = replace(SMALL, layers=6, registers=2, tokens_as="joint")
+    config = replace(SMALL, depth=6, registers=2, token_conditioning="joint")
     full = awake(config.build(image_channels=3, context=CONTEXT))
-    half = replace(config, dropped=0.5).build(image_channels=3, context=CONTEXT)
+    half = replace(config, token_drop=0.5).build(image_channels=3, context=CONTEXT)
     half.load_state_dict(full.state_dict())
     seen: list[int] = []
     for block in half.blocks:

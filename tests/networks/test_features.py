@@ -1,4 +1,4 @@
-"""Frozen networks that compare pictures: against their layers written out, batch norms and all."""
+"""Frozen networks that compare images: against their layers written out, batch norms and all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=GENERATOR) * scale
 
 
-def pictures(channels: int = 3, side: int = 32) -> torch.Tensor:
+def images(channels: int = 3, side: int = 32) -> torch.Tensor:
     return torch.rand(2, channels, side, side, generator=GENERATOR) * 2 - 1
 
 
@@ -78,11 +78,11 @@ def lite0_written_out(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torc
 
 @pytest.mark.parametrize("side", [32, 45])
 def test_efficientnet_is_its_layers(side: int) -> None:
-    tensors, x = lite0_tensors(), pictures(side=side)
+    tensors, x = lite0_tensors(), images(side=side)
     network = efficientnet_lite0(tensors)
     expected = lite0_written_out(tensors, x)
     assert torch.allclose(network(x), expected, atol=1e-3 * float(expected.abs().max()))
-    assert [tuple(found.shape[1:]) for found in network.maps(pictures(side=64))] == [
+    assert [tuple(found.shape[1:]) for found in network.maps(images(side=64))] == [
         (16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2),
     ]  # fmt: skip
 
@@ -106,7 +106,7 @@ def lpips_tensors() -> dict[str, torch.Tensor]:
 
 
 def test_lpips_is_its_formula() -> None:
-    tensors, a, b = lpips_tensors(), pictures(), pictures()
+    tensors, a, b = lpips_tensors(), images(), images()
 
     def layers(x: torch.Tensor) -> list[torch.Tensor]:
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
@@ -129,8 +129,8 @@ def test_lpips_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_distance_is_zero_for_equal_pictures_and_grows(channels: int) -> None:
-    network, a = RandomFeatures(), pictures(channels)
+def test_distance_is_zero_for_equal_images_and_grows(channels: int) -> None:
+    network, a = RandomFeatures(), images(channels)
     near, far = (a + size * draw(*a.shape) for size in (0.05, 0.5))
     assert distance(network, a, a).tolist() == [0, 0]
     assert (distance(network, a, near) < distance(network, a, far)).all()
@@ -164,7 +164,7 @@ def test_the_packages_file_is_converted_once(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointError, match="SHA-256"):  # not the file that the package came with
         extractors.extractor("auto")
     monkeypatch.setattr(extractors, "SHA256", hashlib.sha256((package / extractors.FILE).read_bytes()).hexdigest())
-    first, x = extractors.extractor("auto"), pictures()
+    first, x = extractors.extractor("auto"), images()
     (package / extractors.FILE).unlink()
     assert torch.equal(extractors.extractor("efficientnet-lite0").pooled(x), first.pooled(x))
 
@@ -177,7 +177,7 @@ def test_a_vision_transformers_patches_are_its_map(kind: str, tmp_path: Path) ->
     model.save_pretrained(tmp_path / "encoder")
     found = extractors.extractor(str(tmp_path / "encoder"))
     assert found.name == "encoder"
-    x = pictures(side=28)
+    x = images(side=28)
     mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         patches = model(pixel_values=((x + 1) / 2 - mean) / deviation).last_hidden_state[:, 1:]
@@ -185,10 +185,10 @@ def test_a_vision_transformers_patches_are_its_map(kind: str, tmp_path: Path) ->
     (made,) = found.maps(x)
     assert made.shape == (2, 16, 2, 2)
     torch.testing.assert_close(made[0, :, 1, 0], F.normalize(patches[0, 2], dim=0))
-    assert found.maps(pictures(channels=1, side=8))[0].shape == (2, 16, 2, 2)
+    assert found.maps(images(channels=1, side=8))[0].shape == (2, 16, 2, 2)
 
 
-def test_a_model_that_sees_no_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_sees_no_images_is_refused(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.nn.float8 import in_float8
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import load, resume, train
 from sfumato.training import Budget
-from tests.training.tiny import pictures, tiny_run
+from tests.training.tiny import images, tiny_run
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
@@ -52,7 +52,7 @@ def test_products_are_those_of_rounded_tensors() -> None:
 
 
 def test_weights_stay_what_they_are() -> None:
-    network = DiTConfig(channels=64, layers=2, head_channels=32).build(image_channels=3)
+    network = DiTConfig(hidden_size=64, depth=2, head_dim=32).build(image_channels=3)
     before, names = dict(network.named_parameters()), list(network.state_dict())
     in_float8(network, network.float8_layers())
     after = dict(network.named_parameters())
@@ -65,9 +65,9 @@ def test_weights_stay_what_they_are() -> None:
 
 def test_it_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"network\.kind=dit"):
-        train(tiny_run(pictures(tmp_path / "pictures"), precision="float8"), run=tmp_path / "run")
+        train(tiny_run(images(tmp_path / "images"), precision="float8"), run=tmp_path / "run")
     with pytest.raises(ConfigError, match="an autoencoder is convolutions"):
-        OwnAutoencoder(precision="float8")
+        TrainedAutoencoder(precision="float8")
 
 
 def test_a_network_without_such_layers_is_refused() -> None:
@@ -78,7 +78,7 @@ def test_a_network_without_such_layers_is_refused() -> None:
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    network = DiTConfig(channels=64, layers=1).build(image_channels=3)
+    network = DiTConfig(hidden_size=64, depth=1).build(image_channels=3)
     with pytest.raises(ConfigError, match=r"sfumato\[float8\]"):
         in_float8(network, network.float8_layers())
 
@@ -89,8 +89,8 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_run_trains_in_it_resumes_and_is_loaded_as_any_other(tmp_path: Path) -> None:
-    network = DiTConfig(channels=64, layers=1, head_channels=32)
-    settings = tiny_run(pictures(tmp_path / "pictures"), network=network, precision="float8", budget=Budget(steps=3))
+    network = DiTConfig(hidden_size=64, depth=1, head_dim=32)
+    settings = tiny_run(images(tmp_path / "images"), network=network, precision="float8", budget=Budget(steps=3))
     run = train(settings, run=tmp_path / "run")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("steps: 3", "steps: 5"))

@@ -2,17 +2,18 @@
 
 import torch
 
-from sfumato.nn.rotary import angles, rotated
+from sfumato.nn.rotary import apply_rotary, rotary_angles
 
 
 def test_products_depend_on_differences_of_places() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(16, generator=generator, dtype=torch.float64) for _ in range(2))
-    places = angles(5, 7, 16, like=torch.empty(0)).double()
+    places = rotary_angles(5, 7, 16, like=torch.empty(0)).double()
 
     def product(a: tuple[int, int], b: tuple[int, int]) -> float:
         turned = [
-            rotated(x.expand(1, 1, 1, -1), places[row * 7 + column][None])[0, 0, 0] for x, (row, column) in ((q, a), (k, b))
+            apply_rotary(x.expand(1, 1, 1, -1), places[row * 7 + column][None])[0, 0, 0]
+            for x, (row, column) in ((q, a), (k, b))
         ]
         return float(turned[0] @ turned[1])
 
@@ -24,14 +25,14 @@ def test_products_depend_on_differences_of_places() -> None:
 
 def test_rotation_is_the_complex_product() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, turn = torch.randn(2, 3, 35, 16, generator=generator), angles(5, 7, 16, like=torch.empty(0))
+    x, turn = torch.randn(2, 3, 35, 16, generator=generator), rotary_angles(5, 7, 16, like=torch.empty(0))
     numbers = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(turn), turn)
-    assert torch.allclose(rotated(x, turn), torch.cat([numbers.real, numbers.imag], dim=-1), atol=1e-6)
-    assert torch.allclose(rotated(x, turn).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(apply_rotary(x, turn), torch.cat([numbers.real, numbers.imag], dim=-1), atol=1e-6)
+    assert torch.allclose(apply_rotary(x, turn).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
 
 
 def test_places_are_counted_from_the_middle() -> None:
-    places = angles(3, 5, 8, like=torch.empty(0)).unflatten(0, (3, 5))
+    places = rotary_angles(3, 5, 8, like=torch.empty(0)).unflatten(0, (3, 5))
     assert places[1, 2].abs().max() == 0
     assert torch.allclose(places, -places.flip(0, 1))
     assert (places[0, :, :2] == -1 * torch.tensor([1.0, 0.1])).all()  # rows; columns are the other half

@@ -11,15 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.cli.explain import PICTURES, _with_contrast
+from sfumato.cli.explain import IMAGES, _with_contrast
 from sfumato.cli.trajectory_images import dimmed
 from sfumato.diffusion import NoiseLevel
-from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, picture, save_png, to_uint8
+from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, save_png, to_uint8
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
 
 def levels(count: int, side: int = 8, channels: int = 1) -> torch.Tensor:
-    """Flat pictures of rising brightness."""
+    """Flat images of rising brightness."""
     return torch.linspace(0, 1, count).view(-1, 1, 1, 1).expand(count, channels, side, side)
 
 
@@ -29,8 +29,8 @@ def test_floats_become_bytes_rounded_and_clamped() -> None:
 
 
 def test_gray_stays_gray_and_colour_keeps_its_order() -> None:
-    assert picture(torch.zeros(1, 4, 5)).mode == "L"
-    colour = picture(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1).expand(3, 4, 5))
+    assert to_pil(torch.zeros(1, 4, 5)).mode == "L"
+    colour = to_pil(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1).expand(3, 4, 5))
     assert colour.size == (5, 4)
     assert colour.getpixel((0, 0)) == (255, 128, 0)
 
@@ -44,7 +44,7 @@ def test_a_grid_is_as_square_as_it_gets_unless_told(count: int, columns: int | N
     assert sheet.size == (GAP + shape[0] * tile, GAP + shape[1] * tile)
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_kept() -> None:
+def test_small_images_are_enlarged_by_whole_pixels_and_large_ones_kept() -> None:
     assert grid_image(levels(1, side=9)).size == (GAP + 63 + GAP,) * 2
     assert grid_image(levels(1, side=100)).size == (GAP + 100 + GAP,) * 2
     checks = (torch.arange(64).view(1, 1, 8, 8) // 8 + torch.arange(8)) % 2
@@ -62,7 +62,7 @@ def test_tiles_run_along_rows_first() -> None:
     assert seen == [0, 51, 102, 153, 204, 255]
 
 
-def test_a_place_without_a_picture_is_paper() -> None:
+def test_a_place_without_a_image_is_paper() -> None:
     assert grid_image(levels(3), columns=2).getpixel((GAP + SMALLEST_TILE + GAP + 5, GAP + SMALLEST_TILE + GAP + 5)) == PAPER
 
 
@@ -104,10 +104,10 @@ def test_noisy_images_are_shown_on_one_scale_whatever_the_schedule(logsnr: float
 
 def test_a_png_carries_its_settings_and_makes_its_folder(tmp_path: Path) -> None:
     settings = {"seed": 3, "category": ["ü", "7"], "guidance": 1.5}
-    path = save_png(picture(torch.zeros(1, 2, 2)), tmp_path / "a" / "b.png", settings)
+    path = save_png(to_pil(torch.zeros(1, 2, 2)), tmp_path / "a" / "b.png", settings)
     with Image.open(path) as image:
         assert json.loads(image.text["sfumato"]) == settings
-    with Image.open(save_png(picture(torch.zeros(1, 2, 2)), tmp_path / "c.png")) as image:
+    with Image.open(save_png(to_pil(torch.zeros(1, 2, 2)), tmp_path / "c.png")) as image:
         assert image.text == {}
 
 
@@ -182,6 +182,6 @@ def test_what_is_drawn_on_its_way_into_noise_is_not_blank(blank: int) -> None:
     """The first few images of a set may be black: slices beyond the body, sprites that are empty."""
     images = torch.cat([-torch.ones(blank, 1, 4, 4), torch.randn(9 - blank, 1, 4, 4)])
     chosen = _with_contrast(images)
-    assert len(chosen) == PICTURES
+    assert len(chosen) == IMAGES
     shown = 9 - blank
-    assert torch.equal(chosen[:shown], images[blank : blank + PICTURES])
+    assert torch.equal(chosen[:shown], images[blank : blank + IMAGES])

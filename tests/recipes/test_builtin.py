@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
 from sfumato.recipes import RECIPES, recipe
 from sfumato.runs.preparation import build_model
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), attention_depths=(1,), head_channels=32),
-    *(DiTConfig(channels=64, layers=2, head_channels=32, tokens_as=how) for how in ("cross", "joint", "sequence")),
+    *(DiTConfig(hidden_size=64, depth=2, head_dim=32, token_conditioning=how) for how in ("cross", "joint", "sequence")),
 ]
 
 
@@ -22,7 +22,7 @@ def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkCo
     """Whatever steers it, and in pixels or latents."""
     run = replace(recipe(name), network=network)
     layout = run.autoencoder.layout(run.data.channels, None)
-    facts = Facts(
+    facts = ConditioningInfo(
         channels=run.data.channels, categories=("a", "b"), words=("a", "word"), dimensions=3 if "solids" in name else 2,
         augmentation=run.data.augment.labels, factor=layout.factor,
     )  # fmt: skip

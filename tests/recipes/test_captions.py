@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato import config as configuration
-from sfumato.conditioners import Words, WordsConfig
+from sfumato.conditioners import LearnedTextConfig, WordTokenizer
 from sfumato.conditioners.tokenizer import ByRuns, ByScript
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Entry, Folder
@@ -64,7 +64,7 @@ def test_captions_are_used_where_enough_images_have_different_ones_and_the_fract
 def test_the_length_holds_95_percent_of_captions_and_one_spelled_word(counts: list[int]) -> None:
     captions = [" ".join(["red"] * count) for count in counts]
     length = fitting_length(captions)
-    words = Words.fitted(captions, most=20_000)
+    words = WordTokenizer.fitted(captions, most=20_000)
     assert length % 8 == 0
     assert 16 <= length <= 128
     if length < 128:
@@ -84,7 +84,7 @@ def test_the_length_counts_letters_where_a_script_has_no_spaces() -> None:
 )
 def test_captions_that_are_cut_and_that_differ_only_there_are_counted(length: int, cut: int, confused: int) -> None:
     captions = [f"{LONG} cat", f"{LONG} dog", LONG, "an apple", f"{LONG.upper()}  Cat"]
-    part: Any = WordsConfig(length=length).build(WordsConfig().words(captions), None)
+    part: Any = LearnedTextConfig(length=length).build(LearnedTextConfig().words(captions), None)
     found = Cut.of(captions, part)
     assert (found.different, found.cut, found.confused) == (4, cut, confused)
     said = "\n".join(found.lines)
@@ -122,7 +122,7 @@ def test_train_says_how_many_captions_are_cut(
     run = Run(
         name="x",
         data=DataConfig(source=Folder(str(place)), resolution=8, cache="off"),
-        conditioner=ContextConfig(text=WordsConfig(length=int(length))),
+        conditioner=ContextConfig(text=LearnedTextConfig(length=int(length))),
     )
     train(run, run=tmp_path / "run")
     output = "".join(capsys.readouterr())
@@ -153,8 +153,8 @@ def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path
     for file in (tmp_path / "run" / "config.yaml", tmp_path / "mine.yaml"):
         file.write_text(written)
     before, new = resolve(tmp_path / "run").conditioner.text, resolve(tmp_path / "mine.yaml").conditioner.text
-    assert isinstance(before, WordsConfig)
-    assert isinstance(new, WordsConfig)
+    assert isinstance(before, LearnedTextConfig)
+    assert isinstance(new, LearnedTextConfig)
     assert (before.spelled, before.splitting) == (0.0, ByRuns())
     assert (new.spelled, new.splitting) == (0.02, ByScript())
     assert resolve(tmp_path / "run", ["conditioner.text.spelled=0.1"]).conditioner.text.spelled == 0.1  # what is set wins

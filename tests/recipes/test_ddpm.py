@@ -8,7 +8,7 @@ from PIL import Image
 
 from sfumato.autoencoders import Pixels
 from sfumato.condition import NO_CONDITION
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.diffusion import NoiseLevel
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import Pipeline, to_unit
@@ -23,7 +23,7 @@ def made(*overrides: str) -> Pipeline:
     """The recipe's model with random weights, strong enough for clipping to matter."""
     small = ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"]
     run = resolve("ddpm", [*small, *overrides])
-    facts = Facts(channels=1)
+    facts = ConditioningInfo(channels=1)
     model = build_model(run, facts).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -79,8 +79,8 @@ def test_clipping_in_latents_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"sampling\.clip: clamps guesses of the image to \[-1, 1\], and the model works in latents"
     ):
-        resolve("ddpm", ["autoencoder=OwnAutoencoder"])
-    assert not resolve("ddpm", ["autoencoder=OwnAutoencoder", "sampling.clip=false"]).sampling.clip
+        resolve("ddpm", ["autoencoder=TrainedAutoencoder"])
+    assert not resolve("ddpm", ["autoencoder=TrainedAutoencoder", "sampling.clip=false"]).sampling.clip
 
 
 def test_a_file_puts_it_over_a_folder_of_images(tmp_path: Path) -> None:

@@ -13,39 +13,39 @@ import pytest
 from PIL import Image
 
 from sfumato import config
-from sfumato.conditioners import AttributesConfig, CategoryConfig, Facts, PointsConfig, WordsConfig
+from sfumato.conditioners import AttributesConfig, CategoryConfig, ConditioningInfo, LearnedTextConfig, PointsConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import SamplingConfig
 from sfumato.recipes import Run
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.presets import Survey
 from sfumato.runs import preparation
 from sfumato.runs.preparation import build_model, open_data
 
-ALL = {"category": CategoryConfig(), "text": WordsConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
+ALL = {"category": CategoryConfig(), "text": LearnedTextConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def folder(root: Path, facts: dict[str, dict[str, Any]], points: dict[str, str] | None = None) -> Folder:
-    """A picture for each name, with the JSON and the cloud that lie beside it."""
+    """An image for each name, with the JSON and the cloud that lie beside it."""
     for number, (name, fact) in enumerate(facts.items()):
         path = root / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
+        path.write_bytes(image(number))
         path.with_suffix(".json").write_text(json.dumps(fact))
     for name, cloud in (points or {}).items():
         (root / f"{name}.points.csv").write_text(cloud)
     return Folder(str(root))
 
 
-def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Facts:
+def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> ConditioningInfo:
     data = DataConfig(source=source, resolution=8, channels=1, cache="off", **options)
     run = Run(name="x", data=data, conditioner=ContextConfig(**contexts))
     return preparation.facts_of(run, open_data(run))
@@ -53,7 +53,7 @@ def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Facts:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Eight pictures to learn from, and two that are held out by name and say other things."""
+    """Eight images to learn from, and two that are held out by name and say other things."""
     facts = {
         f"{'ab'[i % 2]}/{i}": {"captions": [f"red {i}", "Red"], "attributes": {"age": i, "tall": 1} if i < 4 else {}}
         for i in range(8)
@@ -63,7 +63,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def learned(source: Folder) -> list[int]:
-    """Numbers of the pictures that are learned from."""
+    """Numbers of the images that are learned from."""
     run = Run(name="x", data=DataConfig(source=source, resolution=8, channels=1, cache="off"))
     dataset = open_data(run)
     return [int(Path(dataset.entries[i].name).stem) for i in dataset.training]
@@ -75,18 +75,18 @@ def test_words_are_those_of_the_captions_that_are_learned_from(told: Folder) -> 
     assert set(words) == {"red", *map(str, learned(told))}
 
 
-def test_attributes_are_described_by_the_pictures_that_have_them(told: Folder) -> None:
+def test_attributes_are_described_by_the_images_that_have_them(told: Folder) -> None:
     facts = facts_of(told, ALL)
     ages = np.array([i for i in learned(told) if i < 4])
     assert facts.attributes == ("age", "odd", "tall")
     assert facts.means[0] == pytest.approx(ages.mean())
     assert facts.deviations[0] == pytest.approx(ages.std())
     assert facts.means[2] == pytest.approx(len(ages) / len(learned(told)))  # a label: 0 where it is not given
-    assert math.isnan(facts.means[1])  # only pictures that are held out have it
+    assert math.isnan(facts.means[1])  # only images that are held out have it
 
 
 def test_categories_dimensions_and_augmentation(told: Folder) -> None:
-    facts = facts_of(told, ALL, augment=AugmentConfig(non_leaking=0.1))
+    facts = facts_of(told, ALL, augment=AugmentConfig(karras=0.1))
     assert (facts.categories, facts.dimensions, facts.channels, facts.augmentation) == (("a", "b"), 3, 1, 9)
 
 
@@ -98,7 +98,7 @@ def test_what_is_not_read_is_not_told(told: Folder) -> None:
 def test_facts_survive_a_checkpoint(told: Folder) -> None:
     facts = facts_of(told, ALL)
     stored = json.loads(json.dumps(config.plain(facts)))
-    again = config.parse(Facts, stored, where="checkpoint")
+    again = config.parse(ConditioningInfo, stored, where="checkpoint")
     assert str(again) == str(facts)  # NaN included
 
 
@@ -130,4 +130,4 @@ def test_clipping_is_refused_in_latents() -> None:
     sampling = SamplingConfig(clip=True)
     assert Run(name="x", sampling=sampling).sampling.clip
     with pytest.raises(ConfigError, match="latents, whose values have no bounds"):
-        Run(name="x", sampling=sampling, autoencoder=OwnAutoencoder())
+        Run(name="x", sampling=sampling, autoencoder=TrainedAutoencoder())

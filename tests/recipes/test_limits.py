@@ -11,7 +11,7 @@ from sfumato.errors import ConfigError
 from sfumato.recipes import RECIPES, Run, limits, recipe, resolve
 from sfumato.runs import train
 from sfumato.training import Budget
-from tests.training.tiny import pictures, tiny_run
+from tests.training.tiny import images, tiny_run
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -45,7 +45,7 @@ def test_files_folders_runs_and_configurations_are_no_different(tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text("recipe: digits\nbudget: {steps: 5}\n")
     assert resolve(tmp_path / "mine.yaml").budget == Budget(steps=5)
     assert resolve(tmp_path / "mine.yaml", ["budget.minutes=2"]).budget == Budget(minutes=2)
-    assert resolve(pictures(tmp_path / "pictures"), ["budget.epochs=3"]).budget == Budget(epochs=3)
+    assert resolve(images(tmp_path / "images"), ["budget.epochs=3"]).budget == Budget(epochs=3)
     assert resolve(tiny_run(tmp_path), ["budget.minutes=2"]).budget == Budget(minutes=2)
     run = tmp_path / "run"
     run.mkdir()
@@ -59,12 +59,18 @@ def test_a_replaced_limit_is_said_and_nothing_else_is() -> None:
     assert lines == ["budget: steps=1200 replaces minutes=1; set both to stop at whichever comes first"]
     assert changed["budget"]["minutes"] is None
     assert base["budget"]["minutes"] == 1  # what was given is left as it is
-    for asked in ({}, {"budget": 5}, {"budget": {"minutes": 2}}, {"budget": {"minutes": None}}, {"autoencoder": "PixelSpace"}):
+    for asked in (
+        {},
+        {"budget": 5},
+        {"budget": {"minutes": 2}},
+        {"budget": {"minutes": None}},
+        {"autoencoder": "PixelsConfig"},
+    ):
         assert limits.replaced(base, asked) == (base, [])
 
 
 def test_training_says_which_limit_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = tiny_run(pictures(tmp_path / "pictures"), budget=Budget(minutes=9))
+    settings = tiny_run(images(tmp_path / "images"), budget=Budget(minutes=9))
     train(settings, overrides=["budget.steps=1"], run=tmp_path / "run")
     assert "budget: steps=1 replaces minutes=9" in capsys.readouterr().err
 

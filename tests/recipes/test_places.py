@@ -16,14 +16,14 @@ from sfumato.runs import resume, train
 from sfumato.runs.preparation import open_data
 from sfumato.training import Budget
 from tests.cli.program import sfumato
-from tests.training.tiny import pictures, tiny_run
+from tests.training.tiny import images, tiny_run
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project: `pics` and a run `out/run` trained on them by a relative path."""
     project = tmp_path_factory.mktemp("places") / "project"
-    pictures(project / "pics", count=20)
+    images(project / "pics", count=20)
     with contextlib.chdir(project):
         train(tiny_run(Path("pics"), budget=Budget(steps=1), sampling=SamplingConfig(steps=2)), run="out/run")
     return project
@@ -45,7 +45,7 @@ def path_of(run: Path) -> str:
 
 def test_a_run_keeps_the_whole_path_of_its_data(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_yaml_file(made / "out" / "run" / "config.yaml")["data"]["source"]["path"] == str(made / "pics")
-    pictures(tmp_path / "pics", count=6)  # of the same name, elsewhere
+    images(tmp_path / "pics", count=6)  # of the same name, elsewhere
     monkeypatch.chdir(tmp_path)
     assert path_of(made / "out" / "run") == str(made / "pics")
     assert len(open_data(resolve(made / "out" / "run")).entries) == 20

@@ -17,9 +17,9 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import prepare
-from sfumato.runs.cost import Prediction, predict, rehearsal, times
+from sfumato.runs.cost import Prediction, predict, times, trial_trainer
 from sfumato.runs.preparation import network_parameters
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 from sfumato.training.config import Cadence
@@ -29,7 +29,7 @@ COUNT = 30
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for number in range(COUNT):
         buffer = io.BytesIO()
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "PNG")
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
     settings = {
         "name": "tiny",
-        "data": DataConfig(source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(non_leaking=0.12)),
+        "data": DataConfig(source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(karras=0.12)),
         "network": UNetConfig(channels=channels, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
         "optimizer": AdamWConfig(warmup_steps=2),
@@ -58,7 +58,7 @@ def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
 
 
 def predicted(run: Run) -> tuple[Prediction, int]:
-    """The prediction, and how many pictures there are to learn from."""
+    """The prediction, and how many images there are to learn from."""
     prepared = prepare(run)
     return predict(prepared)[-1], len(prepared.dataset.training)
 
@@ -140,7 +140,7 @@ HOUR = Prediction(
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
     assert HOUR.lines() == [
-        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each picture seen 12.3 times",
+        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image seen 12.3 times",
         "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
     assert "1:00:00 in all, 5:00 of it for previews and validation; " in replace(HOUR, looks_s=300.0).lines()[0]
@@ -173,7 +173,7 @@ def test_how_often_something_comes_due(cadence: Cadence, seconds: float, cost_s:
 def test_previews_and_validation_take_their_time_from_the_steps(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     often = tiny(root, budget=Budget(minutes=2), preview=PreviewConfig(num=30), validation=ValidationConfig(samples=250))
     seldom = tiny(root, budget=Budget(minutes=2))
-    monkeypatch.setattr("sfumato.training.trainer.Trainer.rehearse", lambda self: 0.05)
+    monkeypatch.setattr("sfumato.training.trainer.Trainer.measure_step", lambda self: 0.05)
     found, few = predicted(often)[0], predicted(seldom)[0]
     assert found.looks_s > 4 * few.looks_s
     assert found.seconds == pytest.approx(120, rel=0.05)
@@ -182,17 +182,17 @@ def test_previews_and_validation_take_their_time_from_the_steps(root: Path, monk
 
 def test_a_long_step_is_measured_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny(root)
-    trainer = rehearsal(prepare(run), root.parent / "scratch")
+    trainer = trial_trainer(prepare(run), root.parent / "scratch")
     taken: list[int] = []
     clock = itertools.count(0.0, 7.0)
     monkeypatch.setattr("sfumato.training.trainer.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(trainer, "train_step", taken.append)
-    assert trainer.rehearse() == 7.0
+    assert trainer.measure_step() == 7.0
     assert len(taken) == 1
 
 
 def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> None:
-    own = OwnAutoencoder(
+    own = TrainedAutoencoder(
         network=KLConfig(channels=(16, 16), latent_channels=2, blocks=1, groups=8), features="random", batch_size=4,
         precision="float32", budget=Budget(steps=7), validation=ValidationConfig(samples=2), preview=PreviewConfig(num=1),
     )  # fmt: skip

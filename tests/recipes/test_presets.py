@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sfumato import config as configuration
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Folder, Listing
 from sfumato.data.listing import Entry, Inline
 from sfumato.data.sources import solids
@@ -21,7 +21,7 @@ from sfumato.recipes.resolver import is_preset, resolve
 from sfumato.runs.preparation import build_model
 
 
-def picture(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
+def photo(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).convert(mode).save(buffer, "PNG")
@@ -29,8 +29,8 @@ def picture(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
 
 
 def listing(count: int, *, image: bytes | None = None, categories: int = 0, captions: float = 0.0) -> Listing:
-    """`count` pictures, dealt out to the categories in turn, the first share of them with a caption."""
-    blob = Inline(picture() if image is None else image)
+    """`count` images, dealt out to the categories in turn, the first share of them with a caption."""
+    blob = Inline(photo() if image is None else image)
     return Listing(
         entries=[
             Entry(
@@ -46,9 +46,9 @@ def listing(count: int, *, image: bytes | None = None, categories: int = 0, capt
 @pytest.fixture
 def place(tmp_path: Path) -> str:
     """A folder that the listing may be said to come from."""
-    (tmp_path / "my pictures").mkdir()
-    (tmp_path / "my pictures" / "1.png").write_bytes(picture())
-    return str(tmp_path / "my pictures")
+    (tmp_path / "my images").mkdir()
+    (tmp_path / "my images" / "1.png").write_bytes(photo())
+    return str(tmp_path / "my images")
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -79,7 +79,7 @@ def test_larger_sets_and_machines_get_larger_networks(
         choice = choose(place, listing(count))
         assert choice.run.network.channels == width
         assert (choice.run.optimizer.muon is not None) == (machine == "cpu")
-        assert choice.reasons[0].startswith(f"{count} pictures on ")
+        assert choice.reasons[0].startswith(f"{count} images on ")
         assert f"U-Net of {width} channels" in choice.reasons[0]
 
 
@@ -90,7 +90,7 @@ def test_the_reason_names_the_machine(place: str, machine: str) -> None:
 @pytest.mark.parametrize("count", [10, 1_000, 4_999])
 def test_small_sets_are_augmented_and_dropped_out(place: str, machine: str, count: int) -> None:
     choice = choose(place, listing(count))
-    assert choice.run.data.augment.non_leaking == 0.12
+    assert choice.run.data.augment.karras == 0.12
     assert choice.run.network.dropout == 0.1
     assert "hold off memorizing" in said(choice)
 
@@ -106,12 +106,12 @@ def test_large_sets_are_not(place: str, machine: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("side", "cpu", "gpu"), [(5, 8, 8), (8, 8, 8), (15, 8, 8), (31, 24, 24), (32, 32, 32), (64, 32, 64), (900, 32, 64)]
 )
-def test_the_resolution_is_the_pictures_up_to_what_the_machine_trains(
+def test_the_resolution_is_the_images_up_to_what_the_machine_trains(
     place: str, side: int, cpu: int, gpu: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for machine, resolution in (("cpu", cpu), ("gpu", gpu)):
         on(monkeypatch, machine)
-        choice = choose(place, listing(3, image=picture(2 * side, side)))
+        choice = choose(place, listing(3, image=photo(2 * side, side)))
         assert choice.run.data.resolution == resolution
         assert f"{resolution} px" in said(choice)
         assert f"shorter sides are {side} px" in said(choice)
@@ -122,14 +122,14 @@ def test_the_resolution_is_the_pictures_up_to_what_the_machine_trains(
 @pytest.mark.parametrize(
     ("resolution", "factor"), [(64, 1), (95, 1), (96, 8), (97, 1), (98, 1), (100, 4), (128, 8), (200, 8), (256, 8), (512, 8)]
 )
-def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolution: int, factor: int) -> None:
+def test_large_images_are_diffused_in_latents(place: str, machine: str, resolution: int, factor: int) -> None:
     choice = choose(place, listing(10, categories=2), resolution=resolution)
     run = choice.run
     assert run.data.resolution == resolution
     assert run.autoencoder.layout(3, None).factor == factor
     assert ("of an autoencoder of its own" in said(choice)) == (factor > 1)
     channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
-    facts = Facts(channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor)
+    facts = ConditioningInfo(channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor)
     with torch.device("meta"):
         model = build_model(run, facts)
         shape = (2, channels, side, side)
@@ -142,7 +142,7 @@ def test_large_pictures_are_diffused_in_latents(place: str, machine: str, resolu
 )
 def test_many_values_are_given_more_noise(place: str, side: int, factor: float) -> None:
     """Of pixels, or of latents; in training and in sampling alike."""
-    choice = choose(place, listing(60, image=picture(side, side)), resolution=side)
+    choice = choose(place, listing(60, image=photo(side, side)), resolution=side)
     t = torch.tensor([0.3], dtype=torch.float64)
     plain, trained, sampled = Linear()(t), choice.run.objective.schedule(t), choice.run.sampling.schedule(t)
     middle = Warped(schedule=Linear(), warp=LogitNormal())(t)
@@ -154,11 +154,11 @@ def test_many_values_are_given_more_noise(place: str, side: int, factor: float) 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A folder of four pictures of 40 pixels."""
+    """A folder of four images of 40 pixels."""
     folder = tmp_path / "small"
     (folder / "a").mkdir(parents=True)
     for number in range(4):
-        (folder / "a" / f"{number}.png").write_bytes(picture(40 + number, 40))
+        (folder / "a" / f"{number}.png").write_bytes(photo(40 + number, 40))
     return folder
 
 
@@ -205,19 +205,22 @@ def test_built_in_sets_are_trained_on_by_name(name: str, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("side", range(8, 72, 8))
 def test_a_network_is_built_that_fits_the_resolution(place: str, machine: str, side: int) -> None:
-    run = choose(place, listing(10, image=picture(side, side), categories=2)).run
+    run = choose(place, listing(10, image=photo(side, side), categories=2)).run
     assert run.data.resolution % 2 ** (len(run.network.multipliers) - 1) == 0
     shape = (2, 3, run.data.resolution, run.data.resolution)
     with torch.device("meta"):  # shapes only
         model = build_model(
-            run, Facts(channels=run.data.channels, categories=("a", "b"), words=("a",), augmentation=run.data.augment.labels)
+            run,
+            ConditioningInfo(
+                channels=run.data.channels, categories=("a", "b"), words=("a",), augmentation=run.data.augment.labels
+            ),
         )
         assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("1", 1), ("LA", 1), ("RGBA", 3), ("P", 3), ("I;16", 1)])
 def test_gray_sets_have_one_channel(place: str, mode: str, channels: int) -> None:
-    image = picture(mode=mode) if mode != "I;16" else sixteen_bits()
+    image = photo(mode=mode) if mode != "I;16" else sixteen_bits()
     choice = choose(place, listing(4, image=image))
     assert choice.run.data.channels == channels
     assert f"{channels} channel(s): {'all images looked at are gray' if channels == 1 else 'the images are in colour'}" in said(
@@ -247,7 +250,7 @@ def test_with_categories_it_is_steered_by_them(place: str, count: int, categorie
     choice = choose(place, listing(count, categories=categories))
     assert choice.run.conditioner is not None
     assert choice.run.sampling.guidance > 1
-    assert f"steered by {categories} categories, from {count // categories} to {count // categories} pictures each" in said(
+    assert f"steered by {categories} categories, from {count // categories} to {count // categories} images each" in said(
         choice
     )
 
@@ -268,13 +271,13 @@ def test_captions_are_mentioned_whether_they_are_read_or_not(place: str) -> None
 # --- odd sources ---------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
+def test_images_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
     choice = choose(place, listing(5, image=b"damaged"))
     assert "no image could be looked at" in said(choice)
     assert choice.run.data.resolution == (64 if torch.cuda.is_available() else 32)
 
 
-def test_no_more_than_a_few_hundred_pictures_are_opened(place: str) -> None:
+def test_no_more_than_a_few_hundred_images_are_opened(place: str) -> None:
     opened: list[int] = []
 
     class Counted:
@@ -282,7 +285,7 @@ def test_no_more_than_a_few_hundred_pictures_are_opened(place: str) -> None:
             opened.append(1)
             return image
 
-    image = picture()
+    image = photo()
     entries = [Entry(name=f"{number}.png", image=Counted()) for number in range(10_000)]
     choose(place, Listing(entries=entries))
     assert 100 <= len(opened) < 401
@@ -291,13 +294,13 @@ def test_no_more_than_a_few_hundred_pictures_are_opened(place: str) -> None:
 def test_a_source_that_is_none_or_holds_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, folder or built-in set"):
         choose(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         choose(str(tmp_path))
 
 
 def test_the_run_is_called_after_the_folder(place: str) -> None:
-    assert choose(place).run.name == "my pictures"
-    assert choose(place + "/").run.name == "my pictures"
+    assert choose(place).run.name == "my images"
+    assert choose(place + "/").run.name == "my images"
     assert choose(place).run.data.source == Folder(place)
 
 
@@ -312,7 +315,7 @@ def test_the_run_is_called_after_the_folder(place: str) -> None:
         "data.channels=1",
         "batch_size=7",
         "budget.minutes=3",
-        "data.augment.non_leaking=0",
+        "data.augment.karras=0",
     ],
 )
 def test_what_is_set_wins_over_what_is_chosen(place: str, override: str) -> None:

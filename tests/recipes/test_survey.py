@@ -140,8 +140,8 @@ def test_frames_that_are_taken_count(tmp_path: Path) -> None:
     for seed in range(3):
         stack = np.stack([values("deep gray", 10 * seed + page)[..., 0] for page in range(4)])
         tifffile.imwrite(tmp_path / "set" / f"{seed}.tif", stack, photometric="minisblack")
-    assert resolved(str(tmp_path / "set"), ["data.frames=all"]).reasons[0].startswith("chosen: 12 pictures")
-    assert resolved(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 pictures")
+    assert resolved(str(tmp_path / "set"), ["data.frames=all"]).reasons[0].startswith("chosen: 12 images")
+    assert resolved(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 images")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffusion import Denoised, Known, Linear, NoiseLevel, Sample
+from sfumato.diffusion import Denoised, Inpaint, Linear, NoiseLevel, Sample
 from sfumato.errors import ConfigError
 from sfumato.sampling import (
     DDIM,
@@ -37,7 +37,7 @@ def oracle(x: Tensor, level: NoiseLevel, condition: object = None) -> Denoised:
 def filled(sampler: object, steps: int = 25) -> tuple[float, float]:
     """Errors of the unknown number's mean and deviation, given that the other one is 1.5."""
     known = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
-    denoiser = Known(denoiser=oracle, picture=VALUE * known, known=known)
+    denoiser = Inpaint(denoiser=oracle, image=VALUE * known, known=known)
     noise = KeyedNoise(0)
     x = noise(torch.empty(COUNT, 1, 1, 2, dtype=torch.float64))
     y = sample(sampler, denoiser, x, grid(Linear(), steps), noise=noise)

@@ -245,7 +245,7 @@ def test_a_coordinate_that_is_infinite_at_pure_noise_is_a_clear_error() -> None:
 
 
 def test_denoised_pairs_are_all_a_sampler_sees() -> None:
-    """A denoiser that always knows the picture is followed there in one call."""
+    """A denoiser that always knows the image is followed there in one call."""
     known = torch.tensor([0.3, -0.4], dtype=torch.float64)
 
     def denoise(x, level, condition) -> Denoised:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig, DoodleConfig, ImageConfig, ReferenceConfig, WordsConfig
+from sfumato.conditioners import CategoryConfig, DoodleConfig, ImageConfig, LearnedTextConfig, ReferenceConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.data.decoding import PixelFormat, decode
@@ -26,8 +26,8 @@ from tests.training.tiny import tiny_run
 STEPS = 40
 
 
-def told_pictures(root: Path, *, told: bool, count: int = 80) -> Path:
-    """Noisy pictures, half of them bright on the left and half on the right; folder and caption say which, or are drawn by lot."""
+def told_images(root: Path, *, told: bool, count: int = 80) -> Path:
+    """Noisy images, half of them bright on the left and half on the right; folder and caption say which, or are drawn by lot."""
     generator = np.random.default_rng(0)
     for number in range(count):
         left = number % 2
@@ -68,18 +68,20 @@ def gaps(run: Path, name: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return told_pictures(tmp_path_factory.mktemp("told"), told=True)
+    return told_images(tmp_path_factory.mktemp("told"), told=True)
 
 
 def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
     trainer = trainer_of(prepare(config), RunDirectory.create(run))
-    return trainer.task.figures(trainer.state.model, trainer.state.average)
+    return trainer.task.validate(trainer.state.model, trainer.state.average)
 
 
 def test_an_untrained_model_follows_nothing(told: Path, tmp_path: Path) -> None:
-    figures = untrained(told, tmp_path / "run", category=CategoryConfig(size=8), text=WordsConfig(size=16, layers=1, heads=2))
+    figures = untrained(
+        told, tmp_path / "run", category=CategoryConfig(size=8), text=LearnedTextConfig(size=16, layers=1, heads=2)
+    )
     names = {key.split("/")[2] for key in figures if key.startswith("validation/adherence/")}
     assert names == {"category", "text"}
     for name in names:
@@ -92,13 +94,13 @@ def test_a_model_without_contexts_has_no_such_figure(told: Path, tmp_path: Path)
     assert not [key for key in untrained(told, tmp_path / "run") if "adherence" in key]
 
 
-def test_contexts_made_from_the_pictures_are_measured_too(told: Path, tmp_path: Path) -> None:
+def test_contexts_made_from_the_images_are_measured_too(told: Path, tmp_path: Path) -> None:
     figures = untrained(told, tmp_path / "run", doodle=DoodleConfig(), image=ImageConfig(), reference=ReferenceConfig(size=16))
     assert {key.split("/")[2] for key in figures if "adherence" in key} == {"doodle", "image", "reference"}
 
 
-@pytest.mark.parametrize("times", [1, 2])  # that each held-out picture is looked at
-def test_a_category_that_tells_the_picture_steers_after_a_few_steps(told: Path, tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize("times", [1, 2])  # that each held-out image is looked at
+def test_a_category_that_tells_the_image_steers_after_a_few_steps(told: Path, tmp_path: Path, times: int) -> None:
     config = settings(told, category=CategoryConfig(size=8))
     samples = times * len(open_data(config).holdout)
     config = replace(config, validation=replace(config.validation, samples=samples))
@@ -109,7 +111,7 @@ def test_a_category_that_tells_the_picture_steers_after_a_few_steps(told: Path, 
 
 
 def test_negative_control_a_category_drawn_by_lot_does_not(tmp_path: Path) -> None:
-    root = told_pictures(tmp_path / "lot", told=False)
+    root = told_images(tmp_path / "lot", told=False)
     gap = gaps(train(settings(root, category=CategoryConfig(size=8)), run=tmp_path / "run"), "category")
     assert abs(gap["mean"]) < 0.005
 
@@ -122,14 +124,14 @@ def test_negative_control_a_category_that_is_always_hidden_does_not(told: Path, 
 
 @pytest.mark.slow
 def test_each_context_is_measured_by_itself(told: Path, tmp_path: Path) -> None:
-    """Text tells the picture, and the category is never seen: one gap opens and the other does not."""
-    contexts = {"category": CategoryConfig(size=8, dropout=1.0), "text": WordsConfig(size=16, layers=1, heads=2)}
+    """Text tells the image, and the category is never seen: one gap opens and the other does not."""
+    contexts = {"category": CategoryConfig(size=8, dropout=1.0), "text": LearnedTextConfig(size=16, layers=1, heads=2)}
     run = train(settings(told, steps=2 * STEPS, **contexts), run=tmp_path / "run")
     assert gaps(run, "text")["low"] > 0
     assert gaps(run, "text")["mean"] > 5 * abs(gaps(run, "category")["mean"])
 
 
-def test_the_pictures_are_what_they_are_said_to_be(told: Path) -> None:
+def test_the_images_are_what_they_are_said_to_be(told: Path) -> None:
     for name, bright in (("left", slice(0, 4)), ("right", slice(4, 8))):
         for path in (told / name).glob("*.png"):
             pixels = decode(path.read_bytes(), PixelFormat(shapes=((8, 8),), channels=1)).pixels[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import fingerprint, pictures, tiny_run
+from tiny import fingerprint, images, tiny_run
 
 from sfumato import load
 from sfumato.condition import Condition
@@ -17,20 +17,20 @@ from sfumato.diffusion import Denoised, Flow, Linear, NetworkDenoiser, NoiseLeve
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
-from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted, uncertainty_weighted
+from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty, uncertainty_weighted
 from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
 from sfumato.training.auxiliary import dispersion, enlarged, misalignment
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(), head_channels=32),
-    DiTConfig(patch=2, channels=32, layers=3, head_channels=16, registers=2),
+    DiTConfig(patch_size=2, hidden_size=32, depth=3, head_dim=16, registers=2),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return images(tmp_path_factory.mktemp("images"))
 
 
 def test_learned_uncertainty_finds_the_loss_of_each_level() -> None:
@@ -52,7 +52,7 @@ def test_learned_uncertainty_finds_the_loss_of_each_level() -> None:
 def test_before_training_it_changes_nothing() -> None:
     loss, logsnr = torch.rand(5), torch.randn(5)
     logsnr[0] = float("inf")
-    for kind in (LearnedUncertainty(), Unweighted()):
+    for kind in (LearnedUncertainty(), NoUncertainty()):
         assert torch.equal(uncertainty_weighted(loss, kind(logsnr)), loss)
 
 
@@ -79,7 +79,7 @@ def test_contrast_takes_the_distance_to_the_next_target_off() -> None:
     denoiser = NetworkDenoiser(network=lambda x, level, condition: 0.3 * x, parameterization=Flow())
     level = NoiseLevel(1 - t, t)
     plain, contrasted = (
-        Objective(schedule=Linear(), contrast=contrast)(denoiser, x0, level=level, noise=noise).per_sample
+        Objective(schedule=Linear(), contrastive_weight=contrast)(denoiser, x0, level=level, noise=noise).per_sample
         for contrast in (0.0, 0.05)
     )
     output = denoiser.predict(level.like(x0).mix(*Denoised(x0, noise)), level, Condition())
@@ -91,7 +91,7 @@ def test_contrast_takes_the_distance_to_the_next_target_off() -> None:
 def test_hidden_maps_reach_both_losses_and_their_gradients_the_network(network) -> None:
     torch.manual_seed(0)
     built = network.build(image_channels=3)
-    config = AuxiliaryConfig(dispersive=DispersiveConfig(), alignment=AlignmentConfig(until=0.5))
+    config = AuxiliaryConfig(dispersive=DispersiveConfig(), alignment=AlignmentConfig(stop_at=0.5))
     auxiliary = config.build(built, encoder=lambda name: RandomFeatures())
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     built(torch.randn(2, 3, 8, 8), torch.rand(2), Condition())
@@ -122,14 +122,14 @@ def test_impossible_settings_are_refused(kind, wrong: dict) -> None:
 
 def test_a_contrast_without_a_minimum_is_refused() -> None:
     with pytest.raises(ConfigError, match="contrast"):
-        Objective(contrast=1.0)
+        Objective(contrastive_weight=1.0)
 
 
 def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(folder: Path, tmp_path: Path) -> None:
     settings = tiny_run(
         folder,
         auxiliary=AuxiliaryConfig(
-            uncertainty=True, dispersive=DispersiveConfig(), alignment=AlignmentConfig(encoder="random", until=0.5)
+            uncertainty=True, dispersive=DispersiveConfig(), alignment=AlignmentConfig(encoder="random", stop_at=0.5)
         ),
     )
     run = train(settings, run=tmp_path / "run")
@@ -143,14 +143,14 @@ def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(folder: Path,
 
 
 def test_alignment_trains_in_bfloat16_too(folder: Path, tmp_path: Path) -> None:
-    auxiliary = AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random", until=1))
+    auxiliary = AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random", stop_at=1))
     settings = tiny_run(folder, auxiliary=auxiliary, precision="bfloat16", budget=Budget(steps=2))
     lines = map(json.loads, (train(settings, run=tmp_path / "run") / "metrics.jsonl").open())
     assert all(0 < line["train/alignment"] < 2 for line in lines if "train/loss" in line)
 
 
 @pytest.mark.parametrize("side", [8, 32, 64, 96])
-def test_small_pictures_are_enlarged_until_an_encoder_sees_places(side: int) -> None:
+def test_small_images_are_enlarged_until_an_encoder_sees_places(side: int) -> None:
     shape = enlarged(torch.zeros(1, 3, side, 2 * side)).shape
     assert shape == (1, 3, max(64, side), 2 * max(64, side))
 
@@ -164,7 +164,7 @@ def test_an_encoder_of_one_place_still_has_something_to_say() -> None:
 
 def test_uncertainty_and_contrast_are_refused_together(folder: Path) -> None:
     with pytest.raises(ConfigError, match="contrast"):
-        tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True), objective=Objective(contrast=0.05))
+        tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True), objective=Objective(contrastive_weight=0.05))
 
 
 def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

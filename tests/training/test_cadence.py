@@ -17,7 +17,7 @@ from sfumato.recipes import Run
 from sfumato.runs import resume, train
 from sfumato.training import Budget, CheckpointConfig, PreviewConfig, TrainingConfig, ValidationConfig
 from sfumato.training.config import FIRST_LOOK_S, PATIENCE
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 KINDS = [CheckpointConfig, PreviewConfig, ValidationConfig]
 BY_CLOCK = {
@@ -29,7 +29,7 @@ BY_CLOCK = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from sfumato.networks import DiT, DiTConfig
 from sfumato.runs import load, resume, train
 from sfumato.training import AdamWConfig, Budget, Trainer, TrainingConfig, ValidationConfig, autotune
 from sfumato.training.state import Counters
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
-TRANSFORMER = DiTConfig(channels=32, layers=1, head_channels=16)
+TRANSFORMER = DiTConfig(hidden_size=32, depth=1, head_dim=16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_on_a_gpu_short_runs_are_not_compiled(monkeypatch: pytest.MonkeyPatch, s
 def test_a_u_net_is_not_compiled_however_long_the_run(
     folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Budget, "steps_of", lambda self, seconds, *, batch_size, pictures: 10**9)
+    monkeypatch.setattr(Budget, "steps_of", lambda self, seconds, *, batch_size, images: 10**9)
     train(tiny_run(folder, budget=Budget(steps=2)), run=tmp_path / "run")
     assert compiled == []
 
@@ -91,7 +91,7 @@ def test_without_a_compiler_nothing_is_compiled(
         load(tmp_path / "run").compile()
 
 
-def test_held_out_pictures_are_looked_at_without_compiling_again(
+def test_held_out_images_are_looked_at_without_compiling_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = []
@@ -111,7 +111,7 @@ def test_held_out_pictures_are_looked_at_without_compiling_again(
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_compiled_and_resumed_it_ends_as_if_left_alone(folder: Path, tmp_path: Path, micro_batch: int | None) -> None:
     """Bit for bit, though what is compiled for the first shape met is not what is compiled for others."""
-    constant = AdamWConfig(learning_rate=1e-3, warmup_steps=0, decay="constant")  # whatever the budget
+    constant = AdamWConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant")  # whatever the budget
     changed = {
         "optimizer": constant,
         "compile": "on",
@@ -131,7 +131,7 @@ def test_compiled_and_resumed_it_ends_as_if_left_alone(folder: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_compiled_sampling_makes_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+def test_compiled_sampling_makes_the_same_images(folder: Path, tmp_path: Path) -> None:
     train(tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=20)), run=tmp_path / "run")
     pipeline = load(tmp_path / "run")
     eager = pipeline.sample(10, seed=3, steps=5, batch_size=4)

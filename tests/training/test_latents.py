@@ -1,4 +1,4 @@
-"""From pictures to decoded samples through an autoencoder of the run's own: every stage resumes on its own, bit for bit."""
+"""From images to decoded samples through an autoencoder of the run's own: every stage resumes on its own, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from sfumato.autoencoders import KLConfig, Latents, io
+from sfumato.autoencoders import KLConfig, LatentAutoencoder, io
 from sfumato.autoencoders import measure as measure_latents
 from sfumato.cli.trajectory_images import trajectory_image
 from sfumato.conditioners import DoodleConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, DataConfig, Folder, Plan, batches, to_float
+from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder, batches, to_float
 from sfumato.data.augment import augment
 from sfumato.data.loader import variant_draws
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.observability.images import GAP, grid_image
 from sfumato.recipes import Run, autoencoder_stage
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder, PretrainedAutoencoder
+from sfumato.recipes.autoencoder_stage import PretrainedAutoencoder, TrainedAutoencoder
 from sfumato.runs import load, resume, train
 from sfumato.runs.preparation import open_data
 from sfumato.storage.run_directory import RunDirectory
@@ -39,7 +39,7 @@ from sfumato.training import (
     ValidationConfig,
     latent_cache,
 )
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 KL = KLConfig(channels=(16, 16), latent_channels=4, blocks=1, groups=8)
 
@@ -55,10 +55,10 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"), size=16)
+    return images(tmp_path_factory.mktemp("images"), size=16)
 
 
-def own(**changes) -> OwnAutoencoder:
+def own(**changes) -> TrainedAutoencoder:
     settings = {
         "network": KL,
         "losses": LossesConfig(adversarial=AdversarialConfig(start=0.5, channels=16, layers=1), equivariance=0.5),
@@ -73,7 +73,7 @@ def own(**changes) -> OwnAutoencoder:
         "validation": ValidationConfig(every_steps=4, samples=10),
         "preview": PreviewConfig(every_steps=5, num=3),
     }
-    return OwnAutoencoder(**{**settings, **changes})
+    return TrainedAutoencoder(**{**settings, **changes})
 
 
 def latent_run(folder: Path, **changes) -> Run:
@@ -104,19 +104,19 @@ def test_one_command_leads_to_decoded_samples(whole: Path) -> None:
     images = pipeline.sample(3, category="odd", steps=2)
     assert images.shape == (3, 1, 16, 16)
     assert pipeline.model.network.image_channels == 4
-    assert isinstance(pipeline.autoencoder, Latents)
+    assert isinstance(pipeline.autoencoder, LatentAutoencoder)
     again = load(whole).sample(2, category="odd", steps=2, batch_size=1)
     assert (again - images[:2]).abs().max() < 1e-4
     for stage in (whole, whole / "autoencoder"):
         assert list((stage / "samples").glob("step-*/grid.png"))
     said = json.loads((whole / "autoencoder" / "final" / io.STATISTICS).read_text())
-    assert {"psnr", "ssim", "l1", "told", "dead_channels"} <= set(said)
+    assert {"psnr", "ssim", "l1", "informative", "dead_channels"} <= set(said)
 
 
-def test_the_way_from_noise_is_drawn_in_pictures(whole: Path) -> None:
+def test_the_way_from_noise_is_drawn_in_images(whole: Path) -> None:
     pipeline, recorded = load(whole), []
     images = pipeline.sample(3, category="odd", steps=2, seed=1, on_step=recorded.append)
-    strip = np.asarray(trajectory_image(recorded, pictures=1, columns=10, decode=pipeline.decode)).astype(int)
+    strip = np.asarray(trajectory_image(recorded, images=1, columns=10, decode=pipeline.decode)).astype(int)
     assert len(recorded) == 2
     result = np.asarray(grid_image(images[:1])).astype(int)[GAP:-GAP, GAP:-GAP]
     side = len(result)
@@ -124,7 +124,7 @@ def test_the_way_from_noise_is_drawn_in_pictures(whole: Path) -> None:
     assert result.std() > 0
 
 
-def test_held_out_pictures_are_measured_without_compiling_again(
+def test_held_out_images_are_measured_without_compiling_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither along the way nor at the end."""
@@ -142,15 +142,15 @@ def test_held_out_pictures_are_measured_without_compiling_again(
     assert all(graphs)  # those of training alone
 
 
-def test_pictures_are_started_from_and_completed_in_latents(whole: Path) -> None:
+def test_images_are_started_from_and_completed_in_latents(whole: Path) -> None:
 
-    pipeline, picture = load(whole), torch.rand(1, 16, 16)
+    pipeline, image = load(whole), torch.rand(1, 16, 16)
     mask = torch.zeros(1, 16, 16)
     mask[:, :, 7:] = 1  # not at a latent's border
-    filled = pipeline.sample(2, image=picture, mask=mask, steps=2)
-    assert torch.allclose(filled[..., :7], picture[..., :7].expand(2, -1, -1, -1), atol=1e-5)
-    near, far = (pipeline.sample(1, image=picture, strength=strength, steps=4) for strength in (0.1, 1.0))
-    given = pipeline.autoencoder.decode(pipeline.autoencoder.encode(picture[None] * 2 - 1))
+    filled = pipeline.sample(2, image=image, mask=mask, steps=2)
+    assert torch.allclose(filled[..., :7], image[..., :7].expand(2, -1, -1, -1), atol=1e-5)
+    near, far = (pipeline.sample(1, image=image, strength=strength, steps=4) for strength in (0.1, 1.0))
+    given = pipeline.autoencoder.decode(pipeline.autoencoder.encode(image[None] * 2 - 1))
     through = ((given + 1) / 2).clamp(0, 1)
     assert (near - through).square().mean() < (far - through).square().mean()
 
@@ -216,7 +216,7 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
             train(latent_run(folder), run=tmp_path / "run")
     final = tmp_path / "run" / "autoencoder" / "final" / io.WEIGHTS
     before = final.stat().st_mtime_ns
-    monkeypatch.setattr(OwnAutoencoder, "_train", None)
+    monkeypatch.setattr(TrainedAutoencoder, "_train", None)
     monkeypatch.setattr(latent_cache, "_moments", None)
     described = (tmp_path / "run" / "config.yaml").read_text()
     for override, line in (("budget.steps=9", r"budget\.steps: 8 -> 9"), ("losses.adversarial=null", r"losses\.adversarial")):
@@ -263,15 +263,15 @@ def test_the_adversary_is_heard_from_its_start_on(folder: Path, tmp_path: Path) 
     assert heard == {step: step > 4 for step in range(1, 9)}
 
 
-def test_latents_and_pictures_are_shrunk_and_turned_alike(folder: Path, tmp_path: Path) -> None:
-    """Asked with latents that are the pictures made smaller: what comes of them must be what comes of the pictures, made smaller."""
+def test_latents_and_images_are_shrunk_and_turned_alike(folder: Path, tmp_path: Path) -> None:
+    """Asked with latents that are the images made smaller: what comes of them must be what comes of the images, made smaller."""
     ramp = torch.linspace(-1, 1, 16)
-    pictures = torch.stack([ramp[None, :, None].expand(1, 16, 16), ramp[None, None, :].expand(1, 16, 16)])
-    z = F.avg_pool2d(pictures, 2)
+    images = torch.stack([ramp[None, :, None].expand(1, 16, 16), ramp[None, None, :].expand(1, 16, 16)])
+    z = F.avg_pool2d(images, 2)
     task = trainer_of(folder, tmp_path / "moved", losses=LossesConfig(equivariance=1.0)).task
     sides, turned = set(), set()
     for first in range(60):
-        moved, target = task._moved(z, pictures, first)
+        moved, target = task._moved(z, images, first)
         assert target.shape[2] == 2 * moved.shape[2]
         assert (moved - F.avg_pool2d(target, 2)).abs().max() < 0.2
         sides.add(moved.shape[2])
@@ -280,7 +280,7 @@ def test_latents_and_pictures_are_shrunk_and_turned_alike(folder: Path, tmp_path
     assert len(sides) > 2
     assert len(turned) == 4
     still = trainer_of(folder, tmp_path / "still", losses=LossesConfig(equivariance=0.0)).task
-    assert all(torch.equal(still._moved(z, pictures, first)[1], pictures) for first in range(20))
+    assert all(torch.equal(still._moved(z, images, first)[1], images) for first in range(20))
 
 
 def encoded(folder: Path, **changes):
@@ -289,16 +289,16 @@ def encoded(folder: Path, **changes):
     torch.manual_seed(0)
     codec = autoencoder_stage.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
     statistics = measure_latents(codec, [to_float(dataset.images(dataset.training)[0])])
-    autoencoder = Latents(codec, statistics.mean, statistics.deviation)
+    autoencoder = LatentAutoencoder(codec, statistics.mean, statistics.deviation)
     made = latent_cache.with_latents(
         dataset, autoencoder, identity="test", variants=3, pixels=settings.conditioner.needs_images
     )
     return settings, autoencoder, made
 
 
-def test_kept_latents_are_those_of_the_augmented_pictures(folder: Path) -> None:
+def test_kept_latents_are_those_of_the_augmented_images(folder: Path) -> None:
     settings, autoencoder, dataset = encoded(folder)
-    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
+    plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
     part = next(batches(dataset, plan, start=0)).parts[0]
     assert part.images.shape == (12, 0, 16, 16)
     positions = dataset.training[plan.batch(0)]
@@ -315,16 +315,16 @@ def test_kept_latents_are_those_of_the_augmented_pictures(folder: Path) -> None:
     assert len(matched) > 1
 
 
-def test_pictures_come_along_where_something_is_made_of_them(folder: Path) -> None:
-    _, autoencoder, dataset = encoded(folder, conditioner=ContextConfig(doodle=DoodleConfig(made=1.0)))
-    plan = Plan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
+def test_images_come_along_where_something_is_made_of_them(folder: Path) -> None:
+    _, autoencoder, dataset = encoded(folder, conditioner=ContextConfig(doodle=DoodleConfig(synthetic=1.0)))
+    plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
     part = next(batches(dataset, plan, start=0)).parts[0]
     assert part.images.shape == (12, 1, 16, 16)
     assert (autoencoder.moments(part.images) - part.moments).abs().max() < 0.02
 
 
-def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = pictures(tmp_path / "mine", size=16)
+def test_an_edited_image_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = images(tmp_path / "mine", size=16)
     added: list[str] = []
     real = latent_cache.Writer.add
 
@@ -334,7 +334,7 @@ def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(latent_cache.Writer, "add", add)
     _, _, dataset = encoded(place)
-    assert 0 < len(dataset.training) < len(dataset.ids)  # held-out pictures are not encoded
+    assert 0 < len(dataset.training) < len(dataset.ids)  # held-out images are not encoded
     assert sorted(added) == sorted(f"{dataset.ids[p]}/{variant}" for p in dataset.training for variant in range(3))
     added.clear()
     edited = place / dataset.entries[dataset.training[0]].name
@@ -346,7 +346,7 @@ def test_an_edited_picture_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4), ("constant", 3)])
-def test_other_kinds_of_pictures(mode: str, channels: int, tmp_path: Path) -> None:
+def test_other_kinds_of_images(mode: str, channels: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for number in range(24):
         pixels = generator.integers(0, 256, (16, 16, channels), np.uint8)
@@ -385,12 +385,15 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder:
 
 @pytest.mark.parametrize(
     "network",
-    [UNetConfig(channels=32, multipliers=(1, 1, 1), attention_depths=(), head_channels=32), DiTConfig(patch=4, channels=64)],
+    [
+        UNetConfig(channels=32, multipliers=(1, 1, 1), attention_depths=(), head_channels=32),
+        DiTConfig(patch_size=4, hidden_size=64),
+    ],
 )
 def test_latents_of_any_size_are_padded_inside_the_network_and_what_that_costs_is_said(
     folder: Path, tmp_path: Path, network: UNetConfig | DiTConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Latents of 6 x 6 where the network takes multiples of 4."""
+    """LatentAutoencoder of 6 x 6 where the network takes multiples of 4."""
     data = DataConfig(source=Folder(str(folder)), resolution=12, channels=1)
     run = train(latent_run(folder, data=data, network=network, budget=Budget(steps=2)), run=tmp_path / "run")
     assert load(run).sample(2, steps=2).shape == (2, 1, 12, 12)

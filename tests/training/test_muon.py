@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from sfumato.condition import ContextSizes
-from sfumato.conditioners.learned_text import WordsConditioner, WordsConfig
-from sfumato.conditioners.tokenizer import Words
+from sfumato.conditioners.learned_text import LearnedTextConditioner, LearnedTextConfig
+from sfumato.conditioners.tokenizer import WordTokenizer
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNet, UNetConfig
 from sfumato.runs import resume, train
 from sfumato.training import AdamWConfig, MuonConfig
 from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
 from tests.training.test_resume import interrupted
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 
 def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs_in_any_memory_format()
 
 
 def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
-    text = WordsConditioner(WordsConfig(size=32), words=Words(tuple("abc")))
+    text = LearnedTextConditioner(LearnedTextConfig(size=32), words=WordTokenizer(tuple("abc")))
     config = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
     model = nn.ModuleDict({"network": UNet(config, image_channels=3, context=ContextSizes(vector=32, tokens=32)), "text": text})
     names = {id(p): name for name, p in model.named_parameters()}
@@ -109,7 +109,8 @@ def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "network", [DiTConfig(patch=4, channels=64, layers=1), UNetConfig(channels=32, multipliers=(1,), attention_depths=())]
+    "network",
+    [DiTConfig(patch_size=4, hidden_size=64, depth=1), UNetConfig(channels=32, multipliers=(1,), attention_depths=())],
 )
 def test_first_and_last_layers_are_adamws_however_large(network: DiTConfig | UNetConfig) -> None:
     built = network.build(image_channels=48)
@@ -132,7 +133,7 @@ def test_impossible_momentum_is_refused() -> None:
 @pytest.mark.parametrize("after", [3, 8])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     settings = tiny_run(
-        pictures(tmp_path / "pictures"), optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig())
+        images(tmp_path / "images"), optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig())
     )
     whole = fingerprint(train(settings, run=tmp_path / "whole"))
     assert fingerprint(resume(interrupted(settings, tmp_path / "run", monkeypatch, after))) == whole

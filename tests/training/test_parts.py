@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks import Backbone, DiTConfig
 from sfumato.training import AdamWConfig, Budget, FixedEMA, MuonConfig, PowerEMA, TrainingConfig
 from sfumato.training.ema import follow, stride, update_average
-from sfumato.training.tasks.protocol import Learner
+from sfumato.training.tasks.protocol import OptimizedPart
 
 
 def test_budget_ends_at_the_first_limit() -> None:
@@ -29,7 +29,7 @@ def test_budget_ends_at_the_first_limit() -> None:
     [({"steps": 7}, 7), ({"samples": 100}, 13), ({"epochs": 2}, 10), ({"minutes": 1}, 30), ({"minutes": 1, "steps": 7}, 7)],
 )
 def test_steps_that_fit_a_budget(limits: dict, expected: int) -> None:
-    assert Budget(**limits).steps_of(2.0, batch_size=8, pictures=40) == expected
+    assert Budget(**limits).steps_of(2.0, batch_size=8, images=40) == expected
 
 
 @pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"minutes": -1}])
@@ -39,19 +39,19 @@ def test_a_budget_needs_a_limit(limits: dict) -> None:
 
 
 def test_learning_rate_rises_then_falls_to_its_end() -> None:
-    config = AdamWConfig(learning_rate=1.0, warmup_steps=9, decay="cosine", final=0.1)
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=9, schedule="cosine", final_fraction=0.1)
     assert config.rate(0, 0.0) == pytest.approx(0.1)
     assert config.rate(9, 0.0) == 1.0
     assert config.rate(99, 0.5) == pytest.approx(0.1 + 0.9 * 0.5)
     assert config.rate(99, 1.0) == pytest.approx(0.1)
-    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="linear").rate(5, 0.25) == pytest.approx(0.75)
-    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant").rate(5, 0.9) == 1.0
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="linear").rate(5, 0.25) == pytest.approx(0.75)
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="constant").rate(5, 0.9) == 1.0
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(100, 141), (50, 50), (100, 999), (3, 14)])
 def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(warmup: int, steps: int) -> None:
     """A rise of 100 steps in a run of 141 left no step at the peak that was set."""
-    config = AdamWConfig(learning_rate=1.0, warmup_steps=warmup, decay="constant")
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=warmup, schedule="constant")
     rates = [config.rate(step, step / steps) for step in range(steps)]
     assert rates == sorted(rates)
     assert all(rate == 1.0 for step, rate in enumerate(rates) if step >= 0.1 * steps)
@@ -60,7 +60,7 @@ def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(warmup: i
 
 @given(warmup=st.integers(0, 500), longer=st.floats(1.0, 50.0), final=st.floats(0, 1))
 def test_a_run_of_ten_times_the_rise_has_the_same_rates_as_ever(warmup: int, longer: float, final: float) -> None:
-    config = AdamWConfig(learning_rate=3e-3, warmup_steps=warmup, final=final)
+    config = AdamWConfig(learning_rate=3e-3, warmup_steps=warmup, final_fraction=final)
     steps = max(1, math.ceil(10 * warmup * longer))
     for step in range(min(steps, warmup + 3)):
         spent = step / steps
@@ -71,7 +71,7 @@ def test_a_run_of_ten_times_the_rise_has_the_same_rates_as_ever(warmup: int, lon
 
 def test_time_that_passed_before_the_first_step_is_not_taken_for_training() -> None:
     """A first preview of 3 % of the minutes leaves the first step below a tenth of the peak."""
-    assert AdamWConfig(learning_rate=1.0, warmup_steps=100, decay="constant").rate(1, 0.03) < 0.1
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=100, schedule="constant").rate(1, 0.03) < 0.1
 
 
 def test_weight_decay_acts_on_matrices_only() -> None:
@@ -99,7 +99,9 @@ def test_wider_hidden_layers_are_stepped_by_less() -> None:
             return [self.layers[3]]
 
     model = Stack()
-    learner = Learner("model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, decay="constant", base_width=32))
+    learner = OptimizedPart(
+        "model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", mup_base_width=32)
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     learner.step(0, 0.0)
@@ -111,16 +113,16 @@ def test_wider_hidden_layers_are_stepped_by_less() -> None:
 
 def test_a_network_that_says_so_keeps_its_ends_from_the_rates_of_hidden_layers() -> None:
     """First layers are as wide as what they are given, whatever the width; last ones are as wide as the network."""
-    network = DiTConfig(patch=4, channels=128, layers=1, head_channels=32).build(image_channels=3)
-    groups = AdamWConfig(base_width=64).build(network)[0].param_groups
+    network = DiTConfig(patch_size=4, hidden_size=128, depth=1, head_dim=32).build(image_channels=3)
+    groups = AdamWConfig(mup_base_width=64).build(network)[0].param_groups
     shares = {id(p): group.get("share", 1.0) for group in groups for p in group["params"]}
     assert shares[id(network.patches[0].weight)] == shares[id(network.level_embedding[1].weight)] == 1.0
     assert shares[id(network.blocks[0].readers[0].q.weight)] == shares[id(network.output.weight)] == 0.5
 
 
 def test_beside_muon_the_last_layer_alone_is_stepped_by_less() -> None:
-    network = DiTConfig(patch=4, channels=128, layers=1, head_channels=32).build(image_channels=3)
-    adamw, muon = AdamWConfig(base_width=64, muon=MuonConfig()).build(network)
+    network = DiTConfig(patch_size=4, hidden_size=128, depth=1, head_dim=32).build(image_channels=3)
+    adamw, muon = AdamWConfig(mup_base_width=64, muon=MuonConfig()).build(network)
     shares = {id(p): group.get("share", 1.0) for group in adamw.param_groups for p in group["params"]}
     assert shares[id(network.output.weight)] == 0.5
     assert sorted(set(shares.values())) == [0.5, 1.0]
@@ -134,7 +136,7 @@ def test_impossible_steps_are_refused(wrong: dict) -> None:
 
 
 def test_narrower_layers_are_not_stepped_by_more() -> None:
-    groups = AdamWConfig(base_width=64).build(nn.Sequential(nn.Linear(32, 32)))[0].param_groups
+    groups = AdamWConfig(mup_base_width=64).build(nn.Sequential(nn.Linear(32, 32)))[0].param_groups
     assert [group.get("share", 1.0) for group in groups if group["params"]] == [1.0, 1.0]
 
 
@@ -203,7 +205,7 @@ def test_averages_of_short_runs_follow_every_update() -> None:
 
 
 def test_decay_is_not_applied_to_tables_positions_registers_and_offsets() -> None:
-    network = DiTConfig(channels=64, layers=2, head_channels=32, registers=2).build(
+    network = DiTConfig(hidden_size=64, depth=2, head_dim=32, registers=2).build(
         image_channels=3, context=ContextSizes(vector=8, tokens=8)
     )
     model = nn.ModuleDict({"network": network, "table": nn.Embedding(9, 8)})

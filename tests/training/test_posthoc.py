@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import pictures, tiny_run
+from tiny import images, tiny_run
 
 from sfumato import load
 from sfumato.cli.ema import ema
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.runs import resume, train
-from sfumato.training import Budget, CheckpointConfig, PosthocConfig, PowerEMA
+from sfumato.training import Budget, CheckpointConfig, PostHocEMAConfig, PowerEMA
 from sfumato.training.post_hoc_ema import Profile, overlap, shares
 
 
@@ -65,10 +65,10 @@ def test_a_reconstructed_average_is_the_tracked_one(sigma: float) -> None:
 def test_a_run_keeps_what_any_width_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], width: float) -> None:
     """The run's own average, whose width was not kept, is reconstructed."""
     settings = replace(
-        tiny_run(pictures(tmp_path / "pictures")),
+        tiny_run(images(tmp_path / "images")),
         budget=Budget(steps=60),
         ema=PowerEMA(width),
-        posthoc=PosthocConfig(widths=(0.1, 0.25), num=30),
+        post_hoc_ema=PostHocEMAConfig(widths=(0.1, 0.25), num=30),
         checkpoint=CheckpointConfig(every_steps=20),
     )
     run = train(settings, run=tmp_path / "run")
@@ -82,7 +82,7 @@ def test_a_run_keeps_what_any_width_is_made_of(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_larger_budget_goes_on_keeping_and_forgets_what_it_will_take_again(tmp_path: Path) -> None:
     settings = replace(
-        tiny_run(pictures(tmp_path / "pictures")), budget=Budget(steps=8), posthoc=PosthocConfig(widths=(0.1,), num=4)
+        tiny_run(images(tmp_path / "images")), budget=Budget(steps=8), post_hoc_ema=PostHocEMAConfig(widths=(0.1,), num=4)
     )
     run = train(settings, run=tmp_path / "run")
     kept = run / "averages" / "ema-0.1"
@@ -96,12 +96,12 @@ def test_a_larger_budget_goes_on_keeping_and_forgets_what_it_will_take_again(tmp
 
 
 def test_a_run_that_kept_nothing_says_what_to_do(tmp_path: Path) -> None:
-    run = train(replace(tiny_run(pictures(tmp_path / "pictures")), budget=Budget(steps=1)), run=tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"posthoc\.widths"):
+    run = train(replace(tiny_run(images(tmp_path / "images")), budget=Budget(steps=1)), run=tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"post_hoc_ema\.widths"):
         load(run, weights=0.15)
 
 
 @pytest.mark.parametrize("wrong", [{"widths": (0.1, 0.1)}, {"widths": (0.5,)}, {"num": 0}])
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError):
-        PosthocConfig(**wrong)
+        PostHocEMAConfig(**wrong)

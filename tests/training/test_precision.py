@@ -13,7 +13,7 @@ from sfumato.training import Budget, Trainer, TrainingConfig, precision
 from sfumato.training.autotune import settle_precision
 from sfumato.training.precision import choose, faster, has_bfloat16
 from sfumato.training.state import Counters
-from tests.training.tiny import pictures, tiny_run
+from tests.training.tiny import images, tiny_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -109,4 +109,4 @@ def test_no_pass_of_the_model_is_taken_and_what_was_settled_stays(tmp_path: Path
     assert len(said) == 1
     from sfumato.runs import train
 
-    train(tiny_run(pictures(tmp_path / "pictures"), precision="auto", budget=Budget(steps=1)), run=tmp_path / "run")
+    train(tiny_run(images(tmp_path / "images"), precision="auto", budget=Budget(steps=1)), run=tmp_path / "run")

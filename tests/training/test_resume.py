@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.data import AugmentConfig, DataConfig, Folder, Plan
+from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.networks import UNet
 from sfumato.observability.metrics import MetricsFile
@@ -21,7 +21,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, MuonConfig, Trainer
 from sfumato.training.signals import Interrupted
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 
 class Crash(BaseException):
@@ -30,7 +30,7 @@ class Crash(BaseException):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(folder, who
 
 def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monkeypatch) -> None:
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 8)
-    real = Plan.batch
-    monkeypatch.setattr(Plan, "batch", lambda self, step: real(self, step + 1))
+    real = BatchPlan.batch
+    monkeypatch.setattr(BatchPlan, "batch", lambda self, step: real(self, step + 1))
     changed = fingerprint(resume(run))
     assert changed["step"] == whole["step"]
     assert all(changed[name] != whole[name] for name in ("model", "ema", "optimizer", "losses"))
@@ -154,7 +154,7 @@ def test_resume_of_no_run_and_train_over_a_run_are_errors(folder, tmp_path, monk
 
 
 def test_changed_data_are_refused_on_resume(tmp_path, monkeypatch) -> None:
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "images")
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
     before = described(run)
     next(folder.rglob("*.png")).unlink()
@@ -232,7 +232,7 @@ def test_what_ends_a_run_is_told_though_the_disk_is_full(folder, tmp_path, monke
     assert RunDirectory.existing(tmp_path / "run").status()["state"] == "running"
 
 
-def test_held_out_pictures_are_measured_in_micro_batches(folder, tmp_path, monkeypatch) -> None:
+def test_held_out_images_are_measured_in_micro_batches(folder, tmp_path, monkeypatch) -> None:
     """A batch that is too large for the memory in one go is so there, too."""
     sizes: list[int] = []
     real = UNet.forward
@@ -319,6 +319,6 @@ def test_a_run_that_diverged_goes_on_from_before_its_loss_rose(folder, tmp_path)
 
 
 def test_categories_asked_of_flat_data_are_refused(tmp_path) -> None:
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "images")
     with pytest.raises(ConfigError, match=r"set conditioner\.category=null"):
         train(tiny_run(folder / "even"), run=tmp_path / "run")

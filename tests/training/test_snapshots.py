@@ -12,14 +12,14 @@ from sfumato.errors import CheckpointError, RunError
 from sfumato.runs import load, resume, snapshot, train
 from sfumato.storage import checkpoint
 from sfumato.training import Budget, CheckpointConfig, Trainer, trainer
-from tests.training.tiny import fingerprint, pictures, tiny_run
+from tests.training.tiny import fingerprint, images, tiny_run
 
 STEPS = frozenset({2, 4, 8, 64})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_the_model_of_a_step_is_the_run_as_it_was(run: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_pictures_can_be_led_away_from_it(run: Path) -> None:
+def test_images_can_be_led_away_from_it(run: Path) -> None:
     pipeline, worse = load(run), snapshot(run, 2)
     asked = {"category": "odd"}
     plain = pipeline.sample(2, **asked, steps=3)

@@ -58,7 +58,7 @@ def test_the_trivial_predictor_scores_zero_and_copying_the_input_does_not_pass()
     assert all(row["r2"] < 0.02 for row in copied["bins"])
 
 
-def test_r2_is_the_same_for_noise_and_picture() -> None:
+def test_r2_is_the_same_for_noise_and_image() -> None:
     t = triples(2000)
     errors = measure(gaussian, t, NO_CONDITION, batch_size=100)
     ratio = errors.x0_square / errors.eps_square * (t.level.alpha / t.level.sigma) ** 2
@@ -77,7 +77,7 @@ def test_triples_are_fixed_and_fill_every_bin_evenly() -> None:
         assert (inside <= a.edges[number + 1]).all()
 
 
-def test_gap_sees_a_denoiser_that_knows_its_training_pictures() -> None:
+def test_gap_sees_a_denoiser_that_knows_its_training_images() -> None:
     t = triples(500)
     honest = measure(gaussian, t, NO_CONDITION, batch_size=500)
 

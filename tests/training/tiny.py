@@ -18,8 +18,8 @@ from sfumato.storage import checkpoint
 from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
 
 
-def pictures(folder: Path, count: int = 40, size: int = 8) -> Path:
-    """Random gray pictures in two categories."""
+def images(folder: Path, count: int = 40, size: int = 8) -> Path:
+    """Random gray images in two categories."""
     generator = np.random.default_rng(0)
     for number in range(count):
         path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"

@@ -1,8 +1,8 @@
-"""From pictures to latents and back. What comes out has zero mean and unit variance; nothing here knows diffusion."""
+"""From images to latents and back. What comes out has zero mean and unit variance; nothing here knows diffusion."""
 
 from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
-from sfumato.autoencoders.latent_space import Autoencoder, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders.latent_space import Autoencoder, LatentAutoencoder, Pixels, Statistics, measure
 from sfumato.autoencoders.tiny import TinyAutoencoder
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "Codec",
     "KLAutoencoder",
     "KLConfig",
-    "Latents",
+    "LatentAutoencoder",
     "Pixels",
     "Statistics",
     "TinyAutoencoder",

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Codec(nn.Module, ABC):
-    """Pictures to latents and back, of whatever mean and scale.
+    """Images to latents and back, of whatever mean and scale.
 
     Attributes:
-        factor: side of a picture over the side of its latents.
+        factor: side of an image over the side of its latents.
         latent_channels, image_channels: of either.
     """
 
@@ -21,15 +21,15 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f, W/f)."""
+        """Images (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f, W/f)."""
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, c, h, w) -> pictures (B, C, f h, f w), not clamped."""
+        """LatentAutoencoder (B, c, h, w) -> images (B, C, f h, f w), not clamped."""
         return self.tail(self.head(z))
 
     @abstractmethod
     def head(self, z: Tensor) -> Tensor:
-        """Latents -> what `tail` makes pictures of, (B, _, H/2, W/2) or finer."""
+        """LatentAutoencoder -> what `tail` makes images of, (B, _, H/2, W/2) or finer."""
 
     @property
     @abstractmethod

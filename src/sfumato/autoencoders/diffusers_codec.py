@@ -16,7 +16,7 @@ KNOWN = ("AutoencoderDC",)
 
 
 class ForeignCodec(Codec):
-    """One of diffusers' autoencoders whose latents are one value for each picture."""
+    """One of diffusers' autoencoders whose latents are one value for each image."""
 
     def __init__(self, model: Any, config: dict[str, Any]) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ GROUP_CHANNELS = 16
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures (B, C, H, W) -> a score for each patch, (B, h, w); higher is more real.
+    """Images (B, C, H, W) -> a score for each patch, (B, h, w); higher is more real.
 
-    Group norms instead of the source's batch norms, so that a picture's score does not depend on the others in its batch.
+    Group norms instead of the source's batch norms, so that an image's score does not depend on the others in its batch.
 
     Source: Isola et al. 2017 (arXiv:1611.07004), sec. 3.2 and appendix 6.1.2.
     """
@@ -28,7 +28,7 @@ class PatchDiscriminator(nn.Module):
                 where="autoencoder.losses.adversarial",
                 hint=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
             )
-        self.smallest = 3 * 2**layers  # side of a picture that still has a patch
+        self.smallest = 3 * 2**layers  # side of an image that still has a patch
         found: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for depth in range(1, layers + 1):
@@ -44,8 +44,8 @@ class PatchDiscriminator(nn.Module):
         return self.layers(x)[:, 0]
 
 
-def telling(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
-    """What the adversary minimizes, (B,): the hinge loss on real pictures and on made ones, which get no gradient from it.
+def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
+    """What the adversary minimizes, (B,): the hinge loss on real images and on made ones, which get no gradient from it.
 
     Source: Lim & Ye 2017 (arXiv:1705.02894).
     """
@@ -53,16 +53,16 @@ def telling(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor
     return torch.stack([loss.flatten(1).mean(1) for loss in losses]).mean(0)
 
 
-def pleasing(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
+def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
     """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no gradient from it."""
     frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
     return -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
 
 
-def balance(reconstruction: Tensor, pleasing: Tensor, last: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, generator_loss: Tensor, last: nn.Parameter) -> Tensor:
     """The weight at which both losses pull on the decoder's last layer alike, at most 10^4.
 
     Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """
-    norms = [torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, pleasing)]
+    norms = [torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, generator_loss)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()

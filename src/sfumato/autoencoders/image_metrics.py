@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its picture."""
+"""How near a reconstruction is to its image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 / MSE), at most 100."""
+    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 / MSE), at most 100."""
     error = (a - b).double().square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error.clamp(min=4e-10))).float()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of pictures (B, C, H, W) in [-1, 1], (B,): 1 for equal ones.
+    """Structural similarity of images (B, C, H, W) in [-1, 1], (B,): 1 for equal ones.
 
     Averaged over channels and over the places where the whole window fits.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.diffusers_codec import ForeignCodec
 from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
-from sfumato.autoencoders.latent_space import Latents
+from sfumato.autoencoders.latent_space import LatentAutoencoder
 from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
 
@@ -32,7 +32,7 @@ WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.jso
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def save(latents: Latents, folder: Path, facts: Mapping[str, Any]) -> Path:
+def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write an autoencoder, whole or not at all; `facts` go into latents.json.
 
     Raises:
@@ -55,7 +55,7 @@ def save(latents: Latents, folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder
 
 
-def load(path: str | Path, decoder: str | Path | None = None) -> Latents:
+def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencoder:
     """An autoencoder from a folder in diffusers' layout, or from the files of a tiny one's encoder and decoder.
 
     Its latents are scaled as latents.json says, else as its own configuration does (scaling and shift factor, or means and deviations).
@@ -66,14 +66,16 @@ def load(path: str | Path, decoder: str | Path | None = None) -> Latents:
     path = Path(path)
     if path.is_file() and decoder is not None:
         tiny = TinyAutoencoder(_tensors(path), _tensors(Path(decoder)))
-        return Latents(tiny.eval().requires_grad_(False), torch.zeros(tiny.latent_channels), torch.ones(tiny.latent_channels))
+        return LatentAutoencoder(
+            tiny.eval().requires_grad_(False), torch.zeros(tiny.latent_channels), torch.ones(tiny.latent_channels)
+        )
     config = _json(path / CONFIG)
     codec = _codec(config, path)
     mean, deviation = _statistics(config, path, codec.latent_channels)
-    return Latents(codec.eval().requires_grad_(False), mean, deviation)
+    return LatentAutoencoder(codec.eval().requires_grad_(False), mean, deviation)
 
 
-def identity(latents: Latents) -> str:
+def identity(latents: LatentAutoencoder) -> str:
     """A hash of the weights and statistics: what cached latents are kept under."""
     digest = hashlib.sha256(type(latents.codec).__name__.encode())
     for name, tensor in sorted(latents.state_dict().items()):
@@ -83,7 +85,7 @@ def identity(latents: Latents) -> str:
 
 
 @torch.no_grad()
-def folded(latents: Latents) -> Latents:
+def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
     """The same with its statistics inside the weights: mean 0 and deviation 1 are left to apply."""
     codec = latents.codec
     assert isinstance(codec, KLAutoencoder)
@@ -100,7 +102,7 @@ def folded(latents: Latents) -> Latents:
     state["post_quant_conv.bias"] = state["post_quant_conv.bias"] + state["post_quant_conv.weight"][:, :, 0, 0] @ mean
     state["post_quant_conv.weight"] = state["post_quant_conv.weight"] * deviation[None, :, None, None]
     made.load_state_dict(state)
-    return Latents(made.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation))
+    return LatentAutoencoder(made.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation))
 
 
 def _plain(codec: Codec) -> tuple[dict[str, Any], dict[str, Tensor]]:

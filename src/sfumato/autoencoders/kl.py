@@ -1,4 +1,4 @@
-"""A variational autoencoder of convolutions: pictures to latents of a fraction of their side, and back.
+"""A variational autoencoder of convolutions: images to latents of a fraction of their side, and back.
 
 Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights travel between the two as they are.
 
@@ -30,11 +30,11 @@ class KLConfig:
 
     Attributes:
         channels: feature channels at each depth; every depth but the last halves the resolution, so three depths make latents of a
-            quarter of the picture's side, four an eighth.
+            quarter of the image's side, four an eighth.
         latent_channels: of the latents; more keep more detail, and are harder to generate.
         blocks: residual blocks at each depth (one more on the way up).
         groups: of group norms; they divide all channels. Each should hold four channels or more: a group of one or two is normalized
-            to nearly the same brightness and contrast in every picture, and colours come out wrong.
+            to nearly the same brightness and contrast in every image, and colours come out wrong.
         attention: whether positions attend to one another at the smallest resolution. It costs memory of the fourth power of the side.
         projections: `quant` has a 1 x 1 convolution on both sides of the latents, as Stable Diffusion's has; FLUX's has none.
     """
@@ -58,12 +58,12 @@ class KLConfig:
 
     @property
     def factor(self) -> int:
-        """Side of a picture over the side of its latents."""
+        """Side of an image over the side of its latents."""
         return 2 ** (len(self.channels) - 1)
 
 
 class KLAutoencoder(Codec):
-    """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the picture."""
+    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the image."""
 
     def __init__(self, config: KLConfig, *, image_channels: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class KLAutoencoder(Codec):
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
 
     def head(self, z: Tensor) -> Tensor:
-        """Latents as far as half the picture's resolution."""
+        """LatentAutoencoder as far as half the image's resolution."""
         return self.decoder.head(self.post_quant_conv(z))
 
     @property
@@ -92,12 +92,12 @@ class KLAutoencoder(Codec):
 
     @property
     def tail(self) -> nn.Module:
-        """From there to the picture."""
+        """From there to the image."""
         return self.decoder.tail
 
 
 class Encoder(Accelerable):
-    """Pictures -> means and log-variances."""
+    """Images -> means and log-variances."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Encoder(Accelerable):
 
 
 class Decoder(nn.Module):
-    """Latents -> pictures."""
+    """LatentAutoencoder -> images."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:
         super().__init__()

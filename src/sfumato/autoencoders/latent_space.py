@@ -12,14 +12,14 @@ from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.tiling import decode_in_tiles
 from sfumato.errors import DataError, ShapeError
 
-WHOLE = 1024 * 1024  # pixels up to which pictures are decoded whole
-DEAD = 0.01  # share of a latent channel's variance that lies between pictures, below which it tells nothing of them
+WHOLE = 1024 * 1024  # pixels up to which images are decoded whole
+DEAD = 0.01  # share of a latent channel's variance that lies between images, below which it tells nothing of them
 
 Gaussian = Callable[[tuple[int, ...]], Tensor]
 
 
 class Pixels(nn.Module):
-    """The pictures themselves: what a model without an autoencoder works in."""
+    """The images themselves: what a model without an autoencoder works in."""
 
     factor = 1
 
@@ -28,27 +28,27 @@ class Pixels(nn.Module):
         self.latent_channels = self.image_channels = channels
 
     def moments(self, x: Tensor) -> Tensor:
-        """The pictures."""
+        """The images."""
         return x
 
     def encode(self, x: Tensor) -> Tensor:
-        """The pictures."""
+        """The images."""
         return x
 
     def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """The pictures: there is nothing to draw."""
+        """The images: there is nothing to draw."""
         return moments
 
     def decode(self, z: Tensor) -> Tensor:
-        """The pictures."""
+        """The images."""
         return z
 
-    def restored(self, made: Tensor, picture: Tensor, known: Tensor) -> Tensor:
-        """The pictures that were made: what was known of them is as it was."""
+    def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
+        """The images that were made: what was known of them is as it was."""
         return made
 
 
-class Latents(nn.Module):
+class LatentAutoencoder(nn.Module):
     """An autoencoder whose latents have zero mean and unit variance in every channel, over the training set.
 
     What others call scale and shift factors is measured and kept here, so there is none to set.
@@ -66,14 +66,14 @@ class Latents(nn.Module):
         self.register_buffer("deviation", deviation.float())
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents of pictures (B, C, H, W) in [-1, 1], (B, 2 c, H/f, W/f).
+        """Mean and log-variance of the latents of images (B, C, H, W) in [-1, 1], (B, 2 c, H/f, W/f).
 
         Raises:
-            ShapeError: for pictures that it cannot take.
+            ShapeError: for images that it cannot take.
         """
         if x.shape[1] != self.image_channels or x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ShapeError(
-                f"pictures of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for an autoencoder of "
+                f"images of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for an autoencoder of "
                 f"{self.image_channels} channels that makes sides {self.factor} times smaller",
                 where="autoencoder",
                 hint=f"use {self.image_channels} channels, and sides that are multiples of {self.factor}",
@@ -87,54 +87,54 @@ class Latents(nn.Module):
         return self.moments(x).chunk(2, dim=1)[0]
 
     def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """Latents (B, c, h, w): one draw of each."""
+        """LatentAutoencoder (B, c, h, w): one draw of each."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + (0.5 * log_variance).exp() * gaussian(tuple(mean.shape)).to(mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents; not clamped. Large ones are decoded a tile at a time, to the same result."""
+        """Images of latents; not clamped. Large ones are decoded a tile at a time, to the same result."""
         own = z * self.deviation[:, None, None] + self.mean[:, None, None]
         if own.shape[-2] * own.shape[-1] * self.factor**2 > WHOLE and not torch.is_grad_enabled():
             return decode_in_tiles(self.codec, own)
         return self.codec.decode(own)
 
-    def restored(self, made: Tensor, picture: Tensor, known: Tensor) -> Tensor:
-        """The pictures that were made, but what was known (1; shares blend) as it was given, not as it was decoded."""
-        return torch.lerp(made, picture, known)
+    def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
+        """The images that were made, but what was known (1; shares blend) as it was given, not as it was decoded."""
+        return torch.lerp(made, image, known)
 
 
-Autoencoder = Pixels | Latents
+Autoencoder = Pixels | LatentAutoencoder
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a codec's latents over a set of pictures, by channel.
+    """Of a codec's latents over a set of images, by channel.
 
     Attributes:
         mean, deviation: of a draw.
-        told: share of the variance that lies between pictures and places, rather than in the draw: near 0 for a channel that tells nothing.
+        informative: share of the variance that lies between images and places, rather than in the draw: near 0 for a channel that tells nothing.
     """
 
     mean: Tensor
     deviation: Tensor
-    told: Tensor
+    informative: Tensor
 
     @property
     def dead(self) -> list[int]:
         """Channels that tell nothing."""
-        return torch.nonzero(self.told < DEAD)[:, 0].tolist()
+        return torch.nonzero(self.informative < DEAD)[:, 0].tolist()
 
 
 @torch.no_grad()
-def measure(codec: Codec, pictures: Iterable[Tensor]) -> Statistics:
-    """Statistics over batches of pictures (B, C, H, W) in [-1, 1].
+def measure(codec: Codec, images: Iterable[Tensor]) -> Statistics:
+    """Statistics over batches of images (B, C, H, W) in [-1, 1].
 
     Raises:
         DataError: if a channel has no variance at all.
     """
     count = 0
     total = squares = within = torch.zeros(())
-    for x in pictures:
+    for x in images:
         mean, log_variance = codec.moments(x).double().chunk(2, dim=1)
         values = mean.transpose(0, 1).flatten(1)
         count += values.shape[1]
@@ -144,5 +144,5 @@ def measure(codec: Codec, pictures: Iterable[Tensor]) -> Statistics:
     between, drawn = (squares / count - average.square()).clamp(min=0), within / count
     variance = between + drawn
     if not bool((variance > 1e-12).all()):
-        raise DataError("latents of no variance", where="autoencoder", hint="train it longer, or on pictures that differ")
-    return Statistics(mean=average.float(), deviation=variance.sqrt().float(), told=(between / variance).float())
+        raise DataError("latents of no variance", where="autoencoder", hint="train it longer, or on images that differ")
+    return Statistics(mean=average.float(), deviation=variance.sqrt().float(), informative=(between / variance).float())

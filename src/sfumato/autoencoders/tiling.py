@@ -1,6 +1,6 @@
-"""Decoding large pictures a tile at a time, with the result of decoding them whole.
+"""Decoding large images a tile at a time, with the result of decoding them whole.
 
-Convolutions see a few pixels around a tile; group norms see the whole picture. So each norm's statistics are gathered over all tiles
+Convolutions see a few pixels around a tile; group norms see the whole image. So each norm's statistics are gathered over all tiles
 before the next one is reached: a few more passes, and no seams, where blending overlapping tiles leaves each with a tint of its own.
 """
 
@@ -57,7 +57,7 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
-    """Pictures of latents, made in tiles of `size` places of the tail's input; equal to the whole but for rounding."""
+    """Images of latents, made in tiles of `size` places of the tail's input; equal to the whole but for rounding."""
     x = decoder.head(z)
     cut = list(tiles(x.shape[2], x.shape[3], size))
     hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -82,7 +82,7 @@ def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
 
 
 def _gathered(tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of a norm's input over the whole picture, (B, groups, 1)."""
+    """Mean and variance of each group of a norm's input over the whole image, (B, groups, 1)."""
     count = 0
     total = squares = torch.zeros(())
 

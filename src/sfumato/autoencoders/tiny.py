@@ -20,11 +20,11 @@ CERTAIN = -30.0  # log-variance of latents that are one value
 GROUPS = 4  # of the norm in blocks that gather context
 _NAME = re.compile(r"(?:(?:encoder|decoder)\.layers\.)?(\d+)\.(.+)")
 
-Layers = dict[int, dict[str, Tensor]]
+Annotations = dict[int, dict[str, Tensor]]
 
 
 class TinyAutoencoder(Codec):
-    """Pictures (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), one value for each picture."""
+    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), one value for each image."""
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> None:
         """From the tensors of both halves, named as in TAESD's files or as in diffusers'.
@@ -132,9 +132,9 @@ class Squash(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def _by_layer(tensors: Mapping[str, Tensor]) -> Layers:
+def _by_layer(tensors: Mapping[str, Tensor]) -> Annotations:
     """Tensors by the number of their layer, in order."""
-    found: Layers = defaultdict(dict)
+    found: Annotations = defaultdict(dict)
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
@@ -150,12 +150,12 @@ def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias="bias" in tensors)
 
 
-def _encoder(layers: Layers) -> nn.Sequential:
+def _encoder(layers: Annotations) -> nn.Sequential:
     """Convolutions without a bias are those that halve the resolution."""
     return nn.Sequential(*(_layer(tensors, stride=2 if set(tensors) == {"weight"} else 1) for tensors in layers.values()))
 
 
-def _decoder(layers: Layers) -> nn.Sequential:
+def _decoder(layers: Annotations) -> nn.Sequential:
     """Convolutions without a bias follow a doubling of the resolution; the first one is bent back before, and rectified after."""
     found: list[nn.Module] = []
     for number, tensors in enumerate(layers.values()):
@@ -167,7 +167,7 @@ def _decoder(layers: Layers) -> nn.Sequential:
     return nn.Sequential(*found)
 
 
-def _named(half: nn.Sequential, layers: Layers) -> dict[str, Tensor]:
+def _named(half: nn.Sequential, layers: Annotations) -> dict[str, Tensor]:
     """The tensors under the names that they have in `half`."""
     places = [place for place, layer in enumerate(half) if any(True for _ in layer.parameters())]
     return {

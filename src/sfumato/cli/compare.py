@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sfumato.generation.pipeline import Pipeline
-    from sfumato.sampling import Progress
+    from sfumato.sampling import StepInfo
 
 USUAL = ("ddim:100", "ddim:20", "heun:10", "dpm-solver++2m:20")
 USUAL_NUM = 8
@@ -175,7 +175,7 @@ def _carried(path: Path) -> Any:
 def _sampled(pipeline: Pipeline, setups: Sequence[Setup], num: int, seed: int, wanted: dict[str, Any]) -> list[Row]:
     from sfumato.observability.progress import ProgressBar
 
-    def sample(setup: Setup, images: int, count: int, on_step: Callable[[Progress], None] | None = None) -> Tensor:
+    def sample(setup: Setup, images: int, count: int, on_step: Callable[[StepInfo], None] | None = None) -> Tensor:
         return pipeline.sample(
             images, seed=seed, steps=count, sampler=setup.sampler, guidance=setup.guidance, on_step=on_step, **wanted
         )
@@ -220,7 +220,7 @@ def _figure(rows: Sequence[Row], wanted: dict[str, Any], num: int) -> Any:
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
     """The rows for a person; the first is the reference of the differences."""
-    from sfumato.observability.tables import aligned
+    from sfumato.observability.tables import format_table
 
     head = ("sampler", "steps", "guidance", "network calls per image", "seconds", "mean difference to the first row (of 1)")
     lines = [
@@ -230,4 +230,4 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
         )
         for number, row in enumerate(figures)
     ]  # fmt: skip
-    return aligned([head, *lines])
+    return format_table([head, *lines])

@@ -48,8 +48,8 @@ def check(
     resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every picture and report what the set can and cannot teach; changes nothing."""
-    from sfumato.data.check import KINDS, Plan, examine, write
+    """Measure every image and report what the set can and cannot teach; changes nothing."""
+    from sfumato.data.check import KINDS, IntendedModel, examine, write
     from sfumato.data.check.report import plain
     from sfumato.data.frames import framed
     from sfumato.data.value_range import choose_scale
@@ -66,7 +66,7 @@ def check(
     reader = reader_of(run, captions, text_encoder)
     listing = framed(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
-    plan = Plan(
+    plan = IntendedModel(
         resolution=resolution or run.data.resolution, parameters=network_parameters(run), form=run.data.pixel_format(chosen.scale),
         remarks=chosen.lines, length=reader.length, cuts=reader.cuts,
     )  # fmt: skip
@@ -96,10 +96,10 @@ def check(
 def coverage(
     source: Source,
     prompt: Annotated[list[str], typer.Option(help="What you mean to ask for; may be given several times.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for pictures of the nearest captions.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for images of the nearest captions.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and pictures."""
+    """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and images."""
     from sfumato.data.check.captions import Vocabulary
     from sfumato.errors import DataError
     from sfumato.storage.output_paths import require_writable
@@ -108,7 +108,7 @@ def coverage(
     entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
-        raise DataError("has neither captions nor categories", where=source, hint="put a .txt file beside each picture")
+        raise DataError("has neither captions nor categories", where=source, hint="put a .txt file beside each image")
     folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
     if as_json:
@@ -155,7 +155,7 @@ def _lines(found: Coverage, total: int) -> list[str]:
 
 
 def _sheet(entries):
-    """The pictures side by side, None if none can be read."""
+    """The images side by side, None if none can be read."""
     import torch
 
     from sfumato.data.decoding import PixelFormat, RejectedImage, decode
@@ -177,7 +177,7 @@ def convert(
     to: Annotated[str | None, typer.Option(help="parquet or webdataset; by default by the destination's ending.")] = None,
     shard_mib: Annotated[int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")] = 1000,
 ) -> None:
-    """Write the same pictures, texts and layers as parquet or WebDataset shards, byte for byte the same each time."""
+    """Write the same images, texts and layers as parquet or WebDataset shards, byte for byte the same each time."""
     from sfumato.data.convert import convert as write
     from sfumato.observability.progress import ProgressBar
 
@@ -196,10 +196,10 @@ def convert(
 
 @data_app.command()
 def cache(
-    source: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of pictures.")],
+    source: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of images.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as data.resolution=64.")] = None,
 ) -> None:
-    """Decode a run's pictures into the cache ahead of training."""
+    """Decode a run's images into the cache ahead of training."""
     from sfumato.data.files import cache_folder
     from sfumato.recipes import resolve
     from sfumato.runs.preparation import open_data
@@ -209,4 +209,4 @@ def cache(
         cache_folder(), option="SFUMATO_CACHE"
     )  # training goes on without a cache; this command is for nothing else
     dataset = open_data(resolve(source, overrides or ()))
-    _say(f"{len(dataset.entries)} pictures, {len(dataset.rejects)} left out; cache: {cache_folder()}")
+    _say(f"{len(dataset.entries)} images, {len(dataset.rejects)} left out; cache: {cache_folder()}")

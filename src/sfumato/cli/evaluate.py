@@ -27,18 +27,18 @@ PAIRS = 10
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
-    num: Annotated[int, typer.Option(min=2, help="Pictures to generate for each guidance scale.")] = 500,
+    num: Annotated[int, typer.Option(min=2, help="Images to generate for each guidance scale.")] = 500,
     guidance: Annotated[
         list[float] | None,
         typer.Option(help="Scales to compare, by default 1 and the run's own; contexts are judged at the largest."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the generated pictures.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the generated images.")] = 1,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many images.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the file holds instead of tables.")] = False,
 ) -> None:
-    """Compare samples with real held-out pictures: distance, copies, categories as a classifier reads them, and whether contexts work."""
+    """Compare samples with real held-out images: distance, copies, categories as a classifier reads them, and whether contexts work."""
     from sfumato.data.changes import changes
     from sfumato.evaluation import adherence_table, composition_table, gallery, measure_adherence
     from sfumato.evaluation import evaluate as measure
@@ -101,13 +101,13 @@ def evaluate(
             f"\ndoes the condition work? (guidance {strongest:g}; each context alone, on held-out ones; then all together)"
         )
         typer.echo(adherence_table(adherence))
-        typer.echo(f"what was asked for, what came, and the real pictures: {target.parent}/asked-by-*.png")
+        typer.echo(f"what was asked for, what came, and the real images: {target.parent}/asked-by-*.png")
     for name, rows in composed.items():
         if rows:
             typer.echo(f"\ncombinations that were kept from training: {name}, {rows[0].prompts} prompts")
             typer.echo(composition_table(rows))
     typer.echo(f"figures: {target}")
-    typer.echo(f"samples above their nearest training pictures: {target.parent}/nearest-guidance-*.png")
+    typer.echo(f"samples above their nearest training images: {target.parent}/nearest-guidance-*.png")
 
 
 def _reader(dataset: Dataset, bar: ProgressBar) -> Classifier:
@@ -140,7 +140,7 @@ def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], see
 
 
 def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path, alpha: Alpha) -> None:
-    """The samples closest to a training picture, each above that picture."""
+    """The samples closest to a training image, each above that image."""
     import torch
 
     from sfumato.data import to_float
@@ -154,15 +154,15 @@ def _draw_pairs(dataset, scale: float, images: Tensor, neighbours, folder: Path,
 
 
 def table(result: Evaluation) -> str:
-    """The figures for a person, each row beside real held-out pictures."""
-    from sfumato.observability.tables import aligned
+    """The figures for a person, each row beside real held-out images."""
+    from sfumato.observability.tables import format_table
 
     columns = (
         "",
         "n",
         "read as asked",
         f"Fréchet (n={result.rows[0].frechet_n}, balanced)",
-        "nearest training picture",
+        "nearest training image",
         "copies",
     )
     rows = [
@@ -175,12 +175,12 @@ def table(result: Evaluation) -> str:
     ]  # fmt: skip
     accuracy = result.classifier_accuracy
     head = (
-        f"classifier trained on the run's real pictures: {accuracy:.1%} right on {result.rows[0].n} held-out ones; "
+        f"classifier trained on the run's real images: {accuracy:.1%} right on {result.rows[0].n} held-out ones; "
         if accuracy is not None
         else "no categories, so that samples are not read by a classifier; "
     ) + (
-        f"Fréchet distances to {result.reference} training pictures in the features of {result.extractor}"
+        f"Fréchet distances to {result.reference} training images in the features of {result.extractor}"
         f"{', which saw the others' if accuracy is not None else ''}; "
-        f"nearest of {result.training} training pictures by distance in pixels"
+        f"nearest of {result.training} training images by distance in pixels"
     )
-    return f"{head}\n{aligned([columns, *rows])}"
+    return f"{head}\n{format_table([columns, *rows])}"

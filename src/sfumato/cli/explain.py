@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from sfumato.data import Dataset
     from sfumato.generation.pipeline import Pipeline
     from sfumato.recipes import Run
-    from sfumato.sampling import Progress
+    from sfumato.sampling import StepInfo
 
-COLUMNS, PICTURES = 10, 3
+COLUMNS, IMAGES = 10, 3
 SCALES, GUIDED_STEPS = (1.0, 1.5, 2.0, 3.0, 5.0), 50
 LOOKED_AT, FLAT = (
     100,
     0.1,
 )  # images among which those to draw are found; contrast, in that of the strongest, below which one looks blank
-TEXT = """# How {name} makes pictures
+TEXT = """# How {name} makes images
 
-1. **Into noise** (`noising.png`). A picture x0 and noise eps are mixed, x = alpha x0 + sigma eps. `schedule.png` shows alpha,
-   sigma and the log signal-to-noise ratio over the time t: t = 0 is the picture, t = 1 is noise.
-2. **Training** draws a random time for each picture and asks the network for its {target}, which settles both x0 and eps. The loss is
+1. **Into noise** (`noising.png`). An image x0 and noise eps are mixed, x = alpha x0 + sigma eps. `schedule.png` shows alpha,
+   sigma and the log signal-to-noise ratio over the time t: t = 0 is the image, t = 1 is noise.
+2. **Training** draws a random time for each image and asks the network for its {target}, which settles both x0 and eps. The loss is
    the mean squared error. The density of log-SNR that training sees is in `density.png`.
 3. **Back** (`way_back.png`, by {denoiser}). Each step guesses *all* of the noise, subtracts it (the guess of the clean
-   picture is under each noisy one), and adds most of it back. {steps} steps of {sampler}.
+   image is under each noisy one), and adds most of it back. {steps} steps of {sampler}.
 
 All images share one scale: -1 is black and 1 is white. Only where a schedule amplifies x (alpha^2 + sigma^2 > 1) is the noisy
 image divided by sqrt(alpha^2 + sigma^2).
@@ -41,12 +41,10 @@ GUIDED = """
 
 
 def explain(
-    source: Annotated[str, typer.Argument(help="A run, a recipe's name, a YAML file or a folder of pictures.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; by default RUN/explained or explained/NAME.")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="A run, a recipe's name, a YAML file or a folder of images.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the images; by default RUN/explained or explained/NAME.")] = None,
 ) -> None:
-    """Draw how diffusion works here: the schedule, a picture on its way into noise, the way back, and what guidance does."""
+    """Draw how diffusion works here: the schedule, an image on its way into noise, the way back, and what guidance does."""
     from sfumato.observability.images import save_png
     from sfumato.recipes import resolve
     from sfumato.runs import load
@@ -105,7 +103,7 @@ def _curves(settings: Run, folder: Path) -> list[Path]:
 
 
 def _noising(settings: Run, dataset: Dataset):
-    """A few pictures at ten even times of the sampling schedule."""
+    """A few images at ten even times of the sampling schedule."""
     import torch
 
     from sfumato import randomness
@@ -126,9 +124,9 @@ def _with_contrast(images: Tensor) -> Tensor:
     """The first few images that are not blank; the strongest few where fewer are."""
     contrast = images.flatten(1).std(1)
     chosen = (contrast >= FLAT * contrast.max()).nonzero().flatten()
-    if len(chosen) < PICTURES:
+    if len(chosen) < IMAGES:
         chosen = contrast.argsort(descending=True, stable=True)
-    return images[chosen[:PICTURES]]
+    return images[chosen[:IMAGES]]
 
 
 def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Image | None:
@@ -157,7 +155,7 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
 
 
 def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tuple[Image.Image, str]:
-    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training pictures."""
+    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training images."""
     import torch
 
     from sfumato.cli.trajectory_images import trajectory_image
@@ -165,19 +163,17 @@ def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tup
     from sfumato.diffusion import EmpiricalDenoiser
     from sfumato.sampling import KeyedNoise, grid, sample
 
-    recorded: list[Progress] = []
+    recorded: list[StepInfo] = []
     if pipeline is not None:
-        pipeline.sample(PICTURES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
-        drawn = trajectory_image(
-            recorded, pictures=PICTURES, columns=COLUMNS, decode=pipeline.decode, alpha=pipeline.facts.alpha
-        )
+        pipeline.sample(IMAGES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
+        drawn = trajectory_image(recorded, images=IMAGES, columns=COLUMNS, decode=pipeline.decode, alpha=pipeline.facts.alpha)
         return drawn, "the trained model"
     ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
     noise = KeyedNoise(settings.seed)
     levels = grid(settings.sampling.schedule, settings.sampling.steps)
-    x = levels.at(0).sigma * noise(torch.empty(PICTURES, *dataset.image_shape))
+    x = levels.at(0).sigma * noise(torch.empty(IMAGES, *dataset.image_shape))
     sample(settings.sampling.sampler, ideal, x, levels, noise=noise, on_step=recorded.append)
     return (
-        trajectory_image(recorded, pictures=PICTURES, columns=COLUMNS, decode=lambda x: x),
-        "the ideal denoiser of the training pictures, which can only reproduce them: a network that generalizes does better",
+        trajectory_image(recorded, images=IMAGES, columns=COLUMNS, decode=lambda x: x),
+        "the ideal denoiser of the training images, which can only reproduce them: a network that generalizes does better",
     )

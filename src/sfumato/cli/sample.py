@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sfumato.cli.sample_job import Make
     from sfumato.generation.pipeline import Pipeline
     from sfumato.generation.request import SampleRequest
-    from sfumato.sampling import Progress
+    from sfumato.sampling import StepInfo
 
 FEWEST = 16  # images, unless more prompts or categories are given
 UNSAID = ("out", "trajectory", "compile", "as_json", "format")  # options that decide nothing in an image
@@ -38,8 +38,8 @@ def sample(
     attribute: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER asked for; may be repeated.")] = None,
     doodle: Annotated[Path | None, typer.Option(help="Line drawing to follow, dark on light.")] = None,
     points: Annotated[Path | None, typer.Option(help="Point cloud to follow: .npy, .ply, .xyz or .csv.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Picture to make variations of.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from, to complete or to restore.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Image to make variations of.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from, to complete or to restore.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of IMAGE is made anew: 0 nothing, 1 everything.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where IMAGE is painted anew, black where it stays.")] = None,
     context_values: Annotated[
@@ -67,16 +67,16 @@ def sample(
     resample: Annotated[
         int, typer.Option(min=1, help="With a mask: take each step so many times, which agrees better with what is kept.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Picture i depends on the seed and i only.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i depends on the seed and i only.")] = 0,
     weights: Annotated[
         str, typer.Option(help="ema: averaged weights; raw: the last step's; or the width of an average to reconstruct.")
     ] = "ema",
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Inside the network; bfloat16 is faster.")
     ] = "float32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many pictures.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many images.")] = False,
     trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="Also draw the noisy pictures and the guess under each.")
+        bool, typer.Option("--trajectory", help="Also draw the noisy images and the guess under each.")
     ] = False,
     format: Annotated[
         Literal["png", "tiff", "npy", "webp", "jpg"] | None,
@@ -154,7 +154,7 @@ def _make(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], optio
         if how["guidance"] is not None:
             require_context(how["guidance"], contexts, request)
 
-        def batches(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
+        def batches(skip: Collection[int], on_step: Callable[[StepInfo], None]) -> Iterable[tuple[int, Tensor]]:
             with _notes():
                 return pipeline.batches(
                     num,
@@ -173,7 +173,7 @@ def _make(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], optio
     if how["guidance"] is not None:
         require_context(how["guidance"], contexts, request, last)
 
-    def interpolated(skip: Collection[int], on_step: Callable[[Progress], None]) -> Iterable[tuple[int, Tensor]]:
+    def interpolated(skip: Collection[int], on_step: Callable[[StepInfo], None]) -> Iterable[tuple[int, Tensor]]:
         if len(skip) == num:
             return []
         with _notes():
@@ -202,7 +202,7 @@ def _request(
     from sfumato.contexts import CONTEXTS, by_keyword
     from sfumato.contexts.image import read_image
     from sfumato.contexts.protocol import RequestInfo
-    from sfumato.data.user_inputs import given_mask
+    from sfumato.data.user_inputs import load_user_mask
     from sfumato.generation.request import SampleRequest, require_size
 
     if size is not None:
@@ -219,7 +219,7 @@ def _request(
     info = RequestInfo(facts=pipeline.facts, conditioner=None, size=(height, width), num=1)
     return SampleRequest.of(
         image=None if image is None else read_image(str(image), info),
-        mask=None if mask is None else given_mask(mask, height=height, width=width),
+        mask=None if mask is None else load_user_mask(mask, height=height, width=width),
         strength=strength, size=size, **values,
     )  # fmt: skip
 
@@ -342,7 +342,7 @@ def _notes() -> Iterator[None]:
 
 
 def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
-    """What each picture was asked for, if that differs between them."""
+    """What each image was asked for, if that differs between them."""
     asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
     labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
     return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []

@@ -18,14 +18,14 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.image_files import SETTINGS
 from sfumato.observability.images import grid_image, save_png, shown, whole
 from sfumato.observability.progress import ProgressBar, printable
-from sfumato.sampling import Progress
+from sfumato.sampling import StepInfo
 from sfumato.training.signals import Interrupted, Interruption
 
 STRIP_IMAGES, STRIP_STEPS = 4, 10
 GRID_MOST, GRID_PIXELS = 400, 2**26  # images in the grid, and about how many pixels they have together
 
 # Makes the images whose numbers are not in the collection, and tells of each step: first number and images, batch by batch.
-Make = Callable[[Collection[int], Callable[[Progress], None]], Iterable[tuple[int, Tensor]]]
+Make = Callable[[Collection[int], Callable[[StepInfo], None]], Iterable[tuple[int, Tensor]]]
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class Job:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     trajectory: bool = False
     _tiles: dict[int, Tensor] = field(default_factory=dict)
-    _recorded: list[Progress] = field(default_factory=list)
+    _recorded: list[StepInfo] = field(default_factory=list)
     _done: int = 0
 
     def run(self, make: Make) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class Job:
                 file.write(json.dumps(dict(target.settings), indent=1).encode())
         with Interruption() as asked, ProgressBar("sampling") as bar:
 
-            def on_step(progress: Progress) -> None:
-                asked.raise_if_asked()
+            def on_step(progress: StepInfo) -> None:
+                asked.raise_if_requested()
                 self._record(progress)
                 fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
                 if bar.live or fraction < 1:  # where there is no terminal, a short job needs no line
@@ -110,7 +110,7 @@ class Job:
         """Whole images of this request that the folder holds."""
         return sum(self.target.path(number).is_file() for number in range(self.num))
 
-    def _record(self, progress: Progress) -> None:
+    def _record(self, progress: StepInfo) -> None:
         """Keep the first batch's way, of the few images that are drawn."""
         if self.trajectory and self._done == 0 and len(self._recorded) < progress.steps:
             few = {name: getattr(progress, name)[:STRIP_IMAGES] for name in ("before", "x", "x0")}
@@ -142,7 +142,7 @@ class Job:
         alpha, settings, sheets = self.pipeline.values.alpha, dict(self.target.settings), {}
         if self._recorded:
             strip = trajectory_image(
-                self._recorded, pictures=STRIP_IMAGES, columns=STRIP_STEPS, decode=self.pipeline.decode, alpha=alpha
+                self._recorded, images=STRIP_IMAGES, columns=STRIP_STEPS, decode=self.pipeline.decode, alpha=alpha
             )
             sheets["trajectory"] = save_png(strip, self.target.folder / TRAJECTORY, settings)
         count = self._in_grid

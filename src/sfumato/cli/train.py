@@ -15,7 +15,7 @@ Overrides = Annotated[
 
 
 def train(
-    source: Annotated[str, typer.Argument(help="A folder of pictures, a recipe's name, or a YAML file.")],
+    source: Annotated[str, typer.Argument(help="A folder of images, a recipe's name, or a YAML file.")],
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Directory of the new run; by default runs/NAME.")] = None,
     dry_run: Annotated[
@@ -25,7 +25,7 @@ def train(
     config: Annotated[bool, typer.Option("--config", help="With --dry-run: print the configuration too, as YAML.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
 ) -> None:
-    """Train a model from a folder of pictures, a recipe or a YAML file."""
+    """Train a model from a folder of images, a recipe or a YAML file."""
     from sfumato.recipes import names
 
     if (config or as_json) and not dry_run:

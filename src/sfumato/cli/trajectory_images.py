@@ -1,4 +1,4 @@
-"""Pictures of a trajectory, shared by the verbs that draw one."""
+"""Images of a trajectory, shared by the verbs that draw one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sfumato.diffusion import NoiseLevel
     from sfumato.observability.images import Alpha
-    from sfumato.sampling import Progress
+    from sfumato.sampling import StepInfo
 
 
 def evenly(count: int, at_most: int) -> list[int]:
@@ -27,17 +27,17 @@ def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
 
 
 def trajectory_image(
-    recorded: Sequence[Progress],
+    recorded: Sequence[StepInfo],
     *,
-    pictures: int,
+    images: int,
     columns: int,
     decode: Callable[[Tensor], Tensor],
     alpha: Alpha = "straight",
 ) -> Image.Image:
-    """For each picture a row of noisy states and, under it, the guess of the clean picture made from each; the result last.
+    """For each image a row of noisy states and, under it, the guess of the clean image made from each; the result last.
 
     Args:
-        decode: gives the pictures of latents.
+        decode: gives the images of latents.
         alpha: what the last of 2 or 4 channels is.
     """
     import torch
@@ -46,7 +46,7 @@ def trajectory_image(
     from sfumato.observability.images import grid_image
 
     shown = [recorded[i] for i in evenly(len(recorded), columns)]
-    count = min(pictures, len(recorded[-1].x))
+    count = min(images, len(recorded[-1].x))
     drawn = lambda latents: to_unit(decode(latents[:count])).cpu()  # noqa: E731
     result = drawn(recorded[-1].x)
     noisy, guesses = [drawn(dimmed(step.before, step.start)) for step in shown], [drawn(step.x0) for step in shown]

@@ -7,7 +7,7 @@ from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
 from sfumato.conditioners.composite import CompositeConditioner
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
-from sfumato.conditioners.facts import Facts
+from sfumato.conditioners.facts import ConditioningInfo
 from sfumato.conditioners.image import (
     Grayscale,
     Holes,
@@ -17,11 +17,11 @@ from sfumato.conditioners.image import (
     ReferenceConfig,
     Shrink,
 )
-from sfumato.conditioners.learned_text import WordsConditioner, WordsConfig
+from sfumato.conditioners.learned_text import LearnedTextConditioner, LearnedTextConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
 from sfumato.conditioners.pretrained_text import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
-from sfumato.conditioners.tokenizer import Words
+from sfumato.conditioners.tokenizer import WordTokenizer
 
 __all__ = [
     "AttributesConditioner",
@@ -31,13 +31,15 @@ __all__ = [
     "CategoryConfig",
     "CompositeConditioner",
     "Conditioner",
+    "ConditioningInfo",
     "DoodleConditioner",
     "DoodleConfig",
-    "Facts",
     "Grayscale",
     "Holes",
     "ImageConditioner",
     "ImageConfig",
+    "LearnedTextConditioner",
+    "LearnedTextConfig",
     "PointsConditioner",
     "PointsConfig",
     "PretrainedTextConditioner",
@@ -47,7 +49,5 @@ __all__ = [
     "Shrink",
     "SplatConfig",
     "TextEncoder",
-    "Words",
-    "WordsConditioner",
-    "WordsConfig",
+    "WordTokenizer",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from sfumato.config.bounds import Fraction, Size
 
 @dataclass(frozen=True, kw_only=True)
 class AttributesConfig:
-    """Steer by numbers that belong to the pictures, such as an age, or 1 and 0 for labels of which several may hold.
+    """Steer by numbers that belong to the images, such as an age, or 1 and 0 for labels of which several may hold.
 
     Attributes:
         size: of the summary.

@@ -1,4 +1,4 @@
-"""What was done to a training picture, told to the network so that it need not learn it as part of the data."""
+"""What was done to a training image, told to the network so that it need not learn it as part of the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AugmentationConditioner(Conditioner):
 
     nothing: Tensor
     steers = False
-    dropout = 0.0  # a changed picture whose change is not told would leak it
+    dropout = 0.0  # a changed image whose change is not told would leak it
 
     def __init__(self, *, labels: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from sfumato.config.bounds import Fraction, Size
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryConfig:
-    """Steer by the picture's category.
+    """Steer by the image's category.
 
     Attributes:
         size: of the learned vectors.

@@ -16,7 +16,7 @@ class CompositeConditioner(nn.Module):
     """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
 
     def __init__(self, parts: Mapping[str, Conditioner], *, factor: int = 1) -> None:
-        """`parts` by the name of the context that each reads; `factor` is the side of a picture over that of what the network sees."""
+        """`parts` by the name of the context that each reads; `factor` is the side of an image over that of what the network sees."""
         super().__init__()
         self.factor = factor
         self.parts = nn.ModuleDict(parts)
@@ -27,7 +27,7 @@ class CompositeConditioner(nn.Module):
         """The condition of a batch.
 
         Args:
-            context: what is known of each picture, by name; what is missing asks for nothing.
+            context: what is known of each image, by name; what is missing asks for nothing.
             draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below its `dropout`, and what lies above it
                 decides how captions are varied. None drops and varies nothing.
         """
@@ -41,7 +41,7 @@ class CompositeConditioner(nn.Module):
         return reduce(Condition.beside, conditions, NO_CONDITION)
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """The context that training uses: what the data hold, and what is made from the pictures (B, C, H, W) themselves.
+        """The context that training uses: what the data hold, and what is made from the images (B, C, H, W) themselves.
 
         Keyed by the samples' numbers, `first` and following.
         """

@@ -1,4 +1,4 @@
-"""Doodles: a line drawing laid over the picture. Where the data have none, lines are made from the picture itself."""
+"""Doodles: a line drawing laid over the image. Where the data have none, lines are made from the image itself."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class DoodleConfig:
     """Steer by line drawings.
 
     Attributes:
-        made: share of training samples whose own doodle is replaced by lines made from the picture; those without one always are.
+        synthetic: share of training samples whose own doodle is replaced by lines made from the image; those without one always are.
         wobble: how far made lines stray, as a share of the side.
-        dropped: most of the lines that may be missing, as a share.
+        missing_lines: most of the lines that may be missing, as a share.
         dropout: share of training samples whose doodle is hidden.
     """
 
-    made: Fraction = 0.0
+    synthetic: Fraction = 0.0
     wobble: Fraction = 0.01
-    dropped: Fraction = 0.3
+    missing_lines: Fraction = 0.3
     dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if not all(0 <= share <= 1 for share in (self.made, self.wobble, self.dropped, self.dropout)):
+        if not all(0 <= share <= 1 for share in (self.synthetic, self.wobble, self.missing_lines, self.dropout)):
             raise ConfigError(f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1")
 
 
@@ -62,13 +62,13 @@ class DoodleConditioner(Conditioner):
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """A doodle for each training picture: its own, or lines made from it; keyed by the samples' numbers."""
+        """A doodle for each training image: its own, or lines made from it; keyed by the samples' numbers."""
         draws = randomness.uniform(seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2).to(images)
-        made = lines(images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.dropped)
+        made = lines(images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.missing_lines)
         if "doodle" not in context:
             return {"doodle": made}
         own = context["doodle"].to(images)
-        replaced = own.isnan().flatten(1).any(1) | (draws[:, 0] < self.config.made)
+        replaced = own.isnan().flatten(1).any(1) | (draws[:, 0] < self.config.synthetic)
         return {"doodle": torch.where(replaced[:, None, None, None], made, own)}
 
 
@@ -76,9 +76,9 @@ _GRID = 4  # of the random fields that bend and drop lines
 
 
 def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
-    """Line drawings (B, 1, H, W), 1 paper to -1 ink, of pictures (B, C, H, W) in [-1, 1].
+    """Line drawings (B, 1, H, W), 1 paper to -1 ink, of images (B, C, H, W) in [-1, 1].
 
-    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the picture is darker than its
+    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the image is darker than its
     surroundings: dark strokes, and the dark side of every edge. Lines bend a little, and some are missing.
 
     Args:

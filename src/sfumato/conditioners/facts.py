@@ -9,17 +9,17 @@ from sfumato.config.bounds import AnyFloat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ConditioningInfo:
     """What conditioners must know of the training set; kept in checkpoints.
 
     Attributes:
-        channels: of pictures.
+        channels: of images.
         categories: their names, in the order of their numbers.
         words: that captions use, for a tokenizer fitted to them.
         attributes, means, deviations: name, mean and standard deviation of each.
         dimensions: of points, features included; 0 where there are none.
-        augmentation: numbers that tell what was done to a picture.
-        factor: side of a picture over the side of what the network sees of it.
+        augmentation: numbers that tell what was done to an image.
+        factor: side of an image over the side of what the network sees of it.
         bits: of each value in an image, 8 or 16.
         value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None where they are those of its integers.
         alpha: what the last of 2 or 4 channels is: "none" (a channel like the others), "straight" alpha, or "premultiplied" alpha.

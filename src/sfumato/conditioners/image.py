@@ -1,4 +1,4 @@
-"""Pictures as context: laid under the one to be made (super-resolution, colourization, inpainting), or looked at (variations)."""
+"""Images as context: laid under the one to be made (super-resolution, colourization, inpainting), or looked at (variations)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sfumato.errors import ConfigError
 
 
 class Degradation(Protocol):
-    """What a picture has lost, and the model is to restore; NaN where a pixel is unknown."""
+    """What an image has lost, and the model is to restore; NaN where a pixel is unknown."""
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Of training pictures (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
+        """Of training images (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
         ...
 
     def given(self, images: Tensor) -> Tensor:
-        """Of pictures that a person hands in, which may have lost it already."""
+        """Of images that a person hands in, which may have lost it already."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink:
-    """Detail: the picture at 1/factor of the resolution (super-resolution)."""
+    """Detail: the image at 1/factor of the resolution (super-resolution)."""
 
     kind: ClassVar[str] = "downsample"
 
@@ -71,10 +71,10 @@ class Grayscale:
 
 @dataclass(frozen=True, kw_only=True)
 class Holes:
-    """Parts of the picture (inpainting).
+    """Parts of the image (inpainting).
 
     Attributes:
-        smallest, largest: sides of the rectangle that is cut out, as shares of the picture's.
+        smallest, largest: sides of the rectangle that is cut out, as shares of the image's.
         outside: share of samples of which only the rectangle is left, and its surroundings are to be made.
     """
 
@@ -104,14 +104,14 @@ DegradationConfig = Shrink | Grayscale | Holes
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """Restore what pictures have lost.
+    """Restore what images have lost.
 
     Attributes:
-        lost: what is taken from training pictures.
+        degradation: what is taken from training images.
         dropout: share of training samples that are shown nothing.
     """
 
-    lost: DegradationConfig = Shrink()
+    degradation: DegradationConfig = Shrink()
     dropout: Fraction = 0.1
 
 
@@ -139,18 +139,18 @@ class ImageConditioner(Conditioner):
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """The training pictures, with something lost; keyed by the samples' numbers."""
+        """The training images, with something lost; keyed by the samples' numbers."""
         draws = randomness.uniform(seed, "image", first=first, count=len(images), per_item=8).to(images)
-        return {"image": self.config.lost.degrade(images, draws)}
+        return {"image": self.config.degradation.degrade(images, draws)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Make variations of a picture, which is looked at through a narrow gate of tokens.
+    """Make variations of an image, which is looked at through a narrow gate of tokens.
 
     Attributes:
         size: channels of tokens and of their summary.
-        side: the picture is looked at as side x side tokens; fewer leave more to the model.
+        side: the image is looked at as side x side tokens; fewer leave more to the model.
         dropout: share of training samples that are shown nothing.
     """
 
@@ -193,7 +193,7 @@ class ReferenceConditioner(Conditioner):
         return self._condition(self.nothing.expand(batch_size, -1, -1))
 
     def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """The training pictures themselves."""
+        """The training images themselves."""
         return {"reference": images}
 
     def _condition(self, tokens: Tensor) -> Condition:

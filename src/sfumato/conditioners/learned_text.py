@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
-from sfumato.conditioners.tokenizer import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, Words
+from sfumato.conditioners.tokenizer import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, WordTokenizer
 from sfumato.config import since
 from sfumato.config.bounds import CountOrZero, Fraction, Size
 from sfumato.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordsConfig:
+class LearnedTextConfig:
     """Steer by captions, read by a transformer that is trained along with the model.
 
     Attributes:
@@ -59,19 +59,19 @@ class WordsConfig:
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words of captions, the most frequent first, at most 50,000."""
-        return Words.fitted(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
+        return WordTokenizer.fitted(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
 
-    def build(self, words: Sequence[str], encoder: object) -> WordsConditioner:
+    def build(self, words: Sequence[str], encoder: object) -> LearnedTextConditioner:
         """The untrained conditioner for captions of these words."""
-        return WordsConditioner(
-            self, words=Words(tuple(words[: self.vocabulary]), self.splitting), rare=words[self.vocabulary :]
+        return LearnedTextConditioner(
+            self, words=WordTokenizer(tuple(words[: self.vocabulary]), self.splitting), rare=words[self.vocabulary :]
         )
 
 
-class WordsConditioner(Conditioner):
+class LearnedTextConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing."""
 
-    def __init__(self, config: WordsConfig, *, words: Words, rare: Sequence[str] = ()) -> None:
+    def __init__(self, config: LearnedTextConfig, *, words: WordTokenizer, rare: Sequence[str] = ()) -> None:
         """`rare` words occur in captions but are spelled in bytes, since the vocabulary is full."""
         super().__init__()
         self.config, self.words, self.dropout = config, words, config.dropout
@@ -123,7 +123,7 @@ class WordsConditioner(Conditioner):
         return self.words.count(text) > self.config.length
 
     def unknown(self, text: str) -> list[str]:
-        """Words of a text that no training caption contains, each once; punctuation does not count."""
+        """WordTokenizer of a text that no training caption contains, each once; punctuation does not count."""
         found = dict.fromkeys(self.words.splitting.pieces(text))
         return [word for word in found if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)]
 

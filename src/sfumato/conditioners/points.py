@@ -19,7 +19,7 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SplatConfig:
-    """Lay the points over the picture too: their first two coordinates, x right and y up, the picture from -1 to 1.
+    """Lay the points over the image too: their first two coordinates, x right and y up, the image from -1 to 1.
 
     Attributes:
         side: of the map, in pixels.
@@ -38,8 +38,8 @@ class PointsConfig:
         size: channels of tokens and of their summary.
         tokens: how many the cloud is read into, whatever its number of points.
         layers, heads: of the transformer between the tokens.
-        frame: `picture` takes coordinates as they are, `own` centres each cloud and scales it to fit from -1 to 1.
-        fewest: points that a training cloud is thinned to at the least, so that any number works.
+        frame: `image` takes coordinates as they are, `own` centres each cloud and scales it to fit from -1 to 1.
+        min_points: points that a training cloud is thinned to at the least, so that any number works.
         splat: a map of the points beside the tokens; None for none.
         dropout: share of training samples whose points are hidden.
     """
@@ -48,13 +48,13 @@ class PointsConfig:
     tokens: Size = 16
     layers: Size = 2
     heads: Size = 4
-    frame: Literal["picture", "own"] = "picture"
-    fewest: Count = 64
+    frame: Literal["image", "own"] = "image"
+    min_points: Count = 64
     splat: SplatConfig | None = None
     dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.size, self.tokens, self.layers, self.heads, self.fewest) < 1 or self.size % self.heads:
+        if min(self.size, self.tokens, self.layers, self.heads, self.min_points) < 1 or self.size % self.heads:
             raise ConfigError(f"{self}", where="conditioner.points", hint="all counts are at least 1, and heads divide size")
 
 
@@ -126,7 +126,7 @@ class PointsConditioner(Conditioner):
         draws = randomness.uniform(seed, "points", first=first, count=count, per_item=most + 1).to(points)
         absent = points.isnan().any(2)
         own = (~absent).sum(1, keepdim=True)
-        least = own.clamp(max=self.config.fewest)
+        least = own.clamp(max=self.config.min_points)
         kept = least + (own - least) * draws[:, :1]
         rank = draws[:, 1:].masked_fill(absent, 2.0).argsort(1).argsort(1)
         return {"points": points.masked_fill((rank >= kept)[..., None], torch.nan)}
@@ -151,7 +151,7 @@ class PointsConditioner(Conditioner):
 
 def framed(points: Tensor, frame: str) -> Tensor:
     """Points (B, N, D) in the frame that the model was trained on; coordinates beyond the third are features, and stay."""
-    if frame == "picture":
+    if frame == "image":
         return points
     space = points[..., :3]
     low, high = (space.nan_to_num(bound).amin(1, keepdim=True) if bound > 0 else space.nan_to_num(bound).amax(1, keepdim=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
-from sfumato.conditioners.tokenizer import MOST_WORDS, Words
+from sfumato.conditioners.tokenizer import MOST_WORDS, WordTokenizer
 from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
 from sfumato.transformers_models import from_transformers
@@ -55,7 +55,7 @@ class PretrainedTextConfig:
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """The words of captions, the most frequent first, at most 50,000."""
-        return Words.fitted(captions, most=MOST_WORDS).vocabulary
+        return WordTokenizer.fitted(captions, most=MOST_WORDS).vocabulary
 
     def build(self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> PretrainedTextConditioner:
         """The untrained projections of what the encoder reads."""

@@ -20,7 +20,7 @@ _WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `characters.kinds`
 
 @dataclass(frozen=True)
 class ByScript:
-    """Words where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
+    """WordTokenizer where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
 
     def normalized(self, text: str) -> str:
         """Compatibility forms and case folded together; composed and decomposed letters are the same."""
@@ -29,7 +29,7 @@ class ByScript:
         return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
     def pieces(self, text: str) -> list[str]:
-        """Words and signs of a text, normalized."""
+        """WordTokenizer and signs of a text, normalized."""
         plain = self.normalized(text)
         if plain.isascii():  # where both patterns find the same
             return _RUN.findall(plain)
@@ -49,7 +49,7 @@ class ByRuns:
         return unicodedata.normalize("NFKC", text).casefold()
 
     def pieces(self, text: str) -> list[str]:
-        """Words and signs of a text, normalized."""
+        """WordTokenizer and signs of a text, normalized."""
         return _RUN.findall(self.normalized(text))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -61,7 +61,7 @@ Splitting = ByScript | ByRuns
 
 
 @dataclass(frozen=True)
-class Words:
+class WordTokenizer:
     """A tokenizer. Case and width of letters do not matter; no text in any script is unreadable to it.
 
     Attributes:
@@ -77,7 +77,7 @@ class Words:
         object.__setattr__(self, "_numbers", {word: FIRST_WORD + i for i, word in enumerate(self.vocabulary)})
 
     @classmethod
-    def fitted(cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()) -> Words:
+    def fitted(cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()) -> WordTokenizer:
         """The `most` most frequent words of the captions."""
         counts = Counter(piece for caption in captions for piece in splitting.pieces(caption))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))

@@ -40,8 +40,33 @@ FORMER_KINDS = {
     "ZeroTerminalSNR": "zero-terminal-snr",
 }
 
-# Keys by the kind or name of the dataclass that has them: former -> present.
-FORMER_KEYS: dict[str, dict[str, str]] = {}
+# Keys by the dataclass that has them: former -> present.
+FORMER_KEYS: dict[str, dict[str, str]] = {
+    "AdamWConfig": {"base_width": "mup_base_width", "clip": "max_grad_norm", "decay": "schedule", "final": "final_fraction"},
+    "AlignmentConfig": {"until": "stop_at"},
+    "AugmentConfig": {"non_leaking": "karras"},
+    "DiTConfig": {
+        "channels": "hidden_size",
+        "dropped": "token_drop",
+        "head_channels": "head_dim",
+        "hidden": "mlp_ratio",
+        "layers": "depth",
+        "patch": "patch_size",
+        "recompute": "activation_checkpointing",
+        "tokens_as": "token_conditioning",
+        "vector_as": "vector_conditioning",
+    },
+    "DispersiveConfig": {"until": "stop_at"},
+    "DoodleConfig": {"dropped": "missing_lines", "made": "synthetic"},
+    "ImageConfig": {"lost": "degradation"},
+    "Objective": {"contrast": "contrastive_weight"},
+    "PointsConfig": {"fewest": "min_points"},
+    "PretrainedAutoencoder": {"variants": "augmented_copies"},
+    "Run": {"posthoc": "post_hoc_ema"},
+    "TargetSpace": {"most": "max_weight", "of": "space"},
+    "TrainedAutoencoder": {"posthoc": "post_hoc_ema", "variants": "augmented_copies"},
+    "TrainingConfig": {"posthoc": "post_hoc_ema"},
+}
 
 
 def current_kind(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import AttributesConditioner, AttributesConfig, Facts
+from sfumato.conditioners import AttributesConditioner, AttributesConfig, ConditioningInfo
 from sfumato.contexts.category import unknown
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
 from sfumato.data import Dataset
@@ -23,7 +23,7 @@ class Attributes(Context):
     config = AttributesConfig
     lacking = ("attributes", "give them in metadata, as `attributes`")
 
-    def build(self, config: AttributesConfig, facts: Facts, encoder: Encoder) -> AttributesConditioner:
+    def build(self, config: AttributesConfig, facts: ConditioningInfo, encoder: Encoder) -> AttributesConditioner:
         self.require(facts.attributes)
         return AttributesConditioner(config, names=facts.attributes, mean=facts.means, deviation=facts.deviations)
 

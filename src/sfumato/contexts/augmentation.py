@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.conditioners import AugmentationConditioner, Facts
+from sfumato.conditioners import AugmentationConditioner, ConditioningInfo
 from sfumato.contexts.protocol import Context, Encoder
 from sfumato.data import Dataset
 
@@ -15,7 +15,7 @@ class Augmentation(Context):
 
     name = "augmentation"
 
-    def build(self, config: None, facts: Facts, encoder: Encoder) -> AugmentationConditioner | None:
+    def build(self, config: None, facts: ConditioningInfo, encoder: Encoder) -> AugmentationConditioner | None:
         return AugmentationConditioner(labels=facts.augmentation) if facts.augmentation else None
 
     def facts(self, config: None, dataset: Dataset) -> Mapping[str, Any]:

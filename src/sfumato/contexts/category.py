@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import CategoryConditioner, CategoryConfig, Facts
+from sfumato.conditioners import CategoryConditioner, CategoryConfig, ConditioningInfo
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
 from sfumato.errors import ConfigError, closest
 
@@ -19,7 +19,7 @@ class Category(Context):
     config = CategoryConfig
     lacking = ("categories", "sort the images into one sub-folder for each category")
 
-    def build(self, config: CategoryConfig, facts: Facts, encoder: Encoder) -> CategoryConditioner:
+    def build(self, config: CategoryConfig, facts: ConditioningInfo, encoder: Encoder) -> CategoryConditioner:
         self.require(facts.categories)
         return CategoryConditioner(config, categories=len(facts.categories))
 
@@ -30,11 +30,11 @@ class Category(Context):
             _require_known(name, facts)
         return torch.tensor(cycled([facts.categories.index(name) for name in names], asked.num, "categories"))
 
-    def words(self, values: Tensor, facts: Facts) -> list[str]:
+    def words(self, values: Tensor, facts: ConditioningInfo) -> list[str]:
         known = facts.categories
         return [known[number] if 0 <= number < len(known) else "" for number in values.tolist()]
 
-    def in_turn(self, num: int, facts: Facts) -> Tensor:
+    def in_turn(self, num: int, facts: ConditioningInfo) -> Tensor:
         return torch.arange(num) % max(1, len(facts.categories))
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
@@ -44,12 +44,12 @@ class Category(Context):
         return {"classified as its category": ("higher", lambda x, i: (classify(x) == labels[i]).double())}
 
 
-def trained_categories(facts: Facts) -> tuple[str, ...]:
+def trained_categories(facts: ConditioningInfo) -> tuple[str, ...]:
     """Categories that the model has seen."""
     return tuple(name for name in facts.categories if name not in facts.untrained)
 
 
-def _require_known(name: str, facts: Facts) -> None:
+def _require_known(name: str, facts: ConditioningInfo) -> None:
     known = trained_categories(facts)
     if name in facts.untrained:
         raise ConfigError(

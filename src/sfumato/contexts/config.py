@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sfumato import config as configuration
-from sfumato.conditioners import CompositeConditioner, Conditioner, Facts
+from sfumato.conditioners import CompositeConditioner, Conditioner, ConditioningInfo
 from sfumato.contexts.protocol import Context, Encoder
 from sfumato.contexts.registry import CONTEXTS
 from sfumato.data import Dataset
@@ -38,13 +38,13 @@ class ContextConfig:
         return any(CONTEXTS[name].from_images for name in self.names)
 
     def facts(self, dataset: Dataset) -> dict[str, Any]:
-        """Fields of `Facts` that the contexts need, read from the training set."""
+        """Fields of `ConditioningInfo` that the contexts need, read from the training set."""
         found: dict[str, Any] = {}
         for name, config in self._used():
             found |= CONTEXTS[name].facts(config, dataset)
         return found
 
-    def build(self, facts: Facts, *, encoder: Encoder) -> CompositeConditioner:
+    def build(self, facts: ConditioningInfo, *, encoder: Encoder) -> CompositeConditioner:
         """The untrained conditioner for a training set.
 
         Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sfumato.conditioners import DoodleConditioner, DoodleConfig, Facts
+from sfumato.conditioners import ConditioningInfo, DoodleConditioner, DoodleConfig
 from sfumato.contexts.figures import line_f1, silhouette_iou
 from sfumato.contexts.maps import batch_of_images
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
-from sfumato.data.user_inputs import given_picture
+from sfumato.data.user_inputs import load_user_image
 
 
 class Doodle(Context):
@@ -18,7 +18,7 @@ class Doodle(Context):
     config = DoodleConfig
     from_images = True
 
-    def build(self, config: DoodleConfig, facts: Facts, encoder: Encoder) -> DoodleConditioner:
+    def build(self, config: DoodleConfig, facts: ConditioningInfo, encoder: Encoder) -> DoodleConditioner:
         return DoodleConditioner(config)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
@@ -26,7 +26,7 @@ class Doodle(Context):
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
         height, width = asked.size
-        return given_picture(text, channels=1, height=height, width=width, alpha=asked.facts.alpha)
+        return load_user_image(text, channels=1, height=height, width=width, alpha=asked.facts.alpha)
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         return value

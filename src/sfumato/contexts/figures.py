@@ -14,15 +14,15 @@ INK = 0.25  # above which a pixel of a drawing counts as drawn
 FIELD_DRAWS = 51  # uniform draws that `lines` takes for each image
 
 
-def drawn(pictures: Tensor) -> Tensor:
-    """Where a picture's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with, nothing bent and nothing dropped."""
-    draws = torch.full((len(pictures), FIELD_DRAWS), 0.5, dtype=pictures.dtype)
-    return (1 - lines(pictures, draws, wobble=0.0, dropped=0.0)) / 2 > INK
+def drawn(images: Tensor) -> Tensor:
+    """Where an image's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with, nothing bent and nothing dropped."""
+    draws = torch.full((len(images), FIELD_DRAWS), 0.5, dtype=images.dtype)
+    return (1 - lines(images, draws, wobble=0.0, dropped=0.0)) / 2 > INK
 
 
-def line_f1(pictures: Tensor, ink: Tensor) -> Tensor:
-    """F1 of a picture's lines against a drawing's, one pixel of slack: harmonic mean of the shares of each that lie on the other."""
-    mine, asked = drawn(pictures), ink.nan_to_num(0.0) > INK
+def line_f1(images: Tensor, ink: Tensor) -> Tensor:
+    """F1 of an image's lines against a drawing's, one pixel of slack: harmonic mean of the shares of each that lie on the other."""
+    mine, asked = drawn(images), ink.nan_to_num(0.0) > INK
 
     def share(of: Tensor, on: Tensor) -> Tensor:
         near = F.max_pool2d(on.float(), 3, stride=1, padding=1) > 0
@@ -32,12 +32,12 @@ def line_f1(pictures: Tensor, ink: Tensor) -> Tensor:
     return (2 * precision * recall / (precision + recall).clamp(min=1e-9)).double()
 
 
-def chamfer(pictures: Tensor, points: Tensor) -> Tensor:
-    """Mean distance in pixels from points (n, N, D) to the nearest line of a picture and back; its side if it has no lines."""
-    height, width = pictures.shape[-2:]
+def chamfer(images: Tensor, points: Tensor) -> Tensor:
+    """Mean distance in pixels from points (n, N, D) to the nearest line of an image and back; its side if it has no lines."""
+    height, width = images.shape[-2:]
     scale = points.new_tensor([width / 2, -height / 2])
     values = []
-    for lined, cloud in zip(drawn(pictures)[:, 0], points, strict=True):
+    for lined, cloud in zip(drawn(images)[:, 0], points, strict=True):
         at = torch.nonzero(lined).flip(1).float() + 0.5
         wanted = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor([width / 2, height / 2])
         if not len(wanted):
@@ -50,14 +50,14 @@ def chamfer(pictures: Tensor, points: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def silhouette(pictures: Tensor) -> Tensor:
-    """What is not background, (n, H, W) bool: pixels unlike the picture's corners."""
-    corners = torch.stack([pictures[..., y, x] for y in (0, -1) for x in (0, -1)]).median(0).values
-    return (pictures - corners[..., None, None]).abs().amax(1) > 0.25
+def silhouette(images: Tensor) -> Tensor:
+    """What is not background, (n, H, W) bool: pixels unlike the image's corners."""
+    corners = torch.stack([images[..., y, x] for y in (0, -1) for x in (0, -1)]).median(0).values
+    return (images - corners[..., None, None]).abs().amax(1) > 0.25
 
 
-def silhouette_iou(pictures: Tensor, real: Tensor) -> Tensor:
+def silhouette_iou(images: Tensor, real: Tensor) -> Tensor:
     """Overlap of the silhouettes over their union."""
-    mine, theirs = silhouette(pictures), silhouette(real)
+    mine, theirs = silhouette(images), silhouette(real)
     union = (mine | theirs).flatten(1).sum(1)
     return ((mine & theirs).flatten(1).sum(1) / union.clamp(min=1)).double()

@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from sfumato.conditioners import Facts, ImageConditioner, ImageConfig, ReferenceConditioner, ReferenceConfig
+from sfumato.conditioners import ConditioningInfo, ImageConditioner, ImageConfig, ReferenceConditioner, ReferenceConfig
 from sfumato.contexts.maps import batch_of_images
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
-from sfumato.data.user_inputs import given_picture
+from sfumato.data.user_inputs import load_user_image
 
 
 class DegradedImage(Context):
@@ -20,19 +20,19 @@ class DegradedImage(Context):
     from_image = True
     from_images = True
 
-    def build(self, config: ImageConfig, facts: Facts, encoder: Encoder) -> ImageConditioner:
+    def build(self, config: ImageConfig, facts: ConditioningInfo, encoder: Encoder) -> ImageConditioner:
         return ImageConditioner(config, channels=facts.channels)
 
     def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Tensor:
         seen = start if known is None else start.masked_fill(known < 0.5, math.nan)
-        given: Tensor = asked.conditioner.config.lost.given(seen)
+        given: Tensor = asked.conditioner.config.degradation.given(seen)
         return given
 
     def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         return values.nan_to_num(0.0)
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
-        degradation, values = measured.conditioner.config.lost, measured.values
+        degradation, values = measured.conditioner.config.degradation, measured.values
         return {"error where it is known": ("lower", lambda x, i: _known_error(degradation.given(x), values[i]))}
 
 
@@ -43,7 +43,7 @@ class Reference(Context):
     config = ReferenceConfig
     from_images = True
 
-    def build(self, config: ReferenceConfig, facts: Facts, encoder: Encoder) -> ReferenceConditioner:
+    def build(self, config: ReferenceConfig, facts: ConditioningInfo, encoder: Encoder) -> ReferenceConditioner:
         return ReferenceConditioner(config, channels=facts.channels)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
@@ -62,7 +62,7 @@ class Reference(Context):
 def read_image(path: str, asked: RequestInfo) -> Tensor:
     """An image file as a model of these facts has images, (C, H, W) in [0, 1]."""
     (height, width), facts = asked.size, asked.facts
-    return given_picture(
+    return load_user_image(
         path,
         channels=facts.channels,
         height=height,

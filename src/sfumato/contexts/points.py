@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import Facts, PointsConditioner, PointsConfig
+from sfumato.conditioners import ConditioningInfo, PointsConditioner, PointsConfig
 from sfumato.contexts.figures import chamfer, silhouette_iou
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
 from sfumato.data import Dataset
-from sfumato.data.user_inputs import given_points
+from sfumato.data.user_inputs import load_user_points
 from sfumato.errors import ShapeError
 from sfumato.observability.images import scattered
 
@@ -27,7 +27,7 @@ class Points(Context):
     config = PointsConfig
     lacking = ("point clouds", "put a .npy, .ply, .xyz or .csv beside each image")
 
-    def build(self, config: PointsConfig, facts: Facts, encoder: Encoder) -> PointsConditioner:
+    def build(self, config: PointsConfig, facts: ConditioningInfo, encoder: Encoder) -> PointsConditioner:
         self.require(facts.dimensions)
         return PointsConditioner(config, dimensions=facts.dimensions)
 
@@ -51,7 +51,7 @@ class Points(Context):
         return torch.stack(cycled(padded, asked.num, "point clouds"))
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
-        return given_points(text)
+        return load_user_points(text)
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         return scattered(value, size)

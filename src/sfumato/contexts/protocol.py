@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sfumato.conditioners import Conditioner, Facts, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners import Conditioner, ConditioningInfo, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError
 
@@ -28,7 +28,7 @@ class RequestInfo:
         num: how many there are.
     """
 
-    facts: Facts
+    facts: ConditioningInfo
     conditioner: Any
     size: tuple[int, int]
     num: int
@@ -73,7 +73,7 @@ class Context(ABC):
     lacking: ClassVar[tuple[str, str]] = ("", "")
 
     @abstractmethod
-    def build(self, config: Any, facts: Facts, encoder: Encoder) -> Conditioner | None:
+    def build(self, config: Any, facts: ConditioningInfo, encoder: Encoder) -> Conditioner | None:
         """The untrained conditioner for a training set; None where the set gives it nothing to do.
 
         Args:
@@ -81,7 +81,7 @@ class Context(ABC):
         """
 
     def facts(self, config: Any, dataset: Dataset) -> Mapping[str, Any]:
-        """Fields of `Facts` that it needs, read from the training set."""
+        """Fields of `ConditioningInfo` that it needs, read from the training set."""
         return {}
 
     def parse(self, value: Any, asked: RequestInfo) -> Any:
@@ -116,11 +116,11 @@ class Context(ABC):
         """A batch as images (n, C, h, w) in [-1, 1]; None for what is said in words."""
         return None
 
-    def words(self, values: Any, facts: Facts) -> list[str] | None:
+    def words(self, values: Any, facts: ConditioningInfo) -> list[str] | None:
         """A batch in words, one text each; None for what is drawn."""
         return None
 
-    def in_turn(self, num: int, facts: Facts) -> Any:
+    def in_turn(self, num: int, facts: ConditioningInfo) -> Any:
         """A batch of all values in turn, for a context whose values can be listed; None for others."""
         return None
 

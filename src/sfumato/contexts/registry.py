@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts.attributes import Attributes
 from sfumato.contexts.augmentation import Augmentation
 from sfumato.contexts.category import Category
@@ -35,7 +35,7 @@ def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
     return {name: CONTEXTS[name] for name in conditioner.steering}
 
 
-def values_in_turn(conditioner: CompositeConditioner, num: int, facts: Facts) -> dict[str, Any] | None:
+def values_in_turn(conditioner: CompositeConditioner, num: int, facts: ConditioningInfo) -> dict[str, Any] | None:
     """A batch of all values in turn for a model that is steered by nothing, or by one context whose values can be listed; else None."""
     found = {name: context.in_turn(num, facts) for name, context in steering(conditioner).items()}
     return None if len(found) > 1 or any(values is None for values in found.values()) else found

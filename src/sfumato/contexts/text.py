@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfumato.conditioners import Conditioner, Facts, PretrainedTextConfig, WordsConfig
+from sfumato.conditioners import Conditioner, ConditioningInfo, LearnedTextConfig, PretrainedTextConfig
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
 from sfumato.data import Dataset
 
@@ -31,14 +31,14 @@ class Text(Context):
     name = "text"
     keyword = "prompt"
     negative = "negative"
-    config = WordsConfig | PretrainedTextConfig
+    config = LearnedTextConfig | PretrainedTextConfig
     lacking = ("captions", "put a .txt beside each image")
 
-    def build(self, config: WordsConfig | PretrainedTextConfig, facts: Facts, encoder: Encoder) -> Conditioner:
+    def build(self, config: LearnedTextConfig | PretrainedTextConfig, facts: ConditioningInfo, encoder: Encoder) -> Conditioner:
         self.require(facts.words)
         return config.build(facts.words, encoder)
 
-    def facts(self, config: WordsConfig | PretrainedTextConfig, dataset: Dataset) -> Mapping[str, Any]:
+    def facts(self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset) -> Mapping[str, Any]:
         return {"words": config.words(text for position in dataset.training for text in dataset.entries[position].captions)}
 
     def parse(self, value: str | Sequence[str], asked: RequestInfo) -> list[str]:
@@ -50,7 +50,7 @@ class Text(Context):
         _note([value], asked.conditioner)
         return [value] * asked.num
 
-    def words(self, values: Sequence[str], facts: Facts) -> list[str]:
+    def words(self, values: Sequence[str], facts: ConditioningInfo) -> list[str]:
         return list(values)
 
 

@@ -1,7 +1,7 @@
-"""From pictures anywhere to training batches: sources, safe decoding, the cache, splits that do not leak, the stateless plan."""
+"""From images anywhere to training batches: sources, safe decoding, the cache, splits that do not leak, the stateless plan."""
 
 from sfumato.data.augment import AugmentConfig
-from sfumato.data.batch_plan import Plan
+from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, Encoded
 from sfumato.data.indexing import index
@@ -21,7 +21,29 @@ from sfumato.data.sources import (
 )
 
 __all__ = [
-    "AugmentConfig", "Batch", "BucketConfig", "DataConfig", "Dataset", "Digits", "Emoji", "Encoded", "Entry", "Folder", "HuggingFace",
-    "Listing", "Npz", "Parquet", "Part", "Plan", "Reject", "Solids", "Source", "WebDataset", "Zip", "batches", "index",
-    "source_at", "to_float",
+    "AugmentConfig",
+    "Batch",
+    "BatchPlan",
+    "BucketConfig",
+    "DataConfig",
+    "Dataset",
+    "Digits",
+    "Emoji",
+    "Encoded",
+    "Entry",
+    "Folder",
+    "HuggingFace",
+    "Listing",
+    "Npz",
+    "Parquet",
+    "Part",
+    "Reject",
+    "Solids",
+    "Source",
+    "WebDataset",
+    "Zip",
+    "batches",
+    "index",
+    "source_at",
+    "to_float",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What lies beside pictures and steers models: captions, doodles, masks, point clouds and attributes, read as they are used."""
+"""What lies beside images and steers models: captions, doodles, masks, point clouds and attributes, read as they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.data.attributes import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
 from sfumato.data.listing import Blob, Entry, Reject
-from sfumato.data.parallel import in_order
+from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
 
 MAPS = ("doodle", "mask")
@@ -24,12 +24,12 @@ Loaded = TypeVar("Loaded", bound=NDArray[Any])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers:
-    """What is known of each picture beside its pixels.
+class Annotations:
+    """What is known of each image beside its pixels.
 
     Attributes:
-        entries: the pictures, in the dataset's order.
-        form: that pictures are decoded to; shapes: index into its shapes, (N,).
+        entries: the images, in the dataset's order.
+        form: that images are decoded to; shapes: index into its shapes, (N,).
         names: of the layers that a model reads.
     """
 
@@ -54,9 +54,9 @@ class Layers:
         return max(set(found), key=found.count) if found else 0
 
     def context(self, positions: NDArray[np.int64], draws: Sequence[float] | None = None) -> dict[str, Any]:
-        """The layers of the pictures at `positions`, which share one shape, by name.
+        """The layers of the images at `positions`, which share one shape, by name.
 
-        "text": n captions, "" where there is none, the first of each picture or the one that `draws` in [0, 1) choose; "doodle" and
+        "text": n captions, "" where there is none, the first of each image or the one that `draws` in [0, 1) choose; "doodle" and
         "mask": (n, 1, H, W) from -1 black to 1 white; "points": (n, most, D); "attributes": (n, D). NaN is what is not given.
         """
         made: dict[str, Callable[[], Any]] = {
@@ -72,7 +72,7 @@ class Layers:
         for name in (*MAPS, "points"):
             if name in self.names:
                 given = [i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None]
-                reasons = in_order(lambda i, name=name: self._reason(name, i), given)  # type: ignore[misc]
+                reasons = ordered_map(lambda i, name=name: self._reason(name, i), given)  # type: ignore[misc]
                 for i, reason in zip(given, reasons, strict=True):
                     if reason:
                         yield name, Reject(self.entries[i].name, reason)

@@ -1,6 +1,6 @@
-"""Changes to training pictures, each a function of the seed and the sample's number.
+"""Changes to training images, each a function of the seed and the sample's number.
 
-All of them are one affine map of the plane and one affine map of the colours, so a picture is resampled once however many are on.
+All of them are one affine map of the plane and one affine map of the colours, so an image is resampled once however many are on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class AugmentConfig:
     """What may be changed; everything is off by default. Every change but the non-leaking ones is learned as part of the data.
 
     Attributes:
-        flip: mirror half of the pictures left to right, top to bottom, or each of the two.
-        quarter_turns: turn by a random multiple of 90 degrees; pictures must be square.
+        flip: mirror half of the images left to right, top to bottom, or each of the two.
+        quarter_turns: turn by a random multiple of 90 degrees; images must be square.
         rotation_degrees: turn by up to so much either way.
         crop: cut away up to this share of each side at random, and enlarge the rest.
         brightness, contrast, saturation: change by up to this share.
@@ -45,10 +45,10 @@ class AugmentConfig:
     contrast: FractionBelowOne = 0.0
     saturation: FractionBelowOne = 0.0
     hue_degrees: NonNegative = 0.0
-    non_leaking: FractionBelowOne = 0.0
+    karras: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "non_leaking")}
+        shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "karras")}
         for name, share in shares.items():
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} = {share}", where="data.augment", hint="use a share from 0 up to, not including, 1")
@@ -58,17 +58,17 @@ class AugmentConfig:
 
     @property
     def is_off(self) -> bool:
-        """Whether pictures stay as they are."""
+        """Whether images stay as they are."""
         return all(getattr(self, field.name) in (0.0, "none") for field in fields(self))
 
     @property
     def labels(self) -> int:
         """How many numbers tell the network what was done; 0 without the non-leaking pipeline."""
-        return LABELS if self.non_leaking else 0
+        return LABELS if self.karras else 0
 
 
 class Augmented(NamedTuple):
-    """Changed pictures (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved along."""
+    """Changed images (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved along."""
 
     images: Tensor
     labels: Tensor
@@ -81,26 +81,26 @@ def augmentation_draws(seed: int | str, *, first: int, count: int) -> Tensor:
 
 
 def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapping[str, Tensor] | None = None) -> Augmented:
-    """Change pictures (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only what lies over them is wanted.
+    """Change images (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only what lies over them is wanted.
 
     Args:
-        along: what lies over the pictures and keeps to its place on them: maps (B, c, H, W), or points (B, N, D) whose first two
-            coordinates are x right and y up, the picture from -1 to 1.
+        along: what lies over the images and keeps to its place on them: maps (B, c, H, W), or points (B, N, D) whose first two
+            coordinates are x right and y up, the image from -1 to 1.
     """
     along = along or {}
     if config.is_off:
         return Augmented(images, images.new_zeros(len(images), 0), dict(along))
     plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7], *_sides(images)))
     labels = images.new_zeros(len(images), 0)
-    if config.non_leaking:
-        map_, labels = non_leaking(config.non_leaking, draws[:, 11:24])
+    if config.karras:
+        map_, labels = non_leaking(config.karras, draws[:, 11:24])
         plane, labels = _compose(plane, map_), labels.to(images.dtype)
 
     def placed(maps: Tensor) -> Tensor:
         if not maps.shape[1]:
             return maps
         maps = _exact(config, maps, draws[:, :3])
-        return warped(maps, plane) if config.rotation_degrees or config.crop or config.non_leaking else maps
+        return warped(maps, plane) if config.rotation_degrees or config.crop or config.karras else maps
 
     sides = _sides(images)
     moved = {
@@ -113,7 +113,7 @@ def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapp
 
 
 def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float) -> Tensor:
-    """Points (B, N, D) where the picture's pixels went: `plane` leads from output to input, `exact` before it from input to output."""
+    """Points (B, N, D) where the image's pixels went: `plane` leads from output to input, `exact` before it from input to output."""
     forward = (torch.linalg.inv(plane) @ exact).to(points.dtype)
     scale = points.new_tensor([width, -height])
     at = points[..., :2] * scale
@@ -145,7 +145,7 @@ def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
     if config.quarter_turns == "all":
         if images.shape[-1] != images.shape[-2]:
             raise ConfigError(
-                "quarter turns of pictures that are not square", where="data.augment", hint="set quarter_turns=none"
+                "quarter turns of images that are not square", where="data.augment", hint="set quarter_turns=none"
             )
         turns = (draws[:, 2] * 4).long()
         for turn in (1, 2, 3):
@@ -231,7 +231,7 @@ def _normal(uniform: Tensor) -> Tensor:
 
 
 def warped(images: Tensor, maps: Tensor) -> Tensor:
-    """Resample pictures (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the mirrored inside."""
+    """Resample images (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the mirrored inside."""
     proportions = torch.diag(torch.tensor([*_sides(images), 1.0], dtype=torch.float64))
     theta = torch.linalg.inv(proportions) @ maps @ proportions
     grid = torch.nn.functional.affine_grid(theta[:, :2].to(images.dtype), list(images.shape), align_corners=False)

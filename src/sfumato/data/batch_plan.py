@@ -1,4 +1,4 @@
-"""Which pictures make up batch k: a function of (seed, shapes, batch size, k), with no state to save or restore."""
+"""Which images make up batch k: a function of (seed, shapes, batch size, k), with no state to save or restore."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sfumato.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
+class BatchPlan:
     """An endless sequence of samples: epoch after epoch, each in an order of its own; batches run across epochs' ends.
 
     Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B), whatever the number of workers or
-    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several times in it. Pictures of one shape
+    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several times in it. Images of one shape
     come in whole batches, but for a few mixed ones at an epoch's end; with a single shape the order does not depend on B.
 
     Attributes:
-        shapes: of each picture of the set, an index into the format's shapes, (size,).
+        shapes: of each image of the set, an index into the format's shapes, (size,).
         batch_size: B, the global one.
     """
 
@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Pictures in the set."""
+        """Images in the set."""
         return len(self.shapes)
 
     @property
@@ -66,7 +66,7 @@ class Plan:
 
 
 @lru_cache(maxsize=4)
-def _order(plan: Plan, epoch: int) -> NDArray[np.int64]:
+def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
     """Positions in the order of an epoch: what completes the last epoch's last batch, batches of one shape, what is left over."""
     permuted = randomness.permutation(plan.seed, "plan", index=epoch, size=plan.size)
     groups = [permuted[plan.shapes[permuted] == shape] for shape in np.unique(plan.shapes)]

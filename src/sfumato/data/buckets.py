@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few shapes of about the same area, so that tall and wide pictures lose little."""
+"""Aspect-ratio buckets: a few shapes of about the same area, so that tall and wide images lose little."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """Let pictures keep about their own aspect ratio.
+    """Let images keep about their own aspect ratio.
 
     Attributes:
         count: how many shapes at most: the square one, and as many tall as wide.

@@ -1,6 +1,6 @@
 """Arrays made from samples, kept on disk under the hash of what they were made from, and memory-mapped.
 
-A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the arrays. So an edited picture
+A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the arrays. So an edited image
 misses alone, a changed setting misses as a whole, and nothing stale is ever found. Files are only ever added, a segment at a
 time, by one rename: several processes may fill the same folder.
 """

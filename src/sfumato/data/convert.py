@@ -80,7 +80,7 @@ class Layout:
 
 
 def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None) -> list[Path]:
-    """Write samples into one file, or into files of at most `limit` bytes of pictures; they get their names when all are whole."""
+    """Write samples into one file, or into files of at most `limit` bytes of images; they get their names when all are whole."""
     paths: list[Path] = []
     writer: Writer | None = None
     size = 0
@@ -117,7 +117,7 @@ def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[
             for name in ("image", *LAYERS):
                 blob = getattr(entry, name)
                 if blob is not None:
-                    sample[name] = _read(blob) if name == "points" else _as_picture(_read(blob))
+                    sample[name] = _read(blob) if name == "points" else _as_image(_read(blob))
         except OSError as error:
             rejects.append(Reject(entry.name, str(error)))
         else:
@@ -133,7 +133,7 @@ def _read(blob: Blob) -> bytes:
     return data
 
 
-def _as_picture(data: bytes) -> bytes:
+def _as_image(data: bytes) -> bytes:
     if not data.startswith(NUMPY):
         return data
     try:
@@ -201,7 +201,7 @@ class _Parquet:
     def __init__(self, path: Path, layout: Layout) -> None:
         from sfumato.data.sources.parquet import TableWriter
 
-        self._table = TableWriter(path, pictures=("image", *layout.layers), texts=layout.texts)
+        self._table = TableWriter(path, images=("image", *layout.layers), texts=layout.texts)
         self._rows: list[Packed] = []
         self._size = 0
 

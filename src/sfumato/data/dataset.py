@@ -1,4 +1,4 @@
-"""An indexed source: every picture decoded once and vouched for, split so that nothing leaks, and kept where reading is fast."""
+"""An indexed source: every image decoded once and vouched for, split so that nothing leaks, and kept where reading is fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, SizeOrZero
-from sfumato.data.annotations import Layers
+from sfumato.data.annotations import Annotations
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.changes import recorded
@@ -30,27 +30,27 @@ from sfumato.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, in which shape.
+    """Which images, in which shape.
 
     Attributes:
         source: where they come from.
         resolution: side of the square they are resized and centre-cropped to, in pixels; with buckets, the square root of the area.
         size: (height, width) of a rectangle that takes the place of the square; None for the square.
-        buckets: shapes other than the square that pictures may take; None for squares only.
+        buckets: shapes other than the square that images may take; None for squares only.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; more as arrays have them.
         bits: of each value, 8 or 16.
-        background: colour under transparent pictures where alpha is not kept, RGB from 0 to 255.
+        background: colour under transparent images where alpha is not kept, RGB from 0 to 255.
         alpha: `auto` takes the last channel for alpha where the container says so, which arrays never do; `on` takes that of 2 or 4
             for it in any image; `off` in none. Colours are trained multiplied by it.
         range: values of the source that are black and white, [low, high]; `auto` takes them from the type of the numbers, or from the
             set where that does not say it.
         frames: of files that hold several images the `first`, `all` as images of their own, or their `max`.
-        augment: changes made to training pictures.
+        augment: changes made to training images.
         holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of
             a smaller set.
         near_duplicates: what stays together in training or hold-out: images that are nearly the same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
-        exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of pictures to leave out.
+        exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free space; `off` does not.
         memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded as they are used.
         workers: processes that decode ahead when they are.
@@ -96,10 +96,10 @@ class DataConfig:
             )
         square = self.buckets is None and (self.size is None or self.size[0] == self.size[1])
         if not square and self.augment.quarter_turns == "all":
-            raise ConfigError("quarter turns of tall and wide pictures", where="data.augment", hint="set quarter_turns=none")
+            raise ConfigError("quarter turns of tall and wide images", where="data.augment", hint="set quarter_turns=none")
 
     def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
-        """The shapes and colours that pictures are decoded to, given what black and white are."""
+        """The shapes and colours that images are decoded to, given what black and white are."""
         single = (self.size or (self.resolution, self.resolution),)
         shapes = single if self.buckets is None else self.buckets.shapes(self.resolution)
         return PixelFormat(
@@ -107,8 +107,8 @@ class DataConfig:
         )
 
 
-class Pictures(NamedTuple):
-    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the pictures that took its place."""
+class Images(NamedTuple):
+    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the images that took its place."""
 
     pixels: Tensor
     bad: list[Reject]
@@ -117,13 +117,13 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Latents of the training pictures, made ahead of training.
+    """LatentAutoencoder of the training images, made ahead of training.
 
     Attributes:
-        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's picture number k is row k * variants + v.
-        numbers: of each picture in the training part, or -1; shape (N,).
-        variants: of each picture, each augmented in its own way.
-        pixels: whether batches hold the pictures too, for a conditioner that makes something of them.
+        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number k is row k * variants + v.
+        numbers: of each image in the training part, or -1; shape (N,).
+        variants: of each image, each augmented in its own way.
+        pixels: whether batches hold the images too, for a conditioner that makes something of them.
     """
 
     gather: Callable[[NDArray[np.int64]], NDArray[np.floating[Any]]]
@@ -134,22 +134,22 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Readable pictures of a source, in a fixed order.
+    """Readable images of a source, in a fixed order.
 
     Attributes:
-        entries, ids: each picture and the hash of its content.
+        entries, ids: each image and the hash of its content.
         labels: index into `categories`, or -1 where the source has none; shape (N,).
         shapes: index into the format's shapes; shape (N,).
         gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where each is decoded when used.
-        clusters: number of the group of near-duplicates that each picture belongs to; shape (N,).
+        clusters: number of the group of near-duplicates that each image belongs to; shape (N,).
         remarks: what is to be said of those groups.
         rejects: what was left out; ledger: the account of all that the source holds; notes: what had to be converted, by kind.
-        crop_loss: mean share of the pictures' area that cropping cut away.
-        layers: what else is known of each picture.
+        crop_loss: mean share of the images' area that cropping cut away.
+        layers: what else is known of each image.
         encoded: their latents, where training works on those.
         scale: the values that are black and white.
         remarks: what a person is told about the values and frames, a sentence a line.
-        training, holdout: positions of the two parts, which share no picture and no near-duplicate.
+        training, holdout: positions of the two parts, which share no image and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
     """
 
@@ -166,7 +166,7 @@ class Dataset:
     ledger: Ledger
     notes: dict[str, list[str]]
     crop_loss: float
-    layers: Layers
+    layers: Annotations
     encoded: Encoded | None = None
     scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)
@@ -196,7 +196,7 @@ class Dataset:
 
     @property
     def pixel_format(self) -> PixelFormat:
-        """What its pictures are decoded to."""
+        """What its images are decoded to."""
         return self.config.pixel_format(self.scale)
 
     @property
@@ -206,13 +206,13 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of most pictures."""
+        """(C, H, W) of most images."""
         height, width = self.config.pixel_format().shapes[self._usual_shape]
         return (self.config.channels, height, width)
 
     @property
     def training_numbers(self) -> NDArray[np.int64]:
-        """The number of each picture in the training part, or -1; shape (N,)."""
+        """The number of each image in the training part, or -1; shape (N,)."""
         found = np.full(len(self.ids), -1)
         found[self.training] = np.arange(len(self.training))
         return found
@@ -222,18 +222,18 @@ class Dataset:
         return int(np.bincount(self.shapes).argmax())
 
     def usual(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of `positions` whose pictures have `image_shape`."""
+        """Those of `positions` whose images have `image_shape`."""
         return positions[self.shapes[positions] == self._usual_shape]
 
-    def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Pictures:
+    def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Images:
         """Pixels at `positions` of one shape.
 
-        An unreadable picture is replaced by the next readable one of its part, shape and category, or any category if need be, so that
+        An unreadable image is replaced by the next readable one of its part, shape and category, or any category if need be, so that
         a batch never shrinks, every run that meets it replaces it alike, and nothing held out is trained on.
         """
         positions = np.asarray(positions, np.int64)
         if self.gather is not None:
-            return Pictures(torch.from_numpy(self.gather(positions)), [], positions)
+            return Images(torch.from_numpy(self.gather(positions)), [], positions)
         decoded, bad, found = [], [], []
         with quiet():
             for position in positions:
@@ -241,12 +241,12 @@ class Dataset:
                 decoded.append(pixels)
                 found.append(read)
                 bad += failed
-        return Pictures(torch.from_numpy(np.stack(decoded)), bad, np.array(found, np.int64))
+        return Images(torch.from_numpy(np.stack(decoded)), bad, np.array(found, np.int64))
 
     def context(self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None) -> dict[str, Any]:
-        """What conditioners may read of the pictures at `positions`, which share one shape, by name.
+        """What conditioners may read of the images at `positions`, which share one shape, by name.
 
-        "category": index into `categories` or -1, (n,); and the layers: see `Layers.context`.
+        "category": index into `categories` or -1, (n,); and the layers: see `Annotations.context`.
         """
         return {"category": self.labels[torch.from_numpy(positions)], **self.layers.context(positions, draws)}
 
@@ -263,7 +263,7 @@ class Dataset:
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
         raise DataError(
-            "neither it nor any picture like it can be read any more", where=bad[0].name, hint="is the disk still there?"
+            "neither it nor any image like it can be read any more", where=bad[0].name, hint="is the disk still there?"
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:

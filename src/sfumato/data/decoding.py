@@ -1,4 +1,4 @@
-"""Bytes of a picture that nobody vouches for -> pixels of the asked-for shape, or a reason why not.
+"""Bytes of an image that nobody vouches for -> pixels of the asked-for shape, or a reason why not.
 
 Only the parsers listed here ever see the bytes. Size, side ratio and byte count are capped before a pixel is decoded; truncated
 files are refused, never filled in. Ordinary 8-bit images are scaled by Pillow; all others become `Values`, which share one path.
@@ -46,14 +46,14 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole picture
+MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole image
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BANDS = {"1": 1, "L": 1, "I;16": 1, "I;16B": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4}  # of Pillow's modes; else 3
 WITH_ALPHA = ("LA", "RGBA", "La", "RGBa")
 
 
 class Decoded(NamedTuple):
-    """A picture made ready.
+    """An image made ready.
 
     Attributes:
         pixels: (C, H, W), uint8 or uint16.
@@ -90,7 +90,7 @@ class Look(NamedTuple):
 
 
 def look(data: bytes) -> Look:
-    """What the header of an encoded picture says; its pixels are not decoded.
+    """What the header of an encoded image says; its pixels are not decoded.
 
     Raises:
         RejectedImage: if `decode` would refuse it for what the header says.
@@ -134,7 +134,7 @@ class _reasons:
         if error is None or isinstance(error, RejectedImage | MemoryError) or not isinstance(error, Exception):
             return
         if isinstance(error, Image.UnidentifiedImageError):
-            raise RejectedImage(f"not a picture in a known format ({', '.join(FORMATS)})") from None
+            raise RejectedImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             raise RejectedImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
         # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, ...
@@ -142,7 +142,7 @@ class _reasons:
 
 
 def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded:
-    """Pixels of an encoded picture.
+    """Pixels of an encoded image.
 
     Raises:
         RejectedImage: with the reason.
@@ -159,7 +159,7 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
 
 
 def read_values(data: bytes) -> Values:
-    """All values of a picture as they are stored, upright or not.
+    """All values of an image as they are stored, upright or not.
 
     Raises:
         RejectedImage: with the reason.
@@ -177,7 +177,7 @@ def read_values(data: bytes) -> Values:
 
 
 def fitted(data: bytes, side: int, form: PixelFormat | None = None) -> PixelFormat:
-    """A format (RGB unless given) at a picture's own aspect ratio, scaled down so that its shorter side is at most `side`."""
+    """A format (RGB unless given) at an image's own aspect ratio, scaled down so that its shorter side is at most `side`."""
     form = PixelFormat(shapes=((side, side),), channels=3) if form is None else form
     try:
         width, height = look(data).size
@@ -237,7 +237,7 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     upright = (height, width) if turned else (width, height)
     shape = form.nearest(*upright)
     target = form.shapes[shape]
-    stored = (target[1], target[0]) if turned else target  # the shape before the picture is turned upright
+    stored = (target[1], target[0]) if turned else target  # the shape before the image is turned upright
     if _upscaled(upright, target):
         notes.append("upscaled")
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 size; twice the target leaves the resampling filter room to work in.
@@ -266,7 +266,7 @@ def _frames(image: Image.Image, data: bytes) -> int:
 
 
 def _as_values(image: Image.Image, depths: set[str]) -> Values:
-    """A picture in one of Pillow's plain modes."""
+    """An image in one of Pillow's plain modes."""
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     if image.mode.startswith("I;16"):
@@ -287,12 +287,12 @@ def _upscaled(size: tuple[int, int], target: tuple[int, int]) -> bool:
 
 
 def _depths(image: Image.Image) -> set[str]:
-    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the picture is loaded."""
+    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the image is loaded."""
     return set(re.findall(r";(1[26])", " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))))
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:
-    """EXIF's orientation, 1 if there is none or Pillow turns the picture itself, which it does for TIFF."""
+    """EXIF's orientation, 1 if there is none or Pillow turns the image itself, which it does for TIFF."""
     try:
         orientation = int(image.getexif().get(0x0112, 1))
     except Exception:  # as in `decode`: whatever the parser raises

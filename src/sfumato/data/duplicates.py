@@ -1,7 +1,7 @@
-"""Which pictures are the same, or nearly: one scene encoded, resized, toned or cropped a little anew.
+"""Which images are the same, or nearly: one scene encoded, resized, toned or cropped a little anew.
 
 Candidates are neighbours among the principal components of thumbnails without brightness and contrast. Each pair is laid over
-one another, and is near-duplicate only if no part of the two differs by more than a new encoding would make it: pictures that
+one another, and is near-duplicate only if no part of the two differs by more than a new encoding would make it: images that
 are alike but for a hat or the colour of a face stay apart.
 """
 
@@ -21,7 +21,7 @@ SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be tol
 NEIGHBOURS, DIMENSIONS = 8, 12
 FLAT = 6.0  # of 255: below this contrast, noise is not stretched
 BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
-# Measured on 20,000 CIFAR-10 pictures and 4,495 emoji with planted copies (docs/data.md).
+# Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/data.md).
 LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87  # of signatures, for a closer look, and for one after alignment
 LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -132,7 +132,7 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def _crowded(groups: NDArray[np.int64], kept: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One of the `kept` pictures for each group; and those for groups so large that their own may have hidden other copies."""
+    """One of the `kept` images for each group; and those for groups so large that their own may have hidden other copies."""
     _, firsts, sizes = np.unique(groups[kept], return_index=True, return_counts=True)
     return np.sort(kept[firsts]), kept[firsts[sizes > NEIGHBOURS // 2]]
 
@@ -153,7 +153,7 @@ def _means(images: NDArray, size: int) -> Floats:
 
 
 def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pictures at `asked` with their nearest others in a few principal components, (P, 2) with first < second."""
+    """The images at `asked` with their nearest others in a few principal components, (P, 2) with first < second."""
     from scipy.spatial import cKDTree
 
     sample = signatures[:: max(1, len(signatures) // 20_000)]

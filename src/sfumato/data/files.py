@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from sfumato.errors import DataError, without_secrets
+from sfumato.errors import DataError, redact_secrets
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -249,7 +249,7 @@ def _fetched(url: str) -> Path:
     except Exception as error:
         Path(name).unlink(missing_ok=True)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(without_secrets(f"{url}: {type(error).__name__}: {error}")) from None
+        raise kind(redact_secrets(f"{url}: {type(error).__name__}: {error}")) from None
     return target
 
 

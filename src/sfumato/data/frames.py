@@ -15,7 +15,7 @@ from sfumato.data.decoding import RejectedImage, quiet, read_values
 from sfumato.data.file_types import NUMPY
 from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.npy import ArrayHeader
-from sfumato.data.parallel import in_order
+from sfumato.data.parallel import ordered_map
 from sfumato.data.pixel_values import Values, check_size
 
 Frames = Literal["first", "all", "max"]
@@ -139,7 +139,7 @@ def framed(listing: Listing, frames: Frames) -> Listing:
         return replace(listing, entries=[replace(entry, image=Brightest(entry.image)) for entry in listing.entries])
     entries: list[Entry] = []
     rejects = list(listing.rejects)
-    for entry, count in zip(listing.entries, in_order(_count, listing.entries), strict=True):
+    for entry, count in zip(listing.entries, ordered_map(_count, listing.entries), strict=True):
         entries += _split(entry, min(count, MAX_FRAMES))
         if count > MAX_FRAMES:
             rejects.append(Reject(entry.name, f"{count - MAX_FRAMES} frames beyond the first {MAX_FRAMES} left out"))

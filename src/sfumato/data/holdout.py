@@ -98,7 +98,7 @@ def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64
     keys = {group: _key(id_) for group, id_ in least.items()}
     if len(keys) < 2:
         raise DataError(
-            f"{len(keys)} different picture(s) to learn from, near-duplicates counted as one",
+            f"{len(keys)} different image(s) to learn from, near-duplicates counted as one",
             where="data",
             hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
         )

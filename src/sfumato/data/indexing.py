@@ -1,4 +1,4 @@
-"""From a source to a dataset: every picture is read once, decoded unless the cache has it, and kept where reading is fast."""
+"""From a source to a dataset: every image is read once, decoded unless the cache has it, and kept where reading is fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sfumato.data.annotations import Layers
+from sfumato.data.annotations import Annotations
 from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
@@ -26,7 +26,7 @@ from sfumato.data.frames import framed, left_out
 from sfumato.data.holdout import grouped
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
-from sfumato.data.parallel import in_order
+from sfumato.data.parallel import ordered_map
 from sfumato.data.value_range import choose_scale
 from sfumato.errors import DataError
 
@@ -42,13 +42,13 @@ def index(
     on_progress: Callable[[int, int], None] | None = None,
     listing: Listing | None = None,
 ) -> Dataset:
-    """Read every picture of a source once; what the cache holds already is not decoded again.
+    """Read every image of a source once; what the cache holds already is not decoded again.
 
     Args:
         listing: the source's, if it was listed already.
         layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points", "attributes".
     Raises:
-        DataError: if the source is missing or fewer than two different pictures can be read, with the first reasons.
+        DataError: if the source is missing or fewer than two different images can be read, with the first reasons.
     """
     listing = framed(listing or config.source.listing(), config.frames)
     excluded = _excluded(config)
@@ -75,7 +75,7 @@ def index(
     if len(set(ids)) < 2:
         reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
         raise DataError(
-            f"{len(set(ids))} different readable pictures among {len(listing.entries)} files"
+            f"{len(set(ids))} different readable images among {len(listing.entries)} files"
             + (f" ({reasons})" if reasons else ""),
             where=str(getattr(config.source, "path", type(config.source).__name__)),
             hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
@@ -88,7 +88,7 @@ def index(
             notes.setdefault(note, []).append(entry.name)
     _require_one_kind_of_alpha(notes, len(good))
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
-    beside = Layers(entries=good, form=form, shapes=shapes, names=frozenset(layers))
+    beside = Annotations(entries=good, form=form, shapes=shapes, names=frozenset(layers))
     with quiet():
         for name, reject in beside.examine():
             notes.setdefault(f"{name}_unreadable", []).append(reject.name)
@@ -156,13 +156,13 @@ def _excluded(config: DataConfig) -> set[str]:
         lines = Path(config.exclude).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot be read: {error}", where=config.exclude, hint="name a text file with one picture a line"
+            f"cannot be read: {error}", where=config.exclude, hint="name a text file with one image a line"
         ) from None
     return {line.partition("\t")[0] for line in lines if line.strip() and not (line.startswith("#") and "\t" not in line)}
 
 
 def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
-    """Share of a picture's area outside the largest part with the target's aspect ratio."""
+    """Share of an image's area outside the largest part with the target's aspect ratio."""
     ratio = (size[0] / size[1]) / (target[1] / target[0])
     return 1 - min(ratio, 1 / ratio)
 
@@ -172,15 +172,15 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
-def _examined(entries: Sequence[Entry], shelf: _Shelf) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Facts about each picture, in order."""
-    for entry, found in zip(entries, in_order(lambda entry: _look(entry, shelf), entries), strict=True):
+def _examined(entries: Sequence[Entry], shelf: PixelStore) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    """ConditioningInfo about each image, in order."""
+    for entry, found in zip(entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True):
         yield entry, shelf.keep(found)
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One picture read: the key of its bytes, and what the decoder said unless the cache knows it."""
+    """One image read: the key of its bytes, and what the decoder said unless the cache knows it."""
 
     key: str
     decoded: Decoded | None = None
@@ -188,7 +188,7 @@ class _Look:
     reject: str | None = None
 
 
-def _look(entry: Entry, shelf: _Shelf) -> _Look:
+def _look(entry: Entry, shelf: PixelStore) -> _Look:
     try:
         data = entry.image.read()
     except (RejectedImage, OSError) as error:
@@ -203,7 +203,7 @@ def _look(entry: Entry, shelf: _Shelf) -> _Look:
     return _Look(key, decoded, thumbnail(decoded.pixels))
 
 
-class _Shelf:
+class PixelStore:
     """Where decoded pixels go while a source is indexed: to the cache, into memory, or nowhere."""
 
     def __init__(self, form: PixelFormat, cache: ArrayCache | None, *, in_memory: bool) -> None:
@@ -225,7 +225,7 @@ class _Shelf:
         return self.cache is not None and key in self.cache.records
 
     def keep(self, look: _Look) -> dict[str, Any]:
-        """Take in one picture; returns its facts, or {"reject": reason}."""
+        """Take in one image; returns its facts, or {"reject": reason}."""
         if look.decoded is None:
             if look.reject is not None:
                 return {"reject": look.reject}
@@ -261,12 +261,12 @@ class _Shelf:
 
 
 class _InMemory:
-    """Pixels of every picture, those of one shape as one array."""
+    """Pixels of every image, those of one shape as one array."""
 
     def __init__(self, pixels: list[Pixels]) -> None:
         self.row = np.empty(len(pixels), np.int64)
         self.arrays: dict[tuple[int, ...], Pixels] = {}
-        self.shapes = [picture.shape for picture in pixels]
+        self.shapes = [image.shape for image in pixels]
         for shape in set(self.shapes):
             places = [i for i, other in enumerate(self.shapes) if other == shape]
             self.row[places] = np.arange(len(places))
@@ -278,15 +278,15 @@ class _InMemory:
         return self.arrays[self.shapes[positions[0]]][self.row[positions]]
 
 
-def _shelf(config: DataConfig, form: PixelFormat, count: int) -> _Shelf:
+def _shelf(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
     height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
     size = form.channels * height * width * form.bits // 8
     cache = _cache(form, count, size) if config.cache == "auto" else None
-    return _Shelf(form, cache, in_memory=count * size <= config.memory_gib * 2**30)
+    return PixelStore(form, cache, in_memory=count * size <= config.memory_gib * 2**30)
 
 
 def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:
-    """The cache of a pixel format, if its folder can be written to and has room for `count` pictures of `size` bytes."""
+    """The cache of a pixel format, if its folder can be written to and has room for `count` images of `size` bytes."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         cache = ArrayCache.open("pixels", f"decoder {DECODER} {form!r}")

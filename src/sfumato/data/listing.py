@@ -20,8 +20,8 @@ from sfumato.config import Extensible
 from sfumato.data import files
 from sfumato.data.splits import HELD_OUT, split_of
 
-MAX_BYTES = 256 << 20  # of one picture
-MAX_ATTRIBUTES = 1024  # of one picture
+MAX_BYTES = 256 << 20  # of one image
+MAX_ATTRIBUTES = 1024  # of one image
 MAX_TEXT_BYTES = 1 << 20  # of one caption or its JSON
 
 
@@ -128,11 +128,11 @@ class Entry:
 
     Attributes:
         name: for people, unique in its source; in a folder the path below it.
-        image: the encoded picture.
+        image: the encoded image.
         category: None where the source has none.
         captions: any number of texts.
         attributes: numbers by name, sorted; 1 for a label of which several may hold.
-        doodle, mask: encoded pictures that lie over the image: a line drawing; white where the image counts.
+        doodle, mask: encoded images that lie over the image: a line drawing; white where the image counts.
         points: an encoded point cloud.
         holdout: name of a set that is kept from training as a whole, such as a combination nobody trains on.
         group: entries of one group are never split over training and hold-out; None where the entry stands for itself.
@@ -222,7 +222,7 @@ SPLIT_KEYS = ("split", "subset", "partition")
 KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, *SPLIT_KEYS, "attributes", "tags"}
 
 
-def says_something(column: str) -> bool:
+def is_known_column(column: str) -> bool:
     """Whether `described` looks at a column."""
     return normalized_key(column) in KNOWN_KEYS or column.startswith("attributes.")
 
@@ -252,11 +252,11 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
     if isinstance(category, float) and category.is_integer():
         category = int(category)  # as a column of whole numbers with gaps is stored
     if isinstance(category, str | int) and str(category):
-        found["category"] = legible(str(category))
+        found["category"] = printable_name(str(category))
     if isinstance(holdout, str) and holdout:
-        found["holdout"] = legible(holdout)
+        found["holdout"] = printable_name(holdout)
     elif isinstance(split, str) and split_of(split) == HELD_OUT:
-        found["holdout"] = legible(split)
+        found["holdout"] = printable_name(split)
     if attributes := _attributes(record):
         found["attributes"] = attributes
     return found
@@ -276,11 +276,11 @@ def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
     for name, value in numbers.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             if math.isfinite(number := float(value)):
-                found[legible(name)] = number
+                found[printable_name(name)] = number
     return tuple(sorted(found.items())[:MAX_ATTRIBUTES])
 
 
-def legible(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name that can be printed, a line each, and written as UTF-8; file systems, archives and JSON allow others."""
     return _writable(files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name))
 

@@ -17,16 +17,16 @@ from torch.utils.data import Dataset as TorchDataset
 from sfumato import randomness
 from sfumato.data.annotations import MAPS
 from sfumato.data.augment import augment, augmentation_draws
-from sfumato.data.batch_plan import Plan
+from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.dataset import Dataset
 from sfumato.data.listing import Reject
 
-LIES_OVER = (*MAPS, "points")  # the picture, and moves along when it is changed
+LIES_OVER = (*MAPS, "points")  # the image, and moves along when it is changed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Pictures of one shape, a contiguous stretch of a batch.
+    """Images of one shape, a contiguous stretch of a batch.
 
     Attributes:
         first: number of the first one among all samples that training sees.
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a training step is given: parts of one shape each, and the pictures that could not be read and were replaced."""
+    """What a training step is given: parts of one shape each, and the images that could not be read and were replaced."""
 
     parts: Sequence[Part]
     bad: Sequence[Reject] = ()
@@ -64,7 +64,7 @@ def to_float(pixels: Tensor) -> Tensor:
 class _Batches(TorchDataset[Batch]):
     """Batch k of the plan, what a worker process computes."""
 
-    def __init__(self, dataset: Dataset, plan: Plan) -> None:
+    def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
         self.dataset, self.plan = dataset, plan
 
     def __getitem__(self, step: int) -> Batch:
@@ -72,7 +72,7 @@ class _Batches(TorchDataset[Batch]):
         first = step * self.plan.batch_size
         parts: list[Part] = []
         bad: list[Reject] = []
-        read = self._pictures if self.dataset.encoded is None else self._latents
+        read = self._images if self.dataset.encoded is None else self._latents
         draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[:, 0].tolist()
         for begin, end in _stretches(self.dataset.shapes[positions]):
             found = read(positions[begin:end], first + begin)
@@ -84,14 +84,14 @@ class _Batches(TorchDataset[Batch]):
             bad += found.bad
         return Batch(parts=parts, bad=bad)
 
-    def _pictures(self, positions: NDArray[np.int64], first: int) -> _Found:
+    def _images(self, positions: NDArray[np.int64], first: int) -> _Found:
         """Pixels, to be augmented in a new way each time they are seen."""
         pixels, bad, positions = self.dataset.images(positions)
         draws = augmentation_draws(self.plan.seed, first=first, count=len(positions))
         return _Found(to_float(pixels), positions, draws, None, bad)
 
     def _latents(self, positions: NDArray[np.int64], first: int) -> _Found:
-        """Latents of one of the variants that there are, and pixels augmented as those were."""
+        """LatentAutoencoder of one of the variants that there are, and pixels augmented as those were."""
         encoded = self.dataset.encoded
         assert encoded is not None
         height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
@@ -108,7 +108,7 @@ class _Batches(TorchDataset[Batch]):
 
 
 class _Found(NamedTuple):
-    """What was read of some pictures, not augmented yet, and the draws that decide how they will be."""
+    """What was read of some images, not augmented yet, and the draws that decide how they will be."""
 
     images: Tensor
     positions: NDArray[np.int64]
@@ -118,7 +118,7 @@ class _Found(NamedTuple):
 
 
 def variant_draws(id_: str, variant: int) -> Tensor:
-    """What decides how a variant of a picture is augmented, (1, 24): a function of its content, so that latents may be kept."""
+    """What decides how a variant of an image is augmented, (1, 24): a function of its content, so that latents may be kept."""
     return augmentation_draws(id_, first=variant, count=1)
 
 
@@ -131,7 +131,7 @@ def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def batches(dataset: Dataset, plan: Plan, *, start: int) -> Iterator[Batch]:
+def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]:
     """Training batches `start`, `start + 1`, ... without end; the same ones for any number of workers."""
     ready = dataset.gather is not None or (dataset.encoded is not None and not dataset.encoded.pixels)
     workers = 0 if ready else dataset.config.workers

@@ -1,4 +1,4 @@
-"""Work on many pictures at once; the parsers and the resampling let other threads run meanwhile."""
+"""Work on many images at once; the parsers and the resampling let other threads run meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Out = TypeVar("Out")
 CHUNK, AHEAD = 16, 8
 
 
-def in_order(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
     """function(item) for each item, in order; at most AHEAD chunks are worked on or wait, so memory stays bounded."""
 
     def work(part: Sequence[In]) -> list[Out]:

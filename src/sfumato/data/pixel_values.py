@@ -36,11 +36,11 @@ Kind = Literal["bytes", "integers", "floats"]
 
 
 class RejectedImage(Exception):
-    """A picture that cannot or should not be learned from; the message is the reason, for a person."""
+    """An image that cannot or should not be learned from; the message is the reason, for a person."""
 
 
 class quiet(warnings.catch_warnings):
-    """Without the warnings of picture parsers: what is odd and matters is in the notes."""
+    """Without the warnings of image parsers: what is odd and matters is in the notes."""
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -73,14 +73,14 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PixelFormat:
-    """What pictures are turned into.
+    """What images are turned into.
 
     Attributes:
         shapes: (height, width) that they may take; each takes the one of the nearest aspect ratio, scaled to cover it and cropped
             at the centre.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha, more as arrays have them.
         bits: of each value, 8 or 16.
-        background: RGB colour under transparent pictures where alpha is not kept.
+        background: RGB colour under transparent images where alpha is not kept.
         alpha: whether the last channel of an image of 2 or 4 is alpha: `auto` where its container says so, `on`, or `off`. With alpha,
             pixels of 2 and 4 channels are premultiplied: colour times alpha.
         scale: which values are black and white.
@@ -156,7 +156,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def covering(width: float, height: float, target: tuple[int, int]) -> Box:
-    """The largest centred part of a picture with the aspect ratio of `target` (height, width)."""
+    """The largest centred part of an image with the aspect ratio of `target` (height, width)."""
     scale = min(width / target[1], height / target[0])
     left, top = (width - scale * target[1]) / 2, (height - scale * target[0]) / 2
     left, top = max(0.0, left), max(0.0, top)  # rounding must not step over the rim
@@ -164,7 +164,7 @@ def covering(width: float, height: float, target: tuple[int, int]) -> Box:
 
 
 def array_id(values: NDArray, orientation: int = 1) -> str:
-    """Hash of decoded values (H, W) or (H, W, C): equal for equal pictures, however they are stored."""
+    """Hash of decoded values (H, W) or (H, W, C): equal for equal images, however they are stored."""
     values = values[..., None] if values.ndim == 2 else values
     head = f"{values.shape} {values.dtype.kind}{values.dtype.itemsize} {orientation if orientation in UPRIGHT else 1} "
     return hashlib.sha256(head.encode() + values.astype(values.dtype.newbyteorder("="), copy=False).tobytes()).hexdigest()[:32]

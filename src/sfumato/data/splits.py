@@ -8,7 +8,7 @@ from collections.abc import Sequence
 TRAIN, HELD_OUT = "train", "held out"
 LONGEST_SPLIT = 64  # letters, which bounds what the patterns have to try
 _AROUND = (
-    r"(?:[-_. ]?(?:sets?|data|dataset|images?|imgs?|pictures|photos|splits?|fold|part|\d{1,6}(?!\d)(?:-of-\d{1,6}(?!\d))?))*"
+    r"(?:[-_. ]?(?:sets?|data|dataset|images?|imgs?|images|photos|splits?|fold|part|\d{1,6}(?!\d)(?:-of-\d{1,6}(?!\d))?))*"
 )
 _TRAIN = re.compile(rf"(?:train|training|tr){_AROUND}", re.IGNORECASE)
 _HELD = re.compile(

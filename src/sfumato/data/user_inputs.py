@@ -1,4 +1,4 @@
-"""Pictures and point clouds that a person hands in to steer a model, read as warily as any other file."""
+"""Images and point clouds that a person hands in to steer a model, read as warily as any other file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfumato.errors import DataError
 ONE_COLOUR = 8 / 255  # how far values of one colour may be apart after scaling
 
 
-def given_picture(
+def load_user_image(
     path: str | Path,
     *,
     channels: int,
@@ -52,7 +52,7 @@ def _straight(pixels: Tensor) -> Tensor:
     return torch.cat([torch.where(alpha > 0, colours / alpha.clamp(min=1e-6), 0.0).clamp(0, 1), alpha])
 
 
-def given_mask(path: str | Path, *, height: int, width: int) -> Tensor:
+def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
     """A mask file as (1, H, W) in [0, 1], scaled to cover height x width and cropped at the centre: 1 where it is white.
 
     Transparent ground is black. If what is visible has one colour, the mask is alpha alone: what is painted, in whatever colour.
@@ -81,7 +81,7 @@ def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)) / (2**form.bits - 1)
 
 
-def given_points(path: str | Path) -> Tensor:
+def load_user_points(path: str | Path) -> Tensor:
     """A point cloud file as (N, D), float32; one that is too large is thinned evenly.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sfumato.data.decoding import RejectedImage, look, quiet, read_values
 from sfumato.data.listing import Entry
-from sfumato.data.parallel import in_order
+from sfumato.data.parallel import ordered_map
 from sfumato.data.pixel_values import Kind, Range, Scale, Values, kind_of
 
 LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
@@ -61,14 +61,14 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
     """
     spread = _spread(entries, LOOKED_AT)
     with quiet():
-        kinds = list(in_order(_kind, spread))
+        kinds = list(ordered_map(_kind, spread))
         if asked != "auto":
             return _as_set(asked, set(kinds) - {None})
         scale: dict[str, Range] = {}
         lines = []
         for kind in ("integers", "floats"):
             chosen = [entry for entry, its in zip(spread, kinds, strict=True) if its == kind]
-            ends = [found for found in in_order(_ends, _spread(chosen, MEASURED)) if found is not None]
+            ends = [found for found in ordered_map(_ends, _spread(chosen, MEASURED)) if found is not None]
             if ends:
                 found, line = _of_kind(ends)
                 lines.append(line)

@@ -17,7 +17,16 @@ from sfumato.diffusion.denoiser import (
     UnitVariance,
 )
 from sfumato.diffusion.exact import EmpiricalDenoiser
-from sfumato.diffusion.guidance import AutoGuidance, ClassifierFree, Clip, Interval, Known, Rung, Steered, Threshold
+from sfumato.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFree,
+    Clip,
+    GuidanceTerm,
+    Inpaint,
+    Interval,
+    Threshold,
+    WithCondition,
+)
 from sfumato.diffusion.level import Denoised, NoiseLevel
 from sfumato.diffusion.objective import IndependentTimes, Losses, Objective, Stratified, Times, TimesConfig
 from sfumato.diffusion.parameterizations import Epsilon, Flow, Parameterization, ParameterizationConfig, Sample, Velocity
@@ -46,10 +55,10 @@ from sfumato.diffusion.schedules import (
 )
 from sfumato.diffusion.weighting import (
     EDM,
-    LossSpace,
     MinSNR,
     Native,
     SigmoidWeighting,
+    TargetSpace,
     UniformEpsilon,
     Weighting,
     target_weight,
@@ -70,18 +79,18 @@ __all__ = [
     "Flow",
     "FlowTime",
     "Geometric",
+    "GuidanceTerm",
     "Independent",
     "IndependentTimes",
+    "Inpaint",
     "InputScaleConfig",
     "Interval",
     "Karras",
-    "Known",
     "Linear",
     "LinearBetas",
     "LogNormal",
     "LogSNR",
     "LogitNormal",
-    "LossSpace",
     "Losses",
     "MinSNR",
     "MinibatchOptimalTransport",
@@ -94,7 +103,6 @@ __all__ = [
     "Objective",
     "Parameterization",
     "ParameterizationConfig",
-    "Rung",
     "Sample",
     "ScaledLinear",
     "Schedule",
@@ -102,9 +110,9 @@ __all__ = [
     "Sigmoid",
     "SigmoidWeighting",
     "Span",
-    "Steered",
     "Stratified",
     "Tabulated",
+    "TargetSpace",
     "Threshold",
     "Times",
     "TimesConfig",
@@ -118,6 +126,7 @@ __all__ = [
     "Warp",
     "Warped",
     "Weighting",
+    "WithCondition",
     "ZeroTerminalSNR",
     "require_schedule",
     "target_weight",

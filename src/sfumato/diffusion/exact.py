@@ -1,4 +1,4 @@
-"""The exact denoiser of a finite set of pictures: what a network would become if it memorized them perfectly."""
+"""The exact denoiser of a finite set of images: what a network would become if it memorized them perfectly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfumato.diffusion.parameterizations import Sample
 class EmpiricalDenoiser:
     """E[x0 | x] when x0 is one of `data` (N, ...), all equally likely: a softmax over squared distances.
 
-    Sampling with it returns pictures of the set. It explains, tests and bounds; it is no model.
+    Sampling with it returns images of the set. It explains, tests and bounds; it is no model.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), appendix B.3.
     """

@@ -24,7 +24,7 @@ def _extrapolate(bad: Denoised, good: Denoised, scale: GuidanceScale, level: Noi
     return Denoised(bad.x0 + weight * (good.x0 - bad.x0), bad.eps + weight * (good.eps - bad.eps))
 
 
-class Rung(NamedTuple):
+class GuidanceTerm(NamedTuple):
     """A condition of one image, or of the batch, and how far to go from it towards the next: 1 is up to there, more is beyond."""
 
     condition: Condition
@@ -40,16 +40,16 @@ class ClassifierFree:
 
     Attributes:
         denoiser: trained with condition dropout.
-        rungs: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the condition that is asked for.
+        terms: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the condition that is asked for.
     Source: Ho & Salimans 2022 (arXiv:2207.12598); Brooks et al. 2023 (arXiv:2211.09800), eq. 3.
     """
 
     denoiser: Denoiser
-    rungs: tuple[Rung, ...]
+    terms: tuple[GuidanceTerm, ...]
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
-        count = len(self.rungs) + 1
-        below = [rung.condition.expanded(len(x)) for rung in self.rungs]
+        count = len(self.terms) + 1
+        below = [rung.condition.expanded(len(x)) for rung in self.terms]
         together = self.denoiser(
             torch.cat([x] * count),
             level if level.alpha.ndim == 0 else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
@@ -57,15 +57,15 @@ class ClassifierFree:
         )
         goal, *found = (Denoised(x0, eps) for x0, eps in zip(together.x0.chunk(count), together.eps.chunk(count), strict=True))
         guided = found[0]
-        for rung, (x0, eps), (next_x0, next_eps) in zip(self.rungs, found, [*found[1:], goal], strict=True):
+        for rung, (x0, eps), (next_x0, next_eps) in zip(self.terms, found, [*found[1:], goal], strict=True):
             weight = broadcast(rung.scale(level), x0) if callable(rung.scale) else rung.scale
             guided = Denoised(guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps))
         return guided
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steered:
-    """A denoiser with a condition of its own, whatever it is asked for: of one picture, or of the batch."""
+class WithCondition:
+    """A denoiser with a condition of its own, whatever it is asked for: of one image, or of the batch."""
 
     denoiser: Denoiser
     condition: Condition
@@ -118,21 +118,21 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """The guess of x0 where nothing is known, the known picture elsewhere; eps follows. Sampling with it fills holes.
+class Inpaint:
+    """The guess of x0 where nothing is known, the known image elsewhere; eps follows. Sampling with it fills holes.
 
     Attributes:
-        picture: (B, C, H, W), or (1, C, H, W) for all.
-        known: 1 where the picture is to stay and 0 where it is to be made, (B or 1, 1, H, W); shares between blend.
+        image: (B, C, H, W), or (1, C, H, W) for all.
+        known: 1 where the image is kept and 0 where it is generated, (B or 1, 1, H, W); shares between blend.
     """
 
     denoiser: Denoiser
-    picture: Tensor
+    image: Tensor
     known: Tensor
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         guess = self.denoiser(x, level, condition).x0
-        return Sample().solve(torch.lerp(guess, self.picture.to(guess), self.known.to(guess)), x, level)
+        return Sample().solve(torch.lerp(guess, self.image.to(guess), self.known.to(guess)), x, level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ class Objective:
         weighting: how much each level counts.
         coupling: which noise meets which image.
         times: how the batch's times are drawn.
-        contrast: how much the distance to another picture's target counts as a gain; 0.05 is usual. The other is the next one of the
+        contrastive_weight: how much the distance to another image's target counts as a gain; 0.05 is usual. The other is the next one of the
             micro-batch.
 
     Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
@@ -83,12 +83,12 @@ class Objective:
     weighting: Weighting = Native()
     coupling: Coupling = Independent()
     times: TimesConfig = Stratified()
-    contrast: FractionBelowOne = 0.0
+    contrastive_weight: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contrast < 1:
+        if not 0 <= self.contrastive_weight < 1:
             raise ConfigError(
-                f"contrast = {self.contrast}", where="objective", hint="use 0 to 0.1; from 1 on there is no minimum"
+                f"contrast = {self.contrastive_weight}", where="objective", hint="use 0 to 0.1; from 1 on there is no minimum"
             )
         require_schedule(self.schedule, where="objective.schedule")
 
@@ -110,9 +110,9 @@ class Objective:
         pair = Denoised(x0, self.coupling(x0, noise))
         output = denoiser.predict(level.mix(*pair), level, condition)
         error = _distance(output, parameterization.target(pair, level))
-        if self.contrast and len(x0) > 1:
+        if self.contrastive_weight and len(x0) > 1:
             another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
-            error = error - self.contrast * _distance(output, parameterization.target(another, level))
+            error = error - self.contrastive_weight * _distance(output, parameterization.target(another, level))
         weight = target_weight(self.weighting, level, parameterization)
         return Losses(weight.to(error) * error, level)
 

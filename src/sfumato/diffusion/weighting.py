@@ -76,12 +76,12 @@ class EDM(Weighting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpace(Weighting):
-    """1 in another parameterization's space: with `LossSpace(of=Flow())`, a network that predicts the picture is judged by its velocity.
+class TargetSpace(Weighting):
+    """1 in another parameterization's space: with `TargetSpace(space=Flow())`, a network that predicts the image is judged by its velocity.
 
     Attributes:
-        of: whose target's error counts alike at every level.
-        most: largest weight of the clean picture's squared error, which would grow without bound as noise vanishes.
+        space: whose target's error counts alike at every level.
+        max_weight: largest weight of the clean image's squared error, which would grow without bound as noise vanishes.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; for large patches: Li & He 2025 (arXiv:2511.13720), table 1 and sec. 4,
         which takes 0.05 for the least noise and so 1/0.05^2 for `most`.
@@ -89,11 +89,11 @@ class LossSpace(Weighting):
 
     kind: ClassVar[str] = "target-space"
 
-    of: ParameterizationConfig = Flow()
-    most: Positive = 400.0
+    space: ParameterizationConfig = Flow()
+    max_weight: Positive = 400.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
-        return torch.minimum(self.of.determinant(level) ** 2, self.most * level.sigma**2)
+        return torch.minimum(self.space.determinant(level) ** 2, self.max_weight * level.sigma**2)
 
 
 def target_weight(weighting: Weighting, level: NoiseLevel, parameterization: Parameterization) -> Tensor:

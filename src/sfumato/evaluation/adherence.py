@@ -1,8 +1,8 @@
 """Does the condition work? Figures of samples against what was asked for, beside the same figures for what others were asked for.
 
 Every figure is taken three times: for samples and their own condition, for the same samples and another sample's condition
-(the shuffled baseline: what a model that ignores its condition would get), and for the real pictures that the conditions belong
-to (the ceiling). Conditions come from held-out pictures.
+(the shuffled baseline: what a model that ignores its condition would get), and for the real images that the conditions belong
+to (the ceiling). Conditions come from held-out images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
-from sfumato.observability.tables import aligned
+from sfumato.observability.tables import format_table
 
 LARGEST = 500  # samples of each context
 
@@ -98,10 +98,10 @@ def measure_adherence(
     keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
-    """Figures of each context that the model reads, on conditions of held-out pictures; each alone, then all together.
+    """Figures of each context that the model reads, on conditions of held-out images; each alone, then all together.
 
     Args:
-        keep: handed each context's name, what was asked for, the samples and the real pictures (n, C, H, W) in [-1, 1].
+        keep: handed each context's name, what was asked for, the samples and the real images (n, C, H, W) in [-1, 1].
     """
     tell = on_progress or (lambda fraction, text: None)
     positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
@@ -155,12 +155,12 @@ def _metrics(
     return found
 
 
-def own_rank(pictures: Tensor, real: Tensor, own: Tensor) -> Tensor:
-    """Of each picture (n): share of the other real pictures that are less like it than the one numbered `own`; 1 best, 1/2 chance.
+def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
+    """Of each image (n): share of the other real images that are less like it than the one numbered `own`; 1 best, 1/2 chance.
 
-    Alike: by the distance between pictures averaged to 8 x 8, in which colours and masses count and small shifts do not.
+    Alike: by the distance between images averaged to 8 x 8, in which colours and masses count and small shifts do not.
     """
-    small, others = (F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (pictures, real))
+    small, others = (F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (images, real))
     distances = torch.cdist(small, others)
     mine = distances.gather(1, own[:, None])
     farther = (distances > mine).sum(1) + 0.5 * ((distances == mine).sum(1) - 1)
@@ -169,8 +169,8 @@ def own_rank(pictures: Tensor, real: Tensor, own: Tensor) -> Tensor:
 
 def adherence_table(rows: list[Adherence]) -> str:
     """The figures for a person."""
-    head = ("context", "figure", "n", "samples", "shuffled conditions", "real pictures", "follows")
-    return aligned([head, *(
+    head = ("context", "figure", "n", "samples", "shuffled conditions", "real images", "follows")
+    return format_table([head, *(
         (r.context, f"{r.figure} ({r.better} is better)", str(r.n), str(r.own), str(r.shuffled), str(r.real), "yes" if r.works else "no")
         for r in rows
     )])  # fmt: skip

@@ -1,4 +1,4 @@
-"""A small classifier trained on the run's own labelled pictures: it reads samples, and its last layer is the feature space."""
+"""A small classifier trained on the run's own labelled images: it reads samples, and its last layer is the feature space."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A trained classifier, and what it gets right on pictures it has not seen."""
+    """A trained classifier, and what it gets right on images it has not seen."""
 
     network: nn.Module
     held_out_accuracy: float
@@ -49,13 +49,13 @@ class Classifier:
 
     @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Category (N,) and features (N, 64), float64, of pictures in [-1, 1]."""
+        """Category (N,) and features (N, 64), float64, of images in [-1, 1]."""
         parts = [(self.network(part).argmax(1), self.network.features(part)) for part in images.split(256)]  # type: ignore[operator]
         return torch.cat([labels for labels, _ in parts]), torch.cat([features for _, features in parts]).double()
 
 
 def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of `positions` whose pictures have a category."""
+    """Those of `positions` whose images have a category."""
     return positions[(dataset.labels[torch.from_numpy(positions)] >= 0).numpy()]
 
 
@@ -68,7 +68,7 @@ def train_classifier(
     batch_size: int = 64,
     on_progress: Callable[[float], None] | None = None,
 ) -> Classifier:
-    """Train on the pictures at `positions` that have a category, test on such of the held-out part.
+    """Train on the images at `positions` that have a category, test on such of the held-out part.
 
     Noise and label smoothing keep it from being sure of itself.
 

@@ -1,4 +1,4 @@
-"""Where the frozen networks come from that pictures are compared with."""
+"""Where the frozen networks come from that images are compared with."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def extractor(name: str) -> Features:
         model = from_transformers("AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32)
         if not all(isinstance(getattr(model.config, key, None), int) for key in ("image_size", "patch_size")):
             raise ConfigError(
-                f"a {type(model).__name__} does not cut square pictures into square patches",
+                f"a {type(model).__name__} does not cut square images into square patches",
                 where=f"features = {name}",
                 hint="name the folder of a vision transformer such as ViT or DINOv2",
             )
@@ -62,12 +62,12 @@ def extractor(name: str) -> Features:
 
 
 @torch.no_grad()
-def pooled(features: Features, pictures: Tensor, *, side: int = 64) -> Tensor:
-    """Features (n, d) of pictures (n, C, H, W) in [-1, 1]; those whose shorter side is below `side` are enlarged to it, since networks that
-    were trained on large pictures make little of small ones."""
-    scale = max(1.0, side / min(pictures.shape[2:]))
-    size = [round(scale * length) for length in pictures.shape[2:]]
-    larger = (F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1) for part in pictures.split(250))
+def pooled(features: Features, images: Tensor, *, side: int = 64) -> Tensor:
+    """Features (n, d) of images (n, C, H, W) in [-1, 1]; those whose shorter side is below `side` are enlarged to it, since networks that
+    were trained on large images make little of small ones."""
+    scale = max(1.0, side / min(images.shape[2:]))
+    size = [round(scale * length) for length in images.shape[2:]]
+    larger = (F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1) for part in images.split(250))
     return torch.cat([features.pooled(part) for part in larger])
 
 

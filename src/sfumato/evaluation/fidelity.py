@@ -24,20 +24,20 @@ from sfumato.evaluation.memorization import Neighbours, nearest
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 
-LARGEST_TRAINING = 20_000  # pictures that distances are taken to
+LARGEST_TRAINING = 20_000  # images that distances are taken to
 LOOKING = 0.2  # share of an evaluation that is over when its features are known, as a progress bar shows it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of one set of pictures: samples at a guidance scale, or the held-out pictures.
+    """Figures of one set of images: samples at a guidance scale, or the held-out images.
 
     Attributes:
         read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
             categories.
-        frechet: distance to training pictures in the extractor's features, taken with `frechet_n` pictures, as many of each category, so
+        frechet: distance to training images in the extractor's features, taken with `frechet_n` images, as many of each category, so
             that rows compare: category counts and n move it; None below `FEWEST` images.
-        nearest: mean L2 distance to the nearest training picture.
+        nearest: mean L2 distance to the nearest training image.
         copies: fraction with d1/d2 < 1/3, and `copies_interval`, its 95 % interval (Wilson).
     """
 
@@ -54,13 +54,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Rows of figures; the first is held-out real pictures, what a perfect model would get.
+    """Rows of figures; the first is held-out real images, what a perfect model would get.
 
     Attributes:
         extractor: whose features the Fréchet distance is taken in.
-        reference: pictures that it is taken to.
-        classifier_accuracy: on held-out pictures, of what reads the samples; None without categories.
-        training: pictures among which the nearest are looked for.
+        reference: images that it is taken to.
+        classifier_accuracy: on held-out images, of what reads the samples; None without categories.
+        training: images among which the nearest are looked for.
         remarks: sentences on how far these figures can be trusted.
     """
 
@@ -111,7 +111,7 @@ def compared(dataset: Dataset) -> Compared:
 
 
 def balanced(labels: Tensor, each: int) -> Tensor:
-    """Positions of the first `each` pictures of every category, or of as many as there are."""
+    """Positions of the first `each` images of every category, or of as many as there are."""
     return torch.cat([torch.nonzero(labels == label)[:each, 0] for label in labels.unique()])
 
 
@@ -126,15 +126,15 @@ def evaluate(
     keep: Callable[[float, Tensor, Neighbours], None] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> Evaluation:
-    """Generate `num` pictures for each guidance scale, and compare them with real ones.
+    """Generate `num` images for each guidance scale, and compare them with real ones.
 
     Where the data have categories, a classifier trained on them reads the samples, and the features are those of another; where they
     have none, features come from a frozen network. A model that is steered by nothing but categories is asked for each in turn; others
-    for what held-out pictures are.
+    for what held-out images are.
 
     Args:
-        reader: what samples are read with, where there are categories; trained on the training pictures unless given.
-        keep: handed each scale's pictures in [0, 1] and their nearest training pictures.
+        reader: what samples are read with, where there are categories; trained on the training images unless given.
+        keep: handed each scale's images in [0, 1] and their nearest training images.
     Raises:
         DataError: if there are too few images to compare: see `compared`.
     """
@@ -151,9 +151,9 @@ def evaluate(
     training, held_out = (to_float(dataset.images(part)[0]) for part in (trained_on[:LARGEST_TRAINING], holdout))
     kinds = max(1, len(dataset.categories))
     each = int(torch.bincount(_kinds(dataset, holdout), minlength=kinds).min())
-    judge = _Judge(eyes, training, max(1, min(each, num // kinds)))
+    judge = RowMaker(eyes, training, max(1, min(each, num // kinds)))
 
-    rows = [judge.row("held-out real pictures", held_out, _kinds(dataset, holdout))]
+    rows = [judge.row("held-out real images", held_out, _kinds(dataset, holdout))]
     context, asked = _asked(pipeline, dataset, holdout, num)
     read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
@@ -190,13 +190,13 @@ def _remarks(held_out: int, rows: Sequence[Row], reference: int) -> list[str]:
 
 
 def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
-    """The category of each picture; one for all where there are none."""
+    """The category of each image; one for all where there are none."""
     labels = dataset.labels[torch.from_numpy(positions)]
     return labels if len(dataset.categories) > 1 else torch.zeros_like(labels)
 
 
 def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> tuple[dict[str, Any], Tensor]:
-    """What `num` samples are asked for, and their categories: each category in turn, or what held-out pictures are."""
+    """What `num` samples are asked for, and their categories: each category in turn, or what held-out images are."""
     listed = values_in_turn(pipeline.model.conditioner, num, pipeline.facts)
     if listed is not None:
         each = torch.arange(num) % max(1, len(dataset.categories))
@@ -206,8 +206,8 @@ def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num
     return context, _kinds(dataset, chosen)
 
 
-class _Eyes(NamedTuple):
-    """What pictures are looked at with: features (n, d) of pictures in [-1, 1], those of training pictures, and a reader of categories."""
+class FeatureSpace(NamedTuple):
+    """What images are looked at with: features (n, d) of images in [-1, 1], those of training images, and a reader of categories."""
 
     name: str
     features: Callable[[Tensor], Tensor]
@@ -217,9 +217,9 @@ class _Eyes(NamedTuple):
 
 def _trained_eyes(
     dataset: Dataset, trained_on: NDArray[np.int64], reader: Classifier | None, on_progress: Callable[[float], None]
-) -> _Eyes:
-    """Features of pictures that a classifier was trained on are not like those of pictures it has not seen. So the features come from one
-    trained on half of the training pictures, and the reference is the other half: as new to it as the hold-out and the samples."""
+) -> FeatureSpace:
+    """Features of images that a classifier was trained on are not like those of images it has not seen. So the features come from one
+    trained on half of the training images, and the reference is the other half: as new to it as the hold-out and the samples."""
     order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
     seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
     classifier = train_classifier(dataset, seen, on_progress=on_progress)
@@ -227,7 +227,7 @@ def _trained_eyes(
     fewest = int(labels.unique(return_counts=True)[1].min())  # of the categories that this half has
     reference = reference[balanced(labels, fewest).numpy()]
     features = lambda images: classifier.read(images)[1]  # noqa: E731
-    return _Eyes(
+    return FeatureSpace(
         classifier.name,
         features,
         features(to_float(dataset.images(reference)[0])),
@@ -235,15 +235,17 @@ def _trained_eyes(
     )
 
 
-def _frozen_eyes(dataset: Dataset, trained_on: NDArray[np.int64]) -> _Eyes:
+def _frozen_eyes(dataset: Dataset, trained_on: NDArray[np.int64]) -> FeatureSpace:
     network = extractor("auto")
     features = partial(pooled, network)
-    return _Eyes(network.name, features, features(to_float(dataset.images(trained_on[: LARGEST_TRAINING // 2])[0])), None)
+    return FeatureSpace(
+        network.name, features, features(to_float(dataset.images(trained_on[: LARGEST_TRAINING // 2])[0])), None
+    )
 
 
 @dataclass(frozen=True)
-class _Judge:
-    eyes: _Eyes
+class RowMaker:
+    eyes: FeatureSpace
     training: Tensor
     each: int
 

@@ -31,7 +31,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0) -> Estimate:
     """The same with a bootstrap interval over the first set, the samples; the reference stays.
 
-    A resample has fewer different pictures, which alone makes the distance larger: so the resamples' spread is put around the distance
+    A resample has fewer different images, which alone makes the distance larger: so the resamples' spread is put around the distance
     itself.
     """
     drawn = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What was asked for, what came, and the real picture, one above the other."""
+"""What was asked for, what came, and the real image, one above the other."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.contexts import CONTEXTS
 from sfumato.evaluation.adherence import spread
 from sfumato.observability.images import grid_image, shown
 
 COLUMNS = 10
-TILE = 96  # pixels on screen that a small picture is enlarged to
+TILE = 96  # pixels on screen that a small image is enlarged to
 
 
-def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: Facts) -> Image.Image:
-    """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts, the sample and the real picture.
+def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: ConditioningInfo) -> Image.Image:
+    """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts, the sample and the real image.
 
     Args:
         context: what samples were asked for, batched, by the names of contexts.
@@ -44,7 +44,7 @@ def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts:
     )
 
 
-def _words(context: Mapping[str, Any], chosen: list[int], facts: Facts) -> list[str]:
+def _words(context: Mapping[str, Any], chosen: list[int], facts: ConditioningInfo) -> list[str]:
     """The words of each chosen condition, or none at all."""
     said = [words for name, values in context.items() if (words := CONTEXTS[name].words(values, facts)) is not None]
     return [", ".join(filter(None, (words[i] for words in said))) for i in chosen] if said else []

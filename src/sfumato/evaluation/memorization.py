@@ -1,4 +1,4 @@
-"""Are samples copies of training pictures? Distances to the nearest ones, beside those of held-out pictures."""
+"""Are samples copies of training images? Distances to the nearest ones, beside those of held-out images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COPY_RATIO = 1 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Of each picture: L2 distance to the nearest and second nearest training picture, and which the nearest is, (n,)."""
+    """Of each image: L2 distance to the nearest and second nearest training image, and which the nearest is, (n,)."""
 
     first: Tensor
     second: Tensor
@@ -21,7 +21,7 @@ class Neighbours:
 
     @property
     def copies(self) -> float:
-        """Share of pictures far closer to one training picture than to any other: d1/d2 < 1/3.
+        """Share of images far closer to one training image than to any other: d1/d2 < 1/3.
 
         Source: Yoon et al. 2023 (ICML workshop, "Diffusion probabilistic models generalize when they fail to memorize").
         """
@@ -29,9 +29,9 @@ class Neighbours:
 
 
 def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbours:
-    """Nearest training pictures of `images` (n, C, H, W); memory grows with n x chunk, not with the training set.
+    """Nearest training images of `images` (n, C, H, W); memory grows with n x chunk, not with the training set.
 
-    Equal training pictures count as one: a copy of a picture that stands there twice is still a copy.
+    Equal training images count as one: a copy of an image that stands there twice is still a copy.
     """
     flat, kept = images.flatten(1).float(), _distinct(training)
     distances = torch.full((len(flat), 0), 0.0)
@@ -45,8 +45,8 @@ def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbour
 
 
 def _distinct(training: Tensor) -> Tensor:
-    """Index of the first of each group of equal pictures, rising."""
+    """Index of the first of each group of equal images, rising."""
     firsts: dict[bytes, int] = {}
-    for number, picture in enumerate(training.numpy()):
-        firsts.setdefault(hashlib.sha256(picture.tobytes()).digest(), number)
+    for number, image in enumerate(training.numpy()):
+        firsts.setdefault(hashlib.sha256(image.tobytes()).digest(), number)
     return torch.tensor(list(firsts.values()))

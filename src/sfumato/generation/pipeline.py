@@ -1,4 +1,4 @@
-"""A trained model ready to make pictures: what `sfumato.load` gives."""
+"""A trained model ready to make images: what `sfumato.load` gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.autoencoders import Autoencoder, Pixels
-from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.config import kind_of, named
 from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.contexts import Category, part_of, trained_categories
@@ -24,18 +24,18 @@ from sfumato.diffusion import (
     Clip,
     Denoiser,
     Flow,
+    GuidanceTerm,
+    Inpaint,
     InputScaleConfig,
     Interval,
-    Known,
     Linear,
     NetworkDenoiser,
     NoiseInputConfig,
     NoiseLevel,
     ParameterizationConfig,
-    Rung,
     Schedule,
-    Steered,
     UnitVariance,
+    WithCondition,
     require_schedule,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
@@ -46,12 +46,12 @@ from sfumato.nn.compiling import compile_in_place
 from sfumato.observability.image_files import Values
 from sfumato.sampling import (
     SAMPLERS,
-    BetweenNoise,
     DPMSolverPP2M,
+    InterpolatedNoise,
     KeyedNoise,
-    Progress,
     Resampled,
     SamplerConfig,
+    StepInfo,
     chosen_sampler,
     grid,
     sample,
@@ -64,7 +64,7 @@ class DenoiserConfig:
 
     Attributes:
         parameterization: what it predicts.
-        input_scale: factor on the noisy picture; by default its own standard deviation is divided out.
+        input_scale: factor on the noisy image; by default its own standard deviation is divided out.
         noise_input: how it is told the noise level.
     """
 
@@ -75,7 +75,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How pictures are made unless the call says otherwise.
+    """How images are made unless the call says otherwise.
 
     Attributes:
         sampler: the solver.
@@ -133,26 +133,26 @@ class Model(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Makes pictures. Image i of a seed is the same whatever the number or the batch size asked for.
+    """Makes images. Image i of a seed is the same whatever the number or the batch size asked for.
 
     Attributes:
         model: in evaluation mode, on the device that will run it.
-        autoencoder: whose latents the model works in; `Pixels` where those are the pictures.
+        autoencoder: whose latents the model works in; `Pixels` where those are the images.
         sampling: defaults of `sample`.
         facts: what the model's conditioner knows of its training set.
         image_shape: (C, H, W).
-        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so pictures then depend on the batch a little.
+        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so images then depend on the batch a little.
     """
 
     model: Model
     autoencoder: Autoencoder
     sampling: SamplingConfig
-    facts: Facts
+    facts: ConditioningInfo
     image_shape: tuple[int, int, int]
     compute_dtype: torch.dtype = torch.float32
 
     def compile(self) -> None:
-        """Compile the network, on a GPU as a graph that is replayed; the first pictures take a minute or more, all others less time.
+        """Compile the network, on a GPU as a graph that is replayed; the first images take a minute or more, all others less time.
 
         Raises:
             ConfigError: if this machine lacks what it takes.
@@ -200,7 +200,7 @@ class Pipeline:
         clip: bool | None = None,
         resample: int = 1,
         batch_size: int = 64,
-        on_step: Callable[[Progress], None] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
         **contexts: Any,
     ) -> Tensor:
         """Generate images, (num, C, H, W) in [0, 1].
@@ -262,7 +262,7 @@ class Pipeline:
         seed: int = 0,
         guidance: float | Mapping[str, float] | None = None,
         batch_size: int = 64,
-        on_step: Callable[[Progress], None] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
         """What `sample` gives for tensors that are known to fit the model."""
         made = self.batches(len(request.start), request, seed=seed, guidance=guidance, batch_size=batch_size, on_step=on_step)
@@ -283,7 +283,7 @@ class Pipeline:
         resample: int = 1,
         batch_size: int = 64,
         skip: Collection[int] = (),
-        on_step: Callable[[Progress], None] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """What `sample` gives, batch by batch as it is made: the number of the batch's first image, and its images.
 
@@ -326,21 +326,21 @@ class Pipeline:
             start = self.autoencoder.encode(part.start) if request.begins_at_image else self._zeros(part.start)
             x = how.levels.at(0).like(start).mix(start, noise(start))
             condition = self.model.conditioner(part.context, len(part.start))
-            denoiser = self._guided(self._rungs(part, part.names, how.scales), how.interval)
+            denoiser = self._guided(self._terms(part, part.names, how.scales), how.interval)
             if how.autoguidance is not None:
                 weaker, scale = how.autoguidance
                 own = weaker.conditioner(part.context, len(x))
-                bad = Steered(denoiser=weaker.denoiser(self.compute_dtype), condition=own)
+                bad = WithCondition(denoiser=weaker.denoiser(self.compute_dtype), condition=own)
                 denoiser = AutoGuidance(good=denoiser, bad=bad, scale=scale)
             if how.clip:
                 denoiser = Clip(denoiser=denoiser)
             if part.known is not None:
                 cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
-                denoiser = Known(denoiser=denoiser, picture=start, known=cells)
+                denoiser = Inpaint(denoiser=denoiser, image=start, known=cells)
         x = sample(how.solver, denoiser, x, how.levels, condition=condition, noise=noise, on_step=how.on_step)
         made = self.decode(x)
         if part.known is not None:
-            made = self.autoencoder.restored(made, part.start, part.known)
+            made = self.autoencoder.paste_known(made, part.start, part.known)
         return to_unit(_finite(made, span.start)).cpu()
 
     def interpolate(
@@ -355,23 +355,23 @@ class Pipeline:
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
         clip: bool | None = None,
-        on_step: Callable[[Progress], None] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Pictures on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
+        """Images on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
 
         Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
 
         Raises:
-            ConfigError, ShapeError: as `sample`, and for a picture to start from.
+            ConfigError, ShapeError: as `sample`, and for an image to start from.
         """
         if num < 1:
-            raise ShapeError(f"{num} pictures", where="sample", hint="ask for at least 1")
+            raise ShapeError(f"{num} images", where="sample", hint="ask for at least 1")
         device = next(self.model.parameters()).device
         conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
         requests = [self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)]
         if any(request.strength != 1 or request.known is not None for request in requests):
             raise ConfigError(
-                "a strength or a mask on the way between pictures",
+                "a strength or a mask on the way between images",
                 where="sample",
                 hint="leave them out: the way begins in noise",
             )
@@ -379,20 +379,20 @@ class Pipeline:
         given = {name for request in requests for name in request.names}
         clip = self._require_clip(self.sampling.clip if clip is None else clip)
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
-        noise = BetweenNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
+        noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
         x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
-            ladders = [self._rungs(request, given, scales) for request in requests]
-            rungs = tuple(
-                Rung(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
+            ladders = [self._terms(request, given, scales) for request in requests]
+            terms = tuple(
+                GuidanceTerm(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
                 for a, b in zip(*ladders, strict=True)
             )
-            denoiser = self._guided(rungs, self.sampling.interval if interval is None else interval)
+            denoiser = self._guided(terms, self.sampling.interval if interval is None else interval)
             denoiser = Clip(denoiser=denoiser) if clip else denoiser
             condition, solver = ends[0].between(ends[1], shares), chosen_sampler(sampler, self.sampling.sampler)
-            pictures = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
-        return to_unit(_finite(self.decode(pictures), 0)).cpu()
+            images = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
+        return to_unit(_finite(self.decode(images), 0)).cpu()
 
     def _zeros(self, images: Tensor) -> Tensor:
         """Zeros in the shape of the latents of images (B, C, H, W)."""
@@ -401,7 +401,7 @@ class Pipeline:
         return torch.zeros(shape, device=next(self.model.parameters()).device)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures, in [-1, 1] but not clamped, of what the network works on: latents, or the pictures themselves."""
+        """Images, in [-1, 1] but not clamped, of what the network works on: latents, or the images themselves."""
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
@@ -427,7 +427,7 @@ class Pipeline:
                 )
         return {name: given.get(name, self.sampling.guidance) for name in names}
 
-    def _rungs(self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]) -> tuple[Rung, ...]:
+    def _terms(self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]) -> tuple[GuidanceTerm, ...]:
         """What guidance leads away from: asking for less. Contexts of one scale are stepped to together; () where all of them are 1."""
         asked = [name for name in scales if name in given]
         if all(scales[name] == 1 for name in asked):
@@ -438,14 +438,14 @@ class Pipeline:
             return ()
         self._require_trained_absence(asked, scales, negative=part.negative)
         count = len(part.start)
-        rungs: list[Rung] = []
+        terms: list[GuidanceTerm] = []
         for number, name in enumerate(asked):
-            if not rungs or scales[name] != scales[asked[number - 1]]:
+            if not terms or scales[name] != scales[asked[number - 1]]:
                 before = asked[:number]
                 less = {known: part.context[known] for known in before if known in part.context}
                 instead = {known: values for known, values in part.negative.items() if known not in before}
-                rungs.append(Rung(self.model.conditioner(instead | less, count), scales[name]))
-        return tuple(rungs)
+                terms.append(GuidanceTerm(self.model.conditioner(instead | less, count), scales[name]))
+        return tuple(terms)
 
     def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: Collection[str]) -> None:
         """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
@@ -461,15 +461,15 @@ class Pipeline:
                 hint="leave guidance at 1, or train with a dropout such as 0.1",
             )
 
-    def _guided(self, rungs: tuple[Rung, ...], interval: tuple[float, float]) -> Denoiser:
+    def _guided(self, terms: tuple[GuidanceTerm, ...], interval: tuple[float, float]) -> Denoiser:
         plain = self.model.denoiser(self.compute_dtype)
-        if not rungs:
+        if not terms:
             return plain
         if not interval[0] < interval[1]:
             raise ConfigError(
                 f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", hint="name the lower one first"
             )
-        guided = ClassifierFree(denoiser=plain, rungs=rungs)
+        guided = ClassifierFree(denoiser=plain, terms=terms)
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
 
 
@@ -484,7 +484,7 @@ class _How:
     autoguidance: tuple[Model, float] | None
     clip: bool
     seed: int
-    on_step: Callable[[Progress], None] | None
+    on_step: Callable[[StepInfo], None] | None
 
 
 def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:

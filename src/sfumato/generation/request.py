@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.condition import Context as Batch
 from sfumato.condition import on_device, rows
-from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, Context, by_keyword, steering
 from sfumato.contexts.maps import batch_of_images
 from sfumato.contexts.protocol import RequestInfo
@@ -142,7 +142,11 @@ def require_context(guidance: float | Mapping[str, float], contexts: Mapping[str
 
 
 def resolve_request(
-    request: SampleRequest, conditioner: CompositeConditioner, facts: Facts, image_shape: tuple[int, int, int], num: int
+    request: SampleRequest,
+    conditioner: CompositeConditioner,
+    facts: ConditioningInfo,
+    image_shape: tuple[int, int, int],
+    num: int,
 ) -> ResolvedRequest:
     """What a request means to a model, for `num` images of `image_shape` (C, H, W).
 

@@ -11,7 +11,7 @@ from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ShapeError
 
 
-def require_built_for(x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str) -> None:
+def check_inputs(x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str) -> None:
     """Raise ShapeError unless x has the channels, and the condition the slots, that a network was built for."""
     given = ContextSizes.of(condition)
     sizes = (x.shape[1], given.vector, given.tokens, given.spatial)  # numbers, which a compiler may have symbols for

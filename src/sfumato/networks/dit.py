@@ -19,12 +19,12 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import padded, require_built_for, resized
+from sfumato.networks.checks import check_inputs, padded, resized
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
-from sfumato.nn.init import zeroed
-from sfumato.nn.norms import RMSNorm, rms_normed
-from sfumato.nn.rotary import angles, rotated
+from sfumato.nn.init import zero_init
+from sfumato.nn.norms import RMSNorm, rms_norm
+from sfumato.nn.rotary import apply_rotary, rotary_angles
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256
@@ -37,18 +37,18 @@ class DiTConfig(NetworkConfig):
     """Size and shape of a diffusion transformer. (384, 12), (768, 12), (1024, 24) and (1152, 28) are the sizes S, B, L and XL.
 
     Attributes:
-        patch: side of the square of pixels, or of latents' places, that is one token.
-        channels, layers: width and depth.
-        head_channels: channels of one attention head; 64 runs best. The multiple of four that rotary positions need.
-        hidden: width of the feed-forward part as a multiple of `channels`; 8/3 has as many weights as an ungated one of 4.
+        patch_size: side of the square of pixels, or of latents' places, that is one token.
+        hidden_size, depth: width, and number of blocks.
+        head_dim: channels of one attention head; 64 runs best. The multiple of four that rotary positions need.
+        mlp_ratio: width of the feed-forward part as a multiple of `hidden_size`; 8/3 has as many weights as an ungated one of 4.
         bottleneck: width that patches are squeezed through first; for large patches, of which most dimensions are noise. 0 for none.
-        vector_as: how the context's summary enters: it modulates every block, or becomes a few tokens of the sequence.
-        tokens_as: how its tokens enter: each block attends to them (`cross`); they go along with the patches, through weights of their own
+        vector_conditioning: how the context's summary enters: it modulates every block, or becomes a few tokens of the sequence.
+        token_conditioning: how its tokens enter: each block attends to them (`cross`); they go along with the patches, through weights of their own
             (`joint`, as in Stable Diffusion 3), or through the same ones (`sequence`).
         registers: learned tokens that stand for nothing, which attention may use as scratch paper.
         dropout: of the residual branches.
-        dropped: share of the patches that skip all but the outer blocks while training; meant for 1,024 tokens and more.
-        recompute: whether blocks' inner values are computed again on the way back, instead of kept: one more forward pass, less memory.
+        token_drop: share of the patches that skip all but the outer blocks while training; meant for 1,024 tokens and more.
+        activation_checkpointing: whether blocks' inner values are computed again on the way back, instead of kept: one more forward pass, less memory.
 
     Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al. 2024 (arXiv:2309.16588); dropped tokens:
         Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
@@ -56,41 +56,43 @@ class DiTConfig(NetworkConfig):
 
     kind: ClassVar[str] = "dit"
 
-    patch: Size = 2
-    channels: Size = 384
-    layers: Size = 12
-    head_channels: Size = 64
-    hidden: Positive = 8 / 3
+    patch_size: Size = 2
+    hidden_size: Size = 384
+    depth: Size = 12
+    head_dim: Size = 64
+    mlp_ratio: Positive = 8 / 3
     bottleneck: SizeOrZero = 0
-    vector_as: Literal["modulation", "tokens"] = "modulation"
-    tokens_as: Literal["cross", "joint", "sequence"] = "cross"
+    vector_conditioning: Literal["modulation", "tokens"] = "modulation"
+    token_conditioning: Literal["cross", "joint", "sequence"] = "cross"
     registers: SizeOrZero = 0
     dropout: FractionBelowOne = 0.0
-    dropped: FractionBelowOne = 0.0
-    recompute: bool = False
+    token_drop: FractionBelowOne = 0.0
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if (
-            min(self.patch, self.channels, self.layers, self.head_channels, self.hidden) <= 0
+            min(self.patch_size, self.hidden_size, self.depth, self.head_dim, self.mlp_ratio) <= 0
             or min(self.bottleneck, self.registers) < 0
         ):
             raise ConfigError(
                 f"{self} is no network", where="network", hint="sizes are above 0; bottleneck and registers may be 0"
             )
-        if self.channels % self.head_channels or self.head_channels % 4:
+        if self.hidden_size % self.head_dim or self.head_dim % 4:
             raise ConfigError(
-                f"{self.channels} channels in heads of {self.head_channels}",
-                where="network.head_channels",
-                hint="choose 32 or 64, and channels that are a multiple of it",
+                f"{self.hidden_size} hidden_size in heads of {self.head_dim}",
+                where="network.head_dim",
+                hint="choose 32 or 64, and a hidden_size that is a multiple of it",
             )
-        if not 0 <= self.dropped < 1 or not 0 <= self.dropout < 1:
+        if not 0 <= self.token_drop < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"dropped = {self.dropped}, dropout = {self.dropout}", where="network", hint="shares are from 0 to less than 1"
+                f"token_drop = {self.token_drop}, dropout = {self.dropout}",
+                where="network",
+                hint="shares are from 0 to less than 1",
             )
-        if self.dropped and self.layers <= 2 * UNROUTED:
+        if self.token_drop and self.depth <= 2 * UNROUTED:
             raise ConfigError(
-                f"tokens that skip the inner ones of {self.layers} layers",
-                where="network.dropped",
+                f"tokens that skip the inner ones of {self.depth} layers",
+                where="network.token_drop",
                 hint=f"set it to 0, or use more than {2 * UNROUTED} layers",
             )
 
@@ -115,7 +117,7 @@ class DiT(Backbone):
     def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.config = config
-        size, patch = config.channels, config.patch
+        size, patch = config.hidden_size, config.patch_size
         inputs = (image_channels + context.spatial) * patch**2
         squeezed = [nn.Linear(inputs, config.bottleneck, bias=False)] if config.bottleneck else []
         self.patches = nn.Sequential(*squeezed, nn.Linear(config.bottleneck or inputs, size))
@@ -123,22 +125,24 @@ class DiT(Backbone):
             SinusoidalEmbedding(LEVEL_SIZE, scale=TIMESTEPS), nn.Linear(LEVEL_SIZE, size), nn.SiLU()
         )
         vector, tokens = context.vector, context.tokens
-        self.vector_embedding = nn.Linear(vector, size) if vector and config.vector_as == "modulation" else None
-        self.vector_tokens = nn.Linear(vector, SUMMARY_TOKENS * size) if vector and config.vector_as == "tokens" else None
-        along = tokens and config.tokens_as != "cross"
+        self.vector_embedding = nn.Linear(vector, size) if vector and config.vector_conditioning == "modulation" else None
+        self.vector_tokens = (
+            nn.Linear(vector, SUMMARY_TOKENS * size) if vector and config.vector_conditioning == "tokens" else None
+        )
+        along = tokens and config.token_conditioning != "cross"
         self.token_embedding = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size)) if along else None
         self.registers = nn.Parameter(0.02 * torch.randn(config.registers, size)) if config.registers else None
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
-        self.modulation = zeroed(nn.Linear(size, MODULATIONS * size))
-        streams = 2 if tokens and config.tokens_as == "joint" else 1
-        beside = tokens if config.tokens_as == "cross" else 0
+        self.modulation = zero_init(nn.Linear(size, MODULATIONS * size))
+        streams = 2 if tokens and config.token_conditioning == "joint" else 1
+        beside = tokens if config.token_conditioning == "cross" else 0
         self.blocks = nn.ModuleList(
-            Block(config, reading=streams, writing=streams if number < config.layers - 1 else 1, token_size=beside)
-            for number in range(config.layers)
+            Block(config, reading=streams, writing=streams if number < config.depth - 1 else 1, token_size=beside)
+            for number in range(config.depth)
         )
         self.hidden_channels = size
-        self.output_modulation = zeroed(nn.Linear(size, 2 * size))
-        self.output = zeroed(nn.Linear(size, image_channels * patch**2))
+        self.output_modulation = zero_init(nn.Linear(size, 2 * size))
+        self.output = zero_init(nn.Linear(size, image_channels * patch**2))
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1] -> (B, C, H, W).
@@ -148,22 +152,22 @@ class DiT(Backbone):
         Raises:
             ShapeError: if x or the condition lack a channel or a slot.
         """
-        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
+        check_inputs(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
         height, width = x.shape[-2:]
         x, condition = padded(x, condition, self.multiple)
-        patch = self.config.patch
+        patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         level = self.level_embedding(noise_input)
         embedding = self.embedding(level if self.vector_embedding is None else level + self.vector_embedding(condition.vector))
         maps = [] if condition.spatial is None else [resized(condition.spatial, x)]
         patches = self.patches(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2))
         parts = self._sequence(patches, condition)
-        places = angles(rows, columns, self.config.head_channels, like=patches)
+        places = rotary_angles(rows, columns, self.config.head_dim, like=patches)
         places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))  # what goes along lies nowhere
         shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
         made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
-        made = self.output(rms_normed(made) * (1 + scale) + shift)
+        made = self.output(rms_norm(made) * (1 + scale) + shift)
         return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)[..., :height, :width]
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
@@ -174,16 +178,16 @@ class DiT(Backbone):
         if self.vector_tokens is not None:
             along.append(self.vector_tokens(condition.vector).unflatten(1, (SUMMARY_TOKENS, -1)).to(patches.dtype))
         tokens = [] if self.token_embedding is None else [self.token_embedding(condition.tokens).to(patches.dtype)]
-        if self.config.tokens_as == "joint":
+        if self.config.token_conditioning == "joint":
             return [joined(along, dim=1), *tokens]
         return [joined([*along, *tokens], dim=1)]
 
     def _through(self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]) -> Tensor:
         """The first part after all blocks. While training, of its first tokens, which are the patches, some may skip the inner blocks."""
-        first, count = UNROUTED if self.config.dropped else self.config.layers // 3, shape[0] * shape[1]
+        first, count = UNROUTED if self.config.token_drop else self.config.depth // 3, shape[0] * shape[1]
         parts = self._blocks(self.blocks[:first], parts, places, shared)
         self.probe(parts[0][:, :count].transpose(1, 2).unflatten(2, shape))
-        if not (self.training and self.config.dropped):
+        if not (self.training and self.config.token_drop):
             return self._blocks(self.blocks[first:], parts, places, shared)[0]
         kept = self._kept(parts[0], count)
         wide = kept[..., None].expand(-1, -1, parts[0].shape[2])
@@ -194,7 +198,7 @@ class DiT(Backbone):
 
     def _kept(self, x: Tensor, count: int) -> Tensor:
         """Places (B, K) of the tokens that go through the inner blocks: some of the first `count`, drawn for each, and all others."""
-        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[:, : count - int(count * self.config.dropped)]
+        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[:, : count - int(count * self.config.token_drop)]
         others = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
         return torch.cat([chosen.sort(dim=1).values, others], dim=1)
 
@@ -202,7 +206,7 @@ class DiT(Backbone):
         self, blocks: Iterable[nn.Module], parts: list[Tensor], places: Tensor, shared: tuple[Tensor, Condition]
     ) -> list[Tensor]:
         for block in blocks:
-            if self.config.recompute and torch.is_grad_enabled():
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
                 parts = checkpoint(block, parts, places, *shared, use_reentrant=False)
             else:
                 parts = block(parts, places, *shared)
@@ -223,7 +227,7 @@ class DiT(Backbone):
     @property
     def multiple(self) -> int:
         """The side of a patch."""
-        return self.config.patch
+        return self.config.patch_size
 
 
 class Block(nn.Module):
@@ -243,7 +247,7 @@ class Block(nn.Module):
     def forward(self, parts: list[Tensor], places: Tensor, modulation: Tensor, condition: Condition) -> list[Tensor]:
         """parts of (B, L, C); places (L, D / 2) of the first; modulation (B, 6, 1, C)."""
         read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
-        read[0] = (rotated(read[0][0], places), rotated(read[0][1], places), read[0][2])
+        read[0] = (apply_rotary(read[0][0], places), apply_rotary(read[0][1], places), read[0][2])
         q, k, v = (joined([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True))
         attended = attend(q, k, v, self._mask(condition, k.shape[2])).transpose(1, 2).flatten(2)
         parts = parts[: len(self.writers)]
@@ -272,7 +276,7 @@ class Reader(nn.Module):
 
     def __init__(self, config: DiTConfig, *, asking: bool) -> None:
         super().__init__()
-        size, head = config.channels, config.head_channels
+        size, head = config.hidden_size, config.head_dim
         self.heads = size // head
         self.offset = nn.Parameter(torch.zeros(2, 1, size))
         self.q = nn.Linear(size, size) if asking else None
@@ -282,7 +286,7 @@ class Reader(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (B, L, C) -> queries, keys and values, each (B, heads, L, D)."""
         shift, scale = (modulation[:, :2] + self.offset).to(x.dtype).unbind(1)
-        h = rms_normed(x) * (1 + scale) + shift
+        h = rms_norm(x) * (1 + scale) + shift
         v = split_heads(self.v(h), self.heads)
         q = None if self.q is None or self.q_norm is None else self.q_norm(split_heads(self.q(h), self.heads))
         return q, self.k_norm(split_heads(self.k(h), self.heads)), v
@@ -296,8 +300,8 @@ class Writer(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        size = config.channels
-        hidden = 32 * max(1, round(config.hidden * size / 32))
+        size = config.hidden_size
+        hidden = 32 * max(1, round(config.mlp_ratio * size / 32))
         self.offset = nn.Parameter(torch.zeros(4, 1, size))
         self.out, self.dropout = nn.Linear(size, size), nn.Dropout(config.dropout)
         self.up, self.gate, self.down = nn.Linear(size, hidden), nn.Linear(size, hidden), nn.Linear(hidden, size)
@@ -310,7 +314,7 @@ class Writer(nn.Module):
     def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x + gate * feed-forward(x)."""
         shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
-        h = rms_normed(x) * (1 + scale) + shift
+        h = rms_norm(x) * (1 + scale) + shift
         return x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
 
 
@@ -319,15 +323,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: DiTConfig, token_size: int) -> None:
         super().__init__()
-        self.heads = config.channels // config.head_channels
+        self.heads = config.hidden_size // config.head_dim
         self.token_norm = nn.LayerNorm(token_size)
-        self.q, self.kv = nn.Linear(config.channels, config.channels), nn.Linear(token_size, 2 * config.channels)
-        self.q_norm, self.k_norm = (RMSNorm(config.head_channels) for _ in range(2))
-        self.out = zeroed(nn.Linear(config.channels, config.channels))
+        self.q, self.kv = nn.Linear(config.hidden_size, config.hidden_size), nn.Linear(token_size, 2 * config.hidden_size)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim) for _ in range(2))
+        self.out = zero_init(nn.Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, L, C), tokens (B, S, D), token_mask (B, S) or None -> (B, L, C)."""
-        q = split_heads(self.q(rms_normed(x)), self.heads)
+        q = split_heads(self.q(rms_norm(x)), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
         mask = None if token_mask is None else token_mask[:, None, None, :]
         attended = attend(self.q_norm(q), self.k_norm(k), v, mask)

@@ -1,6 +1,6 @@
-"""Frozen networks whose feature maps say how alike two pictures look.
+"""Frozen networks whose feature maps say how alike two images look.
 
-Each takes pictures (B, C, H, W) in [-1, 1], gray or RGB, and gives feature maps from fine to coarse.
+Each takes images (B, C, H, W) in [-1, 1], gray or RGB, and gives feature maps from fine to coarse.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Features(Protocol):
         ...
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features of whole pictures, (B, d)."""
+        """Features of whole images, (B, d)."""
         ...
 
 
@@ -120,7 +120,7 @@ class EfficientNetLite0(nn.Module):
         return [F.normalize(found, dim=1) for found in self._maps(x)]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features of whole pictures, (B, 1280)."""
+        """Features of whole images, (B, 1280)."""
         return F.relu6(self.head(self._maps(x)[-1])).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Lpips(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """One of `transformers`' that cut pictures into patches (ViT, DINOv2). Pictures are brought to the size it was trained on.
+    """One of `transformers`' that cut images into patches (ViT, DINOv2). Images are brought to the size it was trained on.
 
     Args:
         model: gives `last_hidden_state`, whose last tokens are the patches, row by row.

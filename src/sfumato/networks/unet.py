@@ -16,11 +16,11 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import padded, require_built_for, resized
+from sfumato.networks.checks import check_inputs, padded, resized
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
-from sfumato.nn.init import zeroed
-from sfumato.nn.norms import ModulatedGroupNorm, groups_of
+from sfumato.nn.init import zero_init
+from sfumato.nn.norms import ModulatedGroupNorm, num_groups
 
 Place = Literal["all", "decoder"]
 GROUP_CHANNELS = 16  # channels that share a group norm's statistics
@@ -125,12 +125,12 @@ class UNet(Backbone):
         for depth, out in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
             stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
-            maps = zeroed(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
+            maps = zero_init(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
             # Narrowed before the next depth, where every channel costs four times as much.
             width = widths[max(0, depth - 1)]
             self.up.append(UpLevel(stages, Upsample(out, width) if depth else None, maps))
-        self.output_norm = nn.GroupNorm(groups_of(width, GROUP_CHANNELS), width)
-        self.output = zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
+        self.output_norm = nn.GroupNorm(num_groups(width, GROUP_CHANNELS), width)
+        self.output = zero_init(nn.Conv2d(width, image_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
@@ -141,7 +141,7 @@ class UNet(Backbone):
         Raises:
             ShapeError: if x or the condition lack a channel or a slot.
         """
-        require_built_for(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
+        check_inputs(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
         height, width = x.shape[-2:]
         x, condition = padded(x, condition, self.multiple)
         level = self.level_embedding(noise_input)
@@ -178,11 +178,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding_size: int, dropout: float) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(groups_of(inputs, GROUP_CHANNELS), inputs)
+        self.norm_in = nn.GroupNorm(num_groups(inputs, GROUP_CHANNELS), inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm_out = ModulatedGroupNorm(outputs, embedding_size, GROUP_CHANNELS)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

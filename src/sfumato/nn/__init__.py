@@ -1,1 +1,1 @@
-"""Layers that networks share. Tensors in, tensors out: no noise levels, no conditions, no files."""
+"""Annotations that networks share. Tensors in, tensors out: no noise levels, no conditions, no files."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.nn.init import zeroed
-from sfumato.nn.norms import groups_of
+from sfumato.nn.init import zero_init
+from sfumato.nn.norms import num_groups
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -39,9 +39,9 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, group_channels: int = 16) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups_of(channels, group_channels), channels)
+        self.norm = nn.GroupNorm(num_groups(channels, group_channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -57,11 +57,11 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, heads: int, token_size: int, group_channels: int = 16) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups_of(channels, group_channels), channels)
+        self.norm = nn.GroupNorm(num_groups(channels, group_channels), channels)
         self.token_norm = nn.LayerNorm(token_size)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(token_size, 2 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W)."""

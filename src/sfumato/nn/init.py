@@ -9,7 +9,7 @@ from torch import nn
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def zeroed(layer: Layer) -> Layer:
+def zero_init(layer: Layer) -> Layer:
     """The layer with weights and bias at zero: a residual branch that begins as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:

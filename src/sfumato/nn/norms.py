@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.nn.init import zeroed
+from sfumato.nn.init import zero_init
 
 RMS_EPS = 1e-6
 
 
-def groups_of(channels: int, group_channels: int) -> int:
+def num_groups(channels: int, group_channels: int) -> int:
     """How many groups channels are normed in: as near `group_channels` to a group as divides them, and no fewer."""
     return next(groups for groups in range(max(1, channels // group_channels), 0, -1) if channels % groups == 0)
 
@@ -24,8 +24,8 @@ class ModulatedGroupNorm(nn.Module):
 
     def __init__(self, channels: int, embedding_size: int, group_channels: int = 16) -> None:
         super().__init__()
-        self.groups = groups_of(channels, group_channels)
-        self.projection = zeroed(nn.Linear(embedding_size, 2 * channels))
+        self.groups = num_groups(channels, group_channels)
+        self.projection = zero_init(nn.Linear(embedding_size, 2 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
@@ -33,7 +33,7 @@ class ModulatedGroupNorm(nn.Module):
         return torch.addcmul(shift, F.group_norm(x, self.groups), scale + 1)
 
 
-def rms_normed(x: Tensor, weight: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x (..., C) over its root mean square along the last axis, times weight (C,).
 
     PyTorch's kernel, but on a CPU, where it has none of one piece and goes through float32 four times: written out, forward and backward
@@ -50,7 +50,7 @@ def rms_normed(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`rms_normed` with a learned weight, one at the start."""
+    """`rms_norm` with a learned weight, one at the start."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,4 +58,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C), in x's precision."""
-        return rms_normed(x, self.weight)
+        return rms_norm(x, self.weight)

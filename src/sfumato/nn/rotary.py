@@ -8,7 +8,7 @@ from torch import Tensor
 BASE = 100.0  # longest wavelength over the shortest, for sides of a few dozen places
 
 
-def angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor:
+def rotary_angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor:
     """Angles of every place of a grid, (rows * columns, size / 2): one half by its row, one by its column, from the grid's middle.
 
     Source: Su et al. 2021 (arXiv:2104.09864), eq. 15; along two axes: Heo et al. 2024 (arXiv:2403.13298), sec. 3.2.
@@ -22,7 +22,7 @@ def angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor:
     return torch.cat([by_row.repeat_interleave(columns, dim=0), by_column.repeat(rows, 1)], dim=1)
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     """x (B, heads, L, D) with channel i and channel D / 2 + i turned in their plane by angles (L, D / 2), or (B, 1, L, D / 2)."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)

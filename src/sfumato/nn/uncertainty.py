@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.embeddings import SinusoidalEmbedding
-from sfumato.nn.init import zeroed
+from sfumato.nn.init import zero_init
 
 FREQUENCIES = 128
 LIMIT = 20.0  # of the log-SNR, which is infinite at both ends
 STRETCH = 10.0  # of the log-SNR, before its sinusoids: so that levels half a unit apart can be told apart
 
 
-class Unweighted(nn.Module):
+class NoUncertainty(nn.Module):
     """No level is harder than another: 0 everywhere, so the loss stays what it is."""
 
     def forward(self, logsnr: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class LearnedUncertainty(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = SinusoidalEmbedding(FREQUENCIES)
-        self.out = zeroed(nn.Linear(FREQUENCIES, 1))
+        self.out = zero_init(nn.Linear(FREQUENCIES, 1))
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """(B,) -> (B,)."""

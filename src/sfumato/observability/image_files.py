@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
-from sfumato.observability.images import Alpha, picture, save_png, whole
+from sfumato.observability.images import Alpha, save_png, whole
 
 SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -278,7 +278,7 @@ def settings_of(path: Path) -> Any:
 
 
 def _pillow(pixels: NDArray[np.uint8]) -> Image.Image:
-    return picture(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 255)
+    return to_pil(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 255)
 
 
 def _floats(image: Tensor, values: Values) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 Alpha = Literal["none", "straight", "premultiplied"]
 GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
 FONT = ImageFont.load_default(13)
-SMALLEST_TILE = 56  # pixels on screen below which a picture is hard to see
+SMALLEST_TILE = 56  # pixels on screen below which an image is hard to see
 WORDY_TILE, WORDY = 96, 8  # the same where labels are longer than so many letters
 SQUARES, SHADE = 8, 0.8  # of the checkerboard under alpha: along the shorter side, and the darker gray
 POINT = 3  # pixels of a point's side
@@ -58,7 +58,7 @@ def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
     return (shown(images, alpha) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def picture(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
     """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and straight alpha stays alpha."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -84,11 +84,11 @@ def grid_image(
     inputs: Mapping[str, Tensor] | None = None,
     alpha: Alpha = "straight",
 ) -> Image.Image:
-    """Pictures (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel.
+    """Images (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel.
 
     Args:
         row_labels: at the left of each row.
-        labels: above each picture, over several lines where they are long; as many as `columns` for a heading of the columns.
+        labels: above each image, over several lines where they are long; as many as `columns` for a heading of the columns.
         inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own above the others.
         alpha: what the last of 2 or 4 channels is.
     """
@@ -123,7 +123,7 @@ def grid_image(
 
 
 def _band(labels: Sequence[str]) -> int:
-    """Height of the labels above a row of pictures."""
+    """Height of the labels above a row of images."""
     return 4 + 16 * max(label.count("\n") + 1 for label in labels) if any(labels) else 0
 
 

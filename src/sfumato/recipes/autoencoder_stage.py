@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import config as configuration
-from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, Latents, Pixels, Statistics, measure
+from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, LatentAutoencoder, Pixels, Statistics, measure
 from sfumato.autoencoders import io as autoencoder_files
 from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
@@ -47,48 +47,48 @@ from sfumato.training.parameters import describe
 from sfumato.training.precision import default_device
 
 FOLDER, FINAL = "autoencoder", "final"  # in a run: the autoencoder's own training, and what came of it
-MEASURED = 10_000  # pictures that statistics are taken from, at most
+MEASURED = 10_000  # images that statistics are taken from, at most
 BATCH = 64
 SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
 
 
 class Layout(NamedTuple):
-    """Of what a diffusion model makes: channels, and the side of a picture over its side."""
+    """Of what a diffusion model makes: channels, and the side of an image over its side."""
 
     channels: int
     factor: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelSpace:
+class PixelsConfig:
     """No autoencoder: the model works in pixels."""
 
     kind: ClassVar[str] = "pixels"
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Of what the model makes: the pictures themselves."""
+        """Of what the model makes: the images themselves."""
         return Layout(image_channels, 1)
 
-    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+    def load(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run."""
         return Pixels(image_channels)
 
-    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a rehearsal."""
+    def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a trial_trainer."""
         return Pixels(dataset.config.channels), dataset
 
-    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
         """There is nothing to train before."""
         return {}
 
-    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """Pictures as they are."""
+    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """Images as they are."""
         return Pixels(dataset.config.channels), dataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnAutoencoder(TrainingConfig):
-    """An autoencoder trained on the run's own pictures before the diffusion model is.
+class TrainedAutoencoder(TrainingConfig):
+    """An autoencoder trained on the run's own images before the diffusion model is.
 
     Its latents' statistics are measured and kept inside it, so there is no scaling factor to choose.
 
@@ -97,7 +97,7 @@ class OwnAutoencoder(TrainingConfig):
         losses: what its reconstructions are judged by.
         features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`, or a file: see
             `evaluation.features.extractor`.
-        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+        augmented_copies: latents kept of each image, each augmented in its own way, where images are augmented.
     """
 
     kind: ClassVar[str] = "trained"
@@ -105,7 +105,7 @@ class OwnAutoencoder(TrainingConfig):
     network: KLConfig = KLConfig()
     losses: LossesConfig = LossesConfig()
     features: str = "auto"
-    variants: Count = 8
+    augmented_copies: Count = 8
     batch_size: Count = 16
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
@@ -113,7 +113,7 @@ class OwnAutoencoder(TrainingConfig):
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        _require_variants(self.variants)
+        _require_variants(self.augmented_copies)
         if self.precision == "float8":
             raise ConfigError(
                 "an autoencoder is convolutions, which have no float8",
@@ -125,7 +125,7 @@ class OwnAutoencoder(TrainingConfig):
         """Of the latents."""
         return Layout(self.network.latent_channels, self.network.factor)
 
-    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+    def load(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run.
 
         Raises:
@@ -133,30 +133,30 @@ class OwnAutoencoder(TrainingConfig):
         """
         return autoencoder_files.load(run / FOLDER / FINAL)
 
-    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a rehearsal: latents of zeros."""
+    def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a trial_trainer: latents of zeros."""
         codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
-        return _rehearsed(codec, dataset, self.variants, pixels=pixels)
+        return _rehearsed(codec, dataset, self.augmented_copies, pixels=pixels)
 
-    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
         """Its own training, in a scratch folder, with hardly anything to look at."""
         short = replace(self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
         return {"autoencoder": short.trainer(dataset, RunDirectory.create(place))}
 
-    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             self._train(dataset, directory.stage(FOLDER), final)
         else:
             self._require_unchanged(directory.stage(FOLDER))
-        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
+        return _encoded(autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels)
 
     def _require_unchanged(self, stage: RunDirectory) -> None:
         """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what is learned of them, are its own."""
         for newest in checkpoint.paths(stage.checkpoints)[:1]:
-            before = configuration.parse(OwnAutoencoder, checkpoint.configuration_of(newest), where=str(newest))
-            before = replace(before, variants=self.variants)  # which is of encoding alone
+            before = configuration.parse(TrainedAutoencoder, checkpoint.configuration_of(newest), where=str(newest))
+            before = replace(before, augmented_copies=self.augmented_copies)  # which is of encoding alone
             changed = configuration.differences(configuration.plain(before), configuration.plain(self))
             if changed:
                 raise ConfigError(
@@ -178,7 +178,7 @@ class OwnAutoencoder(TrainingConfig):
                 adversary = PatchDiscriminator(channels, channels=adversarial.channels, layers=adversarial.layers)
         if adversary is not None and min(dataset.image_shape[1:]) < adversary.smallest:
             raise ConfigError(
-                f"an adversary of that many layers for pictures of {min(dataset.image_shape[1:])} px",
+                f"an adversary of that many layers for images of {min(dataset.image_shape[1:])} px",
                 where="autoencoder.losses.adversarial.layers",
                 hint=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
             )
@@ -208,14 +208,14 @@ class OwnAutoencoder(TrainingConfig):
         figures = trainer.figures()
         facts = {
             **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
-            "told": statistics.told.tolist(),
+            "informative": statistics.informative.tolist(),
             "dead_channels": statistics.dead,
-            "pictures_measured": min(MEASURED, len(dataset.training)),
+            "images_measured": min(MEASURED, len(dataset.training)),
             **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
         }
-        autoencoder_files.save(Latents(codec, statistics.mean, statistics.deviation), final, facts)
-        distance = f"  rFD {facts['rfd']:.3g} (n={facts['rfd_pictures']}, {facts['rfd_features']})" if "rfd" in facts else ""
-        say(f"autoencoder: {trainer.task.headline(figures)}{distance}; {_described(statistics)}", markup=False)
+        autoencoder_files.save(LatentAutoencoder(codec, statistics.mean, statistics.deviation), final, facts)
+        distance = f"  rFD {facts['rfd']:.3g} (n={facts['rfd_images']}, {facts['rfd_features']})" if "rfd" in facts else ""
+        say(f"autoencoder: {trainer.task.summary(figures)}{distance}; {_described(statistics)}", markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class PretrainedAutoencoder:
         path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the file of a tiny one's encoder.
         decoder: the file of its decoder, in the second case.
         statistics: `measured` on the training set, or its `own` scaling factor.
-        variants: latents kept of each picture, each augmented in its own way, where pictures are augmented.
+        augmented_copies: latents kept of each image, each augmented in its own way, where images are augmented.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -234,10 +234,10 @@ class PretrainedAutoencoder:
     path: str
     decoder: str | None = None
     statistics: Literal["measured", "own"] = "measured"
-    variants: Count = 8
+    augmented_copies: Count = 8
 
     def __post_init__(self) -> None:
-        _require_variants(self.variants)
+        _require_variants(self.augmented_copies)
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
         """Of the latents; a run's own copy is asked first, since what it was made from may be gone."""
@@ -246,19 +246,19 @@ class PretrainedAutoencoder:
         found = autoencoder_files.load(own) if own and kept else autoencoder_files.load(self.path, self.decoder)
         return Layout(found.latent_channels, found.factor)
 
-    def opened(self, run: Path, image_channels: int) -> Autoencoder:
+    def load(self, run: Path, image_channels: int) -> Autoencoder:
         """The autoencoder of a trained run, which holds its own copy."""
         return autoencoder_files.load(run / FOLDER / FINAL)
 
-    def untrained(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a rehearsal: latents of zeros."""
-        return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.variants, pixels=pixels)
+    def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+        """What training would see, for a trial_trainer: latents of zeros."""
+        return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.augmented_copies, pixels=pixels)
 
-    def rehearsals(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
         """There is nothing to train before."""
         return {}
 
-    def prepared(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
@@ -267,15 +267,15 @@ class PretrainedAutoencoder:
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":
                 statistics = _measured(given.codec, dataset)
-                given = Latents(given.codec, statistics.mean, statistics.deviation)
-                facts |= {"told": statistics.told.tolist(), "dead_channels": statistics.dead}
+                given = LatentAutoencoder(given.codec, statistics.mean, statistics.deviation)
+                facts |= {"informative": statistics.informative.tolist(), "dead_channels": statistics.dead}
                 console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
             final.parent.mkdir(parents=True, exist_ok=True)
             autoencoder_files.save(given, final, facts)
-        return _encoded(autoencoder_files.load(final), dataset, self.variants, directory, pixels=pixels)
+        return _encoded(autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels)
 
 
-AutoencoderConfig = PixelSpace | OwnAutoencoder | PretrainedAutoencoder
+AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
 
 
 def _require_variants(variants: int) -> None:
@@ -284,33 +284,33 @@ def _require_variants(variants: int) -> None:
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:
-    """Raise ConfigError unless every shape of the pictures can be halved that often."""
+    """Raise ConfigError unless every shape of the images can be halved that often."""
     for height, width in dataset.config.pixel_format().shapes:
         if height % factor or width % factor:
             raise ConfigError(
-                f"pictures of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
+                f"images of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
                 where="autoencoder",
                 hint=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
             )
 
 
 def _measured(codec: Codec, dataset: Dataset) -> Statistics:
-    """Of the latents of training pictures, spread over the set."""
+    """Of the latents of training images, spread over the set."""
     positions = dataset.training[np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)]
     device = next(codec.parameters()).device
 
-    def pictures() -> Iterator[Tensor]:
+    def images() -> Iterator[Tensor]:
         for shape in np.unique(dataset.shapes[positions]):
             chosen = positions[dataset.shapes[positions] == shape]
             for first in range(0, len(chosen), BATCH):
                 yield to_float(dataset.images(chosen[first : first + BATCH])[0]).to(device)
 
-    return measure(codec, pictures())
+    return measure(codec, images())
 
 
 @torch.no_grad()
 def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Features) -> dict[str, Any]:
-    """The Fréchet distance between held-out pictures and their reconstructions, and what it was measured with."""
+    """The Fréchet distance between held-out images and their reconstructions, and what it was measured with."""
     held = dataset.usual(dataset.holdout)[:MEASURED]
     if len(held) < FEWEST:
         return {}
@@ -319,7 +319,7 @@ def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Fe
         real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
         found.append((features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu()))
     real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return {"rfd": frechet_distance(real, made), "rfd_pictures": len(held), "rfd_features": features.name}
+    return {"rfd": frechet_distance(real, made), "rfd_images": len(held), "rfd_features": features.name}
 
 
 def _described(statistics: Statistics) -> str:
@@ -331,7 +331,7 @@ def _described(statistics: Statistics) -> str:
 def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
     _require_fit(codec.factor, dataset)
     size = codec.latent_channels
-    latents = Latents(codec, torch.zeros(size), torch.ones(size))
+    latents = LatentAutoencoder(codec, torch.zeros(size), torch.ones(size))
     _, height, width = dataset.image_shape
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
     gather = partial(_repeated, blank)
@@ -346,7 +346,7 @@ def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
 
 
 def _encoded(
-    autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
+    autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
 ) -> tuple[Autoencoder, Dataset]:
     """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
     autoencoder = autoencoder.to(default_device())
@@ -355,14 +355,14 @@ def _encoded(
             "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
         )
         return autoencoder, dataset
-    with ProgressBar("encoding pictures") as bar:
+    with ProgressBar("encoding images") as bar:
         return autoencoder, with_latents(
             dataset, autoencoder, identity=autoencoder_files.identity(autoencoder), variants=variants, pixels=pixels,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total} batches"),
         )  # fmt: skip
 
 
-def _kept(autoencoder: Latents, dataset: Dataset, variants: int, directory: RunDirectory) -> bool:
+def _kept(autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory) -> bool:
     """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded and fresh ones are not."""
     decision = directory.path / FOLDER / "kept.json"
     if decision.is_file():

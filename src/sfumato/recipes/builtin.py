@@ -11,17 +11,17 @@ from sfumato.conditioners import (
     DoodleConfig,
     Holes,
     ImageConfig,
+    LearnedTextConfig,
     PointsConfig,
     ReferenceConfig,
     SplatConfig,
-    WordsConfig,
 )
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
 from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.names import unknown
 from sfumato.recipes.run import Run
 from sfumato.sampling import DDIM
@@ -79,7 +79,7 @@ def ddpm() -> Run:
 
 
 def emoji() -> Run:
-    """OpenMoji's pictures at 32 x 32, steered by fifteen categories; combinations of profession and skin tone held out: 45 minutes."""
+    """OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession and skin tone held out: 45 minutes."""
     return Run(
         name="emoji",
         data=DataConfig(source=Emoji(size=64), resolution=32),
@@ -94,54 +94,54 @@ def emoji() -> Run:
 
 
 def emoji_text() -> Run:
-    """OpenMoji's pictures at 32 x 32, steered by their names, which a small transformer learns to read: 45 minutes on two cores."""
+    """OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns to read: 45 minutes on two cores."""
     return replace(
         emoji(),
         name="emoji-text",
         network=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)),
-        conditioner=ContextConfig(text=WordsConfig(length=16)),
+        conditioner=ContextConfig(text=LearnedTextConfig(length=16)),
         sampling=SamplingConfig(guidance=2.0),
     )
 
 
 def emoji_doodle() -> Run:
-    """OpenMoji's pictures at 32 x 32 from their line drawings: 10 minutes on two cores."""
-    doodle = ContextConfig(doodle=DoodleConfig(made=0.3))
+    """OpenMoji's images at 32 x 32 from their line drawings: 10 minutes on two cores."""
+    doodle = ContextConfig(doodle=DoodleConfig(synthetic=0.3))
     return replace(emoji_text(), name="emoji-doodle", conditioner=doodle, budget=Budget(minutes=10))
 
 
 def emoji_inpaint() -> Run:
-    """OpenMoji's pictures at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."""
-    both = ContextConfig(text=WordsConfig(length=16, dropout=0.3), image=ImageConfig(lost=Holes()))
+    """OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."""
+    both = ContextConfig(text=LearnedTextConfig(length=16, dropout=0.3), image=ImageConfig(degradation=Holes()))
     return replace(emoji_text(), name="emoji-inpaint", conditioner=both, budget=Budget(minutes=10))
 
 
 def emoji_points() -> Run:
-    """OpenMoji's pictures at 32 x 32 from points along their outlines: 10 minutes on two cores."""
+    """OpenMoji's images at 32 x 32 from points along their outlines: 10 minutes on two cores."""
     points = ContextConfig(points=PointsConfig(splat=SplatConfig()))
     return replace(emoji_text(), name="emoji-points", conditioner=points, budget=Budget(minutes=10))
 
 
 def emoji_everything() -> Run:
-    """OpenMoji's pictures at 32 x 32 by name, category, doodle, points and reference, alone and together: 45 minutes on two cores."""
+    """OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and together: 45 minutes on two cores."""
     # The more a context tells, the more often it is hidden: with all shown at once, nothing would be learnt from names.
     every = ContextConfig(
         category=CategoryConfig(dropout=0.6),
-        text=WordsConfig(length=16, dropout=0.2),
+        text=LearnedTextConfig(length=16, dropout=0.2),
         reference=ReferenceConfig(dropout=0.75),
-        doodle=DoodleConfig(made=0.3, dropout=0.65),
+        doodle=DoodleConfig(synthetic=0.3, dropout=0.65),
         points=PointsConfig(splat=SplatConfig(), dropout=0.65),
     )
     return replace(emoji_text(), name="emoji-everything", conditioner=every)
 
 
 def emoji_latent() -> Run:
-    """OpenMoji's pictures at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."""
+    """OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."""
     return replace(
         emoji(),
         name="emoji-latent",
         data=DataConfig(source=Emoji(size=64), resolution=64),
-        autoencoder=OwnAutoencoder(network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)),
+        autoencoder=TrainedAutoencoder(network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)),
         network=UNetConfig(channels=64, multipliers=(1, 2), attention_depths=(0, 1), dropout=0.1),
         denoiser=DenoiserConfig(input_scale=UnitVariance(1.0)),
         budget=Budget(minutes=20),
@@ -157,7 +157,7 @@ def solids_points() -> Run:
         emoji_text(),
         name="solids-points",
         data=DataConfig(source=Solids(), resolution=32),
-        conditioner=ContextConfig(text=WordsConfig(length=8, dropout=0.3), points=PointsConfig(splat=SplatConfig())),
+        conditioner=ContextConfig(text=LearnedTextConfig(length=8, dropout=0.3), points=PointsConfig(splat=SplatConfig())),
         budget=Budget(minutes=10),
     )
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sfumato.conditioners import CompositeConditioner, PretrainedTextConfig, TextEncoder, Words, WordsConfig
+from sfumato.conditioners import CompositeConditioner, LearnedTextConfig, PretrainedTextConfig, TextEncoder, WordTokenizer
 from sfumato.contexts import Text, part_of
 from sfumato.data import Dataset, Entry
 from sfumato.data.check.captions import is_placeholder
@@ -62,9 +62,9 @@ class CaptionSurvey:
         return self.different > 1 and (self.captioned >= FEWEST or 2 * self.captioned > self.images)
 
     @property
-    def text(self) -> WordsConfig | None:
+    def text(self) -> LearnedTextConfig | None:
         """How captions are read; None where they are not used."""
-        return WordsConfig(length=self.length) if self.usable else None
+        return LearnedTextConfig(length=self.length) if self.usable else None
 
     @property
     def reasons(self) -> list[str]:
@@ -86,8 +86,8 @@ def fitting_length(captions: Sequence[str]) -> int:
     if not captions:
         return SHORTEST
     spread = captions[:: max(1, len(captions) // LOOKED_AT)]
-    config = WordsConfig()
-    words = Words(config.words(spread)[: config.vocabulary], config.splitting)
+    config = LearnedTextConfig()
+    words = WordTokenizer(config.words(spread)[: config.vocabulary], config.splitting)
     most = int(np.quantile([words.count(text) for text in spread], 0.95, method="higher"))
     return min(LONGEST, max(SHORTEST, -(-(most + ROOM) // STEP) * STEP))
 
@@ -150,6 +150,6 @@ def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[st
 
 def reader_of(run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> Reader:
     """What would read the captions in a run on them; its length is chosen where the run reads no text."""
-    config = run.conditioner.text or WordsConfig(length=fitting_length(captions))
+    config = run.conditioner.text or LearnedTextConfig(length=fitting_length(captions))
     with torch.device("meta"):  # it only counts
         return config.build(config.words(captions), encoder)

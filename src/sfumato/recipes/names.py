@@ -19,30 +19,30 @@ SUMMARIES = {
         "three minutes on two cores."
     ),
     "emoji": (
-        "OpenMoji's pictures at 32 x 32, steered by fifteen categories; combinations of profession and skin "
+        "OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession and skin "
         "tone held out: 45 minutes."
     ),
     "emoji-text": (
-        "OpenMoji's pictures at 32 x 32, steered by their names, which a small transformer learns to read: "
+        "OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns to read: "
         "45 minutes on two cores."
     ),
-    "emoji-doodle": "OpenMoji's pictures at 32 x 32 from their line drawings: 10 minutes on two cores.",
+    "emoji-doodle": "OpenMoji's images at 32 x 32 from their line drawings: 10 minutes on two cores.",
     "emoji-inpaint": (
-        "OpenMoji's pictures at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."
+        "OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."
     ),
-    "emoji-points": "OpenMoji's pictures at 32 x 32 from points along their outlines: 10 minutes on two cores.",
+    "emoji-points": "OpenMoji's images at 32 x 32 from points along their outlines: 10 minutes on two cores.",
     "emoji-everything": (
-        "OpenMoji's pictures at 32 x 32 by name, category, doodle, points and reference, alone and together: "
+        "OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and together: "
         "45 minutes on two cores."
     ),
     "emoji-latent": (
-        "OpenMoji's pictures at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."
+        "OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."
     ),
     "solids-points": "Shaded solids at 32 x 32 from 3-D points on their surface, with their names: 10 minutes on two cores.",
 }
 BUILT_IN = ("digits", "emoji", "solids")  # sets of images
 KEYS = (
-    "seed", "batch_size", "micro_batch", "budget", "optimizer", "ema", "posthoc", "precision", "compile", "log",
+    "seed", "batch_size", "micro_batch", "budget", "optimizer", "ema", "post_hoc_ema", "precision", "compile", "log",
     "checkpoint", "validation", "preview", "name", "data", "autoencoder", "network", "conditioner", "denoiser",
     "auxiliary", "objective", "sampling",
 )  # fmt: skip

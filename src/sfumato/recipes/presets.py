@@ -17,12 +17,12 @@ from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
 from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.recipes.autoencoder_stage import AutoencoderConfig, OwnAutoencoder, PixelSpace
+from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig, TrainedAutoencoder
 from sfumato.recipes.run import Run
 from sfumato.recipes.survey import MOST, Survey
 from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
 
-SMALL, LARGE = 5_000, 500_000  # pictures
+SMALL, LARGE = 5_000, 500_000  # images
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
 SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another in any case
@@ -46,7 +46,7 @@ def choose(
     bits: Literal[8, 16] | None = None,
     space: AutoencoderConfig | None = None,
 ) -> Choice:
-    """The preset for a source of pictures on this machine.
+    """The preset for a source of images on this machine.
 
     Args:
         listing: what the source lists, if that is known already.
@@ -63,10 +63,10 @@ def choose(
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     resolution, why_resolution = _resolution(survey, gpu=gpu) if sides is None else (min(sides), f"{_by(sides)} px, as set")
     space, why_space = _space(sides or (resolution, resolution), gpu=gpu) if space is None else (space, [])
-    network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelSpace) else 2)
+    network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelsConfig) else 2)
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
-    reasons = [f"{survey.count} pictures on {machine}: {why_network}", why_resolution, *why_space, *why_categories]
+    reasons = [f"{survey.count} images on {machine}: {why_network}", why_resolution, *why_space, *why_categories]
     why_channels = f": {survey.why}" if channels is None else ", as set"
     channels = survey.channels if channels is None else channels
     reasons.append(f"{channels} channel(s){why_channels}")
@@ -126,11 +126,11 @@ def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, lis
     resolution = min(sides)
     depth = max(depth for depth in range(4) if not any(side % 2**depth for side in sides))
     if resolution < LATENTS_FROM or depth < 2:
-        return PixelSpace(), []
+        return PixelsConfig(), []
     widths, blocks, groups = ((64, 128, 256, 256), 2, 16) if gpu else ((16, 32, 64, 128), 1, 4)
     network = KLConfig(channels=widths[: depth + 1], latent_channels=16 if depth == 3 else 4, blocks=blocks, groups=groups)
     height, width = (side // network.factor for side in sides)
-    return OwnAutoencoder(network=network, budget=Budget(minutes=20)), [
+    return TrainedAutoencoder(network=network, budget=Budget(minutes=20)), [
         f"in latents of {height} x {width} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
     ]
 
@@ -138,11 +138,11 @@ def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, lis
 def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
     count = len(survey.categories)
     if count < 2:
-        return None, ["no categories: the model makes pictures like the set, and cannot be asked for a kind"]
+        return None, ["no categories: the model makes images like the set, and cannot be asked for a kind"]
     if count > min(MANY_CATEGORIES, survey.count / 4):
-        return None, [f"{count} categories are too many for {survey.count} pictures: they are left aside"]
+        return None, [f"{count} categories are too many for {survey.count} images: they are left aside"]
     return CategoryConfig(), [
-        f"steered by {count} categories, from {min(survey.categories.values())} to {max(survey.categories.values())} pictures each"
+        f"steered by {count} categories, from {min(survey.categories.values())} to {max(survey.categories.values())} images each"
     ]
 
 
@@ -150,9 +150,9 @@ def _name(place: str) -> str:
     """Of the run: the folder's, or the file's without its ending."""
     path = Path(place)
     if path.is_dir():
-        return path.resolve().name or "pictures"
+        return path.resolve().name or "images"
     name = place.rstrip("/").rpartition("/")[2]
-    return name.rpartition(".")[0] or name or "pictures"
+    return name.rpartition(".")[0] or name or "images"
 
 
 def _run(
@@ -182,7 +182,7 @@ def _run(
         name=_name(place),
         data=DataConfig(
             source=source, resolution=resolution, channels=channels, bits=bits, workers=2,
-            augment=AugmentConfig(non_leaking=0.12) if small else AugmentConfig(flip="none"),
+            augment=AugmentConfig(karras=0.12) if small else AugmentConfig(flip="none"),
         ),
         autoencoder=space,
         network=network,
@@ -207,11 +207,11 @@ def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
 
 
 def shift(values: int) -> float:
-    """How far training and sampling move to more noise: neighbouring values of large pictures tell of one another, so that the same noise
-    hides less of them. Never to less, which made better pictures that followed their category less (docs/training.md).
+    """How far training and sampling move to more noise: neighbouring values of large images tell of one another, so that the same noise
+    hides less of them. Never to less, which made better images that followed their category less (docs/training.md).
 
     Args:
-        values: of a picture, or of its latents.
+        values: of an image, or of its latents.
 
     Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 values as the reference: Zheng et al. 2025 (arXiv:2510.11690), sec. 4.
     """

@@ -76,7 +76,7 @@ def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
 
 
 def is_preset(source: str | Path | Run) -> bool:
-    """Whether the configuration is chosen from the data themselves: `source` is pictures, and no recipe, run or YAML file."""
+    """Whether the configuration is chosen from the data themselves: `source` is images, and no recipe, run or YAML file."""
     if isinstance(source, Run) or str(source) in RECIPES or Path(source).suffix in (".yaml", ".yml"):
         return False
     return not (Path(source) / "config.yaml").is_file()
@@ -87,7 +87,7 @@ def _is_source(source: str | Path | Run) -> bool:
 
 
 def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What `source` says by itself, and where; where it is pictures, what is given for besides decides more than itself."""
+    """What `source` says by itself, and where; where it is images, what is given for besides decides more than itself."""
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)

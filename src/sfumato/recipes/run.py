@@ -11,7 +11,7 @@ from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
-from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelSpace
+from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig
 from sfumato.recipes.validation import require_finite_loss, require_guidable, require_sampled
 from sfumato.training import AuxiliaryConfig, TrainingConfig
 
@@ -29,7 +29,7 @@ class Run(TrainingConfig):
 
     name: str
     data: DataConfig = DataConfig()
-    autoencoder: AutoencoderConfig = PixelSpace()
+    autoencoder: AutoencoderConfig = PixelsConfig()
     network: NetworkConfig = UNetConfig()
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
@@ -40,14 +40,14 @@ class Run(TrainingConfig):
     def __post_init__(self) -> None:
         require_bounds(self)
         TrainingConfig.__post_init__(self)
-        if self.auxiliary.uncertainty and self.objective.contrast:
+        if self.auxiliary.uncertainty and self.objective.contrastive_weight:
             raise ConfigError(
                 "learned uncertainty divides by the expected loss, which a contrast makes negative",
                 where="auxiliary.uncertainty",
-                hint="use one of the two: auxiliary.uncertainty=false, or objective.contrast=0",
+                hint="use one of the two: auxiliary.uncertainty=false, or objective.contrastive_weight=0",
             )
 
-        if self.sampling.clip and not isinstance(self.autoencoder, PixelSpace):
+        if self.sampling.clip and not isinstance(self.autoencoder, PixelsConfig):
             raise ConfigError(
                 "clamps guesses of the image to [-1, 1], and the model works in latents, whose values have no bounds",
                 where="sampling.clip",
@@ -58,6 +58,6 @@ class Run(TrainingConfig):
         require_guidable(self)
 
     @property
-    def sees_pictures(self) -> bool:
-        """Whether training needs the pictures themselves where the model works in latents."""
+    def needs_images(self) -> bool:
+        """Whether training needs the images themselves where the model works in latents."""
         return self.conditioner.needs_images or self.auxiliary.alignment is not None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.autoencoders import Autoencoder
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
 from sfumato.generation.pipeline import Model
 from sfumato.recipes.run import Run
@@ -22,7 +22,7 @@ def diffusion_trainer(
     autoencoder: Autoencoder,
     dataset: Dataset,
     directory: RunDirectory,
-    facts: Facts,
+    facts: ConditioningInfo,
     pinned: Mapping[str, Any],
 ) -> Trainer:
     """Trains a model that is on its device, `with_auxiliary`, on a dataset that holds what the autoencoder made of it."""

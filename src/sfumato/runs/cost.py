@@ -11,7 +11,7 @@ from typing import cast
 from sfumato.data import Dataset
 from sfumato.observability.metrics import peak_gib
 from sfumato.observability.progress import duration
-from sfumato.recipes.autoencoder_stage import OwnAutoencoder
+from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs.assembly import diffusion_trainer
 from sfumato.runs.preparation import PreparedRun
 from sfumato.storage.run_directory import RunDirectory
@@ -35,7 +35,7 @@ class Prediction:
         images: that are trained on, each as often as it is seen.
         looks_s: of `seconds`, what previews and validation take, estimated from the step.
         encoding_s: what encoding the images takes after this stage, if it is an autoencoder's.
-        rehearsal_s: what this prediction took.
+        trial_s: what this prediction took.
         precision: that the network computes in.
     """
 
@@ -49,7 +49,7 @@ class Prediction:
     images: int = 0
     looks_s: float = 0.0
     encoding_s: float = 0.0
-    rehearsal_s: float = 0.0
+    trial_s: float = 0.0
     precision: str = "float32"
 
     def lines(self) -> list[str]:
@@ -57,7 +57,7 @@ class Prediction:
         looks = f", {duration(self.looks_s)} of it for previews and validation" if self.looks_s >= 1 else ""
         return [
             f"predicted: {self.stage}, {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all{looks}; "
-            f"each picture seen {self.epochs:.1f} times",
+            f"each image seen {self.epochs:.1f} times",
             f"predicted: {self.stage}, {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
         ]
 
@@ -68,29 +68,29 @@ def predict(prepared: PreparedRun) -> list[Prediction]:
     found = []
     with tempfile.TemporaryDirectory() as place:
         begun = time.perf_counter()
-        for stage, trainer in run.autoencoder.rehearsals(dataset, Path(place) / "autoencoder").items():
-            own = cast(OwnAutoencoder, run.autoencoder)  # no other is trained
+        for stage, trainer in run.autoencoder.trial_trainers(dataset, Path(place) / "autoencoder").items():
+            own = cast(TrainedAutoencoder, run.autoencoder)  # no other is trained
             prediction = _predicted(stage, trainer, own, begun)
             found.append(replace(prediction, encoding_s=_encoding_s(own, dataset, prediction.step_s)))
         begun = time.perf_counter()
-        found.append(_predicted("diffusion model", rehearsal(prepared, Path(place) / "run"), run, begun))
+        found.append(_predicted("diffusion model", trial_trainer(prepared, Path(place) / "run"), run, begun))
     return found
 
 
-def _encoding_s(own: OwnAutoencoder, dataset: Dataset, step_s: float) -> float:
+def _encoding_s(own: TrainedAutoencoder, dataset: Dataset, step_s: float) -> float:
     """Half a forward pass of the autoencoder for each variant of each image."""
-    variants = 1 if dataset.config.augment.is_off else own.variants
+    variants = 1 if dataset.config.augment.is_off else own.augmented_copies
     return 0.5 * step_s * variants * len(dataset.training) / (PASSES * own.batch_size)
 
 
 def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: float) -> Prediction:
-    step_s = trainer.rehearse()
+    step_s = trainer.measure_step()
     size, batch = len(trainer.dataset.training), config.batch_size
     preview, validation = (step_s * passes / (PASSES * batch) for passes in trainer.task.passes(config))
-    steps, looks_s = config.budget.steps_of(step_s, batch_size=batch, pictures=size), 0.0
+    steps, looks_s = config.budget.steps_of(step_s, batch_size=batch, images=size), 0.0
     for _ in range(20):  # what is looked at takes time from the steps, and the fewer steps, the less is looked at
         looks_s = _looks_s(config, steps, steps * step_s + looks_s, preview, validation)
-        steps = config.budget.steps_of(step_s + looks_s / steps, batch_size=batch, pictures=size)
+        steps = config.budget.steps_of(step_s + looks_s / steps, batch_size=batch, images=size)
     return Prediction(
         stage=stage,
         step_s=step_s,
@@ -101,7 +101,7 @@ def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: floa
         disk_gib=trainer.disk_bytes() / 2**30,
         images=steps * batch,
         looks_s=looks_s,
-        rehearsal_s=time.perf_counter() - begun,
+        trial_s=time.perf_counter() - begun,
         precision=precision_of(trainer.config, trainer.state.counters),
     )
 
@@ -119,14 +119,14 @@ def times(cadence: Cadence, steps: int, seconds: float, cost_s: float) -> int:
     return max(by_steps, 0 if seconds <= first_s else 1 + int((seconds - first_s) / then_s))
 
 
-def rehearsal(prepared: PreparedRun, place: Path) -> Trainer:
+def trial_trainer(prepared: PreparedRun, place: Path) -> Trainer:
     """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one.
 
     It has hardly anything to look at, which takes long to prepare.
     """
     run = replace(prepared.run, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
     directory = RunDirectory.create(place)
-    autoencoder, dataset = run.autoencoder.untrained(prepared.dataset, pixels=run.sees_pictures)
+    autoencoder, dataset = run.autoencoder.placeholder(prepared.dataset, pixels=run.needs_images)
     return diffusion_trainer(
         run, model=prepared.trainable_model(), autoencoder=autoencoder, dataset=dataset, directory=directory,
         facts=prepared.facts, pinned={},

@@ -19,7 +19,7 @@ from sfumato.training.parameters import describe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """A training that has not begun.
 
     Attributes:
@@ -37,7 +37,7 @@ class Plan:
     @property
     def total_s(self) -> float:
         """Seconds of all stages, and of what comes before and between them."""
-        return sum(stage.seconds + stage.encoding_s + stage.rehearsal_s for stage in self.stages)
+        return sum(stage.seconds + stage.encoding_s + stage.trial_s for stage in self.stages)
 
     def lines(self) -> list[str]:
         """For a person; the summary and the verdict come last."""
@@ -50,7 +50,7 @@ class Plan:
         parts = [
             f"{duration(looks)} previews and validation",
             *([f"{duration(encoding)} encoding"] if encoding else []),
-            f"{duration(sum(stage.rehearsal_s for stage in self.stages))} for this prediction",
+            f"{duration(sum(stage.trial_s for stage in self.stages))} for this prediction",
         ]
         return (
             f"summary: {self.images} images at {size} px, {model.precision}, {model.steps} steps; "
@@ -81,7 +81,7 @@ class Plan:
         }
 
 
-def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
+def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan:
     """What would be trained, and what a few real steps of it say that it takes; nothing is kept."""
     chosen = resolved(source, overrides)
     run = chosen.run
@@ -89,7 +89,7 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
     dataset, images = prepared.dataset, len(prepared.dataset.training)
     said = [*_of(dataset, describe(prepared.model)), *cut_captions(dataset, prepared.model.conditioner)]
     stages = predict(prepared)
-    return Plan(
+    return TrainingPlan(
         run=run,
         images=images,
         notes=(*chosen.reasons, *chosen.notes, *said),
@@ -100,6 +100,6 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> Plan:
 
 def _of(dataset: Dataset, parameters: str) -> list[str]:
     return [
-        f"{len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
+        f"{len(dataset.training)} images to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters}",
     ]

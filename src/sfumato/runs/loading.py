@@ -1,4 +1,4 @@
-"""From a trained run back to something that makes pictures."""
+"""From a trained run back to something that makes images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sfumato import config as configuration
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.errors import ConfigError, RunError
 from sfumato.generation.pipeline import Model, Pipeline
 from sfumato.observability.progress import console
@@ -47,7 +47,7 @@ def snapshot(path: str | Path, step: int) -> Model:
 
 
 def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Errors on held-out pictures of averages of several widths, reconstructed from those that a run kept.
+    """Errors on held-out images of averages of several widths, reconstructed from those that a run kept.
 
     Raises:
         CheckpointError: if it kept none.
@@ -105,13 +105,13 @@ def load(
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
-    facts = configuration.parse(Facts, loaded.state["facts"], where=str(loaded.path))
+    facts = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
     _load_weights(model, _weights(weights, loaded, directory), checkpoint.load_frozen(loaded.path, loaded.state))
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(default_device()),
-        autoencoder=settings.autoencoder.opened(directory.path, channels).to(default_device()),
+        autoencoder=settings.autoencoder.load(directory.path, channels).to(default_device()),
         sampling=settings.sampling,
         facts=facts,
         image_shape=(channels, height, width),

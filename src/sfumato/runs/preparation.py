@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sfumato.condition import NO_CONTEXT
-from sfumato.conditioners import Facts, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners import ConditioningInfo, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset, Listing, files, index
 from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
@@ -44,14 +44,14 @@ class PreparedRun:
 
     run: Run
     dataset: Dataset
-    facts: Facts
+    facts: ConditioningInfo
     model: Model
 
     def trainable_model(self) -> Model:
         """A copy of the untrained model on the device that is used, with what is trained beside it.
 
         Raises:
-            ConfigError: if an encoder that is aligned to is missing.
+            ConfigError: if an encoder that is format_table to is missing.
         """
         return with_auxiliary(self.run, copy.deepcopy(self.model))
 
@@ -77,7 +77,7 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
 def open_data(run: Run, listing: Listing | None = None) -> Dataset:
     """Index the run's data, showing progress; `listing` is that of its source, if it was listed already."""
     require_there(run)
-    with ProgressBar("reading pictures") as bar:
+    with ProgressBar("reading images") as bar:
         dataset = index(
             run.data,
             layers=run.conditioner.names,
@@ -96,7 +96,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
         groups = np.bincount(dataset.clusters)
         if (groups > 1).any():
             bar.say(
-                f"{groups[groups > 1].sum()} pictures have duplicates or near-duplicates; training and hold-out share none of them"
+                f"{groups[groups > 1].sum()} images have duplicates or near-duplicates; training and hold-out share none of them"
             )
         for remark in dataset.remarks:
             bar.say(remark)
@@ -109,13 +109,13 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
                 f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, {left_out} rarer ones are not"
             )
         if dataset.crop_loss > 0.1:
-            bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the pictures' area; data.buckets keeps more of it")
+            bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the images' area; data.buckets keeps more of it")
     return dataset
 
 
-def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Facts:
+def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
     """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
-    return Facts(
+    return ConditioningInfo(
         channels=run.data.channels,
         categories=dataset.categories,
         factor=run.autoencoder.layout(run.data.channels, place).factor,
@@ -133,7 +133,7 @@ def untrained(dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count)
 
 
-def build_model(run: Run, facts: Facts, place: Path | None = None) -> Model:
+def build_model(run: Run, facts: ConditioningInfo, place: Path | None = None) -> Model:
     """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is the run's, where it has one."""
     channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +153,7 @@ def with_auxiliary(run: Run, model: Model) -> Model:
     """The model on the device that is used, with what is trained beside it.
 
     Raises:
-        ConfigError: if an encoder that is aligned to is missing.
+        ConfigError: if an encoder that is format_table to is missing.
     """
     device = default_device()
 

@@ -103,9 +103,9 @@ def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     for line in cut_captions(prepared.dataset, prepared.model.conditioner):
         screen.print(line, markup=False)
     model = prepared.trainable_model()
-    autoencoder, dataset = run.autoencoder.prepared(prepared.dataset, directory, pixels=run.sees_pictures)
+    autoencoder, dataset = run.autoencoder.prepare(prepared.dataset, directory, pixels=run.needs_images)
     screen.print(
-        f"{directory.path}: {len(dataset.training)} pictures to learn from, {len(dataset.holdout)} held out, "
+        f"{directory.path}: {len(dataset.training)} images to learn from, {len(dataset.holdout)} held out, "
         f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {describe(model)}",
         markup=False,
     )

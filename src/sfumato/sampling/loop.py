@@ -19,7 +19,7 @@ from sfumato.sampling.noise import KeyedNoise
 from sfumato.sampling.protocol import History, Noise, Sampler
 
 
-class Progress(NamedTuple):
+class StepInfo(NamedTuple):
     """What `on_step` is told after each step.
 
     Attributes:
@@ -70,7 +70,7 @@ def sample(
     *,
     condition: Condition | None = None,
     noise: Noise | None = None,
-    on_step: Callable[[Progress], None] | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
 ) -> Tensor:
     """Walk `x` down the grid of `levels`, step by step.
 
@@ -109,7 +109,7 @@ def sample(
             else:
                 x = sampler.step(denoise, x, start, stop, history, noise)
             if on_step is not None:
-                on_step(Progress(index + 1, len(levels.alpha) - 1, start, stop, before, x, first[0].x0))
+                on_step(StepInfo(index + 1, len(levels.alpha) - 1, start, stop, before, x, first[0].x0))
     return x
 
 

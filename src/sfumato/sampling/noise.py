@@ -30,7 +30,7 @@ class KeyedNoise:
 
 
 @dataclass(frozen=True)
-class BetweenNoise:
+class InterpolatedNoise:
     """Draw after draw, noises on the way from image 0 of one seed to image 0 of another, at `shares` of it."""
 
     first: KeyedNoise
@@ -40,10 +40,10 @@ class BetweenNoise:
     def __call__(self, x: Tensor) -> Tensor:
         """Noise in the shape, dtype and on the device of `x` (B, ...), B as many as `shares`."""
         a, b = self.first(x[:1]), self.last(x[:1])
-        return torch.cat([on_the_sphere(a, b, share) for share in self.shares])
+        return torch.cat([slerp(a, b, share) for share in self.shares])
 
 
-def on_the_sphere(a: Tensor, b: Tensor, share: float) -> Tensor:
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Noise on the way from `a` to `b`, of the same variance: spherical interpolation."""
     angle = torch.arccos((torch.sum(a * b) / (a.norm() * b.norm())).clamp(-1, 1))
     if angle < 1e-4:

@@ -8,7 +8,7 @@ from sfumato.training.config import (
     Budget,
     CheckpointConfig,
     LogConfig,
-    PosthocConfig,
+    PostHocEMAConfig,
     PreviewConfig,
     TrainingConfig,
     ValidationConfig,
@@ -22,6 +22,6 @@ from sfumato.training.trainer import Trainer
 
 __all__ = [
     "AdamWConfig", "AdversarialConfig", "AlignmentConfig", "AuxiliaryConfig", "Budget", "CheckpointConfig", "Diffusion",
-    "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig", "MuonConfig", "PosthocConfig", "PowerEMA", "PreviewConfig",
+    "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig", "MuonConfig", "PostHocEMAConfig", "PowerEMA", "PreviewConfig",
     "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig", "reconstructed", "with_latents",
 ]  # fmt: skip

@@ -37,17 +37,17 @@ def precision_of(config: TrainingConfig, counters: Counters) -> str:
 
 
 def settle_compiling(
-    config: TrainingConfig, counters: Counters, network: Accelerable, *, pictures: int, trial: Callable[[], Pass], say: Say
+    config: TrainingConfig, counters: Counters, network: Accelerable, *, images: int, trial: Callable[[], Pass], say: Say
 ) -> bool:
     """Compile the network if asked to, or if it pays and can be done; whether it is.
 
     Args:
-        pictures: in the training set.
+        images: in the training set.
     Raises:
         ConfigError: if it is asked for on a machine that lacks what it takes.
     """
     asked = config.compile
-    if asked == "off" or (asked == "auto" and not _pays(config, counters, network, pictures, trial)):
+    if asked == "off" or (asked == "auto" and not _pays(config, counters, network, images, trial)):
         return False
     if asked == "auto" and not can_compile():
         say(f"the network is not compiled, which would be faster: it {NEEDED}")
@@ -57,14 +57,14 @@ def settle_compiling(
     return True
 
 
-def _pays(config: TrainingConfig, counters: Counters, network: Accelerable, pictures: int, trial: Callable[[], Pass]) -> bool:
+def _pays(config: TrainingConfig, counters: Counters, network: Accelerable, images: int, trial: Callable[[], Pass]) -> bool:
     """Where the whole budget comes to more than what the network's kind makes up for compiling in on such a device."""
     on_gpu = _device(network).type == "cuda"
     after_s = GPU_AFTER_S if on_gpu else network.compile_after_s
     if math.isinf(after_s):
         return False
     counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)], _device(network))
-    steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, pictures=pictures)
+    steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, images=images)
     return counters.pass_s * steps > after_s
 
 

@@ -15,10 +15,10 @@ from sfumato.config.bounds import Fraction, NonNegative, Positive
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
 from sfumato.networks.perceptual import Features
-from sfumato.nn.uncertainty import LearnedUncertainty, Unweighted
+from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty
 
 T = TypeVar("T")
-SMALLEST = 64  # side of pictures that encoders see: of smaller ones, trained ones have a last map of a single place
+SMALLEST = 64  # side of images that encoders see: of smaller ones, trained ones have a last map of a single place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +28,17 @@ class DispersiveConfig:
     Attributes:
         weight: of the loss.
         temperature: distances are divided by it; smaller looks at near neighbours only.
-        until: share of the budget after which it ends.
+        stop_at: share of the budget after which it ends.
 
     Source: Wang & He 2025 (arXiv:2506.09027), eq. 6 (the InfoNCE variant with squared distances) and table 3.
     """
 
     weight: NonNegative = 0.5
     temperature: Positive = 0.5
-    until: Fraction = 1.0
+    stop_at: Fraction = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.weight, self.until)
+        _check(self.weight, self.stop_at)
         if not self.temperature > 0:
             raise ConfigError(f"temperature = {self.temperature}", where="auxiliary", hint="use more than 0")
 
@@ -51,7 +51,7 @@ class AlignmentConfig:
         encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`), `efficientnet-lite0`, or a file: see
             `evaluation.features.extractor`.
         weight: of the loss.
-        until: share of the budget after which it ends: the encoder's view helps early and hinders late.
+        stop_at: share of the budget after which it ends: the encoder's view helps early and hinders late.
 
     Source: Yu et al. 2025 (arXiv:2410.06940), eq. 8; the convolution, and maps without their mean: Singh et al. 2025 (arXiv:2512.10794);
         ending early: Wang et al. 2025 (arXiv:2505.16792).
@@ -59,10 +59,10 @@ class AlignmentConfig:
 
     encoder: str = "efficientnet-lite0"
     weight: NonNegative = 0.5
-    until: Fraction = 0.4
+    stop_at: Fraction = 0.4
 
     def __post_init__(self) -> None:
-        _check(self.weight, self.until)
+        _check(self.weight, self.stop_at)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class AuxiliaryConfig:
 
     Attributes:
         uncertainty: how hard each noise level is, is learned, and divided out of the loss.
-        dispersive: pushes the hidden maps of different pictures apart.
-        alignment: makes hidden maps foretell what a frozen encoder sees in the clean picture.
+        dispersive: pushes the hidden maps of different images apart.
+        alignment: makes hidden maps foretell what a frozen encoder sees in the clean image.
     """
 
     uncertainty: bool = False
@@ -99,7 +99,7 @@ class AuxiliaryConfig:
             terms["dispersive"] = Dispersive(self.dispersive)
         if self.alignment is not None:
             terms["alignment"] = Alignment(self.alignment, network.hidden_channels, encoder(self.alignment.encoder))
-        built = Auxiliary(LearnedUncertainty() if self.uncertainty else Unweighted(), terms)
+        built = Auxiliary(LearnedUncertainty() if self.uncertainty else NoUncertainty(), terms)
         if terms:
             network.probe.register_forward_hook(built.hear)
         return built
@@ -122,7 +122,7 @@ class Auxiliary(nn.Module):
         lasting = ((name, cast(Any, term)) for name, term in self.terms.items())
         hidden = self._heard.value
         return {
-            name: (term.config.weight, term(hidden["hidden"], images)) for name, term in lasting if spent < term.config.until
+            name: (term.config.weight, term(hidden["hidden"], images)) for name, term in lasting if spent < term.config.stop_at
         }
 
 
@@ -180,7 +180,7 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """Pictures whose shorter side is at least `SMALLEST`."""
+    """Images whose shorter side is at least `SMALLEST`."""
     height, width = images.shape[2:]
     factor = max(1.0, SMALLEST / min(height, width))
     size = (round(height * factor), round(width * factor))

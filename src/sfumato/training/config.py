@@ -36,9 +36,9 @@ class Budget:
         pairs = ((steps, self.steps), (samples, self.samples), (epochs, self.epochs), (seconds / 60, self.minutes))
         return max(used / limit for used, limit in pairs if limit is not None)
 
-    def steps_of(self, seconds: float, *, batch_size: int, pictures: int) -> int:
-        """How many steps fit that take so long each, of a set of so many pictures."""
-        share = self.spent(steps=1, samples=batch_size, epochs=batch_size / pictures, seconds=seconds)
+    def steps_of(self, seconds: float, *, batch_size: int, images: int) -> int:
+        """How many steps fit that take so long each, of a set of so many images."""
+        share = self.spent(steps=1, samples=batch_size, epochs=batch_size / images, seconds=seconds)
         return math.ceil(1 / share - 1e-9)
 
 
@@ -110,7 +110,7 @@ class PreviewConfig(Look):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PosthocConfig:
+class PostHocEMAConfig:
     """Averages that are tracked beside `ema` and kept along the way, from which one of any width is made afterwards: `sfumato ema RUN`.
 
     Attributes:
@@ -127,7 +127,7 @@ class PosthocConfig:
         if self.num < 1 or len(set(self.profiles)) != len(self.widths):
             raise ConfigError(
                 f"widths = {self.widths}, num = {self.num}",
-                where="posthoc",
+                where="post_hoc_ema",
                 hint="different widths, kept at least once; [0.1, 0.25] is best",
             )
 
@@ -152,7 +152,7 @@ class TrainingConfig:
         seed: of everything random.
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result; but what compares
-            a batch's pictures with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
+            a batch's images with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
         precision: of the network's inside; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
             with matrix products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and
             optimizer are always float32.
@@ -166,7 +166,7 @@ class TrainingConfig:
     budget: Budget = Budget(minutes=10)
     optimizer: AdamWConfig = AdamWConfig()
     ema: EMAConfig = PowerEMA()
-    posthoc: PosthocConfig = PosthocConfig()
+    post_hoc_ema: PostHocEMAConfig = PostHocEMAConfig()
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log: LogConfig = LogConfig()

@@ -1,4 +1,4 @@
-"""Latents of a whole set, made once and kept on disk."""
+"""LatentAutoencoder of a whole set, made once and kept on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.autoencoders import Latents
+from sfumato.autoencoders import LatentAutoencoder
 from sfumato.data import Dataset, Encoded, to_float
 from sfumato.data.augment import augment
 from sfumato.data.cache import ArrayCache, Gather, Writer
@@ -18,28 +18,28 @@ from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
 from sfumato.errors import DataError
 
-CHUNK = 64  # pictures encoded together; fixed, since rounding depends on it and a resumed run must get the same latents
+CHUNK = 64  # images encoded together; fixed, since rounding depends on it and a resumed run must get the same latents
 COMMIT_S = 60.0
 
 
 def with_latents(
     dataset: Dataset,
-    autoencoder: Latents,
+    autoencoder: LatentAutoencoder,
     *,
     identity: str,
     variants: int,
     pixels: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The dataset with the moments of every training picture's latents, from the cache as far as that has them.
+    """The dataset with the moments of every training image's latents, from the cache as far as that has them.
 
-    What is kept is mean and log-variance in float16, so that training draws a new latent each time it sees a picture. An edited
-    picture is encoded alone; another autoencoder, resolution or augmentation finds nothing.
+    What is kept is mean and log-variance in float16, so that training draws a new latent each time it sees an image. An edited
+    image is encoded alone; another autoencoder, resolution or augmentation finds nothing.
 
     Args:
         identity: hash of the autoencoder.
-        variants: of each picture, each augmented in its own way; 1 is enough, and taken, where nothing is augmented.
-        pixels: whether batches shall hold the pictures too.
+        variants: of each image, each augmented in its own way; 1 is enough, and taken, where nothing is augmented.
+        pixels: whether batches shall hold the images too.
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
@@ -74,7 +74,7 @@ def _key(dataset: Dataset, position: int, variant: int) -> str:
 
 
 def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
-    """Positions and variants in groups of one shape, every different training picture once."""
+    """Positions and variants in groups of one shape, every different training image once."""
     _, places = np.unique(np.array(dataset.ids)[dataset.training], return_index=True)
     first = np.sort(dataset.training[places])
     for shape in np.unique(dataset.shapes):
@@ -84,7 +84,7 @@ def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
 
 
 @torch.no_grad()
-def _moments(dataset: Dataset, autoencoder: Latents, chunk: list[tuple[int, int]]) -> Tensor:
+def _moments(dataset: Dataset, autoencoder: LatentAutoencoder, chunk: list[tuple[int, int]]) -> Tensor:
     pixels, bad, _ = dataset.images([position for position, _ in chunk])
     if bad:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What is looked at while a model trains: its error on held-out pictures, and pictures of its own."""
+"""What is looked at while a model trains: its error on held-out images, and images of its own."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.condition import Context, on_device, reordered
-from sfumato.conditioners import CompositeConditioner, Facts
+from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, values_in_turn
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
 from sfumato.generation.pipeline import Model, Pipeline, SamplingConfig
 from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.images import grid_image, save_png
-from sfumato.sampling import Progress
+from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
 from sfumato.training.validation import Errors, Triples, difference, make_triples, measure, summarize
 
 
 class Validator:
-    """Fixed triples of held-out pictures, and as many of training pictures with the same noises and levels."""
+    """Fixed triples of held-out images, and as many of training images with the same noises and levels."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Validator:
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """What metrics.jsonl keeps of a validation.
 
-        `validation/ema/*` and `validation/raw/*` on held-out pictures, in float32 but for raw weights that are trained in float8; of the
-        averaged weights also `validation/gap/*`, their error minus that on training pictures, and `validation/adherence/NAME/*`, their
-        error under another picture's context minus that under its own: above zero as soon as the context steers.
+        `validation/ema/*` and `validation/raw/*` on held-out images, in float32 but for raw weights that are trained in float8; of the
+        averaged weights also `validation/gap/*`, their error minus that on training images, and `validation/adherence/NAME/*`, their
+        error under another image's context minus that under its own: above zero as soon as the context steers.
         """
         triples, context = self._sets[0]
         averaged, raw = self._errors(average, 0), self._errors(model, 0)
@@ -74,7 +74,7 @@ class Validator:
         }
 
     def error(self, model: Model) -> dict[str, Any]:
-        """Errors of one model on held-out pictures."""
+        """Errors of one model on held-out images."""
         return summarize(self._errors(model, 0), self._sets[0][0], self.second_moment)
 
     def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
@@ -89,14 +89,14 @@ class Validator:
 
 
 def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pictures of a part that have the set's usual shape; the first picture, where none has."""
+    """The images of a part that have the set's usual shape; the first image, where none has."""
     usual = dataset.usual(part)
     return usual if len(usual) else part[:1]
 
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """One draw of the latents of held-out pictures, the same at every call."""
+    """One draw of the latents of held-out images, the same at every call."""
 
     def some(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
@@ -106,7 +106,7 @@ def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: 
 
 
 class Previewer:
-    """Grids of samples with the same noise and context every time, and one grid of the real pictures that the context belongs to."""
+    """Grids of samples with the same noise and context every time, and one grid of the real images that the context belongs to."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Previewer:
         conditioner: CompositeConditioner,
         autoencoder: Autoencoder,
         directory: RunDirectory,
-        facts: Facts,
+        facts: ConditioningInfo,
     ) -> None:
         self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
         self.autoencoder = autoencoder
@@ -136,7 +136,7 @@ class Previewer:
         if not path.exists():
             save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=facts.alpha), path)
 
-    def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
+    def show(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
         pipeline = Pipeline(
             model=average, autoencoder=self.autoencoder, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape
@@ -151,7 +151,7 @@ class Previewer:
 
 
 def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
-    """Training pictures, the categories in turn."""
+    """Training images, the categories in turn."""
     training = _usual_or_first(dataset, dataset.training)
     labels = dataset.labels[torch.from_numpy(training)]
     numbers = range(min(num, len(dataset.categories))) or [-1]
@@ -160,7 +160,7 @@ def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
 
 
 def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
-    """Pictures that are not trained on, whose context has not been seen."""
+    """Images that are not trained on, whose context has not been seen."""
     held_out = dataset.usual(dataset.holdout)
     positions = held_out if len(held_out) else _usual_or_first(dataset, dataset.training)
     order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))

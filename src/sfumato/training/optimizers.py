@@ -44,13 +44,13 @@ class AdamWConfig:
     Attributes:
         learning_rate: the peak.
         warmup_steps: linear rise from 0; in runs of less than ten times as many steps, the rise ends with the first tenth of the budget.
-        decay: course of the learning rate over the rest of the budget, down to `final` of the peak.
-        clip: largest gradient norm; larger gradients are scaled down.
+        schedule: course of the learning rate over the rest of the budget, down to `final_fraction` of the peak.
+        max_grad_norm: largest gradient norm; larger gradients are scaled down.
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
-        base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
+        mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
             so that what was found on a narrow network is near the best for a wide one; Muon's steps fit every width. 0 steps all alike.
 
-    Source: base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
+    Source: mup_base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
     """
 
     learning_rate: Positive = 1e-3
@@ -58,20 +58,20 @@ class AdamWConfig:
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.01
     warmup_steps: CountOrZero = 50
-    decay: Literal["constant", "cosine", "linear"] = "cosine"
-    final: Fraction = 0.0
-    clip: Positive = 1.0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    final_fraction: Fraction = 0.0
+    max_grad_norm: Positive = 1.0
     muon: MuonConfig | None = None
-    base_width: SizeOrZero = 0
+    mup_base_width: SizeOrZero = 0
 
     def __post_init__(self) -> None:
-        positive = self.learning_rate > 0 and self.clip > 0
-        if not (positive and min(self.weight_decay, self.warmup_steps, self.base_width, self.eps) >= 0):
+        positive = self.learning_rate > 0 and self.max_grad_norm > 0
+        if not (positive and min(self.weight_decay, self.warmup_steps, self.mup_base_width, self.eps) >= 0):
             raise ConfigError(
-                f"learning_rate = {self.learning_rate}, clip = {self.clip}, weight_decay = {self.weight_decay}, "
-                f"warmup_steps = {self.warmup_steps}, base_width = {self.base_width}, eps = {self.eps}",
+                f"learning_rate = {self.learning_rate}, max_grad_norm = {self.max_grad_norm}, weight_decay = {self.weight_decay}, "
+                f"warmup_steps = {self.warmup_steps}, mup_base_width = {self.mup_base_width}, eps = {self.eps}",
                 where="optimizer",
-                hint="learning_rate and clip are above 0, the others at least 0",
+                hint="learning_rate and max_grad_norm are above 0, the others at least 0",
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas = {self.betas}", where="optimizer.betas", hint="both are in [0, 1), e.g. [0.9, 0.99]")
@@ -90,7 +90,7 @@ class AdamWConfig:
             )
         hidden = [] if self.muon is None else hidden_weights(model)
         wide = [*([] if hidden else hidden_weights(model)), *last_weights(model)]
-        scaled = wide if self.base_width else []
+        scaled = wide if self.mup_base_width else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
         rest = [p for p in trainable(model) if id(p) not in chosen]
         kernels = {id(weight) for weight in weights_of_layers(model)}
@@ -100,7 +100,9 @@ class AdamWConfig:
         ]
         for width in sorted({weight.shape[1] for weight in scaled}):
             weights = [weight for weight in scaled if weight.shape[1] == width]
-            groups.append({"params": weights, "weight_decay": self.weight_decay, "share": min(1.0, self.base_width / width)})
+            groups.append(
+                {"params": weights, "weight_decay": self.weight_decay, "share": min(1.0, self.mup_base_width / width)}
+            )
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         ]
@@ -115,8 +117,8 @@ class AdamWConfig:
         """
         warm = min(1.0, max((step + 1) / (self.warmup_steps + 1), (spent / WARM_SHARE) ** 2))
         left = max(0.0, 1 - spent)
-        course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[self.decay]
-        return self.learning_rate * warm * (self.final + (1 - self.final) * course)
+        course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[self.schedule]
+        return self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * course)
 
 
 MUON_SLOTS = ("mean",)

@@ -64,7 +64,7 @@ def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
         raise CheckpointError(
             "holds no averages to reconstruct from",
             where=str(averages),
-            hint="train with posthoc.widths=[0.1,0.25]; a run's own average is there in any case",
+            hint="train with post_hoc_ema.widths=[0.1,0.25]; a run's own average is there in any case",
         )
     profiles = list(kept.values())
     amounts = shares(profiles, Profile(max(profile.step for profile in profiles), wanted.gamma))

@@ -50,7 +50,7 @@ class Interruption:
         self._restore()
         self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of a step
 
-    def raise_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raise Interrupted if a signal came in."""
         if self._number is not None:
             raise Interrupted(self._number)

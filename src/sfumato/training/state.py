@@ -14,7 +14,7 @@ from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.parameters import frozen_names, without
-from sfumato.training.tasks.protocol import Learner
+from sfumato.training.tasks.protocol import OptimizedPart
 
 LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
 FAR = 10.0  # times the least loss of a run, above which its weights may have diverged
@@ -68,14 +68,14 @@ class TrainingState:
 
     model: nn.Module
     average: nn.Module
-    learners: list[Learner]
+    learners: list[OptimizedPart]
     kept: dict[PowerEMA, nn.Module] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     frozen: frozenset[str] = frozenset()
 
     @classmethod
     def new(
-        cls, model: nn.Module, learners: Callable[[nn.Module], list[Learner]], profiles: Sequence[PowerEMA] = ()
+        cls, model: nn.Module, learners: Callable[[nn.Module], list[OptimizedPart]], profiles: Sequence[PowerEMA] = ()
     ) -> TrainingState:
         """The state before the first step."""
         average, *kept = (_average(model) for _ in range(1 + len(profiles)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sfumato.data import Batch, Dataset, Plan, batches
+from sfumato.data import Batch, BatchPlan, Dataset, batches
 from sfumato.data.changes import changes
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.nn.accelerable import Accelerable
@@ -30,20 +30,20 @@ from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.signals import Interrupted, Interruption
 from sfumato.training.state import TrainingState, kept_name
-from sfumato.training.tasks.protocol import Outcome, Task
+from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
-LONG_S = 2.0  # of rehearsal, after which warming up does not count and a measured step is enough
-LOST_SHARE = 0.05  # of the set: more pictures lost while training than this stop the run
+LONG_S = 2.0  # of trial_trainer, after which warming up does not count and a measured step is enough
+LOST_SHARE = 0.05  # of the set: more images lost while training than this stop the run
 
 
 class StepResult(NamedTuple):
     """Of one optimizer step: mean loss, what its samples gave, gradient norm of each learner, and whether the weights moved."""
 
     loss: float
-    outcome: Outcome
+    outcome: SampleLosses
     gradient_norms: list[float]
     applied: bool
 
@@ -60,8 +60,8 @@ class Trainer:
         """`pinned` is the configuration as plain data, kept in checkpoints beside the task's facts."""
         self.device = next(task.model.parameters()).device
         self.config, self.task, self.dataset, self.directory, self.pinned = config, task, dataset, directory, pinned
-        self.state = TrainingState.new(task.model, task.learners, config.posthoc.profiles)
-        self.plan = Plan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
+        self.state = TrainingState.new(task.model, task.learners, config.post_hoc_ema.profiles)
+        self.plan = BatchPlan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
         self._new = True
         self._frozen = ""
         self._lost: set[str] = set()
@@ -139,14 +139,14 @@ class Trainer:
     def _prepare(self, bar: ProgressBar) -> None:
         """Settle how to compute, check the disk, and make sure that there is something to resume from."""
         counters, network = self.state.counters, self._settle(bar.say)
-        if settle_compiling(self.config, counters, network, pictures=self.plan.size, trial=self._trial, say=bar.say):
+        if settle_compiling(self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say):
             self._watched_as = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.disk_bytes())
         if self._new:
             self._save()
         self.directory.write_status("running", counters.step)
 
-    def rehearse(self, *, steps: int = 3) -> float:
+    def measure_step(self, *, steps: int = 3) -> float:
         """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up.
 
         The first step warms up, and is the only one where it is long.
@@ -168,7 +168,7 @@ class Trainer:
         config, counters = self.config, self.state.counters
         size = 4 * count(trainable(self.state.model))
         frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
-        widths, kept = len(config.posthoc.widths), config.posthoc.num
+        widths, kept = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
         averages = math.ceil(widths * kept * (1 - counters.kept))
         snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
         checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
@@ -176,7 +176,7 @@ class Trainer:
 
     def _settle(self, say: Callable[[str], None]) -> Accelerable:
         """Settle the precision; the network."""
-        network = self.task.core(self.state.model)
+        network = self.task.compiled_part(self.state.model)
         settle_precision(self.config, self.state.counters, network, say=say)
         return network
 
@@ -186,7 +186,7 @@ class Trainer:
         supply = batches(self.dataset, self.plan, start=counters.step)
         bar.start_at(self._spent())
         while True:
-            asked.raise_if_asked()
+            asked.raise_if_requested()
             finished = self.finished
             if counters.step != counters.watched or finished:
                 self._watch(metrics, bar, asked, finished)
@@ -211,7 +211,7 @@ class Trainer:
         try:
             return next(supply)
         except RuntimeError:
-            asked.raise_if_asked()
+            asked.raise_if_requested()
             raise
 
     def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
@@ -220,7 +220,7 @@ class Trainer:
         if finished or step == 0 or self._timetable.due("preview", config.preview):
             try:
                 with self._timetable.doing("preview"):
-                    self.task.show(self.state.average, step, lambda _: asked.raise_if_asked())
+                    self.task.preview(self.state.average, step, lambda _: asked.raise_if_requested())
             except (OSError, ValueError, RuntimeError) as error:
                 bar.say(f"preview at step {step} failed: {error}")
         if step in SNAPSHOTS:
@@ -231,16 +231,16 @@ class Trainer:
                 figures = self.figures()
             seen = self.state.counters.samples_seen
             self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
-            bar.say(f"step {step}: {self.task.headline(figures)}")
+            bar.say(f"step {step}: {self.task.summary(figures)}")
         self.state.counters.watched = step
         if finished or self._timetable.due("checkpoint", config.checkpoint):
             with self._timetable.doing("checkpoint"):
                 self._try(bar, self._save)
 
     def figures(self) -> dict[str, Any]:
-        """The task's, on held-out pictures, of the weights and averaged weights as they are."""
+        """The task's, on held-out images, of the weights and averaged weights as they are."""
         with self._watched_as():
-            return self.task.figures(self.state.model, self.state.average)
+            return self.task.validate(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
         """A disk that is full for a while need not end a run."""
@@ -289,7 +289,7 @@ class Trainer:
             hint=f"lower optimizer.learning_rate, or set precision=float32{start}",
         )
 
-    def _backward(self, batch: Batch, dtype: torch.dtype) -> Outcome:
+    def _backward(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
         """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
         self.state.model.train()
         size, spent = self.config.at_once, self._spent()
@@ -297,11 +297,11 @@ class Trainer:
         for part in batch.parts:
             for begin in range(0, len(part), size):
                 chosen = slice(begin, min(begin + size, len(part)))
-                outcome = self.task.outcome(self.state.model, batch, part, chosen, spent=spent, dtype=dtype)
+                outcome = self.task.loss(self.state.model, batch, part, chosen, spent=spent, dtype=dtype)
                 (outcome.per_sample.sum() / len(batch)).backward()
                 found.append(outcome)
         notes = {name: torch.cat([outcome.notes[name].detach() for outcome in found]) for name in found[0].notes}
-        return Outcome(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
+        return SampleLosses(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
     def _trial(self) -> Callable[[torch.dtype], None]:
         """A forward and backward pass that leaves no trace, to be timed."""
@@ -331,7 +331,7 @@ class Trainer:
 
     def _keep_averages(self, bar: ProgressBar) -> None:
         """When another of the even parts of the budget is over."""
-        counters, config = self.state.counters, self.config.posthoc
+        counters, config = self.state.counters, self.config.post_hoc_ema
         share = min(self._spent(), 1.0)
         if counters.updates and int(share * config.num) > int(counters.kept * config.num):
             for profile, average in self.state.kept.items():
@@ -388,12 +388,12 @@ class Trainer:
             self._lost.update(bad.name for bad in batch.bad)
             if len(self._lost) > max(20, LOST_SHARE * len(self.dataset.entries)):
                 raise DataError(
-                    f"{len(self._lost)} pictures could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
+                    f"{len(self._lost)} images could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
                     where=str(self.directory.path / "bad_samples.jsonl"),
-                    hint="is the disk still there? restore the pictures, then `sfumato resume`",
+                    hint="is the disk still there? restore the images, then `sfumato resume`",
                 )
             self._try(bar, partial(self._write_bad, batch))
-            bar.say(f"replaced {len(batch.bad)} picture(s) that can no longer be read, e.g. {batch.bad[0].name}")
+            bar.say(f"replaced {len(batch.bad)} image(s) that can no longer be read, e.g. {batch.bad[0].name}")
 
     def _write_bad(self, batch: Batch) -> None:
         if self._bad is None:  # opened once: lines of steps that are trained again are dropped, the others stay as they are

@@ -1,6 +1,6 @@
-"""The error of a denoiser on pictures it has not seen, level by level.
+"""The error of a denoiser on images it has not seen, level by level.
 
-Fixed triples (picture, noise, level), the same at every call with the same seed, so that figures of one run can be compared. The
+Fixed triples (image, noise, level), the same at every call with the same seed, so that figures of one run can be compared. The
 levels are spread evenly over the log-SNR range that training covers.
 """
 
@@ -21,7 +21,7 @@ from sfumato.diffusion import Denoiser, NoiseLevel, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Triples:
-    """Pictures (n, C, H, W) with a noise and a level each; `bin` says which of `edges`' ranges of log-SNR the level is in."""
+    """Images (n, C, H, W) with a noise and a level each; `bin` says which of `edges`' ranges of log-SNR the level is in."""
 
     x0: Tensor
     noise: Tensor
@@ -31,7 +31,7 @@ class Triples:
 
 
 def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Triples:
-    """One triple for each picture in `x0`; picture i's level lies in bin i modulo `bins`.
+    """One triple for each image in `x0`; image i's level lies in bin i modulo `bins`.
 
     The range is what 98 % of the training levels cover. Levels are given variance-preserving: a denoiser does not mind.
     """
@@ -74,7 +74,7 @@ def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[st
     """MSE, RMSE, MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
 
     R^2 compares with the best linear guess eps ~ c x, c = sigma/(alpha^2 m + sigma^2), whose mean squared error is
-    alpha^2 m/(alpha^2 m + sigma^2) for pictures of second moment m = E[x0^2]. (Against the mean of eps, merely copying the
+    alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2]. (Against the mean of eps, merely copying the
     input would score near 1 at high noise.) It is the same for eps and x0, whose errors are proportional.
     """
     alpha2, sigma2 = triples.level.alpha**2, triples.level.sigma**2

@@ -27,7 +27,7 @@ _PIECE = re.compile(r"[^\W_]+|[^\w\s]", re.UNICODE)
 # UTF-8 read as Western European: an accented capital followed by what its second byte looks like; and the replacement character.
 _MOJIBAKE = re.compile("[ÂÃâÐÑ][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]|\ufffd")
 _PLACEHOLDER = re.compile(
-    r"^(image|picture|photo|photograph|img|untitled|unknown|none|null|n/?a|caption|text|dsc|scan)?[\s_\-.\d]*$", re.IGNORECASE
+    r"^(image|image|photo|photograph|img|untitled|unknown|none|null|n/?a|caption|text|dsc|scan)?[\s_\-.\d]*$", re.IGNORECASE
 )
 
 

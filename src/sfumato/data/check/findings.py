@@ -28,7 +28,7 @@ KINDS = {
     ),
     "duplicate": Kind(
         "Exact duplicates",
-        "A picture that stands k times is learned k times as hard, and is the first that the model memorizes.",
+        "An image that stands k times is learned k times as hard, and is the first that the model memorizes.",
         "Keep one of each; the reject list names those that are called the same.",
         True,
     ),
@@ -40,7 +40,7 @@ KINDS = {
     ),
     "look_alike": Kind(
         "Alike, but called differently",
-        "Nearly the same picture under different captions or categories: the model cannot learn what tells them apart.",
+        "Nearly the same image under different captions or categories: the model cannot learn what tells them apart.",
         "Check the names; raise the resolution if the difference is small.",
     ),
     "dark": Kind(
@@ -48,9 +48,7 @@ KINDS = {
         "Samples will come out dark about as often as these are in the set.",
         "Brighten or remove those that are no night.",
     ),
-    "bright": Kind(
-        "Bright", "Washed-out pictures teach washed-out samples.", "Check the exposure; remove scans of empty pages."
-    ),
+    "bright": Kind("Bright", "Washed-out images teach washed-out samples.", "Check the exposure; remove scans of empty pages."),
     "blurry": Kind(
         "Blurred",
         "The model learns blur as a style and mixes it into sharp subjects.",
@@ -69,7 +67,7 @@ KINDS = {
     ),
     "upscaled": Kind(
         "Smaller than the training resolution",
-        "They are enlarged, and teach soft pictures.",
+        "They are enlarged, and teach soft images.",
         "Lower data.resolution, or find larger originals.",
     ),
     "outlier": Kind(
@@ -93,8 +91,8 @@ KINDS = {
     "caption_missing": Kind("Caption missing", "They are trained as if asked for nothing.", "Caption them."),
     "caption_duplicate": Kind(
         "Caption shared",
-        "One text for different pictures: what tells them apart cannot be asked for.",
-        "Say what is particular to each picture.",
+        "One text for different images: what tells them apart cannot be asked for.",
+        "Say what is particular to each image.",
     ),
     "caption_truncated": Kind(
         "Caption too long",
@@ -107,6 +105,6 @@ KINDS = {
         "Save the captions as UTF-8.",
     ),
     "caption_placeholder": Kind(
-        "Caption says nothing", "File numbers and 'untitled' teach the text nothing.", "Describe the picture."
+        "Caption says nothing", "File numbers and 'untitled' teach the text nothing.", "Describe the image."
     ),
 }

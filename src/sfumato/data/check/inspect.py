@@ -1,4 +1,4 @@
-"""From the measurements of every picture to findings: which files, what it will do to training, what to do about it."""
+"""From the measurements of every image to findings: which files, what it will do to training, what to do about it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
 from sfumato.data.frames import left_out
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
-from sfumato.data.parallel import in_order
+from sfumato.data.parallel import ordered_map
 
 DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
 FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
 UNNAMED = "not named in"  # how the reason begins why an image is left out that metadata do not name
-SAMPLE = 20_000  # pictures that diversity, clusters and outliers are judged by, spread evenly
+SAMPLE = 20_000  # images that diversity, clusters and outliers are judged by, spread evenly
 EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class IntendedModel:
     """What the set would be used for.
 
     Attributes:
@@ -57,12 +57,12 @@ class Examination:
     Attributes:
         entries: as listed; positions below count them.
         form: what they were decoded to, but for the size; in RGB by default.
-        measured: positions of readable pictures, in the order of the arrays.
+        measured: positions of readable images, in the order of the arrays.
         issues: positions by kind; names of what was left out are in `reasons`.
         reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
         ledger: the account of all that the source holds.
         groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
-        clusters: positions of typical pictures of each kind of picture found, and the kind's share.
+        clusters: positions of typical images of each kind of image found, and the kind's share.
         figures: counts and scores, as data.json has them.
         remarks: plain sentences about the set as a whole.
     """
@@ -105,8 +105,10 @@ class Examination:
         return found
 
 
-def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> Examination:
-    """Measure every picture and say what is to be said; the same data give the same findings."""
+def examine(
+    listing: Listing, *, source: str, plan: IntendedModel, on_progress: Callable[[int, int], None] | None = None
+) -> Examination:
+    """Measure every image and say what is to be said; the same data give the same findings."""
     result = Examination(source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks))
     for reject in listing.rejects:
         kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
@@ -115,7 +117,7 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
     positions: list[int] = []
     found: list[Measurement] = []
     with quiet():
-        for number, looked in enumerate(in_order(lambda entry: measure(entry, plan.form), listing.entries)):
+        for number, looked in enumerate(ordered_map(lambda entry: measure(entry, plan.form), listing.entries)):
             if isinstance(looked, str):
                 unreadable.append(Reject(listing.entries[number].name, looked))
             else:
@@ -141,8 +143,8 @@ def examine(listing: Listing, *, source: str, plan: Plan, on_progress: Callable[
     return result
 
 
-def _single(result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: Plan) -> None:
-    """What one picture shows by itself, or beside the usual one."""
+def _single(result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel) -> None:
+    """What one image shows by itself, or beside the usual one."""
 
     def of(name: str) -> NDArray[Any]:
         return np.array([getattr(m, name) for m in found])
@@ -195,7 +197,7 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Groups of equal and of nearly equal pictures; look-alikes under different names are kept apart from copies."""
+    """Groups of equal and of nearly equal images; look-alikes under different names are kept apart from copies."""
     same: dict[str, list[int]] = {}
     for number, measurement in enumerate(found):
         same.setdefault(measurement.id, []).append(number)
@@ -204,7 +206,7 @@ def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurem
     near: list[tuple[int, int]] = []
     alike: list[tuple[int, int]] = []
     for one, other in near_pairs(np.array([found[group[0]].thumbnail for group in groups])):
-        # Of equal pictures under several names, those count that are called like the other.
+        # Of equal images under several names, those count that are called like the other.
         matches = [pair for pair in product(groups[one], groups[other]) if _agree(called[pair[0]], called[pair[1]])]
         near += matches
         alike += [] if matches else [(groups[one][0], groups[other][0])]
@@ -228,12 +230,12 @@ def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
 
 
 def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]) -> bool:
-    """Whether two pictures are called the same, as far as both are called anything."""
+    """Whether two images are called the same, as far as both are called anything."""
     return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
 
 def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[list[int]]:
-    """Connected groups, the largest picture of each first."""
+    """Connected groups, the largest image of each first."""
     members: dict[int, list[int]] = {}
     for number, group in enumerate(components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()):
         members.setdefault(group, []).append(number)
@@ -241,7 +243,7 @@ def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[l
 
 
 def vendi(features: NDArray[np.floating]) -> float:
-    """Effective number of different pictures: exp of the entropy of the eigenvalues of the cosine similarities over n.
+    """Effective number of different images: exp of the entropy of the eigenvalues of the cosine similarities over n.
 
     Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; from the smaller of the two Gram matrices, whose eigenvalues agree.
     """
@@ -254,7 +256,7 @@ def vendi(features: NDArray[np.floating]) -> float:
 
 
 def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Vendi scores, kinds of pictures, and the ones far from all others, by hand-made features of a spread sample."""
+    """Vendi scores, kinds of images, and the ones far from all others, by hand-made features of a spread sample."""
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SAMPLE)).round().astype(int))
     small = signatures(np.stack([found[i].thumbnail for i in chosen]))
     small /= np.sqrt(small.shape[1])
@@ -295,7 +297,7 @@ def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[
             result.issues["outlier"] = places[far[np.argsort(-away[far], kind="stable")[:200]]].tolist()
 
 
-def _captions(result: Examination, plan: Plan) -> None:
+def _captions(result: Examination, plan: IntendedModel) -> None:
     """Findings about texts; nothing is missing where nothing has one."""
     entries = result.entries
     captioned = [i for i, entry in enumerate(entries) if entry.captions]
@@ -350,29 +352,29 @@ def _categories(result: Examination, readable: set[int]) -> None:
     name, least = min(counts.items(), key=lambda pair: (pair[1], pair[0]))
     if effective < 0.7 * len(counts):
         result.remarks.append(
-            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” has {least} picture(s) "
+            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” has {least} image(s) "
             "and will be drawn worst."
         )
     if least < 20:
-        result.remarks.append(f"“{name}” has only {least} picture(s): too few to learn a kind from; expect copies.")
+        result.remarks.append(f"“{name}” has only {least} image(s): too few to learn a kind from; expect copies.")
 
 
-def _size(result: Examination, plan: Plan) -> None:
+def _size(result: Examination, plan: IntendedModel) -> None:
     """Whether there is enough for the model that would be trained."""
     distinct = result.figures.get("distinct", 0)
     if not distinct:
-        result.remarks.append("No picture can be read: there is nothing to learn from.")
+        result.remarks.append("No image can be read: there is nothing to learn from.")
         return
     if distinct < 100:
-        result.remarks.append(f"{distinct} different pictures: enough to fine-tune a trained model, not to train one.")
+        result.remarks.append(f"{distinct} different images: enough to fine-tune a trained model, not to train one.")
     elif distinct < 1000:
         result.remarks.append(
-            f"{distinct} different pictures: a small model will learn them by heart unless augmented and stopped early."
+            f"{distinct} different images: a small model will learn them by heart unless augmented and stopped early."
         )
     values = distinct * plan.resolution**2 * 3
-    result.figures["model"] = {"resolution": plan.resolution, "parameters": plan.parameters, "values_in_pictures": values}
+    result.figures["model"] = {"resolution": plan.resolution, "parameters": plan.parameters, "values_in_images": values}
     if plan.parameters > values:
         result.remarks.append(
             f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more than the {values / 1e6:.1f}M values in all "
-            "pictures: it could store them, so watch the gap to held-out pictures."
+            "images: it could store them, so watch the gap to held-out images."
         )

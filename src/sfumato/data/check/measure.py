@@ -1,4 +1,4 @@
-"""Numbers about one picture, taken at no more than 128 pixels along its shorter side."""
+"""Numbers about one image, taken at no more than 128 pixels along its shorter side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CELLS, ORIENTATIONS = 4, 8
 
 
 class Measurement(NamedTuple):
-    """One readable picture.
+    """One readable image.
 
     Attributes:
         id: hash of the content.
@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
         notes: what decoding had to do.
         dark_end, bright_end: 99th and 5th percentile of perceived brightness, from 0 to 1.
         white: share of pixels that are nearly white.
-        contrast: standard deviation of the values over the picture, of 255; the largest of the channels.
+        contrast: standard deviation of the values over the image, of 255; the largest of the channels.
         sharpness: 98th percentile of the Laplacian over the range of values; about 1 for line art, 0.7 for photographs, below 0.25
             for blurred ones.
         colourful: mean difference of the channels, of 255; 0 for gray.
@@ -57,7 +57,7 @@ def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float
 
 
 def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
-    """The numbers of a picture as training sees it, in RGB by default, or why it cannot be read."""
+    """The numbers of an image as training sees it, in RGB by default, or why it cannot be read."""
     try:
         data = entry.image.read()
         form = fitted(data, SIDE, form)
@@ -85,7 +85,7 @@ def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
 
 
 def sharpness(gray: NDArray[np.float32]) -> float:
-    """98th percentile of |Laplacian| over the 2-98 % range of values; pictures of under 3 x 3 pixels are sharp."""
+    """98th percentile of |Laplacian| over the 2-98 % range of values; images of under 3 x 3 pixels are sharp."""
     if min(gray.shape) < 3:
         return 1.0
     inner = gray[1:-1, 1:-1]
@@ -95,7 +95,7 @@ def sharpness(gray: NDArray[np.float32]) -> float:
 
 
 def _gradients(gray: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Histogram of oriented gradients of the picture at 32 x 32, of length 1 (Dalal and Triggs 2005)."""
+    """Histogram of oriented gradients of the image at 32 x 32, of length 1 (Dalal and Triggs 2005)."""
     small = np.asarray(Image.fromarray(gray).resize((34, 34), Image.Resampling.BILINEAR))
     dx, dy = small[1:-1, 2:] - small[1:-1, :-2], small[2:, 1:-1] - small[:-2, 1:-1]
     sector = ((np.arctan2(dy, dx) % np.pi) * (ORIENTATIONS / np.pi)).astype(int).clip(0, ORIENTATIONS - 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sfumato.data.file_types import SUFFIXES
-from sfumato.data.listing import Reject, legible
+from sfumato.data.listing import Reject, printable_name
 
 LAYERS = {"doodle": SUFFIXES, "mask": SUFFIXES, "points": (".npy", ".ply", ".xyz", ".csv")}
 KINDS = {
@@ -26,7 +26,7 @@ class Account:
         settled: files whose fate is known.
     """
 
-    shown: Callable[[str], str] = legible
+    shown: Callable[[str], str] = printable_name
     rejects: list[Reject] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     beside: Counter[str] = field(default_factory=Counter)

@@ -44,7 +44,7 @@ def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parqu
         return BUILT_IN[place]()
     if files.exists(place):
         raise DataError(
-            "is a file of no kind that holds pictures",
+            "is a file of no kind that holds images",
             where=place,
             hint=f"name a folder, or a file ending in {', '.join(BY_SUFFIX)}",
         )

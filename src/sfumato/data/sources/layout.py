@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sfumato.data.listing import legible
+from sfumato.data.listing import printable_name
 from sfumato.data.splits import HELD_OUT, TRAIN, split_of
 
 BESIDE_CATEGORIES = "lies beside the category folders, in none of them"
@@ -57,7 +57,7 @@ class Layout:
         if not held or not (trained or rooted):
             nested, remark = _categories(tops, loose)
             return cls(wrapper=wrapper, nested=nested, remark=remark)
-        splits = {**dict.fromkeys(trained), **{top: legible(top) for top in held}}
+        splits = {**dict.fromkeys(trained), **{top: printable_name(top) for top in held}}
         below = [name.partition("/")[2] for name in names if name.partition("/")[0] in splits and "/" in name]
         inner, below = _unwrapped(below)
         nested, remark = _categories(
@@ -83,7 +83,7 @@ class Layout:
         if not self.nested:
             return Place(holdout=holdout)
         category, slash, _ = rest.partition("/")
-        return Place(legible(category), holdout) if slash else Place(holdout=holdout, stray=BESIDE_CATEGORIES)
+        return Place(printable_name(category), holdout) if slash else Place(holdout=holdout, stray=BESIDE_CATEGORIES)
 
 
 def _unwrapped(names: Sequence[str]) -> tuple[str, list[str]]:
@@ -107,5 +107,5 @@ def _categories(tops: Sequence[str], loose: bool) -> tuple[bool, str]:
     if all(_SHARD_NUMBERS.fullmatch(top) for top in tops):
         return False, f"folders {tops[0]}/ to {tops[-1]}/ are numbered parts, not categories"
     if len(tops) == 1 and loose:
-        return False, f"one folder beside the images, {legible(tops[0])}/, does not make a category"
+        return False, f"one folder beside the images, {printable_name(tops[0])}/, does not make a category"
     return True, ""

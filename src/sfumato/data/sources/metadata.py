@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sfumato.data.file_types import SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
-from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_BYTES, normalized_key, says_something
+from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_BYTES, is_known_column, normalized_key
 from sfumato.data.texts import readable
 
 # What the column of file names is called, in order of preference.
@@ -108,7 +108,7 @@ def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
     columns = list(dict.fromkeys(columns))
     file_column = file_column_of(columns)
     layers = ("doodle_file_name", "mask_file_name", "points_file_name")
-    unused = [column for column in columns if column != file_column and not says_something(column) and column not in layers]
+    unused = [column for column in columns if column != file_column and not is_known_column(column) and column not in layers]
     return Table(name=name, rows=rows, file_column=file_column, unused=tuple(unused))
 
 
@@ -152,7 +152,7 @@ def _separated(name: str, text: str) -> Table:
         raise ValueError(f"more than {MAX_COLUMNS} columns")
     delimiter = max(
         DELIMITERS,
-        key=lambda d: (file_column_of(headers[d]) is not None, sum(map(says_something, headers[d])), len(headers[d])),
+        key=lambda d: (file_column_of(headers[d]) is not None, sum(map(is_known_column, headers[d])), len(headers[d])),
     )
     header = [column.strip() for column in headers[delimiter]]
     at = next((i for i, column in enumerate(header) if normalized_key(column) in CAPTION_KEYS), len(header) - 1)

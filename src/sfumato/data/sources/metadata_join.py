@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from sfumato.data.file_types import stem_of
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, legible
+from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, printable_name
 from sfumato.data.sources.accounting import KINDS, LAYERS, Account
 from sfumato.data.sources.metadata import Finder, Row, Table, is_authoritative, may_be_table, read_table
 from sfumato.errors import DataError
@@ -101,7 +101,7 @@ class Metadata:
         self.account.count(name, "metadata")
         if table.unused:
             self.account.remarks.append(
-                f"{name}: columns that are not used: {', '.join(map(legible, table.unused[:12]))[:300]}"
+                f"{name}: columns that are not used: {', '.join(map(printable_name, table.unused[:12]))[:300]}"
             )
 
     def _refuse(self, table: Table, faults: Sequence[Reject]) -> None:
@@ -110,7 +110,7 @@ class Metadata:
             "its column of file names is one of file_name, image, path, ..." if table.file_column is None else "check the names"
         )
         raise DataError(
-            f"its metadata name no picture that is there ({reasons})", where=self.where,
+            f"its metadata name no image that is there ({reasons})", where=self.where,
             hint=f"{column}, or set data.source.metadata=off",
         )  # fmt: skip
 
@@ -135,7 +135,7 @@ class Metadata:
                     return
                 raise UnsafePath(f"{name[:80]!r} is named twice")
         except (UnsafePath, ValueError) as reason:
-            self.account.rejects.append(Reject(legible(row.place), str(reason), part=True))
+            self.account.rejects.append(Reject(printable_name(row.place), str(reason), part=True))
             return
         for layer, other in layers.items():
             self._drawn[other] = layer
@@ -174,7 +174,7 @@ class Metadata:
         self.account.count(file, "metadata")
         for name in images:
             if name in categories:
-                self._facts.setdefault(name, {})["category"] = legible(categories[name])
+                self._facts.setdefault(name, {})["category"] = printable_name(categories[name])
         if categories:
             self._leave_out_unnamed(images, "not named in dataset.json")
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.data import files
-from sfumato.data.listing import DAMAGED_ZIP, Entry, Listing, Reject, Source, legible, read
+from sfumato.data.listing import DAMAGED_ZIP, Entry, Listing, Reject, Source, printable_name, read
 from sfumato.data.pixel_values import is_numeric
 from sfumato.data.splits import TRAIN, split_of
 from sfumato.errors import DataError
@@ -27,12 +27,12 @@ IMAGES, LABELS = (
     ("images", "image", "x", "samples", "imgs", "data", "arr_0"),
     ("labels", "label", "y", "targets", "target", "arr_1"),
 )
-MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_PICTURES = 64 << 30, 1 << 30, 200, 5_000_000
+MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_IMAGES = 64 << 30, 1 << 30, 200, 5_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture of an array on disk, as the bytes of a .npy."""
+    """One image of an array on disk, as the bytes of a .npy."""
 
     path: str
     offset: int
@@ -94,7 +94,9 @@ class Npz(Source):
             ) from None
         used = {name for part in parts for name in (part.images, part.labels)}
         rejects = [
-            Reject(legible(name), "an array that is neither images nor labels", part=True) for name in infos if name not in used
+            Reject(printable_name(name), "an array that is neither images nor labels", part=True)
+            for name in infos
+            if name not in used
         ]
         held = [f"{part.images} as {part.holdout}" for part in parts if part.holdout is not None]
         remarks = (f"held out by name: {', '.join(held)}",) if held else ()
@@ -105,20 +107,20 @@ class Npz(Source):
         place, start = _plain(self.path, archive, infos[part.images])
         shape, dtype, offset = _header(files.local(place), start)
         categories = None if part.labels is None else _categories(archive, infos[part.labels])
-        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_PICTURES:
+        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_IMAGES:
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                hint=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_PICTURES}",
+                hint=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_IMAGES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
-                f"{len(categories)} labels for {shape[0]} pictures", where=self.path, hint="give each picture one label"
+                f"{len(categories)} labels for {shape[0]} images", where=self.path, hint="give each image one label"
             )
         size = math.prod(shape[1:]) * dtype.itemsize
         if offset + shape[0] * size > files.local(place).stat().st_size:
             raise DataError("is cut short", where=self.path, hint="fetch or make it again")
-        width, prefix = len(str(shape[0] - 1)), f"{legible(part.images)}/" if parts > 1 else ""
+        width, prefix = len(str(shape[0] - 1)), f"{printable_name(part.images)}/" if parts > 1 else ""
         return [
             Entry(
                 name=f"{prefix}{i:0{width}d}", image=Row(place, offset + i * size, shape[1:], dtype.str),
@@ -235,4 +237,4 @@ def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
 
 
 def _text(label: object) -> str:
-    return legible(label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label))
+    return printable_name(label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label))

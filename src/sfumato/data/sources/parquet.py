@@ -1,4 +1,4 @@
-"""Parquet with pictures inside, as Hugging Face writes it. The only file here that knows pyarrow."""
+"""Parquet with images inside, as Hugging Face writes it. The only file here that knows pyarrow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.listing import Entry, Listing, Reject, Source, described, legible, normalized_key, says_something
+from sfumato.data.listing import Entry, Listing, Reject, Source, described, is_known_column, normalized_key, printable_name
 from sfumato.data.sources.metadata import FILE_KEYS
 from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image", "image_bytes")
 CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
 MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
 BATCH, MAX_RATIO = 100, 200
@@ -83,7 +83,7 @@ def _column(place: _Place) -> Any:
 
 def _read_column(place: _Place) -> Any:
     try:
-        values = _pictures(place.path, place.version).read_row_group(place.group, columns=[place.column]).column(place.column)
+        values = _images(place.path, place.version).read_row_group(place.group, columns=[place.column]).column(place.column)
     except (arrow().ArrowException, OSError, IndexError, KeyError) as error:
         raise OSError(f"{place.path}: {str(error)[:200]}") from None
     values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
@@ -102,8 +102,8 @@ def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
 
 
 @lru_cache(maxsize=64)
-def _pictures(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
-    """The same, whose pictures stay as they are stored: one that stands for a million rows is kept once."""
+def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
+    """The same, whose images stay as they are stored: one that stands for a million rows is kept once."""
     file = _file(path, version)
     kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}
     once = [f"{name}.bytes" if arrow().types.is_struct(kind) else name for name, kind in kinds.items()]
@@ -112,7 +112,7 @@ def _pictures(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFil
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """A .parquet file or a folder of them: a column of pictures (bytes, or Hugging Face's struct of bytes and path), others beside it."""
+    """A .parquet file or a folder of them: a column of images (bytes, or Hugging Face's struct of bytes and path), others beside it."""
 
     path: str
 
@@ -126,11 +126,11 @@ class Parquet(Source):
         tables = [name for name in names if name.lower().endswith(".parquet")] if files.is_folder(self.path) else [""]
         held = held_out_files(tables)
         entries: dict[str, Entry] = {}
-        rejects = [Reject(legible(name), "a file beside the tables") for name in names if name not in set(tables)]
-        rejects += [Reject(legible(name), reason) for name, reason in passed_over]
+        rejects = [Reject(printable_name(name), "a file beside the tables") for name in names if name not in set(tables)]
+        rejects += [Reject(printable_name(name), reason) for name, reason in passed_over]
         found, unused = len(rejects), set[str]()
         for table in tables:
-            prefix = f"{legible(table)}:" if table else ""
+            prefix = f"{printable_name(table)}:" if table else ""
             rows, columns = _list(f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects)
             found, unused = found + rows, unused | columns
         if not entries:
@@ -140,8 +140,8 @@ class Parquet(Source):
                 where=self.path,
                 hint="name a .parquet file or the folder that holds them",
             )
-        remarks = [f"columns that are not used: {', '.join(map(legible, sorted(unused)[:12]))[:300]}"] if unused else []
-        remarks += [f"held out by the table's name: {', '.join(map(legible, held))[:300]}"] if held else []
+        remarks = [f"columns that are not used: {', '.join(map(printable_name, sorted(unused)[:12]))[:300]}"] if unused else []
+        remarks += [f"held out by the table's name: {', '.join(map(printable_name, held))[:300]}"] if held else []
         return Listing(entries=list(entries.values()), rejects=rejects, unit="rows", found=found, remarks=tuple(remarks))
 
 
@@ -191,10 +191,10 @@ class _Columns:
     """What each column of a table is.
 
     Attributes:
-        image: the pictures.
-        layers: other pictures and points that are there.
+        image: the images.
+        layers: other images and points that are there.
         structs: those of them that are structs of bytes and path.
-        described: all that say something of a picture, in the words of `read_row_group`.
+        described: all that say something of an image, in the words of `read_row_group`.
         labels: names of ClassLabel columns.
     """
 
@@ -212,7 +212,7 @@ class _Columns:
         image = _image_column(schema, path)
         layers = [name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)]
         structs = [name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)]
-        texts = [name for name in schema.names if says_something(name) and name not in (image, *layers)]
+        texts = [name for name in schema.names if is_known_column(name) and name not in (image, *layers)]
         described = [*texts, *(f"{name}.path" for name in structs)]
         return cls(image=image, layers=layers, structs=structs, described=described, labels=_label_names(schema))
 
@@ -222,9 +222,9 @@ class _Columns:
         return {self.image, *self.layers, *(name for name in self.described if not name.endswith(".path"))}
 
     def name(self, record: dict[str, Any]) -> str:
-        """What the row calls its picture, or ""."""
+        """What the row calls its image, or ""."""
         inner = (record.get(self.image) or {}) if self.image in self.structs else {}
-        return legible(str(inner.get("path") or ""))
+        return printable_name(str(inner.get("path") or ""))
 
     def entry(self, name: str, path: str, group: int, row: int, record: dict[str, Any]) -> Entry:
         for key, labels in self.labels.items():
@@ -235,7 +235,7 @@ class _Columns:
             for layer in self.layers
             if layer not in self.structs or record.get(layer) is not None
         }
-        texts = {key: value for key, value in record.items() if says_something(key) and key != self.image}
+        texts = {key: value for key, value in record.items() if is_known_column(key) and key != self.image}
         return Entry(name=name, image=Cell(path, group, row, self.image), **layers, **described(texts))
 
 
@@ -279,7 +279,7 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
     try:
         file = arrow().parquet.ParquetFile(io.BytesIO(data))
         schema = file.schema_arrow
-        known = [name for name in schema.names if says_something(name) or _names_files(name, schema.field(name).type)]
+        known = [name for name in schema.names if is_known_column(name) or _names_files(name, schema.field(name).type)]
         for group in range(file.num_row_groups):
             _check_group(file.metadata, group, "metadata.parquet")
             yield from _records(file, group, known)
@@ -303,27 +303,27 @@ def _cell(name: str, value: Any) -> Any:
 class TableWriter:
     """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same values give the same bytes."""
 
-    def __init__(self, path: Path, *, pictures: tuple[str, ...], texts: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, *, images: tuple[str, ...], texts: tuple[str, ...]) -> None:
         pa = arrow()
         value = {"dtype": "string", "_type": "Value"}
-        features: dict[str, Any] = {name: {"_type": "Image"} for name in pictures if name != "points"}
+        features: dict[str, Any] = {name: {"_type": "Image"} for name in images if name != "points"}
         features |= {name: {"feature": value, "_type": "List"} if name == "captions" else value for name in texts}
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         kinds = {"captions": pa.list_(pa.string())}
-        fields = [*((name, struct) for name in pictures), *((name, kinds.get(name, pa.string())) for name in texts)]
+        fields = [*((name, struct) for name in images), *((name, kinds.get(name, pa.string())) for name in texts)]
         self.schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-        self.pictures, self.texts = pictures, texts
+        self.images, self.texts = images, texts
         self._writer = pa.parquet.ParquetWriter(
             path, self.schema, compression="none", use_dictionary=False, write_statistics=False
         )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """One row group, from the encoded bytes by picture's name, "name", and texts."""
+        """One row group, from the encoded bytes by image's name, "name", and texts."""
         columns: dict[str, list[Any]] = {
             name: [
                 {"bytes": row[name], "path": row["name"] if name == "image" else None} if name in row else None for row in rows
             ]
-            for name in self.pictures
+            for name in self.images
         }
         columns |= {name: [_cell(name, row[name]) for row in rows] for name in self.texts}
         self._writer.write_table(arrow().table(columns, schema=self.schema), row_group_size=len(rows))

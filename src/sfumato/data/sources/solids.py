@@ -15,8 +15,8 @@ from PIL import Image
 
 from sfumato.config.bounds import Count, Size
 from sfumato.data.listing import Listing, Source
-from sfumato.data.parallel import in_order
-from sfumato.data.sources.generated import made_once
+from sfumato.data.parallel import ordered_map
+from sfumato.data.sources.generated import build_once
 from sfumato.data.sources.webdataset import WebDataset
 from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
@@ -34,7 +34,7 @@ POINTS = 512  # on each surface
 DISTANCE, FOCUS = (
     4.0,
     3.2,
-)  # of the camera, in units of the largest half axis; the picture's half side is 1/FOCUS of the distance
+)  # of the camera, in units of the largest half axis; the image's half side is 1/FOCUS of the distance
 _LIGHT = np.array([-0.45, 0.65, 0.62])
 _STEPS, _HALVINGS, _FINER = 32, 10, 2
 _FORM = 1  # raised when code below changes what is rendered
@@ -46,12 +46,12 @@ Array = NDArray[np.float64]
 class Solids(Source):
     """Superquadrics, each with one caption ("a red box"), its shape as category, and 512 surface points in the camera's frame.
 
-    Points are x right, y up, z towards the camera, scaled so that the picture spans x and y from -1 to 1 at the solid's depth.
+    Points are x right, y up, z towards the camera, scaled so that the image spans x and y from -1 to 1 at the solid's depth.
     Rendered once into the cache.
 
     Attributes:
         count: how many.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         holdout: pairs of shape and colour kept from training, five of forty-eight by default.
     """
 
@@ -64,7 +64,7 @@ class Solids(Source):
             raise DataError(
                 f"{self.count} solids of {self.size} pixels", where="solids", hint="count to 100,000, size from 8 to 1024"
             )
-        place = made_once(
+        place = build_once(
             "solids", f"form{_FORM}_{self.count}_{self.size}px.tar", partial(_write, count=self.count, size=self.size)
         )
         found = WebDataset(str(place)).listing()
@@ -134,20 +134,20 @@ class Solid:
         return slope / np.linalg.norm(slope, axis=-1, keepdims=True).clip(1e-12)
 
     def render(self, size: int) -> NDArray[np.uint8]:
-        """The picture, (size, size, 3)."""
+        """The image, (size, size, 3)."""
         fine = size * _FINER
         place = (np.arange(fine) + 0.5) / fine * 2 - 1
         x, y = np.meshgrid(place, -place)
         rays = np.stack([x / FOCUS, y / FOCUS, -np.ones_like(x)], axis=-1)
         rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
         camera = np.array([0.0, 0.0, DISTANCE])
-        picture = np.repeat((0.98 - 0.10 * (place + 1) / 2)[:, None, None], fine, axis=1).repeat(3, axis=2)
+        image = np.repeat((0.98 - 0.10 * (place + 1) / 2)[:, None, None], fine, axis=1).repeat(3, axis=2)
         near = np.linalg.norm(np.cross(rays, -camera), axis=-1) < np.linalg.norm(self.axes)  # rays that pass the solid's ball
         hit, points = self._met(camera, rays[near])
-        lit = picture[near]
+        lit = image[near]
         lit[hit] = self._shaded(points, camera)
-        picture[near] = lit
-        averaged = picture.reshape(size, _FINER, size, _FINER, 3).mean((1, 3))
+        image[near] = lit
+        averaged = image.reshape(size, _FINER, size, _FINER, 3).mean((1, 3))
         return (averaged.clip(0, 1) * 255).round().astype(np.uint8)
 
     def _met(self, camera: Array, rays: Array) -> tuple[NDArray[np.bool_], Array]:
@@ -180,7 +180,7 @@ class Solid:
 def _write(file: BinaryIO, *, count: int, size: int) -> None:
     """Render solids 0 to `count` into a tar; solid i is the same whatever the count."""
     with ProgressBar("solids") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, members in enumerate(in_order(partial(_members, size=size), range(count))):
+        for number, members in enumerate(ordered_map(partial(_members, size=size), range(count))):
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 info.size = len(data)
@@ -193,7 +193,7 @@ def _members(number: int, *, size: int) -> dict[str, bytes]:
     shape, colour = list(SHAPES)[number % len(SHAPES)], list(COLOURS)[number // len(SHAPES) % len(COLOURS)]
     solid = Solid.drawn(rng, shape, colour)
     note = {"captions": [f"a {colour} {shape}"], "category": shape}
-    picture, points = io.BytesIO(), io.BytesIO()
-    Image.fromarray(solid.render(size)).save(picture, format="PNG")
+    image, points = io.BytesIO(), io.BytesIO()
+    Image.fromarray(solid.render(size)).save(image, format="PNG")
     np.save(points, (solid.surface(rng, POINTS) * (FOCUS / DISTANCE)).astype(np.float32), allow_pickle=False)
-    return {"json": json.dumps(note).encode(), "png": picture.getvalue(), "points.npy": points.getvalue()}
+    return {"json": json.dumps(note).encode(), "png": image.getvalue(), "points.npy": points.getvalue()}

@@ -23,7 +23,7 @@ from sfumato.data.file_types import (
     why_left_out,
 )
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import Blob, Entry, Listing, Reject, described, legible
+from sfumato.data.listing import Blob, Entry, Listing, Reject, described, printable_name
 from sfumato.data.sources.accounting import KINDS, LAYERS, Account
 from sfumato.data.sources.layout import BESIDE_CATEGORIES, Layout
 from sfumato.data.sources.metadata import is_authoritative
@@ -85,7 +85,7 @@ class Tree:
     metadata: Literal["auto", "off"] = "auto"
     unnamed: Literal["leave_out", "use"] = "leave_out"
     inside: Callable[[str], str] = str
-    shown: Callable[[str], str] = legible
+    shown: Callable[[str], str] = printable_name
     holdout: Callable[[str], str | None] = lambda name: None
     unit: str = "files"
     rejects: Sequence[Reject] = ()
@@ -135,7 +135,7 @@ class Tree:
         counts = Counter(reject.reason for reject in self.account.rejects)
         reasons = "; ".join(f"{count} {self.unit}: {reason}" for reason, count in counts.most_common(3))
         return DataError(
-            f"holds no pictures ({', '.join(SUFFIXES)})" + (f"; {reasons}" if reasons else ""),
+            f"holds no images ({', '.join(SUFFIXES)})" + (f"; {reasons}" if reasons else ""),
             where=self.where,
             hint="put images in it, or name another folder",
         )
@@ -264,7 +264,7 @@ def _layout_line(layout: Layout, entries: Sequence[Entry]) -> str:
     held = Counter(entry.holdout for entry in entries)
     trained = held.pop(None, 0)
     categories = len({entry.category for entry in entries if entry.category is not None})
-    parts = " and ".join(f"{legible(name)}/" for name in layout.splits)
+    parts = " and ".join(f"{printable_name(name)}/" for name in layout.splits)
     return f"{parts}: {trained:,} to learn from, {sum(held.values()):,} held out by name" + (
         f", {categories} categories" if categories else ""
     )

@@ -16,7 +16,7 @@ from typing import BinaryIO, ClassVar, Literal, NamedTuple
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES, is_image
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import Listing, Reject, Slice, Source, legible, read
+from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
 from sfumato.data.sources.accounting import LAYERS
 from sfumato.data.sources.tree import Tree
 from sfumato.data.splits import held_out_files
@@ -103,19 +103,21 @@ class WebDataset(Source):
             raise DataError(
                 "is a compressed tar: no random access",
                 where=packed[0],
-                hint="unpack it to .tar; pictures are compressed already",
+                hint="unpack it to .tar; images are compressed already",
             )
         shards = [name for name in found if name.lower().endswith(".tar")]
         if not shards:
             raise DataError("holds no .tar shards", where=self.path, hint="name a .tar file or the folder that holds them")
         others = [self._below(name) for name in found if name not in set(shards)]
-        rejects = [Reject(legible(name), "a file beside the shards") for name in others]
-        return shards, [*rejects, *(Reject(legible(name), reason) for name, reason in walked.passed_over)]
+        rejects = [Reject(printable_name(name), "a file beside the shards") for name in others]
+        return shards, [*rejects, *(Reject(printable_name(name), reason) for name, reason in walked.passed_over)]
 
 
 def _shown(prefix: str) -> Callable[[str], str]:
     """A member's name for people: `shard.tar:cats/0.png`."""
-    return lambda name: f"{legible(prefix[:-1])}:{legible(name[len(prefix) :])}" if prefix else legible(name)
+    return lambda name: (
+        f"{printable_name(prefix[:-1])}:{printable_name(name[len(prefix) :])}" if prefix else printable_name(name)
+    )
 
 
 def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
@@ -186,7 +188,7 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
         for info in _headers(tar, path.name, rejects):
             plain = info.name.replace("\\", "/").removeprefix("./")  # as Windows, and `tar c .`, write them
-            name = legible(plain)
+            name = printable_name(plain)
             parts = plain.split("/")
             if info.isdir() or files.is_hidden(parts) or any(part.startswith("__") for part in parts):
                 continue
@@ -203,7 +205,7 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
         file.seek(min(max(0, tar.offset), size))
         if any(file.read(tarfile.BLOCKSIZE)):  # a whole tar ends in zeros
             lost = f"damaged after {len(members)} members: what follows cannot be read"
-            rejects.append(Reject(legible(path.name), lost, part=True))
+            rejects.append(Reject(printable_name(path.name), lost, part=True))
     return members, rejects
 
 
@@ -215,10 +217,10 @@ def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator
             if info is not None and tar.offset <= before and number:
                 raise tarfile.ReadError("a member of negative size")
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-            rejects.append(Reject(legible(name), f"damaged after {number} members: {error}", part=True))
+            rejects.append(Reject(printable_name(name), f"damaged after {number} members: {error}", part=True))
             return
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
         if info is None:
             return
         yield info
-    rejects.append(Reject(legible(name), f"more than {MAX_MEMBERS} members: the rest is not read", part=True))
+    rejects.append(Reject(printable_name(name), f"more than {MAX_MEMBERS} members: the rest is not read", part=True))

@@ -1,4 +1,4 @@
-"""A zip of pictures, never unpacked: EDM's and StyleGAN's, or any folder that somebody zipped."""
+"""A zip of images, never unpacked: EDM's and StyleGAN's, or any folder that somebody zipped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Literal
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, Source, ZipMember, legible
+from sfumato.data.listing import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, Source, ZipMember, printable_name
 from sfumato.data.sources.tree import Tree
 from sfumato.data.texts import Texts
 from sfumato.errors import DataError
 
 MAX_MEMBERS = 5_000_000
 MAX_DIRECTORY_BYTES = 1 << 30
-MAX_RATIO = 200  # of a member above 1 MiB; pictures are compressed already
+MAX_RATIO = 200  # of a member above 1 MiB; images are compressed already
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
             if name in members:
                 raise UnsafePath("appears twice in the archive: the first one counts")
         except UnsafePath as reason:
-            rejects.append(Reject(legible(name)[:200], str(reason)))
+            rejects.append(Reject(printable_name(name)[:200], str(reason)))
         else:
             members[name] = ZipMember(path, info.filename)
             stored[name] = info

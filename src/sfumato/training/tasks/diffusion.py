@@ -1,4 +1,4 @@
-"""What a diffusion model learns: to tell the noise from the picture."""
+"""What a diffusion model learns: to tell the noise from the image."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.condition import on_device, rows
-from sfumato.conditioners import Facts
+from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
 from sfumato.generation.pipeline import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.uncertainty import uncertainty_weighted
-from sfumato.sampling import Progress
+from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
 from sfumato.training.monitors import Previewer, Validator
-from sfumato.training.tasks.protocol import Learner, Outcome
+from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
 LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 
 class Diffusion:
-    """Pictures, or their latents, mixed with noise at random levels; the network predicts what was mixed."""
+    """Images, or their latents, mixed with noise at random levels; the network predicts what was mixed."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Diffusion:
         dataset: Dataset,
         sampling: SamplingConfig,
         directory: RunDirectory,
-        facts: Facts,
+        facts: ConditioningInfo,
     ) -> None:
         self.config, self.model, self.autoencoder, self.objective = config, model, autoencoder, objective
         self.facts = {"facts": asdict(facts), "image_shape": list(dataset.image_shape)}
@@ -49,11 +49,11 @@ class Diffusion:
         self._validator = Validator(config, dataset, objective.schedule, model.conditioner, autoencoder, self._device)
         self._previewer = Previewer(config, dataset, sampling, model.conditioner, autoencoder, directory, facts)
 
-    def learners(self, model: Model) -> list[Learner]:
+    def learners(self, model: Model) -> list[OptimizedPart]:
         """One, of all that is trained."""
-        return [Learner("model", model, self.config.optimizer)]
+        return [OptimizedPart("model", model, self.config.optimizer)]
 
-    def outcome(self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> Outcome:
+    def loss(self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> SampleLosses:
         """Weighted squared errors, one noise level for each sample; the levels of a whole batch are spread evenly."""
         device = self._device
         images, first, seed = part.images[chosen].to(device), part.first + chosen.start, self.config.seed
@@ -76,7 +76,9 @@ class Diffusion:
         beside = auxiliary.losses(images, spent=spent)
         for weight, value in beside.values():
             total = total + weight * value
-        return Outcome(total, {"logsnr": level.logsnr(), "loss": found, **{name: value for name, (_, value) in beside.items()}})
+        return SampleLosses(
+            total, {"logsnr": level.logsnr(), "loss": found, **{name: value for name, (_, value) in beside.items()}}
+        )
 
     @torch.no_grad()
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
@@ -85,7 +87,7 @@ class Diffusion:
             known, lambda shape: randomness.normal(self.config.seed, "latent", first=first, shape=shape, device=self._device)
         )
 
-    def record(self, outcome: Outcome) -> dict[str, float]:
+    def record(self, outcome: SampleLosses) -> dict[str, float]:
         """Mean loss of the samples in each range of log-SNR that has any, and of each auxiliary loss."""
         number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
         names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
@@ -95,11 +97,11 @@ class Diffusion:
             if (number == index).any()
         } | {f"train/{name}": float(value.mean()) for name, value in outcome.notes.items() if name not in ("logsnr", "loss")}
 
-    def figures(self, model: Model, average: Model) -> dict[str, Any]:
+    def validate(self, model: Model, average: Model) -> dict[str, Any]:
         """See `Validator.figures`."""
         return self._validator.figures(model, average)
 
-    def headline(self, figures: Mapping[str, Any]) -> str:
+    def summary(self, figures: Mapping[str, Any]) -> str:
         """The error of the averaged weights."""
         return (
             f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE {figures['validation/ema/eps_rmse']:.4f} "
@@ -107,7 +109,7 @@ class Diffusion:
             f"gap to training {figures['validation/gap/mean']:+.4f}"
         )
 
-    def show(self, average: Model, step: int, on_step: Callable[[Progress], None]) -> None:
+    def preview(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """See `Previewer.show`."""
         self._previewer.show(average, step, on_step)
 
@@ -117,6 +119,6 @@ class Diffusion:
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
         return config.preview.num * self._sampling.steps * guided, config.validation.samples * (3 + len(contexts))
 
-    def core(self, model: Model) -> Accelerable:
+    def compiled_part(self, model: Model) -> Accelerable:
         """The network; conditioners are small."""
         return model.network

@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from sfumato.data import Batch, Part
 from sfumato.nn.accelerable import Accelerable
-from sfumato.sampling import Progress
+from sfumato.sampling import StepInfo
 from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import AdamWConfig
 from sfumato.training.parameters import trainable
 
 
-class Outcome(NamedTuple):
+class SampleLosses(NamedTuple):
     """Of some samples: the loss of each, whose mean is minimized, and what else is logged of each, by name; shapes (n,)."""
 
     per_sample: Tensor
     notes: Mapping[str, Tensor]
 
-    def on_host(self) -> Outcome:
+    def on_host(self) -> SampleLosses:
         """Copied from the device."""
-        return Outcome(self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()})
+        return SampleLosses(self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()})
 
 
 @dataclass
-class Learner:
+class OptimizedPart:
     """A part of the model that has its own optimizer, clipping and learning rate.
 
     Attributes:
@@ -53,7 +53,7 @@ class Learner:
 
     def clip(self) -> Tensor:
         """Scale down a gradient that is too large; its norm before, not read from the device yet."""
-        return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.clip)
+        return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.max_grad_norm)
 
     def step(self, updates: int, spent: float) -> None:
         """Update the weights, after `updates` updates and a share `spent` of the budget."""
@@ -75,37 +75,37 @@ class Task(Protocol):
     model: Any
     facts: Any
 
-    def learners(self, model: Any) -> list[Learner]:
+    def learners(self, model: Any) -> list[OptimizedPart]:
         """The parts of the model that are stepped; together they hold all its trained parameters, each once."""
         ...
 
-    def outcome(self, model: Any, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> Outcome:
+    def loss(self, model: Any, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> SampleLosses:
         """The loss of the chosen samples of a part of a batch; one backward pass through its sum reaches every learner.
 
         All randomness is keyed by the samples' numbers.
         """
         ...
 
-    def record(self, outcome: Outcome) -> dict[str, float]:
+    def record(self, outcome: SampleLosses) -> dict[str, float]:
         """What metrics.jsonl keeps of a step's samples, beside their mean loss."""
         ...
 
-    def figures(self, model: Any, average: Any) -> dict[str, Any]:
-        """Errors on held-out pictures, for metrics.jsonl."""
+    def validate(self, model: Any, average: Any) -> dict[str, Any]:
+        """Errors on held-out images, for metrics.jsonl."""
         ...
 
-    def headline(self, figures: Mapping[str, Any]) -> str:
+    def summary(self, figures: Mapping[str, Any]) -> str:
         """The same for a person, in a line."""
         ...
 
-    def show(self, average: Any, step: int, on_step: Callable[[Progress], None]) -> None:
+    def preview(self, average: Any, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """Draw what the averaged model makes."""
         ...
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Images that go forward through the model in one `show`, each as often as it does, and in one `figures`."""
+        """Images that go forward through the model in one `preview`, each as often as it does, and in one `validate`."""
         ...
 
-    def core(self, model: Any) -> Accelerable:
+    def compiled_part(self, model: Any) -> Accelerable:
         """The part that most of the time goes into, and that may be compiled."""
         ...

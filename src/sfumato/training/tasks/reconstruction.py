@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.autoencoders import KLAutoencoder
-from sfumato.autoencoders.discriminator import PatchDiscriminator, balance, pleasing, telling
+from sfumato.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
 from sfumato.data import Batch, Dataset, Part, to_float
@@ -20,11 +20,11 @@ from sfumato.errors import ConfigError
 from sfumato.networks.perceptual import Features, distance
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.images import grid_image, save_png
-from sfumato.sampling import Progress
+from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import AdamWConfig
-from sfumato.training.tasks.protocol import Learner, Outcome
+from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
 SMALLEST = 0.25  # of a latent's side that the equivariance regularizer shrinks it to
 CHARBONNIER = 1e-3
@@ -64,7 +64,7 @@ class LossesConfig:
         pixels: `l1`, or `charbonnier`, which is smooth at 0.
         perceptual: weight of the distance in a frozen network's features; more looks sharper, and is further from the pixels' values.
         kl: weight of each latent value's divergence from the standard normal; small, it only keeps them from running away.
-        equivariance: share of batches in which the latents are shrunk or turned, and must decode to the picture shrunk or turned:
+        equivariance: share of batches in which the latents are shrunk or turned, and must decode to the image shrunk or turned:
             smoother latents, which are easier to generate.
         adversarial: None for no adversary.
 
@@ -95,7 +95,7 @@ class Reconstructor(nn.Module):
 
 
 class Reconstruction:
-    """Pictures through their latents and back."""
+    """Images through their latents and back."""
 
     def __init__(
         self,
@@ -115,16 +115,16 @@ class Reconstruction:
         shown = held[order[: max(config.validation.samples, config.preview.num)]]
         self._real = to_float(dataset.images(shown)[0])
 
-    def learners(self, model: Reconstructor) -> list[Learner]:
+    def learners(self, model: Reconstructor) -> list[OptimizedPart]:
         """The autoencoder, and its adversary if it has one; both step on every batch."""
-        found = [Learner("autoencoder", model.codec, self.config.optimizer)]
+        found = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
         if model.adversary is not None and self.losses.adversarial is not None:
-            found.append(Learner("adversary", model.adversary, self.losses.adversarial.optimizer))
+            found.append(OptimizedPart("adversary", model.adversary, self.losses.adversarial.optimizer))
         return found
 
-    def outcome(
+    def loss(
         self, model: Reconstructor, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
-    ) -> Outcome:
+    ) -> SampleLosses:
         """The sum of all losses of each sample; notes hold each by its name."""
         images, first, seed = part.images[chosen].to(self._device), part.first + chosen.start, self.config.seed
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not torch.float32):
@@ -140,16 +140,16 @@ class Reconstruction:
             }
             total = notes[self.losses.pixels] + self.losses.perceptual * notes["perceptual"] + self.losses.kl * notes["kl"]
             if model.adversary is not None and self.losses.adversarial is not None:
-                notes["adversary"] = telling(model.adversary, target, made).float()
+                notes["adversary"] = discriminator_loss(model.adversary, target, made).float()
                 if spent >= self.losses.adversarial.start:
-                    notes["pleasing"] = pleasing(model.adversary, made).float()
-                    weight = balance(total, notes["pleasing"], cast(nn.Parameter, model.codec.decoder.conv_out.weight))
+                    notes["pleasing"] = generator_loss(model.adversary, made).float()
+                    weight = adaptive_weight(total, notes["pleasing"], cast(nn.Parameter, model.codec.decoder.conv_out.weight))
                     total = total + self.losses.adversarial.weight * weight * notes["pleasing"]
                 total = total + notes["adversary"]
-        return Outcome(total, notes)
+        return SampleLosses(total, notes)
 
     def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Latents and pictures shrunk and turned together, or left as they are; `first` is the batch's first sample."""
+        """LatentAutoencoder and images shrunk and turned together, or left as they are; `first` is the batch's first sample."""
         chance, size, turn = randomness.uniform(self.config.seed, "equivariance", first=first, count=1, per_item=3)[0].tolist()
         if chance >= self.losses.equivariance:
             return z, images
@@ -162,7 +162,7 @@ class Reconstruction:
         return moved, target.rot90(turns, (2, 3))
 
     def _alike(self, made: Tensor, target: Tensor) -> Tensor:
-        """In float32: features of near pictures differ by less than bfloat16 tells apart."""
+        """In float32: features of near images differ by less than bfloat16 tells apart."""
         with torch.autocast(self._device.type, enabled=False):
             return distance(self.features, made, target)
 
@@ -171,13 +171,13 @@ class Reconstruction:
         values = error.abs() if self.losses.pixels == "l1" else (error.square() + CHARBONNIER**2).sqrt()
         return values.flatten(1).mean(1)
 
-    def record(self, outcome: Outcome) -> dict[str, float]:
+    def record(self, outcome: SampleLosses) -> dict[str, float]:
         """The mean of each loss."""
         return {f"train/{name}": float(values.mean()) for name, values in outcome.notes.items()}
 
     @torch.no_grad()
-    def figures(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
-        """`validation/{ema,raw}/*` on held-out pictures, through the latents' means: PSNR in dB, SSIM, L1, and the perceptual distance."""
+    def validate(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
+        """`validation/{ema,raw}/*` on held-out images, through the latents' means: PSNR in dB, SSIM, L1, and the perceptual distance."""
         return {
             f"validation/{name}/{key}": value
             for name, which in (("ema", average), ("raw", model))
@@ -200,14 +200,14 @@ class Reconstruction:
         means = torch.cat(rows).mean(0).tolist()
         return dict(zip(("psnr", "ssim", "l1", "perceptual"), means, strict=True))
 
-    def headline(self, figures: Mapping[str, Any]) -> str:
+    def summary(self, figures: Mapping[str, Any]) -> str:
         """Of the averaged weights."""
         psnr_, ssim_, l1 = (figures[f"validation/ema/{name}"] for name in ("psnr", "ssim", "l1"))
         return f"held-out reconstructions PSNR {psnr_:.2f} dB  SSIM {ssim_:.3f}  L1 {l1:.4f}"
 
     @torch.no_grad()
-    def show(self, average: Reconstructor, step: int, on_step: Callable[[Progress], None]) -> None:
-        """Write samples/step-.../grid.png: pairs of a real picture and its reconstruction below it."""
+    def preview(self, average: Reconstructor, step: int, on_step: Callable[[StepInfo], None]) -> None:
+        """Write samples/step-.../grid.png: pairs of a real image and its reconstruction below it."""
         count = min(self.config.preview.num, len(self._real))
         real = self._real[:count]
         made = reconstructed(average.codec, real.to(self._device)).cpu()
@@ -221,11 +221,11 @@ class Reconstruction:
         """Each image once, in a validation by the weights and by their average."""
         return config.preview.num, 2 * config.validation.samples
 
-    def core(self, model: Reconstructor) -> Accelerable:
-        """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
+    def compiled_part(self, model: Reconstructor) -> Accelerable:
+        """The encoder; the decoder's graph is gone through twice, to adaptive_weight the losses, which compiled graphs do not allow."""
         return model.codec.encoder
 
 
-def reconstructed(codec: KLAutoencoder, pictures: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) through the means of their latents and back, clamped to [-1, 1]."""
-    return codec.decode(codec.moments(pictures).chunk(2, dim=1)[0]).clamp(-1, 1)
+def reconstructed(codec: KLAutoencoder, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) through the means of their latents and back, clamped to [-1, 1]."""
+    return codec.decode(codec.moments(images).chunk(2, dim=1)[0]).clamp(-1, 1)
