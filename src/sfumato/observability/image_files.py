@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
-from sfumato.observability.images import Alpha, save_png, whole
+from sfumato.observability.images import Alpha, save_png, to_pil, whole
 
 SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
