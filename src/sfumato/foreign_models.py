@@ -18,7 +18,8 @@ def diffusers_class(folder: Path) -> str | None:
         except (OSError, ValueError):
             continue
         if isinstance(found, dict) and isinstance(found.get("_class_name"), str):
-            return found["_class_name"]
+            result: str | None = found["_class_name"]
+            return result
     return None
 
 

@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_is_named_by_every_verb(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    monkeypatch.setattr("sfumato.data.convert.os.replace", full)
+    monkeypatch.setattr("sfumato.storage.atomic.os.replace", full)
     quick = functools.partial(train_classifier, steps=2)
     monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)

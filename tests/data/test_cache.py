@@ -16,6 +16,7 @@ from encoded import encoded, noise
 from sfumato.data import DataConfig, Dataset, Folder, cache, index, indexing
 from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.errors import DataError
+from sfumato.storage import atomic
 
 SIDE = 4
 
@@ -305,7 +306,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_with_a_remedy(home: Path, mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(DataError, match="No space left on device") as caught:
         writer.commit()
     assert "data.cache=off" in caught.value.hint

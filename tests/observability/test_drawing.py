@@ -14,7 +14,7 @@ from PIL import Image
 from sfumato.cli.explain import IMAGES, _with_contrast
 from sfumato.cli.trajectory_images import dimmed
 from sfumato.diffusion import NoiseLevel
-from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, save_png, to_uint8
+from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, save_png, to_pil, to_uint8
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
 

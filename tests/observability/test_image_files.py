@@ -15,7 +15,8 @@ from PIL import Image
 from sfumato.errors import ConfigError
 from sfumato.observability.encoded import png16
 from sfumato.observability.image_files import FORMATS, Values, settings_of, usual_format
-from sfumato.observability.images import shown, whole
+from sfumato.observability.images import shown
+from sfumato.storage.atomic import atomic_file
 
 SETTINGS = {"seed": 3, "prompt": ["ü", "\udcff"], "index": 1}
 KINDS = [
@@ -176,7 +177,7 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b.png"
 
     def fail() -> None:
-        with whole(target) as file:
+        with atomic_file(target) as file:
             file.write(b"half")
             raise OSError("full")
 

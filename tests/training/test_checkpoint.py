@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sfumato.errors import CheckpointError
-from sfumato.storage import checkpoint
+from sfumato.storage import atomic, checkpoint
 from sfumato.training.state import Counters
 
 
@@ -63,9 +63,9 @@ def _fault(module, name: str, when: int):
         (checkpoint.json, "dumps", 1),
         (checkpoint.json, "dumps", 2),
         (checkpoint, "_digest", 1),
-        (checkpoint, "_sync", 1),
-        (checkpoint, "_sync", 6),
-        (checkpoint.os, "replace", 1),
+        (atomic, "sync", 1),
+        (atomic, "sync", 6),
+        (atomic.os, "replace", 1),
         (checkpoint, "_point_latest", 1),
         (checkpoint.shutil, "rmtree", 1),
     ],

@@ -12,6 +12,7 @@ from sfumato.errors import CheckpointError, RunError
 from sfumato.runs import load, resume, snapshot, train
 from sfumato.storage import checkpoint
 from sfumato.training import Budget, CheckpointConfig, Trainer, trainer
+from sfumato.training import hooks
 from tests.training.tiny import fingerprint, images, tiny_run
 
 STEPS = frozenset({2, 4, 8, 64})
@@ -26,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fourteen steps with snapshots at 2, 4 and 8, and checkpoints at 4, 8, 12 and 14."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "SNAPSHOTS", STEPS)
         patch.setattr(trainer, "SNAPSHOTS", STEPS)
         settings = tiny_run(folder, checkpoint=CheckpointConfig(every_steps=4, keep=10))
         return train(settings, run=tmp_path_factory.mktemp("runs") / "run")
@@ -46,9 +48,9 @@ def said(root: Path, step: int) -> CheckpointError:
 
 
 def test_they_are_taken_at_powers_of_two() -> None:
-    assert sorted(trainer.SNAPSHOTS)[:4] == [256, 512, 1024, 2048]
-    assert all(step & (step - 1) == 0 for step in trainer.SNAPSHOTS)
-    assert max(trainer.SNAPSHOTS) > 10**11
+    assert sorted(hooks.SNAPSHOTS)[:4] == [256, 512, 1024, 2048]
+    assert all(step & (step - 1) == 0 for step in hooks.SNAPSHOTS)
+    assert max(hooks.SNAPSHOTS) > 10**11
 
 
 def test_a_run_keeps_those_that_it_reaches(run: Path) -> None:
@@ -125,7 +127,8 @@ def test_a_full_disk_does_not_end_the_run(
     def full(root: Path, **_: object) -> Path:
         raise CheckpointError("could not be written: No space left on device", where=str(root), hint="free some disk space")
 
-    monkeypatch.setattr(trainer, "SNAPSHOTS", STEPS)
+    monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
+        patch.setattr(trainer, "SNAPSHOTS", STEPS)
     monkeypatch.setattr(checkpoint, "save_snapshot", full)
     run = train(tiny_run(folder, budget=Budget(steps=5)), run=tmp_path / "run")
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -136,7 +139,8 @@ def test_resuming_does_not_need_them_and_is_not_moved_by_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fingerprint(train(tiny_run(folder), run=tmp_path / "whole"))
-    monkeypatch.setattr(trainer, "SNAPSHOTS", STEPS)
+    monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
+        patch.setattr(trainer, "SNAPSHOTS", STEPS)
     run = _stopped(folder, tmp_path / "run", monkeypatch, after=7)
     assert sorted(path.stem for path in (run / "snapshots").iterdir()) == ["step-000000002", "step-000000004"]
     (run / "snapshots" / "step-000000002.safetensors").unlink()

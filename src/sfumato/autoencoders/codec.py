@@ -25,7 +25,8 @@ class Codec(nn.Module, ABC):
 
     def decode(self, z: Tensor) -> Tensor:
         """LatentAutoencoder (B, c, h, w) -> images (B, C, f h, f w), not clamped."""
-        return self.tail(self.head(z))
+        result: Tensor = self.tail(self.head(z))
+        return result
 
     @abstractmethod
     def head(self, z: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class ForeignCodec(Codec):
 
     def head(self, z: Tensor) -> Tensor:
         """All of it: diffusers' models are not taken apart."""
-        return self.model.decode(z).sample
+        result: Tensor = self.model.decode(z).sample
+        return result
 
     @property
     def tail(self) -> nn.Module:

@@ -41,7 +41,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)[:, 0]
+        result: Tensor = self.layers(x)[:, 0]
+        return result
 
 
 def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor
 def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
     """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no gradient from it."""
     frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
-    return -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
+    result: Tensor = -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
+    return result
 
 
 def adaptive_weight(reconstruction: Tensor, generator_loss: Tensor, last: nn.Parameter) -> Tensor:
@@ -65,4 +67,5 @@ def adaptive_weight(reconstruction: Tensor, generator_loss: Tensor, last: nn.Par
     Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """
     norms = [torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, generator_loss)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+    result: Tensor = (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+    return result

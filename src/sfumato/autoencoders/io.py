@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
 from sfumato.autoencoders.latent_space import LatentAutoencoder
 from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
+from sfumato.storage.atomic import atomic_folder
 
 WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.json", "latents.json"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -38,19 +36,15 @@ def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> 
     Raises:
         CheckpointError: if it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    settled = folded(latents) if isinstance(latents.codec, KLAutoencoder) else latents
+    config, tensors = _plain(settled.codec)
+    statistics = {"mean": settled.mean.tolist(), "deviation": settled.deviation.tolist(), **facts}
     try:
-        temporary.mkdir(parents=True)
-        settled = folded(latents) if isinstance(latents.codec, KLAutoencoder) else latents
-        config, tensors = _plain(settled.codec)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1))
-        statistics = {"mean": settled.mean.tolist(), "deviation": settled.deviation.tolist(), **facts}
-        (temporary / STATISTICS).write_text(json.dumps(statistics, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with atomic_folder(folder) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
+            (temporary / CONFIG).write_text(json.dumps(config, indent=1))
+            (temporary / STATISTICS).write_text(json.dumps(statistics, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot be written: {error}", where=str(folder), hint="free some disk space") from None
     return folder
 

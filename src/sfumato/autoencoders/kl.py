@@ -59,7 +59,8 @@ class KLConfig:
     @property
     def factor(self) -> int:
         """Side of an image over the side of its latents."""
-        return 2 ** (len(self.channels) - 1)
+        result: int = 2 ** (len(self.channels) - 1)
+        return result
 
 
 class KLAutoencoder(Codec):
@@ -117,7 +118,8 @@ class Encoder(Accelerable):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        result: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return result
 
 
 class Decoder(nn.Module):
@@ -138,7 +140,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.tail(self.head(z))
+        result: Tensor = self.tail(self.head(z))
+        return result
 
     def head(self, z: Tensor) -> Tensor:
         """All that happens at less than the full resolution."""
@@ -147,7 +150,8 @@ class Decoder(nn.Module):
             x = block(x)
         for block in self.up_blocks[-2:-1]:
             x = cast(UpBlock, block).refined(x)
-        return x
+        result: Tensor = x
+        return result
 
     @property
     def tail(self) -> Tail:
@@ -166,7 +170,8 @@ class Tail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for upsample in self.upsamplers:
             x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.out(F.silu(self.norm(self.last(x))))
+        result: Tensor = self.out(F.silu(self.norm(self.last(x))))
+        return result
 
 
 class ResidualBlock(nn.Module):
@@ -182,7 +187,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        result: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        return result
 
 
 class Attention(nn.Module):
@@ -198,7 +204,8 @@ class Attention(nn.Module):
         positions = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
         q, k, v = self.to_q(positions), self.to_k(positions), self.to_v(positions)
         attended = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
-        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
+        result: Tensor = x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
+        return result
 
 
 class MidBlock(nn.Module):
@@ -213,7 +220,8 @@ class MidBlock(nn.Module):
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        result: Tensor = self.resnets[1](x)
+        return result
 
 
 class DownBlock(nn.Module):
@@ -261,7 +269,8 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        result: Tensor = self.conv(x)
+        return result
 
 
 @torch.no_grad()

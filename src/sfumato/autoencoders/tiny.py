@@ -54,7 +54,8 @@ class TinyAutoencoder(Codec):
 
     def head(self, z: Tensor) -> Tensor:
         """All that happens before the last doubling of the resolution."""
-        return self.decoder[: self._last_doubling](z)
+        result: Tensor = self.decoder[: self._last_doubling](z)
+        return result
 
     @property
     def tail(self) -> nn.Sequential:

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
     from sfumato.data import Entry, Listing
     from sfumato.data.check.captions import Coverage
 
@@ -154,7 +158,7 @@ def _lines(found: Coverage, total: int) -> list[str]:
     return [*lines, *(f"  instead of {word}: {', '.join(known)}" for word, known in found.similar.items() if known)]
 
 
-def _sheet(entries):
+def _sheet(entries: Sequence[Entry]) -> Image.Image | None:
     """The images side by side, None if none can be read."""
     import torch
 

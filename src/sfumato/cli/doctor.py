@@ -9,6 +9,7 @@ import platform
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def doctor(
 ) -> None:
     """Say what this machine has and what is missing at once, then how fast it is."""
     found = _at_once()
-    say = (lambda line: None) if as_json else typer.echo
+    say: Callable[[str], object] = (lambda line: None) if as_json else typer.echo
     for line in _lines(found):
         say(line)
     found["gflops"] = {}
@@ -103,7 +104,7 @@ def _convolution_gflops(device: str, precision: str, channels: int = 128, side: 
         return 2 * batch * side**2 * channels**2 * 9 / _seconds(lambda: layer(x), device) / 1e9
 
 
-def _seconds(work, device: str, repeats: int = 7) -> float:
+def _seconds(work: Callable[[], object], device: str, repeats: int = 7) -> float:
     """Median time of one call, of fewer calls where they take long; the first warms up."""
     import torch
 

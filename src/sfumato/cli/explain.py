@@ -102,7 +102,7 @@ def _curves(settings: Run, folder: Path) -> list[Path]:
     return [save_png(plot, folder / f"{name}.png") for name, plot in plots.items()]
 
 
-def _noising(settings: Run, dataset: Dataset):
+def _noising(settings: Run, dataset: Dataset) -> Image.Image:
     """A few images at ten even times of the sampling schedule."""
     import torch
 

@@ -16,9 +16,10 @@ from sfumato.cli.trajectory_images import trajectory_image
 from sfumato.errors import NonFiniteError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.image_files import SETTINGS
-from sfumato.observability.images import grid_image, save_png, shown, whole
+from sfumato.observability.images import grid_image, save_png, shown
 from sfumato.observability.progress import ProgressBar, printable
 from sfumato.sampling import StepInfo
+from sfumato.storage.atomic import atomic_file
 from sfumato.training.signals import Interrupted, Interruption
 
 STRIP_IMAGES, STRIP_STEPS = 4, 10
@@ -85,7 +86,7 @@ class Job:
     def _make(self, make: Make, skip: Collection[int]) -> None:
         target, total = self.target, self.num - len(skip)
         if target.kind == "npy":
-            with whole(target.folder / SETTINGS) as file:
+            with atomic_file(target.folder / SETTINGS) as file:
                 file.write(json.dumps(dict(target.settings), indent=1).encode())
         with Interruption() as asked, ProgressBar("sampling") as bar:
 

@@ -47,7 +47,10 @@ def trajectory_image(
 
     shown = [recorded[i] for i in evenly(len(recorded), columns)]
     count = min(images, len(recorded[-1].x))
-    drawn = lambda latents: to_unit(decode(latents[:count])).cpu()  # noqa: E731
+
+    def drawn(latents: Tensor) -> Tensor:
+        return to_unit(decode(latents[:count])).cpu()
+
     result = drawn(recorded[-1].x)
     noisy, guesses = [drawn(dimmed(step.before, step.start)) for step in shown], [drawn(step.x0) for step in shown]
     rows, labels = [], []

@@ -125,7 +125,8 @@ class TextEncoder:
         """Tokens that are read of a text."""
         settings = getattr(self._settings, "text_config", self._settings)
         limit = min(self._tokenizer.model_max_length, getattr(settings, "max_position_embeddings", LONGEST), LONGEST)
-        return max(1, min(self.config.length, limit))
+        result: int = max(1, min(self.config.length, limit))
+        return result
 
     def read(self, text: str) -> str:
         """The part of a text that is not cut off."""
@@ -153,7 +154,8 @@ class TextEncoder:
     @cached_property
     def _model(self) -> nn.Module:
         kind = TEXT_MODELS.get(self._settings.model_type, "AutoModel")
-        return self._loaded(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+        result: nn.Module = self._loaded(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+        return result
 
     def _loaded(self, kind: str, **settings: Any) -> Any:
         return from_transformers(kind, self.place, where="conditioner.text.encoder", revision=self.config.revision, **settings)

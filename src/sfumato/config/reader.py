@@ -22,7 +22,7 @@ class _StricterSafeLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"an alias (*{event.anchor}); write the value out")
         if getattr(event, "tag", None):
@@ -123,7 +123,8 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[s
         if isinstance(current, dict) and TAG in current and isinstance(value, str):
             value = {TAG: value}
         target[last] = _merged(current, value)
-    return result
+    output: dict[str, Any] = result
+    return output
 
 
 def _wholeness(setting: tuple[str, Any]) -> tuple[int, bool]:

@@ -51,7 +51,8 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
     present = modern(cls, data)
     try:
         model: Any = _model(cls)
-        return _build(cls, model.model_validate(present))
+        result: T = _build(cls, model.model_validate(present))
+        return result
     except ValidationError as error:
         legal = _legal_keys(cls, present)
         lines = [_explain(item, cls, legal) for item in error.errors()]

@@ -227,7 +227,8 @@ def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal(uniform: Tensor) -> Tensor:
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    result: Tensor = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    return result
 
 
 def warped(images: Tensor, maps: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from sfumato.data import files
 from sfumato.errors import DataError
+from sfumato.storage.atomic import commit
 
 FORMAT = "2"
 
@@ -126,7 +126,7 @@ class Writer:
             segment = (
                 self.cache.folder / f"segment-{len(list(self.cache.folder.glob('segment-*'))):04d}-{uuid.uuid4().hex[:12]}"
             )
-            os.replace(self.temporary, segment)
+            commit(self.temporary, segment)
         except OSError as error:
             self.discard()
             raise DataError(
@@ -164,7 +164,8 @@ class Gather:
         file, row = self.file[positions], self.row[positions]
         first = self._maps[file[0]]
         if (file == file[0]).all():
-            return first[row]
+            result: NDArray[Any] = first[row]
+            return result
         out = np.empty((len(positions), *first.shape[1:]), first.dtype)
         for number in np.unique(file):
             chosen = file == number

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from sfumato.data.file_types import NUMPY, suffix_of
 from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
+from sfumato.storage.atomic import commit
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
@@ -97,7 +97,7 @@ def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, l
             raise DataError("nothing could be read, so nothing was written", where=str(dest), hint="see `sfumato data check`")
         writer.close()
         for path in paths:
-            os.replace(_temporary(path), path)
+            commit(_temporary(path), path)
     finally:
         for path in paths:
             _temporary(path).unlink(missing_ok=True)

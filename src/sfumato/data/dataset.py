@@ -223,7 +223,8 @@ class Dataset:
 
     def usual(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `positions` whose images have `image_shape`."""
-        return positions[self.shapes[positions] == self._usual_shape]
+        result: NDArray[np.int64] = positions[self.shapes[positions] == self._usual_shape]
+        return result
 
     def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Images:
         """Pixels at `positions` of one shape.

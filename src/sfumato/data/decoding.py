@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sfumato.data import gif, tiff
 from sfumato.data.colours import to_srgb
@@ -133,7 +133,7 @@ class _reasons:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, RejectedImage | MemoryError) or not isinstance(error, Exception):
             return
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             raise RejectedImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             raise RejectedImage(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None

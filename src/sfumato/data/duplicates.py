@@ -32,14 +32,15 @@ PERCENTILES = (0.1, 99.9)
 Floats = NDArray[np.float32]
 
 
-def thumbnail(pixels: NDArray) -> NDArray[Any]:
+def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
     """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3) of as many bits, by which near-duplicates are found."""
     colours = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if colours.dtype != np.uint8:
         planes = [
             Image.fromarray(plane.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for plane in colours
         ]
-        return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(colours.dtype)
+        result: NDArray[Any] = np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(colours.dtype)
+        return result
     image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
     if image.size == (SIDE, SIDE):
         return np.asarray(image)
@@ -113,7 +114,8 @@ def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     from scipy.sparse.csgraph import connected_components
 
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    result: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
+    return result
 
 
 def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -146,10 +148,11 @@ def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
     return values
 
 
-def _means(images: NDArray, size: int) -> Floats:
+def _means(images: NDArray[Any], size: int) -> Floats:
     """Means of size x size cells of (n, H, W, 3)."""
     n, height, width, channels = images.shape
-    return images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4), dtype=np.float32)
+    result: Floats = images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4), dtype=np.float32)
+    return result
 
 
 def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -202,7 +205,7 @@ def _alike(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation:
     return alike
 
 
-def difference(first: NDArray, second: NDArray) -> Floats:
+def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
     """How far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, of 255.
 
     One gain and offset are fitted for all channels; what a small misplacement of edges explains is left out; the rest is averaged
@@ -213,16 +216,19 @@ def difference(first: NDArray, second: NDArray) -> Floats:
     b = b * gain
     inside = slice(MARGIN, SIDE - MARGIN)
     excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)[:, inside, inside]
-    return _means(excess, 4).reshape(len(a), -1).max(1)
+    result: Floats = _means(excess, 4).reshape(len(a), -1).max(1)
+    return result
 
 
-def _centred(images: NDArray) -> Floats:
+def _centred(images: NDArray[Any]) -> Floats:
     values = images.astype(np.float32)
-    return values - values.mean((1, 2, 3), keepdims=True)
+    result: Floats = values - values.mean((1, 2, 3), keepdims=True)
+    return result
 
 
 def _power(images: Floats) -> Floats:
-    return np.square(images).mean((1, 2, 3), keepdims=True)
+    result: Floats = np.square(images).mean((1, 2, 3), keepdims=True)
+    return result
 
 
 def _range(images: Floats) -> Floats:
@@ -231,7 +237,8 @@ def _range(images: Floats) -> Floats:
 
     def over(function: np.ufunc) -> Floats:
         rows = function.reduce([padded[:, i : i + SIDE] for i in range(3)])
-        return function.reduce([rows[:, :, i : i + SIDE] for i in range(3)])
+        result: Floats = function.reduce([rows[:, :, i : i + SIDE] for i in range(3)])
+        return result
 
     return over(np.maximum) - over(np.minimum)
 
@@ -258,7 +265,8 @@ def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
 
 
 def _gray(images: NDArray[np.uint8]) -> Floats:
-    return images.mean(3, keepdims=True, dtype=np.float32)
+    result: Floats = images.mean(3, keepdims=True, dtype=np.float32)
+    return result
 
 
 def _along(images: Floats, axis: int, zoom: float, shift: float, places: NDArray[np.int64]) -> Floats:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections import deque
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from sfumato.errors import DataError, redact_secrets
+from sfumato.storage.atomic import atomic_path
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -197,7 +197,8 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(url)
+        result: tuple[Any, str] = url_to_fs(url)
+        return result
     except (ImportError, ValueError) as error:
         raise DataError(
             f"nothing here can open {protocol}:// addresses ({error})",
@@ -238,16 +239,14 @@ def _fetched(url: str) -> Path:
         os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # a file used lately is dropped last
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")
     try:
-        system, path = _system(url)
-        with os.fdopen(handle, "wb") as file, system.open(path, "rb") as remote:
-            while block := remote.read(1 << 20):
-                file.write(block)
-        _make_room(folder, Path(name).stat().st_size)
-        os.replace(name, target)
+        with atomic_path(target) as temporary:
+            system, path = _system(url)
+            with temporary.open("wb") as file, system.open(path, "rb") as remote:
+                while block := remote.read(1 << 20):
+                    file.write(block)
+            _make_room(folder, temporary.stat().st_size)
     except Exception as error:
-        Path(name).unlink(missing_ok=True)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         raise kind(redact_secrets(f"{url}: {type(error).__name__}: {error}")) from None
     return target

@@ -137,7 +137,8 @@ def _clusters(
         with contextlib.suppress(OSError, ValueError, EOFError):
             stored = np.load(kept, allow_pickle=False)
             if stored.shape == (len(ids),):
-                return stored.astype(np.int64)
+                result: NDArray[np.int64] = stored.astype(np.int64)
+                return result
     found = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
         with contextlib.suppress(OSError):

@@ -163,7 +163,7 @@ def covering(width: float, height: float, target: tuple[int, int]) -> Box:
     return left, top, min(width, left + scale * target[1]), min(height, top + scale * target[0])
 
 
-def array_id(values: NDArray, orientation: int = 1) -> str:
+def array_id(values: NDArray[Any], orientation: int = 1) -> str:
     """Hash of decoded values (H, W) or (H, W, C): equal for equal images, however they are stored."""
     values = values[..., None] if values.ndim == 2 else values
     head = f"{values.shape} {values.dtype.kind}{values.dtype.itemsize} {orientation if orientation in UPRIGHT else 1} "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,7 @@ def read_deep_colour(data: bytes) -> Values:
     return Values(whole, alpha=bands in (2, 4))
 
 
-def _chunks(data: bytes, *, bodies: bool = True):
+def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]]:
     """Kind and body of each, up to the end of the image; their checksums hold where bodies are wanted."""
     place = 8
     while place + 12 <= len(data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from array import array
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ def thinned(points: Cloud) -> Cloud:
     return points[np.linspace(0, len(points) - 1, KEPT).round().astype(np.int64)]
 
 
-def _checked(points: NDArray) -> Cloud:
+def _checked(points: NDArray[Any]) -> Cloud:
     if points.ndim != 2 or not 2 <= points.shape[1] <= MAX_DIMENSIONS:
         raise RejectedPoints(f"an array of {points.shape}; a cloud is N x 2 or N x 3, features behind")
     if not len(points):
@@ -74,7 +74,7 @@ def _checked(points: NDArray) -> Cloud:
     return points
 
 
-def _array(data: bytes) -> NDArray:
+def _array(data: bytes) -> NDArray[Any]:
     shape, dtype, fortran, offset = ArrayHeader.of(data)
     if dtype.kind not in "fiu" or len(shape) != 2:
         raise RejectedPoints(f"an array of {dtype} {shape}; a cloud is N x 2 or N x 3 of plain numbers")
@@ -105,7 +105,7 @@ class _Header(NamedTuple):
         return [*first, *(place for place in range(len(self.names)) if place not in first)]
 
 
-def _ply(data: bytes) -> NDArray:
+def _ply(data: bytes) -> NDArray[Any]:
     """x, y, z first, then the vertices' other scalar properties. Elements after the vertices are not read."""
     text, end, _ = data[:MAX_HEADER_BYTES].partition(b"\nend_header")
     start = data.find(b"\n", len(text) + 1) + 1
@@ -147,7 +147,7 @@ def _header(text: str) -> _Header:
     return _Header(order, count, names, types)
 
 
-def _ascii(data: bytes, start: int, header: _Header) -> NDArray:
+def _ascii(data: bytes, start: int, header: _Header) -> NDArray[Any]:
     width, values = len(header.names), array("d")
     lines = io.BytesIO(data)
     lines.seek(start)
@@ -161,7 +161,7 @@ def _ascii(data: bytes, start: int, header: _Header) -> NDArray:
     return np.array(values).reshape(header.vertices, width)
 
 
-def _text(data: bytes) -> NDArray:
+def _text(data: bytes) -> NDArray[Any]:
     """Numbers in lines, parted by commas, semicolons or blanks; lines of words above them and comments are skipped."""
     width, values = 0, array("d")
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig"), 1):

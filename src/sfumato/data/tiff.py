@@ -13,6 +13,7 @@ import io
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -238,13 +239,14 @@ def require_readable(page: Page) -> None:
         raise RejectedImage(f"{page.described()}: unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
 
 
-def _inverted(values: NDArray) -> NDArray:
+def _inverted(values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind == "f":
         return (1 - values).astype(values.dtype)
-    return np.invert(values)
+    result: NDArray[Any] = np.invert(values)
+    return result
 
 
-def _unmultiplied(values: NDArray) -> NDArray:
+def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
     """Colours that alpha was multiplied into, without it."""
     top = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     alpha = values[..., -1:].astype(np.float64)
@@ -253,7 +255,7 @@ def _unmultiplied(values: NDArray) -> NDArray:
     return np.concatenate([colours.astype(values.dtype), values[..., -1:]], axis=2)
 
 
-def _assembled(data: bytes, page: Page) -> NDArray:
+def _assembled(data: bytes, page: Page) -> NDArray[Any]:
     """(H, W, C) in this machine's byte order, out of strips or tiles."""
     tiled = TILES in page.tags
     offsets = page.tags.get(TILES if tiled else OFFSETS, ())
@@ -329,7 +331,7 @@ def _by_libtiff(strips: Sequence[bytes], compression: int, rows: int, total: int
         return np.asarray(image)
 
 
-def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: int) -> NDArray:
+def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: int) -> NDArray[Any]:
     """(rows, width, bands) in this machine's byte order."""
     predictor, rows, itemsize = page.one(PREDICTOR, 1), len(raw), page.bits // 8
     if predictor == 3 and page.one(COMPRESSION, 1) != 1:

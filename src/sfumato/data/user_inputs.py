@@ -78,7 +78,8 @@ def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
         raise DataError(
             f"cannot be used as an image: {error}", where=str(path), hint="give a PNG, JPEG, WebP, BMP, GIF or TIFF"
         ) from None
-    return torch.from_numpy(pixels.astype(np.float32)) / (2**form.bits - 1)
+    result: Tensor = torch.from_numpy(pixels.astype(np.float32)) / (2**form.bits - 1)
+    return result
 
 
 def load_user_points(path: str | Path) -> Tensor:

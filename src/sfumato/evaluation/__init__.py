@@ -3,16 +3,19 @@
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.composition import Composition, composition, composition_table
 from sfumato.evaluation.fidelity import Evaluation, evaluate
+from sfumato.evaluation.full import EvaluationReport, evaluate_pipeline
 from sfumato.evaluation.gallery import gallery
 
 __all__ = [
     "Adherence",
     "Composition",
     "Evaluation",
+    "EvaluationReport",
     "adherence_table",
     "composition",
     "composition_table",
     "evaluate",
+    "evaluate_pipeline",
     "gallery",
     "measure_adherence",
 ]

@@ -36,7 +36,8 @@ class _Network(nn.Module):
         self.head = nn.Linear(64, categories)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        result: Tensor = self.head(self.features(x))
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class Classifier:
 
 def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """Those of `positions` whose images have a category."""
-    return positions[(dataset.labels[torch.from_numpy(positions)] >= 0).numpy()]
+    result: NDArray[np.int64] = positions[(dataset.labels[torch.from_numpy(positions)] >= 0).numpy()]
+    return result
 
 
 def train_classifier(

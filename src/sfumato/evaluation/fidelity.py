@@ -226,7 +226,10 @@ def _trained_eyes(
     labels = _kinds(dataset, reference)
     fewest = int(labels.unique(return_counts=True)[1].min())  # of the categories that this half has
     reference = reference[balanced(labels, fewest).numpy()]
-    features = lambda images: classifier.read(images)[1]  # noqa: E731
+
+    def features(images: Tensor) -> Tensor:
+        return classifier.read(images)[1]
+
     return FeatureSpace(
         classifier.name,
         features,

@@ -309,13 +309,15 @@ class Writer(nn.Module):
     def attended(self, x: Tensor, found: Tensor, modulation: Tensor) -> Tensor:
         """x + gate * out(found)."""
         gate = (modulation[:, 2] + self.offset[0]).to(x.dtype)
-        return x + gate * self.dropout(self.out(found))
+        result: Tensor = x + gate * self.dropout(self.out(found))
+        return result
 
     def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x + gate * feed-forward(x)."""
         shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
         h = rms_norm(x) * (1 + scale) + shift
-        return x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
+        result: Tensor = x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
+        return result
 
 
 class CrossAttention(nn.Module):
@@ -335,7 +337,8 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
         mask = None if token_mask is None else token_mask[:, None, None, :]
         attended = attend(self.q_norm(q), self.k_norm(k), v, mask)
-        return x + self.out(attended.transpose(1, 2).flatten(2))
+        result: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))
+        return result
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -125,7 +125,8 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ImageNet's classes, (B, 1000)."""
-        return self.classes(self.pooled(x))
+        result: Tensor = self.classes(self.pooled(x))
+        return result
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         found: list[Tensor] = []
@@ -154,7 +155,8 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.expand is None else F.relu6(self.expand(x))
         h = self.project(F.relu6(self.depthwise(h)))
-        return x + h if self.residual else h
+        result: Tensor = x + h if self.residual else h
+        return result
 
 
 def efficientnet_lite0(tensors: Mapping[str, Tensor]) -> EfficientNetLite0:
@@ -264,4 +266,5 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         whole = F.interpolate(rgb(x), size=(self.side, self.side), mode="bicubic", antialias=True)
-        return self.model(pixel_values=((whole + 1) / 2 - self.shift) / self.scale).last_hidden_state
+        result: Tensor = self.model(pixel_values=((whole + 1) / 2 - self.shift) / self.scale).last_hidden_state
+        return result

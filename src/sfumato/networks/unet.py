@@ -157,7 +157,8 @@ class UNet(Backbone):
         x = self.middle_out(self.probe(self.middle(x, embedding, condition)), embedding)
         for up in self.up:
             x = up(x, on_the_way_up, condition, skips)
-        return self.output(F.silu(self.output_norm(x)))[..., :height, :width]
+        result: Tensor = self.output(F.silu(self.output_norm(x)))[..., :height, :width]
+        return result
 
     def input_layers(self) -> list[nn.Module]:
         """The first convolution."""
@@ -188,7 +189,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(F.silu(self.norm_in(x)))
         h = self.conv_out(self.dropout(F.silu(self.norm_out(h, embedding))))
-        return self.skip(x) + h
+        result: Tensor = self.skip(x) + h
+        return result
 
 
 class Stage(nn.Module):
@@ -252,7 +254,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        result: Tensor = self.conv(x)
+        return result
 
 
 class Upsample(nn.Module):
@@ -263,4 +266,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return result

@@ -12,7 +12,8 @@ from sfumato.nn.norms import num_groups
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, C / heads)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    result: Tensor = x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return result
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,7 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
+    result: Tensor = scores.softmax(-1) @ v
+    return result
 
 
 class SelfAttention(nn.Module):
@@ -48,7 +50,8 @@ class SelfAttention(nn.Module):
         positions = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(positions).chunk(3, dim=2))
         attended = attend(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
+        result: Tensor = x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
+        return result
 
 
 class CrossAttention(nn.Module):
@@ -69,4 +72,5 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
         mask = None if token_mask is None else token_mask[:, None, None, :]
         attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        return x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
+        result: Tensor = x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])
+        return result

@@ -36,7 +36,8 @@ class LearnedUncertainty(nn.Module):
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """(B,) -> (B,)."""
-        return self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[:, 0]
+        result: Tensor = self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[:, 0]
+        return result
 
 
 def uncertainty_weighted(loss: Tensor, uncertainty: Tensor) -> Tensor:

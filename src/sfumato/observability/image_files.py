@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sfumato.errors import ConfigError
 from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
-from sfumato.observability.images import Alpha, save_png, to_pil, whole
+from sfumato.observability.images import Alpha, save_png, to_pil
+from sfumato.storage.atomic import atomic_file
 
 SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -149,7 +150,7 @@ class Png:
         pixels = values.integers(image, values.bits)
         if values.bits == 8:
             return save_png(_pillow(pixels), path, settings)
-        with whole(path) as file:
+        with atomic_file(path) as file:
             file.write(png16(pixels, {"sfumato": json.dumps(settings)}))
         return path
 
@@ -183,7 +184,7 @@ class Lossy8:
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
         exif = Image.Exif()
         exif[DESCRIPTION] = json.dumps(settings)
-        with whole(path) as file:
+        with atomic_file(path) as file:
             _pillow(values.integers(image, 8)).save(file, self.name, exif=exif.tobytes(), **dict(self.options))
         return path
 
@@ -214,7 +215,7 @@ class Tiff:
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
         bits = self._bits(values)
         pixels = values.integers(image, bits) if bits else _floats(image, values)
-        with whole(path) as file:
+        with atomic_file(path) as file:
             file.write(tiff(pixels, json.dumps(settings), alpha=values.has_alpha))
         return path
 
@@ -241,7 +242,7 @@ class Npy:
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
         pixels = _floats(image, values)
-        with whole(path) as file:
+        with atomic_file(path) as file:
             np.save(file, pixels[..., 0] if values.channels == 1 else pixels, allow_pickle=False)
         return path
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
+
+from sfumato.storage.atomic import atomic_file
 
 Alpha = Literal["none", "straight", "premultiplied"]
 GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
@@ -127,26 +127,11 @@ def _band(labels: Sequence[str]) -> int:
     return 4 + 16 * max(label.count("\n") + 1 for label in labels) if any(labels) else 0
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that appears at `path` when all of it is written, and not at all if anything goes wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
     """Write a PNG, whole or not at all, whose text carries the settings it was made with."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("sfumato", json.dumps(settings))
-    with whole(path) as file:
+    with atomic_file(path) as file:
         image.save(file, "PNG", pnginfo=text)
     return path

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+
+from sfumato.storage.atomic import write_text
 
 
 class MetricsFile:
@@ -19,12 +21,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         kept = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers JSON does not know (nan, inf) become null."""
         self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()

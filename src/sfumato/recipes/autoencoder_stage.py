@@ -205,7 +205,7 @@ class TrainedAutoencoder(TrainingConfig):
             trainer.run()
         codec = cast(Reconstructor, trainer.state.average).codec
         statistics = _measured(codec, dataset)
-        figures = trainer.figures()
+        figures = trainer.validate()
         facts = {
             **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
             "informative": statistics.informative.tolist(),

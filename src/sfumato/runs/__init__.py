@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sfumato.runs.evaluation import evaluate_run
     from sfumato.runs.loading import load, newest_run, snapshot
     from sfumato.runs.preparation import PreparedRun, prepare
     from sfumato.runs.training import resume, train
 
-__all__ = ["PreparedRun", "load", "newest_run", "prepare", "resume", "snapshot", "train"]
+__all__ = ["PreparedRun", "evaluate_run", "load", "newest_run", "prepare", "resume", "snapshot", "train"]
 
 _HOMES = {
     "PreparedRun": "preparation",
+    "evaluate_run": "evaluation",
     "load": "loading",
     "newest_run": "loading",
     "prepare": "preparation",

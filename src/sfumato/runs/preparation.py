@@ -22,6 +22,7 @@ from sfumato.networks.checks import margin
 from sfumato.networks.perceptual import Features
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
+from sfumato.observability.sinks import require_sinks
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
 from sfumato.training.parameters import count
@@ -69,6 +70,7 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
     facts = facts_of(run, dataset, place)
     model = build_model(run, facts, place)
     require(model.network, run.precision)
+    require_sinks(run.log.sinks)
     if run.compile == "on":
         require_compiler()
     return PreparedRun(run=run, dataset=dataset, facts=facts, model=model)

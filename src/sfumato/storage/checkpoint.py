@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.errors import CheckpointError
+from sfumato.storage.atomic import atomic_folder, atomic_path, write_text
 
 SCHEMA = 2
 NAME = re.compile(r"step-(\d{9,})")
@@ -61,26 +61,15 @@ def save(
     final = root / f"step-{step:09d}"
     if final.exists():
         return final
-    temporary = root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors"
-            )
-        (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
-        manifest = {
-            "schema": SCHEMA, "step": step, "torch": torch.__version__, "world_size": 1, "sound": sound, "files": files,
-        }  # fmt: skip
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        os.replace(temporary, final)
-        _sync(root)
+        with atomic_folder(final, durable=True) as temporary:
+            for name, group in tensors.items():
+                save_file(_on_host(group), temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
+            files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
+            manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "sound": sound, "files": files}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"could not be written: {error}", where=str(final), hint="free some disk space; earlier checkpoints are intact"
         ) from None
@@ -139,17 +128,8 @@ def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts
     Raises:
         CheckpointError: if they could not be written.
     """
-    final, temporary = root / f"step-{step:09d}.safetensors", root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_file(tensors, temporary, metadata=None if facts is None else dict(facts))
-        _sync(temporary)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+    final = root / f"step-{step:09d}.safetensors"
+    _write(final, weights, facts)
     return final
 
 
@@ -172,19 +152,28 @@ def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
         CheckpointError: if they could not be written.
     """
     name = digest(tensors)
-    final, temporary = root / f"frozen-{name}.safetensors", root / f".tmp-frozen-{uuid.uuid4().hex[:8]}"
-    if not name or final.is_file():
-        return name
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
-        _sync(temporary)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+    final = root / f"frozen-{name}.safetensors"
+    if name and not final.is_file():
+        _write(final, tensors)
     return name
+
+
+def _write(final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a file, synced to the disk; `facts` go into its head.
+
+    Raises:
+        CheckpointError: if it could not be written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(final, durable=True) as temporary:
+            save_file(_on_host(tensors), temporary, metadata=None if facts is None else dict(facts))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -349,19 +338,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _point_latest(root: Path, name: str) -> None:
     """`latest` is a courtesy to people; nothing reads it back."""
-    temporary = root / ".tmp-latest"
-    try:
-        temporary.write_text(name + "\n")
-        os.replace(temporary, root / "latest")
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_text(root / "latest", name + "\n")

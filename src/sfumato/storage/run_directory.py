@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import refuse_diffusers
+from sfumato.storage.atomic import write_text
 from sfumato.storage.output_paths import require_writable
 
 HEARTBEAT_S = 5.0
@@ -151,10 +152,7 @@ class RunDirectory:
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Replace a JSON file in one go."""
-        target = self.path / name
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(json.dumps(dict(data), indent=1, ensure_ascii=False))
-        os.replace(temporary, target)
+        write_text(self.path / name, json.dumps(dict(data), indent=1, ensure_ascii=False))
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
         """status.json: `state` is preparing, running, finished, interrupted or failed."""

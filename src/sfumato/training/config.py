@@ -8,6 +8,7 @@ from typing import Literal
 
 from sfumato.config.bounds import Count, InnerFraction, Positive, Seed
 from sfumato.errors import ConfigError
+from sfumato.observability.sinks import SinkName
 from sfumato.training.ema import EMAConfig, PowerEMA
 from sfumato.training.optimizers import AdamWConfig
 
@@ -139,9 +140,15 @@ class PostHocEMAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """A line of metrics.jsonl every `every_steps`."""
+    """Metrics.
+
+    Attributes:
+        every_steps: steps from one record of metrics to the next.
+        sinks: where records go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`, each an extra of the same name.
+    """
 
     every_steps: Count = 10
+    sinks: tuple[SinkName, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

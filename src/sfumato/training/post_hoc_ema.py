@@ -41,7 +41,8 @@ def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
     matrix = np.array([[overlap(a, b) for b in kept] for a in kept])
     target = np.array([overlap(a, wanted) for a in kept])
     found: NDArray[np.float64] = np.linalg.lstsq(matrix, target, rcond=1e-14)[0]
-    return found / found.sum()
+    result: NDArray[np.float64] = found / found.sum()
+    return result
 
 
 def overlap(a: Profile, b: Profile) -> float:
@@ -49,7 +50,8 @@ def overlap(a: Profile, b: Profile) -> float:
     both = a.gamma + b.gamma + 1
     first, last = min(a.step, b.step), max(a.step, b.step)
     exponent = (b if a.step == first else a).gamma + 1
-    return (a.gamma + 1) * (b.gamma + 1) / both * (first / last) ** exponent / first
+    result: float = (a.gamma + 1) * (b.gamma + 1) / both * (first / last) ** exponent / first
+    return result
 
 
 def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:

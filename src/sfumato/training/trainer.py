@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
@@ -20,12 +20,14 @@ from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.nn.accelerable import Accelerable
 from sfumato.observability.metrics import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
+from sfumato.observability.sinks import open_sinks
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import post_hoc_ema
 from sfumato.training.autotune import precision_of, settle_compiling, settle_precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import follow
+from sfumato.training.hooks import HOOKS, SNAPSHOTS, Hook, Session
 from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.signals import Interrupted, Interruption
@@ -34,7 +36,6 @@ from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
-SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
 LONG_S = 2.0  # of trial_trainer, after which warming up does not count and a measured step is enough
 LOST_SHARE = 0.05  # of the set: more images lost while training than this stop the run
 
@@ -55,9 +56,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainingConfig, *, task: Task, dataset: Dataset, directory: RunDirectory, pinned: Mapping[str, Any]
+        self,
+        config: TrainingConfig,
+        *,
+        task: Task,
+        dataset: Dataset,
+        directory: RunDirectory,
+        pinned: Mapping[str, Any],
+        hooks: Sequence[Hook] = HOOKS,
     ) -> None:
-        """`pinned` is the configuration as plain data, kept in checkpoints beside the task's facts."""
+        """`pinned` is the configuration as plain data, kept in checkpoints with the task's facts; `hooks` run in their order."""
+        self.hooks = tuple(hooks)
         self.device = next(task.model.parameters()).device
         self.config, self.task, self.dataset, self.directory, self.pinned = config, task, dataset, directory, pinned
         self.state = TrainingState.new(task.model, task.learners, config.post_hoc_ema.profiles)
@@ -67,8 +76,10 @@ class Trainer:
         self._lost: set[str] = set()
         self._bad: MetricsFile | None = None
         self._began = 0
-        self._timetable = Timetable(self.state)
-        self._watched_as: Callable[[], AbstractContextManager[object]] = nullcontext  # its batches would be compiled once more
+        self.timetable = Timetable(self.state)
+        self._uncompiled: Callable[[], AbstractContextManager[object]] = (
+            nullcontext  # validation's batches would be compiled once more
+        )
 
     def resume(self) -> list[str]:
         """Load the newest whole checkpoint; returns warnings about the ones that were not.
@@ -114,11 +125,11 @@ class Trainer:
             DivergedError: after too many non-finite steps in a row.
         """
         counters = self.state.counters
-        with Interruption() as asked, ProgressBar("training") as bar:
+        with Interruption() as interruption, ProgressBar("training") as bar:
             self._prepare(bar)
-            metrics, self._began = MetricsFile(self.directory.metrics, after_step=counters.step), counters.step
+            session, self._began = self._session(bar, interruption), counters.step
             try:
-                self._loop(metrics, bar, asked)
+                self._loop(session)
             except Interrupted as signal:
                 self._save()
                 self.directory.write_status("interrupted", counters.step, signal=str(signal))
@@ -129,18 +140,23 @@ class Trainer:
                     self.directory.write_status("failed", counters.step, error=str(error))
                 raise
             finally:
-                for file in (metrics, self._bad):
+                for sink in (*session.sinks, *([] if self._bad is None else [self._bad])):
                     with suppress(OSError):
-                        if file is not None:
-                            file.close()
+                        sink.close()
                 self._bad = None
             self.directory.write_status("finished", counters.step)
+
+    def _session(self, bar: ProgressBar, interruption: Interruption) -> Session:
+        metrics = MetricsFile(self.directory.metrics, after_step=self.state.counters.step)
+        name, folder = str(self.pinned.get("name", self.directory.path.name)), self.directory.path
+        others = open_sinks(self.config.log.sinks, folder=folder, name=name, config=self.pinned)
+        return Session(bar=bar, sinks=[metrics, *others], interruption=interruption)
 
     def _prepare(self, bar: ProgressBar) -> None:
         """Settle how to compute, check the disk, and make sure that there is something to resume from."""
         counters, network = self.state.counters, self._settle(bar.say)
         if settle_compiling(self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say):
-            self._watched_as = partial(torch.compiler.set_stance, "force_eager")
+            self._uncompiled = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.disk_bytes())
         if self._new:
             self._save()
@@ -172,7 +188,8 @@ class Trainer:
         averages = math.ceil(widths * kept * (1 - counters.kept))
         snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
         checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
-        return size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
+        result: int = size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
+        return result
 
     def _settle(self, say: Callable[[str], None]) -> Accelerable:
         """Settle the precision; the network."""
@@ -180,66 +197,57 @@ class Trainer:
         settle_precision(self.config, self.state.counters, network, say=say)
         return network
 
-    def _loop(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption) -> None:
-        counters = self.state.counters
+    def _loop(self, session: Session) -> None:
+        counters, bar = self.state.counters, session.bar
         clock = Clock(counters.seconds, counters.step)
         supply = batches(self.dataset, self.plan, start=counters.step)
         bar.start_at(self._spent())
         while True:
-            asked.raise_if_requested()
+            session.interruption.raise_if_requested()
             finished = self.finished
             if counters.step != counters.watched or finished:
-                self._watch(metrics, bar, asked, finished)
+                self._between_steps(session, finished)
             if finished:
                 return
             waited = time.perf_counter()
-            batch = self._next(supply, asked)
+            batch = self._next(supply, session.interruption)
             clock.wait(time.perf_counter() - waited)
             self._note_bad(batch, bar)
             result = self.train_step(batch)
             counters.seconds = clock.seconds()
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
                 record = self._record(result, clock)
-                self._try(bar, partial(metrics.write, record))
+                session.write(record)
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
                 figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
                 self._try(bar, partial(self.directory.heartbeat, counters.step))
 
-    def _next(self, supply: Iterator[Batch], asked: Interruption) -> Batch:
+    def _next(self, supply: Iterator[Batch], interruption: Interruption) -> Batch:
         """The next batch. Processes that read ahead may have been ended by the signal that asks this one to stop."""
         try:
             return next(supply)
         except RuntimeError:
-            asked.raise_if_requested()
+            interruption.raise_if_requested()
             raise
 
-    def _watch(self, metrics: MetricsFile, bar: ProgressBar, asked: Interruption, finished: bool) -> None:
+    def _between_steps(self, session: Session, finished: bool) -> None:
         """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
-        step, config = self.state.counters.step, self.config
-        if finished or step == 0 or self._timetable.due("preview", config.preview):
-            try:
-                with self._timetable.doing("preview"):
-                    self.task.preview(self.state.average, step, lambda _: asked.raise_if_requested())
-            except (OSError, ValueError, RuntimeError) as error:
-                bar.say(f"preview at step {step} failed: {error}")
-        if step in SNAPSHOTS:
-            self._try(bar, self._snapshot)
-        self._keep_averages(bar)
-        if step and (finished or self._timetable.due("validation", config.validation)):
-            with self._timetable.doing("validation"):
-                figures = self.figures()
-            seen = self.state.counters.samples_seen
-            self._try(bar, partial(metrics.write, {"step": step, "samples_seen": seen, **figures}))
-            bar.say(f"step {step}: {self.task.summary(figures)}")
-        self.state.counters.watched = step
-        if finished or self._timetable.due("checkpoint", config.checkpoint):
-            with self._timetable.doing("checkpoint"):
-                self._try(bar, self._save)
+        counters = self.state.counters
+        for hook in self.hooks:
+            if hook.due(self, finished=finished):
+                try:
+                    hook.run(self, session)
+                except hook.tolerated as error:
+                    session.bar.say(f"warning: {hook.name} at step {counters.step} failed: {error}")
+        counters.watched = counters.step
+        if finished or self.timetable.due("checkpoint", self.config.checkpoint):
+            with self.timetable.doing("checkpoint"):
+                self._try(session.bar, self._save)
 
-    def figures(self) -> dict[str, Any]:
-        """The task's, on held-out images, of the weights and averaged weights as they are."""
-        with self._watched_as():
+    def validate(self) -> dict[str, Any]:
+        """The task's errors on held-out images, of the weights and averaged weights as they are."""
+        with self._uncompiled():
             return self.task.validate(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
@@ -324,24 +332,32 @@ class Trainer:
             steps=counters.step, samples=counters.samples_seen, epochs=epochs, seconds=counters.seconds
         )
 
-    def _snapshot(self) -> Path:
+    def save_snapshot(self) -> Path:
+        """Keep the averaged weights of this step for good."""
         return checkpoint.save_snapshot(
             self.directory.snapshots, step=self.state.counters.step, weights=self.state.trained(self.state.average)
         )
 
-    def _keep_averages(self, bar: ProgressBar) -> None:
-        """When another of the even parts of the budget is over."""
+    def keep_averages(self) -> None:
+        """Keep the averages that others are made from, when another of the even parts of the budget is over.
+
+        Raises:
+            CheckpointError: if one could not be written; the others are, and training goes on to the next part.
+        """
         counters, config = self.state.counters, self.config.post_hoc_ema
-        share = min(self._spent(), 1.0)
-        if counters.updates and int(share * config.num) > int(counters.kept * config.num):
-            for profile, average in self.state.kept.items():
-                place = self.directory.averages / kept_name(profile)
-                facts = {post_hoc_ema.UPDATES: str(counters.updates)}
-                save = partial(
-                    checkpoint.save_snapshot, place, step=counters.step, weights=self.state.trained(average), facts=facts
-                )
-                self._try(bar, save)
-            counters.kept = share
+        fraction = min(self._spent(), 1.0)
+        if not counters.updates or int(fraction * config.num) <= int(counters.kept * config.num):
+            return
+        counters.kept = fraction
+        failed: list[CheckpointError] = []
+        for profile, average in self.state.kept.items():
+            place, facts = self.directory.averages / kept_name(profile), {post_hoc_ema.UPDATES: str(counters.updates)}
+            try:
+                checkpoint.save_snapshot(place, step=counters.step, weights=self.state.trained(average), facts=facts)
+            except CheckpointError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def _save(self) -> Path:
         self._frozen = self._frozen or checkpoint.save_frozen(self.directory.checkpoints, self.state.frozen_tensors())

@@ -12,7 +12,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from sfumato.data.check.inspect import KINDS, Examination
+from sfumato.data.check.findings import KINDS
+from sfumato.data.check.inspect import Examination
 from sfumato.data.check.measure import shown
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted
 from sfumato.data.listing import Entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sfumato.data import files
+from sfumato.storage.atomic import atomic_file
 
 _spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix="sfumato-"))
 
@@ -25,10 +25,6 @@ def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Pat
 def _made(target: Path, write: Callable[[BinaryIO], None]) -> Path:
     """`target`, written beside its place and put there whole: of two processes that do so at once, both win."""
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as place:
-            made = Path(place, target.name)
-            with made.open("wb") as file:
-                write(file)
-            os.replace(made, target)
+        with atomic_file(target) as file:
+            write(file)
     return target

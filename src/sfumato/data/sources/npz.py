@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +20,7 @@ from sfumato.data.listing import DAMAGED_ZIP, Entry, Listing, Reject, Source, pr
 from sfumato.data.pixel_values import is_numeric
 from sfumato.data.splits import TRAIN, split_of
 from sfumato.errors import DataError
+from sfumato.storage.atomic import atomic_file
 
 IMAGES, LABELS = (
     ("images", "image", "x", "samples", "imgs", "data", "arr_0"),
@@ -172,15 +171,9 @@ def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[
     identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {info.filename}"
     target = files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as out, archive.open(info) as member:
-                while block := member.read(1 << 20):
-                    out.write(block)
-            os.replace(name, target)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with atomic_file(target) as out, archive.open(info) as member:
+            while block := member.read(1 << 20):
+                out.write(block)
     return str(target), 0
 
 
@@ -210,7 +203,7 @@ def _check_size(info: zipfile.ZipInfo, limit: int) -> None:
         raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes, more than {limit} or {MAX_RATIO} times its size")
 
 
-def plain_array(data: bytes) -> NDArray:
+def plain_array(data: bytes) -> NDArray[Any]:
     """The array of an .npy; nothing larger than the file is ever reserved for it.
 
     Raises:

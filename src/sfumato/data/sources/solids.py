@@ -111,7 +111,8 @@ class Solid:
         """The implicit function of points (..., 3) in the camera's frame: below 1 inside, above outside."""
         e1, e2 = self.exponents
         x, y, z = np.moveaxis(np.abs(points @ self.turn / self.axes) + 1e-9, -1, 0)
-        return (x ** (2 / e2) + y ** (2 / e2)) ** (e2 / e1) + z ** (2 / e1)
+        result: Array = (x ** (2 / e2) + y ** (2 / e2)) ** (e2 / e1) + z ** (2 / e1)
+        return result
 
     def surface(self, rng: np.random.Generator, count: int) -> Array:
         """Points (count, 3) on the surface, about evenly spread: rays from the middle, weighed by the area that they stand for."""
@@ -125,13 +126,15 @@ class Solid:
         points = rays * high[:, None]
         slant = np.abs((rays * self.normals(points)).sum(1)).clip(0.05)
         weight = high**2 / slant
-        return points[rng.choice(len(points), count, replace=False, p=weight / weight.sum())]
+        result: Array = points[rng.choice(len(points), count, replace=False, p=weight / weight.sum())]
+        return result
 
     def normals(self, points: Array) -> Array:
         """Outward unit normals at points of the surface, by central differences."""
         steps = 1e-4 * np.eye(3)
         slope = np.stack([self.inside(points + step) - self.inside(points - step) for step in steps], axis=-1)
-        return slope / np.linalg.norm(slope, axis=-1, keepdims=True).clip(1e-12)
+        result: Array = slope / np.linalg.norm(slope, axis=-1, keepdims=True).clip(1e-12)
+        return result
 
     def render(self, size: int) -> NDArray[np.uint8]:
         """The image, (size, size, 3)."""
@@ -148,7 +151,8 @@ class Solid:
         lit[hit] = self._shaded(points, camera)
         image[near] = lit
         averaged = image.reshape(size, _FINER, size, _FINER, 3).mean((1, 3))
-        return (averaged.clip(0, 1) * 255).round().astype(np.uint8)
+        result: NDArray[np.uint8] = (averaged.clip(0, 1) * 255).round().astype(np.uint8)
+        return result
 
     def _met(self, camera: Array, rays: Array) -> tuple[NDArray[np.bool_], Array]:
         """Which rays meet the surface, and where they first do."""
@@ -174,7 +178,8 @@ class Solid:
         half /= np.linalg.norm(half, axis=1, keepdims=True)
         diffuse = (normals @ light).clip(0)[:, None]
         shine = ((normals * half).sum(1).clip(0) ** 40)[:, None]
-        return self.colour * (0.35 + 0.65 * diffuse) + 0.25 * shine
+        result: Array = self.colour * (0.35 + 0.65 * diffuse) + 0.25 * shine
+        return result
 
 
 def _write(file: BinaryIO, *, count: int, size: int) -> None:

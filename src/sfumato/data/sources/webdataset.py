@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from sfumato.data.sources.accounting import LAYERS
 from sfumato.data.sources.tree import Tree
 from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
+from sfumato.storage.atomic import write_text
 
 MAX_MEMBERS = 1_000_000  # of one shard
 MAX_HEADER_BYTES = 1 << 20  # of one member's extended header
@@ -160,10 +159,7 @@ def _keep(target: Path, text: str) -> None:
     """Write into the cache if it can be written to; it saves time and nothing else."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, target)
+        write_text(target, text)
     except OSError:
         return
 

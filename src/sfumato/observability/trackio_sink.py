@@ -1,0 +1,31 @@
+"""Metrics for trackio: the extra `trackio`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trackio
+
+from sfumato.observability.sinks import scalars
+
+
+class TrackioSink:
+    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode, keys) come from the environment."""
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        self._run = trackio.init(project="sfumato", name=folder.name, config={"recipe": name, **config}, resume="allow")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add one point to each curve."""
+        trackio.log(scalars(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        """Send what is left."""
+        trackio.finish()
+
+
+def open_sink(folder: Path, name: str, config: Mapping[str, Any]) -> TrackioSink:
+    """The sink of a run; goes on with the earlier one after a resume."""
+    return TrackioSink(folder, name, config)
