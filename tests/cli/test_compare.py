@@ -155,4 +155,4 @@ def test_categories_that_do_not_fit_or_do_not_exist_are_refused(run: Path) -> No
     two = sfumato("compare", run, "--num", 1, "--category", 1, "--category", 2)
     assert "do not fit into rows of 1" in refusal(two)
     assert "no category 'x'" in refusal(sfumato("compare", run, "--num", 1, "--category", "x"))
-    assert "the model does not read prompt" in refusal(sfumato("compare", run, "--prompt", "a cat"))
+    assert "this model was not trained with prompt conditioning" in refusal(sfumato("compare", run, "--prompt", "a cat"))

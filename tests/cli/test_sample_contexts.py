@@ -27,7 +27,7 @@ from sfumato.generation.pipeline import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs import train
-from sfumato.training import AdamWConfig, Budget, FixedEMA, PreviewConfig, ValidationConfig, trainer
+from sfumato.training import AdamWConfig, Budget, FixedEMA, PreviewConfig, ValidationConfig, hooks
 
 SIDE = 8
 WORDS = ["a dark square", "a bright square", "noise", "two squares"]
@@ -97,7 +97,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained for nine steps, with snapshots at 2 and 4."""
     root = tmp_path_factory.mktemp("drawn")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "SNAPSHOTS", frozenset({2, 4}))
+        patch.setattr(hooks, "SNAPSHOTS", frozenset({2, 4}))
         return train(settings(drawn(root / "images")), run=root / "run")
 
 
@@ -176,7 +176,12 @@ def test_everything_together(run: Path, given: Path) -> None:
     image = ["--image", "other.png", "--strength", "0.7", "--mask", "mask.png"]
     whole = made(run, *options, *guided, *image, "--autoguidance", 4, "--autoguidance-scale", 2, "--guidance-interval", -20, 20)
     assert noted()["guidance"] == {"text": 3.0, "doodle": 2.0, "points": 0.5}
-    assert (noted()["strength"], noted()["image"], noted()["mask"], noted()["worse"]) == (0.7, "other.png", "mask.png", 4)
+    assert (noted()["strength"], noted()["image"], noted()["mask"], noted()["autoguidance"]) == (
+        0.7,
+        "other.png",
+        "mask.png",
+        4,
+    )
     assert noted()["negative"] == "noise"
     assert (made(run, *options, *image) != whole).any()
 
@@ -303,8 +308,8 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         (["--points", "solid.npy"], "a point cloud of shape (10, 3)", "give N x 2"),
         (["--strength", "0.5"], "without an image", "give `image` too"),
         (["--mask", "mask.png"], "without an image", "give `image` too"),
-        (["--image", "doodle.png"], "nothing is said of what to do with the image", "give a strength"),
-        (["--image", "doodle.png", "--strength", "1.5"], "strength 1.5", "use 0 (the image as it is) to 1"),
+        (["--image", "doodle.png"], "an image was given without strength or mask", "give a strength"),
+        (["--image", "doodle.png", "--strength", "1.5"], "strength 1.5", "use 0 (keep the image) to 1"),
         (["--image", "doodle.png", "--strength", "nan"], "strength nan", "use 0"),
         (["--category", "c"], "no category 'c'", "the model knows a, b"),
         (["--attribute", "agee=1"], "no attribute 'agee'", "did you mean 'age'?"),

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from program import Result, sfumato
 
-from sfumato import recipes
+from sfumato import runs
 from sfumato.autoencoders import Pixels
 from sfumato.cli import output_folder, sample_job
 from sfumato.cli.output_folder import Generated
@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, model: Pipeline) -> None:
-    monkeypatch.setattr(recipes, "load", lambda *_, **__: model)
+    monkeypatch.setattr(runs, "load", lambda *_, **__: model)
 
 
 def sampled(run: Path, *options: object) -> Result:
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
     def load(*_: object, **__: object) -> Pipeline:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(recipes, "load", load)
+    monkeypatch.setattr(runs, "load", load)
     Path("file").write_text("")
     for options in (["--out", "file/inside"], ["--out", "file"]):
         result = sampled(run, *options)

@@ -526,7 +526,7 @@ def test_published_draws_are_the_last_thirteen(drawing: Callable) -> None:
 
 def test_a_hundredfold_probability_is_refused_and_so_are_other_impossible_settings() -> None:
     for wrong in (
-        {"non_leaking": 1.0}, {"non_leaking": -0.1}, {"crop": 1.0}, {"crop": -0.2}, {"brightness": 1.5}, {"contrast": -1},
+        {"karras": 1.0}, {"karras": -0.1}, {"crop": 1.0}, {"crop": -0.2}, {"brightness": 1.5}, {"contrast": -1},
         {"saturation": float("nan")}, {"rotation_degrees": 181}, {"rotation_degrees": -1}, {"hue_degrees": float("inf")},
     ):  # fmt: skip
         with pytest.raises(ConfigError):

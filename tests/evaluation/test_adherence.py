@@ -21,7 +21,7 @@ from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
 from sfumato.evaluation.adherence import Figure, own_rank
 from sfumato.evaluation.composition import overlap
-from sfumato.generation.request import ResolvedRequest, SampleRequest
+from sfumato.generation.request import ResolvedRequest
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
@@ -75,11 +75,11 @@ class Maker:
         self.model, self.make = SimpleNamespace(conditioner=conditioner), make
         self.reads, self.image_shape = tuple(conditioner.parts), (3, SIDE, SIDE)
 
-    def sample(
-        self, num: int, *, asked: SampleRequest | None = None, request: ResolvedRequest | None = None, **settings: Any
-    ) -> Tensor:
-        context = request.context if request is not None else {"text": asked.prompt}
-        return (self.make(context, num) + 1) / 2
+    def sample(self, num: int, *, prompt: list[str], **settings: Any) -> Tensor:
+        return (self.make({"text": prompt}, num) + 1) / 2
+
+    def sample_request(self, request: ResolvedRequest, **settings: Any) -> Tensor:
+        return (self.make(request.context, len(request.start)) + 1) / 2
 
 
 def real_of(dataset: Dataset, positions: Any) -> Tensor:

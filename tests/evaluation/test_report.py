@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sfumato.conditioners import ConditioningInfo
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation import evaluate, extractors, fidelity
@@ -31,9 +32,10 @@ class Fake:
     def __init__(self, dataset: Dataset, harm) -> None:
         self.dataset, self.harm, self.asked = dataset, harm, []
         self.reads, self.image_shape = ("category",), dataset.image_shape
+        self.facts = ConditioningInfo(channels=1, categories=dataset.categories)
 
-    def sample(self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
-        asked = request.context["category"].tolist()
+    def sample_request(self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+        asked = request.context.get("category", torch.arange(len(request.start)) % 10).tolist()
         self.asked.append((len(asked), tuple(asked), seed, guidance))
         labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
         pools = [self.dataset.training[(labels == number).numpy()] for number in range(10)]

@@ -63,7 +63,7 @@ def own(**changes) -> TrainedAutoencoder:
         "network": KL,
         "losses": LossesConfig(adversarial=AdversarialConfig(start=0.5, channels=16, layers=1), equivariance=0.5),
         "features": "random",
-        "variants": 3,
+        "augmented_copies": 3,
         "batch_size": 10,
         "micro_batch": 4,
         "precision": "float32",

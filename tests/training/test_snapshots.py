@@ -11,8 +11,7 @@ import torch
 from sfumato.errors import CheckpointError, RunError
 from sfumato.runs import load, resume, snapshot, train
 from sfumato.storage import checkpoint
-from sfumato.training import Budget, CheckpointConfig, Trainer, trainer
-from sfumato.training import hooks
+from sfumato.training import Budget, CheckpointConfig, Trainer, hooks
 from tests.training.tiny import fingerprint, images, tiny_run
 
 STEPS = frozenset({2, 4, 8, 64})
@@ -28,7 +27,6 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fourteen steps with snapshots at 2, 4 and 8, and checkpoints at 4, 8, 12 and 14."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hooks, "SNAPSHOTS", STEPS)
-        patch.setattr(trainer, "SNAPSHOTS", STEPS)
         settings = tiny_run(folder, checkpoint=CheckpointConfig(every_steps=4, keep=10))
         return train(settings, run=tmp_path_factory.mktemp("runs") / "run")
 
@@ -128,7 +126,6 @@ def test_a_full_disk_does_not_end_the_run(
         raise CheckpointError("could not be written: No space left on device", where=str(root), hint="free some disk space")
 
     monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
-        patch.setattr(trainer, "SNAPSHOTS", STEPS)
     monkeypatch.setattr(checkpoint, "save_snapshot", full)
     run = train(tiny_run(folder, budget=Budget(steps=5)), run=tmp_path / "run")
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -140,7 +137,6 @@ def test_resuming_does_not_need_them_and_is_not_moved_by_them(
 ) -> None:
     whole = fingerprint(train(tiny_run(folder), run=tmp_path / "whole"))
     monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
-        patch.setattr(trainer, "SNAPSHOTS", STEPS)
     run = _stopped(folder, tmp_path / "run", monkeypatch, after=7)
     assert sorted(path.stem for path in (run / "snapshots").iterdir()) == ["step-000000002", "step-000000004"]
     (run / "snapshots" / "step-000000002.safetensors").unlink()

@@ -94,13 +94,13 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
     name = value.get(TAG, usual)
     kind = current_kind(name) if isinstance(name, str) else name
     shorthands = entry.metadata.get(SHORTHANDS, {})
-    member = next((option for option in options if kind_of(option) == kind), None)
+    member = next((option for option in options if kind_of(option) == kind or option.__name__ == name), None)
     if member is None and kind in shorthands:
         whole = plain(shorthands[kind], hint)
         return {**whole, **{key: item for key, item in value.items() if key != TAG}}
     if member is None:  # as it was written, for the error
         return dict(value) if name is None else {**value, TAG: name}
-    return {TAG: kind, **modern(member, {key: item for key, item in value.items() if key != TAG})}
+    return {TAG: kind_of(member), **modern(member, {key: item for key, item in value.items() if key != TAG})}
 
 
 def _usual_kind(entry: Field[Any], hint: Any) -> str | None:

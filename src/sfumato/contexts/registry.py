@@ -35,9 +35,9 @@ def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
     return {name: CONTEXTS[name] for name in conditioner.steering}
 
 
-def values_in_turn(conditioner: CompositeConditioner, num: int, facts: ConditioningInfo) -> dict[str, Any] | None:
-    """A batch of all values in turn for a model that is steered by nothing, or by one context whose values can be listed; else None."""
-    found = {name: context.in_turn(num, facts) for name, context in steering(conditioner).items()}
+def values_in_turn(reads: Iterable[str], num: int, facts: ConditioningInfo) -> dict[str, Any] | None:
+    """A batch of all values in turn for a model that reads nothing, or one context whose values can be listed; else None."""
+    found = {name: CONTEXTS[name].in_turn(num, facts) for name in reads}
     return None if len(found) > 1 or any(values is None for values in found.values()) else found
 
 

@@ -197,7 +197,7 @@ def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
 
 def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> tuple[dict[str, Any], Tensor]:
     """What `num` samples are asked for, and their categories: each category in turn, or what held-out images are."""
-    listed = values_in_turn(pipeline.model.conditioner, num, pipeline.facts)
+    listed = values_in_turn(pipeline.reads, num, pipeline.facts)
     if listed is not None:
         each = torch.arange(num) % max(1, len(dataset.categories))
         return listed, each

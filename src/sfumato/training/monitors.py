@@ -122,7 +122,7 @@ class Previewer:
         self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
         reads = conditioner.steering
-        listed = values_in_turn(conditioner, config.preview.num, facts) is not None
+        listed = values_in_turn(reads, config.preview.num, facts) is not None
         chosen = _of_each_category(dataset, config.preview.num) if listed else _held_out(dataset, config)
         pixels, _, chosen = dataset.images(chosen)
         images = to_float(pixels)

@@ -23,11 +23,12 @@ from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.observability.sinks import open_sinks
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training import hooks as between
 from sfumato.training import post_hoc_ema
 from sfumato.training.autotune import precision_of, settle_compiling, settle_precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.ema import follow
-from sfumato.training.hooks import HOOKS, SNAPSHOTS, Hook, Session
+from sfumato.training.hooks import HOOKS, Hook, Session
 from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.signals import Interrupted, Interruption
@@ -186,7 +187,7 @@ class Trainer:
         frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
         widths, kept = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
         averages = math.ceil(widths * kept * (1 - counters.kept))
-        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
+        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in between.SNAPSHOTS)
         checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
         result: int = size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
         return result
