@@ -34,7 +34,8 @@ CONFIGURATION = """# Configuration
 Every key of a run. Set keys on the command line (`sfumato train photos data.resolution=64
 network.kind=dit`), in a YAML file, or in Python with `overrides=`. Recipes and presets set values
 that differ from the defaults here: `sfumato config show SOURCE` prints them. Where a key takes one
-of several kinds, `network=dit` and `network.kind=dit` choose one. Written by `docs/reference.py`.
+of several kinds, `network.kind=dit` chooses one, or `network=dit` if no key of it is set too.
+Written by `docs/reference.py`.
 """
 BOUNDS = {"ge": "from {:g}", "gt": "above {:g}", "le": "up to {:g}", "lt": "below {:g}"}
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
