@@ -24,7 +24,7 @@ class Condition:
         vector: one summary per image, shape (B, D).
         tokens: a sequence per image, shape (B, L, D).
         token_mask: True where a token counts, shape (B, L); None when all of them do.
-        spatial: maps format_table with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
+        spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
     """
 
     vector: Tensor | None = None

@@ -51,7 +51,7 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
 
 
 def main(target: str) -> None:
-    """What the other process does with its standard input. Rule S1 of the security design allows this converter, and nothing else."""
+    """What the other process does with its standard input. Rule S1 of docs/threat-model.md allows this converter, and nothing else."""
     import torch
     from safetensors.torch import save_file
 

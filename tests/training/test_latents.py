@@ -393,7 +393,7 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder:
 def test_latents_of_any_size_are_padded_inside_the_network_and_what_that_costs_is_said(
     folder: Path, tmp_path: Path, network: UNetConfig | DiTConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """LatentAutoencoder of 6 x 6 where the network takes multiples of 4."""
+    """Latents of 6 x 6 where the network takes multiples of 4."""
     data = DataConfig(source=Folder(str(folder)), resolution=12, channels=1)
     run = train(latent_run(folder, data=data, network=network, budget=Budget(steps=2)), run=tmp_path / "run")
     assert load(run).sample(2, steps=2).shape == (2, 1, 12, 12)

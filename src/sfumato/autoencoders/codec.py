@@ -24,13 +24,13 @@ class Codec(nn.Module, ABC):
         """Images (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f, W/f)."""
 
     def decode(self, z: Tensor) -> Tensor:
-        """LatentAutoencoder (B, c, h, w) -> images (B, C, f h, f w), not clamped."""
+        """Latents (B, c, h, w) -> images (B, C, f h, f w), not clamped."""
         result: Tensor = self.tail(self.head(z))
         return result
 
     @abstractmethod
     def head(self, z: Tensor) -> Tensor:
-        """LatentAutoencoder -> what `tail` makes images of, (B, _, H/2, W/2) or finer."""
+        """Latents -> what `tail` makes images of, (B, _, H/2, W/2) or finer."""
 
     @property
     @abstractmethod

@@ -83,7 +83,7 @@ class KLAutoencoder(Codec):
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
 
     def head(self, z: Tensor) -> Tensor:
-        """LatentAutoencoder as far as half the image's resolution."""
+        """Latents as far as half the image's resolution."""
         return self.decoder.head(self.post_quant_conv(z))
 
     @property
@@ -123,7 +123,7 @@ class Encoder(Accelerable):
 
 
 class Decoder(nn.Module):
-    """LatentAutoencoder -> images."""
+    """Latents -> images."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class Resample(nn.Module):
 def passing(module: nn.Module) -> None:
     """Have an untrained layer pass on what it is given: residual branches begin near zero, changes of resolution and width as averages.
 
-    So shapes and colours reach the latents from the first step on (docs/latents.md has what that is worth).
+    So shapes and colours reach the latents from the first step on (docs/ablations.md has what that is worth).
     """
     if isinstance(module, ResidualBlock):
         module.conv2.weight.mul_(BRANCH)

@@ -87,7 +87,7 @@ class LatentAutoencoder(nn.Module):
         return self.moments(x).chunk(2, dim=1)[0]
 
     def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """LatentAutoencoder (B, c, h, w): one draw of each."""
+        """Latents (B, c, h, w): one draw of each."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + (0.5 * log_variance).exp() * gaussian(tuple(mean.shape)).to(mean)
 

@@ -32,23 +32,23 @@ def sample(
     num: Annotated[
         int | None, typer.Option(min=1, help="How many images; by default 16, or one for each prompt or category if more.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text asked for; several are taken in turn.")] = None,
-    negative: Annotated[str | None, typer.Option(help="Text to lead away from; needs guidance above 1.")] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Category asked for; several are taken in turn.")] = None,
-    attribute: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER asked for; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; repeat to cycle through several.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; needs guidance above 1.")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Category; repeat to cycle through several.")] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER of an attribute; repeat for several.")] = None,
     doodle: Annotated[Path | None, typer.Option(help="Line drawing to follow, dark on light.")] = None,
     points: Annotated[Path | None, typer.Option(help="Point cloud to follow: .npy, .ply, .xyz or .csv.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Image to make variations of.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to start from, to complete or to restore.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of IMAGE is made anew: 0 nothing, 1 everything.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where IMAGE is painted anew, black where it stays.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Fraction of IMAGE to regenerate (0 keeps it, 1 ignores it).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White areas of IMAGE are regenerated, black areas kept.")] = None,
     context_values: Annotated[
         list[str] | None,
         typer.Option("--context", help="NAME=VALUE of any other context that the model reads; may be repeated."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images, e.g. 64x96; by default as trained.")] = None,
-    to_prompt: Annotated[str | None, typer.Option(help="Show the way from PROMPT to this one.")] = None,
-    to_seed: Annotated[int | None, typer.Option(help="Show the way from SEED to this one.")] = None,
+    to_prompt: Annotated[str | None, typer.Option(help="Interpolate from PROMPT to this prompt.")] = None,
+    to_seed: Annotated[int | None, typer.Option(help="Interpolate from SEED to this seed.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, euler, heun, dpm-solver++2m, unipc, ...")] = None,
     guidance: Annotated[
@@ -65,7 +65,7 @@ def sample(
         bool, typer.Option("--clip", help="Clamp each guess of the clean image to the range of the data (models of pixels).")
     ] = False,
     resample: Annotated[
-        int, typer.Option(min=1, help="With a mask: take each step so many times, which agrees better with what is kept.")
+        int, typer.Option(min=1, help="With a mask: how many times each step is taken; more agrees better with what is kept.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and i only.")] = 0,
     weights: Annotated[
@@ -323,10 +323,10 @@ def _refuse_on_the_way(options: dict[str, Any]) -> None:
     """What has no meaning on the way to another prompt or seed."""
     if options["autoguidance"] is not None or options["trajectory"] or options["resample"] != 1:
         hint = "--autoguidance, --trajectory, --resample"
-        raise typer.BadParameter("not on the way to another prompt or seed", param_hint=hint)
+        raise typer.BadParameter("not with interpolation to another prompt or seed", param_hint=hint)
     for name in ("prompt", "category"):
         if len(options[name] or ()) > 1:
-            raise typer.BadParameter("the way begins at one, and several are given", param_hint=f"--{name}")
+            raise typer.BadParameter("interpolation starts from one, and several are given", param_hint=f"--{name}")
 
 
 @contextmanager
@@ -367,4 +367,4 @@ def _number(text: str, option: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a number", param_hint=option) from None

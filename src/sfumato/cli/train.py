@@ -49,7 +49,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     overrides: Overrides = None,
 ) -> None:
-    """Go on with a run from its newest checkpoint, bit for bit."""
+    """Resume a run from its latest checkpoint, bit for bit."""
     from sfumato import runs
 
     typer.echo(runs.resume(run, overrides=overrides or ()))

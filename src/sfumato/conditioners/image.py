@@ -40,7 +40,7 @@ class Shrink:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ConfigError(
-                f"factor = {self.factor}", where="conditioner.image.lost.factor", hint="use 2 or more; 4 is usual"
+                f"factor = {self.factor}", where="conditioner.image.degradation.factor", hint="use 2 or more; 4 is usual"
             )
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:

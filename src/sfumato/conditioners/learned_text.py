@@ -123,7 +123,7 @@ class LearnedTextConditioner(Conditioner):
         return self.words.count(text) > self.config.length
 
     def unknown(self, text: str) -> list[str]:
-        """WordTokenizer of a text that no training caption contains, each once; punctuation does not count."""
+        """Words of a text that no training caption contains, each once; punctuation does not count."""
         found = dict.fromkeys(self.words.splitting.pieces(text))
         return [word for word in found if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)]
 

@@ -20,7 +20,7 @@ _WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `characters.kinds`
 
 @dataclass(frozen=True)
 class ByScript:
-    """WordTokenizer where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
+    """Words where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
 
     def normalized(self, text: str) -> str:
         """Compatibility forms and case folded together; composed and decomposed letters are the same."""
@@ -29,7 +29,7 @@ class ByScript:
         return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
     def pieces(self, text: str) -> list[str]:
-        """WordTokenizer and signs of a text, normalized."""
+        """Words and signs of a text, normalized."""
         plain = self.normalized(text)
         if plain.isascii():  # where both patterns find the same
             return _RUN.findall(plain)
@@ -49,7 +49,7 @@ class ByRuns:
         return unicodedata.normalize("NFKC", text).casefold()
 
     def pieces(self, text: str) -> list[str]:
-        """WordTokenizer and signs of a text, normalized."""
+        """Words and signs of a text, normalized."""
         return _RUN.findall(self.normalized(text))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:

@@ -117,7 +117,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """LatentAutoencoder of the training images, made ahead of training.
+    """Latents of the training images, made ahead of training.
 
     Attributes:
         gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number k is row k * variants + v.

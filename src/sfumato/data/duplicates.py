@@ -21,7 +21,7 @@ SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be tol
 NEIGHBOURS, DIMENSIONS = 8, 12
 FLAT = 6.0  # of 255: below this contrast, noise is not stretched
 BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
-# Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/data.md).
+# Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/benchmarks.md).
 LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87  # of signatures, for a closer look, and for one after alignment
 LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)

@@ -174,7 +174,7 @@ def _natural(name: str) -> tuple[int, int, str]:
 
 
 def _examined(entries: Sequence[Entry], shelf: PixelStore) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """ConditioningInfo about each image, in order."""
+    """Facts about each image, in order."""
     for entry, found in zip(entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True):
         yield entry, shelf.keep(found)
 

@@ -91,7 +91,7 @@ class _Batches(TorchDataset[Batch]):
         return _Found(to_float(pixels), positions, draws, None, bad)
 
     def _latents(self, positions: NDArray[np.int64], first: int) -> _Found:
-        """LatentAutoencoder of one of the variants that there are, and pixels augmented as those were."""
+        """Latents of one of the variants that there are, and pixels augmented as those were."""
         encoded = self.dataset.encoded
         assert encoded is not None
         height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]

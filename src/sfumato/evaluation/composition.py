@@ -84,7 +84,7 @@ def words(caption: str) -> frozenset[str]:
 
 
 def overlap(a: str, b: str) -> float:
-    """WordTokenizer of both over words of either."""
+    """Words of both over words of either."""
     mine, theirs = words(a), words(b)
     return len(mine & theirs) / max(1, len(mine | theirs))
 

@@ -64,9 +64,9 @@ class Backbone(Accelerable, ABC):
         return 1
 
     def input_layers(self) -> Sequence[nn.Module]:
-        """Annotations whose input has a fixed size, however wide the network is. Optimizers do not scale their learning rate with width."""
+        """Layers whose input has a fixed size, however wide the network is. Optimizers do not scale their learning rate with width."""
         return ()
 
     def output_layers(self) -> Sequence[nn.Module]:
-        """Annotations whose output has a fixed size, however wide the network is. Muon leaves them to AdamW."""
+        """Layers whose output has a fixed size, however wide the network is. Muon leaves them to AdamW."""
         return ()

@@ -112,7 +112,7 @@ class DiT(Backbone):
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
-    compile_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/performance.md)
+    compile_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/benchmarks.md)
 
     def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
         super().__init__(image_channels=image_channels, context=context)

@@ -1,1 +1,1 @@
-"""Annotations that networks share. Tensors in, tensors out: no noise levels, no conditions, no files."""
+"""Layers that networks share. Tensors in, tensors out: no noise levels, no conditions, no files."""

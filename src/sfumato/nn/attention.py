@@ -20,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q k^T / sqrt(D)) v of each head; q (B, heads, L, D), k and v (B, heads, S, D) -> (B, heads, L, D).
 
     PyTorch's fused kernel, but for bfloat16 on a CPU that can hold the scores: its backward pass takes 1.6 to 4 times as long there as
-    the two products written out (docs/performance.md).
+    the two products written out (docs/benchmarks.md).
 
     Args:
         mask: True where attention may look, broadcast to (B, heads, L, S); no row may be False throughout.

@@ -43,9 +43,9 @@ def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
     fitting = [layer for layer in layers if fits(layer)]
     if not fitting:
         raise ConfigError(
-            f"float8 is for transformers whose channels are a multiple of {MULTIPLE}",
+            f"float8 is for transformers whose hidden size is a multiple of {MULTIPLE}",
             where="precision",
-            hint=f"use precision=bfloat16, or network.kind=dit with network.channels a multiple of {MULTIPLE}",
+            hint=f"use precision=bfloat16, or network.kind=dit with network.hidden_size a multiple of {MULTIPLE}",
         )
     return fitting
 

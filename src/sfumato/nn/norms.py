@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x (..., C) over its root mean square along the last axis, times weight (C,).
 
     PyTorch's kernel, but on a CPU, where it has none of one piece and goes through float32 four times: written out, forward and backward
-    pass take half as long there (docs/performance.md).
+    pass take half as long there (docs/benchmarks.md).
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """

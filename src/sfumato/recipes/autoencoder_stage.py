@@ -74,7 +74,7 @@ class PixelsConfig:
         return Pixels(image_channels)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial_trainer."""
+        """What training would see, for a trial."""
         return Pixels(dataset.config.channels), dataset
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
@@ -96,7 +96,7 @@ class TrainedAutoencoder(TrainingConfig):
         network: its size and shape.
         losses: what its reconstructions are judged by.
         features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`, or a file: see
-            `evaluation.features.extractor`.
+            `evaluation.extractors.extractor`.
         augmented_copies: latents kept of each image, each augmented in its own way, where images are augmented.
     """
 
@@ -134,7 +134,7 @@ class TrainedAutoencoder(TrainingConfig):
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial_trainer: latents of zeros."""
+        """What training would see, for a trial: latents of zeros."""
         codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
         return _rehearsed(codec, dataset, self.augmented_copies, pixels=pixels)
 
@@ -251,7 +251,7 @@ class PretrainedAutoencoder:
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial_trainer: latents of zeros."""
+        """What training would see, for a trial: latents of zeros."""
         return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.augmented_copies, pixels=pixels)
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
@@ -280,7 +280,7 @@ AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
 
 def _require_variants(variants: int) -> None:
     if variants < 1:
-        raise ConfigError(f"variants = {variants}", where="autoencoder", hint="use 1 or more")
+        raise ConfigError(f"augmented_copies = {variants}", where="autoencoder", hint="use 1 or more")
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:

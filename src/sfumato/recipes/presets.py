@@ -89,7 +89,7 @@ def choose(
 def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamWConfig, str]:
     """The network and its optimizer; latents leave `room` for wider ones.
 
-    A CPU gets a narrow network and Muon, which pay in an hour (docs/training.md, "What each part buys"); on GPUs larger sets carry larger
+    A CPU gets a narrow network and Muon, which pay in an hour (docs/ablations.md, "What each part buys"); on GPUs larger sets carry larger
     ones, and nothing has been measured yet.
     """
     if not gpu:
@@ -208,7 +208,7 @@ def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
 
 def shift(values: int) -> float:
     """How far training and sampling move to more noise: neighbouring values of large images tell of one another, so that the same noise
-    hides less of them. Never to less, which made better images that followed their category less (docs/training.md).
+    hides less of them. Never to less, which made better images that followed their category less (docs/ablations.md).
 
     Args:
         values: of an image, or of its latents.

@@ -14,11 +14,11 @@ import torch
 from sfumato.observability.progress import duration
 from sfumato.runs.cost import Prediction
 
-# Images that are trained on, each as often as it is seen. docs/performance.md, "Time to quality": at 32 px 43,000 to 51,000 bring the
+# Images that are trained on, each as often as it is seen. docs/benchmarks.md, "Time to quality": at 32 px 43,000 to 51,000 bring the
 # kernel distance of the preset to 3 or 4, where the baselines end at 8; after a quarter of that it is at 7 (1.8 minutes).
 ENOUGH, TOO_FEW = 45_000, 12_000
 # Steps of 16 images of an autoencoder. Two and a half minutes of it at 64 px end at 19 dB, and seven at 21.8 dB with reds still brown
-# (docs/latents.md, which does not say the steps); this is what seven minutes hold at 0.2 s a step.
+# (docs/ablations.md, which does not say the steps); this is what seven minutes hold at 0.2 s a step.
 AUTOENCODER_STEPS = 2_000
 MANY_VIEWS = 200  # of each image
 SMALL = 5_000  # images, below which many views of each are memorized

@@ -52,7 +52,7 @@ class PreparedRun:
         """A copy of the untrained model on the device that is used, with what is trained beside it.
 
         Raises:
-            ConfigError: if an encoder that is format_table to is missing.
+            ConfigError: if an encoder that is aligned to is missing.
         """
         return with_auxiliary(self.run, copy.deepcopy(self.model))
 
@@ -155,7 +155,7 @@ def with_auxiliary(run: Run, model: Model) -> Model:
     """The model on the device that is used, with what is trained beside it.
 
     Raises:
-        ConfigError: if an encoder that is format_table to is missing.
+        ConfigError: if an encoder that is aligned to is missing.
     """
     device = default_device()
 

@@ -32,7 +32,7 @@ SAMPLERS: dict[str, SamplerConfig] = {
     "churn": Churn(RungeKutta("heun")),
 }
 
-FILLING, RESAMPLING = "churn", "ddpm"  # where a hole is filled and no sampler is named: see docs/conditioning.md for their bias
+FILLING, RESAMPLING = "churn", "ddpm"  # where a hole is filled and no sampler is named: see docs/sampling.md for their bias
 
 
 def chosen_sampler(

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or not there: written aside, synced, renamed into place, then the old ones pruned.
 
-Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of the reliability design.
+Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of docs/reliability.md.
 """
 
 from __future__ import annotations

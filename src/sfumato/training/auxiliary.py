@@ -49,7 +49,7 @@ class AlignmentConfig:
 
     Attributes:
         encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`), `efficientnet-lite0`, or a file: see
-            `evaluation.features.extractor`.
+            `evaluation.extractors.extractor`.
         weight: of the loss.
         stop_at: share of the budget after which it ends: the encoder's view helps early and hinders late.
 
@@ -166,7 +166,7 @@ class Shared(Generic[T]):
 def _check(weight: float, until: float) -> None:
     if not (weight >= 0 and 0 < until <= 1):
         raise ConfigError(
-            f"weight = {weight}, until = {until}", where="auxiliary", hint="a weight of at least 0, until a share up to 1"
+            f"weight = {weight}, stop_at = {until}", where="auxiliary", hint="a weight of at least 0, stop_at a fraction up to 1"
         )
 
 

@@ -1,4 +1,4 @@
-"""LatentAutoencoder of a whole set, made once and kept on disk."""
+"""Latents of a whole set, made once and kept on disk."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
-LONG_S = 2.0  # of trial_trainer, after which warming up does not count and a measured step is enough
+LONG_S = 2.0  # of a trial, after which warming up does not count and a measured step is enough
 LOST_SHARE = 0.05  # of the set: more images lost while training than this stop the run
 
 

@@ -149,7 +149,7 @@ class Reconstruction:
         return SampleLosses(total, notes)
 
     def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """LatentAutoencoder and images shrunk and turned together, or left as they are; `first` is the batch's first sample."""
+        """Latents and images shrunk and turned together, or left as they are; `first` is the batch's first sample."""
         chance, size, turn = randomness.uniform(self.config.seed, "equivariance", first=first, count=1, per_item=3)[0].tolist()
         if chance >= self.losses.equivariance:
             return z, images
@@ -222,7 +222,7 @@ class Reconstruction:
         return config.preview.num, 2 * config.validation.samples
 
     def compiled_part(self, model: Reconstructor) -> Accelerable:
-        """The encoder; the decoder's graph is gone through twice, to adaptive_weight the losses, which compiled graphs do not allow."""
+        """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
         return model.codec.encoder
 
 
