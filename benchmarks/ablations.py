@@ -219,7 +219,7 @@ def figures(pipeline: Pipeline, judge: Judge, num: int, guidance: float) -> dict
     return {
         "kernel": kernel_distance(features, judge.reference),
         "frechet": frechet_distance(features, judge.reference),
-        "asked": 100 * judge.read_as_asked(images),
+        "asked": 100 * judge.category_accuracy(images),
         "deviation": float(images.std()) / 2,
     }
 
@@ -271,7 +271,7 @@ def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: each change's figures, and the difference from what it changes."""
     shown = {
         "kernel": ("kernel distance", 2),
-        "asked": ("read as asked, %", 1),
+        "asked": ("category accuracy, %", 1),
         "deviation": ("deviation", 3),
         "noise_mse": ("noise MSE", 4),
     }

@@ -27,7 +27,7 @@ class Judge:
         """Features, (N, D)."""
         return pooled(self.features, images)
 
-    def read_as_asked(self, images: Tensor) -> float:
+    def category_accuracy(self, images: Tensor) -> float:
         """The share that the classifier reads as what was asked for: the categories in turn."""
         labels = torch.arange(len(images)) % self.categories
         return float((self.reader.read(images)[0] == labels).double().mean())

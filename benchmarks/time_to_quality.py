@@ -240,7 +240,7 @@ def figures(judge: Judge, photos: Tensor) -> dict[str, Any]:
         "num": len(photos),
         "frechet": frechet_interval(features, judge.reference)._asdict(),
         "kernel": kernel_distance_interval(features, judge.reference)._asdict(),
-        "read_as_asked": judge.read_as_asked(photos),
+        "category_accuracy": judge.category_accuracy(photos),
     }
 
 

@@ -421,8 +421,8 @@ def test_one_image_on_the_way_is_the_first(two: Pipeline) -> None:
         (0, {}, "0 images"),
         (3, {"prompt": "a", "negative": "b"}, "a negative prompt without guidance"),
         (3, {"doodle": image(0)}, "this model was not trained with doodle conditioning"),
-        (3, {"image": image(0), "strength": 0.5}, "the way begins in noise"),
-        (3, {"image": image(0), "mask": HOLE}, "the way begins in noise"),
+        (3, {"image": image(0), "strength": 0.5}, "interpolation starts from noise"),
+        (3, {"image": image(0), "mask": HOLE}, "interpolation starts from noise"),
     ],
 )
 def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: dict[str, Any], words: str) -> None:

@@ -90,7 +90,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert result.code == 2
     assert result.out == ""
     assert result.err == (
-        "error: train: 'digit' is no recipe, YAML file or folder\n"
+        "error: train: 'digit' is not a recipe, YAML file or folder\n"
         "  hint: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or file must exist\n"
     )
 
@@ -279,7 +279,7 @@ def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, mo
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
-    assert lines[1:3] == ["1506 images to learn from, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
+    assert lines[1:3] == ["1506 training images, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
     assert lines[-2].startswith("summary: 1506 images at 8 px, ")
     assert lines[-1].startswith("verdict: too short")
     assert "kind:" not in result.out
@@ -321,7 +321,7 @@ def test_sources_that_are_none(tmp_path: Path, source: str, said: str) -> None:
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path, verb: str) -> None:
     result = sfumato(verb, tmp_path)
     assert result.code == 2
-    assert "is no run: it holds no config.yaml\n  hint: name a folder that `sfumato train` made\n" in result.err
+    assert "is not a run: it has no config.yaml\n  hint: name a folder that `sfumato train` made\n" in result.err
 
 
 def test_explaining_a_recipe_draws_the_ideal_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

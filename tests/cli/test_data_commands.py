@@ -223,7 +223,7 @@ def test_convert_does_not_write_over_anything(images: Path, tmp_path: Path) -> N
 
 def test_convert_names_the_kinds_that_it_knows(images: Path, tmp_path: Path) -> None:
     for arguments in ([tmp_path / "pets.rar"], [tmp_path / "out", "--to", "rar"]):
-        assert_refused(sfumato("data", "convert", images, *arguments), "is no kind of container", hint="use --to parquet or")
+        assert_refused(sfumato("data", "convert", images, *arguments), "is not a supported container", hint="use --to parquet or")
     assert not list(tmp_path.glob("pets.rar"))
 
 
@@ -258,7 +258,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, way: list[str]) -> None:
     result = sfumato(*way[:2] if way[0] == "data" else way[:1], tmp_path / "nowhere", *way[2 if way[0] == "data" else 1 :])
     assert result.code == 2
     assert str(tmp_path / "nowhere") in result.err
-    assert "no such" in result.err or "is no recipe" in result.err
+    assert "no such" in result.err or "is not a recipe" in result.err
     assert "\n  hint: " in result.err
     assert "Traceback" not in result.err
 
@@ -320,7 +320,7 @@ def test_a_dry_run_of_a_folder_gives_reasons_facts_predictions_and_the_configura
     notes = [line for line in result.out.splitlines() if line.startswith("# ")]
     assert notes[0].startswith("# chosen: 12 images on ")
     assert any(line.startswith("# chosen: steered by 2 categories") for line in notes)
-    assert any("images to learn from, " in line and line.endswith(", 0 left out") for line in notes)
+    assert any("training images, " in line and line.endswith(", 0 left out") for line in notes)
     assert any(line.startswith("# 2 categories; ") for line in notes)
     assert any(line.startswith("# predicted: diffusion model, 8 steps of ") for line in notes)
     assert any(line.startswith("# predicted: ") and line.endswith(" GiB of disk") for line in notes)

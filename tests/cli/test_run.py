@@ -54,7 +54,7 @@ def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple
     path, result = trained
     assert result.code == 0
     assert result.out == f"{path}\n"
-    assert "1506 images to learn from, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
+    assert "1506 training images, 291 held out, 10 categories, 8 px; 0.73M parameters" in result.err
     assert "step 6: held-out noise error MSE " in result.err
 
 
@@ -265,7 +265,7 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
     assert [row["name"] for row in figures["rows"]] == ["held-out real images", "samples, guidance 1", "samples, guidance 2"]
     assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
     assert f"{figures['classifier_accuracy']:.1%} right on 291 held-out ones" in result.out
-    assert f"{figures['rows'][2]['read_as_asked']:.1%} [" in result.out
+    assert f"{figures['rows'][2]['category_accuracy']:.1%} [" in result.out
     assert f"figures: {out}\n" in result.out
     assert figures["adherence_guidance"] == 2
     assert "does the condition work? (guidance 2;" in result.out

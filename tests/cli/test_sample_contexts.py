@@ -276,7 +276,7 @@ def test_without_any_run_it_says_how_to_make_one(given: Path) -> None:
     assert_refused(
         sfumato("sample"), "no run to sample from", where="runs", hint="name a run directory, or train one: sfumato train"
     )
-    assert_refused(sfumato("sample", "nowhere"), "is no run", where="nowhere", hint="name a folder")
+    assert_refused(sfumato("sample", "nowhere"), "is not a run", where="nowhere", hint="name a folder")
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------------------

@@ -166,9 +166,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("network.multipliers=[1, a]", "`network.multipliers.1` = 'a': input should be a valid integer"),
         ("data.background=[1, 2]", "`data.background.2` is missing"),
         ("name=[1]", "`name` = [1]: input should be a valid string"),
-        ("budget=null", "`budget` = None: needs keys and values"),
-        ("budget=5", "`budget` = 5: needs keys and values"),
-        ("objective.schedule=null", "`objective.schedule` = None: needs keys and values"),
+        ("budget=null", "`budget` = None: must be a mapping of keys to values"),
+        ("budget=5", "`budget` = 5: must be a mapping of keys to values"),
+        ("objective.schedule=null", "`objective.schedule` = None: must be a mapping of keys to values"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(override: str, said: str) -> None:

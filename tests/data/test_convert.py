@@ -205,7 +205,7 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
     ("place", "to"), [("a.zip", None), ("folder", None), ("folder", "zip"), ("a.tar", "parquet"), ("a.parquet", "webdataset")]
 )
 def test_a_destination_of_no_such_kind_is_refused(place: str, to: str | None, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no kind of container"):
+    with pytest.raises(ConfigError, match="is not a supported container"):
         convert(large(1), tmp_path / place, to=to)
     assert list(tmp_path.iterdir()) == []
 

@@ -399,7 +399,7 @@ def test_headers_of_a_zip_that_lie_cost_at_most_that_image(
     try:
         dataset = opened(source)
     except DataError as error:
-        assert "is no whole zip" in error.what  # noqa: PT017
+        assert "is not a complete zip" in error.what  # noqa: PT017
         return
     kept = {entry.name: entry.image.read() for entry in dataset.entries}
     assert GOOD.items() <= kept.items()
@@ -424,7 +424,7 @@ def test_a_central_directory_in_another_place_than_stated(offset: int, tmp_path:
     (start,) = struct.unpack("<L", data[end + 16 : end + 20])
     data[end + 16 : end + 20] = struct.pack("<L", start + offset)
     path.write_bytes(data)
-    assert_refused(Zip(str(path)), "is no whole zip|different readable images")
+    assert_refused(Zip(str(path)), "is not a complete zip|different readable images")
 
 
 def test_a_vast_directory_and_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +482,7 @@ PIXELS = npy(np.stack([noise(8, 8, seed=i) for i in range(3)]))
 )
 @pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_an_npz_whose_header_lies_is_refused(shape: str, kind: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is cut short|is no whole \.npz|pixels of shape"):
+    with pytest.raises(DataError, match=r"is cut short|is not a complete \.npz|pixels of shape"):
         npz_of(tmp_path / "x.npz", kind=kind, images=header(shape)).listing()
 
 
@@ -919,7 +919,7 @@ def test_cells_of_a_saved_dataset_cannot_name_files_elsewhere(tmp_path: Path) ->
     entries = saved(tmp_path / "ds", column).listing().entries
     assert [entry.image.read() for entry in entries[:3]] == [*GOOD.values()]
     for entry in entries[3:]:
-        with pytest.raises(OSError, match="is no file of the dataset"):
+        with pytest.raises(OSError, match="is not a file of the dataset"):
             entry.image.read()
 
 
@@ -1018,7 +1018,7 @@ def bombs(root: Path) -> dict[str, str]:
         "images.parquet": "40 entries, 40 read, 0 rejects",
         "texts.parquet": "texts unpack to over 200 times",
         "shape.npz": "pixels of shape",
-        "labels.npz": "is no whole .npz",
+        "labels.npz": "is not a complete .npz",
         "zip/x.zip": "holds no images",
         "tar/x.tar": "holds no images",
     }

@@ -87,29 +87,29 @@ def test_a_copycat_reads_well_and_is_caught(rows) -> None:
     held_out, copycat = rows(noisy(0.02))
     assert copycat.copies > 0.97
     assert held_out.copies < 0.01
-    assert copycat.read_as_asked > 0.95
+    assert copycat.category_accuracy > 0.95
     assert copycat.nearest < 0.2 * held_out.nearest
 
 
 def test_rubbish_reads_by_chance_and_is_far_away(rows) -> None:
     held_out, rubbish = rows(lambda x: noisy(1.0)(torch.zeros_like(x)))
-    assert rubbish.read_as_asked < 0.35
+    assert rubbish.category_accuracy < 0.35
     assert rubbish.frechet > 5 * held_out.frechet
     assert rubbish.copies == 0
 
 
-def test_the_wrong_category_is_not_read_as_asked(rows) -> None:
+def test_the_wrong_category_is_not_category_accuracy(rows) -> None:
     _, shifted = rows(lambda x: x.roll(1, 0))
-    assert shifted.read_as_asked < 0.1
+    assert shifted.category_accuracy < 0.1
     low, high = shifted.interval
-    assert low <= shifted.read_as_asked <= high
+    assert low <= shifted.category_accuracy <= high
 
 
 def test_the_first_row_is_real_images_and_each_guidance_has_its_own(digits: Dataset, classifier: Classifier, rows) -> None:
     given = rows(noisy(0.1), guidances=(1.0, 2.5), num=50)
     assert [row.name for row in given] == ["held-out real images", "samples, guidance 1", "samples, guidance 2.5"]
     assert [row.n for row in given] == [len(digits.holdout), 50, 50]
-    assert given[0].read_as_asked == pytest.approx(classifier.held_out_accuracy)
+    assert given[0].category_accuracy == pytest.approx(classifier.held_out_accuracy)
     assert {row.frechet_n for row in given} == {50}  # five of each digit in every row
 
 
@@ -156,11 +156,11 @@ def test_without_categories_distances_are_measured_and_copies_found(
     (real, copies), (_, rubbish) = (result.rows for result in results)
     assert results[0].extractor == ("EfficientNet-Lite0 (ImageNet)" if installed else "random features")
     assert results[0].classifier_accuracy is None
-    assert {(row.read_as_asked, row.interval, row.frechet_n) for row in (real, copies, rubbish)} == {(None, None, 100)}
+    assert {(row.category_accuracy, row.interval, row.frechet_n) for row in (real, copies, rubbish)} == {(None, None, 100)}
     assert copies.copies > 0.97
     assert rubbish.copies == real.copies == 0
     assert rubbish.frechet > 3 * copies.frechet
-    assert json.loads(json.dumps(results[0].plain()))["rows"][0]["read_as_asked"] is None
+    assert json.loads(json.dumps(results[0].plain()))["rows"][0]["category_accuracy"] is None
 
 
 def test_images_without_a_category_are_left_out(
@@ -176,7 +176,7 @@ def test_images_without_a_category_are_left_out(
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     held_out, copycat = evaluate(Fake(some, noisy(0.02)), some, num=50).rows
     assert held_out.n == int((labels[torch.from_numpy(some.holdout)] >= 0).sum())
-    assert copycat.read_as_asked > 0.95
+    assert copycat.category_accuracy > 0.95
 
 
 def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:

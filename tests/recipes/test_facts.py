@@ -53,7 +53,7 @@ def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Condit
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Eight images to learn from, and two that are held out by name and say other things."""
+    """Eight training images, and two that are held out by name and say other things."""
     facts = {
         f"{'ab'[i % 2]}/{i}": {"captions": [f"red {i}", "Red"], "attributes": {"age": i, "tall": 1} if i < 4 else {}}
         for i in range(8)

@@ -140,7 +140,7 @@ HOUR = Prediction(
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
     assert HOUR.lines() == [
-        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image seen 12.3 times",
+        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image is seen 12.3 times",
         "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
     assert "1:00:00 in all, 5:00 of it for previews and validation; " in replace(HOUR, looks_s=300.0).lines()[0]

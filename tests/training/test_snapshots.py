@@ -177,7 +177,7 @@ def test_images_can_be_led_away_from_it(run: Path) -> None:
 
 
 def test_no_run_and_no_snapshot_are_errors(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="is not a run"):
         snapshot(tmp_path, 5)
     with pytest.raises(CheckpointError, match="there are 2, 4, 8"):
         snapshot(run, 1)

@@ -48,7 +48,9 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         if not self.channels or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1:
-            raise ConfigError(f"{self} is no autoencoder", where="autoencoder.network", hint="all sizes are at least 1")
+            raise ConfigError(
+                f"{self} is not a valid autoencoder", where="autoencoder.network", hint="all sizes are at least 1"
+            )
         if any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels {self.channels} in {self.groups} groups",

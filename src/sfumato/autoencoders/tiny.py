@@ -43,7 +43,7 @@ class TinyAutoencoder(Codec):
             raise CheckpointError(
                 f"no tiny autoencoder's tensors ({str(error)[:200]})",
                 where="autoencoder",
-                hint="give the encoder and the decoder of TAESD or one of its kin",
+                hint="give the encoder and the decoder of TAESD or a similar one",
             ) from None
         self.factor = 2 ** sum(isinstance(layer, nn.Upsample) for layer in self.decoder)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Inspect configurations.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a folder of images.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as budget.minutes=5.", metavar="[KEY=VALUE]...")]
 

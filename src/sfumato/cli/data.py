@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sfumato.data import Entry, Listing
     from sfumato.data.check.captions import Coverage
 
-data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect data before training on them.", no_args_is_help=True)
 Source = Annotated[
     str, typer.Argument(help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set such as digits.")
 ]

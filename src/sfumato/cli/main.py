@@ -54,7 +54,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error; accepted at any position.")] = False,
 ) -> None:
     """From a folder of images to a diffusion model that can be trusted."""
 

@@ -38,9 +38,9 @@ class _StricterSafeLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key that is no single word, line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(f"a key that is not a single word, line {key.start_mark.line + 1}")
             if key.value in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice, line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(f"the key {key.value!r} appears twice, line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -270,7 +270,7 @@ def _explain(error: Any, cls: type, legal: list[str]) -> str:
         return f"unknown key `{key}`" + (f" (did you mean `{nearest}`?)" if nearest else "")
     if error["type"] in ("model_type", "model_attributes_type"):
         return (
-            f"`{key}` = {error['input']!r}: needs keys and values"
+            f"`{key}` = {error['input']!r}: must be a mapping of keys to values"
             if key
             else f"{error['input']!r} is not a mapping of keys to values"
         )

@@ -41,7 +41,7 @@ class Category(Context):
         classify, labels = measured.classify, measured.values
         if classify is None:
             return {}
-        return {"classified as its category": ("higher", lambda x, i: (classify(x) == labels[i]).double())}
+        return {"category accuracy": ("higher", lambda x, i: (classify(x) == labels[i]).double())}
 
 
 def trained_categories(facts: ConditioningInfo) -> tuple[str, ...]:

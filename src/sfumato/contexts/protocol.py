@@ -90,7 +90,7 @@ class Context(ABC):
         Raises:
             ConfigError, ShapeError: naming what the model does not know.
         """
-        raise ConfigError(f"{self.name} cannot be asked for", where="sample", hint="leave it out")
+        raise ConfigError(f"{self.name} cannot be requested", where="sample", hint="leave it out")
 
     def parse_negative(self, value: Any, asked: RequestInfo) -> Any:
         """A batch to lead away from."""

@@ -47,7 +47,7 @@ def convert(
     kind, single = to or by_suffix, by_suffix is not None
     if kind not in SUFFIX or (single and kind != by_suffix):
         raise ConfigError(
-            f"{to or dest.name!r} is no kind of container for it", where=str(dest), hint="use --to parquet or --to webdataset"
+            f"{to or dest.name!r} is not a supported container", where=str(dest), hint="use --to parquet or --to webdataset"
         )
     if dest.exists() and (single or not dest.is_dir() or any(dest.iterdir())):
         raise DataError("exists already", where=str(dest), hint="name a new file or an empty folder")

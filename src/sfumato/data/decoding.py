@@ -308,7 +308,7 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
 def _without_palette(image: Image.Image, notes: list[str]) -> Image.Image:
     if image.mode in ("F", "I"):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
-        raise RejectedImage(f"{kind} pixels: no telling what is black and what is white")
+        raise RejectedImage(f"{kind} pixels: unknown value range")
     if image.mode in ("P", "PA"):
         notes.append("palette_converted")
         return image.convert("RGBA" if image.has_transparency_data else "RGB")

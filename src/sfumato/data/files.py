@@ -41,7 +41,7 @@ def check_relative(path: str) -> str:
     for form in (path, unquote(path)):
         parts = form.split("/")
         if not form or UNPRINTABLE.search(form):
-            raise UnsafePath(f"{shown!r} is no path that can be printed")
+            raise UnsafePath(f"{shown!r} is not a printable path")
         if form.startswith(("/", "~")) or "\\" in form or ":" in parts[0] or is_url(form):
             raise UnsafePath(f"{shown!r} does not lie below the folder")
         if any(part in ("", ".", "..") for part in parts[:-1]) or parts[-1] in ("", ".", ".."):

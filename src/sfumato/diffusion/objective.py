@@ -88,7 +88,9 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0 <= self.contrastive_weight < 1:
             raise ConfigError(
-                f"contrastive_weight = {self.contrastive_weight}", where="objective", hint="use 0 to 0.1; from 1 on there is no minimum"
+                f"contrastive_weight = {self.contrastive_weight}",
+                where="objective",
+                hint="use 0 to 0.1; from 1 on there is no minimum",
             )
         require_schedule(self.schedule, where="objective.schedule")
 

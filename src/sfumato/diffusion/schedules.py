@@ -306,7 +306,7 @@ class Span(Warp):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
-            raise ScheduleError(f"[{self.low}, {self.high}] is no part of [0, 1]", where="Span")
+            raise ScheduleError(f"[{self.low}, {self.high}] is not within [0, 1]", where="Span")
 
     def __call__(self, t: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * t

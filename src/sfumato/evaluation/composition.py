@@ -66,7 +66,7 @@ def composition(
     return [
         _figures("the model", samples, asked, prompts, real, gallery, texts),
         _figures("a copyist: the training image of the nearest caption", copies, everyone, prompts, real, gallery, texts),
-        _figures("the model, asked for another", samples, others, prompts, real, gallery, texts),
+        _figures("the model, other prompts", samples, others, prompts, real, gallery, texts),
         _figures("the real image", real, everyone, prompts, real, gallery, texts),
     ]
 
@@ -111,5 +111,5 @@ def _figures(
 
 def composition_table(rows: Sequence[Composition]) -> str:
     """The figures for a person."""
-    head = ("maker", "n", "nearest real image is the one asked for", "overlap of its caption", "distance to the real image")
+    head = ("maker", "n", "nearest real image is the requested one", "overlap of its caption", "distance to the real image")
     return format_table([head, *((row.maker, str(row.n), str(row.own), str(row.words), str(row.distance)) for row in rows)])

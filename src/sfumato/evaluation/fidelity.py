@@ -33,7 +33,7 @@ class Row:
     """Figures of one set of images: samples at a guidance scale, or the held-out images.
 
     Attributes:
-        read_as_asked: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
+        category_accuracy: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
             categories.
         frechet: distance to training images in the extractor's features, taken with `frechet_n` images, as many of each category, so
             that rows compare: category counts and n move it; None below `FEWEST` images.
@@ -43,7 +43,7 @@ class Row:
 
     name: str
     n: int
-    read_as_asked: float | None
+    category_accuracy: float | None
     interval: tuple[float, float] | None
     frechet: float | None
     frechet_n: int
@@ -261,7 +261,7 @@ class RowMaker:
         return Row(
             name=name,
             n=len(images),
-            read_as_asked=right,
+            category_accuracy=right,
             interval=None if right is None else wilson(right, len(images)),
             frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference) if enough else None,
             frechet_n=len(chosen),

@@ -168,7 +168,7 @@ def fidelity_table(result: Evaluation) -> str:
     )
     rows = [
         (
-            row.name, str(row.n), f"{row.read_as_asked:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]" if row.interval else "-",
+            row.name, str(row.n), f"{row.category_accuracy:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]" if row.interval else "-",
             "-" if row.frechet is None else f"{row.frechet:.2f}", f"{row.nearest:.2f}",
             f"{row.copies:.1%} [{row.copies_interval[0]:.1%}, {row.copies_interval[1]:.1%}]",
         )

@@ -371,9 +371,9 @@ class Pipeline:
         requests = [self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)]
         if any(request.strength != 1 or request.known is not None for request in requests):
             raise ConfigError(
-                "a strength or a mask on the way between images",
+                "a strength or a mask in an interpolation",
                 where="sample",
-                hint="leave them out: the way begins in noise",
+                hint="leave them out: interpolation starts from noise",
             )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         given = {name for request in requests for name in request.names}

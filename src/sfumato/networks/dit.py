@@ -75,7 +75,7 @@ class DiTConfig(NetworkConfig):
             or min(self.bottleneck, self.registers) < 0
         ):
             raise ConfigError(
-                f"{self} is no network", where="network", hint="sizes are above 0; bottleneck and registers may be 0"
+                f"{self} is not a valid network", where="network", hint="sizes are above 0; bottleneck and registers may be 0"
             )
         if self.hidden_size % self.head_dim or self.head_dim % 4:
             raise ConfigError(

@@ -61,7 +61,7 @@ class UNetConfig(NetworkConfig):
             or any(depth not in depths for depth in self.attention_depths)
         ):
             raise ConfigError(
-                f"{self} is no network",
+                f"{self} is not a valid network",
                 where="network",
                 hint=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
             )
@@ -75,7 +75,7 @@ class UNetConfig(NetworkConfig):
         for depth in sorted({*self.attention_depths, *middle}):
             if self.channels * self.multipliers[depth] % self.head_channels:
                 raise ConfigError(
-                    f"{self.channels * self.multipliers[depth]} channels at depth {depth} are no multiple of "
+                    f"{self.channels * self.multipliers[depth]} channels at depth {depth} are not a multiple of "
                     f"head_channels = {self.head_channels}" + (", and the middle attends" if depth in middle else ""),
                     where="network.head_channels",
                     hint="choose 32 or 64, and channels that are multiples of it",

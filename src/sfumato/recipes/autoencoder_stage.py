@@ -352,7 +352,7 @@ def _encoded(
     autoencoder = autoencoder.to(default_device())
     if not _kept(autoencoder, dataset, variants, directory):
         console().print(
-            "latents are made anew for every batch: there is no room to keep them, or data.cache is off", markup=False
+            "latents are computed again for every batch: there is no room to store them, or data.cache is off", markup=False
         )
         return autoencoder, dataset
     with ProgressBar("encoding images") as bar:

@@ -53,7 +53,7 @@ def unknown(name: str) -> ConfigError:
     close = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.6)
     hint = f"did you mean `{close[0]}`? " if close else ""
     return ConfigError(
-        f"{name!r} is no recipe, YAML file or folder",
+        f"{name!r} is not a recipe, YAML file or folder",
         where="train",
         hint=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
     )

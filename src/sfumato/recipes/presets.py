@@ -95,7 +95,7 @@ def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamW
     if not gpu:
         width = 32 * room
         network = UNetConfig(channels=width, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,))
-        why = f"a narrow U-Net of {width} channels, stepped by Muon, learns most in an hour"
+        why = f"a narrow U-Net of {width} channels, trained with Muon: best measured in an hour of CPU training"
         return network, AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()), why
     width = room * (96 if survey.count < SMALL else 128 if survey.count < LARGE else 192)
     network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32)
@@ -138,9 +138,9 @@ def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, lis
 def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
     count = len(survey.categories)
     if count < 2:
-        return None, ["no categories: the model makes images like the set, and cannot be asked for a kind"]
+        return None, ["no categories: the model generates images like the set, and cannot be conditioned on a category"]
     if count > min(MANY_CATEGORIES, survey.count / 4):
-        return None, [f"{count} categories are too many for {survey.count} images: they are left aside"]
+        return None, [f"{count} categories are too many for {survey.count} images: they are not used"]
     return CategoryConfig(), [
         f"steered by {count} categories, from {min(survey.categories.values())} to {max(survey.categories.values())} images each"
     ]

@@ -80,7 +80,7 @@ def _room(stages: Sequence[Prediction], machine: Machine) -> list[Finding]:
         found.append(
             Finding(
                 what=f"{memory:.1f} GiB of memory are needed, and this machine has {machine.memory_gib:.1f} GiB",
-                change="set micro_batch to a part of batch_size, or lower data.resolution or network.channels",
+                change="set micro_batch to a part of batch_size, or lower data.resolution, or use a smaller network",
             )
         )
     if disk > machine.disk_gib:
@@ -114,7 +114,7 @@ def _length(model: Prediction) -> list[Finding]:
     return [
         Finding(
             what=f"{said}: {model.steps} steps show the model {model.images:,} images, where some {ENOUGH:,} are enough at 32 px",
-            change=f"{_longer('budget', model, enough)}, or lower data.resolution or network.channels",
+            change=f"{_longer('budget', model, enough)}, or lower data.resolution, or use a smaller network",
         )
     ]
 

@@ -57,7 +57,7 @@ class Prediction:
         looks = f", {duration(self.looks_s)} of it for previews and validation" if self.looks_s >= 1 else ""
         return [
             f"predicted: {self.stage}, {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all{looks}; "
-            f"each image seen {self.epochs:.1f} times",
+            f"each image is seen {self.epochs:.1f} times",
             f"predicted: {self.stage}, {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
         ]
 

@@ -100,6 +100,6 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan
 
 def _of(dataset: Dataset, parameters: str) -> list[str]:
     return [
-        f"{len(dataset.training)} images to learn from, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
+        f"{len(dataset.training)} training images, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters}",
     ]

@@ -105,7 +105,7 @@ def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     model = prepared.trainable_model()
     autoencoder, dataset = run.autoencoder.prepare(prepared.dataset, directory, pixels=run.needs_images)
     screen.print(
-        f"{directory.path}: {len(dataset.training)} images to learn from, {len(dataset.holdout)} held out, "
+        f"{directory.path}: {len(dataset.training)} training images, {len(dataset.holdout)} held out, "
         f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {describe(model)}",
         markup=False,
     )

@@ -117,7 +117,7 @@ def _check_grid(levels: NoiseLevel) -> None:
     alpha, sigma = levels.alpha, levels.sigma
     if alpha.ndim != 1 or alpha.shape != sigma.shape or len(alpha) < 2:
         raise ScheduleError(
-            f"levels of shapes {tuple(alpha.shape)} and {tuple(sigma.shape)} are no grid",
+            f"levels of shapes {tuple(alpha.shape)} and {tuple(sigma.shape)} are not a grid",
             where="sample",
             hint="pass a NoiseLevel of two tensors (steps + 1,), e.g. grid(Linear(), 50)",
         )

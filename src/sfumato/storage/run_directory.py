@@ -82,7 +82,7 @@ class RunDirectory:
         if not (path / "config.yaml").exists():
             refuse_diffusers(path)
             raise RunError(
-                "is no run: it holds no config.yaml", where=str(path), hint="name a folder that `sfumato train` made"
+                "is not a run: it has no config.yaml", where=str(path), hint="name a folder that `sfumato train` made"
             )
         return cls(path)
 

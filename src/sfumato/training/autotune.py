@@ -50,7 +50,7 @@ def settle_compiling(
     if asked == "off" or (asked == "auto" and not _pays(config, counters, network, images, trial)):
         return False
     if asked == "auto" and not can_compile():
-        say(f"the network is not compiled, which would be faster: it {NEEDED}")
+        say(f"not compiling the network, which would be faster: it {NEEDED}")
         return False
     say("the network is compiled: the first steps take a minute or more")
     compile_in_place(network)

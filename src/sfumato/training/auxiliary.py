@@ -166,7 +166,9 @@ class Shared(Generic[T]):
 def _check(weight: float, until: float) -> None:
     if not (weight >= 0 and 0 < until <= 1):
         raise ConfigError(
-            f"weight = {weight}, stop_at = {until}", where="auxiliary", hint="a weight of at least 0, stop_at a fraction up to 1"
+            f"weight = {weight}, stop_at = {until}",
+            where="auxiliary",
+            hint="a weight of at least 0, stop_at a fraction up to 1",
         )
 
 

@@ -29,7 +29,7 @@ class Budget:
         limits = (self.steps, self.samples, self.epochs, self.minutes)
         if all(limit is None for limit in limits) or not all(limit is None or limit > 0 for limit in limits):
             raise ConfigError(
-                f"{self} is no budget", where="budget", hint="set budget.minutes (or steps, samples, epochs) above 0"
+                f"{self} is not a valid budget", where="budget", hint="set budget.minutes (or steps, samples, epochs) above 0"
             )
 
     def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:

@@ -28,7 +28,7 @@ KINDS = {
     ),
     "duplicate": Kind(
         "Exact duplicates",
-        "An image that stands k times is learned k times as hard, and is the first that the model memorizes.",
+        "An image that appears k times gets k times the weight, and is memorized first.",
         "Keep one of each; the reject list names those that are called the same.",
         True,
     ),
@@ -40,13 +40,13 @@ KINDS = {
     ),
     "look_alike": Kind(
         "Alike, but called differently",
-        "Nearly the same image under different captions or categories: the model cannot learn what tells them apart.",
+        "Nearly the same image under different captions or categories: the model cannot learn the difference.",
         "Check the names; raise the resolution if the difference is small.",
     ),
     "dark": Kind(
         "Dark",
         "Samples will come out dark about as often as these are in the set.",
-        "Brighten or remove those that are no night.",
+        "Brighten or remove those that are not night scenes.",
     ),
     "bright": Kind("Bright", "Washed-out images teach washed-out samples.", "Check the exposure; remove scans of empty pages."),
     "blurry": Kind(
@@ -54,7 +54,7 @@ KINDS = {
         "The model learns blur as a style and mixes it into sharp subjects.",
         "Remove them, or caption them as blurred.",
     ),
-    "low_information": Kind("Empty", "Next to nothing is in them to learn.", "Remove them.", True),
+    "low_information": Kind("Empty", "They hold almost nothing to learn.", "Remove them.", True),
     "odd_aspect": Kind(
         "Odd aspect ratio",
         "A centre crop keeps only a small part of them, often not the subject.",
@@ -72,8 +72,8 @@ KINDS = {
     ),
     "outlier": Kind(
         "Unlike the rest",
-        "Rare kinds are learned badly, or by heart.",
-        "Look whether they belong; if they do, find more like them.",
+        "Rare kinds are learned poorly or memorized.",
+        "Check whether they belong; if so, add more like them.",
     ),
     "grayscale": Kind(
         "Gray in a colour set",
@@ -88,10 +88,10 @@ KINDS = {
         "Decoded with a change: turned by EXIF; from CMYK, a palette, 16 bits or another profile; the first frame of several.",
         "Nothing to do if they look right here.",
     ),
-    "caption_missing": Kind("Caption missing", "They are trained as if asked for nothing.", "Caption them."),
+    "caption_missing": Kind("Caption missing", "They are trained unconditionally.", "Caption them."),
     "caption_duplicate": Kind(
         "Caption shared",
-        "One text for different images: what tells them apart cannot be asked for.",
+        "One text for different images: what distinguishes them cannot be prompted.",
         "Say what is particular to each image.",
     ),
     "caption_truncated": Kind(
@@ -101,7 +101,7 @@ KINDS = {
     ),
     "caption_damaged": Kind(
         "Caption with broken letters",
-        "The text was decoded wrongly; such words cannot be asked for.",
+        "The text was decoded wrongly; such words cannot be prompted.",
         "Save the captions as UTF-8.",
     ),
     "caption_placeholder": Kind(

@@ -369,7 +369,7 @@ def _size(result: Examination, plan: IntendedModel) -> None:
         result.remarks.append(f"{distinct} different images: enough to fine-tune a trained model, not to train one.")
     elif distinct < 1000:
         result.remarks.append(
-            f"{distinct} different images: a small model will learn them by heart unless augmented and stopped early."
+            f"{distinct} different images: a small model will memorize them unless augmented and stopped early."
         )
     values = distinct * plan.resolution**2 * 3
     result.figures["model"] = {"resolution": plan.resolution, "parameters": plan.parameters, "values_in_images": values}

@@ -52,7 +52,7 @@ def _contained(path: str, dataset: str) -> str:
     roots = [dataset] if Path(dataset).is_dir() else [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
     real = Path(path).resolve()
     if not any(real.is_relative_to(Path(root).resolve()) for root in roots) or not real.is_file():
-        raise OSError(f"{path[:80]!r} is no file of the dataset")
+        raise OSError(f"{path[:80]!r} is not a file of the dataset")
     return str(real)
 
 
@@ -109,7 +109,7 @@ def _record(data: Any, row: int, where: str) -> dict[str, Any]:
     try:
         return dict(data[row]) if data.column_names else {}
     except Exception as error:  # as above
-        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, hint="fetch or make it again") from None
+        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, hint="download or recreate it") from None
 
 
 def _other_splits(path: str, split: str) -> list[str]:

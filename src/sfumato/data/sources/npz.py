@@ -87,7 +87,7 @@ class Npz(Source):
             ) from None
         except (*DAMAGED_ZIP, OSError) as error:
             raise DataError(
-                f"is no whole .npz of plain numbers: {str(error)[:200]}",
+                f"is not a complete .npz of plain numbers: {str(error)[:200]}",
                 where=self.path,
                 hint="save it with np.savez",
             ) from None
@@ -118,7 +118,7 @@ class Npz(Source):
             )
         size = math.prod(shape[1:]) * dtype.itemsize
         if offset + shape[0] * size > files.local(place).stat().st_size:
-            raise DataError("is cut short", where=self.path, hint="fetch or make it again")
+            raise DataError("is cut short", where=self.path, hint="download or recreate it")
         width, prefix = len(str(shape[0] - 1)), f"{printable_name(part.images)}/" if parts > 1 else ""
         return [
             Entry(
@@ -226,7 +226,7 @@ def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
     try:
         return [_text(label) for label in labels.reshape(-1).tolist()]
     except SystemError:  # numpy's, of letters beyond Unicode
-        raise ValueError("labels that are no text") from None
+        raise ValueError("labels that are not text") from None
 
 
 def _text(label: object) -> str:

@@ -169,7 +169,7 @@ def _list(
                     raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
         return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
     except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"is no whole parquet: {str(error)[:200]}", where=path, hint="fetch or make it again") from None
+        raise DataError(f"is not a complete parquet: {str(error)[:200]}", where=path, hint="download or recreate it") from None
 
 
 def _check_group(metadata: Any, group: int, path: str) -> None:

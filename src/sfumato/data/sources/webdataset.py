@@ -150,7 +150,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
             return [Member(*member) for member in stored["members"]], [Reject(*reject) for reject in stored["rejects"]]
         members, rejects = _index(path)
     except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise DataError(f"is no whole tar: {error}", where=shard, hint="fetch or make it again") from None
+        raise DataError(f"is not a complete tar: {error}", where=shard, hint="download or recreate it") from None
     _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects]}))
     return members, rejects
 

@@ -53,7 +53,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
     except FileNotFoundError:
         raise DataError("no such file", where=path, hint="check the path; it is relative to where you run sfumato") from None
     except (*DAMAGED_ZIP, OSError) as error:
-        raise DataError(f"is no whole zip: {error}", where=path, hint="fetch or make it again") from None
+        raise DataError(f"is not a complete zip: {error}", where=path, hint="download or recreate it") from None
     if len(infos) > MAX_MEMBERS:
         raise DataError(f"{len(infos)} members", where=path, hint=f"split it: at most {MAX_MEMBERS} are read")
     names, remarks = _names(infos)
