@@ -32,13 +32,18 @@ def _require(source: str, overrides: list[str] | None = None) -> None:
 
 
 @config_app.command()
-def show(source: Source, overrides: Overrides = None) -> None:
-    """Print a configuration with every key."""
+def show(
+    source: Source,
+    overrides: Overrides = None,
+    comments: Annotated[bool, typer.Option(help="Explain each key in a comment.")] = True,
+) -> None:
+    """Print a configuration with every key, each explained in a comment."""
     _require(source, overrides)
     from sfumato import config
     from sfumato.recipes import resolve
 
-    typer.echo(config.dump_yaml(config.plain(resolve(source, overrides or ()))), nl=False)
+    run = resolve(source, overrides or ())
+    typer.echo(config.dump_commented(run) if comments else config.dump_yaml(config.plain(run)), nl=False)
 
 
 @config_app.command()

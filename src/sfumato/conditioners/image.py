@@ -31,7 +31,11 @@ class Degradation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink:
-    """Detail: the image at 1/factor of the resolution (super-resolution)."""
+    """Detail: the image at 1/factor of the resolution (super-resolution).
+
+    Attributes:
+        factor: side of an image over that of the small one.
+    """
 
     kind: ClassVar[str] = "downsample"
 

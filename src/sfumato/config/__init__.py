@@ -5,13 +5,14 @@ ever built from a name that is not in one of their unions.
 """
 
 from sfumato.config.kinds import Extensible, kind_of, members, named
-from sfumato.config.reader import differences, dump_yaml, load_yaml, load_yaml_file, merged, with_overrides
+from sfumato.config.reader import differences, dump_commented, dump_yaml, load_yaml, load_yaml_file, merged, with_overrides
 from sfumato.config.schema import as_before, forget_models, json_schema, parse, plain, since
 
 __all__ = [
     "Extensible",
     "as_before",
     "differences",
+    "dump_commented",
     "dump_yaml",
     "forget_models",
     "json_schema",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sfumato.config.aliases import current_kind
-from sfumato.config.kinds import TAG
+from sfumato.config.descriptions import attribute_docs
+from sfumato.config.kinds import TAG, is_tagged, kind_of
+from sfumato.config.schema import config_fields, plain
 from sfumato.errors import ConfigError
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 24
@@ -84,6 +88,25 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML, keys in their own order, short lists on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def dump_commented(value: Any, indent: int = 0) -> str:
+    """A configuration as YAML in which a comment explains each key: the text of its dataclass's docstring."""
+    cls: Any = type(value)
+    texts, lines, margin = attribute_docs(cls), list[str](), " " * indent
+    for entry, hint in config_fields(cls):
+        if entry.name in texts:
+            lines += textwrap.wrap(
+                texts[entry.name], 98 - indent, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# "
+            )
+        held = getattr(value, entry.name)
+        if is_dataclass(held):
+            kind = [f"{margin}  {TAG}: {kind_of(type(held))}"] if is_tagged(hint) else []
+            below = dump_commented(held, indent + 2).splitlines()
+            lines += [f"{margin}{entry.name}:" + ("" if kind or below else " {}"), *kind, *below]
+        else:
+            lines += textwrap.indent(dump_yaml({entry.name: plain(held)}), margin).splitlines()
+    return "".join(f"{line}\n" for line in lines)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from sfumato.config.aliases import FORMER_KEYS, current_kind
+from sfumato.config.descriptions import attribute_docs
 from sfumato.config.kinds import SHORTHANDS, TAG, is_tagged, kind_of, members
 from sfumato.errors import ConfigError, SfumatoError
 
@@ -140,8 +141,15 @@ def forget_models() -> None:
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a configuration, for editors' completion."""
-    return _model(cls).model_json_schema()
+    """JSON schema of a configuration, for editors' completion; keys are described by the docstrings of their dataclasses."""
+    schema = _model(cls).model_json_schema()
+    described = {f"{_identifier(reached)}_{suffix}": reached for reached in _reachable(cls) for suffix in ("plain", "tagged")}
+    for name, part in {**schema.get("$defs", {}), f"{_identifier(cls)}_plain": schema}.items():
+        texts = attribute_docs(described[name]) if name in described else {}
+        for key, entry in part.get("properties", {}).items():
+            if key in texts:
+                entry["description"] = texts[key]
+    return schema
 
 
 def _build(annotation: Any, value: Any, path: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,9 @@ class ContextConfig:
         ]
 
 
+DOCUMENTATION = ContextConfig.__doc__ or ""
+
+
 def register(context: Context) -> None:
     """Add a context of your own to the table: its name becomes a key under `conditioner`, its keyword one of `Pipeline.sample`."""
     CONTEXTS[context.name] = context
@@ -77,12 +81,19 @@ def unregister(name: str) -> None:
     _declare()
 
 
+def _summary(context: Context) -> str:
+    """The first line of a context's docstring."""
+    return (inspect.getdoc(type(context)) or context.name).partition("\n")[0]
+
+
 def _declare() -> None:
     """Make ContextConfig the dataclass of the present table."""
     for name in GENERATED:
         if name in ContextConfig.__dict__:
             delattr(ContextConfig, name)
     configured = {name: context.config for name, context in CONTEXTS.items() if context.config is not None}
+    lines = [f"        {name}: {_summary(CONTEXTS[name])}" for name in configured]
+    ContextConfig.__doc__ = "\n".join([DOCUMENTATION, "", "    Attributes:", *lines, "    "])
     ContextConfig.__annotations__ = {name: config | None for name, config in configured.items()}
     for name in configured:
         setattr(ContextConfig, name, None)

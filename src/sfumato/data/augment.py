@@ -35,6 +35,7 @@ class AugmentConfig:
         hue_degrees: turn colours by up to so much either way.
         non_leaking: probability of each change of Karras et al.'s pipeline (0.12 for small sets): flips, scaling, turns, stretching,
             shifts. The network is told what was done, and samples with nothing done.
+        karras: probability of each non-leaking augmentation of Karras et al. 2022.
     """
 
     flip: Literal["none", "horizontal", "vertical", "both"] = "none"

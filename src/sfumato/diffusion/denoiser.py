@@ -34,7 +34,11 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class UnitVariance:
-    """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1."""
+    """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1.
+
+    Attributes:
+        sigma_data: standard deviation of the data.
+    """
 
     sigma_data: Positive = 1.0
 
@@ -62,6 +66,8 @@ class Angle:
 class LogSNR:
     """The level as its log-SNR, clamped to +-limit and mapped to 0 (data) to 1 (noise); linear in EDM's log(sigma) where alpha = 1.
 
+    Attributes:
+        limit: log-SNR at which the input is clamped, on both sides.
     Source: Karras et al. 2022 (arXiv:2206.00364), table 1, up to the scale.
     """
 

@@ -159,6 +159,8 @@ class Velocity(Parameterization):
     `Velocity(1)` is Salimans & Ho's v. With `sigma_data` the data's standard deviation it is EDM's preconditioning: EDM's
     network output is -T, and its c_skip and c_out are what `solve` computes.
 
+    Attributes:
+        sigma_data: standard deviation of the data.
     Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix D; Karras et al. 2022 (arXiv:2206.00364), table 1.
     """
 

@@ -74,7 +74,11 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Schedule):
-    """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
+    """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33).
+
+    Attributes:
+        beta_min, beta_max: beta at t = 0 and at t = 1.
+    """
 
     beta_min: NonNegative = 0.1
     beta_max: Positive = 20.0
@@ -105,7 +109,12 @@ class _DiscreteBetas:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearBetas(_DiscreteBetas, Schedule):
-    """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`."""
+    """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`.
+
+    Attributes:
+        beta_start, beta_end: first and last beta.
+        steps: number of discrete levels.
+    """
 
     beta_start: InnerFraction = 1e-4
     beta_end: InnerFraction = 0.02
@@ -117,7 +126,12 @@ class LinearBetas(_DiscreteBetas, Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinear(_DiscreteBetas, Schedule):
-    """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752)."""
+    """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752).
+
+    Attributes:
+        beta_start, beta_end: first and last beta.
+        steps: number of discrete levels.
+    """
 
     beta_start: InnerFraction = 0.00085
     beta_end: InnerFraction = 0.012
@@ -129,7 +143,12 @@ class ScaledLinear(_DiscreteBetas, Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Schedule):
-    """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1)."""
+    """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1).
+
+    Attributes:
+        start, end: range of the sigmoid that is used.
+        temperature: width of the sigmoid.
+    """
 
     start: Finite = -3.0
     end: Finite = 3.0
@@ -146,7 +165,11 @@ class Sigmoid(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceExploding(Schedule):
-    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31)."""
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31).
+
+    Attributes:
+        sigma_min, sigma_max: ends of the range of sigma.
+    """
 
     sigma_min: Positive = 0.01
     sigma_max: Positive = 50.0
@@ -157,7 +180,12 @@ class VarianceExploding(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Karras(Schedule):
-    """alpha = 1, sigma^(1/rho) even in t (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    """alpha = 1, sigma^(1/rho) even in t (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    Attributes:
+        sigma_min, sigma_max: ends of the range of sigma.
+        rho: exponent; larger values give more steps near sigma_min.
+    """
 
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
@@ -173,6 +201,10 @@ class LogNormal(Schedule):
     """alpha = 1, log sigma normal when t is uniform: EDM's training levels (Karras et al. 2022, arXiv:2206.00364, table 1).
 
     The outermost `tail` of each end is left out, so that every level is finite and above zero.
+
+    Attributes:
+        mean, std: of the normal distribution of log(sigma).
+        tail: probability that is cut off at each end.
     """
 
     mean: Finite = -1.2
@@ -187,7 +219,11 @@ class LogNormal(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformLogSNR(Schedule):
-    """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630)."""
+    """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630).
+
+    Attributes:
+        logsnr_min, logsnr_max: ends of the range of log-SNR.
+    """
 
     logsnr_min: Finite = -10.0
     logsnr_max: Finite = 10.0
@@ -202,6 +238,11 @@ class Geometric(Schedule):
     """alpha = 1, sigma = sigma_max ratio^(steps (1 - t)): a grid of `steps` steps keeps the fraction `ratio` of the noise at each.
 
     DDIM on this grid is the loop "predict all the noise, subtract it, add `ratio` of it back".
+
+    Attributes:
+        ratio: of one level's sigma to the next.
+        sigma_max: the largest sigma.
+        steps: number of levels.
     """
 
     ratio: InnerFraction = 0.9
@@ -217,6 +258,8 @@ class Geometric(Schedule):
 class Tabulated(Schedule):
     """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in between.
 
+    Attributes:
+        alphas, sigmas: values at even times from t = 0 to t = 1.
     Raises:
         ScheduleError: if the tables differ in length, hold fewer than two levels, or their log-SNR does not strictly fall.
     """
@@ -259,7 +302,11 @@ class Warp(Extensible, ABC):
 
 @dataclass(frozen=True)
 class Shift(Warp):
-    """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+
+    Attributes:
+        factor: above 1 for more noise, below 1 for less.
+    """
 
     factor: Positive = 3.0
 
@@ -269,7 +316,11 @@ class Shift(Warp):
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal(Warp):
-    """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+    """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+
+    Attributes:
+        mean, std: of the normal distribution of logit(t); a higher mean gives more noise.
+    """
 
     mean: Finite = 0.0
     std: Positive = 1.0
@@ -282,6 +333,8 @@ class LogitNormal(Warp):
 class Mode(Warp):
     """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024, arXiv:2403.03206, eq. 20, t reversed).
 
+    Attributes:
+        scale: how much denser the middle is than the ends; negative for denser ends.
     Raises:
         ScheduleError: outside -1 <= scale <= 2/(pi - 2), where the map would fold back.
     """
@@ -299,7 +352,11 @@ class Mode(Warp):
 
 @dataclass(frozen=True, kw_only=True)
 class Span(Warp):
-    """t -> low + (high - low) t: a part of a schedule."""
+    """t -> low + (high - low) t: a part of a schedule.
+
+    Attributes:
+        low, high: the part of [0, 1] that times are mapped to.
+    """
 
     low: Fraction = 0.0
     high: Fraction = 1.0
@@ -314,7 +371,12 @@ class Span(Warp):
 
 @dataclass(frozen=True, kw_only=True)
 class Warped(Schedule):
-    """A schedule read at warped times: another density of training levels, another spacing of the sampling grid."""
+    """A schedule read at warped times: another density of training levels, another spacing of the sampling grid.
+
+    Attributes:
+        schedule: the schedule that is read.
+        warp: map of its times.
+    """
 
     schedule: Schedule
     warp: Warp
@@ -327,6 +389,8 @@ class Warped(Schedule):
 class ZeroTerminalSNR(Schedule):
     """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha - alpha_1) alpha_0/(alpha_0 - alpha_1).
 
+    Attributes:
+        schedule: the variance-preserving schedule that is stretched.
     Raises:
         ScheduleError: when called, if the schedule does not preserve variance.
     Source: Lin et al. 2024 (arXiv:2305.08891), algorithm 1.

@@ -45,7 +45,11 @@ class UniformEpsilon(Weighting):
 
 @dataclass(frozen=True)
 class MinSNR(Weighting):
-    """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556)."""
+    """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556).
+
+    Attributes:
+        gamma: SNR above which the weight no longer grows.
+    """
 
     gamma: Positive = 5.0
 
@@ -55,7 +59,11 @@ class MinSNR(Weighting):
 
 @dataclass(frozen=True)
 class SigmoidWeighting(Weighting):
-    """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324)."""
+    """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324).
+
+    Attributes:
+        bias: log-SNR at which the weight is one half.
+    """
 
     kind: ClassVar[str] = "sigmoid"
 
@@ -67,7 +75,11 @@ class SigmoidWeighting(Weighting):
 
 @dataclass(frozen=True)
 class EDM(Weighting):
-    """w = 1 + e^-lambda / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+    """w = 1 + e^-lambda / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    Attributes:
+        sigma_data: standard deviation of the data.
+    """
 
     sigma_data: Positive = 0.5
 

@@ -25,6 +25,11 @@ class Run(TrainingConfig):
         autoencoder: whose latents the model works in; pixels by default.
         conditioner: what steers the model; nothing by default.
         auxiliary: losses and weights that are trained beside the model; none by default.
+        data: images to train on.
+        network: the network.
+        denoiser: how the network is read as a denoiser.
+        objective: the training loss.
+        sampling: defaults of sampling.
     """
 
     name: str

@@ -24,6 +24,8 @@ class DDIM(Bounded):
     `eta` is the paper's: 0 is deterministic (and is Euler's method in the coordinates of `Epsilon`, `Sample` and `Flow`),
     1 is DDPM's ancestral sampling.
 
+    Attributes:
+        eta: 0 for DDIM, 1 for DDPM; fraction of the noise that is drawn again.
     Source: Song, Meng & Ermon 2021 (arXiv:2010.02502), eqs. 12 and 16; Ho et al. 2020 (arXiv:2006.11239), algorithm 2.
     """
 

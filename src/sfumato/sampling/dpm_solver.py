@@ -21,6 +21,8 @@ class DPMSolverPP2M(Bounded):
     r is the ratio of the last step to this one in log-SNR; tau = eta^2 (1 - exp(logsnr - logsnr')) as in `DDIM`. eta = 0 is
     DPM-Solver++(2M), eta = 1 its SDE form. Without the extrapolation of D this is DDIM.
 
+    Attributes:
+        eta: 0 for the deterministic solver, 1 for the stochastic one.
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2 and eq. 19 (SDE).
     """
 

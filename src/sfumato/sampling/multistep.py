@@ -66,6 +66,10 @@ class Multistep:
     The order is reached from exact starting values. The first steps have nothing to look back on and run at lower order,
     which caps a whole trajectory at order 2.
 
+    Attributes:
+        order: number of evaluations that a step interpolates.
+        parameterization: coordinate that is integrated in.
+        exponential: whether the linear part is integrated exactly.
     Source: Liu et al. 2022 (arXiv:2202.09778); Zhang & Chen 2023 (arXiv:2204.13902) for the exponential form.
     """
 

@@ -35,6 +35,9 @@ class RungeKutta:
 
     Heun in `Epsilon` is EDM's sampler, Euler in `Flow` is flow matching's, in `Velocity` it is v-DDIM's rotation to first order.
 
+    Attributes:
+        method: name of the tableau.
+        parameterization: coordinate that is integrated in.
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (Heun); Butcher 2016 for the tableaus.
     """
 

@@ -21,6 +21,8 @@ class UniPC:
     The paper's UniPC-p has order p + 1 and is `UniPC(p + 1)` here (libraries that say `solver_order=p` mean its p). With all its
     conditions solved exactly, as here, the paper's free function B(h) cancels. Predicts x0 in log(alpha/sigma).
 
+    Attributes:
+        order: global order of accuracy.
     Source: Zhao et al. 2023 (arXiv:2302.04867), algorithms 1 and 2.
     """
 

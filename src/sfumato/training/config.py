@@ -18,7 +18,14 @@ PATIENCE = 19  # times as long as something took, before it is done again by the
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """When to stop: the first limit reached ends the run. Minutes count the training loop, previews and validation included."""
+    """When to stop: the first limit reached ends the run. Minutes count the training loop, previews and validation included.
+
+    Attributes:
+        steps: optimizer steps.
+        samples: training images, repeats included.
+        epochs: passes over the training set.
+        minutes: minutes of training on this machine.
+    """
 
     steps: Count | None = None
     samples: Count | None = None
@@ -74,7 +81,11 @@ class Cadence:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Cadence):
-    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end; the newest `keep` are kept."""
+    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end; the newest `keep` are kept.
+
+    Attributes:
+        keep: checkpoints that are kept, the newest ones.
+    """
 
     keep: Count = 2
 
@@ -105,7 +116,11 @@ class ValidationConfig(Look):
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig(Look):
     """A grid of samples from the averaged weights at step 0, within the first minute, and every `every_minutes` or `every_steps`, with the
-    same noise and categories each time."""
+    same noise and categories each time.
+
+    Attributes:
+        num: images in a preview.
+    """
 
     num: Count = 20
 
@@ -165,6 +180,14 @@ class TrainingConfig:
             optimizer are always float32.
         compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU transformers from 20 minutes on; not
             without a C++ compiler.
+        budget: when training ends.
+        optimizer: AdamW or Muon, and the learning rate.
+        ema: average of the weights that samples are made with.
+        post_hoc_ema: averages that are stored for reconstructing others after training.
+        log: metrics.
+        checkpoint: when checkpoints are saved, and how many are kept.
+        validation: when the error on held-out images is measured.
+        preview: when preview images are sampled.
     """
 
     seed: Seed = 0

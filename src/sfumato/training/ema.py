@@ -54,7 +54,11 @@ class PowerEMA:
 
 @dataclass(frozen=True)
 class FixedEMA:
-    """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step)."""
+    """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step).
+
+    Attributes:
+        rate: fraction of the average that is kept at each step.
+    """
 
     kind: ClassVar[str] = "exponential"
 

@@ -49,6 +49,10 @@ class AdamWConfig:
         muon: of hidden layers, where it shall step those; AdamW steps the rest.
         mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
             so that what was found on a narrow network is near the best for a wide one; Muon's steps fit every width. 0 steps all alike.
+        betas: decay of the running means of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: of matrices and kernels.
+        final_fraction: learning rate at the end, as a fraction of the peak.
 
     Source: mup_base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
     """

@@ -63,6 +63,9 @@ class Npz(Source):
 
     Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
     `val` are held out.
+
+    Attributes:
+        path: file or URL.
     """
 
     path: str

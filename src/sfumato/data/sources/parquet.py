@@ -112,7 +112,11 @@ def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """A .parquet file or a folder of them: a column of images (bytes, or Hugging Face's struct of bytes and path), others beside it."""
+    """A .parquet file or a folder of them: a column of images (bytes, or Hugging Face's struct of bytes and path), others beside it.
+
+    Attributes:
+        path: file, folder of files or URL.
+    """
 
     path: str
 
