@@ -41,10 +41,11 @@ test: $(VENV)/dev ## run the tests on all cores (WORKERS= for one)
 test-slow: $(VENV)/dev ## run the tests, the slow ones included
 	$(BIN)/python -m pytest $(WORKERS) -m "slow or not slow"
 
-check: $(VENV)/dev ## check style, spelling, types and the import contract; changes nothing
+check: $(VENV)/dev ## check style, spelling, wording, types and the import contract; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell $(SPELLED)
+	$(BIN)/python tools/wording.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -22,7 +22,7 @@ class AttributesConfig:
     Attributes:
         size: of the summary.
         dropout: share of training samples whose attributes are all hidden.
-        hidden: share of the single attributes that are hidden besides, so that any choice of them can be asked for.
+        hidden: share of the single attributes that are hidden besides, so that any subset can be requested.
     """
 
     size: Size = 128

@@ -72,7 +72,7 @@ class AuxiliaryConfig:
     Attributes:
         uncertainty: how hard each noise level is, is learned, and divided out of the loss.
         dispersive: pushes the hidden maps of different images apart.
-        alignment: makes hidden maps foretell what a frozen encoder sees in the clean image.
+        alignment: aligns hidden feature maps with those of a frozen encoder of the clean image (REPA).
     """
 
     uncertainty: bool = False

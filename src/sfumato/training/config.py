@@ -130,7 +130,7 @@ class PostHocEMAConfig:
     """Averages that are tracked beside `ema` and kept along the way, from which one of any width is made afterwards: `sfumato ema RUN`.
 
     Attributes:
-        widths: of the tracked averages, as `PowerEMA.sigma_rel`; () tracks none. Each takes as much memory as the weights.
+        widths: of the tracked averages, as `ema.sigma_rel`; [] tracks none. Each takes as much memory as the weights.
         num: how often they are kept, evenly over the budget; each time takes as much disk as the weights, for each width.
 
     Source: Karras et al. 2024 (arXiv:2312.02696), sec. 3.1.
@@ -171,11 +171,11 @@ class TrainingConfig:
     """How to train.
 
     Attributes:
-        seed: of everything random.
+        seed: seed of every random draw.
         batch_size: images for each optimizer step, over all processes and micro-batches.
         micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result; but what compares
             a batch's images with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
-        precision: of the network's inside; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
+        precision: precision inside the network; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
             with matrix products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and
             optimizer are always float32.
         compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU transformers from 20 minutes on; not

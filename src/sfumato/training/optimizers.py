@@ -42,16 +42,16 @@ class AdamWConfig:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); weight decay acts on matrices and kernels only.
 
     Attributes:
-        learning_rate: the peak.
+        learning_rate: peak of the learning rate.
         warmup_steps: linear rise from 0; in runs of less than ten times as many steps, the rise ends with the first tenth of the budget.
         schedule: course of the learning rate over the rest of the budget, down to `final_fraction` of the peak.
         max_grad_norm: largest gradient norm; larger gradients are scaled down.
-        muon: of hidden layers, where it shall step those; AdamW steps the rest.
+        muon: Muon for the weights of hidden layers, AdamW for the rest; None for AdamW alone.
         mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
             so that what was found on a narrow network is near the best for a wide one; Muon's steps fit every width. 0 steps all alike.
         betas: decay of the running means of the gradient and of its square.
         eps: added to the denominator.
-        weight_decay: of matrices and kernels.
+        weight_decay: weight decay of matrices and kernels.
         final_fraction: learning rate at the end, as a fraction of the peak.
 
     Source: mup_base_width: Yang et al. 2022 (arXiv:2203.03466), table 3.
