@@ -156,6 +156,17 @@ def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -
     assert same({name: model.state_dict()[name] for name in FROZEN}, pretrained())
 
 
+def test_averages_take_over_buffers_such_as_a_batch_norm_s_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    state = TrainingState.new(model, lambda m: [OptimizedPart("model", m, AdamWConfig())])
+    model(torch.randn(8, 1, 4, 4) + 3)
+    follow(state.average, model, PowerEMA(0.2), 5)
+    assert model[1].num_batches_tracked == 1
+    for kept, buffer in zip(state.average.buffers(), model.buffers(), strict=True):
+        assert torch.equal(kept, buffer)
+        assert kept.data_ptr() != buffer.data_ptr()
+
+
 def test_checkpoints_hold_what_is_trained_and_nothing_frozen(whole: Path, folder: Path) -> None:
     names = {name for name, _ in prepare(half_frozen(folder)).model.named_parameters()} - FROZEN
     found = checkpoint.paths(whole / "checkpoints")
