@@ -21,8 +21,8 @@ run = replace(
     sfumato.recipe("digits"),
     name="inpainting",
     network=UNetConfig(channels=16, multipliers=(1,), blocks=1, attention_depths=()),
-    batch_size=32,
-    budget=Budget(steps=60),
+    batch_size=16,
+    budget=Budget(steps=50),
     preview=PreviewConfig(num=4),
     validation=ValidationConfig(samples=30),
 )

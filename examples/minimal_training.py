@@ -15,7 +15,7 @@ from sfumato.diffusion import Flow, Linear, NetworkDenoiser, Objective
 from sfumato.networks import UNetConfig
 from sfumato.sampling import DPMSolverPP2M, grid, sample
 
-STEPS, BATCH, ROWS = 100, 32, 4
+STEPS, BATCH, ROWS = 100, 16, 4
 
 torch.manual_seed(0)
 images = torch.tensor(load_digits().images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]

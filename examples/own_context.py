@@ -72,7 +72,7 @@ class Brightness(Context):
 register(Brightness())  # `conditioner.brightness` and `pipeline.sample(brightness=...)` exist now
 changes = ["name=own-context", "conditioner.category=null", "conditioner.brightness.size=8"]
 small = ["network.channels=16", "network.multipliers=[1]", "network.attention_depths=[]"]
-short = ["batch_size=32", "budget.steps=120", "preview.num=10", "validation.samples=50"]
+short = ["batch_size=16", "budget.steps=100", "preview.num=10", "validation.samples=50"]
 run = sfumato.resolve("digits", [*changes, *small, *short])
 pipeline = sfumato.load(sfumato.train(run))
 dark, bright = (brightness(2 * pipeline.sample(16, brightness=b) - 1).mean() for b in (0.2, 0.8))

@@ -48,7 +48,7 @@ run = replace(
     data=DataConfig(source=Discs(), resolution=8, channels=1),
     network=UNetConfig(channels=16, multipliers=(1,), blocks=1, attention_depths=()),
     conditioner=ContextConfig(attributes=AttributesConfig(size=16)),
-    batch_size=32,
+    batch_size=16,
     budget=Budget(steps=30),
     preview=PreviewConfig(num=9),
     validation=ValidationConfig(samples=30),

@@ -62,17 +62,17 @@ run = replace(
     name="own-network",
     network=TinyResNetConfig(depth=4),
     batch_size=32,
-    budget=Budget(steps=50),
-    preview=PreviewConfig(num=10),
+    budget=Budget(steps=40),
+    preview=PreviewConfig(num=4),
     validation=ValidationConfig(samples=50),
 )
 path = sfumato.train(run)  # runs/own-network
-sfumato.resume(path, overrides=["budget.steps=150"])  # goes on where it ended
+sfumato.resume(path, overrides=["budget.steps=120"])  # goes on where it ended
 
 pipeline = sfumato.load(path)
 images = pipeline.sample(10, category=list("0123456789"))
 print(f"samples of {type(pipeline.model.network).__name__}: {tuple(images.shape)}")
 
 dataset = index(run.data)
-reader = train_classifier(dataset, dataset.training, steps=100)
+reader = train_classifier(dataset, dataset.training, steps=80)
 print(adherence_table(measure_adherence(pipeline, dataset, classifier=reader, num=50)))

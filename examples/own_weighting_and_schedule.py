@@ -53,13 +53,13 @@ run = replace(
     network=UNetConfig(channels=16, multipliers=(1,), blocks=1, attention_depths=()),
     objective=Objective(schedule=Power(), weighting=Middle(width=5.0)),
     sampling=replace(digits.sampling, schedule=Power(power=2.0)),  # need not be that of training
-    batch_size=32,
-    budget=Budget(steps=40),
+    batch_size=16,
+    budget=Budget(steps=30),
     preview=PreviewConfig(num=4),
-    validation=ValidationConfig(samples=50),
+    validation=ValidationConfig(samples=20),
 )
 path = sfumato.train(run)  # runs/own-schedule
-sfumato.resume(path, overrides=["budget.steps=80"])
+sfumato.resume(path, overrides=["budget.steps=60"])
 
 pipeline = sfumato.load(path)
 levels = []

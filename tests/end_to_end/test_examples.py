@@ -53,7 +53,7 @@ def minimal_training(printed: str, folder: Path) -> None:
 
 
 def own_network(printed: str, folder: Path) -> None:
-    settings = resumed(folder / "runs/own-network", 50, 150)
+    settings = resumed(folder / "runs/own-network", 40, 120)
     assert settings["network"] == {"kind": "tiny-res-net", "width": 32, "depth": 4}
     assert "samples of WrappedResNet: (10, 1, 8, 8)" in printed
     assert row(printed, "classified as its category")[-1] == "yes"
@@ -69,7 +69,7 @@ def own_data(printed: str, folder: Path) -> None:
 
 
 def own_weighting_and_schedule(printed: str, folder: Path) -> None:
-    settings = resumed(folder / "runs/own-schedule", 40, 80)
+    settings = resumed(folder / "runs/own-schedule", 30, 60)
     assert settings["objective"]["weighting"] == {"kind": "middle", "width": 5.0}
     assert settings["objective"]["schedule"] == {"kind": "power", "power": 1.5}
     assert "10 samples; sigma at each step: 1.00, 0.64, 0.36, 0.16, 0.04" in printed  # t^2 at 1, 0.8, ... 0.2
@@ -80,7 +80,7 @@ def own_context(printed: str, folder: Path) -> None:
     dark, bright = numbers(r"samples: (.*) where 0.2 is asked for, (.*) where it is 0.8", printed)
     assert bright > dark + 0.3
     assert row(printed, "error")[-1] == "yes"
-    said = json.loads((folder / "runs/own-context/samples/step-000000120/samples.json").read_text())["brightness"]
+    said = json.loads((folder / "runs/own-context/samples/step-000000100/samples.json").read_text())["brightness"]
     assert len(set(said)) > 5
     assert all(0 <= float(value) <= 1 for value in said)
 
