@@ -5,7 +5,7 @@ from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset import DataConfig, Dataset, Encoded
 from sfumato.data.indexing import index
-from sfumato.data.listing import Entry, Listing, Reject, Source
+from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
 from sfumato.data.loader import Batch, Part, batches, to_float
 from sfumato.data.sources import (
     Digits,
@@ -24,6 +24,7 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "BatchPlan",
+    "Blob",
     "BucketConfig",
     "DataConfig",
     "Dataset",
@@ -31,8 +32,10 @@ __all__ = [
     "Emoji",
     "Encoded",
     "Entry",
+    "File",
     "Folder",
     "HuggingFace",
+    "Inline",
     "Listing",
     "Npz",
     "Parquet",

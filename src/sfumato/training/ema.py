@@ -95,6 +95,11 @@ def stride(profile: EMA, update: int) -> int:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same object in both and stay as they are."""
+    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same object in both and stay as they are.
+
+    Buffers, such as a batch norm's statistics, are copied.
+    """
     pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p]
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
