@@ -1,12 +1,19 @@
-"""What each part of the recipe buys: equal minutes on CIFAR-10, the same seeds for all, each against the base it changes.
+"""What each part of the recipe buys: equal minutes on CIFAR-10, the same seeds for all, each
+against the base it changes.
 
-    python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side 16] [--only "NAME;NAME"] [--json FILE]
+    python benchmarks/ablations.py --data cifar10-train.parquet [--minutes 2] [--seeds 3] [--side
+    16] [--only "NAME;NAME"] [--json FILE]
 
-Each run is trained for the same minutes, and 1,000 samples (20 steps) without guidance and as many with it are compared with the training
-images: kernel and Fréchet distance in the features of EfficientNet-Lite0 (images enlarged to 64 px), and the share that a classifier
-trained on the real images reads as asked, since a part may make better images of the wrong thing; the standard deviation of their
-values, which distances forgive; and its error on held-out images at fixed noises, which compares whatever the network predicts. The
-sheet --json is read first, and only what it lacks is run, so that a long table may be made in several sittings.
+Each run is trained for the same minutes, and 1,000 samples (20 steps) without guidance and as many
+with it are compared with the training
+images: kernel and Fréchet distance in the features of EfficientNet-Lite0 (images enlarged to 64
+px), and the share that a classifier
+trained on the real images reads as asked, since a part may make better images of the wrong thing;
+the standard deviation of their
+values, which distances forgive; and its error on held-out images at fixed noises, which compares
+whatever the network predicts. The
+sheet --json is read first, and only what it lacks is run, so that a long table may be made in
+several sittings.
 Differences are taken seed by seed; the interval is Student's t.
 """
 
@@ -107,7 +114,10 @@ def shifted(factor: float) -> Change:
     warp = Shift(factor)
     return lambda run: replace(
         run,
-        objective=replace(run.objective, schedule=Warped(schedule=Warped(schedule=Linear(), warp=warp), warp=LogitNormal())),
+        objective=replace(
+            run.objective,
+            schedule=Warped(schedule=Warped(schedule=Linear(), warp=warp), warp=LogitNormal()),
+        ),
         sampling=replace(run.sampling, schedule=Warped(schedule=Linear(), warp=warp)),
     )
 
@@ -127,14 +137,23 @@ def unchanged(run: Run) -> Run:
     return run
 
 
-TRANSFORMER: Change = lambda run: replace(run, network=DiTConfig(patch_size=2, hidden_size=192, depth=4))  # noqa: E731
+def with_transformer(run: Run) -> Run:
+    """A small transformer in place of the U-Net."""
+    return replace(run, network=DiTConfig(patch_size=2, hidden_size=192, depth=4))
+
+
+TRANSFORMER: Change = with_transformer
 WIDER: Change = with_network(channels=64, multipliers=(1, 2, 2))
-CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, and what it changes there
+# name -> what it is compared with, and what it changes there
+CHANGES: dict[str, tuple[str, Change]] = {
     "u-net": ("", unchanged),
     "channels 64-128-128 instead of 32-64-128": ("u-net", WIDER),
     "one block a depth": ("u-net", with_network(blocks=1)),
     "AdamW instead of Muon": ("u-net", lambda run: replace(run, optimizer=ADAMW)),
-    "AdamW, channels 64-128-128": ("AdamW instead of Muon", lambda run: WIDER(replace(run, optimizer=ADAMW))),
+    "AdamW, channels 64-128-128": (
+        "AdamW instead of Muon",
+        lambda run: WIDER(replace(run, optimizer=ADAMW)),
+    ),
     "the same, rates scaled from 32 channels": (
         "AdamW, channels 64-128-128",
         lambda run: WIDER(replace(run, optimizer=replace(ADAMW, base_width=32))),
@@ -182,11 +201,15 @@ CHANGES: dict[str, tuple[str, Change]] = {  # name -> what it is compared with, 
     "patches of 4": transformer_with(with_network(patch=4)),
     "patches of 4, image predicted, velocity loss": (
         "patches of 4",
-        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(with_network(patch=4)(TRANSFORMER(run))),
+        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(
+            with_network(patch=4)(TRANSFORMER(run))
+        ),
     ),
     "patches of 4, the same through a bottleneck": (
         "patches of 4, image predicted, velocity loss",
-        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(with_network(patch=4, bottleneck=32)(TRANSFORMER(run))),
+        lambda run: predicting(Sample(), TargetSpace(space=Flow()))(
+            with_network(patch=4, bottleneck=32)(TRANSFORMER(run))
+        ),
     ),
 }
 
@@ -198,7 +221,9 @@ def base(data: str, side: int, minutes: float) -> Run:
     return Run(
         name="ablation",
         data=replace(chosen.data, augment=AugmentConfig(flip="horizontal")),
-        network=UNetConfig(channels=32, multipliers=(1, 2, 4), attention_depths=(2,), head_channels=64),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 2, 4), attention_depths=(2,), head_channels=64
+        ),
         conditioner=ContextConfig(category=CategoryConfig()),
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.5)),
         optimizer=MUON,
@@ -214,7 +239,13 @@ def base(data: str, side: int, minutes: float) -> Run:
 
 def figures(pipeline: Pipeline, judge: Judge, num: int, guidance: float) -> dict[str, float]:
     """Of `num` samples, the categories in turn."""
-    images = pipeline.sample(num, category=list(pipeline.categories), seed=1, guidance=guidance, batch_size=100) * 2 - 1
+    images = (
+        pipeline.sample(
+            num, category=list(pipeline.categories), seed=1, guidance=guidance, batch_size=100
+        )
+        * 2
+        - 1
+    )
     features = judge.read(images)
     return {
         "kernel": kernel_distance(features, judge.reference),
@@ -241,7 +272,9 @@ def measured(run: Run, judge: Judge, validator: Validator, num: int) -> dict[str
 
 def main() -> None:
     """Run what is missing, and print the table."""
-    asked = options(__doc__.splitlines()[0], data="", minutes=2.0, seeds=3, side=16, num=1000, only="")
+    asked = options(
+        __doc__.splitlines()[0], data="", minutes=2.0, seeds=3, side=16, num=1000, only=""
+    )
     if asked.quick:
         asked.minutes, asked.seeds, asked.num = 0.03, 2, 20
     start = base(asked.data, asked.side, asked.minutes)
@@ -249,11 +282,19 @@ def main() -> None:
     judge = Judge(dataset, most=5000)
     # The same images, noises and levels for all, whatever schedule they were trained on.
     conditioner = build_model(start, facts_of(start, dataset)).conditioner
-    validator = Validator(start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device())
+    validator = Validator(
+        start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device()
+    )
     settings = {
-        "extractor": judge.features.name, "minutes": asked.minutes, "side": asked.side, "num": asked.num, "guidance": GUIDANCE
-    }  # fmt: skip
-    sheet = continued(asked.json, settings, rows="runs") | {"classifier_accuracy": judge.reader.held_out_accuracy}
+        "extractor": judge.features.name,
+        "minutes": asked.minutes,
+        "side": asked.side,
+        "num": asked.num,
+        "guidance": GUIDANCE,
+    }
+    sheet = continued(asked.json, settings, rows="runs") | {
+        "classifier_accuracy": judge.reader.held_out_accuracy
+    }
     names = [name for name in CHANGES if not asked.only or name in asked.only.split(";")]
     for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row
         for name in names:
@@ -275,20 +316,33 @@ def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
         "deviation": ("deviation", 3),
         "noise_mse": ("noise MSE", 4),
     }
-    shown |= {f"guided_{key}": (f"{shown[key][0]}, guided", shown[key][1]) for key in ("kernel", "asked", "deviation")}
+    shown |= {
+        f"guided_{key}": (f"{shown[key][0]}, guided", shown[key][1])
+        for key in ("kernel", "asked", "deviation")
+    }
     titles = ["part", "steps", *(part for title, _ in shown.values() for part in (title, "change"))]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, rows in runs.items():
         other = runs.get(CHANGES[name][0], {})
-        means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
-        cells = [f"{means[key]:.{digits}f} | {difference(rows, other, key, digits)}" for key, (_, digits) in shown.items()]
+        means = {
+            key: sum(row[key] for row in rows.values()) / len(rows)
+            for key in next(iter(rows.values()))
+        }
+        cells = [
+            f"{means[key]:.{digits}f} | {difference(rows, other, key, digits)}"
+            for key, (_, digits) in shown.items()
+        ]
         lines.append(f"| {name} | {means['steps']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def difference(rows: dict[str, dict[str, float]], other: dict[str, dict[str, float]], key: str, digits: int) -> str:
+def difference(
+    rows: dict[str, dict[str, float]], other: dict[str, dict[str, float]], key: str, digits: int
+) -> str:
     """Mean over seeds of the paired difference, with its 95 % interval."""
-    pairs = torch.tensor([rows[seed][key] - other[seed][key] for seed in rows if seed in other], dtype=torch.float64)
+    pairs = torch.tensor(
+        [rows[seed][key] - other[seed][key] for seed in rows if seed in other], dtype=torch.float64
+    )
     if not len(pairs):
         return ""
     if len(pairs) == 1:

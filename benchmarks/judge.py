@@ -1,4 +1,6 @@
-"""What samples are judged by: features of real images, and a classifier that was trained on them."""
+"""What samples are judged by: features of real images, and a classifier that was trained on
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
 """How fast do images reach the training loop?
 
-Samples a second of sfumato's loader, a torch DataLoader over a PIL image folder and Hugging Face's `datasets`, each giving shuffled
-batches of 64 float tensors in [-1, 1]: small PNGs (32 px) and one-megapixel JPEGs trained at 64 px; folder, parquet and tar; no
+Samples a second of sfumato's loader, a torch DataLoader over a PIL image folder and Hugging Face's
+`datasets`, each giving shuffled
+batches of 64 float tensors in [-1, 1]: small PNGs (32 px) and one-megapixel JPEGs trained at 64 px;
+folder, parquet and tar; no
 worker and two; then sfumato from its cache, and how long a training step waits.
 
-    python benchmarks/loading.py [--quick] [--json FILE] [--source FILE.parquet] [--cases "large folder"]
+    python benchmarks/loading.py [--quick] [--json FILE] [--source FILE.parquet] [--cases "large
+    folder"]
 
 Images come from FILE.parquet if it is given (CIFAR-10), else they are made.
 """
@@ -26,7 +29,16 @@ from machine import interleaved, options
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 
-from sfumato.data import BatchPlan, DataConfig, Folder, Parquet, WebDataset, batches, index, source_at
+from sfumato.data import (
+    BatchPlan,
+    DataConfig,
+    Folder,
+    Parquet,
+    WebDataset,
+    batches,
+    index,
+    source_at,
+)
 from sfumato.data.convert import convert
 
 BATCH = 64
@@ -44,7 +56,9 @@ def small_images() -> Iterator[Image.Image]:
         return
     rng = np.random.default_rng(0)
     for _ in range(SMALL):
-        yield Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        yield Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+            (32, 32), Image.Resampling.BICUBIC
+        )
 
 
 def make(root: Path) -> dict[str, Path]:
@@ -56,7 +70,9 @@ def make(root: Path) -> dict[str, Path]:
             (root / kind / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         image.save(root / "small" / "ab"[number % 2] / f"{number:05d}.png")
         if number < LARGE:
-            big = np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) + np.roll(texture, number * 7, axis=0)
+            big = np.asarray(image.resize((1024, 1024), Image.Resampling.BICUBIC)) + np.roll(
+                texture, number * 7, axis=0
+            )
             Image.fromarray(big.clip(0, 255).astype(np.uint8)).save(
                 root / "large" / "ab"[number % 2] / f"{number:05d}.jpg", quality=90
             )
@@ -82,7 +98,9 @@ def _images(batch) -> torch.Tensor:
 def ours(path: Path, resolution: int, workers: int, cache: str = "off") -> Callable[[], None]:
     """sfumato's loader; decoding as it goes, or from the cache."""
     source = {"": Folder, ".parquet": Parquet, ".tar": WebDataset}[path.suffix](str(path))
-    dataset = index(DataConfig(source=source, resolution=resolution, cache=cache, memory_gib=0, workers=workers))
+    dataset = index(
+        DataConfig(source=source, resolution=resolution, cache=cache, memory_gib=0, workers=workers)
+    )
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     count = (PASSES if cache == "off" else 40) * len(dataset.training)
     begun = itertools.count()
@@ -113,7 +131,9 @@ class PILFolder(torch.utils.data.Dataset):
 def tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
+        )
         left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
         image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -122,7 +142,9 @@ def tensor(image: Image.Image, resolution: int) -> torch.Tensor:
 
 def loader_of(dataset, workers: int) -> Callable[[], None]:
     order = RandomSampler(dataset, num_samples=PASSES * len(dataset))
-    loader = DataLoader(dataset, batch_size=BATCH, sampler=order, num_workers=workers, drop_last=True)
+    loader = DataLoader(
+        dataset, batch_size=BATCH, sampler=order, num_workers=workers, drop_last=True
+    )
 
     def run() -> None:
         read(iter(loader), PASSES * len(dataset))
@@ -141,7 +163,11 @@ def huggingface(path: Path, resolution: int, workers: int, cache: Path) -> Calla
     data = datasets.load_dataset(kind, split="train", cache_dir=str(cache), **where)
     column = next(name for name in ("image", "png", "jpg") if name in data.column_names)
     data = data.select_columns([column])
-    data.set_transform(lambda rows: {"pixels": [tensor(image.convert("RGB"), resolution) for image in rows[column]]})
+    data.set_transform(
+        lambda rows: {
+            "pixels": [tensor(image.convert("RGB"), resolution) for image in rows[column]]
+        }
+    )
 
     class Pixels(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -164,7 +190,9 @@ def waiting(path: Path) -> float:
     dataset = index(settings.data)
     with tempfile.TemporaryDirectory() as place:
         facts = facts_of(settings, dataset)
-        trainer = trial_trainer(settings, build_model(settings, facts), dataset, facts, Path(place) / "run")
+        trainer = trial_trainer(
+            settings, build_model(settings, facts), dataset, facts, Path(place) / "run"
+        )
         step = trainer.measure_step(steps=3)
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)
     supply = batches(dataset, plan, start=0)
@@ -180,7 +208,11 @@ def main() -> None:
         root = Path(place)
         os.environ["SFUMATO_CACHE"] = str(root / "cache")
         paths = make(root)
-        result: dict[str, dict] = {"ours": {}, "peers": {"PIL folder": {}, "datasets": {}}, "ratio": {}}
+        result: dict[str, dict] = {
+            "ours": {},
+            "peers": {"PIL folder": {}, "datasets": {}},
+            "ratio": {},
+        }
         for name, path in paths.items():
             if not name.startswith(arguments.cases):
                 continue
@@ -195,7 +227,10 @@ def main() -> None:
                 if workers == 0:
                     candidates["cache"] = ours(path, resolution, 0, cache="auto")
                 times = interleaved(candidates, ROUNDS)
-                speed = {who: candidates[who].count / float(np.median(taken)) for who, taken in times.items()}
+                speed = {
+                    who: candidates[who].count / float(np.median(taken))
+                    for who, taken in times.items()
+                }
                 best = max(speed["PIL folder"], speed["datasets"])
                 case = f"{name}, {workers} workers"
                 result["ours"][case] = speed["ours"]
@@ -208,11 +243,15 @@ def main() -> None:
                     result["ours"][f"{name}, cache"] = speed["cache"]
                     result["ratio"][f"{name}, cache"] = speed["cache"] / best
                     print(
-                        f"{name + ', cache':26} ours {speed['cache']:8.0f}  {'':41} ours / faster peer {speed['cache'] / best:5.1f}",
+                        f"{name + ', cache':26} ours {speed['cache']:8.0f}  {'':41} ours / "
+                        f"faster peer {speed['cache'] / best:5.1f}",
                         flush=True,
                     )
         result["ours"]["waiting, share of a step"] = waiting(paths["small folder"])
-        print(f"a training step waits for data {result['ours']['waiting, share of a step']:.3%} of its time")
+        print(
+            f"a training step waits for data {result['ours']['waiting, share of a step']:.3%} of "
+            "its time"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
 

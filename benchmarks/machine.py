@@ -1,4 +1,6 @@
-"""What the benchmarks share: options, the machine's measured peaks, interleaved timing, the JSON form."""
+"""What the benchmarks share: options, the machine's measured peaks, interleaved timing, the JSON
+form.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
-    """Times of each candidate, taken in turn, so that a machine that slows down slows all of them; one round warms up."""
+def interleaved(
+    candidates: dict[str, Callable[[], object]], rounds: int, repeat: int = 1
+) -> dict[str, list[float]]:
+    """Times of each candidate, taken in turn, so that a machine that slows down slows all of them;
+    one round warms up.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, work in candidates.items():
@@ -55,12 +61,19 @@ def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def _attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+def _attention(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any
+) -> int:
     return sdpa_flop_count(q, k, v)
 
 
 def _attention_backward(
-    out: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any
+    out: tuple[int, ...],
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    *_: Any,
+    **__: Any,
 ) -> int:
     return sdpa_backward_flop_count(out, q, k, v)
 
@@ -79,27 +92,38 @@ def flops(work: Callable[[], object]) -> int:
 
 
 def fastest() -> str:
-    """The precision that multiplies fastest here, float32 or bfloat16: as `precision=auto` chooses for a wide layer."""
+    """The precision that multiplies fastest here, float32 or bfloat16: as `precision=auto` chooses
+    for a wide layer.
+    """
     device = default_device()
     return choose(torch.nn.Linear(1024, 1024, device=device), device)[0]
 
 
 def peaks(rounds: int = 15, precision: str | None = None) -> dict[str, Any]:
-    """Best measured GFLOP/s of a square matrix product and of 3x3 convolutions on this machine, now, in its fastest precision.
+    """Best measured GFLOP/s of a square matrix product and of 3x3 convolutions on this machine,
+    now, in its fastest precision.
 
     A GPU is given larger ones, many at a time, so that starting them is hidden.
     """
     gpu = torch.cuda.is_available()
-    device, size, repeat, batch = (torch.device("cuda"), 8192, 10, 512) if gpu else (torch.device("cpu"), 2048, 1, 64)
+    device, size, repeat, batch = (
+        (torch.device("cuda"), 8192, 10, 512) if gpu else (torch.device("cpu"), 2048, 1, 64)
+    )
     precision = precision or fastest()
     dtype = DTYPES[precision]
     a = torch.ones(size, size, dtype=dtype, device=device)
-    found: dict[str, Any] = {"matmul_gflops": 0.0, "convolution_gflops": 0.0, "precision": precision}
+    found: dict[str, Any] = {
+        "matmul_gflops": 0.0,
+        "convolution_gflops": 0.0,
+        "precision": precision,
+    }
     for _ in range(rounds):
         taken = seconds(lambda: [a @ a for _ in range(repeat)])
         found["matmul_gflops"] = max(found["matmul_gflops"], repeat * 2 * size**3 / taken / 1e9)
     for channels, side in ((64, 32), (128, 32), (128, 16), (256, 16), (256, 32)):
-        x = torch.ones(batch, channels, side, side, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+        x = torch.ones(batch, channels, side, side, dtype=dtype, device=device).to(
+            memory_format=torch.channels_last
+        )
         layer = torch.nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype, device=device)
         layer = layer.to(memory_format=torch.channels_last)
         work = repeat * 2 * batch * side**2 * channels**2 * 9
@@ -111,19 +135,28 @@ def peaks(rounds: int = 15, precision: str | None = None) -> dict[str, Any]:
 
 
 def continued(path: Path | None, settings: dict[str, Any], *, rows: str) -> dict[str, Any]:
-    """The sheet at `path` with what an earlier sitting measured under `rows`, or a new one; settings other than its own are refused."""
+    """The sheet at `path` with what an earlier sitting measured under `rows`, or a new one;
+    settings other than its own are refused.
+    """
     if path is None or not path.is_file():
         return {"machine": machine(), "settings": settings, rows: {}}
     sheet: dict[str, Any] = json.loads(path.read_text())
     if sheet["settings"] != settings:
-        raise SystemExit(f"{path} was begun with {sheet['settings']}, this asks for {settings}: use another file")
+        raise SystemExit(
+            f"{path} was begun with {sheet['settings']}, this asks for {settings}: use another file"
+        )
     return sheet
 
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "platform": platform.platform(), "gpu": gpu}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "gpu": gpu,
+    }
 
 
 def report(result: dict[str, Any], path: Path | None) -> None:

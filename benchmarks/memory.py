@@ -2,8 +2,10 @@
 
     python benchmarks/memory.py [--quick] [--side 32] [--budget 8] [--json FILE]
 
-Each figure is a fresh process whose peak is read at its end (resident memory on a CPU, allocated memory on a GPU). A line through two
-batches tells what an image costs and what there is before the first one; --budget GiB then tells the batch that fits.
+Each figure is a fresh process whose peak is read at its end (resident memory on a CPU, allocated
+memory on a GPU). A line through two
+batches tells what an image costs and what there is before the first one; --budget GiB then tells
+the batch that fits.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ NETWORKS: dict[str, NetworkConfig] = {
 
 
 def peak(name: str, side: int, batch: int) -> dict[str, float]:
-    """Peak bytes of a process that takes two steps, what it held before it built anything, and its parameters."""
+    """Peak bytes of a process that takes two steps, what it held before it built anything, and its
+    parameters.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with tempfile.TemporaryDirectory() as folder:
         trainer = our_trainer(side, batch, Path(folder), "bfloat16", NETWORKS[name])
@@ -44,7 +48,11 @@ def peak(name: str, side: int, batch: int) -> dict[str, float]:
         size = sum(p.numel() for p in trainer.state.model.parameters())
     if torch.cuda.is_available():
         return {"peak": torch.cuda.max_memory_allocated(), "before": 0, "parameters": size}
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before, "parameters": size}
+    return {
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "before": before,
+        "parameters": size,
+    }
 
 
 def measured(name: str, side: int, batch: int) -> dict[str, float]:
@@ -73,7 +81,10 @@ def main() -> None:
             "batch_that_fits": int((asked.budget * 2**30 - fixed - low["before"]) / each),
         }
         print(name, json.dumps(rows[name]), flush=True)
-    report({"machine": machine(), "side": asked.side, "budget_gib": asked.budget, "ours": rows}, asked.json)
+    report(
+        {"machine": machine(), "side": asked.side, "budget_gib": asked.budget, "ours": rows},
+        asked.json,
+    )
 
 
 if __name__ == "__main__":

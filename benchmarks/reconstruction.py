@@ -1,9 +1,12 @@
-"""What images lose on the way through autoencoders: held-out images of a run, through its own and through others.
+"""What images lose on the way through autoencoders: held-out images of a run, through its own and
+through others.
 
-    python benchmarks/reconstruction.py RUN [--others taesd_encoder.safetensors,taesd_decoder.safetensors FOLDER ...]
+    python benchmarks/reconstruction.py RUN [--others
+    taesd_encoder.safetensors,taesd_decoder.safetensors FOLDER ...]
         [--json FILE] [--sheet FILE]
 
-PSNR and SSIM are means over images, with 95 % intervals; rFD is the Fréchet distance between images and reconstructions.
+PSNR and SSIM are means over images, with 95 % intervals; rFD is the Fréchet distance between images
+and reconstructions.
 """
 
 from __future__ import annotations
@@ -37,7 +40,12 @@ def main() -> None:
     """Measure all, and draw the first images above what each made of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--others", nargs="*", default=[], help="folders in diffusers' layout, or ENCODER,DECODER files")
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        default=[],
+        help="folders in diffusers' layout, or ENCODER,DECODER files",
+    )
     parser.add_argument("--features", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path)
@@ -48,8 +56,15 @@ def main() -> None:
     candidates = {"own": load(asked.run / "autoencoder" / "final")}
     candidates |= {Path(name.split(",")[0]).stem: load(*name.split(",")) for name in asked.others}
     made = {name: through(autoencoder, real) for name, autoencoder in candidates.items()}
-    figures = {name: {**shape(candidates[name]), **fidelity(real, made[name], features)} for name in made}
-    result: dict[str, Any] = {"machine": machine(), "images": len(real), "extractor": features.name, "autoencoders": figures}
+    figures = {
+        name: {**shape(candidates[name]), **fidelity(real, made[name], features)} for name in made
+    }
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "images": len(real),
+        "extractor": features.name,
+        "autoencoders": figures,
+    }
     report(json.loads(json.dumps(result)), asked.json)
     if asked.sheet is not None:
         rows = torch.cat([real[:SHOWN], *(images[:SHOWN] for images in made.values())])
@@ -67,19 +82,32 @@ def shape(autoencoder: LatentAutoencoder) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in autoencoder.codec.parameters())
     squeezed = autoencoder.image_channels * autoencoder.factor**2 / autoencoder.latent_channels
     return {
-        "parameters": size, "factor": autoencoder.factor, "channels": autoencoder.latent_channels, "times_fewer_values": squeezed,
-    }  # fmt: skip
+        "parameters": size,
+        "factor": autoencoder.factor,
+        "channels": autoencoder.latent_channels,
+        "times_fewer_values": squeezed,
+    }
 
 
 def fidelity(real: Tensor, made: Tensor, features: Features) -> dict[str, Any]:
     """PSNR in dB, SSIM, L1 in units of [0, 1], rFD."""
-    rows = {"psnr": psnr(made, real), "ssim": ssim(made, real), "l1": (made - real).abs().flatten(1).mean(1) / 2}
+    rows = {
+        "psnr": psnr(made, real),
+        "ssim": ssim(made, real),
+        "l1": (made - real).abs().flatten(1).mean(1) / 2,
+    }
     figures: dict[str, Any] = {
-        name: {"mean": float(values.mean()), "interval": 1.96 * float(values.std()) / math.sqrt(len(values))}
+        name: {
+            "mean": float(values.mean()),
+            "interval": 1.96 * float(values.std()) / math.sqrt(len(values)),
+        }
         for name, values in rows.items()
     }
     with torch.no_grad():
-        pooled = [torch.cat([features.pooled(part) for part in images.split(64)]) for images in (real, made)]
+        pooled = [
+            torch.cat([features.pooled(part) for part in images.split(64)])
+            for images in (real, made)
+        ]
     return figures | {"rfd": frechet_distance(*pooled)}
 
 

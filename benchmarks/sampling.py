@@ -1,9 +1,12 @@
-"""Images per second of sampling: sfumato's driver beside diffusers' DDIM pipeline, equal steps, networks of nearly equal size.
+"""Images per second of sampling: sfumato's driver beside diffusers' DDIM pipeline, equal steps,
+networks of nearly equal size.
 
     python benchmarks/sampling.py [--quick] [--json FILE] [--resolution 32] [--batch 32] [--steps 8]
 
-Also how near the measured bfloat16 peak each is, and the share of the time that is not the network: our whole trajectory against the bare
-network called as often; and of a whole `Pipeline.sample` with guidance, keyed noise and images at the end, against the bare network on
+Also how near the measured bfloat16 peak each is, and the share of the time that is not the network:
+our whole trajectory against the bare
+network called as often; and of a whole `Pipeline.sample` with guidance, keyed noise and images at
+the end, against the bare network on
 twice the batch.
 """
 
@@ -33,9 +36,13 @@ def guided(resolution: int, steps: int, device: torch.device) -> Pipeline:
     network = NETWORK.build(image_channels=3, context=conditioner.sizes)
     model = Model(network, conditioner, DenoiserConfig()).to(device).eval().requires_grad_(False)
     return Pipeline(
-        model=model, autoencoder=Pixels(3), sampling=SamplingConfig(guidance=1.5, steps=steps), facts=facts,
-        image_shape=(3, resolution, resolution), compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+        model=model,
+        autoencoder=Pixels(3),
+        sampling=SamplingConfig(guidance=1.5, steps=steps),
+        facts=facts,
+        image_shape=(3, resolution, resolution),
+        compute_dtype=torch.bfloat16,
+    )
 
 
 def main() -> None:
@@ -51,35 +58,53 @@ def main() -> None:
         .eval()
         .requires_grad_(False)
     )
-    x, levels = torch.randn(batch, 3, asked.resolution, asked.resolution, device=device), grid(Linear(), steps)
+    x, levels = (
+        torch.randn(batch, 3, asked.resolution, asked.resolution, device=device),
+        grid(Linear(), steps),
+    )
     noise_input = torch.full((batch,), 500.0, device=device)
 
     def bare(dtype: torch.dtype) -> None:
         for _ in range(steps):
-            with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            with (
+                torch.no_grad(),
+                torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32),
+            ):
                 model.network(x, noise_input, NO_CONDITION)
 
     pipeline = guided(asked.resolution, steps, device)
     with torch.no_grad():
-        both = pipeline.model.conditioner({"category": torch.zeros(2 * batch, dtype=torch.long, device=device)}, 2 * batch)
+        both = pipeline.model.conditioner(
+            {"category": torch.zeros(2 * batch, dtype=torch.long, device=device)}, 2 * batch
+        )
 
     def bare_guided() -> None:
         for _ in range(steps):
             with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
-                pipeline.model.network(torch.cat([x, x]), torch.cat([noise_input, noise_input]), both)
+                pipeline.model.network(
+                    torch.cat([x, x]), torch.cat([noise_input, noise_input]), both
+                )
 
     candidates, peer = {}, build_peer(PEER_PARAMETERS, asked.resolution, 64)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        theirs = PeerSampler(peer.to(device), steps=steps, batch=batch, dtype=dtype, channels_last=True)
+        theirs = PeerSampler(
+            peer.to(device), steps=steps, batch=batch, dtype=dtype, channels_last=True
+        )
         candidates |= {
             f"ours DDIM {name}": lambda d=dtype: sample(DDIM(), model.denoiser(d), x, levels),
-            f"ours DPM-Solver++(2M) {name}": lambda d=dtype: sample(DPMSolverPP2M(), model.denoiser(d), x, levels),
+            f"ours DPM-Solver++(2M) {name}": lambda d=dtype: sample(
+                DPMSolverPP2M(), model.denoiser(d), x, levels
+            ),
             f"bare network {name}": lambda d=dtype: bare(d),
             f"diffusers DDIM {name}": theirs,
         }
-    defaults = PeerSampler(build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device), steps=steps, batch=batch)
+    defaults = PeerSampler(
+        build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device), steps=steps, batch=batch
+    )
     candidates["diffusers DDIM at its defaults"] = defaults
-    candidates["ours guided, whole, bfloat16"] = lambda: pipeline.sample(batch, category="a", batch_size=batch)
+    candidates["ours guided, whole, bfloat16"] = lambda: pipeline.sample(
+        batch, category="a", batch_size=batch
+    )
     candidates["bare network guided, bfloat16"] = bare_guided
     times, peak = interleaved(candidates, rounds), peaks()
 
@@ -87,15 +112,22 @@ def main() -> None:
         name: {
             "images_per_s": batch / statistics.median(taken),
             "gflop_per_image": (work := flops(candidates[name])) / batch / 1e9,
-            "of_convolution_peak": work / statistics.median(taken) / 1e9 / peak["convolution_gflops"],
+            "of_convolution_peak": work
+            / statistics.median(taken)
+            / 1e9
+            / peak["convolution_gflops"],
         }
         for name, taken in times.items()
     }
     ratio = {
-        f"diffusers DDIM {name}": paired_ratio(times[f"ours DDIM {name}"], times[f"diffusers DDIM {name}"])
+        f"diffusers DDIM {name}": paired_ratio(
+            times[f"ours DDIM {name}"], times[f"diffusers DDIM {name}"]
+        )
         for name in ("float32", "bfloat16")
     }
-    ratio["diffusers DDIM at its defaults"] = paired_ratio(times["ours DDIM float32"], times["diffusers DDIM at its defaults"])
+    ratio["diffusers DDIM at its defaults"] = paired_ratio(
+        times["ours DDIM float32"], times["diffusers DDIM at its defaults"]
+    )
     overhead = {
         name: 1 - 1 / paired_ratio(times[f"bare network {name}"], times[f"ours DDIM {name}"])
         for name in ("float32", "bfloat16")
@@ -104,11 +136,17 @@ def main() -> None:
         times["bare network guided, bfloat16"], times["ours guided, whole, bfloat16"]
     )
     result = {
-        "machine": machine(), "batch": batch, "resolution": asked.resolution, "steps": steps, "rounds": rounds, "peak": peak,
+        "machine": machine(),
+        "batch": batch,
+        "resolution": asked.resolution,
+        "steps": steps,
+        "rounds": rounds,
+        "peak": peak,
         "ours": {name: row for name, row in figures.items() if not name.startswith("diffusers")},
         "peers": {name: row for name, row in figures.items() if name.startswith("diffusers")},
-        "ratio": ratio, "overhead_over_bare_network": overhead,
-    }  # fmt: skip
+        "ratio": ratio,
+        "overhead_over_bare_network": overhead,
+    }
     report(result, asked.json)
 
 

@@ -1,8 +1,10 @@
-"""Seconds before anything happens: import, help, the first training step, the first sample; diffusers' import beside ours.
+"""Seconds before anything happens: import, help, the first training step, the first sample;
+diffusers' import beside ours.
 
     python benchmarks/startup.py [--quick] [--rounds 5] [--json FILE]
 
-Each is a fresh process, taken in turn. The first step is that of `sfumato train digits budget.steps=1`, whole.
+Each is a fresh process, taken in turn. The first step is that of `sfumato train digits
+budget.steps=1`, whole.
 """
 
 from __future__ import annotations
@@ -40,13 +42,24 @@ def main() -> None:
             "import sfumato": lambda: run("-c", "import sfumato"),
             "sfumato --help": lambda: sfumato("--help"),
             "import torch": lambda: run("-c", "import torch"),
-            "sfumato train digits, one step": lambda: sfumato("train", "digits", "--run", f"{folder}/{next(numbers)}", *tiny),
+            "sfumato train digits, one step": lambda: sfumato(
+                "train", "digits", "--run", f"{folder}/{next(numbers)}", *tiny
+            ),
             "sfumato sample, two images": lambda: sfumato(
-                "sample", str(trained), "--num", "2", "--steps", "2", "--out", f"{folder}/{next(numbers)}"
+                "sample",
+                str(trained),
+                "--num",
+                "2",
+                "--steps",
+                "2",
+                "--out",
+                f"{folder}/{next(numbers)}",
             ),
         }
         if importlib.util.find_spec("diffusers"):
-            candidates["import diffusers and its UNet2DModel"] = lambda: run("-c", "from diffusers import UNet2DModel")
+            candidates["import diffusers and its UNet2DModel"] = lambda: run(
+                "-c", "from diffusers import UNet2DModel"
+            )
         times = interleaved(candidates, 1 if asked.quick else asked.rounds)
     result = {
         "machine": machine(),

@@ -1,9 +1,12 @@
-"""Images per second of a training step: sfumato's trainer beside diffusers' unconditional example loop, as many parameters (within 6 %).
+"""Images per second of a training step: sfumato's trainer beside diffusers' unconditional example
+loop, as many parameters (within 6 %).
 
     python benchmarks/train_step.py [--quick] [--json FILE] [--resolution 32] [--batch 64]
 
-Ours is `Trainer.train_step` whole: keyed noise, loss, backward, clipping, AdamW, average. Theirs is the example's step, once at its
-defaults (float32, heads of 8 channels) and once at its best (heads of 64 channels, channels_last). Ours, the peer at its best and the peaks
+Ours is `Trainer.train_step` whole: keyed noise, loss, backward, clipping, AdamW, average. Theirs is
+the example's step, once at its
+defaults (float32, heads of 8 channels) and once at its best (heads of 64 channels, channels_last).
+Ours, the peer at its best and the peaks
 are in the precision that is fastest on this machine, which is printed with the figures.
 """
 
@@ -26,21 +29,38 @@ from sfumato.runs.cost import trial_trainer
 from sfumato.runs.preparation import build_model, facts_of
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 
-NETWORK = UNetConfig(channels=64, multipliers=(1, 2, 2), blocks=2, attention_depths=(2,), head_channels=64)
+NETWORK = UNetConfig(
+    channels=64, multipliers=(1, 2, 2), blocks=2, attention_depths=(2,), head_channels=64
+)
 PEER_PARAMETERS = 6_500_000  # widths (64, 128, 128) as ours has: 6.47M there, 6.83M here
 
 
 def our_trainer(
-    resolution: int, batch: int, folder: Path, precision: str, network: NetworkConfig = NETWORK, channels: int = 3
+    resolution: int,
+    batch: int,
+    folder: Path,
+    precision: str,
+    network: NetworkConfig = NETWORK,
+    channels: int = 3,
 ) -> Trainer:
-    """A trainer of the default U-Net, or another; the images on disk are only there because a trainer wants some."""
+    """A trainer of the default U-Net, or another; the images on disk are only there because a
+    trainer wants some.
+    """
     generator = np.random.default_rng(0)
     for number in range(16):
-        Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, (resolution, resolution, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
     run = Run(
-        name="benchmark", data=DataConfig(source=Folder(str(folder)), resolution=resolution), network=network, batch_size=batch,
-        ema=FixedEMA(0.9999), budget=Budget(steps=10**6), validation=ValidationConfig(samples=10), precision=precision,
-    )  # fmt: skip
+        name="benchmark",
+        data=DataConfig(source=Folder(str(folder)), resolution=resolution),
+        network=network,
+        batch_size=batch,
+        ema=FixedEMA(0.9999),
+        budget=Budget(steps=10**6),
+        validation=ValidationConfig(samples=10),
+        precision=precision,
+    )
     dataset = index(run.data)
     facts = facts_of(run, dataset)
     model = build_model(run, facts)
@@ -61,7 +81,10 @@ def main() -> None:
         batch = Batch(parts=[Part(first=0, images=images, context={})])
         parameters = sum(p.numel() for p in trainer.state.model.parameters())
         peer_defaults = PeerTrainer(
-            build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device), bf16=False, channels_last=False, ema=False
+            build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device),
+            bf16=False,
+            channels_last=False,
+            ema=False,
         )
         peer_best = PeerTrainer(
             build_peer(PEER_PARAMETERS, asked.resolution, 64).to(device),
@@ -83,18 +106,31 @@ def main() -> None:
             "images_per_s_best": asked.batch / min(taken),
             "gflop_per_image": work[name] / asked.batch / 1e9,
             "gflops": work[name] / statistics.median(taken) / 1e9,
-            "of_convolution_peak": work[name] / statistics.median(taken) / 1e9 / peak["convolution_gflops"],
+            "of_convolution_peak": work[name]
+            / statistics.median(taken)
+            / 1e9
+            / peak["convolution_gflops"],
         }
         for name, taken in times.items()
     }
     figures["ours"]["parameters"] = parameters
-    for name, peer in (("diffusers at its defaults", peer_defaults), ("diffusers at its best", peer_best)):
+    for name, peer in (
+        ("diffusers at its defaults", peer_defaults),
+        ("diffusers at its best", peer_best),
+    ):
         figures[name]["parameters"] = sum(p.numel() for p in peer.model.parameters())
     ours = figures.pop("ours")
     result = {
-        "machine": machine(), "batch": asked.batch, "resolution": asked.resolution, "rounds": rounds, "precision": precision, "peak": peak,
-        "ours": ours, "peers": figures, "ratio": {name: paired_ratio(times["ours"], times[name]) for name in figures},
-    }  # fmt: skip
+        "machine": machine(),
+        "batch": asked.batch,
+        "resolution": asked.resolution,
+        "rounds": rounds,
+        "precision": precision,
+        "peak": peak,
+        "ours": ours,
+        "peers": figures,
+        "ratio": {name: paired_ratio(times["ours"], times[name]) for name in figures},
+    }
     report(result, asked.json)
 
 

@@ -1,9 +1,12 @@
-"""Training steps and sampling of diffusion transformers S, B and XL and a U-Net on 32 x 32 latents (256 px), beside diffusers' DiT.
+"""Training steps and sampling of diffusion transformers S, B and XL and a U-Net on 32 x 32 latents
+(256 px), beside diffusers' DiT.
 
     python benchmarks/transformer.py [--quick] [--only DiT-S/2] [--rounds 5] [--json FILE]
 
-Ours is `Trainer.train_step` whole; theirs is the example's step around `DiTTransformer2DModel` of the same width, depth and patch, under
-bfloat16 autocast. Both as they are and compiled (on a GPU). Of each: images/s, model FLOPs, and the share of the matrix-product peak that
+Ours is `Trainer.train_step` whole; theirs is the example's step around `DiTTransformer2DModel` of
+the same width, depth and patch, under
+bfloat16 autocast. Both as they are and compiled (on a GPU). Of each: images/s, model FLOPs, and the
+share of the matrix-product peak that
 was measured in the same process (and, on a GPU, of what its maker states for dense bfloat16).
 """
 
@@ -43,12 +46,20 @@ SIZES: dict[str, tuple[NetworkConfig, int]] = {  # and the batch on a GPU
 def peer(config: DiTConfig, channels: int) -> DiTTransformer2DModel:
     """diffusers' transformer of the same size."""
     return DiTTransformer2DModel(
-        num_attention_heads=config.channels // 64, attention_head_dim=64, in_channels=channels, out_channels=channels,
-        num_layers=config.layers, sample_size=SIDE, patch_size=config.patch, num_embeds_ada_norm=1000,
-    )  # fmt: skip
+        num_attention_heads=config.channels // 64,
+        attention_head_dim=64,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=config.layers,
+        sample_size=SIDE,
+        patch_size=config.patch,
+        num_embeds_ada_norm=1000,
+    )
 
 
-def candidates(network: NetworkConfig, batch: int, folder: Path, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+def candidates(
+    network: NetworkConfig, batch: int, folder: Path, device: torch.device, *, compiled: bool
+) -> dict[str, Any]:
     """Training steps and a trajectory, each a call."""
     trainer = our_trainer(SIDE, batch, folder, "bfloat16", network, CHANNELS)
     if compiled:
@@ -68,8 +79,12 @@ def candidates(network: NetworkConfig, batch: int, folder: Path, device: torch.d
         grid(Linear(), SAMPLED_STEPS),
     )
     if compiled:  # as `sfumato sample --compile` does
-        compile_in_place(model.network, mode="reduce-overhead" if device.type == "cuda" else "default")
-    found["ours, sampling"] = lambda: sample(DPMSolverPP2M(), model.denoiser(torch.bfloat16), x, levels)
+        compile_in_place(
+            model.network, mode="reduce-overhead" if device.type == "cuda" else "default"
+        )
+    found["ours, sampling"] = lambda: sample(
+        DPMSolverPP2M(), model.denoiser(torch.bfloat16), x, levels
+    )
 
     def bare() -> None:
         level = torch.full((batch,), 500.0, device=device)
@@ -81,24 +96,36 @@ def candidates(network: NetworkConfig, batch: int, folder: Path, device: torch.d
     return found
 
 
-def measured(name: str, rounds: int, batch: int, peak: float, stated: float | None, *, compiled: bool) -> dict[str, Any]:
+def measured(
+    name: str, rounds: int, batch: int, peak: float, stated: float | None, *, compiled: bool
+) -> dict[str, Any]:
     """Figures of one size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         found = candidates(SIZES[name][0], batch, Path(folder), device, compiled=compiled)
         work = {}
         for key, call in found.items():
-            with contextlib.nullcontext() if not compiled else torch.compiler.set_stance("force_eager"):
+            with (
+                contextlib.nullcontext()
+                if not compiled
+                else torch.compiler.set_stance("force_eager")
+            ):
                 work[key] = flops(call)
         times = interleaved(found, rounds)
     rows = {}
     for key, taken in times.items():
         speed = work[key] / statistics.median(taken) / 1e9
         rows[key] = {
-            "images_per_s": batch / statistics.median(taken), "gflop_per_image": work[key] / batch / 1e9, "gflops": speed,
-            "of_measured_peak": speed / peak, "of_stated_peak": None if stated is None else speed / stated,
-        }  # fmt: skip
-    ratios = {"sampling over the bare network": 1 / paired_ratio(times["bare network, sampling"], times["ours, sampling"])}
+            "images_per_s": batch / statistics.median(taken),
+            "gflop_per_image": work[key] / batch / 1e9,
+            "gflops": speed,
+            "of_measured_peak": speed / peak,
+            "of_stated_peak": None if stated is None else speed / stated,
+        }
+    ratios = {
+        "sampling over the bare network": 1
+        / paired_ratio(times["bare network, sampling"], times["ours, sampling"])
+    }
     if "diffusers" in times:
         ratios["diffusers"] = paired_ratio(times["ours"], times["diffusers"])
     return {"batch": batch, "rows": rows, "ratio": ratios}
@@ -110,9 +137,18 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     peak, name = peaks()["matmul_gflops"], torch.cuda.get_device_name() if gpu else ""
     stated = next((value for part, value in STATED.items() if part in name), None)
-    result: dict[str, Any] = {"machine": machine(), "peak_gflops": peak, "stated_gflops": stated, "sizes": {}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "peak_gflops": peak,
+        "stated_gflops": stated,
+        "sizes": {},
+    }
     for size, (_, batch) in SIZES.items():
-        if size not in (asked.only.split(",") if asked.only else list(SIZES)[: 1 if asked.quick or not gpu else None]):
+        if size not in (
+            asked.only.split(",")
+            if asked.only
+            else list(SIZES)[: 1 if asked.quick or not gpu else None]
+        ):
             continue
         for compiled in (False, True) if gpu else (False,):
             key = f"{size}, compiled" if compiled else size

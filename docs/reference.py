@@ -44,15 +44,22 @@ NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", ty
 def wrapped(text: str, first: str = "", other: str = "") -> str:
     """The text on lines of at most 100 characters; code is not broken."""
     parts = " ".join(text.split()).split("`")
-    whole = "`".join(part.replace(" ", "\0") if number % 2 else part for number, part in enumerate(parts))
+    whole = "`".join(
+        part.replace(" ", "\0") if number % 2 else part for number, part in enumerate(parts)
+    )
     indents = {"initial_indent": first, "subsequent_indent": other}
-    return textwrap.fill(whole, 100, break_long_words=False, break_on_hyphens=False, **indents).replace("\0", " ")
+    return textwrap.fill(
+        whole, 100, break_long_words=False, break_on_hyphens=False, **indents
+    ).replace("\0", " ")
 
 
 def commands(group: Any, path: str) -> Iterator[str]:
     """A section for each command of a group."""
     for name, command in group.commands.items():
-        full, hints = f"{path} {name}", {} if hasattr(command, "commands") else get_type_hints(command.callback)
+        full, hints = (
+            f"{path} {name}",
+            {} if hasattr(command, "commands") else get_type_hints(command.callback),
+        )
         yield f"{'#' * len(full.split())} {full}\n\n{wrapped(command.help)}\n"
         if hasattr(command, "commands"):
             yield from commands(command, full)
@@ -62,7 +69,13 @@ def commands(group: Any, path: str) -> Iterator[str]:
         yield f"```\n{full} {given}{' ' * bool(given)}[OPTIONS]\n```\n"
         for p, text in usages.items():
             asked = p.required and p.param_type_name == "option"
-            note = " (required)" if asked else f" (default `{p.default}`)" if p.default not in (None, False) else ""
+            note = (
+                " (required)"
+                if asked
+                else f" (default `{p.default}`)"
+                if p.default not in (None, False)
+                else ""
+            )
             yield wrapped(f"`{text}`{note}: {p.help.removesuffix('.')}.", "- ", "  ")
         yield ""
 
@@ -71,7 +84,11 @@ def usage(p: Any, hints: dict[str, Any]) -> str:
     """An argument or option, as it is written on the command line."""
     if p.param_type_name == "argument":
         return str(p.metavar or (p.name.upper() if p.required else f"[{p.name.upper()}]"))
-    value = value_type(hints[p.name], {}).replace("`", "").removesuffix(" | null") if p.metavar is None else p.metavar
+    value = (
+        value_type(hints[p.name], {}).replace("`", "").removesuffix(" | null")
+        if p.metavar is None
+        else p.metavar
+    )
     return f"{p.opts[0]} {value}".strip()
 
 
@@ -83,13 +100,26 @@ def configuration() -> Iterator[str]:
         options = tuple(members(annotation))
         sections.setdefault(options, []).append((path, annotation, value))
         if len(sections[options]) == 1:
-            below = [(option, *pair) for option in options for pair in config_fields(option) if members(pair[1])]
-            queue += [(f"{path}.{field.name}".lstrip("."), hint, default(field, value, cls)) for cls, field, hint in below]
+            below = [
+                (option, *pair)
+                for option in options
+                for pair in config_fields(option)
+                if members(pair[1])
+            ]
+            queue += [
+                (f"{path}.{field.name}".lstrip("."), hint, default(field, value, cls))
+                for cls, field, hint in below
+            ]
     places = {options: found[0][0] for options, found in sections.items()}
     for options, [(path, annotation, value), *others] in sections.items():
         yield f"## `{path}`\n" if path else "## A run\n"
         if others:
-            yield wrapped(f"The same keys are under {', '.join(f'`{other}`' for other, _, _ in others)}.") + "\n"
+            yield (
+                wrapped(
+                    f"The same keys are under {', '.join(f'`{other}`' for other, _, _ in others)}."
+                )
+                + "\n"
+            )
         for option in options:
             if is_tagged(annotation):
                 yield f"### `{path}.kind={kind_of(option)}`\n"
@@ -99,7 +129,9 @@ def configuration() -> Iterator[str]:
 def described(cls: type, value: Any, places: dict[Any, str]) -> Iterator[str]:
     """The docstring of a dataclass, and a line on each of its fields; defaults are those of `value`, if it is one."""
     about, docs = inspect.cleandoc(cls.__dict__.get("__doc__") or ""), attribute_docs(cls)
-    if not about.startswith(f"{cls.__name__}("):  # the signature, which dataclasses write where there is no docstring
+    if not about.startswith(
+        f"{cls.__name__}("
+    ):  # the signature, which dataclasses write where there is no docstring
         yield wrapped(about.split("\n\n")[0]) + "\n"
     for field, hint in config_fields(cls):
         usual, notes = default(field, value, cls), [value_type(hint, places)]
@@ -126,13 +158,22 @@ def value_type(hint: Any, places: dict[Any, str]) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if options := tuple(members(hint)):
         kinds, place = "a `kind` and its keys" if is_tagged(hint) else "keys", places[options]
-        return f"{kinds}, see [{place}](#{place.replace('.', '')})" + " | null" * (type(None) in parts)
+        return f"{kinds}, see [{place}](#{place.replace('.', '')})" + " | null" * (
+            type(None) in parts
+        )
     if origin is Annotated:
         bounds = [bound for item in parts[1:] for bound in getattr(item, "metadata", ())]
-        said = [text.format(getattr(bound, key)) for bound in bounds for key, text in BOUNDS.items() if hasattr(bound, key)]
+        said = [
+            text.format(getattr(bound, key))
+            for bound in bounds
+            for key, text in BOUNDS.items()
+            if hasattr(bound, key)
+        ]
         return " ".join([value_type(parts[0], places), *said])
     if origin in (Literal, Union, types.UnionType):
-        return " | ".join(f"`{part}`" if origin is Literal else value_type(part, places) for part in parts)
+        return " | ".join(
+            f"`{part}`" if origin is Literal else value_type(part, places) for part in parts
+        )
     if origin is tuple:
         several = [value_type(part, places) for part in parts if part is not Ellipsis]
         return f"list of {several[0]}" if Ellipsis in parts else f"[{', '.join(several)}]"
@@ -140,9 +181,15 @@ def value_type(hint: Any, places: dict[Any, str]) -> str:
 
 
 if __name__ == "__main__":
-    pages = {"cli.md": commands(explain_values(get_command(app)), "sfumato"), "configuration.md": configuration()}
+    pages = {
+        "cli.md": commands(explain_values(get_command(app)), "sfumato"),
+        "configuration.md": configuration(),
+    }
     for name, parts in pages.items():
-        text, path = "\n".join([CLI if name == "cli.md" else CONFIGURATION, *parts]), Path(__file__).with_name(name)
+        text, path = (
+            "\n".join([CLI if name == "cli.md" else CONFIGURATION, *parts]),
+            Path(__file__).with_name(name),
+        )
         if "--check" not in sys.argv:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:

@@ -1,4 +1,6 @@
-"""Tiny models with random weights that are steered by any choice of contexts, and something to ask of each."""
+"""Tiny models with random weights that are steered by any choice of contexts, and something to ask
+of each.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,17 @@ CONFIGS = {
 
 
 def steered(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
-    """A pipeline steered by the contexts of these names, all of them by default; every weight is awake."""
+    """A pipeline steered by the contexts of these names, all of them by default; every weight is
+    awake.
+    """
     configs = {name: CONFIGS[name] for name in names or CONFIGS}
     if lost is not None:
         configs["image"] = ImageConfig(degradation=lost)
     run = Run(
         name="tiny",
-        network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+        ),
         conditioner=ContextConfig(**configs),
         objective=Objective(schedule=Linear()),
         sampling=SamplingConfig(sampler=DDIM(), steps=3),
@@ -67,7 +73,13 @@ def steered(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
     for name, parameter in model.named_parameters():
         strength = 0.5 if name.startswith("conditioner") else 0.12
         parameter.copy_(strength * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, autoencoder=Pixels(1), sampling=run.sampling, facts=FACTS, image_shape=(1, SIDE, SIDE))
+    return Pipeline(
+        model=model,
+        autoencoder=Pixels(1),
+        sampling=run.sampling,
+        facts=FACTS,
+        image_shape=(1, SIDE, SIDE),
+    )
 
 
 def _one_channel():

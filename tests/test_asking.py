@@ -1,4 +1,6 @@
-"""What is asked becomes tensors for each image, or an error that says what the model reads, knows or expects."""
+"""What is asked becomes tensors for each image, or an error that says what the model reads, knows
+or expects.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def everything() -> Pipeline:
 
 
 def request_of(pipeline: Pipeline, num: int = 5, **asked: Any) -> ResolvedRequest:
-    return resolve_request(SampleRequest.of(**asked), pipeline.model.conditioner, pipeline.facts, pipeline.image_shape, num)
+    return resolve_request(
+        SampleRequest.of(**asked),
+        pipeline.model.conditioner,
+        pipeline.facts,
+        pipeline.image_shape,
+        num,
+    )
 
 
 def said(pipeline: Pipeline, error: type[SfumatoError] = ConfigError, **asked: Any) -> str:
@@ -37,7 +45,7 @@ def said(pipeline: Pipeline, error: type[SfumatoError] = ConfigError, **asked: A
     return str(caught.value)
 
 
-# --- one for all, several in turn ----------------------------------------------------------------------------------------------
+# --- one for all, several in turn -----------------------------------------------------------------
 
 
 def test_nothing_is_asked_by_default(everything: Pipeline) -> None:
@@ -50,9 +58,21 @@ def test_nothing_is_asked_by_default(everything: Pipeline) -> None:
 
 def test_categories_by_name_or_number_are_taken_in_turn(everything: Pipeline) -> None:
     assert request_of(everything, category="dog").context["category"].tolist() == [1] * 5
-    assert request_of(everything, category=["7", "cat"]).context["category"].tolist() == [2, 0, 2, 0, 2]
+    assert request_of(everything, category=["7", "cat"]).context["category"].tolist() == [
+        2,
+        0,
+        2,
+        0,
+        2,
+    ]
     assert request_of(everything, category=7).context["category"].tolist() == [2] * 5
-    assert request_of(everything, category=("dog", 7)).context["category"].tolist() == [1, 2, 1, 2, 1]
+    assert request_of(everything, category=("dog", 7)).context["category"].tolist() == [
+        1,
+        2,
+        1,
+        2,
+        1,
+    ]
 
 
 def test_prompts_are_taken_in_turn(everything: Pipeline) -> None:
@@ -66,14 +86,18 @@ def test_attributes_that_are_not_named_are_unknown(everything: Pipeline) -> None
     assert one.shape == (5, 2)
     assert one[:, 0].isnan().all()
     assert one[:, 1].eq(1).all()
-    two = request_of(everything, attributes=[{"age": 4, "asleep": 0.5}, {"age": -1}]).context["attributes"]
+    two = request_of(everything, attributes=[{"age": 4, "asleep": 0.5}, {"age": -1}]).context[
+        "attributes"
+    ]
     assert two[::2].tolist() == [[4, 0.5]] * 3
     assert two[1::2, 0].tolist() == [-1, -1]
     assert two[1::2, 1].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["doodle", "reference", "image"])
-def test_images_are_taken_in_turn_and_stretched_from_minus_one_to_one(everything: Pipeline, name: str) -> None:
+def test_images_are_taken_in_turn_and_stretched_from_minus_one_to_one(
+    everything: Pipeline, name: str
+) -> None:
     one, several = image(0), image(1, count=2)
     context = request_of(everything, **{name: one}).context[name]
     assert context.shape == (5, 1, SIDE, SIDE)
@@ -90,7 +114,8 @@ def test_images_of_another_size_are_resized(everything: Pipeline) -> None:
     assert doodle.max() <= 1
     assert (doodle - (2 * image(0) - 1)).abs().mean() < 0.2
     stripes = (torch.arange(8 * SIDE) % 2).float().expand(1, 8 * SIDE, 8 * SIDE)
-    assert request_of(everything, doodle=stripes).context["doodle"].abs().max() < 0.1  # thin lines turn gray, and do not vanish
+    # thin lines turn gray, and do not vanish
+    assert request_of(everything, doodle=stripes).context["doodle"].abs().max() < 0.1
     white = request_of(everything, doodle=torch.ones(1, 3, 100)).context["doodle"]
     assert white.shape == (5, 1, SIDE, SIDE)
     torch.testing.assert_close(white, torch.ones_like(white))
@@ -107,7 +132,9 @@ def test_whole_numbers_0_and_1_are_black_and_white(everything: Pipeline) -> None
 
 def test_clouds_are_padded_and_taken_in_turn(everything: Pipeline) -> None:
     short, long = cloud(0, 4), cloud(1, 9)
-    assert torch.equal(request_of(everything, points=short).context["points"], short.expand(5, 4, 2))
+    assert torch.equal(
+        request_of(everything, points=short).context["points"], short.expand(5, 4, 2)
+    )
     points = request_of(everything, points=[short, long]).context["points"]
     assert points.shape == (5, 9, 2)
     assert torch.equal(points[0, :4], short)
@@ -119,7 +146,9 @@ def test_clouds_are_padded_and_taken_in_turn(everything: Pipeline) -> None:
 
 
 def test_points_of_whole_numbers_are_points(everything: Pipeline) -> None:
-    points = request_of(everything, points=[torch.tensor([[0, 1], [-1, 0]]), cloud(0, 3)]).context["points"]
+    points = request_of(everything, points=[torch.tensor([[0, 1], [-1, 0]]), cloud(0, 3)]).context[
+        "points"
+    ]
     assert points.dtype == torch.float32
     assert points[0, :2].tolist() == [[0, 1], [-1, 0]]
     assert points[0, 2].isnan().all()
@@ -142,7 +171,7 @@ def test_a_negative_prompt_alone_asks_of_the_text(everything: Pipeline) -> None:
     assert request.names == ("text",)
 
 
-# --- the image to start from -------------------------------------------------------------------------------------------------
+# --- the image to start from ----------------------------------------------------------------------
 
 
 def test_a_strength_starts_from_the_image(everything: Pipeline) -> None:
@@ -197,11 +226,13 @@ def test_a_mask_or_a_strength_needs_a_image(everything: Pipeline) -> None:
 
 
 def test_a_image_alone_says_too_little_to_a_model_that_reads_none() -> None:
-    assert "give a strength from 0 to 1 to start from it, or a mask" in said(steered("category"), image=image(0))
+    assert "give a strength from 0 to 1 to start from it, or a mask" in said(
+        steered("category"), image=image(0)
+    )
     request_of(steered("image"), image=image(0))
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 UNREAD = {
     "category": "cat",
@@ -215,7 +246,9 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("field", UNREAD)
-@pytest.mark.parametrize("reads", [["category", "doodle"], ["text"], ["points", "reference", "attributes"]])
+@pytest.mark.parametrize(
+    "reads", [["category", "doodle"], ["text"], ["points", "reference", "attributes"]]
+)
 def test_a_context_that_is_not_read_names_those_that_are(reads: list[str], field: str) -> None:
     context = {"prompt": "text", "negative": "text"}.get(field, field)
     pipeline = steered(*reads)
@@ -244,7 +277,9 @@ def test_a_context_that_is_not_read_names_those_that_are(reads: list[str], field
         ({"points": []}, ["an empty list of point clouds"]),
     ],
 )
-def test_names_and_values_that_the_model_does_not_know(everything: Pipeline, asked: dict[str, Any], words: list[str]) -> None:
+def test_names_and_values_that_the_model_does_not_know(
+    everything: Pipeline, asked: dict[str, Any], words: list[str]
+) -> None:
     message = said(everything, **asked)
     assert all(word in message for word in words)
 
@@ -270,7 +305,9 @@ WRONG_IMAGES = {
 
 @pytest.mark.parametrize("name", ["doodle", "reference", "image", "mask"])
 @pytest.mark.parametrize("what", WRONG_IMAGES)
-def test_images_of_other_shapes_and_values_are_refused(everything: Pipeline, name: str, what: str) -> None:
+def test_images_of_other_shapes_and_values_are_refused(
+    everything: Pipeline, name: str, what: str
+) -> None:
     beside = {"image": image(0)} if name == "mask" else {}
     message = said(everything, ShapeError, **{**beside, name: WRONG_IMAGES[what]})
     assert f"a {name} " in message
@@ -295,10 +332,12 @@ def test_clouds_of_other_shapes_and_values_are_refused(everything: Pipeline, wha
 
 
 def test_the_largest_cloud_is_one(everything: Pipeline) -> None:
-    assert request_of(everything, points=torch.zeros(MOST_POINTS, 2), num=1).context["points"].shape == (1, MOST_POINTS, 2)
+    assert request_of(everything, points=torch.zeros(MOST_POINTS, 2), num=1).context[
+        "points"
+    ].shape == (1, MOST_POINTS, 2)
 
 
-# --- text of all kinds ---------------------------------------------------------------------------------------------------------
+# --- text of all kinds ----------------------------------------------------------------------------
 
 TEXTS = [
     "",
@@ -335,17 +374,32 @@ def test_text_in_any_script_can_be_read(text: str) -> None:
 
 def test_texts_are_told_apart() -> None:
     pipeline = steered("text")
-    conditions = [condition_of(pipeline, text) for text in ("", "猫", "犬", "a heart", "heart a", "ar", "ra")]
+    conditions = [
+        condition_of(pipeline, text) for text in ("", "猫", "犬", "a heart", "heart a", "ar", "ra")
+    ]
     apart = [(a - b).abs().max() for i, a in enumerate(conditions) for b in conditions[:i]]
     assert min(apart) > 1e-4
 
 
-@pytest.mark.parametrize("asked", [{"prompt": "@"}, {"negative": "@"}, {"prompt": ["a heart", "@"], "negative": "a heart"}])
-@pytest.mark.parametrize("long", ["heart " * 16_667, "猫" * 100_000, "x" * 100_000], ids=["words", "cats", "one word"])
-def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(long: str, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [{"prompt": "@"}, {"negative": "@"}, {"prompt": ["a heart", "@"], "negative": "a heart"}],
+)
+@pytest.mark.parametrize(
+    "long", ["heart " * 16_667, "猫" * 100_000, "x" * 100_000], ids=["words", "cats", "one word"]
+)
+def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(
+    long: str, asked: dict[str, Any]
+) -> None:
     pipeline = steered("text")
-    mine = {name: long if text == "@" else [long if one == "@" else one for one in text] if isinstance(text, list) else text
-            for name, text in asked.items()}  # fmt: skip
+    mine = {
+        name: long
+        if text == "@"
+        else [long if one == "@" else one for one in text]
+        if isinstance(text, list)
+        else text
+        for name, text in asked.items()
+    }
     with pytest.warns(Truncated) as caught:
         request_of(pipeline, **mine)
     (warning,) = [str(w.message) for w in caught if w.category is Truncated]
@@ -370,8 +424,14 @@ def test_nothing_is_said_of_a_text_that_fits() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"prompt": "a red guitar"}, 'the captions never contained: "guitar"; it is read letter by letter'),
-        ({"prompt": ["a red guitar", "two owls"], "negative": "owls"}, '"guitar", "owls"; they are read letter by letter'),
+        (
+            {"prompt": "a red guitar"},
+            'the captions never contained: "guitar"; it is read letter by letter',
+        ),
+        (
+            {"prompt": ["a red guitar", "two owls"], "negative": "owls"},
+            '"guitar", "owls"; they are read letter by letter',
+        ),
         ({"prompt": "红猫"}, '"红", "猫"; they are'),
         ({"prompt": "a \u202e \x1b"}, r'"\u202e", "\x1b"; they are'),
         ({"prompt": "y" * 7}, '"yyyyyyy"; it is'),
@@ -388,14 +448,27 @@ def test_of_many_unknown_words_ten_are_named() -> None:
     part = run.build(FACTS.words, None)
     with pytest.warns(Unfamiliar, match='"j" and 2 more; they are read'):
         resolve_request(
-            SampleRequest.of(prompt="b c d e f g h i k j l m"), CompositeConditioner({"text": part}), FACTS, (1, 8, 8), 1
+            SampleRequest.of(prompt="b c d e f g h i k j l m"),
+            CompositeConditioner({"text": part}),
+            FACTS,
+            (1, 8, 8),
+            1,
         )
 
 
 def test_a_model_that_never_learned_letters_says_so() -> None:
     part = replace(CONFIGS["text"], spelled=0.0).build(FACTS.words, None)
-    with pytest.warns(Unfamiliar, match="letters mean nothing to this model, which was trained without spelled words"):
-        resolve_request(SampleRequest.of(prompt="a guitar"), CompositeConditioner({"text": part}), FACTS, (1, 8, 8), 1)
+    with pytest.warns(
+        Unfamiliar,
+        match="letters mean nothing to this model, which was trained without spelled words",
+    ):
+        resolve_request(
+            SampleRequest.of(prompt="a guitar"),
+            CompositeConditioner({"text": part}),
+            FACTS,
+            (1, 8, 8),
+            1,
+        )
 
 
 def test_the_facts_above_are_what_the_model_knows(everything: Pipeline) -> None:

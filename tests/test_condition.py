@@ -41,7 +41,9 @@ def test_the_other_condition_takes_the_dtype_of_this_one() -> None:
     wide = full(2.0).map(lambda slot: slot.double() if slot.is_floating_point() else slot)
     replaced = full(1.0).replaced_where(torch.tensor([True, False, True]), wide)
     for made in (full(1.0).concatenate(wide), replaced):
-        assert {name: slot.dtype for name, slot in made.slots().items()} == {n: s.dtype for n, s in full(1.0).slots().items()}
+        assert {name: slot.dtype for name, slot in made.slots().items()} == {
+            n: s.dtype for n, s in full(1.0).slots().items()
+        }
 
 
 def test_map_reaches_filled_slots_only() -> None:
@@ -56,10 +58,20 @@ def test_expanding_a_full_batch_changes_nothing_and_a_wrong_one_is_refused() -> 
         full(1.0).expanded(4)
 
 
-def test_on_the_way_everything_is_mixed_and_tokens_count_where_an_end_with_a_share_has_them() -> None:
-    first = Condition(**{**full(0.0).slots(), "token_mask": torch.tensor([[True, True, False, False]] * 3)})
-    last = Condition(**{**full(4.0).slots(), "token_mask": torch.tensor([[True, False, True, False]] * 3)})
+def test_on_the_way_everything_is_mixed_and_tokens_count_where_an_end_with_a_share_has_them() -> (
+    None
+):
+    first = Condition(
+        **{**full(0.0).slots(), "token_mask": torch.tensor([[True, True, False, False]] * 3)}
+    )
+    last = Condition(
+        **{**full(4.0).slots(), "token_mask": torch.tensor([[True, False, True, False]] * 3)}
+    )
     mixed = first.between(last, torch.tensor([0.0, 0.25, 1.0]))
     for name in ("vector", "tokens", "spatial"):
         assert getattr(mixed, name).flatten(1)[:, 0].tolist() == [0.0, 1.0, 4.0]
-    assert mixed.token_mask.tolist() == [[True, True, False, False], [True, True, True, False], [True, False, True, False]]
+    assert mixed.token_mask.tolist() == [
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, False, True, False],
+    ]

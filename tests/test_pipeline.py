@@ -14,13 +14,27 @@ from sfumato.sampling import DDIM, SAMPLERS, KeyedNoise
 
 def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", "10")) -> Pipeline:
     """A model of digits' shape whose weights are random, so that everything it is told shows."""
-    run = resolve("digits", ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", *overrides])
+    run = resolve(
+        "digits",
+        [
+            "network.channels=32",
+            "network.multipliers=[1]",
+            "network.attention_depths=[]",
+            *overrides,
+        ],
+    )
     facts = ConditioningInfo(channels=1, categories=categories)
     model = build_model(run, facts).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, autoencoder=Pixels(1), sampling=run.sampling, facts=facts, image_shape=(1, 8, 8))
+    return Pipeline(
+        model=model,
+        autoencoder=Pixels(1),
+        sampling=run.sampling,
+        facts=facts,
+        image_shape=(1, 8, 8),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +48,22 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("sampler", "schedule"),
-    [("dpm-solver++2m", "Linear"), ("ddpm", "Linear"), ("dpm-solver++2m-sde", "Cosine"), ("churn", "Karras")],
+    [
+        ("dpm-solver++2m", "Linear"),
+        ("ddpm", "Linear"),
+        ("dpm-solver++2m-sde", "Cosine"),
+        ("churn", "Karras"),
+    ],
 )
 def test_image_i_is_the_same_in_any_number_and_batch(sampler: str, schedule: str) -> None:
     pipeline = made(f"sampling.schedule={schedule}")
-    asked = {"category": ["0", "10", "1"], "seed": 4, "steps": 4, "sampler": sampler, "guidance": 1.5}
+    asked = {
+        "category": ["0", "10", "1"],
+        "seed": 4,
+        "steps": 4,
+        "sampler": sampler,
+        "guidance": 1.5,
+    }
     whole = pipeline.sample(7, **asked)
     assert apart(pipeline.sample(3, **asked), whole[:3]) < 1e-4
     for batch_size in (1, 3, 7):
@@ -65,21 +90,31 @@ def test_images_are_what_the_pipeline_says(pipeline: Pipeline) -> None:
 
 def test_categories_are_taken_in_turn_by_name_or_number(pipeline: Pipeline) -> None:
     turned = pipeline.sample(5, category=["10", "two words"], steps=2)
-    tens, words = pipeline.sample(5, category=10, steps=2), pipeline.sample(5, category="two words", steps=2)
+    tens, words = (
+        pipeline.sample(5, category=10, steps=2),
+        pipeline.sample(5, category="two words", steps=2),
+    )
     assert apart(turned[::2], tens[::2]) < 1e-4
     assert apart(turned[1::2], words[1::2]) < 1e-4
     assert apart(tens, words) > 0.005
 
 
-def test_no_category_asks_for_nothing_and_guidance_has_nothing_to_amplify(pipeline: Pipeline) -> None:
+def test_no_category_asks_for_nothing_and_guidance_has_nothing_to_amplify(
+    pipeline: Pipeline,
+) -> None:
     nothing = pipeline.sample(2, steps=2)
     assert torch.equal(pipeline.sample(2, steps=2, guidance=5.0), nothing)
-    assert all(apart(pipeline.sample(2, category=name, steps=2), nothing) > 0.01 for name in pipeline.categories)
+    assert all(
+        apart(pipeline.sample(2, category=name, steps=2), nothing) > 0.01
+        for name in pipeline.categories
+    )
 
 
 def test_guidance_moves_the_image_away_from_asking_for_nothing(pipeline: Pipeline) -> None:
     nothing = pipeline.sample(4, steps=1)
-    plain, strong, none = (pipeline.sample(4, category="1", steps=1, guidance=scale) for scale in (1.0, 3.0, 0.0))
+    plain, strong, none = (
+        pipeline.sample(4, category="1", steps=1, guidance=scale) for scale in (1.0, 3.0, 0.0)
+    )
     assert apart(none, nothing) < 1e-4
     assert apart(strong, plain) > 0.02
     inside = (strong > 0) & (strong < 1) & (plain > 0) & (plain < 1) & (nothing > 0) & (nothing < 1)
@@ -122,7 +157,8 @@ def said(pipeline: Pipeline, error: type[Exception], **asked: object) -> str:
 
 def test_an_unknown_category_names_the_nearest(pipeline: Pipeline) -> None:
     assert said(pipeline, ConfigError, category="two wrods") == (
-        "sample: no category 'two wrods'\n  hint: did you mean 'two words'? the model knows 0, 1, two words, 10"
+        "sample: no category 'two wrods'\n  hint: did you mean 'two words'? the model knows 0, "
+        "1, two words, 10"
     )
     assert "no category '7'" in said(pipeline, ConfigError, category=["0", 7])
     assert "no category ''" in said(pipeline, ConfigError, category="")
@@ -143,11 +179,16 @@ def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "error"), [({"num": 0}, ShapeError), ({"batch_size": 0}, ShapeError), ({"steps": 0}, ScheduleError)]
+    ("asked", "error"),
+    [({"num": 0}, ShapeError), ({"batch_size": 0}, ShapeError), ({"steps": 0}, ScheduleError)],
 )
-def test_nothing_to_do_is_refused(pipeline: Pipeline, asked: dict[str, int], error: type[Exception]) -> None:
+def test_nothing_to_do_is_refused(
+    pipeline: Pipeline, asked: dict[str, int], error: type[Exception]
+) -> None:
     assert "hint: " in said(pipeline, error, **asked)
 
 
 def test_an_interval_from_high_to_low_is_refused(pipeline: Pipeline) -> None:
-    assert "name the lower one first" in said(pipeline, ConfigError, category="1", guidance=2.0, interval=(5.0, 1.0))
+    assert "name the lower one first" in said(
+        pipeline, ConfigError, category="1", guidance=2.0, interval=(5.0, 1.0)
+    )

@@ -1,4 +1,6 @@
-"""Images follow what is asked: each context alone and with others, guidance by hand, images to start from, and the way between two."""
+"""Images follow what is asked: each context alone and with others, guidance by hand, images to
+start from, and the way between two.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffusion import Cosine, EmpiricalDenoiser, Inpaint, Linear, NoiseLevel, VarianceExploding
+from sfumato.diffusion import (
+    Cosine,
+    EmpiricalDenoiser,
+    Inpaint,
+    Linear,
+    NoiseLevel,
+    VarianceExploding,
+)
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest
@@ -49,7 +58,7 @@ def said(pipeline: Pipeline, **asked: Any) -> str:
     return str(caught.value)
 
 
-# --- each context --------------------------------------------------------------------------------------------------------------
+# --- each context ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -75,10 +84,15 @@ def test_together_with_others_each_context_still_matters(everything: Pipeline, n
 @pytest.mark.parametrize("guidance", [1.0, 2.0, {"text": 3.0, "category": 1.0, "points": 0.0}])
 def test_image_i_is_the_same_in_any_number_and_batch(everything: Pipeline, guidance: Any) -> None:
     asked = dict(
-        together(), prompt=["a heart", "two cats", ""], doodle=image(0, count=2), negative="red" if guidance != 1.0 else None
+        together(),
+        prompt=["a heart", "two cats", ""],
+        doodle=image(0, count=2),
+        negative="red" if guidance != 1.0 else None,
     )
     whole = everything.sample(5, **asked, guidance=guidance, seed=3)
-    assert apart(everything.sample(5, **asked, guidance=guidance, seed=3, batch_size=2), whole) < 1e-4
+    assert (
+        apart(everything.sample(5, **asked, guidance=guidance, seed=3, batch_size=2), whole) < 1e-4
+    )
     assert apart(everything.sample(2, **asked, guidance=guidance, seed=3), whole[:2]) < 1e-4
     assert min(apart(whole[i], whole[j]) for i in range(5) for j in range(i)) > 0.01
 
@@ -90,24 +104,36 @@ def test_short_names_for_category_and_prompt_are_laid_over_what_is_asked(two: Pi
     assert torch.equal(two.sample(2, **{**instead, **BOTH}), two.sample(2, **BOTH))
 
 
-# --- guidance ------------------------------------------------------------------------------------------------------------------
+# --- guidance -------------------------------------------------------------------------------------
 
 
-def by_hand(pipeline: Pipeline, weights: list[tuple[float, dict[str, Any]]], *, steps: int = 3, seed: int = 0) -> Tensor:
+def by_hand(
+    pipeline: Pipeline,
+    weights: list[tuple[float, dict[str, Any]]],
+    *,
+    steps: int = 3,
+    seed: int = 0,
+) -> Tensor:
     """DDIM from Linear noise on a weighted sum of the guesses under several contexts, one image."""
     noise = KeyedNoise(seed)(torch.zeros(1, 1, SIDE, SIDE))
     denoiser, conditioner = pipeline.model.denoiser(), pipeline.model.conditioner
     x, times = noise, torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     with torch.no_grad():
         for now, then in pairwise(times):
-            guesses = [(w, denoiser(x, NoiseLevel(1 - now, now), conditioner(context, 1))) for w, context in weights]
+            guesses = [
+                (w, denoiser(x, NoiseLevel(1 - now, now), conditioner(context, 1)))
+                for w, context in weights
+            ]
             x0, eps = (sum(w * guess[i] for w, guess in guesses) for i in (0, 1))
             x = (1 - then) * x0 + then * eps
     return ((x + 1) / 2).clamp(0, 1)
 
 
 def told(**context: Any) -> dict[str, Any]:
-    named = {"category": lambda name: torch.tensor([("cat", "dog", "7").index(name)]), "text": lambda text: [text]}
+    named = {
+        "category": lambda name: torch.tensor([("cat", "dog", "7").index(name)]),
+        "text": lambda text: [text],
+    }
     return {name: named[name](value) for name, value in context.items()}
 
 
@@ -126,16 +152,23 @@ CT = {**C, **T}
         (BOTH, {"category": 1.0, "text": 4.0}, [(-3, C), (4, CT)]),
         (BOTH, {"category": 3.0, "text": 1.0}, [(-2, NULL), (2, C), (1, CT)]),
         (BOTH, {"category": 0.0, "text": 1.0}, [(1, NULL), (-1, C), (1, CT)]),
-        (BOTH, {"category": 2.0}, [(-1, NULL), (1, C), (1, CT)]),  # the other one's is the model's own, 1
+        # the other one's is the model's own, 1
+        (BOTH, {"category": 2.0}, [(-1, NULL), (1, C), (1, CT)]),
         (dict(TEXT, negative="two"), 3.0, [(-2, N), (3, T)]),
         ({"negative": "two"}, 3.0, [(-2, N), (3, NULL)]),
         ({"category": "dog", "negative": "two"}, 3.0, [(-2, N), (3, C)]),
         (dict(BOTH, negative="two"), 3.0, [(-2, N), (3, CT)]),
-        (dict(BOTH, negative="two"), {"category": 2.0, "text": 4.0}, [(-1, N), (-2, {**C, **N}), (4, CT)]),
+        (
+            dict(BOTH, negative="two"),
+            {"category": 2.0, "text": 4.0},
+            [(-1, N), (-2, {**C, **N}), (4, CT)],
+        ),
         (dict(BOTH, negative="two"), {"category": 1.0, "text": 4.0}, [(-3, {**C, **N}), (4, CT)]),
     ],
 )
-def test_guidance_is_the_sum_that_it_says(two: Pipeline, asked: dict[str, Any], guidance: Any, weights: list) -> None:
+def test_guidance_is_the_sum_that_it_says(
+    two: Pipeline, asked: dict[str, Any], guidance: Any, weights: list
+) -> None:
     expected = by_hand(two, weights)
     assert expected.std() > 0.02
     assert apart(two.sample(1, **asked, guidance=guidance), expected) < 2e-4
@@ -146,11 +179,16 @@ def test_three_scales_step_from_context_to_context() -> None:
     asked = dict(BOTH, doodle=image(5))
     doodle = {"doodle": (2 * image(5) - 1)[None]}
     scales = {"category": 2.0, "text": 0.5, "doodle": 1.5}
-    expected = by_hand(pipeline, [(-1, NULL), (2 - 0.5, C), (0.5 - 1.5, CT), (1.5, {**CT, **doodle})])
+    expected = by_hand(
+        pipeline, [(-1, NULL), (2 - 0.5, C), (0.5 - 1.5, CT), (1.5, {**CT, **doodle})]
+    )
     assert apart(pipeline.sample(1, **asked, guidance=scales), expected) < 2e-4
     expected = by_hand(pipeline, [(-2, N), (3 - 1.5, NULL), (1.5, doodle)])
     asked_less = {"negative": "two", "doodle": image(5)}
-    assert apart(pipeline.sample(1, **asked_less, guidance={"text": 3.0, "doodle": 1.5}), expected) < 2e-4
+    assert (
+        apart(pipeline.sample(1, **asked_less, guidance={"text": 3.0, "doodle": 1.5}), expected)
+        < 2e-4
+    )
     mixed = {"category": 2.0, "text": 2.0, "doodle": 1.5}
     expected = by_hand(pipeline, [(-1, NULL), (2 - 1.5, CT), (1.5, {**CT, **doodle})])
     assert apart(pipeline.sample(1, **asked, guidance=mixed), expected) < 2e-4
@@ -161,14 +199,17 @@ def test_guidance_away_from_what_training_never_saw_is_refused() -> None:
     pipeline.model.conditioner.parts["category"].dropout = 0.0
     for scales in (2.0, {"category": 2.0, "text": 1.0}):
         with pytest.raises(
-            ConfigError, match=r"without category, which training never saw: .*conditioner\.category\.dropout=0"
+            ConfigError,
+            match=r"without category, which training never saw: .*conditioner\.category\.dropout=0",
         ):
             pipeline.sample(1, **BOTH, guidance=scales)
     for scales in (1.0, {"category": 1.0, "text": 3.0}):  # which never leaves out the category
         assert pipeline.sample(1, **BOTH, guidance=scales).isfinite().all()
 
 
-def test_guidance_1_is_no_guidance_and_calls_the_network_once_a_step(two: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_1_is_no_guidance_and_calls_the_network_once_a_step(
+    two: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     two.model.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     plain = two.sample(2, **BOTH)
@@ -195,14 +236,21 @@ def test_scales_of_contexts_that_are_not_asked_for_do_not_matter(everything: Pip
 
 
 def test_a_negative_prompt_changes_images_and_needs_guidance(two: Pipeline) -> None:
-    plain, away = two.sample(2, **TEXT, guidance=3), two.sample(2, **dict(TEXT, negative="two cats"), guidance=3)
+    plain, away = (
+        two.sample(2, **TEXT, guidance=3),
+        two.sample(2, **dict(TEXT, negative="two cats"), guidance=3),
+    )
     assert apart(plain, away) > 0.01
     assert apart(two.sample(2, **dict(TEXT, negative=""), guidance=3), plain) < 1e-5
     for guidance in (1.0, {"text": 1.0}, {"category": 3.0, "text": 1.0}):
-        assert "a negative prompt without guidance" in said(two, **dict(TEXT, negative="two"), guidance=guidance)
+        assert "a negative prompt without guidance" in said(
+            two, **dict(TEXT, negative="two"), guidance=guidance
+        )
 
 
-@pytest.mark.parametrize("guidance", [math.nan, math.inf, {"text": math.nan}, {"txt": 2.0}, {"": 2.0}, {"doodle": 2.0}])
+@pytest.mark.parametrize(
+    "guidance", [math.nan, math.inf, {"text": math.nan}, {"txt": 2.0}, {"": 2.0}, {"doodle": 2.0}]
+)
 def test_guidance_of_other_names_and_numbers_is_refused(two: Pipeline, guidance: Any) -> None:
     assert "finite numbers for category, text; 1 is off" in said(two, **TEXT, guidance=guidance)
 
@@ -219,7 +267,13 @@ def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
     worse = steered("category", "text", seed=5).model
     plain = two.sample(2, **BOTH, guidance=2.0)
     assert apart(two.sample(2, **BOTH, guidance=2.0, autoguidance=(worse, 1.0)), plain) < 1e-5
-    assert apart(two.sample(2, **BOTH, guidance=2.0, autoguidance=(two.model, 1.7)), two.sample(2, **BOTH, guidance=2.0)) > 1e-3
+    assert (
+        apart(
+            two.sample(2, **BOTH, guidance=2.0, autoguidance=(two.model, 1.7)),
+            two.sample(2, **BOTH, guidance=2.0),
+        )
+        > 1e-3
+    )
     assert apart(two.sample(2, **BOTH, autoguidance=(two.model, 1.7)), two.sample(2, **BOTH)) < 1e-4
     none = two.sample(2, **BOTH, guidance=2.0, autoguidance=(worse, 0.0))
     assert apart(none, replace(two, model=worse).sample(2, **BOTH)) < 1e-4
@@ -230,7 +284,7 @@ def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
     assert apart(away[inside], (bad + 1.5 * (good - bad))[inside]) < 1e-4
 
 
-# --- images to start from ----------------------------------------------------------------------------------------------------
+# --- images to start from -------------------------------------------------------------------------
 
 
 def restarted(pipeline: Pipeline, strength: float, **more: Any) -> Tensor:
@@ -243,7 +297,10 @@ def test_strength_0_returns_the_image_and_1_ignores_it(two: Pipeline) -> None:
 
 
 def test_the_smaller_the_strength_the_nearer_the_image(two: Pipeline) -> None:
-    distances = [float((restarted(two, strength) - image(1, count=3)).abs().mean()) for strength in (1e-6, 0.01, 0.1, 0.4, 1.0)]
+    distances = [
+        float((restarted(two, strength) - image(1, count=3)).abs().mean())
+        for strength in (1e-6, 0.01, 0.1, 0.4, 1.0)
+    ]
     assert distances == sorted(distances)
     assert distances[0] < 1e-4
     assert distances[1] < 0.02
@@ -255,14 +312,16 @@ def test_strength_is_the_share_of_steps_and_of_the_way(two: Pipeline) -> None:
     two.sample(1, image=image(1), strength=0.3, steps=20, on_step=told.append)
     assert len(told) == 6
     assert float(told[0].start.sigma) == pytest.approx(0.3)
-    torch.testing.assert_close(told[0].before, 0.7 * (2 * image(1)[None] - 1) + 0.3 * KeyedNoise(0)(image(1)[None]))
+    torch.testing.assert_close(
+        told[0].before, 0.7 * (2 * image(1)[None] - 1) + 0.3 * KeyedNoise(0)(image(1)[None])
+    )
 
 
 def test_a_image_is_changed_towards_the_prompt(two: Pipeline) -> None:
     assert apart(restarted(two, 0.5, prompt="a red heart"), restarted(two, 0.5)) > 1e-3
 
 
-# --- images to complete ------------------------------------------------------------------------------------------------------
+# --- images to complete ---------------------------------------------------------------------------
 
 HOLE = torch.zeros(1, SIDE, SIDE)
 HOLE[:, 2:6, 1:5] = 1
@@ -270,14 +329,19 @@ HOLE[:, 2:6, 1:5] = 1
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm-solver++2m", "ddpm", "churn", "unipc"])
 @pytest.mark.parametrize("strength", [None, 0.6])
-def test_kept_pixels_are_the_given_ones_and_others_are_made(two: Pipeline, sampler: str, strength: float | None) -> None:
+def test_kept_pixels_are_the_given_ones_and_others_are_made(
+    two: Pipeline, sampler: str, strength: float | None
+) -> None:
     given, hole = image(1, count=2), HOLE.bool().expand(2, 1, SIDE, SIDE)
     asked = {"image": given, "mask": HOLE, "strength": strength, "prompt": "a red heart"}
     made = two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0)
     torch.testing.assert_close(made[~hole], given[~hole], atol=1e-5, rtol=0)
     assert apart(made[hole], given[hole]) > 0.05
     assert (
-        apart(made[:, :, 2:6, 1:5], two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0, seed=1)[:, :, 2:6, 1:5])
+        apart(
+            made[:, :, 2:6, 1:5],
+            two.sample(2, **asked, steps=5, sampler=sampler, guidance=2.0, seed=1)[:, :, 2:6, 1:5],
+        )
         > 0.01
     )
 
@@ -288,7 +352,9 @@ def test_what_is_made_depends_on_what_is_kept(two: Pipeline) -> None:
 
 
 def test_a_mask_of_everything_is_a_new_image_and_one_of_nothing_the_old(two: Pipeline) -> None:
-    whole, none = (two.sample(2, image=image(1), mask=torch.full_like(HOLE, value)) for value in (1.0, 0.0))
+    whole, none = (
+        two.sample(2, image=image(1), mask=torch.full_like(HOLE, value)) for value in (1.0, 0.0)
+    )
     assert apart(whole, two.sample(2)) < 1e-5
     torch.testing.assert_close(none, image(1).expand(2, 1, SIDE, SIDE), atol=1e-5, rtol=0)
 
@@ -299,7 +365,9 @@ def test_each_image_has_its_own_mask_in_any_batch(two: Pipeline) -> None:
     whole = two.sample(5, **asked)
     assert apart(two.sample(5, **asked, batch_size=2), whole) < 1e-4
     kept = (1 - masks[torch.arange(5) % 2]).bool()
-    torch.testing.assert_close(whole[kept], image(1, count=3)[torch.arange(5) % 3][kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        whole[kept], image(1, count=3)[torch.arange(5) % 3][kept], atol=1e-5, rtol=0
+    )
 
 
 def test_half_a_mask_blends(two: Pipeline) -> None:
@@ -310,7 +378,9 @@ def test_half_a_mask_blends(two: Pipeline) -> None:
 
 
 def test_images_of_a_set_are_completed_from_the_set() -> None:
-    """The exact denoiser of six images: the left half is kept, and the right half is mostly the one that belongs to it."""
+    """The exact denoiser of six images: the left half is kept, and the right half is mostly the one
+    that belongs to it.
+    """
     data = image(1, count=6, side=4) * 2 - 1
     left = torch.zeros(1, 1, 4, 4)
     left[..., :2] = 1
@@ -319,51 +389,75 @@ def test_images_of_a_set_are_completed_from_the_set() -> None:
     for wanted in data:
         denoiser = Inpaint(denoiser=EmpiricalDenoiser(data), image=wanted[None], known=left)
         x = sample(SAMPLERS["ddim"], denoiser, noise, grid(Cosine(), 25))
-        torch.testing.assert_close(x[..., :2], wanted[None, ..., :2].expand(32, 1, 4, 2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            x[..., :2], wanted[None, ..., :2].expand(32, 1, 4, 2), atol=1e-5, rtol=0
+        )
         right += ((x - wanted).flatten(1).abs().amax(1) < 0.01).tolist()
-    assert sum(right) / len(right) > 0.6  # by chance 1/6; never all, as what is made at first does not know of the rest yet
+    # by chance 1/6; never all, as what is made at first does not know of the rest yet
+    assert sum(right) / len(right) > 0.6
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine(), VarianceExploding()])
 @pytest.mark.parametrize("oracle", exact.ORACLES)
 def test_known_numbers_are_exact_and_others_as_if_alone(oracle: str, schedule: Any) -> None:
     denoiser, levels = exact.ORACLES[oracle], grid(schedule, 50)
-    noise = torch.randn(300, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * levels.sigma[0]
+    noise = (
+        torch.randn(300, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        * levels.sigma[0]
+    )
     wanted = torch.linspace(-1, 1, 300, dtype=torch.float64).view(300, 1, 1, 1).expand_as(noise)
     left = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
     for sampler in ("ddim", "heun"):
         alone = sample(SAMPLERS[sampler], denoiser, noise, levels)
-        x = sample(SAMPLERS[sampler], Inpaint(denoiser=denoiser, image=wanted, known=left), noise, levels)
+        x = sample(
+            SAMPLERS[sampler], Inpaint(denoiser=denoiser, image=wanted, known=left), noise, levels
+        )
         torch.testing.assert_close(x[..., 0], wanted[..., 0], atol=1e-12, rtol=0)
         torch.testing.assert_close(x[..., 1], alone[..., 1])  # independent of the known one
 
 
-# --- the way from one to another -----------------------------------------------------------------------------------------------
+# --- the way from one to another ------------------------------------------------------------------
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "nothing": ({}, {}, 1.0),
     "prompts": (TEXT, {"prompt": "two cats"}, 1.0),
     "prompts, guided": (TEXT, {"prompt": "two cats"}, 3.0),
     "categories, each context guided by its own": (
-        BOTH, {"prompt": "two cats", "category": "7"}, {"category": 2.0, "text": 3.0},
+        BOTH,
+        {"prompt": "two cats", "category": "7"},
+        {"category": 2.0, "text": 3.0},
     ),
     "from a prompt to a category": (TEXT, {"category": "cat"}, 3.0),
     "from nothing to something": ({}, BOTH, 2.0),
     "from nothing to something, each guided by its own": ({}, BOTH, {"category": 2.0, "text": 3.0}),
-    "away from one thing and from another": (dict(TEXT, negative="two"), dict(TEXT, negative="cats"), 3.0),
+    "away from one thing and from another": (
+        dict(TEXT, negative="two"),
+        dict(TEXT, negative="cats"),
+        3.0,
+    ),
     "away from one thing and from nothing": (dict(TEXT, negative="two"), TEXT, 3.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sampler", ["dpm-solver++2m", "ddpm"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_ends_of_a_way_are_the_images_of_the_two_requests(two: Pipeline, way: str, sampler: str) -> None:
+def test_the_ends_of_a_way_are_the_images_of_the_two_requests(
+    two: Pipeline, way: str, sampler: str
+) -> None:
     first, last, guidance = WAYS[way]
     images = two.interpolate(
-        5, SampleRequest.of(**first), SampleRequest.of(**last), seeds=(3, 8), guidance=guidance, sampler=sampler
+        5,
+        SampleRequest.of(**first),
+        SampleRequest.of(**last),
+        seeds=(3, 8),
+        guidance=guidance,
+        sampler=sampler,
     )
     assert images.shape == (5, 1, SIDE, SIDE)
-    ends = [two.sample(1, **asked, seed=seed, guidance=guidance, sampler=sampler) for asked, seed in ((first, 3), (last, 8))]
+    ends = [
+        two.sample(1, **asked, seed=seed, guidance=guidance, sampler=sampler)
+        for asked, seed in ((first, 3), (last, 8))
+    ]
     assert apart(images[:1], ends[0]) < 1e-3
     assert apart(images[-1:], ends[1]) < 1e-3
 
@@ -371,7 +465,9 @@ def test_the_ends_of_a_way_are_the_images_of_the_two_requests(two: Pipeline, way
 @pytest.mark.parametrize("name", ASKED)
 def test_there_is_a_way_through_every_context(everything: Pipeline, name: str) -> None:
     first, last = ASKED[name]
-    images = everything.interpolate(3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0)
+    images = everything.interpolate(
+        3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0
+    )
     assert apart(images[:1], everything.sample(1, **first, guidance=2.0)) < 1e-3
     assert apart(images[-1:], everything.sample(1, **last, guidance=2.0)) < 1e-3
     assert images.isfinite().all()
@@ -379,7 +475,9 @@ def test_there_is_a_way_through_every_context(everything: Pipeline, name: str) -
 
 
 def test_the_way_is_walked_in_small_steps(two: Pipeline) -> None:
-    images = two.interpolate(33, SampleRequest.of(**TEXT), SampleRequest.of(prompt="two cats"), seeds=(0, 1))
+    images = two.interpolate(
+        33, SampleRequest.of(**TEXT), SampleRequest.of(prompt="two cats"), seeds=(0, 1)
+    )
     steps = (images[1:] - images[:-1]).flatten(1).norm(dim=1)
     whole = (images[-1] - images[0]).norm()
     assert whole > 0.5
@@ -403,16 +501,30 @@ def test_noise_on_the_way_is_as_strong_as_at_its_ends(two: Pipeline) -> None:
 
 def test_guidance_on_the_way_keeps_to_its_interval(two: Pipeline) -> None:
     plain, guided = (
-        two.interpolate(3, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH), guidance=guidance) for guidance in (1.0, 3.0)
+        two.interpolate(3, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH), guidance=guidance)
+        for guidance in (1.0, 3.0)
     )
     assert torch.equal(
-        two.interpolate(3, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH), guidance=3.0, interval=(50.0, 51.0)), plain
+        two.interpolate(
+            3,
+            SampleRequest.of(**TEXT),
+            SampleRequest.of(**BOTH),
+            guidance=3.0,
+            interval=(50.0, 51.0),
+        ),
+        plain,
     )
     assert apart(plain, guided) > 0.01
 
 
 def test_one_image_on_the_way_is_the_first(two: Pipeline) -> None:
-    assert apart(two.interpolate(1, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH)), two.sample(1, **TEXT)) < 1e-5
+    assert (
+        apart(
+            two.interpolate(1, SampleRequest.of(**TEXT), SampleRequest.of(**BOTH)),
+            two.sample(1, **TEXT),
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -425,7 +537,9 @@ def test_one_image_on_the_way_is_the_first(two: Pipeline) -> None:
         (3, {"image": image(0), "mask": HOLE}, "interpolation starts from noise"),
     ],
 )
-def test_a_way_that_cannot_be_walked_says_why(two: Pipeline, num: int, last: dict[str, Any], words: str) -> None:
+def test_a_way_that_cannot_be_walked_says_why(
+    two: Pipeline, num: int, last: dict[str, Any], words: str
+) -> None:
     for ends in ((TEXT, last), (last, TEXT)):
         with pytest.raises((ConfigError, ShapeError), match=words) as caught:
             two.interpolate(num, *(SampleRequest.of(**end) for end in ends))

@@ -69,7 +69,11 @@ def test_normal_draws_have_unit_variance_to_three_digits_and_normal_tails() -> N
 
 def test_neighbouring_draws_and_items_are_not_correlated() -> None:
     draws = randomness.normal(11, "noise", first=0, shape=(2000, 500)).double()
-    for one, two in ((draws[:, ::2], draws[:, 1::2]), (draws[:-1], draws[1:]), (draws[:, 2:], draws[:, :-2])):
+    for one, two in (
+        (draws[:, ::2], draws[:, 1::2]),
+        (draws[:-1], draws[1:]),
+        (draws[:, 2:], draws[:, :-2]),
+    ):
         assert abs(float((one * two).mean())) < 5 / one.numel() ** 0.5
         assert abs(float(((one**2 - 1) * (two**2 - 1)).mean())) < 5 * 2 / one.numel() ** 0.5
 
@@ -88,14 +92,23 @@ def test_halves_of_a_word_at_the_extremes_are_finite_too(monkeypatch) -> None:
 
 
 def test_permutations_depend_on_seed_and_purpose_and_reach_every_place() -> None:
-    orders = [randomness.permutation(seed, purpose, index=3, size=50).tolist() for seed in (0, 1) for purpose in ("a", "b")]
+    orders = [
+        randomness.permutation(seed, purpose, index=3, size=50).tolist()
+        for seed in (0, 1)
+        for purpose in ("a", "b")
+    ]
     assert len({tuple(order) for order in orders}) == 4
-    places = [randomness.permutation(0, "plan", index=i, size=8).tolist().index(0) for i in range(4000)]
+    places = [
+        randomness.permutation(0, "plan", index=i, size=8).tolist().index(0) for i in range(4000)
+    ]
     assert stats.chisquare([places.count(place) for place in range(8)]).pvalue > 1e-4
 
 
 def test_seed_and_purpose_do_not_run_together() -> None:
-    one, two = randomness.uniform(1, "2x", first=0, count=4), randomness.uniform(12, "x", first=0, count=4)
+    one, two = (
+        randomness.uniform(1, "2x", first=0, count=4),
+        randomness.uniform(12, "x", first=0, count=4),
+    )
     assert not torch.equal(one, two)
 
 
@@ -103,10 +116,18 @@ def test_items_of_different_shapes_share_no_draws() -> None:
     """Item 15 as 32 x 32 and item 16 as 24 x 40 once had the same 2,880 values."""
     drawn = [
         randomness.normal(0, "noise", first=first, shape=(4, *shape)).flatten(1)
-        for first, shape in ((14, (3, 32, 32)), (14, (3, 24, 40)), (14, (3, 40, 24)), (14, (1, 64, 64)))
+        for first, shape in (
+            (14, (3, 32, 32)),
+            (14, (3, 24, 40)),
+            (14, (3, 40, 24)),
+            (14, (1, 64, 64)),
+        )
     ]
     sizes = {values.shape[1] for values in drawn}
-    values = {size: {float(v) for d in drawn if d.shape[1] == size for v in d[:, :500].flatten()} for size in sizes}
+    values = {
+        size: {float(v) for d in drawn if d.shape[1] == size for v in d[:, :500].flatten()}
+        for size in sizes
+    }
     for one in sizes:
         for other in sizes - {one}:
             assert len(values[one] & values[other]) < 20  # float32 values may meet by chance

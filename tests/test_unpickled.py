@@ -1,4 +1,6 @@
-"""Nothing is unpickled but by the converter, which knows its files by their hash and runs apart. Rule S1 of the security design."""
+"""Nothing is unpickled but by the converter, which knows its files by their hash and runs apart.
+Rule S1 of the security design.
+"""
 
 from __future__ import annotations
 

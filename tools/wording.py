@@ -28,13 +28,22 @@ FORMER = {
     r"\b(WordsConfig|OwnAutoencoder|PixelSpace|LossSpace|non_leaking|base_width=|--worse\b)": "see config/aliases.py",
 }
 ALIASES = Path("src/sfumato/config/aliases.py")  # lists former words on purpose
+NAMES_OF_DATA = {  # what people call folders, columns and files
+    Path("src/sfumato/data/splits.py"),
+    Path("src/sfumato/data/sources/parquet.py"),
+    Path("src/sfumato/data/check/captions.py"),
+}
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of each string literal that is not a docstring."""
     previous = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type == tokenize.STRING and previous not in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+        if token.type == tokenize.STRING and previous not in (
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+        ):
             yield token.start[0], token.string
         if token.type not in (tokenize.NL, tokenize.COMMENT):
             previous = token.type
@@ -43,10 +52,13 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
 def texts() -> Iterator[tuple[Path, int, str]]:
     """All text that users read, by file and line."""
     for path in sorted(Path("src/sfumato").rglob("*.py")):
-        if path != ALIASES:
+        if path != ALIASES and path not in NAMES_OF_DATA:
             yield from ((path, line, text) for line, text in strings(path))
     for path in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
-        yield from ((path, number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
+        yield from (
+            (path, number, line)
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        )
 
 
 def main() -> int:

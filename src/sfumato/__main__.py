@@ -2,5 +2,6 @@
 
 from sfumato.cli.main import main
 
-if __name__ == "__main__":  # processes that a program starts import its main module, under another name
+# processes that a program starts import its main module, under another name
+if __name__ == "__main__":
     main()

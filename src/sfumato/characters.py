@@ -1,4 +1,6 @@
-"""Kinds of characters, for every script: letters that form words, letters that are read one by one, and marks that belong to a letter."""
+"""Kinds of characters, for every script: letters that form words, letters that are read one by one,
+and marks that belong to a letter.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,34 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 
-# Scripts that put no spaces between words: Han, Kana, Bopomofo, Yi, and those of line-breaking class SA (Unicode annex 14).
+# Scripts that put no spaces between words: Han, Kana, Bopomofo, Yi, and those of line-breaking
+# class SA (Unicode annex 14).
 _UNSPACED = (
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x2E80, 0x2FDF), (0x3005, 0x3007),
-    (0x3021, 0x3029), (0x3031, 0x303C), (0x3041, 0x312F), (0x31A0, 0x31BF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0xA4CF),
-    (0xA9E0, 0xA9FF), (0xAA60, 0xAADF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x11700, 0x1174F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF),
-)  # fmt: skip
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x1950, 0x19DF),
+    (0x1A20, 0x1AAF),
+    (0x2E80, 0x2FDF),
+    (0x3005, 0x3007),
+    (0x3021, 0x3029),
+    (0x3031, 0x303C),
+    (0x3041, 0x312F),
+    (0x31A0, 0x31BF),
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0xA4CF),
+    (0xA9E0, 0xA9FF),
+    (0xAA60, 0xAADF),
+    (0xF900, 0xFAFF),
+    (0xFF66, 0xFF9D),
+    (0x11700, 0x1174F),
+    (0x1AFF0, 0x1B16F),
+    (0x20000, 0x3FFFF),
+)
 _FIRST = [first for first, _ in _UNSPACED]
-_JOINERS = "\u200c\u200d\uff9e\uff9f"  # without a width or of half a width, they change the letter before them
+# without a width or of half a width, they change the letter before them
+_JOINERS = "\u200c\u200d\uff9e\uff9f"
 _MOST_KEPT = 20_000
 
 
@@ -45,12 +67,15 @@ _KINDS = _Kinds()
 def kinds(text: str) -> str:
     """One character for each of the text's.
 
-    w: a letter of a word, or a digit; o: a letter of a script without spaces; m: a mark of the letter before it; _: an underscore;
+    w: a letter of a word, or a digit; o: a letter of a script without spaces; m: a mark of the
+    letter before it; _: an underscore;
     ': an apostrophe; a space; and a dot for all others.
     """
     return text.translate(_KINDS)
 
 
 def spans(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Where the parts of a text begin and end whose `kinds` match the pattern, in time proportional to its length."""
+    """Where the parts of a text begin and end whose `kinds` match the pattern, in time proportional
+    to its length.
+    """
     return (found.span() for found in pattern.finditer(kinds(text)))

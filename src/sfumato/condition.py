@@ -1,6 +1,7 @@
 """What steers a denoiser: three optional slots that every network and conditioner agrees on.
 
-A `Condition` whose slots are all `None` is the unconditional one; nothing else marks "unconditional".
+A `Condition` whose slots are all `None` is the unconditional one; nothing else marks
+"unconditional".
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Condition:
         vector: one summary per image, shape (B, D).
         tokens: a sequence per image, shape (B, L, D).
         token_mask: True where a token counts, shape (B, L); None when all of them do.
-        spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same everywhere.
+        spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same
+            everywhere.
     """
 
     vector: Tensor | None = None
@@ -50,7 +52,8 @@ class Condition:
         mine, theirs = self.slots(), other.slots()
         if mine.keys() != theirs.keys():
             raise ShapeError(
-                f"two conditions fill different slots: {sorted(mine) or ['none']} and {sorted(theirs) or ['none']}",
+                f"two conditions fill different slots: {sorted(mine) or ['none']} and "
+                f"{sorted(theirs) or ['none']}",
                 hint="make both with the same conditioner (its `null` gives the empty context)",
             )
         return Condition(**{name: function(slot, theirs[name]) for name, slot in mine.items()})
@@ -70,16 +73,29 @@ class Condition:
     def beside(self, other: Condition) -> Condition:
         """Both together: vectors and maps side by side by channels, tokens one after another."""
         mine, theirs = self.slots(), other.slots()
-        if "tokens" in mine and "tokens" in theirs and ("token_mask" in mine) != ("token_mask" in theirs):
+        if (
+            "tokens" in mine
+            and "tokens" in theirs
+            and ("token_mask" in mine) != ("token_mask" in theirs)
+        ):
             for slots in (mine, theirs):
                 slots.setdefault(
-                    "token_mask", torch.ones(slots["tokens"].shape[:2], dtype=torch.bool, device=slots["tokens"].device)
+                    "token_mask",
+                    torch.ones(
+                        slots["tokens"].shape[:2], dtype=torch.bool, device=slots["tokens"].device
+                    ),
                 )
-        both = {name: _joined(slot, theirs[name], dim=1) for name, slot in mine.items() if name in theirs}
+        both = {
+            name: _joined(slot, theirs[name], dim=1)
+            for name, slot in mine.items()
+            if name in theirs
+        }
         return Condition(**{**mine, **theirs, **both})
 
     def folded(self, factor: int) -> Condition:
-        """Maps with factor x factor places laid side by side in channels, so that none is lost where the network's grid is coarser."""
+        """Maps with factor x factor places laid side by side in channels, so that none is lost
+        where the network's grid is coarser.
+        """
         if self.spatial is None:
             return self
         height, width = self.spatial.shape[2:]
@@ -89,7 +105,9 @@ class Condition:
         return replace(self, spatial=F.pixel_unshuffle(padded, factor))
 
     def between(self, other: Condition, shares: Tensor) -> Condition:
-        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either that has a share."""
+        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either
+        that has a share.
+        """
 
         def mixed(a: Tensor, b: Tensor) -> Tensor:
             share = shares.view(-1, *[1] * (a.ndim - 1))
@@ -100,11 +118,14 @@ class Condition:
         return self.combine(other, mixed)
 
     def expanded(self, batch_size: int) -> Condition:
-        """Repeat a condition of one image for a batch; a condition that has `batch_size` images is returned as it is."""
+        """Repeat a condition of one image for a batch; a condition that has `batch_size` images is
+        returned as it is.
+        """
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
 
 
-Context = Mapping[str, Any]  # what is known of B images, by name: tensors (B, ...) and lists of B texts
+# what is known of B images, by name: tensors (B, ...) and lists of B texts
+Context = Mapping[str, Any]
 
 
 def rows(context: Context, chosen: slice) -> dict[str, Any]:
@@ -114,7 +135,10 @@ def rows(context: Context, chosen: slice) -> dict[str, Any]:
 
 def on_device(context: Context, device: torch.device) -> dict[str, Any]:
     """The context with its tensors on `device`."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in context.items()}
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in context.items()
+    }
 
 
 def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
@@ -129,7 +153,10 @@ def _joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Concatenated; smaller maps are repeated up to the other's height and width."""
     if a.ndim == 4 and a.shape[2:] != b.shape[2:]:
         size = (max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3]))
-        a, b = (x if x.shape[2:] == size else F.interpolate(x, size=size, mode="nearest") for x in (a, b))
+        a, b = (
+            x if x.shape[2:] == size else F.interpolate(x, size=size, mode="nearest")
+            for x in (a, b)
+        )
     return torch.cat([a, b.to(a.dtype)], dim=dim)
 
 
@@ -149,7 +176,9 @@ class ContextSizes:
         """The sizes of an actual condition."""
         channels = {"vector": 1, "tokens": 2, "spatial": 1}
         slots = condition.slots()
-        return cls(**{name: slots[name].shape[dim] for name, dim in channels.items() if name in slots})
+        return cls(
+            **{name: slots[name].shape[dim] for name, dim in channels.items() if name in slots}
+        )
 
     def beside(self, other: ContextSizes) -> ContextSizes:
         """The sizes of both together; tokens of both have the same channels.
@@ -159,10 +188,13 @@ class ContextSizes:
         """
         if self.tokens and other.tokens and self.tokens != other.tokens:
             raise ShapeError(
-                f"tokens of {self.tokens} and {other.tokens} channels", hint="give both conditioners one token size"
+                f"tokens of {self.tokens} and {other.tokens} channels",
+                hint="give both conditioners one token size",
             )
         return ContextSizes(
-            vector=self.vector + other.vector, tokens=self.tokens or other.tokens, spatial=self.spatial + other.spatial
+            vector=self.vector + other.vector,
+            tokens=self.tokens or other.tokens,
+            spatial=self.spatial + other.spatial,
         )
 
     def folded(self, factor: int) -> ContextSizes:

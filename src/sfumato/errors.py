@@ -1,6 +1,7 @@
 """The errors a person is meant to read: each says what is wrong, where, and how to fix it.
 
-Nothing else belongs here. Every message that is the user's to fix is a `SfumatoError`; the command line prints it without
+Nothing else belongs here. Every message that is the user's to fix is a `SfumatoError`; the command
+line prints it without
 a traceback and exits with the class's `exit_code`.
 """
 

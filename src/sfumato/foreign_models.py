@@ -1,4 +1,6 @@
-"""Model folders of other programs, told apart by their files, so that an error can say what they are."""
+"""Model folders of other programs, told apart by their files, so that an error can say what they
+are.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,14 @@ from pathlib import Path
 
 from sfumato.errors import RunError
 
-PIPELINE, CONFIG = "model_index.json", "config.json"  # of diffusers: a pipeline's, and a single model's or scheduler's
+# of diffusers: a pipeline's, and a single model's or scheduler's
+PIPELINE, CONFIG = "model_index.json", "config.json"
 
 
 def diffusers_class(folder: Path) -> str | None:
-    """The class that a folder in diffusers' layout is loaded by, e.g. "DDPMPipeline"; None for any other folder."""
+    """The class that a folder in diffusers' layout is loaded by, e.g. "DDPMPipeline"; None for any
+    other folder.
+    """
     for name in (PIPELINE, CONFIG):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -31,5 +36,6 @@ def refuse_diffusers(folder: Path) -> None:
             f"holds a diffusers model ({found}), which sfumato cannot train or sample yet",
             where=str(folder),
             hint="use diffusers for it until a later version of sfumato loads such folders; "
-            "its autoencoder can be used today: autoencoder.kind=pretrained autoencoder.path=FOLDER/vae",
+            "its autoencoder can be used today: autoencoder.kind=pretrained "
+            "autoencoder.path=FOLDER/vae",
         )

@@ -1,4 +1,6 @@
-"""Tensors out of pickled files: the only place where anything is unpickled, and never in the process that wants them."""
+"""Tensors out of pickled files: the only place where anything is unpickled, and never in the
+process that wants them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ LIMIT_S = 600
 def convert(source: Path, target: Path, *, sha256: str) -> None:
     """Write the tensors of a pickled file that is known by its hash as safetensors.
 
-    They are read with `weights_only` by a process of its own, which is handed nothing of this one but the very bytes that were hashed (so
+    They are read with `weights_only` by a process of its own, which is handed nothing of this one
+    but the very bytes that were hashed (so
     the file cannot be exchanged in between), and where to write.
 
     Args:
@@ -30,28 +33,42 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
     try:
         data = source.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(source), hint="install its package again") from None
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(source), hint="install its package again"
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise CheckpointError(
             f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
             where=str(source),
-            hint="install its package again; a pickled file is read only if it is known, since reading one can run code",
+            hint="install its package again; a pickled file is read only if it is known, since "
+            "reading one can run code",
         )
     command = [sys.executable, "-P", "-m", "sfumato.safe_unpickle", str(target)]
-    kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ
+    }
     try:
-        done = subprocess.run(command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(
+            command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         raise CheckpointError(
-            f"was not converted within {LIMIT_S} s", where=str(source), hint="is the disk slow or full?"
+            f"was not converted within {LIMIT_S} s",
+            where=str(source),
+            hint="is the disk slow or full?",
         ) from None
     if done.returncode:
-        raise CheckpointError(f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}", where=str(source))
+        raise CheckpointError(
+            f"cannot be converted: {done.stderr.decode(errors='replace').strip()[-300:]}",
+            where=str(source),
+        )
 
 
 def main(target: str) -> None:
-    """What the other process does with its standard input. Rule S1 of docs/threat-model.md allows this converter, and nothing else."""
+    """What the other process does with its standard input. Rule S1 of docs/threat-model.md allows
+    this converter, and nothing else.
+    """
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,6 @@
-"""Models of the package transformers (extra `text`), from a folder or a hub: safetensors only, and no code of theirs."""
+"""Models of the package transformers (extra `text`), from a folder or a hub: safetensors only, and
+no code of theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from typing import Any
 from sfumato.errors import ConfigError
 
 
-def from_transformers(kind: str, place: str, *, where: str, revision: str | None = None, **settings: Any) -> Any:
+def from_transformers(
+    kind: str, place: str, *, where: str, revision: str | None = None, **settings: Any
+) -> Any:
     """What `transformers`' class of that name loads from a folder, or by its name on a hub.
 
     Raises:
@@ -17,7 +21,9 @@ def from_transformers(kind: str, place: str, *, where: str, revision: str | None
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise ConfigError("needs the package transformers", where=where, hint="pip install 'sfumato[text]'") from None
+        raise ConfigError(
+            "needs the package transformers", where=where, hint="pip install 'sfumato[text]'"
+        ) from None
     try:
         return getattr(transformers, kind).from_pretrained(
             place, revision=revision or "main", trust_remote_code=False, **settings
@@ -26,5 +32,6 @@ def from_transformers(kind: str, place: str, *, where: str, revision: str | None
         raise ConfigError(
             f"cannot be loaded: {' '.join(str(error).split())[:300]}",
             where=f"{where} = {place}",
-            hint="name a folder with config.json, model.safetensors and, for texts, a tokenizer, or a model on a hub that can be reached",
+            hint="name a folder with config.json, model.safetensors and, for texts, a tokenizer, "
+            "or a model on a hub that can be reached",
         ) from None

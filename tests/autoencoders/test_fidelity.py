@@ -13,7 +13,9 @@ from sfumato.autoencoders.image_metrics import psnr, ssim
 def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     a = torch.from_numpy(
-        ndimage.gaussian_filter(torch.randn(2, channels, side, side, generator=generator).numpy(), (0, 0, 2, 2))
+        ndimage.gaussian_filter(
+            torch.randn(2, channels, side, side, generator=generator).numpy(), (0, 0, 2, 2)
+        )
     )
     a = (a / a.abs().max()).float()
     return a, (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(-1, 1)
@@ -21,7 +23,10 @@ def pair(channels: int = 3, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]
 
 def test_psnr_is_its_formula() -> None:
     a, b = pair()
-    expected = [10 * np.log10(4 / np.mean((x - y) ** 2)) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
+    expected = [
+        10 * np.log10(4 / np.mean((x - y) ** 2))
+        for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)
+    ]
     assert torch.allclose(psnr(a, b).double(), torch.tensor(expected), atol=1e-4)
     assert psnr(a, a).tolist() == [100.0, 100.0]
     assert psnr(torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)).item() == 0
@@ -41,7 +46,11 @@ def test_ssim_is_its_formula_where_the_window_fits(channels: int) -> None:
             mp, mq = local(p), local(q)
             vp, vq, cov = local(p * p) - mp**2, local(q * q) - mq**2, local(p * q) - mp * mq
             c1, c2 = 0.01**2, 0.03**2
-            of_channels.append(((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))).mean())
+            of_channels.append(
+                (
+                    (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                ).mean()
+            )
         values.append(np.mean(of_channels))
     assert torch.allclose(ssim(a, b).double(), torch.tensor(values), atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""Autoencoders that only diffusers knows: its own numbers, kept with our statistics, and what is refused."""
+"""Autoencoders that only diffusers knows: its own numbers, kept with our statistics, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,14 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
     blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
     widths = {"encoder_block_out_channels": (8, 16, 16), "decoder_block_out_channels": (8, 16, 16)}
     depth = {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1)}
-    scales = {"encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()), "scaling_factor": 0.5}
-    model = diffusers.AutoencoderDC(in_channels=3, latent_channels=4, **blocks, **widths, **depth, **scales).eval()
+    scales = {
+        "encoder_qkv_multiscales": ((), (), ()),
+        "decoder_qkv_multiscales": ((), (), ()),
+        "scaling_factor": 0.5,
+    }
+    model = diffusers.AutoencoderDC(
+        in_channels=3, latent_channels=4, **blocks, **widths, **depth, **scales
+    ).eval()
     model.folder = tmp_path_factory.mktemp("dc") / "folder"
     model.save_pretrained(model.folder)
     return model
@@ -38,7 +46,8 @@ def test_a_deep_compression_autoencoder_gives_its_own_numbers(theirs) -> None:
         assert (ours.decode(0.5 * z) - theirs.decode(z).sample).abs().max() < 1e-5
     assert (ours.factor, ours.latent_channels, ours.image_channels) == (4, 4, 3)
     drawn = [
-        ours.draw(ours.moments(x), lambda shape, s=seed: torch.randn(shape, generator=s)) for seed in map(generator, (0, 1))
+        ours.draw(ours.moments(x), lambda shape, s=seed: torch.randn(shape, generator=s))
+        for seed in map(generator, (0, 1))
     ]
     assert (drawn[0] - drawn[1]).abs().max() < 1e-5  # there is nothing to draw
 

@@ -1,4 +1,6 @@
-"""The KL autoencoder: diffusers' own numbers, statistics inside the weights, and what is refused."""
+"""The KL autoencoder: diffusers' own numbers, statistics inside the weights, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,35 @@ from tests.autoencoders.models import made
 
 SHAPES = [
     KLConfig(channels=(16, 32), latent_channels=4, blocks=1, groups=8),
-    KLConfig(channels=(16, 32, 32), latent_channels=3, blocks=2, groups=16, attention="middle", projections="none"),
+    KLConfig(
+        channels=(16, 32, 32),
+        latent_channels=3,
+        blocks=2,
+        groups=16,
+        attention="middle",
+        projections="none",
+    ),
     KLConfig(channels=(8, 16, 16, 24), latent_channels=16, blocks=1, groups=4, attention="middle"),
 ]
 
 
 def images(count: int = 3, channels: int = 3, side: int = 32) -> torch.Tensor:
-    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return (
+        torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    )
 
 
 @pytest.mark.parametrize("config", SHAPES)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_ours_and_diffusers_give_the_same_numbers(config: KLConfig, channels: int, tmp_path: Path) -> None:
+def test_ours_and_diffusers_give_the_same_numbers(
+    config: KLConfig, channels: int, tmp_path: Path
+) -> None:
     diffusers = pytest.importorskip("diffusers")
     codec = made(config, channels)
-    mean, deviation = torch.linspace(-1, 1, config.latent_channels), torch.linspace(0.5, 2, config.latent_channels)
+    mean, deviation = (
+        torch.linspace(-1, 1, config.latent_channels),
+        torch.linspace(0.5, 2, config.latent_channels),
+    )
     latents = LatentAutoencoder(codec, mean, deviation)
     folder = io.save(latents, tmp_path / "saved", {})
     theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
@@ -47,14 +63,22 @@ def test_ours_and_diffusers_give_the_same_numbers(config: KLConfig, channels: in
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(
+    attention: bool, tmp_path: Path
+) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, layers_per_block=2, norm_num_groups=8, mid_block_add_attention=attention, scaling_factor=0.18215,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=8,
+        mid_block_add_attention=attention,
+        scaling_factor=0.18215,
         shift_factor=0.1,
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = io.load(tmp_path / "theirs")
     x = images()
@@ -66,7 +90,9 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(attention: bool, 
 
 def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
     codec = made(SHAPES[2])
-    folder = io.save(LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {})
+    folder = io.save(
+        LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {}
+    )
     from safetensors.torch import load_file, save_file
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -77,7 +103,10 @@ def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
         renamed[name] = tensor.clone()
     save_file(renamed, folder / io.WEIGHTS)
     x = images()
-    assert torch.equal(io.load(folder).encode(x), LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)).encode(x))
+    assert torch.equal(
+        io.load(folder).encode(x),
+        LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)).encode(x),
+    )
 
 
 def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> None:
@@ -127,12 +156,17 @@ def test_wrong_images_and_shapes_are_refused() -> None:
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
-    folder = io.save(LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {})
+    folder = io.save(
+        LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {}
+    )
     config = json.loads((folder / io.CONFIG).read_text())
     for wrong in (
-        {"latent_channels": 5}, {"act_fn": "relu"}, {"_class_name": "AutoencoderOobleck"}, {"block_out_channels": None},
+        {"latent_channels": 5},
+        {"act_fn": "relu"},
+        {"_class_name": "AutoencoderOobleck"},
+        {"block_out_channels": None},
         {"use_quant_conv": False},
-    ):  # fmt: skip
+    ):
         (folder / io.CONFIG).write_text(json.dumps(config | wrong))
         with pytest.raises(CheckpointError):
             io.load(folder)
@@ -144,7 +178,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         io.load(tmp_path / "nothing")
 
 
-def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_replaces_whole_folders_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4))
     folder = io.save(first, tmp_path / "saved", {"from": "here"})
     assert json.loads((folder / io.STATISTICS).read_text())["from"] == "here"
@@ -154,14 +190,18 @@ def test_saving_replaces_whole_folders_only(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(io, "save_file", full)
     with pytest.raises(CheckpointError, match="No space"):
-        io.save(LatentAutoencoder(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {})
+        io.save(
+            LatentAutoencoder(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {}
+        )
     assert io.identity(io.load(folder)) == io.identity(io.folded(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.parametrize("config", SHAPES)
 def test_an_untrained_one_passes_on_what_it_is_given(config: KLConfig) -> None:
-    """Images of one colour keep it, as far as untrained ends allow: what lies between them is nearly the mean over each square."""
+    """Images of one colour keep it, as far as untrained ends allow: what lies between them is
+    nearly the mean over each square.
+    """
     torch.manual_seed(0)
     encoder = KLAutoencoder(config, image_channels=3).encoder
     side = 4 * config.factor

@@ -13,8 +13,13 @@ from tests.autoencoders.models import made
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("size", [7, 16, 40])
 def test_tiles_and_whole_agree(blocks: int, size: int) -> None:
-    codec = made(KLConfig(channels=(8, 16, 16), latent_channels=4, blocks=blocks, groups=4, attention="middle"))
-    z = torch.randn(2, 4, 20, 26) + torch.linspace(-3, 3, 26)  # brighter to one side, which a tile's own norms would undo
+    codec = made(
+        KLConfig(
+            channels=(8, 16, 16), latent_channels=4, blocks=blocks, groups=4, attention="middle"
+        )
+    )
+    # brighter to one side, which a tile's own norms would undo
+    z = torch.randn(2, 4, 20, 26) + torch.linspace(-3, 3, 26)
     with torch.no_grad():
         whole = codec.decode(z)
     assert (decode_in_tiles(codec, z, size=size) - whole).abs().max() < 2 / 255 * 1e-2
@@ -29,7 +34,9 @@ def test_norms_of_each_tile_alone_would_show() -> None:
         out = torch.empty_like(whole)
         for tile in tiles(*x.shape[2:], 16):
             part = tile.cut(x)
-            out[(..., *(slice(2 * s.start, 2 * s.stop) for s in tile.inner))] = tile.kept(codec.tail(part), part)
+            out[(..., *(slice(2 * s.start, 2 * s.stop) for s in tile.inner))] = tile.kept(
+                codec.tail(part), part
+            )
     assert (out - whole).abs().max() > 2 / 255
 
 
@@ -43,10 +50,14 @@ def test_tiles_cover_everything_once() -> None:
 
 def test_large_images_are_decoded_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(latent_space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z))
+    monkeypatch.setattr(
+        latent_space, "decode_in_tiles", lambda codec, z: called.append(z.shape) or codec.decode(z)
+    )
     monkeypatch.setattr(latent_space, "WHOLE", 32 * 32)
     latents = LatentAutoencoder(
-        KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1), torch.zeros(2), torch.ones(2)
+        KLAutoencoder(KLConfig(channels=(8, 8), latent_channels=2, groups=4), image_channels=1),
+        torch.zeros(2),
+        torch.ones(2),
     )
     with torch.no_grad():
         latents.decode(torch.zeros(1, 2, 16, 16))

@@ -1,4 +1,6 @@
-"""Tiny autoencoders: diffusers' own numbers from its folders, the same from TAESD's files, and the block that gathers context."""
+"""Tiny autoencoders: diffusers' own numbers from its folders, the same from TAESD's files, and the
+block that gathers context.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderTiny(
-        latent_channels=5, encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8)
-    ).eval()  # fmt: skip
+        latent_channels=5,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+    ).eval()
     folder = tmp_path_factory.mktemp("tiny") / "folder"
     model.save_pretrained(folder)
     model.folder = folder
@@ -31,7 +35,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory):
 
 
 def taesd_files(folder: Path, place: Path) -> tuple[Path, Path]:
-    """The same weights as TAESD's two files: layers counted from 0, the decoder's from 1 since it begins with the squashing."""
+    """The same weights as TAESD's two files: layers counted from 0, the decoder's from 1 since it
+    begins with the squashing.
+    """
     tensors = load_file(folder / io.WEIGHTS)
     for half, shift in (("encoder", 0), ("decoder", 1)):
         found = {}
@@ -51,7 +57,8 @@ def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None
         assert (ours.decode(z) - theirs.decode(z).sample).abs().max() < 1e-5
     assert (ours.factor, ours.latent_channels, ours.image_channels) == (8, 5, 3)
     noise = torch.randn(2, 5, 4, 4)
-    assert (ours.draw(ours.moments(x), lambda shape: noise) - z).abs().max() < 1e-5  # there is nothing to draw
+    # there is nothing to draw
+    assert (ours.draw(ours.moments(x), lambda shape: noise) - z).abs().max() < 1e-5
 
 
 def test_the_two_files_of_taesd_give_the_same(theirs, tmp_path: Path) -> None:
@@ -81,20 +88,44 @@ def test_a_block_gathers_context_by_its_normed_branch() -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.3
 
-    block = {f"conv.{i}.{kind}": draw(*shape) for i in (0, 2, 4) for kind, shape in (("weight", (8, 8, 3, 3)), ("bias", (8,)))}
+    block = {
+        f"conv.{i}.{kind}": draw(*shape)
+        for i in (0, 2, 4)
+        for kind, shape in (("weight", (8, 8, 3, 3)), ("bias", (8,)))
+    }
     block |= {
-        "pool.0.weight": draw(32, 8, 1, 1), "pool.1.weight": draw(32), "pool.1.bias": draw(32), "pool.3.weight": draw(8, 32, 1, 1),
-    }  # fmt: skip
-    encoder = {"0.weight": draw(8, 3, 3, 3), "0.bias": draw(8), "2.weight": draw(4, 8, 3, 3), "2.bias": draw(4)}
+        "pool.0.weight": draw(32, 8, 1, 1),
+        "pool.1.weight": draw(32),
+        "pool.1.bias": draw(32),
+        "pool.3.weight": draw(8, 32, 1, 1),
+    }
+    encoder = {
+        "0.weight": draw(8, 3, 3, 3),
+        "0.bias": draw(8),
+        "2.weight": draw(4, 8, 3, 3),
+        "2.bias": draw(4),
+    }
     encoder |= {f"1.{name}": tensor for name, tensor in block.items()}
-    decoder = {"1.weight": draw(8, 4, 3, 3), "1.bias": draw(8), "3.weight": draw(3, 8, 3, 3), "3.bias": draw(3)}
+    decoder = {
+        "1.weight": draw(8, 4, 3, 3),
+        "1.bias": draw(8),
+        "3.weight": draw(3, 8, 3, 3),
+        "3.bias": draw(3),
+    }
     codec, x = TinyAutoencoder(encoder, decoder), images(8)
     h = F.conv2d((x + 1) / 2, encoder["0.weight"], encoder["0.bias"], padding=1)
-    gathered = F.group_norm(F.conv2d(h, block["pool.0.weight"]), 4, block["pool.1.weight"], block["pool.1.bias"])
+    gathered = F.group_norm(
+        F.conv2d(h, block["pool.0.weight"]), 4, block["pool.1.weight"], block["pool.1.bias"]
+    )
     h = h + F.conv2d(F.relu(gathered), block["pool.3.weight"])
     out = h
     for i in (0, 2, 4):
-        out = F.conv2d(out if i == 0 else F.relu(out), block[f"conv.{i}.weight"], block[f"conv.{i}.bias"], padding=1)
+        out = F.conv2d(
+            out if i == 0 else F.relu(out),
+            block[f"conv.{i}.weight"],
+            block[f"conv.{i}.bias"],
+            padding=1,
+        )
     expected = F.conv2d(F.relu(out + h), encoder["2.weight"], encoder["2.bias"], padding=1)
     assert torch.allclose(codec.moments(x).chunk(2, dim=1)[0], expected, atol=1e-5)
     assert codec.factor == 1

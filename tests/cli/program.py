@@ -17,7 +17,9 @@ class Result(NamedTuple):
 
 
 def sfumato(*arguments: object) -> Result:
-    """`sfumato ARGUMENTS`, without a terminal; an exception that the program lets through is raised."""
+    """`sfumato ARGUMENTS`, without a terminal; an exception that the program lets through is
+    raised.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     command = mock.patch("sys.argv", ["sfumato", *map(str, arguments)])
     environment = mock.patch.dict("os.environ", {"NO_COLOR": "1", "COLUMNS": "160"})

@@ -21,12 +21,25 @@ from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
 from sfumato.recipes import Run, recipe, resolve
 
-VERBS = ["train", "resume", "sample", "compare", "evaluate", "explain", "recipes", "doctor", "config", "data"]
+VERBS = [
+    "train",
+    "resume",
+    "sample",
+    "compare",
+    "evaluate",
+    "explain",
+    "recipes",
+    "doctor",
+    "config",
+    "data",
+]
 
 
 def in_new_python(code: str) -> str:
     """Standard output of a program run in a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -67,15 +80,26 @@ def test_the_version() -> None:
 def test_neither_import_nor_help_loads_torch() -> None:
     heavy = "sorted({'torch', 'sklearn', 'scipy', 'yaml'} & set(sys.modules))"
     assert in_new_python(f"import sys, sfumato; print({heavy})") == "[]\n"
-    for arguments in (["--help"], ["train", "--help"], ["config", "show", "--help"], ["data", "--help"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["config", "show", "--help"],
+        ["data", "--help"],
+        ["--version"],
+    ):
         code = f"import sys; from sfumato.cli.main import main; sys.argv[1:] = {arguments}\ntry: main()\nexcept SystemExit: print({heavy})"
         assert in_new_python(code).endswith("[]\n")
     assert "torch" in in_new_python(f"import sys, sfumato; sfumato.load; print({heavy})")
 
 
-@pytest.mark.parametrize("program", [(str(Path(sys.executable).with_name("sfumato")),), (sys.executable, "-m", "sfumato")])
+@pytest.mark.parametrize(
+    "program",
+    [(str(Path(sys.executable).with_name("sfumato")),), (sys.executable, "-m", "sfumato")],
+)
 def test_the_installed_program_is_this_one(program: tuple[str, ...]) -> None:
-    done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [*program, "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == f"{package.__version__}\n"
 
 
@@ -91,7 +115,8 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert result.out == ""
     assert result.err == (
         "error: train: 'digit' is not a recipe, YAML file or folder\n"
-        "  hint: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or file must exist\n"
+        "  hint: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or "
+        "file must exist\n"
     )
 
 
@@ -103,7 +128,8 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trian"], ["train"], ["train", "digits", "--stpes", "3"], ["sample", "x", "--num", "0"]]
+    "arguments",
+    [["trian"], ["train"], ["train", "digits", "--stpes", "3"], ["sample", "x", "--num", "0"]],
 )
 def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
     result = sfumato(*arguments)
@@ -115,7 +141,10 @@ def test_a_traceback_is_for_debug_only_and_debug_may_stand_anywhere() -> None:
     result = sfumato("config", "show", "digit")
     assert result.code == 2
     assert "Traceback" not in result.err
-    for arguments in (["--debug", "config", "show", "digit"], ["config", "show", "digit", "--debug"]):
+    for arguments in (
+        ["--debug", "config", "show", "digit"],
+        ["config", "show", "digit", "--debug"],
+    ):
         with pytest.raises(ConfigError):
             sfumato(*arguments)
     done = subprocess.run(
@@ -129,8 +158,16 @@ def test_a_traceback_is_for_debug_only_and_debug_may_stand_anywhere() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (DivergedError("it diverged", hint="lower the rate"), 3, "error: it diverged\n  hint: lower the rate\n"),
-        (RuntimeError("odd"), 1, "error: RuntimeError: odd\n  hint: run again with --debug and report it\n"),
+        (
+            DivergedError("it diverged", hint="lower the rate"),
+            3,
+            "error: it diverged\n  hint: lower the rate\n",
+        ),
+        (
+            RuntimeError("odd"),
+            1,
+            "error: RuntimeError: odd\n  hint: run again with --debug and report it\n",
+        ),
         (
             ConfigError("bad \x1b]0;owned\x07 name"),
             2,
@@ -153,7 +190,9 @@ def test_recipes_are_listed_with_what_they_are() -> None:
     assert result.code == 0
     lines = result.out.splitlines()
     assert (
-        next(line for line in lines if line.startswith("digits")).split(maxsplit=1)[1].startswith("Handwritten digits, 8 x 8")
+        next(line for line in lines if line.startswith("digits"))
+        .split(maxsplit=1)[1]
+        .startswith("Handwritten digits, 8 x 8")
     )
     assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in lines}) == 1  # one column
 
@@ -168,7 +207,10 @@ def test_show_prints_a_configuration_that_reads_back(tmp_path: Path) -> None:
 
 def test_a_yaml_file_builds_on_its_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: karras, rho: 5}}\n")
+    path.write_text(
+        "recipe: digits\nname: mine\nbudget: {steps: 7}\nobjective: {schedule: {kind: karras, "
+        "rho: 5}}\n"
+    )
     assert sfumato("config", "diff", "digits", path).out.splitlines() == [
         "budget.steps: None -> 7",
         "budget.minutes: 1.0 -> None",
@@ -198,9 +240,12 @@ def test_validate_says_valid_or_names_the_file_and_the_key(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "payload", ["!!python/object/apply:os.mkdir [owned]", "a: &x 1\nb: *x", "sampling: {_target_: os.mkdir}"]
+    "payload",
+    ["!!python/object/apply:os.mkdir [owned]", "a: &x 1\nb: *x", "sampling: {_target_: os.mkdir}"],
 )
-def test_a_yaml_file_cannot_build_objects(tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_yaml_file_cannot_build_objects(
+    tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(f"recipe: digits\n{payload}\n" if ":" in payload[:10] else payload)
     assert sfumato("train", "bad.yaml", "--run", "run").code == 2
@@ -209,7 +254,9 @@ def test_a_yaml_file_cannot_build_objects(tmp_path: Path, payload: str, monkeypa
 
 def test_the_schema_is_json_with_every_key() -> None:
     schema = json.loads(sfumato("config", "schema").out)
-    assert {"seed", "batch_size", "data", "budget", "optimizer", "precision", "compile"} <= set(schema["properties"])
+    assert {"seed", "batch_size", "data", "budget", "optimizer", "precision", "compile"} <= set(
+        schema["properties"]
+    )
 
 
 @pytest.fixture
@@ -222,8 +269,15 @@ def test_doctor_says_what_it_knows_before_it_measures(slow_machine: None) -> Non
     result = sfumato("doctor")
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0].startswith(f"sfumato {package.__version__}, Python {sys.version.split()[0]}, torch ")
-    assert [line.split(":")[0] for line in lines[-4:]] == ["float32", "float32", "bfloat16", "bfloat16"]
+    assert lines[0].startswith(
+        f"sfumato {package.__version__}, Python {sys.version.split()[0]}, torch "
+    )
+    assert [line.split(":")[0] for line in lines[-4:]] == [
+        "float32",
+        "float32",
+        "bfloat16",
+        "bfloat16",
+    ]
     for said in ("GPUs: ", "compiling: ", "extra diffusers: ", "bfloat16 instructions: "):
         assert any(line.startswith(said) for line in lines[:-4])
 
@@ -251,8 +305,22 @@ def test_what_takes_long_is_measured_once() -> None:
 
 @pytest.mark.parametrize("verb", [*VERBS, "ema", "data check", "data convert", "config show"])
 def test_help_names_values_as_a_person_reads_them(verb: str) -> None:
-    options = [line for line in sfumato(*verb.split(), "--help").out.splitlines() if "--" in line and "--help" not in line]
-    for python in ("<int>", "<int range", "<float>", "<float range", "<float,", "<str>", "list[", "<bool>", "float,float"):
+    options = [
+        line
+        for line in sfumato(*verb.split(), "--help").out.splitlines()
+        if "--" in line and "--help" not in line
+    ]
+    for python in (
+        "<int>",
+        "<int range",
+        "<float>",
+        "<float range",
+        "<float,",
+        "<str>",
+        "list[",
+        "<bool>",
+        "float,float",
+    ):
         assert not [line for line in options if python in line]
 
 
@@ -273,13 +341,20 @@ def test_values_in_words(annotation: object, expected: str | None) -> None:
     assert in_words(annotation) == expected
 
 
-def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_prints_what_it_would_do_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = sfumato("train", "digits", "budget.steps=6", "--dry-run")
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
-    assert lines[1:3] == ["1506 training images, 291 held out, 0 left out", "10 categories; 0.73M parameters"]
+    assert (
+        lines[0] == "budget: steps=6 replaces minutes=1; set both to stop at whichever comes first"
+    )
+    assert lines[1:3] == [
+        "1506 training images, 291 held out, 0 left out",
+        "10 categories; 0.73M parameters",
+    ]
     assert lines[-2].startswith("summary: 1506 images at 8 px, ")
     assert lines[-1].startswith("verdict: too short")
     assert "kind:" not in result.out
@@ -321,14 +396,26 @@ def test_sources_that_are_none(tmp_path: Path, source: str, said: str) -> None:
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path, verb: str) -> None:
     result = sfumato(verb, tmp_path)
     assert result.code == 2
-    assert "is not a run: it has no config.yaml\n  hint: name a folder that `sfumato train` made\n" in result.err
+    assert (
+        "is not a run: it has no config.yaml\n  hint: name a folder that `sfumato train` made\n"
+        in result.err
+    )
 
 
-def test_explaining_a_recipe_draws_the_ideal_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explaining_a_recipe_draws_the_ideal_denoiser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = sfumato("explain", "digits")
     assert result.code == 0
-    names = ["schedule.png", "logsnr.png", "density.png", "noising.png", "way_back.png", "README.md"]
+    names = [
+        "schedule.png",
+        "logsnr.png",
+        "density.png",
+        "noising.png",
+        "way_back.png",
+        "README.md",
+    ]
     assert result.out.splitlines() == [f"explained/digits/{name}" for name in names]
     assert all(Path(line).stat().st_size > 100 for line in result.out.splitlines())
     text = Path("explained/digits/README.md").read_text()

@@ -24,12 +24,20 @@ TILE = 56
 
 def made(source: str, facts: ConditioningInfo) -> Pipeline:
     """A model whose weights are random, so that everything it is told shows."""
-    settings = resolve(source, ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"])
+    settings = resolve(
+        source, ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"]
+    )
     model = build_model(settings, facts).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, autoencoder=Pixels(1), sampling=settings.sampling, facts=facts, image_shape=(1, 8, 8))
+    return Pipeline(
+        model=model,
+        autoencoder=Pixels(1),
+        sampling=settings.sampling,
+        facts=facts,
+        image_shape=(1, 8, 8),
+    )
 
 
 MODELS = {
@@ -59,9 +67,26 @@ def unsteered(runs: Path) -> Path:
 def compared(run: Path) -> dict:
     """Two samplers and two scales, as JSON."""
     result = sfumato(
-        "compare", run, "--sampler", "ddim:4", "--sampler", "heun:3", "--guidance", 1, "--guidance", 2,
-        "--num", 3, "--seed", 5, "--category", "7", "--category", "2", "--json",
-    )  # fmt: skip
+        "compare",
+        run,
+        "--sampler",
+        "ddim:4",
+        "--sampler",
+        "heun:3",
+        "--guidance",
+        1,
+        "--guidance",
+        2,
+        "--num",
+        3,
+        "--seed",
+        5,
+        "--category",
+        "7",
+        "--category",
+        "2",
+        "--json",
+    )
     assert result.code == 0, result.err
     return json.loads(result.out)
 
@@ -79,10 +104,14 @@ def test_calls_count_each_stage_of_a_solver_and_guidance_twice(compared: dict) -
     assert all(row["seconds"] > 0 for row in compared["rows"])
 
 
-def test_rows_are_what_the_pipeline_samples_and_differences_are_to_the_first(compared: dict) -> None:
+def test_rows_are_what_the_pipeline_samples_and_differences_are_to_the_first(
+    compared: dict,
+) -> None:
     pipeline = MODELS["digits"]
     rows = [
-        pipeline.sample(3, category=["7", "2"], seed=5, sampler=sampler, steps=steps, guidance=guidance)
+        pipeline.sample(
+            3, category=["7", "2"], seed=5, sampler=sampler, steps=steps, guidance=guidance
+        )
         for sampler, steps, guidance in HOW
     ]
     differences = [float((row - rows[0]).abs().mean()) for row in rows]
@@ -98,7 +127,11 @@ def test_rows_are_what_the_pipeline_samples_and_differences_are_to_the_first(com
 
 def test_a_figure_is_replaced_by_the_same_comparison_only(run: Path, tmp_path: Path) -> None:
     def figure(*options: object) -> Path:
-        return Path(sfumato("compare", run, "--sampler", "ddim:1", "--num", 1, "--seed", 8, *options).out.splitlines()[-1])
+        return Path(
+            sfumato(
+                "compare", run, "--sampler", "ddim:1", "--num", 1, "--seed", 8, *options
+            ).out.splitlines()[-1]
+        )
 
     first = figure()
     assert first == run / "compared" / "seed-8.png"
@@ -114,7 +147,9 @@ def test_a_figure_is_replaced_by_the_same_comparison_only(run: Path, tmp_path: P
 
 
 def test_a_table_names_the_reference_and_ends_in_the_path(run: Path) -> None:
-    lines = sfumato("compare", run, "--sampler", "ddim", "--sampler", "ddpm", "--steps", 2, "--num", 1).out.splitlines()
+    lines = sfumato(
+        "compare", run, "--sampler", "ddim", "--sampler", "ddpm", "--steps", 2, "--num", 1
+    ).out.splitlines()
     assert lines[0].split()[:3] == ["sampler", "steps", "guidance"]
     assert lines[1].split()[:4] == ["ddim", "2", "1.3", "4"]
     assert lines[1].endswith("reference")
@@ -125,18 +160,26 @@ def test_a_table_names_the_reference_and_ends_in_the_path(run: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "said"),
     [
-        ("dim:20", "did you mean 'ddim'?"), ("ddim:0", "must be 1 or more"), ("ddim:", "must be 1 or more"),
-        ("ddim:ten", "must be 1 or more"), ("ddim:-3", "must be 1 or more"), ("", "no sampler ''"),
+        ("dim:20", "did you mean 'ddim'?"),
+        ("ddim:0", "must be 1 or more"),
+        ("ddim:", "must be 1 or more"),
+        ("ddim:ten", "must be 1 or more"),
+        ("ddim:-3", "must be 1 or more"),
+        ("", "no sampler ''"),
     ],
-)  # fmt: skip
-def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_loaded(sampler: str, said: str) -> None:
+)
+def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_loaded(
+    sampler: str, said: str
+) -> None:
     result = sfumato("compare", "no-such-run", "--sampler", sampler)
     assert result.code == 2
     assert said in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_can_be_compared_where_the_schedule_is_discrete(unsteered: Path, name: str) -> None:
+def test_every_sampler_can_be_compared_where_the_schedule_is_discrete(
+    unsteered: Path, name: str
+) -> None:
     result = sfumato("compare", unsteered, "--sampler", f"{name}:2", "--num", 1, "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["rows"][0]["sampler"] == name
@@ -148,11 +191,15 @@ def refusal(result: Result) -> str:
 
 
 def test_guidance_that_has_no_effect_is_refused(unsteered: Path) -> None:
-    assert "guidance has no effect on images that nothing steers" in refusal(sfumato("compare", unsteered, "--guidance", 2))
+    assert "guidance has no effect on images that nothing steers" in refusal(
+        sfumato("compare", unsteered, "--guidance", 2)
+    )
 
 
 def test_categories_that_do_not_fit_or_do_not_exist_are_refused(run: Path) -> None:
     two = sfumato("compare", run, "--num", 1, "--category", 1, "--category", 2)
     assert "do not fit into rows of 1" in refusal(two)
     assert "no category 'x'" in refusal(sfumato("compare", run, "--num", 1, "--category", "x"))
-    assert "this model was not trained with prompt conditioning" in refusal(sfumato("compare", run, "--prompt", "a cat"))
+    assert "this model was not trained with prompt conditioning" in refusal(
+        sfumato("compare", run, "--prompt", "a cat")
+    )

@@ -1,4 +1,6 @@
-"""What the system refuses is said in a person's words, by every verb: nobody is asked to report a full disk."""
+"""What the system refuses is said in a person's words, by every verb: nobody is asked to report a
+full disk.
+"""
 
 import errno
 import functools
@@ -32,14 +34,19 @@ OURS = "run again with --debug and report it"
 
 
 @pytest.mark.parametrize("number", sorted(REASONS))
-def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_refusal_of_the_system_has_words(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "there"))
 
     monkeypatch.setattr("sfumato.recipes.resolver.resolve", refuse)
     result = sfumato("config", "validate", "digits")
     assert result.code == 2
-    assert result.err == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  hint: {REASONS[number][1]}\n"
+    assert (
+        result.err
+        == f"error: {tmp_path / 'there'}: {REASONS[number][0]}\n  hint: {REASONS[number][1]}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,9 +54,18 @@ def test_every_refusal_of_the_system_has_words(number: int, tmp_path: Path, monk
     [
         (OSError("odd"), "the system refuses: odd"),
         (MemoryError(), "not enough memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory: CUDA out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory: DefaultCPUAllocator"),
-        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "a name or text is not UTF-8"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "not enough memory: CUDA out of memory",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "not enough memory: DefaultCPUAllocator",
+        ),
+        (
+            UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+            "a name or text is not UTF-8",
+        ),
     ],
 )
 def test_memory_and_names_have_words_too(error: Exception, said: str) -> None:
@@ -111,14 +127,17 @@ def test_every_verb_is_known_to_write_or_to_read() -> None:
     named = {command.name or command.callback.__name__ for command in app.registered_commands}
     for group in app.registered_groups:
         named |= {
-            f"{group.name} {command.name or command.callback.__name__}" for command in group.typer_instance.registered_commands
+            f"{group.name} {command.name or command.callback.__name__}"
+            for command in group.typer_instance.registered_commands
         }
     assert named <= READING | WRITING
     assert named >= WRITING
 
 
 @pytest.mark.parametrize("verb", sorted(WRITING))
-def test_a_file_where_a_folder_is_needed_is_refused_by_every_verb(verb: str, folder: Path, run: Path, tmp_path: Path) -> None:
+def test_a_file_where_a_folder_is_needed_is_refused_by_every_verb(
+    verb: str, folder: Path, run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "taken").write_text("mine")
     result = sfumato(*verbs(folder, run, tmp_path / "taken" / "below")[verb])
     assert result.code == 2, result.err
@@ -128,7 +147,9 @@ def test_a_file_where_a_folder_is_needed_is_refused_by_every_verb(verb: str, fol
 
 
 @pytest.mark.parametrize("verb", sorted(WRITING))
-def test_a_place_that_cannot_be_written_to_is_refused_by_every_verb(verb: str, folder: Path, run: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused_by_every_verb(
+    verb: str, folder: Path, run: Path
+) -> None:
     """In /proc nobody may make a folder, root included."""
     result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
     assert result.code == 2, result.err
@@ -143,14 +164,20 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError("the work has begun")
 
-    for name in ("sfumato.runs.preparation.open_data", "sfumato.data.check.examine", "sfumato.data.check.captions.Vocabulary"):
+    for name in (
+        "sfumato.runs.preparation.open_data",
+        "sfumato.data.check.examine",
+        "sfumato.data.check.captions.Vocabulary",
+    ):
         monkeypatch.setattr(name, work)
     result = sfumato(*verbs(folder, run, Path("/proc/sfumato-was-here"))[verb])
     assert result.code == 2
     assert "choose another place with --" in result.err
 
 
-def test_a_cache_that_cannot_be_written_to_is_refused_by_the_command_that_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_to_is_refused_by_the_command_that_fills_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", "/proc/sfumato-was-here")
     result = sfumato("data", "cache", "digits")
     assert result.code == 2
@@ -158,13 +185,17 @@ def test_a_cache_that_cannot_be_written_to_is_refused_by_the_command_that_fills_
 
 
 @pytest.mark.parametrize("said", ["many", "inf", "nan"])
-def test_a_limit_in_the_environment_that_is_not_a_number_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_in_the_environment_that_is_not_a_number_is_refused(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", said)
     with pytest.raises(DataError, match=r"^SFUMATO_REMOTE_GIB: "):
         remote_limit_bytes()
 
 
-def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_run_is_refused_before_the_data_are_read(
+    folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError("the data were read")
 
@@ -175,7 +206,9 @@ def test_a_taken_run_is_refused_before_the_data_are_read(folder: Path, run: Path
     assert f"{run}: there is a run here already" in result.err
 
 
-def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = open_data
 
     def few(settings: Run) -> Dataset:
@@ -213,11 +246,16 @@ def test_a_system_without_file_locks_can_load_and_says_that_it_cannot_train(
     spec.loader.exec_module(copy)
     assert copy.fcntl is None
     monkeypatch.setattr(run_directory, "fcntl", None)
-    with pytest.raises(RunError, match=r"lacks the file locks .*(\n.*)*on Windows inside WSL"), RunDirectory(tmp_path).locked():
+    with (
+        pytest.raises(RunError, match=r"lacks the file locks .*(\n.*)*on Windows inside WSL"),
+        RunDirectory(tmp_path).locked(),
+    ):
         pass
 
 
-def test_a_run_that_cannot_be_written_to_is_not_resumed_and_says_so(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_written_to_is_not_resumed_and_says_so(
+    run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     (tmp_path / ".lock").mkdir()  # so that the lock cannot be opened
     result = sfumato("resume", tmp_path)
@@ -226,7 +264,9 @@ def test_a_run_that_cannot_be_written_to_is_not_resumed_and_says_so(run: Path, t
     assert OURS not in result.err
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "explain", "data check", "data coverage", "data convert"])
+@pytest.mark.parametrize(
+    "verb", ["sample", "evaluate", "explain", "data check", "data coverage", "data convert"]
+)
 def test_a_disk_that_fills_up_is_named_by_every_verb(
     verb: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

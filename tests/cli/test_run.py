@@ -19,7 +19,13 @@ from sfumato.generation.pipeline import to_unit
 from sfumato.observability.images import GAP
 from sfumato.sampling import KeyedNoise
 
-TINY = ["budget.steps=6", "network.channels=32", "precision=float32", "preview.num=10", "validation.samples=20"]
+TINY = [
+    "budget.steps=6",
+    "network.channels=32",
+    "precision=float32",
+    "preview.num=10",
+    "validation.samples=20",
+]
 TILE = 56 + GAP
 
 
@@ -35,7 +41,9 @@ def run(trained: tuple[Path, Result]) -> Path:
 
 
 def train_classifiers_briefly(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Both that an evaluation trains: the one that reads samples, and the one that gives features."""
+    """Both that an evaluation trains: the one that reads samples, and the one that gives
+    features.
+    """
     quick = functools.partial(train_classifier, steps=steps)
     monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
     monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
@@ -50,7 +58,9 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_training_prints_the_run_and_only_that_on_standard_output(trained: tuple[Path, Result]) -> None:
+def test_training_prints_the_run_and_only_that_on_standard_output(
+    trained: tuple[Path, Result],
+) -> None:
     path, result = trained
     assert result.code == 0
     assert result.out == f"{path}\n"
@@ -74,7 +84,11 @@ def test_a_run_holds_what_it_should(run: Path) -> None:
     assert lines[0]["step"] == 1
     assert lines[0]["train/loss"] > 0
     assert any("validation/ema/r2" in line for line in lines)
-    assert {path.name for path in (run / "samples").iterdir()} == {"real.png", "step-000000000", "step-000000006"}
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "real.png",
+        "step-000000000",
+        "step-000000006",
+    }
     assert Image.open(run / "samples/step-000000006/grid.png").size == (GAP + 10 * TILE, GAP + TILE)
 
 
@@ -96,12 +110,31 @@ def test_a_run_is_a_source_of_its_configuration(run: Path) -> None:
 
 def test_sample_writes_images_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:
     result = sfumato(
-        "sample", run, "--num", 5, "--category", 3, "--category", 7, "--steps", 4, "--sampler", "ddim", "--guidance", 2,
-        "--seed", 11, "--out", tmp_path / "out",
-    )  # fmt: skip
+        "sample",
+        run,
+        "--num",
+        5,
+        "--category",
+        3,
+        "--category",
+        7,
+        "--steps",
+        4,
+        "--sampler",
+        "ddim",
+        "--guidance",
+        2,
+        "--seed",
+        11,
+        "--out",
+        tmp_path / "out",
+    )
     assert result.code == 0
     assert result.out == f"{tmp_path / 'out' / 'grid.png'}\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grid.png", *(f"{i:05d}.png" for i in range(5))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "grid.png",
+        *(f"{i:05d}.png" for i in range(5)),
+    }
     expected = {
         "run": "tiny",
         "seed": 11,
@@ -115,7 +148,8 @@ def test_sample_writes_images_and_a_grid_with_their_settings(run: Path, tmp_path
     assert {**expected, "index": 3}.items() <= settings(tmp_path / "out" / "00003.png").items()
     assert Image.open(tmp_path / "out" / "00003.png").size == (8, 8)
     assert Image.open(tmp_path / "out" / "00003.png").mode == "L"
-    assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * (TILE + 20))  # a line above each row
+    # a line above each row
+    assert Image.open(tmp_path / "out" / "grid.png").size == (GAP + 3 * TILE, GAP + 2 * (TILE + 20))
 
 
 def test_a_grid_is_labelled_where_images_were_asked_for_different_things() -> None:
@@ -131,13 +165,33 @@ def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> N
     assert result.code == 0
     assert result.out == f"{run}/generated/seed-0/grid.png\n"
     said = settings(run / "generated/seed-0/00000.png")
-    assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (20, "DPMSolverPP2M", [], 0)
+    assert (said["steps"], said["sampler"], said["category"], said["seed"]) == (
+        20,
+        "DPMSolverPP2M",
+        [],
+        0,
+    )
 
 
-def test_the_same_command_makes_the_same_images_and_another_seed_does_not(run: Path, tmp_path: Path) -> None:
+def test_the_same_command_makes_the_same_images_and_another_seed_does_not(
+    run: Path, tmp_path: Path
+) -> None:
     for folder, seed, num in (("a", 0, 2), ("b", 0, 3), ("c", 1, 2)):
         assert (
-            sfumato("sample", run, "--num", num, "--category", 4, "--steps", 3, "--seed", seed, "--out", tmp_path / folder).code
+            sfumato(
+                "sample",
+                run,
+                "--num",
+                num,
+                "--category",
+                4,
+                "--steps",
+                3,
+                "--seed",
+                seed,
+                "--out",
+                tmp_path / folder,
+            ).code
             == 0
         )
     a, b, c = (pixels(tmp_path / folder / "00001.png") for folder in "abc")
@@ -154,19 +208,46 @@ def test_weights_and_precisions_that_there_are_not_are_refused(run: Path) -> Non
 
 def test_averaged_and_raw_weights_differ(run: Path, tmp_path: Path) -> None:
     for weights in ("ema", "raw"):
-        assert sfumato("sample", run, "--num", 4, "--steps", 3, "--weights", weights, "--out", tmp_path / weights).code == 0
+        assert (
+            sfumato(
+                "sample",
+                run,
+                "--num",
+                4,
+                "--steps",
+                3,
+                "--weights",
+                weights,
+                "--out",
+                tmp_path / weights,
+            ).code
+            == 0
+        )
     grids = [pixels(tmp_path / weights / "grid.png") for weights in ("ema", "raw")]
     assert (grids[0] != grids[1]).any()
     assert settings(tmp_path / "raw" / "grid.png")["weights"] == "raw"
 
 
-def test_the_network_is_compiled_if_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_compiled_if_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That the images are the same: tests/training/test_compiling.py."""
     compiled = []
     train_classifiers_briefly(monkeypatch, steps=5)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: compiled.append(type(network).__name__))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda network, mode: compiled.append(type(network).__name__)
+    )
     sample = ("sample", run, "--num", 1, "--steps", 1, "--out", tmp_path)
-    evaluate = ("evaluate", run, "--num", 10, "--guidance", 1, "--out", tmp_path / "evaluation.json")
+    evaluate = (
+        "evaluate",
+        run,
+        "--num",
+        10,
+        "--guidance",
+        1,
+        "--out",
+        tmp_path / "evaluation.json",
+    )
     for command, times in ((sample, 0), ((*sample, "--compile"), 1), ((*evaluate, "--compile"), 2)):
         assert sfumato(*command).code == 0
         assert compiled == ["UNet"] * times
@@ -177,7 +258,8 @@ def test_a_trajectory_shows_noisy_images_and_guesses(run: Path, tmp_path: Path) 
     assert result.out == f"{tmp_path}/trajectory.png\n{tmp_path}/grid.png\n"
     image = Image.open(tmp_path / "trajectory.png")
     left, top = 16 + 7 * len("guess of x0"), 22
-    assert image.size == (left + 5 * TILE, top + 4 * TILE)  # four steps and the result; two rows for each image
+    # four steps and the result; two rows for each image
+    assert image.size == (left + 5 * TILE, top + 4 * TILE)
 
     def tile(row: int, column: int) -> np.ndarray:
         place = np.asarray(image)[top + row * TILE :, left + column * TILE :]
@@ -197,7 +279,8 @@ def test_a_trajectory_shows_noisy_images_and_guesses(run: Path, tmp_path: Path) 
         (["--category", "seven"], "no category 'seven'\n  hint: the model knows 0, 1, 2, 3"),
         (
             ["--sampler", "dpm-solver++"],
-            "no sampler 'dpm-solver++'\n  hint: did you mean 'dpm-solver++2m'? there are ddim, ddpm",
+            "no sampler 'dpm-solver++'\n  hint: did you mean 'dpm-solver++2m'? there are ddim, "
+            "ddpm",
         ),
     ],
 )
@@ -210,15 +293,28 @@ def test_what_the_model_does_not_know_is_said(run: Path, option: list[str], said
 def test_explaining_a_run_uses_its_model(run: Path, tmp_path: Path) -> None:
     result = sfumato("explain", run)
     assert result.code == 0
-    assert [Path(line).name for line in result.out.splitlines()][-3:] == ["way_back.png", "guidance.png", "README.md"]
+    assert [Path(line).name for line in result.out.splitlines()][-3:] == [
+        "way_back.png",
+        "guidance.png",
+        "README.md",
+    ]
     assert "by the trained model" in (run / "explained" / "README.md").read_text()
-    assert sfumato("explain", run, "--out", tmp_path / "here").out.startswith(f"{tmp_path}/here/schedule.png\n")
+    assert sfumato("explain", run, "--out", tmp_path / "here").out.startswith(
+        f"{tmp_path}/here/schedule.png\n"
+    )
 
 
 def test_explaining_a_steered_run_draws_rising_guidance(run: Path, tmp_path: Path) -> None:
-    figure = next(Path(line) for line in sfumato("explain", run, "--out", tmp_path).out.split() if "guidance.png" in line)
+    figure = next(
+        Path(line)
+        for line in sfumato("explain", run, "--out", tmp_path).out.split()
+        if "guidance.png" in line
+    )
     scales = 5
-    assert Image.open(figure).size == (16 + 7 * len("guidance 1.5") + 10 * TILE, GAP + 20 + scales * TILE)
+    assert Image.open(figure).size == (
+        16 + 7 * len("guidance 1.5") + 10 * TILE,
+        GAP + 20 + scales * TILE,
+    )
     assert "at guidance 1, 1.5, 2, 3, 5, 20 steps" in (tmp_path / "README.md").read_text()
 
 
@@ -226,7 +322,11 @@ def test_samplers_of_a_run_are_compared(run: Path) -> None:
     result = sfumato("compare", run, "--sampler", "ddpm:3", "--sampler", "ddim:2")
     assert result.code == 0
     assert result.out.splitlines()[-1] == f"{run}/compared/seed-0.png"
-    assert settings(run / "compared" / "seed-0.png")["rows"][1] == {"sampler": "ddim", "steps": 2, "guidance": 1.3}
+    assert settings(run / "compared" / "seed-0.png")["rows"][1] == {
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance": 1.3,
+    }
 
 
 def test_a_folder_with_bad_images_is_trained_on_and_they_are_listed(tmp_path: Path) -> None:
@@ -234,7 +334,12 @@ def test_a_folder_with_bad_images_is_trained_on_and_they_are_listed(tmp_path: Pa
         path = tmp_path / "digits" / entry.category / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(entry.image.read())
-    bad = {"0/cut.jpg": b"\xff\xd8\xff\xe0", "1/empty.png": b"", "2/page.png": b"<html>", "3/ev\x1b[2Jil.gif": b"GIF89a"}
+    bad = {
+        "0/cut.jpg": b"\xff\xd8\xff\xe0",
+        "1/empty.png": b"",
+        "2/page.png": b"<html>",
+        "3/ev\x1b[2Jil.gif": b"GIF89a",
+    }
     for name, data in bad.items():
         (tmp_path / "digits" / name).write_bytes(data)
     small = [
@@ -245,24 +350,39 @@ def test_a_folder_with_bad_images_is_trained_on_and_they_are_listed(tmp_path: Pa
         "preview.num=2",
     ]
     result = sfumato(
-        "train", tmp_path / "digits", "budget.steps=2", "data.cache=off", "data.memory_gib=0", *small, "--run", tmp_path / "run"
+        "train",
+        tmp_path / "digits",
+        "budget.steps=2",
+        "data.cache=off",
+        "data.memory_gib=0",
+        *small,
+        "--run",
+        tmp_path / "run",
     )
     assert result.code == 0
     assert "44 files: 40 images used, 4 left out (" in result.err
     assert "\x1b" not in result.err
     data = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert {reject["file"] for reject in data["rejects"]} == {name.replace("\x1b", "\\x1b") for name in bad}
+    assert {reject["file"] for reject in data["rejects"]} == {
+        name.replace("\x1b", "\\x1b") for name in bad
+    }
     assert all(reject["reason"] for reject in data["rejects"])
     assert data["images"] == 40
 
 
-def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_prints_a_table_and_writes_its_figures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_classifiers_briefly(monkeypatch, steps=30)
     out = tmp_path / "here" / "figures.json"
     result = sfumato("evaluate", run, "--num", 20, "--guidance", 1, "--guidance", 2, "--out", out)
     assert result.code == 0
     figures = json.loads(out.read_text())
-    assert [row["name"] for row in figures["rows"]] == ["held-out real images", "samples, guidance 1", "samples, guidance 2"]
+    assert [row["name"] for row in figures["rows"]] == [
+        "held-out real images",
+        "samples, guidance 1",
+        "samples, guidance 2",
+    ]
     assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
     assert f"{figures['classifier_accuracy']:.1%} right on 291 held-out ones" in result.out
     assert f"{figures['rows'][2]['category_accuracy']:.1%} [" in result.out
@@ -277,15 +397,34 @@ def test_evaluate_prints_a_table_and_writes_its_figures(run: Path, tmp_path: Pat
 
 def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_path: Path) -> None:
     for number in range(24):
-        Image.new("RGB", (8, 8), (number * 10, 99, 255 - number * 10)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (8, 8), (number * 10, 99, 255 - number * 10)).save(
+            tmp_path / f"{number}.png"
+        )
         (tmp_path / f"{number}.txt").write_text(f"colour {number}")
-    settings = ("network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]", "data.holdout=0.3")
+    settings = (
+        "network.channels=32",
+        "network.multipliers=[1]",
+        "network.attention_depths=[]",
+        "data.holdout=0.3",
+    )
     run = tmp_path / "run"
-    trained = sfumato("train", tmp_path, "--run", run, "budget.steps=2", "precision=float32", "data.resolution=8", *settings)
+    trained = sfumato(
+        "train",
+        tmp_path,
+        "--run",
+        run,
+        "budget.steps=2",
+        "precision=float32",
+        "data.resolution=8",
+        *settings,
+    )
     assert trained.code == 0
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
-    assert "no categories, so that samples are not read by a classifier; Fréchet distances to " in result.out
+    assert (
+        "no categories, so that samples are not read by a classifier; Fréchet distances to "
+        in result.out
+    )
     assert "held-out real images" in result.out
     assert "note: only " in result.out
     assert "a Fréchet distance is not given for" in result.out
@@ -294,10 +433,14 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     assert sfumato("explain", run).code == 0  # though there are no categories to draw
 
 
-def test_a_run_among_the_images_is_no_part_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_among_the_images_is_no_part_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`cd photos; sfumato train .` puts it there."""
     for number in range(20):
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
     monkeypatch.chdir(tmp_path)
     small = (
         "network.channels=32",
@@ -315,11 +458,18 @@ def test_a_run_among_the_images_is_no_part_of_them(tmp_path: Path, monkeypatch: 
     assert "no categories, so that samples are not read by a classifier; " in result.out
 
 
-def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_classifiers_briefly(monkeypatch, steps=5)
     result = sfumato("evaluate", run, "--num", 10, "--json")
     assert result.code == 0
-    assert json.loads(result.out) == json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert json.loads(result.out) == json.loads(
+        (run / "evaluation" / "evaluation.json").read_text()
+    )
     own = load_yaml_file(run / "config.yaml")["sampling"]["guidance"]
     figures = json.loads((run / "evaluation" / "evaluation.json").read_text())
-    assert [row["name"] for row in figures["rows"][1:]] == ["samples, guidance 1", f"samples, guidance {own:g}"]
+    assert [row["name"] for row in figures["rows"][1:]] == [
+        "samples, guidance 1",
+        f"samples, guidance {own:g}",
+    ]

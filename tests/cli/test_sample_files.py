@@ -1,4 +1,6 @@
-"""What `sfumato sample` writes and where: never over another request's images, each whole, completed by the same command."""
+"""What `sfumato sample` writes and where: never over another request's images, each whole,
+completed by the same command.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,34 @@ Made = Callable[..., Pipeline]
 
 def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeline:
     """A tiny model with random weights; any facts of its training set."""
-    contexts = ContextConfig(category=CategoryConfig(size=8), text=LearnedTextConfig(size=16, layers=1, heads=2, length=9))
+    contexts = ContextConfig(
+        category=CategoryConfig(size=8),
+        text=LearnedTextConfig(size=16, layers=1, heads=2, length=9),
+    )
     run = Run(
         name="tiny",
-        network=UNetConfig(channels=32, multipliers=(1,), blocks=1, attention_depths=(), head_channels=32),
+        network=UNetConfig(
+            channels=32, multipliers=(1,), blocks=1, attention_depths=(), head_channels=32
+        ),
         conditioner=contexts if steered else ContextConfig(),
         sampling=SamplingConfig(steps=2),
         data=DataConfig(source=Digits(), resolution=SIDE, channels=channels),
     )
-    known = ConditioningInfo(channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **facts)
+    known = ConditioningInfo(
+        channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **facts
+    )
     model = build_model(run, known).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     shape = (channels, SIDE, SIDE)
-    return Pipeline(model=model, autoencoder=Pixels(channels), sampling=run.sampling, facts=known, image_shape=shape)
+    return Pipeline(
+        model=model,
+        autoencoder=Pixels(channels),
+        sampling=run.sampling,
+        facts=known,
+        image_shape=shape,
+    )
 
 
 @pytest.fixture
@@ -75,17 +90,22 @@ def names(folder: str | Path) -> set[str]:
 
 
 def pixels(folder: str | Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("0*.png"))])
+    return np.stack(
+        [np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("0*.png"))]
+    )
 
 
-# --- never over another's files ------------------------------------------------------------------------------------------------
+# --- never over another's files -------------------------------------------------------------------
 
 
 def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_completed(run: Path) -> None:
     assert sampled(run, "--num", 2, "--prompt", "a heart").out == "run/generated/seed-0/grid.png\n"
     first = (run / "generated/seed-0/00000.png").stat()
     assert sampled(run, "--num", 2, "--prompt", "red").out == "run/generated/seed-0-2/grid.png\n"
-    assert sampled(run, "--num", 2, "--prompt", "a red heart").out == "run/generated/seed-0-3/grid.png\n"
+    assert (
+        sampled(run, "--num", 2, "--prompt", "a red heart").out
+        == "run/generated/seed-0-3/grid.png\n"
+    )
     result = sampled(run, "--num", 4, "--prompt", "a heart")
     assert result.out == "run/generated/seed-0/grid.png\n"
     assert "note: 2 of 4 images are in run/generated/seed-0 already" in result.err
@@ -94,16 +114,25 @@ def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_completed(
     assert names(run / "generated/seed-0") == {"grid.png", *(f"0000{i}.png" for i in range(4))}
     sampled(run, "--num", 4, "--prompt", "a heart", "--out", "fresh")
     assert np.abs(pixels(run / "generated/seed-0") - pixels("fresh")).max() <= 1
-    assert (np.asarray(Image.open(run / "generated/seed-0/grid.png")) == np.asarray(Image.open("fresh/grid.png"))).all()
+    assert (
+        np.asarray(Image.open(run / "generated/seed-0/grid.png"))
+        == np.asarray(Image.open("fresh/grid.png"))
+    ).all()
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--steps", 3], ["--sampler", "ddim"], ["--category", "cat"], ["--guidance", 1.5, "--prompt", "red"], ["--clip"],
-        ["--precision", "bfloat16"], ["--format", "tiff"], ["--to-seed", 4],
+        ["--steps", 3],
+        ["--sampler", "ddim"],
+        ["--category", "cat"],
+        ["--guidance", 1.5, "--prompt", "red"],
+        ["--clip"],
+        ["--precision", "bfloat16"],
+        ["--format", "tiff"],
+        ["--to-seed", 4],
     ],
-)  # fmt: skip
+)
 def test_whatever_decides_an_image_makes_another_request(run: Path, options: list[object]) -> None:
     sampled(run, "--num", 1)
     assert sampled(run, "--num", 1, *options).out == "run/generated/seed-0-2/grid.png\n"
@@ -131,7 +160,9 @@ def test_a_file_of_ones_own_is_not_replaced(run: Path, name: str) -> None:
     before = Path("mine", name).read_bytes()
     result = sampled(run, "--num", 2, "--out", "mine")
     assert result.code == 2
-    assert result.err.startswith("error: mine: holds 1 file(s) that would be replaced and were not made by this request")
+    assert result.err.startswith(
+        "error: mine: holds 1 file(s) that would be replaced and were not made by this request"
+    )
     assert "--out" in result.err
     assert (names("mine"), Path("mine", name).read_bytes()) == ({name}, before)
 
@@ -142,9 +173,19 @@ def test_what_else_a_folder_holds_stays_and_is_said(run: Path) -> None:
     Path("mine/notes.txt").write_text("kept")
     result = sampled(run, "--num", 2, "--out", "mine")
     assert result.code == 0
-    assert "note: mine also holds 1 more image(s) of the same request, made with a larger --num" in result.err
+    assert (
+        "note: mine also holds 1 more image(s) of the same request, made with a larger --num"
+        in result.err
+    )
     assert "note: mine also holds 1 numbered image(s) that this request did not make" in result.err
-    assert names("mine") == {"00000.png", "00001.png", "00002.png", "00009.png", "grid.png", "notes.txt"}
+    assert names("mine") == {
+        "00000.png",
+        "00001.png",
+        "00002.png",
+        "00009.png",
+        "grid.png",
+        "notes.txt",
+    }
 
 
 def test_images_without_settings_by_an_older_version_are_left_alone(run: Path) -> None:
@@ -155,19 +196,27 @@ def test_images_without_settings_by_an_older_version_are_left_alone(run: Path) -
 
 
 def test_two_jobs_at_a_time_never_share_a_folder(run: Path) -> None:
-    (run / "generated/seed-0").mkdir(parents=True)  # of a job that has not written its first image yet
+    # of a job that has not written its first image yet
+    (run / "generated/seed-0").mkdir(parents=True)
     assert sampled(run, "--num", 1).out == "run/generated/seed-0-2/grid.png\n"
 
 
-# --- stops and full disks ------------------------------------------------------------------------------------------------------
+# --- stops and full disks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_job_keeps_what_is_finished_and_goes_on(run: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_job_keeps_what_is_finished_and_goes_on(
+    run: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = Generated.write
     with monkeypatch.context() as patch:
         patch.setattr(
-            Generated, "write", lambda self, i, image: (write(self, i, image), i == 63 and os.kill(os.getpid(), number))[0]
+            Generated,
+            "write",
+            lambda self, i, image: (
+                write(self, i, image),
+                i == 63 and os.kill(os.getpid(), number),
+            )[0],
         )
         result = sampled(run, "--num", 67, "--out", "made")
     assert result.code == 128 + number
@@ -180,7 +229,9 @@ def test_a_stopped_job_keeps_what_is_finished_and_goes_on(run: Path, number: int
     assert np.abs(pixels("made") - pixels("fresh")).max() <= 1
 
 
-def test_a_disk_that_fills_up_keeps_what_is_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_keeps_what_is_finished(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = Generated.write
 
     def full(self: Generated, number: int, image: torch.Tensor) -> Path:
@@ -191,7 +242,10 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(run: Path, monkeypatch: pyt
     monkeypatch.setattr(Generated, "write", full)
     result = sampled(run, "--num", 4, "--out", "made")
     assert result.code == 2
-    assert "made: cannot be written to: No space left on device (2 of 4 images are there)" in result.err
+    assert (
+        "made: cannot be written to: No space left on device (2 of 4 images are there)"
+        in result.err
+    )
     assert "--out" in result.err
     assert names("made") == {"00000.png", "00001.png"}
 
@@ -209,23 +263,37 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
         assert result.code == 2
         assert "cannot be written to" in result.err
         assert "name another folder with --out" in result.err
-    monkeypatch.setattr(output_folder.tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        output_folder.tempfile,
+        "NamedTemporaryFile",
+        lambda **_: (_ for _ in ()).throw(OSError(28, "full")),
+    )
     assert "run/generated: cannot be written to: full" in sampled(run).err
     assert names(run) == {"config.yaml"}
 
 
-# --- what is written -----------------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("channels", "facts", "mode", "ending"),
     [
-        (2, {}, "LA", "png"), (4, {}, "RGBA", "png"), (4, {"alpha": "premultiplied"}, "RGBA", "png"), (1, {"bits": 16}, "I;16", "png"),
-        (3, {"bits": 16}, "RGB", "png"), (4, {"alpha": "none"}, None, "tiff"), (5, {}, None, "tiff"),
+        (2, {}, "LA", "png"),
+        (4, {}, "RGBA", "png"),
+        (4, {"alpha": "premultiplied"}, "RGBA", "png"),
+        (1, {"bits": 16}, "I;16", "png"),
+        (3, {"bits": 16}, "RGB", "png"),
+        (4, {"alpha": "none"}, None, "tiff"),
+        (5, {}, None, "tiff"),
     ],
-)  # fmt: skip
+)
 def test_what_the_model_has_is_what_is_written(
-    run: Path, monkeypatch: pytest.MonkeyPatch, channels: int, facts: dict, mode: str | None, ending: str
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    facts: dict,
+    mode: str | None,
+    ending: str,
 ) -> None:
     trained(monkeypatch, pipeline(channels, steered=False, **facts))
     result = sampled(run, "--num", 2, "--out", "made")
@@ -237,7 +305,8 @@ def test_what_the_model_has_is_what_is_written(
         with Image.open("made/00000.png") as image:
             assert image.mode == mode
     before = np.asarray(Image.open("made/grid.png")).astype(int)
-    assert sampled(run, "--num", 2, "--out", "made").code == 0  # the grid of images that are read back
+    # the grid of images that are read back
+    assert sampled(run, "--num", 2, "--out", "made").code == 0
     assert np.abs(np.asarray(Image.open("made/grid.png")).astype(int) - before).max() <= 2
 
 
@@ -265,10 +334,14 @@ def test_each_format_is_completed_by_the_same_command(run: Path, kind: str) -> N
     result = sampled(run, "--num", 2, "--format", kind, "--out", "made")
     assert result.code == 0
     assert "note: 1 of 2 images are in made already" in result.err
-    assert names("made") == {"grid.png", f"00000.{kind}", f"00001.{kind}"} | ({"settings.json"} if kind == "npy" else set())
+    assert names("made") == {"grid.png", f"00000.{kind}", f"00001.{kind}"} | (
+        {"settings.json"} if kind == "npy" else set()
+    )
 
 
-def test_values_of_the_source_are_said_in_the_settings(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_the_source_are_said_in_the_settings(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(monkeypatch, pipeline(steered=False, value_range=(-1.0, 3.0)))
     for kind, held in (("png", False), ("npy", True)):
         sampled(run, "--num", 1, "--format", kind, "--out", kind)
@@ -290,7 +363,9 @@ def test_there_are_as_many_images_as_prompts_unless_fewer_are_wanted(run: Path) 
     prompts = [option for i in range(20) for option in ("--prompt", f"red {i}")]
     result = sampled(run, *prompts, "--out", "all")
     assert len(pixels("all")) == 20
-    assert all(line.startswith("note: the captions never contained") for line in result.err.splitlines())
+    assert all(
+        line.startswith("note: the captions never contained") for line in result.err.splitlines()
+    )
     assert sampled(run, "--out", "sixteen", "--prompt", "red").code == 0
     assert len(pixels("sixteen")) == 16
     result = sampled(run, *prompts, "--num", 18, "--out", "some")
@@ -312,14 +387,18 @@ def test_inputs_lie_above_the_images(run: Path) -> None:
     assert settings_of(Path("made/00000.png"))["sampler"] == "churn"
 
 
-def test_a_large_grid_shows_the_first_images_and_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_grid_shows_the_first_images_and_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     monkeypatch.setattr(sample_job, "GRID_MOST", 16)
     result = sampled(run, "--num", 17, "--out", "made")
     assert "note: grid.png shows the first 16 of 17 images" in result.err
 
 
-def test_the_network_is_compiled_only_where_that_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_compiled_only_where_that_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[Pipeline] = []
     monkeypatch.setattr(Pipeline, "compile", lambda model: compiled.append(model))
     assert sampled(run, "--num", 1).code == 0
@@ -328,16 +407,22 @@ def test_the_network_is_compiled_only_where_that_is_said(run: Path, monkeypatch:
     assert len(compiled) == 1
 
 
-# --- refused -------------------------------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--guidance", 3], "guidance 3 has nothing to act on: no context is given"),
-        (["--guidance", "text=3", "--category", "cat"], "guidance 3 has nothing to act on: no text is given"),
+        (
+            ["--guidance", "text=3", "--category", "cat"],
+            "guidance 3 has nothing to act on: no text is given",
+        ),
         (["--resample", 4], "resampling where no part of an image is kept"),
-        (["--category", "solo"], "category 'solo' was never trained: all of its images are held out"),
+        (
+            ["--category", "solo"],
+            "category 'solo' was never trained: all of its images are held out",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(
@@ -350,13 +435,20 @@ def test_what_would_have_no_effect_is_refused(
     assert names(run) == {"config.yaml"}
 
 
-def test_guidance_of_a_model_that_nothing_steers_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_of_a_model_that_nothing_steers_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(monkeypatch, pipeline(steered=False))
-    assert "guidance 3 has nothing to act on: the model is steered by nothing" in sampled(run, "--guidance", 3).err
+    assert (
+        "guidance 3 has nothing to act on: the model is steered by nothing"
+        in sampled(run, "--guidance", 3).err
+    )
     assert sampled(run, "--guidance", 1, "--num", 1).code == 0
 
 
-def test_images_that_are_not_finite_are_an_error_and_not_black(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_not_finite_are_an_error_and_not_black(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = pipeline()
     next(broken.model.network.parameters()).fill_(float("nan"))
     trained(monkeypatch, broken)
@@ -371,6 +463,8 @@ def test_images_that_are_not_finite_are_an_error_and_not_black(run: Path, monkey
 
 def test_clipping_changes_images_and_has_no_meaning_in_latents(run: Path) -> None:
     model = pipeline()
-    assert float((model.sample(2, steps=4, clip=True) - model.sample(2, steps=4)).abs().max()) > 1e-3
+    assert (
+        float((model.sample(2, steps=4, clip=True) - model.sample(2, steps=4)).abs().max()) > 1e-3
+    )
     configured = replace(model, sampling=replace(model.sampling, clip=True))
     assert torch.equal(configured.sample(2, steps=4), model.sample(2, steps=4, clip=True))

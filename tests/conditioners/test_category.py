@@ -27,7 +27,10 @@ def test_dropout_to_null_is_per_sample() -> None:
 
 def test_each_draw_below_the_dropout_sends_its_own_sample_to_null() -> None:
     part = made(dropout=0.25)
-    joint, context = CompositeConditioner({"category": part}), {"category": torch.tensor([0, 1, 2, 0])}
+    joint, context = (
+        CompositeConditioner({"category": part}),
+        {"category": torch.tensor([0, 1, 2, 0])},
+    )
     kept = joint(context, 4).vector
     mixed = joint(context, 4, draws=torch.tensor([[0.25], [0.2499], [0.9], [0.0]])).vector
     assert torch.equal(kept, part(context, 4).vector)
@@ -37,13 +40,17 @@ def test_each_draw_below_the_dropout_sends_its_own_sample_to_null() -> None:
 
 
 def test_the_learned_vectors_are_found_by_the_name_of_the_part() -> None:
-    assert list(CompositeConditioner({"category": made()}).state_dict()) == ["parts.category.embedding.weight"]
+    assert list(CompositeConditioner({"category": made()}).state_dict()) == [
+        "parts.category.embedding.weight"
+    ]
 
 
 def test_without_parts_no_slot_is_filled() -> None:
     nothing = CompositeConditioner({})
     assert nothing.sizes == NO_CONTEXT
     assert nothing({}, 3) is NO_CONDITION
-    assert nothing({"category": torch.tensor([0, 1, 2])}, 3, draws=torch.zeros(3, 1)) is NO_CONDITION
+    assert (
+        nothing({"category": torch.tensor([0, 1, 2])}, 3, draws=torch.zeros(3, 1)) is NO_CONDITION
+    )
     assert nothing.null(3) is NO_CONDITION
     assert NO_CONDITION.replaced_where(torch.tensor([True]), nothing.null(1)).slots() == {}

@@ -55,14 +55,21 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
         {"category": torch.tensor([0, 1, -1, 2, 0])},
     ),
     "attributes": lambda: (
-        AttributesConditioner(AttributesConfig(size=8), names=["age", "asleep"], mean=[3.0, 0.5], deviation=[2.0, 0.5]),
+        AttributesConditioner(
+            AttributesConfig(size=8), names=["age", "asleep"], mean=[3.0, 0.5], deviation=[2.0, 0.5]
+        ),
         {"attributes": with_missing(torch.rand(B, 2))},
     ),
     "text": lambda: (
-        LearnedTextConditioner(LearnedTextConfig(size=8, heads=2, length=9), words=WordTokenizer.fitted(TEXTS, most=3)),
+        LearnedTextConditioner(
+            LearnedTextConfig(size=8, heads=2, length=9), words=WordTokenizer.fitted(TEXTS, most=3)
+        ),
         {"text": TEXTS},
     ),
-    "doodle": lambda: (DoodleConditioner(DoodleConfig()), {"doodle": with_missing(torch.rand(B, 1, SIDE, SIDE) * 2 - 1)}),
+    "doodle": lambda: (
+        DoodleConditioner(DoodleConfig()),
+        {"doodle": with_missing(torch.rand(B, 1, SIDE, SIDE) * 2 - 1)},
+    ),
     "image": lambda: (
         ImageConditioner(ImageConfig(), channels=3),
         {"image": with_missing(torch.rand(B, 3, SIDE, SIDE) * 2 - 1)},
@@ -71,9 +78,15 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
         ReferenceConditioner(ReferenceConfig(size=8, side=2), channels=3),
         {"reference": with_missing(torch.rand(B, 3, SIDE, SIDE) * 2 - 1)},
     ),
-    "points": lambda: (PointsConditioner(PointsConfig(size=8, heads=2, tokens=4), dimensions=2), {"points": points(2)}),
+    "points": lambda: (
+        PointsConditioner(PointsConfig(size=8, heads=2, tokens=4), dimensions=2),
+        {"points": points(2)},
+    ),
     "points of 3-D with features, splatted": lambda: (
-        PointsConditioner(PointsConfig(size=8, heads=2, tokens=4, frame="own", splat=SplatConfig(side=SIDE)), dimensions=5),
+        PointsConditioner(
+            PointsConfig(size=8, heads=2, tokens=4, frame="own", splat=SplatConfig(side=SIDE)),
+            dimensions=5,
+        ),
         {"points": points(5)},
     ),
 }
@@ -94,7 +107,12 @@ def whole(condition: Condition, like: Condition) -> Condition:
     """Maps that are the same everywhere, at the other's height and width."""
     if condition.spatial is None or like.spatial is None:
         return condition
-    return Condition(**{**condition.slots(), "spatial": condition.spatial.expand(-1, -1, *like.spatial.shape[2:])})
+    return Condition(
+        **{
+            **condition.slots(),
+            "spatial": condition.spatial.expand(-1, -1, *like.spatial.shape[2:]),
+        }
+    )
 
 
 def assert_close(a: Condition, b: Condition) -> None:
@@ -103,7 +121,9 @@ def assert_close(a: Condition, b: Condition) -> None:
         torch.testing.assert_close(slot, b.slots()[name], atol=1e-5, rtol=1e-5)
 
 
-def test_fills_the_slots_that_it_names_with_finite_numbers(made: tuple[Any, dict[str, Any]]) -> None:
+def test_fills_the_slots_that_it_names_with_finite_numbers(
+    made: tuple[Any, dict[str, Any]],
+) -> None:
     conditioner, context = made
     for condition in (conditioner(context, B), conditioner.null(B), conditioner({}, B)):
         assert ContextSizes.of(condition) == conditioner.sizes
@@ -117,7 +137,8 @@ def test_what_is_missing_asks_for_nothing(made: tuple[Any, dict[str, Any]]) -> N
     assert_close(conditioner({}, 1), null)
     others = given.map(lambda slot: slot[:1])
     assert any(
-        not torch.allclose(a, b) for a, b in zip(others.slots().values(), whole(null, others).slots().values(), strict=True)
+        not torch.allclose(a, b)
+        for a, b in zip(others.slots().values(), whole(null, others).slots().values(), strict=True)
     )
 
 
@@ -125,7 +146,10 @@ def test_images_of_a_batch_do_not_see_one_another(made: tuple[Any, dict[str, Any
     conditioner, context = made
     together = conditioner(context, B)
     for i in range(B):
-        assert_close(conditioner(rows(context, slice(i, i + 1)), 1), together.map(lambda slot, i=i: slot[i : i + 1]))
+        assert_close(
+            conditioner(rows(context, slice(i, i + 1)), 1),
+            together.map(lambda slot, i=i: slot[i : i + 1]),
+        )
     order = [3, 1, 4, 0, 2]
     assert_close(conditioner(reordered(context, order), B), together.map(lambda slot: slot[order]))
 
@@ -140,15 +164,21 @@ def test_gradient_reaches_every_parameter(made: tuple[Any, dict[str, Any]]) -> N
     assert still == []
 
 
-def test_training_contexts_depend_on_the_samples_numbers_only(made: tuple[Any, dict[str, Any]]) -> None:
+def test_training_contexts_depend_on_the_samples_numbers_only(
+    made: tuple[Any, dict[str, Any]],
+) -> None:
     conditioner, context = made
     images = torch.rand(B, 3, SIDE, SIDE) * 2 - 1
     together = conditioner.derive(images, context, seed=4, first=100)
     for i in range(B):
-        alone = conditioner.derive(images[i : i + 1], rows(context, slice(i, i + 1)), seed=4, first=100 + i)
+        alone = conditioner.derive(
+            images[i : i + 1], rows(context, slice(i, i + 1)), seed=4, first=100 + i
+        )
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            torch.testing.assert_close(value, together[name][i : i + 1], equal_nan=True, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                value, together[name][i : i + 1], equal_nan=True, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_points_in_another_order_and_rows_of_nothing_change_nothing() -> None:
@@ -162,8 +192,11 @@ def test_points_in_another_order_and_rows_of_nothing_change_nothing() -> None:
 
 
 def test_points_are_splatted_where_they_lie() -> None:
-    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, splat=SplatConfig(side=8, width=0.5)), dimensions=2)
-    corner = torch.tensor([[[7 / 8, 7 / 8], [-7 / 8, 1 / 8]]])  # centres of the pixels at the top right, and at the left
+    conditioner = PointsConditioner(
+        PointsConfig(size=8, heads=2, splat=SplatConfig(side=8, width=0.5)), dimensions=2
+    )
+    # centres of the pixels at the top right, and at the left
+    corner = torch.tensor([[[7 / 8, 7 / 8], [-7 / 8, 1 / 8]]])
     spots = conditioner({"points": corner}, 1).spatial[0, 0]
     assert spots[0, 7] == pytest.approx(1, abs=1e-5)
     assert spots[3, 0] == pytest.approx(1, abs=1e-5)
@@ -179,7 +212,9 @@ def test_a_cloud_in_its_own_frame_may_lie_anywhere() -> None:
 def test_training_clouds_are_thinned_and_never_emptied() -> None:
     conditioner = PointsConditioner(PointsConfig(size=8, heads=2, min_points=3), dimensions=2)
     cloud = torch.rand(200, 50, 2)
-    thin = conditioner.derive(torch.zeros(200, 1, 8, 8), {"points": cloud}, seed=0, first=0)["points"]
+    thin = conditioner.derive(torch.zeros(200, 1, 8, 8), {"points": cloud}, seed=0, first=0)[
+        "points"
+    ]
     counts = (~thin.isnan().any(2)).sum(1)
     assert counts.min() >= 1
     assert counts.min() < 10 < 40 < counts.max()
@@ -192,7 +227,9 @@ def test_small_clouds_beside_large_ones_keep_as_many_points_as_others_do() -> No
     cloud = torch.rand(300, 200, 2)
     cloud[::3, 20:] = math.nan  # 20 points, and 6 in the next: all of them
     cloud[1::3, 6:] = math.nan
-    thin = conditioner.derive(torch.zeros(300, 1, 8, 8), {"points": cloud}, seed=0, first=0)["points"]
+    thin = conditioner.derive(torch.zeros(300, 1, 8, 8), {"points": cloud}, seed=0, first=0)[
+        "points"
+    ]
     counts = (~thin.isnan().any(2)).sum(1)
     for offset, (least, most) in enumerate([(10, 20), (6, 6), (10, 200)]):
         assert counts[offset::3].min() >= least
@@ -206,7 +243,9 @@ def test_what_is_lost_once_is_not_lost_twice(lost: Any) -> None:
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     once = lost.given(images)
     assert not torch.allclose(once, images)
-    torch.testing.assert_close(lost.given(once), once, atol=0.35 if isinstance(lost, Shrink) else 1e-6, rtol=0)
+    torch.testing.assert_close(
+        lost.given(once), once, atol=0.35 if isinstance(lost, Shrink) else 1e-6, rtol=0
+    )
 
 
 def test_shrinking_keeps_means_of_blocks() -> None:
@@ -231,13 +270,17 @@ def test_holes_are_rectangles_of_the_sizes_asked_for() -> None:
 def test_a_hole_is_told_from_black_and_white() -> None:
     conditioner = ImageConditioner(ImageConfig(degradation=Holes()), channels=1)
     image = torch.tensor([[[[1.0, -1.0], [0.0, math.nan]]]])
-    assert conditioner({"image": image}, 1).spatial.tolist() == [[[[1, -1], [0, 0]], [[1, 1], [1, 0]]]]
+    assert conditioner({"image": image}, 1).spatial.tolist() == [
+        [[[1, -1], [0, 0]], [[1, 1], [1, 0]]]
+    ]
 
 
 def test_lines_are_drawn_where_the_image_changes_and_nowhere_else() -> None:
     image = torch.ones(1, 3, 32, 32)
     image[..., 8:24, 8:24] = torch.tensor([-1.0, 0.5, 0.0]).view(3, 1, 1)
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(image, {}, seed=0, first=0)["doodle"]
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(
+        image, {}, seed=0, first=0
+    )["doodle"]
     ink = (1 - drawn[0, 0]) / 2
     rim = torch.zeros(32, 32, dtype=torch.bool)
     rim[6:26, 6:26] = True
@@ -251,7 +294,9 @@ def test_wobble_and_dropped_strokes_change_lines_a_little() -> None:
     image = torch.ones(1, 1, 32, 32).repeat(40, 1, 1, 1)
     image[..., 8:24, 8:24] = -1
     straight, bent = (
-        DoodleConditioner(DoodleConfig(wobble=wobble, missing_lines=dropped)).derive(image, {}, seed=0, first=0)["doodle"]
+        DoodleConditioner(DoodleConfig(wobble=wobble, missing_lines=dropped)).derive(
+            image, {}, seed=0, first=0
+        )["doodle"]
         for wobble, dropped in ((0, 0), (0.05, 0.5))
     )
     ink, other = (1 - straight) / 2, (1 - bent) / 2
@@ -264,7 +309,9 @@ def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None
     image = torch.ones(2, 1, 32, 32)
     image[0, :, :, 15:17] = -1  # a stroke two pixels wide
     image[1, :, :, 16:] = -1  # a dark half
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(image, {}, seed=0, first=0)["doodle"]
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(
+        image, {}, seed=0, first=0
+    )["doodle"]
     inked = [torch.nonzero(row < 0).flatten().tolist() for row in drawn[:, 0, 16]]
     assert inked[0] == [15, 16]
     assert inked[1] in ([16], [16, 17])
@@ -272,21 +319,25 @@ def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None
 
 def test_a_share_of_doodles_is_made() -> None:
     own = torch.ones(2000, 1, 4, 4)
-    made = DoodleConditioner(DoodleConfig(synthetic=0.3)).derive(torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0)[
-        "doodle"
-    ]
+    made = DoodleConditioner(DoodleConfig(synthetic=0.3)).derive(
+        torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0
+    )["doodle"]
     assert 0.25 < (made != 1).flatten(1).any(1).float().mean() < 0.35
 
 
 def test_single_attributes_are_hidden_besides() -> None:
-    conditioner = AttributesConditioner(AttributesConfig(hidden=0.2), names=["a", "b"], mean=[0, 0], deviation=[1, 1])
-    hidden = conditioner.derive(torch.zeros(3000, 1, 2, 2), {"attributes": torch.ones(3000, 2)}, seed=0, first=0)[
-        "attributes"
-    ].isnan()
+    conditioner = AttributesConditioner(
+        AttributesConfig(hidden=0.2), names=["a", "b"], mean=[0, 0], deviation=[1, 1]
+    )
+    hidden = conditioner.derive(
+        torch.zeros(3000, 1, 2, 2), {"attributes": torch.ones(3000, 2)}, seed=0, first=0
+    )["attributes"].isnan()
     assert hidden.float().mean(0).tolist() == pytest.approx([0.2, 0.2], abs=0.03)
     assert abs(float((hidden[:, 0] & hidden[:, 1]).float().mean()) - 0.04) < 0.015
 
 
 def test_an_attribute_that_never_varied_may_be_asked_to() -> None:
-    conditioner = AttributesConditioner(AttributesConfig(size=4), names=["age"], mean=[3.0], deviation=[0.0])
+    conditioner = AttributesConditioner(
+        AttributesConfig(size=4), names=["age"], mean=[3.0], deviation=[0.0]
+    )
     assert conditioner({"attributes": torch.tensor([[4.0]])}, 1).vector.abs().max() < 10

@@ -1,4 +1,6 @@
-"""Conditions side by side: shapes add up, null is null in every part, and each part is dropped by its own draw, keyed by sample."""
+"""Conditions side by side: shapes add up, null is null in every part, and each part is dropped by
+its own draw, keyed by sample.
+"""
 
 import pytest
 import torch
@@ -21,13 +23,17 @@ from sfumato.conditioners import (
 from sfumato.errors import ShapeError
 
 
-def tokens(length: int, *, value: float = 1.0, mask: list[bool] | None = None, batch: int = 2) -> Condition:
+def tokens(
+    length: int, *, value: float = 1.0, mask: list[bool] | None = None, batch: int = 2
+) -> Condition:
     """`length` tokens of 3 channels for each image."""
     kept = None if mask is None else torch.tensor(mask).expand(batch, length)
     return Condition(tokens=torch.full((batch, length, 3), value), token_mask=kept)
 
 
-def filled(*, vector: int = 0, length: int = 0, maps: int = 0, value: float = 1.0, batch: int = 2) -> Condition:
+def filled(
+    *, vector: int = 0, length: int = 0, maps: int = 0, value: float = 1.0, batch: int = 2
+) -> Condition:
     """A condition whose slots have so many channels or tokens; 0 leaves a slot empty."""
     return Condition(
         vector=torch.full((batch, vector), value) if vector else None,
@@ -37,21 +43,29 @@ def filled(*, vector: int = 0, length: int = 0, maps: int = 0, value: float = 1.
 
 
 def same(a: Condition, b: Condition) -> bool:
-    return a.slots().keys() == b.slots().keys() and all(torch.equal(slot, b.slots()[name]) for name, slot in a.slots().items())
+    return a.slots().keys() == b.slots().keys() and all(
+        torch.equal(slot, b.slots()[name]) for name, slot in a.slots().items()
+    )
 
 
-# --- Condition.folded ---------------------------------------------------------------------------------------------------------
+# --- Condition.folded -----------------------------------------------------------------------------
 
 
 def maps(*shape: int) -> Condition:
-    return Condition(vector=torch.ones(2, 3), spatial=torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
+    return Condition(
+        vector=torch.ones(2, 3),
+        spatial=torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)),
+    )
 
 
 def test_folded_maps_lose_nothing() -> None:
     condition = maps(3, 8, 12)
     folded = condition.folded(4)
     assert folded.spatial.shape == (2, 48, 2, 3)
-    assert folded.spatial[0, 16:32, 1, 2].tolist() == condition.spatial[0, 1, 4:8, 8:12].flatten().tolist()
+    assert (
+        folded.spatial[0, 16:32, 1, 2].tolist()
+        == condition.spatial[0, 1, 4:8, 8:12].flatten().tolist()
+    )
     assert torch.equal(torch.nn.functional.pixel_shuffle(folded.spatial, 4), condition.spatial)
     assert torch.equal(folded.vector, condition.vector)
     assert same(condition.folded(1), condition)
@@ -72,7 +86,10 @@ def test_sides_that_do_not_divide_are_padded_with_their_rim() -> None:
 
 
 def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None:
-    parts = {"doodle": DoodleConditioner(DoodleConfig()), "category": CategoryConditioner(CategoryConfig(size=4), categories=2)}
+    parts = {
+        "doodle": DoodleConditioner(DoodleConfig()),
+        "category": CategoryConditioner(CategoryConfig(size=4), categories=2),
+    }
     joint = CompositeConditioner(parts, factor=4)
     context = {"doodle": torch.rand(2, 1, 8, 8), "category": torch.tensor([0, 1])}
     condition = joint(context, 2)
@@ -83,9 +100,15 @@ def test_a_joint_conditioner_folds_what_it_gives_and_what_it_announces() -> None
 
 
 def test_the_places_of_a_map_do_not_depend_on_what_lies_beside_it() -> None:
-    """Nor does a smaller map that is asked for alone lie elsewhere than in training, where both are there."""
-    points = PointsConditioner(PointsConfig(size=8, heads=2, splat=SplatConfig(side=8)), dimensions=2)
-    joint = CompositeConditioner({"doodle": DoodleConditioner(DoodleConfig()), "points": points}, factor=4)
+    """Nor does a smaller map that is asked for alone lie elsewhere than in training, where both are
+    there.
+    """
+    points = PointsConditioner(
+        PointsConfig(size=8, heads=2, splat=SplatConfig(side=8)), dimensions=2
+    )
+    joint = CompositeConditioner(
+        {"doodle": DoodleConditioner(DoodleConfig()), "points": points}, factor=4
+    )
     cloud = torch.rand(2, 5, 2) * 2 - 1
     together = joint({"doodle": torch.rand(2, 1, 16, 16), "points": cloud}, 2).spatial
     alone = joint({"points": cloud}, 2).spatial
@@ -100,7 +123,7 @@ def test_smaller_maps_are_repeated_up_to_the_others() -> None:
     assert torch.equal(both.spatial[:, 1:, ::2, ::2], both.spatial[:, 1:, 1::2, 1::2])
 
 
-# --- Condition.beside ---------------------------------------------------------------------------------------------------------
+# --- Condition.beside -----------------------------------------------------------------------------
 
 
 def test_vectors_and_maps_lie_side_by_side_by_channels() -> None:
@@ -124,7 +147,9 @@ def test_tokens_follow_one_another() -> None:
         (tokens(1, mask=[False]), tokens(2, mask=[True, False]), [False, True, False]),
     ],
 )
-def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(first: Condition, second: Condition, mask: list) -> None:
+def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(
+    first: Condition, second: Condition, mask: list
+) -> None:
     both = first.beside(second)
     assert both.token_mask.tolist() == [mask] * 2
     assert both.token_mask.dtype == torch.bool
@@ -132,7 +157,9 @@ def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(first: Condit
 
 def test_a_mask_is_kept_beside_a_condition_without_tokens() -> None:
     masked = tokens(2, mask=[True, False])
-    assert same(masked.beside(filled(vector=2)), Condition(**masked.slots(), **filled(vector=2).slots()))
+    assert same(
+        masked.beside(filled(vector=2)), Condition(**masked.slots(), **filled(vector=2).slots())
+    )
 
 
 def test_different_slots_are_all_kept() -> None:
@@ -157,13 +184,19 @@ def test_the_first_ones_dtype_is_taken_and_neither_is_changed() -> None:
     assert plain.token_mask is None
 
 
-sizes = st.fixed_dictionaries({"vector": st.integers(0, 3), "length": st.integers(0, 3), "maps": st.integers(0, 2)})
+sizes = st.fixed_dictionaries(
+    {"vector": st.integers(0, 3), "length": st.integers(0, 3), "maps": st.integers(0, 2)}
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(first=sizes, second=sizes, third=sizes)
-def test_the_sizes_of_both_together_are_those_of_the_condition_together(first: dict, second: dict, third: dict) -> None:
-    a, b, c = (filled(**size, value=float(number)) for number, size in enumerate((first, second, third)))
+def test_the_sizes_of_both_together_are_those_of_the_condition_together(
+    first: dict, second: dict, third: dict
+) -> None:
+    a, b, c = (
+        filled(**size, value=float(number)) for number, size in enumerate((first, second, third))
+    )
     assert ContextSizes.of(a).beside(ContextSizes.of(b)) == ContextSizes.of(a.beside(b))
     assert same(a.beside(b).beside(c), a.beside(b.beside(c)))
 
@@ -172,10 +205,14 @@ def test_tokens_of_two_sizes_are_refused() -> None:
     with pytest.raises(ShapeError, match="tokens of 3 and 4 channels"):
         ContextSizes(tokens=3).beside(ContextSizes(tokens=4))
     assert ContextSizes(tokens=3).beside(ContextSizes(tokens=3)).tokens == 3
-    assert ContextSizes(tokens=3).beside(NO_CONTEXT) == NO_CONTEXT.beside(ContextSizes(tokens=3)) == ContextSizes(tokens=3)
+    assert (
+        ContextSizes(tokens=3).beside(NO_CONTEXT)
+        == NO_CONTEXT.beside(ContextSizes(tokens=3))
+        == ContextSizes(tokens=3)
+    )
 
 
-# --- CompositeConditioner -----------------------------------------------------------------------------------------------------
+# --- CompositeConditioner -------------------------------------------------------------------------
 
 CATEGORIES = torch.tensor([0, 1, 2, 0])
 CHANGES = torch.arange(8.0).view(4, 2) + 1
@@ -186,7 +223,9 @@ def category(dropout: float = 0.1, *, size: int = 3) -> CategoryConditioner:
 
 
 def with_augmentation(dropout: float = 0.1) -> CompositeConditioner:
-    return CompositeConditioner({"category": category(dropout), "augmentation": AugmentationConditioner(labels=2)})
+    return CompositeConditioner(
+        {"category": category(dropout), "augmentation": AugmentationConditioner(labels=2)}
+    )
 
 
 def two(first: float, second: float) -> CompositeConditioner:
@@ -223,20 +262,26 @@ def test_each_part_is_dropped_by_its_own_draw() -> None:
     kept, null = joint({"category": CATEGORIES}, 4).vector, joint.null(4).vector
     draws = torch.tensor([[0.4, 0.3], [0.6, 0.2], [0.4, 0.2], [0.5, 0.25]])
     mixed = joint({"category": CATEGORIES}, 4, draws=draws).vector
-    for row, (first, second) in enumerate([(True, False), (False, True), (True, True), (False, False)]):
+    for row, (first, second) in enumerate(
+        [(True, False), (False, True), (True, True), (False, False)]
+    ):
         assert torch.equal(mixed[row, :3], (null if first else kept)[row, :3])
         assert torch.equal(mixed[row, 3:], (null if second else kept)[row, 3:])
 
 
 def test_what_was_done_to_a_image_is_told_even_where_the_category_is_dropped() -> None:
     joint = with_augmentation(dropout=1.0)
-    made = joint({"category": CATEGORIES, "augmentation": CHANGES}, 4, draws=torch.zeros(4, 2)).vector
+    made = joint(
+        {"category": CATEGORIES, "augmentation": CHANGES}, 4, draws=torch.zeros(4, 2)
+    ).vector
     assert torch.equal(made[:, 3:], CHANGES)
     assert torch.equal(made[:, :3], joint.null(4).vector[:, :3])
 
 
 def dropped(first: int, count: int, *, seed: int = 0) -> torch.Tensor:
-    """Which of two parts are dropped, (count, 2), for samples from `first` on, drawn as training draws."""
+    """Which of two parts are dropped, (count, 2), for samples from `first` on, drawn as training
+    draws.
+    """
     joint = two(0.3, 0.6)
     draws = randomness.uniform(seed, "condition dropout", first=first, count=count, per_item=2)
     context = {"category": torch.zeros(count, dtype=torch.int64)}
@@ -255,14 +300,18 @@ def test_dropout_is_independent_for_each_part_with_its_own_share() -> None:
 
 def test_dropout_belongs_to_the_sample_whatever_batch_it_is_in() -> None:
     whole = dropped(100, 60)
-    assert torch.equal(torch.cat([dropped(100 + begin, 7) for begin in range(0, 60, 7)])[:60], whole)
+    assert torch.equal(
+        torch.cat([dropped(100 + begin, 7) for begin in range(0, 60, 7)])[:60], whole
+    )
     assert not torch.equal(dropped(101, 60), whole)
     assert not torch.equal(dropped(100, 60, seed=1), whole)
 
 
 def test_gradients_reach_the_parts_that_were_not_dropped() -> None:
     joint = two(0.5, 0.5)
-    joint({"category": torch.tensor([1])}, 1, draws=torch.tensor([[0.1, 0.9]])).vector.sum().backward()
+    joint(
+        {"category": torch.tensor([1])}, 1, draws=torch.tensor([[0.1, 0.9]])
+    ).vector.sum().backward()
     kind, style = (joint.parts[name].embedding.weight.grad for name in ("kind", "style"))
     assert kind.abs().sum(1).tolist() == [0, 0, 0, 3]  # the null vector learns instead
     assert style.abs().sum(1).tolist() == [0, 5, 0, 0]

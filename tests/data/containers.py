@@ -62,14 +62,21 @@ def sidecars(kind: str) -> dict[str, bytes]:
     for s in SAMPLES:
         stem = s.name.removesuffix(".png")
         if kind == "json":
-            found[f"{stem}.json"] = json.dumps({"captions": s.captions, "category": s.category}).encode()
+            found[f"{stem}.json"] = json.dumps(
+                {"captions": s.captions, "category": s.category}
+            ).encode()
         else:
-            found |= {stem + suffix: text.encode() for suffix, text in zip((".txt", ".caption"), s.captions, strict=False)}
+            found |= {
+                stem + suffix: text.encode()
+                for suffix, text in zip((".txt", ".caption"), s.captions, strict=False)
+            }
     return found
 
 
 def rows() -> list[dict]:
-    return [{"file_name": s.name, "captions": list(s.captions), "label": s.category} for s in SAMPLES]
+    return [
+        {"file_name": s.name, "captions": list(s.captions), "label": s.category} for s in SAMPLES
+    ]
 
 
 def metadata_csv() -> bytes:
@@ -97,9 +104,15 @@ def table(path: Path, *, struct: bool = True) -> Path:
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     column = [{"bytes": s.image, "path": s.name} if struct else s.image for s in SAMPLES]
     labels = [names.index(s.category) for s in SAMPLES]
-    found = pa.table({"image": column, "text": [list(s.captions) for s in SAMPLES], "label": labels})
+    found = pa.table(
+        {"image": column, "text": [list(s.captions) for s in SAMPLES], "label": labels}
+    )
     pq.write_table(
-        found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path, row_group_size=4
+        found.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        ),
+        path,
+        row_group_size=4,
     )
     return path
 
@@ -141,7 +154,9 @@ def saved(path: Path) -> Path:
 
     names = sorted(set(CATEGORIES))
     features = datasets.Features(
-        image=datasets.Image(), captions=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=names)
+        image=datasets.Image(),
+        captions=datasets.List(datasets.Value("string")),
+        label=datasets.ClassLabel(names=names),
     )
     columns = {
         "image": [{"bytes": s.image, "path": None} for s in SAMPLES],

@@ -32,7 +32,17 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, *, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
-    """A PNG of any bit depth and colour type: 0 gray, 2 RGB, 4 gray with alpha, 6 RGBA; each row begins with its filter's byte."""
+def png(
+    width: int, height: int, *, depth: int, colour: int, rows: bytes, extra: bytes = b""
+) -> bytes:
+    """A PNG of any bit depth and colour type: 0 gray, 2 RGB, 4 gray with alpha, 6 RGBA; each row
+    begins with its filter's byte.
+    """
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )

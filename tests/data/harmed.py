@@ -8,7 +8,9 @@ from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode
 
 
 def pixels_or_reason(data: bytes, form: PixelFormat) -> Decoded | str:
-    """The image, decoded as when a set is indexed, or why it is refused; any other error is a failure."""
+    """The image, decoded as when a set is indexed, or why it is refused; any other error is a
+    failure.
+    """
     try:
         return decode(data, form, identify=True)
     except RejectedImage as rejected:
@@ -16,7 +18,9 @@ def pixels_or_reason(data: bytes, form: PixelFormat) -> Decoded | str:
 
 
 def assert_pixels_or_a_reason(data: bytes, form: PixelFormat) -> bool:
-    """Fails unless `data` are pixels of the format, or refused with a reason of a sentence; says which."""
+    """Fails unless `data` are pixels of the format, or refused with a reason of a sentence; says
+    which.
+    """
     found = pixels_or_reason(data, form)
     if isinstance(found, str):
         assert 0 < len(found) < 300

@@ -1,4 +1,6 @@
-"""Changes to images are functions of the sample's number, do what they say to the pixel, and are told to the network truly."""
+"""Changes to images are functions of the sample's number, do what they say to the pixel, and are
+told to the network truly.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,13 +18,24 @@ from sfumato.data.augment import augment as augment_by
 from sfumato.errors import ConfigError
 
 EVERYTHING = AugmentConfig(
-    flip="both", rotation_degrees=30, crop=0.3, brightness=0.2, contrast=0.2, saturation=0.4, hue_degrees=40, karras=0.5
+    flip="both",
+    rotation_degrees=30,
+    crop=0.3,
+    brightness=0.2,
+    contrast=0.2,
+    saturation=0.4,
+    hue_degrees=40,
+    karras=0.5,
 )
 
 
-def augment(config: AugmentConfig, images: torch.Tensor, *, seed: int, first: int, along=None) -> Augmented:
+def augment(
+    config: AugmentConfig, images: torch.Tensor, *, seed: int, first: int, along=None
+) -> Augmented:
     """Samples `first`, `first + 1`, ... of a seed."""
-    return augment_by(config, images, augmentation_draws(seed, first=first, count=len(images)), along=along)
+    return augment_by(
+        config, images, augmentation_draws(seed, first=first, count=len(images)), along=along
+    )
 
 
 # Where each change finds its draw; the tests below would fail if these moved.
@@ -36,10 +49,14 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes `augment` draw 0.5 everywhere, which is "nothing" for what goes either way, but for what is named."""
+    """Makes `augment` draw 0.5 everywhere, which is "nothing" for what goes either way, but for
+    what is named.
+    """
 
     def fix(**named: float) -> None:
-        def uniform(seed: int, purpose: str, *, first: int, count: int, per_item: int = 1) -> torch.Tensor:
+        def uniform(
+            seed: int, purpose: str, *, first: int, count: int, per_item: int = 1
+        ) -> torch.Tensor:
             draws = torch.full((count, per_item), 0.5, dtype=torch.float64)
             for name, value in named.items():
                 draws[:, globals()[name]] = value
@@ -51,34 +68,50 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def noise(count: int, channels: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (count, channels, height, width)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(seed)
+        .uniform(-1, 1, (count, channels, height, width))
+        .astype(np.float32)
+    )
 
 
 def grid(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x and y of pixel centres from the middle, in pixels, (H, W)."""
-    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(height) - (height - 1) / 2,
+        torch.arange(width) - (width - 1) / 2,
+        indexing="ij",
+    )
     return x, y
 
 
-def blob(height: int, width: int, x: float = 0.0, y: float = 0.0, radius: float = 2.0) -> torch.Tensor:
+def blob(
+    height: int, width: int, x: float = 0.0, y: float = 0.0, radius: float = 2.0
+) -> torch.Tensor:
     """A soft dot at (x, y) pixels from the middle, on black, (1, 1, H, W)."""
     across, down = grid(height, width)
     return (2 * torch.exp(-((across - x) ** 2 + (down - y) ** 2) / (2 * radius**2)) - 1)[None, None]
 
 
 def centre(image: torch.Tensor) -> tuple[float, float]:
-    """Where a dot is, in pixels from the middle; what lies further out than the nearest rim may be a reflection."""
+    """Where a dot is, in pixels from the middle; what lies further out than the nearest rim may be
+    a reflection.
+    """
     weights = (image.squeeze() + 1).clamp(min=0).double()
     x, y = grid(*weights.shape)
-    weights = torch.where((weights > 0.02) & (torch.hypot(x, y) < min(weights.shape) / 2), weights, 0.0)
+    weights = torch.where(
+        (weights > 0.02) & (torch.hypot(x, y) < min(weights.shape) / 2), weights, 0.0
+    )
     return float((weights * x).sum() / weights.sum()), float((weights * y).sum() / weights.sum())
 
 
-def once(config: AugmentConfig, images: torch.Tensor, first: int = 0, seed: int = 0) -> torch.Tensor:
+def once(
+    config: AugmentConfig, images: torch.Tensor, first: int = 0, seed: int = 0
+) -> torch.Tensor:
     return augment(config, images, seed=seed, first=first)[0]
 
 
-# --- off, and keyed ----------------------------------------------------------------------------------------------------------
+# --- off, and keyed -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
@@ -106,12 +139,18 @@ def test_everything_on_keeps_shape_type_range_and_the_images_given(channels: int
     assert (changed != before).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, AugmentConfig(flip="both", quarter_turns="all"), AugmentConfig(karras=0.9)])
+@pytest.mark.parametrize(
+    "config",
+    [EVERYTHING, AugmentConfig(flip="both", quarter_turns="all"), AugmentConfig(karras=0.9)],
+)
 def test_a_sample_is_changed_alike_wherever_it_stands(config: AugmentConfig) -> None:
     images = noise(24, 3, 10, 10)
     whole, labels, _ = augment(config, images, seed=5, first=100)
     for size in (1, 5, 24):
-        parts = [augment(config, images[at : at + size], seed=5, first=100 + at) for at in range(0, 24, size)]
+        parts = [
+            augment(config, images[at : at + size], seed=5, first=100 + at)
+            for at in range(0, 24, size)
+        ]
         assert torch.equal(torch.cat([part for part, *_ in parts]), whole)
         assert torch.equal(torch.cat([told for _, told, _ in parts]), labels)
     other = augment(config, images, seed=6, first=100)[0]
@@ -129,7 +168,7 @@ def test_very_late_samples_have_draws_of_their_own() -> None:
         assert len({image.numpy().tobytes() for image in changed}) == 64
 
 
-# --- pixels that move whole --------------------------------------------------------------------------------------------------
+# --- pixels that move whole -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flip", ["horizontal", "vertical", "both"])
@@ -137,7 +176,11 @@ def test_flips_move_pixels_whole_and_each_half_of_the_time(flip: str) -> None:
     images = noise(1, 2, 4, 6).repeat(4000, 1, 1, 1)
     changed = once(AugmentConfig(flip=flip), images).numpy()
     original = images[0].numpy()
-    ways = {"horizontal": [(0, 0), (1, 0)], "vertical": [(0, 0), (0, 1)], "both": [(0, 0), (1, 0), (0, 1), (1, 1)]}[flip]
+    ways = {
+        "horizontal": [(0, 0), (1, 0)],
+        "vertical": [(0, 0), (0, 1)],
+        "both": [(0, 0), (1, 0), (0, 1), (1, 1)],
+    }[flip]
     left = np.ones(4000, bool)
     for x, y in ways:
         expected = original[:, :: 1 - 2 * y, :: 1 - 2 * x]
@@ -150,7 +193,10 @@ def test_flips_move_pixels_whole_and_each_half_of_the_time(flip: str) -> None:
 def test_quarter_turns_are_numpys_and_each_as_likely() -> None:
     images = noise(1, 3, 5, 5).repeat(4000, 1, 1, 1)
     changed = once(AugmentConfig(quarter_turns="all"), images).numpy()
-    shares = [(changed == np.rot90(images[0].numpy(), turn, (1, 2))).all((1, 2, 3)).mean() for turn in range(4)]
+    shares = [
+        (changed == np.rot90(images[0].numpy(), turn, (1, 2))).all((1, 2, 3)).mean()
+        for turn in range(4)
+    ]
     assert sum(shares) == pytest.approx(1)
     assert all(abs(share - 0.25) < 0.03 for share in shares)
 
@@ -170,17 +216,21 @@ def test_quarter_turns_of_images_that_are_not_square_are_refused() -> None:
         once(AugmentConfig(quarter_turns="all"), noise(2, 1, 4, 6))
 
 
-# --- rotation and crop -------------------------------------------------------------------------------------------------------
+# --- rotation and crop ----------------------------------------------------------------------------
 
 
 def waves(height: int, width: int) -> torch.Tensor:
     """A smooth image without symmetry, (1, 1, H, W)."""
     x, y = grid(height, width)
-    return (0.5 * torch.sin(0.21 * x + 0.13 * y + 0.4) + 0.3 * torch.cos(0.17 * y - 0.09 * x))[None, None]
+    return (0.5 * torch.sin(0.21 * x + 0.13 * y + 0.4) + 0.3 * torch.cos(0.17 * y - 0.09 * x))[
+        None, None
+    ]
 
 
 def rotated(image: torch.Tensor, angle: float) -> np.ndarray:
-    """By scipy, with cubic splines: the value at p is the image's at R p, R turning by `angle` from x to y."""
+    """By scipy, with cubic splines: the value at p is the image's at R p, R turning by `angle` from
+    x to y.
+    """
     plane = image.squeeze().double().numpy()
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos, sin], [-sin, cos]])  # of (y, x)
@@ -189,8 +239,12 @@ def rotated(image: torch.Tensor, angle: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 64), (64, 33)])
-@pytest.mark.parametrize(("most", "draw"), [(25, 1.0), (25, 0.0), (90, 0.75), (180, 0.6), (10, 0.9)])
-def test_rotation_is_by_the_drawn_angle(drawing: Callable, height: int, width: int, most: float, draw: float) -> None:
+@pytest.mark.parametrize(
+    ("most", "draw"), [(25, 1.0), (25, 0.0), (90, 0.75), (180, 0.6), (10, 0.9)]
+)
+def test_rotation_is_by_the_drawn_angle(
+    drawing: Callable, height: int, width: int, most: float, draw: float
+) -> None:
     image = waves(height, width)
     drawing(TURN=draw)
     found = once(AugmentConfig(rotation_degrees=most), image).squeeze().numpy()
@@ -212,7 +266,10 @@ def test_without_a_turn_nothing_moves(drawing: Callable) -> None:
 
 def test_angles_cover_the_range_evenly() -> None:
     dot = blob(33, 33, x=10)
-    places = [centre(image) for image in once(AugmentConfig(rotation_degrees=60), dot.repeat(1500, 1, 1, 1))]
+    places = [
+        centre(image)
+        for image in once(AugmentConfig(rotation_degrees=60), dot.repeat(1500, 1, 1, 1))
+    ]
     angles = np.degrees([math.atan2(y, x) for x, y in places])
     assert np.hypot(*np.array(places).T) == pytest.approx(10, abs=0.15)
     assert abs(angles.mean()) < 3
@@ -221,13 +278,19 @@ def test_angles_cover_the_range_evenly() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 48)])
-def test_circles_stay_circles_when_images_that_are_not_square_turn(drawing: Callable, height: int, width: int) -> None:
+def test_circles_stay_circles_when_images_that_are_not_square_turn(
+    drawing: Callable, height: int, width: int
+) -> None:
     x, y = grid(height, width)
     for angle in (0.65, 0.8, 0.97):
         drawing(TURN=angle)
         image = once(AugmentConfig(rotation_degrees=180), blob(height, width, radius=3.5))
-        weights = (image.squeeze() + 1).clamp(min=0).double() * (torch.hypot(x, y) < min(height, width) / 2)
-        spread = [float((weights * a * b).sum() / weights.sum()) for a, b in ((x, x), (y, y), (x, y))]
+        weights = (image.squeeze() + 1).clamp(min=0).double() * (
+            torch.hypot(x, y) < min(height, width) / 2
+        )
+        spread = [
+            float((weights * a * b).sum() / weights.sum()) for a, b in ((x, x), (y, y), (x, y))
+        ]
         assert spread[0] == pytest.approx(12.25, rel=0.05)
         assert spread[1] == pytest.approx(12.25, rel=0.05)
         assert abs(spread[2]) < 0.3
@@ -239,8 +302,12 @@ def test_circles_stay_circles_when_images_that_are_not_square_turn(drawing: Call
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (80, 48)])
 @pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.0, 0.5), (1.0, 1.0), (0.25, 0.9)])
-def test_a_crop_shows_the_part_that_was_drawn(drawing: Callable, height: int, width: int, x: float, y: float) -> None:
-    """What is kept is enlarged to the whole; at the ends of the draw it touches the image's rim, on every side."""
+def test_a_crop_shows_the_part_that_was_drawn(
+    drawing: Callable, height: int, width: int, x: float, y: float
+) -> None:
+    """What is kept is enlarged to the whole; at the ends of the draw it touches the image's rim, on
+    every side.
+    """
     image = waves(height, width)
     drawing(CROP=0.8, CROP_X=x, CROP_Y=y)
     found = once(AugmentConfig(crop=0.5), image).squeeze().numpy()
@@ -249,7 +316,10 @@ def test_a_crop_shows_the_part_that_was_drawn(drawing: Callable, height: int, wi
     across = left + (np.arange(width) + 0.5) * kept - 0.5
     down = top + (np.arange(height) + 0.5) * kept - 0.5
     expected = ndimage.map_coordinates(
-        image.squeeze().double().numpy(), np.meshgrid(down, across, indexing="ij"), order=3, mode="mirror"
+        image.squeeze().double().numpy(),
+        np.meshgrid(down, across, indexing="ij"),
+        order=3,
+        mode="mirror",
     )
     assert np.abs(found - expected)[3:-3, 3:-3].max() < 0.02
 
@@ -264,13 +334,15 @@ def test_a_crop_keeps_what_lies_in_the_middle() -> None:
 
 def test_crops_spread_over_the_image() -> None:
     dot = blob(40, 40, radius=2)
-    places = np.array([centre(image) for image in once(AugmentConfig(crop=0.4), dot.repeat(800, 1, 1, 1))])
+    places = np.array(
+        [centre(image) for image in once(AugmentConfig(crop=0.4), dot.repeat(800, 1, 1, 1))]
+    )
     assert np.abs(places.mean(0)).max() < 0.5
     assert places.max() > 8
     assert places.min() < -8
 
 
-# --- colours -----------------------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
 
 LUMA = np.array([0.2126, 0.7152, 0.0722])
 
@@ -293,7 +365,9 @@ def test_brightness_is_a_share_of_the_range(drawing: Callable, channels: int) ->
         found = shown(AugmentConfig(brightness=0.2), *[0.1] * channels)
         assert found == pytest.approx([0.1 + change] * channels, abs=1e-6)
     drawing(BRIGHT=1.0)
-    assert shown(AugmentConfig(brightness=0.2), *[0.9] * channels) == pytest.approx([1.0] * channels)
+    assert shown(AugmentConfig(brightness=0.2), *[0.9] * channels) == pytest.approx(
+        [1.0] * channels
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7])
@@ -309,23 +383,30 @@ def test_saturation_moves_colours_from_their_gray(drawing: Callable) -> None:
     for draw, keep in ((1.0, 1.5), (0.0, 0.5), (0.9, 1.4)):
         drawing(SATURATE=draw)
         gray = LUMA @ colour
-        assert shown(AugmentConfig(saturation=0.5), *colour) == pytest.approx(gray + keep * (colour - gray), abs=1e-5)
+        assert shown(AugmentConfig(saturation=0.5), *colour) == pytest.approx(
+            gray + keep * (colour - gray), abs=1e-5
+        )
 
 
 def test_hue_turns_about_the_gray_axis(drawing: Callable) -> None:
     colour = np.array([0.5, -0.4, 0.2])
     drawing(HUE=1.0)
     third = shown(AugmentConfig(hue_degrees=120), *colour)
-    assert third == pytest.approx(colour[[2, 0, 1]], abs=1e-5)  # red's place is green's a third of a turn on
+    # red's place is green's a third of a turn on
+    assert third == pytest.approx(colour[[2, 0, 1]], abs=1e-5)
     half = shown(AugmentConfig(hue_degrees=180), *colour)
     assert half == pytest.approx(2 * colour.mean() - colour, abs=1e-5)
     drawing(HUE=0.0)
-    assert shown(AugmentConfig(hue_degrees=120), *colour) == pytest.approx(colour[[1, 2, 0]], abs=1e-5)
+    assert shown(AugmentConfig(hue_degrees=120), *colour) == pytest.approx(
+        colour[[1, 2, 0]], abs=1e-5
+    )
     drawing(HUE=0.8)
     turned = shown(AugmentConfig(hue_degrees=50), *colour)
     a, b = colour - colour.mean(), turned - turned.mean()
     assert turned.mean() == pytest.approx(colour.mean(), abs=1e-6)
-    assert np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))) == pytest.approx(30, abs=0.05)
+    assert np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))) == pytest.approx(
+        30, abs=0.05
+    )
     assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), abs=1e-6)
 
 
@@ -349,11 +430,16 @@ def test_in_order_contrast_hue_saturation_brightness(drawing: Callable) -> None:
 @pytest.mark.parametrize("channels", [2, 4])
 def test_alpha_is_no_colour(channels: int) -> None:
     images = noise(30, channels, 5, 5)
-    changed = once(AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5, hue_degrees=90), images)
+    changed = once(
+        AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5, hue_degrees=90), images
+    )
     assert torch.equal(changed[:, -1], images[:, -1])
     assert (changed[:, :-1] != images[:, :-1]).flatten(1).any(1).all()
     if channels == 4:
-        colours = once(AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5, hue_degrees=90), images[:, :3])
+        colours = once(
+            AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5, hue_degrees=90),
+            images[:, :3],
+        )
         assert torch.equal(changed[:, :3], colours)
 
 
@@ -366,13 +452,21 @@ def test_alpha_moves_with_the_colours(channels: int) -> None:
 
 
 def test_drawn_changes_of_colour_spread_over_their_range() -> None:
-    found = once(AugmentConfig(brightness=0.25), torch.zeros(4000, 1, 1, 1)).flatten().double().numpy()
+    found = (
+        once(AugmentConfig(brightness=0.25), torch.zeros(4000, 1, 1, 1)).flatten().double().numpy()
+    )
     assert np.sort(found) == pytest.approx(np.linspace(-0.5, 0.5, 4000), abs=0.03)
-    gains = once(AugmentConfig(contrast=0.25), torch.full((4000, 1, 1, 1), 0.5)).flatten().double().numpy() / 0.5
+    gains = (
+        once(AugmentConfig(contrast=0.25), torch.full((4000, 1, 1, 1), 0.5))
+        .flatten()
+        .double()
+        .numpy()
+        / 0.5
+    )
     assert np.sort(gains) == pytest.approx(np.linspace(0.75, 1.25, 4000), abs=0.03)
 
 
-# --- the non-leaking pipeline ------------------------------------------------------------------------------------------------
+# --- the non-leaking pipeline ---------------------------------------------------------------------
 
 MIRROR, UPSIDE, ZOOM, COS, SIN, STRETCH_X, STRETCH_Y, SHIFT_X, SHIFT_Y = range(LABELS)
 # Of its 13 draws: whether (mirror, upside down, zoom, turn, stretch, shift), then how much.
@@ -412,10 +506,20 @@ def test_how_often_each_change_is_made() -> None:
     maps, labels = non_leaking(0.12, draws)
     told = labels.numpy()
     shares = {
-        MIRROR: 0.5, UPSIDE: 0.06, ZOOM: 0.12, COS: 0.12, SIN: 0.12, STRETCH_X: 0.12, STRETCH_Y: 0.12, SHIFT_X: 0.12, SHIFT_Y: 0.12
-    }  # fmt: skip
+        MIRROR: 0.5,
+        UPSIDE: 0.06,
+        ZOOM: 0.12,
+        COS: 0.12,
+        SIN: 0.12,
+        STRETCH_X: 0.12,
+        STRETCH_Y: 0.12,
+        SHIFT_X: 0.12,
+        SHIFT_Y: 0.12,
+    }
     for place, share in shares.items():
-        assert abs((told[:, place] != 0).mean() - share) < 4 * (share * (1 - share) / 20_000) ** 0.5, place
+        assert (
+            abs((told[:, place] != 0).mean() - share) < 4 * (share * (1 - share) / 20_000) ** 0.5
+        ), place
     for place in (ZOOM, SHIFT_X, SHIFT_Y):
         values = told[told[:, place] != 0, place]
         assert abs(values.mean()) < 0.1
@@ -429,7 +533,9 @@ def test_how_often_each_change_is_made() -> None:
     assert (maps[torch.from_numpy(still)] == torch.eye(3)).all()
     assert not (maps[torch.from_numpy(~still)] == torch.eye(3)).flatten(1).all(1).any()
     # No change speaks of another: they are drawn independently.
-    made = np.stack([told[:, place] != 0 for place in (MIRROR, UPSIDE, ZOOM, SIN, STRETCH_X, SHIFT_X)]).astype(float)
+    made = np.stack(
+        [told[:, place] != 0 for place in (MIRROR, UPSIDE, ZOOM, SIN, STRETCH_X, SHIFT_X)]
+    ).astype(float)
     assert np.abs(np.corrcoef(made) - np.eye(6)).max() < 0.03
 
 
@@ -446,9 +552,13 @@ def test_labels_and_images_agree_in_a_batch() -> None:
     assert set(labels[:, MIRROR].tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize(("change", "place", "axis"), [("mirror", MIRROR, -1), ("upside", UPSIDE, -2)])
+@pytest.mark.parametrize(
+    ("change", "place", "axis"), [("mirror", MIRROR, -1), ("upside", UPSIDE, -2)]
+)
 @pytest.mark.parametrize("shape", [(16, 16), (12, 20)])
-def test_a_mirror_label_is_a_mirror_image(change: str, place: int, axis: int, shape: tuple[int, int]) -> None:
+def test_a_mirror_label_is_a_mirror_image(
+    change: str, place: int, axis: int, shape: tuple[int, int]
+) -> None:
     image = noise(1, 2, *shape)
     found, labels = moved(image, drawn(change, upside=0.0))
     assert labels == [float(i == place) for i in range(LABELS)]
@@ -457,7 +567,9 @@ def test_a_mirror_label_is_a_mirror_image(change: str, place: int, axis: int, sh
 
 @pytest.mark.parametrize("shape", [(64, 64), (48, 96)])
 @pytest.mark.parametrize(("x", "y"), [(1.0, 0.0), (0.0, 1.0), (-1.2, 0.6)])
-def test_a_shift_label_moves_a_dot_right_and_down(shape: tuple[int, int], x: float, y: float) -> None:
+def test_a_shift_label_moves_a_dot_right_and_down(
+    shape: tuple[int, int], x: float, y: float
+) -> None:
     """By an eighth of the (shorter) side for each unit: `A_trans` of table 6."""
     found, labels = moved(blob(*shape), drawn("shift", x=gaussian(x), y=gaussian(y)))
     assert labels == pytest.approx([0, 0, 0, 0, 0, 0, 0, x, y], abs=1e-6)
@@ -476,10 +588,14 @@ def test_a_zoom_label_enlarges(zoom: float) -> None:
 @pytest.mark.parametrize("draw", [0.6, 0.25, 0.93])
 @pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
 def test_a_turn_label_is_the_angle_of_the_turn(draw: float, shape: tuple[int, int]) -> None:
-    """As in the published code: the image turns by -angle in coordinates whose y points down, anticlockwise to the eye."""
+    """As in the published code: the image turns by -angle in coordinates whose y points down,
+    anticlockwise to the eye.
+    """
     found, labels = moved(blob(*shape, x=12), drawn("turn", angle=draw))
     angle = (2 * draw - 1) * math.pi
-    assert labels == pytest.approx([0, 0, 0, math.cos(angle) - 1, math.sin(angle), 0, 0, 0, 0], abs=1e-9)
+    assert labels == pytest.approx(
+        [0, 0, 0, math.cos(angle) - 1, math.sin(angle), 0, 0, 0, 0], abs=1e-9
+    )
     assert centre(found) == pytest.approx((12 * math.cos(-angle), 12 * math.sin(-angle)), abs=0.1)
 
 
@@ -495,20 +611,40 @@ def test_a_stretch_label_points_along_the_stretch(axis: float, stretch: float) -
     forward = torch.linalg.inv(maps[0])[:2, :2]
     along = torch.tensor([math.cos(direction), math.sin(direction)], dtype=torch.float64)
     across = torch.tensor([-along[1], along[0]], dtype=torch.float64)
-    assert (forward @ along).tolist() == pytest.approx((along * 2 ** (0.2 * stretch)).tolist(), abs=1e-6)
-    assert (forward @ across).tolist() == pytest.approx((across * 2 ** (-0.2 * stretch)).tolist(), abs=1e-6)
+    assert (forward @ along).tolist() == pytest.approx(
+        (along * 2 ** (0.2 * stretch)).tolist(), abs=1e-6
+    )
+    assert (forward @ across).tolist() == pytest.approx(
+        (across * 2 ** (-0.2 * stretch)).tolist(), abs=1e-6
+    )
     assert float(torch.linalg.det(forward)) == pytest.approx(1)
 
 
 def test_several_changes_come_in_the_published_order() -> None:
-    """Flips, zoom, turn, stretch, shift: each is one factor of the map, the shift the last to act."""
-    draws = drawn("mirror", "zoom", "turn", "stretch", "shift", zoom=0.7, angle=0.6, axis=0.5, stretch=0.9, x=0.8, y=0.3)
+    """Flips, zoom, turn, stretch, shift: each is one factor of the map, the shift the last to
+    act.
+    """
+    draws = drawn(
+        "mirror",
+        "zoom",
+        "turn",
+        "stretch",
+        "shift",
+        zoom=0.7,
+        angle=0.6,
+        axis=0.5,
+        stretch=0.9,
+        x=0.8,
+        y=0.3,
+    )
     maps, labels = non_leaking(0.12, draws)
     told = labels[0].tolist()
     point = np.array([0.3, -0.2])
     point = point * (-1, 1) * 2 ** (0.2 * told[ZOOM])
     angle = -math.atan2(told[SIN], told[COS] + 1)
-    point = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ point
+    point = (
+        np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ point
+    )
     point = point * 2 ** (0.2 * told[STRETCH_X] * np.array([1, -1]))
     point = point + 2 * np.array(told[SHIFT_X:]) / 8
     back = maps[0].numpy() @ [*point, 1]
@@ -516,19 +652,31 @@ def test_several_changes_come_in_the_published_order() -> None:
 
 
 def test_published_draws_are_the_last_thirteen(drawing: Callable) -> None:
-    """The order of changes: whole pixels, then the turn and crop, then the pipeline that the labels speak of."""
+    """The order of changes: whole pixels, then the turn and crop, then the pipeline that the labels
+    speak of.
+    """
     drawing(FLIP=0.0, LEAK=0.0)  # a learned flip, and one that is told
     image = noise(1, 1, 8, 8)
-    changed, labels, _ = augment(AugmentConfig(flip="horizontal", karras=0.12), image, seed=0, first=0)
+    changed, labels, _ = augment(
+        AugmentConfig(flip="horizontal", karras=0.12), image, seed=0, first=0
+    )
     assert (changed - image).abs().max() < 1e-4
     assert labels[0].tolist() == [1.0] + [0.0] * 8
 
 
 def test_a_hundredfold_probability_is_refused_and_so_are_other_impossible_settings() -> None:
     for wrong in (
-        {"karras": 1.0}, {"karras": -0.1}, {"crop": 1.0}, {"crop": -0.2}, {"brightness": 1.5}, {"contrast": -1},
-        {"saturation": float("nan")}, {"rotation_degrees": 181}, {"rotation_degrees": -1}, {"hue_degrees": float("inf")},
-    ):  # fmt: skip
+        {"karras": 1.0},
+        {"karras": -0.1},
+        {"crop": 1.0},
+        {"crop": -0.2},
+        {"brightness": 1.5},
+        {"contrast": -1},
+        {"saturation": float("nan")},
+        {"rotation_degrees": 181},
+        {"rotation_degrees": -1},
+        {"hue_degrees": float("inf")},
+    ):
         with pytest.raises(ConfigError):
             AugmentConfig(**wrong)
 
@@ -555,15 +703,22 @@ def test_what_lies_over_a_image_moves_with_it(config: AugmentConfig) -> None:
     height, width, count = 40, 56, 60
     places = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
     y, x = torch.meshgrid(
-        (torch.arange(height) + 0.5) / height * 2 - 1, (torch.arange(width) + 0.5) / width * 2 - 1, indexing="ij"
+        (torch.arange(height) + 0.5) / height * 2 - 1,
+        (torch.arange(width) + 0.5) / width * 2 - 1,
+        indexing="ij",
     )
-    away = ((x - places[:, 0, None, None]) * width / 2) ** 2 + ((y + places[:, 1, None, None]) * height / 2) ** 2
+    away = ((x - places[:, 0, None, None]) * width / 2) ** 2 + (
+        (y + places[:, 1, None, None]) * height / 2
+    ) ** 2
     images = torch.exp(-away / 8)[:, None] * 2 - 1
     features = torch.cat([places, torch.ones(count, 1)], dim=1)[:, None]
     changed = augment(config, images, seed=0, first=0, along={"points": features, "doodle": images})
     assert torch.equal(changed.moved["doodle"], changed.images)
     weight = (changed.images[:, 0] + 1).clamp(min=0) ** 2
-    centre = torch.stack([(weight * x).sum((1, 2)), -(weight * y).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+    centre = (
+        torch.stack([(weight * x).sum((1, 2)), -(weight * y).sum((1, 2))], 1)
+        / weight.sum((1, 2))[:, None]
+    )
     moved = changed.moved["points"][:, 0]
     inside = (moved[:, :2].abs() < 0.7).all(1)
     assert inside.sum() > 50
@@ -576,7 +731,13 @@ def test_points_follow_quarter_turns_exactly() -> None:
     images = torch.zeros(40, 1, 9, 9)
     images[:, 0, 2, 3] = 1
     point = torch.tensor([[[3.5 / 9 * 2 - 1, 1 - 2.5 / 9 * 2]]]).expand(40, -1, -1)
-    changed = augment(AugmentConfig(quarter_turns="all", flip="both"), images, seed=0, first=0, along={"points": point})
+    changed = augment(
+        AugmentConfig(quarter_turns="all", flip="both"),
+        images,
+        seed=0,
+        first=0,
+        along={"points": point},
+    )
     found = changed.images.flatten(1).argmax(1)
     expected = torch.stack([(found % 9 + 0.5) / 9 * 2 - 1, 1 - (found // 9 + 0.5) / 9 * 2], dim=1)
     torch.testing.assert_close(changed.moved["points"][:, 0], expected)

@@ -1,4 +1,6 @@
-"""Tall and wide images keep about their shape: the shapes are fair, images go to the nearest, and training sees each of them once."""
+"""Tall and wide images keep about their shape: the shapes are fair, images go to the nearest, and
+training sees each of them once.
+"""
 
 import json
 import math
@@ -17,12 +19,28 @@ from PIL import Image
 from sfumato import recipes, runs
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, BatchPlan, BucketConfig, DataConfig, Dataset, Folder, batches, index
+from sfumato.data import (
+    AugmentConfig,
+    BatchPlan,
+    BucketConfig,
+    DataConfig,
+    Dataset,
+    Folder,
+    batches,
+    index,
+)
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import SamplingConfig
 from sfumato.networks import UNetConfig
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    CheckpointConfig,
+    LogConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +48,24 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
 
 
-# --- the shapes --------------------------------------------------------------------------------------------------------------
+# --- the shapes -----------------------------------------------------------------------------------
 
 configs = st.builds(
-    BucketConfig, count=st.integers(1, 15), step=st.sampled_from([1, 2, 4, 8, 16, 32, 64]), max_ratio=st.floats(1.0, 8.0)
+    BucketConfig,
+    count=st.integers(1, 15),
+    step=st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
+    max_ratio=st.floats(1.0, 8.0),
 )
-fine = st.tuples(st.integers(1, 15), st.sampled_from([1, 2, 4, 8, 16]), st.floats(1.0, 8.0), st.integers(4, 40))
+fine = st.tuples(
+    st.integers(1, 15), st.sampled_from([1, 2, 4, 8, 16]), st.floats(1.0, 8.0), st.integers(4, 40)
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(config=configs, resolution=st.integers(8, 1024))
-def test_shapes_are_multiples_within_the_area_and_the_ratio(config: BucketConfig, resolution: int) -> None:
+def test_shapes_are_multiples_within_the_area_and_the_ratio(
+    config: BucketConfig, resolution: int
+) -> None:
     try:
         shapes = config.shapes(resolution)
     except ConfigError:
@@ -90,7 +115,13 @@ def test_the_square_is_one_of_an_even_count_too(count: int) -> None:
 def test_shapes_by_hand() -> None:
     assert BucketConfig(count=1).shapes(64) == ((64, 64),)
     assert BucketConfig(count=3, step=8, max_ratio=2).shapes(64) == ((80, 48), (64, 64), (48, 80))
-    assert BucketConfig(count=5, step=8, max_ratio=2).shapes(64) == ((80, 48), (72, 56), (64, 64), (56, 72), (48, 80))
+    assert BucketConfig(count=5, step=8, max_ratio=2).shapes(64) == (
+        (80, 48),
+        (72, 56),
+        (64, 64),
+        (56, 72),
+        (48, 80),
+    )
     assert BucketConfig(count=9, step=8, max_ratio=1.4).shapes(64) == ((72, 56), (64, 64), (56, 72))
     assert BucketConfig(count=9, step=8, max_ratio=1).shapes(64) == ((64, 64),)
 
@@ -105,12 +136,14 @@ def test_a_step_that_fits_no_shape_is_refused_with_the_way_out() -> None:
         DataConfig(buckets=BucketConfig(), augment=AugmentConfig(quarter_turns="all"))
 
 
-# --- which image goes where ------------------------------------------------------------------------------------------------
+# --- which image goes where -----------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(3, 60), height=st.integers(3, 60), count=st.sampled_from([1, 3, 5, 9]))
-def test_each_image_takes_the_shape_of_the_nearest_ratio(width: int, height: int, count: int) -> None:
+def test_each_image_takes_the_shape_of_the_nearest_ratio(
+    width: int, height: int, count: int
+) -> None:
     shapes = BucketConfig(count=count, step=4, max_ratio=3).shapes(16)
     form = PixelFormat(shapes=shapes, channels=1)
     found = decode(encoded(Image.new("L", (width, height), 9)), form)
@@ -137,7 +170,10 @@ def test_the_share_that_cropping_costs(tmp_path: Path) -> None:
     shaped = index(DataConfig(source=Folder(root), resolution=16, buckets=buckets))
     lost = []
     for width, height in sizes:
-        best = min(buckets.shapes(16), key=lambda shape: abs(math.log(shape[1] / shape[0] * height / width)))
+        best = min(
+            buckets.shapes(16),
+            key=lambda shape: abs(math.log(shape[1] / shape[0] * height / width)),
+        )
         kept = min(width / best[1], height / best[0])
         lost.append(1 - kept**2 * best[0] * best[1] / (width * height))
     assert shaped.crop_loss == pytest.approx(np.mean(lost))
@@ -151,13 +187,17 @@ def test_turned_images_count_by_how_they_are_seen(tmp_path: Path) -> None:
     exif[0x0112] = 6
     (tmp_path / "a.jpg").write_bytes(encoded(noise(16, 32), "JPEG", exif=exif))
     (tmp_path / "b.jpg").write_bytes(encoded(noise(32, 16, seed=1), "JPEG"))
-    dataset = index(DataConfig(source=Folder(str(tmp_path)), resolution=16, buckets=BucketConfig(count=3, step=4)))
+    dataset = index(
+        DataConfig(
+            source=Folder(str(tmp_path)), resolution=16, buckets=BucketConfig(count=3, step=4)
+        )
+    )
     height, width = dataset.config.pixel_format().shapes[dataset.shapes[0]]
     assert dataset.shapes[0] == dataset.shapes[1]
     assert height > width
 
 
-# --- training on several shapes ----------------------------------------------------------------------------------------------
+# --- training on several shapes -------------------------------------------------------------------
 
 SIZES = [(16, 16)] * 12 + [(24, 12)] * 9 + [(12, 24)] * 7 + [(20, 16)] * 6
 
@@ -169,7 +209,13 @@ def photos(tmp_path: Path) -> Path:
 
 def mixed(root: Path, **changes) -> DataConfig:
     return DataConfig(
-        **{"source": Folder(str(root)), "resolution": 16, "buckets": BucketConfig(count=5, step=4), "holdout": 0.2, **changes}
+        **{
+            "source": Folder(str(root)),
+            "resolution": 16,
+            "buckets": BucketConfig(count=5, step=4),
+            "holdout": 0.2,
+            **changes,
+        }
     )
 
 
@@ -183,13 +229,17 @@ def opened(root: Path, keeping: str = "cached", **changes) -> Dataset:
 
 
 @pytest.mark.parametrize(("batch_size", "keeping"), [(4, "cached"), (7, "read"), (64, "in memory")])
-def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(photos: Path, batch_size: int, keeping: str) -> None:
+def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(
+    photos: Path, batch_size: int, keeping: str
+) -> None:
     dataset = opened(photos, keeping)
     plan = BatchPlan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
     shapes = dataset.config.pixel_format().shapes
     seen: list[bytes] = []
     number = 0
-    for step, batch in enumerate(islice(batches(dataset, plan, start=0), -(-2 * plan.size // batch_size))):
+    for step, batch in enumerate(
+        islice(batches(dataset, plan, start=0), -(-2 * plan.size // batch_size))
+    ):
         assert len(batch) == batch_size
         positions = dataset.training[plan.batch(step)]
         at = 0
@@ -214,10 +264,18 @@ def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(photo
 def test_kept_and_read_images_are_the_same(photos: Path) -> None:
     found = {}
     for keeping in KEEPING:
-        dataset = opened(photos, keeping, augment=AugmentConfig(flip="horizontal", rotation_degrees=10, karras=0.3))
+        dataset = opened(
+            photos,
+            keeping,
+            augment=AugmentConfig(flip="horizontal", rotation_degrees=10, karras=0.3),
+        )
         plan = BatchPlan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=6)
         found[keeping] = [
-            (part.first, part.images.numpy().tobytes(), part.context["augmentation"].numpy().tobytes())
+            (
+                part.first,
+                part.images.numpy().tobytes(),
+                part.context["augmentation"].numpy().tobytes(),
+            )
             for batch in islice(batches(dataset, plan, start=2), 4)
             for part in batch.parts
         ]
@@ -234,8 +292,12 @@ def test_the_usual_shape_is_the_most_frequent_one(photos: Path) -> None:
 def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_path: Path) -> None:
     run = recipes.Run(
         name="mixed",
-        data=mixed(photos, augment=AugmentConfig(flip="horizontal", rotation_degrees=5, karras=0.12)),
-        network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
+        data=mixed(
+            photos, augment=AugmentConfig(flip="horizontal", rotation_degrees=5, karras=0.12)
+        ),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+        ),
         conditioner=ContextConfig(category=CategoryConfig(size=8)),
         optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
         batch_size=20,
@@ -254,7 +316,11 @@ def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_pa
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-    assert all(math.isfinite(line["validation/ema/eps_mse"]) for line in lines if "validation/ema/eps_mse" in line)
+    assert all(
+        math.isfinite(line["validation/ema/eps_mse"])
+        for line in lines
+        if "validation/ema/eps_mse" in line
+    )
     assert sum("validation/ema/eps_mse" in line for line in lines) == 2
     assert (path / "samples" / "real.png").is_file()
     assert (path / "samples" / "step-000000002" / "grid.png").is_file()
@@ -262,14 +328,18 @@ def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_pa
     assert images.shape == (2, *opened(photos).image_shape)
 
 
-def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(photos: Path, tmp_path: Path) -> None:
+def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(
+    photos: Path, tmp_path: Path
+) -> None:
     """Micro-batches only split the work: one by one or all at once, the first loss is the same."""
     losses = []
     for micro in (3, None):
         run = recipes.Run(
             name="mixed",
             data=mixed(photos),
-            network=UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
+            network=UNetConfig(
+                channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+            ),
             optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
             batch_size=20,
             micro_batch=micro,

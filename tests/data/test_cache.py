@@ -1,4 +1,6 @@
-"""Decoded pixels are kept: what changed is decoded again, alone; what is damaged is made again; what is there is never trusted blindly."""
+"""Decoded pixels are kept: what changed is decoded again, alone; what is damaged is made again;
+what is there is never trusted blindly.
+"""
 
 import json
 import os
@@ -56,7 +58,12 @@ def opened(root: Path, **options) -> Dataset:
 
 def right(dataset: Dataset, seeds: list[int] | range = range(12)) -> bool:
     pixels = dataset.images(np.arange(len(dataset.entries)))[0].numpy()
-    return bool((pixels.transpose(0, 2, 3, 1) == np.stack([noise(SIDE, SIDE, seed=seed) for seed in seeds])).all())
+    return bool(
+        (
+            pixels.transpose(0, 2, 3, 1)
+            == np.stack([noise(SIDE, SIDE, seed=seed) for seed in seeds])
+        ).all()
+    )
 
 
 def segments(home: Path) -> list[Path]:
@@ -74,7 +81,9 @@ def test_what_is_kept_is_not_decoded_again(home: Path, photos: Path, decoded: li
     assert again.summary() == first.summary()
 
 
-def test_an_edited_image_is_decoded_again_alone(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_an_edited_image_is_decoded_again_alone(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     decoded.clear()
     (photos / "05.png").write_bytes(image(99))
@@ -82,7 +91,9 @@ def test_an_edited_image_is_decoded_again_alone(home: Path, photos: Path, decode
     assert decoded == [image(99)]
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_an_edit_that_keeps_size_and_time_is_seen(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     decoded.clear()
     path, other = photos / "05.png", bytearray(encoded(noise(SIDE, SIDE, seed=5), compress_level=0))
@@ -96,7 +107,9 @@ def test_an_edit_that_keeps_size_and_time_is_seen(home: Path, photos: Path, deco
     assert right(opened(photos), [*range(5), 98, *range(6, 12)])
 
 
-def test_new_names_and_deleted_images_need_no_decoding(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_new_names_and_deleted_images_need_no_decoding(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     decoded.clear()
     (photos / "00.png").rename(photos / "99.png")
@@ -105,20 +118,33 @@ def test_new_names_and_deleted_images_need_no_decoding(home: Path, photos: Path,
     assert decoded == []
 
 
-def test_a_image_in_another_container_is_known(home: Path, photos: Path, decoded: list[bytes], tmp_path: Path) -> None:
+def test_a_image_in_another_container_is_known(
+    home: Path, photos: Path, decoded: list[bytes], tmp_path: Path
+) -> None:
     from containers import zipped
 
     from sfumato.data import Zip
 
     opened(photos)
     decoded.clear()
-    source = Zip(str(zipped(tmp_path / "x.zip", {path.name: path.read_bytes() for path in sorted(photos.iterdir())})))
+    source = Zip(
+        str(
+            zipped(
+                tmp_path / "x.zip",
+                {path.name: path.read_bytes() for path in sorted(photos.iterdir())},
+            )
+        )
+    )
     assert right(index(DataConfig(source=source, resolution=SIDE)))
     assert decoded == []
 
 
-@pytest.mark.parametrize("change", [{"resolution": 3}, {"channels": 1}, {"bits": 16}, {"background": (0, 0, 0)}])
-def test_another_format_is_kept_apart_and_the_first_stays(change: dict, home: Path, photos: Path, decoded: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"resolution": 3}, {"channels": 1}, {"bits": 16}, {"background": (0, 0, 0)}]
+)
+def test_another_format_is_kept_apart_and_the_first_stays(
+    change: dict, home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     other = opened(photos, **change)
     assert len(decoded) == 24
@@ -167,19 +193,32 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "records cut": lambda segment: os.truncate(segment / "records.jsonl", 700),
     "records in binary": lambda segment: (segment / "records.jsonl").write_bytes(bytes(range(256))),
     "records of zeros": lambda segment: (segment / "records.jsonl").write_bytes(bytes(5000)),
-    "records of another kind": lambda segment: (segment / "records.jsonl").write_text('{"a": 1}\n[1, 2]\n'),
+    "records of another kind": lambda segment: (segment / "records.jsonl").write_text(
+        '{"a": 1}\n[1, 2]\n'
+    ),
     "a record without facts": lambda segment: with_record(segment, None, {}),
     "a record of another file": lambda segment: with_record(segment, {}, {"pixels": ["x.bin", 0]}),
-    "a record of no row": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, "x"]}),
-    "a record beyond the end": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, 12]}),
-    "a record before the beginning": lambda segment: with_record(segment, {}, {"pixels": [biggest(segment).name, -1]}),
+    "a record of no row": lambda segment: with_record(
+        segment, {}, {"pixels": [biggest(segment).name, "x"]}
+    ),
+    "a record beyond the end": lambda segment: with_record(
+        segment, {}, {"pixels": [biggest(segment).name, 12]}
+    ),
+    "a record before the beginning": lambda segment: with_record(
+        segment, {}, {"pixels": [biggest(segment).name, -1]}
+    ),
     "nested records": lambda segment: (segment / "records.jsonl").write_text("[" * 100_000),
-    "a file instead of the folder": lambda segment: (segment.rename(segment.with_name("old")), segment.write_bytes(b"")),
+    "a file instead of the folder": lambda segment: (
+        segment.rename(segment.with_name("old")),
+        segment.write_bytes(b""),
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_segment_is_noticed_and_made_again(damage: str, home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_a_damaged_segment_is_noticed_and_made_again(
+    damage: str, home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     decoded.clear()
     (segment,) = segments(home)
@@ -191,7 +230,9 @@ def test_a_damaged_segment_is_noticed_and_made_again(damage: str, home: Path, ph
     assert decoded == []
 
 
-def test_damage_to_one_segment_leaves_the_others(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_damage_to_one_segment_leaves_the_others(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     put(photos, {"12.png": image(12)})
     opened(photos)
@@ -202,7 +243,9 @@ def test_damage_to_one_segment_leaves_the_others(home: Path, photos: Path, decod
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"not numpy", b"\x80\x04."])
-def test_damaged_groups_of_duplicates_are_found_again(data: bytes, home: Path, photos: Path) -> None:
+def test_damaged_groups_of_duplicates_are_found_again(
+    data: bytes, home: Path, photos: Path
+) -> None:
     put(photos, {"copy.png": image(3)})
     before = opened(photos)
     (kept,) = home.glob("clusters/*.npy")
@@ -235,7 +278,10 @@ def test_two_processes_may_fill_the_cache_at_the_same_time(
         [sys.executable, "-c", PROGRAM, str(photos), *ready[::-1]],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for command in commands
+    ]
     said = [process.communicate(timeout=60)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     dataset = opened(photos)
@@ -245,7 +291,9 @@ def test_two_processes_may_fill_the_cache_at_the_same_time(
     assert not list(home.glob("pixels/*/.tmp-*"))
 
 
-def test_an_interrupted_run_keeps_what_it_decoded(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_an_interrupted_run_keeps_what_it_decoded(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     def stop(done: int, total: int) -> None:
         if done == 7:
             raise KeyboardInterrupt
@@ -258,7 +306,9 @@ def test_an_interrupted_run_keeps_what_it_decoded(home: Path, photos: Path, deco
     assert not list(home.glob("pixels/*/.tmp-*"))
 
 
-def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     opened(photos)
     (segment,) = segments(home)
     segment.rename(segment.with_name(".tmp-killed"))
@@ -280,7 +330,9 @@ def test_pixels_are_mapped_and_cannot_be_written_through(home: Path, photos: Pat
         mapped[0] = 0
 
 
-def test_with_the_cache_off_nothing_is_written(home: Path, photos: Path, decoded: list[bytes]) -> None:
+def test_with_the_cache_off_nothing_is_written(
+    home: Path, photos: Path, decoded: list[bytes]
+) -> None:
     for _ in range(2):
         assert right(opened(photos, cache="off"))
     assert len(decoded) == 24
@@ -292,13 +344,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(home: Path, photos: Path
     assert right(opened(photos))
 
 
-def test_a_nearly_full_disk_is_left_alone(home: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nearly_full_disk_is_left_alone(
+    home: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(indexing, "CACHE_SHARE_OF_DISK", 1e-15)
     assert right(opened(photos))
     assert not segments(home)
 
 
-def test_a_disk_that_fills_up_meanwhile_is_an_error_with_a_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_meanwhile_is_an_error_with_a_remedy(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ArrayCache.open("pixels", "test")
     writer = Writer(store)
     writer.add("key", {}, {"pixels": np.zeros(3, np.uint8)})
@@ -335,13 +391,17 @@ def test_arrays_of_several_shapes_in_several_segments_are_gathered(home: Path) -
         writer = Writer(store)
         for number in range(4):
             key, side = f"{part}-{number}", 2 + number % 2
-            expected[key] = np.random.default_rng(10 * part + number).normal(size=(side, 3)).astype(np.float16)
+            expected[key] = (
+                np.random.default_rng(10 * part + number).normal(size=(side, 3)).astype(np.float16)
+            )
             writer.add(key, {"side": side}, {"latent": expected[key]})
         writer.commit()
     store = ArrayCache.open("latents", "test")
     wanted = [key for key in sorted(expected, reverse=True) if expected[key].shape[0] == 3]
     gather = Gather(store, [store.records[key].arrays["latent"] for key in wanted])
-    assert (gather(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])).all()
+    assert (
+        gather(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])
+    ).all()
     assert gather(np.array([], np.int64)).shape[0] == 0
     assert {store.records[key].facts["side"] for key in wanted} == {3}
     assert store.size_bytes() > sum(array.nbytes for array in expected.values())

@@ -1,4 +1,6 @@
-"""What changed in a data set since a run began is named: images, captions and the split apart, with the files' names."""
+"""What changed in a data set since a run began is named: images, captions and the split apart, with
+the files' names.
+"""
 
 import json
 from collections.abc import Callable
@@ -48,8 +50,20 @@ def moved(folder: Path) -> None:
         (caption, ["captions differ (even/006.png)"]),
         (edited, ["1 image(s) edited (even/004.png)"]),
         (lambda folder: image(folder, 0).unlink(), ["1 image(s) gone (even/000.png)"]),
-        (added, ["7 image(s) new (even/more-0.png, even/more-1.png, even/more-2.png, even/more-3.png, even/more-4.png, ...)"]),
-        (moved, ["1 image(s) renamed, which changes their order (even/000.png -> odd/000.png)", "categories differ"]),
+        (
+            added,
+            [
+                "7 image(s) new (even/more-0.png, even/more-1.png, even/more-2.png, "
+                "even/more-3.png, even/more-4.png, ...)"
+            ],
+        ),
+        (
+            moved,
+            [
+                "1 image(s) renamed, which changes their order (even/000.png -> odd/000.png)",
+                "categories differ",
+            ],
+        ),
         (lambda folder: None, []),
     ],
 )
@@ -68,10 +82,16 @@ def test_a_change_is_named(tmp_path: Path, change: Callable[[Path], None], said:
     ("settings", "said"),
     [
         ({"holdout": 0.5}, "the split into training and hold-out differs (data.holdout,"),
-        ({"bits": 16}, "size, channels or bits of the pixels differ: PixelFormat(shapes=((8, 8),), channels=1, bits=8"),
+        (
+            {"bits": 16},
+            "size, channels or bits of the pixels differ: PixelFormat(shapes=((8, 8),), "
+            "channels=1, bits=8",
+        ),
     ],
 )
-def test_a_changed_setting_is_told_from_changed_images(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+def test_a_changed_setting_is_told_from_changed_images(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
     folder = images(tmp_path / "set", count=20)
     before = json.loads(json.dumps(opened(folder).summary()))
     (found,) = changes.changes(before, opened(folder, **settings))
@@ -81,7 +101,8 @@ def test_a_changed_setting_is_told_from_changed_images(tmp_path: Path, settings:
 def test_what_does_not_touch_the_contents_is_no_change(tmp_path: Path) -> None:
     folder = images(tmp_path / "set", count=20)
     before = json.loads(json.dumps(opened(folder).summary()))
-    image(folder, 4).rename(image(folder, 4).with_name("008-a.png"))  # in the same place of the order
+    # in the same place of the order
+    image(folder, 4).rename(image(folder, 4).with_name("008-a.png"))
     after = opened(folder, augment=AugmentConfig(flip="horizontal"), cache="off")
     assert after.fingerprint == before["fingerprint"]
 
@@ -90,7 +111,9 @@ def test_older_runs_recorded_nothing_to_compare(tmp_path: Path) -> None:
     assert changes.changes({"fingerprint": "x"}, opened(images(tmp_path / "set", count=20))) == []
 
 
-def test_of_very_large_sets_single_files_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_large_sets_single_files_are_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = images(tmp_path / "set", count=20)
     monkeypatch.setattr(changes, "LISTED", 19)
     before = opened(folder).summary()

@@ -1,4 +1,6 @@
-"""Every planted defect is found and nothing else is; the report changes nothing, says the same twice, and is safe to open."""
+"""Every planted defect is found and nothing else is; the report changes nothing, says the same
+twice, and is safe to open.
+"""
 
 import json
 import re
@@ -24,7 +26,9 @@ CLEAN = 40
 RESOLUTION = 32
 
 
-def tiles(seed: int, *, width: int = 64, height: int = 64, low: int = 0, high: int = 256) -> Image.Image:
+def tiles(
+    seed: int, *, width: int = 64, height: int = 64, low: int = 0, high: int = 256
+) -> Image.Image:
     """An image with sharp edges and colours, unlike that of any other seed."""
     values = np.random.default_rng(seed).integers(low, high, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST)
@@ -63,7 +67,11 @@ def clean(root: Path, *, captions: bool = True, count: int = CLEAN) -> Path:
 
 
 def examined(root: Path, **plan) -> Examination:
-    return examine(Folder(str(root)).listing(), source=str(root), plan=IntendedModel(**{"resolution": RESOLUTION, **plan}))
+    return examine(
+        Folder(str(root)).listing(),
+        source=str(root),
+        plan=IntendedModel(**{"resolution": RESOLUTION, **plan}),
+    )
 
 
 def report(root: Path, out: Path) -> dict:
@@ -112,7 +120,11 @@ def planted(root: Path) -> Path:
     clean(root)
     for name, (data, _) in IMAGES.items():
         stem = name.partition("-")[0]
-        caption = f"copies called {stem} alike" if stem in COPIES_OF_ONE_NAME else f"defect of its own {name}"
+        caption = (
+            f"copies called {stem} alike"
+            if stem in COPIES_OF_ONE_NAME
+            else f"defect of its own {name}"
+        )
         put(root, name, data, caption)
     for number, (name, (caption, _)) in enumerate(CAPTIONS.items()):
         put(root, name, tiles(300 + number), caption)
@@ -125,7 +137,9 @@ def expected() -> dict[str, list[str]]:
     for name, (_, found) in {**IMAGES, **CAPTIONS}.items():
         for kind in found:
             kinds[kind].append(name)
-    kinds["caption_duplicate"] += [name for name in IMAGES if name.partition("-")[0] in COPIES_OF_ONE_NAME]
+    kinds["caption_duplicate"] += [
+        name for name in IMAGES if name.partition("-")[0] in COPIES_OF_ONE_NAME
+    ]
     kinds["left_out"] = ["notes.docx"]
     return {kind: sorted(names) for kind, names in kinds.items()}
 
@@ -146,7 +160,7 @@ def data_of(folder: Path) -> dict:
     return json.loads((folder / "data.json").read_text(encoding="utf-8"))
 
 
-# --- what is found -------------------------------------------------------------------------------------------------------------
+# --- what is found --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ELSEWHERE])
@@ -173,7 +187,9 @@ def test_the_counts_and_reasons_go_with_the_lists(written: Path) -> None:
 def test_images_that_metadata_do_not_name_are_a_kind_of_their_own(tmp_path: Path) -> None:
     root = clean(tmp_path / "set", captions=False)
     first, *others = sorted(path.name for path in root.iterdir())
-    (root / "metadata.csv").write_text("file_name,caption\n" + "".join(f"{name},a caption of {name}\n" for name in others))
+    (root / "metadata.csv").write_text(
+        "file_name,caption\n" + "".join(f"{name},a caption of {name}\n" for name in others)
+    )
     data = report(root, tmp_path / "out")
     assert data["issues"]["unnamed"] == [first]
     assert data["reasons"] == {first: "not named in the metadata"}
@@ -195,10 +211,20 @@ def test_a_image_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
     base = np.asarray(tiles(0).resize((8, 8), Image.Resampling.NEAREST))
     for number in range(80):
         generator = np.random.default_rng(number)
-        changed = np.where(generator.random((8, 8, 1)) < 0.2, generator.integers(0, 256, (8, 8, 3)), base).astype(np.uint8)
-        put(tmp_path / "set", f"{number:02d}.png", Image.fromarray(changed).resize((64, 64), Image.Resampling.NEAREST))
+        changed = np.where(
+            generator.random((8, 8, 1)) < 0.2, generator.integers(0, 256, (8, 8, 3)), base
+        ).astype(np.uint8)
+        put(
+            tmp_path / "set",
+            f"{number:02d}.png",
+            Image.fromarray(changed).resize((64, 64), Image.Resampling.NEAREST),
+        )
     assert "outlier" not in examined(tmp_path / "set").issues
-    put(tmp_path / "set", "stranger.png", Image.fromarray(255 - base).resize((64, 64), Image.Resampling.NEAREST))
+    put(
+        tmp_path / "set",
+        "stranger.png",
+        Image.fromarray(255 - base).resize((64, 64), Image.Resampling.NEAREST),
+    )
     assert examined(tmp_path / "set").files()["outlier"] == ["stranger.png"]
 
 
@@ -222,30 +248,48 @@ def test_a_model_that_could_store_the_set_is_remarked_on(tmp_path: Path) -> None
     assert any("could store" in remark for remark in examined(root, parameters=values + 1).remarks)
 
 
-# --- what is written -----------------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def test_the_same_data_give_the_same_bytes(defects: Path, written: Path, tmp_path: Path) -> None:
     write(examined(defects), tmp_path / "again")
-    assert {path.name for path in written.iterdir()} == {"data.json", "data_report.html", "rejects.txt"}
+    assert {path.name for path in written.iterdir()} == {
+        "data.json",
+        "data_report.html",
+        "rejects.txt",
+    }
     for path in written.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_nothing_is_changed_or_deleted(defects: Path, tmp_path: Path) -> None:
     def state() -> dict[str, tuple[bytes, int]]:
-        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in defects.rglob("*") if path.is_file()}
+        return {
+            str(path): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in defects.rglob("*")
+            if path.is_file()
+        }
 
     before = state()
     write(examined(defects), tmp_path / "out")
     assert state() == before
 
 
-def test_the_reject_list_keeps_one_of_each_copy_and_whatever_is_called_differently(written: Path) -> None:
+def test_the_reject_list_keeps_one_of_each_copy_and_whatever_is_called_differently(
+    written: Path,
+) -> None:
     lines = (written / "rejects.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("#")
     names = {line.partition("\t")[0]: line.partition("\t")[2] for line in lines[1:]}
-    assert names.keys() == {"empty.png", "page.png", "cut.jpg", "flat.png", "twin-2.png", "twin-3.bmp", "near-2.jpg"}
+    assert names.keys() == {
+        "empty.png",
+        "page.png",
+        "cut.jpg",
+        "flat.png",
+        "twin-2.png",
+        "twin-3.bmp",
+        "near-2.jpg",
+    }
     assert names["twin-2.png"] == "duplicate of twin-1.png"
     assert all(names.values())
 
@@ -262,38 +306,77 @@ def test_training_leaves_out_what_the_reject_list_names(defects: Path, written: 
 
 
 @pytest.mark.parametrize(
-    "name", ["#1.png", "# 1.png", "#.png", " spaced .png", "ünï–çødé.png", "a,b;c.png", "line\u2028break.png"]
+    "name",
+    [
+        "#1.png",
+        "# 1.png",
+        "#.png",
+        " spaced .png",
+        "ünï–çødé.png",
+        "a,b;c.png",
+        "line\u2028break.png",
+    ],
 )
 def test_odd_names_in_the_reject_list_are_left_out_too(tmp_path: Path, name: str) -> None:
     root = clean(tmp_path / "set", captions=False, count=5)
     put(root, name, Image.new("RGB", (64, 64), (9, 99, 9)))
     write(examined(root), tmp_path / "out")
-    dataset = index(DataConfig(source=Folder(str(root)), resolution=RESOLUTION, exclude=str(tmp_path / "out" / "rejects.txt")))
+    dataset = index(
+        DataConfig(
+            source=Folder(str(root)),
+            resolution=RESOLUTION,
+            exclude=str(tmp_path / "out" / "rejects.txt"),
+        )
+    )
     assert len(dataset.entries) == 5
     assert name in {reject.name for reject in dataset.rejects}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_list_written_by_hand_may_have_comments_empty_lines_and_windows_line_ends(tmp_path: Path, end: str) -> None:
+def test_a_list_written_by_hand_may_have_comments_empty_lines_and_windows_line_ends(
+    tmp_path: Path, end: str
+) -> None:
     root = clean(tmp_path / "set", captions=False, count=6)
-    lines = ["\ufeff# mine", "clean-001.png", "", "# clean-002.png", "clean-003.png\tblurred", "no-such.png"]
+    lines = [
+        "\ufeff# mine",
+        "clean-001.png",
+        "",
+        "# clean-002.png",
+        "clean-003.png\tblurred",
+        "no-such.png",
+    ]
     (tmp_path / "mine.txt").write_bytes(end.join(lines).encode())
-    dataset = index(DataConfig(source=Folder(str(root)), resolution=RESOLUTION, exclude=str(tmp_path / "mine.txt")))
-    assert [entry.name for entry in dataset.entries] == [f"clean-{number:03d}.png" for number in (0, 2, 4, 5)]
+    dataset = index(
+        DataConfig(
+            source=Folder(str(root)), resolution=RESOLUTION, exclude=str(tmp_path / "mine.txt")
+        )
+    )
+    assert [entry.name for entry in dataset.entries] == [
+        f"clean-{number:03d}.png" for number in (0, 2, 4, 5)
+    ]
 
 
 def test_a_reject_list_that_is_not_there_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read: .*\n  hint: name a text file"):
-        index(DataConfig(source=Folder(str(clean(tmp_path / "set", count=3))), exclude=str(tmp_path / "nowhere.txt")))
+    with pytest.raises(
+        DataError, match=r"nowhere\.txt: cannot be read: .*\n  hint: name a text file"
+    ):
+        index(
+            DataConfig(
+                source=Folder(str(clean(tmp_path / "set", count=3))),
+                exclude=str(tmp_path / "nowhere.txt"),
+            )
+        )
 
 
-# --- the page ------------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """What a browser sees: elements, their attributes, the text outside scripts; `broken` where an element is not closed."""
+    """What a browser sees: elements, their attributes, the text outside scripts; `broken` where an
+    element is not closed.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -358,7 +441,9 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, make) -> None:
             assert attributes["src"].startswith("data:image/webp;base64,")
     without_images = re.sub(r"data:image/webp;base64,[\w+/=]+", "", html)
     assert not re.search(r"//\w|@import|url\(", without_images)
-    policy = next(attributes["content"] for tag, attributes in page.elements if attributes.get("http-equiv"))
+    policy = next(
+        attributes["content"] for tag, attributes in page.elements if attributes.get("http-equiv")
+    )
     assert "default-src 'none'" in policy
 
 
@@ -368,7 +453,9 @@ def test_names_captions_and_categories_cannot_become_part_of_the_page(tmp_path: 
     page = Page(html)
     assert not page.broken
     assert [tag for tag, _ in page.elements].count("script") == 1
-    assert not {name for _, attributes in page.elements for name in attributes if name.startswith("on")}
+    assert not {
+        name for _, attributes in page.elements for name in attributes if name.startswith("on")
+    }
     assert "i" not in {tag for tag, _ in page.elements}
     assert "0<b>/<i>.png" in page.text
     assert "<script>alert(1)</script>" in page.text
@@ -384,15 +471,19 @@ def test_json_keeps_hostile_captions_as_they_are(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written: .*\n  hint: name another folder with --out"):
+    with pytest.raises(
+        DataError, match=r"cannot be written: .*\n  hint: name another folder with --out"
+    ):
         write(examined(clean(tmp_path / "set", count=2)), tmp_path / "file" / "out")
 
 
-# --- the scores ----------------------------------------------------------------------------------------------------------------
+# --- the scores -----------------------------------------------------------------------------------
 
 
 def by_definition(features: np.ndarray) -> float:
-    """Friedman & Dieng 2023: exp of the entropy of the eigenvalues of K/n, K the cosine similarities, n x n."""
+    """Friedman & Dieng 2023: exp of the entropy of the eigenvalues of K/n, K the cosine
+    similarities, n x n.
+    """
     rows = features / np.linalg.norm(features, axis=1, keepdims=True)
     kernel = np.array([[float(a @ b) for b in rows] for a in rows])
     values = np.linalg.eigvals(kernel / len(rows)).real
@@ -413,7 +504,12 @@ def test_equal_images_count_as_one_and_unrelated_ones_as_many(count: int) -> Non
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), count=st.integers(1, 12), size=st.integers(1, 12), scale=st.floats(1e-3, 1e3))
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 12),
+    size=st.integers(1, 12),
+    scale=st.floats(1e-3, 1e3),
+)
 def test_the_vendi_score_lies_between_one_and_the_number_whatever_the_order_and_length(
     seed: int, count: int, size: int, scale: float
 ) -> None:
@@ -436,17 +532,21 @@ def test_the_report_scores_the_whole_and_each_category(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [{"a": 5, "b": 1}, {"a": 4, "b": 4}, {"a": 9, "b": 2, "c": 1}])
-def test_the_effective_number_of_categories_is_exp_of_the_entropy(tmp_path: Path, counts: dict[str, int]) -> None:
+def test_the_effective_number_of_categories_is_exp_of_the_entropy(
+    tmp_path: Path, counts: dict[str, int]
+) -> None:
     for category, count in counts.items():
         for number in range(count):
             put(tmp_path / "set", f"{category}/{number}.png", tiles(1000 * ord(category) + number))
     put(tmp_path / "set", "a/unreadable.png", b"")
     found = examined(tmp_path / "set").figures["categories"]
     assert found["counts"] == counts
-    assert found["effective_number"] == pytest.approx(np.exp(stats.entropy(list(counts.values()))), abs=0.005)
+    assert found["effective_number"] == pytest.approx(
+        np.exp(stats.entropy(list(counts.values()))), abs=0.005
+    )
 
 
-# --- next to nothing -----------------------------------------------------------------------------------------------------------
+# --- next to nothing ------------------------------------------------------------------------------
 
 
 def test_one_image_is_reported_on(tmp_path: Path) -> None:
@@ -460,7 +560,11 @@ def test_two_equal_images_are_one(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         put(tmp_path / "set", name, tiles(0))
     data = report(tmp_path / "set", tmp_path / "out")
-    assert (data["distinct"], data["copies"], data["issues"]) == (1, 1, {"duplicate": ["a.png", "b.png"]})
+    assert (data["distinct"], data["copies"], data["issues"]) == (
+        1,
+        1,
+        {"duplicate": ["a.png", "b.png"]},
+    )
 
 
 def test_where_nothing_can_be_read_it_says_so_and_why(tmp_path: Path) -> None:
@@ -472,7 +576,9 @@ def test_where_nothing_can_be_read_it_says_so_and_why(tmp_path: Path) -> None:
     page = Page(page_of(tmp_path / "out"))
     assert not page.broken
     assert "empty file" in page.text
-    with pytest.raises(DataError, match=r"0 different readable images among 3 files \(0\.png: empty file"):
+    with pytest.raises(
+        DataError, match=r"0 different readable images among 3 files \(0\.png: empty file"
+    ):
         index(DataConfig(source=Folder(str(tmp_path / "set"))))
 
 
@@ -491,12 +597,20 @@ def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     y, x = np.mgrid[:64, :64]
     for number in range(30):
         r = np.random.default_rng(number)
-        spots = sum(np.exp(-((y - r.uniform(0, 64)) ** 2 + (x - r.uniform(0, 64)) ** 2) / r.uniform(20, 80)) for _ in range(5))
-        np.save(tmp_path / "set" / f"{number}.npy", (100 + 700 * spots + r.normal(0, 3, (64, 64))).astype(np.uint16))
+        spots = sum(
+            np.exp(-((y - r.uniform(0, 64)) ** 2 + (x - r.uniform(0, 64)) ** 2) / r.uniform(20, 80))
+            for _ in range(5)
+        )
+        np.save(
+            tmp_path / "set" / f"{number}.npy",
+            (100 + 700 * spots + r.normal(0, 3, (64, 64))).astype(np.uint16),
+        )
     listing = framed(Folder(str(tmp_path / "set")).listing(), "first")
     chosen = choose_scale("auto", listing.entries)
     form = PixelFormat(shapes=((32, 32),), channels=1, bits=16, scale=chosen.scale)
-    found = examine(listing, source="set", plan=IntendedModel(resolution=32, form=form, remarks=chosen.lines))
+    found = examine(
+        listing, source="set", plan=IntendedModel(resolution=32, form=form, remarks=chosen.lines)
+    )
     assert found.figures["distinct"] == 30
     assert "low_information" not in found.issues
     assert found.rejects() == {}

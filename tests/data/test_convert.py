@@ -1,4 +1,6 @@
-"""What is converted is the same data: byte for byte each time, whole or not there at all, and what was left out is told."""
+"""What is converted is the same data: byte for byte each time, whole or not there at all, and what
+was left out is told.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,20 @@ import pytest
 from containers import SIDE, put
 from encoded import encoded, noise, smooth
 
-from sfumato.data import DataConfig, Dataset, Digits, Entry, Folder, Listing, Npz, Parquet, Source, WebDataset, index, source_at
+from sfumato.data import (
+    DataConfig,
+    Dataset,
+    Digits,
+    Entry,
+    Folder,
+    Listing,
+    Npz,
+    Parquet,
+    Source,
+    WebDataset,
+    index,
+    source_at,
+)
 from sfumato.data import convert as module
 from sfumato.data.convert import convert
 from sfumato.data.listing import Inline
@@ -62,16 +77,25 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "parquet": lambda root: source_at(str(containers.table(root / "x.parquet"))),
     "zip": lambda root: source_at(str(containers.edm_zip(root / "x.zip"))),
     "npz": lambda root: source_at(str(containers.npz(root / "x.npz"))),
-    "npz, gray": lambda root: arrays(root, np.stack([noise(SIDE, SIDE, seed=i)[..., 0] for i in range(5)])),
-    "npz, gray with a band": lambda root: arrays(root, np.stack([noise(SIDE, SIDE, seed=i)[..., :1] for i in range(5)])),
+    "npz, gray": lambda root: arrays(
+        root, np.stack([noise(SIDE, SIDE, seed=i)[..., 0] for i in range(5)])
+    ),
+    "npz, gray with a band": lambda root: arrays(
+        root, np.stack([noise(SIDE, SIDE, seed=i)[..., :1] for i in range(5)])
+    ),
     "save_to_disk": lambda root: source_at(str(containers.saved(root / "saved"))),
 }
 
 
 def told(dataset: Dataset) -> list[tuple]:
     """What training learns from, but for names."""
-    categories = [dataset.categories[label] if label >= 0 else None for label in dataset.labels.tolist()]
-    facts = [(entry.captions, entry.holdout, *map(read, (entry.doodle, entry.mask, entry.points))) for entry in dataset.entries]
+    categories = [
+        dataset.categories[label] if label >= 0 else None for label in dataset.labels.tolist()
+    ]
+    facts = [
+        (entry.captions, entry.holdout, *map(read, (entry.doodle, entry.mask, entry.points)))
+        for entry in dataset.entries
+    ]
     return list(zip(dataset.ids, categories, facts, strict=True))
 
 
@@ -94,7 +118,9 @@ def test_what_is_converted_reads_the_same(kind: str, name: str, tmp_path: Path) 
     assert rejects == []
     assert after.rejects == []
     assert after.notes == before.notes or name == "folder"  # notes name files
-    assert {n: len(files) for n, files in after.notes.items()} == {n: len(files) for n, files in before.notes.items()}
+    assert {n: len(files) for n, files in after.notes.items()} == {
+        n: len(files) for n, files in before.notes.items()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +136,9 @@ def test_deep_pixels_are_kept(kind: str, tmp_path: Path) -> None:
 def test_a_table_keeps_names_and_a_converted_copy_converts_to_itself(tmp_path: Path) -> None:
     source = rich_folder(tmp_path)
     (first,), _ = convert(source.listing(), tmp_path / "a.parquet")
-    assert [entry.name for entry in Parquet(str(first)).listing().entries] == [entry.name for entry in source.listing().entries]
+    assert [entry.name for entry in Parquet(str(first)).listing().entries] == [
+        entry.name for entry in source.listing().entries
+    ]
     (second,), _ = convert(Parquet(str(first)).listing(), tmp_path / "b.parquet")
     assert second.read_bytes() == first.read_bytes()
 
@@ -119,8 +147,13 @@ def test_a_shard_is_a_plain_tar_that_says_nothing_of_who_wrote_it(tmp_path: Path
     (path,), _ = convert(rich_folder(tmp_path).listing(), tmp_path / "a.tar")
     with tarfile.open(path) as archive:
         members = archive.getmembers()
-    assert {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode, m.isreg()) for m in members} == {(0, 0, "", "", 0, 0o644, True)}
-    stems = [m.name.rpartition("/")[0] + "/" + m.name.rpartition("/")[2].partition(".")[0] for m in members]
+    assert {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode, m.isreg()) for m in members} == {
+        (0, 0, "", "", 0, 0o644, True)
+    }
+    stems = [
+        m.name.rpartition("/")[0] + "/" + m.name.rpartition("/")[2].partition(".")[0]
+        for m in members
+    ]
     runs = [stem for number, stem in enumerate(stems) if number == 0 or stems[number - 1] != stem]
     assert len(runs) == len(set(runs))
 
@@ -151,8 +184,16 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     for kind, suffix in KINDS.items():
         (here,), _ = convert(source.listing(), tmp_path / f"here{suffix}")
         there = tmp_path / f"there{suffix}"
-        environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
-        subprocess.run([sys.executable, "-c", PROGRAM, source.path, str(there)], check=True, env=environment)
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": "7",
+            "OMP_NUM_THREADS": "2",
+            "TZ": "Asia/Tokyo",
+            "LC_ALL": "C",
+        }
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, source.path, str(there)], check=True, env=environment
+        )
         assert there.read_bytes() == here.read_bytes(), kind
 
 
@@ -164,21 +205,32 @@ def shards(listing: Listing, root: Path, kind: str) -> dict[str, str]:
 
 def large(count: int = 7) -> Listing:
     """Images of 0.3 MiB each, three to a shard."""
-    return Listing(entries=[Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i)))) for i in range(count)])
+    return Listing(
+        entries=[
+            Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i))))
+            for i in range(count)
+        ]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_gets_shards_of_about_the_size_asked_for_the_same_each_time(kind: str, tmp_path: Path) -> None:
+def test_a_folder_gets_shards_of_about_the_size_asked_for_the_same_each_time(
+    kind: str, tmp_path: Path
+) -> None:
     first = shards(large(), tmp_path / "one", kind)
     assert shards(large(), tmp_path / "two", kind) == first
     assert len(first) == 3
     sizes = [path.stat().st_size for path in sorted((tmp_path / "one").iterdir())]
     assert max(sizes) < 1.05 * 2**20
     source = (Parquet if kind == "parquet" else WebDataset)(str(tmp_path / "one"))
-    assert [entry.image.read() for entry in source.listing().entries] == [entry.image.read() for entry in large().entries]
+    assert [entry.image.read() for entry in source.listing().entries] == [
+        entry.image.read() for entry in large().entries
+    ]
 
 
-def test_row_groups_are_small_enough_to_read_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_small_enough_to_read_one_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     convert(Digits().listing(), tmp_path / "digits.parquet")
     metadata = pq.read_metadata(tmp_path / "digits.parquet")
     assert max(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)) == 100
@@ -202,9 +254,18 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "to"), [("a.zip", None), ("folder", None), ("folder", "zip"), ("a.tar", "parquet"), ("a.parquet", "webdataset")]
+    ("place", "to"),
+    [
+        ("a.zip", None),
+        ("folder", None),
+        ("folder", "zip"),
+        ("a.tar", "parquet"),
+        ("a.parquet", "webdataset"),
+    ],
 )
-def test_a_destination_of_no_such_kind_is_refused(place: str, to: str | None, tmp_path: Path) -> None:
+def test_a_destination_of_no_such_kind_is_refused(
+    place: str, to: str | None, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="is not a supported container"):
         convert(large(1), tmp_path / place, to=to)
     assert list(tmp_path.iterdir()) == []
@@ -229,7 +290,9 @@ class Interrupting:
 
 @pytest.mark.parametrize("place", ["a.tar", "a.parquet", "webdataset", "parquet"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
-def test_an_interrupted_conversion_leaves_nothing(error: BaseException, place: str, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    error: BaseException, place: str, tmp_path: Path
+) -> None:
     listing = large()
     listing.entries[5] = Entry(name="bad.png", image=Interrupting(error))
     dest = tmp_path / place
@@ -261,13 +324,22 @@ def test_a_killed_conversion_is_not_taken_for_a_whole_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_out_is_listed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_is_listed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 100_000)
     header = b"\x93NUMPY\x01\x00" + (60).to_bytes(2, "little")
     lying = header + b"{'descr': '|u1', 'fortran_order': False, 'shape': (9**15,)}".ljust(60)
     listing = Listing(
         entries=[
-            *(Entry(name=f"good{i}.png", image=Inline(encoded(noise(SIDE, SIDE, seed=i))), category="a") for i in range(3)),
+            *(
+                Entry(
+                    name=f"good{i}.png",
+                    image=Inline(encoded(noise(SIDE, SIDE, seed=i))),
+                    category="a",
+                )
+                for i in range(3)
+            ),
             Entry(name="gone.png", image=Interrupting(FileNotFoundError("it is gone"))),
             Entry(name="large.png", image=Inline(bytes(200_000))),
             Entry(name="lying.npy", image=Inline(lying)),
@@ -291,21 +363,38 @@ def test_when_nothing_can_be_read_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b.png", "CON.png", "nul/x.png", "..", "/", ".", "a" * 400 + ".png", "猫" * 150, "__x__/__y__.png", "x\ny"]
+    "name",
+    [
+        "a/b.png",
+        "CON.png",
+        "nul/x.png",
+        "..",
+        "/",
+        ".",
+        "a" * 400 + ".png",
+        "猫" * 150,
+        "__x__/__y__.png",
+        "x\ny",
+    ],
 )
 def test_names_of_any_kind_survive_a_tar(name: str, tmp_path: Path) -> None:
     entries = [
-        Entry(name=n, image=Inline(encoded(noise(SIDE, SIDE, seed=i)))) for i, n in enumerate((name, name + "2", "other.png"))
+        Entry(name=n, image=Inline(encoded(noise(SIDE, SIDE, seed=i))))
+        for i, n in enumerate((name, name + "2", "other.png"))
     ]
     entries.append(replace(entries[0], image=entries[2].image, captions=("the same name",)))
     (path,), _ = convert(Listing(entries=entries), tmp_path / "a.tar")
     found = WebDataset(str(path)).listing()
     assert found.rejects == []
-    assert [entry.image.read() for entry in found.entries] == [entry.image.read() for entry in entries]
+    assert [entry.image.read() for entry in found.entries] == [
+        entry.image.read() for entry in entries
+    ]
     assert found.entries[3].captions == ("the same name",)
 
 
 def test_progress_is_told_for_every_image(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    convert(large(3), tmp_path / "a.tar", on_progress=lambda done, total: seen.append((done, total)))
+    convert(
+        large(3), tmp_path / "a.tar", on_progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -1,4 +1,6 @@
-"""An index vouches for its images: the split follows content, the fingerprint follows pixels, damage is replaced and reported."""
+"""An index vouches for its images: the split follows content, the fingerprint follows pixels,
+damage is replaced and reported.
+"""
 
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def test_the_held_out_share_is_near_the_one_asked_for(share: float) -> None:
 def test_duplicates_never_straddle_the_split(tmp_path: Path) -> None:
     fill(tmp_path, 40)
     for number in range(40):
-        (tmp_path / f"copy-of-{number:04d}.png").write_bytes((tmp_path / f"{number:04d}.png").read_bytes())
+        (tmp_path / f"copy-of-{number:04d}.png").write_bytes(
+            (tmp_path / f"{number:04d}.png").read_bytes()
+        )
     dataset = opened(tmp_path, holdout=0.5)
     assert len(dataset.holdout) > 10
     assert not contents(dataset, dataset.training) & contents(dataset, dataset.holdout)
@@ -93,7 +97,9 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) -> None
     assert "No such file" in reasons["gone.png"]
     assert [entry.name for entry in dataset.entries] == ["0000.png", "0002.png", "0004.png"]
     assert (dataset.images([1])[0][0].numpy() == noise(4, 4, seed=2).transpose(2, 0, 1)).all()
-    assert dataset.summary()["rejects"] == [{"file": name, "reason": reason} for name, reason in reasons.items()]
+    assert dataset.summary()["rejects"] == [
+        {"file": name, "reason": reason} for name, reason in reasons.items()
+    ]
 
 
 def test_a_image_beside_the_category_folders_is_left_out(tmp_path: Path) -> None:
@@ -111,7 +117,9 @@ def test_too_few_readable_images_are_an_error_with_the_reasons(tmp_path: Path) -
     fill(tmp_path, 1)
     (tmp_path / "same.png").write_bytes((tmp_path / "0000.png").read_bytes())
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 different readable images among 3 files \(x.png: empty file\)") as caught:
+    with pytest.raises(
+        DataError, match=r"1 different readable images among 3 files \(x.png: empty file\)"
+    ) as caught:
         opened(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -146,7 +154,9 @@ def test_in_the_cache_in_memory_and_on_use_give_the_same_pixels(tmp_path: Path) 
             assert np.array_equal(kept.holdout, read.holdout)
 
 
-def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_format(tmp_path: Path) -> None:
+def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_format(
+    tmp_path: Path,
+) -> None:
     fill(tmp_path, 3, category="a")
     fill(tmp_path, 3, first=3, category="b")
     before = opened(tmp_path).fingerprint
@@ -172,7 +182,9 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
 
 
 @pytest.mark.parametrize("harm", ["deleted", "emptied", "cut"])
-def test_a_image_lost_after_indexing_is_replaced_alike_and_reported(tmp_path: Path, harm: str) -> None:
+def test_a_image_lost_after_indexing_is_replaced_alike_and_reported(
+    tmp_path: Path, harm: str
+) -> None:
     dataset = opened(fill(tmp_path, 20), **ON_USE)
     lost = int(dataset.training[3])
     path = tmp_path / dataset.entries[lost].name
@@ -212,7 +224,8 @@ def test_several_neighbours_lost_are_all_reported(tmp_path: Path) -> None:
     for position in gone:
         (tmp_path / dataset.entries[position].name).unlink()
     pixels, bad, _ = dataset.images(gone[:1])
-    assert torch.equal(pixels, dataset.images(dataset.training[:1])[0])  # around the end, to the first
+    # around the end, to the first
+    assert torch.equal(pixels, dataset.images(dataset.training[:1])[0])
     assert [reject.name for reject in bad] == [dataset.entries[position].name for position in gone]
 
 
@@ -242,12 +255,22 @@ def test_conversions_are_noted_with_the_files(tmp_path: Path) -> None:
 
 def test_progress_is_told_for_every_file(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    index(DataConfig(source=Folder(str(fill(tmp_path, 3))), resolution=4), on_progress=lambda done, of: told.append((done, of)))
+    index(
+        DataConfig(source=Folder(str(fill(tmp_path, 3))), resolution=4),
+        on_progress=lambda done, of: told.append((done, of)),
+    )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"resolution": 0}, {"holdout": 0.0}, {"holdout": 1.0}, {"workers": -1}, {"background": (0, 256, 0)}]
+    "wrong",
+    [
+        {"resolution": 0},
+        {"holdout": 0.0},
+        {"holdout": 1.0},
+        {"workers": -1},
+        {"background": (0, 256, 0)},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="data: resolution = "):

@@ -1,4 +1,6 @@
-"""Every kind of image that people have comes out as the pixels they see; every other file is refused with its reason."""
+"""Every kind of image that people have comes out as the pixels they see; every other file is
+refused with its reason.
+"""
 
 import io
 import struct
@@ -72,7 +74,8 @@ def test_sixteen_bit_colour() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ink", "seen"), [((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 255, 0), (255, 255, 0)), ((0, 0, 0, 255), (0, 0, 0))]
+    ("ink", "seen"),
+    [((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 255, 0), (255, 255, 0)), ((0, 0, 0, 255), (0, 0, 0))],
 )
 def test_cmyk(ink: tuple[int, ...], seen: tuple[int, ...]) -> None:
     pixels, notes = opened(encoded(flat("CMYK", ink), "JPEG", quality=100), COLOUR)
@@ -101,12 +104,16 @@ def test_palette_with_a_transparent_colour_shows_the_background(transparency: in
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (10, 130, 250)])
-@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (200, 100, 0, 64)), ("LA", (180, 64)), ("RGBA", (9, 9, 9, 0))])
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGBA", (200, 100, 0, 64)), ("LA", (180, 64)), ("RGBA", (9, 9, 9, 0))]
+)
 def test_transparency_is_composited_on_the_background(
     mode: str, colour: tuple[int, ...], background: tuple[int, int, int]
 ) -> None:
     *front, alpha = colour
-    expected = [alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front * 3, background, strict=False)]
+    expected = [
+        alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front * 3, background, strict=False)
+    ]
     form = PixelFormat(shapes=SQUARE, channels=3, background=background)
     data = encoded(flat(mode, colour))
     assert np.abs(np.array(only_colour(data, form)) - expected).max() <= 1
@@ -144,7 +151,9 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     upright = noise(SIDE, SIDE)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, notes = opened(encoded(np.ascontiguousarray(TO_STORED[orientation](upright)), exif=exif), COLOUR)
+    pixels, notes = opened(
+        encoded(np.ascontiguousarray(TO_STORED[orientation](upright)), exif=exif), COLOUR
+    )
     assert (pixels == upright.transpose(2, 0, 1)).all()
     assert notes == (["exif_rotated"] if orientation > 1 else [])
 
@@ -161,7 +170,9 @@ def test_an_orientation_that_means_nothing_is_no_rotation(orientation: int) -> N
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_used(kind: str) -> None:
     frames = [flat("RGB", (level, level, level)) for level in (40, 120, 200)]
-    pixels, notes = opened(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), COLOUR)
+    pixels, notes = opened(
+        encoded(frames[0], kind, save_all=True, append_images=frames[1:]), COLOUR
+    )
     assert "animated_first_frame_used" in notes
     assert np.abs(pixels.astype(int) - 40).max() <= 3
 
@@ -194,14 +205,23 @@ def test_an_empty_file_says_so() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"hello", b"<!DOCTYPE html><html><body>404</body></html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 4096],
+    [
+        b"hello",
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\0" * 4096,
+    ],
 )
 def test_text_and_zeros_are_no_images(text: bytes) -> None:
     assert reason(text) == "not an image in a known format (JPEG, PNG, WEBP, BMP, GIF, TIFF)"
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "PCX", "ICO", "PDF", "SGI", "JPEG2000", "DDS"])
-def test_parsers_that_are_not_listed_never_see_the_bytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind", ["EPS", "PPM", "TGA", "PCX", "ICO", "PDF", "SGI", "JPEG2000", "DDS"]
+)
+def test_parsers_that_are_not_listed_never_see_the_bytes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = encoded(noise(16, 16), kind)
     if kind != "PDF":  # which Pillow only writes
         Image.open(io.BytesIO(data)).close()
@@ -211,16 +231,21 @@ def test_parsers_that_are_not_listed_never_see_the_bytes(kind: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("mode", "value", "word"), [("F", 3.5, "floating-point"), ("F", -0.5, "floating-point"), ("I", 70_000, "32-bit integer")]
+    ("mode", "value", "word"),
+    [("F", 3.5, "floating-point"), ("F", -0.5, "floating-point"), ("I", 70_000, "32-bit integer")],
 )
 def test_values_without_a_known_white_name_the_setting(mode: str, value: float, word: str) -> None:
     said = reason(encoded(flat(mode, value), "TIFF"))
-    assert said.startswith(f"{word} values from {value:g} to {value:g}: set data.range=[BLACK, WHITE]")
+    assert said.startswith(
+        f"{word} values from {value:g} to {value:g}: set data.range=[BLACK, WHITE]"
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 4000), (4000, 1), (210, 10)])
 def test_slivers_are_refused(width: int, height: int) -> None:
-    assert reason(encoded(Image.new("RGB", (width, height)))).startswith(f"{width} x {height}: sides ")
+    assert reason(encoded(Image.new("RGB", (width, height)))).startswith(
+        f"{width} x {height}: sides "
+    )
     decode(encoded(Image.new("RGB", (200, 10))), COLOUR)
 
 
@@ -234,7 +259,8 @@ def test_decompression_bombs_are_refused_before_a_pixel_is_decoded(side: int) ->
     tracemalloc.stop()
     assert "more than 80 million pixels" in said
     assert peak < 1 << 20
-    assert only_colour(png(8, 8, depth=1, colour=0, rows=b"\0\0" * 8), GRAY) == [0]  # the same bytes, an honest size
+    # the same bytes, an honest size
+    assert only_colour(png(8, 8, depth=1, colour=0, rows=b"\0\0" * 8), GRAY) == [0]
 
 
 def test_bombs_in_the_text_of_a_png_are_refused() -> None:

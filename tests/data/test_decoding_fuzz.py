@@ -1,4 +1,6 @@
-"""Whatever the bytes, `decode` gives pixels of the asked shape or raises RejectedImage with a reason, and nothing else."""
+"""Whatever the bytes, `decode` gives pixels of the asked shape or raises RejectedImage with a
+reason, and nothing else.
+"""
 
 import pytest
 from encoded import encoded, noise
@@ -18,7 +20,9 @@ FILES = {
     "png": encoded(noise(20, 30), "PNG", exif=ROTATED),
     "palette": encoded(Image.fromarray(noise(20, 30)).quantize(16), "PNG", transparency=3),
     "webp": encoded(noise(20, 30), "WEBP", exif=ROTATED),
-    "gif": encoded(noise(20, 30), "GIF", save_all=True, append_images=[Image.fromarray(noise(20, 30, seed=1))]),
+    "gif": encoded(
+        noise(20, 30), "GIF", save_all=True, append_images=[Image.fromarray(noise(20, 30, seed=1))]
+    ),
     "bmp": encoded(noise(20, 30), "BMP"),
     "tiff": encoded(noise(20, 30), "TIFF", compression="tiff_lzw"),
 }
@@ -31,7 +35,9 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
     mutated = bytearray(FILES[kind])
     head = st.integers(0, min(len(mutated), 200) - 1)  # headers are where the parsers branch
     places = st.one_of(head, st.integers(0, len(mutated) - 1))
-    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=8)):
+    for place, value in data.draw(
+        st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=8)
+    ):
         mutated[place] = value
     if data.draw(st.booleans()):
         first, length = data.draw(st.tuples(places, st.integers(1, 64)))
@@ -41,7 +47,17 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
 
 @settings(max_examples=60, deadline=None)
 @given(
-    start=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"]),
+    start=st.sampled_from(
+        [
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"BM",
+            b"II*\0",
+            b"MM\0*",
+            b"RIFF\0\0\0\0WEBP",
+        ]
+    ),
     rest=st.binary(max_size=200),
 )
 def test_a_signature_and_rubbish_is_a_reason(start: bytes, rest: bytes) -> None:

@@ -1,4 +1,6 @@
-"""Every kind of image comes out as exactly the numbers that were put in: colours, depth, alpha, way up, profile, crop and name."""
+"""Every kind of image comes out as exactly the numbers that were put in: colours, depth, alpha, way
+up, profile, crop and name.
+"""
 
 import io
 import struct
@@ -24,7 +26,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def form(channels: int = 3, *, height: int = H, width: int = W, bits: int = 8) -> PixelFormat:
-    return PixelFormat(shapes=((height, width),), channels=channels, bits=bits, background=BACKGROUND)
+    return PixelFormat(
+        shapes=((height, width),), channels=channels, bits=bits, background=BACKGROUND
+    )
 
 
 def values(data: bytes, *args, **options) -> np.ndarray:
@@ -46,13 +50,15 @@ def luma(rgb: np.ndarray) -> np.ndarray:
     return rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
 
 
-def over(front: np.ndarray, alpha: np.ndarray, background: tuple[int, ...] = BACKGROUND) -> np.ndarray:
+def over(
+    front: np.ndarray, alpha: np.ndarray, background: tuple[int, ...] = BACKGROUND
+) -> np.ndarray:
     """What is seen of a colour of some opacity on a background."""
     share = alpha[..., None].astype(np.float64) / 255
     return share * front + (1 - share) * np.array(background, np.float64)
 
 
-# --- colours: four numbers of channels from every mode -----------------------------------------------------------------------
+# --- colours: four numbers of channels from every mode --------------------------------------------
 
 RGB, ALPHA, GRAY = grain(H, W, 3), grain(H, W, seed=1), grain(H, W, seed=2)
 
@@ -68,12 +74,22 @@ def premultiplied(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def stacked(*planes: np.ndarray) -> np.ndarray:
-    return np.concatenate([plane[..., None] if plane.ndim == 2 else plane for plane in planes], axis=2)
+    return np.concatenate(
+        [plane[..., None] if plane.ndim == 2 else plane for plane in planes], axis=2
+    )
 
 
 FULL = np.full((H, W), 255)
 KINDS = {
-    "L": (GRAY, {1: GRAY, 2: stacked(GRAY, FULL), 3: stacked(GRAY, GRAY, GRAY), 4: stacked(GRAY, GRAY, GRAY, FULL)}),
+    "L": (
+        GRAY,
+        {
+            1: GRAY,
+            2: stacked(GRAY, FULL),
+            3: stacked(GRAY, GRAY, GRAY),
+            4: stacked(GRAY, GRAY, GRAY, FULL),
+        },
+    ),
     "LA": (
         stacked(GRAY, ALPHA).astype(np.uint8),
         {
@@ -105,11 +121,19 @@ def test_channels_of_every_mode(mode: str, channels: int, container: str) -> Non
     kept = PixelFormat(
         shapes=((H, W),), channels=channels, background=BACKGROUND, alpha="on"
     )  # arrays do not say it themselves
-    found = decode(data, kept if container == "npy" else form(channels)).pixels.transpose(1, 2, 0).astype(np.int64)
+    found = (
+        decode(data, kept if container == "npy" else form(channels))
+        .pixels.transpose(1, 2, 0)
+        .astype(np.int64)
+    )
     wanted = expected[channels].reshape(H, W, channels).astype(np.float64)
     assert found.shape == wanted.shape
     # Composition and luminance are rounded, twice at most; everything else is a copy.
-    copied = mode in ("L", "RGB") or channels == {"LA": 2, "RGBA": 4}[mode] or (mode, channels) == ("LA", 4)
+    copied = (
+        mode in ("L", "RGB")
+        or channels == {"LA": 2, "RGBA": 4}[mode]
+        or (mode, channels) == ("LA", 4)
+    )
     tolerance = 0 if copied and not (mode == "RGB" and channels < 3) else 1.6
     assert np.abs(found - wanted).max() <= tolerance
     if channels in (2, 4) and mode in ("LA", "RGBA"):
@@ -118,12 +142,18 @@ def test_channels_of_every_mode(mode: str, channels: int, container: str) -> Non
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_clear_is_exactly_the_background_and_opaque_exactly_the_front(mode: str, channels: int) -> None:
+def test_clear_is_exactly_the_background_and_opaque_exactly_the_front(
+    mode: str, channels: int
+) -> None:
     alpha = np.where(np.arange(H * W).reshape(H, W) % 2, 255, 0)
     front = stacked(GRAY, GRAY, GRAY) if mode == "LA" else RGB
     stored = stacked(GRAY if mode == "LA" else RGB, alpha).astype(np.uint8)
     shown = np.where(alpha[..., None] == 255, front, np.array(BACKGROUND))
-    expected = shown if channels == 3 else np.asarray(Image.fromarray(shown.astype(np.uint8)).convert("L"))[..., None]
+    expected = (
+        shown
+        if channels == 3
+        else np.asarray(Image.fromarray(shown.astype(np.uint8)).convert("L"))[..., None]
+    )
     assert (values(encoded(Image.fromarray(stored)), channels) == expected).all()
 
 
@@ -164,7 +194,9 @@ def test_a_colour_of_a_png_that_is_declared_clear(mode: str) -> None:
     hidden = (image == np.array(clear)).reshape(H, W, -1).all(2)
     colours = image if mode == "RGB" else stacked(GRAY, GRAY, GRAY)
     assert hidden[2, 3]
-    assert (values(data, 4) == stacked(colours * ~hidden[..., None], np.where(hidden, 0, 255))).all()
+    assert (
+        values(data, 4) == stacked(colours * ~hidden[..., None], np.where(hidden, 0, 255))
+    ).all()
     assert (values(data, 3) == np.where(hidden[..., None], np.array(BACKGROUND), colours)).all()
     assert "transparency_filled" in decode(data, form()).notes
 
@@ -184,7 +216,12 @@ def test_cmyk_is_what_pillow_shows(channels: int) -> None:
     data = encoded(image, "TIFF")
     c, m, y, k = (plane.astype(np.float64) for plane in np.asarray(image).transpose(2, 0, 1))
     seen = np.stack([(255 - ink) * (255 - k) / 255 for ink in (c, m, y)], axis=2)
-    wanted = {1: luma(seen)[..., None], 2: stacked(luma(seen), FULL), 3: seen, 4: stacked(seen, FULL)}[channels]
+    wanted = {
+        1: luma(seen)[..., None],
+        2: stacked(luma(seen), FULL),
+        3: seen,
+        4: stacked(seen, FULL),
+    }[channels]
     assert np.abs(values(data, channels) - wanted).max() <= 2
     assert decode(data, form(channels)).notes == ("cmyk_converted",)
 
@@ -195,7 +232,7 @@ def test_an_adobe_cmyk_jpeg_is_not_inverted() -> None:
     assert np.abs(found - (255, 0, 0)).max() <= 3
 
 
-# --- depth -------------------------------------------------------------------------------------------------------------------
+# --- depth ----------------------------------------------------------------------------------------
 
 DEEP = grain(H, W, top=65536, dtype=np.uint16, seed=8)
 
@@ -220,7 +257,9 @@ def test_sixteen_bit_gray_in_eight_is_rounded_not_cut(container: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [2, 4])
-def test_sixteen_bit_gray_gets_an_opaque_alpha_as_eight_bit_gray_does(channels: int, bits: int) -> None:
+def test_sixteen_bit_gray_gets_an_opaque_alpha_as_eight_bit_gray_does(
+    channels: int, bits: int
+) -> None:
     found = values(encoded(Image.fromarray(DEEP)), channels, bits=bits)
     top = 65535 if bits == 16 else 255
     assert (found[..., -1] == top).all()
@@ -228,14 +267,31 @@ def test_sixteen_bit_gray_gets_an_opaque_alpha_as_eight_bit_gray_does(channels: 
 
 
 def test_big_endian_sixteen_bit_tiff() -> None:
-    entries = [(256, 3, W), (257, 3, H), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, H)]
+    entries = [
+        (256, 3, W),
+        (257, 3, H),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 3, H),
+    ]
     entries += [(279, 4, 2 * H * W)]
     body = DEEP.astype(">u2").tobytes()
     table = b"".join(
-        struct.pack(">HHI", tag, kind, 1) + (struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value))
+        struct.pack(">HHI", tag, kind, 1)
+        + (struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value))
         for tag, kind, value in entries
     )
-    data = b"MM\0*" + struct.pack(">I", 8 + len(body)) + body + struct.pack(">H", len(entries)) + table + b"\0\0\0\0"
+    data = (
+        b"MM\0*"
+        + struct.pack(">I", 8 + len(body))
+        + body
+        + struct.pack(">H", len(entries))
+        + table
+        + b"\0\0\0\0"
+    )
     assert (decode(data, form(1, bits=16)).pixels == DEEP).all()
     assert (decode(data, form(1)).pixels[0] == np.rint(DEEP / 257)).all()
 
@@ -249,7 +305,9 @@ def test_sixteen_bit_colour_in_eight_is_noted(colour: int, bands: int) -> None:
     found = decode(data, form(bands))
     assert (found.pixels.transpose(1, 2, 0) == levels).all()
     assert "sixteen_bit_reduced" in found.notes
-    assert (decode(data, form(bands, bits=16)).pixels.transpose(1, 2, 0) == levels.astype(int) * 257).all()
+    assert (
+        decode(data, form(bands, bits=16)).pixels.transpose(1, 2, 0) == levels.astype(int) * 257
+    ).all()
 
 
 @pytest.mark.parametrize("mode", KINDS)
@@ -259,7 +317,9 @@ def test_eight_bits_in_sixteen_are_multiples_of_257(mode: str) -> None:
     for data in (encoded(Image.fromarray(stored)), npy(stored)):
         if data.startswith(b"\x93") and mode in ("LA", "RGBA"):
             continue  # an array's last channel is not alpha
-        assert (values(data, bands, bits=16) == expected[bands].reshape(H, W, bands).astype(int) * 257).all()
+        assert (
+            values(data, bands, bits=16) == expected[bands].reshape(H, W, bands).astype(int) * 257
+        ).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -281,7 +341,9 @@ def test_arrays_of_any_number_of_channels(bands: int, dtype: type, bits: int) ->
 
 
 @pytest.mark.parametrize("order", ["F", "C"])
-def test_arrays_in_another_memory_layout_or_of_another_type_are_refused_or_right(order: str) -> None:
+def test_arrays_in_another_memory_layout_or_of_another_type_are_refused_or_right(
+    order: str,
+) -> None:
     stored = np.asarray(RGB, order=order)
     try:
         assert (values(npy(stored)) == RGB).all()
@@ -303,14 +365,17 @@ def test_arrays_in_another_memory_layout_or_of_another_type_are_refused_or_right
         decode(npy(np.zeros((8, 8, 65), np.uint8)), form(64))
 
 
-@pytest.mark.parametrize("literal", ["-" * 9000 + "1", "[" * 190 + "]" * 190, "1+" * 4000 + "1", "{'shape':" * 40 + "}" * 40])
+@pytest.mark.parametrize(
+    "literal",
+    ["-" * 9000 + "1", "[" * 190 + "]" * 190, "1+" * 4000 + "1", "{'shape':" * 40 + "}" * 40],
+)
 def test_an_array_header_that_makes_python_stumble_is_refused(literal: str) -> None:
     header = literal.encode()
     with pytest.raises(RejectedImage):
         decode(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\0" * 100, form())
 
 
-# --- scaling and cropping, against Lanczos' formula --------------------------------------------------------------------------
+# --- scaling and cropping, against Lanczos' formula -----------------------------------------------
 
 
 def lanczos(size: int, target: int, low: float, high: float) -> np.ndarray:
@@ -324,7 +389,9 @@ def lanczos(size: int, target: int, low: float, high: float) -> np.ndarray:
 
 
 def cover(width: int, height: int, target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """left, top, right, bottom of the largest centred part with the aspect ratio of `target` (height, width)."""
+    """left, top, right, bottom of the largest centred part with the aspect ratio of `target`
+    (height, width).
+    """
     if width * target[0] > height * target[1]:
         wide = height * target[1] / target[0]
         return (width - wide) / 2, 0, (width + wide) / 2, height
@@ -334,8 +401,17 @@ def cover(width: int, height: int, target: tuple[int, int]) -> tuple[float, floa
 
 def resampled(image: np.ndarray, target: tuple[int, int]) -> np.ndarray:
     left, top, right, bottom = cover(image.shape[1], image.shape[0], target)
-    rows, columns = lanczos(image.shape[0], target[0], top, bottom), lanczos(image.shape[1], target[1], left, right)
-    return np.stack([rows @ plane @ columns.T for plane in np.atleast_3d(image).astype(np.float64).transpose(2, 0, 1)], axis=2)
+    rows, columns = (
+        lanczos(image.shape[0], target[0], top, bottom),
+        lanczos(image.shape[1], target[1], left, right),
+    )
+    return np.stack(
+        [
+            rows @ plane @ columns.T
+            for plane in np.atleast_3d(image).astype(np.float64).transpose(2, 0, 1)
+        ],
+        axis=2,
+    )
 
 
 sides = st.integers(5, 40)
@@ -346,8 +422,13 @@ sides = st.integers(5, 40)
 def test_scaling_and_cropping_are_lanczos_over_the_covering_box(
     height: int, width: int, target: tuple[int, int], deep: bool
 ) -> None:
-    # Eight bits are rounded between the two directions, and cut off at black and white; so there stay away from these.
-    image = grain(height, width, top=65536, dtype=np.uint16, seed=11) if deep else 96 + grain(height, width, top=64, seed=11)
+    # Eight bits are rounded between the two directions, and cut off at black and white; so there
+    # stay away from these.
+    image = (
+        grain(height, width, top=65536, dtype=np.uint16, seed=11)
+        if deep
+        else 96 + grain(height, width, top=64, seed=11)
+    )
     expected = resampled(image, target)[..., 0]
     options = {"height": target[0], "width": target[1]}
     if deep:
@@ -362,12 +443,16 @@ def test_scaling_and_cropping_are_lanczos_over_the_covering_box(
 
 @pytest.mark.parametrize(("width", "height"), [(475, 471), (482, 471), (503, 471)])
 def test_no_size_is_refused_for_a_rounding_error(width: int, height: int) -> None:
-    assert decode(encoded(Image.new("L", (width, height))), form(height=28, width=28)).pixels.shape[1:] == (28, 28)
+    assert decode(encoded(Image.new("L", (width, height))), form(height=28, width=28)).pixels.shape[
+        1:
+    ] == (28, 28)
 
 
 @settings(max_examples=200, deadline=None)
 @given(width=st.integers(20, 6000), height=st.integers(20, 6000), target=st.tuples(sides, sides))
-def test_the_covering_part_lies_within_the_image(width: int, height: int, target: tuple[int, int]) -> None:
+def test_the_covering_part_lies_within_the_image(
+    width: int, height: int, target: tuple[int, int]
+) -> None:
     left, top, right, bottom = _covering(width, height, target)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -381,17 +466,27 @@ def test_cropping_without_scaling_is_a_slice(target: tuple[int, int], bits: int)
     inside = (slice(top, top + target[0]), slice(left, left + target[1]))
     options = {"height": target[0], "width": target[1], "bits": bits}
     for data in (encoded(RGB), encoded(RGB, "BMP"), encoded(RGB, "WEBP", lossless=True), npy(RGB)):
-        assert (values(data, 3, **options) == RGB[inside].astype(int) * (257 if bits == 16 else 1)).all()
+        assert (
+            values(data, 3, **options) == RGB[inside].astype(int) * (257 if bits == 16 else 1)
+        ).all()
     assert (values(npy(DEEP), 1, **{**options, "bits": 16}) == DEEP[inside][..., None]).all()
-    assert (values(encoded(Image.fromarray(DEEP)), 1, **{**options, "bits": 16}) == DEEP[inside][..., None]).all()
+    assert (
+        values(encoded(Image.fromarray(DEEP)), 1, **{**options, "bits": 16})
+        == DEEP[inside][..., None]
+    ).all()
 
 
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize(("size", "target", "factor"), [((24, 16), (8, 8), 2), ((16, 40), (8, 16), 2), ((30, 30), (10, 6), 3)])
+@pytest.mark.parametrize(
+    ("size", "target", "factor"),
+    [((24, 16), (8, 8), 2), ((16, 40), (8, 16), 2), ((30, 30), (10, 6), 3)],
+)
 def test_cropping_and_halving_blocks_gives_the_blocks(
     size: tuple[int, int], target: tuple[int, int], factor: int, deep: bool
 ) -> None:
-    """A ramp is scaled to the ramp of its block means, away from the rim, because the filter is symmetric."""
+    """A ramp is scaled to the ramp of its block means, away from the rim, because the filter is
+    symmetric.
+    """
     y, x = np.mgrid[: size[0], : size[1]]
     ramp = (700 * x + 400 * y if deep else 3 * x + 2 * y).astype(np.uint16 if deep else np.uint8)
     top, left = (size[0] - factor * target[0]) // 2, (size[1] - factor * target[1]) // 2
@@ -417,12 +512,22 @@ def test_colour_does_not_bleed_out_of_what_is_transparent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "target"), [((1023, 769), (24, 24)), ((1000, 600), (16, 40)), ((517, 1200), (60, 34)), ((263, 250), (50, 60))]
+    ("size", "target"),
+    [
+        ((1023, 769), (24, 24)),
+        ((1000, 600), (16, 40)),
+        ((517, 1200), (60, 34)),
+        ((263, 250), (50, 60)),
+    ],
 )
-def test_a_jpeg_decoded_at_reduced_size_is_where_the_whole_one_is(size: tuple[int, int], target: tuple[int, int]) -> None:
+def test_a_jpeg_decoded_at_reduced_size_is_where_the_whole_one_is(
+    size: tuple[int, int], target: tuple[int, int]
+) -> None:
     width, height = size
     y, x = np.mgrid[:height, :width]
-    waves = 127.5 + 60 * np.sin(2 * np.pi * 5 * x / width + 1) + 50 * np.cos(2 * np.pi * 4 * y / height)
+    waves = (
+        127.5 + 60 * np.sin(2 * np.pi * 5 * x / width + 1) + 50 * np.cos(2 * np.pi * 4 * y / height)
+    )
     image = np.repeat(np.rint(waves).astype(np.uint8)[..., None], 3, 2)
     data = encoded(image, "JPEG", quality=97, subsampling=0)
     found = values(data, height=target[0], width=target[1])
@@ -458,7 +563,8 @@ def test_fitted_keeps_the_aspect_ratio_and_the_whole_image(
     assert "upscaled" not in found.notes
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(float)
     corners = found.pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].T.astype(float)
-    assert np.abs(corners - upright[[0, 0, -1, -1], [0, -1, 0, -1]]).max() < 25  # nothing was cut away
+    # nothing was cut away
+    assert np.abs(corners - upright[[0, 0, -1, -1], [0, -1, 0, -1]]).max() < 25
 
 
 def test_fitted_keeps_the_aspect_ratio_of_an_array() -> None:
@@ -476,15 +582,22 @@ def test_fitted_unpacks_nothing_that_is_over_the_cap(monkeypatch: pytest.MonkeyP
     assert len(data) < 20_000
     loaded: list[str] = []
     whole = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (loaded.append("all"), whole(image))[1])
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: (loaded.append("all"), whole(image))[1]
+    )
     with pytest.raises(RejectedImage, match="more than 80 million pixels"):
         decode(data, fitted(data, 16))
     assert loaded == []
 
 
-# --- which way up ------------------------------------------------------------------------------------------------------------
+# --- which way up ---------------------------------------------------------------------------------
 
-LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+LOSSLESS = {
+    "PNG": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+    "JPEG": {"quality": 100, "subsampling": 0},
+}
 
 
 def turned(orientation: int, kind: str, image: np.ndarray = RGB) -> bytes:
@@ -495,7 +608,9 @@ def turned(orientation: int, kind: str, image: np.ndarray = RGB) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_every_orientation_in_every_container_is_what_pillow_says(kind: str, orientation: int) -> None:
+def test_every_orientation_in_every_container_is_what_pillow_says(
+    kind: str, orientation: int
+) -> None:
     data = turned(orientation, kind)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     height, width = upright.shape[:2]
@@ -533,7 +648,9 @@ def test_sixteen_bit_images_turn_too(orientation: int) -> None:
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(DEEP), exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert (values(data, 1, height=upright.shape[0], width=upright.shape[1], bits=16)[..., 0] == upright).all()
+    assert (
+        values(data, 1, height=upright.shape[0], width=upright.shape[1], bits=16)[..., 0] == upright
+    ).all()
 
 
 BROKEN_EXIF = {
@@ -565,10 +682,13 @@ def test_damaged_exif_costs_no_image(kind: str, harm: str) -> None:
     plain = decode(encoded(RGB, kind, **LOSSLESS[kind]), form())
     if "exif_rotated" not in found.notes:
         assert (found.pixels == plain.pixels).all()
-    assert sorted(found.pixels.reshape(-1)) == sorted(plain.pixels.reshape(-1)) or found.size == (H, W)
+    assert sorted(found.pixels.reshape(-1)) == sorted(plain.pixels.reshape(-1)) or found.size == (
+        H,
+        W,
+    )
 
 
-# --- colour profiles ---------------------------------------------------------------------------------------------------------
+# --- colour profiles ------------------------------------------------------------------------------
 
 D50 = (0.9642, 1.0, 0.8249)
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
@@ -596,7 +716,9 @@ def profile(primaries: tuple | None, gamma: float, name: str) -> bytes:
     if primaries is None:
         tags.append((b"kTRC", curve(gamma)))
     else:
-        tags += [(b"%cXYZ" % letter, xyz(point)) for letter, point in zip(b"rgb", primaries, strict=True)]
+        tags += [
+            (b"%cXYZ" % letter, xyz(point)) for letter, point in zip(b"rgb", primaries, strict=True)
+        ]
         tags += [(b"%cTRC" % letter, curve(gamma)) for letter in b"rgb"]
     place, table, body = 128 + 4 + 12 * len(tags), b"", b""
     for kind, content in tags:
@@ -604,8 +726,17 @@ def profile(primaries: tuple | None, gamma: float, name: str) -> bytes:
         table += kind + struct.pack(">II", place + len(body), len(content))
         body += content
     space = b"GRAY" if primaries is None else b"RGB "
-    head = struct.pack(">I", place + len(body)) + b"\0\0\0\0" + b"\x02\x10\0\0" + b"mntr" + space + b"XYZ "
-    head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + b"".join(map(fixed, D50))
+    head = (
+        struct.pack(">I", place + len(body))
+        + b"\0\0\0\0"
+        + b"\x02\x10\0\0"
+        + b"mntr"
+        + space
+        + b"XYZ "
+    )
+    head += (
+        struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + b"".join(map(fixed, D50))
+    )
     return head + b"\0" * (128 - len(head)) + struct.pack(">I", len(tags)) + table + body
 
 
@@ -640,7 +771,8 @@ def test_a_profile_is_converted_to_srgb(name: str, kind: str) -> None:
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
     )
     assert np.abs(pixels - np.asarray(whole).astype(int)).max() <= 2
-    assert np.abs(pixels - in_srgb(stored, primaries, gamma)).max() <= (4 if gamma == 1 else 2.5)  # shadows are steep
+    # shadows are steep
+    assert np.abs(pixels - in_srgb(stored, primaries, gamma)).max() <= (4 if gamma == 1 else 2.5)
     assert np.abs(pixels - stored).max() > 10  # and it was no small matter
 
 
@@ -648,7 +780,9 @@ def test_a_profile_of_gray_images_is_converted_too() -> None:
     icc = profile(None, 1.0, "linear gray")
     data = encoded(GRAY, icc_profile=icc)
     linear, target = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(linear, target, "L", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    transform = ImageCms.buildTransform(
+        linear, target, "L", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
+    )
     whole = np.asarray(ImageCms.applyTransform(Image.fromarray(GRAY), transform)).astype(int)
     light = GRAY / 255
     defined = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -700,21 +834,38 @@ def test_a_useless_profile_is_ignored_and_noted(kind: str, icc: str) -> None:
     assert found.notes == ("icc_profile_ignored",)
 
 
-# --- names of contents -------------------------------------------------------------------------------------------------------
+# --- names of contents ----------------------------------------------------------------------------
 
 
 def name(data: bytes, side: int = 4) -> str:
-    found: Decoded = decode(data, PixelFormat(shapes=((side, side),), channels=3, alpha="on"), identify=True)
+    found: Decoded = decode(
+        data, PixelFormat(shapes=((side, side),), channels=3, alpha="on"), identify=True
+    )
     assert len(found.id) == 32
     return found.id
 
 
 def test_the_name_is_of_the_values_however_they_are_stored() -> None:
     ways = [encoded(RGB, compress_level=level) for level in (0, 1, 6, 9)]
-    ways += [encoded(RGB, "BMP"), encoded(RGB, "TIFF"), encoded(RGB, "TIFF", compression="tiff_lzw"), npy(RGB)]
-    ways += [encoded(RGB, "WEBP", lossless=True), encoded(RGB, optimize=True), encoded(RGB, dpi=(300, 300))]
+    ways += [
+        encoded(RGB, "BMP"),
+        encoded(RGB, "TIFF"),
+        encoded(RGB, "TIFF", compression="tiff_lzw"),
+        npy(RGB),
+    ]
+    ways += [
+        encoded(RGB, "WEBP", lossless=True),
+        encoded(RGB, optimize=True),
+        encoded(RGB, dpi=(300, 300)),
+    ]
     assert len({name(data) for data in ways}) == 1
-    gray = [encoded(GRAY), encoded(GRAY, "TIFF"), encoded(GRAY, "BMP"), npy(GRAY), npy(GRAY[..., None])]
+    gray = [
+        encoded(GRAY),
+        encoded(GRAY, "TIFF"),
+        encoded(GRAY, "BMP"),
+        npy(GRAY),
+        npy(GRAY[..., None]),
+    ]
     assert len({name(data) for data in gray}) == 1
     four = stacked(RGB, ALPHA).astype(np.uint8)
     clear = [encoded(Image.fromarray(four), kind) for kind in ("PNG", "TIFF")]
@@ -723,7 +874,12 @@ def test_the_name_is_of_the_values_however_they_are_stored() -> None:
 
 
 def test_the_name_of_sixteen_bit_values_does_not_depend_on_their_container() -> None:
-    ways = [encoded(Image.fromarray(DEEP)), encoded(Image.fromarray(DEEP), "TIFF"), npy(DEEP), npy(DEEP[..., None])]
+    ways = [
+        encoded(Image.fromarray(DEEP)),
+        encoded(Image.fromarray(DEEP), "TIFF"),
+        npy(DEEP),
+        npy(DEEP[..., None]),
+    ]
     names = {decode(data, form(1), identify=True).id for data in ways}
     assert len(names) == 1
 
@@ -731,7 +887,11 @@ def test_the_name_of_sixteen_bit_values_does_not_depend_on_their_container() -> 
 def test_the_name_depends_on_no_setting() -> None:
     for data in (encoded(RGB), encoded(RGB, "JPEG"), encoded(RGB, "WEBP"), npy(RGB)):
         assert name(data, 4) == name(data, 8)
-        assert decode(data, form(1), identify=True).id == decode(data, form(3, bits=16), identify=True).id == name(data)
+        assert (
+            decode(data, form(1), identify=True).id
+            == decode(data, form(3, bits=16), identify=True).id
+            == name(data)
+        )
         assert decode(data, form()).id == ""
 
 
@@ -745,7 +905,16 @@ def test_large_jpegs_and_phones_double_jpegs_have_one_name_at_every_resolution()
 def test_other_values_shapes_orders_depths_and_ways_up_have_other_names() -> None:
     changed = RGB.copy()
     changed[3, 4, 1] ^= 1
-    others = [RGB, changed, RGB[::-1], RGB[:, ::-1], RGB[..., ::-1], RGB.transpose(1, 0, 2), RGB.reshape(W, H, 3), RGB[..., :1]]
+    others = [
+        RGB,
+        changed,
+        RGB[::-1],
+        RGB[:, ::-1],
+        RGB[..., ::-1],
+        RGB.transpose(1, 0, 2),
+        RGB.reshape(W, H, 3),
+        RGB[..., :1],
+    ]
     others += [RGB.astype(np.uint16), stacked(RGB, FULL).astype(np.uint8), RGB.reshape(4, 15, 3)]
     names = [name(npy(np.ascontiguousarray(other))) for other in others if other.dtype == np.uint8]
     names += [decode(npy(RGB.astype(np.uint16)), form(), identify=True).id]
@@ -766,7 +935,7 @@ def test_a_profile_is_part_of_the_name() -> None:
     assert name(encoded(RGB, icc_profile=profile(P3, 2.2, "P3"))) != name(encoded(RGB))
 
 
-# --- what must not be read ---------------------------------------------------------------------------------------------------
+# --- what must not be read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"])
@@ -801,10 +970,26 @@ def test_a_wrong_checksum_in_a_png_is_refused() -> None:
 def test_twelve_bits_of_gray_are_not_sixteen() -> None:
     """White in a 12-bit TIFF is 4095."""
     body = bytes([0xFF, 0xFF, 0xFF]) * (H * W // 2)
-    entries = [(256, 3, W), (257, 3, H), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, H)]
+    entries = [
+        (256, 3, W),
+        (257, 3, H),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 3, H),
+    ]
     entries += [(279, 4, len(body))]
     table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
-    data = b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(entries)) + table + b"\0\0\0\0"
+    data = (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(body))
+        + body
+        + struct.pack("<H", len(entries))
+        + table
+        + b"\0\0\0\0"
+    )
     try:
         found = decode(data, form(1))
     except RejectedImage:

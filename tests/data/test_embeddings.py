@@ -1,4 +1,6 @@
-"""Embeddings of texts outlive the process that made them, and what is damaged or cannot be written is made again."""
+"""Embeddings of texts outlive the process that made them, and what is damaged or cannot be written
+is made again.
+"""
 
 import hashlib
 import shutil
@@ -25,7 +27,10 @@ def embedded(text: str) -> Kept:
     """Numbers that depend on the text; as many tokens as it has letters, up to five."""
     seed = int(hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8], 16)
     generator = torch.Generator().manual_seed(seed)
-    return Kept(torch.randn(4, generator=generator), torch.randn(min(5, len(text) + 1), 4, generator=generator))
+    return Kept(
+        torch.randn(4, generator=generator),
+        torch.randn(min(5, len(text) + 1), 4, generator=generator),
+    )
 
 
 def filled(texts: list[str], encoder: str = "e") -> EmbeddingStore:
@@ -61,7 +66,9 @@ def test_what_is_put_in_comes_out_before_and_after_it_is_written(folder: Path) -
 def test_another_process_finds_them() -> None:
     filled(TEXTS[:4]).commit()
     code = "from sfumato.data.embeddings import EmbeddingStore; print(EmbeddingStore('e')['a cat'].tokens.tolist())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == str(embedded("a cat").tokens.tolist())
 
 
@@ -119,7 +126,9 @@ def _cut(path: Path) -> None:
 
 DAMAGE = {
     "no records": lambda segment: (segment / "records.jsonl").unlink(),
-    "records cut short": lambda segment: _cut(segment / "records.jsonl") or _cut(segment / "records.jsonl"),
+    "records cut short": lambda segment: (
+        _cut(segment / "records.jsonl") or _cut(segment / "records.jsonl")
+    ),
     "records of nonsense": lambda segment: (segment / "records.jsonl").write_bytes(b"\xff[[["),
     "arrays cut short": lambda segment: [_cut(path) for path in segment.glob("*.bin")],
     "arrays gone": lambda segment: [path.unlink() for path in segment.glob("*.bin")],
@@ -144,7 +153,9 @@ def test_a_damaged_segment_is_made_again_and_others_are_kept(folder: Path, damag
     assert holds(EmbeddingStore("e"), ["a cat", "a dog"])
 
 
-def test_a_disk_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_written_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "file" / "cache"))
     store = filled(["a cat"])

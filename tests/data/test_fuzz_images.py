@@ -1,4 +1,6 @@
-"""Whatever the bytes, `decode` gives pixels of the asked shape or says why not: no other exception, crash, hang or flood of memory."""
+"""Whatever the bytes, `decode` gives pixels of the asked shape or says why not: no other exception,
+crash, hang or flood of memory.
+"""
 
 import io
 import json
@@ -31,7 +33,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
 
 
-# --- a corpus that reaches every branch of the parsers -----------------------------------------------------------------------
+# --- a corpus that reaches every branch of the parsers --------------------------------------------
 
 
 def corpus() -> dict[str, bytes]:
@@ -41,9 +43,14 @@ def corpus() -> dict[str, bytes]:
     exif[0x010E] = "an image"
     from PIL import ImageCms
 
-    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"sRGB", b"eRGB")
+    icc = (
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"sRGB", b"eRGB")
+    )
     rgb, gray = Image.fromarray(noise(20, 30)), Image.fromarray(noise(20, 30)[..., 0])
-    clear, deep = rgb.convert("RGBA"), Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    clear, deep = (
+        rgb.convert("RGBA"),
+        Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100),
+    )
     clear.putalpha(gray)
     frames = {"save_all": True, "append_images": [Image.fromarray(noise(20, 30, seed=1))]}
     row = b"\0" + struct.pack(">3H", 2570, 5140, 7710) * 8
@@ -56,7 +63,10 @@ def corpus() -> dict[str, bytes]:
 
     def tiff(dtype: type, **options) -> bytes:
         """Five bands as scientists write them."""
-        buffer, bands = io.BytesIO(), np.concatenate([noise(20, 30), noise(20, 30, seed=1)[..., :2]], axis=2)
+        buffer, bands = (
+            io.BytesIO(),
+            np.concatenate([noise(20, 30), noise(20, 30, seed=1)[..., :2]], axis=2),
+        )
         values = (bands / 255).astype(dtype) if np.dtype(dtype).kind == "f" else bands.astype(dtype)
         planar = options.pop("planarconfig", "contig")
         values = values if planar == "contig" else np.moveaxis(values, 2, 0)
@@ -65,7 +75,9 @@ def corpus() -> dict[str, bytes]:
 
     return {
         "jpeg": encoded(rgb, "JPEG", exif=exif),
-        "jpeg progressive": encoded(Image.fromarray(smooth(60, 90)), "JPEG", progressive=True, icc_profile=icc),
+        "jpeg progressive": encoded(
+            Image.fromarray(smooth(60, 90)), "JPEG", progressive=True, icc_profile=icc
+        ),
         "jpeg cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
         "jpeg gray restarts": encoded(gray, "JPEG", restart_marker_blocks=2),
         "jpeg two": encoded(rgb, "MPO", **frames),
@@ -94,9 +106,13 @@ def corpus() -> dict[str, bytes]:
         "tiff bands planar deflate": tiff(
             np.uint8, planarconfig="separate", compression="zlib", predictor=True, rowsperstrip=6
         ),
-        "tiff bands floats tiles": tiff(np.float32, tile=(16, 16), compression="zlib", byteorder=">"),
+        "tiff bands floats tiles": tiff(
+            np.float32, tile=(16, 16), compression="zlib", byteorder=">"
+        ),
         "tiff big": tiff(np.uint16, bigtiff=True, byteorder=">"),
-        "tiff lzw floats": encoded(Image.fromarray(noise(20, 30)[..., 0] / np.float32(255)), "TIFF", compression="tiff_lzw"),
+        "tiff lzw floats": encoded(
+            Image.fromarray(noise(20, 30)[..., 0] / np.float32(255)), "TIFF", compression="tiff_lzw"
+        ),
         "npy": array.getvalue(),
         "npy floats": floats.getvalue(),
     }
@@ -122,9 +138,15 @@ def mutated(data: bytes, generator: np.random.Generator, others: list[bytes]) ->
                     if harmed:
                         harmed[at] ^= 1 << int(generator.integers(0, 8))
             case 1:  # bytes, where parsers branch
-                for at in generator.integers(place, min(size, place + 40), generator.integers(1, 5)):
+                for at in generator.integers(
+                    place, min(size, place + 40), generator.integers(1, 5)
+                ):
                     if harmed:
-                        harmed[at] = int(generator.choice([0, 1, 127, 128, 254, 255, int(generator.integers(0, 256))]))
+                        harmed[at] = int(
+                            generator.choice(
+                                [0, 1, 127, 128, 254, 255, int(generator.integers(0, 256))]
+                            )
+                        )
             case 2:  # a gap
                 del harmed[place : place + int(generator.integers(1, 65))]
             case 3:  # something between
@@ -134,7 +156,21 @@ def mutated(data: bytes, generator: np.random.Generator, others: list[bytes]) ->
             case 5:  # a stretch again
                 harmed[place:place] = harmed[place : place + int(generator.integers(1, 200))]
             case 6:  # a number: a length, a size, an offset
-                number = int(generator.choice([0, 1, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, len(harmed)]))
+                number = int(
+                    generator.choice(
+                        [
+                            0,
+                            1,
+                            0x7FFF,
+                            0xFFFF,
+                            0x10000,
+                            0x7FFFFFFF,
+                            0x80000000,
+                            0xFFFFFFFF,
+                            len(harmed),
+                        ]
+                    )
+                )
                 code = str(generator.choice([">I", "<I", ">H", "<H"]))
                 harmed[place : place + struct.calcsize(code)] = struct.pack(
                     code, number & (2 ** (8 * struct.calcsize(code)) - 1)
@@ -142,14 +178,20 @@ def mutated(data: bytes, generator: np.random.Generator, others: list[bytes]) ->
             case 7:  # another file's head or tail
                 other = others[int(generator.integers(0, len(others)))]
                 cut = int(generator.integers(0, min(len(other), 200)))
-                harmed = bytearray(other[:cut]) + harmed[place:] if generator.random() < 0.5 else harmed[:place] + other[cut:]
+                harmed = (
+                    bytearray(other[:cut]) + harmed[place:]
+                    if generator.random() < 0.5
+                    else harmed[:place] + other[cut:]
+                )
             case 8:  # chunks of a PNG: changed inside, with a checksum to match
                 harmed = bytearray(rechecked(bytes(harmed), generator))
     return rechecked(bytes(harmed)) if generator.random() < 0.5 else bytes(harmed)
 
 
 def rechecked(data: bytes, generator: np.random.Generator | None = None) -> bytes:
-    """A PNG whose chunks have the right checksums, so that the parser goes on; with a generator, one byte is changed before."""
+    """A PNG whose chunks have the right checksums, so that the parser goes on; with a generator,
+    one byte is changed before.
+    """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, place = data[:8], 8
@@ -181,7 +223,9 @@ def test_a_few_harmed_files_are_images_or_a_reason(kind: str) -> None:
     for number in range(40):
         generator = np.random.Generator(np.random.Philox(key=number))
         harmed = mutated(FILES[kind], generator, list(FILES.values()))
-        read += assert_pixels_or_a_reason(harmed, FORMS[3 if "bands" in kind or "big" in kind else number % 3])
+        read += assert_pixels_or_a_reason(
+            harmed, FORMS[3 if "bands" in kind or "big" in kind else number % 3]
+        )
     assert read < 40  # harm is noticed
 
 
@@ -191,7 +235,9 @@ def test_a_few_harmed_files_are_images_or_a_reason(kind: str) -> None:
 def test_small_mutations_are_images_or_a_reason(kind: str, data: st.DataObject) -> None:
     harmed = bytearray(FILES[kind])
     places = st.one_of(st.integers(0, min(len(harmed), 150) - 1), st.integers(0, len(harmed) - 1))
-    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=6)):
+    for place, value in data.draw(
+        st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=6)
+    ):
         harmed[place] = value
     first, length = data.draw(st.tuples(places, st.sampled_from([0, 0, 1, 4, 30])))
     del harmed[first : first + length]
@@ -204,7 +250,9 @@ def test_small_mutations_are_images_or_a_reason(kind: str, data: st.DataObject) 
 @given(header=st.text(st.characters(max_codepoint=127), max_size=120), body=st.binary(max_size=40))
 def test_array_headers_of_any_text_are_a_reason(header: str, body: bytes) -> None:
     text = header.encode()
-    assert not assert_pixels_or_a_reason(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0])
+    assert not assert_pixels_or_a_reason(
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0]
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -214,22 +262,50 @@ def test_array_headers_of_any_text_are_a_reason(header: str, body: bytes) -> Non
     fortran=st.sampled_from([True, False, 1, None]),
     body=st.binary(max_size=300),
 )
-def test_array_headers_of_any_shape_are_pixels_or_a_reason(shape: list, descr: str, fortran: object, body: bytes) -> None:
+def test_array_headers_of_any_shape_are_pixels_or_a_reason(
+    shape: list, descr: str, fortran: object, body: bytes
+) -> None:
     text = repr({"descr": descr, "fortran_order": fortran, "shape": tuple(shape)}).encode()
-    read = assert_pixels_or_a_reason(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0])
+    read = assert_pixels_or_a_reason(
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0]
+    )
     if read:
         assert all(type(side) is int and side > 0 for side in shape)
         assert np.prod(shape) * np.dtype(descr).itemsize <= len(body)
 
 
 @pytest.mark.parametrize(
-    "kind", ["EPS", "PDF", "ICO", "PPM", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "AVIF", "XBM", "PSD", "SVG"]
+    "kind",
+    [
+        "EPS",
+        "PDF",
+        "ICO",
+        "PPM",
+        "TGA",
+        "PCX",
+        "SGI",
+        "DDS",
+        "JPEG2000",
+        "AVIF",
+        "XBM",
+        "PSD",
+        "SVG",
+    ],
 )
 def test_other_formats_are_refused_whatever_they_are_called(kind: str) -> None:
     if kind == "PSD":
-        data = b"8BPS\0\1" + b"\0" * 6 + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + b"\0" * 12 + b"\0\0" + b"\7" * 192
+        data = (
+            b"8BPS\0\1"
+            + b"\0" * 6
+            + struct.pack(">HIIHH", 3, 8, 8, 8, 3)
+            + b"\0" * 12
+            + b"\0\0"
+            + b"\7" * 192
+        )
     elif kind == "SVG":
-        data = b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>"
+        data = (
+            b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>"
+        )
     else:
         image = Image.new("1" if kind == "XBM" else "RGB", (16, 16), 1)
         data = encoded(image, kind)
@@ -237,7 +313,7 @@ def test_other_formats_are_refused_whatever_they_are_called(kind: str) -> None:
         decode(data, FORMS[0])
 
 
-# --- in processes of their own, which are measured ---------------------------------------------------------------------------
+# --- in processes of their own, which are measured ------------------------------------------------
 
 
 def program(body: str) -> str:
@@ -257,12 +333,17 @@ def outcome(body: str, *arguments: str, timeout: float) -> dict:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peaks(files: dict[str, bytes], folder: Path, *, cap_mib: int = 4096) -> dict[str, tuple[str, float, float]]:
-    """Of each file: what became of it, MiB of memory over what a process that is ready to decode holds, seconds.
+def peaks(
+    files: dict[str, bytes], folder: Path, *, cap_mib: int = 4096
+) -> dict[str, tuple[str, float, float]]:
+    """Of each file: what became of it, MiB of memory over what a process that is ready to decode
+    holds, seconds.
 
     Each is decoded in a fork of one warm process, whose address space is capped.
     """
@@ -311,19 +392,37 @@ def giant_tiff() -> dict[str, bytes]:
         table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
         return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + b"\0\0\0\0" + body
 
-    plain = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1), (278, 3, 1, 8)]
+    plain = [
+        (256, 3, 1, 8),
+        (257, 3, 1, 8),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (277, 3, 1, 1),
+        (278, 3, 1, 8),
+    ]
     big = [(256, 4, 1, 60_000), (257, 4, 1, 60_000), *plain[2:], (273, 4, 1, 8), (279, 4, 1, 64)]
     many = [*plain, (273, 4, 0x0FFFFFFF, 8), (279, 4, 0x0FFFFFFF, 8)]
     text = [*plain, (270, 2, 0x7FFFFFFF, 100), (273, 4, 1, 8), (279, 4, 1, 64)]
     long = [*plain, (273, 4, 1, 8), (279, 4, 1, 0x7FFFFFFF)]
-    bands = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 65535), (273, 4, 1, 8)]
+    bands = [
+        (256, 3, 1, 8),
+        (257, 3, 1, 8),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (277, 3, 1, 65535),
+        (273, 4, 1, 8),
+    ]
     return {
         "tiff of 60,000 x 60,000": tiff(big, b"\0" * 64),
         "tiff of 268 million strips": tiff(many, b"\0" * 64),
         "tiff with 2 GiB of text": tiff(text, b"\0" * 200),
         "tiff with a strip of 2 GiB": tiff(long, b"\0" * 64),
         "tiff of 65,535 bands": tiff(bands, b"\0" * 64),
-        "tiff whose directories run in a circle": b"II*\0\x08\0\0\0" + struct.pack("<H", 0) + struct.pack("<I", 8),
+        "tiff whose directories run in a circle": b"II*\0\x08\0\0\0"
+        + struct.pack("<H", 0)
+        + struct.pack("<I", 8),
     }
 
 
@@ -334,7 +433,14 @@ def webp_canvas(width: int, height: int) -> bytes:
     frame = b"\0" * 6 + b"\0" * 6 + struct.pack("<I", 100)[:3] + b"\0" + still
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = (
-        b"WEBPVP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + canvas + animation + b"ANMF" + struct.pack("<I", len(frame)) + frame
+        b"WEBPVP8X"
+        + struct.pack("<I", 10)
+        + b"\2\0\0\0"
+        + canvas
+        + animation
+        + b"ANMF"
+        + struct.pack("<I", len(frame))
+        + frame
     )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
@@ -345,13 +451,19 @@ def bombs() -> dict[str, bytes]:
     def commented(kind: bytes, body: bytes) -> bytes:
         return png(8, 8, depth=8, colour=0, rows=rows, extra=chunk(kind, body))
 
-    many = b"".join(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 900_000)) for _ in range(300))
+    many = b"".join(
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 900_000)) for _ in range(300)
+    )
     head = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
     return {
         "png of 50,000 x 50,000": png(50_000, 50_000, depth=1, colour=0, rows=b"\0" * 1000),
         "png of 9,000 x 9,000": png(9_000, 9_000, depth=8, colour=6, rows=b"\0" * 1000),
-        "png of 13,000 x 13,000, all of it": png(13_000, 13_000, depth=1, colour=0, rows=b"\0" * (1626 * 13_000)),
-        "png 8 x 8 with 100 MB of pixels": png(8, 8, depth=8, colour=0, rows=rows + b"\0" * 100_000_000),
+        "png of 13,000 x 13,000, all of it": png(
+            13_000, 13_000, depth=1, colour=0, rows=b"\0" * (1626 * 13_000)
+        ),
+        "png 8 x 8 with 100 MB of pixels": png(
+            8, 8, depth=8, colour=0, rows=rows + b"\0" * 100_000_000
+        ),
         "zTXt": commented(b"zTXt", b"Comment\0\0" + zeros),
         "iTXt": commented(b"iTXt", b"Comment\0\1\0\0\0" + zeros),
         "iCCP": commented(b"iCCP", b"name\0\0" + zeros),
@@ -361,23 +473,35 @@ def bombs() -> dict[str, bytes]:
         + chunk(b"zTXt", b"Comment\0\0" + zeros)
         + chunk(b"IEND", b""),
         "300 texts": png(8, 8, depth=8, colour=0, rows=rows, extra=many),
-        "gif of 60,000 x 60,000": b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0x80, 0, 0) + b"\0" * 6 + b",\0\0\0\0"
-        + struct.pack("<HHB", 60_000, 60_000, 0) + b"\x02\x02\x4c\x01\0;",
-        "gif with a frame beyond its screen": b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x80, 0, 0) + b"\0" * 6 + b",\0\0\0\0"
-        + struct.pack("<HHB", 65_535, 65_535, 0) + b"\x02\x02\x4c\x01\0;",
+        "gif of 60,000 x 60,000": b"GIF89a"
+        + struct.pack("<HHBBB", 60_000, 60_000, 0x80, 0, 0)
+        + b"\0" * 6
+        + b",\0\0\0\0"
+        + struct.pack("<HHB", 60_000, 60_000, 0)
+        + b"\x02\x02\x4c\x01\0;",
+        "gif with a frame beyond its screen": b"GIF89a"
+        + struct.pack("<HHBBB", 4, 4, 0x80, 0, 0)
+        + b"\0" * 6
+        + b",\0\0\0\0"
+        + struct.pack("<HHB", 65_535, 65_535, 0)
+        + b"\x02\x02\x4c\x01\0;",
         "webp canvas of 16,383 x 16,383": webp_canvas(16_383, 16_383),
-        "bmp of 60,000 x 60,000": b"BM" + struct.pack("<IHHI", 100, 0, 0, 54)
-        + struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0) + b"\0" * 46,
+        "bmp of 60,000 x 60,000": b"BM"
+        + struct.pack("<IHHI", 100, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+        + b"\0" * 46,
         "jpeg of 65,535 x 65,535": encoded(Image.new("L", (8, 8)), "JPEG").replace(
             b"\xff\xc0\0\x0b\x08\0\x08\0\x08", b"\xff\xc0\0\x0b\x08\xff\xff\xff\xff"
         ),
         **giant_tiff(),
-    }  # fmt: skip
+    }
 
 
 def long_gif(frames: int) -> bytes:
     """An animation of so many frames of 16 x 16."""
-    head = b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes([40, 40, 40, 255, 255, 255])
+    head = (
+        b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes([40, 40, 40, 255, 255, 255])
+    )
     one = b"!\xf9\x04\0\0\0\0\0," + struct.pack("<HHHHB", 0, 0, 16, 16, 0)
     still = encoded(Image.new("L", (16, 16), 0), "GIF")
     pixels = still[still.index(b",\0\0\0\0\x10\0\x10\0") + 10 :].removesuffix(b";")
@@ -392,16 +516,26 @@ MAY_DECODE = {
 }
 
 
-def test_bombs_are_refused_at_the_price_of_their_bytes_and_long_animations_cost_a_glance(tmp_path: Path) -> None:
+def test_bombs_are_refused_at_the_price_of_their_bytes_and_long_animations_cost_a_glance(
+    tmp_path: Path,
+) -> None:
     files = bombs()
     assert len(files["png of 50,000 x 50,000"]) < 1024
     assert all(len(data) < 2 * MIB for data in files.values())
     pair = [Image.fromarray(noise(16, 16, seed=seed)) for seed in range(2)]
     long = {"save_all": True, "append_images": [pair[i % 2] for i in range(1, 300)]}
-    animations = {"gif": long_gif(10_000), "webp": encoded(pair[0], "WEBP", **long), "apng": encoded(pair[0], "PNG", **long)}
+    animations = {
+        "gif": long_gif(10_000),
+        "webp": encoded(pair[0], "WEBP", **long),
+        "apng": encoded(pair[0], "PNG", **long),
+    }
     wrong = []
     for what, (said, mib, seconds) in peaks({**files, **animations}, tmp_path).items():
-        fate = said == "decoded" if what in animations else said.startswith("refused: ") or what in MAY_DECODE
+        fate = (
+            said == "decoded"
+            if what in animations
+            else said.startswith("refused: ") or what in MAY_DECODE
+        )
         if not fate or said.partition(":")[0] not in ("refused", "decoded") or mib > REFUSED_MIB:
             wrong.append(f"{what}: {said}, {mib:.0f} MiB, {seconds:.2f} s")
     assert not wrong, "\n".join(wrong)
@@ -456,12 +590,15 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kinds", "count"), [("jpeg,png,webp", 10_000), ("gif,bmp,tiff,npy", 4_000)])
+@pytest.mark.parametrize(
+    ("kinds", "count"), [("jpeg,png,webp", 10_000), ("gif,bmp,tiff,npy", 4_000)]
+)
 def test_thousands_of_harmed_files_are_images_or_a_reason(kinds: str, count: int) -> None:
     found = outcome(FUZZ, kinds, str(count), "1", timeout=1200)
     print(f"{kinds}: {found}")  # noqa: T201
     assert not found["wrong"], "\n".join(found["wrong"][:20])
-    assert 0.05 * count < found["alive"] < 0.95 * count  # the harm was neither nothing nor everything
+    # the harm was neither nothing nor everything
+    assert 0.05 * count < found["alive"] < 0.95 * count
     assert found["grown_mib"] < 1024
 
 

@@ -32,20 +32,26 @@ def test_what_is_painted_on_transparent_ground_is_the_mask(
 ) -> None:
     options = {"lossless": True, "exact": True} if ending == "webp" else {}
     rgba(colour, hidden).save(tmp_path / f"mask.{ending}", **options)
-    assert (load_user_mask(tmp_path / f"mask.{ending}", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (
+        load_user_mask(tmp_path / f"mask.{ending}", height=SIDE, width=SIDE)[0].numpy() == PAINTED
+    ).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P"])
 def test_white_is_the_mask_where_nothing_is_transparent(mode: str, tmp_path: Path) -> None:
     Image.fromarray((255 * PAINTED).astype(np.uint8)).convert(mode).save(tmp_path / "mask.png")
-    assert (load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (
+        load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED
+    ).all()
 
 
 def test_black_and_white_on_transparent_ground_lie_on_black(tmp_path: Path) -> None:
     pixels = np.asarray(rgba((255, 255, 255), (255, 255, 255))).copy()
     pixels[6] = (0, 0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    assert (load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED).all()
+    assert (
+        load_user_mask(tmp_path / "mask.png", height=SIDE, width=SIDE)[0].numpy() == PAINTED
+    ).all()
 
 
 def test_reading_warns_of_nothing_and_gives_a_copy(tmp_path: Path) -> None:
@@ -58,7 +64,9 @@ def test_reading_warns_of_nothing_and_gives_a_copy(tmp_path: Path) -> None:
 
 def test_an_image_is_premultiplied_and_deep_where_the_model_is(tmp_path: Path) -> None:
     rgba((200, 100, 50), (255, 0, 255)).save(tmp_path / "a.png")
-    found = load_user_image(tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, alpha="premultiplied")
+    found = load_user_image(
+        tmp_path / "a.png", channels=4, height=SIDE, width=SIDE, alpha="premultiplied"
+    )
     assert torch.equal(found[:3, ~PAINTED], torch.zeros(3, int((~PAINTED).sum())))
     assert (found[:3, PAINTED].T * 255).round().unique(dim=0).tolist() == [[200, 100, 50]]
     Image.fromarray(np.full((SIDE, SIDE), 12_345, np.uint16)).save(tmp_path / "deep.png")

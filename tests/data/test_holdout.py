@@ -1,4 +1,6 @@
-"""What is held out: whole groups, enough of them, never the last of a category, and nobody is moved by a chain."""
+"""What is held out: whole groups, enough of them, never the last of a category, and nobody is moved
+by a chain.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def ids(count: int, seed: int = 0) -> list[str]:
     share=st.sampled_from([0.01, 0.1, 0.4]),
     seed=st.integers(0, 99),
 )
-def test_every_split_keeps_its_promises(rows: list[tuple[int, str]], share: float, seed: int) -> None:
+def test_every_split_keeps_its_promises(
+    rows: list[tuple[int, str]], share: float, seed: int
+) -> None:
     groups = np.array([group for group, _ in rows])
     categories = [category for _, category in rows]
     if len(set(groups)) < 2:
@@ -42,15 +46,25 @@ def test_every_split_keeps_its_promises(rows: list[tuple[int, str]], share: floa
     assert 0 < held.sum() < len(rows)
     assert all(len(set(held[groups == group])) == 1 for group in set(groups))
     if len(set(groups[held])) > 1:  # one alone may be all that there is to validate on
-        assert all((groups == group).sum() <= max(1, MOST * len(rows)) for group in set(groups[held]))
+        assert all(
+            (groups == group).sum() <= max(1, MOST * len(rows)) for group in set(groups[held])
+        )
         for category in set(categories):
             assert not held[[c == category for c in categories]].all()
 
 
-@pytest.mark.parametrize(("count", "fewest", "most"), [(20, 3, 6), (60, 6, 18), (125, 14, 37), (300, 18, 50), (5000, 430, 570)])
+@pytest.mark.parametrize(
+    ("count", "fewest", "most"),
+    [(20, 3, 6), (60, 6, 18), (125, 14, 37), (300, 18, 50), (5000, 430, 570)],
+)
 def test_small_sets_hold_out_about_25_images_or_a_fifth(count: int, fewest: int, most: int) -> None:
     sizes = [
-        int((parts(entries(["a"] * count), ids(count, seed), np.arange(count), 0.1) == "holdout").sum()) for seed in range(20)
+        int(
+            (
+                parts(entries(["a"] * count), ids(count, seed), np.arange(count), 0.1) == "holdout"
+            ).sum()
+        )
+        for seed in range(20)
     ]
     assert fewest <= np.median(sizes) <= most
     assert min(sizes) >= min(4, count // 5)
@@ -71,7 +85,10 @@ def test_frames_of_one_file_are_never_split() -> None:
     assert all(len(set(split[i : i + 6])) == 1 for i in range(0, 120, 6))
     only = grouped(entries(["a"] * 50, ["one"] * 50), ids(50), np.arange(50))
     assert "all images are of one file" in only.remarks[0]
-    assert set(parts(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {"training", "holdout"}
+    assert set(parts(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {
+        "training",
+        "holdout",
+    }
 
 
 def test_a_group_above_a_tenth_of_the_set_is_split_and_said_but_copies_stay_together() -> None:
@@ -87,8 +104,12 @@ def test_a_group_above_a_tenth_of_the_set_is_split_and_said_but_copies_stay_toge
 
 
 def frames(count: int, side: int = 64) -> np.ndarray:
-    """A block that moves over a scene: each frame is nearly the next, and the first is not the last."""
-    scene = np.kron(np.random.default_rng(0).integers(0, 256, (3, 8, 8)), np.ones((8, 8))).astype(np.uint8)
+    """A block that moves over a scene: each frame is nearly the next, and the first is not the
+    last.
+    """
+    scene = np.kron(np.random.default_rng(0).integers(0, 256, (3, 8, 8)), np.ones((8, 8))).astype(
+        np.uint8
+    )
     result = np.repeat(scene[None], count, axis=0)
     for number in range(count):
         left = number * (side - 16) // count
@@ -108,9 +129,14 @@ def test_frames_each_like_the_next_are_several_groups_around_one_of_them() -> No
 
 
 def test_dim_and_sparse_images_are_told_apart() -> None:
-    """16-bit images that fill a sixtieth of their range, and stars on black, once all counted as one image."""
+    """16-bit images that fill a sixtieth of their range, and stars on black, once all counted as
+    one image.
+    """
     generator = np.random.default_rng(0)
-    dim = [(np.kron(generator.random((8, 8)), np.ones((8, 8))) * 1000 + 100).astype(np.uint16)[None] for _ in range(20)]
+    dim = [
+        (np.kron(generator.random((8, 8)), np.ones((8, 8))) * 1000 + 100).astype(np.uint16)[None]
+        for _ in range(20)
+    ]
     stars = np.zeros((20, 1, 256, 256), np.uint8)
     for field in stars:
         for y, x in generator.integers(4, 252, (12, 2)):

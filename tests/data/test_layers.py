@@ -1,4 +1,6 @@
-"""What lies beside images reaches a model as it is: in its place, NaN where it is missing, and moved along with the image."""
+"""What lies beside images reaches a model as it is: in its place, NaN where it is missing, and
+moved along with the image.
+"""
 
 import io
 import json
@@ -13,7 +15,17 @@ import torch
 from containers import put, tar
 from encoded import encoded, noise
 
-from sfumato.data import AugmentConfig, BatchPlan, BucketConfig, DataConfig, Dataset, Folder, batches, index, source_at
+from sfumato.data import (
+    AugmentConfig,
+    BatchPlan,
+    BucketConfig,
+    DataConfig,
+    Dataset,
+    Folder,
+    batches,
+    index,
+    source_at,
+)
 from sfumato.data import annotations as module
 from sfumato.data.convert import convert
 from sfumato.data.listing import MAX_ATTRIBUTES, described
@@ -38,18 +50,35 @@ def ply(points: np.ndarray) -> bytes:
 
 
 def files() -> dict[str, bytes]:
-    """Six images: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other dimensions, 5 and 6 nothing."""
+    """Six images: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other
+    dimensions, 5 and 6 nothing.
+    """
     found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(1, 7)}
-    found |= {"1.doodle.png": encoded(DOODLE), "1.mask.png": encoded(MASK), "1.points.npy": npy(POINTS)}
-    facts = {"captions": ["one", "uno", "eins"], "attributes": {"age": 7, "height": -1.5}, "tags": ["cat", " asleep "]}
+    found |= {
+        "1.doodle.png": encoded(DOODLE),
+        "1.mask.png": encoded(MASK),
+        "1.points.npy": npy(POINTS),
+    }
+    facts = {
+        "captions": ["one", "uno", "eins"],
+        "attributes": {"age": 7, "height": -1.5},
+        "tags": ["cat", " asleep "],
+    }
     found |= {"1.json": json.dumps(facts).encode(), "2.points.ply": ply(LONGER), "2.txt": b"two"}
     found |= {"2.json": json.dumps({"attributes": {"age": 0}, "tags": "cat, outside"}).encode()}
-    found |= {"3.doodle.png": encoded(DOODLE)[:60], "3.mask.png": b"", "3.points.npy": npy(POINTS)[:-3]}
+    found |= {
+        "3.doodle.png": encoded(DOODLE)[:60],
+        "3.mask.png": b"",
+        "3.points.npy": npy(POINTS)[:-3],
+    }
     return found | {"4.points.csv": b"1,2,3\n4,5,6\n"}
 
 
 def opened(root: Path, layers: Sequence[str] = LAYERS, **options) -> Dataset:
-    return index(DataConfig(source=Folder(str(root)), **{"resolution": SIDE, "cache": "off", **options}), layers=layers)
+    return index(
+        DataConfig(source=Folder(str(root)), **{"resolution": SIDE, "cache": "off", **options}),
+        layers=layers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +94,7 @@ def dataset(root: Path) -> Dataset:
 ALL = np.arange(6)
 
 
-# --- values --------------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def test_layers_are_no_images_of_their_own(dataset: Dataset) -> None:
@@ -73,7 +102,9 @@ def test_layers_are_no_images_of_their_own(dataset: Dataset) -> None:
     assert dataset.rejects == []
 
 
-def test_doodles_and_masks_are_what_the_files_hold_and_nan_where_there_are_none(dataset: Dataset) -> None:
+def test_doodles_and_masks_are_what_the_files_hold_and_nan_where_there_are_none(
+    dataset: Dataset,
+) -> None:
     context = dataset.context(ALL)
     for name, pixels in (("doodle", DOODLE), ("mask", MASK)):
         assert context[name].shape == (6, 1, SIDE, SIDE)
@@ -115,7 +146,9 @@ def test_a_label_is_0_where_it_is_not_given_and_a_number_is_unknown(dataset: Dat
 def test_a_number_that_is_1_once_is_no_label(tmp_path: Path) -> None:
     given = ({"n": 1, "same": 1}, {"n": 1}, {"n": 2}, {})
     found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(4)}
-    found |= {f"{i}.json": json.dumps({"attributes": facts}).encode() for i, facts in enumerate(given)}
+    found |= {
+        f"{i}.json": json.dumps({"attributes": facts}).encode() for i, facts in enumerate(given)
+    }
     values = opened(put(tmp_path, found)).layers.attributes.rows(np.arange(4))
     assert values[:3, 0].tolist() == [1, 1, 2]
     assert values[3, 0].isnan()
@@ -124,7 +157,13 @@ def test_a_number_that_is_1_once_is_no_label(tmp_path: Path) -> None:
 
 def test_captions_are_the_first_unless_draws_choose(dataset: Dataset) -> None:
     assert dataset.context(ALL)["text"] == ["one", "two", "", "", "", ""]
-    for draw, text in ((0.0, "one"), (0.34, "uno"), (0.65, "uno"), (0.67, "eins"), (0.999999, "eins")):
+    for draw, text in (
+        (0.0, "one"),
+        (0.34, "uno"),
+        (0.65, "uno"),
+        (0.67, "eins"),
+        (0.999999, "eins"),
+    ):
         assert dataset.context(ALL, draws=[draw] * 6)["text"] == [text, "two", "", "", "", ""]
 
 
@@ -142,11 +181,13 @@ def test_positions_may_be_in_any_order_and_repeat(dataset: Dataset) -> None:
         torch.testing.assert_close(some[name], whole[name][[4, 0, 0]], equal_nan=True)
 
 
-# --- damage --------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_damaged_layers_are_noted_and_count_as_missing(dataset: Dataset) -> None:
-    assert dataset.notes == {f"{name}_unreadable": ["3.png"] for name in ("doodle", "mask", "points")}
+    assert dataset.notes == {
+        f"{name}_unreadable": ["3.png"] for name in ("doodle", "mask", "points")
+    }
     assert dataset.summary()["notes"] == dataset.notes
 
 
@@ -162,15 +203,20 @@ def test_a_layer_that_disappears_later_counts_as_missing(tmp_path: Path) -> None
     assert not context["mask"][0].isnan().any()
 
 
-def test_layers_are_examined_without_warnings(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_layers_are_examined_without_warnings(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(3)}
-    odd = encoded(DOODLE, exif=b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")  # Pillow warns of its EXIF data
+    # Pillow warns of its EXIF data
+    odd = encoded(DOODLE, exif=b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
     assert opened(put(tmp_path, {**found, "0.doodle.png": odd})).notes == {}
     assert list(recwarn) == []
 
 
 @pytest.mark.parametrize("most", [0, 100, 1 << 30])
-def test_what_is_kept_decoded_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_what_is_kept_decoded_changes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", most)
     dataset = opened(root)
     sizes = [0 if array is None else array.nbytes for array in dataset.layers._kept.values()]
@@ -181,7 +227,7 @@ def test_what_is_kept_decoded_changes_nothing(root: Path, monkeypatch: pytest.Mo
         assert torch.equal(context["points"][0, :3], torch.from_numpy(POINTS))
 
 
-# --- shapes --------------------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
 def test_layers_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> None:
@@ -202,25 +248,38 @@ def test_layers_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> No
     assert len({tuple(dataset.images(ALL[i : i + 1]).pixels.shape) for i in range(6)}) == 2
 
 
-# --- training ------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def lying_over(root: Path, count: int = 12) -> Path:
-    """Images whose doodle and mask are their own first channel, with a point at each bright pixel and a caption."""
+    """Images whose doodle and mask are their own first channel, with a point at each bright pixel
+    and a caption.
+    """
     found = {}
     for i in range(count):
         pixels = noise(SIDE, SIDE, seed=i)
         pixels[..., 1:] = pixels[..., :1]
         y, x = np.nonzero(pixels[..., 0] > 200)
-        places = np.stack([(x + 0.5) * 2 / SIDE - 1, 1 - (y + 0.5) * 2 / SIDE], 1).astype(np.float32)
-        found |= {f"{i}.png": encoded(pixels), f"{i}.doodle.png": encoded(pixels), f"{i}.mask.png": encoded(pixels)}
-        found |= {f"{i}.points.npy": npy(places), f"{i}.json": json.dumps({"captions": [f"{i} a", f"{i} b"]}).encode()}
+        places = np.stack([(x + 0.5) * 2 / SIDE - 1, 1 - (y + 0.5) * 2 / SIDE], 1).astype(
+            np.float32
+        )
+        found |= {
+            f"{i}.png": encoded(pixels),
+            f"{i}.doodle.png": encoded(pixels),
+            f"{i}.mask.png": encoded(pixels),
+        }
+        found |= {
+            f"{i}.points.npy": npy(places),
+            f"{i}.json": json.dumps({"captions": [f"{i} a", f"{i} b"]}).encode(),
+        }
     return put(root, found)
 
 
 def seen(dataset: Dataset, *, count: int = 3, batch_size: int = 5) -> list:
     plan = BatchPlan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
-    return [part for batch in islice(batches(dataset, plan, start=0), count) for part in batch.parts]
+    return [
+        part for batch in islice(batches(dataset, plan, start=0), count) for part in batch.parts
+    ]
 
 
 def bright(images: torch.Tensor) -> list[set[tuple[int, int]]]:
@@ -234,12 +293,23 @@ def bright(images: torch.Tensor) -> list[set[tuple[int, int]]]:
 def pointed_at(points: torch.Tensor) -> list[set[tuple[int, int]]]:
     """Of each cloud, columns and rows of the pixels that its points are in."""
     clouds = [cloud[~cloud.isnan().any(1)] for cloud in points]
-    return [{(math.floor((x + 1) * SIDE / 2), math.floor((1 - y) * SIDE / 2)) for x, y in cloud.tolist()} for cloud in clouds]
+    return [
+        {
+            (math.floor((x + 1) * SIDE / 2), math.floor((1 - y) * SIDE / 2))
+            for x, y in cloud.tolist()
+        }
+        for cloud in clouds
+    ]
 
 
 @pytest.mark.parametrize(
     "augment",
-    [AugmentConfig(), AugmentConfig(flip="both"), AugmentConfig(flip="horizontal"), AugmentConfig(quarter_turns="all")],
+    [
+        AugmentConfig(),
+        AugmentConfig(flip="both"),
+        AugmentConfig(flip="horizontal"),
+        AugmentConfig(quarter_turns="all"),
+    ],
 )
 def test_layers_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> None:
     dataset = opened(lying_over(tmp_path), augment=augment)
@@ -253,23 +323,34 @@ def test_layers_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> N
 
 
 def test_turned_layers_stay_where_the_image_is(tmp_path: Path) -> None:
-    dataset = opened(lying_over(tmp_path), augment=AugmentConfig(rotation_degrees=30, crop=0.3, flip="both"))
+    dataset = opened(
+        lying_over(tmp_path), augment=AugmentConfig(rotation_degrees=30, crop=0.3, flip="both")
+    )
     for part in seen(dataset):
         torch.testing.assert_close(part.context["doodle"], part.images[:, :1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kept", [{"memory_gib": 1.0}, {"memory_gib": 0.0}, {"memory_gib": 0.0, "workers": 2}])
+@pytest.mark.parametrize(
+    "kept", [{"memory_gib": 1.0}, {"memory_gib": 0.0}, {"memory_gib": 0.0, "workers": 2}]
+)
 def test_worker_processes_give_the_same_layers(tmp_path: Path, kept: dict) -> None:
     root = lying_over(tmp_path)
     expected = seen(opened(root, augment=AugmentConfig(flip="both")), count=4)
-    for part, other in zip(seen(opened(root, augment=AugmentConfig(flip="both"), **kept), count=4), expected, strict=True):
+    for part, other in zip(
+        seen(opened(root, augment=AugmentConfig(flip="both"), **kept), count=4),
+        expected,
+        strict=True,
+    ):
         assert part.context["text"] == other.context["text"]
         for name in ("doodle", "mask", "points", "attributes"):
-            torch.testing.assert_close(part.context[name], other.context[name], equal_nan=True, atol=0, rtol=0)
-    assert len({text[-1] for part in expected for text in part.context["text"]}) == 2  # draws choose among captions
+            torch.testing.assert_close(
+                part.context[name], other.context[name], equal_nan=True, atol=0, rtol=0
+            )
+    # draws choose among captions
+    assert len({text[-1] for part in expected for text in part.context["text"]}) == 2
 
 
-# --- attributes and tags -------------------------------------------------------------------------------------------------------
+# --- attributes and tags --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,7 +362,20 @@ def test_worker_processes_give_the_same_layers(tmp_path: Path, kept: dict) -> No
         ({"tags": ["cat", " cat ", "", 7, None]}, (("cat", 1.0),)),
         ({"tags": "cat, asleep,,"}, (("asleep", 1.0), ("cat", 1.0))),
         ({"attributes": {"yes": True, "no": False}}, (("no", 0.0), ("yes", 1.0))),
-        ({"attributes": {"a": math.nan, "b": math.inf, "c": None, "d": "x", "e": [1], "f": 10**400, "g": 0}}, (("g", 0.0),)),
+        (
+            {
+                "attributes": {
+                    "a": math.nan,
+                    "b": math.inf,
+                    "c": None,
+                    "d": "x",
+                    "e": [1],
+                    "f": 10**400,
+                    "g": 0,
+                }
+            },
+            (("g", 0.0),),
+        ),
         ({"attributes": {"new\nline\x1b": 1}}, (("new\\nline\\x1b", 1.0),)),
         ({"attributes": {"\ud800": 1}}, (("\\ud800", 1.0),)),
         ({"attributes": "[" * 100_000}, None),
@@ -290,7 +384,9 @@ def test_worker_processes_give_the_same_layers(tmp_path: Path, kept: dict) -> No
         ({"tags": 5}, None),
     ],
 )
-def test_attributes_are_finite_numbers_under_names_that_can_be_printed(record: dict, found: tuple | None) -> None:
+def test_attributes_are_finite_numbers_under_names_that_can_be_printed(
+    record: dict, found: tuple | None
+) -> None:
     assert described(record).get("attributes") == found
 
 
@@ -311,17 +407,36 @@ def test_a_table_of_metadata_names_attributes_by_column(tmp_path: Path) -> None:
 def test_other_attributes_are_other_data(tmp_path: Path) -> None:
     before = opened(put(tmp_path, files())).fingerprint
     assert opened(tmp_path).fingerprint == before
-    put(tmp_path, {"2.json": json.dumps({"attributes": {"age": 1}, "tags": "cat, outside"}).encode()})
+    put(
+        tmp_path,
+        {"2.json": json.dumps({"attributes": {"age": 1}, "tags": "cat, outside"}).encode()},
+    )
     assert opened(tmp_path).fingerprint != before
 
 
 def test_a_sidecar_without_captions_leaves_those_of_another(tmp_path: Path) -> None:
     images = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(2)}
-    found = {**images, "0.txt": b"zero", "0.json": b'{"tags": "cat"}', "1.txt": b"one", "1.json": b'{"caption": "uno"}'}
+    found = {
+        **images,
+        "0.txt": b"zero",
+        "0.json": b'{"tags": "cat"}',
+        "1.txt": b"one",
+        "1.json": b'{"caption": "uno"}',
+    }
     assert opened(put(tmp_path / "folder", found)).context(np.arange(2))["text"] == ["zero", "uno"]
-    shard = {**images, "0.txt": b"zero", "0.cls": b"3", "1.caption": b"one", "1.json": b'{"tags": ["cat"]}'}
+    shard = {
+        **images,
+        "0.txt": b"zero",
+        "0.cls": b"3",
+        "1.caption": b"one",
+        "1.json": b'{"tags": ["cat"]}',
+    }
     dataset = index(
-        DataConfig(source=source_at(str(tar(tmp_path / "a.tar", dict(sorted(shard.items()))))), resolution=SIDE, cache="off")
+        DataConfig(
+            source=source_at(str(tar(tmp_path / "a.tar", dict(sorted(shard.items()))))),
+            resolution=SIDE,
+            cache="off",
+        )
     )
     assert dataset.context(np.arange(2))["text"] == ["zero", "one"]
 
@@ -331,8 +446,12 @@ def test_converted_data_have_the_same_layers(root: Path, tmp_path: Path, suffix:
     (path,), rejects = convert(Folder(str(root)).listing(), tmp_path / f"out{suffix}")
     assert rejects == []
     before = opened(root)
-    after = index(DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"), layers=LAYERS)
-    assert [entry.attributes for entry in after.entries] == [entry.attributes for entry in before.entries]
+    after = index(
+        DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"), layers=LAYERS
+    )
+    assert [entry.attributes for entry in after.entries] == [
+        entry.attributes for entry in before.entries
+    ]
     assert after.layers.attributes.names == before.layers.attributes.names
     mine, theirs = before.context(ALL), after.context(ALL)
     assert mine["text"] == theirs["text"]

@@ -8,7 +8,19 @@ import pytest
 import torch
 from encoded import encoded, noise
 
-from sfumato.data import AugmentConfig, Batch, BatchPlan, DataConfig, Dataset, Digits, Folder, Part, batches, index, to_float
+from sfumato.data import (
+    AugmentConfig,
+    Batch,
+    BatchPlan,
+    DataConfig,
+    Dataset,
+    Digits,
+    Folder,
+    Part,
+    batches,
+    index,
+    to_float,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +33,9 @@ def folder(root: Path, **options) -> Dataset:
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encoded(noise(6, 6, seed=number)))
-    dataset = index(DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options))
+    dataset = index(
+        DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options)
+    )
     assert dataset.gather is None  # images are decoded as they are used
     return dataset
 
@@ -42,7 +56,9 @@ def only(batch: Batch) -> Part:
 
 
 def same(a: object, b: object) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return (
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    )
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
@@ -74,7 +90,9 @@ def test_held_out_images_are_never_in_a_batch(digits: Dataset) -> None:
 
 
 def test_pixels_run_from_minus_one_to_one() -> None:
-    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [-1.0, -0.6, 1.0]
+    )
     assert to_float(torch.tensor([255], dtype=torch.uint8)).dtype == torch.float32
 
 
@@ -111,7 +129,9 @@ def test_a_lost_image_leaves_the_batch_whole(tmp_path: Path) -> None:
 
 
 def test_flips_are_about_half_keyed_by_sample_and_exact(digits: Dataset) -> None:
-    flipping = replace(digits, config=replace(digits.config, augment=AugmentConfig(flip="horizontal")))
+    flipping = replace(
+        digits, config=replace(digits.config, augment=AugmentConfig(flip="horizontal"))
+    )
     plan = planned(digits, seed=0, batch_size=500)
     pairs = list(zip(some(digits, plan), some(flipping, plan), strict=True))
     plain, flipped = (torch.cat([only(pair[which]).images for pair in pairs]) for which in (0, 1))
@@ -120,11 +140,14 @@ def test_flips_are_about_half_keyed_by_sample_and_exact(digits: Dataset) -> None
     assert (mirrored | kept).all()
     assert 0.46 < mirrored.double().mean() < 0.54  # of 3000
     small = planned(digits, seed=0, batch_size=60)
-    assert torch.equal(torch.cat([only(batch).images for batch in some(flipping, small, count=50)]), flipped)
+    assert torch.equal(
+        torch.cat([only(batch).images for batch in some(flipping, small, count=50)]), flipped
+    )
     other = planned(digits, seed=1, batch_size=500)
     pairs = list(zip(some(digits, other), some(flipping, other), strict=True))
     again = torch.cat([(only(a).images != only(b).images).flatten(1).any(1) for a, b in pairs])
-    assert 0.4 < (again == (mirrored & ~kept)).double().mean() < 0.6  # another seed tosses other coins
+    # another seed tosses other coins
+    assert 0.4 < (again == (mirrored & ~kept)).double().mean() < 0.6
 
 
 def test_without_flip_nothing_is_mirrored(digits: Dataset) -> None:

@@ -1,4 +1,5 @@
-"""The plan is a function of (seed, shapes, step): nothing to save, nothing lost, nothing seen twice in an epoch (R1).
+"""The plan is a function of (seed, shapes, step): nothing to save, nothing lost, nothing seen twice
+in an epoch (R1).
 
 Here all images have one shape; plans for several are in test_buckets.py.
 """
@@ -19,7 +20,9 @@ def first(plan: BatchPlan, count: int) -> list[int]:
     return plan.samples(0, count).tolist()
 
 
-@pytest.mark.parametrize(("size", "batch"), [(100, 10), (100, 7), (5, 64), (1, 3), (64, 64), (2, 1)])
+@pytest.mark.parametrize(
+    ("size", "batch"), [(100, 10), (100, 7), (5, 64), (1, 3), (64, 64), (2, 1)]
+)
 def test_every_epoch_is_a_permutation(size: int, batch: int) -> None:
     plan = planned(seed=3, size=size, batch_size=batch)
     assert plan.size == size
@@ -70,7 +73,9 @@ def test_contiguous_slices_of_ranks_make_up_the_global_batch(ranks: int) -> None
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"a batch of 12 over 5 processes\n.*\[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(
+        ConfigError, match=r"a batch of 12 over 5 processes\n.*\[1, 2, 3, 4, 6, 12\]"
+    ):
         planned(seed=0, size=100, batch_size=12).batch(0, rank=0, ranks=5)
 
 

@@ -1,4 +1,5 @@
-"""The promises R1, R2 and R7: nothing dropped or repeated, the same for any number of ranks, workers and resumptions, no batch shrinks.
+"""The promises R1, R2 and R7: nothing dropped or repeated, the same for any number of ranks,
+workers and resumptions, no batch shrinks.
 
 Ranks are simulated: rank r of W asks the plan for its slice, which is all that a rank does.
 """
@@ -18,7 +19,18 @@ from hypothesis import strategies as st
 from sfumato import randomness, recipes, runs
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
-from sfumato.data import AugmentConfig, Batch, BatchPlan, BucketConfig, DataConfig, Dataset, Digits, Folder, batches, index
+from sfumato.data import (
+    AugmentConfig,
+    Batch,
+    BatchPlan,
+    BucketConfig,
+    DataConfig,
+    Dataset,
+    Digits,
+    Folder,
+    batches,
+    index,
+)
 from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError
 from sfumato.networks import UNetConfig
@@ -26,7 +38,9 @@ from sfumato.training import Budget, LogConfig, PreviewConfig, ValidationConfig,
 
 RANKS = (1, 2, 64)
 SIZES = [(16, 16)] * 11 + [(24, 12)] * 8 + [(12, 24)] * 7
-TINY = UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32)
+TINY = UNetConfig(
+    channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+)
 
 
 def planned(shapes: list[int], batch_size: int, *, seed: int = 0) -> BatchPlan:
@@ -49,7 +63,7 @@ def once_each(plan: BatchPlan, ranks: int, *, count: int = 3) -> bool:
     return all(sorted(seen) == list(range(plan.size)) for seen in epochs(plan, ranks, count))
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 sets = st.lists(st.integers(0, 4), min_size=1, max_size=90)  # shapes of up to 90 images
 steps = st.integers(0, 400)
@@ -63,8 +77,12 @@ def test_every_sample_comes_once_an_epoch_over_all_ranks(size: int, ranks: int) 
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("counts", [(40, 30, 7), (1, 1, 1), (64, 64), (65, 1, 130)])
-def test_every_sample_comes_once_an_epoch_with_several_shapes(counts: tuple[int, ...], ranks: int) -> None:
-    assert once_each(planned([shape for shape, count in enumerate(counts) for _ in range(count)], 64), ranks)
+def test_every_sample_comes_once_an_epoch_with_several_shapes(
+    counts: tuple[int, ...], ranks: int
+) -> None:
+    assert once_each(
+        planned([shape for shape, count in enumerate(counts) for _ in range(count)], 64), ranks
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +95,9 @@ def test_every_sample_comes_once_an_epoch_whatever_the_set_and_the_batch(
 
 @settings(max_examples=60, deadline=None)
 @given(shapes=sets, step=steps, seed=st.integers(0, 2**32))
-def test_the_union_over_ranks_does_not_depend_on_their_number(shapes: list[int], step: int, seed: int) -> None:
+def test_the_union_over_ranks_does_not_depend_on_their_number(
+    shapes: list[int], step: int, seed: int
+) -> None:
     plan = planned(shapes, 64, seed=seed)
     assert gathered(plan, step, 1) == gathered(plan, step, 2) == gathered(plan, step, 64)
 
@@ -85,14 +105,17 @@ def test_the_union_over_ranks_does_not_depend_on_their_number(shapes: list[int],
 @pytest.mark.parametrize("ranks", RANKS)
 def test_no_two_ranks_share_a_sample_of_a_batch_and_none_gets_less(ranks: int) -> None:
     plan = planned([0] * 100 + [1] * 60, 64)
-    parts = [plan.batch(1, rank=rank, ranks=ranks) for rank in range(ranks)]  # wholly inside the first epoch
+    # wholly inside the first epoch
+    parts = [plan.batch(1, rank=rank, ranks=ranks) for rank in range(ranks)]
     assert {len(part) for part in parts} == {64 // ranks}
     assert len(set(np.concatenate(parts))) == 64
 
 
 @settings(max_examples=60, deadline=None)
 @given(shapes=sets, batch_size=st.integers(1, 40), wanted=st.lists(steps, min_size=2, max_size=6))
-def test_a_batch_does_not_depend_on_which_were_asked_for_before(shapes: list[int], batch_size: int, wanted: list[int]) -> None:
+def test_a_batch_does_not_depend_on_which_were_asked_for_before(
+    shapes: list[int], batch_size: int, wanted: list[int]
+) -> None:
     used = planned(shapes, batch_size)
     after_others = [used.batch(step).tolist() for step in wanted]
     assert after_others == [planned(shapes, batch_size).batch(step).tolist() for step in wanted]
@@ -113,10 +136,14 @@ def test_a_batch_far_ahead_costs_two_epochs_orders_at_most(monkeypatch: pytest.M
 
 
 def test_batches_of_several_shapes_are_few() -> None:
-    """At most what is left over of each shape at an epoch's end, and what completes its last batch."""
+    """At most what is left over of each shape at an epoch's end, and what completes its last
+    batch.
+    """
     plan = planned([0] * 503 + [1] * 311 + [2] * 190, 16)
     steps_of = [range(epoch * plan.size // 16, (epoch + 1) * plan.size // 16) for epoch in range(5)]
-    mixed = [sum(len(set(plan.shapes[plan.batch(step)])) > 1 for step in steps) for steps in steps_of]
+    mixed = [
+        sum(len(set(plan.shapes[plan.batch(step)])) > 1 for step in steps) for steps in steps_of
+    ]
     assert max(mixed) <= 4
 
 
@@ -133,7 +160,7 @@ def test_the_hash_tells_plans_apart_that_give_other_batches() -> None:
     assert len({plan.hash for plan in (same, *others)}) == 5
 
 
-# --- the batches -------------------------------------------------------------------------------------------------------------
+# --- the batches ----------------------------------------------------------------------------------
 
 
 def fill(root: Path, sizes: list[tuple[int, int]] = SIZES) -> Path:
@@ -148,8 +175,14 @@ def fill(root: Path, sizes: list[tuple[int, int]] = SIZES) -> Path:
 def mixed(root: Path, **options) -> DataConfig:
     """Images of several shapes, decoded as they are used."""
     return DataConfig(
-        source=Folder(str(root)), resolution=16, buckets=BucketConfig(count=5, step=4), holdout=0.2, cache="off", memory_gib=0.0, **options,
-    )  # fmt: skip
+        source=Folder(str(root)),
+        resolution=16,
+        buckets=BucketConfig(count=5, step=4),
+        holdout=0.2,
+        cache="off",
+        memory_gib=0.0,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -163,13 +196,22 @@ def plan_of(dataset: Dataset, batch_size: int) -> BatchPlan:
 
 def contents(batch: Batch) -> list[tuple[int, bytes, bytes, bytes]]:
     return [
-        (part.first, *(t.numpy().tobytes() for t in (part.images, part.context["category"], part.context["augmentation"])))
+        (
+            part.first,
+            *(
+                t.numpy().tobytes()
+                for t in (part.images, part.context["category"], part.context["augmentation"])
+            ),
+        )
         for part in batch.parts
     ]
 
 
 def some(dataset: Dataset, batch_size: int, *, start: int = 0, count: int = 8) -> list[list[tuple]]:
-    return [contents(batch) for batch in islice(batches(dataset, plan_of(dataset, batch_size), start=start), count)]
+    return [
+        contents(batch)
+        for batch in islice(batches(dataset, plan_of(dataset, batch_size), start=start), count)
+    ]
 
 
 CHANGED = AugmentConfig(flip="horizontal", rotation_degrees=10, karras=0.3)
@@ -191,28 +233,45 @@ def test_two_workers_resume_where_none_stopped(images: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [5, 8, 64])
-def test_parts_have_one_shape_follow_one_another_and_fill_the_batch(images: Path, batch_size: int) -> None:
+def test_parts_have_one_shape_follow_one_another_and_fill_the_batch(
+    images: Path, batch_size: int
+) -> None:
     dataset = index(mixed(images))
     number, several = 0, 0
-    for batch in islice(batches(dataset, plan_of(dataset, batch_size), start=0), 2 * len(SIZES) // batch_size + 1):
+    for batch in islice(
+        batches(dataset, plan_of(dataset, batch_size), start=0), 2 * len(SIZES) // batch_size + 1
+    ):
         assert len(batch) == batch_size
         several += len(batch.parts) > 1
         for part in batch.parts:
             assert part.first == number
             assert part.images.ndim == 4
-            assert len(part.images) == len(part.context["category"]) == len(part.context["augmentation"]) == len(part)
+            assert (
+                len(part.images)
+                == len(part.context["category"])
+                == len(part.context["augmentation"])
+                == len(part)
+            )
             number += len(part)
     assert several > 0
 
 
 def test_a_samples_change_belongs_to_its_number_not_to_its_batch() -> None:
     dataset = index(DataConfig(source=Digits(), resolution=8, channels=1, augment=CHANGED))
-    small, large = (torch.cat([p.images for b in islice(batches(dataset, plan_of(dataset, size), start=0), 60 // size) for p in b.parts])
-                    for size in (5, 20))  # fmt: skip
+    small, large = (
+        torch.cat(
+            [
+                p.images
+                for b in islice(batches(dataset, plan_of(dataset, size), start=0), 60 // size)
+                for p in b.parts
+            ]
+        )
+        for size in (5, 20)
+    )
     assert torch.equal(small, large)
 
 
-# --- bad samples -------------------------------------------------------------------------------------------------------------
+# --- bad samples ----------------------------------------------------------------------------------
 
 
 def lose(dataset: Dataset, root: Path, positions: list[int]) -> set[str]:
@@ -249,11 +308,17 @@ def test_a_lost_image_is_never_replaced_by_a_held_out_one(images: Path) -> None:
 
 def run_on(dataset_config: DataConfig) -> recipes.Run:
     return recipes.Run(
-        name="tiny", data=dataset_config, network=TINY, conditioner=ContextConfig(category=CategoryConfig(size=8)), batch_size=12,
+        name="tiny",
+        data=dataset_config,
+        network=TINY,
+        conditioner=ContextConfig(category=CategoryConfig(size=8)),
+        batch_size=12,
         precision="float32",
-        budget=Budget(steps=3), log=LogConfig(every_steps=1), validation=ValidationConfig(every_steps=9, samples=4),
+        budget=Budget(steps=3),
+        log=LogConfig(every_steps=1),
+        validation=ValidationConfig(every_steps=9, samples=4),
         preview=PreviewConfig(every_steps=9, num=1),
-    )  # fmt: skip
+    )
 
 
 def while_training(monkeypatch: pytest.MonkeyPatch, action) -> None:
@@ -271,7 +336,9 @@ def test_lost_images_are_listed_with_the_reason_and_training_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: set[str] = set()
-    while_training(monkeypatch, lambda dataset: lost.update(lose(dataset, images, [int(dataset.training[2])])))
+    while_training(
+        monkeypatch, lambda dataset: lost.update(lose(dataset, images, [int(dataset.training[2])]))
+    )
     path = runs.train(run_on(mixed(images)), run=tmp_path / "run")
     listed = [json.loads(line) for line in (path / "bad_samples.jsonl").read_text().splitlines()]
     assert {line["file"] for line in listed} == lost
@@ -279,7 +346,9 @@ def test_lost_images_are_listed_with_the_reason_and_training_goes_on(
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
-def test_the_same_image_lost_again_and_again_is_one(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_image_lost_again_and_again_is_one(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     while_training(monkeypatch, lambda dataset: lose(dataset, images, [int(dataset.training[2])]))
     settings = replace(run_on(mixed(images)), budget=Budget(epochs=25), batch_size=24)
     path = runs.train(settings, run=tmp_path / "run")
@@ -288,15 +357,21 @@ def test_the_same_image_lost_again_and_again_is_one(images: Path, tmp_path: Path
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
-def test_over_a_set_share_of_lost_images_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_a_set_share_of_lost_images_the_run_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = fill(tmp_path / "images", [(16, 16)] * 60)
 
     def all_but_one_of_each_category(dataset: Dataset) -> None:
-        kept = {int(np.flatnonzero(dataset.labels[dataset.training] == label)[0]) for label in (0, 1)}
+        kept = {
+            int(np.flatnonzero(dataset.labels[dataset.training] == label)[0]) for label in (0, 1)
+        }
         lose(dataset, root, [int(i) for row, i in enumerate(dataset.training) if row not in kept])
 
     while_training(monkeypatch, all_but_one_of_each_category)
-    with pytest.raises(DataError, match=r"images could not be read any more, e\.g\. .*: empty file"):
+    with pytest.raises(
+        DataError, match=r"images could not be read any more, e\.g\. .*: empty file"
+    ):
         runs.train(run_on(mixed(root)), run=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

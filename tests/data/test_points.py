@@ -16,7 +16,16 @@ from sfumato.data import points as module
 from sfumato.data.points import KEPT, MAX_DIMENSIONS, MAX_POINTS, RejectedPoints, read_points
 
 CLOUD = np.array([[0.5, -1, 2.25], [3, 0, -0.125], [-7, 1e-3, 1e6]], np.float32)
-STRUCT = {"char": "b", "uchar": "B", "short": "h", "ushort": "H", "int": "i", "uint": "I", "float": "f", "double": "d"}
+STRUCT = {
+    "char": "b",
+    "uchar": "B",
+    "short": "h",
+    "ushort": "H",
+    "int": "i",
+    "uint": "I",
+    "float": "f",
+    "double": "d",
+}
 ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
 
 
@@ -33,9 +42,16 @@ def npy_header(description: str, body: bytes = b"") -> bytes:
 
 
 def ply(
-    rows: list[tuple[float, ...]], *properties: str, order: str = "ascii", after: bytes = b"", line: str = "\n", said: str = ""
+    rows: list[tuple[float, ...]],
+    *properties: str,
+    order: str = "ascii",
+    after: bytes = b"",
+    line: str = "\n",
+    said: str = "",
 ) -> bytes:
-    """A .ply of vertices with properties such as "float x"; `said` are further lines of the header."""
+    """A .ply of vertices with properties such as "float x"; `said` are further lines of the
+    header.
+    """
     lines = ["ply", f"format {order} 1.0", *said.splitlines(), f"element vertex {len(rows)}"]
     lines += [f"property {what}" for what in properties]
     header = "".join(text + line for text in [*lines, "end_header"]).encode()
@@ -55,7 +71,7 @@ def reason(data: bytes) -> str:
     return str(caught.value)
 
 
-# --- exact values --------------------------------------------------------------------------------------------------------------
+# --- exact values ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,12 +107,25 @@ def test_plain_numbers_of_any_type_are_points(kind: str) -> None:
 @pytest.mark.parametrize("order", ["ascii", *ORDERS])
 def test_coordinates_come_first_and_the_rest_keeps_its_order(order: str) -> None:
     properties = ("uchar red", "double z", "short tag", "float y", "float x", "uint id")
-    cloud = read_points(ply([(255, 3.0, -9, 2.0, 1.0, 70_000), (0, 6.0, 300, 5.0, 4.0, 7)], *properties, order=order))
+    cloud = read_points(
+        ply(
+            [(255, 3.0, -9, 2.0, 1.0, 70_000), (0, 6.0, 300, 5.0, 4.0, 7)], *properties, order=order
+        )
+    )
     assert cloud.tolist() == [[1, 2, 3, 255, -9, 70_000], [4, 5, 6, 0, 300, 7]]
 
 
 def test_two_properties_of_one_name_are_two_features() -> None:
-    cloud = read_points(ply([(1.0, 2.0, 3.0, 4.0)], "float x", "float y", "float q", "float q", order="binary_little_endian"))
+    cloud = read_points(
+        ply(
+            [(1.0, 2.0, 3.0, 4.0)],
+            "float x",
+            "float y",
+            "float q",
+            "float q",
+            order="binary_little_endian",
+        )
+    )
     assert cloud.tolist() == [[1, 2, 3, 4]]
 
 
@@ -127,7 +156,7 @@ def test_more_points_than_are_kept_are_thinned_evenly_ends_included() -> None:
     assert len(read_points(npy(np.zeros((KEPT, 2))))) == KEPT
 
 
-# --- reasons -------------------------------------------------------------------------------------------------------------------
+# --- reasons --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
@@ -136,7 +165,11 @@ def test_a_point_that_is_not_finite_is_named(bad: float) -> None:
     values[1, 2] = bad
     text = "\n".join(" ".join(map(str, row)) for row in values.tolist()).encode()
     rows = [tuple(row) for row in values.tolist()]
-    for data in (npy(values), text, ply(rows, "double x", "double y", "double z", order="binary_little_endian")):
+    for data in (
+        npy(values),
+        text,
+        ply(rows, "double x", "double y", "double z", order="binary_little_endian"),
+    ):
         assert reason(data) == "1 of 3 points are not finite, first number 1"
 
 
@@ -175,13 +208,19 @@ def test_a_point_that_is_not_finite_is_named(bad: float) -> None:
         (b"ply\n" + b"comment x\n" * 10_000 + ply(ROWS, *XYZ)[4:], "the header has no end"),
         (ply(ROWS, *XYZ).replace(b"ascii", b"binary"), "in a known format"),
         (ply([(1.0, 2.0)], "float x", "float z"), "no vertices with x and y"),
-        (ply(ROWS, *XYZ).replace(b"float y", b"half y"), "a property of no known type: 'property half y'"),
+        (
+            ply(ROWS, *XYZ).replace(b"float y", b"half y"),
+            "a property of no known type: 'property half y'",
+        ),
         (ply(ROWS, *XYZ).replace(b"float y", b"list uchar int y"), "vertices with lists"),
         (ply(ROWS, *XYZ).replace(b"float y", b"float"), "a property of no known type"),
         (ply(ROWS, *XYZ).replace(b"vertex 3", b"vertex three"), "damaged"),
         (ply(ROWS, *XYZ).replace(b"vertex 3", b"vertex -3"), "-3 points"),
         (ply(ROWS, *XYZ, said="element face 1"), "elements before the vertices"),
-        (ply([(0.0,) * 18], *XYZ, *(f"float q{i}" for i in range(15))), "18 properties, more than 16"),
+        (
+            ply([(0.0,) * 18], *XYZ, *(f"float q{i}" for i in range(15))),
+            "18 properties, more than 16",
+        ),
     ],
 )
 def test_what_is_no_cloud_has_a_reason(data: bytes, said: str) -> None:
@@ -227,7 +266,9 @@ def test_a_header_that_lies_costs_nothing(header: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["ascii", *ORDERS])
-@pytest.mark.parametrize("count", [str(MAX_POINTS), str(MAX_POINTS + 1), "1" + "0" * 18, "9" * 5000], ids=len)
+@pytest.mark.parametrize(
+    "count", [str(MAX_POINTS), str(MAX_POINTS + 1), "1" + "0" * 18, "9" * 5000], ids=len
+)
 def test_a_count_that_lies_costs_nothing(order: str, count: str) -> None:
     tracemalloc.start()
     assert reason(ply(ROWS, *XYZ, order=order).replace(b"vertex 3", f"vertex {count}".encode()))
@@ -235,7 +276,9 @@ def test_a_count_that_lies_costs_nothing(order: str, count: str) -> None:
     tracemalloc.stop()
 
 
-def test_too_many_points_are_refused_however_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_points_are_refused_however_they_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MAX_POINTS", 10)
     rows = [(float(i), 0.0) for i in range(11)]
     text = "\n".join(f"{x} {y}" for x, y in rows).encode()
@@ -244,7 +287,9 @@ def test_too_many_points_are_refused_however_they_are_written(monkeypatch: pytes
     assert len(read_points(npy(np.array(rows[:10])))) == 10
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_is_refused_before_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 2 << 20)
     assert reason(bytes(3 << 20)) == "more than 2 MiB"
 
@@ -271,7 +316,7 @@ def test_memory_is_a_few_times_the_file(data: bytes) -> None:
     tracemalloc.stop()
 
 
-# --- fuzz ----------------------------------------------------------------------------------------------------------------------
+# --- fuzz -----------------------------------------------------------------------------------------
 
 GOOD = [
     npy(CLOUD),
@@ -299,7 +344,9 @@ def assert_points_or_a_reason(data: bytes) -> None:
 
 @settings(max_examples=300, deadline=2000)
 @given(
-    start=st.sampled_from([b"", b"ply", b"ply\nformat ascii 1.0\n", b"\x93NUMPY\x01\x00", b"1 2\n"]),
+    start=st.sampled_from(
+        [b"", b"ply", b"ply\nformat ascii 1.0\n", b"\x93NUMPY\x01\x00", b"1 2\n"]
+    ),
     data=st.binary(max_size=300),
 )
 def test_any_bytes_are_points_or_have_a_reason(start: bytes, data: bytes) -> None:

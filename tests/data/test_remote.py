@@ -1,4 +1,6 @@
-"""Any source behind a URL reads as it does on this machine; what is fetched is bounded, and no secret of the address is told."""
+"""Any source behind a URL reads as it does on this machine; what is fetched is bounded, and no
+secret of the address is told.
+"""
 
 import json
 import os
@@ -14,7 +16,18 @@ import pytest
 from containers import SAMPLES, SIDE
 from encoded import encoded, noise
 
-from sfumato.data import DataConfig, Dataset, Folder, Npz, Parquet, WebDataset, Zip, files, index, source_at
+from sfumato.data import (
+    DataConfig,
+    Dataset,
+    Folder,
+    Npz,
+    Parquet,
+    WebDataset,
+    Zip,
+    files,
+    index,
+    source_at,
+)
 from sfumato.data.listing import File
 from sfumato.errors import DataError, redact_secrets
 
@@ -62,7 +75,9 @@ def upload(memory, local: Path, name: str) -> str:
     else:
         for path in local.rglob("*"):
             if path.is_file():
-                memory.pipe_file(f"/bucket/{name}/{path.relative_to(local).as_posix()}", path.read_bytes())
+                memory.pipe_file(
+                    f"/bucket/{name}/{path.relative_to(local).as_posix()}", path.read_bytes()
+                )
     return f"memory://bucket/{name}"
 
 
@@ -81,8 +96,16 @@ def shards(root: Path) -> Path:
 
 SOURCES: dict[str, tuple[Callable[[Path], Path], str, type]] = {
     "folder": (lambda root: folder(root, containers.sidecars("txt")), "photos", Folder),
-    "folder with metadata": (lambda root: folder(root, {"metadata.jsonl": containers.metadata_jsonl()}), "photos", Folder),
-    "folder with a table": (lambda root: folder(root, {"metadata.parquet": containers.metadata_parquet()}), "photos", Folder),
+    "folder with metadata": (
+        lambda root: folder(root, {"metadata.jsonl": containers.metadata_jsonl()}),
+        "photos",
+        Folder,
+    ),
+    "folder with a table": (
+        lambda root: folder(root, {"metadata.parquet": containers.metadata_parquet()}),
+        "photos",
+        Folder,
+    ),
     "tar": (lambda root: containers.webdataset(root / "x.tar"), "x.tar", WebDataset),
     "folder of tars": (shards, "shards", WebDataset),
     "parquet": (lambda root: containers.table(root / "x.parquet"), "x.parquet", Parquet),
@@ -108,7 +131,9 @@ def test_a_source_behind_a_url_reads_as_on_this_machine(name: str, memory, tmp_p
     assert [entry.name for entry in there.entries] == [entry.name for entry in here.entries]
     assert [entry.captions for entry in there.entries] == [entry.captions for entry in here.entries]
     assert there.categories == here.categories == ("cat", "dog")
-    assert (there.images(np.arange(len(SAMPLES)))[0] == here.images(np.arange(len(SAMPLES)))[0]).all()
+    assert (
+        there.images(np.arange(len(SAMPLES)))[0] == here.images(np.arange(len(SAMPLES)))[0]
+    ).all()
     assert there.rejects == []
 
 
@@ -125,7 +150,9 @@ def test_each_file_is_fetched_once(name: str, memory, tmp_path: Path, fetched: l
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_had_to_leave_the_cache_is_fetched_again(name: str, memory, home: Path, tmp_path: Path) -> None:
+def test_what_had_to_leave_the_cache_is_fetched_again(
+    name: str, memory, home: Path, tmp_path: Path
+) -> None:
     make, place, _ = SOURCES[name]
     url = upload(memory, make(tmp_path), place)
     dataset = index(DataConfig(source=source_at(url), resolution=SIDE, cache="off", memory_gib=0.0))
@@ -136,7 +163,9 @@ def test_what_had_to_leave_the_cache_is_fetched_again(name: str, memory, home: P
     assert (pixels.numpy().transpose(0, 2, 3, 1) == np.stack([s.values for s in SAMPLES])).all()
 
 
-def test_derived_notes_of_a_remote_tar_and_array_are_made_once(memory, home: Path, tmp_path: Path) -> None:
+def test_derived_notes_of_a_remote_tar_and_array_are_made_once(
+    memory, home: Path, tmp_path: Path
+) -> None:
     tar = upload(memory, containers.webdataset(tmp_path / "x.tar"), "x.tar")
     array = upload(memory, containers.npz(tmp_path / "x.npz", compressed=True), "x.npz")
     for _ in range(3):
@@ -151,7 +180,9 @@ def kept(home: Path) -> int:
     return sum(path.stat().st_size for path in home.iterdir())
 
 
-def test_the_cache_stays_below_its_limit(memory, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_stays_below_its_limit(
+    memory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", str(25_000 / 2**30))
     for number in range(20):
         memory.pipe_file(f"/bucket/{number:02d}.png", encoded(noise(40, 40, seed=number)))
@@ -172,16 +203,22 @@ def test_the_file_used_longest_ago_leaves_first(
     assert [path[-1] for path in fetched] == ["a", "b", "c", "d", "b", "c"]
 
 
-def test_a_source_larger_than_the_cache_is_read_all_the_same(memory, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_larger_than_the_cache_is_read_all_the_same(
+    memory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", str(9000 / 2**30))
     for number in range(60):
         memory.pipe_file(f"/bucket/many/{number:02d}.png", encoded(noise(30, 30, seed=number)))
-    dataset = index(DataConfig(source=source_at("memory://bucket/many"), resolution=SIDE, cache="off"))
+    dataset = index(
+        DataConfig(source=source_at("memory://bucket/many"), resolution=SIDE, cache="off")
+    )
     assert len(dataset.entries) == 60
     assert dataset.rejects == []
 
 
-def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(
+    memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory.pipe_file("/bucket/a.png", b"image")
     real, told = files.local, []
 
@@ -199,14 +236,26 @@ def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(memory, m
 def test_hidden_files_and_folders_behind_a_url_are_left_out(memory) -> None:
     for name in ("a.png", "b.png", ".hidden.png", ".git/x.png", "__MACOSX/y.png"):
         memory.pipe_file(f"/bucket/f/{name}", encoded(noise(SIDE, SIDE, seed=len(name))))
-    assert [entry.name for entry in source_at("memory://bucket/f/").listing().entries] == ["a.png", "b.png"]
+    assert [entry.name for entry in source_at("memory://bucket/f/").listing().entries] == [
+        "a.png",
+        "b.png",
+    ]
 
 
 def test_metadata_behind_a_url_cannot_lead_elsewhere(memory) -> None:
-    names = ["a.png", "../secret.png", "memory://bucket/secret.png", "/bucket/secret.png", "file:///etc/passwd"]
+    names = [
+        "a.png",
+        "../secret.png",
+        "memory://bucket/secret.png",
+        "/bucket/secret.png",
+        "file:///etc/passwd",
+    ]
     memory.pipe_file("/bucket/secret.png", encoded(noise(SIDE, SIDE)))
     memory.pipe_file("/bucket/f/a.png", encoded(noise(SIDE, SIDE, seed=1)))
-    memory.pipe_file("/bucket/f/metadata.jsonl", "\n".join(json.dumps({"file_name": name}) for name in names).encode())
+    memory.pipe_file(
+        "/bucket/f/metadata.jsonl",
+        "\n".join(json.dumps({"file_name": name}) for name in names).encode(),
+    )
     listing = source_at("memory://bucket/f").listing()
     assert [entry.name for entry in listing.entries] == ["a.png"]
     assert len(listing.rejects) == 4
@@ -220,7 +269,10 @@ def test_what_is_not_there_is_an_error_that_names_it(kind: type, memory) -> None
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("place", ["memory://bucket/nothing", "memory://bucket/no.tar", "memory://", "memory://bucket/no.zip"])
+@pytest.mark.parametrize(
+    "place",
+    ["memory://bucket/nothing", "memory://bucket/no.tar", "memory://", "memory://bucket/no.zip"],
+)
 def test_an_address_of_nothing_is_refused(place: str, memory) -> None:
     with pytest.raises(DataError) as caught:
         source_at(place).listing()
@@ -266,8 +318,16 @@ def vault(error: Callable[[str], Exception], *, at: str) -> type:
 
         def info(self, path: str, **_: object) -> dict:
             self._fail("info")
-            kind = "file" if path.endswith((".png", ".tar", ".zip", ".npz", ".parquet")) or "?" in path[:-80] else "directory"
-            return {"name": path, "size": 10, "type": "file" if "." in path.partition("?")[0][-8:] else kind}
+            kind = (
+                "file"
+                if path.endswith((".png", ".tar", ".zip", ".npz", ".parquet")) or "?" in path[:-80]
+                else "directory"
+            )
+            return {
+                "name": path,
+                "size": 10,
+                "type": "file" if "." in path.partition("?")[0][-8:] else kind,
+            }
 
         def isdir(self, path: str) -> bool:
             self._fail("isdir")
@@ -317,14 +377,20 @@ def test_a_storage_that_refuses_is_an_error_without_its_secrets(
     failing(error, at)
     with pytest.raises(DataError) as caught:
         opened(URL.format(suffix))
-    shown = "".join(traceback.format_exception_only(caught.value)) + repr(caught.value.args) + caught.value.where
+    shown = (
+        "".join(traceback.format_exception_only(caught.value))
+        + repr(caught.value.args)
+        + caught.value.where
+    )
     assert not any(secret in shown for secret in SECRETS), shown
     assert "vault://***@host/photos" in shown
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_image_that_cannot_be_fetched_is_listed_without_secrets(error: Callable, failing: Callable) -> None:
+def test_a_image_that_cannot_be_fetched_is_listed_without_secrets(
+    error: Callable, failing: Callable
+) -> None:
     failing(error, "open")
     entries = Folder(URL.format("")).listing().entries
     assert len(entries) == 3
@@ -354,7 +420,9 @@ def test_only_secrets_are_struck_out(text: str, shown: str) -> None:
     assert redact_secrets(text) == shown
 
 
-def test_an_interrupted_download_leaves_nothing(memory, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_leaves_nothing(
+    memory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory.pipe_file("/bucket/a", bytes(5000))
 
     def broken(*_: object) -> None:
@@ -375,7 +443,9 @@ def test_addresses_in_chains_are_opened(memory, tmp_path: Path, home: Path) -> N
     assert [entry.image.read() for entry in listing.entries] == [s.image for s in SAMPLES]
 
 
-def test_paths_that_look_like_addresses_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_look_like_addresses_are_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("C:", "a:b", "x"):
         containers.put(tmp_path / name, containers.images())

@@ -1,4 +1,6 @@
-"""Resizing antialiases and crops to the centre: compared with Lanczos' formula worked out here in float64."""
+"""Resizing antialiases and crops to the centre: compared with Lanczos' formula worked out here in
+float64.
+"""
 
 import io
 
@@ -19,7 +21,9 @@ def lanczos(x: np.ndarray) -> np.ndarray:
 
 
 def weights(size: int, start: float, length: float, target: int) -> np.ndarray:
-    """Rows of `target` filters over `size` samples, for the window [start, start + length): widened when it shrinks."""
+    """Rows of `target` filters over `size` samples, for the window [start, start + length): widened
+    when it shrinks.
+    """
     scale = length / target
     centres = start + (np.arange(target) + 0.5) * scale
     rows = lanczos((np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1.0))
@@ -35,11 +39,16 @@ def reference(image: np.ndarray, resolution: int) -> np.ndarray:
     return np.einsum("ih,jw,hwc->cij", down, across, image.astype(float))
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (41, 67), (90, 30), (12, 12), (16, 33), (10, 7), (16, 16), (67, 41)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(40, 40), (41, 67), (90, 30), (12, 12), (16, 33), (10, 7), (16, 16), (67, 41)],
+)
 def test_it_is_lanczos_of_the_centre_square(height: int, width: int) -> None:
-    image = noise(height, width) // 2 + 64  # nothing overshoots, so that the order of Pillow's two passes does not show
+    # nothing overshoots, so that the order of Pillow's two passes does not show
+    image = noise(height, width) // 2 + 64
     pixels = decode(encoded(image), square(16)).pixels
-    assert np.abs(pixels - reference(image, 16)).max() <= 1.5  # Pillow rounds after each of its two passes
+    # Pillow rounds after each of its two passes
+    assert np.abs(pixels - reference(image, 16)).max() <= 1.5
 
 
 def test_the_reference_can_tell_a_crop_that_is_off_by_a_pixel() -> None:
@@ -53,7 +62,9 @@ def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None
     pixels = decode(encoded(stripes), square(13)).pixels
     middle = pixels[:, 2:-2, 2:-2].astype(int)
     assert np.abs(middle - 127.5).max() < 8
-    nearest = np.asarray(Image.fromarray(stripes).resize((13, 13), Image.Resampling.NEAREST)).astype(int)
+    nearest = np.asarray(
+        Image.fromarray(stripes).resize((13, 13), Image.Resampling.NEAREST)
+    ).astype(int)
     assert np.abs(nearest - 127.5).max() > 100  # what a resize without a filter would show
 
 
@@ -73,7 +84,9 @@ def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
     data = encoded(smooth(height, width), "JPEG", quality=92)
     sizes = []
 
-    def spy(image: JpegImagePlugin.JpegImageFile, mode: str | None, size: tuple[int, int]) -> object:
+    def spy(
+        image: JpegImagePlugin.JpegImageFile, mode: str | None, size: tuple[int, int]
+    ) -> object:
         done = drafted(image, mode, size)
         sizes.append(image.size)
         return done
@@ -82,7 +95,8 @@ def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
     form = square(32)
     pixels = decode(data, form).pixels
-    assert 64 <= min(sizes[0]) < min(height, width) / 4  # it was decoded small, at no less than twice the target
+    # it was decoded small, at no less than twice the target
+    assert 64 <= min(sizes[0]) < min(height, width) / 4
     full = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     difference = np.abs(pixels.astype(int) - decode(encoded(full), form).pixels)
     assert difference.mean() < 0.7

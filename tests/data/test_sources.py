@@ -1,4 +1,6 @@
-"""A source lists the images that a person would expect it to, in an order that no machine changes."""
+"""A source lists the images that a person would expect it to, in an order that no machine
+changes.
+"""
 
 import os
 from pathlib import Path
@@ -54,7 +56,11 @@ def test_a_flat_folder_has_no_categories(tmp_path: Path) -> None:
 
 def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) -> None:
     put(tmp_path, "dog/2.png", "cat/1.png", "dog/puppies/young/3.png")
-    assert listed(tmp_path) == [("cat/1.png", "cat"), ("dog/2.png", "dog"), ("dog/puppies/young/3.png", "dog")]
+    assert listed(tmp_path) == [
+        ("cat/1.png", "cat"),
+        ("dog/2.png", "dog"),
+        ("dog/puppies/young/3.png", "dog"),
+    ]
 
 
 def test_an_image_beside_category_folders_is_left_out_and_said_to_be(tmp_path: Path) -> None:
@@ -90,8 +96,11 @@ def test_linked_folders_are_entered_once_and_circles_end(tmp_path: Path) -> None
     (outside / "back").symlink_to(root / "cats", target_is_directory=True)
     (root / "cats" / "file.png").symlink_to(outside / "0.png")
     assert listed(root) == [
-        ("again/1.png", "again"), ("cats/file.png", "cats"), ("cats/in.png", "cats"), ("dogs/0.png", "dogs"),
-    ]  # fmt: skip
+        ("again/1.png", "again"),
+        ("cats/file.png", "cats"),
+        ("cats/in.png", "cats"),
+        ("dogs/0.png", "dogs"),
+    ]
     assert left_out(root).keys() == {"loop", "up", "dogs/deep", "dogs/back"}
 
 
@@ -101,9 +110,14 @@ def test_unicode_names_and_names_with_spaces(tmp_path: Path) -> None:
     assert all(entry.image.read() == IMAGE for entry in entries(tmp_path))
 
 
-def test_the_order_does_not_follow_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_does_not_follow_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(tmp_path, "b/1.png", "a/2.png", "a/10.png", "a.png", "c.png")
-    (tmp_path / "d").symlink_to(put(tmp_path.parent / f"{tmp_path.name}-outside", "1.png", "2.png"), target_is_directory=True)
+    (tmp_path / "d").symlink_to(
+        put(tmp_path.parent / f"{tmp_path.name}-outside", "1.png", "2.png"),
+        target_is_directory=True,
+    )
     before, walk = listed(tmp_path), os.walk
 
     def backwards(*arguments: object):
@@ -156,7 +170,9 @@ def test_a_broken_link_is_listed_and_cannot_be_read(tmp_path: Path) -> None:
         only.image.read()
 
 
-def test_no_more_of_a_huge_file_is_read_than_it_takes_to_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_of_a_huge_file_is_read_than_it_takes_to_refuse_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 40)  # a hole: takes no space
     monkeypatch.setattr(listing, "MAX_BYTES", 1000)

@@ -29,7 +29,8 @@ METADATA = {
 
 def folder(*more: dict[str, bytes]) -> Callable[[Path], Path]:
     return lambda root: put(
-        root / "photos", {name: data for files in (containers.images(), *more) for name, data in files.items()}
+        root / "photos",
+        {name: data for files in (containers.images(), *more) for name, data in files.items()},
     )
 
 
@@ -56,9 +57,16 @@ CONTAINERS: dict[str, tuple[Callable[[Path], Path], list[tuple[str, ...]]]] = {
     "folder of parquet": (table_folder, ALL),
     "tar": (lambda root: containers.webdataset(root / "t.tar"), ALL),
     "folder of tars": (tar_folder, ALL),
-    "zip": (lambda root: containers.zipped(root / "z.zip", containers.images() | containers.sidecars("txt")), ALL),
+    "zip": (
+        lambda root: containers.zipped(
+            root / "z.zip", containers.images() | containers.sidecars("txt")
+        ),
+        ALL,
+    ),
     "zip, deflated": (
-        lambda root: containers.zipped(root / "z.zip", containers.images() | containers.sidecars("json"), zipfile.ZIP_DEFLATED),
+        lambda root: containers.zipped(
+            root / "z.zip", containers.images() | containers.sidecars("json"), zipfile.ZIP_DEFLATED
+        ),
         ALL,
     ),
     "zip, dataset.json": (lambda root: containers.edm_zip(root / "edm.zip"), NONE),
@@ -96,7 +104,12 @@ def test_every_container_gives_the_same_samples(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in CONTAINERS if "npz" not in kind and "save" not in kind and "bytes" not in kind]
+    "kind",
+    [
+        kind
+        for kind in CONTAINERS
+        if "npz" not in kind and "save" not in kind and "bytes" not in kind
+    ],
 )
 def test_names_are_kept(kind: str, tmp_path: Path) -> None:
     dataset = opened(CONTAINERS[kind][0](tmp_path))
@@ -105,7 +118,9 @@ def test_names_are_kept(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_names_are_unique(kind: str, tmp_path: Path) -> None:
-    names = [entry.name for entry in source_at(str(CONTAINERS[kind][0](tmp_path))).listing().entries]
+    names = [
+        entry.name for entry in source_at(str(CONTAINERS[kind][0](tmp_path))).listing().entries
+    ]
     assert len(set(names)) == len(SAMPLES)
 
 
@@ -119,30 +134,43 @@ def test_names_are_unique_over_shards_and_over_rows_of_one_name(kind: str, tmp_p
     assert len({entry.name for entry in source.listing().entries}) == 2 * len(SAMPLES)
 
 
-def test_rows_that_share_a_path_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_share_a_path_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     same = tuple(containers.Sample("image.png", s.category, s.captions, s.values) for s in SAMPLES)
     monkeypatch.setattr(containers, "SAMPLES", same)
-    names = [entry.name for entry in Parquet(str(containers.table(tmp_path / "t.parquet"))).listing().entries]
+    names = [
+        entry.name
+        for entry in Parquet(str(containers.table(tmp_path / "t.parquet"))).listing().entries
+    ]
     assert len(set(names)) == len(SAMPLES)
     assert all(name.startswith("image.png") for name in names)
 
 
 @pytest.mark.parametrize("name", METADATA)
 def test_images_that_metadata_do_not_name_are_listed(name: str, tmp_path: Path) -> None:
-    place = folder({name: METADATA[name](), "cat/unnamed.png": encoded(noise(SIDE, SIDE, seed=9))})(tmp_path)
+    place = folder({name: METADATA[name](), "cat/unnamed.png": encoded(noise(SIDE, SIDE, seed=9))})(
+        tmp_path
+    )
     (reject,) = opened(place).rejects
     assert (reject.name, reject.reason) == ("cat/unnamed.png", "not named in the metadata")
 
 
 @pytest.mark.parametrize("empty", ["", "  \n\t "])
-@pytest.mark.parametrize("kind", ["txt", "json", "metadata.jsonl", "metadata.csv", "tar", "parquet", "save_to_disk"])
-def test_an_empty_caption_is_none(kind: str, empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind", ["txt", "json", "metadata.jsonl", "metadata.csv", "tar", "parquet", "save_to_disk"]
+)
+def test_an_empty_caption_is_none(
+    kind: str, empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blank = tuple(containers.Sample(s.name, s.category, (empty,), s.values) for s in SAMPLES)
     monkeypatch.setattr(containers, "SAMPLES", blank)
     make = {
         "txt": lambda root: folder(containers.sidecars("txt"))(root),
         "json": lambda root: folder(containers.sidecars("json"))(root),
-        "metadata.jsonl": lambda root: folder({"metadata.jsonl": containers.metadata_jsonl()})(root),
+        "metadata.jsonl": lambda root: folder({"metadata.jsonl": containers.metadata_jsonl()})(
+            root
+        ),
         "metadata.csv": lambda root: folder({"metadata.csv": containers.metadata_csv()})(root),
     }
     place = make.get(kind, CONTAINERS.get(kind, (None,))[0])(tmp_path)
@@ -158,16 +186,27 @@ def test_an_empty_caption_is_none(kind: str, empty: str, tmp_path: Path, monkeyp
         (np.eye(3)[[2, 0, 1]], ["2", "0", "1"]),
     ],
 )
-def test_labels_of_an_npz_are_read_as_people_store_them(labels: np.ndarray, expected: list[str], tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", arr_0=np.stack([noise(4, 4, seed=i) for i in range(3)]), arr_1=labels)
-    assert [entry.category for entry in source_at(str(tmp_path / "a.npz")).listing().entries] == expected
+def test_labels_of_an_npz_are_read_as_people_store_them(
+    labels: np.ndarray, expected: list[str], tmp_path: Path
+) -> None:
+    np.savez(
+        tmp_path / "a.npz", arr_0=np.stack([noise(4, 4, seed=i) for i in range(3)]), arr_1=labels
+    )
+    assert [
+        entry.category for entry in source_at(str(tmp_path / "a.npz")).listing().entries
+    ] == expected
 
 
 @pytest.mark.parametrize("kind", ["parquet", "metadata.jsonl", "metadata.parquet", "save_to_disk"])
 def test_attributes_are_read_from_tables(kind: str, tmp_path: Path) -> None:
     import datasets
 
-    texts = {"attributes": {"age": 7.0, "height": 1.5}, "attributes.weight": 3, "tags": ["small", "asleep"], "other": "x"}
+    texts = {
+        "attributes": {"age": 7.0, "height": 1.5},
+        "attributes.weight": 3,
+        "tags": ["small", "asleep"],
+        "other": "x",
+    }
     files = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(3)}
     rows = [{"file_name": name} | texts for name in files]
     if kind == "metadata.jsonl":
@@ -175,7 +214,9 @@ def test_attributes_are_read_from_tables(kind: str, tmp_path: Path) -> None:
     elif kind == "metadata.parquet":
         pq.write_table(pa.Table.from_pylist(rows), put(tmp_path / "x", files) / kind)
     else:
-        found = pa.Table.from_pylist([{"image": {"bytes": data, "path": None}} | texts for data in files.values()])
+        found = pa.Table.from_pylist(
+            [{"image": {"bytes": data, "path": None}} | texts for data in files.values()]
+        )
         if kind == "parquet":
             pq.write_table(found, tmp_path / "x.parquet")
         else:
@@ -187,11 +228,18 @@ def test_attributes_are_read_from_tables(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_later_version_of_a_file_is_read_anew(tmp_path: Path) -> None:
-    for suffix, make in {".parquet": containers.table, ".zip": containers.edm_zip, ".tar": containers.webdataset}.items():
+    for suffix, make in {
+        ".parquet": containers.table,
+        ".zip": containers.edm_zip,
+        ".tar": containers.webdataset,
+    }.items():
         path = make(tmp_path / f"x{suffix}")
         before = opened(path).ids
         with pytest.MonkeyPatch.context() as patch:
-            fewer = tuple(containers.Sample(s.name, s.category, s.captions, s.values[::-1].copy()) for s in SAMPLES)
+            fewer = tuple(
+                containers.Sample(s.name, s.category, s.captions, s.values[::-1].copy())
+                for s in SAMPLES
+            )
             patch.setattr(containers, "SAMPLES", fewer)
             path.unlink()
             make(path)
@@ -202,7 +250,11 @@ def test_a_later_version_of_a_file_is_read_anew(tmp_path: Path) -> None:
 
 def test_processes_may_read_one_deflated_zip_at_the_same_time(tmp_path: Path) -> None:
     files = {f"{i}.png": encoded(noise(64, 64, seed=i)) for i in range(40)}
-    entries = source_at(str(containers.zipped(tmp_path / "z.zip", files, zipfile.ZIP_DEFLATED))).listing().entries
+    entries = (
+        source_at(str(containers.zipped(tmp_path / "z.zip", files, zipfile.ZIP_DEFLATED)))
+        .listing()
+        .entries
+    )
     entries[0].image.read()  # this process has the archive open when the others begin
     with multiprocessing.get_context("fork").Pool(4) as pool:
         read = pool.map(_bytes, entries * 5, chunksize=1)

@@ -1,4 +1,6 @@
-"""Sources that nobody vouches for: each attack gives a listed reject or an error that says what, where and how to fix it."""
+"""Sources that nobody vouches for: each attack gives a listed reject or an error that says what,
+where and how to fix it.
+"""
 
 import contextlib
 import io
@@ -65,7 +67,10 @@ def opened(source: Source) -> Dataset:
 def rejected(source: Source) -> dict[str, str]:
     """What is left out of a source whose good images must all be there."""
     dataset = opened(source)
-    assert {name.rpartition("/")[2].rpartition(":")[2] for name in (entry.name for entry in dataset.entries)} >= set(GOOD)
+    assert {
+        name.rpartition("/")[2].rpartition(":")[2]
+        for name in (entry.name for entry in dataset.entries)
+    } >= set(GOOD)
     return {reject.name: reject.reason for reject in dataset.rejects}
 
 
@@ -94,7 +99,10 @@ def in_deflated_zip(root: Path, files: dict[str, bytes]) -> Source:
 
 
 def in_table(root: Path, files: dict[str, bytes]) -> Source:
-    pq.write_table(pa.table({"image": [{"bytes": data, "path": name} for name, data in files.items()]}), root / "x.parquet")
+    pq.write_table(
+        pa.table({"image": [{"bytes": data, "path": name} for name, data in files.items()]}),
+        root / "x.parquet",
+    )
     return Parquet(str(root / "x.parquet"))
 
 
@@ -132,17 +140,36 @@ BAD_IMAGES = {
     "empty.png": (b"", "empty file"),
     "cut.png": (encoded(noise(40, 40))[:200], "damaged"),
     "text.png": (b"<html><script>alert(1)</script>", "not an image in a known format"),
-    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a known format"),
+    "postscript.png": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "not an image in a known format",
+    ),
     "vast.png": (png(50_000, 50_000, depth=8, colour=2, rows=b"\0"), "more than 80 million pixels"),
     "thin.png": (encoded(noise(1, 100)), "sides 100 : 1"),
     "text_bomb.png": (
-        png(8, 8, depth=8, colour=0, rows=bytes(72), extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))),
+        png(
+            8,
+            8,
+            depth=8,
+            colour=0,
+            rows=bytes(72),
+            extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20))),
+        ),
         "damaged|more than",
     ),
     "pickle.npy": (pickle.dumps([1]), "not an image in a known format"),
-    "lies.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (8000, 8000, 1)}", bytes(64)), "cut short"),
-    "negative.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (-8, -8, 1)}", bytes(64)), "no pixels|damaged"),
-    "endless.npy": (array("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 9, 1)}"), "million pixels"),
+    "lies.npy": (
+        array("{'descr': '|u1', 'fortran_order': False, 'shape': (8000, 8000, 1)}", bytes(64)),
+        "cut short",
+    ),
+    "negative.npy": (
+        array("{'descr': '|u1', 'fortran_order': False, 'shape': (-8, -8, 1)}", bytes(64)),
+        "no pixels|damaged",
+    ),
+    "endless.npy": (
+        array("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 9, 1)}"),
+        "million pixels",
+    ),
     "code.npy": (array("__import__('os').mkdir('x')"), "damaged"),
 }
 
@@ -161,12 +188,19 @@ def test_bad_images_are_left_out_with_the_reason(
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
-def test_a_image_over_the_byte_limit_is_left_out(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_over_the_byte_limit_is_left_out(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sfumato.data import decoding
 
     for module in (decoding, listing):
         monkeypatch.setattr(module, "MAX_BYTES", 1000)
-    assert "more than" in rejected(PACKED[source](tmp_path, GOOD | {"large.png": encoded(noise(64, 64))}))["large.png"]
+    assert (
+        "more than"
+        in rejected(PACKED[source](tmp_path, GOOD | {"large.png": encoded(noise(64, 64))}))[
+            "large.png"
+        ]
+    )
 
 
 # Names in archives
@@ -201,7 +235,12 @@ NAMES = [
 def test_names_that_lead_elsewhere_are_left_out(kind: str, name: str, tmp_path: Path) -> None:
     source = PACKED[kind](tmp_path, GOOD | {name: IMAGE})
     (found,) = rejected(source).items()
-    assert "lie below" in found[1] or "printed" in found[1] or "too long" in found[1] or "reserved" in found[1]
+    assert (
+        "lie below" in found[1]
+        or "printed" in found[1]
+        or "too long" in found[1]
+        or "reserved" in found[1]
+    )
     assert "".join(found).isprintable()
     assert len(found[0].encode()) <= 220
     assert [path.name for path in tmp_path.iterdir()] == [Path(source.path).name]
@@ -224,7 +263,10 @@ def test_one_name_twice_is_told(kind: str, tmp_path: Path) -> None:
             archive.addfile(info, io.BytesIO(IMAGE))
     else:
         containers.zipped(path, GOOD)
-        with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        with (
+            zipfile.ZipFile(path, "a") as archive,
+            pytest.warns(UserWarning, match="Duplicate name"),
+        ):
             archive.writestr("good2.png", IMAGE)
     source = source_at(str(path))
     assert "twice" in rejected(source)["good2.png"]
@@ -245,7 +287,9 @@ def tar_of(path: Path, *more: tarfile.TarInfo | bytes) -> WebDataset:
     return WebDataset(str(path))
 
 
-def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+def member(
+    name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str = ""
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, target
     return info
@@ -270,15 +314,26 @@ def test_links_and_devices_in_a_tar_are_left_out(kind: bytes, target: str, tmp_p
 
 def test_a_chain_of_links_in_a_tar_leads_nowhere(tmp_path: Path) -> None:
     secret = put(tmp_path / "outside", {"secret.png": IMAGE})
-    chain = [member("a", kind=tarfile.SYMTYPE, target=".."), member("a/b", kind=tarfile.SYMTYPE, target="outside")]
-    source = tar_of(tmp_path / "x.tar", *chain, member("a/b/secret.png", kind=tarfile.SYMTYPE, target=str(secret)))
+    chain = [
+        member("a", kind=tarfile.SYMTYPE, target=".."),
+        member("a/b", kind=tarfile.SYMTYPE, target="outside"),
+    ]
+    source = tar_of(
+        tmp_path / "x.tar",
+        *chain,
+        member("a/b/secret.png", kind=tarfile.SYMTYPE, target=str(secret)),
+    )
     assert set(rejected(source)) == {"a", "a/b", "a/b/secret.png"}
 
 
 def signed_size(number: int) -> bytes:
     """A header whose size is written in base 256, as large or negative ones are."""
     head = bytearray(member("size.png").tobuf(format=tarfile.GNU_FORMAT))
-    head[124:136] = b"\xff" * 4 + struct.pack(">q", number) if number < 0 else b"\x80\0\0\0" + struct.pack(">q", number)
+    head[124:136] = (
+        b"\xff" * 4 + struct.pack(">q", number)
+        if number < 0
+        else b"\x80\0\0\0" + struct.pack(">q", number)
+    )
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     return bytes(head)
@@ -296,7 +351,11 @@ def test_a_tar_member_that_lies_about_its_size_ends_the_reading(size: int, tmp_p
 
 
 def test_headers_before_headers_without_end_are_not_followed(tmp_path: Path) -> None:
-    long_name = member("././@LongLink", 512, tarfile.GNUTYPE_LONGNAME).tobuf(format=tarfile.GNU_FORMAT) + b"n" * 511 + b"\0"
+    long_name = (
+        member("././@LongLink", 512, tarfile.GNUTYPE_LONGNAME).tobuf(format=tarfile.GNU_FORMAT)
+        + b"n" * 511
+        + b"\0"
+    )
     assert_refused(tar_of(tmp_path / "x.tar", long_name * 5000), "no whole tar|holds no images")
 
 
@@ -308,7 +367,9 @@ def test_a_vast_extended_header_is_not_read(tmp_path: Path) -> None:
     assert_refused(WebDataset(str(tmp_path / "x.tar")), "a header of 8589934592 bytes")
 
 
-def test_a_tar_stops_at_its_greatest_number_of_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_stops_at_its_greatest_number_of_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webdataset, "MAX_MEMBERS", 3)
     source = in_tar(tmp_path, GOOD | {"one_more.png": IMAGE})
     assert rejected(source) == {"x.tar": "more than 3 members: the rest is not read"}
@@ -328,12 +389,21 @@ def test_what_is_no_tar_is_refused(data: bytes, what: str, tmp_path: Path) -> No
     assert_refused(WebDataset(str(tmp_path / "x.tar")), what)
 
 
-def test_a_damaged_note_of_a_tars_members_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_note_of_a_tars_members_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     source = in_tar(tmp_path, GOOD)
     before = source.listing()
     (kept,) = (tmp_path / "cache" / "tar-index").iterdir()
-    for damage in (b"", b"{", b"[]", b'{"members": [[1]], "rejects": []}', b'{"members": 3}', b"\xff"):
+    for damage in (
+        b"",
+        b"{",
+        b"[]",
+        b'{"members": [[1]], "rejects": []}',
+        b'{"members": 3}',
+        b"\xff",
+    ):
         kept.write_bytes(damage)
         assert source.listing() == before
 
@@ -344,16 +414,24 @@ def test_a_damaged_note_of_a_tars_members_is_made_again(tmp_path: Path, monkeypa
 def test_links_in_a_zip_are_left_out(tmp_path: Path) -> None:
     path = containers.zipped(tmp_path / "x.zip", GOOD)
     with zipfile.ZipFile(path, "a") as archive:
-        for name, kind in {"link.png": stat.S_IFLNK, "pipe.png": stat.S_IFIFO, "device.png": stat.S_IFCHR}.items():
+        for name, kind in {
+            "link.png": stat.S_IFLNK,
+            "pipe.png": stat.S_IFIFO,
+            "device.png": stat.S_IFCHR,
+        }.items():
             info = zipfile.ZipInfo(name)
             info.create_system, info.external_attr = 3, (kind | 0o777) << 16
             archive.writestr(info, "/etc/passwd")
-    assert rejected(Zip(str(path))) == dict.fromkeys(("link.png", "pipe.png", "device.png"), "is a link or a device")
+    assert rejected(Zip(str(path))) == dict.fromkeys(
+        ("link.png", "pipe.png", "device.png"), "is a link or a device"
+    )
 
 
 def test_an_absurd_ratio_is_left_out_before_unpacking(tmp_path: Path) -> None:
     bomb = encoded(noise(8, 8)) + bytes(30 << 20)
-    assert rejected(in_deflated_zip(tmp_path, GOOD | {"bomb.png": bomb})) == {"bomb.png": "unpacks to over 200 times its size"}
+    assert rejected(in_deflated_zip(tmp_path, GOOD | {"bomb.png": bomb})) == {
+        "bomb.png": "unpacks to over 200 times its size"
+    }
 
 
 def replaced(path: Path, name: str, offset: int, value: bytes, *, local: bool = False) -> Zip:
@@ -371,7 +449,9 @@ def replaced(path: Path, name: str, offset: int, value: bytes, *, local: bool = 
 SIZE = struct.pack("<L", 0x7FFFFFFF)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 @pytest.mark.parametrize(
     ("offset", "value", "local"),
     [
@@ -406,9 +486,13 @@ def test_headers_of_a_zip_that_lie_cost_at_most_that_image(
     assert {reject.name for reject in dataset.rejects} | set(kept) == set(GOOD) | {"bad.png"}
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 def test_damaged_data_in_a_zip_cost_that_image(method: int, tmp_path: Path) -> None:
-    path = containers.zipped(tmp_path / "x.zip", {"bad.png": encoded(noise(30, 30)), **GOOD}, method)
+    path = containers.zipped(
+        tmp_path / "x.zip", {"bad.png": encoded(noise(30, 30)), **GOOD}, method
+    )
     data = bytearray(path.read_bytes())
     for place in (41, 60, 100, 900, 1500):  # the first member's data begin at 37
         data[place] ^= 0xFF
@@ -427,7 +511,9 @@ def test_a_central_directory_in_another_place_than_stated(offset: int, tmp_path:
     assert_refused(Zip(str(path)), "is not a complete zip|different readable images")
 
 
-def test_a_vast_directory_and_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vast_directory_and_too_many_members_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = in_zip(tmp_path, GOOD)
     monkeypatch.setattr(zip_archive, "MAX_MEMBERS", 2)
     assert_refused(source, "3 members")
@@ -486,9 +572,13 @@ def test_an_npz_whose_header_lies_is_refused(shape: str, kind: int, tmp_path: Pa
         npz_of(tmp_path / "x.npz", kind=kind, images=header(shape)).listing()
 
 
-@pytest.mark.parametrize("dtype", ["|O", "<c8", "|b1", "|V8", "<U9", "[('a', '|u1'), ('b', '|O')]", "|u1, os"])
+@pytest.mark.parametrize(
+    "dtype", ["|O", "<c8", "|b1", "|V8", "<U9", "[('a', '|u1'), ('b', '|O')]", "|u1, os"]
+)
 def test_pixels_that_are_not_numbers_are_refused(dtype: str, tmp_path: Path) -> None:
-    assert_refused(npz_of(tmp_path / "x.npz", images=header("(1, 2, 2, 3)", dtype)), "pixels of|plain numbers")
+    assert_refused(
+        npz_of(tmp_path / "x.npz", images=header("(1, 2, 2, 3)", dtype)), "pixels of|plain numbers"
+    )
 
 
 def test_floats_with_nan_and_infinity_are_refused(tmp_path: Path) -> None:
@@ -499,9 +589,14 @@ def test_floats_with_nan_and_infinity_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member", ["images", "labels"])
-def test_pickled_objects_in_an_npz_are_not_opened(member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_objects_in_an_npz_are_not_opened(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MARKER", str(tmp_path / "unpickled"))
-    assert_refused(npz_of(tmp_path / "x.npz", **({"images": PIXELS} | {member: pickled_array()})), "Python objects")
+    assert_refused(
+        npz_of(tmp_path / "x.npz", **({"images": PIXELS} | {member: pickled_array()})),
+        "Python objects",
+    )
     assert not (tmp_path / "unpickled").exists()
     np.load(io.BytesIO(pickled_array()), allow_pickle=True)  # the attack is real
     assert (tmp_path / "unpickled").exists()
@@ -515,7 +610,10 @@ def test_pickled_objects_in_an_npz_are_not_opened(member: str, tmp_path: Path, m
         (header("(99999999999999999999999999,)"), "plain numbers"),
         (header("(3,)", "<U0"), "plain numbers"),
         (npy(np.arange(3))[:-5], "plain numbers"),
-        (array("{'descr': '<U1', 'fortran_order': False, 'shape': (3,)}", b"\xff" * 12), "plain numbers"),
+        (
+            array("{'descr': '<U1', 'fortran_order': False, 'shape': (3,)}", b"\xff" * 12),
+            "plain numbers",
+        ),
         (b"", "plain numbers"),
     ],
 )
@@ -530,15 +628,24 @@ def test_labels_may_be_of_no_known_writing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member", ["images", "labels"])
-def test_a_bomb_in_an_npz_is_not_unpacked(member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_in_an_npz_is_not_unpacked(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    bomb = array("{'descr': '|u1', 'fortran_order': False, 'shape': (40, 1024, 1024, 1)}", bytes(40 << 20))
+    bomb = array(
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (40, 1024, 1024, 1)}", bytes(40 << 20)
+    )
     assert_refused(
-        npz_of(tmp_path / "x.npz", kind=zipfile.ZIP_DEFLATED, **({"images": PIXELS} | {member: bomb})), "times its size"
+        npz_of(
+            tmp_path / "x.npz", kind=zipfile.ZIP_DEFLATED, **({"images": PIXELS} | {member: bomb})
+        ),
+        "times its size",
     )
 
 
-def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_of_too_many_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(npz, "MAX_IMAGES", 2)
     assert_refused(npz_of(tmp_path / "x.npz", images=PIXELS), "at most 2|pixels of shape")
 
@@ -552,7 +659,14 @@ def test_an_npz_cut_after_it_was_listed_gives_unreadable_images(tmp_path: Path) 
 
 # Metadata
 
-OUTSIDE = [name for name in NAMES if "\n" not in name and "\x1b" not in name] + ["secret.png", "link.png", "", " ", "\0", "."]
+OUTSIDE = [name for name in NAMES if "\n" not in name and "\x1b" not in name] + [
+    "secret.png",
+    "link.png",
+    "",
+    " ",
+    "\0",
+    ".",
+]
 
 
 def as_csv(names: list) -> bytes:
@@ -582,7 +696,9 @@ def test_metadata_cannot_name_what_is_outside(kind: str, column: str, tmp_path: 
     data = METADATA[kind](names)
     if column != "file_name":
         names = [name for name in names if name.strip()]
-        rows = [{"file_name": name} for name in GOOD] + [{"file_name": "good0.png", column: name} for name in names[3:]]
+        rows = [{"file_name": name} for name in GOOD] + [
+            {"file_name": "good0.png", column: name} for name in names[3:]
+        ]
         kind, data = "metadata.jsonl", "\n".join(map(json.dumps, rows)).encode()
     put(root, {kind: data})
     dataset = opened(Folder(str(root)))
@@ -593,7 +709,9 @@ def test_metadata_cannot_name_what_is_outside(kind: str, column: str, tmp_path: 
     assert all(reject.reason.isprintable() for reject in dataset.rejects)
 
 
-@pytest.mark.parametrize("value", [None, 3, 3.5, True, [], ["good0.png"], {"a": "good0.png"}, float("nan")])
+@pytest.mark.parametrize(
+    "value", [None, 3, 3.5, True, [], ["good0.png"], {"a": "good0.png"}, float("nan")]
+)
 def test_a_file_name_that_is_no_text_is_left_out(value: object, tmp_path: Path) -> None:
     files = GOOD | {"metadata.jsonl": as_jsonl([*GOOD, value])}
     assert set(rejected(in_folder(tmp_path, files))) == {"metadata.jsonl, line 4"}
@@ -628,13 +746,17 @@ def test_a_file_name_that_is_no_text_is_left_out(value: object, tmp_path: Path) 
     ids=lambda value: value[:20] if isinstance(value, bytes) else value,
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_damaged_descriptions_of_a_whole_set_are_refused(kind: str, name: str, data: bytes, tmp_path: Path) -> None:
+def test_damaged_descriptions_of_a_whole_set_are_refused(
+    kind: str, name: str, data: bytes, tmp_path: Path
+) -> None:
     assert_refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no image")
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{}", b'{"name": "mine", "version": 1}'])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_a_dataset_json_that_is_not_a_label_file_is_left_out(kind: str, data: bytes, tmp_path: Path) -> None:
+def test_a_dataset_json_that_is_not_a_label_file_is_left_out(
+    kind: str, data: bytes, tmp_path: Path
+) -> None:
     found = rejected(PACKED[kind](tmp_path, GOOD | {"dataset.json": data}))
     assert found.keys() == {"dataset.json"}
     assert "not a label file" in found["dataset.json"]
@@ -643,7 +765,10 @@ def test_a_dataset_json_that_is_not_a_label_file_is_left_out(kind: str, data: by
 def test_a_label_file_names_only_what_is_there(tmp_path: Path) -> None:
     labels = [["../up.png", 1], ["/etc/passwd", 2], *([name, 3] for name in GOOD)]
     put(tmp_path, {"up.png": IMAGE})
-    source = in_folder(tmp_path, GOOD | {"more.png": IMAGE, "dataset.json": json.dumps({"labels": labels}).encode()})
+    source = in_folder(
+        tmp_path,
+        GOOD | {"more.png": IMAGE, "dataset.json": json.dumps({"labels": labels}).encode()},
+    )
     assert rejected(source) == {"more.png": "not named in dataset.json"}
     assert {entry.category for entry in opened(source).entries} == {"3"}
 
@@ -714,7 +839,10 @@ def test_odd_values_in_json_reach_nobody(kind: str, tmp_path: Path) -> None:
         files[f"good{number}.json"] = json.dumps(record).encode()
         files[f"good{number}.png"] = encoded(noise(8, 8, seed=number))
     if kind == "jsonl":
-        rows = [json.dumps({"file_name": f"good{number}.png"} | record) for number, record in enumerate(ODD_RECORDS)]
+        rows = [
+            json.dumps({"file_name": f"good{number}.png"} | record)
+            for number, record in enumerate(ODD_RECORDS)
+        ]
         files = {name: data for name, data in files.items() if name.endswith("png")} | {
             "metadata.jsonl": "\n".join(rows).encode()
         }
@@ -723,7 +851,11 @@ def test_odd_values_in_json_reach_nobody(kind: str, tmp_path: Path) -> None:
     assert len(dataset.fingerprint) == 64
     assert json.dumps(dataset.summary(), ensure_ascii=False).encode()
     assert all(name.isprintable() for name in (*dataset.categories, *dataset.named_holdouts))
-    assert not any("nan" in caption or "inf" in caption or "{" in caption for e in dataset.entries for caption in e.captions)
+    assert not any(
+        "nan" in caption or "inf" in caption or "{" in caption
+        for e in dataset.entries
+        for caption in e.captions
+    )
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".caption", ".json"])
@@ -740,8 +872,13 @@ def test_texts_are_not_read_through_links_to_elsewhere(suffix: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet", ".zip", ".npz"])
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path)])
-def test_a_pipe_device_or_loop_in_place_of_a_container_is_refused(suffix: str, make: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path)],
+)
+def test_a_pipe_device_or_loop_in_place_of_a_container_is_refused(
+    suffix: str, make: Callable, tmp_path: Path
+) -> None:
     make(str(tmp_path / f"x{suffix}"))
     with pytest.raises(DataError) as caught:
         source_at(str(tmp_path / f"x{suffix}")).listing()
@@ -758,9 +895,10 @@ def test_pipes_loops_and_folders_among_the_files_are_passed_over(kind: str, tmp_
     (root / "around").symlink_to(root, target_is_directory=True)
     (root / f"zero{suffix}").symlink_to("/dev/zero")
     assert rejected(source_at(str(root))) == {
-        "around": "a link to a folder that is read in its own place", f"pipe{suffix}": "a pipe or device",
+        "around": "a link to a folder that is read in its own place",
+        f"pipe{suffix}": "a pipe or device",
         f"zero{suffix}": "a pipe or device",
-    }  # fmt: skip
+    }
 
 
 def test_a_link_in_a_circle_is_left_out(tmp_path: Path) -> None:
@@ -795,7 +933,11 @@ def test_places_that_are_nowhere_are_refused(place: str) -> None:
 
 def parquet_of(path: Path, columns: dict | list, **options) -> Parquet:
     names = None if isinstance(columns, dict) else [name for name, _ in columns]
-    found = pa.table(columns) if names is None else pa.Table.from_arrays([pa.array(v) for _, v in columns], names=names)
+    found = (
+        pa.table(columns)
+        if names is None
+        else pa.Table.from_arrays([pa.array(v) for _, v in columns], names=names)
+    )
     pq.write_table(found, path, **options)
     return Parquet(str(path))
 
@@ -808,12 +950,17 @@ GOOD_COLUMN = [{"bytes": data, "path": name} for name, data in GOOD.items()]
     [
         ({"text": ["a"]}, "its columns are text"),
         ({"image": pa.array([], pa.binary())}, "holds no rows"),
-        ([("image", GOOD_COLUMN), ("text", ["a"] * 3), ("text", ["b"] * 3)], "has two columns 'text'"),
+        (
+            [("image", GOOD_COLUMN), ("text", ["a"] * 3), ("text", ["b"] * 3)],
+            "has two columns 'text'",
+        ),
         ([("image", GOOD_COLUMN), ("image", GOOD_COLUMN)], "has two columns 'image'"),
         ({"a": [b"x"], "b": [b"y"]}, "name the column of encoded images"),
     ],
 )
-def test_tables_without_one_column_of_images_are_refused(columns: dict | list, what: str, tmp_path: Path) -> None:
+def test_tables_without_one_column_of_images_are_refused(
+    columns: dict | list, what: str, tmp_path: Path
+) -> None:
     assert_refused(parquet_of(tmp_path / "x.parquet", columns), what)
 
 
@@ -826,12 +973,20 @@ def test_columns_that_say_nothing_of_images_are_not_read(tmp_path: Path) -> None
 
 def test_texts_that_are_no_utf8_refuse_the_table(tmp_path: Path) -> None:
     broken = pa.array([b"\xff\xfe", b"a", b"b"], pa.binary()).view(pa.string())
-    assert_refused(parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "text": broken}), "utf-8")
+    assert_refused(
+        parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "text": broken}), "utf-8"
+    )
 
 
 @pytest.mark.parametrize(
     "values",
-    [[float("nan"), 1.0, None], [[None], [], ["a"]], [{"a": 1}] * 3, [b"x", b"", None], [[["deep"]], [], None]],
+    [
+        [float("nan"), 1.0, None],
+        [[None], [], ["a"]],
+        [{"a": 1}] * 3,
+        [b"x", b"", None],
+        [[["deep"]], [], None],
+    ],
 )
 @pytest.mark.parametrize("column", ["text", "label", "holdout"])
 def test_columns_of_odd_types_do_no_harm(column: str, values: list, tmp_path: Path) -> None:
@@ -841,23 +996,36 @@ def test_columns_of_odd_types_do_no_harm(column: str, values: list, tmp_path: Pa
 
 
 def test_a_label_that_became_a_float_for_gaps_keeps_its_name(tmp_path: Path) -> None:
-    dataset = opened(parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "label": [3.0, None, 10.0]}))
+    dataset = opened(
+        parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN, "label": [3.0, None, 10.0]})
+    )
     assert [entry.category for entry in dataset.entries] == ["3", None, "10"]
 
 
 def test_a_row_with_a_huge_caption_is_listed(tmp_path: Path) -> None:
     column = [*GOOD_COLUMN, {"bytes": IMAGE, "path": "more.png"}]
-    source = parquet_of(tmp_path / "x.parquet", {"image": column, "text": ["a", "b", "c", "x" * (2 << 20)]})
+    source = parquet_of(
+        tmp_path / "x.parquet", {"image": column, "text": ["a", "b", "c", "x" * (2 << 20)]}
+    )
     assert rejected(source) == {"more.png": "text of more than 1024 KiB"}
 
 
 @pytest.mark.parametrize(
     "features",
-    [b"\xff", b"[" * 10_000, b"[]", b"{}", b'{"info": {"features": 3}}', b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
-     b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": {"a": 1}}}}}'],
-)  # fmt: skip
+    [
+        b"\xff",
+        b"[" * 10_000,
+        b"[]",
+        b"{}",
+        b'{"info": {"features": 3}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": {"a": 1}}}}}',
+    ],
+)
 def test_damaged_notes_on_label_names_leave_numbers(features: bytes, tmp_path: Path) -> None:
-    found = pa.table({"image": GOOD_COLUMN, "label": [0, 1, 99]}).replace_schema_metadata({"huggingface": features})
+    found = pa.table({"image": GOOD_COLUMN, "label": [0, 1, 99]}).replace_schema_metadata(
+        {"huggingface": features}
+    )
     pq.write_table(found, tmp_path / "x.parquet")
     assert opened(Parquet(str(tmp_path / "x.parquet"))).categories == ("0", "1", "99")
 
@@ -874,7 +1042,9 @@ def test_empty_cells_and_paths_to_elsewhere_are_left_out(tmp_path: Path) -> None
     assert sorted(found.values()) == ["empty file", *["the cell holds no bytes"] * 3]
 
 
-def test_a_table_of_too_many_rows_or_too_large_groups_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_too_many_rows_or_too_large_groups_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = parquet_of(tmp_path / "x.parquet", {"image": GOOD_COLUMN})
     monkeypatch.setattr(parquet, "MAX_ROWS", 2)
     assert_refused(source, "over 2 rows")
@@ -891,13 +1061,27 @@ def saved(path: Path, column: list[dict]) -> HuggingFace:
 
     path.mkdir()
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    found = pa.table({"image": pa.array(column, features["image"].pa_type), "text": ["x"] * len(column)})
+    found = pa.table(
+        {"image": pa.array(column, features["image"].pa_type), "text": ["x"] * len(column)}
+    )
     with pa.ipc.new_stream(path / "data.arrow", found.schema) as stream:
         stream.write_table(found)
-    state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "x", "_format_columns": None, "_format_kwargs": {},
-             "_format_type": None, "_output_all_columns": False, "_split": None}  # fmt: skip
-    info = {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}
-    put(path, {"state.json": json.dumps(state).encode(), "dataset_info.json": json.dumps(info).encode()})
+    state = {
+        "_data_files": [{"filename": "data.arrow"}],
+        "_fingerprint": "x",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info = {
+        "features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+    }
+    put(
+        path,
+        {"state.json": json.dumps(state).encode(), "dataset_info.json": json.dumps(info).encode()},
+    )
     return HuggingFace(path=str(path))
 
 
@@ -924,7 +1108,9 @@ def test_cells_of_a_saved_dataset_cannot_name_files_elsewhere(tmp_path: Path) ->
 
 
 def test_cells_of_a_saved_dataset_may_name_files_beside_it(tmp_path: Path) -> None:
-    source = saved(tmp_path / "ds", [{"bytes": None, "path": str(tmp_path / "ds" / name)} for name in GOOD])
+    source = saved(
+        tmp_path / "ds", [{"bytes": None, "path": str(tmp_path / "ds" / name)} for name in GOOD]
+    )
     put(tmp_path / "ds", GOOD)
     assert len(opened(source).entries) == 3
 
@@ -936,7 +1122,12 @@ def test_a_damaged_saved_dataset_is_refused(name: str, damage: str, tmp_path: Pa
     path = tmp_path / "ds" / name
     data = path.read_bytes()
     path.write_bytes(
-        {"empty": b"", "cut": data[: len(data) // 3], "nested": b"[" * 10_000, "noise": bytes(range(256)) * 9}[damage]
+        {
+            "empty": b"",
+            "cut": data[: len(data) // 3],
+            "nested": b"[" * 10_000,
+            "noise": bytes(range(256)) * 9,
+        }[damage]
     )
     assert_refused(source, "cannot be loaded|one of them must")
 
@@ -944,7 +1135,9 @@ def test_a_damaged_saved_dataset_is_refused(name: str, damage: str, tmp_path: Pa
 def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     import datasets
 
-    datasets.DatasetDict({"b": datasets.Dataset.from_dict({"x": [1]})}).save_to_disk(str(tmp_path / "ds"))
+    datasets.DatasetDict({"b": datasets.Dataset.from_dict({"x": [1]})}).save_to_disk(
+        str(tmp_path / "ds")
+    )
     assert_refused(HuggingFace(path=str(tmp_path / "ds")), "no split 'train'; it has b")
 
 
@@ -963,10 +1156,13 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_container_cut_anywhere_is_refused_or_rejects_are_listed(kind: str, tmp_path: Path) -> None:
+def test_a_container_cut_anywhere_is_refused_or_rejects_are_listed(
+    kind: str, tmp_path: Path
+) -> None:
     path = WHOLE[kind](tmp_path)
     whole = path.read_bytes()
-    end = len(whole.rstrip(b"\0")) if kind == "tar" else len(whole)  # a tar ends in zeros, which nobody misses
+    # a tar ends in zeros, which nobody misses
+    end = len(whole.rstrip(b"\0")) if kind == "tar" else len(whole)
     for share in (0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999):
         path.write_bytes(whole[: int(end * share)])
         try:
@@ -979,14 +1175,20 @@ def test_a_container_cut_anywhere_is_refused_or_rejects_are_listed(kind: str, tm
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_bytes_changed_anywhere_raise_nothing_but_errors_with_a_remedy(kind: str, tmp_path: Path) -> None:
+def test_bytes_changed_anywhere_raise_nothing_but_errors_with_a_remedy(
+    kind: str, tmp_path: Path
+) -> None:
     path = WHOLE[kind](tmp_path)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for round_ in range(60):
         data = bytearray(whole)
         for _ in range(1 + round_ % 4):
-            place = int(rng.integers(len(data))) if round_ % 2 else len(data) - 1 - int(rng.integers(min(len(data), 900)))
+            place = (
+                int(rng.integers(len(data)))
+                if round_ % 2
+                else len(data) - 1 - int(rng.integers(min(len(data), 900)))
+            )
             data[place] = rng.integers(256)
         path.write_bytes(data)
         try:
@@ -1007,7 +1209,11 @@ def bombs(root: Path) -> dict[str, str]:
     """Small files that stand for much, and what is said of each."""
     small = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
     parquet_of(root / "images.parquet", {"image": repeated(IMAGE + bytes(60_000_000), 40)}, **small)
-    parquet_of(root / "texts.parquet", {"image": repeated(IMAGE, 20_000), "text": repeated("x" * 1_000_000, 20_000)}, **small)
+    parquet_of(
+        root / "texts.parquet",
+        {"image": repeated(IMAGE, 20_000), "text": repeated("x" * 1_000_000, 20_000)},
+        **small,
+    )
     npz_of(root / "shape.npz", images=header("(99999999999999, 4294967296, 4294967296, 1)"))
     npz_of(root / "labels.npz", images=PIXELS, labels=header("(99999999999,)"))
     (root / "zip").mkdir()
@@ -1042,10 +1248,18 @@ for name in sys.argv[1:]:
 
 
 def test_bombs_stay_below_a_cap_on_memory(tmp_path: Path) -> None:
-    """1.5 GiB above what importing takes, of which threads reserve some; let through, each would need far more."""
+    """1.5 GiB above what importing takes, of which threads reserve some; let through, each would
+    need far more.
+    """
     expected = bombs(tmp_path)
     command = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in expected)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     for said, what in zip(result.stdout.splitlines(), expected.values(), strict=True):
         assert re.search(what, said), (said, what)

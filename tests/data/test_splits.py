@@ -1,4 +1,6 @@
-"""No copy of a training image is held out: planted duplicates and near-duplicates stay on one side, and stray without the clusters."""
+"""No copy of a training image is held out: planted duplicates and near-duplicates stay on one side,
+and stray without the clusters.
+"""
 
 import io
 from collections.abc import Iterable
@@ -69,7 +71,9 @@ def plant(root: Path, kinds: Iterable[str], *, numbers: Iterable[int] = range(OR
 
 
 def opened(root: Path, **options) -> Dataset:
-    return index(DataConfig(source=Folder(str(root)), **{"resolution": 32, "holdout": 0.4, **options}))
+    return index(
+        DataConfig(source=Folder(str(root)), **{"resolution": 32, "holdout": 0.4, **options})
+    )
 
 
 def scenes(dataset: Dataset, positions: np.ndarray) -> set[str]:
@@ -80,7 +84,9 @@ def scenes(dataset: Dataset, positions: np.ndarray) -> set[str]:
 def straddling(dataset: Dataset) -> set[str]:
     """Scenes of which training has one image and a hold-out another."""
     held = [dataset.holdout, *dataset.named_holdouts.values()]
-    return scenes(dataset, dataset.training) & set().union(*(scenes(dataset, part) for part in held))
+    return scenes(dataset, dataset.training) & set().union(
+        *(scenes(dataset, part) for part in held)
+    )
 
 
 def names(dataset: Dataset, positions: np.ndarray) -> set[str]:
@@ -114,7 +120,9 @@ def test_different_scenes_are_no_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in COPIES if kind not in EXACT])
-def test_without_clusters_the_same_copies_do_straddle(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_clusters_the_same_copies_do_straddle(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The negative control: the test above can fail."""
     monkeypatch.setattr(indexing, "clusters", alone)
     dataset = opened(plant(tmp_path / "set", [kind]))
@@ -142,13 +150,19 @@ def test_a_copy_of_a_copy_is_with_them(tmp_path: Path) -> None:
 
 
 def test_more_copies_than_neighbours_are_looked_at_are_one_group_still(tmp_path: Path) -> None:
-    """A dozen new encodings of each of three versions hide the other two versions from one another."""
+    """A dozen new encodings of each of three versions hide the other two versions from one
+    another.
+    """
     root = plant(tmp_path / "set", [], numbers=range(12))
     for number in range(12):
         image = scene(number)
-        for version, changed in enumerate((image, image.crop((2, 2, SIDE - 2, SIDE - 2)), speckled(image))):
+        for version, changed in enumerate(
+            (image, image.crop((2, 2, SIDE - 2, SIDE - 2)), speckled(image))
+        ):
             for quality in range(84, 96):
-                (root / f"{number:03d}-{version}-{quality}.jpg").write_bytes(encoded(changed, "JPEG", quality=quality))
+                (root / f"{number:03d}-{version}-{quality}.jpg").write_bytes(
+                    encoded(changed, "JPEG", quality=quality)
+                )
     dataset = opened(root)
     assert len(dataset.entries) == 12 * 37
     assert len(set(dataset.clusters)) == 12
@@ -158,7 +172,8 @@ def test_more_copies_than_neighbours_are_looked_at_are_one_group_still(tmp_path:
 def test_a_set_of_nothing_but_copies_of_two_scenes(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", COPIES, numbers=range(2))
     dataset = opened(root)
-    assert sorted(set(np.bincount(dataset.clusters))) == [1, 1 + len(EXACT)]  # split, or half of the set would be held out
+    # split, or half of the set would be held out
+    assert sorted(set(np.bincount(dataset.clusters))) == [1, 1 + len(EXACT)]
     assert 0 < len(dataset.holdout) < 11
     assert "22 images are alike" in dataset.remarks[0]
 
@@ -166,8 +181,15 @@ def test_a_set_of_nothing_but_copies_of_two_scenes(tmp_path: Path) -> None:
 def test_copies_in_other_categories_and_under_other_captions_are_not_split(tmp_path: Path) -> None:
     root = tmp_path / "set"
     for number in range(ORIGINALS):
-        for category, data in (("cat", encoded(scene(number))), ("dog", COPIES["recompressed.jpg"](scene(number)))):
-            path = root / category / f"{number:03d}-{category}{'.png' if category == 'cat' else '.jpg'}"
+        for category, data in (
+            ("cat", encoded(scene(number))),
+            ("dog", COPIES["recompressed.jpg"](scene(number))),
+        ):
+            path = (
+                root
+                / category
+                / f"{number:03d}-{category}{'.png' if category == 'cat' else '.jpg'}"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             path.with_suffix(".txt").write_text(f"a {category}")
@@ -176,20 +198,29 @@ def test_copies_in_other_categories_and_under_other_captions_are_not_split(tmp_p
     assert straddling(dataset) == set()
 
 
-@pytest.mark.parametrize("options", [{"cache": "off"}, {"cache": "off", "memory_gib": 0.0}, {"channels": 1}, {"bits": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [{"cache": "off"}, {"cache": "off", "memory_gib": 0.0}, {"channels": 1}, {"bits": 16}],
+)
 def test_no_way_of_keeping_pixels_lets_copies_straddle(tmp_path: Path, options: dict) -> None:
-    dataset = opened(plant(tmp_path / "set", ["recompressed.jpg", "toned.png"], numbers=range(20)), **options)
+    dataset = opened(
+        plant(tmp_path / "set", ["recompressed.jpg", "toned.png"], numbers=range(20)), **options
+    )
     assert len(dataset.holdout) >= 6
     assert straddling(dataset) == set()
 
 
-# --- which side ----------------------------------------------------------------------------------------------------------------
+# --- which side -----------------------------------------------------------------------------------
 
 
 def test_the_split_is_the_same_each_time_with_and_without_the_cache(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", ["recompressed.jpg"])
     first = opened(root)
-    for again in (opened(root), opened(root, cache="off"), opened(root, cache="off", memory_gib=0.0)):
+    for again in (
+        opened(root),
+        opened(root, cache="off"),
+        opened(root, cache="off", memory_gib=0.0),
+    ):
         assert np.array_equal(again.training, first.training)
         assert np.array_equal(again.holdout, first.holdout)
         assert again.fingerprint == first.fingerprint
@@ -205,10 +236,14 @@ def test_new_images_move_none_of_the_others(tmp_path: Path) -> None:
 
 
 def test_a_new_copy_goes_to_its_original_or_takes_the_whole_group_along(tmp_path: Path) -> None:
-    """The least id of a group decides, so a copy can move its own group; every other image stays."""
+    """The least id of a group decides, so a copy can move its own group; every other image
+    stays.
+    """
     root = plant(tmp_path / "set", [])
     before = opened(root)
-    sides = {name: name in names(before, before.holdout) for name in names(before, np.arange(ORIGINALS))}
+    sides = {
+        name: name in names(before, before.holdout) for name in names(before, np.arange(ORIGINALS))
+    }
     plant(root, ["toned.png"], numbers=range(8))
     after = opened(root)
     held = names(after, after.holdout)
@@ -227,11 +262,13 @@ def test_leaving_images_out_moves_none_of_the_others(tmp_path: Path) -> None:
     assert names(after, after.training) == names(before, before.training) - set(gone)
 
 
-# --- named hold-outs -----------------------------------------------------------------------------------------------------------
+# --- named hold-outs ------------------------------------------------------------------------------
 
 
 def split_folders(root: Path, copy: str) -> Path:
-    """Scenes 0 to 39 for training, the first 10 of them again as copies among the tests, and 10 that only the tests have."""
+    """Scenes 0 to 39 for training, the first 10 of them again as copies among the tests, and 10
+    that only the tests have.
+    """
     plant(root / "train", [])
     plant(root / "test", [], numbers=range(50, 60))
     for number in range(10):
@@ -243,17 +280,23 @@ def test_a_named_hold_out_is_a_part_of_its_own(tmp_path: Path) -> None:
     dataset = opened(split_folders(tmp_path / "set", "recompressed.jpg"))
     assert dataset.named_holdouts.keys() == {"test"}
     test = dataset.named_holdouts["test"]
-    assert names(dataset, test) == {entry.name for entry in dataset.entries if entry.name.startswith("test/")}
+    assert names(dataset, test) == {
+        entry.name for entry in dataset.entries if entry.name.startswith("test/")
+    }
     parts = [dataset.training, dataset.holdout, test]
     assert sorted(int(i) for part in parts for i in part) == list(range(len(dataset.entries)))
     assert dataset.summary()["named_holdouts"] == {"test": 20}
 
 
 @pytest.mark.parametrize("copy", EXACT)
-def test_training_images_that_the_test_set_holds_too_leave_training(tmp_path: Path, copy: str) -> None:
+def test_training_images_that_the_test_set_holds_too_leave_training(
+    tmp_path: Path, copy: str
+) -> None:
     dataset = opened(split_folders(tmp_path / "set", copy))
     assert straddling(dataset) == set()
-    moved = {name for name in names(dataset, dataset.named_holdouts["test"]) if name.startswith("train/")}
+    moved = {
+        name for name in names(dataset, dataset.named_holdouts["test"]) if name.startswith("train/")
+    }
     assert moved == {f"train/{number:03d}.png" for number in range(10)}
 
 
@@ -266,31 +309,44 @@ def test_what_only_resembles_a_named_hold_out_stays_where_its_source_put_it(tmp_
 def test_hold_outs_named_beside_each_image(tmp_path: Path) -> None:
     root = plant(tmp_path / "set", EXACT)
     for number in range(0, 20, 2):
-        (root / f"{number:03d}.json").write_text(f'{{"holdout": "{"hats" if number < 10 else "boots"}"}}')
+        (root / f"{number:03d}.json").write_text(
+            f'{{"holdout": "{"hats" if number < 10 else "boots"}"}}'
+        )
     dataset = opened(root)
     wanted = {"hats": range(0, 10, 2), "boots": range(10, 20, 2)}
     for name, numbers in wanted.items():
-        assert scenes(dataset, dataset.named_holdouts[name]) == {f"{number:03d}" for number in numbers}
+        assert scenes(dataset, dataset.named_holdouts[name]) == {
+            f"{number:03d}" for number in numbers
+        }
         assert len(dataset.named_holdouts[name]) == 5 * 3  # with their exact copies
     assert straddling(dataset) == set()
 
 
 def nuclei(seed: int) -> Image.Image:
-    """Some hundred small blobs spread evenly, whose means over an eighth of the side tell nothing."""
+    """Some hundred small blobs spread evenly, whose means over an eighth of the side tell
+    nothing.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:128, :128]
-    values = sum(np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 8) for cx, cy in rng.uniform(0, 128, (250, 2)))
+    values = sum(
+        np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 8) for cx, cy in rng.uniform(0, 128, (250, 2))
+    )
     return Image.fromarray((8 * values).round().astype(np.uint8))
 
 
-def test_fields_of_many_small_things_are_copies_only_of_what_shows_the_same_ones(tmp_path: Path) -> None:
+def test_fields_of_many_small_things_are_copies_only_of_what_shows_the_same_ones(
+    tmp_path: Path,
+) -> None:
     """28 different microscope fields were called copies of one."""
     for number in range(12):
         (tmp_path / f"{number}.png").write_bytes(encoded(nuclei(number)))
-    (tmp_path / "bright.png").write_bytes(encoded(Image.new("L", (128, 128), 230)))  # so that the set's range is whole
+    # so that the set's range is whole
+    (tmp_path / "bright.png").write_bytes(encoded(Image.new("L", (128, 128), 230)))
     (tmp_path / "3 again.jpg").write_bytes(encoded(nuclei(3), "JPEG", quality=95))
     dataset = index(DataConfig(source=Folder(str(tmp_path)), resolution=128, channels=1))
     groups: dict[int, list[str]] = {}
     for entry, group in zip(dataset.entries, dataset.clusters, strict=True):
         groups.setdefault(int(group), []).append(entry.name)
-    assert sorted(sorted(names) for names in groups.values() if len(names) > 1) == [["3 again.jpg", "3.png"]]
+    assert sorted(sorted(names) for names in groups.values() if len(names) > 1) == [
+        ["3 again.jpg", "3.png"]
+    ]

@@ -1,4 +1,6 @@
-"""The same values give the same image, whatever their type and container; alpha, ranges and frames are what the container says."""
+"""The same values give the same image, whatever their type and container; alpha, ranges and frames
+are what the container says.
+"""
 
 import io
 import itertools
@@ -30,7 +32,9 @@ def grain(bands: int, seed: int = 0) -> np.ndarray:
 
 
 def calm(bands: int) -> np.ndarray:
-    """The same away from black and white, where Pillow cuts 8-bit images off between its two passes."""
+    """The same away from black and white, where Pillow cuts 8-bit images off between its two
+    passes.
+    """
     return 80 + grain(bands) // 3
 
 
@@ -50,7 +54,12 @@ def tif(array: np.ndarray, **options) -> bytes:
         values = np.moveaxis(array, 2, 0)
     kind = options.pop("photometric", "rgb" if bands == 3 else "minisblack")
     tifffile.imwrite(
-        buffer, values, photometric=kind, planarconfig=None if bands == 1 else planar or "contig", metadata=None, **options
+        buffer,
+        values,
+        photometric=kind,
+        planarconfig=None if bands == 1 else planar or "contig",
+        metadata=None,
+        **options,
     )
     return buffer.getvalue()
 
@@ -68,7 +77,7 @@ def pixels(data: bytes, channels: int, **options) -> np.ndarray:
     return decode(data, form(channels, **options)).pixels.astype(int)
 
 
-# --- one set of values, every type and container -----------------------------------------------------------------------------
+# --- one set of values, every type and container --------------------------------------------------
 
 RAW = Scale(integers=(0, 255), floats=(0, 255))
 TYPES = {
@@ -76,21 +85,33 @@ TYPES = {
     "uint16 x 257": (lambda v: v.astype(np.uint16) * 257, Scale()),
     "uint16": (lambda v: v.astype(np.uint16), RAW),
     "int16": (lambda v: v.astype(np.int16) - 100, Scale(integers=(-100, 155))),
-    "int32": (lambda v: v.astype(np.int32) * 1000 + 10**6, Scale(integers=(10**6, 10**6 + 255_000))),
+    "int32": (
+        lambda v: v.astype(np.int32) * 1000 + 10**6,
+        Scale(integers=(10**6, 10**6 + 255_000)),
+    ),
     "uint32": (lambda v: v.astype(np.uint32), RAW),
     "float16": (lambda v: v.astype(np.float16), RAW),
     "float32": (lambda v: v.astype(np.float32) / 255, Scale()),
     "float64": (lambda v: v.astype(np.float64) * 3 - 7, Scale(floats=(-7, 758))),
 }
-TIFFS: dict[str, dict] = {"big": {"bigtiff": True}, "big, big-endian": {"bigtiff": True, "byteorder": ">"}} | {
+TIFFS: dict[str, dict] = {
+    "big": {"bigtiff": True},
+    "big, big-endian": {"bigtiff": True, "byteorder": ">"},
+} | {
     f"{order}, {planar}, {packed}, {'tiles' if tile else 'strips'}": {
-        "byteorder": order, "planarconfig": planar, "compression": packed, "predictor": predictor,
+        "byteorder": order,
+        "planarconfig": planar,
+        "compression": packed,
+        "predictor": predictor,
         **({"tile": (16, 16)} if tile else {"rowsperstrip": 7}),
     }
     for order, planar, (packed, predictor), tile in itertools.product(
-        "<>", ("contig", "separate"), ((None, None), ("zlib", None), ("zlib", True), ("lzma", None)), (False, True)
+        "<>",
+        ("contig", "separate"),
+        ((None, None), ("zlib", None), ("zlib", True), ("lzma", None)),
+        (False, True),
     )
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
@@ -100,9 +121,13 @@ def test_equal_values_are_equal_pixels_in_every_type_and_container(kind: str, ba
     expected = pixels(npy(values), bands, bits=16)
     convert, scale = TYPES[kind]
     stored = convert(values)
-    ways = {"npy": npy(stored), "npy, big-endian": npy(stored.astype(stored.dtype.newbyteorder(">")))}
+    ways = {
+        "npy": npy(stored),
+        "npy, big-endian": npy(stored.astype(stored.dtype.newbyteorder(">"))),
+    }
     for name, options in TIFFS.items():
-        if not (stored.dtype.kind == "f" and options.get("predictor")):  # which tifffile alone does not write
+        # which tifffile alone does not write
+        if not (stored.dtype.kind == "f" and options.get("predictor")):
             ways[name] = tif(stored, **options)
     for name, data in ways.items():
         found = pixels(data, bands, bits=16, scale=scale)
@@ -123,7 +148,9 @@ def test_what_libtiff_packs_is_unpacked_value_for_value(kind: str, compression: 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
 def test_the_predictor_of_floats_is_undone(compression: str) -> None:
     stored = grain(1).astype(np.float32) / 7
-    data = encoded(Image.fromarray(stored[..., 0]), "TIFF", compression=compression, tiffinfo={317: 3})
+    data = encoded(
+        Image.fromarray(stored[..., 0]), "TIFF", compression=compression, tiffinfo={317: 3}
+    )
     assert (read_values(data).array == stored).all()
 
 
@@ -147,10 +174,14 @@ def test_every_filter_of_a_png_is_undone_at_sixteen_bits(filter_type: int) -> No
     estimate = left + above - corner
     distance = [np.abs(estimate - other) for other in (left, above, corner)]
     nearest = np.where(
-        (distance[0] <= distance[1]) & (distance[0] <= distance[2]), left, np.where(distance[1] <= distance[2], above, corner)
+        (distance[0] <= distance[1]) & (distance[0] <= distance[2]),
+        left,
+        np.where(distance[1] <= distance[2], above, corner),
     )
     guess = [0, left, above, (left + above) // 2, nearest][filter_type]
-    rows = b"".join(bytes([filter_type]) + ((row) % 256).astype(np.uint8).tobytes() for row in raw - guess)
+    rows = b"".join(
+        bytes([filter_type]) + ((row) % 256).astype(np.uint8).tobytes() for row in raw - guess
+    )
     assert (read_values(png(7, 5, depth=16, colour=2, rows=rows)).array == values).all()
 
 
@@ -187,7 +218,7 @@ def _exif(orientation: int) -> Image.Exif:
     return exif
 
 
-# --- alpha -------------------------------------------------------------------------------------------------------------------
+# --- alpha ----------------------------------------------------------------------------------------
 
 
 def ways_of_alpha(values: np.ndarray) -> dict[str, bytes]:
@@ -196,10 +227,12 @@ def ways_of_alpha(values: np.ndarray) -> dict[str, bytes]:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     image = Image.fromarray(values)
     return {
-        "PNG": encoded(image), "PNG 16": png(W, H, depth=16, colour=6, rows=rows),
+        "PNG": encoded(image),
+        "PNG 16": png(W, H, depth=16, colour=6, rows=rows),
         "WebP": encoded(image, "WEBP", lossless=True, exact=True),
-        "TIFF": encoded(image, "TIFF"), "TIFF 16": tif(deep, photometric="rgb", extrasamples=["unassalpha"]),
-    }  # fmt: skip
+        "TIFF": encoded(image, "TIFF"),
+        "TIFF 16": tif(deep, photometric="rgb", extrasamples=["unassalpha"]),
+    }
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -237,7 +270,12 @@ def test_the_last_of_an_array_is_alpha_only_where_the_settings_say_so(bands: int
     assert (plain.pixels.transpose(1, 2, 0) == values).all()
     assert plain.notes == ("no_alpha",)
     clear = decode(npy(values), PixelFormat(shapes=((H, W),), channels=bands, alpha="on"))
-    assert np.abs(clear.pixels.transpose(1, 2, 0)[..., :-1] - values[..., :-1] * (values[..., -1:] / 255)).max() <= 1
+    assert (
+        np.abs(
+            clear.pixels.transpose(1, 2, 0)[..., :-1] - values[..., :-1] * (values[..., -1:] / 255)
+        ).max()
+        <= 1
+    )
     with pytest.raises(RejectedImage, match=r"data\.alpha=on if the last is alpha"):
         decode(npy(values), form(3))
     assert decode(npy(values), form(3, alpha="on")).notes == ("transparency_filled",)
@@ -249,14 +287,22 @@ def test_the_last_of_an_array_is_alpha_only_where_the_settings_say_so(bands: int
 def test_a_set_in_which_some_last_channels_are_alpha_is_refused(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.npy").write_bytes(npy(grain(4, seed=number)))
-        (tmp_path / f"{number}.png").write_bytes(encoded(Image.fromarray(grain(4, seed=9 + number))))
+        (tmp_path / f"{number}.png").write_bytes(
+            encoded(Image.fromarray(grain(4, seed=9 + number)))
+        )
     with pytest.raises(DataError, match="not marked as alpha"):
         index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4))
-    assert index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4, alpha="on")).alpha == "premultiplied"
-    assert index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4, alpha="off")).alpha == "none"
+    assert (
+        index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4, alpha="on")).alpha
+        == "premultiplied"
+    )
+    assert (
+        index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4, alpha="off")).alpha
+        == "none"
+    )
 
 
-# --- ranges ------------------------------------------------------------------------------------------------------------------
+# --- ranges ---------------------------------------------------------------------------------------
 
 
 def entries(*arrays: np.ndarray | bytes) -> list[Entry]:
@@ -289,7 +335,8 @@ def test_the_type_says_what_is_white_where_it_can(arrays: list[np.ndarray], scal
 
 
 def test_dim_signed_and_unbounded_values_get_the_range_of_the_set() -> None:
-    dim = [array + 90 for array in of(400, np.uint16, 20)] + [of(60_000, np.uint16, 1)[0] // 2 + 90]  # another microscope
+    # another microscope
+    dim = [array + 90 for array in of(400, np.uint16, 20)] + [of(60_000, np.uint16, 1)[0] // 2 + 90]
     chosen = choose_scale("auto", entries(*dim))
     low, high = chosen.scale.integers
     assert 85 <= low <= 95
@@ -299,12 +346,16 @@ def test_dim_signed_and_unbounded_values_get_the_range_of_the_set() -> None:
     low, high = choose_scale("auto", entries(*scan)).scale.integers
     assert -1000 <= low < -950
     assert 1950 < high < 2000
-    assert choose_scale("auto", entries(*of(7, np.float32))).scale.floats == pytest.approx((0, 7), abs=0.1)
+    assert choose_scale("auto", entries(*of(7, np.float32))).scale.floats == pytest.approx(
+        (0, 7), abs=0.1
+    )
 
 
 def test_a_range_is_of_the_set_and_never_of_an_image(tmp_path: Path) -> None:
     for number, top in enumerate([100, 400, 800, 1600, 2400, 3200]):
-        np.save(tmp_path / f"{number}.npy", np.linspace(0, top, H * W).reshape(H, W).astype(np.int32))
+        np.save(
+            tmp_path / f"{number}.npy", np.linspace(0, top, H * W).reshape(H, W).astype(np.int32)
+        )
     data = index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=1))
     brightest = data.images(np.arange(6)).pixels.amax((1, 2, 3)).tolist()
     assert brightest == sorted(brightest)
@@ -316,7 +367,9 @@ def test_a_mixed_set_of_8_and_16_bits_is_consistent() -> None:
     values = calm(1)
     chosen = choose_scale("auto", entries(values, values.astype(np.uint16) * 257)).scale
     assert chosen == Scale()
-    assert np.abs(pixels(npy(values), 1) - pixels(npy(values.astype(np.uint16) * 257), 1)).max() <= 1
+    assert (
+        np.abs(pixels(npy(values), 1) - pixels(npy(values.astype(np.uint16) * 257), 1)).max() <= 1
+    )
 
 
 def test_twelve_bits_packed_and_in_sixteen_are_alike(tmp_path: Path) -> None:
@@ -347,8 +400,15 @@ def test_values_that_are_not_finite_reject_their_image_alone(tmp_path: Path) -> 
 
 
 def test_a_range_that_is_set_is_taken_for_what_is_stored(tmp_path: Path) -> None:
-    np.savez(tmp_path / "scan.npz", images=np.stack([array - 1000 for array in of(3000, np.int16)])[..., 0])
-    data = index(DataConfig(source=Npz(str(tmp_path / "scan.npz")), resolution=8, channels=1, range=(-1000, 2000)))
+    np.savez(
+        tmp_path / "scan.npz",
+        images=np.stack([array - 1000 for array in of(3000, np.int16)])[..., 0],
+    )
+    data = index(
+        DataConfig(
+            source=Npz(str(tmp_path / "scan.npz")), resolution=8, channels=1, range=(-1000, 2000)
+        )
+    )
     assert data.scale.range == (-1000, 2000)
     assert "as set by data.range" in data.remarks[0]
     for wrong in ((5, 5), (5, 1), (0, float("nan"))):
@@ -357,11 +417,24 @@ def test_a_range_that_is_set_is_taken_for_what_is_stored(tmp_path: Path) -> None
 
 
 def test_what_is_as_before_keeps_its_key() -> None:
-    assert repr(form(3)) == "PixelFormat(shapes=((10, 10),), channels=3, bits=8, background=(255, 255, 255))"
-    assert len({repr(form(4)), repr(form(4, alpha="on")), repr(form(3)), repr(form(3, scale=Scale(floats=(0.0, 2.0))))}) == 4
+    assert (
+        repr(form(3))
+        == "PixelFormat(shapes=((10, 10),), channels=3, bits=8, background=(255, 255, 255))"
+    )
+    assert (
+        len(
+            {
+                repr(form(4)),
+                repr(form(4, alpha="on")),
+                repr(form(3)),
+                repr(form(3, scale=Scale(floats=(0.0, 2.0)))),
+            }
+        )
+        == 4
+    )
 
 
-# --- frames ------------------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------
 
 
 def several(kind: str, frames: np.ndarray) -> bytes:
@@ -375,7 +448,11 @@ def several(kind: str, frames: np.ndarray) -> bytes:
     images = [Image.fromarray(frame).convert("L") for frame in frames]
     lossless = {"lossless": True} if kind == "webp" else {}
     return encoded(
-        images[0], {"png": "PNG", "gif": "GIF", "webp": "WEBP"}[kind], save_all=True, append_images=images[1:], **lossless
+        images[0],
+        {"png": "PNG", "gif": "GIF", "webp": "WEBP"}[kind],
+        save_all=True,
+        append_images=images[1:],
+        **lossless,
     )
 
 
@@ -389,7 +466,9 @@ def test_frames_are_taken_first_all_or_at_their_maximum(kind: str, tmp_path: Pat
         (tmp_path / f"{number}.txt").write_text("a stack")
 
     def read(frames: str):
-        return index(DataConfig(source=Folder(str(tmp_path)), resolution=H, channels=1, frames=frames))
+        return index(
+            DataConfig(source=Folder(str(tmp_path)), resolution=H, channels=1, frames=frames)
+        )
 
     middle = slice((W - H) // 2, (W + H) // 2)
     if kind != "npy":  # four dimensions are no image by themselves
@@ -397,13 +476,18 @@ def test_frames_are_taken_first_all_or_at_their_maximum(kind: str, tmp_path: Pat
         assert "15 frames left out: 5 files hold several" in " ".join(first.remarks)
         assert (first.images(np.array([2])).pixels[0, 0].numpy() == STACKS[2][0][:, middle]).all()
     every = read("all")
-    assert [entry.name for entry in every.entries[:5]] == [*(f"0.{kind}#000{i}" for i in range(4)), f"1.{kind}#0000"]
+    assert [entry.name for entry in every.entries[:5]] == [
+        *(f"0.{kind}#000{i}" for i in range(4)),
+        f"1.{kind}#0000",
+    ]
     assert {entry.group for entry in every.entries} == {f"{number}.{kind}" for number in range(5)}
     assert all(entry.captions == ("a stack",) for entry in every.entries)
     assert not [line for line in every.remarks if "left out" in line]
     assert (every.images(np.array([6])).pixels[0, 0].numpy() == STACKS[1][2][:, middle]).all()
     brightest = read("max")
-    assert (brightest.images(np.array([3])).pixels[0, 0].numpy() == STACKS[3].max(0)[:, middle]).all()
+    assert (
+        brightest.images(np.array([3])).pixels[0, 0].numpy() == STACKS[3].max(0)[:, middle]
+    ).all()
 
 
 def test_thumbnails_and_masks_inside_a_tiff_are_not_frames(tmp_path: Path) -> None:
@@ -422,6 +506,9 @@ def test_tiffs_that_cannot_be_read_say_what_they_are(bits: int) -> None:
     page = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0]
     at = page.tags["BitsPerSample"].valueoffset
     data[at : at + 10] = np.full(5, bits, "<u2").tobytes()
-    with pytest.raises(RejectedImage, match=f"a TIFF of 5 .* of {bits}-bit integers, compression none: not read; save it"):
+    with pytest.raises(
+        RejectedImage,
+        match=f"a TIFF of 5 .* of {bits}-bit integers, compression none: not read; save it",
+    ):
         decode(bytes(data), form(5))
     assert noise(2, 2).shape == (2, 2, 3)

@@ -1,10 +1,19 @@
-"""Does a prompt lie within the captions? Seen, never together, unseen words; and what captions tell about themselves."""
+"""Does a prompt lie within the captions? Seen, never together, unseen words; and what captions tell
+about themselves.
+"""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.data.check.captions import Vocabulary, is_damaged, is_placeholder, templates, tokens, words
+from sfumato.data.check.captions import (
+    Vocabulary,
+    is_damaged,
+    is_placeholder,
+    templates,
+    tokens,
+    words,
+)
 
 CAPTIONS = [
     "a red fox in the snow",
@@ -21,7 +30,7 @@ def known() -> Vocabulary:
     return Vocabulary(CAPTIONS)
 
 
-# --- the verdict ---------------------------------------------------------------------------------------------------------------
+# --- the verdict ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,9 @@ def test_the_verdict(known: Vocabulary, prompt: str, verdict: str) -> None:
     assert known.coverage(prompt).verdict == verdict
 
 
-def test_the_counts_say_how_often_each_word_and_each_pair_stands_in_a_caption(known: Vocabulary) -> None:
+def test_the_counts_say_how_often_each_word_and_each_pair_stands_in_a_caption(
+    known: Vocabulary,
+) -> None:
     found = known.coverage("a red apple and a fox")
     assert found.counts == {"red": 2, "apple": 2, "fox": 3}
     assert found.together == {("red", "apple"): 1, ("red", "fox"): 1, ("apple", "fox"): 0}
@@ -69,7 +80,7 @@ def test_unseen_words_come_with_words_spelt_like_them(known: Vocabulary) -> None
     assert Vocabulary(["a firefighter"]).coverage("fighter").similar == {"fighter": ["firefighter"]}
 
 
-# --- the nearest captions ------------------------------------------------------------------------------------------------------
+# --- the nearest captions -------------------------------------------------------------------------
 
 
 def test_the_caption_itself_is_nearest_with_likeness_one(known: Vocabulary) -> None:
@@ -106,14 +117,22 @@ def test_whatever_is_said_the_answer_is_consistent(captions: list[str], prompt: 
     asked = set(words(prompt))
     assert found.counts == {word: sum(word in caption for caption in held) for word in asked}
     assert found.whole == (sum(asked <= caption for caption in held) if asked else 0)
-    expected = "unseen words" if not asked or 0 in found.counts.values() else "seen" if found.whole else "never together"
+    expected = (
+        "unseen words"
+        if not asked or 0 in found.counts.values()
+        else "seen"
+        if found.whole
+        else "never together"
+    )
     assert found.verdict == expected
     assert all(0 < likeness <= 1 for _, likeness in found.nearest)
     assert all(asked & held[number] for number, _ in found.nearest)
-    assert [likeness for _, likeness in found.nearest] == sorted((likeness for _, likeness in found.nearest), reverse=True)
+    assert [likeness for _, likeness in found.nearest] == sorted(
+        (likeness for _, likeness in found.nearest), reverse=True
+    )
 
 
-# --- odd texts -----------------------------------------------------------------------------------------------------------------
+# --- odd texts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,12 +162,16 @@ def test_the_same_words_in_other_letters_are_seen(caption: str, prompt: str) -> 
         ("l’été d'un chat", "l'e\u0301te\u0301", {"l'été": 1}),
     ],
 )
-def test_words_are_found_in_scripts_without_spaces_and_with_marks(caption: str, prompt: str, counts: dict[str, int]) -> None:
+def test_words_are_found_in_scripts_without_spaces_and_with_marks(
+    caption: str, prompt: str, counts: dict[str, int]
+) -> None:
     assert Vocabulary([caption]).coverage(prompt).counts == counts
 
 
 @pytest.mark.parametrize("prompt", ["🦊", "!!!", "\x00\x1b[", "   \n\t", "\u202e\u200b", "_ _ _"])
-def test_prompts_without_any_word_say_that_nothing_teaches_them(known: Vocabulary, prompt: str) -> None:
+def test_prompts_without_any_word_say_that_nothing_teaches_them(
+    known: Vocabulary, prompt: str
+) -> None:
     found = known.coverage(prompt)
     assert (found.verdict, found.counts, found.nearest, found.whole) == ("unseen words", {}, [], 0)
 
@@ -184,14 +207,24 @@ def test_a_prompt_of_many_different_words_is_answered() -> None:
     assert len(found.counts) == 11_000
 
 
-# --- what captions tell about themselves ---------------------------------------------------------------------------------------
+# --- what captions tell about themselves ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("word", "stem"),
-    [("cats", "cat"), ("cities", "city"), ("boxes", "box"), ("churches", "church"), ("glasses", "glass"), ("glass", "glass"),
-     ("cactus", "cactus"), ("bus", "bus"), ("dog's", "dog"), ("tennis", "tennis")],
-)  # fmt: skip
+    [
+        ("cats", "cat"),
+        ("cities", "city"),
+        ("boxes", "box"),
+        ("churches", "church"),
+        ("glasses", "glass"),
+        ("glass", "glass"),
+        ("cactus", "cactus"),
+        ("bus", "bus"),
+        ("dog's", "dog"),
+        ("tennis", "tennis"),
+    ],
+)
 def test_plural_endings_are_removed_and_others_kept(word: str, stem: str) -> None:
     assert words(word) == [stem]
 
@@ -210,23 +243,33 @@ def test_wrongly_decoded_letters_are_found(damaged: str) -> None:
     assert is_damaged(damaged)
 
 
-@pytest.mark.parametrize("whole", ["café", "it’s", "naïve", "Âme", "ÃO", "© 2020", "日本", "", "São Paulo", "ÂNGELA"])
+@pytest.mark.parametrize(
+    "whole", ["café", "it’s", "naïve", "Âme", "ÃO", "© 2020", "日本", "", "São Paulo", "ÂNGELA"]
+)
 def test_rightly_decoded_letters_are_left_alone(whole: str) -> None:
     assert not is_damaged(whole)
 
 
-@pytest.mark.parametrize("text", ["image", "IMG_1234", "untitled", "photo 12", "12", "", "DSC-0001.", "n/a", "None", "  "])
+@pytest.mark.parametrize(
+    "text",
+    ["image", "IMG_1234", "untitled", "photo 12", "12", "", "DSC-0001.", "n/a", "None", "  "],
+)
 def test_captions_that_say_nothing(text: str) -> None:
     assert is_placeholder(text)
 
 
-@pytest.mark.parametrize("text", ["image of a cat", "a photo", "scan of page 3", "Bild", "12 monkeys"])
+@pytest.mark.parametrize(
+    "text", ["image of a cat", "a photo", "scan of page 3", "Bild", "12 monkeys"]
+)
 def test_captions_that_say_something(text: str) -> None:
     assert not is_placeholder(text)
 
 
 def test_openings_that_many_captions_share() -> None:
-    captions = [*(f"a photo of {thing}" for thing in ("cats", "dogs", "birds")), "something else is here"]
+    captions = [
+        *(f"a photo of {thing}" for thing in ("cats", "dogs", "birds")),
+        "something else is here",
+    ]
     assert templates(captions) == [("a photo of", 0.75)]
     assert templates([]) == []
     assert templates(["one two three"] * 3) == []  # the whole caption is no opening

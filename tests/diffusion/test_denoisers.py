@@ -50,7 +50,9 @@ def network(x, noise_input, condition):
 
 
 def noisy(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def vector(value: float, count: int = 4) -> Condition:
@@ -61,7 +63,9 @@ def vector(value: float, count: int = 4) -> Condition:
 @pytest.mark.parametrize("scale", [UnitVariance(0.7), UnitSum()], ids=str)
 @pytest.mark.parametrize("told", [Angle(), LogSNR(), FlowTime()], ids=str)
 def test_posterior_depends_on_logsnr_alone(p, scale, told) -> None:
-    denoiser = NetworkDenoiser(network=network, parameterization=p, input_scale=scale, noise_input=told)
+    denoiser = NetworkDenoiser(
+        network=network, parameterization=p, input_scale=scale, noise_input=told
+    )
     here = denoiser(noisy(), LEVEL)
     there = denoiser(noisy() * 3.7, NoiseLevel(LEVEL.alpha * 3.7, LEVEL.sigma * 3.7))
     torch.testing.assert_close(here.x0, there.x0)
@@ -86,7 +90,9 @@ def test_result_keeps_the_dtype_of_x_while_the_network_computes_in_its_own() -> 
         return result
 
     x = noisy().float()
-    denoised = NetworkDenoiser(network=watched, parameterization=Flow(), compute_dtype=torch.bfloat16)(x, LEVEL)
+    denoised = NetworkDenoiser(
+        network=watched, parameterization=Flow(), compute_dtype=torch.bfloat16
+    )(x, LEVEL)
     assert seen == [torch.bfloat16]
     assert denoised.x0.dtype == torch.float32
 
@@ -97,7 +103,9 @@ def test_guidance_commutes_with_the_parameterization(p, w: float) -> None:
     denoiser = NetworkDenoiser(network=network, parameterization=p)
     x, good, bad = noisy(), vector(0.4), vector(-0.2)
     guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, w),))(x, LEVEL, good)
-    in_target_space = denoiser.predict(x, LEVEL, bad) + w * (denoiser.predict(x, LEVEL, good) - denoiser.predict(x, LEVEL, bad))
+    in_target_space = denoiser.predict(x, LEVEL, bad) + w * (
+        denoiser.predict(x, LEVEL, good) - denoiser.predict(x, LEVEL, bad)
+    )
     expected = p.solve(in_target_space, x, LEVEL)
     torch.testing.assert_close(guided.x0, expected.x0)
     torch.testing.assert_close(guided.eps, expected.eps)
@@ -109,9 +117,13 @@ def test_guidance_scale_may_follow_the_level_and_levels_may_differ() -> None:
     denoiser = NetworkDenoiser(network=network, parameterization=Flow())
     levels = Cosine()(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
     x, good, bad = noisy(), vector(0.4), vector(-0.2, count=1)
-    guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, lambda level: 1 + level.sigma),))(x, levels, good)
+    guided = ClassifierFree(
+        denoiser=denoiser, terms=(GuidanceTerm(bad, lambda level: 1 + level.sigma),)
+    )(x, levels, good)
     for i in range(4):
-        fixed = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(bad, 1 + float(levels.sigma[i])),))
+        fixed = ClassifierFree(
+            denoiser=denoiser, terms=(GuidanceTerm(bad, 1 + float(levels.sigma[i])),)
+        )
         one = fixed(x[i : i + 1], levels.at(i), Condition(vector=good.vector[i : i + 1]))
         torch.testing.assert_close(guided.x0[i : i + 1], one.x0)
 
@@ -129,7 +141,10 @@ def test_interval_chooses_by_logsnr() -> None:
     both = Interval(inside=inside, outside=outside, low=-2.0, high=2.0)
     for logsnr, value in ((-3.0, 0.0), (-1.9, 1.0), (1.9, 1.0), (2.1, 0.0)):
         ratio = torch.tensor(logsnr / 2).exp()
-        assert both(noisy(), NoiseLevel(ratio, torch.ones(())), NO_CONDITION).x0.unique().item() == value
+        assert (
+            both(noisy(), NoiseLevel(ratio, torch.ones(())), NO_CONDITION).x0.unique().item()
+            == value
+        )
 
 
 @pytest.mark.parametrize("wrap", [Clip, Threshold])
@@ -150,7 +165,9 @@ def test_dynamic_threshold_rescales_by_the_quantile() -> None:
 
 def test_empirical_denoiser_is_the_softmax_over_its_data() -> None:
     data, x = noisy(5), noisy(3) * 0.8
-    log_weights = -((x[:, None] - LEVEL.alpha * data[None]) ** 2).flatten(2).sum(2) / (2 * LEVEL.sigma**2)
+    log_weights = -((x[:, None] - LEVEL.alpha * data[None]) ** 2).flatten(2).sum(2) / (
+        2 * LEVEL.sigma**2
+    )
     expected = torch.einsum("bn,nchw->bchw", torch.softmax(log_weights, 1), data)
     torch.testing.assert_close(EmpiricalDenoiser(data)(x, LEVEL).x0, expected)
 
@@ -164,7 +181,9 @@ def test_loss_of_each_sample_is_the_weighted_mean_square() -> None:
     for i in range(4):
         one = level.at(i)
         x = one.alpha * x0[i : i + 1] + one.sigma * noise[i : i + 1]
-        error = denoiser.predict(x, one) - Velocity(0.6).target(Denoised(x0[i : i + 1], noise[i : i + 1]), one)
+        error = denoiser.predict(x, one) - Velocity(0.6).target(
+            Denoised(x0[i : i + 1], noise[i : i + 1]), one
+        )
         expected = target_weight(MinSNR(), one, Velocity(0.6)) * error.square().mean()
         torch.testing.assert_close(losses.per_sample[i], expected)
 
@@ -172,17 +191,23 @@ def test_loss_of_each_sample_is_the_weighted_mean_square() -> None:
 def test_optimal_transport_is_the_cheapest_permutation() -> None:
     x0, noise = noisy(4), noisy(4).flip(0) + 0.01
     coupled = MinibatchOptimalTransport()(x0, noise)
-    assert sorted(coupled.flatten(1).sum(1).tolist()) == pytest.approx(sorted(noise.flatten(1).sum(1).tolist()))
+    assert sorted(coupled.flatten(1).sum(1).tolist()) == pytest.approx(
+        sorted(noise.flatten(1).sum(1).tolist())
+    )
     from itertools import permutations
 
-    cheapest = min(float((x0 - noise[list(order)]).square().sum()) for order in permutations(range(4)))
+    cheapest = min(
+        float((x0 - noise[list(order)]).square().sum()) for order in permutations(range(4))
+    )
     assert float((x0 - coupled).square().sum()) == pytest.approx(cheapest)
     assert torch.equal(Independent()(x0, noise), noise)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 100])
 def test_stratified_times_fill_each_stratum_once(count: int) -> None:
-    times = Stratified()(torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    times = Stratified()(
+        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     assert sorted((times * count).long().tolist()) == list(range(count))
 
 
@@ -192,7 +217,8 @@ def test_stratified_times_are_spread_in_every_slice_and_calm_the_mean() -> None:
     for part in Stratified()(draws[0]).split(16):
         assert torch.histc(part, bins=4, min=0, max=1).min() >= 2
     variance = {
-        kind: torch.stack([torch.log1p(kind()(row)).mean() for row in draws]).var() for kind in (Stratified, IndependentTimes)
+        kind: torch.stack([torch.log1p(kind()(row)).mean() for row in draws]).var()
+        for kind in (Stratified, IndependentTimes)
     }
     assert variance[Stratified] < variance[IndependentTimes] / 100
 
@@ -206,12 +232,13 @@ def test_several_rungs_weigh_each_context_by_itself() -> None:
         return Denoised(x0, (x - level.alpha * x0) / level.sigma)
 
     nothing, first, both = (
-        Condition(vector=torch.tensor([row], dtype=torch.float64)) for row in ([0, 0, 1], [2, 0, 1], [2, 3, 1])
+        Condition(vector=torch.tensor([row], dtype=torch.float64))
+        for row in ([0, 0, 1], [2, 0, 1], [2, 3, 1])
     )
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
-    guided = ClassifierFree(denoiser=denoiser, terms=(GuidanceTerm(nothing, 1.5), GuidanceTerm(first, 4.0)))(
-        x, LEVEL, both.expanded(2)
-    )
+    guided = ClassifierFree(
+        denoiser=denoiser, terms=(GuidanceTerm(nothing, 1.5), GuidanceTerm(first, 4.0))
+    )(x, LEVEL, both.expanded(2))
     expected = direction[2] + 1.5 * 2 * direction[0] + 4.0 * 3 * direction[1]
     torch.testing.assert_close(guided.x0, expected.expand_as(x))
     torch.testing.assert_close(LEVEL.alpha * guided.x0 + LEVEL.sigma * guided.eps, x)

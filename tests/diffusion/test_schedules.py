@@ -1,4 +1,6 @@
-"""Schedules and warps: monotone, exact at their ends, and equal to the formulas they are named after."""
+"""Schedules and warps: monotone, exact at their ends, and equal to the formulas they are named
+after.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_logsnr_strictly_falls_and_dtype_is_kept(schedule) -> None:
     torch.testing.assert_close(single.sigma.double()[5:-5], level.sigma[5:-5], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Linear", "Cosine", "ZeroTerminalSNR", "Sigmoid", "LogitNormal", "Mode"])
+@pytest.mark.parametrize(
+    "name", ["Linear", "Cosine", "ZeroTerminalSNR", "Sigmoid", "LogitNormal", "Mode"]
+)
 def test_ends_are_exactly_clean_and_pure_noise(name: str) -> None:
     level = SCHEDULES[name](torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert level.alpha.tolist() == [1.0, 0.0]
@@ -57,7 +61,16 @@ def test_ends_are_exactly_clean_and_pure_noise(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Cosine", "VariancePreserving", "LinearBetas", "ScaledLinear", "Sigmoid", "UniformLogSNR", "ZeroTerminalSNR"]
+    "name",
+    [
+        "Cosine",
+        "VariancePreserving",
+        "LinearBetas",
+        "ScaledLinear",
+        "Sigmoid",
+        "UniformLogSNR",
+        "ZeroTerminalSNR",
+    ],
 )
 def test_variance_is_preserved(name: str) -> None:
     level = SCHEDULES[name](T)
@@ -69,9 +82,15 @@ def test_variance_is_preserved(name: str) -> None:
 def test_discrete_betas_are_the_cumulative_product_at_their_times(kind, steps: int) -> None:
     schedule = kind(steps=steps)
     ends = (schedule.beta_start, schedule.beta_end)
-    betas = np.linspace(*ends, steps) if kind is LinearBetas else np.linspace(*np.sqrt(ends), steps) ** 2
+    betas = (
+        np.linspace(*ends, steps)
+        if kind is LinearBetas
+        else np.linspace(*np.sqrt(ends), steps) ** 2
+    )
     times = (torch.arange(steps, dtype=torch.float64) + 1) / steps
-    np.testing.assert_allclose(schedule(times).alpha.numpy() ** 2, np.cumprod(1 - betas), rtol=1e-10)
+    np.testing.assert_allclose(
+        schedule(times).alpha.numpy() ** 2, np.cumprod(1 - betas), rtol=1e-10
+    )
     assert schedule(torch.zeros((), dtype=torch.float64)).sigma == 0
 
 
@@ -84,14 +103,23 @@ def test_variance_preserving_solves_its_sde() -> None:
 
 def test_karras_grid_is_the_papers() -> None:
     n = 18
-    paper = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)]
-    np.testing.assert_allclose(Karras()(torch.linspace(1, 0, n, dtype=torch.float64)).sigma.numpy(), paper, rtol=1e-12)
+    paper = [
+        (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)
+    ]
+    np.testing.assert_allclose(
+        Karras()(torch.linspace(1, 0, n, dtype=torch.float64)).sigma.numpy(), paper, rtol=1e-12
+    )
 
 
 def test_exploding_and_geometric_shrink_by_a_constant_factor() -> None:
-    for schedule, ratio in ((VarianceExploding(sigma_min=0.1, sigma_max=10.0), 0.01 ** (1 / 500)), (Geometric(0.9), 0.9**0.2)):
+    for schedule, ratio in (
+        (VarianceExploding(sigma_min=0.1, sigma_max=10.0), 0.01 ** (1 / 500)),
+        (Geometric(0.9), 0.9**0.2),
+    ):
         sigma = schedule(T.flip(0)).sigma
-        torch.testing.assert_close(sigma[1:] / sigma[:-1], torch.full((500,), ratio, dtype=torch.float64))
+        torch.testing.assert_close(
+            sigma[1:] / sigma[:-1], torch.full((500,), ratio, dtype=torch.float64)
+        )
 
 
 def test_sigmoid_is_the_published_gamma() -> None:
@@ -104,7 +132,9 @@ def test_sigmoid_is_the_published_gamma() -> None:
 
 def test_random_times_have_the_density_that_is_named() -> None:
     np.testing.assert_allclose(
-        torch.log(LogNormal(mean=-1.2, std=1.2)(INNER).sigma).numpy(), norm.ppf(INNER.numpy(), -1.2, 1.2), atol=1e-3
+        torch.log(LogNormal(mean=-1.2, std=1.2)(INNER).sigma).numpy(),
+        norm.ppf(INNER.numpy(), -1.2, 1.2),
+        atol=1e-3,
     )
     t = LogitNormal(mean=0.3, std=0.8)(INNER)
     np.testing.assert_allclose(torch.logit(t).numpy(), norm.ppf(INNER.numpy(), 0.3, 0.8), atol=1e-9)
@@ -130,7 +160,9 @@ def test_mode_is_sd3s_formula_with_time_reversed() -> None:
 
 
 @pytest.mark.parametrize(
-    "warp", [Shift(0.2), Shift(5.0), LogitNormal(), Mode(1.7), Mode(-1.0), Span(low=0.2, high=0.7)], ids=str
+    "warp",
+    [Shift(0.2), Shift(5.0), LogitNormal(), Mode(1.7), Mode(-1.0), Span(low=0.2, high=0.7)],
+    ids=str,
 )
 def test_warps_rise_and_stay_in_the_unit_interval(warp) -> None:
     warped = warp(T)
@@ -182,7 +214,11 @@ def test_what_leads_nowhere_is_refused_where_it_is_used(wrong, config) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_what_leads_from_data_to_noise_may_be_used(schedule) -> None:
-    assert Objective(schedule=schedule).schedule == SamplingConfig(schedule=schedule).schedule == schedule
+    assert (
+        Objective(schedule=schedule).schedule
+        == SamplingConfig(schedule=schedule).schedule
+        == schedule
+    )
 
 
 def test_tabulated_passes_through_its_levels() -> None:

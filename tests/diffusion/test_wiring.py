@@ -43,7 +43,9 @@ T = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
 def images(seed: int, count: int = 6) -> torch.Tensor:
-    return torch.randn(count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def network(x, noise_input, condition):
@@ -56,11 +58,14 @@ def test_noise_inputs_are_what_they_are_named_after() -> None:
     torch.testing.assert_close(FlowTime()(Linear()(T)), T)
     level = LogNormal(mean=-1.2, std=1.2)(T)
     told = LogSNR(limit=20.0)(level)
-    torch.testing.assert_close(told, 0.5 + torch.log(level.sigma) / 20)  # EDM's c_noise, up to its scale
+    # EDM's c_noise, up to its scale
+    torch.testing.assert_close(told, 0.5 + torch.log(level.sigma) / 20)
 
 
 def test_told_logsnr_is_finite_at_both_ends() -> None:
-    torch.testing.assert_close(LogSNR(limit=24.0)(Linear()(torch.tensor([0.0, 1.0]))), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(
+        LogSNR(limit=24.0)(Linear()(torch.tensor([0.0, 1.0]))), torch.tensor([0.0, 1.0])
+    )
 
 
 @pytest.mark.parametrize("told", [Angle(), LogSNR(), FlowTime()], ids=str)
@@ -87,21 +92,28 @@ def test_network_sees_unit_variance_and_velocity_targets_have_it_too(sigma_data:
             return x
 
         p = Velocity(sigma_data)
-        NetworkDenoiser(network=watch, parameterization=p, input_scale=UnitVariance(sigma_data))(level.mix(*pair), level)
+        NetworkDenoiser(network=watch, parameterization=p, input_scale=UnitVariance(sigma_data))(
+            level.mix(*pair), level
+        )
         assert float(seen[0].std()) == pytest.approx(1, abs=0.01)
         assert float(p.target(pair, level).std()) == pytest.approx(1, abs=0.01)
 
 
 def test_published_tables_of_betas() -> None:
-    """Cumulative products of DDPM's 1000 linear betas and of Stable Diffusion's scaled-linear ones, from plain numpy."""
+    """Cumulative products of DDPM's 1000 linear betas and of Stable Diffusion's scaled-linear ones,
+    from plain numpy.
+    """
     last = torch.ones((), dtype=torch.float64)
     for schedule, betas in (
         (LinearBetas(), np.linspace(1e-4, 0.02, 1000)),
         (ScaledLinear(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
     ):
-        assert float(schedule(last).alpha) ** 2 == pytest.approx(float(np.prod(1 - betas)), rel=1e-9)
+        assert float(schedule(last).alpha) ** 2 == pytest.approx(
+            float(np.prod(1 - betas)), rel=1e-9
+        )
         assert float(schedule(last / 1000).alpha) ** 2 == pytest.approx(1 - betas[0], rel=1e-12)
-    assert float(ScaledLinear()(last).alpha) ** 2 == pytest.approx(0.00466, abs=1e-5)  # as Lin et al. 2024 quote it: 0.0047
+    # as Lin et al. 2024 quote it: 0.0047
+    assert float(ScaledLinear()(last).alpha) ** 2 == pytest.approx(0.00466, abs=1e-5)
 
 
 def test_zero_terminal_snr_keeps_a_start_that_is_not_clean() -> None:
@@ -148,10 +160,20 @@ def test_empirical_denoiser_does_not_overflow_at_tiny_noise() -> None:
 
 
 def test_objective_couples_and_conditions() -> None:
-    """The loss of the reordered noise under the condition, by hand; in the velocity's own space the weight is 1."""
-    denoiser = NetworkDenoiser(network=network, parameterization=Flow(), noise_input=FlowTime(), input_scale=UnitSum())
-    objective = Objective(schedule=Linear(), weighting=Native(), coupling=MinibatchOptimalTransport())
-    x0, noise, condition = images(0), images(1), Condition(vector=torch.linspace(-1, 1, 6).double().view(6, 1))
+    """The loss of the reordered noise under the condition, by hand; in the velocity's own space the
+    weight is 1.
+    """
+    denoiser = NetworkDenoiser(
+        network=network, parameterization=Flow(), noise_input=FlowTime(), input_scale=UnitSum()
+    )
+    objective = Objective(
+        schedule=Linear(), weighting=Native(), coupling=MinibatchOptimalTransport()
+    )
+    x0, noise, condition = (
+        images(0),
+        images(1),
+        Condition(vector=torch.linspace(-1, 1, 6).double().view(6, 1)),
+    )
     level = objective.levels(torch.full((6,), 0.5, dtype=torch.float64))
     found = objective(denoiser, x0, condition, level=level, noise=noise)
     matched = MinibatchOptimalTransport()(x0, noise)
@@ -179,26 +201,34 @@ def test_optimal_transport_is_never_dearer_and_keeps_each_noise_once(seed: int) 
 
 def test_optimal_transport_minimizes_squares_not_distances() -> None:
     x0 = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    noise = torch.tensor([[1.0, 0.0], [2.0, 0.5]])  # squares: 1 + 1.25 < 4.25 + 0; distances: 1 + 1.12 > 2.06 + 0
+    # squares: 1 + 1.25 < 4.25 + 0; distances: 1 + 1.12 > 2.06 + 0
+    noise = torch.tensor([[1.0, 0.0], [2.0, 0.5]])
     assert torch.equal(MinibatchOptimalTransport()(x0, noise), noise)
     assert torch.equal(MinibatchOptimalTransport()(x0, noise.flip(0)), noise)
 
 
 def test_prediction_comes_back_in_the_dtype_of_x() -> None:
     level, x = Cosine()(torch.tensor(0.4)), images(0).float()
-    half = NetworkDenoiser(network=lambda x, n, c: x.bfloat16(), parameterization=Flow(), compute_dtype=torch.bfloat16)
+    half = NetworkDenoiser(
+        network=lambda x, n, c: x.bfloat16(), parameterization=Flow(), compute_dtype=torch.bfloat16
+    )
     assert half.predict(x, level).dtype == torch.float32
 
 
 @pytest.mark.parametrize("quiet", [0.05, 0.5])
 def test_threshold_never_brightens(quiet: float) -> None:
-    """An image whose quantile is below 1 is not stretched to fill the range, only its outliers are clamped to 1."""
+    """An image whose quantile is below 1 is not stretched to fill the range, only its outliers are
+    clamped to 1.
+    """
     guess = torch.full((1, 1, 10, 10), quiet, dtype=torch.float64)
     guess[0, 0, 0, 0] = 3.0
-    level, x = Linear()(torch.tensor(0.5, dtype=torch.float64)), images(0)[:1, :1].repeat(1, 1, 4, 4)[..., :10, :10]
-    found = Threshold(denoiser=lambda x, level, condition: Sample().solve(guess, x, level), quantile=0.95)(
-        x, level, NO_CONDITION
+    level, x = (
+        Linear()(torch.tensor(0.5, dtype=torch.float64)),
+        images(0)[:1, :1].repeat(1, 1, 4, 4)[..., :10, :10],
     )
+    found = Threshold(
+        denoiser=lambda x, level, condition: Sample().solve(guess, x, level), quantile=0.95
+    )(x, level, NO_CONDITION)
     torch.testing.assert_close(found.x0, guess.clamp(max=1))
 
 
@@ -212,7 +242,9 @@ def test_solve_is_linear_in_the_prediction() -> None:
 
 @pytest.mark.parametrize("shape", [(), (6,)])
 def test_levels_in_double_do_not_widen_images_in_single(shape) -> None:
-    level = NoiseLevel(torch.full(shape, 0.6, dtype=torch.float64), torch.full(shape, 0.8, dtype=torch.float64))
+    level = NoiseLevel(
+        torch.full(shape, 0.6, dtype=torch.float64), torch.full(shape, 0.8, dtype=torch.float64)
+    )
     x0, eps = images(0).float(), images(1).float()
     assert level.mix(x0, eps).dtype == torch.float32
     torch.testing.assert_close(level.mix(x0, eps), 0.6 * x0 + 0.8 * eps)

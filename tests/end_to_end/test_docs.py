@@ -15,7 +15,8 @@ from sfumato.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-APART = ("extending.md",)  # defines networks, contexts and sources, which other tests of the same process would see
+# defines networks, contexts and sources, which other tests of the same process would see
+APART = ("extending.md",)
 BLOCKS = [
     pytest.param(page.name, block, id=f"{page.name}-{number}")
     for page in PAGES
@@ -30,7 +31,11 @@ def test_block_runs(page: str, block: str, tmp_path: Path, monkeypatch: pytest.M
     if page in APART:
         paths = os.pathsep.join(filter(None, sys.path))
         done = subprocess.run(
-            [sys.executable, "-c", block], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300
+            [sys.executable, "-c", block],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
     else:

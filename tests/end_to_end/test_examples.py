@@ -28,13 +28,17 @@ def numbers(pattern: str, printed: str) -> list[float]:
 
 
 def row(printed: str, figure: str) -> list[str]:
-    """The cells of a table's row: context, figure, number of images, samples, shuffled conditions, real images, whether they follow."""
+    """The cells of a table's row: context, figure, number of images, samples, shuffled conditions,
+    real images, whether they follow.
+    """
     (line,) = [line for line in printed.splitlines() if re.search(rf"  {figure} ", line)]
     return re.split(r"\s{2,}", line.strip())
 
 
 def resumed(run: Path, first: int, last: int) -> dict:
-    """The configuration of a finished run that was resumed once at step `first`, and has seen every step up to `last` once."""
+    """The configuration of a finished run that was resumed once at step `first`, and has seen every
+    step up to `last` once.
+    """
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", last)
     assert (run / "checkpoints" / f"step-{last:09d}").is_dir()
@@ -64,7 +68,10 @@ def own_data(printed: str, folder: Path) -> None:
     assert settings["data"]["source"] == {"kind": "discs", "num": 200}
     small, large = numbers(r"brightness: (.*) with radius 1.2, (.*) with radius 2.8", printed)
     assert large > 1.5 * small > 0
-    real, made = (numbers(rf"{name}.*: distance .* (.*)", printed)[0] for name in ("held-out real images", "samples"))
+    real, made = (
+        numbers(rf"{name}.*: distance .* (.*)", printed)[0]
+        for name in ("held-out real images", "samples")
+    )
     assert 0 < real < made < 10
 
 
@@ -72,7 +79,8 @@ def own_weighting_and_schedule(printed: str, folder: Path) -> None:
     settings = resumed(folder / "runs/own-schedule", 30, 60)
     assert settings["objective"]["weighting"] == {"kind": "middle", "width": 5.0}
     assert settings["objective"]["schedule"] == {"kind": "power", "power": 1.5}
-    assert "10 samples; sigma at each step: 1.00, 0.64, 0.36, 0.16, 0.04" in printed  # t^2 at 1, 0.8, ... 0.2
+    # t^2 at 1, 0.8, ... 0.2
+    assert "10 samples; sigma at each step: 1.00, 0.64, 0.36, 0.16, 0.04" in printed
     assert "changed: Middle(width=3.0), Power(power=1.0)" in printed
 
 
@@ -80,7 +88,9 @@ def own_context(printed: str, folder: Path) -> None:
     dark, bright = numbers(r"samples: (.*) where 0.2 is asked for, (.*) where it is 0.8", printed)
     assert bright > dark + 0.3
     assert row(printed, "error")[-1] == "yes"
-    said = json.loads((folder / "runs/own-context/samples/step-000000100/samples.json").read_text())["brightness"]
+    said = json.loads(
+        (folder / "runs/own-context/samples/step-000000100/samples.json").read_text()
+    )["brightness"]
     assert len(set(said)) > 5
     assert all(0 <= float(value) <= 1 for value in said)
 
@@ -96,7 +106,10 @@ def inpainting(printed: str, folder: Path) -> None:
     kept, made = numbers(r"the kept half differs by (.*), the new half by (.*)", printed)
     assert kept < 1e-4
     assert made > 0.05
-    strengths = [numbers(rf"strength {strength}: differs by (.*)", printed)[0] for strength in (0.2, 0.5, 0.8)]
+    strengths = [
+        numbers(rf"strength {strength}: differs by (.*)", printed)[0]
+        for strength in (0.2, 0.5, 0.8)
+    ]
     assert 0 < strengths[0] < strengths[1] < strengths[2]
     assert "another size: (2, 1, 8, 21)" in printed
     files = sorted((folder / "runs/inpainting/generated").iterdir())
@@ -131,19 +144,31 @@ Outcomes = dict[str, tuple[Path, "Future[subprocess.CompletedProcess[str]]"]]
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
-    """The chosen examples, a few at once, since most of their time goes into starting Python and torch."""
-    chosen = [name for name in CHECKS if any(item.name == f"test_example[{name}]" for item in request.session.items)]
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Outcomes]:
+    """The chosen examples, a few at once, since most of their time goes into starting Python and
+    torch.
+    """
+    chosen = [
+        name
+        for name in CHECKS
+        if any(item.name == f"test_example[{name}]" for item in request.session.items)
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         folders = {name: tmp_path_factory.mktemp(name) for name in chosen}
-        yield {name: (folder, pool.submit(started, name, folder)) for name, folder in folders.items()}
+        yield {
+            name: (folder, pool.submit(started, name, folder)) for name, folder in folders.items()
+        }
         pool.shutdown(cancel_futures=True)
 
 
 def started(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
 
 
 @pytest.mark.parametrize("name", CHECKS)

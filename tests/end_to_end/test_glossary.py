@@ -22,9 +22,20 @@ from sfumato.recipes import resolve
 PAGE = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
 HOMES = (sfumato.diffusion, sfumato.sampling, sfumato.training, sfumato.recipes.autoencoder_stage)
 NAMES = {name: value for home in HOMES for name, value in vars(home).items()}
-ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
-ENTRIES = sorted({entry for row in ROWS if row[0] != "elsewhere" for entry in re.findall(r"`([^`]+)`", row[-1])})
-OPTIONS = {option for verb in get_command(app).commands.values() for found in verb.params for option in found.opts}
+ROWS = [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in PAGE.splitlines()
+    if line.startswith("| ")
+]
+ENTRIES = sorted(
+    {entry for row in ROWS if row[0] != "elsewhere" for entry in re.findall(r"`([^`]+)`", row[-1])}
+)
+OPTIONS = {
+    option
+    for verb in get_command(app).commands.values()
+    for found in verb.params
+    for option in found.opts
+}
 
 
 def test_the_page_has_rows_to_check() -> None:
@@ -46,7 +57,11 @@ def test_what_the_glossary_names_exists(entry: str) -> None:
 
 def toy() -> Callable[..., Tensor]:
     """The page's own function."""
-    block = next(text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "train_and_sample" in text)
+    block = next(
+        text
+        for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+        if "train_and_sample" in text
+    )
     scope: dict = {}
     exec(compile(block.partition("torch.manual_seed(0)")[0], "<docs>", "exec"), scope)
     return scope["train_and_sample"]
@@ -55,13 +70,22 @@ def toy() -> Callable[..., Tensor]:
 def plain_loop(points: Tensor, *, steps: int, num: int) -> Tensor:
     """The same as a blog writes it: discrete times, no library."""
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
-    layers = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
-    predict = lambda x, t: layers(torch.cat([x, t.float().reshape(-1, 1).expand(len(x), 1) / 1000], dim=1))  # noqa: E731
+    layers = nn.Sequential(
+        nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+    )
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return layers(torch.cat([x, t.float().reshape(-1, 1).expand(len(x), 1) / 1000], dim=1))
+
     optimizer = torch.optim.Adam(layers.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         x0, t = points[torch.randint(len(points), (256,))], torch.randint(0, 1000, (256,))
-        alpha, sigma, eps = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None], torch.randn_like(x0)
+        alpha, sigma, eps = (
+            alpha_bar[t].sqrt()[:, None],
+            (1 - alpha_bar[t]).sqrt()[:, None],
+            torch.randn_like(x0),
+        )
         loss = (predict(alpha * x0 + sigma * eps, t) - eps).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -77,7 +101,9 @@ def plain_loop(points: Tensor, *, steps: int, num: int) -> Tensor:
 
 
 def test_the_toy_comes_as_close_to_the_spiral_as_a_plain_loop() -> None:
-    """Within 10 %, over two seeds; one seed varies by 2 % (standard deviation of six), and noise lies four times as far."""
+    """Within 10 %, over two seeds; one seed varies by 2 % (standard deviation of six), and noise
+    lies four times as far.
+    """
     angle = torch.linspace(0, 9.4, 2000)
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 9
     far = {}
@@ -86,7 +112,13 @@ def test_the_toy_comes_as_close_to_the_spiral_as_a_plain_loop() -> None:
             total = 0.0
             for seed in (0, 1):
                 torch.manual_seed(seed)
-                total += torch.cdist(loop(spiral, steps=400, num=1000), spiral).min(dim=1).values.mean().item() / 2
+                total += (
+                    torch.cdist(loop(spiral, steps=400, num=1000), spiral)
+                    .min(dim=1)
+                    .values.mean()
+                    .item()
+                    / 2
+                )
             far[name] = total
     assert far["toy"] < 1.1 * far["plain"]
     assert far["plain"] < 0.25

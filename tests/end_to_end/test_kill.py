@@ -1,4 +1,6 @@
-"""SIGKILL at random moments: the run always resumes, and ends bit for bit as the one that was left alone."""
+"""SIGKILL at random moments: the run always resumes, and ends bit for bit as the one that was left
+alone.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) ->
     recipe = tmp_path / "tiny.yaml"
     settings = config.with_overrides(
         config.plain(tiny_run(folder)),
-        {"budget.steps": 50 + 5 * wanted, "checkpoint.every_steps": 4, "validation.every_steps": 60},
+        {
+            "budget.steps": 50 + 5 * wanted,
+            "checkpoint.every_steps": 4,
+            "validation.every_steps": 60,
+        },
     )
     recipe.write_text(config.dump_yaml(settings))
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -96,18 +102,35 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
 
 
 def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path) -> None:
-    """As `timeout`, Ctrl-C on a terminal and job schedulers send it: those that read ahead are ended at the same time."""
+    """As `timeout`, Ctrl-C on a terminal and job schedulers send it: those that read ahead are
+    ended at the same time.
+    """
     folder = images(tmp_path / "images")
     recipe = tmp_path / "tiny.yaml"
-    changes = {"budget.steps": 100_000, "checkpoint.every_steps": 99_999, "validation.every_steps": 99_999}
-    decoded_as_used = {"data.cache": "off", "data.memory_gib": 0.0, "data.workers": 2, "preview.every_steps": 99_999}
-    recipe.write_text(config.dump_yaml(config.with_overrides(config.plain(tiny_run(folder)), {**changes, **decoded_as_used})))
+    changes = {
+        "budget.steps": 100_000,
+        "checkpoint.every_steps": 99_999,
+        "validation.every_steps": 99_999,
+    }
+    decoded_as_used = {
+        "data.cache": "off",
+        "data.memory_gib": 0.0,
+        "data.workers": 2,
+        "preview.every_steps": 99_999,
+    }
+    recipe.write_text(
+        config.dump_yaml(
+            config.with_overrides(config.plain(tiny_run(folder)), {**changes, **decoded_as_used})
+        )
+    )
     arguments = ["train", str(recipe), "--run", str(tmp_path / "run")]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
         process = start(*arguments, start_new_session=True)
         metrics, before = tmp_path / "run" / "metrics.jsonl", newest(tmp_path / "run")
         step = int(before[5:] or 0) + 5
-        while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        while process.poll() is None and not (
+            metrics.exists() and f'"step": {step},' in metrics.read_text()
+        ):
             time.sleep(0.02)
         assert process.poll() is None, process.communicate()[1].decode()
         os.killpg(process.pid, number)

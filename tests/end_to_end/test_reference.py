@@ -1,4 +1,6 @@
-"""The generated reference pages are those of the program, and descriptions of keys are read as they are meant."""
+"""The generated reference pages are those of the program, and descriptions of keys are read as they
+are meant.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "reference.py"
 
 def test_the_reference_pages_are_up_to_date() -> None:
     """In a process of its own: other tests register contexts and networks."""
-    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--check"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 

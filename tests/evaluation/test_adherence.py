@@ -1,4 +1,6 @@
-"""Figures of adherence on makers that follow, ignore or copy, of whom one knows what must come out."""
+"""Figures of adherence on makers that follow, ignore or copy, of whom one knows what must come
+out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ from sfumato.evaluation.composition import overlap
 from sfumato.generation.request import ResolvedRequest
 
 SIDE = 32
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 60, 200),
+    "yellow": (230, 210, 40),
+}
 SHAPES = ("square", "disc", "bar")
 
 
@@ -33,7 +40,9 @@ def paint(colour: str, shape: str, rng: np.random.Generator) -> Image.Image:
     image = Image.new("RGB", (SIDE, SIDE), "white")
     pen = ImageDraw.Draw(image)
     half = rng.uniform(4, 9)
-    wide, tall = {"square": (half, half), "disc": (half, half), "bar": (half / 2, half * 1.2)}[shape]
+    wide, tall = {"square": (half, half), "disc": (half, half), "bar": (half / 2, half * 1.2)}[
+        shape
+    ]
     x, y = rng.uniform(wide + 1, SIDE - 2 - wide), rng.uniform(tall + 1, SIDE - 2 - tall)
     box = (x - wide, y - tall, x + wide, y + tall)
     (pen.ellipse if shape == "disc" else pen.rectangle)(box, fill=COLOURS[colour], outline="black")
@@ -42,7 +51,9 @@ def paint(colour: str, shape: str, rng: np.random.Generator) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Coloured shapes with captions, outlines as points and doodles; blue squares and red discs are held out."""
+    """Coloured shapes with captions, outlines as points and doodles; blue squares and red discs are
+    held out.
+    """
     root, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
     for colour in COLOURS:
         for shape in SHAPES:
@@ -52,10 +63,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
                 image.save(root / f"{name}.png")
                 held = (colour, shape) in (("blue", "square"), ("red", "disc"))
                 (root / f"{name}.json").write_text(
-                    json.dumps({"caption": f"a {colour} {shape}", **({"holdout": "pairs"} if held else {})})
+                    json.dumps(
+                        {"caption": f"a {colour} {shape}", **({"holdout": "pairs"} if held else {})}
+                    )
                 )
                 gray = np.asarray(image.convert("L"))
-                Image.fromarray(np.where(gray < 20, 0, 255).astype(np.uint8)).save(root / f"{name}.doodle.png")
+                Image.fromarray(np.where(gray < 20, 0, 255).astype(np.uint8)).save(
+                    root / f"{name}.doodle.png"
+                )
                 y, x = np.nonzero(gray < 20)
                 points = np.stack([(x + 0.5) / SIDE * 2 - 1, 1 - (y + 0.5) / SIDE * 2], axis=1)
                 np.save(root / f"{name}.points.npy", points.astype(np.float32))
@@ -68,7 +83,9 @@ class Maker:
 
     def __init__(self, make: Any) -> None:
         context = ContextConfig(
-            text=LearnedTextConfig(size=8, heads=2), doodle=DoodleConfig(), points=PointsConfig(size=8, heads=2)
+            text=LearnedTextConfig(size=8, heads=2),
+            doodle=DoodleConfig(),
+            points=PointsConfig(size=8, heads=2),
         )
         facts = ConditioningInfo(channels=3, words=("a",), dimensions=2)
         conditioner = context.build(facts, encoder=lambda config: pytest.fail("no encoder"))
@@ -99,7 +116,9 @@ def test_the_own_image_ranks_first_and_chance_is_a_half() -> None:
     own = torch.arange(200)
     assert own_rank(real, real, own).tolist() == [1.0] * 200
     assert own_rank(torch.rand(200, 3, 16, 16), real, own).mean() == pytest.approx(0.5, abs=0.07)
-    assert own_rank(real[:1].expand(200, -1, -1, -1), real[:1].expand(200, -1, -1, -1), own).mean() == pytest.approx(0.5)
+    assert own_rank(
+        real[:1].expand(200, -1, -1, -1), real[:1].expand(200, -1, -1, -1), own
+    ).mean() == pytest.approx(0.5)
 
 
 def test_a_drawings_lines_are_found_in_the_image_that_it_was_drawn_from(dataset: Dataset) -> None:
@@ -165,12 +184,21 @@ def test_who_follows_is_told_from_who_does_not(dataset: Dataset) -> None:
         "IoU of silhouettes",
     }
     listened = [row for row in rows if row.context == "doodle"]
-    assert all(row.works for row in listened), [(row.context, row.figure, row.own, row.shuffled) for row in listened]
-    assert all(row.real.mean >= row.own.mean - 1e-6 for row in rows if row.figure == "rank of its own image")
+    assert all(row.works for row in listened), [
+        (row.context, row.figure, row.own, row.shuffled) for row in listened
+    ]
+    assert all(
+        row.real.mean >= row.own.mean - 1e-6
+        for row in rows
+        if row.figure == "rank of its own image"
+    )
 
     torch.manual_seed(0)
     deaf = measure_adherence(
-        Maker(lambda context, num: torch.rand(num, 3, SIDE, SIDE) * 2 - 1), dataset, classifier=None, num=40
+        Maker(lambda context, num: torch.rand(num, 3, SIDE, SIDE) * 2 - 1),
+        dataset,
+        classifier=None,
+        num=40,
     )
     assert not any(row.works for row in deaf)
 

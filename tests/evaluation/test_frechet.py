@@ -11,10 +11,14 @@ from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 
 
 def normal(count: int, size: int, *, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def exactly(count: int, mean: torch.Tensor, covariance: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+def exactly(
+    count: int, mean: torch.Tensor, covariance: torch.Tensor, *, seed: int = 0
+) -> torch.Tensor:
     """Features whose sample mean and covariance are the given ones, to rounding."""
     x = normal(count, len(mean), seed=seed)
     x = x - x.mean(0)
@@ -29,7 +33,9 @@ def with_scipy(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(left + right - 2 * root.real))
 
 
-@pytest.mark.parametrize(("shift", "s", "t"), [(0.0, 1.0, 1.0), (3.0, 1.0, 1.0), (0.0, 1.0, 2.5), (1.5, 0.2, 4.0)])
+@pytest.mark.parametrize(
+    ("shift", "s", "t"), [(0.0, 1.0, 1.0), (3.0, 1.0, 1.0), (0.0, 1.0, 2.5), (1.5, 0.2, 4.0)]
+)
 def test_isotropic_gaussians_have_a_closed_form(shift: float, s: float, t: float) -> None:
     size, eye = 5, torch.eye(5, dtype=torch.float64)
     a = exactly(200, torch.zeros(size, dtype=torch.float64), s**2 * eye)
@@ -53,7 +59,9 @@ def test_correlated_features_agree_with_scipy(seed: int) -> None:
 def test_features_that_span_less_than_the_space_stay_finite() -> None:
     a, b = normal(400, 3) @ normal(3, 20, seed=5), normal(300, 3, seed=1) @ normal(3, 20, seed=6)
     value = frechet_distance(a, b)
-    regularized = frechet_distance(a + 1e-6 * normal(400, 20, seed=7), b + 1e-6 * normal(300, 20, seed=8))
+    regularized = frechet_distance(
+        a + 1e-6 * normal(400, 20, seed=7), b + 1e-6 * normal(300, 20, seed=8)
+    )
     assert math.isfinite(value)
     assert value == pytest.approx(regularized, rel=1e-3)
     assert value > 1
@@ -68,16 +76,18 @@ def test_identical_sets_are_at_distance_zero() -> None:
 def test_neither_the_order_of_images_nor_of_the_sets_matters() -> None:
     a, b = normal(90, 8), 1.3 * normal(70, 8, seed=1) + 0.2
     value = frechet_distance(a, b)
-    assert frechet_distance(a.flip(0), b[torch.randperm(70, generator=torch.Generator().manual_seed(0))]) == pytest.approx(
-        value, rel=1e-10
-    )
+    assert frechet_distance(
+        a.flip(0), b[torch.randperm(70, generator=torch.Generator().manual_seed(0))]
+    ) == pytest.approx(value, rel=1e-10)
     assert frechet_distance(b, a) == pytest.approx(value, rel=1e-8)
 
 
 def test_a_rotation_of_the_feature_space_does_not_matter() -> None:
     a, b = normal(90, 8), 1.3 * normal(70, 8, seed=1) + 0.2
     rotation = torch.linalg.qr(normal(8, 8, seed=3))[0]
-    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(frechet_distance(a, b), rel=1e-8)
+    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(
+        frechet_distance(a, b), rel=1e-8
+    )
 
 
 def test_single_precision_features_are_summed_in_double() -> None:

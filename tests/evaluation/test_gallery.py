@@ -27,7 +27,9 @@ def test_samples_stand_above_their_real_images_and_below_what_was_asked() -> Non
     doodle = torch.ones(3, 1, 8, 8)
     doodle[1, :, 2, 5] = -1
     doodle[2] = torch.nan
-    found = tiles(gallery({"doodle": doodle, "text": ["a", "b", "c"]}, samples, real, facts=FACTS), 3, 3)
+    found = tiles(
+        gallery({"doodle": doodle, "text": ["a", "b", "c"]}, samples, real, facts=FACTS), 3, 3
+    )
     assert (found[1, :, 0, 0, 0] == [0, 128, 255]).all()
     assert (found[2, :, 0, 0, 0] == [255, 128, 0]).all()
     assert (found[0, 0] == 255).all()

@@ -1,4 +1,6 @@
-"""The kernel distance: against its double sum, scikit-learn's kernel, and the coverage of its interval."""
+"""The kernel distance: against its double sum, scikit-learn's kernel, and the coverage of its
+interval.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ from sfumato.evaluation.kernel import kernel_distance, kernel_distance_interval
 
 
 def normal(count: int, size: int, *, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
-    return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + shift
+    return (
+        torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        + shift
+    )
 
 
 def test_it_is_the_sum_over_pairs_written_out() -> None:
@@ -27,14 +32,21 @@ def test_it_is_the_sum_over_pairs_written_out() -> None:
 def test_the_kernel_is_scikit_learns() -> None:
     a, b = normal(30, 8), normal(40, 8, seed=1, shift=0.3)
     inner, other, across = (
-        polynomial_kernel(x.numpy(), y.numpy(), degree=3, gamma=1 / 8, coef0=1) for x, y in ((a, a), (b, b), (a, b))
+        polynomial_kernel(x.numpy(), y.numpy(), degree=3, gamma=1 / 8, coef0=1)
+        for x, y in ((a, a), (b, b), (a, b))
     )
-    expected = sum((m.sum() - np.trace(m)) / (len(m) * (len(m) - 1)) for m in (inner, other)) - 2 * across.mean()
+    expected = (
+        sum((m.sum() - np.trace(m)) / (len(m) * (len(m) - 1)) for m in (inner, other))
+        - 2 * across.mean()
+    )
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_it_is_unbiased_for_small_sets() -> None:
-    found = [kernel_distance(normal(10, 4, seed=2 * i), normal(10, 4, seed=2 * i + 1)) for i in range(400)]
+    found = [
+        kernel_distance(normal(10, 4, seed=2 * i), normal(10, 4, seed=2 * i + 1))
+        for i in range(400)
+    ]
     assert abs(np.mean(found)) < 4 * np.std(found) / 20
 
 
@@ -43,7 +55,9 @@ def test_the_interval_holds_the_value_and_most_repetitions() -> None:
     values, held = [], 0
     truth = kernel_distance(normal(6000, 6, seed=7, shift=0.3), reference)
     for seed in range(40):
-        found = kernel_distance_interval(normal(200, 6, seed=seed, shift=0.3), reference, resamples=300)
+        found = kernel_distance_interval(
+            normal(200, 6, seed=seed, shift=0.3), reference, resamples=300
+        )
         assert found.low < found.value < found.high
         values.append(found.value)
         held += found.low < truth < found.high
@@ -53,4 +67,6 @@ def test_the_interval_holds_the_value_and_most_repetitions() -> None:
 
 def test_an_interval_is_around_the_same_value() -> None:
     a, b = normal(50, 5), normal(60, 5, seed=1)
-    assert kernel_distance_interval(a, b, resamples=20).value == pytest.approx(kernel_distance(a, b), rel=1e-9)
+    assert kernel_distance_interval(a, b, resamples=20).value == pytest.approx(
+        kernel_distance(a, b), rel=1e-9
+    )

@@ -54,7 +54,9 @@ def test_the_order_of_the_training_images_does_not_matter() -> None:
     assert torch.equal(forwards.index, 149 - backwards.index)
 
 
-def test_a_copycat_is_flagged_and_held_out_images_are_not(real: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_copycat_is_flagged_and_held_out_images_are_not(
+    real: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     training, held_out = real
     copycat = training[:300] + 0.02 * noise(300, 1, 8, 8)
     assert nearest(copycat, training).copies > 0.98
@@ -64,7 +66,10 @@ def test_a_copycat_is_flagged_and_held_out_images_are_not(real: tuple[torch.Tens
 
 def test_the_more_noise_the_fewer_copies(real: tuple[torch.Tensor, torch.Tensor]) -> None:
     training, _ = real
-    shares = [nearest(training[:300] + size * noise(300, 1, 8, 8), training).copies for size in (0.02, 0.1, 0.2, 1.0)]
+    shares = [
+        nearest(training[:300] + size * noise(300, 1, 8, 8), training).copies
+        for size in (0.02, 0.1, 0.2, 1.0)
+    ]
     assert all(more >= fewer for more, fewer in pairwise(shares))
     assert shares[-1] < 0.02
 
@@ -77,7 +82,9 @@ def test_the_threshold_is_a_third() -> None:
     assert found.copies == 0.5
 
 
-def test_a_copy_of_a_image_that_stands_twice_is_a_copy(real: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_copy_of_a_image_that_stands_twice_is_a_copy(
+    real: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     training = real[0][:200]
     twice = torch.cat([training, training])
     copycat = training + 0.02 * noise(200, 1, 8, 8)

@@ -1,4 +1,6 @@
-"""An evaluation compares samples with real images, and each figure with what held-out real images get."""
+"""An evaluation compares samples with real images, and each figure with what held-out real images
+get.
+"""
 
 import functools
 import json
@@ -27,14 +29,18 @@ def classifier(digits: Dataset) -> Classifier:
 
 
 class Fake:
-    """A pipeline that shows what it is given: real images of the categories asked for, made worse by `harm`."""
+    """A pipeline that shows what it is given: real images of the categories asked for, made worse
+    by `harm`.
+    """
 
     def __init__(self, dataset: Dataset, harm) -> None:
         self.dataset, self.harm, self.asked = dataset, harm, []
         self.reads, self.image_shape = ("category",), dataset.image_shape
         self.facts = ConditioningInfo(channels=1, categories=dataset.categories)
 
-    def sample_request(self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+    def sample_request(
+        self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int
+    ) -> torch.Tensor:
         asked = request.context.get("category", torch.arange(len(request.start)) % 10).tolist()
         self.asked.append((len(asked), tuple(asked), seed, guidance))
         labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
@@ -44,16 +50,22 @@ class Fake:
 
 
 def noisy(size: float):
-    return lambda x: (x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    return lambda x: (
+        x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(-1, 1)
 
 
 @pytest.fixture
 def rows(digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    return lambda harm, **options: evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
+    return lambda harm, **options: (
+        evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
+    )
 
 
-def test_the_classifier_learns_and_is_the_same_every_time(digits: Dataset, classifier: Classifier) -> None:
+def test_the_classifier_learns_and_is_the_same_every_time(
+    digits: Dataset, classifier: Classifier
+) -> None:
     assert classifier.held_out_accuracy > 0.9
     images = to_float(digits.images(digits.holdout)[0])
     read, features = classifier.read(images)
@@ -62,7 +74,10 @@ def test_the_classifier_learns_and_is_the_same_every_time(digits: Dataset, class
     assert features.shape == (len(images), 64)
     assert features.dtype == torch.float64
     few = functools.partial(train_classifier, digits, digits.training, steps=3)
-    weights = [torch.cat([p.flatten() for p in trained.network.parameters()]) for trained in (few(), few(), few(seed=1))]
+    weights = [
+        torch.cat([p.flatten() for p in trained.network.parameters()])
+        for trained in (few(), few(), few(seed=1))
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -75,7 +90,9 @@ def test_training_a_classifier_leaves_the_global_generator_alone(digits: Dataset
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_image_reads_the_same_alone_and_in_company(digits: Dataset, classifier: Classifier) -> None:
+def test_a_image_reads_the_same_alone_and_in_company(
+    digits: Dataset, classifier: Classifier
+) -> None:
     images = to_float(digits.images(digits.training[:300])[0])
     labels, features = classifier.read(images)
     alone, their_features = classifier.read(images[299:])
@@ -105,15 +122,23 @@ def test_the_wrong_category_is_not_category_accuracy(rows) -> None:
     assert low <= shifted.category_accuracy <= high
 
 
-def test_the_first_row_is_real_images_and_each_guidance_has_its_own(digits: Dataset, classifier: Classifier, rows) -> None:
+def test_the_first_row_is_real_images_and_each_guidance_has_its_own(
+    digits: Dataset, classifier: Classifier, rows
+) -> None:
     given = rows(noisy(0.1), guidances=(1.0, 2.5), num=50)
-    assert [row.name for row in given] == ["held-out real images", "samples, guidance 1", "samples, guidance 2.5"]
+    assert [row.name for row in given] == [
+        "held-out real images",
+        "samples, guidance 1",
+        "samples, guidance 2.5",
+    ]
     assert [row.n for row in given] == [len(digits.holdout), 50, 50]
     assert given[0].category_accuracy == pytest.approx(classifier.held_out_accuracy)
     assert {row.frechet_n for row in given} == {50}  # five of each digit in every row
 
 
-def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+def test_categories_are_asked_for_in_turn_with_the_seed_given(
+    digits: Dataset, classifier: Classifier, monkeypatch
+) -> None:
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     fake, kept, told = Fake(digits, noisy(0.1)), [], []
     result = evaluate(
@@ -133,12 +158,17 @@ def test_categories_are_asked_for_in_turn_with_the_seed_given(digits: Dataset, c
 class Unsteered(Fake):
     """The same, of all categories in turn, asked for none."""
 
-    def sample(self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int) -> torch.Tensor:
+    def sample(
+        self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int
+    ) -> torch.Tensor:
         assert not request.context
         return super().sample(
-            num, request=ResolvedRequest.of({"category": torch.arange(num) % 10}, self.image_shape, num), seed=seed, guidance=guidance,
+            num,
+            request=ResolvedRequest.of({"category": torch.arange(num) % 10}, self.image_shape, num),
+            seed=seed,
+            guidance=guidance,
             batch_size=batch_size,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -154,9 +184,13 @@ def test_without_categories_distances_are_measured_and_copies_found(
         fake.reads = ()
         results.append(evaluate(fake, replace(digits, categories=()), num=100))
     (real, copies), (_, rubbish) = (result.rows for result in results)
-    assert results[0].extractor == ("EfficientNet-Lite0 (ImageNet)" if installed else "random features")
+    assert results[0].extractor == (
+        "EfficientNet-Lite0 (ImageNet)" if installed else "random features"
+    )
     assert results[0].classifier_accuracy is None
-    assert {(row.category_accuracy, row.interval, row.frechet_n) for row in (real, copies, rubbish)} == {(None, None, 100)}
+    assert {
+        (row.category_accuracy, row.interval, row.frechet_n) for row in (real, copies, rubbish)
+    } == {(None, None, 100)}
     assert copies.copies > 0.97
     assert rubbish.copies == real.copies == 0
     assert rubbish.frechet > 3 * copies.frechet
@@ -179,23 +213,30 @@ def test_images_without_a_category_are_left_out(
     assert copycat.category_accuracy > 0.95
 
 
-def test_no_frechet_distance_is_given_of_few_images(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+def test_no_frechet_distance_is_given_of_few_images(
+    digits: Dataset, classifier: Classifier, monkeypatch
+) -> None:
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
-        "a Fréchet distance is not given for held-out real images and samples, guidance 1: it would be taken of 20 images, "
+        "a Fréchet distance is not given for held-out real images and samples, guidance 1: it "
+        "would be taken of 20 images, "
         "and below 30 it mostly measures their number"
     ]
     copies = result.rows[1]
     assert copies.copies_interval == wilson(copies.copies, 20)
 
 
-def test_a_missing_distance_of_samples_alone_is_said_too(digits: Dataset, classifier: Classifier, monkeypatch) -> None:
+def test_a_missing_distance_of_samples_alone_is_said_too(
+    digits: Dataset, classifier: Classifier, monkeypatch
+) -> None:
     """Samples are asked for what held-out images are, which may be few of a category."""
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     zeros = torch.zeros(50, dtype=torch.long)
-    monkeypatch.setattr(fidelity, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros))
+    monkeypatch.setattr(
+        fidelity, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros)
+    )
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]
     assert result.remarks[-1].startswith(

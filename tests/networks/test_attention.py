@@ -10,10 +10,17 @@ from sfumato.nn import attention
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_bfloat16_on_a_cpu_equals_the_fused_kernel_in_float64(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", None)  # the branch under test does not call it
+def test_bfloat16_on_a_cpu_equals_the_fused_kernel_in_float64(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the branch under test does not call it
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", None)
     q, k, v = (torch.randn(2, 3, length, 16).bfloat16().requires_grad_() for length in (9, 5, 5))
-    mask = torch.tensor([[True, True, False, True, False], [True] * 5])[:, None, None] if masked else None
+    mask = (
+        torch.tensor([[True, True, False, True, False], [True] * 5])[:, None, None]
+        if masked
+        else None
+    )
     out = attention.attend(q, k, v, mask)
     grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
     monkeypatch.undo()
@@ -33,7 +40,11 @@ def test_other_precisions_use_the_fused_kernel(dtype: torch.dtype) -> None:
 
 def test_scores_too_large_to_hold_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: called.append(q.shape) or v)
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask: called.append(q.shape) or v,
+    )
     long = torch.zeros(1, 1, 2**14, 1, dtype=torch.bfloat16)
     attention.attend(long, long, long)
     assert called == [long.shape]

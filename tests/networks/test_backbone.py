@@ -1,4 +1,6 @@
-"""What trainers, optimizers and auxiliary losses may rely on in any backbone, built in or wrapped."""
+"""What trainers, optimizers and auxiliary losses may rely on in any backbone, built in or
+wrapped.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,17 @@ CHANNELS, CONTEXT = 3, ContextSizes(vector=6, tokens=5, spatial=2)
 
 
 class Wrapped(Backbone):
-    """Somebody's module, held as an attribute and called in `forward`; every other member keeps its default."""
+    """Somebody's module, held as an attribute and called in `forward`; every other member keeps its
+    default.
+    """
 
     def __init__(self, *, image_channels: int, context: ContextSizes) -> None:
         super().__init__(image_channels=image_channels, context=context)
-        self.inner = nn.Sequential(nn.Conv2d(image_channels + 1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, image_channels, 1))
+        self.inner = nn.Sequential(
+            nn.Conv2d(image_channels + 1, 8, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(8, image_channels, 1),
+        )
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         level = noise_input[:, None, None, None].expand(-1, 1, *x.shape[2:])
@@ -37,14 +45,18 @@ class ToyConfig(NetworkConfig):
         return Wrapped(image_channels=image_channels, context=context)
 
 
-UNET = UNetConfig(channels=32, multipliers=(1, 2, 2), blocks=1, attention_depths=(1,), head_channels=32)
+UNET = UNetConfig(
+    channels=32, multipliers=(1, 2, 2), blocks=1, attention_depths=(1,), head_channels=32
+)
 DIT = DiTConfig(patch_size=2, hidden_size=32, depth=3, head_dim=16)
 CONFIGS = {
     "unet": UNET,
     "unet of one depth": replace(UNET, multipliers=(1,), attention_depths=()),
     "dit": DIT,
     "dit, joint": replace(DIT, token_conditioning="joint", registers=2, bottleneck=6),
-    "dit, sequence": replace(DIT, token_conditioning="sequence", vector_conditioning="tokens", patch_size=4),
+    "dit, sequence": replace(
+        DIT, token_conditioning="sequence", vector_conditioning="tokens", patch_size=4
+    ),
     "dit, tokens dropped": replace(DIT, depth=5, token_drop=0.5),
     "wrapped": ToyConfig(),
 }
@@ -78,7 +90,9 @@ def test_it_says_what_it_was_built_for(config: NetworkConfig) -> None:
 
 @every_backbone
 @pytest.mark.parametrize("size", [(8, 8), (5, 12), (1, 3), (7, 2)])
-def test_the_output_has_the_shape_of_x_whatever_its_sides(config: NetworkConfig, size: tuple[int, int]) -> None:
+def test_the_output_has_the_shape_of_x_whatever_its_sides(
+    config: NetworkConfig, size: tuple[int, int]
+) -> None:
     for network in (built(config), built(config).eval()):
         output = called(network, *size)
         assert output.shape == (2, CHANNELS, *size)
@@ -112,7 +126,9 @@ def probed(network: Backbone) -> list[Tensor]:
 
 
 @every_backbone
-def test_one_map_of_hidden_channels_passes_the_probe_with_its_gradient(config: NetworkConfig) -> None:
+def test_one_map_of_hidden_channels_passes_the_probe_with_its_gradient(
+    config: NetworkConfig,
+) -> None:
     network = built(config)
     seen = probed(network)
     called(network, 8, 12)
@@ -123,7 +139,10 @@ def test_one_map_of_hidden_channels_passes_the_probe_with_its_gradient(config: N
     assert hidden.ndim == 4
     assert hidden.shape[:2] == (2, network.hidden_channels)
     hidden.square().sum().backward()
-    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in network.parameters())
+    assert any(
+        parameter.grad is not None and bool(parameter.grad.any())
+        for parameter in network.parameters()
+    )
 
 
 @every_backbone
@@ -134,14 +153,20 @@ def test_annotated_layers_are_modules_of_the_network_with_weights(config: Networ
     for layer in (*first, *last):
         assert id(layer) in inside
         assert any(parameter.ndim > 1 for parameter in layer.parameters())
-    assert not {id(p) for layer in first for p in layer.parameters()} & {id(p) for layer in last for p in layer.parameters()}
+    assert not {id(p) for layer in first for p in layer.parameters()} & {
+        id(p) for layer in last for p in layer.parameters()
+    }
     built_in = not isinstance(network, Wrapped)
     assert bool(first) == built_in
     assert bool(last) == built_in
 
 
-@pytest.mark.parametrize(("config", "wider"), [(UNET, {"channels": 64}), (DIT, {"hidden_size": 64})], ids=["unet", "dit"])
-def test_ends_of_the_annotated_layers_do_not_grow_with_the_width(config: NetworkConfig, wider: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("config", "wider"), [(UNET, {"channels": 64}), (DIT, {"hidden_size": 64})], ids=["unet", "dit"]
+)
+def test_ends_of_the_annotated_layers_do_not_grow_with_the_width(
+    config: NetworkConfig, wider: dict[str, int]
+) -> None:
     narrow, wide = built(config), built(replace(config, **wider))
 
     def ends(network: Backbone) -> tuple[int, int]:
@@ -159,7 +184,11 @@ def test_float8_layers_are_linear_layers_of_the_network(config: NetworkConfig) -
     layers = network.float8_layers()
     assert all(isinstance(layer, nn.Linear) and id(layer) in inside for layer in layers)
     assert len({id(layer) for layer in layers}) == len(layers)
-    ends = {id(module) for layer in (*network.input_layers(), *network.output_layers()) for module in layer.modules()}
+    ends = {
+        id(module)
+        for layer in (*network.input_layers(), *network.output_layers())
+        for module in layer.modules()
+    }
     assert not ends & {id(layer) for layer in layers}
     assert bool(layers) == isinstance(config, DiTConfig)
 
@@ -176,7 +205,9 @@ def encoder(name: str) -> RandomFeatures:
 
 @pytest.mark.parametrize("where", LOSSES)
 def test_a_loss_on_hidden_maps_is_refused_for_a_network_that_passes_none(where: str) -> None:
-    with pytest.raises(ConfigError, match="Wrapped passes no hidden map through its `probe`") as caught:
+    with pytest.raises(
+        ConfigError, match="Wrapped passes no hidden map through its `probe`"
+    ) as caught:
         LOSSES[where].build(built(ToyConfig()), encoder=encoder)
     assert caught.value.where == where
     assert "hidden_channels" in caught.value.hint
@@ -184,7 +215,9 @@ def test_a_loss_on_hidden_maps_is_refused_for_a_network_that_passes_none(where: 
 
 @pytest.mark.parametrize("where", LOSSES)
 @pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
-def test_a_loss_on_hidden_maps_hears_those_of_the_last_call(config: NetworkConfig, where: str) -> None:
+def test_a_loss_on_hidden_maps_hears_those_of_the_last_call(
+    config: NetworkConfig, where: str
+) -> None:
     network = built(config)
     auxiliary = LOSSES[where].build(network, encoder=encoder)
     called(network, 8, 8, batch=4)

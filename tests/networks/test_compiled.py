@@ -1,4 +1,6 @@
-"""One checkpoint computes the same eagerly and compiled, forwards and backwards. (Recomputed: see the contract tests.)"""
+"""One checkpoint computes the same eagerly and compiled, forwards and backwards. (Recomputed: see
+the contract tests.)
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from sfumato.training import AlignmentConfig, AuxiliaryConfig, DispersiveConfig
 
 CONTEXT = ContextSizes(vector=6, tokens=5)
 DIT = DiTConfig(hidden_size=32, depth=3, head_dim=16, token_conditioning="joint", registers=1)
-UNET = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
+UNET = UNetConfig(
+    channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32
+)
 
 
 def awake(config: NetworkConfig) -> torch.nn.Module:
@@ -34,7 +38,9 @@ def results(network: torch.nn.Module, size: int = 8) -> tuple[torch.Tensor, list
     torch.manual_seed(1)
     x, level = torch.randn(2, 3, size, size), torch.tensor([3.0, 900.0])
     condition = Condition(
-        vector=torch.randn(2, 6), tokens=torch.randn(2, 4, 5), token_mask=torch.tensor([[True] * 4, [True] * 3 + [False]])
+        vector=torch.randn(2, 6),
+        tokens=torch.randn(2, 4, 5),
+        token_mask=torch.tensor([[True] * 4, [True] * 3 + [False]]),
     )
     network.zero_grad()
     output = network(x, level, condition)
@@ -63,13 +69,20 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
     images, found = torch.rand(2, 3, 8, 8), []
     for _ in range(2):
         results(network)
-        found.append({name: value.detach().clone() for name, (_, value) in auxiliary.losses(images, spent=0.0).items()})
+        found.append(
+            {
+                name: value.detach().clone()
+                for name, (_, value) in auxiliary.losses(images, spent=0.0).items()
+            }
+        )
         network.compile()
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "config", [DIT, UNET, replace(DIT, activation_checkpointing=True)], ids=["dit", "unet", "dit-recomputed"]
+    "config",
+    [DIT, UNET, replace(DIT, activation_checkpointing=True)],
+    ids=["dit", "unet", "dit-recomputed"],
 )
 def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -> None:
     """A second shape makes sides symbols, whatever shapes come then."""
@@ -78,7 +91,9 @@ def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -
     network.compile(backend=counter)
     for height, width in ((16, 16), (8, 24), (24, 8), (12, 16), (32, 32), (16, 16)):
         condition = Condition(
-            vector=torch.randn(2, 6), tokens=torch.randn(2, 4, 5), token_mask=torch.ones(2, 4, dtype=torch.bool)
+            vector=torch.randn(2, 6),
+            tokens=torch.randn(2, 4, 5),
+            token_mask=torch.ones(2, 4, dtype=torch.bool),
         )
         network(torch.randn(2, 3, height, width), torch.ones(2), condition).sum().backward()
         counts.append(counter.frame_count)

@@ -11,14 +11,21 @@ from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.networks import DiTConfig, NetworkConfig, UNet, UNetConfig
 
-TINY = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
+TINY = UNetConfig(
+    channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32
+)
 SMALL = DiTConfig(patch_size=2, hidden_size=32, depth=2, head_dim=16)
 CONTEXT = ContextSizes(vector=6, tokens=5, spatial=2)
 KINDS = [
     pytest.param(TINY, id="unet"),
     pytest.param(SMALL, id="dit-cross"),
-    pytest.param(replace(SMALL, token_conditioning="joint", registers=2, bottleneck=6), id="dit-joint"),
-    pytest.param(replace(SMALL, token_conditioning="sequence", vector_conditioning="tokens", patch_size=4), id="dit-sequence"),
+    pytest.param(
+        replace(SMALL, token_conditioning="joint", registers=2, bottleneck=6), id="dit-joint"
+    ),
+    pytest.param(
+        replace(SMALL, token_conditioning="sequence", vector_conditioning="tokens", patch_size=4),
+        id="dit-sequence",
+    ),
 ]
 
 
@@ -34,7 +41,9 @@ def condition(batch: int, height: int, width: int) -> Condition:
 
 
 def awake(network: torch.nn.Module) -> torch.nn.Module:
-    """Random values in place of the zeros that branches start with, so that nothing is hidden behind them."""
+    """Random values in place of the zeros that branches start with, so that nothing is hidden
+    behind them.
+    """
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
@@ -51,7 +60,14 @@ def seed() -> None:
     [
         TINY,
         UNetConfig(channels=32, multipliers=(1,), blocks=1, attention_depths=(), head_channels=32),
-        UNetConfig(channels=32, multipliers=(1, 2, 3), blocks=2, attention_depths=(1, 2), head_channels=32, dropout=0.1),
+        UNetConfig(
+            channels=32,
+            multipliers=(1, 2, 3),
+            blocks=2,
+            attention_depths=(1, 2),
+            head_channels=32,
+            dropout=0.1,
+        ),
         UNetConfig(
             channels=64,
             multipliers=(1, 1),
@@ -60,7 +76,8 @@ def seed() -> None:
             tokens_at="decoder",
             maps_at="decoder",
         ),
-        UNetConfig(channels=40, multipliers=(1, 3), attention_depths=(1,), head_channels=40),  # no multiples of a group
+        # no multiples of a group
+        UNetConfig(channels=40, multipliers=(1, 3), attention_depths=(1,), head_channels=40),
         *KINDS,
         replace(SMALL, depth=5, token_drop=0.5, registers=1, activation_checkpointing=True),
     ],
@@ -72,7 +89,11 @@ def test_gradient_reaches_every_parameter(config: NetworkConfig, channels: int) 
     output = network(x, torch.tensor([0.003, 0.9]), condition(2, 8, 16))
     assert output.shape == x.shape
     output.square().sum().backward()
-    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    still = [
+        name
+        for name, p in network.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert still == []
 
 
@@ -81,7 +102,12 @@ def test_images_of_a_batch_do_not_see_one_another(config: NetworkConfig) -> None
     network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, levels, context = torch.randn(3, 3, 8, 8), torch.rand(3), condition(3, 8, 8)
     together = network(x, levels, context)
-    alone = torch.cat([network(x[i : i + 1], levels[i : i + 1], context.map(lambda s, i=i: s[i : i + 1])) for i in range(3)])
+    alone = torch.cat(
+        [
+            network(x[i : i + 1], levels[i : i + 1], context.map(lambda s, i=i: s[i : i + 1]))
+            for i in range(3)
+        ]
+    )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -113,8 +139,13 @@ def test_decoder_only_cross_attention_leaves_the_encoder_alone() -> None:
     decoder = UNet(
         UNetConfig(**{**TINY.__dict__, "tokens_at": "decoder"}), image_channels=3, context=CONTEXT
     )  # fmt: skip
-    assert any(name.startswith("down") and "cross" in name for name, _ in everywhere.named_parameters())
-    assert not any(name.startswith(("down", "middle")) and "cross" in name for name, _ in decoder.named_parameters())
+    assert any(
+        name.startswith("down") and "cross" in name for name, _ in everywhere.named_parameters()
+    )
+    assert not any(
+        name.startswith(("down", "middle")) and "cross" in name
+        for name, _ in decoder.named_parameters()
+    )
     assert any(name.startswith("up") and "cross" in name for name, _ in decoder.named_parameters())
 
 
@@ -126,13 +157,21 @@ def test_a_new_network_predicts_zero(config: NetworkConfig) -> None:
 
 def test_a_u_net_is_channels_last() -> None:
     network = UNet(TINY, image_channels=3)
-    assert network.down[0].stages[0].block.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (
+        network.down[0]
+        .stages[0]
+        .block.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 @pytest.mark.parametrize("config", KINDS)
 @pytest.mark.parametrize("size", [(8, 7), (5, 9), (1, 3), (3, 16)])
-def test_any_size_is_taken_and_its_margin_is_cropped_away(config: NetworkConfig, size: tuple[int, int]) -> None:
-    """What a network makes of an odd size is what it makes of the padded one, maps included; even sizes are not touched."""
+def test_any_size_is_taken_and_its_margin_is_cropped_away(
+    config: NetworkConfig, size: tuple[int, int]
+) -> None:
+    """What a network makes of an odd size is what it makes of the padded one, maps included; even
+    sizes are not touched.
+    """
     network = awake(config.build(image_channels=3, context=CONTEXT)).eval()
     x, levels, context = torch.randn(2, 3, *size), torch.rand(2), condition(2, *size)
     below, right = -size[0] % network.multiple, -size[1] % network.multiple
@@ -146,7 +185,9 @@ def test_any_size_is_taken_and_its_margin_is_cropped_away(config: NetworkConfig,
 @pytest.mark.parametrize("config", [TINY, SMALL])
 def test_missing_context_is_named(config: NetworkConfig) -> None:
     with pytest.raises(ShapeError, match=r"vector=0.*vector=6"):
-        config.build(image_channels=3, context=ContextSizes(vector=6))(torch.randn(1, 3, 8, 8), torch.zeros(1), Condition())
+        config.build(image_channels=3, context=ContextSizes(vector=6))(
+            torch.randn(1, 3, 8, 8), torch.zeros(1), Condition()
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +197,8 @@ def test_missing_context_is_named(config: NetworkConfig) -> None:
         {"head_dim": 48},
         {"blocks": 0},
         {"channels": 33, "attention_depths": ()},  # sines and cosines come in pairs
-        {"channels": 160, "multipliers": (1, 2, 3), "attention_depths": (1,), "head_channels": 64},  # the middle attends
+        # the middle attends
+        {"channels": 160, "multipliers": (1, 2, 3), "attention_depths": (1,), "head_channels": 64},
     ],
 )
 def test_impossible_configuration_is_refused(wrong: dict) -> None:

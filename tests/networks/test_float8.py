@@ -1,4 +1,6 @@
-"""Linear layers in eight bits: what is computed, what stays as it was, and that a training goes through."""
+"""Linear layers in eight bits: what is computed, what stays as it was, and that a training goes
+through.
+"""
 
 from __future__ import annotations
 
@@ -90,14 +92,17 @@ def losses(run: Path) -> list[float]:
 
 def test_a_run_trains_in_it_resumes_and_is_loaded_as_any_other(tmp_path: Path) -> None:
     network = DiTConfig(hidden_size=64, depth=1, head_dim=32)
-    settings = tiny_run(images(tmp_path / "images"), network=network, precision="float8", budget=Budget(steps=3))
+    settings = tiny_run(
+        images(tmp_path / "images"), network=network, precision="float8", budget=Budget(steps=3)
+    )
     run = train(settings, run=tmp_path / "run")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("steps: 3", "steps: 5"))
     resume(run)
     plain = train(replace(settings, precision="bfloat16"), run=tmp_path / "plain")
     assert len(losses(run)) == 5
-    assert losses(run)[0] == losses(plain)[0]  # the output layer begins at zero, whatever the blocks give
+    # the output layer begins at zero, whatever the blocks give
+    assert losses(run)[0] == losses(plain)[0]
     assert losses(run)[2] != losses(plain)[2]
     made = load(run).sample(2, steps=2)
     assert made.isfinite().all()

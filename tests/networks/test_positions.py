@@ -1,4 +1,6 @@
-"""Rotary positions: products of rotated queries and keys depend on differences of places only, and lengths stay."""
+"""Rotary positions: products of rotated queries and keys depend on differences of places only, and
+lengths stay.
+"""
 
 import torch
 
@@ -25,9 +27,14 @@ def test_products_depend_on_differences_of_places() -> None:
 
 def test_rotation_is_the_complex_product() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, turn = torch.randn(2, 3, 35, 16, generator=generator), rotary_angles(5, 7, 16, like=torch.empty(0))
+    x, turn = (
+        torch.randn(2, 3, 35, 16, generator=generator),
+        rotary_angles(5, 7, 16, like=torch.empty(0)),
+    )
     numbers = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(turn), turn)
-    assert torch.allclose(apply_rotary(x, turn), torch.cat([numbers.real, numbers.imag], dim=-1), atol=1e-6)
+    assert torch.allclose(
+        apply_rotary(x, turn), torch.cat([numbers.real, numbers.imag], dim=-1), atol=1e-6
+    )
     assert torch.allclose(apply_rotary(x, turn).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
 
 
@@ -35,4 +42,5 @@ def test_places_are_counted_from_the_middle() -> None:
     places = rotary_angles(3, 5, 8, like=torch.empty(0)).unflatten(0, (3, 5))
     assert places[1, 2].abs().max() == 0
     assert torch.allclose(places, -places.flip(0, 1))
-    assert (places[0, :, :2] == -1 * torch.tensor([1.0, 0.1])).all()  # rows; columns are the other half
+    # rows; columns are the other half
+    assert (places[0, :, :2] == -1 * torch.tensor([1.0, 0.1])).all()

@@ -14,7 +14,15 @@ from PIL import Image
 from sfumato.cli.explain import IMAGES, _with_contrast
 from sfumato.cli.trajectory_images import dimmed
 from sfumato.diffusion import NoiseLevel
-from sfumato.observability.images import GAP, PAPER, SMALLEST_TILE, grid_image, save_png, to_pil, to_uint8
+from sfumato.observability.images import (
+    GAP,
+    PAPER,
+    SMALLEST_TILE,
+    grid_image,
+    save_png,
+    to_pil,
+    to_uint8,
+)
 from sfumato.observability.plot import COLOURS, Line, line_plot, ticks
 
 
@@ -36,9 +44,12 @@ def test_gray_stays_gray_and_colour_keeps_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "columns", "shape"), [(1, None, (1, 1)), (10, None, (4, 3)), (16, None, (4, 4)), (7, 5, (5, 2))]
+    ("count", "columns", "shape"),
+    [(1, None, (1, 1)), (10, None, (4, 3)), (16, None, (4, 4)), (7, 5, (5, 2))],
 )
-def test_a_grid_is_as_square_as_it_gets_unless_told(count: int, columns: int | None, shape: tuple[int, int]) -> None:
+def test_a_grid_is_as_square_as_it_gets_unless_told(
+    count: int, columns: int | None, shape: tuple[int, int]
+) -> None:
     sheet = grid_image(levels(count), columns=columns)
     tile = SMALLEST_TILE + GAP
     assert sheet.size == (GAP + shape[0] * tile, GAP + shape[1] * tile)
@@ -55,7 +66,9 @@ def test_small_images_are_enlarged_by_whole_pixels_and_large_ones_kept() -> None
 def test_tiles_run_along_rows_first() -> None:
     sheet = grid_image(levels(6, side=SMALLEST_TILE), columns=3)
     seen = [
-        sheet.getpixel((GAP + column * (SMALLEST_TILE + GAP) + 5, GAP + row * (SMALLEST_TILE + GAP) + 5))[0]
+        sheet.getpixel(
+            (GAP + column * (SMALLEST_TILE + GAP) + 5, GAP + row * (SMALLEST_TILE + GAP) + 5)
+        )[0]
         for row in range(2)
         for column in range(3)
     ]
@@ -63,12 +76,19 @@ def test_tiles_run_along_rows_first() -> None:
 
 
 def test_a_place_without_a_image_is_paper() -> None:
-    assert grid_image(levels(3), columns=2).getpixel((GAP + SMALLEST_TILE + GAP + 5, GAP + SMALLEST_TILE + GAP + 5)) == PAPER
+    assert (
+        grid_image(levels(3), columns=2).getpixel(
+            (GAP + SMALLEST_TILE + GAP + 5, GAP + SMALLEST_TILE + GAP + 5)
+        )
+        == PAPER
+    )
 
 
 def test_labels_take_room_of_their_own() -> None:
     plain = grid_image(levels(4), columns=2)
-    labelled = grid_image(levels(4), columns=2, row_labels=["noisy", "guess of x0"], labels=["a", "b"])
+    labelled = grid_image(
+        levels(4), columns=2, row_labels=["noisy", "guess of x0"], labels=["a", "b"]
+    )
     left, top = labelled.width - plain.width, labelled.height - plain.height
     assert left > 11 * 6
     assert top > 13
@@ -78,7 +98,11 @@ def test_labels_take_room_of_their_own() -> None:
 
 def test_inputs_fill_a_row_of_their_own_and_no_more() -> None:
     plain = np.asarray(grid_image(levels(4), columns=2))
-    inputs = {"image": torch.ones(1, 8, 8), "mask": torch.zeros(1, 8, 8), "doodle": torch.ones(1, 8, 8)}
+    inputs = {
+        "image": torch.ones(1, 8, 8),
+        "mask": torch.zeros(1, 8, 8),
+        "doodle": torch.ones(1, 8, 8),
+    }
     sheet = np.asarray(grid_image(levels(4), columns=2, inputs=inputs))
     tile = SMALLEST_TILE + GAP
     assert sheet.shape[1] == GAP + 3 * tile
@@ -94,8 +118,14 @@ def test_inputs_fill_a_row_of_their_own_and_no_more() -> None:
 def test_noisy_images_are_shown_on_one_scale_whatever_the_schedule(logsnr: float) -> None:
     x0, eps = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ratio = math.exp(-logsnr / 2)
-    alphas = (1.0, 1 / (1 + ratio), 1 / math.hypot(1, ratio))  # variance exploding, straight, variance preserving
-    found = [NoiseLevel(torch.tensor(a, dtype=torch.float64), torch.tensor(a * ratio, dtype=torch.float64)) for a in alphas]
+    # variance exploding, straight, variance preserving
+    alphas = (1.0, 1 / (1 + ratio), 1 / math.hypot(1, ratio))
+    found = [
+        NoiseLevel(
+            torch.tensor(a, dtype=torch.float64), torch.tensor(a * ratio, dtype=torch.float64)
+        )
+        for a in alphas
+    ]
     shown = [dimmed(level.mix(x0, eps), level) for level in found]
     for other in shown[1:]:
         torch.testing.assert_close(other, shown[0])
@@ -132,10 +162,12 @@ def test_ticks_are_few_even_and_enclose_the_range(a: float, b: float) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "marks"),
     [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 7, [-4, -2, 0, 2, 4, 6, 8]), (0.1, 0.3, [0.1, 0.15, 0.2, 0.25, 0.3]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3, 7, [-4, -2, 0, 2, 4, 6, 8]),
+        (0.1, 0.3, [0.1, 0.15, 0.2, 0.25, 0.3]),
         (0, 1e-12, [0, 2e-13, 4e-13, 6e-13, 8e-13, 1e-12]),
     ],
-)  # fmt: skip
+)
 def test_ticks_are_round(low: float, high: float, marks: list[float]) -> None:
     assert ticks(low, high) == marks
 
@@ -172,14 +204,18 @@ def test_points_that_are_not_finite_are_gaps() -> None:
     assert not any(column in middle for column in coloured(gap, COLOURS[0])[:, 1])
 
 
-@pytest.mark.parametrize("ys", [[], [math.nan], [1.0], [2.0, 2.0], [0.0, 1e-13], [-math.inf, math.inf]])
+@pytest.mark.parametrize(
+    "ys", [[], [math.nan], [1.0], [2.0, 2.0], [0.0, 1e-13], [-math.inf, math.inf]]
+)
 def test_no_data_is_too_odd_for_a_plot(ys: list[float]) -> None:
     assert line_plot("t", "x", [Line("a", list(range(len(ys))), ys)]).size == (640, 380)
 
 
 @pytest.mark.parametrize("blank", [0, 5, 8])
 def test_what_is_drawn_on_its_way_into_noise_is_not_blank(blank: int) -> None:
-    """The first few images of a set may be black: slices beyond the body, sprites that are empty."""
+    """The first few images of a set may be black: slices beyond the body, sprites that are
+    empty.
+    """
     images = torch.cat([-torch.ones(blank, 1, 4, 4), torch.randn(9 - blank, 1, 4, 4)])
     chosen = _with_contrast(images)
     assert len(chosen) == IMAGES

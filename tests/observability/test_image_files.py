@@ -1,4 +1,6 @@
-"""What a model makes comes back from files: alpha, depth, channels and the values of the source, checked by other readers."""
+"""What a model makes comes back from files: alpha, depth, channels and the values of the source,
+checked by other readers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ KINDS = [
 
 
 def image(values: Values, side: int = 6) -> torch.Tensor:
-    """Random, premultiplied where the model's images are; transparent on the left and opaque on the right."""
+    """Random, premultiplied where the model's images are; transparent on the left and opaque on the
+    right.
+    """
     made = torch.rand(values.channels, side, side + 2, generator=torch.Generator().manual_seed(1))
     if values.has_alpha:
         made[-1, :, :2], made[-1, :, -2:] = 0.0, 1.0
@@ -39,7 +43,9 @@ def image(values: Values, side: int = 6) -> torch.Tensor:
 
 
 def expected(values: Values, made: torch.Tensor, levels: int) -> np.ndarray:
-    """Colours and alpha in [0, 1], straight, the colour of what cannot be seen 0; written from the definition, pixel by pixel."""
+    """Colours and alpha in [0, 1], straight, the colour of what cannot be seen 0; written from the
+    definition, pixel by pixel.
+    """
     out = made.double().numpy().copy()
     if values.has_alpha:
         for y, x in np.ndindex(out.shape[1:]):
@@ -99,7 +105,13 @@ def test_each_format_holds_an_image_or_says_why_not(name: str, tmp_path: Path) -
         path = form.write(made, tmp_path / f"{number:05d}.{name}", values, SETTINGS)
         assert settings_of(path) == SETTINGS
         seen = form.read(path, values)
-        close = 0.06 if name == "jpg" else 0.51 / (2**values.bits - 1) if not form.holds_units(values) else 0.51 / 147
+        close = (
+            0.06
+            if name == "jpg"
+            else 0.51 / (2**values.bits - 1)
+            if not form.holds_units(values)
+            else 0.51 / 147
+        )
         wanted = torch.from_numpy(expected(values, made, 2**values.bits - 1)).float()
         error = (seen - wanted).abs()
         assert float(error.mean() if name == "jpg" else error.max()) <= close + 1e-6, values
@@ -111,16 +123,25 @@ def test_each_format_holds_an_image_or_says_why_not(name: str, tmp_path: Path) -
 def test_png_keeps_alpha_and_depth(channels: int, mode: str, bits: int, tmp_path: Path) -> None:
     values = Values(channels=channels, bits=bits)
     path = FORMATS["png"].write(image(values), tmp_path / "a.png", values, SETTINGS)
-    wanted = np.rint(expected(values, image(values), 2**bits - 1) * (2**bits - 1)).transpose(1, 2, 0)
+    wanted = np.rint(expected(values, image(values), 2**bits - 1) * (2**bits - 1)).transpose(
+        1, 2, 0
+    )
     with Image.open(path) as opened:
-        assert opened.mode == (mode if bits == 8 else {1: "I;16", 2: "RGBA", 3: "RGB", 4: "RGBA"}[channels])
+        assert opened.mode == (
+            mode if bits == 8 else {1: "I;16", 2: "RGBA", 3: "RGB", 4: "RGBA"}[channels]
+        )
         assert json.loads(opened.text["sfumato"]) == SETTINGS
-        seen = np.asarray(opened if channels == 1 else opened.convert(mode)).astype(int).reshape(*wanted.shape)
+        seen = (
+            np.asarray(opened if channels == 1 else opened.convert(mode))
+            .astype(int)
+            .reshape(*wanted.shape)
+        )
     if bits == 8:
         assert (seen == wanted).all()
     else:
         assert (unpacked(path.read_bytes()) == wanted).all()
-        assert (seen == (wanted if channels == 1 else wanted // 256)).all()  # Pillow reads 16-bit colour as 8-bit
+        # Pillow reads 16-bit colour as 8-bit
+        assert (seen == (wanted if channels == 1 else wanted // 256)).all()
 
 
 def test_a_png_of_16_bits_is_that_of_pillow_where_it_writes_one() -> None:
@@ -128,7 +149,9 @@ def test_a_png_of_16_bits_is_that_of_pillow_where_it_writes_one() -> None:
     assert (unpacked(png16(pixels, {})) == pixels).all()
 
 
-@pytest.mark.parametrize(("kind", "channels"), [(np.uint8, 1), (np.uint8, 3), (np.uint16, 1), (np.float32, 1)])
+@pytest.mark.parametrize(
+    ("kind", "channels"), [(np.uint8, 1), (np.uint8, 3), (np.uint16, 1), (np.float32, 1)]
+)
 def test_tiff_opens_elsewhere(channels: int, kind: type, tmp_path: Path) -> None:
     value_range = (-1.5, 2.5) if kind is np.float32 else None
     values = Values(channels=channels, bits=16 if kind is np.uint16 else 8, value_range=value_range)
@@ -139,13 +162,22 @@ def test_tiff_opens_elsewhere(channels: int, kind: type, tmp_path: Path) -> None
         scale = 255 if kind is np.uint8 else 65535
         wanted = expected(values, image(values), scale)
         wanted = wanted * 4 - 1.5 if kind is np.float32 else np.rint(wanted * scale)
-        assert np.abs(np.asarray(opened).reshape(6, 8, channels) - wanted.transpose(1, 2, 0)).max() < 1e-6
+        assert (
+            np.abs(np.asarray(opened).reshape(6, 8, channels) - wanted.transpose(1, 2, 0)).max()
+            < 1e-6
+        )
 
 
 def test_values_of_the_source_are_restored_where_a_format_can_hold_them(tmp_path: Path) -> None:
     made = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3)
-    twelve, real = (Values(channels=1, bits=16, value_range=found) for found in ((100.0, 4100.0), (-1.0, 3.0)))
-    for name, wanted in (("png", [100, 2100, 4100]), ("tiff", [100, 2100, 4100]), ("npy", [100, 2100, 4100])):
+    twelve, real = (
+        Values(channels=1, bits=16, value_range=found) for found in ((100.0, 4100.0), (-1.0, 3.0))
+    )
+    for name, wanted in (
+        ("png", [100, 2100, 4100]),
+        ("tiff", [100, 2100, 4100]),
+        ("npy", [100, 2100, 4100]),
+    ):
         path = FORMATS[name].write(made, tmp_path / f"a.{name}", twelve, {})
         found = np.load(path) if name == "npy" else np.asarray(Image.open(path))
         assert found.ravel().tolist() == wanted
@@ -159,9 +191,15 @@ def test_values_of_the_source_are_restored_where_a_format_can_hold_them(tmp_path
 
 
 def test_the_usual_format_is_png_where_it_can_be() -> None:
-    assert {values.channels: usual_format(values) for values in KINDS if values.alpha == "straight"} == {
-        1: "png", 2: "png", 3: "png", 4: "png", 5: "tiff",
-    }  # fmt: skip
+    assert {
+        values.channels: usual_format(values) for values in KINDS if values.alpha == "straight"
+    } == {
+        1: "png",
+        2: "png",
+        3: "png",
+        4: "png",
+        5: "tiff",
+    }
     assert usual_format(Values(channels=4, alpha="none")) == "tiff"
 
 
@@ -192,7 +230,9 @@ def test_alpha_is_shown_over_a_checkerboard_and_other_channels_as_colours() -> N
     assert set(board.unique().tolist()) == {0.800000011920929, 1.0}
     opaque = clear.clone()
     opaque[:, 0], opaque[:, 3] = 1.0, 1.0
-    assert torch.equal(shown(opaque), torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16))
+    assert torch.equal(
+        shown(opaque), torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    )
     half = torch.full((1, 2, 16, 16), 0.5)
     torch.testing.assert_close(shown(half), 0.25 + 0.5 * board)
     torch.testing.assert_close(shown(half, "premultiplied"), 0.5 + 0.5 * board)
@@ -201,4 +241,6 @@ def test_alpha_is_shown_over_a_checkerboard_and_other_channels_as_colours() -> N
     five = torch.rand(1, 5, 4, 4)
     assert torch.equal(shown(five), five[:, :3])
     assert torch.equal(shown(five[:, :4], "none"), five[:, :3])
-    assert torch.equal(shown(five[:, :2], "none"), torch.cat([five[:, :2], torch.zeros(1, 1, 4, 4)], 1))
+    assert torch.equal(
+        shown(five[:, :2], "none"), torch.cat([five[:, :2], torch.zeros(1, 1, 4, 4)], 1)
+    )

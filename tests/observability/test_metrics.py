@@ -1,4 +1,6 @@
-"""metrics.jsonl survives crashes and resumes: whole lines only, no step twice, nothing that is not JSON."""
+"""metrics.jsonl survives crashes and resumes: whole lines only, no step twice, nothing that is not
+JSON.
+"""
 
 import json
 import math
@@ -38,7 +40,9 @@ def test_resuming_drops_the_steps_that_will_be_trained_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cut", [2, 5, 20])
-def test_a_line_cut_short_is_left_out_and_the_next_stands_on_its_own(tmp_path: Path, cut: int) -> None:
+def test_a_line_cut_short_is_left_out_and_the_next_stands_on_its_own(
+    tmp_path: Path, cut: int
+) -> None:
     path = written(tmp_path / "metrics.jsonl", 10, 20, 30)
     path.write_bytes(path.read_bytes()[:-cut])
     assert steps(path) == [10, 20]
@@ -57,8 +61,12 @@ def test_a_tail_of_zeros_after_a_power_cut_is_left_out(tmp_path: Path) -> None:
 def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, after_step=0) as file:
-        file.write({"step": 1, "a": math.nan, "b": math.inf, "c": {"d": [-math.inf, 1.5]}, "e": "nan"})
-    assert read_lines(path) == [{"step": 1, "a": None, "b": None, "c": {"d": [None, 1.5]}, "e": "nan"}]
+        file.write(
+            {"step": 1, "a": math.nan, "b": math.inf, "c": {"d": [-math.inf, 1.5]}, "e": "nan"}
+        )
+    assert read_lines(path) == [
+        {"step": 1, "a": None, "b": None, "c": {"d": [None, 1.5]}, "e": "nan"}
+    ]
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
 

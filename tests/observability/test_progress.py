@@ -16,7 +16,13 @@ class Terminal(io.StringIO):
 
 
 def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0, 9.6, 309, 3909, -5)] == ["0:00", "0:10", "5:09", "1:05:09", "0:00"]
+    assert [duration(seconds) for seconds in (0, 9.6, 309, 3909, -5)] == [
+        "0:00",
+        "0:10",
+        "5:09",
+        "1:05:09",
+        "0:00",
+    ]
 
 
 def test_where_no_terminal_is_a_plain_line_now_and_then_and_the_last(
@@ -30,7 +36,10 @@ def test_where_no_terminal_is_a_plain_line_now_and_then_and_the_last(
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
-    assert [line.split("  left ")[0] for line in lines] == ["training  35%  loss 0.35", "training 100%  loss 1.0"]
+    assert [line.split("  left ")[0] for line in lines] == [
+        "training  35%  loss 0.35",
+        "training 100%  loss 1.0",
+    ]
     assert lines[1].endswith("left 0:00")
     assert "\x1b" not in captured.err
 
@@ -62,7 +71,9 @@ def test_twenty_reports_are_enough_where_the_work_is_long() -> None:
 
 
 @given(speed=st.floats(1e-5, 0.1), every=st.floats(0.1, 30.0), begun=st.floats(0, 0.9))
-def test_work_at_a_constant_speed_ends_when_it_is_told_to(speed: float, every: float, begun: float) -> None:
+def test_work_at_a_constant_speed_ends_when_it_is_told_to(
+    speed: float, every: float, begun: float
+) -> None:
     left = TimeLeft(100.0)
     left.start_at(begun)
     for n in range(1, 200):
@@ -79,7 +90,8 @@ def test_the_time_left_follows_a_machine_that_became_faster() -> None:
         left.at(float(second), 0.0001 * second)
     for second in range(60, 400):
         left.at(float(second), 0.006 + 0.001 * (second - 60))
-    assert left.at(400.0, 0.346) == pytest.approx(654.0, rel=0.05)  # by the mean of all it would be 756
+    # by the mean of all it would be 756
+    assert left.at(400.0, 0.346) == pytest.approx(654.0, rel=0.05)
 
 
 def test_a_terminal_gets_a_live_bar_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +111,12 @@ def test_what_is_said_is_not_read_as_markup(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "[bold]cat[/bold] [/] " + "long " * 60 + "\n"
 
 
-@pytest.mark.parametrize("payload", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x00"])
-def test_control_characters_do_not_reach_the_terminal(payload: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "payload", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x00"]
+)
+def test_control_characters_do_not_reach_the_terminal(
+    payload: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with ProgressBar("x") as bar:
         bar.say(f"cat{payload}.png")
     said = capsys.readouterr().err

@@ -12,7 +12,10 @@ from sfumato.runs.preparation import build_model
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), attention_depths=(1,), head_channels=32),
-    *(DiTConfig(hidden_size=64, depth=2, head_dim=32, token_conditioning=how) for how in ("cross", "joint", "sequence")),
+    *(
+        DiTConfig(hidden_size=64, depth=2, head_dim=32, token_conditioning=how)
+        for how in ("cross", "joint", "sequence")
+    ),
 ]
 
 
@@ -23,9 +26,13 @@ def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkCo
     run = replace(recipe(name), network=network)
     layout = run.autoencoder.layout(run.data.channels, None)
     facts = ConditioningInfo(
-        channels=run.data.channels, categories=("a", "b"), words=("a", "word"), dimensions=3 if "solids" in name else 2,
-        augmentation=run.data.augment.labels, factor=layout.factor,
-    )  # fmt: skip
+        channels=run.data.channels,
+        categories=("a", "b"),
+        words=("a", "word"),
+        dimensions=3 if "solids" in name else 2,
+        augmentation=run.data.augment.labels,
+        factor=layout.factor,
+    )
     side = run.data.resolution // layout.factor
     model = build_model(run, facts)
     x = torch.randn(2, layout.channels, side, side)

@@ -1,4 +1,6 @@
-"""Captions of a set: when they steer a model, how much of them it reads, and that what is cut off is said."""
+"""Captions of a set: when they steer a model, how much of them it reads, and that what is cut off
+is said.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ LONG = "an object on a wooden table in front of a plain wall with soft light fro
 def survey(images: int, captions: list[str]) -> CaptionSurvey:
     blob = Inline(b"")
     texts = [(text,) for text in captions] + [()] * (images - len(captions))
-    return CaptionSurvey.of([Entry(name=f"{number}.png", image=blob, captions=text) for number, text in enumerate(texts)])
+    return CaptionSurvey.of(
+        [
+            Entry(name=f"{number}.png", image=blob, captions=text)
+            for number, text in enumerate(texts)
+        ]
+    )
 
 
 def things(count: int) -> list[str]:
@@ -43,7 +50,12 @@ def things(count: int) -> list[str]:
         (100_000, things(8), True, "(8 of 100000) have captions: steered by text"),
         (4, things(3), True, "75% of the images (3 of 4)"),
         (20, things(20), True, "100% of the images (20 of 20)"),
-        (20, things(7), False, "35% of the images (7 of 20) have captions: the text is not used, since fewer than 8"),
+        (
+            20,
+            things(7),
+            False,
+            "35% of the images (7 of 20) have captions: the text is not used, since fewer than 8",
+        ),
         (20, ["the same"] * 20, False, "the text is not used, since all of them are the same"),
         (20, [f"IMG_{number}" for number in range(20)], False, ""),
         (20, [], False, ""),
@@ -80,20 +92,27 @@ def test_the_length_counts_letters_where_a_script_has_no_spaces() -> None:
 
 @pytest.mark.parametrize(
     ("length", "cut", "confused"),
-    [(21, 2, 3), (22, 0, 0), (2, 4, 4)],  # START, 20 words, the animal; 21: "... a" itself is whole, and reads like both
+    # START, 20 words, the animal; 21: "... a" itself is whole, and reads like both
+    [(21, 2, 3), (22, 0, 0), (2, 4, 4)],
 )
-def test_captions_that_are_cut_and_that_differ_only_there_are_counted(length: int, cut: int, confused: int) -> None:
+def test_captions_that_are_cut_and_that_differ_only_there_are_counted(
+    length: int, cut: int, confused: int
+) -> None:
     captions = [f"{LONG} cat", f"{LONG} dog", LONG, "an apple", f"{LONG.upper()}  Cat"]
     part: Any = LearnedTextConfig(length=length).build(LearnedTextConfig().words(captions), None)
     found = Cut.of(captions, part)
     assert (found.different, found.cut, found.confused) == (4, cut, confused)
     said = "\n".join(found.lines)
-    assert (f"{cut} of 4 different ones are cut, since the model reads {length} tokens" in said) == (cut > 0)
-    assert (f"warning: {confused} captions differ only in what is cut off" in said) == (confused > 0)
+    assert (
+        f"{cut} of 4 different ones are cut, since the model reads {length} tokens" in said
+    ) == (cut > 0)
+    assert (f"warning: {confused} captions differ only in what is cut off" in said) == (
+        confused > 0
+    )
     assert ("none of 4 different ones is cut" in said) == (cut == 0)
 
 
-# --- by the commands -----------------------------------------------------------------------------------------------------------
+# --- by the commands ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -112,10 +131,18 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("length", "said"),
-    [("16", "captions: 2 of 2 different ones are cut, since the model reads 16 tokens"), ("32", "none of 2")],
+    [
+        ("16", "captions: 2 of 2 different ones are cut, since the model reads 16 tokens"),
+        ("32", "none of 2"),
+    ],
 )
 def test_train_says_how_many_captions_are_cut(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], length: str, said: str
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    length: str,
+    said: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("sfumato.training.Trainer.run", lambda self: None)
@@ -137,14 +164,18 @@ def test_what_would_read_a_set_is_what_the_run_reads_with(place: Path) -> None:
     assert reader_of(run, captions, text_encoder).length == run.conditioner.text.length == 32
     silent = resolve(run, ["conditioner.text=null"])
     assert reader_of(silent, captions, text_encoder).length == 32
-    assert reader_of(resolve(run, ["conditioner.text.length=9"]), captions, text_encoder).length == 9
+    assert (
+        reader_of(resolve(run, ["conditioner.text.length=9"]), captions, text_encoder).length == 9
+    )
 
 
-# --- runs made before ------------------------------------------------------------------------------------------------------------
+# --- runs made before -----------------------------------------------------------------------------
 
 
 def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path: Path) -> None:
-    """Absent keys of a run's own configuration mean what the run did; those of a person's file mean the defaults."""
+    """Absent keys of a run's own configuration mean what the run did; those of a person's file mean
+    the defaults.
+    """
     plain = configuration.plain(recipe("emoji-text"))
     assert plain["conditioner"]["text"].pop("splitting") == {"kind": "by-script"}
     assert plain["conditioner"]["text"].pop("spelled") == 0.02
@@ -152,12 +183,17 @@ def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path
     (tmp_path / "run").mkdir()
     for file in (tmp_path / "run" / "config.yaml", tmp_path / "mine.yaml"):
         file.write_text(written)
-    before, new = resolve(tmp_path / "run").conditioner.text, resolve(tmp_path / "mine.yaml").conditioner.text
+    before, new = (
+        resolve(tmp_path / "run").conditioner.text,
+        resolve(tmp_path / "mine.yaml").conditioner.text,
+    )
     assert isinstance(before, LearnedTextConfig)
     assert isinstance(new, LearnedTextConfig)
     assert (before.spelled, before.splitting) == (0.0, ByRuns())
     assert (new.spelled, new.splitting) == (0.02, ByScript())
-    assert resolve(tmp_path / "run", ["conditioner.text.spelled=0.1"]).conditioner.text.spelled == 0.1  # what is set wins
+    assert (
+        resolve(tmp_path / "run", ["conditioner.text.spelled=0.1"]).conditioner.text.spelled == 0.1
+    )  # what is set wins
 
 
 @pytest.mark.parametrize("text", [None, {"kind": "pretrained"}])

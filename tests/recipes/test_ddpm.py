@@ -1,4 +1,6 @@
-"""The recipe `ddpm` is the model of Ho et al. 2020 (arXiv:2006.11239), and works over any images."""
+"""The recipe `ddpm` is the model of Ho et al. 2020 (arXiv:2006.11239), and works over any
+images.
+"""
 
 from pathlib import Path
 
@@ -28,7 +30,13 @@ def made(*overrides: str) -> Pipeline:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return Pipeline(model=model, autoencoder=Pixels(1), sampling=run.sampling, facts=facts, image_shape=(1, 8, 8))
+    return Pipeline(
+        model=model,
+        autoencoder=Pixels(1),
+        sampling=run.sampling,
+        facts=facts,
+        image_shape=(1, 8, 8),
+    )
 
 
 def test_its_levels_are_the_thousand_of_the_paper() -> None:
@@ -47,7 +55,9 @@ def test_its_loss_is_the_mean_squared_error_of_the_noise() -> None:
     denoiser = pipeline.model.denoiser()
     losses = objective(denoiser, x0, level=level, noise=eps)
     said = pipeline.model.network(level.mix(x0, eps), denoiser.noise_input(level), NO_CONDITION)
-    torch.testing.assert_close(losses.per_sample, (said - eps).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses.per_sample, (said - eps).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -64,23 +74,32 @@ def test_its_samples_are_those_of_algorithm_2_with_clipped_guesses(clip: bool) -
         eps = denoiser.predict(x, NoiseLevel(bar[i].sqrt(), (1 - bar[i]).sqrt()), NO_CONDITION)
         x0 = (x - (1 - bar[i]).sqrt() * eps) / bar[i].sqrt()
         x0 = x0.clamp(-1, 1) if clip else x0
-        mean = before[i].sqrt() * beta[i] / (1 - bar[i]) * x0 + alpha[i].sqrt() * (1 - before[i]) / (1 - bar[i]) * x
+        mean = (
+            before[i].sqrt() * beta[i] / (1 - bar[i]) * x0
+            + alpha[i].sqrt() * (1 - before[i]) / (1 - bar[i]) * x
+        )
         x = mean + ((1 - before[i]) / (1 - bar[i]) * beta[i]).sqrt() * noise(x) if i else mean
     torch.testing.assert_close(pipeline.sample(4, seed=3), to_unit(x.float()), rtol=0, atol=2e-4)
 
 
 def test_clipping_makes_a_difference_to_that_model() -> None:
     table = ["sampling.schedule.steps=20", "sampling.schedule.beta_end=0.3", "sampling.steps=20"]
-    clipped, plain = (made(*table, f"sampling.clip={clip}").sample(4, seed=3) for clip in (True, False))
+    clipped, plain = (
+        made(*table, f"sampling.clip={clip}").sample(4, seed=3) for clip in (True, False)
+    )
     assert (clipped - plain).abs().max() > 0.05
 
 
 def test_clipping_in_latents_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"sampling\.clip: clamps guesses of the image to \[-1, 1\], and the model works in latents"
+        ConfigError,
+        match=r"sampling\.clip: clamps guesses of the image to \[-1, 1\], and the model works in "
+        r"latents",
     ):
         resolve("ddpm", ["autoencoder=TrainedAutoencoder"])
-    assert not resolve("ddpm", ["autoencoder=TrainedAutoencoder", "sampling.clip=false"]).sampling.clip
+    assert not resolve(
+        "ddpm", ["autoencoder=TrainedAutoencoder", "sampling.clip=false"]
+    ).sampling.clip
 
 
 def test_a_file_puts_it_over_a_folder_of_images(tmp_path: Path) -> None:
@@ -88,8 +107,15 @@ def test_a_file_puts_it_over_a_folder_of_images(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "0.png")
     page = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
     text = page.partition("```yaml\n")[2].partition("```")[0]
-    (tmp_path / "mine.yaml").write_text(text.replace("path: photos", f"path: {tmp_path / 'photos'}"))
+    (tmp_path / "mine.yaml").write_text(
+        text.replace("path: photos", f"path: {tmp_path / 'photos'}")
+    )
     run, own = resolve(tmp_path / "mine.yaml"), resolve("ddpm")
     assert (run.data.resolution, run.data.channels, run.budget.minutes) == (32, 3, 60)
-    assert (run.objective, run.sampling, run.denoiser, run.network) == (own.objective, own.sampling, own.denoiser, own.network)
+    assert (run.objective, run.sampling, run.denoiser, run.network) == (
+        own.objective,
+        own.sampling,
+        own.denoiser,
+        own.network,
+    )
     assert str(tmp_path / "photos") in str(run.data.source)

@@ -1,4 +1,6 @@
-"""What a model is told of its training set: of what it learns from, and of nothing that is held out."""
+"""What a model is told of its training set: of what it learns from, and of nothing that is held
+out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import pytest
 from PIL import Image
 
 from sfumato import config
-from sfumato.conditioners import AttributesConfig, CategoryConfig, ConditioningInfo, LearnedTextConfig, PointsConfig
+from sfumato.conditioners import (
+    AttributesConfig,
+    CategoryConfig,
+    ConditioningInfo,
+    LearnedTextConfig,
+    PointsConfig,
+)
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
@@ -24,16 +32,25 @@ from sfumato.recipes.presets import Survey
 from sfumato.runs import preparation
 from sfumato.runs.preparation import build_model, open_data
 
-ALL = {"category": CategoryConfig(), "text": LearnedTextConfig(), "attributes": AttributesConfig(), "points": PointsConfig()}
+ALL = {
+    "category": CategoryConfig(),
+    "text": LearnedTextConfig(),
+    "attributes": AttributesConfig(),
+    "points": PointsConfig(),
+}
 
 
 def image(seed: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
-def folder(root: Path, facts: dict[str, dict[str, Any]], points: dict[str, str] | None = None) -> Folder:
+def folder(
+    root: Path, facts: dict[str, dict[str, Any]], points: dict[str, str] | None = None
+) -> Folder:
     """An image for each name, with the JSON and the cloud that lie beside it."""
     for number, (name, fact) in enumerate(facts.items()):
         path = root / f"{name}.png"
@@ -55,11 +72,19 @@ def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> Condit
 def told(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Eight training images, and two that are held out by name and say other things."""
     facts = {
-        f"{'ab'[i % 2]}/{i}": {"captions": [f"red {i}", "Red"], "attributes": {"age": i, "tall": 1} if i < 4 else {}}
+        f"{'ab'[i % 2]}/{i}": {
+            "captions": [f"red {i}", "Red"],
+            "attributes": {"age": i, "tall": 1} if i < 4 else {},
+        }
         for i in range(8)
     }
-    facts |= {f"b/held{i}": {"caption": "secret", "holdout": "set", "attributes": {"age": 1000, "odd": 5}} for i in range(2)}
-    return folder(tmp_path_factory.mktemp("told"), facts, {"a/0": "0,0,0\n", "b/1": "1,2,3\n", "a/2": "1,2\n"})
+    facts |= {
+        f"b/held{i}": {"caption": "secret", "holdout": "set", "attributes": {"age": 1000, "odd": 5}}
+        for i in range(2)
+    }
+    return folder(
+        tmp_path_factory.mktemp("told"), facts, {"a/0": "0,0,0\n", "b/1": "1,2,3\n", "a/2": "1,2\n"}
+    )
 
 
 def learned(source: Folder) -> list[int]:
@@ -81,13 +106,19 @@ def test_attributes_are_described_by_the_images_that_have_them(told: Folder) -> 
     assert facts.attributes == ("age", "odd", "tall")
     assert facts.means[0] == pytest.approx(ages.mean())
     assert facts.deviations[0] == pytest.approx(ages.std())
-    assert facts.means[2] == pytest.approx(len(ages) / len(learned(told)))  # a label: 0 where it is not given
+    # a label: 0 where it is not given
+    assert facts.means[2] == pytest.approx(len(ages) / len(learned(told)))
     assert math.isnan(facts.means[1])  # only images that are held out have it
 
 
 def test_categories_dimensions_and_augmentation(told: Folder) -> None:
     facts = facts_of(told, ALL, augment=AugmentConfig(karras=0.1))
-    assert (facts.categories, facts.dimensions, facts.channels, facts.augmentation) == (("a", "b"), 3, 1, 9)
+    assert (facts.categories, facts.dimensions, facts.channels, facts.augmentation) == (
+        ("a", "b"),
+        3,
+        1,
+        9,
+    )
 
 
 def test_what_is_not_read_is_not_told(told: Folder) -> None:
@@ -106,14 +137,20 @@ def test_facts_survive_a_checkpoint(told: Folder) -> None:
 def test_contexts_that_the_data_do_not_hold_are_refused(tmp_path: Path, name: str) -> None:
     run = Run(
         name="x",
-        data=DataConfig(source=folder(tmp_path, {str(i): {} for i in range(4)}), resolution=8, cache="off"),
+        data=DataConfig(
+            source=folder(tmp_path, {str(i): {} for i in range(4)}), resolution=8, cache="off"
+        ),
         conditioner=ContextConfig(**{name: ALL[name]}),
     )
-    with pytest.raises(ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"):
+    with pytest.raises(
+        ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"
+    ):
         build_model(run, preparation.facts_of(run, open_data(run)))
 
 
-def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(tmp_path: Path) -> None:
+def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(
+    tmp_path: Path,
+) -> None:
     facts: dict[str, dict[str, Any]] = {f"{'ac'[i % 2]}/{i}": {} for i in range(8)}
     facts |= {f"b/{i}": {"holdout": "set"} for i in range(2)}
     found = facts_of(folder(tmp_path, facts), {"category": CategoryConfig()})

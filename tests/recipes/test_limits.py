@@ -1,4 +1,6 @@
-"""A limit that is set on a recipe, a file, a folder or a run replaces the limits that were there."""
+"""A limit that is set on a recipe, a file, a folder or a run replaces the limits that were
+there.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_files_folders_runs_and_configurations_are_no_different(tmp_path: Path) 
 def test_a_replaced_limit_is_said_and_nothing_else_is() -> None:
     base = config.plain(Run(name="x", budget=Budget(minutes=1)))
     changed, lines = limits.replaced(base, {"budget": {"steps": 1200}})
-    assert lines == ["budget: steps=1200 replaces minutes=1; set both to stop at whichever comes first"]
+    assert lines == [
+        "budget: steps=1200 replaces minutes=1; set both to stop at whichever comes first"
+    ]
     assert changed["budget"]["minutes"] is None
     assert base["budget"]["minutes"] == 1  # what was given is left as it is
     for asked in (
@@ -69,7 +73,9 @@ def test_a_replaced_limit_is_said_and_nothing_else_is() -> None:
         assert limits.replaced(base, asked) == (base, [])
 
 
-def test_training_says_which_limit_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_says_which_limit_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = tiny_run(images(tmp_path / "images"), budget=Budget(minutes=9))
     train(settings, overrides=["budget.steps=1"], run=tmp_path / "run")
     assert "budget: steps=1 replaces minutes=9" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What is known without torch is what is true with it, and what is certain to be refused is refused at once."""
+"""What is known without torch is what is true with it, and what is certain to be refused is refused
+at once.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ from sfumato.storage.run_directory import RunDirectory
 
 
 def test_the_tables_are_those_of_the_recipes_sources_and_keys() -> None:
-    assert {name: (function.__doc__ or "").splitlines()[0] for name, function in RECIPES.items()} == names.SUMMARIES
+    assert {
+        name: (function.__doc__ or "").splitlines()[0] for name, function in RECIPES.items()
+    } == names.SUMMARIES
     assert tuple(BUILT_IN) == names.BUILT_IN
     assert set(names.KEYS) == {field.name for field in fields(Run)}
 
 
-@pytest.mark.parametrize("source", [*RECIPES, *BUILT_IN, "mine.yaml", "hub:owner/name", "s3://bucket/set.tar", "."])
+@pytest.mark.parametrize(
+    "source", [*RECIPES, *BUILT_IN, "mine.yaml", "hub:owner/name", "s3://bucket/set.tar", "."]
+)
 def test_what_may_stand_for_something_is_let_through(source: str) -> None:
     known = names.require(source, ["budget.steps=3", "data.nonsense=1"])  # type: ignore[func-returns-value]
     assert known is None  # nothing was raised; what is inside a key is checked by the schema
@@ -42,7 +48,10 @@ def test_what_stands_for_nothing_is_refused_in_the_words_of_the_recipes() -> Non
     [
         ("bugdet.steps=3", "unknown key `bugdet` (did you mean `budget`?)"),
         ("initial=3", "unknown key `initial`\n"),
-        ("learning_rate=3", "unknown key `learning_rate` (did you mean `optimizer.learning_rate`?)"),
+        (
+            "learning_rate=3",
+            "unknown key `learning_rate` (did you mean `optimizer.learning_rate`?)",
+        ),
         ("steps=3", "unknown key `steps` (did you mean `budget.steps`?)"),
         ("network.chanels=3", "unknown key `network.chanels` (did you mean `network.channels`?)"),
         ("xyzzy=3", "unknown key `xyzzy`\n"),
@@ -78,21 +87,31 @@ def test_answers_that_need_no_model_load_no_torch(arguments: list[str], code: in
     program = (
         f"import sys; from sfumato.cli.main import main; sys.argv[1:] = {arguments}\n"
         "try: main()\nexcept SystemExit as end: sys.exit(end.code)\n"
-        "finally: print('loaded', sorted({'torch', 'numpy', 'scipy', 'sklearn'} & set(sys.modules)))"
+        "finally: print('loaded', sorted({'torch', 'numpy', 'scipy', 'sklearn'} & "
+        "set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == code, done.stderr
     assert done.stdout.endswith("loaded []\n")
 
 
 def test_recipes_are_listed_for_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "sfumato", "recipes", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato", "recipes", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(done.stdout) == names.SUMMARIES
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "config.json"])
 def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> None:
-    (tmp_path / file).write_text(json.dumps({"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0"}))
+    (tmp_path / file).write_text(
+        json.dumps({"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0"})
+    )
     for use in (names.require, resolve, load):
         with pytest.raises(RunError, match=r"diffusers model \(DDPMPipeline\)"):
             use(str(tmp_path))

@@ -1,4 +1,6 @@
-"""What a run is said to take is what it takes: steps exactly, disk at least, and larger runs more."""
+"""What a run is said to take is what it takes: steps exactly, disk at least, and larger runs
+more.
+"""
 
 import io
 import itertools
@@ -21,7 +23,14 @@ from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import prepare
 from sfumato.runs.cost import Prediction, predict, times, trial_trainer
 from sfumato.runs.preparation import network_parameters
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    CheckpointConfig,
+    LogConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
 from sfumato.training.config import Cadence
 
 COUNT = 30
@@ -32,7 +41,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for number in range(COUNT):
         buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(
+            np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        ).save(buffer, "PNG")
         path = folder / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(buffer.getvalue())
@@ -42,8 +53,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
     settings = {
         "name": "tiny",
-        "data": DataConfig(source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(karras=0.12)),
-        "network": UNetConfig(channels=channels, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32),
+        "data": DataConfig(
+            source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(karras=0.12)
+        ),
+        "network": UNetConfig(
+            channels=channels, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+        ),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
         "optimizer": AdamWConfig(warmup_steps=2),
         "batch_size": 8,
@@ -77,7 +92,11 @@ def predicted(run: Run) -> tuple[Prediction, int]:
 def test_the_steps_are_those_that_the_budget_allows(root: Path, budget: Budget) -> None:
     run = tiny(root, budget=budget)
     found, size = predicted(run)
-    taken = next(n for n in range(1, 1000) if budget.spent(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1)
+    taken = next(
+        n
+        for n in range(1, 1000)
+        if budget.spent(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1
+    )
     assert found.steps == taken
     assert found.epochs == pytest.approx(8 * taken / size)
     assert found.seconds == pytest.approx(taken * found.step_s + found.looks_s)
@@ -122,7 +141,9 @@ def test_a_run_takes_the_steps_and_no_more_disk_than_predicted(root: Path, tmp_p
     assert 0.2 * found.disk_gib < size / 2**30 <= found.disk_gib
 
 
-def test_predicting_leaves_nothing_behind(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicting_leaves_nothing_behind(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
@@ -131,19 +152,29 @@ def test_predicting_leaves_nothing_behind(root: Path, tmp_path: Path, monkeypatc
     assert list((tmp_path / "scratch").iterdir()) == list((tmp_path / "here").iterdir()) == []
 
 
-# --- in words ------------------------------------------------------------------------------------------------------------------
+# --- in words -------------------------------------------------------------------------------------
 
 HOUR = Prediction(
-    stage="diffusion model", step_s=0.5, steps=7200, seconds=3600.0, epochs=12.34, memory_gib=1.25, disk_gib=0.125
+    stage="diffusion model",
+    step_s=0.5,
+    steps=7200,
+    seconds=3600.0,
+    epochs=12.34,
+    memory_gib=1.25,
+    disk_gib=0.125,
 )
 
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
     assert HOUR.lines() == [
-        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image is seen 12.3 times",
+        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image is seen "
+        "12.3 times",
         "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
-    assert "1:00:00 in all, 5:00 of it for previews and validation; " in replace(HOUR, looks_s=300.0).lines()[0]
+    assert (
+        "1:00:00 in all, 5:00 of it for previews and validation; "
+        in replace(HOUR, looks_s=300.0).lines()[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,19 +190,33 @@ def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
         (CheckpointConfig(), 3599.0, 1.0, 11),
     ],
 )
-def test_how_often_something_comes_due(cadence: Cadence, seconds: float, cost_s: float, expected: int) -> None:
+def test_how_often_something_comes_due(
+    cadence: Cadence, seconds: float, cost_s: float, expected: int
+) -> None:
     """As often as by going through the training second by second."""
     steps, last_s, found = 100, 0.0, 0
     assert times(cadence, steps, seconds, cost_s) == expected
     for second in range(1, round(10 * seconds)):
         step = second * steps / (10 * seconds)
-        if cadence.due(step=int(step) if step.is_integer() else 1, seconds=second / 10, last_s=last_s, cost_s=cost_s):
+        if cadence.due(
+            step=int(step) if step.is_integer() else 1,
+            seconds=second / 10,
+            last_s=last_s,
+            cost_s=cost_s,
+        ):
             last_s, found = second / 10, found + 1
     assert found == pytest.approx(expected, abs=1)
 
 
-def test_previews_and_validation_take_their_time_from_the_steps(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    often = tiny(root, budget=Budget(minutes=2), preview=PreviewConfig(num=30), validation=ValidationConfig(samples=250))
+def test_previews_and_validation_take_their_time_from_the_steps(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = tiny(
+        root,
+        budget=Budget(minutes=2),
+        preview=PreviewConfig(num=30),
+        validation=ValidationConfig(samples=250),
+    )
     seldom = tiny(root, budget=Budget(minutes=2))
     monkeypatch.setattr("sfumato.training.trainer.Trainer.measure_step", lambda self: 0.05)
     found, few = predicted(often)[0], predicted(seldom)[0]
@@ -193,9 +238,17 @@ def test_a_long_step_is_measured_once(root: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> None:
     own = TrainedAutoencoder(
-        network=KLConfig(channels=(16, 16), latent_channels=2, blocks=1, groups=8), features="random", batch_size=4,
-        precision="float32", budget=Budget(steps=7), validation=ValidationConfig(samples=2), preview=PreviewConfig(num=1),
-    )  # fmt: skip
+        network=KLConfig(channels=(16, 16), latent_channels=2, blocks=1, groups=8),
+        features="random",
+        batch_size=4,
+        precision="float32",
+        budget=Budget(steps=7),
+        validation=ValidationConfig(samples=2),
+        preview=PreviewConfig(num=1),
+    )
     run = tiny(root, autoencoder=own)
     found = predict(prepare(run))
-    assert [(stage.stage, stage.steps) for stage in found] == [("autoencoder", 7), ("diffusion model", 5)]
+    assert [(stage.stage, stage.steps) for stage in found] == [
+        ("autoencoder", 7),
+        ("diffusion model", 5),
+    ]

@@ -28,8 +28,12 @@ def photo(width: int = 64, height: int = 64, *, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def listing(count: int, *, image: bytes | None = None, categories: int = 0, captions: float = 0.0) -> Listing:
-    """`count` images, dealt out to the categories in turn, the first share of them with a caption."""
+def listing(
+    count: int, *, image: bytes | None = None, categories: int = 0, captions: float = 0.0
+) -> Listing:
+    """`count` images, dealt out to the categories in turn, the first share of them with a
+    caption.
+    """
     blob = Inline(photo() if image is None else image)
     return Listing(
         entries=[
@@ -66,7 +70,7 @@ def said(choice: Choice) -> str:
     return "\n".join(choice.reasons)
 
 
-# --- how large -----------------------------------------------------------------------------------------------------------------
+# --- how large ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "gpu"), [(10, 96), (2_000, 96), (5_000, 128), (100_000, 128)])
@@ -84,7 +88,9 @@ def test_larger_sets_and_machines_get_larger_networks(
 
 
 def test_the_reason_names_the_machine(place: str, machine: str) -> None:
-    assert ("Imagined 9000" if machine == "gpu" else "CPU cores") in choose(place, listing(10)).reasons[0]
+    assert ("Imagined 9000" if machine == "gpu" else "CPU cores") in choose(
+        place, listing(10)
+    ).reasons[0]
 
 
 @pytest.mark.parametrize("count", [10, 1_000, 4_999])
@@ -104,7 +110,8 @@ def test_large_sets_are_not(place: str, machine: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "cpu", "gpu"), [(5, 8, 8), (8, 8, 8), (15, 8, 8), (31, 24, 24), (32, 32, 32), (64, 32, 64), (900, 32, 64)]
+    ("side", "cpu", "gpu"),
+    [(5, 8, 8), (8, 8, 8), (15, 8, 8), (31, 24, 24), (32, 32, 32), (64, 32, 64), (900, 32, 64)],
 )
 def test_the_resolution_is_the_images_up_to_what_the_machine_trains(
     place: str, side: int, cpu: int, gpu: int, monkeypatch: pytest.MonkeyPatch
@@ -115,36 +122,56 @@ def test_the_resolution_is_the_images_up_to_what_the_machine_trains(
         assert choice.run.data.resolution == resolution
         assert f"{resolution} px" in said(choice)
         assert f"shorter sides are {side} px" in said(choice)
-        why = "what this machine trains in reasonable time" if side > resolution and side > 64 else ""
+        why = (
+            "what this machine trains in reasonable time" if side > resolution and side > 64 else ""
+        )
         assert why in said(choice)
 
 
 @pytest.mark.parametrize(
-    ("resolution", "factor"), [(64, 1), (95, 1), (96, 8), (97, 1), (98, 1), (100, 4), (128, 8), (200, 8), (256, 8), (512, 8)]
+    ("resolution", "factor"),
+    [(64, 1), (95, 1), (96, 8), (97, 1), (98, 1), (100, 4), (128, 8), (200, 8), (256, 8), (512, 8)],
 )
-def test_large_images_are_diffused_in_latents(place: str, machine: str, resolution: int, factor: int) -> None:
+def test_large_images_are_diffused_in_latents(
+    place: str, machine: str, resolution: int, factor: int
+) -> None:
     choice = choose(place, listing(10, categories=2), resolution=resolution)
     run = choice.run
     assert run.data.resolution == resolution
     assert run.autoencoder.layout(3, None).factor == factor
     assert ("of an autoencoder of its own" in said(choice)) == (factor > 1)
     channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
-    facts = ConditioningInfo(channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor)
+    facts = ConditioningInfo(
+        channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor
+    )
     with torch.device("meta"):
         model = build_model(run, facts)
         shape = (2, channels, side, side)
-        assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
+        assert (
+            model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape
+            == shape
+        )
 
 
 @pytest.mark.parametrize(
     ("side", "factor"),
-    [(16, 1.0), (32, 1.0), (64, (3 * 64 * 64 / 4096) ** 0.5), (128, 1.0), (256, (16 * 32 * 32 / 4096) ** 0.5)],
+    [
+        (16, 1.0),
+        (32, 1.0),
+        (64, (3 * 64 * 64 / 4096) ** 0.5),
+        (128, 1.0),
+        (256, (16 * 32 * 32 / 4096) ** 0.5),
+    ],
 )
 def test_many_values_are_given_more_noise(place: str, side: int, factor: float) -> None:
     """Of pixels, or of latents; in training and in sampling alike."""
     choice = choose(place, listing(60, image=photo(side, side)), resolution=side)
     t = torch.tensor([0.3], dtype=torch.float64)
-    plain, trained, sampled = Linear()(t), choice.run.objective.schedule(t), choice.run.sampling.schedule(t)
+    plain, trained, sampled = (
+        Linear()(t),
+        choice.run.objective.schedule(t),
+        choice.run.sampling.schedule(t),
+    )
     middle = Warped(schedule=Linear(), warp=LogitNormal())(t)
     for found, unshifted in ((sampled, plain), (trained, middle)):
         moved = (unshifted.logsnr() - found.logsnr()) / 2
@@ -166,11 +193,15 @@ def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path
     settings = resolve(str(small), ["data.resolution=128"])
     assert settings.autoencoder.layout(3, None).factor == 8
     assert resolve(str(small), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
-    (tmp_path / "mine.yaml").write_text(f"recipe: {small}\ndata: {{resolution: 128}}\nbatch_size: 5\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"recipe: {small}\ndata: {{resolution: 128}}\nbatch_size: 5\n"
+    )
     written = resolve(tmp_path / "mine.yaml")
     assert replace(written, batch_size=settings.batch_size) == settings
     asked = resolve(tmp_path / "mine.yaml", ["data.resolution=64"])
-    assert replace(asked, batch_size=settings.batch_size) == resolve(str(small), ["data.resolution=64"])
+    assert replace(asked, batch_size=settings.batch_size) == resolve(
+        str(small), ["data.resolution=64"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +209,11 @@ def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path
     [
         (["autoencoder.kind=pixels"], 1, 3 * 128 * 128),
         (["autoencoder.network.latent_channels=4"], 8, 4 * 16 * 16),
-        (["autoencoder.network.channels=[16,32,64]", "autoencoder.network.latent_channels=16"], 4, 16 * 32 * 32),
+        (
+            ["autoencoder.network.channels=[16,32,64]", "autoencoder.network.latent_channels=16"],
+            4,
+            16 * 32 * 32,
+        ),
     ],
 )
 def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
@@ -193,8 +228,12 @@ def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
 
 
 @pytest.mark.parametrize("name", ["digits", "solids"])
-def test_built_in_sets_are_trained_on_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the recipe of that name, or by what is chosen for them; a few solids stand for all, which take minutes to render."""
+def test_built_in_sets_are_trained_on_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the recipe of that name, or by what is chosen for them; a few solids stand for all, which
+    take minutes to render.
+    """
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     render = solids._write
     monkeypatch.setattr(solids, "_write", lambda file, count, size: render(file, count=60, size=8))
@@ -212,29 +251,42 @@ def test_a_network_is_built_that_fits_the_resolution(place: str, machine: str, s
         model = build_model(
             run,
             ConditioningInfo(
-                channels=run.data.channels, categories=("a", "b"), words=("a",), augmentation=run.data.augment.labels
+                channels=run.data.channels,
+                categories=("a", "b"),
+                words=("a",),
+                augmentation=run.data.augment.labels,
             ),
         )
-        assert model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape == shape
+        assert (
+            model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape
+            == shape
+        )
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("1", 1), ("LA", 1), ("RGBA", 3), ("P", 3), ("I;16", 1)])
+@pytest.mark.parametrize(
+    ("mode", "channels"),
+    [("RGB", 3), ("L", 1), ("1", 1), ("LA", 1), ("RGBA", 3), ("P", 3), ("I;16", 1)],
+)
 def test_gray_sets_have_one_channel(place: str, mode: str, channels: int) -> None:
     image = photo(mode=mode) if mode != "I;16" else sixteen_bits()
     choice = choose(place, listing(4, image=image))
     assert choice.run.data.channels == channels
-    assert f"{channels} channel(s): {'all images looked at are gray' if channels == 1 else 'the images are in colour'}" in said(
-        choice
+    assert (
+        f"{channels} channel(s): "
+        f"{'all images looked at are gray' if channels == 1 else 'the images are in colour'}"
+        in said(choice)
     )
 
 
 def sixteen_bits() -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (40, 40), dtype=np.uint16)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (40, 40), dtype=np.uint16)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
-# --- what it is steered by -----------------------------------------------------------------------------------------------------
+# --- what it is steered by ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [10, 1_000, 100_000])
@@ -250,25 +302,32 @@ def test_with_categories_it_is_steered_by_them(place: str, count: int, categorie
     choice = choose(place, listing(count, categories=categories))
     assert choice.run.conditioner is not None
     assert choice.run.sampling.guidance > 1
-    assert f"steered by {categories} categories, from {count // categories} to {count // categories} images each" in said(
-        choice
+    assert (
+        f"steered by {categories} categories, from {count // categories} to "
+        f"{count // categories} images each" in said(choice)
     )
 
 
 @pytest.mark.parametrize(("count", "categories"), [(10, 3), (100_000, 1_001), (10, 1)])
-def test_too_many_categories_or_a_single_one_are_left_aside(place: str, count: int, categories: int) -> None:
+def test_too_many_categories_or_a_single_one_are_left_aside(
+    place: str, count: int, categories: int
+) -> None:
     choice = choose(place, listing(count, categories=categories))
     assert choice.run.conditioner.names == ()
     assert ("too many" if categories > 1 else "no categories") in said(choice)
 
 
 def test_captions_are_mentioned_whether_they_are_read_or_not(place: str) -> None:
-    assert "90% of the images (9 of 10) have captions: steered by text" in said(choose(place, listing(10, captions=0.9)))
-    assert "10% of the images (1 of 10) have captions: the text is not used" in said(choose(place, listing(10, captions=0.1)))
+    assert "90% of the images (9 of 10) have captions: steered by text" in said(
+        choose(place, listing(10, captions=0.9))
+    )
+    assert "10% of the images (1 of 10) have captions: the text is not used" in said(
+        choose(place, listing(10, captions=0.1))
+    )
     assert "captions" not in said(choose(place, listing(10)))
 
 
-# --- odd sources ---------------------------------------------------------------------------------------------------------------
+# --- odd sources ----------------------------------------------------------------------------------
 
 
 def test_images_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
@@ -304,7 +363,7 @@ def test_the_run_is_called_after_the_folder(place: str) -> None:
     assert choose(place).run.data.source == Folder(place)
 
 
-# --- overrides -----------------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

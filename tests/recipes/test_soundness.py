@@ -1,4 +1,6 @@
-"""What only the parts of a run together can answer is refused with its configuration: no data are read for it."""
+"""What only the parts of a run together can answer is refused with its configuration: no data are
+read for it.
+"""
 
 import re
 
@@ -37,7 +39,9 @@ def refusal(*overrides: str) -> ConfigError:
 
 
 def walked(denoiser: DenoiserConfig, sampling: SamplingConfig) -> bool:
-    """Whether a network of zeros comes to finite samples in all steps: what `require_sampled` foresees from a few."""
+    """Whether a network of zeros comes to finite samples in all steps: what `require_sampled`
+    foresees from a few.
+    """
     network = NetworkDenoiser(
         network=lambda x, noise_input, condition: torch.zeros_like(x),
         parameterization=denoiser.parameterization,
@@ -53,7 +57,9 @@ def walked(denoiser: DenoiserConfig, sampling: SamplingConfig) -> bool:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "heun", "multistep3", "unipc"])
 @pytest.mark.parametrize("parameterization", [Epsilon(), Sample(), Flow(), Velocity()])
-def test_a_configuration_is_refused_exactly_if_its_samples_fail(sampler: str, parameterization) -> None:
+def test_a_configuration_is_refused_exactly_if_its_samples_fail(
+    sampler: str, parameterization
+) -> None:
     for schedule in (Linear(), Cosine(), LinearBetas(), Karras(), UniformLogSNR(), Geometric()):
         denoiser = DenoiserConfig(parameterization=parameterization)
         sampling = SamplingConfig(sampler=SAMPLERS[sampler], schedule=schedule, steps=STEPS)
@@ -89,10 +95,18 @@ def test_the_schedule_that_a_network_is_trained_on_is_offered_first() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_the_share_of_levels() -> None:
-    error = refusal("denoiser.parameterization=Sample", "objective.schedule={kind: geometric, ratio: 0.5}")
+    error = refusal(
+        "denoiser.parameterization=Sample", "objective.schedule={kind: geometric, ratio: 0.5}"
+    )
     assert error.where == "objective.schedule"
-    assert re.search(r"not finite at \d+\.\d+% of the noise levels of Geometric, such as alpha = 1, sigma = ", error.what)
-    resolve("digits", ["denoiser.parameterization=Flow", "objective.schedule={kind: geometric, ratio: 0.5}"])
+    assert re.search(
+        r"not finite at \d+\.\d+% of the noise levels of Geometric, such as alpha = 1, sigma = ",
+        error.what,
+    )
+    resolve(
+        "digits",
+        ["denoiser.parameterization=Flow", "objective.schedule={kind: geometric, ratio: 0.5}"],
+    )
 
 
 def test_guidance_away_from_what_training_never_sees_is_refused() -> None:

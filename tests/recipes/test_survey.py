@@ -1,4 +1,6 @@
-"""Every reason that a preset gives for its images is true of the files, whatever their container and depth."""
+"""Every reason that a preset gives for its images is true of the files, whatever their container
+and depth.
+"""
 
 import io
 import re
@@ -61,7 +63,11 @@ def encoded(kind: str, suffix: str, seed: int) -> bytes:
         extra = {"extrasamples": ["unassalpha"]} if array.shape[2] == 4 else {}
         photometric = "rgb" if rgb else "minisblack"
         tifffile.imwrite(
-            buffer, squeezed, photometric=photometric, planarconfig="contig" if squeezed.ndim == 3 else None, **extra
+            buffer,
+            squeezed,
+            photometric=photometric,
+            planarconfig="contig" if squeezed.ndim == 3 else None,
+            **extra,
         )
     else:
         Image.fromarray(squeezed).save(buffer, "JPEG" if suffix == "jpg" else "PNG")
@@ -73,7 +79,11 @@ def written(root: Path, container: str, kind: str, count: int = COUNT) -> str:
     if container == "npz":
         np.savez(root / "set.npz", images=np.stack([values(kind, seed) for seed in range(count)]))
         return str(root / "set.npz")
-    files = {f"{seed}.png": encoded(kind, "png", seed) for seed in range(count)} if container in ("zip", "parquet") else {}
+    files = (
+        {f"{seed}.png": encoded(kind, "png", seed) for seed in range(count)}
+        if container in ("zip", "parquet")
+        else {}
+    )
     if container == "zip":
         with zipfile.ZipFile(root / "set.zip", "w") as archive:
             for name, data in files.items():
@@ -92,8 +102,13 @@ def line(choice: Choice, word: str) -> str:
     return next((reason for reason in choice.reasons if word in reason), "")
 
 
-@pytest.mark.parametrize(("container", "kind"), [(container, kind) for container, kinds in FITS.items() for kind in kinds])
-def test_the_preset_fits_the_files_and_its_reasons_are_true_of_them(container: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("container", "kind"),
+    [(container, kind) for container, kinds in FITS.items() for kind in kinds],
+)
+def test_the_preset_fits_the_files_and_its_reasons_are_true_of_them(
+    container: str, kind: str, tmp_path: Path
+) -> None:
     bands, dtype, _, channels, bits = KINDS[kind]
     choice = choose(written(tmp_path, container, kind))
     data = choice.run.data
@@ -105,7 +120,9 @@ def test_the_preset_fits_the_files_and_its_reasons_are_true_of_them(container: s
     assert ("in colour" in said) == (channels in (3, 4))
     assert ("transparent" in said) == (channels in (2, 4))
     assert (f"have {bands} channels" in said) == (channels > 4)
-    assert ("100% of the images looked at have more than 8" in line(choice, "bits a value")) == (dtype != np.uint8)
+    assert ("100% of the images looked at have more than 8" in line(choice, "bits a value")) == (
+        dtype != np.uint8
+    )
 
 
 def test_what_training_refuses_does_not_sway_the_choice(tmp_path: Path) -> None:
@@ -122,7 +139,10 @@ def test_what_training_refuses_does_not_sway_the_choice(tmp_path: Path) -> None:
 def test_a_few_transparent_images_are_laid_on_the_background_and_said(tmp_path: Path) -> None:
     written(tmp_path, "png", "colour")
     said = line(choose(written(tmp_path, "png", "clear", count=4)), "channel(s)")
-    assert said == "3 channel(s): the images are in colour; 25% are transparent somewhere and laid on data.background"
+    assert (
+        said == "3 channel(s): the images are in colour; 25% are transparent somewhere and laid on "
+        "data.background"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("channels", 3), ("bits", 8), ("resolution", 16)])
@@ -140,7 +160,11 @@ def test_frames_that_are_taken_count(tmp_path: Path) -> None:
     for seed in range(3):
         stack = np.stack([values("deep gray", 10 * seed + page)[..., 0] for page in range(4)])
         tifffile.imwrite(tmp_path / "set" / f"{seed}.tif", stack, photometric="minisblack")
-    assert resolved(str(tmp_path / "set"), ["data.frames=all"]).reasons[0].startswith("chosen: 12 images")
+    assert (
+        resolved(str(tmp_path / "set"), ["data.frames=all"])
+        .reasons[0]
+        .startswith("chosen: 12 images")
+    )
     assert resolved(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 images")
 
 

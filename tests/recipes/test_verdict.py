@@ -1,4 +1,6 @@
-"""The verdict of a dry run: what speaks against a plan, and what to change; nothing where nothing does."""
+"""The verdict of a dry run: what speaks against a plan, and what to change; nothing where nothing
+does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato.runs.budget_check import AUTOENCODER_STEPS, ENOUGH, MANY_VIEWS, TOO_FEW, Machine, findings
+from sfumato.runs.budget_check import (
+    AUTOENCODER_STEPS,
+    ENOUGH,
+    MANY_VIEWS,
+    TOO_FEW,
+    Machine,
+    findings,
+)
 from sfumato.runs.cost import Prediction
 
 ROOMY = Machine(memory_gib=16.0, disk_gib=100.0)
@@ -20,7 +29,13 @@ GOOD = Prediction(
     disk_gib=0.125,
     images=460_800,
 )
-OWN = replace(GOOD, stage="autoencoder", steps=AUTOENCODER_STEPS, seconds=1200.0, images=16 * AUTOENCODER_STEPS)
+OWN = replace(
+    GOOD,
+    stage="autoencoder",
+    steps=AUTOENCODER_STEPS,
+    seconds=1200.0,
+    images=16 * AUTOENCODER_STEPS,
+)
 
 
 def said(*stages: Prediction, images: int = 10_000, machine: Machine = ROOMY) -> list[str]:
@@ -46,14 +61,20 @@ def test_an_autoencoder_of_107_steps_is_too_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "images", "warned"), [(MANY_VIEWS + 1.0, 4999, True), (MANY_VIEWS - 1.0, 100, False), (900.0, 5000, False)]
+    ("epochs", "images", "warned"),
+    [(MANY_VIEWS + 1.0, 4999, True), (MANY_VIEWS - 1.0, 100, False), (900.0, 5000, False)],
 )
 def test_many_views_of_few_images_are_warned_of(epochs: float, images: int, warned: bool) -> None:
-    assert any("memorized" in line for line in said(replace(GOOD, epochs=epochs), images=images)) == warned
+    assert (
+        any("memorized" in line for line in said(replace(GOOD, epochs=epochs), images=images))
+        == warned
+    )
 
 
 def test_what_does_not_fit_the_machine_comes_first() -> None:
-    lines = said(replace(GOOD, epochs=999.0), images=10, machine=Machine(memory_gib=1.0, disk_gib=0.1))
+    lines = said(
+        replace(GOOD, epochs=999.0), images=10, machine=Machine(memory_gib=1.0, disk_gib=0.1)
+    )
     assert "1.2 GiB of memory are needed, and this machine has 1.0 GiB" in lines[0]
     assert "0.12 GiB of disk are needed, and 0.10 GiB are free" in lines[1]
     assert "views of each image" in lines[2]

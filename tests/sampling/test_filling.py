@@ -1,4 +1,6 @@
-"""How well samplers fill a hole: a Gaussian of two correlated numbers, one known; the mean and deviation of the other are exact."""
+"""How well samplers fill a hole: a Gaussian of two correlated numbers, one known; the mean and
+deviation of the other are exact.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ COVARIANCE = torch.tensor([[1, RHO], [RHO, 1]], dtype=torch.float64)
 def oracle(x: Tensor, level: NoiseLevel, condition: object = None) -> Denoised:
     alpha, sigma = float(level.alpha), float(level.sigma)
     noisy = alpha**2 * COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64)
-    return Sample().solve((x.flatten(1) @ (alpha * COVARIANCE @ torch.linalg.inv(noisy)).T).view_as(x), x, level)
+    return Sample().solve(
+        (x.flatten(1) @ (alpha * COVARIANCE @ torch.linalg.inv(noisy)).T).view_as(x), x, level
+    )
 
 
 def filled(sampler: object, steps: int = 25) -> tuple[float, float]:
@@ -42,7 +46,9 @@ def filled(sampler: object, steps: int = 25) -> tuple[float, float]:
     x = noise(torch.empty(COUNT, 1, 1, 2, dtype=torch.float64))
     y = sample(sampler, denoiser, x, grid(Linear(), steps), noise=noise)
     assert float((y[..., 0] - VALUE).abs().max()) < 1e-9
-    return abs(float(y[..., 1].mean()) - RHO * VALUE), abs(float(y[..., 1].std()) - math.sqrt(1 - RHO**2))
+    return abs(float(y[..., 1].mean()) - RHO * VALUE), abs(
+        float(y[..., 1].std()) - math.sqrt(1 - RHO**2)
+    )
 
 
 def test_the_samplers_of_holes_follow_what_is_known_more_closely_than_the_default() -> None:
@@ -61,19 +67,28 @@ def test_which_sampler_fills() -> None:
     assert chosen_sampler(None, usual) == usual
     assert chosen_sampler(None, usual, filling=True) == SAMPLERS[FILLING]
     assert chosen_sampler("heun", usual, filling=True) == SAMPLERS["heun"]
-    assert chosen_sampler(None, usual, filling=True, resample=3) == Resampled(SAMPLERS[RESAMPLING], times=3)
-    assert chosen_sampler("churn", usual, filling=True, resample=3) == Resampled(SAMPLERS["churn"], times=3)
+    assert chosen_sampler(None, usual, filling=True, resample=3) == Resampled(
+        SAMPLERS[RESAMPLING], times=3
+    )
+    assert chosen_sampler("churn", usual, filling=True, resample=3) == Resampled(
+        SAMPLERS["churn"], times=3
+    )
 
 
-@pytest.mark.parametrize("name", ["heun", "churn"])  # ddpm itself is a little too narrow in 30 steps
+@pytest.mark.parametrize(
+    "name", ["heun", "churn"]
+)  # ddpm itself is a little too narrow in 30 steps
 def test_once_is_the_sampler_itself_and_more_keeps_the_distribution(name: str) -> None:
     levels = grid(Linear(), 30)
     x = KeyedNoise(1)(torch.empty(COUNT, 1, 1, 2, dtype=torch.float64))
     once, plain = (
-        sample(s, oracle, x, levels, noise=KeyedNoise(2)) for s in (Resampled(SAMPLERS[name], times=1), SAMPLERS[name])
+        sample(s, oracle, x, levels, noise=KeyedNoise(2))
+        for s in (Resampled(SAMPLERS[name], times=1), SAMPLERS[name])
     )
     assert torch.equal(once, plain)
-    thrice = sample(Resampled(SAMPLERS[name], times=3), oracle, x, levels, noise=KeyedNoise(2)).flatten(1)
+    thrice = sample(
+        Resampled(SAMPLERS[name], times=3), oracle, x, levels, noise=KeyedNoise(2)
+    ).flatten(1)
     assert float((torch.cov(thrice.T) - COVARIANCE).abs().max()) < 0.08
 
 

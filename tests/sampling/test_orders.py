@@ -1,4 +1,6 @@
-"""Invariant 3: every sampler's measured order is the one that it declares, on two exact denoisers."""
+"""Invariant 3: every sampler's measured order is the one that it declares, on two exact
+denoisers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import pytest
 import torch
 
 from sfumato.diffusion import Epsilon, Flow, NoiseLevel, Sample, UniformLogSNR, Velocity
-from sfumato.sampling import DDIM, SAMPLERS, Churn, DPMSolverPP2M, KeyedNoise, Multistep, RungeKutta, UniPC
+from sfumato.sampling import (
+    DDIM,
+    SAMPLERS,
+    Churn,
+    DPMSolverPP2M,
+    KeyedNoise,
+    Multistep,
+    RungeKutta,
+    UniPC,
+)
 from tests.oracles.exact import ORACLES
 
 SCHEDULE = UniformLogSNR(logsnr_min=-3.0, logsnr_max=5.0)
@@ -20,15 +31,32 @@ DETERMINISTIC = {
     "DDIM": DDIM(),
     "DPM-Solver++(2M)": DPMSolverPP2M(),
     **{f"UniPC{k}": UniPC(k) for k in (2, 3, 4)},
-    **{f"{m}/{p}": RungeKutta(m, parameterization=p) for m in ("euler", "midpoint", "heun", "rk4") for p in PARAMETERIZATIONS},
-    **{f"AB{k}/{p}": Multistep(k, parameterization=p, exponential=False) for k in (2, 3, 4) for p in PARAMETERIZATIONS},
-    **{f"exp{k}/{p}": Multistep(k, parameterization=p) for k in (2, 3, 4) for p in (Epsilon(), Sample())},
-    **{f"churn/{m}": Churn(RungeKutta(m, parameterization=Epsilon()), gamma=0.0) for m in ("heun", "rk4")},
+    **{
+        f"{m}/{p}": RungeKutta(m, parameterization=p)
+        for m in ("euler", "midpoint", "heun", "rk4")
+        for p in PARAMETERIZATIONS
+    },
+    **{
+        f"AB{k}/{p}": Multistep(k, parameterization=p, exponential=False)
+        for k in (2, 3, 4)
+        for p in PARAMETERIZATIONS
+    },
+    **{
+        f"exp{k}/{p}": Multistep(k, parameterization=p)
+        for k in (2, 3, 4)
+        for p in (Epsilon(), Sample())
+    },
+    **{
+        f"churn/{m}": Churn(RungeKutta(m, parameterization=Epsilon()), gamma=0.0)
+        for m in ("heun", "rk4")
+    },
 }
 
 
 def error(sampler, oracle, steps: int, warm: bool = True) -> float:
-    """RMS error at the end. A warm start walks the first steps along the exact solution, so that the history is exact."""
+    """RMS error at the end. A warm start walks the first steps along the exact solution, so that
+    the history is exact.
+    """
     levels = SCHEDULE(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     pairs = list(levels.steps())
     start = levels.at(0)
@@ -38,7 +66,8 @@ def error(sampler, oracle, steps: int, warm: bool = True) -> float:
         before, x = x, sampler.step(oracle, x, a, b, history, KeyedNoise(0))
         if warm and number < 3:
             x = oracle.flow(first, start, b)
-            if isinstance(sampler, UniPC):  # its history holds states too, which it has corrected with too few points yet
+            # its history holds states too, which it has corrected with too few points yet
+            if isinstance(sampler, UniPC):
                 history[0] = history[0]._replace(y=before / a.sigma)
     return float((x - oracle.flow(first, start, levels.at(-1))).square().mean().sqrt())
 
@@ -48,8 +77,10 @@ def measured_order(sampler, oracle, steps=(200, 400), warm: bool = True) -> floa
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-# On Gaussian data the exact solution is sqrt(c^2 + v) up to constants, and the leading error of the midpoint rule in a
-# projective coordinate, g''/8 + g'g/4 - y'''/6 with g = c/(c^2 + v), vanishes identically: one order more than declared.
+# On Gaussian data the exact solution is sqrt(c^2 + v) up to constants, and the leading error of the
+# midpoint rule in a
+# projective coordinate, g''/8 + g'g/4 - y'''/6 with g = c/(c^2 + v), vanishes identically: one
+# order more than declared.
 SUPERCONVERGENT = {(f"midpoint/{p}", "gaussian"): 3 for p in (Epsilon(), Sample(), Flow())}
 
 
@@ -103,13 +134,23 @@ def test_negative_control_a_wrong_rule_measures_another_order(sampler, wrong: fl
 
 
 def test_steps_of_per_sample_levels_equal_scalar_ones() -> None:
-    start, stop = SCHEDULE(torch.tensor(0.6, dtype=torch.float64)), SCHEDULE(torch.tensor(0.5, dtype=torch.float64))
+    start, stop = (
+        SCHEDULE(torch.tensor(0.6, dtype=torch.float64)),
+        SCHEDULE(torch.tensor(0.5, dtype=torch.float64)),
+    )
     before = SCHEDULE(torch.tensor(0.7, dtype=torch.float64))
     for name, sampler in DETERMINISTIC.items():
         results = []
         for shape in ((), (24,)):
-            levels = [NoiseLevel(v.alpha.expand(shape), v.sigma.expand(shape)) for v in (before, start, stop)]
+            levels = [
+                NoiseLevel(v.alpha.expand(shape), v.sigma.expand(shape))
+                for v in (before, start, stop)
+            ]
             history: deque = deque(maxlen=4)
-            x = sampler.step(ORACLES["mixture"], QUANTILES, levels[0], levels[1], history, KeyedNoise(0))
-            results.append(sampler.step(ORACLES["mixture"], x, levels[1], levels[2], history, KeyedNoise(0)))
+            x = sampler.step(
+                ORACLES["mixture"], QUANTILES, levels[0], levels[1], history, KeyedNoise(0)
+            )
+            results.append(
+                sampler.step(ORACLES["mixture"], x, levels[1], levels[2], history, KeyedNoise(0))
+            )
         torch.testing.assert_close(results[0], results[1], msg=name)

@@ -35,7 +35,9 @@ def test_ddim_is_equation_12_with_16(eta: float) -> None:
 
 
 def unipc(p: int, levels: NoiseLevel, x: torch.Tensor) -> torch.Tensor:
-    """UniPC-p (Zhao et al. 2023, algorithms 1 and 2; data prediction, B(h) = e^h - 1), every linear system solved."""
+    """UniPC-p (Zhao et al. 2023, algorithms 1 and 2; data prediction, B(h) = e^h - 1), every linear
+    system solved.
+    """
     alpha, sigma = levels
     logs, kept, came_from = torch.log(alpha / sigma), [], None
 
@@ -46,7 +48,11 @@ def unipc(p: int, levels: NoiseLevel, x: torch.Tensor) -> torch.Tensor:
             factorial *= i + 1
             phi = phi / -h - 1 / factorial
         return (
-            np.linalg.solve(np.array([[r**k for r in rks] for k in range(len(rks))]), np.array(right)) if rks else np.zeros(0)
+            np.linalg.solve(
+                np.array([[r**k for r in rks] for k in range(len(rks))]), np.array(right)
+            )
+            if rks
+            else np.zeros(0)
         )
 
     def move(x, i, newest=None):
@@ -58,7 +64,10 @@ def unipc(p: int, levels: NoiseLevel, x: torch.Tensor) -> torch.Tensor:
         slopes = [(m - m0) / r for (_, m), r in zip(earlier, rks, strict=True)]
         if newest is not None:
             rks, slopes = [*rks, 1.0], [*slopes, newest - m0]
-        total = sum((rho * s for rho, s in zip(system(rks, h), slopes, strict=True)), start=torch.zeros_like(x))
+        total = sum(
+            (rho * s for rho, s in zip(system(rks, h), slopes, strict=True)),
+            start=torch.zeros_like(x),
+        )
         return sigma[i] / sigma[j0] * x - alpha[i] * math.expm1(-h) * (m0 + total)
 
     for i in range(len(alpha) - 1):
@@ -75,12 +84,19 @@ def unipc(p: int, levels: NoiseLevel, x: torch.Tensor) -> torch.Tensor:
 def test_unipc_is_the_published_algorithm(p: int, grid: str) -> None:
     levels = GRIDS[grid]
     x = X * torch.hypot(*levels.at(0))
-    torch.testing.assert_close(sample(UniPC(p + 1), Mixture(), x, levels), unipc(p, levels, x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        sample(UniPC(p + 1), Mixture(), x, levels), unipc(p, levels, x), rtol=1e-8, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_adams_bashforth_on_even_sigmas_has_the_textbook_weights(order: int) -> None:
-    weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+    weights = {
+        1: (1,),
+        2: (3 / 2, -1 / 2),
+        3: (23 / 12, -16 / 12, 5 / 12),
+        4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+    }
     sigmas = torch.linspace(4, 0.2, 20, dtype=torch.float64)
     levels = NoiseLevel(torch.ones_like(sigmas), sigmas)
     sampler = Multistep(order, parameterization=Epsilon(), exponential=False)
@@ -88,5 +104,7 @@ def test_adams_bashforth_on_even_sigmas_has_the_textbook_weights(order: int) -> 
     for start, stop in levels.steps():
         slopes.insert(0, Mixture()(x, start).eps)
         used = weights[min(order, len(slopes))]
-        x = x + (stop.sigma - start.sigma) * sum(w * slope for w, slope in zip(used, slopes, strict=False))
+        x = x + (stop.sigma - start.sigma) * sum(
+            w * slope for w, slope in zip(used, slopes, strict=False)
+        )
     torch.testing.assert_close(sample(sampler, Mixture(), 4 * X, levels), x)

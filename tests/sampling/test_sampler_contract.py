@@ -1,4 +1,6 @@
-"""What every sampler and the driver owe their callers: rescaled paths, dtypes, memory, conditions, noise."""
+"""What every sampler and the driver owe their callers: rescaled paths, dtypes, memory, conditions,
+noise.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ import torch
 from sfumato.condition import Condition
 from sfumato.diffusion import Epsilon, Flow, Karras, Linear, NoiseLevel, Sample, Velocity
 from sfumato.errors import ScheduleError
-from sfumato.sampling import DDIM, SAMPLERS, Churn, DPMSolverPP2M, KeyedNoise, Multistep, RungeKutta, UniPC, grid, sample
+from sfumato.sampling import (
+    DDIM,
+    SAMPLERS,
+    Churn,
+    DPMSolverPP2M,
+    KeyedNoise,
+    Multistep,
+    RungeKutta,
+    UniPC,
+    grid,
+    sample,
+)
 from tests.oracles.exact import Gaussian, Mixture
 
 X = torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)
@@ -20,7 +33,11 @@ ALL = {
     **SAMPLERS,
     "half-ddim": DDIM(0.5),
     "bounded churn": Churn(DDIM(), gamma=0.2, low=0.5, high=3.0, inflation=1.1),
-    **{f"{m}/{p}": RungeKutta(m, parameterization=p) for m in ("midpoint", "heun", "rk4") for p in PARAMETERIZATIONS},
+    **{
+        f"{m}/{p}": RungeKutta(m, parameterization=p)
+        for m in ("midpoint", "heun", "rk4")
+        for p in PARAMETERIZATIONS
+    },
     **{f"AB3/{p}": Multistep(3, parameterization=p, exponential=False) for p in PARAMETERIZATIONS},
     "exp3/Epsilon": Multistep(3, parameterization=Epsilon()),
     **{f"UniPC{k}": UniPC(k) for k in (2, 3, 4)},
@@ -44,7 +61,10 @@ def test_the_path_does_not_matter_only_its_logsnr(name: str) -> None:
 def test_dtype_and_shape_of_x_are_kept(name: str) -> None:
     levels = Linear()(torch.linspace(0.9, 0.1, 7, dtype=torch.float64))
     x = X.view(3, 1, 1, 3)
-    exact, single = (sample(ALL[name], Mixture(), x.to(dtype), levels) for dtype in (torch.float64, torch.float32))
+    exact, single = (
+        sample(ALL[name], Mixture(), x.to(dtype), levels)
+        for dtype in (torch.float64, torch.float32)
+    )
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=1e-4)
 
@@ -59,7 +79,11 @@ def test_images_do_not_see_one_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_driver_remembers_as_much_as_any_sampler_uses(name: str) -> None:
-    levels, noise, history = Linear()(torch.linspace(0.9, 0.1, 12, dtype=torch.float64)), KeyedNoise(0), deque()
+    levels, noise, history = (
+        Linear()(torch.linspace(0.9, 0.1, 12, dtype=torch.float64)),
+        KeyedNoise(0),
+        deque(),
+    )
     x = X
     for start, stop in levels.steps():
         x = ALL[name].step(Mixture(), x, start, stop, history, noise)
@@ -116,7 +140,10 @@ def test_keyed_noise_draws_afresh_each_time_in_the_dtype_of_x() -> None:
 
 def test_unasked_noise_is_that_of_seed_zero() -> None:
     levels = Linear()(torch.linspace(0.9, 0.1, 5, dtype=torch.float64))
-    unasked, zero, one = (sample(DDIM(1.0), Mixture(), X, levels, noise=n) for n in (None, KeyedNoise(0), KeyedNoise(1)))
+    unasked, zero, one = (
+        sample(DDIM(1.0), Mixture(), X, levels, noise=n)
+        for n in (None, KeyedNoise(0), KeyedNoise(1))
+    )
     assert torch.equal(unasked, zero)
     assert not torch.equal(unasked, one)
 
@@ -124,7 +151,10 @@ def test_unasked_noise_is_that_of_seed_zero() -> None:
 def test_churn_adds_noise_only_within_its_bounds_on_sigma_over_alpha() -> None:
     sampler, asked = Churn(DDIM(), gamma=0.3, low=0.5, high=2.0, inflation=1.5), torch.ones_like(X)
     for ratio, within in ((0.4, False), (0.6, True), (1.9, True), (2.1, False)):
-        start, stop = (NoiseLevel(torch.tensor(0.3).double(), torch.tensor(0.3 * r).double()) for r in (ratio, ratio / 2))
+        start, stop = (
+            NoiseLevel(torch.tensor(0.3).double(), torch.tensor(0.3 * r).double())
+            for r in (ratio, ratio / 2)
+        )
         raised = NoiseLevel(start.alpha, start.sigma * (1.3 if within else 1.0))
         lifted = X + (1.5 * start.sigma * math.sqrt(1.3**2 - 1) if within else 0) * asked
         expected = stop.mix(*Mixture()(lifted, raised))
@@ -133,17 +163,26 @@ def test_churn_adds_noise_only_within_its_bounds_on_sigma_over_alpha() -> None:
 
 
 PLAIN = {
-    "ddim": DDIM(), "ddpm": DDIM(1.0), "heun": RungeKutta("heun", parameterization=Epsilon()), "rk4": RungeKutta("rk4"),
-    "dpm++2m": DPMSolverPP2M(), **{f"multistep{k}": Multistep(k) for k in (2, 3, 4)}, **{f"unipc{k}": UniPC(k) for k in (2, 3, 4)},
-}  # fmt: skip
+    "ddim": DDIM(),
+    "ddpm": DDIM(1.0),
+    "heun": RungeKutta("heun", parameterization=Epsilon()),
+    "rk4": RungeKutta("rk4"),
+    "dpm++2m": DPMSolverPP2M(),
+    **{f"multistep{k}": Multistep(k) for k in (2, 3, 4)},
+    **{f"unipc{k}": UniPC(k) for k in (2, 3, 4)},
+}
 
 
 @pytest.mark.parametrize(
     ("gamma", "most"), [(0.05, 0.03), (math.sqrt(2) - 1, 0.1)]
 )  # the larger, the more a first-order step errs
 @pytest.mark.parametrize("name", PLAIN)
-def test_churn_around_every_plain_sampler_keeps_the_moments_of_the_data(name: str, gamma: float, most: float) -> None:
-    """Samplers with memory went to 2.8 and to 4e17 where the data's standard deviation is 0.5: their memory predates the noise."""
+def test_churn_around_every_plain_sampler_keeps_the_moments_of_the_data(
+    name: str, gamma: float, most: float
+) -> None:
+    """Samplers with memory went to 2.8 and to 4e17 where the data's standard deviation is 0.5:
+    their memory predates the noise.
+    """
     generator, count = torch.Generator().manual_seed(0), 5_000
 
     def noise(x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +191,11 @@ def test_churn_around_every_plain_sampler_keeps_the_moments_of_the_data(name: st
     levels = grid(Karras(), 200)
     data = noise(torch.empty(count, 1, dtype=torch.float64)) * 0.5 + 0.7
     found = sample(
-        Churn(PLAIN[name], gamma=gamma), Gaussian(0.7, 0.25), data + levels.sigma[0] * noise(data), levels, noise=noise
+        Churn(PLAIN[name], gamma=gamma),
+        Gaussian(0.7, 0.25),
+        data + levels.sigma[0] * noise(data),
+        levels,
+        noise=noise,
     )
     assert float(found.mean()) == pytest.approx(0.7, abs=0.02)
     assert float(found.std()) == pytest.approx(0.5, abs=most)

@@ -24,16 +24,31 @@ from sfumato.diffusion import (
     Warped,
 )
 from sfumato.errors import ConfigError, ScheduleError
-from sfumato.sampling import DDIM, SAMPLERS, Churn, DPMSolverPP2M, KeyedNoise, Multistep, RungeKutta, UniPC, grid, sample
+from sfumato.sampling import (
+    DDIM,
+    SAMPLERS,
+    Churn,
+    DPMSolverPP2M,
+    KeyedNoise,
+    Multistep,
+    RungeKutta,
+    UniPC,
+    grid,
+    sample,
+)
 from tests.oracles.exact import ORACLES, Gaussian, Mixture
 
 X = torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)
-DETERMINISTIC = {name: s for name, s in SAMPLERS.items() if name not in ("ddpm", "dpm-solver++2m-sde", "churn")}
+DETERMINISTIC = {
+    name: s for name, s in SAMPLERS.items() if name not in ("ddpm", "dpm-solver++2m-sde", "churn")
+}
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_schedule_does_not_matter_only_its_logsnr(name: str) -> None:
-    """Invariant 4: the same log-SNR grid on the linear, a variance-preserving and a variance-exploding path."""
+    """Invariant 4: the same log-SNR grid on the linear, a variance-preserving and a
+    variance-exploding path.
+    """
     linear = Linear()(torch.linspace(0.95, 0.05, 41, dtype=torch.float64))
     results = []
     for scale in (torch.ones(41).double(), 1 / torch.hypot(*linear), 1 / linear.alpha):
@@ -45,7 +60,9 @@ def test_schedule_does_not_matter_only_its_logsnr(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Warped(schedule=Linear(), warp=Shift(0.2)), Karras()], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Linear(), Cosine(), Warped(schedule=Linear(), warp=Shift(0.2)), Karras()], ids=str
+)
 def test_full_trajectory_ends_at_the_exact_solution(name: str, schedule) -> None:
     """From alpha = 0 or sigma = 80 to clean data, nothing divides by zero and the end is right."""
     levels, oracle = grid(schedule, 100), Gaussian()
@@ -60,21 +77,34 @@ def test_ddim_is_euler_in_three_coordinates() -> None:
     levels = grid(Cosine(), 12)
     plain = sample(DDIM(), Mixture(), X, levels)
     for p in (Flow(),):
-        torch.testing.assert_close(sample(RungeKutta("euler", parameterization=p), Mixture(), X, levels), plain)
+        torch.testing.assert_close(
+            sample(RungeKutta("euler", parameterization=p), Mixture(), X, levels), plain
+        )
     inner = levels.at(slice(1, 12))
     reference = sample(DDIM(), Mixture(), X, inner)
-    torch.testing.assert_close(sample(RungeKutta("euler", parameterization=Epsilon()), Mixture(), X, inner), reference)
+    torch.testing.assert_close(
+        sample(RungeKutta("euler", parameterization=Epsilon()), Mixture(), X, inner), reference
+    )
     assert not torch.allclose(
-        sample(RungeKutta("euler", parameterization=Velocity()), Mixture(), X, inner), reference, atol=1e-4
+        sample(RungeKutta("euler", parameterization=Velocity()), Mixture(), X, inner),
+        reference,
+        atol=1e-4,
     )
 
 
 def test_the_blackboard_loop_is_ddim_on_a_geometric_grid() -> None:
     """Predict all the noise, subtract it, add 90 % of it back, repeat."""
-    denoise = EmpiricalDenoiser(torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double())
+    denoise = EmpiricalDenoiser(
+        torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    )
     levels = Geometric(0.9)(torch.linspace(1, 0, 101, dtype=torch.float64))
-    torch.testing.assert_close(levels.sigma[1:] / levels.sigma[:-1], torch.full((100,), 0.9).double())
-    start = x = levels.sigma[0] * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(
+        levels.sigma[1:] / levels.sigma[:-1], torch.full((100,), 0.9).double()
+    )
+    start = x = (
+        levels.sigma[0]
+        * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    )
     for sigma in levels.sigma[:-1]:
         predicted = denoise(x, NoiseLevel(torch.ones_like(sigma), sigma)).eps
         x = (x - sigma * predicted) + 0.9 * sigma * predicted
@@ -86,8 +116,12 @@ def test_churned_heun_is_edms_algorithm_2() -> None:
     levels = grid(Karras(sigma_min=0.02, sigma_max=20.0), steps)
     gamma = min(churn / steps, math.sqrt(2) - 1)
     sampler = Churn(
-        RungeKutta("heun", parameterization=Epsilon()), gamma=gamma, low=0.1, high=10.0, inflation=noise_scale
-    )  # fmt: skip
+        RungeKutta("heun", parameterization=Epsilon()),
+        gamma=gamma,
+        low=0.1,
+        high=10.0,
+        inflation=noise_scale,
+    )
     ours = sample(sampler, oracle, 20 * X, levels, noise=KeyedNoise(3))
 
     x, noise = 20 * X, KeyedNoise(3)
@@ -111,8 +145,16 @@ def test_churned_heun_is_edms_algorithm_2() -> None:
 def test_dpm_solver_2m_is_the_published_formula(eta: float) -> None:
     """In k-diffusion's sigma space; the SDE form with the same noise."""
     oracle = Mixture()
-    sigmas = VarianceExploding(sigma_min=0.05, sigma_max=30.0)(torch.linspace(1, 0, 15, dtype=torch.float64)).sigma
-    ours = sample(DPMSolverPP2M(eta), oracle, 30 * X, NoiseLevel(torch.ones_like(sigmas), sigmas), noise=KeyedNoise(1))
+    sigmas = VarianceExploding(sigma_min=0.05, sigma_max=30.0)(
+        torch.linspace(1, 0, 15, dtype=torch.float64)
+    ).sigma
+    ours = sample(
+        DPMSolverPP2M(eta),
+        oracle,
+        30 * X,
+        NoiseLevel(torch.ones_like(sigmas), sigmas),
+        noise=KeyedNoise(1),
+    )
     x, noise, old, last = 30 * X, KeyedNoise(1), None, None
     for sigma, after in itertools.pairwise(sigmas):
         guess = oracle(x, NoiseLevel(torch.ones_like(sigma), sigma)).x0
@@ -126,15 +168,22 @@ def test_dpm_solver_2m_is_the_published_formula(eta: float) -> None:
 
 
 def propagate(sampler, steps: int) -> tuple[float, float]:
-    """Mean and variance after a trajectory on Gaussian data: each step is affine in x and in its noise."""
-    oracle, levels = Gaussian(), Linear()(torch.linspace(0.999, 0.02, steps + 1, dtype=torch.float64))
+    """Mean and variance after a trajectory on Gaussian data: each step is affine in x and in its
+    noise.
+    """
+    oracle, levels = (
+        Gaussian(),
+        Linear()(torch.linspace(0.999, 0.02, steps + 1, dtype=torch.float64)),
+    )
     a = levels.at(0)
     mean, variance = float(a.alpha) * 0.7, float(a.alpha**2 * 0.25 + a.sigma**2)
     for start, stop in levels.steps():
 
         def step(x: float, z: float, start=start, stop=stop) -> float:
             value = torch.tensor([x], dtype=torch.float64)
-            return float(sampler.step(oracle, value, start, stop, [], lambda v: torch.full_like(v, z)))
+            return float(
+                sampler.step(oracle, value, start, stop, [], lambda v: torch.full_like(v, z))
+            )
 
         shift = step(0.0, 0.0)
         gain, noise = step(1.0, 0.0) - shift, step(0.0, 1.0) - shift
@@ -252,4 +301,6 @@ def test_denoised_pairs_are_all_a_sampler_sees() -> None:
         return Denoised(known, (x - level.alpha * known) / level.sigma)
 
     for sampler in SAMPLERS.values():
-        torch.testing.assert_close(sample(sampler, denoise, torch.tensor([5.0, 1.0]).double(), grid(Linear(), 7)), known)
+        torch.testing.assert_close(
+            sample(sampler, denoise, torch.tensor([5.0, 1.0]).double(), grid(Linear(), 7)), known
+        )

@@ -1,4 +1,5 @@
-"""Invariant 3 where steps differ in length, in log-SNR too: rules that look back must know by how much.
+"""Invariant 3 where steps differ in length, in log-SNR too: rules that look back must know by how
+much.
 
 On a grid that is even in log-SNR every ratio of steps is 1, and a wrong power of it cannot be seen.
 """
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.diffusion import Epsilon, Flow, Karras, Linear, NoiseLevel, Sample, UniformLogSNR, Velocity
+from sfumato.diffusion import (
+    Epsilon,
+    Flow,
+    Karras,
+    Linear,
+    NoiseLevel,
+    Sample,
+    UniformLogSNR,
+    Velocity,
+)
 from sfumato.sampling import DPMSolverPP2M, KeyedNoise, Multistep, Point, UniPC, sample
 from tests.oracles.exact import Gaussian, Mixture
 
@@ -20,8 +30,16 @@ X = torch.special.ndtri(torch.linspace(0.05, 0.95, 16, dtype=torch.float64))
 LOOK_BACK = {
     "DPM-Solver++(2M)": DPMSolverPP2M(),
     **{f"UniPC{k}": UniPC(k) for k in (2, 3, 4)},
-    **{f"AB{k}/{p}": Multistep(k, parameterization=p, exponential=False) for k in (2, 3, 4) for p in (Flow(), Velocity(0.5))},
-    **{f"exp{k}/{p}": Multistep(k, parameterization=p) for k in (2, 3, 4) for p in (Epsilon(), Sample())},
+    **{
+        f"AB{k}/{p}": Multistep(k, parameterization=p, exponential=False)
+        for k in (2, 3, 4)
+        for p in (Flow(), Velocity(0.5))
+    },
+    **{
+        f"exp{k}/{p}": Multistep(k, parameterization=p)
+        for k in (2, 3, 4)
+        for p in (Epsilon(), Sample())
+    },
 }
 
 
@@ -31,7 +49,9 @@ def linear(steps: int) -> NoiseLevel:
 
 def alternating(steps: int) -> NoiseLevel:
     """Every second step is twice as long in log-SNR."""
-    ends = torch.tensor([1.0, 2.0], dtype=torch.float64).repeat(steps // 2).cumsum(0) / (1.5 * steps)
+    ends = torch.tensor([1.0, 2.0], dtype=torch.float64).repeat(steps // 2).cumsum(0) / (
+        1.5 * steps
+    )
     return UniformLogSNR(logsnr_min=-3.0, logsnr_max=5.0)(torch.cat([torch.ones(1), 1 - ends]))
 
 
@@ -46,7 +66,8 @@ def measured_order(sampler, grid, steps=(80, 160, 320)) -> float:
             before, x = x, sampler.step(oracle, x, a, b, history, KeyedNoise(0))
             if number < 3:
                 x = oracle.flow(first, start, b)
-                if isinstance(sampler, UniPC):  # remembers states, which it corrected with too few points
+                # remembers states, which it corrected with too few points
+                if isinstance(sampler, UniPC):
                     history[0] = history[0]._replace(y=before / a.sigma)
         errors.append(float((x - oracle.flow(first, start, levels.at(-1))).square().mean().sqrt()))
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
@@ -64,7 +85,9 @@ class EvenSteps:
     def step(self, denoise, x, start, stop, history, noise):
         shifted = list(history)
         if shifted:
-            ratio = ((start.logsnr() - shifted[0].level.logsnr()) / (stop.logsnr() - start.logsnr())).item()
+            ratio = (
+                (start.logsnr() - shifted[0].level.logsnr()) / (stop.logsnr() - start.logsnr())
+            ).item()
             here = denoise(x, start).x0
             shifted[0] = shifted[0]._replace(target=here + ratio * (shifted[0].target - here))
         lookback = deque(shifted, maxlen=4)
@@ -74,12 +97,18 @@ class EvenSteps:
 
 
 class StartSigma:
-    """Adams-Bashforth in `Velocity` that scales its increment with the start's sigma: a defect shipped in a public library."""
+    """Adams-Bashforth in `Velocity` that scales its increment with the start's sigma: a defect
+    shipped in a public library.
+    """
 
     def step(self, denoise, x, start, stop, history, noise):
-        right = Multistep(2, parameterization=Velocity(), exponential=False).step(denoise, x, start, stop, history, noise)
+        right = Multistep(2, parameterization=Velocity(), exponential=False).step(
+            denoise, x, start, stop, history, noise
+        )
         kept = torch.hypot(stop.alpha, stop.sigma) / torch.hypot(start.alpha, start.sigma) * x
-        return kept + (right - kept) * torch.hypot(stop.alpha, start.sigma) / torch.hypot(stop.alpha, stop.sigma)
+        return kept + (right - kept) * torch.hypot(stop.alpha, start.sigma) / torch.hypot(
+            stop.alpha, stop.sigma
+        )
 
 
 @pytest.mark.parametrize(("sampler", "wrong"), [(EvenSteps(), 1.0), (StartSigma(), 1.0)])
@@ -89,13 +118,26 @@ def test_negative_control_a_wrong_rule_measures_another_order(sampler, wrong: fl
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_dpm_solver_2m_is_the_published_formula_on_the_karras_grid(eta: float) -> None:
-    """k-diffusion's `sample_dpmpp_2m_sde` ("midpoint"), which at eta = 0 is its `sample_dpmpp_2m`; r differs at each step."""
+    """k-diffusion's `sample_dpmpp_2m_sde` ("midpoint"), which at eta = 0 is its `sample_dpmpp_2m`;
+    r differs at each step.
+    """
     oracle = Mixture()
-    sigmas = Karras(sigma_min=0.05, sigma_max=30.0)(torch.linspace(1, 0, 15, dtype=torch.float64)).sigma
-    ours = sample(DPMSolverPP2M(eta), oracle, 30 * X, NoiseLevel(torch.ones_like(sigmas), sigmas), noise=KeyedNoise(1))
+    sigmas = Karras(sigma_min=0.05, sigma_max=30.0)(
+        torch.linspace(1, 0, 15, dtype=torch.float64)
+    ).sigma
+    ours = sample(
+        DPMSolverPP2M(eta),
+        oracle,
+        30 * X,
+        NoiseLevel(torch.ones_like(sigmas), sigmas),
+        noise=KeyedNoise(1),
+    )
     x, noise, old, last = 30 * X, KeyedNoise(1), None, None
     for sigma, after in itertools.pairwise(sigmas):
-        denoised, h = oracle(x, NoiseLevel(torch.ones_like(sigma), sigma)).x0, torch.log(sigma / after)
+        denoised, h = (
+            oracle(x, NoiseLevel(torch.ones_like(sigma), sigma)).x0,
+            torch.log(sigma / after),
+        )
         share = -torch.expm1(-h - eta * h)
         x = after / sigma * torch.exp(-eta * h) * x + share * denoised
         if old is not None:
@@ -110,7 +152,9 @@ def test_dpm_solver_2m_is_the_published_formula_on_the_karras_grid(eta: float) -
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_sde_dpm_solver_keeps_the_marginal_in_the_limit(eta: float) -> None:
-    """Invariant 7: on Gaussian data a step is affine in (x, the last guess, the noise); mean and covariance follow it."""
+    """Invariant 7: on Gaussian data a step is affine in (x, the last guess, the noise); mean and
+    covariance follow it.
+    """
     oracle = Gaussian()
 
     def gap(steps: int) -> tuple[float, float]:
@@ -123,19 +167,28 @@ def test_sde_dpm_solver_keeps_the_marginal_in_the_limit(eta: float) -> None:
         )
         for start, stop in levels.steps():
 
-            def step(x: float, guess: float, z: float, start=start, stop=stop, before=before) -> np.ndarray:
+            def step(
+                x: float, guess: float, z: float, start=start, stop=stop, before=before
+            ) -> np.ndarray:
                 value, old = (torch.tensor([v], dtype=torch.float64) for v in (x, guess))
                 history = deque([] if before is None else [Point(before, old, old)], maxlen=4)
-                moved = DPMSolverPP2M(eta).step(oracle, value, start, stop, history, lambda v: torch.full_like(v, z))
+                moved = DPMSolverPP2M(eta).step(
+                    oracle, value, start, stop, history, lambda v: torch.full_like(v, z)
+                )
                 return np.array([float(moved), float(history[0].target)])
 
             shift = step(0, 0, 0)
             matrix = np.stack([step(1, 0, 0) - shift, step(0, 1, 0) - shift], axis=1)
             noise = step(0, 0, 1) - shift
-            mean, covariance = matrix @ mean + shift, matrix @ covariance @ matrix.T + np.outer(noise, noise)
+            mean, covariance = (
+                matrix @ mean + shift,
+                matrix @ covariance @ matrix.T + np.outer(noise, noise),
+            )
             before = start
         b = levels.at(-1)
-        return mean[0] - float(b.alpha) * 0.7, covariance[0, 0] - float(b.alpha**2 * 0.25 + b.sigma**2)
+        return mean[0] - float(b.alpha) * 0.7, covariance[0, 0] - float(
+            b.alpha**2 * 0.25 + b.sigma**2
+        )
 
     coarse, fine = gap(40), gap(320)
     assert abs(fine[0]) < 1e-9

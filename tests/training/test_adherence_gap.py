@@ -1,4 +1,6 @@
-"""The adherence gap: nothing before training, above zero once a context steers, and nothing where it tells nothing."""
+"""The adherence gap: nothing before training, above zero once a context steers, and nothing where
+it tells nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.conditioners import CategoryConfig, DoodleConfig, ImageConfig, LearnedTextConfig, ReferenceConfig
+from sfumato.conditioners import (
+    CategoryConfig,
+    DoodleConfig,
+    ImageConfig,
+    LearnedTextConfig,
+    ReferenceConfig,
+)
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.data.decoding import PixelFormat, decode
@@ -20,14 +28,23 @@ from sfumato.runs import prepare, train
 from sfumato.runs.preparation import open_data
 from sfumato.runs.training import trainer_of
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, FixedEMA, PreviewConfig, ValidationConfig
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    CheckpointConfig,
+    FixedEMA,
+    PreviewConfig,
+    ValidationConfig,
+)
 from tests.training.tiny import tiny_run
 
 STEPS = 40
 
 
 def told_images(root: Path, *, told: bool, count: int = 80) -> Path:
-    """Noisy images, half of them bright on the left and half on the right; folder and caption say which, or are drawn by lot."""
+    """Noisy images, half of them bright on the left and half on the right; folder and caption say
+    which, or are drawn by lot.
+    """
     generator = np.random.default_rng(0)
     for number in range(count):
         left = number % 2
@@ -42,7 +59,14 @@ def told_images(root: Path, *, told: bool, count: int = 80) -> Path:
 
 
 def settings(root: Path, steps: int = STEPS, **contexts: Any) -> Run:
-    data = DataConfig(source=Folder(str(root)), resolution=8, channels=1, augment=AugmentConfig(), holdout=0.3, cache="off")
+    data = DataConfig(
+        source=Folder(str(root)),
+        resolution=8,
+        channels=1,
+        augment=AugmentConfig(),
+        holdout=0.3,
+        cache="off",
+    )
     return tiny_run(
         root,
         data=data,
@@ -63,7 +87,9 @@ def gaps(run: Path, name: str) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "validation/ema/eps_mse" in line][-1]
     prefix = f"validation/adherence/{name}/"
-    return {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +106,10 @@ def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
 
 def test_an_untrained_model_follows_nothing(told: Path, tmp_path: Path) -> None:
     figures = untrained(
-        told, tmp_path / "run", category=CategoryConfig(size=8), text=LearnedTextConfig(size=16, layers=1, heads=2)
+        told,
+        tmp_path / "run",
+        category=CategoryConfig(size=8),
+        text=LearnedTextConfig(size=16, layers=1, heads=2),
     )
     names = {key.split("/")[2] for key in figures if key.startswith("validation/adherence/")}
     assert names == {"category", "text"}
@@ -95,12 +124,24 @@ def test_a_model_without_contexts_has_no_such_figure(told: Path, tmp_path: Path)
 
 
 def test_contexts_made_from_the_images_are_measured_too(told: Path, tmp_path: Path) -> None:
-    figures = untrained(told, tmp_path / "run", doodle=DoodleConfig(), image=ImageConfig(), reference=ReferenceConfig(size=16))
-    assert {key.split("/")[2] for key in figures if "adherence" in key} == {"doodle", "image", "reference"}
+    figures = untrained(
+        told,
+        tmp_path / "run",
+        doodle=DoodleConfig(),
+        image=ImageConfig(),
+        reference=ReferenceConfig(size=16),
+    )
+    assert {key.split("/")[2] for key in figures if "adherence" in key} == {
+        "doodle",
+        "image",
+        "reference",
+    }
 
 
 @pytest.mark.parametrize("times", [1, 2])  # that each held-out image is looked at
-def test_a_category_that_tells_the_image_steers_after_a_few_steps(told: Path, tmp_path: Path, times: int) -> None:
+def test_a_category_that_tells_the_image_steers_after_a_few_steps(
+    told: Path, tmp_path: Path, times: int
+) -> None:
     config = settings(told, category=CategoryConfig(size=8))
     samples = times * len(open_data(config).holdout)
     config = replace(config, validation=replace(config.validation, samples=samples))
@@ -112,11 +153,15 @@ def test_a_category_that_tells_the_image_steers_after_a_few_steps(told: Path, tm
 
 def test_negative_control_a_category_drawn_by_lot_does_not(tmp_path: Path) -> None:
     root = told_images(tmp_path / "lot", told=False)
-    gap = gaps(train(settings(root, category=CategoryConfig(size=8)), run=tmp_path / "run"), "category")
+    gap = gaps(
+        train(settings(root, category=CategoryConfig(size=8)), run=tmp_path / "run"), "category"
+    )
     assert abs(gap["mean"]) < 0.005
 
 
-def test_negative_control_a_category_that_is_always_hidden_does_not(told: Path, tmp_path: Path) -> None:
+def test_negative_control_a_category_that_is_always_hidden_does_not(
+    told: Path, tmp_path: Path
+) -> None:
     hidden = CategoryConfig(size=8, dropout=1.0)
     gap = gaps(train(settings(told, category=hidden), run=tmp_path / "run"), "category")
     assert abs(gap["mean"]) < 2e-3
@@ -124,8 +169,13 @@ def test_negative_control_a_category_that_is_always_hidden_does_not(told: Path, 
 
 @pytest.mark.slow
 def test_each_context_is_measured_by_itself(told: Path, tmp_path: Path) -> None:
-    """Text tells the image, and the category is never seen: one gap opens and the other does not."""
-    contexts = {"category": CategoryConfig(size=8, dropout=1.0), "text": LearnedTextConfig(size=16, layers=1, heads=2)}
+    """Text tells the image, and the category is never seen: one gap opens and the other does
+    not.
+    """
+    contexts = {
+        "category": CategoryConfig(size=8, dropout=1.0),
+        "text": LearnedTextConfig(size=16, layers=1, heads=2),
+    }
     run = train(settings(told, steps=2 * STEPS, **contexts), run=tmp_path / "run")
     assert gaps(run, "text")["low"] > 0
     assert gaps(run, "text")["mean"] > 5 * abs(gaps(run, "category")["mean"])
@@ -138,5 +188,6 @@ def test_the_images_are_what_they_are_said_to_be(told: Path) -> None:
             assert pixels[:, bright].min() > 127
             assert (pixels > 127).sum() == 32
     dataset = open_data(settings(told))
-    assert len(set(dataset.clusters)) == 80  # none are taken for copies of one another, and held out together
+    # none are taken for copies of one another, and held out together
+    assert len(set(dataset.clusters)) == 80
     assert len(set(dataset.labels[dataset.holdout].tolist())) == 2

@@ -1,4 +1,6 @@
-"""Losses and weights beside the model: their formulas, their training, and that nothing of them stays."""
+"""Losses and weights beside the model: their formulas, their training, and that nothing of them
+stays.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_dispersion_is_the_log_mean_over_pairs() -> None:
     maps = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     flat = maps.flatten(1).float()
     pairs = [torch.exp(-((a - b) ** 2).mean() / 0.5) for a in flat for b in flat]
-    torch.testing.assert_close(dispersion(maps, 0.5), torch.log(torch.stack(pairs).mean()).expand(4))
+    torch.testing.assert_close(
+        dispersion(maps, 0.5), torch.log(torch.stack(pairs).mean()).expand(4)
+    )
     apart = maps * 3
     assert dispersion(apart, 0.5)[0] < dispersion(maps, 0.5)[0] <= 0
 
@@ -79,12 +83,16 @@ def test_contrast_takes_the_distance_to_the_next_target_off() -> None:
     denoiser = NetworkDenoiser(network=lambda x, level, condition: 0.3 * x, parameterization=Flow())
     level = NoiseLevel(1 - t, t)
     plain, contrasted = (
-        Objective(schedule=Linear(), contrastive_weight=contrast)(denoiser, x0, level=level, noise=noise).per_sample
+        Objective(schedule=Linear(), contrastive_weight=contrast)(
+            denoiser, x0, level=level, noise=noise
+        ).per_sample
         for contrast in (0.0, 0.05)
     )
     output = denoiser.predict(level.like(x0).mix(*Denoised(x0, noise)), level, Condition())
     others = (noise - x0)[[2, 0, 1]]
-    torch.testing.assert_close(contrasted, plain - 0.05 * (output - others).square().flatten(1).mean(1))
+    torch.testing.assert_close(
+        contrasted, plain - 0.05 * (output - others).square().flatten(1).mean(1)
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=["unet", "dit"])
@@ -99,7 +107,11 @@ def test_hidden_maps_reach_both_losses_and_their_gradients_the_network(network) 
     assert set(early) == {"dispersive", "alignment"}
     assert set(late) == {"dispersive"}
     sum(weight * value.sum() for weight, value in early.values()).backward()
-    reached = {name.split(".")[0] for name, p in built.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {
+        name.split(".")[0]
+        for name, p in built.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert reached & {"down", "blocks", "patches", "input"}
     assert auxiliary.terms["alignment"].project.weight.grad.abs().sum() > 0
 
@@ -107,8 +119,12 @@ def test_hidden_maps_reach_both_losses_and_their_gradients_the_network(network) 
 def test_the_encoder_is_neither_saved_nor_copied() -> None:
     network = NETWORKS[0].build(image_channels=3)
     encoder = RandomFeatures()
-    auxiliary = AuxiliaryConfig(alignment=AlignmentConfig()).build(network, encoder=lambda name: encoder)
-    assert {name.split(".")[1] for name in auxiliary.state_dict() if name.startswith("terms")} == {"alignment"}
+    auxiliary = AuxiliaryConfig(alignment=AlignmentConfig()).build(
+        network, encoder=lambda name: encoder
+    )
+    assert {name.split(".")[1] for name in auxiliary.state_dict() if name.startswith("terms")} == {
+        "alignment"
+    }
     assert not any("layers" in name for name in auxiliary.state_dict())
     assert copy.deepcopy(auxiliary).terms["alignment"]._frozen.value is encoder
 
@@ -125,11 +141,15 @@ def test_a_contrast_without_a_minimum_is_refused() -> None:
         Objective(contrastive_weight=1.0)
 
 
-def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(
+    folder: Path, tmp_path: Path
+) -> None:
     settings = tiny_run(
         folder,
         auxiliary=AuxiliaryConfig(
-            uncertainty=True, dispersive=DispersiveConfig(), alignment=AlignmentConfig(encoder="random", stop_at=0.5)
+            uncertainty=True,
+            dispersive=DispersiveConfig(),
+            alignment=AlignmentConfig(encoder="random", stop_at=0.5),
         ),
     )
     run = train(settings, run=tmp_path / "run")
@@ -143,7 +163,9 @@ def test_a_run_with_all_of_them_trains_logs_and_loads_without_them(folder: Path,
 
 
 def test_alignment_trains_in_bfloat16_too(folder: Path, tmp_path: Path) -> None:
-    auxiliary = AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random", stop_at=1))
+    auxiliary = AuxiliaryConfig(
+        uncertainty=True, alignment=AlignmentConfig(encoder="random", stop_at=1)
+    )
     settings = tiny_run(folder, auxiliary=auxiliary, precision="bfloat16", budget=Budget(steps=2))
     lines = map(json.loads, (train(settings, run=tmp_path / "run") / "metrics.jsonl").open())
     assert all(0 < line["train/alignment"] < 2 for line in lines if "train/loss" in line)
@@ -164,14 +186,23 @@ def test_an_encoder_of_one_place_still_has_something_to_say() -> None:
 
 def test_uncertainty_and_contrast_are_refused_together(folder: Path) -> None:
     with pytest.raises(ConfigError, match="contrast"):
-        tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True), objective=Objective(contrastive_weight=0.05))
+        tiny_run(
+            folder,
+            auxiliary=AuxiliaryConfig(uncertainty=True),
+            objective=Objective(contrastive_weight=0.05),
+        )
 
 
-def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_it_equals_the_uninterrupted_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sfumato.runs import resume
     from sfumato.training.trainer import Trainer
 
-    settings = tiny_run(folder, auxiliary=AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random")))
+    settings = tiny_run(
+        folder,
+        auxiliary=AuxiliaryConfig(uncertainty=True, alignment=AlignmentConfig(encoder="random")),
+    )
     whole = train(settings, run=tmp_path / "whole")
     step = Trainer.train_step
 
@@ -188,10 +219,16 @@ def test_resumed_it_equals_the_uninterrupted_one(folder: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("count", [8, 26, 64])
-def test_dispersion_of_maps_that_share_nearly_everything_has_the_gradient_of_float64(count: int) -> None:
-    """From 26 maps on distances come from products, in which what is shared cancels: the gradient was once off by a fifth."""
+def test_dispersion_of_maps_that_share_nearly_everything_has_the_gradient_of_float64(
+    count: int,
+) -> None:
+    """From 26 maps on distances come from products, in which what is shared cancels: the gradient
+    was once off by a fifth.
+    """
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(1, 32, generator=generator) + torch.randn(count, 32, generator=generator) / 3000
+    maps = (
+        torch.randn(1, 32, generator=generator) + torch.randn(count, 32, generator=generator) / 3000
+    )
     gradients = []
     for dtype in (torch.float32, torch.float64):
         leaf = maps.to(dtype).requires_grad_()

@@ -1,4 +1,6 @@
-"""Checkpoints, previews and validation by the clock, and that what is looked at never changes what is learned."""
+"""Checkpoints, previews and validation by the clock, and that what is looked at never changes what
+is learned.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from sfumato.errors import ConfigError
 from sfumato.observability.progress import Clock
 from sfumato.recipes import Run
 from sfumato.runs import resume, train
-from sfumato.training import Budget, CheckpointConfig, PreviewConfig, TrainingConfig, ValidationConfig
+from sfumato.training import (
+    Budget,
+    CheckpointConfig,
+    PreviewConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 from sfumato.training.config import FIRST_LOOK_S, PATIENCE
 from tests.training.tiny import fingerprint, images, tiny_run
 
@@ -34,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def steps_of_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of training takes 30 s by the run's own clock, whatever it takes by that of the machine."""
+    """Each step of training takes 30 s by the run's own clock, whatever it takes by that of the
+    machine.
+    """
     made = Clock.__init__
 
     def begin(self: Clock, seconds_before: float, steps_before: int) -> None:
@@ -45,7 +55,9 @@ def steps_of_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed += 30.0  # type: ignore[attr-defined]
         return self.passed  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("sfumato.training.timetable.time", SimpleNamespace(perf_counter=lambda: 0.0))  # looking takes no time
+    monkeypatch.setattr(
+        "sfumato.training.timetable.time", SimpleNamespace(perf_counter=lambda: 0.0)
+    )  # looking takes no time
     monkeypatch.setattr(Clock, "__init__", begin)
     monkeypatch.setattr(Clock, "seconds", seconds)
 
@@ -130,7 +142,9 @@ def test_a_slow_run_goes_by_the_clock_and_resumed_it_ends_as_if_left_alone(
     assert (saved(cut), shown(cut)) == (saved(whole), shown(whole))
 
 
-def test_looking_by_the_clock_changes_nothing_that_is_learned(folder: Path, tmp_path: Path, steps_of_30_s: None) -> None:
+def test_looking_by_the_clock_changes_nothing_that_is_learned(
+    folder: Path, tmp_path: Path, steps_of_30_s: None
+) -> None:
     by_clock = tiny_run(folder, budget=Budget(steps=6), **BY_CLOCK)
     often = replace(
         by_clock,
@@ -138,7 +152,10 @@ def test_looking_by_the_clock_changes_nothing_that_is_learned(folder: Path, tmp_
         validation=ValidationConfig(samples=4, every_minutes=0.1),
         checkpoint=CheckpointConfig(every_minutes=0.1),
     )
-    found = [fingerprint(train(run, run=tmp_path / name)) for name, run in (("a", by_clock), ("b", often))]
+    found = [
+        fingerprint(train(run, run=tmp_path / name))
+        for name, run in (("a", by_clock), ("b", often))
+    ]
     for part in ("model", "ema", "optimizer", "losses", "step"):
         assert found[0][part] == found[1][part]
 

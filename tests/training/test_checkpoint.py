@@ -1,4 +1,6 @@
-"""The commit protocol: whole or not there, whatever happens while writing, and damage is found, kept aside and told of."""
+"""The commit protocol: whole or not there, whatever happens while writing, and damage is found,
+kept aside and told of.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,17 @@ class Crash(BaseException):
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((50,), value)}, "optimizer": {}, "ema": {"w": torch.full((50,), -value)}}
+    return {
+        "model": {"w": torch.full((50,), value)},
+        "optimizer": {},
+        "ema": {"w": torch.full((50,), -value)},
+    }
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
-    return checkpoint.save(root, step=step, state={"at": step}, tensors=tensors(float(step)), keep=keep)
+    return checkpoint.save(
+        root, step=step, state={"at": step}, tensors=tensors(float(step)), keep=keep
+    )
 
 
 def test_what_is_saved_is_read_back(tmp_path) -> None:
@@ -40,7 +48,10 @@ def test_what_is_saved_is_read_back(tmp_path) -> None:
 def test_newest_is_kept_and_old_ones_go(tmp_path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000004", "step-000000003"]
+    assert [path.name for path in checkpoint.paths(tmp_path)] == [
+        "step-000000004",
+        "step-000000003",
+    ]
 
 
 def _fault(module, name: str, when: int):
@@ -70,7 +81,9 @@ def _fault(module, name: str, when: int):
         (checkpoint.shutil, "rmtree", 1),
     ],
 )
-def test_a_crash_anywhere_in_the_writer_leaves_a_whole_checkpoint(tmp_path, monkeypatch, module, name, when) -> None:
+def test_a_crash_anywhere_in_the_writer_leaves_a_whole_checkpoint(
+    tmp_path, monkeypatch, module, name, when
+) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     with monkeypatch.context() as patch:
@@ -134,7 +147,9 @@ def swap(path: Path) -> None:
     shutil.copy(path / "model.safetensors", path / "ema.safetensors")
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap])
+@pytest.mark.parametrize(
+    "damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap]
+)
 def test_damage_falls_back_loudly_and_deletes_nothing(tmp_path, damage) -> None:
     save(tmp_path, 1)
     bad = save(tmp_path, 2)
@@ -147,7 +162,9 @@ def test_damage_falls_back_loudly_and_deletes_nothing(tmp_path, damage) -> None:
     assert (tmp_path / "step-000000002.corrupt").is_dir()
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap])
+@pytest.mark.parametrize(
+    "damage", [truncate, zero, flip, no_manifest, half_manifest, no_shard, swap]
+)
 def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path, damage) -> None:
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
@@ -161,12 +178,15 @@ def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path, damage) -> No
 
 
 def test_a_reader_of_nothing_whole_is_told_what_to_do(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint yet\n  hint: wait for the first one"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint yet\n  hint: wait for the first one"
+    ):
         checkpoint.read_newest(tmp_path)
     for step in (1, 2):
         flip(save(tmp_path, step))
     with pytest.raises(
-        CheckpointError, match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  hint: copy a whole one"
+        CheckpointError,
+        match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  hint: copy a whole one",
     ) as caught:
         checkpoint.read_newest(tmp_path)
     assert all(f"step-00000000{step}" in str(caught.value) for step in (1, 2))
@@ -180,7 +200,10 @@ def test_a_checkpoint_of_another_version_is_left_as_it_is(tmp_path) -> None:
     (other / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
     with pytest.raises(CheckpointError, match="another version of sfumato"):
         checkpoint.load_newest(tmp_path)
-    assert sorted(path.name for path in checkpoint.paths(tmp_path)) == ["step-000000001", "step-000000002"]
+    assert sorted(path.name for path in checkpoint.paths(tmp_path)) == [
+        "step-000000001",
+        "step-000000002",
+    ]
 
 
 def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path, monkeypatch) -> None:
@@ -225,17 +248,25 @@ def test_state_is_json_that_any_reader_takes_infinities_included(tmp_path) -> No
 def test_pruning_leaves_the_newest_sound_checkpoint(tmp_path) -> None:
     for step, sound in ((1, True), (2, True), (3, False), (4, False), (5, False)):
         checkpoint.save(tmp_path, step=step, state={}, tensors=tensors(1.0), keep=2, sound=sound)
-    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000005", "step-000000004", "step-000000002"]
+    assert [path.name for path in checkpoint.paths(tmp_path)] == [
+        "step-000000005",
+        "step-000000004",
+        "step-000000002",
+    ]
     assert checkpoint.set_diverged_aside(tmp_path) == 2
     assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000002"]
     assert (tmp_path / "latest").read_text() == "step-000000002\n"
-    assert sorted(path.name for path in tmp_path.glob("*.diverged")) == ["step-000000004.diverged", "step-000000005.diverged"]
+    assert sorted(path.name for path in tmp_path.glob("*.diverged")) == [
+        "step-000000004.diverged",
+        "step-000000005.diverged",
+    ]
     checkpoint.save(tmp_path, step=6, state={}, tensors=tensors(1.0), keep=1, sound=True)
     assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000006"]
 
 
 @pytest.mark.parametrize(
-    ("losses", "sound"), [((1.0, 0.5), True), ((0.1, 0.1, 50.0), False), ((0.1, 0.9), True), ((-1.0, 3.0), True)]
+    ("losses", "sound"),
+    [((1.0, 0.5), True), ((0.1, 0.1, 50.0), False), ((0.1, 0.9), True), ((-1.0, 3.0), True)],
 )
 def test_a_loss_far_above_its_least_is_not_sound(losses: tuple[float, ...], sound: bool) -> None:
     counters = Counters()

@@ -26,7 +26,9 @@ def test_a_branch_is_followed_to_its_commit(package: Path, packed: bool) -> None
     git = package.parents[1] / ".git"
     (git / "HEAD").write_text("ref: refs/heads/main\n")
     if packed:
-        (git / "packed-refs").write_text(f"# pack-refs with: peeled\n{'9' * 40} refs/heads/not-main\n{HASH} refs/heads/main\n")
+        (git / "packed-refs").write_text(
+            f"# pack-refs with: peeled\n{'9' * 40} refs/heads/not-main\n{HASH} refs/heads/main\n"
+        )
     else:
         (git / "refs" / "heads" / "main").write_text(f"{HASH}\n")
     assert commit(package) == HASH
@@ -55,6 +57,7 @@ def test_where_there_is_no_checkout_there_is_no_commit(package: Path, tmp_path: 
     assert commit(package) is None  # no HEAD
     (package.parents[1] / ".git" / "HEAD").write_text("ref: refs/heads/unborn\n")
     assert commit(package) is None
-    (package.parents[1] / "pyproject.toml").unlink()  # as in site-packages, which may lie inside somebody's repository
+    # as in site-packages, which may lie inside somebody's repository
+    (package.parents[1] / "pyproject.toml").unlink()
     (package.parents[1] / ".git" / "HEAD").write_text(f"{HASH}\n")
     assert commit(package) is None

@@ -1,4 +1,6 @@
-"""A network of which a half is frozen: only the rest is trained, averaged and saved in checkpoints; the half is kept once."""
+"""A network of which a half is frozen: only the rest is trained, averaged and saved in checkpoints;
+the half is kept once.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,14 @@ FEATURES = 32  # of the frozen half, which is all that the trained half sees of 
 class HalfFrozen(Backbone):
     """A frozen encoder, whose weights stand for pretrained ones, and a trained decoder."""
 
-    def __init__(self, config: HalfFrozenConfig, *, image_channels: int, context: ContextSizes) -> None:
+    def __init__(
+        self, config: HalfFrozenConfig, *, image_channels: int, context: ContextSizes
+    ) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.encoder = nn.Sequential(
-            nn.Conv2d(image_channels, config.width, 3, padding=1), nn.SiLU(), nn.Conv2d(config.width, FEATURES, 1)
+            nn.Conv2d(image_channels, config.width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(config.width, FEATURES, 1),
         )
         self.steer = nn.Linear(1 + context.vector, FEATURES)
         self.hidden = nn.Conv2d(FEATURES, FEATURES, 3, padding=1)
@@ -120,7 +126,9 @@ def model(folder: Path) -> Model:
 
 def pretrained(which: int = 0) -> dict[str, Tensor]:
     network = HalfFrozenConfig(pretrained=which).build(image_channels=1)
-    return {f"network.encoder.{name}": value for name, value in network.encoder.state_dict().items()}
+    return {
+        f"network.encoder.{name}": value for name, value in network.encoder.state_dict().items()
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -131,17 +139,30 @@ def frozen_files(run: Path) -> list[Path]:
     return list(run.rglob("frozen-*"))
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(), AdamWConfig(muon=MuonConfig()), AdamWConfig(mup_base_width=16)])
-def test_optimizers_hold_the_trainable_parameters_each_once(model: Model, config: AdamWConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [AdamWConfig(), AdamWConfig(muon=MuonConfig()), AdamWConfig(mup_base_width=16)]
+)
+def test_optimizers_hold_the_trainable_parameters_each_once(
+    model: Model, config: AdamWConfig
+) -> None:
     optimizers = config.build(model)
-    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for name, p in model.named_parameters() if name not in FROZEN)
+    held = [
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    assert sorted(held) == sorted(
+        id(p) for name, p in model.named_parameters() if name not in FROZEN
+    )
     assert len(optimizers) == (2 if config.muon else 1)
 
 
 def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -> None:
     profile = PowerEMA(0.2)
-    state = TrainingState.new(model, lambda m: [OptimizedPart("model", m, AdamWConfig())], [profile])
+    state = TrainingState.new(
+        model, lambda m: [OptimizedPart("model", m, AdamWConfig())], [profile]
+    )
     assert state.frozen == FROZEN
     before = {name: value.clone() for name, value in state.average.state_dict().items()}
     with torch.no_grad():
@@ -151,7 +172,9 @@ def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -
         follow(average, model, profile, 2)
         found = dict(average.named_parameters())
         for name, parameter in model.named_parameters():
-            assert (found[name].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()) == (name in FROZEN)
+            assert (
+                found[name].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+            ) == (name in FROZEN)
             assert torch.equal(found[name], before[name]) == (name in FROZEN), name
     assert same({name: model.state_dict()[name] for name in FROZEN}, pretrained())
 
@@ -184,13 +207,18 @@ def test_frozen_parameters_are_one_file_under_the_hash_of_what_it_holds(whole: P
     assert same(tensors, pretrained())
     hashed = hashlib.sha256()
     for name in sorted(tensors):
-        hashed.update(f"{name} torch.float32 {tuple(tensors[name].shape)}\n".encode() + tensors[name].numpy().tobytes())
+        hashed.update(
+            f"{name} torch.float32 {tuple(tensors[name].shape)}\n".encode()
+            + tensors[name].numpy().tobytes()
+        )
     assert file == whole / "checkpoints" / f"frozen-{hashed.hexdigest()}.safetensors"
     for path in checkpoint.paths(whole / "checkpoints"):
         assert json.loads((path / "state.json").read_text())["frozen"] == hashed.hexdigest()
 
 
-def test_the_file_is_written_once_in_a_run_s_life(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_written_once_in_a_run_s_life(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = frozen_files(interrupted)
     real, seen = Trainer.train_step, [file.stat().st_ino]
 
@@ -210,24 +238,36 @@ def test_a_resumed_run_equals_the_uninterrupted_one(interrupted: Path, whole: Pa
     assert fingerprint(interrupted)["step"] != fingerprint(whole)["step"]
     assert fingerprint(resume(interrupted)) == fingerprint(whole)
     for weights in ("ema", "raw"):
-        assert same(*(load(run, weights=weights).model.state_dict() for run in (interrupted, whole)))
+        assert same(
+            *(load(run, weights=weights).model.state_dict() for run in (interrupted, whole))
+        )
 
 
-def test_a_loaded_model_has_the_frozen_weights_of_its_run(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loaded_model_has_the_frozen_weights_of_its_run(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where what they were made from has changed since."""
     before, own = load(whole), pretrained()
     real = HalfFrozenConfig.build
-    monkeypatch.setattr(HalfFrozenConfig, "build", lambda self, **sizes: real(replace(self, pretrained=7), **sizes))
+    monkeypatch.setattr(
+        HalfFrozenConfig, "build", lambda self, **sizes: real(replace(self, pretrained=7), **sizes)
+    )
     after = load(whole)
     assert same({name: after.model.state_dict()[name] for name in FROZEN}, own)
     assert not same(pretrained(), own)
-    assert torch.equal(after.sample(2, category="odd", steps=3), before.sample(2, category="odd", steps=3))
+    assert torch.equal(
+        after.sample(2, category="odd", steps=3), before.sample(2, category="odd", steps=3)
+    )
     assert not any(parameter.requires_grad for parameter in after.model.parameters())
 
 
-def test_other_frozen_weights_are_refused_and_the_run_stays_as_it_is(interrupted: Path, whole: Path) -> None:
+def test_other_frozen_weights_are_refused_and_the_run_stays_as_it_is(
+    interrupted: Path, whole: Path
+) -> None:
     before = (interrupted / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match="the 4 frozen parameters of the model are not those") as caught:
+    with pytest.raises(
+        CheckpointError, match="the 4 frozen parameters of the model are not those"
+    ) as caught:
         resume(interrupted, overrides=["network.pretrained=1"])
     assert "pretrained weights" in caught.value.hint
     assert (interrupted / "config.yaml").read_text() == before
@@ -235,7 +275,9 @@ def test_other_frozen_weights_are_refused_and_the_run_stays_as_it_is(interrupted
 
 
 def test_more_frozen_layers_than_before_are_refused(interrupted: Path) -> None:
-    with pytest.raises(CheckpointError, match="the 10 frozen parameters of the model are not those"):
+    with pytest.raises(
+        CheckpointError, match="the 10 frozen parameters of the model are not those"
+    ):
         resume(interrupted, overrides=["network.everything=true"])
 
 
@@ -256,12 +298,20 @@ def test_disk_space_counts_frozen_parameters_once(folder: Path, tmp_path: Path) 
     post_hoc = PostHocEMAConfig(widths=(0.1, 0.2), num=3)
 
     def trainer(width: int) -> Trainer:
-        run = half_frozen(folder, network=HalfFrozenConfig(width=width), post_hoc_ema=post_hoc, budget=Budget(steps=300))
+        run = half_frozen(
+            folder,
+            network=HalfFrozenConfig(width=width),
+            post_hoc_ema=post_hoc,
+            budget=Budget(steps=300),
+        )
         return trainer_of(prepare(run), RunDirectory.create(tmp_path / str(width)))
 
     small, large = trainer(8), trainer(64)
     numbers = [count(one.state.frozen_tensors().values()) for one in (small, large)]
-    assert numbers == [count(p for p in one.state.model.parameters() if not p.requires_grad) for one in (small, large)]
+    assert numbers == [
+        count(p for p in one.state.model.parameters() if not p.requires_grad)
+        for one in (small, large)
+    ]
     assert numbers[1] > numbers[0]
     assert large.disk_bytes() - small.disk_bytes() == 4 * (numbers[1] - numbers[0])
     for one in (small, large):
@@ -270,7 +320,9 @@ def test_disk_space_counts_frozen_parameters_once(folder: Path, tmp_path: Path) 
     assert large.disk_bytes() == small.disk_bytes()  # they are on the disk already
 
 
-def test_what_is_printed_says_how_many_are_trained(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_says_how_many_are_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = nn.Sequential(nn.Linear(999, 1000), nn.Linear(999, 3000))
     assert describe(model) == "4.00M parameters"
     model[0].requires_grad_(False)
@@ -284,7 +336,9 @@ def test_what_is_printed_says_how_many_are_trained(folder: Path, tmp_path: Path,
 def test_a_model_that_is_all_frozen_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all parameters of Linear are frozen"):
         AdamWConfig().build(nn.Linear(2, 2).requires_grad_(False))
-    run = half_frozen(folder, network=HalfFrozenConfig(everything=True), conditioner=ContextConfig())
+    run = half_frozen(
+        folder, network=HalfFrozenConfig(everything=True), conditioner=ContextConfig()
+    )
     with pytest.raises(ConfigError, match="all parameters of Model are frozen") as caught:
         train(run, run=tmp_path / "run")
     assert "requires_grad" in caught.value.hint

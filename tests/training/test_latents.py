@@ -1,4 +1,6 @@
-"""From images to decoded samples through an autoencoder of the run's own: every stage resumes on its own, bit for bit."""
+"""From images to decoded samples through an autoencoder of the run's own: every stage resumes on
+its own, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(**changes) -> TrainedAutoencoder:
     settings = {
         "network": KL,
-        "losses": LossesConfig(adversarial=AdversarialConfig(start=0.5, channels=16, layers=1), equivariance=0.5),
+        "losses": LossesConfig(
+            adversarial=AdversarialConfig(start=0.5, channels=16, layers=1), equivariance=0.5
+        ),
         "features": "random",
         "augmented_copies": 3,
         "batch_size": 10,
@@ -77,8 +81,15 @@ def own(**changes) -> TrainedAutoencoder:
 
 
 def latent_run(folder: Path, **changes) -> Run:
-    data = DataConfig(source=Folder(str(folder)), resolution=16, channels=1, augment=AugmentConfig(flip="horizontal"))
-    return tiny_run(folder, **{"data": data, "autoencoder": own(), "budget": Budget(steps=6), **changes})
+    data = DataConfig(
+        source=Folder(str(folder)),
+        resolution=16,
+        channels=1,
+        augment=AugmentConfig(flip="horizontal"),
+    )
+    return tiny_run(
+        folder, **{"data": data, "autoencoder": own(), "budget": Budget(steps=6), **changes}
+    )
 
 
 def traces(run: Path) -> dict[str, str]:
@@ -89,7 +100,9 @@ def traces(run: Path) -> dict[str, str]:
 
 def _losses(stage: Path) -> list:
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("train/loss"), line.get("validation/ema/psnr")) for line in lines]
+    return [
+        (line["step"], line.get("train/loss"), line.get("validation/ema/psnr")) for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,9 @@ def test_one_command_leads_to_decoded_samples(whole: Path) -> None:
 def test_the_way_from_noise_is_drawn_in_images(whole: Path) -> None:
     pipeline, recorded = load(whole), []
     images = pipeline.sample(3, category="odd", steps=2, seed=1, on_step=recorded.append)
-    strip = np.asarray(trajectory_image(recorded, images=1, columns=10, decode=pipeline.decode)).astype(int)
+    strip = np.asarray(
+        trajectory_image(recorded, images=1, columns=10, decode=pipeline.decode)
+    ).astype(int)
     assert len(recorded) == 2
     result = np.asarray(grid_image(images[:1])).astype(int)[GAP:-GAP, GAP:-GAP]
     side = len(result)
@@ -135,7 +150,9 @@ def test_held_out_images_are_measured_without_compiling_again(
         graphs.append(torch.is_grad_enabled())
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=counted))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compile_module(self, backend=counted)
+    )
     autoencoder = own(compile="on", losses=LossesConfig(), micro_batch=None, budget=Budget(steps=2))
     train(latent_run(folder, autoencoder=autoencoder, budget=Budget(steps=1)), run=tmp_path / "run")
     assert graphs
@@ -149,7 +166,9 @@ def test_images_are_started_from_and_completed_in_latents(whole: Path) -> None:
     mask[:, :, 7:] = 1  # not at a latent's border
     filled = pipeline.sample(2, image=image, mask=mask, steps=2)
     assert torch.allclose(filled[..., :7], image[..., :7].expand(2, -1, -1, -1), atol=1e-5)
-    near, far = (pipeline.sample(1, image=image, strength=strength, steps=4) for strength in (0.1, 1.0))
+    near, far = (
+        pipeline.sample(1, image=image, strength=strength, steps=4) for strength in (0.1, 1.0)
+    )
     given = pipeline.autoencoder.decode(pipeline.autoencoder.encode(image[None] * 2 - 1))
     through = ((given + 1) / 2).clamp(0, 1)
     assert (near - through).square().mean() < (far - through).square().mean()
@@ -183,7 +202,9 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
         monkeypatch.setattr(latent_cache, "_moments", moments)
 
 
-@pytest.mark.parametrize("stage", ["training 0", "training 5", "measuring", "encoding", "training 8", "training 11"])
+@pytest.mark.parametrize(
+    "stage", ["training 0", "training 5", "measuring", "encoding", "training 8", "training 11"]
+)
 def test_killed_in_any_stage_and_resumed_it_ends_as_if_left_alone(
     stage: str, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +230,9 @@ def test_what_an_autoencoder_cannot_go_on_with_is_refused_and_leaves_the_run_as_
     assert traces(resume(tmp_path / "run")) == traces(whole)
 
 
-def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_stage_is_not_repeated(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         crash_in(patch, "training 11")
         with pytest.raises(Crash):
@@ -219,7 +242,10 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
     monkeypatch.setattr(TrainedAutoencoder, "_train", None)
     monkeypatch.setattr(latent_cache, "_moments", None)
     described = (tmp_path / "run" / "config.yaml").read_text()
-    for override, line in (("budget.steps=9", r"budget\.steps: 8 -> 9"), ("losses.adversarial=null", r"losses\.adversarial")):
+    for override, line in (
+        ("budget.steps=9", r"budget\.steps: 8 -> 9"),
+        ("losses.adversarial=null", r"losses\.adversarial"),
+    ):
         with pytest.raises(ConfigError, match=f"trained already, and cannot be changed: {line}"):
             resume(tmp_path / "run", overrides=[f"autoencoder.{override}"])
     assert (tmp_path / "run" / "config.yaml").read_text() == described
@@ -229,27 +255,40 @@ def test_a_finished_stage_is_not_repeated(folder: Path, whole: Path, tmp_path: P
 
 def trainer_of(folder: Path, run: Path, **changes) -> Trainer:
     settings = latent_run(folder, autoencoder=own(**changes))
-    trainer = settings.autoencoder.trainer(open_data(settings), RunDirectory.create(run).stage("autoencoder"))
+    trainer = settings.autoencoder.trainer(
+        open_data(settings), RunDirectory.create(run).stage("autoencoder")
+    )
     trainer.state.counters.precision = "float32"
     return trainer
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
-def test_both_optimizers_step_on_every_batch(micro_batch: int | None, folder: Path, tmp_path: Path) -> None:
+def test_both_optimizers_step_on_every_batch(
+    micro_batch: int | None, folder: Path, tmp_path: Path
+) -> None:
     trainer = trainer_of(folder, tmp_path / "run", micro_batch=micro_batch)
     supply = batches(trainer.dataset, trainer.plan, start=0)
     for _ in range(3):
         before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
         trainer.train_step(next(supply))
-        moved = {name for name, value in trainer.state.model.state_dict().items() if not torch.equal(value, before[name])}
+        moved = {
+            name
+            for name, value in trainer.state.model.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
         assert any(name.startswith("codec.encoder") for name in moved)
         assert any(name.startswith("codec.decoder") for name in moved)
         assert any(name.startswith("adversary") for name in moved)
 
 
-def test_accumulation_changes_only_rounding_before_the_adversary_is_heard(folder: Path, tmp_path: Path) -> None:
+def test_accumulation_changes_only_rounding_before_the_adversary_is_heard(
+    folder: Path, tmp_path: Path
+) -> None:
     losses = LossesConfig(adversarial=AdversarialConfig(start=1.0, channels=16, layers=1))
-    trainers = [trainer_of(folder, tmp_path / str(size), micro_batch=size, losses=losses) for size in (None, 4)]
+    trainers = [
+        trainer_of(folder, tmp_path / str(size), micro_batch=size, losses=losses)
+        for size in (None, 4)
+    ]
     for trainer in trainers:
         trainer._backward(next(batches(trainer.dataset, trainer.plan, start=0)), torch.float32)
     for a, b in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
@@ -258,15 +297,22 @@ def test_accumulation_changes_only_rounding_before_the_adversary_is_heard(folder
 
 def test_the_adversary_is_heard_from_its_start_on(folder: Path, tmp_path: Path) -> None:
     run = train(latent_run(folder), run=tmp_path / "run")
-    lines = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()
+    ]
     heard = {line["step"]: "train/pleasing" in line for line in lines if "train/loss" in line}
     assert heard == {step: step > 4 for step in range(1, 9)}
 
 
 def test_latents_and_images_are_shrunk_and_turned_alike(folder: Path, tmp_path: Path) -> None:
-    """Asked with latents that are the images made smaller: what comes of them must be what comes of the images, made smaller."""
+    """Asked with latents that are the images made smaller: what comes of them must be what comes of
+    the images, made smaller.
+    """
     ramp = torch.linspace(-1, 1, 16)
-    images = torch.stack([ramp[None, :, None].expand(1, 16, 16), ramp[None, None, :].expand(1, 16, 16)])
+    images = torch.stack(
+        [ramp[None, :, None].expand(1, 16, 16), ramp[None, None, :].expand(1, 16, 16)]
+    )
     z = F.avg_pool2d(images, 2)
     task = trainer_of(folder, tmp_path / "moved", losses=LossesConfig(equivariance=1.0)).task
     sides, turned = set(), set()
@@ -287,7 +333,11 @@ def encoded(folder: Path, **changes):
     settings = latent_run(folder, **changes)
     dataset = open_data(settings)
     torch.manual_seed(0)
-    codec = autoencoder_stage.KLAutoencoder(KL, image_channels=dataset.config.channels).eval().requires_grad_(False)
+    codec = (
+        autoencoder_stage.KLAutoencoder(KL, image_channels=dataset.config.channels)
+        .eval()
+        .requires_grad_(False)
+    )
     statistics = measure_latents(codec, [to_float(dataset.images(dataset.training)[0])])
     autoencoder = LatentAutoencoder(codec, statistics.mean, statistics.deviation)
     made = latent_cache.with_latents(
@@ -306,7 +356,11 @@ def test_kept_latents_are_those_of_the_augmented_images(folder: Path) -> None:
     matched = set()
     for moments, position, image in zip(part.moments, positions, images, strict=True):
         variants = [
-            autoencoder.moments(augment(settings.data.augment, image[None], variant_draws(dataset.ids[position], v)).images)[0]
+            autoencoder.moments(
+                augment(
+                    settings.data.augment, image[None], variant_draws(dataset.ids[position], v)
+                ).images
+            )[0]
             for v in range(3)
         ]
         errors = [float((moments - other).abs().max()) for other in variants]
@@ -316,7 +370,9 @@ def test_kept_latents_are_those_of_the_augmented_images(folder: Path) -> None:
 
 
 def test_images_come_along_where_something_is_made_of_them(folder: Path) -> None:
-    _, autoencoder, dataset = encoded(folder, conditioner=ContextConfig(doodle=DoodleConfig(synthetic=1.0)))
+    _, autoencoder, dataset = encoded(
+        folder, conditioner=ContextConfig(doodle=DoodleConfig(synthetic=1.0))
+    )
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
     part = next(batches(dataset, plan, start=0)).parts[0]
     assert part.images.shape == (12, 1, 16, 16)
@@ -335,7 +391,9 @@ def test_an_edited_image_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(latent_cache.Writer, "add", add)
     _, _, dataset = encoded(place)
     assert 0 < len(dataset.training) < len(dataset.ids)  # held-out images are not encoded
-    assert sorted(added) == sorted(f"{dataset.ids[p]}/{variant}" for p in dataset.training for variant in range(3))
+    assert sorted(added) == sorted(
+        f"{dataset.ids[p]}/{variant}" for p in dataset.training for variant in range(3)
+    )
     added.clear()
     edited = place / dataset.entries[dataset.training[0]].name
     Image.fromarray(np.full((16, 16), 99, np.uint8)).save(edited)
@@ -352,20 +410,30 @@ def test_other_kinds_of_images(mode: str, channels: int, tmp_path: Path) -> None
         pixels = generator.integers(0, 256, (16, 16, channels), np.uint8)
         if mode == "constant" and number % 2:
             pixels[:] = number
-        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"{number:02d}.png")
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(
+            tmp_path / f"{number:02d}.png"
+        )
     data = DataConfig(source=Folder(str(tmp_path)), resolution=16, channels=channels)
     settings = latent_run(
-        tmp_path, data=data, conditioner=ContextConfig(), budget=Budget(steps=2), autoencoder=own(budget=Budget(steps=2))
+        tmp_path,
+        data=data,
+        conditioner=ContextConfig(),
+        budget=Budget(steps=2),
+        autoencoder=own(budget=Budget(steps=2)),
     )
     run = train(settings, run=tmp_path / "run")
     assert load(run).sample(2, steps=2).shape == (2, channels, 16, 16)
 
 
-def test_anybodys_autoencoder_is_copied_and_measured(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_anybodys_autoencoder_is_copied_and_measured(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "given"
     given = io.load(whole / "autoencoder" / "final")
     io.save(given, place, {})
-    run = train(latent_run(folder, autoencoder=PretrainedAutoencoder(path=str(place))), run=tmp_path / "run")
+    run = train(
+        latent_run(folder, autoencoder=PretrainedAutoencoder(path=str(place))), run=tmp_path / "run"
+    )
     for file in place.iterdir():
         file.unlink()
     assert load(run).sample(1, category="odd", steps=2).shape == (1, 1, 16, 16)
@@ -377,7 +445,9 @@ def test_anybodys_autoencoder_is_copied_and_measured(folder: Path, whole: Path, 
     assert (statistics.deviation - 1).abs().max() < 1e-3
 
 
-def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(
+    folder: Path, tmp_path: Path
+) -> None:
     data = DataConfig(source=Folder(str(folder)), resolution=15, channels=1)
     with pytest.raises(ConfigError, match="multiple of 2"):
         train(latent_run(folder, data=data), run=tmp_path / "run")
@@ -391,11 +461,19 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_trained(folder:
     ],
 )
 def test_latents_of_any_size_are_padded_inside_the_network_and_what_that_costs_is_said(
-    folder: Path, tmp_path: Path, network: UNetConfig | DiTConfig, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    network: UNetConfig | DiTConfig,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Latents of 6 x 6 where the network takes multiples of 4."""
     data = DataConfig(source=Folder(str(folder)), resolution=12, channels=1)
-    run = train(latent_run(folder, data=data, network=network, budget=Budget(steps=2)), run=tmp_path / "run")
+    run = train(
+        latent_run(folder, data=data, network=network, budget=Budget(steps=2)), run=tmp_path / "run"
+    )
     assert load(run).sample(2, steps=2).shape == (2, 1, 12, 12)
     said = " ".join(capsys.readouterr().err.split())
-    assert "images of 12 x 12 are padded to multiples of 8 inside the network, 78% more work than at 8 x 8" in said
+    assert (
+        "images of 12 x 12 are padded to multiples of 8 inside the network, 78% more work than "
+        "at 8 x 8" in said
+    )

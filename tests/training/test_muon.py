@@ -1,4 +1,6 @@
-"""Muon against the iteration it stands for and against PyTorch's own; which weights it steps; that it resumes bit for bit."""
+"""Muon against the iteration it stands for and against PyTorch's own; which weights it steps; that
+it resumes bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,13 @@ def test_steps_equal_pytorchs_own_on_matrices() -> None:
     start = ours.weight.detach().clone()
     steppers = [
         Muon(ours.parameters(), lr=0.02, momentum=0.95, weight_decay=0.1),
-        torch.optim.Muon(theirs.parameters(), lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            theirs.parameters(),
+            lr=0.02,
+            momentum=0.95,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
+        ),
     ]
     for _ in range(4):
         gradient = torch.randn(48, 64)
@@ -78,7 +86,10 @@ def test_steps_equal_pytorchs_own_on_matrices() -> None:
 
 def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs_in_any_memory_format() -> None:
     kernel = torch.randn(32, 32, 3, 3)
-    conv, flat = nn.Conv2d(32, 32, 3, bias=False).to(memory_format=torch.channels_last), nn.Linear(288, 32, bias=False)
+    conv, flat = (
+        nn.Conv2d(32, 32, 3, bias=False).to(memory_format=torch.channels_last),
+        nn.Linear(288, 32, bias=False),
+    )
     conv.weight.data.copy_(kernel)
     flat.weight.data.copy_(kernel.flatten(1))
     for layer in (conv, flat):
@@ -89,34 +100,54 @@ def test_a_kernel_is_stepped_as_the_matrix_of_its_outputs_in_any_memory_format()
 
 def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
     text = LearnedTextConditioner(LearnedTextConfig(size=32), words=WordTokenizer(tuple("abc")))
-    config = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32)
-    model = nn.ModuleDict({"network": UNet(config, image_channels=3, context=ContextSizes(vector=32, tokens=32)), "text": text})
+    config = UNetConfig(
+        channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32
+    )
+    model = nn.ModuleDict(
+        {
+            "network": UNet(config, image_channels=3, context=ContextSizes(vector=32, tokens=32)),
+            "text": text,
+        }
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, muon = (
         [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         for optimizer in AdamWConfig(muon=MuonConfig()).build(model)
     )
     assert sorted(name for group in (*adamw, *muon) for name in group) == sorted(names.values())
-    for name in ("network.middle.block.conv_in.weight", "text.transformer.layers.0.self_attn.in_proj_weight"):
+    for name in (
+        "network.middle.block.conv_in.weight",
+        "text.transformer.layers.0.self_attn.in_proj_weight",
+    ):
         assert name in muon[0]
     for name in ("network.input.weight", "network.output.weight"):
         assert name in adamw[0]
     for name in ("text.embedding.weight", "text.positions"):
         assert name in adamw[1]
     assert all(
-        name.endswith("bias") or "norm" in name or name in ("text.embedding.weight", "text.positions") for name in adamw[1]
+        name.endswith("bias")
+        or "norm" in name
+        or name in ("text.embedding.weight", "text.positions")
+        for name in adamw[1]
     )
 
 
 @pytest.mark.parametrize(
     "network",
-    [DiTConfig(patch_size=4, hidden_size=64, depth=1), UNetConfig(channels=32, multipliers=(1,), attention_depths=())],
+    [
+        DiTConfig(patch_size=4, hidden_size=64, depth=1),
+        UNetConfig(channels=32, multipliers=(1,), attention_depths=()),
+    ],
 )
 def test_first_and_last_layers_are_adamws_however_large(network: DiTConfig | UNetConfig) -> None:
     built = network.build(image_channels=48)
     stepped = {id(p) for p in hidden_weights(built)}
     assert stepped
-    assert not stepped & {id(p) for layer in (*built.input_layers(), *built.output_layers()) for p in layer.parameters()}
+    assert not stepped & {
+        id(p)
+        for layer in (*built.input_layers(), *built.output_layers())
+        for p in layer.parameters()
+    }
 
 
 def test_a_model_without_hidden_layers_is_adamws() -> None:
@@ -131,9 +162,12 @@ def test_impossible_momentum_is_refused() -> None:
 
 
 @pytest.mark.parametrize("after", [3, 8])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
     settings = tiny_run(
-        images(tmp_path / "images"), optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig())
+        images(tmp_path / "images"),
+        optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig()),
     )
     whole = fingerprint(train(settings, run=tmp_path / "whole"))
     assert fingerprint(resume(interrupted(settings, tmp_path / "run", monkeypatch, after))) == whole

@@ -26,7 +26,13 @@ def test_budget_ends_at_the_first_limit() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "expected"),
-    [({"steps": 7}, 7), ({"samples": 100}, 13), ({"epochs": 2}, 10), ({"minutes": 1}, 30), ({"minutes": 1, "steps": 7}, 7)],
+    [
+        ({"steps": 7}, 7),
+        ({"samples": 100}, 13),
+        ({"epochs": 2}, 10),
+        ({"minutes": 1}, 30),
+        ({"minutes": 1, "steps": 7}, 7),
+    ],
 )
 def test_steps_that_fit_a_budget(limits: dict, expected: int) -> None:
     assert Budget(**limits).steps_of(2.0, batch_size=8, images=40) == expected
@@ -44,12 +50,16 @@ def test_learning_rate_rises_then_falls_to_its_end() -> None:
     assert config.rate(9, 0.0) == 1.0
     assert config.rate(99, 0.5) == pytest.approx(0.1 + 0.9 * 0.5)
     assert config.rate(99, 1.0) == pytest.approx(0.1)
-    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="linear").rate(5, 0.25) == pytest.approx(0.75)
+    assert AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="linear").rate(
+        5, 0.25
+    ) == pytest.approx(0.75)
     assert AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="constant").rate(5, 0.9) == 1.0
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(100, 141), (50, 50), (100, 999), (3, 14)])
-def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(warmup: int, steps: int) -> None:
+def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(
+    warmup: int, steps: int
+) -> None:
     """A rise of 100 steps in a run of 141 left no step at the peak that was set."""
     config = AdamWConfig(learning_rate=1.0, warmup_steps=warmup, schedule="constant")
     rates = [config.rate(step, step / steps) for step in range(steps)]
@@ -59,7 +69,9 @@ def test_a_short_run_has_warmed_up_when_a_tenth_of_its_budget_is_spent(warmup: i
 
 
 @given(warmup=st.integers(0, 500), longer=st.floats(1.0, 50.0), final=st.floats(0, 1))
-def test_a_run_of_ten_times_the_rise_has_the_same_rates_as_ever(warmup: int, longer: float, final: float) -> None:
+def test_a_run_of_ten_times_the_rise_has_the_same_rates_as_ever(
+    warmup: int, longer: float, final: float
+) -> None:
     config = AdamWConfig(learning_rate=3e-3, warmup_steps=warmup, final_fraction=final)
     steps = max(1, math.ceil(10 * warmup * longer))
     for step in range(min(steps, warmup + 3)):
@@ -87,7 +99,9 @@ def test_wider_hidden_layers_are_stepped_by_less() -> None:
     class Stack(Backbone):
         def __init__(self) -> None:
             super().__init__(image_channels=3)
-            self.layers = nn.ModuleList([nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1)])
+            self.layers = nn.ModuleList(
+                [nn.Linear(3, 64), nn.Linear(64, 128), nn.Conv2d(128, 32, 3), nn.Linear(32, 1)]
+            )
 
         def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
             return x
@@ -100,36 +114,56 @@ def test_wider_hidden_layers_are_stepped_by_less() -> None:
 
     model = Stack()
     learner = OptimizedPart(
-        "model", model, AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", mup_base_width=32)
+        "model",
+        model,
+        AdamWConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", mup_base_width=32),
     )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     learner.step(0, 0.0)
-    rates = {id(p): group["lr"] for group in learner.optimizers[0].param_groups for p in group["params"]}
+    rates = {
+        id(p): group["lr"] for group in learner.optimizers[0].param_groups for p in group["params"]
+    }
     assert [rates[id(layer.weight)] for layer in model.layers] == [1.0, 0.5, 0.25, 1.0]
     assert {rates[id(layer.bias)] for layer in model.layers} == {1.0}
     assert learner.rate == 1.0
 
 
 def test_a_network_that_says_so_keeps_its_ends_from_the_rates_of_hidden_layers() -> None:
-    """First layers are as wide as what they are given, whatever the width; last ones are as wide as the network."""
+    """First layers are as wide as what they are given, whatever the width; last ones are as wide as
+    the network.
+    """
     network = DiTConfig(patch_size=4, hidden_size=128, depth=1, head_dim=32).build(image_channels=3)
     groups = AdamWConfig(mup_base_width=64).build(network)[0].param_groups
     shares = {id(p): group.get("share", 1.0) for group in groups for p in group["params"]}
-    assert shares[id(network.patches[0].weight)] == shares[id(network.level_embedding[1].weight)] == 1.0
-    assert shares[id(network.blocks[0].readers[0].q.weight)] == shares[id(network.output.weight)] == 0.5
+    assert (
+        shares[id(network.patches[0].weight)]
+        == shares[id(network.level_embedding[1].weight)]
+        == 1.0
+    )
+    assert (
+        shares[id(network.blocks[0].readers[0].q.weight)]
+        == shares[id(network.output.weight)]
+        == 0.5
+    )
 
 
 def test_beside_muon_the_last_layer_alone_is_stepped_by_less() -> None:
     network = DiTConfig(patch_size=4, hidden_size=128, depth=1, head_dim=32).build(image_channels=3)
     adamw, muon = AdamWConfig(mup_base_width=64, muon=MuonConfig()).build(network)
-    shares = {id(p): group.get("share", 1.0) for group in adamw.param_groups for p in group["params"]}
+    shares = {
+        id(p): group.get("share", 1.0) for group in adamw.param_groups for p in group["params"]
+    }
     assert shares[id(network.output.weight)] == 0.5
     assert sorted(set(shares.values())) == [0.5, 1.0]
-    assert id(network.blocks[0].readers[0].q.weight) in {id(p) for group in muon.param_groups for p in group["params"]}
+    assert id(network.blocks[0].readers[0].q.weight) in {
+        id(p) for group in muon.param_groups for p in group["params"]
+    }
 
 
-@pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1.0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1.0}, {"learning_rate": 0.0}]
+)
 def test_impossible_steps_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="hint"):
         AdamWConfig(**wrong)
@@ -178,9 +212,15 @@ def test_counts_below_one_are_refused() -> None:
 
 
 @pytest.mark.parametrize("begun", [100, 100_000, 1_000_000, 10_000_000])
-@pytest.mark.parametrize("profile", [PowerEMA(0.1), PowerEMA(0.05), FixedEMA(0.9999), FixedEMA(0.999999)], ids=str)
-def test_an_average_follows_the_weights_in_float32_however_long_the_run(profile: PowerEMA | FixedEMA, begun: int) -> None:
-    """Weights 1 % away for 2,000 updates; float32 once went 52 % too far after a million updates, and stood still after three."""
+@pytest.mark.parametrize(
+    "profile", [PowerEMA(0.1), PowerEMA(0.05), FixedEMA(0.9999), FixedEMA(0.999999)], ids=str
+)
+def test_an_average_follows_the_weights_in_float32_however_long_the_run(
+    profile: PowerEMA | FixedEMA, begun: int
+) -> None:
+    """Weights 1 % away for 2,000 updates; float32 once went 52 % too far after a million updates,
+    and stood still after three.
+    """
     average, model = nn.Linear(8, 8), nn.Linear(8, 8)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -192,7 +232,9 @@ def test_an_average_follows_the_weights_in_float32_however_long_the_run(profile:
     for update in range(begun + 1, begun + 2001):
         follow(average, model, profile, update)
     kept = math.prod(profile.decay(update) for update in range(begun + 1, begun + 2001))
-    moved = ((average.weight.detach().double() - start) / (model.weight.detach().double() - start)).mean()
+    moved = (
+        (average.weight.detach().double() - start) / (model.weight.detach().double() - start)
+    ).mean()
     late = (
         0 if stride(profile, begun + 2000) == 1 else stride(profile, begun + 2000) / 2000
     )  # what the last stride has not seen yet
@@ -210,7 +252,11 @@ def test_decay_is_not_applied_to_tables_positions_registers_and_offsets() -> Non
     )
     model = nn.ModuleDict({"network": network, "table": nn.Embedding(9, 8)})
     layers = {
-        id(p) for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) for p in layer.parameters() if p.ndim > 1
+        id(p)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        for p in layer.parameters()
+        if p.ndim > 1
     }
     for group in AdamWConfig(weight_decay=0.1).build(model)[0].param_groups:
         assert all((id(p) in layers) == (group["weight_decay"] > 0) for p in group["params"])

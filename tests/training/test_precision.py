@@ -51,8 +51,12 @@ def test_an_older_torch_has_linux_say_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert has_bfloat16(CPU) is None
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
-def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_a_gpu_is_asked_for_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined 9000")
     chosen, line = choose(nn.Linear(4, 4), GPU)
@@ -62,12 +66,20 @@ def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch, capa
 
 def test_without_instructions_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(precision, "_timed", lambda *args, **how: pytest.fail("a product was timed"))
-    assert choose(nn.Linear(4, 4), CPU) == ("float32", "precision float32: this processor has no bfloat16 instructions")
+    monkeypatch.setattr(
+        precision, "_timed", lambda *args, **how: pytest.fail("a product was timed")
+    )
+    assert choose(nn.Linear(4, 4), CPU) == (
+        "float32",
+        "precision float32: this processor has no bfloat16 instructions",
+    )
 
 
 @pytest.mark.parametrize("found", [True, None])
-@pytest.mark.parametrize(("bfloat16", "expected"), [(0.5, "bfloat16"), (0.89, "bfloat16"), (0.91, "float32"), (3.0, "float32")])
+@pytest.mark.parametrize(
+    ("bfloat16", "expected"),
+    [(0.5, "bfloat16"), (0.89, "bfloat16"), (0.91, "float32"), (3.0, "float32")],
+)
 def test_else_a_product_decides_and_bfloat16_must_win_by_a_tenth(
     monkeypatch: pytest.MonkeyPatch, found: bool | None, bfloat16: float, expected: str
 ) -> None:
@@ -96,17 +108,25 @@ def test_the_product_has_a_size_for_any_network(network: nn.Module) -> None:
     assert line.startswith(f"precision {name}: ")
 
 
-def test_no_pass_of_the_model_is_taken_and_what_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_trial", lambda self: pytest.fail("a pass of the model was taken"))
+def test_no_pass_of_the_model_is_taken_and_what_was_settled_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Trainer, "_trial", lambda self: pytest.fail("a pass of the model was taken")
+    )
     said: list[str] = []
     config, counters = TrainingConfig(precision="auto"), Counters()
     settle_precision(config, counters, nn.Linear(4, 4), say=said.append)
     assert counters.precision in precision.CHOICES
     assert len(said) == 1
-    resumed = Counters(precision="bfloat16")  # as an older checkpoint, or another machine, settled it
+    # as an older checkpoint, or another machine, settled it
+    resumed = Counters(precision="bfloat16")
     settle_precision(config, resumed, nn.Linear(4, 4), say=said.append)
     assert resumed.precision == "bfloat16"
     assert len(said) == 1
     from sfumato.runs import train
 
-    train(tiny_run(images(tmp_path / "images"), precision="auto", budget=Budget(steps=1)), run=tmp_path / "run")
+    train(
+        tiny_run(images(tmp_path / "images"), precision="auto", budget=Budget(steps=1)),
+        run=tmp_path / "run",
+    )

@@ -1,4 +1,6 @@
-"""A run that was interrupted and resumed ends as the one that was not: weights, average, optimizer and losses, bit for bit."""
+"""A run that was interrupted and resumed ends as the one that was not: weights, average, optimizer
+and losses, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def interrupted(settings, run: Path, monkeypatch: pytest.MonkeyPatch, after: int
 
 
 @pytest.mark.parametrize("after", [3, 5, 8, 13])
-def test_resumed_run_equals_the_uninterrupted_one(folder, whole, tmp_path, monkeypatch, after) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(
+    folder, whole, tmp_path, monkeypatch, after
+) -> None:
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, after)
     assert fingerprint(resume(run)) == whole
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -75,7 +79,9 @@ def test_interrupted_twice_still_equals(folder, whole, tmp_path, monkeypatch) ->
 
 
 @pytest.mark.parametrize("step", [7, 8])
-def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(folder, whole, tmp_path, monkeypatch, step) -> None:
+def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(
+    folder, whole, tmp_path, monkeypatch, step
+) -> None:
     real = Trainer.train_step
 
     def signalled(self, batch):
@@ -103,9 +109,16 @@ def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monk
 
 
 @pytest.mark.parametrize("kept", [{}, {"memory_gib": 0.0, "workers": 2}])
-def test_workers_cache_and_memory_do_not_change_the_run(folder, whole, tmp_path, monkeypatch, kept) -> None:
+def test_workers_cache_and_memory_do_not_change_the_run(
+    folder, whole, tmp_path, monkeypatch, kept
+) -> None:
     data = DataConfig(
-        source=Folder(str(folder)), resolution=8, channels=1, augment=AugmentConfig(flip="horizontal"), cache="off", **kept
+        source=Folder(str(folder)),
+        resolution=8,
+        channels=1,
+        augment=AugmentConfig(flip="horizontal"),
+        cache="off",
+        **kept,
     )
     run = interrupted(tiny_run(folder, data=data), tmp_path / "run", monkeypatch, 7)
     assert fingerprint(resume(run)) == whole
@@ -115,7 +128,9 @@ def test_previews_and_validation_do_not_move_training(folder, whole, tmp_path) -
     from sfumato.training import PreviewConfig, ValidationConfig
 
     settings = tiny_run(
-        folder, preview=PreviewConfig(every_steps=1, num=1), validation=ValidationConfig(every_steps=1, samples=10)
+        folder,
+        preview=PreviewConfig(every_steps=1, num=1),
+        validation=ValidationConfig(every_steps=1, samples=10),
     )
     watched = fingerprint(train(settings, run=tmp_path / "run"))
     assert all(watched[name] == whole[name] for name in ("model", "ema", "optimizer", "losses"))
@@ -124,7 +139,9 @@ def test_previews_and_validation_do_not_move_training(folder, whole, tmp_path) -
 def test_accumulation_changes_only_rounding(folder, tmp_path) -> None:
     from sfumato.networks import UNetConfig
 
-    plain = UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32)
+    plain = UNetConfig(
+        channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
+    )
     losses = []
     for number, size in enumerate((12, 4)):
         run = train(tiny_run(folder, network=plain, micro_batch=size), run=tmp_path / str(number))
@@ -134,7 +151,10 @@ def test_accumulation_changes_only_rounding(folder, tmp_path) -> None:
 
 
 def test_another_seed_is_another_run(folder, whole, tmp_path) -> None:
-    assert fingerprint(train(tiny_run(folder, seed=1), run=tmp_path / "run"))["model"] != whole["model"]
+    assert (
+        fingerprint(train(tiny_run(folder, seed=1), run=tmp_path / "run"))["model"]
+        != whole["model"]
+    )
 
 
 def test_resume_without_a_checkpoint_is_an_error(folder, tmp_path, monkeypatch) -> None:
@@ -177,7 +197,9 @@ def described(run: Path) -> list[str]:
         ("checkpoint.keep=1000000000", "GiB needed for checkpoints"),
     ],
 )
-def test_a_refused_resume_leaves_the_run_as_it_was(folder, whole, tmp_path, monkeypatch, override: str, said: str) -> None:
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    folder, whole, tmp_path, monkeypatch, override: str, said: str
+) -> None:
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
     before = described(run)
     with pytest.raises(SfumatoError, match=said):
@@ -189,15 +211,20 @@ def test_a_refused_resume_leaves_the_run_as_it_was(folder, whole, tmp_path, monk
 def test_a_run_that_fitted_on_the_disk_is_resumed_on_it(folder, tmp_path, monkeypatch) -> None:
     """What lies there already is not asked for again."""
     asked: list[int] = []
-    monkeypatch.setattr(RunDirectory, "require_space", lambda self, needed: asked.append(needed - (16 << 20)))
+    monkeypatch.setattr(
+        RunDirectory, "require_space", lambda self, needed: asked.append(needed - (16 << 20))
+    )
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 11)
-    assert len(checkpoint.paths(run / "checkpoints")) == 2  # as many as are kept: one more is written before one goes
+    # as many as are kept: one more is written before one goes
+    assert len(checkpoint.paths(run / "checkpoints")) == 2
     resume(run)
     first, *later = asked
     assert set(later) == {first // 3}
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(folder, whole, tmp_path, monkeypatch, capsys) -> None:
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(
+    folder, whole, tmp_path, monkeypatch, capsys
+) -> None:
     real, count = MetricsFile.write, [0]
 
     def full(self, record):
@@ -277,7 +304,9 @@ def test_two_processes_never_share_a_run(folder, tmp_path, monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     with RunDirectory.existing(run).locked(), pytest.raises(RunError, match="another process"):
         resume(run, overrides={"budget.steps": 16})
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"
+    } == before
 
 
 def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch) -> None:
@@ -293,7 +322,9 @@ def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch)
     with pytest.raises(DivergedError, match="learning_rate") as caught:
         train(tiny_run(folder, budget=Budget(steps=60)), run=tmp_path / "run")
     assert caught.value.exit_code == 3
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     skipped = [line["train/skipped"] for line in lines if "train/skipped" in line]
     assert skipped[:4] == [0, 0, 0, 1]
     skipping = max((tmp_path / "run" / "checkpoints").glob("*.diverged"))
@@ -303,7 +334,9 @@ def test_nan_is_skipped_and_too_many_stop_the_run(folder, tmp_path, monkeypatch)
 
 
 def test_a_run_that_diverged_goes_on_from_before_its_loss_rose(folder, tmp_path) -> None:
-    """Its checkpoints of overflowing weights lie aside, so that the lower learning rate that is advised has something to learn from."""
+    """Its checkpoints of overflowing weights lie aside, so that the lower learning rate that is
+    advised has something to learn from.
+    """
     wild = {"optimizer.learning_rate": 1e6, "budget.steps": 120, "checkpoint.every_steps": 4}
     with pytest.raises(DivergedError, match=r"resume .* begins at step \d+, before the loss rose"):
         train(tiny_run(folder), run=tmp_path / "run", overrides=wild)

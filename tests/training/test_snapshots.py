@@ -1,4 +1,6 @@
-"""Snapshots: averaged weights kept for good at powers of two, found again by step, and no part of what resuming needs."""
+"""Snapshots: averaged weights kept for good at powers of two, found again by step, and no part of
+what resuming needs.
+"""
 
 from __future__ import annotations
 
@@ -63,24 +65,40 @@ def test_they_hold_the_averaged_weights_of_their_step(run: Path, step: int) -> N
     assert not same(weights(run, step), whole.tensors["model"])
 
 
-@pytest.mark.parametrize(("step", "found"), [(2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (9, 8), (10**12, 8)])
+@pytest.mark.parametrize(
+    ("step", "found"), [(2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (9, 8), (10**12, 8)]
+)
 def test_the_nearest_before_is_found(run: Path, step: int, found: int) -> None:
-    assert same(weights(run, step), checkpoint.load_file(run / "snapshots" / f"step-{found:09d}.safetensors"))
+    assert same(
+        weights(run, step),
+        checkpoint.load_file(run / "snapshots" / f"step-{found:09d}.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("step", [1, 0, -5])
 def test_none_before_names_those_that_there_are(run: Path, step: int) -> None:
     error = said(run / "snapshots", step)
-    assert str(error) == f"{run}/snapshots: no snapshot at or before step {step}\n  hint: there are 2, 4, 8"
+    assert (
+        str(error)
+        == f"{run}/snapshots: no snapshot at or before step {step}\n  hint: there are 2, 4, 8"
+    )
 
 
 def test_a_folder_without_any_says_so(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
-        assert str(said(root, 5)) == f"{root}: no snapshot at or before step 5\n  hint: there are none yet"
+        assert (
+            str(said(root, 5))
+            == f"{root}: no snapshot at or before step 5\n  hint: there are none yet"
+        )
 
 
 def test_other_files_are_not_snapshots(tmp_path: Path) -> None:
-    for name in (".tmp-7-abc", "step-7.safetensors", "step-000000007.safetensors.bak", "step-00000000x.safetensors"):
+    for name in (
+        ".tmp-7-abc",
+        "step-7.safetensors",
+        "step-000000007.safetensors.bak",
+        "step-00000000x.safetensors",
+    ):
         (tmp_path / name).write_bytes(b"")
     assert "there are none yet" in said(tmp_path, 9).hint
 
@@ -120,10 +138,17 @@ def test_a_place_that_cannot_be_written_is_an_error_that_leaves_nothing(
 
 
 def test_a_full_disk_does_not_end_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(root: Path, **_: object) -> Path:
-        raise CheckpointError("could not be written: No space left on device", where=str(root), hint="free some disk space")
+        raise CheckpointError(
+            "could not be written: No space left on device",
+            where=str(root),
+            hint="free some disk space",
+        )
 
     monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
     monkeypatch.setattr(checkpoint, "save_snapshot", full)
@@ -138,10 +163,16 @@ def test_resuming_does_not_need_them_and_is_not_moved_by_them(
     whole = fingerprint(train(tiny_run(folder), run=tmp_path / "whole"))
     monkeypatch.setattr(hooks, "SNAPSHOTS", STEPS)
     run = _stopped(folder, tmp_path / "run", monkeypatch, after=7)
-    assert sorted(path.stem for path in (run / "snapshots").iterdir()) == ["step-000000002", "step-000000004"]
+    assert sorted(path.stem for path in (run / "snapshots").iterdir()) == [
+        "step-000000002",
+        "step-000000004",
+    ]
     (run / "snapshots" / "step-000000002.safetensors").unlink()
     assert fingerprint(resume(run)) == whole
-    assert sorted(path.stem for path in (run / "snapshots").iterdir()) == ["step-000000004", "step-000000008"]
+    assert sorted(path.stem for path in (run / "snapshots").iterdir()) == [
+        "step-000000004",
+        "step-000000008",
+    ]
 
 
 def _stopped(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *, after: int) -> Path:
@@ -172,8 +203,12 @@ def test_images_can_be_led_away_from_it(run: Path) -> None:
     pipeline, worse = load(run), snapshot(run, 2)
     asked = {"category": "odd"}
     plain = pipeline.sample(2, **asked, steps=3)
-    assert (pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 1.0)) - plain).abs().max() < 1e-5
-    assert (pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 4.0)) - plain).abs().max() > 1e-4
+    assert (
+        pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 1.0)) - plain
+    ).abs().max() < 1e-5
+    assert (
+        pipeline.sample(2, **asked, steps=3, autoguidance=(worse, 4.0)) - plain
+    ).abs().max() > 1e-4
 
 
 def test_no_run_and_no_snapshot_are_errors(run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from sfumato.condition import NO_CONDITION
 from sfumato.diffusion import Denoised, Linear, LogitNormal, Sample, Warped
 from sfumato.training.validation import difference, make_triples, measure, summarize
 
-SCALES = torch.tensor([1.5, 0.9, 0.3, 0.05], dtype=torch.float64)  # standard deviations of four independent pixels
+# standard deviations of four independent pixels
+SCALES = torch.tensor([1.5, 0.9, 0.3, 0.05], dtype=torch.float64)
 SCHEDULE = Warped(schedule=Linear(), warp=LogitNormal())
 
 
@@ -14,18 +15,24 @@ def gaussian(x, level, condition=NO_CONDITION) -> Denoised:
     """The exact posterior mean for x0 ~ N(0, diag(SCALES^2))."""
     shaped = level.like(x)
     variance = SCALES.view(1, 1, 2, 2) ** 2
-    return Sample().solve(shaped.alpha * variance / (shaped.alpha**2 * variance + shaped.sigma**2) * x, x, level)
+    return Sample().solve(
+        shaped.alpha * variance / (shaped.alpha**2 * variance + shaped.sigma**2) * x, x, level
+    )
 
 
 def triples(count: int = 40_000, bins: int = 10):
     generator = torch.Generator().manual_seed(0)
-    x0 = torch.randn(count, 1, 2, 2, dtype=torch.float64, generator=generator) * SCALES.view(1, 1, 2, 2)
+    x0 = torch.randn(count, 1, 2, 2, dtype=torch.float64, generator=generator) * SCALES.view(
+        1, 1, 2, 2
+    )
     return make_triples(x0, SCHEDULE, seed=3, bins=bins)
 
 
 def test_r2_of_the_ideal_denoiser_is_the_closed_form_in_every_bin() -> None:
     t = triples()
-    report = summarize(measure(gaussian, t, NO_CONDITION, batch_size=1000), t, float((SCALES**2).mean()))
+    report = summarize(
+        measure(gaussian, t, NO_CONDITION, batch_size=1000), t, float((SCALES**2).mean())
+    )
     alpha2, sigma2 = t.level.alpha**2, t.level.sigma**2
     moment = (SCALES**2).mean()
     trivial = alpha2 * moment / (alpha2 * moment + sigma2)
@@ -53,7 +60,10 @@ def test_the_trivial_predictor_scores_zero_and_copying_the_input_does_not_pass()
         shaped = level.like(x)
         return Denoised((x - shaped.sigma * x) / shaped.alpha, x)
 
-    assert abs(summarize(measure(linear_guess, t, NO_CONDITION, batch_size=5000), t, moment)["r2"]) < 0.02
+    assert (
+        abs(summarize(measure(linear_guess, t, NO_CONDITION, batch_size=5000), t, moment)["r2"])
+        < 0.02
+    )
     copied = summarize(measure(copy, t, NO_CONDITION, batch_size=5000), t, moment)
     assert all(row["r2"] < 0.02 for row in copied["bins"])
 

@@ -1,4 +1,6 @@
-"""A run so small that it trains in a second, and what it takes to compare two of them bit for bit."""
+"""A run so small that it trains in a second, and what it takes to compare two of them bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.storage import checkpoint
-from sfumato.training import AdamWConfig, Budget, CheckpointConfig, LogConfig, PreviewConfig, ValidationConfig
+from sfumato.training import (
+    AdamWConfig,
+    Budget,
+    CheckpointConfig,
+    LogConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
 
 
 def images(folder: Path, count: int = 40, size: int = 8) -> Path:
@@ -32,8 +41,20 @@ def tiny_run(folder: Path, **changes) -> Run:
     """Mid-epoch checkpoints, accumulation, dropout, flips: everything whose state could be lost."""
     settings = {
         "name": "tiny",
-        "data": DataConfig(source=Folder(str(folder)), resolution=8, channels=1, augment=AugmentConfig(flip="horizontal")),
-        "network": UNetConfig(channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32, dropout=0.1),
+        "data": DataConfig(
+            source=Folder(str(folder)),
+            resolution=8,
+            channels=1,
+            augment=AugmentConfig(flip="horizontal"),
+        ),
+        "network": UNetConfig(
+            channels=32,
+            multipliers=(1, 1),
+            blocks=1,
+            attention_depths=(1,),
+            head_channels=32,
+            dropout=0.1,
+        ),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
         "optimizer": AdamWConfig(learning_rate=1e-3, warmup_steps=3),
         "batch_size": 12,
@@ -51,8 +72,15 @@ def tiny_run(folder: Path, **changes) -> Run:
 def fingerprint(run: Path) -> dict[str, str]:
     """Hashes of the last checkpoint's weights, average and optimizer, and of the list of losses."""
     newest = checkpoint.paths(run / "checkpoints")[0]
-    hashes = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+    hashes = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in newest.glob("*.safetensors")
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
-    figures = [(line["step"], line["validation/ema/eps_mse"]) for line in lines if "validation/ema/eps_mse" in line]
+    figures = [
+        (line["step"], line["validation/ema/eps_mse"])
+        for line in lines
+        if "validation/ema/eps_mse" in line
+    ]
     return {**hashes, "step": newest.name, "losses": str(losses), "validation": str(figures)}

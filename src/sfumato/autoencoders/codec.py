@@ -21,7 +21,9 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f, W/f)."""
+        """Images (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f,
+        W/f).
+        """
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> images (B, C, f h, f w), not clamped."""

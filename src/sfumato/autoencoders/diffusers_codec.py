@@ -41,13 +41,24 @@ class ForeignCodec(Codec):
         try:
             import diffusers
         except ImportError:
-            raise ConfigError(f"{kind} needs diffusers", where="autoencoder", hint="pip install 'sfumato[diffusers]'") from None
+            raise ConfigError(
+                f"{kind} needs diffusers",
+                where="autoencoder",
+                hint="pip install 'sfumato[diffusers]'",
+            ) from None
         try:
-            model = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+            model = getattr(diffusers, kind).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"cannot be read: {str(error)[:300]}", where=str(folder)) from None
-        # What diffusers notes beside the sizes, such as where the model was read from, is nobody's concern.
-        sizes = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+            raise CheckpointError(
+                f"cannot be read: {str(error)[:300]}", where=str(folder)
+            ) from None
+        # What diffusers notes beside the sizes, such as where the model was read from, is nobody's
+        # concern.
+        sizes = {
+            name: value for name, value in dict(model.config).items() if not name.startswith("_")
+        }
         return cls(model, {"_class_name": kind, **sizes})
 
     def moments(self, x: Tensor) -> Tensor:

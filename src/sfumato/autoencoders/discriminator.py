@@ -1,4 +1,6 @@
-"""The adversary that an autoencoder learns to please: it tells real patches from reconstructed ones."""
+"""The adversary that an autoencoder learns to please: it tells real patches from reconstructed
+ones.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ GROUP_CHANNELS = 16
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) -> a score for each patch, (B, h, w); higher is more real.
 
-    Group norms instead of the source's batch norms, so that an image's score does not depend on the others in its batch.
+    Group norms instead of the source's batch norms, so that an image's score does not depend on the
+    others in its batch.
 
     Source: Isola et al. 2017 (arXiv:1611.07004), sec. 3.2 and appendix 6.1.2.
     """
@@ -29,12 +32,17 @@ class PatchDiscriminator(nn.Module):
                 hint=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
             )
         self.smallest = 3 * 2**layers  # side of an image that still has a patch
-        found: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        found: list[nn.Module] = [
+            nn.Conv2d(image_channels, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         width = channels
         for depth in range(1, layers + 1):
             inputs, width = width, channels * min(2**depth, 8)
             found += [
-                nn.Conv2d(inputs, width, 4, stride=2 if depth < layers else 1, padding=1, bias=False),
+                nn.Conv2d(
+                    inputs, width, 4, stride=2 if depth < layers else 1, padding=1, bias=False
+                ),
                 nn.GroupNorm(width // GROUP_CHANNELS, width),
                 nn.LeakyReLU(0.2),
             ]
@@ -46,7 +54,8 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
-    """What the adversary minimizes, (B,): the hinge loss on real images and on made ones, which get no gradient from it.
+    """What the adversary minimizes, (B,): the hinge loss on real images and on made ones, which get
+    no gradient from it.
 
     Source: Lim & Ye 2017 (arXiv:1705.02894).
     """
@@ -55,7 +64,9 @@ def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor
 
 
 def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
-    """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no gradient from it."""
+    """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no
+    gradient from it.
+    """
     frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
     result: Tensor = -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
     return result
@@ -66,6 +77,9 @@ def adaptive_weight(reconstruction: Tensor, generator_loss: Tensor, last: nn.Par
 
     Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """
-    norms = [torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm() for loss in (reconstruction, generator_loss)]
+    norms = [
+        torch.autograd.grad(loss.sum(), last, retain_graph=True)[0].norm()
+        for loss in (reconstruction, generator_loss)
+    ]
     result: Tensor = (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
     return result

@@ -11,7 +11,9 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 / MSE), at most 100."""
+    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 /
+    MSE), at most 100.
+    """
     error = (a - b).double().square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error.clamp(min=4e-10))).float()
 
@@ -39,7 +41,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def windows(side: int, size: int) -> Tensor:
-    """Gaussian weights of a line of `side` values at each place where the whole window fits, (side - size + 1, side), float64."""
+    """Gaussian weights of a line of `side` values at each place where the whole window fits, (side
+    - size + 1, side), float64.
+    """
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     line = torch.exp(-(offsets**2) / (2 * WIDTH**2))
-    return torch.stack([F.pad(line / line.sum(), (first, side - size - first)) for first in range(side - size + 1)])
+    return torch.stack(
+        [F.pad(line / line.sum(), (first, side - size - first)) for first in range(side - size + 1)]
+    )

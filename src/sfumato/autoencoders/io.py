@@ -1,7 +1,9 @@
 """Autoencoders on disk: folders in diffusers' layout, read without its code, and files of tensors.
 
-What is saved has the latents' statistics inside: an `AutoencoderKL` as weights of its 1 x 1 convolutions, so that any program that
-reads the folder gets latents of zero mean and unit variance and needs no scaling factor; others beside, in latents.json.
+What is saved has the latents' statistics inside: an `AutoencoderKL` as weights of its 1 x 1
+convolutions, so that any program that
+reads the folder gets latents of zero mean and unit variance and needs no scaling factor; others
+beside, in latents.json.
 """
 
 from __future__ import annotations
@@ -41,18 +43,25 @@ def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> 
     statistics = {"mean": settled.mean.tolist(), "deviation": settled.deviation.tolist(), **facts}
     try:
         with atomic_folder(folder) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                temporary / WEIGHTS,
+            )
             (temporary / CONFIG).write_text(json.dumps(config, indent=1))
             (temporary / STATISTICS).write_text(json.dumps(statistics, indent=1))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be written: {error}", where=str(folder), hint="free some disk space") from None
+        raise CheckpointError(
+            f"cannot be written: {error}", where=str(folder), hint="free some disk space"
+        ) from None
     return folder
 
 
 def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencoder:
-    """An autoencoder from a folder in diffusers' layout, or from the files of a tiny one's encoder and decoder.
+    """An autoencoder from a folder in diffusers' layout, or from the files of a tiny one's encoder
+    and decoder.
 
-    Its latents are scaled as latents.json says, else as its own configuration does (scaling and shift factor, or means and deviations).
+    Its latents are scaled as latents.json says, else as its own configuration does (scaling and
+    shift factor, or means and deviations).
 
     Raises:
         CheckpointError: naming what is missing or not understood.
@@ -61,7 +70,9 @@ def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencod
     if path.is_file() and decoder is not None:
         tiny = TinyAutoencoder(_tensors(path), _tensors(Path(decoder)))
         return LatentAutoencoder(
-            tiny.eval().requires_grad_(False), torch.zeros(tiny.latent_channels), torch.ones(tiny.latent_channels)
+            tiny.eval().requires_grad_(False),
+            torch.zeros(tiny.latent_channels),
+            torch.ones(tiny.latent_channels),
         )
     config = _json(path / CONFIG)
     codec = _codec(config, path)
@@ -84,7 +95,9 @@ def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
     codec = latents.codec
     assert isinstance(codec, KLAutoencoder)
     mean, deviation, size = latents.mean, latents.deviation, codec.latent_channels
-    made = KLAutoencoder(replace(codec.config, projections="quant"), image_channels=codec.image_channels).to(mean.device)
+    made = KLAutoencoder(
+        replace(codec.config, projections="quant"), image_channels=codec.image_channels
+    ).to(mean.device)
     state = dict(codec.state_dict())
     for name, width in (("quant_conv", 2 * size), ("post_quant_conv", size)):
         state.setdefault(f"{name}.weight", torch.eye(width, device=mean.device)[:, :, None, None])
@@ -93,10 +106,16 @@ def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
     shift = torch.cat([-mean / deviation, -2 * deviation.log()])
     state["quant_conv.weight"] = state["quant_conv.weight"] * scale[:, None, None, None]
     state["quant_conv.bias"] = state["quant_conv.bias"] * scale + shift
-    state["post_quant_conv.bias"] = state["post_quant_conv.bias"] + state["post_quant_conv.weight"][:, :, 0, 0] @ mean
-    state["post_quant_conv.weight"] = state["post_quant_conv.weight"] * deviation[None, :, None, None]
+    state["post_quant_conv.bias"] = (
+        state["post_quant_conv.bias"] + state["post_quant_conv.weight"][:, :, 0, 0] @ mean
+    )
+    state["post_quant_conv.weight"] = (
+        state["post_quant_conv.weight"] * deviation[None, :, None, None]
+    )
     made.load_state_dict(state)
-    return LatentAutoencoder(made.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation))
+    return LatentAutoencoder(
+        made.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation)
+    )
 
 
 def _plain(codec: Codec) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -160,7 +179,8 @@ def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
     if kind == "AutoencoderTiny":
         tensors = _tensors(folder / WEIGHTS)
         halves = [
-            {name: value for name, value in tensors.items() if name.startswith(half)} for half in ("encoder.", "decoder.")
+            {name: value for name, value in tensors.items() if name.startswith(half)}
+            for half in ("encoder.", "decoder.")
         ]
         return TinyAutoencoder(*halves)
     return ForeignCodec.load(str(kind), folder)
@@ -177,7 +197,9 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
             and config.get("use_quant_conv", True) == config.get("use_post_quant_conv", True)
         )
         if not known:
-            raise CheckpointError("an AutoencoderKL of blocks that are not known here", where=str(folder / CONFIG))
+            raise CheckpointError(
+                "an AutoencoderKL of blocks that are not known here", where=str(folder / CONFIG)
+            )
         shape = KLConfig(
             channels=widths,
             latent_channels=config["latent_channels"],
@@ -187,9 +209,13 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
             projections="quant" if config.get("use_quant_conv", True) else "none",
         )
         codec = KLAutoencoder(shape, image_channels=config["in_channels"])
-        codec.load_state_dict({_renamed(name): tensor.float() for name, tensor in _tensors(folder / WEIGHTS).items()})
+        codec.load_state_dict(
+            {_renamed(name): tensor.float() for name, tensor in _tensors(folder / WEIGHTS).items()}
+        )
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"does not fit an AutoencoderKL ({str(error)[:300]})", where=str(folder)) from None
+        raise CheckpointError(
+            f"does not fit an AutoencoderKL ({str(error)[:300]})", where=str(folder)
+        ) from None
     return codec
 
 
@@ -205,9 +231,15 @@ def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple
     """Mean and deviation of a folder's latents, (c,) each, by what it says of them."""
     if (folder / STATISTICS).is_file():
         said = _json(folder / STATISTICS)
-        mean, deviation = torch.tensor(said.get("mean", [])), torch.tensor(said.get("deviation", []))
+        mean, deviation = (
+            torch.tensor(said.get("mean", [])),
+            torch.tensor(said.get("deviation", [])),
+        )
     elif config.get("latents_mean") and config.get("latents_std"):
-        mean, deviation = torch.tensor(config["latents_mean"]).flatten(), torch.tensor(config["latents_std"]).flatten()
+        mean, deviation = (
+            torch.tensor(config["latents_mean"]).flatten(),
+            torch.tensor(config["latents_std"]).flatten(),
+        )
     else:
         mean = torch.full((channels,), float(config.get("shift_factor") or 0.0))
         deviation = torch.full((channels,), 1 / float(config.get("scaling_factor") or 1.0))
@@ -221,7 +253,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot be read: {error}", where=str(path), hint="only .safetensors are read; convert others, they can run code"
+            f"cannot be read: {error}",
+            where=str(path),
+            hint="only .safetensors are read; convert others, they can run code",
         ) from None
 
 
@@ -230,5 +264,7 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"cannot be read: {error}", where=str(path), hint="name a folder with config.json and safetensors"
+            f"cannot be read: {error}",
+            where=str(path),
+            hint="name a folder with config.json and safetensors",
         ) from None

@@ -1,6 +1,8 @@
-"""A variational autoencoder of convolutions: images to latents of a fraction of their side, and back.
+"""A variational autoencoder of convolutions: images to latents of a fraction of their side, and
+back.
 
-Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights travel between the two as they are.
+Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights
+travel between the two as they are.
 
 Source: Kingma & Welling 2014 (arXiv:1312.6114); Rombach et al. 2022 (arXiv:2112.10752), sec. 3.1.
 """
@@ -29,14 +31,18 @@ class KLConfig:
     """Size and shape of an autoencoder.
 
     Attributes:
-        channels: feature channels at each depth; every depth but the last halves the resolution, so three depths make latents of a
+        channels: feature channels at each depth; every depth but the last halves the resolution, so
+            three depths make latents of a
             quarter of the image's side, four an eighth.
         latent_channels: of the latents; more keep more detail, and are harder to generate.
         blocks: residual blocks at each depth (one more on the way up).
-        groups: of group norms; they divide all channels. Each should hold four channels or more: a group of one or two is normalized
+        groups: of group norms; they divide all channels. Each should hold four channels or more: a
+            group of one or two is normalized
             to nearly the same brightness and contrast in every image, and colours come out wrong.
-        attention: whether positions attend to one another at the smallest resolution. It costs memory of the fourth power of the side.
-        projections: `quant` has a 1 x 1 convolution on both sides of the latents, as Stable Diffusion's has; FLUX's has none.
+        attention: whether positions attend to one another at the smallest resolution. It costs
+            memory of the fourth power of the side.
+        projections: `quant` has a 1 x 1 convolution on both sides of the latents, as Stable
+            Diffusion's has; FLUX's has none.
     """
 
     channels: tuple[Size, ...] = (64, 128, 256, 256)
@@ -47,9 +53,14 @@ class KLConfig:
     projections: Literal["quant", "none"] = "quant"
 
     def __post_init__(self) -> None:
-        if not self.channels or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1:
+        if (
+            not self.channels
+            or min(*self.channels, self.latent_channels, self.blocks, self.groups) < 1
+        ):
             raise ConfigError(
-                f"{self} is not a valid autoencoder", where="autoencoder.network", hint="all sizes are at least 1"
+                f"{self} is not a valid autoencoder",
+                where="autoencoder.network",
+                hint="all sizes are at least 1",
             )
         if any(width % self.groups for width in self.channels):
             raise ConfigError(
@@ -66,7 +77,9 @@ class KLConfig:
 
 
 class KLAutoencoder(Codec):
-    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the image."""
+    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the
+    image.
+    """
 
     def __init__(self, config: KLConfig, *, image_channels: int) -> None:
         super().__init__()
@@ -162,11 +175,15 @@ class Decoder(nn.Module):
 
 
 class Tail(nn.Module):
-    """The end of a decoder, which takes most of its memory: it shares the decoder's layers and is no part of it."""
+    """The end of a decoder, which takes most of its memory: it shares the decoder's layers and is
+    no part of it.
+    """
 
     def __init__(self, blocks: nn.ModuleList, norm: nn.GroupNorm, out: nn.Conv2d) -> None:
         super().__init__()
-        self.upsamplers = nn.ModuleList(upsample for block in blocks[:-1] for upsample in cast(UpBlock, block).upsamplers)
+        self.upsamplers = nn.ModuleList(
+            upsample for block in blocks[:-1] for upsample in cast(UpBlock, block).upsamplers
+        )
         self.last, self.norm, self.out = blocks[-1], norm, out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,11 +244,15 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then half the resolution by a strided convolution, padded at the right and the bottom only."""
+    """Residual blocks, then half the resolution by a strided convolution, padded at the right and
+    the bottom only.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, *, halve: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks)
+        )
         self.downsamplers = nn.ModuleList([Resample(outputs, stride=2, padding=0)] if halve else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,9 +266,13 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """Residual blocks, then twice the resolution: nearest neighbour and a convolution."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, *, double: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, *, double: bool
+    ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks)
+        )
         self.upsamplers = nn.ModuleList([Resample(outputs, stride=1, padding=1)] if double else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,9 +302,11 @@ class Resample(nn.Module):
 
 @torch.no_grad()
 def passing(module: nn.Module) -> None:
-    """Have an untrained layer pass on what it is given: residual branches begin near zero, changes of resolution and width as averages.
+    """Have an untrained layer pass on what it is given: residual branches begin near zero, changes
+    of resolution and width as averages.
 
-    So shapes and colours reach the latents from the first step on (docs/ablations.md has what that is worth).
+    So shapes and colours reach the latents from the first step on (docs/ablations.md has what that
+    is worth).
     """
     if isinstance(module, ResidualBlock):
         module.conv2.weight.mul_(BRANCH)
@@ -290,7 +317,9 @@ def passing(module: nn.Module) -> None:
 
 
 def carry(layer: nn.Conv2d, window: slice) -> None:
-    """Channels as they are, repeated where outputs are more, averaged where fewer, over a window of the kernel; noise parts copies."""
+    """Channels as they are, repeated where outputs are more, averaged where fewer, over a window of
+    the kernel; noise parts copies.
+    """
     outputs, inputs = layer.weight.shape[:2]
     middle = layer.weight[:, :, window, window]
     share = min(1.0, outputs / inputs) / middle[0, 0].numel()

@@ -1,4 +1,6 @@
-"""The space that a diffusion model works in: latents of zero mean and unit variance, or the pixels themselves."""
+"""The space that a diffusion model works in: latents of zero mean and unit variance, or the pixels
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from sfumato.autoencoders.tiling import decode_in_tiles
 from sfumato.errors import DataError, ShapeError
 
 WHOLE = 1024 * 1024  # pixels up to which images are decoded whole
-DEAD = 0.01  # share of a latent channel's variance that lies between images, below which it tells nothing of them
+# share of a latent channel's variance that lies between images, below which it tells nothing of
+# them
+DEAD = 0.01
 
 Gaussian = Callable[[tuple[int, ...]], Tensor]
 
@@ -49,7 +53,8 @@ class Pixels(nn.Module):
 
 
 class LatentAutoencoder(nn.Module):
-    """An autoencoder whose latents have zero mean and unit variance in every channel, over the training set.
+    """An autoencoder whose latents have zero mean and unit variance in every channel, over the
+    training set.
 
     What others call scale and shift factors is measured and kept here, so there is none to set.
     """
@@ -61,26 +66,39 @@ class LatentAutoencoder(nn.Module):
         """mean, deviation (c,): of the codec's own latents."""
         super().__init__()
         self.codec = codec
-        self.factor, self.latent_channels, self.image_channels = codec.factor, codec.latent_channels, codec.image_channels
+        self.factor, self.latent_channels, self.image_channels = (
+            codec.factor,
+            codec.latent_channels,
+            codec.image_channels,
+        )
         self.register_buffer("mean", mean.float())
         self.register_buffer("deviation", deviation.float())
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents of images (B, C, H, W) in [-1, 1], (B, 2 c, H/f, W/f).
+        """Mean and log-variance of the latents of images (B, C, H, W) in [-1, 1], (B, 2 c, H/f,
+        W/f).
 
         Raises:
             ShapeError: for images that it cannot take.
         """
-        if x.shape[1] != self.image_channels or x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+        if (
+            x.shape[1] != self.image_channels
+            or x.shape[-2] % self.factor
+            or x.shape[-1] % self.factor
+        ):
             raise ShapeError(
-                f"images of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for an autoencoder of "
+                f"images of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for "
+                "an autoencoder of "
                 f"{self.image_channels} channels that makes sides {self.factor} times smaller",
                 where="autoencoder",
-                hint=f"use {self.image_channels} channels, and sides that are multiples of {self.factor}",
+                hint=f"use {self.image_channels} channels, and sides that are multiples of "
+                f"{self.factor}",
             )
         mean, log_variance = self.codec.moments(x).chunk(2, dim=1)
         scale = self.deviation[:, None, None]
-        return torch.cat([(mean - self.mean[:, None, None]) / scale, log_variance - 2 * scale.log()], dim=1)
+        return torch.cat(
+            [(mean - self.mean[:, None, None]) / scale, log_variance - 2 * scale.log()], dim=1
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """The latents' means, (B, c, h, w)."""
@@ -92,14 +110,18 @@ class LatentAutoencoder(nn.Module):
         return mean + (0.5 * log_variance).exp() * gaussian(tuple(mean.shape)).to(mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents; not clamped. Large ones are decoded a tile at a time, to the same result."""
+        """Images of latents; not clamped. Large ones are decoded a tile at a time, to the same
+        result.
+        """
         own = z * self.deviation[:, None, None] + self.mean[:, None, None]
         if own.shape[-2] * own.shape[-1] * self.factor**2 > WHOLE and not torch.is_grad_enabled():
             return decode_in_tiles(self.codec, own)
         return self.codec.decode(own)
 
     def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
-        """The images that were made, but what was known (1; shares blend) as it was given, not as it was decoded."""
+        """The images that were made, but what was known (1; shares blend) as it was given, not as
+        it was decoded.
+        """
         return torch.lerp(made, image, known)
 
 
@@ -112,7 +134,8 @@ class Statistics:
 
     Attributes:
         mean, deviation: of a draw.
-        informative: share of the variance that lies between images and places, rather than in the draw: near 0 for a channel that tells nothing.
+        informative: share of the variance that lies between images and places, rather than in the
+            draw: near 0 for a channel that tells nothing.
     """
 
     mean: Tensor
@@ -144,5 +167,13 @@ def measure(codec: Codec, images: Iterable[Tensor]) -> Statistics:
     between, drawn = (squares / count - average.square()).clamp(min=0), within / count
     variance = between + drawn
     if not bool((variance > 1e-12).all()):
-        raise DataError("latents of no variance", where="autoencoder", hint="train it longer, or on images that differ")
-    return Statistics(mean=average.float(), deviation=variance.sqrt().float(), informative=(between / variance).float())
+        raise DataError(
+            "latents of no variance",
+            where="autoencoder",
+            hint="train it longer, or on images that differ",
+        )
+    return Statistics(
+        mean=average.float(),
+        deviation=variance.sqrt().float(),
+        informative=(between / variance).float(),
+    )

@@ -1,7 +1,9 @@
 """Decoding large images a tile at a time, with the result of decoding them whole.
 
-Convolutions see a few pixels around a tile; group norms see the whole image. So each norm's statistics are gathered over all tiles
-before the next one is reached: a few more passes, and no seams, where blending overlapping tiles leaves each with a tint of its own.
+Convolutions see a few pixels around a tile; group norms see the whole image. So each norm's
+statistics are gathered over all tiles
+before the next one is reached: a few more passes, and no seams, where blending overlapping tiles
+leaves each with a tint of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ RIM = 16  # places around a tile, at the tail's input, that its convolutions may
 
 @dataclass(frozen=True)
 class Tile:
-    """A stretch of the tail's input with its rim, and where its core lies in that; rows then columns."""
+    """A stretch of the tail's input with its rim, and where its core lies in that; rows then
+    columns.
+    """
 
     outer: tuple[slice, slice]
     core: tuple[slice, slice]
@@ -37,14 +41,20 @@ class Tile:
 
 
 def tiles(height: int, width: int, size: int) -> Iterator[Tile]:
-    """Tiles of at most `size` that cover height x width, each with its rim as far as there is one."""
+    """Tiles of at most `size` that cover height x width, each with its rim as far as there is
+    one.
+    """
     for top in range(0, height, size):
         for left in range(0, width, size):
             inner = (slice(top, min(top + size, height)), slice(left, min(left + size, width)))
             outer = tuple(
-                slice(max(0, s.start - RIM), min(side, s.stop + RIM)) for s, side in zip(inner, (height, width), strict=True)
+                slice(max(0, s.start - RIM), min(side, s.stop + RIM))
+                for s, side in zip(inner, (height, width), strict=True)
             )
-            core = tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True))
+            core = tuple(
+                slice(i.start - o.start, i.stop - o.start)
+                for i, o in zip(inner, outer, strict=True)
+            )
             yield Tile(outer, core, inner)  # type: ignore[arg-type]
 
 
@@ -57,12 +67,16 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
-    """Images of latents, made in tiles of `size` places of the tail's input; equal to the whole but for rounding."""
+    """Images of latents, made in tiles of `size` places of the tail's input; equal to the whole but
+    for rounding.
+    """
     x = decoder.head(z)
     cut = list(tiles(x.shape[2], x.shape[3], size))
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     try:
-        for norm in [module for module in decoder.tail.modules() if isinstance(module, nn.GroupNorm)]:
+        for norm in [
+            module for module in decoder.tail.modules() if isinstance(module, nn.GroupNorm)
+        ]:
             statistics = _gathered(decoder.tail, norm, x, cut)
             hooks.append(norm.register_forward_hook(_fixed(*statistics)))
         out: Tensor | None = None
@@ -81,7 +95,9 @@ def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
             hook.remove()
 
 
-def _gathered(tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]) -> tuple[Tensor, Tensor]:
+def _gathered(
+    tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of each group of a norm's input over the whole image, (B, groups, 1)."""
     count = 0
     total = squares = torch.zeros(())
@@ -98,14 +114,19 @@ def _gathered(tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]) -
             except _Reached as found:
                 values = tile.kept(found.x, part).double().reshape(len(x), norm.num_groups, -1)
                 count += values.shape[2]
-                total, squares = total + values.sum(2, keepdim=True), squares + values.square().sum(2, keepdim=True)
+                total, squares = (
+                    total + values.sum(2, keepdim=True),
+                    squares + values.square().sum(2, keepdim=True),
+                )
     finally:
         hook.remove()
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0)
 
 
-def _fixed(mean: Tensor, variance: Tensor) -> Callable[[nn.GroupNorm, tuple[Tensor, ...], Tensor], Tensor]:
+def _fixed(
+    mean: Tensor, variance: Tensor
+) -> Callable[[nn.GroupNorm, tuple[Tensor, ...], Tensor], Tensor]:
     """A hook that has a group norm use given statistics."""
 
     def forward(norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Tiny autoencoders that others distilled from large ones (TAESD and its kin), built from their tensors' names and shapes.
+"""Tiny autoencoders that others distilled from large ones (TAESD and its kin), built from their
+tensors' names and shapes.
 
-Source: Ollin Boer Bohan 2023, github.com/madebyollin/taesd (MIT); diffusers calls the layout `AutoencoderTiny`.
+Source: Ollin Boer Bohan 2023, github.com/madebyollin/taesd (MIT); diffusers calls the layout
+    `AutoencoderTiny`.
 """
 
 from __future__ import annotations
@@ -64,22 +66,31 @@ class TinyAutoencoder(Codec):
 
     @property
     def _last_doubling(self) -> int:
-        return max((place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)), default=0)
+        return max(
+            (place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)),
+            default=0,
+        )
 
     def depths(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Blocks and channels at each depth of the encoder and of the decoder, in the order they are gone through."""
+        """Blocks and channels at each depth of the encoder and of the decoder, in the order they
+        are gone through.
+        """
         encoder, decoder = (
-            [layer for layer in half if isinstance(layer, Block | nn.Conv2d)] for half in (self.encoder, self.decoder)
+            [layer for layer in half if isinstance(layer, Block | nn.Conv2d)]
+            for half in (self.encoder, self.decoder)
         )
         return _depths(encoder[:-1]), _depths(decoder[:0:-1])[::-1]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors under the names that diffusers has for them."""
-        halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))  # diffusers has no layer for the squashing
+        # diffusers has no layer for the squashing
+        halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))
         return {
             f"{half}.layers.{int(place) - gone}.{rest}": tensor
             for half, layers, gone in halves
-            for place, _, rest, tensor in ((*name.partition("."), tensor) for name, tensor in layers.state_dict().items())
+            for place, _, rest, tensor in (
+                (*name.partition("."), tensor) for name, tensor in layers.state_dict().items()
+            )
         }
 
 
@@ -95,16 +106,23 @@ def _depths(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
 
 
 class Block(nn.Module):
-    """relu(x + conv(relu(conv(relu(conv(x)))))); where it gathers context, a normed 1 x 1 branch is added to x first."""
+    """relu(x + conv(relu(conv(relu(conv(x)))))); where it gathers context, a normed 1 x 1 branch is
+    added to x first.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         outputs, inputs = tensors["conv.0.weight"].shape[:2]
         layers: list[nn.Module] = []
         for number in range(3):
-            layers += [nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1), nn.ReLU()]
+            layers += [
+                nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1),
+                nn.ReLU(),
+            ]
         self.conv = nn.Sequential(*layers[:-1])
-        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False) if "skip.weight" in tensors else nn.Identity()
+        self.skip = (
+            nn.Conv2d(inputs, outputs, 1, bias=False) if "skip.weight" in tensors else nn.Identity()
+        )
         self.pool: nn.Sequential | None = None
         if "pool.0.weight" in tensors:
             hidden = len(tensors["pool.0.weight"])
@@ -153,11 +171,18 @@ def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
 
 def _encoder(layers: Annotations) -> nn.Sequential:
     """Convolutions without a bias are those that halve the resolution."""
-    return nn.Sequential(*(_layer(tensors, stride=2 if set(tensors) == {"weight"} else 1) for tensors in layers.values()))
+    return nn.Sequential(
+        *(
+            _layer(tensors, stride=2 if set(tensors) == {"weight"} else 1)
+            for tensors in layers.values()
+        )
+    )
 
 
 def _decoder(layers: Annotations) -> nn.Sequential:
-    """Convolutions without a bias follow a doubling of the resolution; the first one is bent back before, and rectified after."""
+    """Convolutions without a bias follow a doubling of the resolution; the first one is bent back
+    before, and rectified after.
+    """
     found: list[nn.Module] = []
     for number, tensors in enumerate(layers.values()):
         if set(tensors) == {"weight"}:

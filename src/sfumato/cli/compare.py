@@ -53,30 +53,49 @@ class Row:
     def plain(self, reference: Row) -> dict[str, Any]:
         """As JSON; `difference` is the mean absolute one of values in [0, 1]."""
         difference = float((self.images - reference.images).abs().mean())
-        return {**vars(self.setup), "calls": self.calls, "seconds": self.seconds, "difference": difference}
+        return {
+            **vars(self.setup),
+            "calls": self.calls,
+            "seconds": self.seconds,
+            "difference": difference,
+        }
 
 
 def compare(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     sampler: Annotated[
-        list[str] | None, typer.Option(help=f"NAME or NAME:STEPS; repeat to compare. By default {' '.join(USUAL)}.")
+        list[str] | None,
+        typer.Option(help=f"NAME or NAME:STEPS; repeat to compare. By default {' '.join(USUAL)}."),
     ] = None,
     guidance: Annotated[
-        list[float] | None, typer.Option(help="Guidance scale; repeat to compare. By default the run's.")
+        list[float] | None,
+        typer.Option(help="Guidance scale; repeat to compare. By default the run's."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of samplers named without :STEPS. By default the run's.")
+        int | None,
+        typer.Option(min=1, help="Steps of samplers named without :STEPS. By default the run's."),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Images in each row. By default 8, or one for each prompt.")
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Images in each row. By default 8, or one for each prompt."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise, the same in each row.")] = 0,
-    category: Annotated[list[str] | None, typer.Option(help="Category; repeat to cycle through several.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; repeat to cycle through several.")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG to write. By default RUN/compared/seed-SEED.png.")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Category; repeat to cycle through several.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text prompt; repeat to cycle through several.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write. By default RUN/compared/seed-SEED.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Draw the same noise denoised by several samplers and guidance scales, one row for each, and print what each row costs."""
+    """Draw the same noise denoised by several samplers and guidance scales, one row for each, and
+    print what each row costs.
+    """
     from sfumato.observability.images import save_png
     from sfumato.runs import load
 
@@ -88,13 +107,21 @@ def compare(
     setups = [Setup(name, count, scale) for (name, count), scale in product(asked, scales)]
     wanted = _wanted(pipeline, category, prompt, scales)
     num = _num(num, len(wanted["category"] or ()) if category else 0, len(wanted["prompt"] or ()))
-    settings = {"run": run.name, "seed": seed, "num": num, **wanted, "rows": [vars(setup) for setup in setups]}
+    settings = {
+        "run": run.name,
+        "seed": seed,
+        "num": num,
+        **wanted,
+        "rows": [vars(setup) for setup in setups],
+    }
     target = _target(run, seed, out, settings)
     rows = _sampled(pipeline, setups, num, seed, wanted)
     figures = [row.plain(rows[0]) for row in rows]
     save_png(_figure(rows, wanted, num), target, settings)
     if as_json:
-        typer.echo(json.dumps({"figure": str(target), "seed": seed, "num": num, "rows": figures}, indent=1))
+        typer.echo(
+            json.dumps({"figure": str(target), "seed": seed, "num": num, "rows": figures}, indent=1)
+        )
         return
     typer.echo(table(figures))
     typer.echo(target)
@@ -106,13 +133,19 @@ def _named(text: str) -> tuple[str, int | None]:
 
     name, colon, count = text.partition(":")
     if colon and not (count.isdecimal() and int(count) > 0):
-        raise typer.BadParameter(f"{text!r}: the number of steps after the colon must be 1 or more", param_hint="--sampler")
+        raise typer.BadParameter(
+            f"{text!r}: the number of steps after the colon must be 1 or more",
+            param_hint="--sampler",
+        )
     find_sampler(name)
     return name, int(count) if colon else None
 
 
 def _wanted(
-    pipeline: Pipeline, category: list[str] | None, prompt: list[str] | None, scales: Sequence[float]
+    pipeline: Pipeline,
+    category: list[str] | None,
+    prompt: list[str] | None,
+    scales: Sequence[float],
 ) -> dict[str, list[str] | None]:
     """What the images are steered by: all categories in turn where nothing is named.
 
@@ -138,7 +171,9 @@ def _wanted(
 def _num(num: int | None, *named: int) -> int:
     """Images in a row, enough for everything that is named."""
     if num is not None and num < max(named):
-        raise typer.BadParameter(f"{max(named)} prompts or categories do not fit into rows of {num}", param_hint="--num")
+        raise typer.BadParameter(
+            f"{max(named)} prompts or categories do not fit into rows of {num}", param_hint="--num"
+        )
     return num or max(USUAL_NUM, *named)
 
 
@@ -152,7 +187,11 @@ def _target(run: Path, seed: int, out: Path | None, settings: dict[str, Any]) ->
 
     if out is not None:
         if out.exists() and _carried(out) != settings:
-            raise ConfigError("another file exists there", where=str(out), hint="choose another --out, or move that file")
+            raise ConfigError(
+                "another file exists there",
+                where=str(out),
+                hint="choose another --out, or move that file",
+            )
         return out
     place, number = run / "compared" / f"seed-{seed}.png", 1
     while place.exists() and _carried(place) != settings:
@@ -172,15 +211,26 @@ def _carried(path: Path) -> Any:
         return None
 
 
-def _sampled(pipeline: Pipeline, setups: Sequence[Setup], num: int, seed: int, wanted: dict[str, Any]) -> list[Row]:
+def _sampled(
+    pipeline: Pipeline, setups: Sequence[Setup], num: int, seed: int, wanted: dict[str, Any]
+) -> list[Row]:
     from sfumato.observability.progress import ProgressBar
 
-    def sample(setup: Setup, images: int, count: int, on_step: Callable[[StepInfo], None] | None = None) -> Tensor:
+    def sample(
+        setup: Setup, images: int, count: int, on_step: Callable[[StepInfo], None] | None = None
+    ) -> Tensor:
         return pipeline.sample(
-            images, seed=seed, steps=count, sampler=setup.sampler, guidance=setup.guidance, on_step=on_step, **wanted
+            images,
+            seed=seed,
+            steps=count,
+            sampler=setup.sampler,
+            guidance=setup.guidance,
+            on_step=on_step,
+            **wanted,
         )
 
-    for setup in setups:  # an impossible row fails before the others take their time, and the first call warms up
+    # an impossible row fails before the others take their time, and the first call warms up
+    for setup in setups:
         sample(setup, 1, min(2, setup.steps))
     rows: list[Row] = []
     total, done = sum(setup.steps for setup in setups), 0
@@ -214,20 +264,37 @@ def _figure(rows: Sequence[Row], wanted: dict[str, Any], num: int) -> Any:
 
     labels = [f"{row.setup}: {row.calls:g} calls, {row.seconds:.3g} s" for row in rows]
     named = wanted["prompt"] or wanted["category"] or []
-    columns = [text if len(text) <= 40 else f"{text[:37]}..." for text in islice(cycle(named), num)] if named else []
-    return grid_image(torch.cat([row.images for row in rows]), columns=num, row_labels=labels, labels=columns)
+    columns = (
+        [text if len(text) <= 40 else f"{text[:37]}..." for text in islice(cycle(named), num)]
+        if named
+        else []
+    )
+    return grid_image(
+        torch.cat([row.images for row in rows]), columns=num, row_labels=labels, labels=columns
+    )
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
     """The rows for a person; the first is the reference of the differences."""
     from sfumato.observability.tables import format_table
 
-    head = ("sampler", "steps", "guidance", "network calls per image", "seconds", "mean difference to the first row (of 1)")
+    head = (
+        "sampler",
+        "steps",
+        "guidance",
+        "network calls per image",
+        "seconds",
+        "mean difference to the first row (of 1)",
+    )
     lines = [
         (
-            row["sampler"], str(row["steps"]), f"{row['guidance']:g}", f"{row['calls']:g}", f"{row['seconds']:.3g}",
+            row["sampler"],
+            str(row["steps"]),
+            f"{row['guidance']:g}",
+            f"{row['calls']:g}",
+            f"{row['seconds']:.3g}",
             f"{row['difference']:.4f}" if number else "reference",
         )
         for number, row in enumerate(figures)
-    ]  # fmt: skip
+    ]
     return format_table([head, *lines])

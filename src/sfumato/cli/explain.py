@@ -41,10 +41,17 @@ GUIDED = """
 
 
 def explain(
-    source: Annotated[str, typer.Argument(help="A run, a recipe's name, a YAML file or a folder of images.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the images; by default RUN/explained or explained/NAME.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A run, a recipe's name, a YAML file or a folder of images.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images; by default RUN/explained or explained/NAME."),
+    ] = None,
 ) -> None:
-    """Draw how diffusion works here: the schedule, an image on its way into noise, the way back, and what guidance does."""
+    """Draw how diffusion works here: the schedule, an image on its way into noise, the way back,
+    and what guidance does.
+    """
     from sfumato.observability.images import save_png
     from sfumato.recipes import resolve
     from sfumato.runs import load
@@ -66,14 +73,21 @@ def explain(
     strip = _guidance_strip(pipeline, dataset, settings.seed) if pipeline is not None else None
     if strip is not None:
         paths.append(save_png(strip, folder / "guidance.png"))
-    guided = GUIDED.format(scales=", ".join(f"{scale:g}" for scale in SCALES), steps=min(GUIDED_STEPS, settings.sampling.steps))
+    guided = GUIDED.format(
+        scales=", ".join(f"{scale:g}" for scale in SCALES),
+        steps=min(GUIDED_STEPS, settings.sampling.steps),
+    )
     readme = folder / "README.md"
     readme.write_text(
         TEXT.format(
-            name=settings.name, target=type(settings.denoiser.parameterization).__name__.lower(), denoiser=denoiser,
-            steps=settings.sampling.steps, sampler=type(settings.sampling.sampler).__name__,
-        ) + (guided if strip is not None else "")
-    )  # fmt: skip
+            name=settings.name,
+            target=type(settings.denoiser.parameterization).__name__.lower(),
+            denoiser=denoiser,
+            steps=settings.sampling.steps,
+            sampler=type(settings.sampling.sampler).__name__,
+        )
+        + (guided if strip is not None else "")
+    )
     for path in [*paths, readme]:
         typer.echo(path)
 
@@ -87,17 +101,25 @@ def _curves(settings: Run, folder: Path) -> list[Path]:
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     path, trained = settings.sampling.schedule(t), settings.objective.schedule(t)
     times = t.tolist()
-    schedule = [Line("alpha", times, path.alpha.tolist()), Line("sigma", times, path.sigma.tolist())]
+    schedule = [
+        Line("alpha", times, path.alpha.tolist()),
+        Line("sigma", times, path.sigma.tolist()),
+    ]
     logsnr = trained.logsnr()
     slope = logsnr[:-1] - logsnr[1:]
     inside = (logsnr[1:] > -12) & (logsnr[:-1] < 12)  # uniform t: density of log-SNR = -dt/dlambda
     middle = ((logsnr[1:] + logsnr[:-1]) / 2)[inside]
     density = Line("density", middle.tolist(), (1 / (200 * slope[inside])).tolist())
-    ratios = [Line("sampling", times, path.logsnr().tolist()), Line("training", times, logsnr.tolist())]
+    ratios = [
+        Line("sampling", times, path.logsnr().tolist()),
+        Line("training", times, logsnr.tolist()),
+    ]
     plots = {
         "schedule": line_plot("sampling schedule", "time t", schedule),
         "logsnr": line_plot("log signal-to-noise ratio", "time t", ratios),
-        "density": line_plot("how often training sees a level", "log-SNR (noise left, data right)", [density]),
+        "density": line_plot(
+            "how often training sees a level", "log-SNR (noise left, data right)", [density]
+        ),
     }
     return [save_png(plot, folder / f"{name}.png") for name, plot in plots.items()]
 
@@ -116,7 +138,9 @@ def _noising(settings: Run, dataset: Dataset) -> Image.Image:
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
-    tiles = torch.stack([to_unit(dimmed(level.mix(x0, eps), level)) for level in levels], dim=1).flatten(0, 1)
+    tiles = torch.stack(
+        [to_unit(dimmed(level.mix(x0, eps), level)) for level in levels], dim=1
+    ).flatten(0, 1)
     return grid_image(tiles, columns=COLUMNS, labels=[f"t {t:.2f}" for t in times.tolist()])
 
 
@@ -130,7 +154,9 @@ def _with_contrast(images: Tensor) -> Tensor:
 
 
 def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Image | None:
-    """The same noise at rising guidance; None for a model that neither categories nor text steer."""
+    """The same noise at rising guidance; None for a model that neither categories nor text
+    steer.
+    """
     import torch
 
     from sfumato.contexts import Text, part_of
@@ -148,14 +174,26 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     prompt = None if categories else texts
     num, steps = len(categories or texts), min(GUIDED_STEPS, pipeline.sampling.steps)
     rows = [
-        pipeline.sample(num, seed=seed, guidance=scale, steps=steps, category=categories, prompt=prompt) for scale in SCALES
+        pipeline.sample(
+            num, seed=seed, guidance=scale, steps=steps, category=categories, prompt=prompt
+        )
+        for scale in SCALES
     ]
     labels = [text if len(text) <= 40 else f"{text[:37]}..." for text in categories or texts]
-    return grid_image(torch.cat(rows), columns=num, labels=labels, row_labels=[f"guidance {scale:g}" for scale in SCALES])
+    return grid_image(
+        torch.cat(rows),
+        columns=num,
+        labels=labels,
+        row_labels=[f"guidance {scale:g}" for scale in SCALES],
+    )
 
 
-def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tuple[Image.Image, str]:
-    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the training images."""
+def _way_back(
+    pipeline: Pipeline | None, settings: Run, dataset: Dataset
+) -> tuple[Image.Image, str]:
+    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the
+    training images.
+    """
     import torch
 
     from sfumato.cli.trajectory_images import trajectory_image
@@ -165,8 +203,19 @@ def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tup
 
     recorded: list[StepInfo] = []
     if pipeline is not None:
-        pipeline.sample(IMAGES, category=list(pipeline.categories) or None, seed=settings.seed, on_step=recorded.append)
-        drawn = trajectory_image(recorded, images=IMAGES, columns=COLUMNS, decode=pipeline.decode, alpha=pipeline.facts.alpha)
+        pipeline.sample(
+            IMAGES,
+            category=list(pipeline.categories) or None,
+            seed=settings.seed,
+            on_step=recorded.append,
+        )
+        drawn = trajectory_image(
+            recorded,
+            images=IMAGES,
+            columns=COLUMNS,
+            decode=pipeline.decode,
+            alpha=pipeline.facts.alpha,
+        )
         return drawn, "the trained model"
     ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
     noise = KeyedNoise(settings.seed)
@@ -175,5 +224,6 @@ def _way_back(pipeline: Pipeline | None, settings: Run, dataset: Dataset) -> tup
     sample(settings.sampling.sampler, ideal, x, levels, noise=noise, on_step=recorded.append)
     return (
         trajectory_image(recorded, images=IMAGES, columns=COLUMNS, decode=lambda x: x),
-        "the ideal denoiser of the training images, which can only reproduce them: a network that generalizes does better",
+        "the ideal denoiser of the training images, which can only reproduce them: a network "
+        "that generalizes does better",
     )

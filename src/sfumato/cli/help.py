@@ -1,4 +1,6 @@
-"""The kinds of values that help texts name, in words that a person reads: `<number>`, not `<float range>`."""
+"""The kinds of values that help texts name, in words that a person reads: `<number>`, not `<float
+range>`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-WORDS = {int: "<integer>", float: "<number>", str: "<text>", Path: "<path>", bool: ""}  # a flag takes no value
+# a flag takes no value
+WORDS = {int: "<integer>", float: "<number>", str: "<text>", Path: "<path>", bool: ""}
 
 
 def in_words(annotation: Any) -> str | None:
@@ -33,7 +36,11 @@ def explain_values(command: Any) -> Any:
         explain_values(below)
     hints = _hints(command.callback)
     for parameter in command.params:
-        if parameter.param_type_name == "option" and parameter.metavar is None and parameter.name in hints:
+        if (
+            parameter.param_type_name == "option"
+            and parameter.metavar is None
+            and parameter.name in hints
+        ):
             parameter.metavar = in_words(hints[parameter.name])
     return command
 

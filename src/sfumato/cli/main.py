@@ -1,6 +1,7 @@
 """The program `sfumato`: its verbs, and what happens when something goes wrong.
 
-Exit codes: 0 done, 2 the user can fix it, 3 training diverged or a model's output is not finite, 130 and 143 interrupted with a checkpoint
+Exit codes: 0 done, 2 the user can fix it, 3 training diverged or a model's output is not finite,
+130 and 143 interrupted with a checkpoint
 or finished images saved.
 """
 
@@ -53,16 +54,23 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error; accepted at any position.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show a traceback for every error; accepted at any position."),
+    ] = False,
 ) -> None:
     """From a folder of images to a diffusion model that can be trusted."""
 
 
 def main() -> None:
     """Run the program; errors that a person can fix are one message and no traceback."""
-    # OpenMP's threads wait for one another by spinning; where another program wants the cores too, long spins slow every step
-    # several times over. This many turns cost nothing on an idle machine. Read once, when torch is loaded.
+    # OpenMP's threads wait for one another by spinning; where another program wants the cores too,
+    # long spins slow every step
+    # several times over. This many turns cost nothing on an idle machine. Read once, when torch is
+    # loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_memory()
     exit_quickly()
@@ -87,16 +95,22 @@ def main() -> None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step: it hands every large buffer back, and pays page faults to get it again."""
-    max_maps, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS, musl and Windows have no mallopt, or need none
+    """Have glibc keep freed memory for the next step: it hands every large buffer back, and pays
+    page faults to get it again.
+    """
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
+    max_maps, trim_threshold, top_pad = -4, -1, -2
+    # macOS, musl and Windows have no mallopt, or need none
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((max_maps, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
             mallopt(option, value)
 
 
 def exit_quickly() -> None:
-    """Spare the interpreter a search for garbage in all modules as it ends: 1.5 seconds with torch."""
+    """Spare the interpreter a search for garbage in all modules as it ends: 1.5 seconds with
+    torch.
+    """
     atexit.register(gc.freeze)
 
 

@@ -1,4 +1,6 @@
-"""Where `sfumato sample` writes: a folder holds the images of one request, which the same request completes and no other replaces."""
+"""Where `sfumato sample` writes: a folder holds the images of one request, which the same request
+completes and no other replaces.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,19 @@ BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block
 
 @contextmanager
 def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
-    """Make `folder` and try a file in it, before any work; if an error leaves it empty, it is removed again.
+    """Make `folder` and try a file in it, before any work; if an error leaves it empty, it is
+    removed again.
 
     Args:
         fresh: whether it was made for this already.
     Raises:
         OutputError: if it cannot be written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists() or (fresh and path == folder)]
+    made = [
+        path
+        for path in (folder, *folder.parents)
+        if not path.exists() or (fresh and path == folder)
+    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
@@ -68,7 +75,9 @@ def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
 
 def request_id(deciding: Mapping[str, Any]) -> str:
     """A name for all that decides what image i is: equal for equal requests."""
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=repr).encode()).hexdigest()[
+        :16
+    ]
 
 
 def weights_id(*modules: nn.Module) -> str:
@@ -118,7 +127,9 @@ class Generated:
 
     def write(self, number: int, image: Tensor) -> Path:
         """Write one image (C, H, W) in [0, 1], whole or not at all."""
-        return self.form.write(image, self.path(number), self.values, {**self.settings, "index": number})
+        return self.form.write(
+            image, self.path(number), self.values, {**self.settings, "index": number}
+        )
 
     def _same(self, path: Path) -> bool:
         """Whether a file carries this request's settings."""
@@ -147,13 +158,17 @@ class Generated:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names of the files of other requests, or of nobody's, that look like images of a request."""
+        """Names of the files of other requests, or of nobody's, that look like images of a
+        request.
+        """
         return self._found[1]
 
     def in_free_folder(self) -> Generated:
-        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds images of this request only, or can be made.
+        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds images of this
+        request only, or can be made.
 
-        A folder that is empty belongs to a job that has just begun, so that two at a time never share one.
+        A folder that is empty belongs to a job that has just begun, so that two at a time never
+        share one.
 
         Raises:
             OutputError: if all are taken.
@@ -166,15 +181,22 @@ class Generated:
                 return replace(tried, fresh=True)
             if tried.there and not tried.others:
                 return tried
-        raise OutputError("holds too many requests of one seed", where=str(self.folder.parent), hint="name a folder with --out")
+        raise OutputError(
+            "holds too many requests of one seed",
+            where=str(self.folder.parent),
+            hint="name a folder with --out",
+        )
 
     def require_unharmed(self, written: Collection[str]) -> None:
-        """Raise OutputError if one of the files that will be `written` is there and is not this request's."""
+        """Raise OutputError if one of the files that will be `written` is there and is not this
+        request's.
+        """
         harmed = [name for name in self.others if name in written]
         if harmed:
             shown = ", ".join(harmed[:3]) + (", ..." if len(harmed) > 3 else "")
             raise OutputError(
-                f"holds {len(harmed)} file(s) that would be replaced and were not made by this request: {shown}",
+                f"holds {len(harmed)} file(s) that would be replaced and were not made by this "
+                f"request: {shown}",
                 where=str(self.folder),
                 hint="name another folder with --out, or move them away",
             )
@@ -183,10 +205,16 @@ class Generated:
         """Say what the folder holds besides the `num` images of now."""
         beyond = sum(number >= num for number in self.there)
         if beyond:
-            say(f"note: {self.folder} also holds {beyond} more image(s) of the same request, made with a larger --num")
+            say(
+                f"note: {self.folder} also holds {beyond} more image(s) of the same request, "
+                "made with a larger --num"
+            )
         strange = sum(bool(NUMBERED.fullmatch(name)) for name in self.others)
         if strange:
-            say(f"note: {self.folder} also holds {strange} numbered image(s) that this request did not make")
+            say(
+                f"note: {self.folder} also holds {strange} numbered image(s) that this request "
+                "did not make"
+            )
 
 
 def _json(path: Path) -> Any:

@@ -23,71 +23,138 @@ if TYPE_CHECKING:
     from sfumato.sampling import StepInfo
 
 FEWEST = 16  # images, unless more prompts or categories are given
-UNSAID = ("out", "trajectory", "compile", "as_json", "format")  # options that decide nothing in an image
+# options that decide nothing in an image
+UNSAID = ("out", "trajectory", "compile", "as_json", "format")
 
 
 def sample(
     context: typer.Context,
-    run: Annotated[Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")] = None,
-    num: Annotated[
-        int | None, typer.Option(min=1, help="How many images; by default 16, or one for each prompt or category if more.")
+    run: Annotated[
+        Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; repeat to cycle through several.")] = None,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt; needs guidance above 1.")] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Category; repeat to cycle through several.")] = None,
-    attribute: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER of an attribute; repeat for several.")] = None,
-    doodle: Annotated[Path | None, typer.Option(help="Line drawing to follow, dark on light.")] = None,
-    points: Annotated[Path | None, typer.Option(help="Point cloud to follow: .npy, .ply, .xyz or .csv.")] = None,
+    num: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many images; by default 16, or one for each prompt or category if more.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text prompt; repeat to cycle through several.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Negative prompt; needs guidance above 1.")
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Category; repeat to cycle through several.")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER of an attribute; repeat for several.")
+    ] = None,
+    doodle: Annotated[
+        Path | None, typer.Option(help="Line drawing to follow, dark on light.")
+    ] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="Point cloud to follow: .npy, .ply, .xyz or .csv.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="Image to make variations of.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to start from, to complete or to restore.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Fraction of IMAGE to regenerate (0 keeps it, 1 ignores it).")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White areas of IMAGE are regenerated, black areas kept.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to start from, to complete or to restore.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Fraction of IMAGE to regenerate (0 keeps it, 1 ignores it)."),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White areas of IMAGE are regenerated, black areas kept.")
+    ] = None,
     context_values: Annotated[
         list[str] | None,
-        typer.Option("--context", help="NAME=VALUE of any other context that the model reads; may be repeated."),
+        typer.Option(
+            "--context",
+            help="NAME=VALUE of any other context that the model reads; may be repeated.",
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images, e.g. 64x96; by default as trained.")] = None,
-    to_prompt: Annotated[str | None, typer.Option(help="Interpolate from PROMPT to this prompt.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH of the images, e.g. 64x96; by default as trained."),
+    ] = None,
+    to_prompt: Annotated[
+        str | None, typer.Option(help="Interpolate from PROMPT to this prompt.")
+    ] = None,
     to_seed: Annotated[int | None, typer.Option(help="Interpolate from SEED to this seed.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, euler, heun, dpm-solver++2m, unipc, ...")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, ddpm, euler, heun, dpm-solver++2m, unipc, ...")
+    ] = None,
     guidance: Annotated[
-        list[str] | None, typer.Option(help="Classifier-free guidance scale, 1 is off; or NAME=SCALE for each context.")
+        list[str] | None,
+        typer.Option(
+            help="Classifier-free guidance scale, 1 is off; or NAME=SCALE for each context."
+        ),
     ] = None,
     interval: Annotated[
-        tuple[float, float] | None, typer.Option("--guidance-interval", help="Range of log-SNR within which guidance acts.")
+        tuple[float, float] | None,
+        typer.Option("--guidance-interval", help="Range of log-SNR within which guidance acts."),
     ] = None,
     autoguidance: Annotated[
-        int | None, typer.Option(help="Guide away from the snapshot of the run at this step (autoguidance).")
+        int | None,
+        typer.Option(help="Guide away from the snapshot of the run at this step (autoguidance)."),
     ] = None,
     autoguidance_scale: Annotated[float, typer.Option(help="Strength of autoguidance.")] = 1.5,
     clip: Annotated[
-        bool, typer.Option("--clip", help="Clamp each guess of the clean image to the range of the data (models of pixels).")
+        bool,
+        typer.Option(
+            "--clip",
+            help="Clamp each guess of the clean image to the range of the data (models of pixels).",
+        ),
     ] = False,
     resample: Annotated[
-        int, typer.Option(min=1, help="With a mask: how many times each step is taken; more agrees better with what is kept.")
+        int,
+        typer.Option(
+            min=1,
+            help="With a mask: how many times each step is taken; more agrees better with what "
+            "is kept.",
+        ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and i only.")] = 0,
     weights: Annotated[
-        str, typer.Option(help="ema: averaged weights; raw: the last step's; or the width of an average to reconstruct.")
+        str,
+        typer.Option(
+            help="ema: averaged weights; raw: the last step's; or the width of an average to "
+            "reconstruct."
+        ),
     ] = "ema",
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Inside the network; bfloat16 is faster.")
     ] = "float32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many images.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: pays for many images.")
+    ] = False,
     trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="Also draw the noisy images and the guess under each.")
+        bool,
+        typer.Option("--trajectory", help="Also draw the noisy images and the guess under each."),
     ] = False,
     format: Annotated[
         Literal["png", "tiff", "npy", "webp", "jpg"] | None,
-        typer.Option(help="Of the files; by default png, or tiff where PNG cannot hold the channels."),
+        typer.Option(
+            help="Of the files; by default png, or tiff where PNG cannot hold the channels."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to; by default RUN/generated/seed-SEED, or seed-SEED-2, ... if taken.")
+        Path | None,
+        typer.Option(
+            help="Folder to write to; by default RUN/generated/seed-SEED, or seed-SEED-2, ... if "
+            "taken."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print files, settings and seconds as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print files, settings and seconds as JSON.")
+    ] = False,
 ) -> None:
-    """Generate images with a trained model; prints the path of the grid. The same command again completes what was interrupted."""
+    """Generate images with a trained model; prints the path of the grid. The same command again
+    completes what was interrupted.
+    """
     from sfumato.cli.output_folder import writable
     from sfumato.runs import load, newest_run
     from sfumato.storage.run_directory import RunDirectory
@@ -99,20 +166,34 @@ def sample(
         if compile:
             pipeline.compile()
         request = _request(
-            pipeline, _size(size),
-            {"prompt": prompt, "negative": negative, "category": category, "attributes": _numbers(attribute, "--attribute") or None},
+            pipeline,
+            _size(size),
+            {
+                "prompt": prompt,
+                "negative": negative,
+                "category": category,
+                "attributes": _numbers(attribute, "--attribute") or None,
+            },
             {"doodle": doodle, "points": points, "reference": reference, **_named(context_values)},
-            image=image, mask=mask, strength=strength,
-        )  # fmt: skip
+            image=image,
+            mask=mask,
+            strength=strength,
+        )
         how: dict[str, Any] = {
-            "steps": steps, "sampler": sampler, "guidance": _guidance(guidance), "interval": interval, "clip": clip or None,
-        }  # fmt: skip
+            "steps": steps,
+            "sampler": sampler,
+            "guidance": _guidance(guidance),
+            "interval": interval,
+            "clip": clip or None,
+        }
         options = {**context.params, "num": _number_of_images(num, prompt, category), "run": run}
         made = _made(pipeline, request, how, options)
     _report(made | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 
 
-def _made(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _made(
+    pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
     """Make and write what `options` ask for; refuse before any work what cannot be done."""
     from sfumato.cli.output_folder import Generated
     from sfumato.cli.sample_job import Job, not_finite
@@ -123,38 +204,57 @@ def _made(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], optio
     kind = options["format"] or usual_format(values)
     FORMATS[kind].require(values)
     if kind != (options["format"] or "png"):
-        typer.echo(f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}", err=True)
+        typer.echo(
+            f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}",
+            err=True,
+        )
     make = _make(pipeline, request, how, options)
     settings = _settings(options, pipeline, request, how, kind)
-    target = Generated(options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings)
+    target = Generated(
+        options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings
+    )
     if options["out"] is None:
         target = target.in_free_folder()
     job = Job(
-        pipeline=pipeline, target=target, num=num, inputs=_inputs(request, pipeline), trajectory=options["trajectory"],
+        pipeline=pipeline,
+        target=target,
+        num=num,
+        inputs=_inputs(request, pipeline),
+        trajectory=options["trajectory"],
         labels=[] if options["to_prompt"] else _labels(options["prompt"], options["category"], num),
-    )  # fmt: skip
+    )
     try:
         return job.run(make)
     except NonFiniteError as error:
         raise not_finite(error, run, options["weights"]) from None
 
 
-def _make(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]) -> Make:
+def _make(
+    pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
+) -> Make:
     """What makes the images: from noise each, or interpolated to another prompt or seed."""
     from sfumato.contexts import steering
     from sfumato.generation.request import require_context
 
-    num, seed, to_prompt, to_seed = (options[name] for name in ("num", "seed", "to_prompt", "to_seed"))
+    num, seed, to_prompt, to_seed = (
+        options[name] for name in ("num", "seed", "to_prompt", "to_seed")
+    )
     contexts = steering(pipeline.model.conditioner)
     if to_prompt is None and to_seed is None:
         from sfumato.runs import snapshot
 
         step = options["autoguidance"]
-        weaker = None if step is None else (snapshot(options["run"], step), options["autoguidance_scale"])
+        weaker = (
+            None
+            if step is None
+            else (snapshot(options["run"], step), options["autoguidance_scale"])
+        )
         if how["guidance"] is not None:
             require_context(how["guidance"], contexts, request)
 
-        def batches(skip: Collection[int], on_step: Callable[[StepInfo], None]) -> Iterable[tuple[int, Tensor]]:
+        def batches(
+            skip: Collection[int], on_step: Callable[[StepInfo], None]
+        ) -> Iterable[tuple[int, Tensor]]:
             with _notes():
                 return pipeline.batches(
                     num,
@@ -169,16 +269,24 @@ def _make(pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], optio
 
         return batches
     _refuse_on_the_way(options)
-    last = request if to_prompt is None else replace(request, contexts={**request.contexts, "prompt": to_prompt})
+    last = (
+        request
+        if to_prompt is None
+        else replace(request, contexts={**request.contexts, "prompt": to_prompt})
+    )
     if how["guidance"] is not None:
         require_context(how["guidance"], contexts, request, last)
 
-    def interpolated(skip: Collection[int], on_step: Callable[[StepInfo], None]) -> Iterable[tuple[int, Tensor]]:
+    def interpolated(
+        skip: Collection[int], on_step: Callable[[StepInfo], None]
+    ) -> Iterable[tuple[int, Tensor]]:
         if len(skip) == num:
             return []
         with _notes():
             seeds = (seed, seed if to_seed is None else to_seed)
-            return [(0, pipeline.interpolate(num, request, last, seeds=seeds, on_step=on_step, **how))]
+            return [
+                (0, pipeline.interpolate(num, request, last, seeds=seeds, on_step=on_step, **how))
+            ]
 
     return interpolated
 
@@ -229,7 +337,9 @@ def _size(said: str | None) -> tuple[int, int] | None:
         return None
     height, cross, width = said.lower().partition("x")
     if not (cross and height.isdecimal() and width.isdecimal()):
-        raise typer.BadParameter(f"{said!r}: write HEIGHTxWIDTH in pixels, e.g. 64x96", param_hint="--size")
+        raise typer.BadParameter(
+            f"{said!r}: write HEIGHTxWIDTH in pixels, e.g. 64x96", param_hint="--size"
+        )
     return int(height), int(width)
 
 
@@ -247,20 +357,31 @@ def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
 
     height, width = request.size or pipeline.image_shape[1:]
     contexts = by_keyword(CONTEXTS.values())
-    shown = {name: contexts[name].shown(value, (height, width)) for name, value in request.contexts.items()}
+    shown = {
+        name: contexts[name].shown(value, (height, width))
+        for name, value in request.contexts.items()
+    }
     shown |= {"image": request.image, "mask": request.mask}
     return {name: image for name, image in shown.items() if image is not None}
 
 
-def _number_of_images(num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None) -> int:
+def _number_of_images(
+    num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None
+) -> int:
     """`num`, or enough for every prompt and category; says what a smaller `num` leaves out."""
     count = num or max(FEWEST, len(prompts or ()), len(categories or ()))
     for name, given in (("prompt", prompts or ()), ("category", categories or ())):
         left = given[count:]
         if left:
-            listed = ", ".join(repr(text if len(text) <= 40 else f"{text[:37]}...") for text in left[:5])
+            listed = ", ".join(
+                repr(text if len(text) <= 40 else f"{text[:37]}...") for text in left[:5]
+            )
             more = ", ..." if len(left) > 5 else ""
-            typer.echo(f"note: --num {count} leaves out {len(left)} of {len(given)} --{name}: {listed}{more}", err=True)
+            typer.echo(
+                f"note: --num {count} leaves out {len(left)} of {len(given)} --{name}: "
+                f"{listed}{more}",
+                err=True,
+            )
     return count
 
 
@@ -281,15 +402,23 @@ def _weights(said: str) -> Literal["ema", "raw"] | float:
     try:
         return float(said)
     except ValueError:
-        raise typer.BadParameter(f"{said!r} is neither ema, raw nor a number", param_hint="--weights") from None
+        raise typer.BadParameter(
+            f"{said!r} is neither ema, raw nor a number", param_hint="--weights"
+        ) from None
 
 
 def _settings(
-    options: dict[str, Any], pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], kind: str
+    options: dict[str, Any],
+    pipeline: Pipeline,
+    request: SampleRequest,
+    how: dict[str, Any],
+    kind: str,
 ) -> dict[str, Any]:
-    """What images carry of how they were made: every option that has a say in them; of files no more than the name.
+    """What images carry of how they were made: every option that has a say in them; of files no
+    more than the name.
 
-    "request" names all that decides what image i is: the options, the weights, the content of the files.
+    "request" names all that decides what image i is: the options, the weights, the content of the
+    files.
     """
     from sfumato import __version__
     from sfumato.cli.output_folder import file_id, request_id, weights_id
@@ -298,24 +427,44 @@ def _settings(
     from sfumato.sampling import FILLING, RESAMPLING
 
     said = {name: value for name, value in options.items() if name not in UNSAID}
-    content = {name: file_id(value) for name, value in said.items() if isinstance(value, Path) and name != "run"}
+    content = {
+        name: file_id(value)
+        for name, value in said.items()
+        if isinstance(value, Path) and name != "run"
+    }
     said |= {name: Path(said[name]).name for name in content}
     sampling = pipeline.sampling
     fills = request.mask is not None and bool((request.mask < 1).any())
-    usual = (FILLING if options["resample"] == 1 else RESAMPLING) if fills else kind_of(type(sampling.sampler))
+    usual = (
+        (FILLING if options["resample"] == 1 else RESAMPLING)
+        if fills
+        else kind_of(type(sampling.sampler))
+    )
     said |= {
-        "run": options["run"].name, "steps": options["steps"] or sampling.steps, "sampler": options["sampler"] or usual,
-        "guidance": sampling.guidance if how["guidance"] is None else how["guidance"], "clip": options["clip"] or sampling.clip,
+        "run": options["run"].name,
+        "steps": options["steps"] or sampling.steps,
+        "sampler": options["sampler"] or usual,
+        "guidance": sampling.guidance if how["guidance"] is None else how["guidance"],
+        "clip": options["clip"] or sampling.clip,
         "format": kind,
-    }  # fmt: skip
+    }
     values = pipeline.values
     if values.value_range is not None:
-        said |= {"value_range": values.value_range, "in_values_of_the_source": FORMATS[kind].holds_units(values)}
+        said |= {
+            "value_range": values.value_range,
+            "in_values_of_the_source": FORMATS[kind].holds_units(values),
+        }
     on_the_way = options["to_prompt"] is not None or options["to_seed"] is not None
-    deciding = {name: value for name, value in said.items() if name != "run" and (name != "num" or on_the_way)}
+    deciding = {
+        name: value
+        for name, value in said.items()
+        if name != "run" and (name != "num" or on_the_way)
+    }
     model = weights_id(pipeline.model, pipeline.autoencoder)
     return said | {
-        "request": request_id(deciding | {"files": content, "model": model, "of": repr(sampling), "by": __version__})
+        "request": request_id(
+            deciding | {"files": content, "model": model, "of": repr(sampling), "by": __version__}
+        )
     }
 
 
@@ -323,15 +472,21 @@ def _refuse_on_the_way(options: dict[str, Any]) -> None:
     """What has no meaning on the way to another prompt or seed."""
     if options["autoguidance"] is not None or options["trajectory"] or options["resample"] != 1:
         hint = "--autoguidance, --trajectory, --resample"
-        raise typer.BadParameter("not with interpolation to another prompt or seed", param_hint=hint)
+        raise typer.BadParameter(
+            "not with interpolation to another prompt or seed", param_hint=hint
+        )
     for name in ("prompt", "category"):
         if len(options[name] or ()) > 1:
-            raise typer.BadParameter("interpolation starts from one, and several are given", param_hint=f"--{name}")
+            raise typer.BadParameter(
+                "interpolation starts from one, and several are given", param_hint=f"--{name}"
+            )
 
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Prints which part of a long prompt was read, and which words are unknown, as soon as the images are made."""
+    """Prints which part of a long prompt was read, and which words are unknown, as soon as the
+    images are made.
+    """
     from sfumato.contexts import PromptNote
 
     with warnings.catch_warnings(record=True) as said:
@@ -345,7 +500,11 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
     """What each image was asked for, if that differs between them."""
     asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
     labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
-    return [label if len(label) <= 80 else f"{label[:77]}..." for label in labels] if len(set(labels)) > 1 else []
+    return (
+        [label if len(label) <= 80 else f"{label[:77]}..." for label in labels]
+        if len(set(labels)) > 1
+        else []
+    )
 
 
 def _guidance(given: list[str] | None) -> float | dict[str, float] | None:

@@ -1,4 +1,6 @@
-"""One job of `sfumato sample`: images written as they are made, with progress, so that a stop loses no more than one batch."""
+"""One job of `sfumato sample`: images written as they are made, with progress, so that a stop loses
+no more than one batch.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ from sfumato.storage.atomic import atomic_file
 from sfumato.training.signals import Interrupted, Interruption
 
 STRIP_IMAGES, STRIP_STEPS = 4, 10
-GRID_MOST, GRID_PIXELS = 400, 2**26  # images in the grid, and about how many pixels they have together
+# images in the grid, and about how many pixels they have together
+GRID_MOST, GRID_PIXELS = 400, 2**26
 
-# Makes the images whose numbers are not in the collection, and tells of each step: first number and images, batch by batch.
+# Makes the images whose numbers are not in the collection, and tells of each step: first number and
+# images, batch by batch.
 Make = Callable[[Collection[int], Callable[[StepInfo], None]], Iterable[tuple[int, Tensor]]]
 
 
@@ -36,7 +40,8 @@ class Job:
     Attributes:
         num: images in all.
         labels: above each image in the grid; none where they are all alike.
-        inputs: by name, images (C, H, W) in [0, 1] that the request began with, for the first row of the grid.
+        inputs: by name, images (C, H, W) in [0, 1] that the request began with, for the first row
+            of the grid.
         trajectory: whether to draw the way of the first images out of noise.
     """
 
@@ -54,23 +59,31 @@ class Job:
         """Make and write what is missing; gives the files, and how many images were made now.
 
         Raises:
-            OutputError: before any work, if the folder cannot be written to or holds files of another request.
+            OutputError: before any work, if the folder cannot be written to or holds files of
+                another request.
             Interrupted: after a signal; finished images are kept.
             NonFiniteError: if the model makes images that are not finite.
         """
         target = self.target
-        target.require_unharmed([target.path(number).name for number in range(self.num)] + self._sheets())
+        target.require_unharmed(
+            [target.path(number).name for number in range(self.num)] + self._sheets()
+        )
         there = target.there & frozenset(range(self.num))
         skip = there - frozenset(range(STRIP_IMAGES)) if self.trajectory else there
         target.notes(self.num, _say)
         if there:
-            _say(f"note: {len(there)} of {self.num} images are in {target.folder} already, made by the same request")
+            _say(
+                f"note: {len(there)} of {self.num} images are in {target.folder} already, made "
+                "by the same request"
+            )
         with writable(target.folder, fresh=target.fresh):
             try:
                 self._make(make, skip)
                 sheets = self._draw()
             except OSError as error:
-                raise unwritten(target.folder, error, f" ({self._written()} of {self.num} images are there)") from None
+                raise unwritten(
+                    target.folder, error, f" ({self._written()} of {self.num} images are there)"
+                ) from None
         return {
             "folder": str(target.folder),
             "files": [str(target.path(number)) for number in range(self.num)],
@@ -94,7 +107,8 @@ class Job:
                 asked.raise_if_requested()
                 self._record(progress)
                 fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
-                if bar.live or fraction < 1:  # where there is no terminal, a short job needs no line
+                # where there is no terminal, a short job needs no line
+                if bar.live or fraction < 1:
                     bar.update(fraction, f"{self._done} of {total} images")
 
             try:
@@ -104,7 +118,10 @@ class Job:
                     self._keep_tiles(first, images)
                     self._done += len(images)
             except Interrupted:
-                bar.say(f"interrupted: {self._written()} of {self.num} images are in {target.folder}; the same command goes on")
+                bar.say(
+                    f"interrupted: {self._written()} of {self.num} images are in "
+                    f"{target.folder}; the same command goes on"
+                )
                 raise
 
     def _written(self) -> int:
@@ -132,9 +149,10 @@ class Job:
         if number in self._tiles:
             return self._tiles[number]
         values = self.pipeline.values
-        return shown(self.target.form.read(self.target.path(number), values)[None], "straight" if values.has_alpha else "none")[
-            0
-        ]
+        return shown(
+            self.target.form.read(self.target.path(number), values)[None],
+            "straight" if values.has_alpha else "none",
+        )[0]
 
     def _draw(self) -> dict[str, Path]:
         """Write the strip, if there is one, and the grid."""
@@ -143,7 +161,11 @@ class Job:
         alpha, settings, sheets = self.pipeline.values.alpha, dict(self.target.settings), {}
         if self._recorded:
             strip = trajectory_image(
-                self._recorded, images=STRIP_IMAGES, columns=STRIP_STEPS, decode=self.pipeline.decode, alpha=alpha
+                self._recorded,
+                images=STRIP_IMAGES,
+                columns=STRIP_STEPS,
+                decode=self.pipeline.decode,
+                alpha=alpha,
             )
             sheets["trajectory"] = save_png(strip, self.target.folder / TRAJECTORY, settings)
         count = self._in_grid
@@ -158,7 +180,9 @@ class Job:
 def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError:
     """The error, with the other weights that the run keeps."""
     kept = {
-        "checkpoints": sorted(path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir()),
+        "checkpoints": sorted(
+            path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir()
+        ),
         "snapshots": sorted(path.stem for path in (run / "snapshots").glob("step-*.safetensors")),
     }
     listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kept.items() if found)
@@ -166,7 +190,8 @@ def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError
     return NonFiniteError(
         error.what,
         where=str(run),
-        hint=f"try --weights {other}, or --precision float32; the run keeps {listed or 'nothing else'}; if all of them diverged, "
+        hint=f"try --weights {other}, or --precision float32; the run keeps "
+        f"{listed or 'nothing else'}; if all of them diverged, "
         "train again with a lower optimizer.learning_rate",
     )
 

@@ -10,20 +10,35 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings such as budget.minutes=5; `sfumato config show` lists them.", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Settings such as budget.minutes=5; `sfumato config show` lists them.",
+        metavar="[KEY=VALUE]...",
+    ),
 ]
 
 
 def train(
-    source: Annotated[str, typer.Argument(help="A folder of images, a recipe's name, or a YAML file.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of images, a recipe's name, or a YAML file.")
+    ],
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="Directory of the new run; by default runs/NAME.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Directory of the new run; by default runs/NAME.")
+    ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be trained, what it takes and whether it is long enough, and stop."),
+        typer.Option(
+            "--dry-run",
+            help="Say what would be trained, what it takes and whether it is long enough, and "
+            "stop.",
+        ),
     ] = False,
-    config: Annotated[bool, typer.Option("--config", help="With --dry-run: print the configuration too, as YAML.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
+    config: Annotated[
+        bool, typer.Option("--config", help="With --dry-run: print the configuration too, as YAML.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")
+    ] = False,
 ) -> None:
     """Train a model from a folder of images, a recipe or a YAML file."""
     from sfumato.recipes import names

@@ -22,7 +22,9 @@ def evenly(count: int, at_most: int) -> list[int]:
 
 
 def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
-    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 + sigma^2 = 1."""
+    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 +
+    sigma^2 = 1.
+    """
     return x / float((level.alpha**2 + level.sigma**2).sqrt())
 
 
@@ -34,7 +36,8 @@ def trajectory_image(
     decode: Callable[[Tensor], Tensor],
     alpha: Alpha = "straight",
 ) -> Image.Image:
-    """For each image a row of noisy states and, under it, the guess of the clean image made from each; the result last.
+    """For each image a row of noisy states and, under it, the guess of the clean image made from
+    each; the result last.
 
     Args:
         decode: gives the images of latents.
@@ -52,11 +55,20 @@ def trajectory_image(
         return to_unit(decode(latents[:count])).cpu()
 
     result = drawn(recorded[-1].x)
-    noisy, guesses = [drawn(dimmed(step.before, step.start)) for step in shown], [drawn(step.x0) for step in shown]
+    noisy, guesses = (
+        [drawn(dimmed(step.before, step.start)) for step in shown],
+        [drawn(step.x0) for step in shown],
+    )
     rows, labels = [], []
     for number in range(count):
         for states in (noisy, guesses):
             rows += [state[number] for state in states] + [result[number]]
         labels += ["noisy x", "guess of x0"]
     columns_labels = [f"step {step.step}" for step in shown] + ["result"]
-    return grid_image(torch.stack(rows), columns=len(shown) + 1, row_labels=labels, labels=columns_labels, alpha=alpha)
+    return grid_image(
+        torch.stack(rows),
+        columns=len(shown) + 1,
+        row_labels=labels,
+        labels=columns_labels,
+        alpha=alpha,
+    )

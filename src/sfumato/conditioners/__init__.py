@@ -1,4 +1,6 @@
-"""What steers a model: each conditioner turns a batch's named context into a `Condition`, and knows the condition for "nothing"."""
+"""What steers a model: each conditioner turns a batch's named context into a `Condition`, and knows
+the condition for "nothing".
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ from sfumato.conditioners.image import (
 )
 from sfumato.conditioners.learned_text import LearnedTextConditioner, LearnedTextConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
-from sfumato.conditioners.pretrained_text import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners.pretrained_text import (
+    PretrainedTextConditioner,
+    PretrainedTextConfig,
+    TextEncoder,
+)
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.conditioners.tokenizer import WordTokenizer
 

@@ -17,12 +17,14 @@ from sfumato.config.bounds import Fraction, Size
 
 @dataclass(frozen=True, kw_only=True)
 class AttributesConfig:
-    """Steer by numbers that belong to the images, such as an age, or 1 and 0 for labels of which several may hold.
+    """Steer by numbers that belong to the images, such as an age, or 1 and 0 for labels of which
+    several may hold.
 
     Attributes:
         size: of the summary.
         dropout: share of training samples whose attributes are all hidden.
-        hidden: share of the single attributes that are hidden besides, so that any subset can be requested.
+        hidden: share of the single attributes that are hidden besides, so that any subset can be
+            requested.
     """
 
     size: Size = 128
@@ -31,7 +33,8 @@ class AttributesConfig:
 
 
 class AttributesConditioner(Conditioner):
-    """context["attributes"] (B, D), NaN where unknown -> Condition.vector (B, size); nothing known asks for nothing.
+    """context["attributes"] (B, D), NaN where unknown -> Condition.vector (B, size); nothing known
+    asks for nothing.
 
     Args:
         names: of the attributes.
@@ -42,30 +45,53 @@ class AttributesConditioner(Conditioner):
     deviation: Tensor
 
     def __init__(
-        self, config: AttributesConfig, *, names: Sequence[str], mean: Sequence[float], deviation: Sequence[float]
+        self,
+        config: AttributesConfig,
+        *,
+        names: Sequence[str],
+        mean: Sequence[float],
+        deviation: Sequence[float],
     ) -> None:
         super().__init__()
         self.config, self.names, self.dropout = config, tuple(names), config.dropout
         self.sizes = ContextSizes(vector=config.size)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("deviation", torch.tensor([d if d > 1e-6 else 1.0 for d in deviation]), persistent=False)
-        self.embedding = nn.Sequential(nn.Linear(2 * len(names), config.size), nn.SiLU(), nn.Linear(config.size, config.size))
+        self.register_buffer(
+            "deviation", torch.tensor([d if d > 1e-6 else 1.0 for d in deviation]), persistent=False
+        )
+        self.embedding = nn.Sequential(
+            nn.Linear(2 * len(names), config.size), nn.SiLU(), nn.Linear(config.size, config.size)
+        )
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """The condition of a batch."""
         if "attributes" not in context:
             return self.null(batch_size)
         values = (context["attributes"].to(self.mean) - self.mean) / self.deviation
-        return Condition(vector=self.embedding(torch.cat([values.nan_to_num(0.0), (~values.isnan()).to(values.dtype)], dim=1)))
+        return Condition(
+            vector=self.embedding(
+                torch.cat([values.nan_to_num(0.0), (~values.isnan()).to(values.dtype)], dim=1)
+            )
+        )
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        return Condition(vector=self.embedding(self.mean.new_zeros(batch_size, 2 * len(self.names))))
+        return Condition(
+            vector=self.embedding(self.mean.new_zeros(batch_size, 2 * len(self.names)))
+        )
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
         """Training attributes, some of them hidden; keyed by the samples' numbers."""
         if "attributes" not in context:
             return {}
         values = context["attributes"]
-        draws = randomness.uniform(seed, "attributes", first=first, count=len(values), per_item=values.shape[1])
-        return {"attributes": values.masked_fill((draws < self.config.hidden).to(values.device), torch.nan)}
+        draws = randomness.uniform(
+            seed, "attributes", first=first, count=len(values), per_item=values.shape[1]
+        )
+        return {
+            "attributes": values.masked_fill(
+                (draws < self.config.hidden).to(values.device), torch.nan
+            )
+        }

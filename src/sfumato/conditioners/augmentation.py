@@ -1,4 +1,6 @@
-"""What was done to a training image, told to the network so that it need not learn it as part of the data."""
+"""What was done to a training image, told to the network so that it need not learn it as part of
+the data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from sfumato.conditioners.protocol import Conditioner
 
 
 class AugmentationConditioner(Conditioner):
-    """context["augmentation"] (B, D) -> Condition.vector (B, D); zeros, or none given, is "nothing was done"."""
+    """context["augmentation"] (B, D) -> Condition.vector (B, D); zeros, or none given, is "nothing
+    was done".
+    """
 
     nothing: Tensor
     steers = False

@@ -20,7 +20,8 @@ class CategoryConfig:
 
     Attributes:
         size: of the learned vectors.
-        dropout: share of training samples whose category is replaced by "none", which is what guidance extrapolates from.
+        dropout: share of training samples whose category is replaced by "none", which is what
+            guidance extrapolates from.
     """
 
     size: Size = 128
@@ -28,7 +29,9 @@ class CategoryConfig:
 
 
 class CategoryConditioner(Conditioner):
-    """context["category"] (B,) -> Condition.vector (B, size); index -1, or none at all, is the null vector."""
+    """context["category"] (B,) -> Condition.vector (B, size); index -1, or none at all, is the null
+    vector.
+    """
 
     def __init__(self, config: CategoryConfig, *, categories: int) -> None:
         super().__init__()
@@ -46,5 +49,7 @@ class CategoryConditioner(Conditioner):
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        none = torch.full((batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device)
+        none = torch.full(
+            (batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device
+        )
         return Condition(vector=self.embedding(none))

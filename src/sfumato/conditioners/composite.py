@@ -13,35 +13,52 @@ from sfumato.conditioners.protocol import Conditioner
 
 
 class CompositeConditioner(nn.Module):
-    """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after another."""
+    """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after
+    another.
+    """
 
     def __init__(self, parts: Mapping[str, Conditioner], *, factor: int = 1) -> None:
-        """`parts` by the name of the context that each reads; `factor` is the side of an image over that of what the network sees."""
+        """`parts` by the name of the context that each reads; `factor` is the side of an image over
+        that of what the network sees.
+        """
         super().__init__()
         self.factor = factor
         self.parts = nn.ModuleDict(parts)
         self._parts = tuple(parts.values())  # the same, with their own types
-        self.sizes = reduce(ContextSizes.beside, (part.sizes.folded(factor) for part in parts.values()), NO_CONTEXT)
+        self.sizes = reduce(
+            ContextSizes.beside, (part.sizes.folded(factor) for part in parts.values()), NO_CONTEXT
+        )
 
-    def forward(self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None) -> Condition:
+    def forward(
+        self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None
+    ) -> Condition:
         """The condition of a batch.
 
         Args:
             context: what is known of each image, by name; what is missing asks for nothing.
-            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below its `dropout`, and what lies above it
+            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below
+                its `dropout`, and what lies above it
                 decides how captions are varied. None drops and varies nothing.
         """
         conditions = []
         for number, part in enumerate(self._parts):
-            condition = part(context if draws is None else part.varied(context, draws[:, number]), batch_size)
+            condition = part(
+                context if draws is None else part.varied(context, draws[:, number]), batch_size
+            )
             if draws is not None:
-                dropped = (draws[:, number] < part.dropout).to(next(iter(condition.slots().values())).device)
+                dropped = (draws[:, number] < part.dropout).to(
+                    next(iter(condition.slots().values())).device
+                )
                 condition = condition.replaced_where(dropped, part.null(batch_size))
-            conditions.append(condition.folded(self.factor))  # each by itself: its places are the same whatever lies beside it
+            # each by itself: its places are the same whatever lies beside it
+            conditions.append(condition.folded(self.factor))
         return reduce(Condition.beside, conditions, NO_CONDITION)
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """The context that training uses: what the data hold, and what is made from the images (B, C, H, W) themselves.
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
+        """The context that training uses: what the data hold, and what is made from the images (B,
+        C, H, W) themselves.
 
         Keyed by the samples' numbers, `first` and following.
         """
@@ -57,4 +74,8 @@ class CompositeConditioner(nn.Module):
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
-        return reduce(Condition.beside, (part.null(batch_size).folded(self.factor) for part in self._parts), NO_CONDITION)
+        return reduce(
+            Condition.beside,
+            (part.null(batch_size).folded(self.factor) for part in self._parts),
+            NO_CONDITION,
+        )

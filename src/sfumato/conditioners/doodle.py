@@ -1,4 +1,6 @@
-"""Doodles: a line drawing laid over the image. Where the data have none, lines are made from the image itself."""
+"""Doodles: a line drawing laid over the image. Where the data have none, lines are made from the
+image itself.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class DoodleConfig:
     """Steer by line drawings.
 
     Attributes:
-        synthetic: share of training samples whose own doodle is replaced by lines made from the image; those without one always are.
+        synthetic: share of training samples whose own doodle is replaced by lines made from the
+            image; those without one always are.
         wobble: how far made lines stray, as a share of the side.
         missing_lines: most of the lines that may be missing, as a share.
         dropout: share of training samples whose doodle is hidden.
@@ -35,12 +38,19 @@ class DoodleConfig:
     dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if not all(0 <= share <= 1 for share in (self.synthetic, self.wobble, self.missing_lines, self.dropout)):
-            raise ConfigError(f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1")
+        if not all(
+            0 <= share <= 1
+            for share in (self.synthetic, self.wobble, self.missing_lines, self.dropout)
+        ):
+            raise ConfigError(
+                f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1"
+            )
 
 
 class DoodleConditioner(Conditioner):
-    """context["doodle"] (B, 1, H, W), 1 paper to -1 ink, NaN where none is given -> Condition.spatial (B, 2, H, W): ink, given."""
+    """context["doodle"] (B, 1, H, W), 1 paper to -1 ink, NaN where none is given ->
+    Condition.spatial (B, 2, H, W): ink, given.
+    """
 
     nothing: Tensor
 
@@ -55,16 +65,28 @@ class DoodleConditioner(Conditioner):
         if "doodle" not in context:
             return self.null(batch_size)
         doodle = context["doodle"].to(self.nothing.device)
-        return Condition(spatial=torch.cat([((1 - doodle) / 2).nan_to_num(0.0), (~doodle.isnan()).to(doodle.dtype)], dim=1))
+        return Condition(
+            spatial=torch.cat(
+                [((1 - doodle) / 2).nan_to_num(0.0), (~doodle.isnan()).to(doodle.dtype)], dim=1
+            )
+        )
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """A doodle for each training image: its own, or lines made from it; keyed by the samples' numbers."""
-        draws = randomness.uniform(seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2).to(images)
-        made = lines(images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.missing_lines)
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
+        """A doodle for each training image: its own, or lines made from it; keyed by the samples'
+        numbers.
+        """
+        draws = randomness.uniform(
+            seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2
+        ).to(images)
+        made = lines(
+            images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.missing_lines
+        )
         if "doodle" not in context:
             return {"doodle": made}
         own = context["doodle"].to(images)
@@ -78,12 +100,15 @@ _GRID = 4  # of the random fields that bend and drop lines
 def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
     """Line drawings (B, 1, H, W), 1 paper to -1 ink, of images (B, C, H, W) in [-1, 1].
 
-    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the image is darker than its
-    surroundings: dark strokes, and the dark side of every edge. Lines bend a little, and some are missing.
+    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the
+    image is darker than its
+    surroundings: dark strokes, and the dark side of every edge. Lines bend a little, and some are
+    missing.
 
     Args:
         draws: uniform in [0, 1), (B, 3 + 3 * 16).
-    Source: Winnemöller, Kyprianidis & Olsen 2012, "XDoG: an extended difference-of-Gaussians compendium".
+    Source: Winnemöller, Kyprianidis & Olsen 2012, "XDoG: an extended difference-of-Gaussians
+        compendium".
     """
     side = min(images.shape[-2:])
     colours = images[:, : {2: 1, 4: 3}.get(images.shape[1], images.shape[1])]
@@ -101,7 +126,9 @@ def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Te
 
 
 def _edges(images: Tensor, width: float) -> Tensor:
-    """How much darker a pixel is than its surroundings, in the colour in which it is most, (B, 1, H, W), about 0 to 1."""
+    """How much darker a pixel is than its surroundings, in the colour in which it is most, (B, 1,
+    H, W), about 0 to 1.
+    """
     near, far = _blurred(images, width), _blurred(images, 1.6 * width)
     return (far - near).amax(1, keepdim=True).clamp(min=0)
 
@@ -112,7 +139,9 @@ def _blurred(images: Tensor, width: float) -> Tensor:
     kernel = torch.softmax(-(offsets**2) / (2 * width**2), dim=0)
     channels = images.shape[1]
     padded = F.pad(images, (reach,) * 4, mode="replicate")
-    padded = F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    padded = F.conv2d(
+        padded, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels
+    )
     return F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
 
 
@@ -121,4 +150,6 @@ def _bent(maps: Tensor, offsets: Tensor) -> Tensor:
     identity = torch.eye(2, 3, device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
     grid = F.affine_grid(identity, list(maps.shape), align_corners=False)
     field = F.interpolate(offsets, size=maps.shape[-2:], mode="bicubic", align_corners=False)
-    return F.grid_sample(maps, grid + 2 * field.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        maps, grid + 2 * field.permute(0, 2, 3, 1), padding_mode="border", align_corners=False
+    )

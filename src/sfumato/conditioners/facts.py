@@ -21,10 +21,13 @@ class ConditioningInfo:
         augmentation: numbers that tell what was done to an image.
         factor: side of an image over the side of what the network sees of it.
         bits: of each value in an image, 8 or 16.
-        value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None where they are those of its integers.
-        alpha: what the last of 2 or 4 channels is: "none" (a channel like the others), "straight" alpha, or "premultiplied" alpha.
+        value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None
+            where they are those of its integers.
+        alpha: what the last of 2 or 4 channels is: "none" (a channel like the others), "straight"
+            alpha, or "premultiplied" alpha.
         more: what other contexts need, by their names.
-        untrained: those of `categories` that no training image has, since all of their images are held out.
+        untrained: those of `categories` that no training image has, since all of their images are
+            held out.
     """
 
     channels: int

@@ -1,4 +1,6 @@
-"""Images as context: laid under the one to be made (super-resolution, colourization, inpainting), or looked at (variations)."""
+"""Images as context: laid under the one to be made (super-resolution, colourization, inpainting),
+or looked at (variations).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Shrink:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ConfigError(
-                f"factor = {self.factor}", where="conditioner.image.degradation.factor", hint="use 2 or more; 4 is usual"
+                f"factor = {self.factor}",
+                where="conditioner.image.degradation.factor",
+                hint="use 2 or more; 4 is usual",
             )
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -54,7 +58,9 @@ class Shrink:
     def given(self, images: Tensor) -> Tensor:
         """Averaged over blocks, and enlarged again."""
         height, width = images.shape[-2:]
-        small = F.adaptive_avg_pool2d(images, (max(1, height // self.factor), max(1, width // self.factor)))
+        small = F.adaptive_avg_pool2d(
+            images, (max(1, height // self.factor), max(1, width // self.factor))
+        )
         return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
 
 
@@ -67,7 +73,9 @@ class Grayscale:
         return self.given(images)
 
     def given(self, images: Tensor) -> Tensor:
-        """The mean of the colours in each of them; a second or fourth channel, which is alpha or infrared, stays."""
+        """The mean of the colours in each of them; a second or fourth channel, which is alpha or
+        infrared, stays.
+        """
         colours = images.shape[1] - (images.shape[1] in (2, 4))
         gray = images[:, :colours].mean(1, keepdim=True).expand(-1, colours, -1, -1)
         return torch.cat([gray, images[:, colours:]], dim=1)
@@ -79,7 +87,8 @@ class Holes:
 
     Attributes:
         smallest, largest: sides of the rectangle that is cut out, as shares of the image's.
-        outside: share of samples of which only the rectangle is left, and its surroundings are to be made.
+        outside: share of samples of which only the rectangle is left, and its surroundings are to
+            be made.
     """
 
     smallest: Fraction = 0.2
@@ -93,7 +102,9 @@ class Holes:
         top, left = ((1 - sides[:, i]) * draws[:, 2 + i] for i in (0, 1))
         y = ((torch.arange(height, device=images.device) + 0.5) / height).view(1, -1, 1)
         x = ((torch.arange(width, device=images.device) + 0.5) / width).view(1, 1, -1)
-        top, left, tall, wide = (value.view(-1, 1, 1) for value in (top, left, sides[:, 0], sides[:, 1]))
+        top, left, tall, wide = (
+            value.view(-1, 1, 1) for value in (top, left, sides[:, 0], sides[:, 1])
+        )
         hole = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
         hole = hole ^ (draws[:, 4] < self.outside).view(-1, 1, 1)
         return images.masked_fill(hole[:, None], torch.nan)
@@ -120,7 +131,9 @@ class ImageConfig:
 
 
 class ImageConditioner(Conditioner):
-    """context["image"] (B, C, H, W) in [-1, 1], NaN where unknown -> Condition.spatial (B, C + 1, H, W): pixels, and which are known."""
+    """context["image"] (B, C, H, W) in [-1, 1], NaN where unknown -> Condition.spatial (B, C + 1,
+    H, W): pixels, and which are known.
+    """
 
     nothing: Tensor
 
@@ -142,9 +155,13 @@ class ImageConditioner(Conditioner):
         """The condition that asks for nothing."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
         """The training images, with something lost; keyed by the samples' numbers."""
-        draws = randomness.uniform(seed, "image", first=first, count=len(images), per_item=8).to(images)
+        draws = randomness.uniform(seed, "image", first=first, count=len(images), per_item=8).to(
+            images
+        )
         return {"image": self.config.degradation.degrade(images, draws)}
 
 
@@ -164,21 +181,29 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.size < 1:
-            raise ConfigError(f"{self}", where="conditioner.reference", hint="size and side are at least 1")
+            raise ConfigError(
+                f"{self}", where="conditioner.reference", hint="size and side are at least 1"
+            )
 
 
 class ReferenceConditioner(Conditioner):
-    """context["reference"] (B, C, H, W) in [-1, 1], NaN where none is given -> Condition.vector (B, size), tokens (B, side^2, size)."""
+    """context["reference"] (B, C, H, W) in [-1, 1], NaN where none is given -> Condition.vector (B,
+    size), tokens (B, side^2, size).
+    """
 
     def __init__(self, config: ReferenceConfig, *, channels: int) -> None:
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.see = nn.Sequential(
-            nn.Conv2d(channels, config.size // 2, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(config.size // 2, config.size, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(config.size, config.size, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(config.side),
-        )  # fmt: skip
+            nn.Conv2d(channels, config.size // 2, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(config.size // 2, config.size, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(config.size, config.size, 3, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(config.side),
+        )
         self.positions = nn.Parameter(torch.randn(config.side**2, config.size) * 0.02)
         self.nothing = nn.Parameter(torch.randn(config.side**2, config.size) * 0.02)
         self.summary = nn.Linear(config.size, config.size)
@@ -196,7 +221,9 @@ class ReferenceConditioner(Conditioner):
         """The condition that asks for nothing."""
         return self._condition(self.nothing.expand(batch_size, -1, -1))
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
         """The training images themselves."""
         return {"reference": images}
 

@@ -1,4 +1,6 @@
-"""Text: a small transformer over words, trained along with the model, so that captions work with nothing downloaded."""
+"""Text: a small transformer over words, trained along with the model, so that captions work with
+nothing downloaded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
-from sfumato.conditioners.tokenizer import BYTES, FIRST_WORD, MOST_WORDS, PAD, ByRuns, ByScript, Splitting, WordTokenizer
+from sfumato.conditioners.tokenizer import (
+    BYTES,
+    FIRST_WORD,
+    MOST_WORDS,
+    PAD,
+    ByRuns,
+    ByScript,
+    Splitting,
+    WordTokenizer,
+)
 from sfumato.config import since
 from sfumato.config.bounds import CountOrZero, Fraction, Size
 from sfumato.errors import ConfigError
@@ -25,11 +36,15 @@ class LearnedTextConfig:
     Attributes:
         size: channels of tokens and of their summary.
         layers, heads: of the transformer.
-        length: tokens that are read of a text, the one that marks its start included; what is longer is cut, and said to be.
+        length: tokens that are read of a text, the one that marks its start included; what is
+            longer is cut, and said to be.
         vocabulary: most words with a number of their own; others are spelled in bytes.
-        dropout: share of training samples whose caption is hidden, which is what guidance extrapolates from.
-        spelled: fraction of the words in training captions that are spelled in bytes although they are known, so that the bytes of an
-            unknown word in a prompt are not meaningless; at most one word of a caption, of its first 1 / `spelled`. Validation and
+        dropout: share of training samples whose caption is hidden, which is what guidance
+            extrapolates from.
+        spelled: fraction of the words in training captions that are spelled in bytes although they
+            are known, so that the bytes of an
+            unknown word in a prompt are not meaningless; at most one word of a caption, of its
+            first 1 / `spelled`. Validation and
             sampling spell none of them.
         splitting: what counts as a word.
     """
@@ -48,9 +63,15 @@ class LearnedTextConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.spelled <= 1:
             raise ConfigError(
-                f"spelled = {self.spelled}", where="conditioner.text.spelled", hint="use a fraction of the words, from 0 to 1"
+                f"spelled = {self.spelled}",
+                where="conditioner.text.spelled",
+                hint="use a fraction of the words, from 0 to 1",
             )
-        if min(self.size, self.layers, self.heads, self.length - 1) < 1 or self.size % self.heads or self.vocabulary < 0:
+        if (
+            min(self.size, self.layers, self.heads, self.length - 1) < 1
+            or self.size % self.heads
+            or self.vocabulary < 0
+        ):
             raise ConfigError(
                 f"{self}",
                 where="conditioner.text",
@@ -64,14 +85,20 @@ class LearnedTextConfig:
     def build(self, words: Sequence[str], encoder: object) -> LearnedTextConditioner:
         """The untrained conditioner for captions of these words."""
         return LearnedTextConditioner(
-            self, words=WordTokenizer(tuple(words[: self.vocabulary]), self.splitting), rare=words[self.vocabulary :]
+            self,
+            words=WordTokenizer(tuple(words[: self.vocabulary]), self.splitting),
+            rare=words[self.vocabulary :],
         )
 
 
 class LearnedTextConditioner(Conditioner):
-    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing."""
+    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their
+    mask; "" asks for nothing.
+    """
 
-    def __init__(self, config: LearnedTextConfig, *, words: WordTokenizer, rare: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: LearnedTextConfig, *, words: WordTokenizer, rare: Sequence[str] = ()
+    ) -> None:
         """`rare` words occur in captions but are spelled in bytes, since the vocabulary is full."""
         super().__init__()
         self.config, self.words, self.dropout = config, words, config.dropout
@@ -80,10 +107,17 @@ class LearnedTextConditioner(Conditioner):
         self.learns_letters = config.spelled > 0 or bool(rare)
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.embedding = nn.Embedding(len(words), config.size, padding_idx=PAD)
-        nn.init.zeros_(self.embedding.weight.data[BYTES:FIRST_WORD])  # what no caption spells must not sound like a word
+        # what no caption spells must not sound like a word
+        nn.init.zeros_(self.embedding.weight.data[BYTES:FIRST_WORD])
         self.positions = nn.Parameter(torch.randn(config.length, config.size) * 0.02)
         layer = nn.TransformerEncoderLayer(
-            config.size, config.heads, 4 * config.size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            config.size,
+            config.heads,
+            4 * config.size,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.transformer = nn.TransformerEncoder(
             layer, config.layers, norm=nn.LayerNorm(config.size), enable_nested_tensor=False
@@ -92,19 +126,28 @@ class LearnedTextConditioner(Conditioner):
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """The condition of a batch."""
-        return self._read(context.get("text", [""] * batch_size), context.get("spelled", [None] * batch_size))
+        return self._read(
+            context.get("text", [""] * batch_size), context.get("spelled", [None] * batch_size)
+        )
 
     def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
-        """The context as training tells it: each word is spelled with a probability of `config.spelled`.
+        """The context as training tells it: each word is spelled with a probability of
+        `config.spelled`.
 
         Args:
-            draws: (B,), uniform from `dropout` to 1 where the caption is not hidden. One draw decides both whether a word of a caption
+            draws: (B,), uniform from `dropout` to 1 where the caption is not hidden. One draw
+                decides both whether a word of a caption
                 is spelled and which.
         """
         if not self.config.spelled or "text" not in context:
             return context
         chances = ((draws - self.dropout) / max(1 - self.dropout, 1e-9)).tolist()
-        return {**context, "spelled": [int(chance / self.config.spelled) if chance >= 0 else None for chance in chances]}
+        return {
+            **context,
+            "spelled": [
+                int(chance / self.config.spelled) if chance >= 0 else None for chance in chances
+            ],
+        }
 
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
@@ -115,7 +158,9 @@ class LearnedTextConditioner(Conditioner):
         return self.words.read(text, length=self.config.length)
 
     def seen(self, text: str) -> tuple[int, ...]:
-        """Numbers that stand for the part of a text that is read: texts that the model cannot tell apart have the same."""
+        """Numbers that stand for the part of a text that is read: texts that the model cannot tell
+        apart have the same.
+        """
         return tuple(self.words.encode(text, length=self.config.length))
 
     def cuts(self, text: str) -> bool:
@@ -123,18 +168,29 @@ class LearnedTextConditioner(Conditioner):
         return self.words.count(text) > self.config.length
 
     def unknown(self, text: str) -> list[str]:
-        """Words of a text that no training caption contains, each once; punctuation does not count."""
+        """Words of a text that no training caption contains, each once; punctuation does not
+        count.
+        """
         found = dict.fromkeys(self.words.splitting.pieces(text))
-        return [word for word in found if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)]
+        return [
+            word
+            for word in found
+            if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)
+        ]
 
     def _read(self, texts: Sequence[str], spelled: Sequence[int | None]) -> Condition:
         length = self.config.length
         numbers = torch.tensor(
-            [self.words.encode(text, length=length, spelled=word) for text, word in zip(texts, spelled, strict=True)]
+            [
+                self.words.encode(text, length=length, spelled=word)
+                for text, word in zip(texts, spelled, strict=True)
+            ]
         )
         numbers = numbers.to(self.positions.device)
         mask = numbers != PAD
-        tokens = self.transformer(self.embedding(numbers) + self.positions, src_key_padding_mask=~mask)
+        tokens = self.transformer(
+            self.embedding(numbers) + self.positions, src_key_padding_mask=~mask
+        )
         tokens = tokens * mask[..., None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True)
         return Condition(vector=self.summary(mean), tokens=tokens, token_mask=mask)

@@ -1,4 +1,6 @@
-"""Point clouds: any number of points in any order, as a few tokens, and as a map of where they lie."""
+"""Point clouds: any number of points in any order, as a few tokens, and as a map of where they
+lie.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SplatConfig:
-    """Lay the points over the image too: their first two coordinates, x right and y up, the image from -1 to 1.
+    """Lay the points over the image too: their first two coordinates, x right and y up, the image
+    from -1 to 1.
 
     Attributes:
         side: of the map, in pixels.
@@ -38,8 +41,10 @@ class PointsConfig:
         size: channels of tokens and of their summary.
         tokens: how many the cloud is read into, whatever its number of points.
         layers, heads: of the transformer between the tokens.
-        frame: `image` takes coordinates as they are, `own` centres each cloud and scales it to fit from -1 to 1.
-        min_points: points that a training cloud is thinned to at the least, so that any number works.
+        frame: `image` takes coordinates as they are, `own` centres each cloud and scales it to fit
+            from -1 to 1.
+        min_points: points that a training cloud is thinned to at the least, so that any number
+            works.
         splat: a map of the points beside the tokens; None for none.
         dropout: share of training samples whose points are hidden.
     """
@@ -54,12 +59,20 @@ class PointsConfig:
     dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.size, self.tokens, self.layers, self.heads, self.min_points) < 1 or self.size % self.heads:
-            raise ConfigError(f"{self}", where="conditioner.points", hint="all counts are at least 1, and heads divide size")
+        if (
+            min(self.size, self.tokens, self.layers, self.heads, self.min_points) < 1
+            or self.size % self.heads
+        ):
+            raise ConfigError(
+                f"{self}",
+                where="conditioner.points",
+                hint="all counts are at least 1, and heads divide size",
+            )
 
 
 class PointsConditioner(Conditioner):
-    """context["points"] (B, N, D), rows of NaN where there is no point -> Condition.vector (B, size), tokens (B, tokens, size), map.
+    """context["points"] (B, N, D), rows of NaN where there is no point -> Condition.vector (B,
+    size), tokens (B, tokens, size), map.
 
     The result does not depend on the order of the points, nor on how many rows of NaN follow them.
     Source: Qi et al. 2017 (arXiv:1612.00593); Jaegle et al. 2021 (arXiv:2103.03206).
@@ -70,16 +83,27 @@ class PointsConditioner(Conditioner):
     def __init__(self, config: PointsConfig, *, dimensions: int) -> None:
         super().__init__()
         self.config, self.dimensions, self.dropout = config, dimensions, config.dropout
-        self.sizes = ContextSizes(vector=config.size, tokens=config.size, spatial=2 if config.splat is not None else 0)
+        self.sizes = ContextSizes(
+            vector=config.size, tokens=config.size, spatial=2 if config.splat is not None else 0
+        )
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
         self.point = nn.Sequential(
-            nn.Linear(dimensions * (1 + 2 * 6), config.size), nn.GELU(), nn.Linear(config.size, config.size), nn.GELU()
+            nn.Linear(dimensions * (1 + 2 * 6), config.size),
+            nn.GELU(),
+            nn.Linear(config.size, config.size),
+            nn.GELU(),
         )
         self.latents = nn.Parameter(torch.randn(config.tokens, config.size) * 0.02)
         self.nothing = nn.Parameter(torch.randn(config.tokens, config.size) * 0.02)
         self.gather = nn.MultiheadAttention(config.size, config.heads, batch_first=True)
         layer = nn.TransformerEncoderLayer(
-            config.size, config.heads, 4 * config.size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            config.size,
+            config.heads,
+            4 * config.size,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.transformer = nn.TransformerEncoder(
             layer, config.layers, norm=nn.LayerNorm(config.size), enable_nested_tensor=False
@@ -97,7 +121,11 @@ class PointsConditioner(Conditioner):
         points = framed(points, self.config.frame).nan_to_num(0.0)
         features = self.point(self._encoded(points))
         gathered, _ = self.gather(
-            self.latents.expand(len(points), -1, -1), features, features, key_padding_mask=absent, need_weights=False
+            self.latents.expand(len(points), -1, -1),
+            features,
+            features,
+            key_padding_mask=absent,
+            need_weights=False,
         )
         tokens = self.transformer(self.latents + gathered)
         highest = features.masked_fill(absent[..., None], -math.inf).amax(1)
@@ -113,17 +141,24 @@ class PointsConditioner(Conditioner):
         tokens = self.nothing.expand(batch_size, -1, -1)
         spatial = None if self.config.splat is None else tokens.new_zeros(batch_size, 2, 1, 1)
         mean = tokens.mean(1)
-        return Condition(vector=self.summary(torch.cat([mean, mean], dim=1)), tokens=tokens, spatial=spatial)
+        return Condition(
+            vector=self.summary(torch.cat([mean, mean], dim=1)), tokens=tokens, spatial=spatial
+        )
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """Training clouds (B, N, D), NaN where one has fewer points, each thinned to a random number of its own from `fewest` up; keyed by
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
+        """Training clouds (B, N, D), NaN where one has fewer points, each thinned to a random
+        number of its own from `fewest` up; keyed by
         the samples' numbers.
         """
         if "points" not in context:
             return {}
         points = context["points"]
         count, most = points.shape[:2]
-        draws = randomness.uniform(seed, "points", first=first, count=count, per_item=most + 1).to(points)
+        draws = randomness.uniform(seed, "points", first=first, count=count, per_item=most + 1).to(
+            points
+        )
         absent = points.isnan().any(2)
         own = (~absent).sum(1, keepdim=True)
         least = own.clamp(max=self.config.min_points)
@@ -137,11 +172,15 @@ class PointsConditioner(Conditioner):
         return torch.cat([points, angles.sin(), angles.cos()], dim=2)
 
     def _splatted(self, points: Tensor, absent: Tensor) -> Tensor | None:
-        """Maps (B, 2, side, side): how near the nearest point is, 1 on it and 0 far away; and 1 throughout."""
+        """Maps (B, 2, side, side): how near the nearest point is, 1 on it and 0 far away; and 1
+        throughout.
+        """
         splat = self.config.splat
         if splat is None:
             return None
-        places = (torch.arange(splat.side, device=points.device, dtype=points.dtype) + 0.5) * (2 / splat.side) - 1
+        places = (torch.arange(splat.side, device=points.device, dtype=points.dtype) + 0.5) * (
+            2 / splat.side
+        ) - 1
         scale = splat.side / 2 / splat.width
         x = torch.exp(-0.5 * ((points[..., :1] - places) * scale) ** 2) * (~absent[..., None])
         y = torch.exp(-0.5 * ((points[..., 1:2] + places) * scale) ** 2)
@@ -150,11 +189,17 @@ class PointsConditioner(Conditioner):
 
 
 def framed(points: Tensor, frame: str) -> Tensor:
-    """Points (B, N, D) in the frame that the model was trained on; coordinates beyond the third are features, and stay."""
+    """Points (B, N, D) in the frame that the model was trained on; coordinates beyond the third are
+    features, and stay.
+    """
     if frame == "image":
         return points
     space = points[..., :3]
-    low, high = (space.nan_to_num(bound).amin(1, keepdim=True) if bound > 0 else space.nan_to_num(bound).amax(1, keepdim=True)
-                 for bound in (math.inf, -math.inf))  # fmt: skip
+    low, high = (
+        space.nan_to_num(bound).amin(1, keepdim=True)
+        if bound > 0
+        else space.nan_to_num(bound).amax(1, keepdim=True)
+        for bound in (math.inf, -math.inf)
+    )
     half = ((high - low) / 2).amax(2, keepdim=True).clamp(min=1e-6)
     return torch.cat([(space - (low + high) / 2) / half, points[..., 3:]], dim=2)

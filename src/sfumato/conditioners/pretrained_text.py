@@ -1,4 +1,6 @@
-"""Text encoders that others have trained, frozen: CLIP, SigLIP, T5, BERT and sentence encoders, from a folder, a package or the hub."""
+"""Text encoders that others have trained, frozen: CLIP, SigLIP, T5, BERT and sentence encoders,
+from a folder, a package or the hub.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,19 @@ from sfumato.config.bounds import Fraction, Size
 from sfumato.errors import ConfigError
 from sfumato.transformers_models import from_transformers
 
-# Which class of transformers reads text, by the model type in config.json; others are encoders as they are.
+# Which class of transformers reads text, by the model type in config.json; others are encoders as
+# they are.
 TEXT_MODELS = {
-    "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip_text_model": "SiglipTextModel",
-    "siglip2": "Siglip2TextModel", "siglip2_text_model": "Siglip2TextModel",
-    "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
-}  # fmt: skip
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "siglip": "SiglipTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
 LONGEST = 512
 MAX_UNPACKED_BYTES = 4 << 30
 
@@ -38,9 +47,11 @@ class PretrainedTextConfig:
     """Steer by captions, read by a frozen encoder of `transformers` (extra `text`).
 
     Attributes:
-        encoder: a folder, `package:NAME` of an installed package that ships a model, or a name on the hub.
+        encoder: a folder, `package:NAME` of an installed package that ships a model, or a name on
+            the hub.
         revision: on the hub; None is the newest.
-        length: tokens read of a text; what is longer is cut, and said to be. At most the encoder's own limit.
+        length: tokens read of a text; what is longer is cut, and said to be. At most the encoder's
+            own limit.
         size: channels of tokens and of their summary, after a learned projection.
         dropout: share of training samples whose caption is hidden.
     """
@@ -57,13 +68,17 @@ class PretrainedTextConfig:
         """The words of captions, the most frequent first, at most 50,000."""
         return WordTokenizer.fitted(captions, most=MOST_WORDS).vocabulary
 
-    def build(self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> PretrainedTextConditioner:
+    def build(
+        self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
+    ) -> PretrainedTextConditioner:
         """The untrained projections of what the encoder reads."""
         return PretrainedTextConditioner(self, encoder=encoder(self))
 
 
 class Embedded(NamedTuple):
-    """A text as its encoder sees it: a summary (D,), and one vector for each of its tokens (n, D), padding left out."""
+    """A text as its encoder sees it: a summary (D,), and one vector for each of its tokens (n, D),
+    padding left out.
+    """
 
     vector: Tensor
     tokens: Tensor
@@ -91,7 +106,9 @@ class TextEncoder:
         """The embeddings of texts, float32."""
         new = sorted({text for text in texts if text not in self.known})
         for first in range(0, len(new), 64):
-            for text, embedded in zip(new[first : first + 64], self._encode(new[first : first + 64], device), strict=True):
+            for text, embedded in zip(
+                new[first : first + 64], self._encode(new[first : first + 64], device), strict=True
+            ):
                 self.known[text] = embedded
         return [Embedded(*(part.to(device) for part in self.known[text])) for text in texts]
 
@@ -103,7 +120,9 @@ class TextEncoder:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the encoder's files, or its name and revision on the hub; with the length, what an embedding depends on."""
+        """A hash of the encoder's files, or its name and revision on the hub; with the length, what
+        an embedding depends on.
+        """
         parts = [str(self.length)]
         if Path(self.place).is_dir():
             for path in sorted(Path(self.place).glob("*")):
@@ -124,7 +143,11 @@ class TextEncoder:
     def length(self) -> int:
         """Tokens that are read of a text."""
         settings = getattr(self._settings, "text_config", self._settings)
-        limit = min(self._tokenizer.model_max_length, getattr(settings, "max_position_embeddings", LONGEST), LONGEST)
+        limit = min(
+            self._tokenizer.model_max_length,
+            getattr(settings, "max_position_embeddings", LONGEST),
+            LONGEST,
+        )
         result: int = max(1, min(self.config.length, limit))
         return result
 
@@ -132,7 +155,9 @@ class TextEncoder:
         """The part of a text that is not cut off."""
         if not self.cuts(text):
             return text
-        found = self._tokenizer(text, truncation=True, max_length=self.length, return_offsets_mapping=True)
+        found = self._tokenizer(
+            text, truncation=True, max_length=self.length, return_offsets_mapping=True
+        )
         return text[: max((end for _, end in found["offset_mapping"]), default=0)]
 
     def seen(self, text: str) -> tuple[int, ...]:
@@ -141,7 +166,10 @@ class TextEncoder:
 
     def cuts(self, text: str) -> bool:
         """Whether a text is longer than what is read of it."""
-        return len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"]) > self.length
+        return (
+            len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"])
+            > self.length
+        )
 
     @cached_property
     def _settings(self) -> Any:
@@ -154,37 +182,57 @@ class TextEncoder:
     @cached_property
     def _model(self) -> nn.Module:
         kind = TEXT_MODELS.get(self._settings.model_type, "AutoModel")
-        result: nn.Module = self._loaded(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+        result: nn.Module = (
+            self._loaded(kind, use_safetensors=True, dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
+        )
         return result
 
     def _loaded(self, kind: str, **settings: Any) -> Any:
-        return from_transformers(kind, self.place, where="conditioner.text.encoder", revision=self.config.revision, **settings)
+        return from_transformers(
+            kind,
+            self.place,
+            where="conditioner.text.encoder",
+            revision=self.config.revision,
+            **settings,
+        )
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
         model = self._model.to(device)
         found = self._tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
         ).to(device)
         mask = found.get("attention_mask", torch.ones_like(found["input_ids"])).bool()
         output = model(**found)
         hidden = output.last_hidden_state
-        # Encoders without a summary of their own are summed up by the mean of their tokens, as sentence encoders are.
+        # Encoders without a summary of their own are summed up by the mean of their tokens, as
+        # sentence encoders are.
         pooled = (
             output.pooler_output
             if self._settings.model_type in _POOLED
             else (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]
         )
-        return [Embedded(vector.cpu(), tokens[kept].cpu()) for vector, tokens, kept in zip(pooled, hidden, mask, strict=True)]
+        return [
+            Embedded(vector.cpu(), tokens[kept].cpu())
+            for vector, tokens, kept in zip(pooled, hidden, mask, strict=True)
+        ]
 
 
 _POOLED = {kind for kind, name in TEXT_MODELS.items() if name.endswith("TextModel")}
 
 
 class PretrainedTextConditioner(Conditioner):
-    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their mask; "" asks for nothing.
+    """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their
+    mask; "" asks for nothing.
 
-    The encoder is no part of the model's weights: it is named in the configuration, and loaded from there.
+    The encoder is no part of the model's weights: it is named in the configuration, and loaded from
+    there.
     """
 
     def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
@@ -193,8 +241,12 @@ class PretrainedTextConditioner(Conditioner):
         self.learns_letters = True
         self._encoder = (encoder,)  # in a tuple, so that it is no module's child
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
-        self.tokens = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
-        self.summary = nn.Sequential(nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size))
+        self.tokens = nn.Sequential(
+            nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size)
+        )
+        self.summary = nn.Sequential(
+            nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size)
+        )
         self.nothing = nn.Parameter(torch.randn(2, config.size) * 0.02)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
@@ -237,7 +289,9 @@ class PretrainedTextConditioner(Conditioner):
         return self._encoder[0].read(text)
 
     def seen(self, text: str) -> tuple[int, ...]:
-        """The tokens that are read of a text: texts that the model cannot tell apart have the same."""
+        """The tokens that are read of a text: texts that the model cannot tell apart have the
+        same.
+        """
         return self._encoder[0].seen(text)
 
     def cuts(self, text: str) -> bool:
@@ -250,7 +304,8 @@ class PretrainedTextConditioner(Conditioner):
 
 
 def unpacked(package: str, root: Path) -> Path:
-    """The folder of a model that an installed package ships, in files or in one zip. None of the package's code is run.
+    """The folder of a model that an installed package ships, in files or in one zip. None of the
+    package's code is run.
 
     Raises:
         ConfigError: if there is no such package, or no model in it.
@@ -258,8 +313,14 @@ def unpacked(package: str, root: Path) -> Path:
     try:
         files = [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"no package {package}", where="conditioner.text.encoder", hint=f"pip install {package}") from None
-    configs = [path for path in files if path.name == "config.json" and (path.parent / "model.safetensors").is_file()]
+        raise ConfigError(
+            f"no package {package}", where="conditioner.text.encoder", hint=f"pip install {package}"
+        ) from None
+    configs = [
+        path
+        for path in files
+        if path.name == "config.json" and (path.parent / "model.safetensors").is_file()
+    ]
     if configs:
         return configs[0].parent
     for archive in (path for path in files if path.suffix == ".zip"):
@@ -274,19 +335,26 @@ def unpacked(package: str, root: Path) -> Path:
 
 
 def _unzipped(archive: Path, root: Path) -> Path | None:
-    """The folder with config.json and model.safetensors of a zip, unpacked once below `root`; None if it has none."""
+    """The folder with config.json and model.safetensors of a zip, unpacked once below `root`; None
+    if it has none.
+    """
     with zipfile.ZipFile(archive) as source:
         members = {member.filename: member for member in source.infolist() if not member.is_dir()}
-        folders = [name.rpartition("/")[0] for name in members if name.rpartition("/")[2] == "config.json"]
+        folders = [
+            name.rpartition("/")[0] for name in members if name.rpartition("/")[2] == "config.json"
+        ]
         folder = next((f for f in folders if f"{f}/model.safetensors".lstrip("/") in members), None)
         if folder is None:
             return None
         wanted = [
-            m for name, m in members.items() if name.rpartition("/")[0] == folder and not name.endswith((".py", ".bin", ".pkl"))
+            m
+            for name, m in members.items()
+            if name.rpartition("/")[0] == folder and not name.endswith((".py", ".bin", ".pkl"))
         ]
         if sum(member.file_size for member in wanted) > MAX_UNPACKED_BYTES:
             raise ConfigError(
-                f"{archive} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB", where="conditioner.text.encoder"
+                f"{archive} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB",
+                where="conditioner.text.encoder",
             )
         mark = "\n".join(f"{member.filename} {member.CRC} {member.file_size}" for member in wanted)
         target = root / hashlib.sha256(mark.encode()).hexdigest()[:24]
@@ -296,7 +364,10 @@ def _unzipped(archive: Path, root: Path) -> Path | None:
                 made = Path(place, "model")
                 made.mkdir()
                 for member in wanted:
-                    with source.open(member) as inside, (made / member.filename.rpartition("/")[2]).open("wb") as outside:
+                    with (
+                        source.open(member) as inside,
+                        (made / member.filename.rpartition("/")[2]).open("wb") as outside,
+                    ):
                         shutil.copyfileobj(inside, outside)
                 if not target.is_dir():
                     made.rename(target)

@@ -17,7 +17,8 @@ class Conditioner(nn.Module, ABC):
     Attributes:
         sizes: of the slots that it fills.
         dropout: fraction of training samples that see `null` instead.
-        steers: whether a request may ask for it; if not, it only describes what was done to training images.
+        steers: whether a request may ask for it; if not, it only describes what was done to
+            training images.
     """
 
     sizes: ContextSizes
@@ -32,8 +33,12 @@ class Conditioner(nn.Module, ABC):
     def null(self, batch_size: int) -> Condition:
         """The condition that asks for nothing."""
 
-    def derive(self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int) -> dict[str, Any]:
-        """What training is given beyond the data, made from the images (B, C, H, W) themselves; keyed by the samples' numbers."""
+    def derive(
+        self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
+    ) -> dict[str, Any]:
+        """What training is given beyond the data, made from the images (B, C, H, W) themselves;
+        keyed by the samples' numbers.
+        """
         return {}
 
     def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:

@@ -1,4 +1,6 @@
-"""Texts as numbers, with a vocabulary fitted to the captions: known words whole, anything else spelled in bytes."""
+"""Texts as numbers, with a vocabulary fitted to the captions: known words whole, anything else
+spelled in bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from dataclasses import dataclass, field
 
 from sfumato import characters
 
-PAD, START, NOTHING, BYTES = 0, 1, 2, 3  # what numbers mean; a byte b is BYTES + b, then come the words
+# what numbers mean; a byte b is BYTES + b, then come the words
+PAD, START, NOTHING, BYTES = 0, 1, 2, 3
 FIRST_WORD = BYTES + 256
 MOST_WORDS = 50_000  # that are kept of a set
 _RUN = re.compile(r"\w+|[^\w\s]")
@@ -20,10 +23,14 @@ _WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `characters.kinds`
 
 @dataclass(frozen=True)
 class ByScript:
-    """Words where the script puts spaces between them, single letters where it does not; marks stay with their letters."""
+    """Words where the script puts spaces between them, single letters where it does not; marks stay
+    with their letters.
+    """
 
     def normalized(self, text: str) -> str:
-        """Compatibility forms and case folded together; composed and decomposed letters are the same."""
+        """Compatibility forms and case folded together; composed and decomposed letters are the
+        same.
+        """
         if text.isascii():
             return text.lower()
         return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -42,7 +49,9 @@ class ByScript:
 
 @dataclass(frozen=True)
 class ByRuns:
-    """Runs of letters whatever their script, marks as signs of their own: how runs read that were trained before `ByScript`."""
+    """Runs of letters whatever their script, marks as signs of their own: how runs read that were
+    trained before `ByScript`.
+    """
 
     def normalized(self, text: str) -> str:
         """Compatibility forms and case folded together."""
@@ -62,7 +71,8 @@ Splitting = ByScript | ByRuns
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """A tokenizer. Case and width of letters do not matter; no text in any script is unreadable to it.
+    """A tokenizer. Case and width of letters do not matter; no text in any script is unreadable to
+    it.
 
     Attributes:
         vocabulary: the words that have a number of their own.
@@ -74,10 +84,14 @@ class WordTokenizer:
     _numbers: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_numbers", {word: FIRST_WORD + i for i, word in enumerate(self.vocabulary)})
+        object.__setattr__(
+            self, "_numbers", {word: FIRST_WORD + i for i, word in enumerate(self.vocabulary)}
+        )
 
     @classmethod
-    def fitted(cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()) -> WordTokenizer:
+    def fitted(
+        cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()
+    ) -> WordTokenizer:
         """The `most` most frequent words of the captions."""
         counts = Counter(piece for caption in captions for piece in splitting.pieces(caption))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))
@@ -87,10 +101,12 @@ class WordTokenizer:
         return FIRST_WORD + len(self.vocabulary)
 
     def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
-        """Numbers of a text, `length` of them: START, then what fits of the text, then PAD; NOTHING alone for an empty text.
+        """Numbers of a text, `length` of them: START, then what fits of the text, then PAD; NOTHING
+        alone for an empty text.
 
         Args:
-            spelled: number of a word that is spelled in bytes although it is known, where all of the text still fits.
+            spelled: number of a word that is spelled in bytes although it is known, where all of
+                the text still fits.
         """
         pieces = self.splitting.pieces(text)
         numbers = self._of(pieces, length)

@@ -1,11 +1,21 @@
-"""Frozen dataclasses <-> plain data <-> YAML, with errors that name the key. The only room that knows pydantic and yaml.
+"""Frozen dataclasses <-> plain data <-> YAML, with errors that name the key. The only room that
+knows pydantic and yaml.
 
-The dataclasses are the one schema: the parser, `config show`, `config schema` and the docs all read it from them. Nothing is
+The dataclasses are the one schema: the parser, `config show`, `config schema` and the docs all read
+it from them. Nothing is
 ever built from a name that is not in one of their unions.
 """
 
 from sfumato.config.kinds import Extensible, kind_of, members, named
-from sfumato.config.reader import differences, dump_commented, dump_yaml, load_yaml, load_yaml_file, merged, with_overrides
+from sfumato.config.reader import (
+    differences,
+    dump_commented,
+    dump_yaml,
+    load_yaml,
+    load_yaml_file,
+    merged,
+    with_overrides,
+)
 from sfumato.config.schema import as_before, forget_models, json_schema, parse, plain, since
 
 __all__ = [

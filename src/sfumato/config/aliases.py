@@ -1,4 +1,6 @@
-"""Former words: kinds and keys as they were written by earlier versions, so that old files and habits keep working."""
+"""Former words: kinds and keys as they were written by earlier versions, so that old files and
+habits keep working.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ FORMER_KINDS = {
 
 # Keys by the dataclass that has them: former -> present.
 FORMER_KEYS: dict[str, dict[str, str]] = {
-    "AdamWConfig": {"base_width": "mup_base_width", "clip": "max_grad_norm", "decay": "schedule", "final": "final_fraction"},
+    "AdamWConfig": {
+        "base_width": "mup_base_width",
+        "clip": "max_grad_norm",
+        "decay": "schedule",
+        "final": "final_fraction",
+    },
     "AlignmentConfig": {"until": "stop_at"},
     "AugmentConfig": {"non_leaking": "karras"},
     "DiTConfig": {
@@ -70,5 +77,7 @@ FORMER_KEYS: dict[str, dict[str, str]] = {
 
 
 def current_kind(name: str) -> str:
-    """The present kind for a kind as written: former names, capitals and underscores are understood."""
+    """The present kind for a kind as written: former names, capitals and underscores are
+    understood.
+    """
     return FORMER_KINDS.get(name, name.lower().replace("_", "-"))

@@ -1,4 +1,6 @@
-"""Bounds of numbers, declared with the field: `eta: Fraction = 0.0`; read by the parser, the JSON schema and `require_bounds`."""
+"""Bounds of numbers, declared with the field: `eta: Fraction = 0.0`; read by the parser, the JSON
+schema and `require_bounds`.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,17 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Bounded:
-    """A dataclass whose numbers are checked when it is made, also where no configuration is parsed."""
+    """A dataclass whose numbers are checked when it is made, also where no configuration is
+    parsed.
+    """
 
     def __post_init__(self) -> None:
         require_bounds(self)
 
 
 def require_bounds(thing: Any, path: str = "") -> None:
-    """Raise ConfigError if a number in a dataclass, or in one that it holds, is outside of the bounds declared for it.
+    """Raise ConfigError if a number in a dataclass, or in one that it holds, is outside of the
+    bounds declared for it.
 
     Args:
         path: of `thing` in the configuration; "" for its root.
@@ -67,7 +72,8 @@ def _checks(cls: Any) -> tuple[tuple[str, TypeAdapter[Any] | None], ...]:
     """The fields that a configuration may set, with what checks those that hold numbers."""
     finite = ConfigDict(allow_inf_nan=False)
     return tuple(
-        (field.name, TypeAdapter(hint, config=finite) if holds_numbers(hint) else None) for field, hint in config_fields(cls)
+        (field.name, TypeAdapter(hint, config=finite) if holds_numbers(hint) else None)
+        for field, hint in config_fields(cls)
     )
 
 
@@ -75,4 +81,8 @@ def holds_numbers(hint: Any) -> bool:
     """Whether values of this annotation are numbers, several of them, or None instead."""
     if get_origin(hint) is Annotated:
         return holds_numbers(get_args(hint)[0])
-    return hint is int or hint is float or (not members(hint) and any(map(holds_numbers, get_args(hint))))
+    return (
+        hint is int
+        or hint is float
+        or (not members(hint) and any(map(holds_numbers, get_args(hint))))
+    )

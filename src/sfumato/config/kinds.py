@@ -1,4 +1,6 @@
-"""Families of configurations, and the kind by which each member is named in YAML and on the command line."""
+"""Families of configurations, and the kind by which each member is named in YAML and on the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,34 @@ SHORTHANDS = "shorthands"
 
 
 class Extensible:
-    """Base of a family that other code may extend: every dataclass that is derived from a direct subclass of this is a member of it.
+    """Base of a family that other code may extend: every dataclass that is derived from a direct
+    subclass of this is a member of it.
 
-    A member's kind is its class variable `kind`, or else its name: `MyNetworkConfig` is `my-network`.
+    A member's kind is its class variable `kind`, or else its name: `MyNetworkConfig` is
+    `my-network`.
     """
 
 
 def members(annotation: Any) -> list[type]:
-    """The dataclasses that a value of this annotation may be: those of a union, a family or a single one; [] if there are none."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    """The dataclasses that a value of this annotation may be: those of a union, a family or a
+    single one; [] if there are none.
+    """
+    options = (
+        get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    )
     return [member for option in options if isinstance(option, type) for member in _members(option)]
 
 
 def is_tagged(annotation: Any) -> bool:
-    """Whether values of this annotation need a `kind`: there are several dataclasses to choose among."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
-    return len(members(annotation)) > 1 or any(isinstance(option, type) and _is_family(option) for option in options)
+    """Whether values of this annotation need a `kind`: there are several dataclasses to choose
+    among.
+    """
+    options = (
+        get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    )
+    return len(members(annotation)) > 1 or any(
+        isinstance(option, type) and _is_family(option) for option in options
+    )
 
 
 def _members(option: type) -> list[type]:
@@ -51,7 +65,9 @@ def _derived(option: type) -> list[type]:
 
 
 def kind_of(cls: type) -> str:
-    """The kind of a dataclass: its own `kind`, or its name without `Config` in lower case, words joined by hyphens."""
+    """The kind of a dataclass: its own `kind`, or its name without `Config` in lower case, words
+    joined by hyphens.
+    """
     own = cls.__dict__.get(TAG)
     if isinstance(own, str):
         return own
@@ -60,5 +76,7 @@ def kind_of(cls: type) -> str:
 
 
 def named(default: T, shorthands: Mapping[str, Any]) -> T:
-    """A field whose values also have short names, each for a member with its settings: `sampler=heun`."""
+    """A field whose values also have short names, each for a member with its settings:
+    `sampler=heun`.
+    """
     return field(default=default, metadata={SHORTHANDS: shorthands})

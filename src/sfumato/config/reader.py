@@ -21,7 +21,9 @@ MAX_BYTES, MAX_DEPTH = 1 << 20, 24
 
 
 class _StricterSafeLoader(yaml.SafeLoader):
-    """What `yaml.safe_load` reads with, less tags, aliases, duplicate keys and bottomless nesting: a configuration needs none of them."""
+    """What `yaml.safe_load` reads with, less tags, aliases, duplicate keys and bottomless nesting:
+    a configuration needs none of them.
+    """
 
     depth = 0
 
@@ -42,21 +44,30 @@ class _StricterSafeLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key that is not a single word, line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(
+                    f"a key that is not a single word, line {key.start_mark.line + 1}"
+                )
             if key.value in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} appears twice, line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} appears twice, line {key.start_mark.line + 1}"
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-# `compile: on` and `name: 2024-05-01` are words here: of YAML's own words only true, false and null are more.
+# `compile: on` and `name: 2024-05-01` are words here: of YAML's own words only true, false and null
+# are more.
 _StricterSafeLoader.yaml_implicit_resolvers = {
     first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StricterSafeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
+_StricterSafeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF")
+)
 
 
 def load_yaml(text: str, *, where: str) -> Any:
@@ -66,11 +77,17 @@ def load_yaml(text: str, *, where: str) -> Any:
         ConfigError: if it is no YAML, larger than 1 MiB, nested too deep, or uses tags or aliases.
     """
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{len(text)} characters of YAML", where=where, hint="a configuration has a few hundred lines")
+        raise ConfigError(
+            f"{len(text)} characters of YAML",
+            where=where,
+            hint="a configuration has a few hundred lines",
+        )
     try:
         return _StricterSafeLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"not a configuration: {' '.join(str(error).split())}", where=where) from None
+        raise ConfigError(
+            f"not a configuration: {' '.join(str(error).split())}", where=where
+        ) from None
 
 
 def load_yaml_file(path: Path) -> dict[str, Any]:
@@ -81,7 +98,11 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
     data = load_yaml(text, where=str(path))
     if not isinstance(data, dict):
-        raise ConfigError("holds no mapping of keys to values", where=str(path), hint="begin with e.g. `recipe: digits`")
+        raise ConfigError(
+            "holds no mapping of keys to values",
+            where=str(path),
+            hint="begin with e.g. `recipe: digits`",
+        )
     return data
 
 
@@ -91,13 +112,18 @@ def dump_yaml(data: Any) -> str:
 
 
 def dump_commented(value: Any, indent: int = 0) -> str:
-    """A configuration as YAML in which a comment explains each key: the text of its dataclass's docstring."""
+    """A configuration as YAML in which a comment explains each key: the text of its dataclass's
+    docstring.
+    """
     cls: Any = type(value)
     texts, lines, margin = attribute_docs(cls), list[str](), " " * indent
     for entry, hint in config_fields(cls):
         if entry.name in texts:
             lines += textwrap.wrap(
-                texts[entry.name], 98 - indent, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# "
+                texts[entry.name],
+                98 - indent,
+                initial_indent=f"{margin}# ",
+                subsequent_indent=f"{margin}# ",
             )
         held = getattr(value, entry.name)
         if is_dataclass(held):
@@ -121,25 +147,33 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 _Dumper.add_representer(list, _represent_list)
 
 
-def with_overrides(data: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+def with_overrides(
+    data: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]
+) -> dict[str, Any]:
     """The configuration with `a.b=c` settings applied; values are read as YAML.
 
-    Another `kind` empties the object that it replaces, since its other keys belonged to the old kind; so, in whatever order they are
+    Another `kind` empties the object that it replaces, since its other keys belonged to the old
+    kind; so, in whatever order they are
     given, what is set whole comes before its parts.
 
     Raises:
-        ConfigError: for a setting without "=", or a path that leads through a value that has no keys.
+        ConfigError: for a setting without "=", or a path that leads through a value that has no
+            keys.
     """
     result = _copy(data)
     for path, value in sorted(_parsed(overrides), key=_wholeness):
         *parents, last = path.split(".")
         target = result
         for depth, key in enumerate(parents):
-            if target.get(key) is None:  # absent keys have defaults, unknown ones are refused by `parse`
+            # absent keys have defaults, unknown ones are refused by `parse`
+            if target.get(key) is None:
                 target[key] = {}
             target = target[key]
             if not isinstance(target, dict):
-                raise ConfigError(f"`{'.'.join(parents[: depth + 1])}` has no keys to set", where=f"{path}={value}")
+                raise ConfigError(
+                    f"`{'.'.join(parents[: depth + 1])}` has no keys to set",
+                    where=f"{path}={value}",
+                )
         if last == TAG and not _same_kind(target.get(TAG), value):
             target.clear()
         current = target.get(last)
@@ -171,7 +205,9 @@ def _merged(base: Any, changes: Any) -> Any:
 
 
 def _same_kind(one: Any, other: Any) -> bool:
-    return isinstance(one, str) and isinstance(other, str) and current_kind(one) == current_kind(other)
+    return (
+        isinstance(one, str) and isinstance(other, str) and current_kind(one) == current_kind(other)
+    )
 
 
 def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -181,7 +217,11 @@ def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str,
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path:
-            raise ConfigError(f"{item!r} sets nothing", where="overrides", hint="write key=value, e.g. budget.minutes=5")
+            raise ConfigError(
+                f"{item!r} sets nothing",
+                where="overrides",
+                hint="write key=value, e.g. budget.minutes=5",
+            )
         yield path, load_yaml(text, where=item)
 
 
@@ -195,7 +235,11 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(data, dict):
         return {prefix[:-1]: data}
-    return {key: value for name, child in data.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
+    return {
+        key: value
+        for name, child in data.items()
+        for key, value in flatten(child, f"{prefix}{name}.").items()
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

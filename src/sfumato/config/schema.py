@@ -1,7 +1,10 @@
-"""A pydantic model for each dataclass, derived from its fields: validation, error locations and JSON schema for nothing.
+"""A pydantic model for each dataclass, derived from its fields: validation, error locations and
+JSON schema for nothing.
 
-The members of a union or family of dataclasses are told apart by the key `kind`. The kind alone may stand for the whole object, and where
-it is left out the class is that of the field's default. Former kinds and keys are read as what they are called now.
+The members of a union or family of dataclasses are told apart by the key `kind`. The kind alone may
+stand for the whole object, and where
+it is left out the class is that of the field's default. Former kinds and keys are read as what they
+are called now.
 """
 
 from __future__ import annotations
@@ -23,20 +26,28 @@ from sfumato.errors import ConfigError, SfumatoError
 
 T = TypeVar("T")
 _BEFORE = "before"
-NEAR = 0.75  # likeness of a key to the one that is suggested for it: a letter or two of a word apart
+# likeness of a key to the one that is suggested for it: a letter or two of a word apart
+NEAR = 0.75
 
 
 @cache
 def config_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
-    """The fields that a configuration may set, with their resolved types and the bounds declared with them."""
+    """The fields that a configuration may set, with their resolved types and the bounds declared
+    with them.
+    """
     hints = get_type_hints(cls, include_extras=True)
     return tuple((field, hints[field.name]) for field in fields(cls) if field.init)
 
 
 def plain(value: Any, annotation: Any = None) -> Any:
-    """A configuration as dicts, lists, strings and numbers; `kind` is written where a union needs it."""
+    """A configuration as dicts, lists, strings and numbers; `kind` is written where a union needs
+    it.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        body = {field.name: plain(getattr(value, field.name), hint) for field, hint in config_fields(type(value))}
+        body = {
+            field.name: plain(getattr(value, field.name), hint)
+            for field, hint in config_fields(type(value))
+        }
         return {TAG: kind_of(type(value)), **body} if is_tagged(annotation) else body
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
@@ -47,7 +58,8 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
     """Build a dataclass from plain data.
 
     Raises:
-        ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds, and the nearest legal name.
+        ConfigError: naming every key that is unknown, missing, of the wrong type or out of bounds,
+            and the nearest legal name.
     """
     present = modern(cls, data)
     try:
@@ -58,17 +70,23 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
         legal = _legal_keys(cls, present)
         lines = [_explain(item, cls, legal) for item in error.errors()]
         raise ConfigError(
-            "; ".join(lines), where=where, hint="`sfumato config show RECIPE` prints every key, `config schema` their types"
+            "; ".join(lines),
+            where=where,
+            hint="`sfumato config show RECIPE` prints every key, `config schema` their types",
         ) from None
 
 
 def modern(cls: type, data: Any) -> Any:
-    """Plain data of `cls` in present words and in full: former kinds and keys replaced, short names and left-out kinds written out."""
+    """Plain data of `cls` in present words and in full: former kinds and keys replaced, short names
+    and left-out kinds written out.
+    """
     if not isinstance(data, Mapping):
         return data
     former = FORMER_KEYS.get(cls.__name__, {})
     result = {
-        former.get(key, key): value for key, value in data.items() if key not in former.values() or not _old(key, former, data)
+        former.get(key, key): value
+        for key, value in data.items()
+        if key not in former.values() or not _old(key, former, data)
     }
     for entry, hint in config_fields(cls):
         if entry.name in result:
@@ -77,7 +95,9 @@ def modern(cls: type, data: Any) -> Any:
 
 
 def _old(key: str, former: Mapping[str, str], data: Mapping[str, Any]) -> bool:
-    """Whether a key's former spelling is given too, which then decides: it was written on top of a whole configuration."""
+    """Whether a key's former spelling is given too, which then decides: it was written on top of a
+    whole configuration.
+    """
     return any(old in data for old, new in former.items() if new == key)
 
 
@@ -95,17 +115,24 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
     name = value.get(TAG, usual)
     kind = current_kind(name) if isinstance(name, str) else name
     shorthands = entry.metadata.get(SHORTHANDS, {})
-    member = next((option for option in options if kind_of(option) == kind or option.__name__ == name), None)
+    member = next(
+        (option for option in options if kind_of(option) == kind or option.__name__ == name), None
+    )
     if member is None and kind in shorthands:
         whole = plain(shorthands[kind], hint)
         return {**whole, **{key: item for key, item in value.items() if key != TAG}}
     if member is None:  # as it was written, for the error
         return dict(value) if name is None else {**value, TAG: name}
-    return {TAG: kind_of(member), **modern(member, {key: item for key, item in value.items() if key != TAG})}
+    return {
+        TAG: kind_of(member),
+        **modern(member, {key: item for key, item in value.items() if key != TAG}),
+    }
 
 
 def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
-    """The kind that is meant where none is given: the default's, or the first where the default is None."""
+    """The kind that is meant where none is given: the default's, or the first where the default is
+    None.
+    """
     default = _default(entry, hint)
     if isinstance(default, dict):
         return str(default[TAG])
@@ -113,12 +140,16 @@ def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
 
 
 def since(default: T, *, before: Any) -> T:
-    """A field that came later: its default for new runs, and what runs did that were made before it, for `as_before`."""
+    """A field that came later: its default for new runs, and what runs did that were made before
+    it, for `as_before`.
+    """
     return dataclass_field(default=default, metadata={_BEFORE: before})
 
 
 def as_before(cls: type, data: Any) -> Any:
-    """The plain data of a run's own configuration, which were whole when written: a key that is absent means what the run did then."""
+    """The plain data of a run's own configuration, which were whole when written: a key that is
+    absent means what the run did then.
+    """
     if not isinstance(data, dict):
         return data
     result = modern(cls, data)
@@ -127,7 +158,10 @@ def as_before(cls: type, data: Any) -> Any:
             chosen = result[entry.name]
             name = chosen.get(TAG) if isinstance(chosen, dict) else None
             options = members(hint)
-            option = next((option for option in options if kind_of(option) == name or not is_tagged(hint)), None)
+            option = next(
+                (option for option in options if kind_of(option) == name or not is_tagged(hint)),
+                None,
+            )
             result[entry.name] = chosen if option is None else as_before(option, chosen)
         elif _BEFORE in entry.metadata:
             result[entry.name] = plain(entry.metadata[_BEFORE], hint)
@@ -141,9 +175,15 @@ def forget_models() -> None:
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a configuration, for editors' completion; keys are described by the docstrings of their dataclasses."""
+    """JSON schema of a configuration, for editors' completion; keys are described by the docstrings
+    of their dataclasses.
+    """
     schema = _model(cls).model_json_schema()
-    described = {f"{_identifier(reached)}_{suffix}": reached for reached in _reachable(cls) for suffix in ("plain", "tagged")}
+    described = {
+        f"{_identifier(reached)}_{suffix}": reached
+        for reached in _reachable(cls)
+        for suffix in ("plain", "tagged")
+    }
     for name, part in {**schema.get("$defs", {}), f"{_identifier(cls)}_plain": schema}.items():
         texts = attribute_docs(described[name]) if name in described else {}
         for key, entry in part.get("properties", {}).items():
@@ -153,12 +193,15 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def _build(annotation: Any, value: Any, path: str = "") -> Any:
-    """The dataclass (or tuple, or scalar) that a validated model stands for; `path` is its key, "" for the root."""
+    """The dataclass (or tuple, or scalar) that a validated model stands for; `path` is its key, ""
+    for the root.
+    """
     if isinstance(value, BaseModel):
         name = type(value).__name__.rpartition("_")[0]
         cls = next(option for option in members(annotation) if _identifier(option) == name)
         below = {
-            field.name: _build(hint, getattr(value, field.name), _key(path, field.name)) for field, hint in config_fields(cls)
+            field.name: _build(hint, getattr(value, field.name), _key(path, field.name))
+            for field, hint in config_fields(cls)
         }
         try:
             return cls(**below)
@@ -172,7 +215,9 @@ def _key(path: str, name: str) -> str:
 
 
 def _located(error: SfumatoError, path: str) -> SfumatoError:
-    """A dataclass's own error, with the key of that dataclass where it names none: it does not know what holds it."""
+    """A dataclass's own error, with the key of that dataclass where it names none: it does not know
+    what holds it.
+    """
     if not path or error.where == path or error.where.startswith(f"{path}."):
         return error
     return ConfigError(error.what, where=path, hint=error.hint)
@@ -183,7 +228,9 @@ def _identifier(cls: type) -> str:
 
 
 def _reference(annotation: Any) -> Any:
-    """The annotation with dataclasses replaced by the names of their models, which may be mutually recursive."""
+    """The annotation with dataclasses replaced by the names of their models, which may be mutually
+    recursive.
+    """
     options = members(annotation)
     if not options:
         return annotation
@@ -209,11 +256,20 @@ def _model(cls: Any) -> type[BaseModel]:
 
 @lru_cache
 def _models(cls: Any, reachable: tuple[type, ...]) -> type[BaseModel]:
-    namespace: dict[str, Any] = {"Annotated": Annotated, "Union": Union, "Optional": Optional, "Field": pydantic.Field}
+    namespace: dict[str, Any] = {
+        "Annotated": Annotated,
+        "Union": Union,
+        "Optional": Optional,
+        "Field": pydantic.Field,
+    }
     models = []
     for reached in reachable:
-        body: dict[str, Any] = {f.name: (_reference(hint), _default(f, hint)) for f, hint in config_fields(reached)}
-        config = ConfigDict(extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=False)
+        body: dict[str, Any] = {
+            f.name: (_reference(hint), _default(f, hint)) for f, hint in config_fields(reached)
+        }
+        config = ConfigDict(
+            extra="forbid", validate_default=True, title=reached.__name__, allow_inf_nan=False
+        )
         kind = kind_of(reached)
         for suffix, extra in (("plain", {}), ("tagged", {TAG: (Literal[kind], kind)})):
             name = f"{_identifier(reached)}_{suffix}"
@@ -240,24 +296,36 @@ def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
     """Dotted paths of all keys that a configuration of these kinds has."""
     keys = []
     for field, hint in config_fields(cls):
-        value = data[field.name] if isinstance(data, dict) and field.name in data else _default(field, hint)
+        value = (
+            data[field.name]
+            if isinstance(data, dict) and field.name in data
+            else _default(field, hint)
+        )
         keys.append(prefix + field.name)
         options = members(hint)
         name = value.get(TAG) if isinstance(value, dict) else value
-        for option in options if not is_tagged(hint) else [option for option in options if kind_of(option) == name]:
+        for option in (
+            options
+            if not is_tagged(hint)
+            else [option for option in options if kind_of(option) == name]
+        ):
             keys += _legal_keys(option, value, f"{prefix}{field.name}.")
     return keys
 
 
 def _nearest(key: str, legal: list[str]) -> str | None:
-    """The key that was meant: one that is spelled nearly so, or the outermost that ends with the same word; None if nothing is near."""
+    """The key that was meant: one that is spelled nearly so, or the outermost that ends with the
+    same word; None if nothing is near.
+    """
     close = difflib.get_close_matches(key, legal, n=1, cutoff=NEAR)
     same = [path for path in legal if path.rpartition(".")[2] == key]
     return close[0] if close else min(same, key=lambda path: path.count("."), default=None)
 
 
 def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
-    """The dotted path of an error's location, which names the kind after each key whose value has one, and the last field."""
+    """The dotted path of an error's location, which names the kind after each key whose value has
+    one, and the last field.
+    """
     path: list[str] = []
     options, after_tagged, last = [cls], False, None
     for part in location:
@@ -265,7 +333,9 @@ def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[An
             options, after_tagged = chosen, False
             continue
         path.append(str(part))
-        known = [pair for option in options[:1] for pair in config_fields(option) if pair[0].name == part]
+        known = [
+            pair for option in options[:1] for pair in config_fields(option) if pair[0].name == part
+        ]
         last, hint = known[0] if known else (None, None)
         options, after_tagged = members(hint), is_tagged(hint)
     return ".".join(path), last
@@ -287,7 +357,11 @@ def _explain(error: Any, cls: type, legal: list[str]) -> str:
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         options = [name.strip(" '") for name in context["expected_tags"].split(",")]
-        options += [name for name in (entry.metadata.get(SHORTHANDS, {}) if entry else ()) if name not in options]
+        options += [
+            name
+            for name in (entry.metadata.get(SHORTHANDS, {}) if entry else ())
+            if name not in options
+        ]
         close = difflib.get_close_matches(current_kind(context["tag"]), options, n=1, cutoff=0.5)
         guess = f"; did you mean `{close[0]}`?" if close else ""
         return f"`{key}` = {context['tag']!r} is not one of {', '.join(options)}{guess}"

@@ -1,4 +1,6 @@
-"""Contexts: each way to steer a model is one object in one file, from its configuration to its figures."""
+"""Contexts: each way to steer a model is one object in one file, from its configuration to its
+figures.
+"""
 
 from sfumato.contexts.category import Category, trained_categories
 from sfumato.contexts.config import ContextConfig, register, unregister

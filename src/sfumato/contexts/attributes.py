@@ -23,16 +23,22 @@ class Attributes(Context):
     config = AttributesConfig
     lacking = ("attributes", "give them in metadata, as `attributes`")
 
-    def build(self, config: AttributesConfig, facts: ConditioningInfo, encoder: Encoder) -> AttributesConditioner:
+    def build(
+        self, config: AttributesConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> AttributesConditioner:
         self.require(facts.attributes)
-        return AttributesConditioner(config, names=facts.attributes, mean=facts.means, deviation=facts.deviations)
+        return AttributesConditioner(
+            config, names=facts.attributes, mean=facts.means, deviation=facts.deviations
+        )
 
     def facts(self, config: AttributesConfig, dataset: Dataset) -> Mapping[str, Any]:
         table = dataset.layers.attributes
         means, deviations = table.moments(dataset.training)
         return {"attributes": table.names, "means": means, "deviations": deviations}
 
-    def parse(self, value: Mapping[str, float] | Sequence[Mapping[str, float]], asked: RequestInfo) -> Tensor:
+    def parse(
+        self, value: Mapping[str, float] | Sequence[Mapping[str, float]], asked: RequestInfo
+    ) -> Tensor:
         several = [value] if isinstance(value, Mapping) else list(value)
         rows = [_row(one, asked.facts.attributes) for one in several]
         return torch.stack(cycled(rows, asked.num, "attributes"))
@@ -44,6 +50,8 @@ def _row(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
         if name not in known:
             raise unknown("attribute", name, known)
         if not math.isfinite(value):
-            raise ConfigError(f"attribute {name} = {value}", where="sample", hint="use a finite number")
+            raise ConfigError(
+                f"attribute {name} = {value}", where="sample", hint="use a finite number"
+            )
         values[known.index(name)] = value
     return values

@@ -15,7 +15,9 @@ class Augmentation(Context):
 
     name = "augmentation"
 
-    def build(self, config: None, facts: ConditioningInfo, encoder: Encoder) -> AugmentationConditioner | None:
+    def build(
+        self, config: None, facts: ConditioningInfo, encoder: Encoder
+    ) -> AugmentationConditioner | None:
         return AugmentationConditioner(labels=facts.augmentation) if facts.augmentation else None
 
     def facts(self, config: None, dataset: Dataset) -> Mapping[str, Any]:

@@ -19,7 +19,9 @@ class Category(Context):
     config = CategoryConfig
     lacking = ("categories", "sort the images into one sub-folder for each category")
 
-    def build(self, config: CategoryConfig, facts: ConditioningInfo, encoder: Encoder) -> CategoryConditioner:
+    def build(
+        self, config: CategoryConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> CategoryConditioner:
         self.require(facts.categories)
         return CategoryConditioner(config, categories=len(facts.categories))
 
@@ -28,7 +30,9 @@ class Category(Context):
         names = [str(value)] if isinstance(value, str | int) else [str(name) for name in value]
         for name in names:
             _require_known(name, facts)
-        return torch.tensor(cycled([facts.categories.index(name) for name in names], asked.num, "categories"))
+        return torch.tensor(
+            cycled([facts.categories.index(name) for name in names], asked.num, "categories")
+        )
 
     def words(self, values: Tensor, facts: ConditioningInfo) -> list[str]:
         known = facts.categories
@@ -64,5 +68,7 @@ def _require_known(name: str, facts: ConditioningInfo) -> None:
 def unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
     """The error for a name that the model does not know."""
     return ConfigError(
-        f"no {what} {name!r}", where="sample", hint=f"{closest(name, known)}the model knows {', '.join(known[:20])}"
+        f"no {what} {name!r}",
+        where="sample",
+        hint=f"{closest(name, known)}the model knows {', '.join(known[:20])}",
     )

@@ -13,11 +13,20 @@ from sfumato.contexts.protocol import Context, Encoder
 from sfumato.contexts.registry import CONTEXTS
 from sfumato.data import Dataset
 
-GENERATED = ("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__", "__match_args__")
+GENERATED = (
+    "__init__",
+    "__repr__",
+    "__eq__",
+    "__hash__",
+    "__setattr__",
+    "__delattr__",
+    "__match_args__",
+)
 
 
 class ContextConfig:
-    """What steers the model: for each context its configuration, or None; all None for an unconditional model.
+    """What steers the model: for each context its configuration, or None; all None for an
+    unconditional model.
 
     A frozen dataclass whose fields are the contexts that have a configuration: see `register`.
     """
@@ -35,7 +44,9 @@ class ContextConfig:
 
     @property
     def needs_images(self) -> bool:
-        """Whether something is made from the training images themselves, so that latents alone do not do."""
+        """Whether something is made from the training images themselves, so that latents alone do
+        not do.
+        """
         return any(CONTEXTS[name].from_images for name in self.names)
 
     def facts(self, dataset: Dataset) -> dict[str, Any]:
@@ -53,15 +64,21 @@ class ContextConfig:
         Raises:
             ConfigError: if the set lacks what the configuration asks for.
         """
-        built = ((name, CONTEXTS[name].build(config, facts, encoder)) for name, config in self._used())
+        built = (
+            (name, CONTEXTS[name].build(config, facts, encoder)) for name, config in self._used()
+        )
         parts: Mapping[str, Conditioner] = {name: part for name, part in built if part is not None}
         return CompositeConditioner(parts, factor=facts.factor)
 
     def _used(self) -> list[tuple[str, Any]]:
-        """Name and configuration of each context that is configured or needs none, in the order of the table."""
+        """Name and configuration of each context that is configured or needs none, in the order of
+        the table.
+        """
         configured = {name: getattr(self, name) for name in self.names}
         return [
-            (name, configured.get(name)) for name, context in CONTEXTS.items() if name in configured or context.config is None
+            (name, configured.get(name))
+            for name, context in CONTEXTS.items()
+            if name in configured or context.config is None
         ]
 
 
@@ -69,7 +86,9 @@ DOCUMENTATION = ContextConfig.__doc__ or ""
 
 
 def register(context: Context) -> None:
-    """Add a context of your own to the table: its name becomes a key under `conditioner`, its keyword one of `Pipeline.sample`."""
+    """Add a context of your own to the table: its name becomes a key under `conditioner`, its
+    keyword one of `Pipeline.sample`.
+    """
     CONTEXTS[context.name] = context
     _declare()
 
@@ -91,7 +110,9 @@ def _declare() -> None:
     for name in GENERATED:
         if name in ContextConfig.__dict__:
             delattr(ContextConfig, name)
-    configured = {name: context.config for name, context in CONTEXTS.items() if context.config is not None}
+    configured = {
+        name: context.config for name, context in CONTEXTS.items() if context.config is not None
+    }
     lines = [f"        {name}: {_summary(CONTEXTS[name])}" for name in configured]
     ContextConfig.__doc__ = "\n".join([DOCUMENTATION, "", "    Attributes:", *lines, "    "])
     ContextConfig.__annotations__ = {name: config | None for name, config in configured.items()}

@@ -18,7 +18,9 @@ class Doodle(Context):
     config = DoodleConfig
     from_images = True
 
-    def build(self, config: DoodleConfig, facts: ConditioningInfo, encoder: Encoder) -> DoodleConditioner:
+    def build(
+        self, config: DoodleConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> DoodleConditioner:
         return DoodleConditioner(config)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
@@ -26,7 +28,9 @@ class Doodle(Context):
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
         height, width = asked.size
-        return load_user_image(text, channels=1, height=height, width=width, alpha=asked.facts.alpha)
+        return load_user_image(
+            text, channels=1, height=height, width=width, alpha=asked.facts.alpha
+        )
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         return value

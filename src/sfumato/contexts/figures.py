@@ -15,13 +15,17 @@ FIELD_DRAWS = 51  # uniform draws that `lines` takes for each image
 
 
 def drawn(images: Tensor) -> Tensor:
-    """Where an image's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with, nothing bent and nothing dropped."""
+    """Where an image's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with,
+    nothing bent and nothing dropped.
+    """
     draws = torch.full((len(images), FIELD_DRAWS), 0.5, dtype=images.dtype)
     return (1 - lines(images, draws, wobble=0.0, dropped=0.0)) / 2 > INK
 
 
 def line_f1(images: Tensor, ink: Tensor) -> Tensor:
-    """F1 of an image's lines against a drawing's, one pixel of slack: harmonic mean of the shares of each that lie on the other."""
+    """F1 of an image's lines against a drawing's, one pixel of slack: harmonic mean of the shares
+    of each that lie on the other.
+    """
     mine, asked = drawn(images), ink.nan_to_num(0.0) > INK
 
     def share(of: Tensor, on: Tensor) -> Tensor:
@@ -33,13 +37,17 @@ def line_f1(images: Tensor, ink: Tensor) -> Tensor:
 
 
 def chamfer(images: Tensor, points: Tensor) -> Tensor:
-    """Mean distance in pixels from points (n, N, D) to the nearest line of an image and back; its side if it has no lines."""
+    """Mean distance in pixels from points (n, N, D) to the nearest line of an image and back; its
+    side if it has no lines.
+    """
     height, width = images.shape[-2:]
     scale = points.new_tensor([width / 2, -height / 2])
     values = []
     for lined, cloud in zip(drawn(images)[:, 0], points, strict=True):
         at = torch.nonzero(lined).flip(1).float() + 0.5
-        wanted = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor([width / 2, height / 2])
+        wanted = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor(
+            [width / 2, height / 2]
+        )
         if not len(wanted):
             values.append(math.nan)
         elif not len(at):

@@ -6,21 +6,31 @@ import math
 
 from torch import Tensor
 
-from sfumato.conditioners import ConditioningInfo, ImageConditioner, ImageConfig, ReferenceConditioner, ReferenceConfig
+from sfumato.conditioners import (
+    ConditioningInfo,
+    ImageConditioner,
+    ImageConfig,
+    ReferenceConditioner,
+    ReferenceConfig,
+)
 from sfumato.contexts.maps import batch_of_images
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
 from sfumato.data.user_inputs import load_user_image
 
 
 class DegradedImage(Context):
-    """An image that has lost something: super-resolution, colourization, inpainting. It is the image that sampling starts from."""
+    """An image that has lost something: super-resolution, colourization, inpainting. It is the
+    image that sampling starts from.
+    """
 
     name = "image"
     config = ImageConfig
     from_image = True
     from_images = True
 
-    def build(self, config: ImageConfig, facts: ConditioningInfo, encoder: Encoder) -> ImageConditioner:
+    def build(
+        self, config: ImageConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> ImageConditioner:
         return ImageConditioner(config, channels=facts.channels)
 
     def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Tensor:
@@ -33,7 +43,12 @@ class DegradedImage(Context):
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
         degradation, values = measured.conditioner.config.degradation, measured.values
-        return {"error where it is known": ("lower", lambda x, i: _known_error(degradation.given(x), values[i]))}
+        return {
+            "error where it is known": (
+                "lower",
+                lambda x, i: _known_error(degradation.given(x), values[i]),
+            )
+        }
 
 
 class Reference(Context):
@@ -43,7 +58,9 @@ class Reference(Context):
     config = ReferenceConfig
     from_images = True
 
-    def build(self, config: ReferenceConfig, facts: ConditioningInfo, encoder: Encoder) -> ReferenceConditioner:
+    def build(
+        self, config: ReferenceConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> ReferenceConditioner:
         return ReferenceConditioner(config, channels=facts.channels)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:

@@ -17,13 +17,24 @@ def batch_of_images(given: Tensor, shape: tuple[int, int, int], num: int, what: 
         ShapeError: for other channels, or values outside of [0, 1].
     """
     images = given[None] if given.ndim == 3 else given
-    if images.ndim != 4 or images.shape[1] != shape[0] or not len(images) or min(images.shape[2:]) < 1:
+    if (
+        images.ndim != 4
+        or images.shape[1] != shape[0]
+        or not len(images)
+        or min(images.shape[2:]) < 1
+    ):
         raise ShapeError(
-            f"a {what} of shape {tuple(given.shape)}", where="sample", hint=f"give ({shape[0]}, H, W), or several of them"
+            f"a {what} of shape {tuple(given.shape)}",
+            where="sample",
+            hint=f"give ({shape[0]}, H, W), or several of them",
         )
     images = images.float().cpu()
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise ShapeError(f"a {what} with values outside [0, 1]", where="sample", hint="divide 8-bit pixels by 255")
+        raise ShapeError(
+            f"a {what} with values outside [0, 1]",
+            where="sample",
+            hint="divide 8-bit pixels by 255",
+        )
     if tuple(images.shape[2:]) != shape[1:]:
         images = F.interpolate(images, size=shape[1:], mode="bilinear", antialias=True).clamp(0, 1)
     return torch.stack(cycled(list(images * 2 - 1), num, what))

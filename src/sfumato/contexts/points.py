@@ -27,7 +27,9 @@ class Points(Context):
     config = PointsConfig
     lacking = ("point clouds", "put a .npy, .ply, .xyz or .csv beside each image")
 
-    def build(self, config: PointsConfig, facts: ConditioningInfo, encoder: Encoder) -> PointsConditioner:
+    def build(
+        self, config: PointsConfig, facts: ConditioningInfo, encoder: Encoder
+    ) -> PointsConditioner:
         self.require(facts.dimensions)
         return PointsConditioner(config, dimensions=facts.dimensions)
 
@@ -37,17 +39,33 @@ class Points(Context):
     def parse(self, value: Tensor | Sequence[Tensor], asked: RequestInfo) -> Tensor:
         """(num, N, D), rows of NaN after the shorter ones."""
         dimensions = asked.facts.dimensions
-        clouds = [cloud.float().cpu() for cloud in ([value] if isinstance(value, Tensor) and value.ndim == 2 else value)]
+        clouds = [
+            cloud.float().cpu()
+            for cloud in ([value] if isinstance(value, Tensor) and value.ndim == 2 else value)
+        ]
         for cloud in clouds:
-            if cloud.ndim != 2 or cloud.shape[1] != dimensions or not 1 <= len(cloud) <= MOST_POINTS:
+            if (
+                cloud.ndim != 2
+                or cloud.shape[1] != dimensions
+                or not 1 <= len(cloud) <= MOST_POINTS
+            ):
                 raise ShapeError(
-                    f"a point cloud of shape {tuple(cloud.shape)}", where="sample",
-                    hint=f"give N x {dimensions} with N from 1 to {MOST_POINTS}, as the model was trained on",
-                )  # fmt: skip
+                    f"a point cloud of shape {tuple(cloud.shape)}",
+                    where="sample",
+                    hint=f"give N x {dimensions} with N from 1 to {MOST_POINTS}, as the model "
+                    "was trained on",
+                )
             if not cloud.isfinite().all():
-                raise ShapeError("a point cloud with values that are not finite", where="sample", hint="leave those points out")
+                raise ShapeError(
+                    "a point cloud with values that are not finite",
+                    where="sample",
+                    hint="leave those points out",
+                )
         most = max((len(cloud) for cloud in clouds), default=1)
-        padded = [torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)]) for cloud in clouds]
+        padded = [
+            torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)])
+            for cloud in clouds
+        ]
         return torch.stack(cycled(padded, asked.num, "point clouds"))
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:

@@ -52,15 +52,18 @@ class Measured:
 
 
 class Context(ABC):
-    """Everything about one context. A new one is a subclass in a file of its own, and a line in `contexts/registry.py`.
+    """Everything about one context. A new one is a subclass in a file of its own, and a line in
+    `contexts/registry.py`.
 
     Attributes:
         name: in configurations, in data, and of the conditioner's part.
         keyword: of `Pipeline.sample`; the name if it is "".
         negative: keyword of a value that guidance leads away from; "" if there is none.
-        config: the dataclass, or union of dataclasses, that configures it; None where data alone decide.
+        config: the dataclass, or union of dataclasses, that configures it; None where data alone
+            decide.
         from_image: whether it is made from the image that sampling starts from: see `from_start`.
-        from_images: whether training makes it from the images themselves, so that latents alone do not do.
+        from_images: whether training makes it from the images themselves, so that latents alone do
+            not do.
         lacking: what the data must hold, in the plural, and how to give it; "" if nothing.
     """
 
@@ -97,11 +100,14 @@ class Context(ABC):
         raise ConfigError(f"{self.name} has no negative", where="sample", hint="leave it out")
 
     def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Any:
-        """A batch from the images (n, C, H, W) that sampling starts from, and where they are kept; None where it has no use for them."""
+        """A batch from the images (n, C, H, W) that sampling starts from, and where they are kept;
+        None where it has no use for them.
+        """
         return None
 
     def read(self, text: str, asked: RequestInfo) -> Any:
-        """The value that `parse` takes, from what is written on the command line: text, or the path of a file.
+        """The value that `parse` takes, from what is written on the command line: text, or the path
+        of a file.
 
         Raises:
             DataError: for a file that cannot be used.
@@ -109,7 +115,9 @@ class Context(ABC):
         return text
 
     def shown(self, value: Any, size: tuple[int, int]) -> Tensor | None:
-        """A value as given to `Pipeline.sample`, as images in [0, 1] for a grid; None for what is said in words."""
+        """A value as given to `Pipeline.sample`, as images in [0, 1] for a grid; None for what is
+        said in words.
+        """
         return None
 
     def draw(self, values: Any, size: tuple[int, int]) -> Tensor | None:
@@ -121,7 +129,9 @@ class Context(ABC):
         return None
 
     def in_turn(self, num: int, facts: ConditioningInfo) -> Any:
-        """A batch of all values in turn, for a context whose values can be listed; None for others."""
+        """A batch of all values in turn, for a context whose values can be listed; None for
+        others.
+        """
         return None
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
@@ -151,5 +161,7 @@ def cycled(values: Sequence[Any], num: int, what: str) -> list[Any]:
         ConfigError: if there are none.
     """
     if not values:
-        raise ConfigError(f"an empty list of {what}", where="sample", hint="name at least one, or None for none")
+        raise ConfigError(
+            f"an empty list of {what}", where="sample", hint="name at least one, or None for none"
+        )
     return [values[i % len(values)] for i in range(num)]

@@ -1,4 +1,6 @@
-"""The one table of contexts. Configuration keys, keywords of `Pipeline.sample`, previews and evaluations are read from it."""
+"""The one table of contexts. Configuration keys, keywords of `Pipeline.sample`, previews and
+evaluations are read from it.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
     return {name: CONTEXTS[name] for name in conditioner.steering}
 
 
-def values_in_turn(reads: Iterable[str], num: int, facts: ConditioningInfo) -> dict[str, Any] | None:
-    """A batch of all values in turn for a model that reads nothing, or one context whose values can be listed; else None."""
+def values_in_turn(
+    reads: Iterable[str], num: int, facts: ConditioningInfo
+) -> dict[str, Any] | None:
+    """A batch of all values in turn for a model that reads nothing, or one context whose values can
+    be listed; else None.
+    """
     found = {name: CONTEXTS[name].in_turn(num, facts) for name in reads}
     return None if len(found) > 1 or any(values is None for values in found.values()) else found
 

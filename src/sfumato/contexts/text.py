@@ -6,7 +6,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfumato.conditioners import Conditioner, ConditioningInfo, LearnedTextConfig, PretrainedTextConfig
+from sfumato.conditioners import (
+    Conditioner,
+    ConditioningInfo,
+    LearnedTextConfig,
+    PretrainedTextConfig,
+)
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
 from sfumato.data import Dataset
 
@@ -34,12 +39,23 @@ class Text(Context):
     config = LearnedTextConfig | PretrainedTextConfig
     lacking = ("captions", "put a .txt beside each image")
 
-    def build(self, config: LearnedTextConfig | PretrainedTextConfig, facts: ConditioningInfo, encoder: Encoder) -> Conditioner:
+    def build(
+        self,
+        config: LearnedTextConfig | PretrainedTextConfig,
+        facts: ConditioningInfo,
+        encoder: Encoder,
+    ) -> Conditioner:
         self.require(facts.words)
         return config.build(facts.words, encoder)
 
-    def facts(self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset) -> Mapping[str, Any]:
-        return {"words": config.words(text for position in dataset.training for text in dataset.entries[position].captions)}
+    def facts(
+        self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset
+    ) -> Mapping[str, Any]:
+        return {
+            "words": config.words(
+                text for position in dataset.training for text in dataset.entries[position].captions
+            )
+        }
 
     def parse(self, value: str | Sequence[str], asked: RequestInfo) -> list[str]:
         texts = cycled([value] if isinstance(value, str) else list(value), asked.num, "prompt")
@@ -62,12 +78,21 @@ def _note(texts: Sequence[str], conditioner: Any) -> None:
             read = conditioner.read(text)
             shown = read if len(read) <= 60 else f"{read[:40]} ... {read[-15:]}"
             warnings.warn(
-                f"of a prompt of {len(text)} characters the model reads {len(read)}: {shown!r}", Truncated, stacklevel=6
+                f"of a prompt of {len(text)} characters the model reads {len(read)}: {shown!r}",
+                Truncated,
+                stacklevel=6,
             )
-    unknown = list(dict.fromkeys(word for text in different for word in conditioner.unknown(conditioner.read(text))))
+    unknown = list(
+        dict.fromkeys(
+            word for text in different for word in conditioner.unknown(conditioner.read(text))
+        )
+    )
     if not unknown:
         return
-    shown = ", ".join(f'"{_printable(word if len(word) <= 40 else word[:37] + "...")}"' for word in unknown[:NAMED])
+    shown = ", ".join(
+        f'"{_printable(word if len(word) <= 40 else word[:37] + "...")}"'
+        for word in unknown[:NAMED]
+    )
     more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
     how = "it is" if len(unknown) == 1 else "they are"
     meaning = (
@@ -76,7 +101,9 @@ def _note(texts: Sequence[str], conditioner: Any) -> None:
         else ", and letters mean nothing to this model, which was trained without spelled words"
     )
     warnings.warn(
-        f"the captions never contained: {shown}{more}; {how} read letter by letter{meaning}", Unfamiliar, stacklevel=6
+        f"the captions never contained: {shown}{more}; {how} read letter by letter{meaning}",
+        Unfamiliar,
+        stacklevel=6,
     )
 
 

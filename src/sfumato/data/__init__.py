@@ -1,4 +1,6 @@
-"""From images anywhere to training batches: sources, safe decoding, the cache, splits that do not leak, the stateless plan."""
+"""From images anywhere to training batches: sources, safe decoding, the cache, splits that do not
+leak, the stateless plan.
+"""
 
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.batch_plan import BatchPlan

@@ -1,4 +1,6 @@
-"""What lies beside images and steers models: captions, doodles, masks, point clouds and attributes, read as they are used."""
+"""What lies beside images and steers models: captions, doodles, masks, point clouds and attributes,
+read as they are used.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Annotations:
     form: PixelFormat
     shapes: NDArray[np.int64]
     names: frozenset[str]
-    _kept: dict[tuple[str, int], NDArray[Any] | None] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[tuple[str, int], NDArray[Any] | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}  # worker processes decode for themselves
@@ -53,11 +57,15 @@ class Annotations:
         found = [cloud.shape[1] for cloud in self._some_clouds()]
         return max(set(found), key=found.count) if found else 0
 
-    def context(self, positions: NDArray[np.int64], draws: Sequence[float] | None = None) -> dict[str, Any]:
+    def context(
+        self, positions: NDArray[np.int64], draws: Sequence[float] | None = None
+    ) -> dict[str, Any]:
         """The layers of the images at `positions`, which share one shape, by name.
 
-        "text": n captions, "" where there is none, the first of each image or the one that `draws` in [0, 1) choose; "doodle" and
-        "mask": (n, 1, H, W) from -1 black to 1 white; "points": (n, most, D); "attributes": (n, D). NaN is what is not given.
+        "text": n captions, "" where there is none, the first of each image or the one that `draws`
+        in [0, 1) choose; "doodle" and
+        "mask": (n, 1, H, W) from -1 black to 1 white; "points": (n, most, D); "attributes": (n, D).
+        NaN is what is not given.
         """
         made: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
@@ -68,10 +76,14 @@ class Annotations:
         return {name: make() for name, make in made.items() if name in self.names}
 
     def examine(self) -> Iterator[tuple[str, Reject]]:
-        """Read all layers once: what cannot be used counts as not given, and is yielded with the layer's name."""
+        """Read all layers once: what cannot be used counts as not given, and is yielded with the
+        layer's name.
+        """
         for name in (*MAPS, "points"):
             if name in self.names:
-                given = [i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None]
+                given = [
+                    i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None
+                ]
                 reasons = ordered_map(lambda i, name=name: self._reason(name, i), given)  # type: ignore[misc]
                 for i, reason in zip(given, reasons, strict=True):
                     if reason:
@@ -87,10 +99,15 @@ class Annotations:
     def _texts(self, positions: NDArray[np.int64], draws: Sequence[float] | None) -> list[str]:
         captions = [self.entries[position].captions for position in positions]
         chosen = [0.0] * len(captions) if draws is None else draws
-        return [texts[int(draw * len(texts))] if texts else "" for texts, draw in zip(captions, chosen, strict=True)]
+        return [
+            texts[int(draw * len(texts))] if texts else ""
+            for texts, draw in zip(captions, chosen, strict=True)
+        ]
 
     def _maps(self, name: str, positions: NDArray[np.int64]) -> Tensor:
-        height, width = self.form.shapes[self.shapes[positions[0]]] if len(positions) else self.form.shapes[0]
+        height, width = (
+            self.form.shapes[self.shapes[positions[0]]] if len(positions) else self.form.shapes[0]
+        )
         maps = torch.full((len(positions), 1, height, width), torch.nan)
         for row, pixels in enumerate(self._loaded(name, positions)):
             if pixels is not None:
@@ -99,7 +116,8 @@ class Annotations:
 
     def _points(self, positions: NDArray[np.int64]) -> Tensor:
         clouds = [
-            None if cloud is None or cloud.shape[1] != self.dimensions else cloud for cloud in self._loaded("points", positions)
+            None if cloud is None or cloud.shape[1] != self.dimensions else cloud
+            for cloud in self._loaded("points", positions)
         ]
         most = max((len(cloud) for cloud in clouds if cloud is not None), default=1)
         points = torch.full((len(positions), most, self.dimensions), torch.nan)
@@ -110,7 +128,11 @@ class Annotations:
 
     def _some_clouds(self) -> Iterator[NDArray[np.float32]]:
         given = [i for i, entry in enumerate(self.entries) if entry.points is not None][:100]
-        yield from (cloud for cloud in self._loaded("points", np.array(given, np.int64)) if cloud is not None)
+        yield from (
+            cloud
+            for cloud in self._loaded("points", np.array(given, np.int64))
+            if cloud is not None
+        )
 
     def _loaded(self, name: str, positions: NDArray[np.int64]) -> Iterator[NDArray[Any] | None]:
         with quiet():
@@ -126,7 +148,8 @@ class Annotations:
             return None
         if (name, position) not in self._kept:
             array = self._decoded(name, position, blob.read())
-            if (len(self._kept) + 1) * array.nbytes > KEPT_BYTES:  # as if all were as large as this one
+            # as if all were as large as this one
+            if (len(self._kept) + 1) * array.nbytes > KEPT_BYTES:
                 return array
             self._kept[name, position] = array
         return self._kept[name, position]

@@ -1,4 +1,6 @@
-"""The attributes of a set: few numbers for each image, out of many that exist, so that only what is known is kept."""
+"""The attributes of a set: few numbers for each image, out of many that exist, so that only what is
+known is kept.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,25 @@ class AttributeTable:
         times = Counter(name for entry in entries for name, _ in entry.attributes)
         names = tuple(sorted(sorted(times, key=lambda name: (-times[name], name))[:most]))
         numbers = {name: number for number, name in enumerate(names)}
-        known = [[(numbers[name], value) for name, value in entry.attributes if name in numbers] for entry in entries]
-        starts = np.concatenate([[0], np.cumsum([len(row) for row in known], dtype=np.int64)]).astype(np.int64)
+        known = [
+            [(numbers[name], value) for name, value in entry.attributes if name in numbers]
+            for entry in entries
+        ]
+        starts = np.concatenate(
+            [[0], np.cumsum([len(row) for row in known], dtype=np.int64)]
+        ).astype(np.int64)
         columns = np.array([column for row in known for column, _ in row], np.int64)
         values = np.array([value for row in known for _, value in row], np.float32)
         labels = np.ones(len(names), bool)
         labels[columns[values != 1]] = False
-        return cls(names=names, starts=starts, columns=columns, values=values, labels=labels, left_out=len(times) - len(names))
+        return cls(
+            names=names,
+            starts=starts,
+            columns=columns,
+            values=values,
+            labels=labels,
+            left_out=len(times) - len(names),
+        )
 
     def rows(self, positions: NDArray[np.int64]) -> Tensor:
         """Attributes (n, D) of the images at `positions`, NaN where unknown."""
@@ -59,7 +73,9 @@ class AttributeTable:
         return torch.from_numpy(found)
 
     def moments(self, positions: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each attribute over the images at `positions` that have it; NaN where none has."""
+        """Mean and standard deviation of each attribute over the images at `positions` that have
+        it; NaN where none has.
+        """
         size = len(self.names)
         owners = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         chosen = np.isin(owners, positions)
@@ -69,5 +85,7 @@ class AttributeTable:
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.bincount(columns, values, minlength=size) / count
             squares = np.bincount(columns, (values - mean[columns]) ** 2, minlength=size)
-            deviation = np.sqrt((squares + (count - known) * np.where(self.labels, mean, 0) ** 2) / count)
+            deviation = np.sqrt(
+                (squares + (count - known) * np.where(self.labels, mean, 0) ** 2) / count
+            )
         return tuple(mean.tolist()), tuple(deviation.tolist())

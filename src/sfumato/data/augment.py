@@ -1,6 +1,7 @@
 """Changes to training images, each a function of the seed and the sample's number.
 
-All of them are one affine map of the plane and one affine map of the colours, so an image is resampled once however many are on.
+All of them are one affine map of the plane and one affine map of the colours, so an image is
+resampled once however many are on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What may be changed; everything is off by default. Every change but the non-leaking ones is learned as part of the data.
+    """What may be changed; everything is off by default. Every change but the non-leaking ones is
+    learned as part of the data.
 
     Attributes:
         flip: mirror half of the images left to right, top to bottom, or each of the two.
@@ -33,7 +35,8 @@ class AugmentConfig:
         crop: cut away up to this share of each side at random, and enlarge the rest.
         brightness, contrast, saturation: change by up to this share.
         hue_degrees: turn colours by up to so much either way.
-        non_leaking: probability of each change of Karras et al.'s pipeline (0.12 for small sets): flips, scaling, turns, stretching,
+        non_leaking: probability of each change of Karras et al.'s pipeline (0.12 for small sets):
+            flips, scaling, turns, stretching,
             shifts. The network is told what was done, and samples with nothing done.
         karras: probability of each non-leaking augmentation of Karras et al. 2022.
     """
@@ -49,13 +52,22 @@ class AugmentConfig:
     karras: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("crop", "brightness", "contrast", "saturation", "karras")}
+        shares = {
+            name: getattr(self, name)
+            for name in ("crop", "brightness", "contrast", "saturation", "karras")
+        }
         for name, share in shares.items():
             if not 0 <= share < 1:
-                raise ConfigError(f"{name} = {share}", where="data.augment", hint="use a share from 0 up to, not including, 1")
+                raise ConfigError(
+                    f"{name} = {share}",
+                    where="data.augment",
+                    hint="use a share from 0 up to, not including, 1",
+                )
         for name in ("rotation_degrees", "hue_degrees"):
             if not 0 <= getattr(self, name) <= 180:
-                raise ConfigError(f"{name} = {getattr(self, name)}", where="data.augment", hint="use 0 to 180")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}", where="data.augment", hint="use 0 to 180"
+                )
 
     @property
     def is_off(self) -> bool:
@@ -69,7 +81,9 @@ class AugmentConfig:
 
 
 class Augmented(NamedTuple):
-    """Changed images (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved along."""
+    """Changed images (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved
+    along.
+    """
 
     images: Tensor
     labels: Tensor
@@ -81,11 +95,19 @@ def augmentation_draws(seed: int | str, *, first: int, count: int) -> Tensor:
     return randomness.uniform(seed, "augment", first=first, count=count, per_item=24)
 
 
-def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapping[str, Tensor] | None = None) -> Augmented:
-    """Change images (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only what lies over them is wanted.
+def augment(
+    config: AugmentConfig,
+    images: Tensor,
+    draws: Tensor,
+    *,
+    along: Mapping[str, Tensor] | None = None,
+) -> Augmented:
+    """Change images (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only
+    what lies over them is wanted.
 
     Args:
-        along: what lies over the images and keeps to its place on them: maps (B, c, H, W), or points (B, N, D) whose first two
+        along: what lies over the images and keeps to its place on them: maps (B, c, H, W), or
+            points (B, N, D) whose first two
             coordinates are x right and y up, the image from -1 to 1.
     """
     along = along or {}
@@ -101,11 +123,15 @@ def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapp
         if not maps.shape[1]:
             return maps
         maps = _exact(config, maps, draws[:, :3])
-        return warped(maps, plane) if config.rotation_degrees or config.crop or config.karras else maps
+        return (
+            warped(maps, plane) if config.rotation_degrees or config.crop or config.karras else maps
+        )
 
     sides = _sides(images)
     moved = {
-        name: placed(value) if value.ndim == 4 else _carried(value, plane, _exact_plane(config, draws[:, :3]), *sides)
+        name: placed(value)
+        if value.ndim == 4
+        else _carried(value, plane, _exact_plane(config, draws[:, :3]), *sides)
         for name, value in along.items()
     }
     colours = _colours(config, draws[:, 7:11], images.shape[1])
@@ -114,7 +140,9 @@ def augment(config: AugmentConfig, images: Tensor, draws: Tensor, *, along: Mapp
 
 
 def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float) -> Tensor:
-    """Points (B, N, D) where the image's pixels went: `plane` leads from output to input, `exact` before it from input to output."""
+    """Points (B, N, D) where the image's pixels went: `plane` leads from output to input, `exact`
+    before it from input to output.
+    """
     forward = (torch.linalg.inv(plane) @ exact).to(points.dtype)
     scale = points.new_tensor([width, -height])
     at = points[..., :2] * scale
@@ -129,7 +157,9 @@ def _exact_plane(config: AugmentConfig, draws: Tensor) -> Tensor:
         return torch.where((draw < 0.5) & (config.flip in flips), -1.0, 1.0).to(torch.float64)
 
     turns = (draws[:, 2] * 4).long() * (config.quarter_turns == "all")
-    mirrored = _scaled(sign(("horizontal", "both"), draws[:, 0]), sign(("vertical", "both"), draws[:, 1]))
+    mirrored = _scaled(
+        sign(("horizontal", "both"), draws[:, 0]), sign(("vertical", "both"), draws[:, 1])
+    )
     return _compose(_turned(-turns * (math.pi / 2)), mirrored)
 
 
@@ -146,7 +176,9 @@ def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
     if config.quarter_turns == "all":
         if images.shape[-1] != images.shape[-2]:
             raise ConfigError(
-                "quarter turns of images that are not square", where="data.augment", hint="set quarter_turns=none"
+                "quarter turns of images that are not square",
+                where="data.augment",
+                hint="set quarter_turns=none",
             )
         turns = (draws[:, 2] * 4).long()
         for turn in (1, 2, 3):
@@ -154,7 +186,8 @@ def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
     return images
 
 
-# Maps of the plane are (B, 3, 3) matrices from output to input coordinates, in which the shorter side runs from -1 to 1.
+# Maps of the plane are (B, 3, 3) matrices from output to input coordinates, in which the shorter
+# side runs from -1 to 1.
 
 
 def _identity(count: int) -> Tensor:
@@ -205,7 +238,8 @@ def _crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> 
 
 
 def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (B, 3, 3) and labels (B, 9) from uniform draws (B, 13); mirroring is drawn half of the time, the rest with `probability`.
+    """Maps (B, 3, 3) and labels (B, 9) from uniform draws (B, 13); mirroring is drawn half of the
+    time, the rest with `probability`.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), appendix F.2 and table 6.
     """
@@ -233,17 +267,25 @@ def _normal(uniform: Tensor) -> Tensor:
 
 
 def warped(images: Tensor, maps: Tensor) -> Tensor:
-    """Resample images (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the mirrored inside."""
+    """Resample images (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the
+    mirrored inside.
+    """
     proportions = torch.diag(torch.tensor([*_sides(images), 1.0], dtype=torch.float64))
     theta = torch.linalg.inv(proportions) @ maps @ proportions
-    grid = torch.nn.functional.affine_grid(theta[:, :2].to(images.dtype), list(images.shape), align_corners=False)
-    sampled = torch.nn.functional.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    grid = torch.nn.functional.affine_grid(
+        theta[:, :2].to(images.dtype), list(images.shape), align_corners=False
+    )
+    sampled = torch.nn.functional.grid_sample(
+        images, grid, mode="bicubic", padding_mode="reflection", align_corners=False
+    )
     return sampled.clamp(-1, 1)
 
 
 def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tensor, Tensor] | None:
     """Matrices (B, c, c) and offsets (B, c) on the c colour channels; None if colours stay."""
-    if not channels or not (config.brightness or config.contrast or config.saturation or config.hue_degrees):
+    if not channels or not (
+        config.brightness or config.contrast or config.saturation or config.hue_degrees
+    ):
         return None
     colours = {2: 1, 4: 3}.get(channels, channels)
     way = 2 * draws - 1
@@ -266,7 +308,9 @@ def _hue(angle: Tensor) -> Tensor:
     axis = torch.full((3,), 3**-0.5, dtype=torch.float64)
     cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) * 3**-0.5
     cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
-    return cos * torch.eye(3, dtype=torch.float64) + sin * cross + (1 - cos) * torch.outer(axis, axis)
+    return (
+        cos * torch.eye(3, dtype=torch.float64) + sin * cross + (1 - cos) * torch.outer(axis, axis)
+    )
 
 
 def _recoloured(images: Tensor, colours: tuple[Tensor, Tensor]) -> Tensor:

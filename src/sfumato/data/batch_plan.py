@@ -1,4 +1,6 @@
-"""Which images make up batch k: a function of (seed, shapes, batch size, k), with no state to save or restore."""
+"""Which images make up batch k: a function of (seed, shapes, batch size, k), with no state to save
+or restore.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchPlan:
-    """An endless sequence of samples: epoch after epoch, each in an order of its own; batches run across epochs' ends.
+    """An endless sequence of samples: epoch after epoch, each in an order of its own; batches run
+    across epochs' ends.
 
-    Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B), whatever the number of workers or
-    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several times in it. Images of one shape
-    come in whole batches, but for a few mixed ones at an epoch's end; with a single shape the order does not depend on B.
+    Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B),
+    whatever the number of workers or
+    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several
+    times in it. Images of one shape
+    come in whole batches, but for a few mixed ones at an epoch's end; with a single shape the order
+    does not depend on B.
 
     Attributes:
         shapes: of each image of the set, an index into the format's shapes, (size,).
@@ -38,7 +44,9 @@ class BatchPlan:
     @property
     def hash(self) -> str:
         """Equal for plans that give the same batches."""
-        return hashlib.sha256(f"{self.seed} {self.batch_size} ".encode() + self.shapes.astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{self.seed} {self.batch_size} ".encode() + self.shapes.astype("<i8").tobytes()
+        ).hexdigest()
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
         """Positions in the set of samples `first` to `first + count`, shape (count,)."""
@@ -51,7 +59,8 @@ class BatchPlan:
         return chosen
 
     def batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
-        """Positions in the set of one process' contiguous slice of batch `step`, shape (B / ranks,).
+        """Positions in the set of one process' contiguous slice of batch `step`, shape (B /
+        ranks,).
 
         Raises:
             ConfigError: if the batch does not divide evenly.
@@ -59,7 +68,9 @@ class BatchPlan:
         if self.batch_size % ranks:
             legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
-                f"a batch of {self.batch_size} over {ranks} processes", where="batch_size", hint=f"use one of {legal} processes"
+                f"a batch of {self.batch_size} over {ranks} processes",
+                where="batch_size",
+                hint=f"use one of {legal} processes",
             )
         share = self.batch_size // ranks
         return self.samples(step * self.batch_size + rank * share, share)
@@ -67,11 +78,17 @@ class BatchPlan:
 
 @lru_cache(maxsize=4)
 def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
-    """Positions in the order of an epoch: what completes the last epoch's last batch, batches of one shape, what is left over."""
+    """Positions in the order of an epoch: what completes the last epoch's last batch, batches of
+    one shape, what is left over.
+    """
     permuted = randomness.permutation(plan.seed, "plan", index=epoch, size=plan.size)
     groups = [permuted[plan.shapes[permuted] == shape] for shape in np.unique(plan.shapes)]
     head, groups = _head(groups, -(epoch * plan.size) % plan.batch_size, plan.batch_size)
-    chunks = [chunk for group in groups for chunk in np.split(group, range(plan.batch_size, len(group), plan.batch_size))]
+    chunks = [
+        chunk
+        for group in groups
+        for chunk in np.split(group, range(plan.batch_size, len(group), plan.batch_size))
+    ]
     whole = [chunk for chunk in chunks if len(chunk) == plan.batch_size]
     rest = [chunk for chunk in chunks if len(chunk) < plan.batch_size]
     rank = np.argsort(permuted)
@@ -82,7 +99,9 @@ def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
 def _head(
     groups: list[NDArray[np.int64]], count: int, batch_size: int
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Take `count` samples off the groups: what fills no batch first, from the largest group what is still wanting."""
+    """Take `count` samples off the groups: what fills no batch first, from the largest group what
+    is still wanting.
+    """
     spare = [len(group) % batch_size for group in groups]
     taken = []
     for size in spare:
@@ -92,4 +111,6 @@ def _head(
         more = min(len(groups[index]) - taken[index], count)
         taken[index] += more
         count -= more
-    return [g[:n] for g, n in zip(groups, taken, strict=True)], [g[n:] for g, n in zip(groups, taken, strict=True)]
+    return [g[:n] for g, n in zip(groups, taken, strict=True)], [
+        g[n:] for g, n in zip(groups, taken, strict=True)
+    ]

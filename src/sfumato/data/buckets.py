@@ -1,4 +1,6 @@
-"""Aspect-ratio buckets: a few shapes of about the same area, so that tall and wide images lose little."""
+"""Aspect-ratio buckets: a few shapes of about the same area, so that tall and wide images lose
+little.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class BucketConfig:
 
     Attributes:
         count: how many shapes at most: the square one, and as many tall as wide.
-        step: sides are multiples of it, in pixels; the autoencoder must divide it, and the network pads others.
+        step: sides are multiples of it, in pixels; the autoencoder must divide it, and the network
+            pads others.
         max_ratio: of the longer to the shorter side.
     """
 
@@ -41,7 +44,9 @@ class BucketConfig:
                 hint=f"divide {resolution} by it",
             )
         area, wide = resolution**2, {0.0: (square, square)}
-        for width in range(square + self.step, int(resolution * math.sqrt(self.max_ratio)) + 1, self.step):
+        for width in range(
+            square + self.step, int(resolution * math.sqrt(self.max_ratio)) + 1, self.step
+        ):
             height = area // width // self.step * self.step
             if height and width / height <= self.max_ratio:
                 wide[math.log(width / height)] = (height, width)

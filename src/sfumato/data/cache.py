@@ -1,7 +1,10 @@
-"""Arrays made from samples, kept on disk under the hash of what they were made from, and memory-mapped.
+"""Arrays made from samples, kept on disk under the hash of what they were made from, and
+memory-mapped.
 
-A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the arrays. So an edited image
-misses alone, a changed setting misses as a whole, and nothing stale is ever found. Files are only ever added, a segment at a
+A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the
+arrays. So an edited image
+misses alone, a changed setting misses as a whole, and nothing stale is ever found. Files are only
+ever added, a segment at a
 time, by one rename: several processes may fill the same folder.
 """
 
@@ -28,7 +31,9 @@ FORMAT = "2"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept under one key: plain facts, and for each named array the file and the row that hold it."""
+    """What is kept under one key: plain facts, and for each named array the file and the row that
+    hold it.
+    """
 
     facts: Mapping[str, Any]
     arrays: Mapping[str, tuple[str, int]]
@@ -63,20 +68,28 @@ class ArrayCache:
                 for line in lines:
                     key, facts, arrays = json.loads(line)
                     found[key] = Record(
-                        dict(facts), {name: (f"{segment.name}/{file}", row) for name, (file, row) in arrays.items()}
+                        dict(facts),
+                        {
+                            name: (f"{segment.name}/{file}", row)
+                            for name, (file, row) in arrays.items()
+                        },
                     )
                     for file, row in arrays.values():
                         if row < 0:
                             return
                         rows[file] = max(row, rows.get(file, 0))
-                if any(len(self.map(f"{segment.name}/{file}")) <= row for file, row in rows.items()):
+                if any(
+                    len(self.map(f"{segment.name}/{file}")) <= row for file, row in rows.items()
+                ):
                     return
         except (OSError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
             return  # damaged: its keys are missed, and made again
         self.records.update(found)
 
     def map(self, file: str) -> NDArray[Any]:
-        """One file of arrays, (rows, ...), read as it is touched; its shape and type are in its name."""
+        """One file of arrays, (rows, ...), read as it is touched; its shape and type are in its
+        name.
+        """
         dtype, *shape = file.rpartition("/")[2].removesuffix(".bin").split("-")[1].split("x")
         sizes = tuple(int(size) for size in shape)
         path = self.folder / file
@@ -124,13 +137,16 @@ class Writer:
                 file.close()
             (self.temporary / "records.jsonl").write_text("\n".join(self._lines) + "\n")
             segment = (
-                self.cache.folder / f"segment-{len(list(self.cache.folder.glob('segment-*'))):04d}-{uuid.uuid4().hex[:12]}"
+                self.cache.folder
+                / f"segment-{len(list(self.cache.folder.glob('segment-*'))):04d}-{uuid.uuid4().hex[:12]}"
             )
             commit(self.temporary, segment)
         except OSError as error:
             self.discard()
             raise DataError(
-                f"cannot be written: {error}", where=str(self.cache.folder), hint="free some space, or set data.cache=off"
+                f"cannot be written: {error}",
+                where=str(self.cache.folder),
+                hint="free some space, or set data.cache=off",
             ) from None
         self.cache._read(segment)
 

@@ -1,4 +1,6 @@
-"""What a data set was when a run began, kept in its data.json, and what has changed in it since, by name."""
+"""What a data set was when a run began, kept in its data.json, and what has changed in it since, by
+name.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +12,34 @@ if TYPE_CHECKING:
     from sfumato.data.dataset import Dataset
 
 SHOWN = 5  # names in a message
-LISTED = 200_000  # images in a set, above which single ones are not recorded: the list would take 20 MB
+# images in a set, above which single ones are not recorded: the list would take 20 MB
+LISTED = 200_000
 WIDTH = 16  # hexadecimal digits of a hash: enough to tell the images of one set apart
 WORDS = {
     "captions": "captions differ",
     "attributes": "attributes differ",
     "categories": "categories differ",
-    "split": "the split into training and hold-out differs (data.holdout, or a hold-out that the source names)",
+    "split": "the split into training and hold-out differs (data.holdout, or a hold-out that the "
+    "source names)",
     "format": "size, channels or bits of the pixels differ",
 }
 
 
 def recorded(dataset: Dataset) -> dict[str, Any]:
-    """What data.json keeps for `changes`: a hash of each part of the contents, and of each image and what is said of it."""
+    """What data.json keeps for `changes`: a hash of each part of the contents, and of each image
+    and what is said of it.
+    """
     entries = dataset.entries
     labels = dataset.labels.tolist()
     names = [dataset.categories[label] if label >= 0 else "" for label in labels]
     parts = {
         "images": _hash(sorted(dataset.ids)),
-        "captions": _hash(sorted(zip(dataset.ids, (entry.captions for entry in entries), strict=True))),
-        "attributes": _hash(sorted(zip(dataset.ids, (repr(entry.attributes) for entry in entries), strict=True))),
+        "captions": _hash(
+            sorted(zip(dataset.ids, (entry.captions for entry in entries), strict=True))
+        ),
+        "attributes": _hash(
+            sorted(zip(dataset.ids, (repr(entry.attributes) for entry in entries), strict=True))
+        ),
         "categories": _hash(sorted(zip(dataset.ids, names, strict=True))),
         "split": _hash(sorted(dataset.ids[position] for position in dataset.training)),
         "order": _hash(dataset.ids),
@@ -38,7 +48,12 @@ def recorded(dataset: Dataset) -> dict[str, Any]:
     if len(entries) > LISTED:
         return {"parts": parts}
     told = (_hash((e.captions, e.attributes, name)) for e, name in zip(entries, names, strict=True))
-    return {"parts": parts, "files": {e.name: [i[:WIDTH], t] for e, i, t in zip(entries, dataset.ids, told, strict=True)}}
+    return {
+        "parts": parts,
+        "files": {
+            e.name: [i[:WIDTH], t] for e, i, t in zip(entries, dataset.ids, told, strict=True)
+        },
+    }
 
 
 def _hash(value: object) -> str:
@@ -46,32 +61,49 @@ def _hash(value: object) -> str:
 
 
 def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
-    """Sentences on what differs from what `recorded` found before; [] if that was not recorded, or nothing does."""
+    """Sentences on what differs from what `recorded` found before; [] if that was not recorded, or
+    nothing does.
+    """
     if "parts" not in before:
         return []
     now = recorded(dataset)
     old, new = (set_.get("files", {}) for set_ in (before, now))
     differing = [part for part, was in before["parts"].items() if was != now["parts"].get(part)]
-    found = list(_of_files(old, new)) if old and new else ["other images"] if "images" in differing else []
+    found = (
+        list(_of_files(old, new))
+        if old and new
+        else ["other images"]
+        if "images" in differing
+        else []
+    )
     same_images = "images" not in differing
     for part in differing:
         if part == "format":
             found.append(f"{WORDS[part]}: {before['parts'][part]} before, {now['parts'][part]} now")
         elif part in WORDS and same_images:  # of other images, these differ anyhow
-            edited = [name for name in old if name in new and old[name][0] == new[name][0] and old[name][1] != new[name][1]]
+            edited = [
+                name
+                for name in old
+                if name in new and old[name][0] == new[name][0] and old[name][1] != new[name][1]
+            ]
             found.append(f"{WORDS[part]}{_of(edited) if edited and part != 'split' else ''}")
     return found or (["the order of the images differs"] if "order" in differing else [])
 
 
 def _of_files(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    gone, come = [name for name in old if name not in new], [name for name in new if name not in old]
+    gone, come = (
+        [name for name in old if name not in new],
+        [name for name in new if name not in old],
+    )
     by_content = {new[name][0]: name for name in come}
     renamed = {name: by_content[old[name][0]] for name in gone if old[name][0] in by_content}
     groups = {
         "edited": [name for name in old if name in new and old[name][0] != new[name][0]],
         "gone": [name for name in gone if name not in renamed],
         "new": [name for name in come if name not in renamed.values()],
-        "renamed, which changes their order": [f"{name} -> {later}" for name, later in renamed.items()],
+        "renamed, which changes their order": [
+            f"{name} -> {later}" for name, later in renamed.items()
+        ],
     }
     for what, names in groups.items():
         if names:

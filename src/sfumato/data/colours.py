@@ -13,7 +13,9 @@ MAX_PROFILE_BYTES = 4 << 20
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colours to sRGB; None if that is what they are, whatever the profile is called."""
+    """From the profile's colours to sRGB; None if that is what they are, whatever the profile is
+    called.
+    """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
@@ -28,7 +30,9 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
     """An image in sRGB; noted if its colours change, or the profile cannot be used."""
-    colours, alpha = (image.convert("RGB"), image.getchannel("A")) if image.mode == "RGBA" else (image, None)
+    colours, alpha = (
+        (image.convert("RGB"), image.getchannel("A")) if image.mode == "RGBA" else (image, None)
+    )
     if colours.mode not in ("L", "RGB", "CMYK") or len(profile) > MAX_PROFILE_BYTES:
         notes.append("icc_profile_ignored")
         return image

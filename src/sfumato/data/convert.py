@@ -35,22 +35,28 @@ def convert(
     shard_mib: int = 1000,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Path], list[Reject]]:
-    """Write all samples; returns the files and what was left out because its bytes could not be read.
+    """Write all samples; returns the files and what was left out because its bytes could not be
+    read.
 
     Args:
         dest: a .parquet or .tar file, or a folder that gets files of about `shard_mib` each.
         to: "parquet" or "webdataset", needed for a folder only.
     Raises:
-        ConfigError, DataError: if the destination is of no such kind, exists already or cannot be written.
+        ConfigError, DataError: if the destination is of no such kind, exists already or cannot be
+            written.
     """
     by_suffix = {suffix: kind for kind, suffix in SUFFIX.items()}.get(dest.suffix)
     kind, single = to or by_suffix, by_suffix is not None
     if kind not in SUFFIX or (single and kind != by_suffix):
         raise ConfigError(
-            f"{to or dest.name!r} is not a supported container", where=str(dest), hint="use --to parquet or --to webdataset"
+            f"{to or dest.name!r} is not a supported container",
+            where=str(dest),
+            hint="use --to parquet or --to webdataset",
         )
     if dest.exists() and (single or not dest.is_dir() or any(dest.iterdir())):
-        raise DataError("exists already", where=str(dest), hint="name a new file or an empty folder")
+        raise DataError(
+            "exists already", where=str(dest), hint="name a new file or an empty folder"
+        )
     rejects = list(listing.rejects)
     layout = Layout.of(listing.entries)
     try:
@@ -58,7 +64,11 @@ def convert(
         samples = _packed(listing.entries, rejects, on_progress)
         paths = _written(samples, dest, kind, layout, None if single else shard_mib << 20)
     except OSError as error:
-        raise DataError(f"cannot be written: {error}", where=str(dest), hint="check the disk and the permissions") from None
+        raise DataError(
+            f"cannot be written: {error}",
+            where=str(dest),
+            hint="check the disk and the permissions",
+        ) from None
     return paths, rejects
 
 
@@ -79,8 +89,12 @@ class Layout:
         return cls(layers=used(LAYERS), texts=used(TEXTS))
 
 
-def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None) -> list[Path]:
-    """Write samples into one file, or into files of at most `limit` bytes of images; they get their names when all are whole."""
+def _written(
+    samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None
+) -> list[Path]:
+    """Write samples into one file, or into files of at most `limit` bytes of images; they get their
+    names when all are whole.
+    """
     paths: list[Path] = []
     writer: Writer | None = None
     size = 0
@@ -89,12 +103,18 @@ def _written(samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, l
             if writer is None or (limit is not None and size + len(sample["image"]) > limit):
                 if writer is not None:
                     writer.close()
-                paths.append(dest if limit is None else dest / f"data-{len(paths):06d}{SUFFIX[kind]}")
+                paths.append(
+                    dest if limit is None else dest / f"data-{len(paths):06d}{SUFFIX[kind]}"
+                )
                 writer, size = WRITERS[kind](_temporary(paths[-1]), layout), 0
             writer.add(sample)
             size += len(sample["image"])
         if writer is None:
-            raise DataError("nothing could be read, so nothing was written", where=str(dest), hint="see `sfumato data check`")
+            raise DataError(
+                "nothing could be read, so nothing was written",
+                where=str(dest),
+                hint="see `sfumato data check`",
+            )
         writer.close()
         for path in paths:
             commit(_temporary(path), path)
@@ -108,7 +128,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}")
 
 
-def _packed(entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None) -> Iterator[Packed]:
+def _packed(
+    entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None
+) -> Iterator[Packed]:
     """Samples as plain data: encoded bytes as they are, 8-bit arrays of gray or RGB as PNG."""
     for number, entry in enumerate(entries):
         try:
@@ -141,7 +163,8 @@ def _as_image(data: bytes) -> bytes:
     except ValueError as error:
         raise OSError(f"damaged: {error}") from None
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    plain = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)  # as PNG, 2 or 4 channels would come to have alpha
+    # as PNG, 2 or 4 channels would come to have alpha
+    plain = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
     if values.dtype != np.uint8 or not plain:
         return data
     buffer = io.BytesIO()
@@ -167,13 +190,18 @@ class _Tar:
     def add(self, sample: Packed) -> None:
         key = _key(sample["name"], len(self._keys), self._keys)
         members = [(suffix_of(sample["image"]), sample["image"])]
-        members += [(f"{layer}.{suffix_of(sample[layer])}", sample[layer]) for layer in LAYERS if layer in sample]
+        members += [
+            (f"{layer}.{suffix_of(sample[layer])}", sample[layer])
+            for layer in LAYERS
+            if layer in sample
+        ]
         facts = {name: sample[name] for name in TEXTS if sample[name]}
         if facts:
             members.append(("json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()))
         for ending, data in sorted(members):
             info = tarfile.TarInfo(f"{key}.{ending}")
-            info.size, info.mode = len(data), 0o644  # owner and time stay 0: the same data, the same bytes
+            # owner and time stay 0: the same data, the same bytes
+            info.size, info.mode = len(data), 0o644
             self._tar.addfile(info, io.BytesIO(data))
         self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
 

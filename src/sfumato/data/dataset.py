@@ -1,4 +1,6 @@
-"""An indexed source: every image decoded once and vouched for, split so that nothing leaks, and kept where reading is fast."""
+"""An indexed source: every image decoded once and vouched for, split so that nothing leaks, and
+kept where reading is fast.
+"""
 
 from __future__ import annotations
 
@@ -34,25 +36,35 @@ class DataConfig:
 
     Attributes:
         source: where they come from.
-        resolution: side of the square they are resized and centre-cropped to, in pixels; with buckets, the square root of the area.
-        size: (height, width) of a rectangle that takes the place of the square; None for the square.
+        resolution: side of the square they are resized and centre-cropped to, in pixels; with
+            buckets, the square root of the area.
+        size: (height, width) of a rectangle that takes the place of the square; None for the
+            square.
         buckets: shapes other than the square that images may take; None for squares only.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; more as arrays have them.
         bits: of each value, 8 or 16.
         background: colour under transparent images where alpha is not kept, RGB from 0 to 255.
-        alpha: `auto` takes the last channel for alpha where the container says so, which arrays never do; `on` takes that of 2 or 4
+        alpha: `auto` takes the last channel for alpha where the container says so, which arrays
+            never do; `on` takes that of 2 or 4
             for it in any image; `off` in none. Colours are trained multiplied by it.
-        range: values of the source that are black and white, [low, high]; `auto` takes them from the type of the numbers, or from the
+        range: values of the source that are black and white, [low, high]; `auto` takes them from
+            the type of the numbers, or from the
             set where that does not say it.
-        frames: of files that hold several images the `first`, `all` as images of their own, or their `max`.
+        frames: of files that hold several images the `first`, `all` as images of their own, or
+            their `max`.
         augment: changes made to training images.
-        holdout: share kept from training for validation, chosen by a hash of the content; about 25 images at least, or a fifth of
+        holdout: share kept from training for validation, chosen by a hash of the content; about 25
+            images at least, or a fifth of
             a smaller set.
-        near_duplicates: what stays together in training or hold-out: images that are nearly the same (`auto`), or exact copies only
+        near_duplicates: what stays together in training or hold-out: images that are nearly the
+            same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
-        exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of images to leave out.
-        cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free space; `off` does not.
-        memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded as they are used.
+        exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of
+            images to leave out.
+        cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
+            space; `off` does not.
+        memory_gib: without a cache, sets whose pixels need less stay in memory, others are decoded
+            as they are used.
         workers: processes that decode ahead when they are.
     """
 
@@ -79,10 +91,12 @@ class DataConfig:
         whole = self.resolution >= 1 and self.workers >= 0 and 1 <= self.channels <= 64
         if not whole or not 0 < self.holdout < 1 or not colour:
             raise ConfigError(
-                f"resolution = {self.resolution}, channels = {self.channels}, holdout = {self.holdout}, workers = {self.workers}, "
+                f"resolution = {self.resolution}, channels = {self.channels}, holdout = "
+                f"{self.holdout}, workers = {self.workers}, "
                 f"background = {self.background}",
                 where="data",
-                hint="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, workers at least 0, background from 0 to 255",
+                hint="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, "
+                "workers at least 0, background from 0 to 255",
             )
         if self.size is not None and (min(self.size) < 1 or self.buckets is not None):
             raise ConfigError(
@@ -90,25 +104,40 @@ class DataConfig:
                 where="data.size",
                 hint="a height and a width of at least 1, and no data.buckets beside it",
             )
-        if self.range != "auto" and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
+        if self.range != "auto" and not (
+            self.range[0] < self.range[1] and all(map(math.isfinite, self.range))
+        ):
             raise ConfigError(
-                f"range = {list(self.range)}", where="data.range", hint="give [BLACK, WHITE], the smaller number first, or auto"
+                f"range = {list(self.range)}",
+                where="data.range",
+                hint="give [BLACK, WHITE], the smaller number first, or auto",
             )
         square = self.buckets is None and (self.size is None or self.size[0] == self.size[1])
         if not square and self.augment.quarter_turns == "all":
-            raise ConfigError("quarter turns of tall and wide images", where="data.augment", hint="set quarter_turns=none")
+            raise ConfigError(
+                "quarter turns of tall and wide images",
+                where="data.augment",
+                hint="set quarter_turns=none",
+            )
 
     def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
         """The shapes and colours that images are decoded to, given what black and white are."""
         single = (self.size or (self.resolution, self.resolution),)
         shapes = single if self.buckets is None else self.buckets.shapes(self.resolution)
         return PixelFormat(
-            shapes=shapes, channels=self.channels, bits=self.bits, background=self.background, alpha=self.alpha, scale=scale
+            shapes=shapes,
+            channels=self.channels,
+            bits=self.bits,
+            background=self.background,
+            alpha=self.alpha,
+            scale=scale,
         )
 
 
 class Images(NamedTuple):
-    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the images that took its place."""
+    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the
+    images that took its place.
+    """
 
     pixels: Tensor
     bad: list[Reject]
@@ -120,7 +149,8 @@ class Encoded:
     """Latents of the training images, made ahead of training.
 
     Attributes:
-        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number k is row k * variants + v.
+        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number
+            k is row k * variants + v.
         numbers: of each image in the training part, or -1; shape (N,).
         variants: of each image, each augmented in its own way.
         pixels: whether batches hold the images too, for a conditioner that makes something of them.
@@ -140,10 +170,12 @@ class Dataset:
         entries, ids: each image and the hash of its content.
         labels: index into `categories`, or -1 where the source has none; shape (N,).
         shapes: index into the format's shapes; shape (N,).
-        gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where each is decoded when used.
+        gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where
+            each is decoded when used.
         clusters: number of the group of near-duplicates that each image belongs to; shape (N,).
         remarks: what is to be said of those groups.
-        rejects: what was left out; ledger: the account of all that the source holds; notes: what had to be converted, by kind.
+        rejects: what was left out; ledger: the account of all that the source holds; notes: what
+            had to be converted, by kind.
         crop_loss: mean share of the images' area that cropping cut away.
         layers: what else is known of each image.
         encoded: their latents, where training works on those.
@@ -178,12 +210,20 @@ class Dataset:
         object.__setattr__(self, "holdout", np.flatnonzero(part == "holdout"))
         object.__setattr__(self, "training", np.flatnonzero(part == "training"))
         names = sorted(set(part) - {"holdout", "training"})
-        object.__setattr__(self, "named_holdouts", {name.removeprefix(":"): np.flatnonzero(part == name) for name in names})
+        object.__setattr__(
+            self,
+            "named_holdouts",
+            {name.removeprefix(":"): np.flatnonzero(part == name) for name in names},
+        )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the contents, their order and the pixel format: equal exactly if training sees the same pixels and texts."""
-        texts = hashlib.sha256("\0".join("\1".join(entry.captions) for entry in self.entries).encode()).hexdigest()
+        """Hash of the contents, their order and the pixel format: equal exactly if training sees
+        the same pixels and texts.
+        """
+        texts = hashlib.sha256(
+            "\0".join("\1".join(entry.captions) for entry in self.entries).encode()
+        ).hexdigest()
         texts += repr([entry.attributes for entry in self.entries if entry.attributes])
         lines = [
             repr(self.pixel_format),
@@ -229,8 +269,10 @@ class Dataset:
     def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Images:
         """Pixels at `positions` of one shape.
 
-        An unreadable image is replaced by the next readable one of its part, shape and category, or any category if need be, so that
-        a batch never shrinks, every run that meets it replaces it alike, and nothing held out is trained on.
+        An unreadable image is replaced by the next readable one of its part, shape and category, or
+        any category if need be, so that
+        a batch never shrinks, every run that meets it replaces it alike, and nothing held out is
+        trained on.
         """
         positions = np.asarray(positions, np.int64)
         if self.gather is not None:
@@ -244,12 +286,17 @@ class Dataset:
                 bad += failed
         return Images(torch.from_numpy(np.stack(decoded)), bad, np.array(found, np.int64))
 
-    def context(self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None) -> dict[str, Any]:
+    def context(
+        self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None
+    ) -> dict[str, Any]:
         """What conditioners may read of the images at `positions`, which share one shape, by name.
 
         "category": index into `categories` or -1, (n,); and the layers: see `Annotations.context`.
         """
-        return {"category": self.labels[torch.from_numpy(positions)], **self.layers.context(positions, draws)}
+        return {
+            "category": self.labels[torch.from_numpy(positions)],
+            **self.layers.context(positions, draws),
+        }
 
     def _read(self, position: int) -> tuple[Pixels, list[Reject], int]:
         bad: list[Reject] = []
@@ -264,13 +311,19 @@ class Dataset:
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
         raise DataError(
-            "neither it nor any image like it can be read any more", where=bad[0].name, hint="is the disk still there?"
+            "neither it nor any image like it can be read any more",
+            where=bad[0].name,
+            hint="is the disk still there?",
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:
-        """`position`, then the others of its part and shape from there on and around, those of its category first."""
+        """`position`, then the others of its part and shape from there on and around, those of its
+        category first.
+        """
         yield position
-        part = next(p for p in (self.training, self.holdout, *self.named_holdouts.values()) if position in p)
+        part = next(
+            p for p in (self.training, self.holdout, *self.named_holdouts.values()) if position in p
+        )
         peers = part[self.shapes[part] == self.shapes[position]]
         around = np.roll(peers, -int(np.searchsorted(peers, position)) - 1)[:-1]
         alike = (self.labels[around] == self.labels[position]).numpy()
@@ -279,10 +332,14 @@ class Dataset:
     def summary(self) -> dict[str, Any]:
         """What `data.json` records."""
         times = Counter(self.ids)
-        duplicates = [entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if times[id_] > 1]
+        duplicates = [
+            entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if times[id_] > 1
+        ]
         near = np.bincount(self.clusters)[self.clusters] > 1
         similar = [
-            entry.name for entry, id_, near in zip(self.entries, self.ids, near, strict=True) if near and times[id_] == 1
+            entry.name
+            for entry, id_, near in zip(self.entries, self.ids, near, strict=True)
+            if near and times[id_] == 1
         ]
         counts = Counter(self.labels.tolist())
         shapes = self.config.pixel_format().shapes
@@ -294,11 +351,17 @@ class Dataset:
             "images": len(self.entries),
             "training": len(self.training),
             "holdout": len(self.holdout),
-            "named_holdouts": {name: len(positions) for name, positions in self.named_holdouts.items()},
-            "categories": {name: counts.get(index, 0) for index, name in enumerate(self.categories)},
+            "named_holdouts": {
+                name: len(positions) for name, positions in self.named_holdouts.items()
+            },
+            "categories": {
+                name: counts.get(index, 0) for index, name in enumerate(self.categories)
+            },
             "captioned": sum(bool(entry.captions) for entry in self.entries),
             "shapes": {
-                f"{w}x{h}": int((self.shapes == i).sum()) for i, (h, w) in enumerate(shapes) if (self.shapes == i).any()
+                f"{w}x{h}": int((self.shapes == i).sum())
+                for i, (h, w) in enumerate(shapes)
+                if (self.shapes == i).any()
             },
             "crop_loss": round(self.crop_loss, 4),
             "value_range": self.scale.range,

@@ -1,7 +1,9 @@
 """Bytes of an image that nobody vouches for -> pixels of the asked-for shape, or a reason why not.
 
-Only the parsers listed here ever see the bytes. Size, side ratio and byte count are capped before a pixel is decoded; truncated
-files are refused, never filled in. Ordinary 8-bit images are scaled by Pillow; all others become `Values`, which share one path.
+Only the parsers listed here ever see the bytes. Size, side ratio and byte count are capped before a
+pixel is decoded; truncated
+files are refused, never filled in. Ordinary 8-bit images are scaled by Pillow; all others become
+`Values`, which share one path.
 """
 
 from __future__ import annotations
@@ -41,14 +43,33 @@ from sfumato.data.pixel_values import (
 from sfumato.data.png16 import is_deep_colour, read_deep_colour
 
 __all__ = [
-    "FORMATS", "MAX_BANDS", "MAX_BYTES", "MAX_PIXELS", "NUMPY", "SUFFIXES", "ArrayHeader", "Decoded", "Look", "PixelFormat", "Pixels",
-    "RejectedImage", "Scale", "Values", "array_id", "decode", "fitted", "look", "quiet", "read_values",
-]  # fmt: skip
+    "FORMATS",
+    "MAX_BANDS",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "NUMPY",
+    "SUFFIXES",
+    "ArrayHeader",
+    "Decoded",
+    "Look",
+    "PixelFormat",
+    "Pixels",
+    "RejectedImage",
+    "Scale",
+    "Values",
+    "array_id",
+    "decode",
+    "fitted",
+    "look",
+    "quiet",
+    "read_values",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_SCANS = 64  # of a progressive JPEG, each of which walks over the whole image
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-BANDS = {"1": 1, "L": 1, "I;16": 1, "I;16B": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4}  # of Pillow's modes; else 3
+# of Pillow's modes; else 3
+BANDS = {"1": 1, "L": 1, "I;16": 1, "I;16B": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4}
 WITH_ALPHA = ("LA", "RGBA", "La", "RGBa")
 
 
@@ -60,7 +81,8 @@ class Decoded(NamedTuple):
         shape: index into the format's shapes.
         size: (width, height) upright, before scaling.
         notes: what had to be done to it (`exif_rotated`, `upscaled`, ...).
-        id: hash of the content, "" unless asked for: of the decoded values, so that it does not depend on the container or a
+        id: hash of the content, "" unless asked for: of the decoded values, so that it does not
+            depend on the container or a
             lossless encoding; of the bytes for a JPEG, which is never decoded at full size.
         frames: images that the file holds, of which this is the first.
     """
@@ -99,7 +121,10 @@ def look(data: bytes) -> Look:
         if data.startswith(NUMPY):
             header = array_header(data)
             return Look(
-                (header.shape[1], header.shape[0]), header.shape[2] if len(header.shape) == 3 else 1, False, header.dtype
+                (header.shape[1], header.shape[0]),
+                header.shape[2] if len(header.shape) == 3 else 1,
+                False,
+                header.dtype,
             )
         if (page := _own_page(data)) is not None:
             check_size(page.width, page.height)
@@ -114,7 +139,12 @@ def look(data: bytes) -> Look:
             bands = BANDS.get(image.mode, 3)
             bands += clear and bands in (1, 3)
             turned = _orientation(image, []) in (5, 6, 7, 8)
-            return Look((height, width) if turned else (width, height), bands, clear, np.dtype(np.uint16 if deep else np.uint8))
+            return Look(
+                (height, width) if turned else (width, height),
+                bands,
+                clear,
+                np.dtype(np.uint16 if deep else np.uint8),
+            )
     raise AssertionError
 
 
@@ -131,7 +161,11 @@ class _reasons:
         """Begin."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, RejectedImage | MemoryError) or not isinstance(error, Exception):
+        if (
+            error is None
+            or isinstance(error, RejectedImage | MemoryError)
+            or not isinstance(error, Exception)
+        ):
             return
         if isinstance(error, UnidentifiedImageError):
             raise RejectedImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
@@ -152,7 +186,9 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
         values = _own_values(data, notes)
         if values is not None:
             frames = len(tiff.frames(data)) if tiff.is_tiff(data) else 1
-            return _decode_values(values, form, notes, array_id(values.array) if identify else "", frames)
+            return _decode_values(
+                values, form, notes, array_id(values.array) if identify else "", frames
+            )
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode_image(image, data, form, identify)
     raise AssertionError
@@ -177,7 +213,9 @@ def read_values(data: bytes) -> Values:
 
 
 def fitted(data: bytes, side: int, form: PixelFormat | None = None) -> PixelFormat:
-    """A format (RGB unless given) at an image's own aspect ratio, scaled down so that its shorter side is at most `side`."""
+    """A format (RGB unless given) at an image's own aspect ratio, scaled down so that its shorter
+    side is at most `side`.
+    """
     form = PixelFormat(shapes=((side, side),), channels=3) if form is None else form
     try:
         width, height = look(data).size
@@ -205,7 +243,9 @@ def _own_values(data: bytes, notes: list[str]) -> Values | None:
     return read_deep_colour(data) if is_deep_colour(data) else None
 
 
-def _decode_values(values: Values, form: PixelFormat, notes: list[str], name: str, frames: int) -> Decoded:
+def _decode_values(
+    values: Values, form: PixelFormat, notes: list[str], name: str, frames: int
+) -> Decoded:
     height, width, bands = values.array.shape
     shape = form.nearest(width, height)
     target = form.shapes[shape]
@@ -214,12 +254,26 @@ def _decode_values(values: Values, form: PixelFormat, notes: list[str], name: st
     if frames > 1:
         notes.append("animated_first_frame_used")
     box = covering(width, height, target)
-    if values.kind == "bytes" and form.scale.bytes is None and bands in (1, 3) and form.channels in MODES:
+    if (
+        values.kind == "bytes"
+        and form.scale.bytes is None
+        and bands in (1, 3)
+        and form.channels in MODES
+    ):
         array = np.ascontiguousarray(values.array)
-        pixels = _resampled(Image.fromarray(array[..., 0] if bands == 1 else array), box, target, form, notes)
+        pixels = _resampled(
+            Image.fromarray(array[..., 0] if bands == 1 else array), box, target, form, notes
+        )
     else:
         pixels = resampled(values, box, target, form, notes)
-    return Decoded(np.ascontiguousarray(pixels.transpose(2, 0, 1)), shape, (width, height), tuple(notes), name, frames)
+    return Decoded(
+        np.ascontiguousarray(pixels.transpose(2, 0, 1)),
+        shape,
+        (width, height),
+        tuple(notes),
+        name,
+        frames,
+    )
 
 
 def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: bool) -> Decoded:
@@ -237,13 +291,16 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     upright = (height, width) if turned else (width, height)
     shape = form.nearest(*upright)
     target = form.shapes[shape]
-    stored = (target[1], target[0]) if turned else target  # the shape before the image is turned upright
+    # the shape before the image is turned upright
+    stored = (target[1], target[0]) if turned else target
     if _upscaled(upright, target):
         notes.append("upscaled")
-    # A JPEG can be decoded at 1/2, 1/4 or 1/8 size; twice the target leaves the resampling filter room to work in.
+    # A JPEG can be decoded at 1/2, 1/4 or 1/8 size; twice the target leaves the resampling filter
+    # room to work in.
     factor = 2 * max(stored[1] / width, stored[0] / height)
     drafted = image.draft(None, (max(1, int(width * factor)), max(1, int(height * factor))))
-    right, bottom = drafted[1][2:] if drafted else image.size  # a reduced JPEG's last column may be part of a pixel only
+    # a reduced JPEG's last column may be part of a pixel only
+    right, bottom = drafted[1][2:] if drafted else image.size
     image.load()
     image = _without_palette(image, notes)
     name = _identity(image, data, orientation) if identify else ""
@@ -256,7 +313,9 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     if orientation in UPRIGHT:
         notes.append("exif_rotated")
         pixels = transposed(pixels, UPRIGHT[orientation])
-    return Decoded(np.ascontiguousarray(pixels.transpose(2, 0, 1)), shape, upright, tuple(notes), name, frames)
+    return Decoded(
+        np.ascontiguousarray(pixels.transpose(2, 0, 1)), shape, upright, tuple(notes), name, frames
+    )
 
 
 def _frames(image: Image.Image, data: bytes) -> int:
@@ -278,7 +337,9 @@ def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK":
         notes.append("cmyk_converted")
-    image = to_srgb(image, profile, notes) if profile and not image.mode.startswith("I;16") else image
+    image = (
+        to_srgb(image, profile, notes) if profile and not image.mode.startswith("I;16") else image
+    )
     return image if image.mode in (*MODES.values(), "I;16", "I;16B") else image.convert("RGB")
 
 
@@ -287,12 +348,18 @@ def _upscaled(size: tuple[int, int], target: tuple[int, int]) -> bool:
 
 
 def _depths(image: Image.Image) -> set[str]:
-    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the image is loaded."""
-    return set(re.findall(r";(1[26])", " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))))
+    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the image is
+    loaded.
+    """
+    return set(
+        re.findall(r";(1[26])", " ".join(str(tile[3]) for tile in getattr(image, "tile", ())))
+    )
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:
-    """EXIF's orientation, 1 if there is none or Pillow turns the image itself, which it does for TIFF."""
+    """EXIF's orientation, 1 if there is none or Pillow turns the image itself, which it does for
+    TIFF.
+    """
     try:
         orientation = int(image.getexif().get(0x0112, 1))
     except Exception:  # as in `decode`: whatever the parser raises
@@ -314,21 +381,30 @@ def _without_palette(image: Image.Image, notes: list[str]) -> Image.Image:
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode == "1":
         return image.convert("L")
-    if image.mode in ("L", "RGB") and "transparency" in image.info:  # one colour of a PNG declared clear
+    # one colour of a PNG declared clear
+    if image.mode in ("L", "RGB") and "transparency" in image.info:
         return image.convert("RGBA")
     return image
 
 
 def _identity(image: Image.Image, data: bytes, orientation: int) -> str:
-    if image.format in ("JPEG", "MPO") or "icc_profile" in image.info or image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
+    if (
+        image.format in ("JPEG", "MPO")
+        or "icc_profile" in image.info
+        or image.mode not in ("L", "LA", "RGB", "RGBA", "I;16")
+    ):
         return hashlib.sha256(data).hexdigest()[:32]
     return array_id(np.asarray(image), orientation)
 
 
-def _resampled(image: Image.Image, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]) -> Pixels:
+def _resampled(
+    image: Image.Image, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
+) -> Pixels:
     """(H, W, C): cropped, scaled with antialiasing, in the colours asked for."""
     if form.channels not in MODES:
-        raise RejectedImage(f"{len(image.getbands())} channels, where data.channels is {form.channels}")
+        raise RejectedImage(
+            f"{len(image.getbands())} channels, where data.channels is {form.channels}"
+        )
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK":
         notes.append("cmyk_converted")
@@ -340,8 +416,12 @@ def _resampled(image: Image.Image, box: Box, target: tuple[int, int], form: Pixe
         if np.asarray(image.getchannel("A")).min() < 255 and form.channels in (1, 3):
             notes.append("transparency_filled")
         if form.channels in (1, 3):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*form.background, 255)), image.convert("RGBA"))
-    pixels = np.asarray(image if image.mode == wanted else image.convert(wanted)).reshape(*target, form.channels)
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, (*form.background, 255)), image.convert("RGBA")
+            )
+    pixels = np.asarray(image if image.mode == wanted else image.convert(wanted)).reshape(
+        *target, form.channels
+    )
     if form.channels in (2, 4):
         pixels = premultiplied(pixels)
     return pixels.astype(np.uint16) * np.uint16(257) if form.bits == 16 else pixels

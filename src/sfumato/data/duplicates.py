@@ -1,7 +1,9 @@
 """Which images are the same, or nearly: one scene encoded, resized, toned or cropped a little anew.
 
-Candidates are neighbours among the principal components of thumbnails without brightness and contrast. Each pair is laid over
-one another, and is near-duplicate only if no part of the two differs by more than a new encoding would make it: images that
+Candidates are neighbours among the principal components of thumbnails without brightness and
+contrast. Each pair is laid over
+one another, and is near-duplicate only if no part of the two differs by more than a new encoding
+would make it: images that
 are alike but for a hat or the colour of a face stay apart.
 """
 
@@ -22,24 +24,33 @@ NEIGHBOURS, DIMENSIONS = 8, 12
 FLAT = 6.0  # of 255: below this contrast, noise is not stretched
 BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
 # Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/benchmarks.md).
-LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87  # of signatures, for a closer look, and for one after alignment
+# of signatures, for a closer look, and for one after alignment
+LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87
 LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
 CHUNK = 4_000
-DIM = 0.5  # of the range of values: a set that uses less is stretched before its images are compared
+# of the range of values: a set that uses less is stretched before its images are compared
+DIM = 0.5
 PERCENTILES = (0.1, 99.9)
 Floats = NDArray[np.float32]
 
 
 def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3) of as many bits, by which near-duplicates are found."""
+    """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3) of as many bits, by which near-duplicates
+    are found.
+    """
     colours = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if colours.dtype != np.uint8:
         planes = [
-            Image.fromarray(plane.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for plane in colours
+            Image.fromarray(plane.astype(np.float32)).resize(
+                (SIDE, SIDE), Image.Resampling.BILINEAR
+            )
+            for plane in colours
         ]
-        result: NDArray[Any] = np.rint(np.stack([np.asarray(plane) for plane in planes], axis=2)).astype(colours.dtype)
+        result: NDArray[Any] = np.rint(
+            np.stack([np.asarray(plane) for plane in planes], axis=2)
+        ).astype(colours.dtype)
         return result
     image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
     if image.size == (SIDE, SIDE):
@@ -48,7 +59,8 @@ def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
-    """Thumbnails (N, 32, 32, 3) in 8 bits. A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
+    """Thumbnails (N, 32, 32, 3) in 8 bits. A set that uses little of its range, as dim microscopy
+    and star fields do, is stretched to all
     of it, or its images would seem flat and so alike.
     """
     most = float(np.iinfo(thumbnails.dtype).max)
@@ -58,18 +70,28 @@ def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
         low, high = 0.0, most
         if thumbnails.dtype == np.uint8:
             return thumbnails
-    return np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    return (
+        np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -> NDArray[np.int64]:
-    """Number of the group of equal or nearly equal images that each belongs to, (N,); of `resolution` pixels at most.
+    """Number of the group of equal or nearly equal images that each belongs to, (N,); of
+    `resolution` pixels at most.
 
-    All of a group are nearly equal to one of them: frames of a video, each like the next, are not all of one group.
+    All of a group are nearly equal to one of them: frames of a video, each like the next, are not
+    all of one group.
     """
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
     distinct = np.unique(same)
-    small = stretched(thumbnails)[distinct] if resolution >= SMALLEST else np.empty((0, SIDE, SIDE, 3), np.uint8)
+    small = (
+        stretched(thumbnails)[distinct]
+        if resolution >= SMALLEST
+        else np.empty((0, SIDE, SIDE, 3), np.uint8)
+    )
     leaders = np.arange(len(distinct))
     pairs = near_pairs(small)
     if len(pairs):
@@ -79,10 +101,14 @@ def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -
     return np.unique(groups[same], return_inverse=True)[1].astype(np.int64)
 
 
-def _led(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int64]:
-    """The leader of each thumbnail: connected ones follow the one with most copies among them if they are its copies too.
+def _led(
+    thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]
+) -> NDArray[np.int64]:
+    """The leader of each thumbnail: connected ones follow the one with most copies among them if
+    they are its copies too.
 
-    What is a copy of a follower is compared with the leader itself, so that chains end where the likeness does.
+    What is a copy of a follower is compared with the leader itself, so that chains end where the
+    likeness does.
     """
     beside: dict[int, set[int]] = {}
     for first, second in pairs.tolist():
@@ -96,13 +122,22 @@ def _led(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[
         free.discard(chosen)
         met, frontier = {chosen}, [chosen]
         while frontier:
-            candidates = sorted({other for number in frontier for other in beside[number] if other in free} - met)
+            candidates = sorted(
+                {other for number in frontier for other in beside[number] if other in free} - met
+            )
             met.update(candidates)
             direct = [other for other in candidates if other in beside[chosen]]
-            further = np.array([(chosen, other) for other in candidates if other not in beside[chosen]], np.int64).reshape(
-                -1, 2
-            )
-            frontier = [*direct, *(further[_alike(thumbnails, further, np.ones(len(further), np.float32)), 1].tolist())]
+            further = np.array(
+                [(chosen, other) for other in candidates if other not in beside[chosen]], np.int64
+            ).reshape(-1, 2)
+            frontier = [
+                *direct,
+                *(
+                    further[
+                        _alike(thumbnails, further, np.ones(len(further), np.float32)), 1
+                    ].tolist()
+                ),
+            ]
             leader[frontier] = chosen
             free.difference_update(frontier)
     return leader
@@ -113,13 +148,17 @@ def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    graph = coo_array(
+        (np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count)
+    )
     result: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
     return result
 
 
 def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3) that connect each group; time grows as N log N."""
+    """Pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3) that connect each group; time
+    grows as N log N.
+    """
     pairs = np.empty((0, 2), np.int64)
     if len(thumbnails) < 2:
         return pairs
@@ -127,21 +166,33 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
     kept = asked = np.arange(len(thumbnails))
     while len(asked):
         near = kept[_neighbours(values[kept], np.searchsorted(kept, asked))]
-        found = [part[_alike(thumbnails, part, correlation)] for part, correlation in _related(thumbnails, values, near)]
+        found = [
+            part[_alike(thumbnails, part, correlation)]
+            for part, correlation in _related(thumbnails, values, near)
+        ]
         pairs = np.concatenate([pairs, *found])
         kept, asked = _crowded(components(len(thumbnails), pairs), kept)
     return pairs
 
 
-def _crowded(groups: NDArray[np.int64], kept: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One of the `kept` images for each group; and those for groups so large that their own may have hidden other copies."""
+def _crowded(
+    groups: NDArray[np.int64], kept: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One of the `kept` images for each group; and those for groups so large that their own may
+    have hidden other copies.
+    """
     _, firsts, sizes = np.unique(groups[kept], return_index=True, return_counts=True)
     return np.sort(kept[firsts]), kept[firsts[sizes > NEIGHBOURS // 2]]
 
 
 def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
     """8 x 8 means of thumbnails (N, 32, 32, 3), without brightness and contrast: (N, 192)."""
-    values = np.concatenate([_means(part, SIDE // 8) for part in np.array_split(thumbnails, len(thumbnails) // CHUNK + 1)])
+    values = np.concatenate(
+        [
+            _means(part, SIDE // 8)
+            for part in np.array_split(thumbnails, len(thumbnails) // CHUNK + 1)
+        ]
+    )
     values = values.reshape(len(thumbnails), -1)
     values -= values.mean(1, keepdims=True)
     values /= np.maximum(values.std(1, keepdims=True), FLAT)
@@ -151,12 +202,16 @@ def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
 def _means(images: NDArray[Any], size: int) -> Floats:
     """Means of size x size cells of (n, H, W, 3)."""
     n, height, width, channels = images.shape
-    result: Floats = images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4), dtype=np.float32)
+    result: Floats = images.reshape(n, height // size, size, width // size, size, channels).mean(
+        (2, 4), dtype=np.float32
+    )
     return result
 
 
 def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The images at `asked` with their nearest others in a few principal components, (P, 2) with first < second."""
+    """The images at `asked` with their nearest others in a few principal components, (P, 2) with
+    first < second.
+    """
     from scipy.spatial import cKDTree
 
     sample = signatures[:: max(1, len(signatures) // 20_000)]
@@ -175,15 +230,20 @@ def _related(
     """The pairs worth a closer look and the correlations of their signatures, some at a time."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
         first, second = signatures[part[:, 0]], signatures[part[:, 1]]
-        correlation = (first * second).sum(1) / (np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6)
+        correlation = (first * second).sum(1) / (
+            np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6
+        )
         flat = np.flatnonzero((np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1))
-        correlation[flat] = _fine_correlation(*(thumbnails[part[flat, column]] for column in (0, 1)))
+        correlation[flat] = _fine_correlation(
+            *(thumbnails[part[flat, column]] for column in (0, 1))
+        )
         chosen = correlation > LEAST_CORRELATION
         yield part[chosen], correlation[chosen]
 
 
 def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
-    """Of the pixels of thumbnails (n, 32, 32, 3) that coarse means do not tell apart, such as fields of many small things; 1 where both
+    """Of the pixels of thumbnails (n, 32, 32, 3) that coarse means do not tell apart, such as
+    fields of many small things; 1 where both
     are blank."""
     a, b = _centred(first), _centred(second)
     powers = _power(a)[:, 0, 0, 0], _power(b)[:, 0, 0, 0]
@@ -192,8 +252,12 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
     return correlation
 
 
-def _alike(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation: Floats) -> NDArray[np.bool_]:
-    """Whether pairs of thumbnails show the same: as they lie, or after the best alignment of one over the other."""
+def _alike(
+    thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation: Floats
+) -> NDArray[np.bool_]:
+    """Whether pairs of thumbnails show the same: as they lie, or after the best alignment of one
+    over the other.
+    """
     alike = np.zeros(len(pairs), bool)
     if len(pairs):
         alike[:] = difference(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]]) < LARGEST_DIFFERENCE
@@ -208,14 +272,17 @@ def _alike(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation:
 def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
     """How far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, of 255.
 
-    One gain and offset are fitted for all channels; what a small misplacement of edges explains is left out; the rest is averaged
+    One gain and offset are fitted for all channels; what a small misplacement of edges explains is
+    left out; the rest is averaged
     over 4 x 4 pixels, and the largest value is taken.
     """
     a, b = (_centred(images) for images in (first, second))
     gain = np.sqrt((_power(a) + 1) / (_power(b) + 1)).clip(0.6, 1.6)
     b = b * gain
     inside = slice(MARGIN, SIDE - MARGIN)
-    excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)[:, inside, inside]
+    excess = np.maximum(np.abs(a - b) - EDGE_TOLERANCE * np.maximum(_range(a), _range(b)), 0)[
+        :, inside, inside
+    ]
     result: Floats = _means(excess, 4).reshape(len(a), -1).max(1)
     return result
 
@@ -244,7 +311,9 @@ def _range(images: Floats) -> Floats:
 
 
 def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
-    """`moving` (n, 32, 32, 3) enlarged and shifted so that it lies best over `fixed`, judged by every second pixel."""
+    """`moving` (n, 32, 32, 3) enlarged and shifted so that it lies best over `fixed`, judged by
+    every second pixel.
+    """
     places = np.arange(MARGIN, SIDE - MARGIN, 2)
     target = _centred(_gray(fixed)[:, places][:, :, places])
     source, gray = moving.astype(np.float32), _gray(moving)
@@ -253,7 +322,9 @@ def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
     for zoom, dy in product(ZOOMS, SHIFTS):
         rows = _along(gray, 1, zoom, dy, places)
         for dx in SHIFTS:
-            distance = np.square(_centred(_along(rows, 2, zoom, dx, places)) - target).mean((1, 2, 3))
+            distance = np.square(_centred(_along(rows, 2, zoom, dx, places)) - target).mean(
+                (1, 2, 3)
+            )
             nearer = distance < best
             best[nearer], choice[nearer] = distance[nearer], (zoom, dy, dx)
     result = np.empty_like(source)
@@ -269,8 +340,12 @@ def _gray(images: NDArray[np.uint8]) -> Floats:
     return result
 
 
-def _along(images: Floats, axis: int, zoom: float, shift: float, places: NDArray[np.int64]) -> Floats:
-    """Resample (n, H, W, 3) linearly along one axis: enlarged about the centre, then shifted by so many pixels."""
+def _along(
+    images: Floats, axis: int, zoom: float, shift: float, places: NDArray[np.int64]
+) -> Floats:
+    """Resample (n, H, W, 3) linearly along one axis: enlarged about the centre, then shifted by so
+    many pixels.
+    """
     centre = (SIDE - 1) / 2
     place = ((places - centre) / zoom + centre + shift).clip(0, SIDE - 1)
     low = np.minimum(place.astype(int), SIDE - 2)

@@ -1,4 +1,6 @@
-"""What a frozen text encoder made of texts, kept on disk under the hash of the text, a folder for each encoder."""
+"""What a frozen text encoder made of texts, kept on disk under the hash of the text, a folder for
+each encoder.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Kept(NamedTuple):
 
 
 class EmbeddingStore(MutableMapping[str, Kept]):
-    """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; what comes after the last is made again."""
+    """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; what comes after
+    the last is made again.
+    """
 
     def __init__(self, encoder: str) -> None:
         """`encoder` is a hash of what an embedding depends on beside the text."""
@@ -90,7 +94,10 @@ class EmbeddingStore(MutableMapping[str, Kept]):
         if text not in self._recent:
             self._held += _size(embedded)
         self._recent[text] = embedded
-        while self._held > RECENT_BYTES and _key(old := next(iter(self._recent))) in self._cache.records:
+        while (
+            self._held > RECENT_BYTES
+            and _key(old := next(iter(self._recent))) in self._cache.records
+        ):
             self._held -= _size(self._recent.pop(old))
 
 

@@ -1,10 +1,25 @@
-"""What a file is by its name or its first bytes: an image that is read, one that has to be converted, or something else."""
+"""What a file is by its name or its first bytes: an image that is read, one that has to be
+converted, or something else.
+"""
 
 from __future__ import annotations
 
 NUMPY = b"\x93NUMPY"
 HEAD_BYTES = 32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy", ".jfif", ".jpe", ".jfi")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".npy",
+    ".jfif",
+    ".jpe",
+    ".jfi",
+)
 ARCHIVES = (
     ".zip",
     ".tar",
@@ -22,26 +37,53 @@ ARCHIVES = (
 )
 SYSTEM = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"})
 _SIGNATURES = (
-    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
-    (NUMPY, "npy"), (b"ply", "ply"),
-)  # fmt: skip
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+    (NUMPY, "npy"),
+    (b"ply", "ply"),
+)
 _WITH_MAGICK = "convert it to JPEG or PNG, for example with ImageMagick: magick FILE FILE.png"
 _CONVERT = {
-    "HEIC": ((".heic", ".heif", ".hif"), "convert it to JPEG, for example with heif-convert, or export it as JPEG on the phone"),
+    "HEIC": (
+        (".heic", ".heif", ".hif"),
+        "convert it to JPEG, for example with heif-convert, or export it as JPEG on the phone",
+    ),
     "AVIF": ((".avif",), _WITH_MAGICK),
     "JPEG XL": ((".jxl",), "convert it to PNG, for example with djxl"),
     "JPEG 2000": ((".jp2", ".j2k", ".jpx"), _WITH_MAGICK),
     "Photoshop": ((".psd", ".psb"), "export it as PNG"),
     "SVG": ((".svg",), "draw it as PNG, for example with rsvg-convert"),
     "EPS or PDF": ((".eps", ".ps", ".pdf", ".ai"), "draw it as PNG, for example with pdftoppm"),
-    "camera raw": ((".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"), "develop it to TIFF or JPEG, for example with dcraw"),
-    "DICOM": ((".dcm", ".dicom"), "save its pixels as .npy or TIFF, for example with pydicom and numpy.save"),
-    "NIfTI": ((".nii", ".nii.gz"), "save its slices as .npy or TIFF, for example with nibabel and numpy.save"),
-    "a microscope's own format": ((".czi", ".lif", ".nd2", ".oib", ".vsi"), "export it as TIFF, for example with Fiji"),
+    "camera raw": (
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+        "develop it to TIFF or JPEG, for example with dcraw",
+    ),
+    "DICOM": (
+        (".dcm", ".dicom"),
+        "save its pixels as .npy or TIFF, for example with pydicom and numpy.save",
+    ),
+    "NIfTI": (
+        (".nii", ".nii.gz"),
+        "save its slices as .npy or TIFF, for example with nibabel and numpy.save",
+    ),
+    "a microscope's own format": (
+        (".czi", ".lif", ".nd2", ".oib", ".vsi"),
+        "export it as TIFF, for example with Fiji",
+    ),
     "OpenEXR or HDR": ((".exr", ".hdr"), "save its pixels as .npy or as 32-bit TIFF"),
-    "Targa, PCX or PPM": ((".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".icns", ".dds"), _WITH_MAGICK),
-    "a video": ((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg"), "save its frames as images, for example with ffmpeg"),
-}  # fmt: skip
+    "Targa, PCX or PPM": (
+        (".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".icns", ".dds"),
+        _WITH_MAGICK,
+    ),
+    "a video": (
+        (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg"),
+        "save its frames as images, for example with ffmpeg",
+    ),
+}
 
 
 def is_image(name: str) -> bool:
@@ -62,7 +104,9 @@ def looks_like_image(data: bytes) -> bool:
 
 
 def why_left_out(name: str) -> str:
-    """Why a file that is neither an image nor beside one is left out, and how to let it in where that is possible."""
+    """Why a file that is neither an image nor beside one is left out, and how to let it in where
+    that is possible.
+    """
     lowered = name.lower()
     for kind, (suffixes, advice) in _CONVERT.items():
         if lowered.endswith(suffixes):
@@ -77,15 +121,60 @@ def why_left_out(name: str) -> str:
 def has_known_ending(name: str) -> bool:
     """Whether the ending alone tells what a file is, so that its first bytes need not be read."""
     lowered = name.lower().rpartition("/")[2]
-    known = (*ARCHIVES, *(suffix for suffixes, _ in _CONVERT.values() for suffix in suffixes), *_OTHER)
+    known = (
+        *ARCHIVES,
+        *(suffix for suffixes, _ in _CONVERT.values() for suffix in suffixes),
+        *_OTHER,
+    )
     return lowered in SYSTEM or lowered.endswith((*SUFFIXES, *known))
 
 
 _OTHER = (
-    ".txt", ".caption", ".captions", ".cap", ".prompt", ".json", ".jsonl", ".csv", ".tsv", ".cls", ".md", ".rst", ".html", ".xml",
-    ".yaml", ".yml", ".toml", ".log", ".py", ".ipynb", ".sh", ".m", ".r", ".xls", ".xlsx", ".doc", ".docx", ".ply", ".xyz", ".pt",
-    ".pth", ".ckpt", ".safetensors", ".pkl", ".h5", ".hdf5", ".mat", ".db", ".sqlite", ".lnk", ".url", ".wav", ".mp3", ".flac",
-)  # fmt: skip
+    ".txt",
+    ".caption",
+    ".captions",
+    ".cap",
+    ".prompt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".cls",
+    ".md",
+    ".rst",
+    ".html",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".log",
+    ".py",
+    ".ipynb",
+    ".sh",
+    ".m",
+    ".r",
+    ".xls",
+    ".xlsx",
+    ".doc",
+    ".docx",
+    ".ply",
+    ".xyz",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".safetensors",
+    ".pkl",
+    ".h5",
+    ".hdf5",
+    ".mat",
+    ".db",
+    ".sqlite",
+    ".lnk",
+    ".url",
+    ".wav",
+    ".mp3",
+    ".flac",
+)
 
 
 def stem_of(name: str) -> str:

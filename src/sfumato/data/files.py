@@ -1,6 +1,7 @@
 """Files by path or URL, and names that must not lead anywhere else.
 
-`local` is the one door to remote storage: it gives a path on this machine, fetched when first asked for and dropped again when
+`local` is the one door to remote storage: it gives a path on this machine, fetched when first asked
+for and dropped again when
 the cache is full, so that every source works on a URL without knowing it.
 """
 
@@ -36,7 +37,9 @@ def is_url(path: str) -> bool:
 
 
 def check_relative(path: str) -> str:
-    """`path` if it stays below the folder that it is relative to, else UnsafePath. Links are not looked at here."""
+    """`path` if it stays below the folder that it is relative to, else UnsafePath. Links are not
+    looked at here.
+    """
     shown = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
     for form in (path, unquote(path)):
         parts = form.split("/")
@@ -61,7 +64,8 @@ def is_reserved(name: str) -> bool:
 
 
 def contained(root: str, relative: str) -> str:
-    """`relative`, a name that a file gives, if that file lies below `root`: see `check_relative` and `check_link`.
+    """`relative`, a name that a file gives, if that file lies below `root`: see `check_relative`
+    and `check_link`.
 
     Raises:
         UnsafePath: if its words or a link lead elsewhere.
@@ -70,24 +74,33 @@ def contained(root: str, relative: str) -> str:
 
 
 def check_link(root: str, relative: str) -> str:
-    """`relative` if it is not a link to a file outside of `root`: images may be, texts that are shown may not.
+    """`relative` if it is not a link to a file outside of `root`: images may be, texts that are
+    shown may not.
 
     Raises:
         UnsafePath: if it is one.
     """
     path = f"{root}/{relative}"
-    if not is_url(root) and os.path.islink(path) and not Path(path).resolve().is_relative_to(Path(root).resolve()):
+    if (
+        not is_url(root)
+        and os.path.islink(path)
+        and not Path(path).resolve().is_relative_to(Path(root).resolve())
+    ):
         raise UnsafePath(f"{relative[:80]!r} is a link to somewhere else")
     return relative
 
 
 def is_hidden(folders: list[str]) -> bool:
-    """Whether any of the names is one that systems hide or add by themselves; `.` and `..` are not, they lead elsewhere."""
+    """Whether any of the names is one that systems hide or add by themselves; `.` and `..` are not,
+    they lead elsewhere.
+    """
     return any(name.startswith((".", "__MACOSX")) and name not in (".", "..") for name in folders)
 
 
 class Walk(NamedTuple):
-    """What lies below a folder: files as sorted relative paths, and what was passed over, with the reason."""
+    """What lies below a folder: files as sorted relative paths, and what was passed over, with the
+    reason.
+    """
 
     names: list[str]
     passed_over: list[tuple[str, str]]
@@ -101,8 +114,10 @@ def walk(root: str) -> list[str]:
 def explore(root: str) -> Walk:
     """All files below `root`, also behind linked folders; hidden ones are left out.
 
-    A linked folder is entered once all folders of the tree itself have been, and only if nothing in it has been read already, so that
-    circles of links end and nothing counts twice. What is gone (a dangling link) stays listed, so that it can be reported.
+    A linked folder is entered once all folders of the tree itself have been, and only if nothing in
+    it has been read already, so that
+    circles of links end and nothing counts twice. What is gone (a dangling link) stays listed, so
+    that it can be reported.
     """
     if is_url(root):
         return Walk(sorted(_remote_walk(root)), [])
@@ -114,13 +129,17 @@ def explore(root: str) -> Walk:
         place, prefix = queue.popleft()
         target = os.path.realpath(place)
         if prefix and target in entered:
-            passed_over.append((prefix.rstrip("/"), "a link to a folder that is read in its own place"))
+            passed_over.append(
+                (prefix.rstrip("/"), "a link to a folder that is read in its own place")
+            )
             continue
         if prefix and os.path.realpath(os.path.dirname(place)).startswith(target.rstrip("/") + "/"):
             passed_over.append((prefix.rstrip("/"), "a link to a folder around it"))
             continue
         for folder, folders, files in os.walk(place):
-            relative = prefix + (f"{Path(folder).relative_to(place).as_posix()}/" if folder != place else "")
+            relative = prefix + (
+                f"{Path(folder).relative_to(place).as_posix()}/" if folder != place else ""
+            )
             real = os.path.realpath(folder)
             if real in entered:
                 passed_over.append((relative.rstrip("/"), "is read already, through a link"))
@@ -166,7 +185,9 @@ def local(path: str) -> Path:
 
 
 def version(path: str) -> tuple[int, ...]:
-    """What changes when a file on this machine is replaced; empty for a URL, which is fetched once."""
+    """What changes when a file on this machine is replaced; empty for a URL, which is fetched
+    once.
+    """
     if is_url(path):
         return ()
     state = os.stat(path)
@@ -174,8 +195,13 @@ def version(path: str) -> tuple[int, ...]:
 
 
 def cache_folder() -> Path:
-    """Where derived data live: $SFUMATO_CACHE, else ~/.cache/sfumato. Everything in it can be made again."""
-    base = os.environ.get("SFUMATO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
+    """Where derived data live: $SFUMATO_CACHE, else ~/.cache/sfumato. Everything in it can be made
+    again.
+    """
+    base = (
+        os.environ.get("SFUMATO_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
+    )
     return Path(base)
 
 
@@ -186,7 +212,9 @@ def remote_limit_bytes() -> int:
         return int(float(said) * 2**30)
     except (ValueError, OverflowError):
         raise DataError(
-            f"{said!r} is not a number of GiB", where="SFUMATO_REMOTE_GIB", hint="set it to one, such as 20"
+            f"{said!r} is not a number of GiB",
+            where="SFUMATO_REMOTE_GIB",
+            hint="set it to one, such as 20",
         ) from None
 
 
@@ -203,7 +231,8 @@ def _system(url: str) -> tuple[Any, str]:
         raise DataError(
             f"nothing here can open {protocol}:// addresses ({error})",
             where=f"{protocol}://",
-            hint="pip install 'sfumato[remote]', and the package that the message names (s3fs, gcsfs, adlfs, ...)",
+            hint="pip install 'sfumato[remote]', and the package that the message names (s3fs, "
+            "gcsfs, adlfs, ...)",
         ) from None
     except Exception as error:
         raise _unreachable(url, error) from None
@@ -236,7 +265,8 @@ def _fetched(url: str) -> Path:
     folder = cache_folder() / "remote"
     target = folder / hashlib.sha256(url.encode()).hexdigest()
     with contextlib.suppress(FileNotFoundError):
-        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # a file used lately is dropped last
+        # a file used lately is dropped last
+        os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
         return target
     folder.mkdir(parents=True, exist_ok=True)
     try:

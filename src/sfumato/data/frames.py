@@ -25,7 +25,9 @@ ANIMATED = ("GIF", "WEBP", "PNG")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One image of a file, as a file of its own: a TIFF or array as it is stored, an animation's frame as PNG."""
+    """One image of a file, as a file of its own: a TIFF or array as it is stored, an animation's
+    frame as PNG.
+    """
 
     file: Blob
     number: int
@@ -94,7 +96,11 @@ class _Several:
         def frame(number: int) -> bytes:
             part = data[header.offset + number * size : header.offset + (number + 1) * size]
             buffer = io.BytesIO()
-            np.save(buffer, np.frombuffer(part, header.dtype).reshape(header.shape[1:]), allow_pickle=False)
+            np.save(
+                buffer,
+                np.frombuffer(part, header.dtype).reshape(header.shape[1:]),
+                allow_pickle=False,
+            )
             return buffer.getvalue()
 
         return cls(header.shape[0], frame)
@@ -106,7 +112,9 @@ def _still(data: bytes, number: int) -> bytes:
         check_size(*image.size)
         image.seek(number)
         buffer = io.BytesIO()
-        image.convert("RGBA" if image.has_transparency_data else "RGB").save(buffer, "PNG", compress_level=1)
+        image.convert("RGBA" if image.has_transparency_data else "RGB").save(
+            buffer, "PNG", compress_level=1
+        )
     return buffer.getvalue()
 
 
@@ -115,7 +123,10 @@ def _maximum(several: _Several) -> bytes:
     for number in range(min(several.count, MAX_FRAMES)):
         values = read_values(several.frame(number))
         if best is not None and values.array.shape != best.array.shape:
-            raise RejectedImage("its frames have several shapes, so that they have no maximum: data.frames=first or all")
+            raise RejectedImage(
+                "its frames have several shapes, so that they have no maximum: data.frames=first "
+                "or all"
+            )
         best = values if best is None else best._replace(array=np.maximum(best.array, values.array))
     assert best is not None
     buffer = io.BytesIO()
@@ -124,27 +135,45 @@ def _maximum(several: _Several) -> bytes:
     elif best.array.dtype == np.uint8:
         Image.fromarray(best.array).save(buffer, "PNG", compress_level=1)
     else:
-        raise RejectedImage("frames of 16 bits with alpha have no maximum: data.frames=first or all")
+        raise RejectedImage(
+            "frames of 16 bits with alpha have no maximum: data.frames=first or all"
+        )
     return buffer.getvalue()
 
 
 def framed(listing: Listing, frames: Frames) -> Listing:
-    """A listing with one entry for each frame (`all`), or for the maximum of each file (`max`); as it is for `first`.
+    """A listing with one entry for each frame (`all`), or for the maximum of each file (`max`); as
+    it is for `first`.
 
-    Frames are called `file#0003`, keep what is known of the file, and form a group, which is never split over training and hold-out.
+    Frames are called `file#0003`, keep what is known of the file, and form a group, which is never
+    split over training and hold-out.
     """
     if frames == "first":
         return listing
     if frames == "max":
-        return replace(listing, entries=[replace(entry, image=Brightest(entry.image)) for entry in listing.entries])
+        return replace(
+            listing,
+            entries=[replace(entry, image=Brightest(entry.image)) for entry in listing.entries],
+        )
     entries: list[Entry] = []
     rejects = list(listing.rejects)
     for entry, count in zip(listing.entries, ordered_map(_count, listing.entries), strict=True):
         entries += _split(entry, min(count, MAX_FRAMES))
         if count > MAX_FRAMES:
-            rejects.append(Reject(entry.name, f"{count - MAX_FRAMES} frames beyond the first {MAX_FRAMES} left out"))
+            rejects.append(
+                Reject(
+                    entry.name,
+                    f"{count - MAX_FRAMES} frames beyond the first {MAX_FRAMES} left out",
+                )
+            )
     more = len(entries) + len(rejects) - len(listing.entries) - len(listing.rejects)
-    return replace(listing, entries=entries, rejects=rejects, found=listing.found + more, unit=f"{listing.unit} and frames")
+    return replace(
+        listing,
+        entries=entries,
+        rejects=rejects,
+        found=listing.found + more,
+        unit=f"{listing.unit} and frames",
+    )
 
 
 def _count(entry: Entry) -> int:
@@ -160,17 +189,25 @@ def _split(entry: Entry, count: int) -> Sequence[Entry]:
     if count < 2:
         return [entry]
     return [
-        replace(entry, name=f"{entry.name}#{number:04d}", image=Frame(entry.image, number), group=entry.group or entry.name)
+        replace(
+            entry,
+            name=f"{entry.name}#{number:04d}",
+            image=Frame(entry.image, number),
+            group=entry.group or entry.name,
+        )
         for number in range(count)
     ]
 
 
 def left_out(counts: Sequence[int]) -> list[str]:
-    """What is said where files of so many images each are read for their first one; [] where all hold one."""
+    """What is said where files of so many images each are read for their first one; [] where all
+    hold one.
+    """
     several = [count for count in counts if count > 1]
     if not several:
         return []
     return [
-        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and the first is used; "
+        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and "
+        "the first is used; "
         "data.frames=all takes all, max their maximum"
     ]

@@ -1,4 +1,6 @@
-"""Which images are learned from and which are held out: whole groups of images that are alike, chosen by a hash of their content."""
+"""Which images are learned from and which are held out: whole groups of images that are alike,
+chosen by a hash of their content.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,12 @@ FEWEST, SMALL_SHARE = 25, 0.2  # images to hold out, if they are no more than a 
 MOST = 0.25  # of a set, above which a group of images that stay together is not held out
 LEAST = 4  # images that are held out in any case, if they are no more than a fifth
 ROUGH = (
-    12  # images, below which figures on held-out ones are too rough to rely on: at 12, a share's 95 % interval spans 50 points
+    # images, below which figures on held-out ones are too rough to rely on: at 12, a share's 95 %
+    # interval spans 50 points
+    12
 )
-LARGE_SHARE, NEVER_LARGE = 0.1, 4  # of a set, above which a group of images that are alike is split; and a size that never is
+# of a set, above which a group of images that are alike is split; and a size that never is
+LARGE_SHARE, NEVER_LARGE = 0.1, 4
 
 
 class Grouped(NamedTuple):
@@ -32,7 +37,8 @@ class Grouped(NamedTuple):
 def grouped(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int64]) -> Grouped:
     """Groups of images that are alike, where those of one `Entry.group` stay together too.
 
-    A group above a tenth of the set would be learned from or held out as a whole, whatever is in it, so it is split: each of its images
+    A group above a tenth of the set would be learned from or held out as a whole, whatever is in
+    it, so it is split: each of its images
     stands for itself then, but for exact copies.
     """
     own = [entry.group for entry in entries]
@@ -41,28 +47,38 @@ def grouped(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int6
     if not names:
         return Grouped(split, remarks)
     stacks = np.array(
-        [len(ids) + names[name] if name is not None else number for name, number in zip(own, range(len(own)), strict=True)]
+        [
+            len(ids) + names[name] if name is not None else number
+            for name, number in zip(own, range(len(own)), strict=True)
+        ]
     )
     together = _joined(split, stacks)
     if len(np.unique(together)) > 1:
         return Grouped(together, remarks)
-    return Grouped(split, (*remarks, "all images are of one file, so that training and hold-out share it"))
+    return Grouped(
+        split, (*remarks, "all images are of one file, so that training and hold-out share it")
+    )
 
 
-def _without_large(groups: NDArray[np.int64], ids: Sequence[str], what: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _without_large(
+    groups: NDArray[np.int64], ids: Sequence[str], what: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     sizes = np.bincount(groups)[groups]
     large = sizes > max(LARGE_SHARE * len(groups), NEVER_LARGE)
     if not large.any():
         return groups, ()
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
-    if len(np.unique(same[large])) == len(np.unique(groups[large])):  # nothing but exact copies, which stay together
+    # nothing but exact copies, which stay together
+    if len(np.unique(same[large])) == len(np.unique(groups[large])):
         return groups, ()
     result = np.where(large, len(ids) + same, groups)
     largest = int(sizes.max())
     said = (
-        f"{int(large.sum())} {what} (the largest group has {largest} of {len(ids)}): they are split over training and hold-out one by "
-        "one, so that held-out figures flatter; put what belongs together into a folder called test/ to hold it out by hand"
+        f"{int(large.sum())} {what} (the largest group has {largest} of {len(ids)}): they are "
+        "split over training and hold-out one by "
+        "one, so that held-out figures flatter; put what belongs together into a folder called "
+        "test/ to hold it out by hand"
     )
     return np.unique(result, return_inverse=True)[1].astype(np.int64), (said,)
 
@@ -73,20 +89,32 @@ def _joined(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.i
 
     first, second = (np.unique(groups, return_inverse=True)[1] for groups in (first, second))
     count = int(first.max()) + 1
-    return components(count + int(second.max()) + 1, np.stack([first, count + second], axis=1))[first]
+    return components(count + int(second.max()) + 1, np.stack([first, count + second], axis=1))[
+        first
+    ]
 
 
-def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float) -> NDArray[np.str_]:
-    """The part of each image: "training", "holdout", or ":name" of a hold-out that the source names.
+def parts(
+    entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float
+) -> NDArray[np.str_]:
+    """The part of each image: "training", "holdout", or ":name" of a hold-out that the source
+    names.
 
-    Whole groups are held out whose least id has a hash below `share`, or below the share that 25 images, or a fifth of the set, come to:
-    so that images that are added or removed move no others. A group is passed over if it is more than a quarter of the set, or the last
-    of a category to learn from. A hold-out that the source names is what the source says, and exact copies of it.
+    Whole groups are held out whose least id has a hash below `share`, or below the share that 25
+    images, or a fifth of the set, come to:
+    so that images that are added or removed move no others. A group is passed over if it is more
+    than a quarter of the set, or the last
+    of a category to learn from. A hold-out that the source names is what the source says, and exact
+    copies of it.
 
     Raises:
         DataError: if there are fewer than two groups.
     """
-    named = {id_: f":{entry.holdout}" for entry, id_ in zip(entries, ids, strict=True) if entry.holdout is not None}
+    named = {
+        id_: f":{entry.holdout}"
+        for entry, id_ in zip(entries, ids, strict=True)
+        if entry.holdout is not None
+    }
     least: dict[int, str] = {}
     sizes: Counter[int] = Counter()
     kinds: dict[int, set[str | None]] = {}
@@ -100,14 +128,19 @@ def parts(entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64
         raise DataError(
             f"{len(keys)} different image(s) to learn from, near-duplicates counted as one",
             where="data",
-            hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
+            hint="at least two are needed: one to learn from, one to validate on; thousands make "
+            "a good model",
         )
     held = _held(keys, sizes, kinds, share)
     pairs = zip(ids, groups.tolist(), strict=True)
-    return np.array([named.get(id_, "holdout" if group in held else "training") for id_, group in pairs])
+    return np.array(
+        [named.get(id_, "holdout" if group in held else "training") for id_, group in pairs]
+    )
 
 
-def _held(keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float) -> set[int]:
+def _held(
+    keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float
+) -> set[int]:
     total = sizes.total()
     threshold = max(share, min(FEWEST / total, SMALL_SHARE))
     most = max(1, MOST * total)

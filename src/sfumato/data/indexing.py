@@ -1,4 +1,6 @@
-"""From a source to a dataset: every image is read once, decoded unless the cache has it, and kept where reading is fast."""
+"""From a source to a dataset: every image is read once, decoded unless the cache has it, and kept
+where reading is fast.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ def index(
 
     Args:
         listing: the source's, if it was listed already.
-        layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points", "attributes".
+        layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points",
+            "attributes".
     Raises:
-        DataError: if the source is missing or fewer than two different images can be read, with the first reasons.
+        DataError: if the source is missing or fewer than two different images can be read, with the
+            first reasons.
     """
     listing = framed(listing or config.source.listing(), config.frames)
     excluded = _excluded(config)
     wanted = [entry for entry in listing.entries if entry.name not in excluded]
-    unused = [Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded]
+    unused = [
+        Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded
+    ]
     chosen = choose_scale(config.range, wanted)
     form = config.pixel_format(chosen.scale)
     shelf = _shelf(config, form, len(wanted))
@@ -70,7 +76,9 @@ def index(
                 on_progress(number + 1, len(wanted))
     rejects = [*listing.rejects, *unused]
     gather, thumbnails = shelf.finish()
-    together = grouped(good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails))
+    together = grouped(
+        good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails)
+    )
     ids = [str(fact["id"]) for fact in facts]
     if len(set(ids)) < 2:
         reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
@@ -78,9 +86,12 @@ def index(
             f"{len(set(ids))} different readable images among {len(listing.entries)} files"
             + (f" ({reasons})" if reasons else ""),
             where=str(getattr(config.source, "path", type(config.source).__name__)),
-            hint="at least two are needed: one to learn from, one to validate on; thousands make a good model",
+            hint="at least two are needed: one to learn from, one to validate on; thousands make "
+            "a good model",
         )
-    categories = tuple(sorted({entry.category for entry in good if entry.category is not None}, key=_natural))
+    categories = tuple(
+        sorted({entry.category for entry in good if entry.category is not None}, key=_natural)
+    )
     numbers = {name: number for number, name in enumerate(categories)}
     notes: dict[str, list[str]] = {}
     for entry, fact in zip(good, facts, strict=True):
@@ -96,7 +107,9 @@ def index(
         config=config,
         entries=good,
         ids=ids,
-        labels=torch.tensor([-1 if entry.category is None else numbers[entry.category] for entry in good]),
+        labels=torch.tensor(
+            [-1 if entry.category is None else numbers[entry.category] for entry in good]
+        ),
         categories=categories,
         shapes=shapes,
         layers=beside,
@@ -105,33 +118,49 @@ def index(
         rejects=rejects,
         ledger=Ledger.of(listing, unused),
         notes=notes,
-        crop_loss=float(np.mean([_lost(fact["size"], form.shapes[fact["shape"]]) for fact in facts])),
+        crop_loss=float(
+            np.mean([_lost(fact["size"], form.shapes[fact["shape"]]) for fact in facts])
+        ),
         scale=chosen.scale,
-        remarks=(*chosen.lines, *together.remarks, *left_out([int(fact.get("frames", 1)) for fact in facts])),
+        remarks=(
+            *chosen.lines,
+            *together.remarks,
+            *left_out([int(fact.get("frames", 1)) for fact in facts]),
+        ),
     )
 
 
 def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
-    """Raise DataError where the last channel is alpha in some images and something else in others."""
+    """Raise DataError where the last channel is alpha in some images and something else in
+    others.
+    """
     without = notes.get("no_alpha", [])
     if without and len(without) < count:
         raise DataError(
-            f"the last channel of {len(without)} images, e.g. {without[0]}, is not marked as alpha, and that of {count - len(without)} is",
+            f"the last channel of {len(without)} images, e.g. {without[0]}, is not marked as "
+            f"alpha, and that of {count - len(without)} is",
             where="data.alpha",
             hint="set data.alpha=on if it is alpha in all, or train the two kinds apart",
         )
 
 
 def _clusters(
-    config: DataConfig, form: PixelFormat, facts: Sequence[Mapping[str, Any]], thumbnails: Callable[[], NDArray[Any]]
+    config: DataConfig,
+    form: PixelFormat,
+    facts: Sequence[Mapping[str, Any]],
+    thumbnails: Callable[[], NDArray[Any]],
 ) -> NDArray[np.int64]:
-    """Groups of images that stay together; those of near-duplicates are kept in the cache, since finding them takes a while."""
+    """Groups of images that stay together; those of near-duplicates are kept in the cache, since
+    finding them takes a while.
+    """
     ids = [str(fact["id"]) for fact in facts]
     if config.near_duplicates == "off":
         return np.arange(len(ids))
     if config.near_duplicates == "exact":
         return clusters(ids, np.empty(0, np.uint8), resolution=0)
-    identity = hashlib.sha256(f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()).hexdigest()
+    identity = hashlib.sha256(
+        f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()
+    ).hexdigest()
     kept = cache_folder() / "clusters" / f"{identity}.npy"
     if config.cache == "auto" and kept.is_file():
         with contextlib.suppress(OSError, ValueError, EOFError):
@@ -150,16 +179,24 @@ def _clusters(
 
 
 def _excluded(config: DataConfig) -> set[str]:
-    """Names in the file of rejects; what follows a tab is the reason, and a line that begins with # and has none is a comment."""
+    """Names in the file of rejects; what follows a tab is the reason, and a line that begins with #
+    and has none is a comment.
+    """
     if config.exclude is None:
         return set()
     try:
         lines = Path(config.exclude).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot be read: {error}", where=config.exclude, hint="name a text file with one image a line"
+            f"cannot be read: {error}",
+            where=config.exclude,
+            hint="name a text file with one image a line",
         ) from None
-    return {line.partition("\t")[0] for line in lines if line.strip() and not (line.startswith("#") and "\t" not in line)}
+    return {
+        line.partition("\t")[0]
+        for line in lines
+        if line.strip() and not (line.startswith("#") and "\t" not in line)
+    }
 
 
 def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
@@ -173,9 +210,13 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
-def _examined(entries: Sequence[Entry], shelf: PixelStore) -> Iterator[tuple[Entry, dict[str, Any]]]:
+def _examined(
+    entries: Sequence[Entry], shelf: PixelStore
+) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Facts about each image, in order."""
-    for entry, found in zip(entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True):
+    for entry, found in zip(
+        entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True
+    ):
         yield entry, shelf.keep(found)
 
 
@@ -235,13 +276,19 @@ class PixelStore:
             return dict(self.cache.records[look.key].facts)
         decoded, small = look.decoded, look.thumbnail
         assert small is not None
-        facts = {"id": decoded.id, "shape": decoded.shape, "size": list(decoded.size), "notes": list(decoded.notes)}
+        facts = {
+            "id": decoded.id,
+            "shape": decoded.shape,
+            "size": list(decoded.size),
+            "notes": list(decoded.notes),
+        }
         if decoded.frames > 1:
             facts["frames"] = decoded.frames
         if self._writer is not None and self.cache is not None:
             self._keys.append(look.key)
             self._writer.add(look.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
-            if len(self._writer) >= COMMIT_EVERY:  # what is decoded stays, if the rest is interrupted
+            # what is decoded stays, if the rest is interrupted
+            if len(self._writer) >= COMMIT_EVERY:
                 self._writer.commit()
                 self._writer = Writer(self.cache)
         else:
@@ -250,15 +297,21 @@ class PixelStore:
                 self._pixels.append(decoded.pixels)
         return facts
 
-    def finish(self) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, Callable[[], NDArray[Any]]]:
-        """Ways to the pixels, if they were kept, and to all thumbnails (N, 32, 32, 3), which are read only if asked."""
+    def finish(
+        self,
+    ) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, Callable[[], NDArray[Any]]]:
+        """Ways to the pixels, if they were kept, and to all thumbnails (N, 32, 32, 3), which are
+        read only if asked.
+        """
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
             thumbnails = Gather(self.cache, [record.arrays["thumbnail"] for record in records])
             return Gather(self.cache, [record.arrays["pixels"] for record in records]), partial(
                 thumbnails, np.arange(len(records))
             )
-        return None if self._pixels is None else _InMemory(self._pixels), partial(np.array, self._thumbnails)
+        return None if self._pixels is None else _InMemory(self._pixels), partial(
+            np.array, self._thumbnails
+        )
 
 
 class _InMemory:
@@ -287,7 +340,9 @@ def _shelf(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
 
 
 def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:
-    """The cache of a pixel format, if its folder can be written to and has room for `count` images of `size` bytes."""
+    """The cache of a pixel format, if its folder can be written to and has room for `count` images
+    of `size` bytes.
+    """
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         cache = ArrayCache.open("pixels", f"decoder {DECODER} {form!r}")

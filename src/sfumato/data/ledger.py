@@ -43,7 +43,8 @@ class Ledger:
     """The account of a source.
 
     Attributes:
-        unit: what is counted: "files", "members" of an archive, "rows" of a table or "images" of an array.
+        unit: what is counted: "files", "members" of an archive, "rows" of a table or "images" of an
+            array.
         found: how many there are.
         used: those that became images.
         beside: those that say something about images, by kind.
@@ -66,24 +67,36 @@ class Ledger:
             left_out.setdefault(reject.reason, []).append(reject.name)
         used = len(listing.entries) - len(unreadable)
         return cls(
-            unit=listing.unit, found=listing.found, used=used, beside=listing.beside, left_out=left_out, remarks=listing.remarks
+            unit=listing.unit,
+            found=listing.found,
+            used=used,
+            beside=listing.beside,
+            left_out=left_out,
+            remarks=listing.remarks,
         )
 
     @property
     def balanced(self) -> bool:
         """Whether nothing is unaccounted for."""
-        return self.found == self.used + sum(self.beside.values()) + sum(map(len, self.left_out.values()))
+        return self.found == self.used + sum(self.beside.values()) + sum(
+            map(len, self.left_out.values())
+        )
 
     def line(self) -> str:
         """One line for a person."""
         said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
-        said += [f"{count:,} {_singular(kind) if count == 1 else kind}" for kind, count in self.beside.items()]
+        said += [
+            f"{count:,} {_singular(kind) if count == 1 else kind}"
+            for kind, count in self.beside.items()
+        ]
         if self.left_out:
             said.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
         return ", ".join(said)
 
     def _reasons(self) -> str:
-        """The commonest reasons; what differs from file to file follows a colon and is left to the full list."""
+        """The commonest reasons; what differs from file to file follows a colon and is left to the
+        full list.
+        """
         counts: Counter[str] = Counter()
         for reason, names in self.left_out.items():
             counts[reason.partition(":")[0]] += len(names)
@@ -95,13 +108,23 @@ class Ledger:
         """The whole account for a person, a reason a line, each with the first names."""
         said = [self.line(), *self.remarks]
         for reason, names in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
-            said.append(f"  {len(names):,} left out: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            said.append(
+                f"  {len(names):,} left out: {reason} "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            )
         return said
 
     def plain(self) -> dict[str, Any]:
         """What data.json holds."""
-        left_out = {reason: {"count": len(names), "names": list(names[:NAMES_KEPT])} for reason, names in self.left_out.items()}
+        left_out = {
+            reason: {"count": len(names), "names": list(names[:NAMES_KEPT])}
+            for reason, names in self.left_out.items()
+        }
         return {
-            "unit": self.unit, "found": self.found, "used": self.used, "beside": dict(self.beside), "left_out": left_out,
+            "unit": self.unit,
+            "found": self.found,
+            "used": self.used,
+            "beside": dict(self.beside),
+            "left_out": left_out,
             "remarks": list(self.remarks),
-        }  # fmt: skip
+        }

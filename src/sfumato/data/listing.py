@@ -1,4 +1,6 @@
-"""One sample as a source lists it: its name, where its bytes are, and what is known about it. Nothing is decoded here."""
+"""One sample as a source lists it: its name, where its bytes are, and what is known about it.
+Nothing is decoded here.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ MAX_TEXT_BYTES = 1 << 20  # of one caption or its JSON
 
 
 class Blob(Protocol):
-    """Bytes somewhere; small, hashable and sent to worker processes, so it holds a place and no open file."""
+    """Bytes somewhere; small, hashable and sent to worker processes, so it holds a place and no
+    open file.
+    """
 
     def read(self) -> bytes:
-        """The bytes, at most MAX_BYTES + 1 of them: enough for `decode` to say that they are too many.
+        """The bytes, at most MAX_BYTES + 1 of them: enough for `decode` to say that they are too
+        many.
 
         Raises:
             OSError: if they are gone.
@@ -38,7 +43,9 @@ class Blob(Protocol):
 
 
 def read(path: str, offset: int, most: int) -> bytes:
-    """Up to `most` bytes of a file from `offset` on; nothing larger than the file is ever reserved for them."""
+    """Up to `most` bytes of a file from `offset` on; nothing larger than the file is ever reserved
+    for them.
+    """
     handle = _opened(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
@@ -104,7 +111,9 @@ class ZipMember:
 
     def read(self) -> bytes:
         try:
-            with _open_zip(self.path, files.version(self.path), os.getpid()).open(self.name) as file:
+            with _open_zip(self.path, files.version(self.path), os.getpid()).open(
+                self.name
+            ) as file:
                 return file.read(MAX_BYTES + 1)
         except DAMAGED_ZIP as error:
             raise OSError(f"cannot be unpacked: {error}") from None
@@ -112,13 +121,23 @@ class ZipMember:
 
 # What `zipfile` raises on what is no zip, beside OSError.
 DAMAGED_ZIP = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, KeyError, NotImplementedError, RuntimeError, EOFError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+)
 
 
 @lru_cache(maxsize=4)
 def _open_zip(path: str, version: tuple[int, ...], process: int) -> zipfile.ZipFile:
-    """An archive, opened again when the file was replaced, and by each process: forked ones would share the place of reading."""
+    """An archive, opened again when the file was replaced, and by each process: forked ones would
+    share the place of reading.
+    """
     return zipfile.ZipFile(files.local(path))
 
 
@@ -132,10 +151,13 @@ class Entry:
         category: None where the source has none.
         captions: any number of texts.
         attributes: numbers by name, sorted; 1 for a label of which several may hold.
-        doodle, mask: encoded images that lie over the image: a line drawing; white where the image counts.
+        doodle, mask: encoded images that lie over the image: a line drawing; white where the image
+            counts.
         points: an encoded point cloud.
-        holdout: name of a set that is kept from training as a whole, such as a combination nobody trains on.
-        group: entries of one group are never split over training and hold-out; None where the entry stands for itself.
+        holdout: name of a set that is kept from training as a whole, such as a combination nobody
+            trains on.
+        group: entries of one group are never split over training and hold-out; None where the entry
+            stands for itself.
     """
 
     name: str
@@ -155,7 +177,8 @@ class Reject:
     """Something left out, and why.
 
     Attributes:
-        part: whether it is a part of something that is counted by itself, such as a row of a metadata file.
+        part: whether it is a part of something that is counted by itself, such as a row of a
+            metadata file.
     """
 
     name: str
@@ -170,7 +193,8 @@ class Listing:
     Attributes:
         entries: the images.
         rejects: what was left out already.
-        beside: files that say something about images, counted by kind, such as {"captions": 40, "metadata": 1}.
+        beside: files that say something about images, counted by kind, such as {"captions": 40,
+            "metadata": 1}.
         unit: what `found` counts.
         found: all that there is; -1 stands for what the entries and rejects come to.
         remarks: how it was read, in whole sentences, where a person might expect something else.
@@ -185,12 +209,18 @@ class Listing:
 
     def __post_init__(self) -> None:
         if self.found < 0:
-            found = len(self.entries) + sum(self.beside.values()) + sum(not reject.part for reject in self.rejects)
+            found = (
+                len(self.entries)
+                + sum(self.beside.values())
+                + sum(not reject.part for reject in self.rejects)
+            )
             object.__setattr__(self, "found", found)
 
 
 class Source(Extensible, ABC):
-    """A place that images come from. A frozen dataclass that derives from it is a kind of source."""
+    """A place that images come from. A frozen dataclass that derives from it is a kind of
+    source.
+    """
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -201,10 +231,22 @@ class Source(Extensible, ABC):
         """
 
 
-# By the names that people use for them, in metadata files, JSON sidecars and table columns; the first one found counts.
+# By the names that people use for them, in metadata files, JSON sidecars and table columns; the
+# first one found counts.
 CAPTION_KEYS = (
-    "captions", "caption", "text", "texts", "prompt", "prompts", "description", "caption_text", "sentence", "sentences", "alt_text", "alt",
-)  # fmt: skip
+    "captions",
+    "caption",
+    "text",
+    "texts",
+    "prompt",
+    "prompts",
+    "description",
+    "caption_text",
+    "sentence",
+    "sentences",
+    "alt_text",
+    "alt",
+)
 CATEGORY_KEYS = (
     "category",
     "label",
@@ -243,7 +285,12 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
     def first(keys: tuple[str, ...]) -> Any:
         return next((known[key] for key in keys if known.get(key) is not None), None)
 
-    captions, category, holdout, split = first(CAPTION_KEYS), first(CATEGORY_KEYS), first(HOLDOUT_KEYS), first(SPLIT_KEYS)
+    captions, category, holdout, split = (
+        first(CAPTION_KEYS),
+        first(CATEGORY_KEYS),
+        first(HOLDOUT_KEYS),
+        first(SPLIT_KEYS),
+    )
     texts = captions if isinstance(captions, list | tuple) else [captions]
     said = [_writable(str(text)).strip() for text in texts if isinstance(text, str | int)]
     if sum(map(len, said)) > MAX_TEXT_BYTES:
@@ -263,14 +310,22 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """`attributes: {"age": 7}`, columns `attributes.age`, and `tags: ["cat", "asleep"]`, or "cat, asleep", each of which counts 1."""
+    """`attributes: {"age": 7}`, columns `attributes.age`, and `tags: ["cat", "asleep"]`, or "cat,
+    asleep", each of which counts 1.
+    """
     given, tags = record.get("attributes"), record.get("tags")
     if isinstance(given, str):  # as a table keeps it
         with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(given)
     numbers = {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
-    numbers |= {name.removeprefix("attributes."): value for name, value in record.items() if name.startswith("attributes.")}
-    words = tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list | tuple) else []
+    numbers |= {
+        name.removeprefix("attributes."): value
+        for name, value in record.items()
+        if name.startswith("attributes.")
+    }
+    words = (
+        tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list | tuple) else []
+    )
     numbers |= {word.strip(): 1.0 for word in words if isinstance(word, str) and word.strip()}
     found = {}
     for name, value in numbers.items():
@@ -281,8 +336,12 @@ def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def printable_name(name: str) -> str:
-    """A name that can be printed, a line each, and written as UTF-8; file systems, archives and JSON allow others."""
-    return _writable(files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name))
+    """A name that can be printed, a line each, and written as UTF-8; file systems, archives and
+    JSON allow others.
+    """
+    return _writable(
+        files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name)
+    )
 
 
 def _writable(text: str) -> str:

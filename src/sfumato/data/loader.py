@@ -30,8 +30,10 @@ class Part:
 
     Attributes:
         first: number of the first one among all samples that training sees.
-        images: float32 in [-1, 1], (n, C, H, W); (n, 0, H, W) where latents are all that training needs.
-        context: what conditioners may read, by name, n of each: see `Dataset.context`; and "augmentation", what the non-leaking
+        images: float32 in [-1, 1], (n, C, H, W); (n, 0, H, W) where latents are all that training
+            needs.
+        context: what conditioners may read, by name, n of each: see `Dataset.context`; and
+            "augmentation", what the non-leaking
             pipeline did, (n, 0 or 9).
         moments: of their latents, (n, 2 c, h, w), where these were made ahead.
     """
@@ -47,7 +49,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a training step is given: parts of one shape each, and the images that could not be read and were replaced."""
+    """What a training step is given: parts of one shape each, and the images that could not be read
+    and were replaced.
+    """
 
     parts: Sequence[Part]
     bad: Sequence[Reject] = ()
@@ -73,14 +77,23 @@ class _Batches(TorchDataset[Batch]):
         parts: list[Part] = []
         bad: list[Reject] = []
         read = self._images if self.dataset.encoded is None else self._latents
-        draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[:, 0].tolist()
+        draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[
+            :, 0
+        ].tolist()
         for begin, end in _stretches(self.dataset.shapes[positions]):
             found = read(positions[begin:end], first + begin)
             context = self.dataset.context(found.positions, draws=draws[begin:end])
             along = {name: context[name] for name in LIES_OVER if name in context}
             changed = augment(self.dataset.config.augment, found.images, found.draws, along=along)
             context |= {**changed.moved, "augmentation": changed.labels}
-            parts.append(Part(first=first + begin, images=changed.images, context=context, moments=found.moments))
+            parts.append(
+                Part(
+                    first=first + begin,
+                    images=changed.images,
+                    context=context,
+                    moments=found.moments,
+                )
+            )
             bad += found.bad
         return Batch(parts=parts, bad=bad)
 
@@ -100,15 +113,26 @@ class _Batches(TorchDataset[Batch]):
         if encoded.pixels:
             pixels, bad, positions = self.dataset.images(positions)
             images = to_float(pixels)
-        chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[:, 0]
+        chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[
+            :, 0
+        ]
         variants = (chances * encoded.variants).long().numpy()
-        moments = torch.from_numpy(encoded.gather(encoded.numbers[positions] * encoded.variants + variants)).float()
-        draws = torch.cat([variant_draws(self.dataset.ids[p], int(v)) for p, v in zip(positions, variants, strict=True)])
+        moments = torch.from_numpy(
+            encoded.gather(encoded.numbers[positions] * encoded.variants + variants)
+        ).float()
+        draws = torch.cat(
+            [
+                variant_draws(self.dataset.ids[p], int(v))
+                for p, v in zip(positions, variants, strict=True)
+            ]
+        )
         return _Found(images, positions, draws, moments, bad)
 
 
 class _Found(NamedTuple):
-    """What was read of some images, not augmented yet, and the draws that decide how they will be."""
+    """What was read of some images, not augmented yet, and the draws that decide how they will
+    be.
+    """
 
     images: Tensor
     positions: NDArray[np.int64]
@@ -118,7 +142,9 @@ class _Found(NamedTuple):
 
 
 def variant_draws(id_: str, variant: int) -> Tensor:
-    """What decides how a variant of an image is augmented, (1, 24): a function of its content, so that latents may be kept."""
+    """What decides how a variant of an image is augmented, (1, 24): a function of its content, so
+    that latents may be kept.
+    """
     return augmentation_draws(id_, first=variant, count=1)
 
 
@@ -132,8 +158,12 @@ def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]:
-    """Training batches `start`, `start + 1`, ... without end; the same ones for any number of workers."""
-    ready = dataset.gather is not None or (dataset.encoded is not None and not dataset.encoded.pixels)
+    """Training batches `start`, `start + 1`, ... without end; the same ones for any number of
+    workers.
+    """
+    ready = dataset.gather is not None or (
+        dataset.encoded is not None and not dataset.encoded.pixels
+    )
     workers = 0 if ready else dataset.config.workers
     loader = DataLoader(
         _Batches(dataset, plan),

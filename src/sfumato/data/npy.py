@@ -40,7 +40,8 @@ def array_header(data: bytes) -> ArrayHeader:
     """The header of an image.
 
     Raises:
-        RejectedImage, ValueError: if it is not (H, W) or (H, W, C) of numbers, or not of a size that is decoded.
+        RejectedImage, ValueError: if it is not (H, W) or (H, W, C) of numbers, or not of a size
+            that is decoded.
     """
     header = ArrayHeader.of(data)
     shape, dtype = header.shape, header.dtype
@@ -48,7 +49,8 @@ def array_header(data: bytes) -> ArrayHeader:
     if not is_numeric(dtype) or len(shape) not in (2, 3) or not 1 <= bands <= MAX_BANDS:
         hint = "; data.frames=all or max reads (N, H, W, C)" if len(shape) == 4 else ""
         raise RejectedImage(
-            f"an array of {dtype} {shape}; images are (H, W) or (H, W, C) of numbers, C at most {MAX_BANDS}{hint}"
+            f"an array of {dtype} {shape}; images are (H, W) or (H, W, C) of numbers, C at most "
+            f"{MAX_BANDS}{hint}"
         )
     check_size(shape[1], shape[0])
     return header

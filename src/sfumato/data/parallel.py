@@ -14,7 +14,9 @@ CHUNK, AHEAD = 16, 8
 
 
 def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-    """function(item) for each item, in order; at most AHEAD chunks are worked on or wait, so memory stays bounded."""
+    """function(item) for each item, in order; at most AHEAD chunks are worked on or wait, so memory
+    stays bounded.
+    """
 
     def work(part: Sequence[In]) -> list[Out]:
         return [function(item) for item in part]

@@ -1,6 +1,8 @@
-"""The values of an image file as its container holds them, and the one way from those to the pixels that training sees.
+"""The values of an image file as its container holds them, and the one way from those to the pixels
+that training sees.
 
-Readers of containers give `Values`; nothing here knows where they come from, so that equal values give equal pixels.
+Readers of containers give `Values`; nothing here knows where they come from, so that equal values
+give equal pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Kind = Literal["bytes", "integers", "floats"]
 
 
 class RejectedImage(Exception):
-    """An image that cannot or should not be learned from; the message is the reason, for a person."""
+    """An image that cannot or should not be learned from; the message is the reason, for a
+    person.
+    """
 
 
 class quiet(warnings.catch_warnings):
@@ -49,11 +53,13 @@ class quiet(warnings.catch_warnings):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The values that black and white stand for, by kind of number; None where the number's type says it.
+    """The values that black and white stand for, by kind of number; None where the number's type
+    says it.
 
     Attributes:
         bytes: of unsigned 8-bit integers; by default 0 and 255.
-        integers: of all others; by default 0 and the largest that the container holds, for unsigned ones up to 16 bits.
+        integers: of all others; by default 0 and the largest that the container holds, for unsigned
+            ones up to 16 bits.
         floats: of floating-point values; by default 0 and 1, for images within.
     """
 
@@ -67,7 +73,11 @@ class Scale:
         return self.bytes or self.integers or self.floats
 
     def __repr__(self) -> str:
-        given = (f"{field.name}={found}" for field in fields(self) if (found := getattr(self, field.name)) is not None)
+        given = (
+            f"{field.name}={found}"
+            for field in fields(self)
+            if (found := getattr(self, field.name)) is not None
+        )
         return f"Scale({', '.join(given)})"
 
 
@@ -76,12 +86,14 @@ class PixelFormat:
     """What images are turned into.
 
     Attributes:
-        shapes: (height, width) that they may take; each takes the one of the nearest aspect ratio, scaled to cover it and cropped
+        shapes: (height, width) that they may take; each takes the one of the nearest aspect ratio,
+            scaled to cover it and cropped
             at the centre.
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha, more as arrays have them.
         bits: of each value, 8 or 16.
         background: RGB colour under transparent images where alpha is not kept.
-        alpha: whether the last channel of an image of 2 or 4 is alpha: `auto` where its container says so, `on`, or `off`. With alpha,
+        alpha: whether the last channel of an image of 2 or 4 is alpha: `auto` where its container
+            says so, `on`, or `off`. With alpha,
             pixels of 2 and 4 channels are premultiplied: colour times alpha.
         scale: which values are black and white.
     """
@@ -94,7 +106,9 @@ class PixelFormat:
     scale: Scale = Scale()
 
     def __repr__(self) -> str:
-        """Part of cache keys and fingerprints: as it was before alpha and scale were settings, where these change nothing."""
+        """Part of cache keys and fingerprints: as it was before alpha and scale were settings,
+        where these change nothing.
+        """
         more = "" if self.scale == Scale() else f", scale={self.scale!r}"
         if self.channels in (2, 4) or self.alpha != "auto":
             more += f", alpha={self.alpha!r}, premultiplied"
@@ -108,7 +122,10 @@ class PixelFormat:
         if len(self.shapes) == 1:
             return 0
         aspect = math.log(width / height)
-        return min(range(len(self.shapes)), key=lambda i: abs(math.log(self.shapes[i][1] / self.shapes[i][0]) - aspect))
+        return min(
+            range(len(self.shapes)),
+            key=lambda i: abs(math.log(self.shapes[i][1] / self.shapes[i][0]) - aspect),
+        )
 
 
 class Values(NamedTuple):
@@ -116,8 +133,10 @@ class Values(NamedTuple):
 
     Attributes:
         array: (H, W, C) of integers or floating-point numbers, black smaller than white.
-        alpha: whether the container says that the last channel is alpha, not multiplied into the others.
-        white: the largest value that its integers can hold where that is less than their type's, as for 12 bits; else None.
+        alpha: whether the container says that the last channel is alpha, not multiplied into the
+            others.
+        white: the largest value that its integers can hold where that is less than their type's, as
+            for 12 bits; else None.
     """
 
     array: NDArray[Any]
@@ -152,7 +171,9 @@ def check_size(width: int, height: int) -> None:
         raise RejectedImage(f"{width} x {height}: more than {MAX_PIXELS / 1e6:.0f} million pixels")
     ratio = max(width, height) / min(width, height)
     if ratio > MAX_SIDE_RATIO:
-        raise RejectedImage(f"{width} x {height}: sides {ratio:.0f} : 1, more than {MAX_SIDE_RATIO:.0f} : 1")
+        raise RejectedImage(
+            f"{width} x {height}: sides {ratio:.0f} : 1, more than {MAX_SIDE_RATIO:.0f} : 1"
+        )
 
 
 def covering(width: float, height: float, target: tuple[int, int]) -> Box:
@@ -164,15 +185,23 @@ def covering(width: float, height: float, target: tuple[int, int]) -> Box:
 
 
 def array_id(values: NDArray[Any], orientation: int = 1) -> str:
-    """Hash of decoded values (H, W) or (H, W, C): equal for equal images, however they are stored."""
+    """Hash of decoded values (H, W) or (H, W, C): equal for equal images, however they are
+    stored.
+    """
     values = values[..., None] if values.ndim == 2 else values
     head = f"{values.shape} {values.dtype.kind}{values.dtype.itemsize} {orientation if orientation in UPRIGHT else 1} "
-    return hashlib.sha256(head.encode() + values.astype(values.dtype.newbyteorder("="), copy=False).tobytes()).hexdigest()[:32]
+    return hashlib.sha256(
+        head.encode() + values.astype(values.dtype.newbyteorder("="), copy=False).tobytes()
+    ).hexdigest()[:32]
 
 
 def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
     """What Pillow's transpose does, for any number of channels."""
-    turns = {Image.Transpose.ROTATE_90: 1, Image.Transpose.ROTATE_180: 2, Image.Transpose.ROTATE_270: 3}
+    turns = {
+        Image.Transpose.ROTATE_90: 1,
+        Image.Transpose.ROTATE_180: 2,
+        Image.Transpose.ROTATE_270: 3,
+    }
     if method in turns:
         return np.rot90(pixels, turns[method])
     if method == Image.Transpose.FLIP_LEFT_RIGHT:
@@ -183,17 +212,24 @@ def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
     return swapped if method == Image.Transpose.TRANSPOSE else swapped[::-1, ::-1]
 
 
-def resampled(values: Values, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]) -> Pixels:
-    """(H, W, C) of `target`: cropped to `box`, scaled with antialiasing, black and white at the ends of the format's integers.
+def resampled(
+    values: Values, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
+) -> Pixels:
+    """(H, W, C) of `target`: cropped to `box`, scaled with antialiasing, black and white at the
+    ends of the format's integers.
 
     Each channel is scaled by itself in floating point, colours multiplied by alpha before.
 
     Raises:
-        RejectedImage: if the channels are not the format's, or nothing says which values are black and white.
+        RejectedImage: if the channels are not the format's, or nothing says which values are black
+            and white.
     """
     values = _labelled(values, form, notes)
     if values.array.dtype.kind == "f" and not (finite := np.isfinite(values.array)).all():
-        raise RejectedImage(f"{finite.size - np.count_nonzero(finite)} of its values are not finite (NaN or infinity)")
+        raise RejectedImage(
+            f"{finite.size - np.count_nonzero(finite)} of its values are not finite (NaN or "
+            "infinity)"
+        )
     low, high = _ends(values, form.scale)
     if values.kind == "integers" and form.bits == 8:
         notes.append("sixteen_bit_reduced")
@@ -214,12 +250,16 @@ def resampled(values: Values, box: Box, target: tuple[int, int], form: PixelForm
     top = 2**form.bits - 1
     colours = np.stack(planes, axis=2) * (top / (high - low))
     alpha = None if opacity is None else scaled(opacity) * top
-    pixels = _arranged(colours.clip(0, top), None if alpha is None else alpha.clip(0, top), form, notes)
+    pixels = _arranged(
+        colours.clip(0, top), None if alpha is None else alpha.clip(0, top), form, notes
+    )
     return np.rint(pixels).astype(np.uint8 if form.bits == 8 else np.uint16)
 
 
 def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
-    """Values less black; 32-bit integers and wider numbers lose nothing that their distance from black has."""
+    """Values less black; 32-bit integers and wider numbers lose nothing that their distance from
+    black has.
+    """
     if plane.dtype.itemsize <= 2:
         plane = plane.astype(np.float32)
         return plane - np.float32(low) if low else plane
@@ -228,10 +268,14 @@ def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
 
 
 def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
-    """With alpha where the settings say so; noted where 2 or 4 channels are kept and none of them is alpha."""
+    """With alpha where the settings say so; noted where 2 or 4 channels are kept and none of them
+    is alpha.
+    """
     bands = values.array.shape[2]
     if form.alpha == "off" and values.alpha:
-        values = values._replace(alpha=False, array=values.array if bands == form.channels else values.array[..., :-1])
+        values = values._replace(
+            alpha=False, array=values.array if bands == form.channels else values.array[..., :-1]
+        )
     elif form.alpha == "on" and bands in (2, 4):
         values = values._replace(alpha=True)
     if bands == form.channels and bands in (2, 4) and not values.alpha:
@@ -239,7 +283,9 @@ def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
     found = values.colours().shape[2]
     direct = found == form.channels and not values.alpha
     if not direct and (found not in (1, 3) or form.channels > 4):
-        hint = "; data.alpha=on if the last is alpha" if bands in (2, 4) and form.channels <= 4 else ""
+        hint = (
+            "; data.alpha=on if the last is alpha" if bands in (2, 4) and form.channels <= 4 else ""
+        )
         raise RejectedImage(f"{bands} channels, where data.channels is {form.channels}{hint}")
     return values
 
@@ -259,7 +305,8 @@ def _ends(values: Values, scale: Scale) -> Range:
         return 0, 1
     name = "floating-point" if dtype.kind == "f" else f"{8 * dtype.itemsize}-bit integer"
     raise RejectedImage(
-        f"{name} values from {low:g} to {high:g}: set data.range=[BLACK, WHITE] to say which are black and white"
+        f"{name} values from {low:g} to {high:g}: set data.range=[BLACK, WHITE] to say which are "
+        "black and white"
     )
 
 
@@ -273,7 +320,10 @@ def _opacity(values: Values) -> NDArray[np.float32] | None:
 
 
 def _arranged(
-    colours: NDArray[np.float32], alpha: NDArray[np.float32] | None, form: PixelFormat, notes: list[str]
+    colours: NDArray[np.float32],
+    alpha: NDArray[np.float32] | None,
+    form: PixelFormat,
+    notes: list[str],
 ) -> NDArray[np.float32]:
     """Premultiplied colours and alpha, from 0 to the largest value, as the format's channels."""
     top = 2**form.bits - 1
@@ -284,7 +334,13 @@ def _arranged(
         if alpha.min() < top:
             notes.append("transparency_filled")
         background = np.array(form.background, np.float32) * (top / 255)
-        background = background if found == 3 else background[None] if wanted == 3 else background @ np.array(LUMA, np.float32)
+        background = (
+            background
+            if found == 3
+            else background[None]
+            if wanted == 3
+            else background @ np.array(LUMA, np.float32)
+        )
         colours = colours + (1 - alpha[..., None] / top) * background
         found = colours.shape[2]
     plain = 3 if wanted >= 3 else 1
@@ -294,7 +350,8 @@ def _arranged(
         colours = np.repeat(colours, 3, axis=2)
     if wanted in (1, 3):
         return colours
-    alpha = np.full(colours.shape[:2], top, np.float32) if alpha is None else alpha  # an image without alpha is opaque
+    # an image without alpha is opaque
+    alpha = np.full(colours.shape[:2], top, np.float32) if alpha is None else alpha
     return np.concatenate([np.minimum(colours, alpha[..., None]), alpha[..., None]], axis=2)
 
 

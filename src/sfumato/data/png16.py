@@ -1,6 +1,7 @@
 """PNGs of 16-bit colour, which Pillow reads as 8-bit.
 
-A row's filters work on each byte of a pixel by itself, so a 16-bit image is as many 8-bit gray ones as a pixel has bytes, each with the
+A row's filters work on each byte of a pixel by itself, so a 16-bit image is as many 8-bit gray ones
+as a pixel has bytes, each with the
 same filters. These Pillow unfilters.
 
 Source: Portable Network Graphics (W3C 2003), sections 7 to 9.
@@ -51,13 +52,17 @@ def read_deep_colour(data: bytes) -> Values:
 
 
 def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and body of each, up to the end of the image; their checksums hold where bodies are wanted."""
+    """Kind and body of each, up to the end of the image; their checksums hold where bodies are
+    wanted.
+    """
     place = 8
     while place + 12 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         body = data[place + 8 : place + 8 + size] if bodies else b""
         if bodies and (
-            len(body) < size or zlib.crc32(kind + body) != int.from_bytes(data[place + 8 + size : place + 12 + size], "big")
+            len(body) < size
+            or zlib.crc32(kind + body)
+            != int.from_bytes(data[place + 8 + size : place + 12 + size], "big")
         ):
             raise RejectedImage("damaged: a chunk of the PNG is cut short or has another checksum")
         yield kind, body
@@ -85,7 +90,8 @@ def _unfiltered(filters: np.ndarray, plane: np.ndarray) -> np.ndarray:
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [(b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")]
     made = PNG + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
     )
     with Image.open(io.BytesIO(made), formats=("PNG",)) as image:
         return np.asarray(image)

@@ -1,4 +1,6 @@
-"""Point clouds from bytes that nobody vouches for: .npy, .ply (ascii and binary), .xyz and .csv, told apart by content."""
+"""Point clouds from bytes that nobody vouches for: .npy, .ply (ascii and binary), .xyz and .csv,
+told apart by content.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,23 @@ KEPT = 2048  # points of a larger cloud, evenly chosen
 Cloud = NDArray[np.float32]  # (N, D): coordinates, then features
 
 _PLY_TYPES = {
-    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
-    "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
-}  # fmt: skip
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
 _PLY_FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 
 
@@ -33,7 +49,8 @@ class RejectedPoints(Exception):
 
 
 def read_points(data: bytes) -> Cloud:
-    """Points (N, D) of an encoded cloud, in the order of the file; one that is too large is thinned evenly to KEPT points.
+    """Points (N, D) of an encoded cloud, in the order of the file; one that is too large is thinned
+    evenly to KEPT points.
 
     Raises:
         RejectedPoints: with the reason.
@@ -63,21 +80,27 @@ def thinned(points: Cloud) -> Cloud:
 
 def _checked(points: NDArray[Any]) -> Cloud:
     if points.ndim != 2 or not 2 <= points.shape[1] <= MAX_DIMENSIONS:
-        raise RejectedPoints(f"an array of {points.shape}; a cloud is N x 2 or N x 3, features behind")
+        raise RejectedPoints(
+            f"an array of {points.shape}; a cloud is N x 2 or N x 3, features behind"
+        )
     if not len(points):
         raise RejectedPoints("no points")
     with np.errstate(over="ignore"):
         points = points.astype(np.float32)
     bad = ~np.isfinite(points).all(1)
     if bad.any():
-        raise RejectedPoints(f"{bad.sum()} of {len(points)} points are not finite, first number {int(bad.argmax())}")
+        raise RejectedPoints(
+            f"{bad.sum()} of {len(points)} points are not finite, first number {int(bad.argmax())}"
+        )
     return points
 
 
 def _array(data: bytes) -> NDArray[Any]:
     shape, dtype, fortran, offset = ArrayHeader.of(data)
     if dtype.kind not in "fiu" or len(shape) != 2:
-        raise RejectedPoints(f"an array of {dtype} {shape}; a cloud is N x 2 or N x 3 of plain numbers")
+        raise RejectedPoints(
+            f"an array of {dtype} {shape}; a cloud is N x 2 or N x 3 of plain numbers"
+        )
     _check_count(shape[0])
     values = np.frombuffer(data, dtype, offset=offset)
     if values.size != shape[0] * shape[1]:
@@ -91,7 +114,9 @@ def _check_count(count: int) -> None:
 
 
 class _Header(NamedTuple):
-    """Of a .ply: numpy's sign for the order of bytes, "" for text; how many vertices; their properties and numpy's types of them."""
+    """Of a .ply: numpy's sign for the order of bytes, "" for text; how many vertices; their
+    properties and numpy's types of them.
+    """
 
     order: str
     vertices: int
@@ -106,7 +131,9 @@ class _Header(NamedTuple):
 
 
 def _ply(data: bytes) -> NDArray[Any]:
-    """x, y, z first, then the vertices' other scalar properties. Elements after the vertices are not read."""
+    """x, y, z first, then the vertices' other scalar properties. Elements after the vertices are
+    not read.
+    """
     text, end, _ = data[:MAX_HEADER_BYTES].partition(b"\nend_header")
     start = data.find(b"\n", len(text) + 1) + 1
     if not end or not start:
@@ -136,7 +163,9 @@ def _header(text: str) -> _Header:
             case ["property", kind, *rest] if element == "vertex":
                 if kind not in _PLY_TYPES or len(rest) != 1:
                     raise RejectedPoints(
-                        "vertices with lists" if kind == "list" else f"a property of no known type: {line[:40]!r}"
+                        "vertices with lists"
+                        if kind == "list"
+                        else f"a property of no known type: {line[:40]!r}"
                     )
                 names.append(rest[0])
                 types.append(_PLY_TYPES[kind])
@@ -162,10 +191,17 @@ def _ascii(data: bytes, start: int, header: _Header) -> NDArray[Any]:
 
 
 def _text(data: bytes) -> NDArray[Any]:
-    """Numbers in lines, parted by commas, semicolons or blanks; lines of words above them and comments are skipped."""
+    """Numbers in lines, parted by commas, semicolons or blanks; lines of words above them and
+    comments are skipped.
+    """
     width, values = 0, array("d")
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig"), 1):
-        words = line.partition("#")[0].replace(",", " ").replace(";", " ").split(maxsplit=MAX_DIMENSIONS)
+        words = (
+            line.partition("#")[0]
+            .replace(",", " ")
+            .replace(";", " ")
+            .split(maxsplit=MAX_DIMENSIONS)
+        )
         if not words:
             continue
         try:

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 
 TRAIN, HELD_OUT = "train", "held out"
 LONGEST_SPLIT = 64  # letters, which bounds what the patterns have to try
-_AROUND = (
-    r"(?:[-_. ]?(?:sets?|data|dataset|images?|imgs?|images|photos|splits?|fold|part|\d{1,6}(?!\d)(?:-of-\d{1,6}(?!\d))?))*"
-)
+_AROUND = r"(?:[-_. ]?(?:sets?|data|dataset|images?|imgs?|pictures|photos|splits?|fold|part|\d{1,6}(?!\d)(?:-of-\d{1,6}(?!\d))?))*"
 _TRAIN = re.compile(rf"(?:train|training|tr){_AROUND}", re.IGNORECASE)
 _HELD = re.compile(
-    rf"(?:test|testing|te|tst|val|valid|validation|validate|dev|eval|evaluation|hold-?out){_AROUND}", re.IGNORECASE
+    rf"(?:test|testing|te|tst|val|valid|validation|validate|dev|eval|evaluation|hold-?out){_AROUND}",
+    re.IGNORECASE,
 )
 
 
 def split_of(name: str) -> str | None:
-    """What a folder or file is called as a split: "train", "held out", or None if it is not called like one.
+    """What a folder or file is called as a split: "train", "held out", or None if it is not called
+    like one.
 
-    `Train`, `training_set`, `train2017`, `test-images` and `val` are; `trains` and `developer` are not.
+    `Train`, `training_set`, `train2017`, `test-images` and `val` are; `trains` and `developer` are
+    not.
     """
     if len(name) > LONGEST_SPLIT:
         return None
@@ -27,7 +28,8 @@ def split_of(name: str) -> str | None:
 
 
 def held_out_files(names: Sequence[str]) -> dict[str, str]:
-    """Hold-outs by file, for shards and tables called like splits: `test-00000-of-00002.parquet`, `val/0.tar`.
+    """Hold-outs by file, for shards and tables called like splits: `test-00000-of-00002.parquet`,
+    `val/0.tar`.
 
     Nothing is held out where all files are called so.
     """
@@ -37,9 +39,13 @@ def held_out_files(names: Sequence[str]) -> dict[str, str]:
 
 
 def _split_part(name: str) -> str | None:
-    """The first folder of a path, or its file's name without ending, that is called like a split."""
+    """The first folder of a path, or its file's name without ending, that is called like a
+    split.
+    """
     *folders, file = name.split("/")
-    return next((part for part in (*folders, file.rpartition(".")[0]) if split_of(part) is not None), None)
+    return next(
+        (part for part in (*folders, file.rpartition(".")[0]) if split_of(part) is not None), None
+    )
 
 
 def _word(part: str) -> str:

@@ -1,4 +1,5 @@
-"""Texts of unknown encoding. Unicode is recognized text by text; for all others of a set one encoding is guessed, and said.
+"""Texts of unknown encoding. Unicode is recognized text by text; for all others of a set one
+encoding is guessed, and said.
 
 The only file that knows charset-normalizer.
 """
@@ -14,7 +15,17 @@ GUESSED_FROM_BYTES = 64 << 10  # of a set's texts
 TOO_FEW_BYTES, FEW_BYTES = 4, 8  # outside ASCII, that tell nothing of the encoding, or little
 WESTERN = ("cp1252", "cp1250")  # in order of preference, where letters alone do not decide
 LATIN = frozenset(
-    {"cp1252", "cp1250", "latin_1", "iso8859_2", "iso8859_15", "iso8859_16", "iso8859_10", "iso8859_14", "mac_latin2"}
+    {
+        "cp1252",
+        "cp1250",
+        "latin_1",
+        "iso8859_2",
+        "iso8859_15",
+        "iso8859_16",
+        "iso8859_10",
+        "iso8859_14",
+        "mac_latin2",
+    }
 )
 USUAL = (
     ("\t", "~"),
@@ -24,7 +35,12 @@ USUAL = (
     ("\uac00", "\ud7a3"),
     ("\uff00", "\uffef"),
 )
-MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+MARKS = (
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 
 
 @dataclass
@@ -48,7 +64,9 @@ class Texts:
             self._texts[name] = text
 
     def settle(self) -> None:
-        """Decode what is not Unicode, all of it by one guess; `note` says which, and for how many texts."""
+        """Decode what is not Unicode, all of it by one guess; `note` says which, and for how many
+        texts.
+        """
         if not self._raw:
             return
         encoding = guess(self._raw)
@@ -57,7 +75,9 @@ class Texts:
             self._texts[name] = text = data.decode(encoding, errors="replace")
             damaged += "\N{REPLACEMENT CHARACTER}" in text
         of = f"{len(self._raw)} of {len(self._texts)} texts are not Unicode and were read as {encoding}, which is a guess"
-        self.note = of + (f"; {damaged} of them hold bytes that it does not have" if damaged else "")
+        self.note = of + (
+            f"; {damaged} of them hold bytes that it does not have" if damaged else ""
+        )
         self._raw.clear()
 
     def __getitem__(self, name: str) -> str:
@@ -97,7 +117,9 @@ def readable(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def guess(raw: Mapping[str, bytes]) -> str:
-    """The name of the one encoding that all of these byte strings, none of which is UTF-8, are most likely in."""
+    """The name of the one encoding that all of these byte strings, none of which is UTF-8, are most
+    likely in.
+    """
     wide = _wide(raw)
     if wide:
         return wide
@@ -122,22 +144,34 @@ def guess(raw: Mapping[str, bytes]) -> str:
 
 
 def _wide(raw: Mapping[str, bytes]) -> str:
-    """UTF-16 without a mark, told by zero bytes; "" if there are none. Of the two byte orders, the one that gives more usual letters."""
+    """UTF-16 without a mark, told by zero bytes; "" if there are none. Of the two byte orders, the
+    one that gives more usual letters.
+    """
     if not any(b"\0" in data for data in raw.values()):
         return ""
-    return max(("utf-16-le", "utf-16-be"), key=lambda encoding: sum(_usual(data, encoding) for data in raw.values()))
+    return max(
+        ("utf-16-le", "utf-16-be"),
+        key=lambda encoding: sum(_usual(data, encoding) for data in raw.values()),
+    )
 
 
 def _usual(data: bytes, encoding: str) -> int:
-    """How many letters lie in blocks that people write in: bytes in the wrong order are spread over all of Unicode."""
+    """How many letters lie in blocks that people write in: bytes in the wrong order are spread over
+    all of Unicode.
+    """
     text = data[:GUESSED_FROM_BYTES].decode(encoding, errors="replace")
     return sum(any(low <= letter <= high for low, high in USUAL) for letter in text)
 
 
 def _western(sample: bytes) -> str | None:
-    """The first Latin code page in which everything outside ASCII is a letter or a quotation mark; None if there is none."""
+    """The first Latin code page in which everything outside ASCII is a letter or a quotation mark;
+    None if there is none.
+    """
     for encoding in WESTERN:
         beyond = [letter for letter in sample.decode(encoding, errors="replace") if letter > "\x7f"]
-        if all((letter.isalpha() and letter not in "ªº") or letter in "‘’“”–—…«»°€" for letter in beyond):
+        if all(
+            (letter.isalpha() and letter not in "ªº") or letter in "‘’“”–—…«»°€"
+            for letter in beyond
+        ):
             return encoding
     return None

@@ -1,9 +1,12 @@
-"""TIFFs as scientists write them: any number of bands, integers of 8 to 64 bits, floats; in strips or tiles, chunky or planar.
+"""TIFFs as scientists write them: any number of bands, integers of 8 to 64 bits, floats; in strips
+or tiles, chunky or planar.
 
-What Pillow reads value for value is left to it. Here only tags are parsed; compressed strips are unpacked by Pillow's libtiff, which is
+What Pillow reads value for value is left to it. Here only tags are parsed; compressed strips are
+unpacked by Pillow's libtiff, which is
 given their bytes as an 8-bit image, so that nothing here walks over compressed data.
 
-Source: TIFF 6.0 (Adobe 1992), and Technical Note 3 (Adobe 2005) for the predictor of floating-point values.
+Source: TIFF 6.0 (Adobe 1992), and Technical Note 3 (Adobe 2005) for the predictor of floating-point
+    values.
 """
 
 from __future__ import annotations
@@ -19,15 +22,49 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data.pixel_values import MAX_BANDS, UPRIGHT, RejectedImage, Values, check_size, transposed
+from sfumato.data.pixel_values import (
+    MAX_BANDS,
+    UPRIGHT,
+    RejectedImage,
+    Values,
+    check_size,
+    transposed,
+)
 
 CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
 MAX_PAGES = 100_000
 MAX_UNPACKED_BYTES, GROUP_BYTES, MAX_STRIP_BYTES = 1 << 30, 64 << 20, 170_000_000
-SIZES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}  # of a tag's type
-UNPACKED = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "Zstandard"}
-PILLOWS = {2: "CCITT", 3: "CCITT fax 3", 4: "CCITT fax 4", 6: "old JPEG", 7: "JPEG", 34712: "JPEG 2000", 50001: "WebP"}
-SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, OFFSETS, ORIENTATION = 254, 256, 257, 258, 259, 262, 266, 273, 274
+# of a tag's type
+SIZES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+UNPACKED = {
+    1: "none",
+    5: "LZW",
+    8: "deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
+PILLOWS = {
+    2: "CCITT",
+    3: "CCITT fax 3",
+    4: "CCITT fax 4",
+    6: "old JPEG",
+    7: "JPEG",
+    34712: "JPEG 2000",
+    50001: "WebP",
+}
+SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, OFFSETS, ORIENTATION = (
+    254,
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    274,
+)
 BANDS, ROWS, COUNTS, PLANAR, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_COUNTS = (
     277,
     278,
@@ -40,8 +77,28 @@ BANDS, ROWS, COUNTS, PLANAR, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_COU
     325,
 )
 EXTRA, SAMPLES, ICC = 338, 339, 34675
-READ = {SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, OFFSETS, ORIENTATION, BANDS, ROWS, COUNTS, PLANAR, PREDICTOR,
-        TILE_WIDTH, TILE_HEIGHT, TILES, TILE_COUNTS, EXTRA, SAMPLES}  # fmt: skip
+READ = {
+    SUBFILE,
+    WIDTH,
+    HEIGHT,
+    BITS,
+    COMPRESSION,
+    PHOTOMETRIC,
+    FILL,
+    OFFSETS,
+    ORIENTATION,
+    BANDS,
+    ROWS,
+    COUNTS,
+    PLANAR,
+    PREDICTOR,
+    TILE_WIDTH,
+    TILE_HEIGHT,
+    TILES,
+    TILE_COUNTS,
+    EXTRA,
+    SAMPLES,
+}
 REDUCED, MASK = 1, 4  # of SUBFILE
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # of SAMPLES
@@ -220,7 +277,9 @@ def read_page(data: bytes, page: Page) -> Values:
     if orientation in UPRIGHT:
         array = transposed(array, UPRIGHT[orientation])
     if page.one(PHOTOMETRIC, BLACK_IS_ZERO) == WHITE_IS_ZERO:
-        array = np.concatenate([_inverted(array[..., : page.colours]), array[..., page.colours :]], axis=2)
+        array = np.concatenate(
+            [_inverted(array[..., : page.colours]), array[..., page.colours :]], axis=2
+        )
     if page.alpha and page.tags[EXTRA][0] == 1:
         array = _unmultiplied(array)
     return Values(array, page.alpha)
@@ -229,14 +288,28 @@ def read_page(data: bytes, page: Page) -> Values:
 def require_readable(page: Page) -> None:
     """Raise RejectedImage with what a page is, if it cannot be read."""
     photometric, predictor = page.one(PHOTOMETRIC, BLACK_IS_ZERO), page.one(PREDICTOR, 1)
-    readable = page.bits in {"u": (8, 16, 32, 64), "i": (8, 16, 32, 64), "f": (16, 32, 64)}.get(page.kind, ())
-    known = (
-        photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) and page.one(COMPRESSION, 1) in UNPACKED and page.one(FILL, 1) == 1
+    readable = page.bits in {"u": (8, 16, 32, 64), "i": (8, 16, 32, 64), "f": (16, 32, 64)}.get(
+        page.kind, ()
     )
-    if not readable or not known or predictor not in (1, 2, 3) or not page.colours <= page.bands <= MAX_BANDS:
-        raise RejectedImage(f"{page.described()}: not read; save it uncompressed with 8, 16 or 32 bits, or as .npy (H, W, C)")
+    known = (
+        photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+        and page.one(COMPRESSION, 1) in UNPACKED
+        and page.one(FILL, 1) == 1
+    )
+    if (
+        not readable
+        or not known
+        or predictor not in (1, 2, 3)
+        or not page.colours <= page.bands <= MAX_BANDS
+    ):
+        raise RejectedImage(
+            f"{page.described()}: not read; save it uncompressed with 8, 16 or 32 bits, or as "
+            ".npy (H, W, C)"
+        )
     if page.width * page.height * page.bands * page.bits // 8 > MAX_UNPACKED_BYTES:
-        raise RejectedImage(f"{page.described()}: unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB")
+        raise RejectedImage(
+            f"{page.described()}: unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
+        )
 
 
 def _inverted(values: NDArray[Any]) -> NDArray[Any]:
@@ -250,7 +323,9 @@ def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
     """Colours that alpha was multiplied into, without it."""
     top = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     alpha = values[..., -1:].astype(np.float64)
-    colours = np.where(alpha > 0, values[..., :-1] * (top / np.where(alpha > 0, alpha, 1)), 0).clip(0, top)
+    colours = np.where(alpha > 0, values[..., :-1] * (top / np.where(alpha > 0, alpha, 1)), 0).clip(
+        0, top
+    )
     colours = colours if values.dtype.kind == "f" else np.rint(colours)
     return np.concatenate([colours.astype(values.dtype), values[..., -1:]], axis=2)
 
@@ -260,32 +335,55 @@ def _assembled(data: bytes, page: Page) -> NDArray[Any]:
     tiled = TILES in page.tags
     offsets = page.tags.get(TILES if tiled else OFFSETS, ())
     width = page.one(TILE_WIDTH, 0) if tiled else page.width
-    rows = page.one(TILE_HEIGHT, 0) if tiled else min(page.one(ROWS, page.height) or page.height, page.height)
+    rows = (
+        page.one(TILE_HEIGHT, 0)
+        if tiled
+        else min(page.one(ROWS, page.height) or page.height, page.height)
+    )
     if min(width, rows) < 1 or max(width, rows) > 1 << 20:
         raise RejectedImage(f"damaged: tiles of {width} x {rows}")
     across, down = -(-page.width // width), -(-page.height // rows)
     planes = page.bands if page.one(PLANAR, 1) == 2 else 1
     bands = 1 if planes > 1 else page.bands
     each = across * down
-    if len(offsets) < each * planes or across * down * width * rows * page.bands * page.bits // 8 > 2 * MAX_UNPACKED_BYTES:
-        raise RejectedImage(f"damaged: {len(offsets)} strips or tiles, where there should be {each * planes}")
+    if (
+        len(offsets) < each * planes
+        or across * down * width * rows * page.bands * page.bits // 8 > 2 * MAX_UNPACKED_BYTES
+    ):
+        raise RejectedImage(
+            f"damaged: {len(offsets)} strips or tiles, where there should be {each * planes}"
+        )
     counts = page.tags.get(TILE_COUNTS if tiled else COUNTS, ())
-    counts = counts if len(counts) >= len(offsets) else tuple(len(data) - offset for offset in offsets)
+    counts = (
+        counts if len(counts) >= len(offsets) else tuple(len(data) - offset for offset in offsets)
+    )
     height = down * rows if tiled else page.height
     result = []
     for plane in range(planes):
         part = slice(plane * each, (plane + 1) * each)
         total = each * rows if tiled else height
-        raw = _unpacked(data, page, offsets[part], counts[part], rows, total, width * bands * page.bits // 8)
+        raw = _unpacked(
+            data, page, offsets[part], counts[part], rows, total, width * bands * page.bits // 8
+        )
         values = _without_predictor(raw, page, width, bands)
         if tiled:
-            values = values.reshape(down, across, rows, width, bands).swapaxes(1, 2).reshape(height, across * width, bands)
+            values = (
+                values.reshape(down, across, rows, width, bands)
+                .swapaxes(1, 2)
+                .reshape(height, across * width, bands)
+            )
         result.append(values[: page.height, : page.width])
     return result[0] if planes == 1 else np.concatenate(result, axis=2)
 
 
 def _unpacked(
-    data: bytes, page: Page, offsets: Sequence[int], counts: Sequence[int], rows: int, total: int, stride: int
+    data: bytes,
+    page: Page,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+    rows: int,
+    total: int,
+    stride: int,
 ) -> NDArray[np.uint8]:
     """The bytes of `total` rows of `stride`, of which each strip holds `rows`."""
     out = np.empty((total, stride), np.uint8)
@@ -296,7 +394,10 @@ def _unpacked(
         if top >= bottom:
             break
         strips = [
-            data[at : at + size] for at, size in zip(offsets[first : first + group], counts[first : first + group], strict=True)
+            data[at : at + size]
+            for at, size in zip(
+                offsets[first : first + group], counts[first : first + group], strict=True
+            )
         ]
         if compression == 1:
             found = np.frombuffer(strips[0][: (bottom - top) * stride], np.uint8)
@@ -308,10 +409,14 @@ def _unpacked(
     return out
 
 
-def _by_libtiff(strips: Sequence[bytes], compression: int, rows: int, total: int, stride: int) -> NDArray[np.uint8]:
+def _by_libtiff(
+    strips: Sequence[bytes], compression: int, rows: int, total: int, stride: int
+) -> NDArray[np.uint8]:
     """Strips unpacked as those of an 8-bit image of `total` x `stride`."""
     if total * stride > MAX_STRIP_BYTES:
-        raise RejectedImage(f"a strip or tile of more than {MAX_STRIP_BYTES // 1_000_000} million bytes")
+        raise RejectedImage(
+            f"a strip or tile of more than {MAX_STRIP_BYTES // 1_000_000} million bytes"
+        )
     body = b"".join(strips)
     places, lengths, at = [], [], 8
     for strip in strips:
@@ -322,12 +427,24 @@ def _by_libtiff(strips: Sequence[bytes], compression: int, rows: int, total: int
     lists = struct.pack(f"<{2 * count}I", *places, *lengths)
     after = at + len(lists)
     entries = [
-        (WIDTH, 4, 1, stride), (HEIGHT, 4, 1, total), (BITS, 3, 1, 8), (COMPRESSION, 3, 1, compression), (PHOTOMETRIC, 3, 1, 1),
-        (OFFSETS, 4, count, at if count > 1 else places[0]), (BANDS, 3, 1, 1), (ROWS, 4, 1, rows),
+        (WIDTH, 4, 1, stride),
+        (HEIGHT, 4, 1, total),
+        (BITS, 3, 1, 8),
+        (COMPRESSION, 3, 1, compression),
+        (PHOTOMETRIC, 3, 1, 1),
+        (OFFSETS, 4, count, at if count > 1 else places[0]),
+        (BANDS, 3, 1, 1),
+        (ROWS, 4, 1, rows),
         (COUNTS, 4, count, at + 4 * count if count > 1 else lengths[0]),
-    ]  # fmt: skip
-    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + b"\0\0\0\0"
-    with Image.open(io.BytesIO(b"II*\0" + struct.pack("<I", after) + body + lists + table), formats=("TIFF",)) as image:
+    ]
+    table = (
+        struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        + b"\0\0\0\0"
+    )
+    with Image.open(
+        io.BytesIO(b"II*\0" + struct.pack("<I", after) + body + lists + table), formats=("TIFF",)
+    ) as image:
         return np.asarray(image)
 
 
@@ -339,7 +456,9 @@ def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: in
             raise RejectedImage("damaged: a predictor for floating-point values, and integers")
         summed = np.cumsum(raw.reshape(rows, -1, bands), axis=1, dtype=np.uint8)
         ordered = np.ascontiguousarray(summed.reshape(rows, itemsize, width * bands).swapaxes(1, 2))
-        return ordered.view(np.dtype(f">f{itemsize}")).reshape(rows, width, bands).astype(page.dtype)
+        return (
+            ordered.view(np.dtype(f">f{itemsize}")).reshape(rows, width, bands).astype(page.dtype)
+        )
     stored = np.dtype(f"{page.order}{page.kind}{itemsize}")
     values = raw.view(stored).reshape(rows, width, bands).astype(page.dtype, copy=False)
     if predictor == 2 and page.one(COMPRESSION, 1) != 1:

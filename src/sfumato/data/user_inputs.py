@@ -1,4 +1,6 @@
-"""Images and point clouds that a person hands in to steer a model, read as warily as any other file."""
+"""Images and point clouds that a person hands in to steer a model, read as warily as any other
+file.
+"""
 
 from __future__ import annotations
 
@@ -27,35 +29,50 @@ def load_user_image(
     alpha: Literal["none", "straight", "premultiplied"] = "straight",
     value_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """An image file as (C, H, W) in [0, 1], scaled to cover height x width and cropped at the centre, in the values that a model has.
+    """An image file as (C, H, W) in [0, 1], scaled to cover height x width and cropped at the
+    centre, in the values that a model has.
 
     Args:
         bits: of each value that is kept, 8 or 16.
         alpha: what the last of 2 or 4 channels is to the model.
-        value_range: what black and white are to the model; None for the ends of the number's type. 8-bit images keep 0 and 255 unless the
+        value_range: what black and white are to the model; None for the ends of the number's type.
+            8-bit images keep 0 and 255 unless the
             range lies within those.
     Raises:
         DataError: if it cannot be read.
     """
-    of_bytes = value_range if value_range is not None and value_range[0] >= 0 and value_range[1] <= 255 else None
+    of_bytes = (
+        value_range
+        if value_range is not None and value_range[0] >= 0 and value_range[1] <= 255
+        else None
+    )
     form = PixelFormat(
-        shapes=((height, width),), channels=channels, bits=bits, alpha="off" if alpha == "none" else "auto",
+        shapes=((height, width),),
+        channels=channels,
+        bits=bits,
+        alpha="off" if alpha == "none" else "auto",
         scale=Scale(bytes=of_bytes, integers=value_range, floats=value_range),
-    )  # fmt: skip
+    )
     pixels = _decoded(path, form)
     return _straight(pixels) if alpha == "straight" and channels in (2, 4) else pixels
 
 
 def _straight(pixels: Tensor) -> Tensor:
-    """Premultiplied (C, H, W) with its colours divided by alpha, the last channel; 0 where alpha is."""
+    """Premultiplied (C, H, W) with its colours divided by alpha, the last channel; 0 where alpha
+    is.
+    """
     colours, alpha = pixels[:-1], pixels[-1:]
-    return torch.cat([torch.where(alpha > 0, colours / alpha.clamp(min=1e-6), 0.0).clamp(0, 1), alpha])
+    return torch.cat(
+        [torch.where(alpha > 0, colours / alpha.clamp(min=1e-6), 0.0).clamp(0, 1), alpha]
+    )
 
 
 def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
-    """A mask file as (1, H, W) in [0, 1], scaled to cover height x width and cropped at the centre: 1 where it is white.
+    """A mask file as (1, H, W) in [0, 1], scaled to cover height x width and cropped at the centre:
+    1 where it is white.
 
-    Transparent ground is black. If what is visible has one colour, the mask is alpha alone: what is painted, in whatever colour.
+    Transparent ground is black. If what is visible has one colour, the mask is alpha alone: what is
+    painted, in whatever colour.
 
     Raises:
         DataError: if it cannot be read.
@@ -64,7 +81,11 @@ def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
     colours = _straight(_decoded(path, PixelFormat(shapes=shapes, channels=4)))
     alpha = colours[3:]
     visible = colours[:3, alpha[0] >= 0.5]
-    if alpha.min() < 1 and visible.numel() and float((visible.amax(1) - visible.amin(1)).max()) <= ONE_COLOUR:
+    if (
+        alpha.min() < 1
+        and visible.numel()
+        and float((visible.amax(1) - visible.amin(1)).max()) <= ONE_COLOUR
+    ):
         return alpha
     return _decoded(path, PixelFormat(shapes=shapes, channels=1, background=(0, 0, 0)))
 
@@ -76,7 +97,9 @@ def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
             pixels = decode(File(str(path)).read(), form).pixels
     except (RejectedImage, OSError) as error:
         raise DataError(
-            f"cannot be used as an image: {error}", where=str(path), hint="give a PNG, JPEG, WebP, BMP, GIF or TIFF"
+            f"cannot be used as an image: {error}",
+            where=str(path),
+            hint="give a PNG, JPEG, WebP, BMP, GIF or TIFF",
         ) from None
     result: Tensor = torch.from_numpy(pixels.astype(np.float32)) / (2**form.bits - 1)
     return result
@@ -92,5 +115,7 @@ def load_user_points(path: str | Path) -> Tensor:
         return torch.from_numpy(read_points(File(str(path)).read()))
     except (RejectedPoints, OSError) as error:
         raise DataError(
-            f"cannot be used as a point cloud: {error}", where=str(path), hint="give a .npy, .ply, .xyz or .csv of numbers"
+            f"cannot be used as a point cloud: {error}",
+            where=str(path),
+            hint="give a .npy, .ply, .xyz or .csv of numbers",
         ) from None

@@ -1,4 +1,6 @@
-"""Which values of a set are black and white: one range for the whole set, from a look at a few of its images."""
+"""Which values of a set are black and white: one range for the whole set, from a look at a few of
+its images.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from sfumato.data.parallel import ordered_map
 from sfumato.data.pixel_values import Kind, Range, Scale, Values, kind_of
 
 LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
-PLACES, SHARE = 65_536, 1e-4  # values looked at in an image, and the share of them at either end that does not count
+# values looked at in an image, and the share of them at either end that does not count
+PLACES, SHARE = 65_536, 1e-4
 OUTSHINES, DIM = 8.0, 1 / 3  # times the usual span of an image; share of what the values could span
 TOPS = (255.0, 1023.0, 4095.0, 16383.0)  # of 8, 10, 12 and 14 bits
 DEEP = 65535.0
@@ -45,7 +48,9 @@ class Ends(NamedTuple):
         if not flat.size:
             return None
         places = (
-            flat if flat.size <= PLACES else flat[np.arange(PLACES, dtype=np.uint64) * 2_654_435_761 % np.uint64(flat.size)]
+            flat
+            if flat.size <= PLACES
+            else flat[np.arange(PLACES, dtype=np.uint64) * 2_654_435_761 % np.uint64(flat.size)]
         )
         places = np.sort(places)
         margin = int(len(places) * SHARE)
@@ -56,8 +61,10 @@ class Ends(NamedTuple):
 def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Chosen:
     """The scale of a set: as it is set, or from what its values are.
 
-    8-bit integers are from 0 to 255. Of other types, integers that fit into 10, 12, 14 or 16 bits and floats from 0 to 1 keep those ends,
-    unless the set is dim all the same; everything else gets the ends of what its images hold, without those that outshine the usual one.
+    8-bit integers are from 0 to 255. Of other types, integers that fit into 10, 12, 14 or 16 bits
+    and floats from 0 to 1 keep those ends,
+    unless the set is dim all the same; everything else gets the ends of what its images hold,
+    without those that outshine the usual one.
     """
     spread = _spread(entries, LOOKED_AT)
     with quiet():
@@ -68,7 +75,11 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
         lines = []
         for kind in ("integers", "floats"):
             chosen = [entry for entry, its in zip(spread, kinds, strict=True) if its == kind]
-            ends = [found for found in ordered_map(_ends, _spread(chosen, MEASURED)) if found is not None]
+            ends = [
+                found
+                for found in ordered_map(_ends, _spread(chosen, MEASURED))
+                if found is not None
+            ]
             if ends:
                 found, line = _of_kind(ends)
                 lines.append(line)
@@ -78,10 +89,15 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
 
 
 def _spread(entries: Sequence[Entry], most: int) -> Sequence[Entry]:
-    """Some entries, in no step that could be in step with the set's own order; the same ones each time."""
+    """Some entries, in no step that could be in step with the set's own order; the same ones each
+    time.
+    """
     if len(entries) <= most:
         return entries
-    return [entries[place] for place in sorted({int((number * GOLDEN % 1) * len(entries)) for number in range(most)})]
+    return [
+        entries[place]
+        for place in sorted({int((number * GOLDEN % 1) * len(entries)) for number in range(most)})
+    ]
 
 
 def _kind(entry: Entry) -> Kind | None:
@@ -99,10 +115,14 @@ def _ends(entry: Entry) -> Ends | None:
 
 
 def _as_set(asked: Range, kinds: set[Kind | None]) -> Chosen:
-    line = f"values: {_number(asked[0])} is black and {_number(asked[1])} white, as set by data.range"
+    line = (
+        f"values: {_number(asked[0])} is black and {_number(asked[1])} white, as set by data.range"
+    )
     if "bytes" in kinds and len(kinds) > 1:
         line += "; 8-bit images keep 0 and 255"
-    return Chosen(Scale(integers=asked, floats=asked, bytes=asked if kinds == {"bytes"} else None), (line,))
+    return Chosen(
+        Scale(integers=asked, floats=asked, bytes=asked if kinds == {"bytes"} else None), (line,)
+    )
 
 
 def _of_kind(found: Sequence[Ends]) -> tuple[Range | None, str]:
@@ -113,10 +133,17 @@ def _of_kind(found: Sequence[Ends]) -> tuple[Range | None, str]:
     natural = _natural(found)
     low, high = _usual(found)
     if natural is not None and high >= DIM * natural[1]:
-        default = natural == (0, 1) if floats else natural[1] == DEEP and all(ends.dtype == np.uint16 for ends in found)
+        default = (
+            natural == (0, 1)
+            if floats
+            else natural[1] == DEEP and all(ends.dtype == np.uint16 for ends in found)
+        )
         what = name if floats else f"{int(natural[1]).bit_length()}-bit values"
         said = f"{what}: {_number(natural[0])} is black and {_number(natural[1])} white"
-        return None if default else natural, f"{said} (the largest of {len(found)} images looked at is {_number(largest)})"
+        return (
+            None if default else natural,
+            f"{said} (the largest of {len(found)} images looked at is {_number(largest)})",
+        )
     if high <= low:
         low, high = low, low + 1
     said = f"{name}: {_number(low)} is black and {_number(high)} white, by {len(found)} images looked at"
@@ -133,11 +160,15 @@ def _natural(found: Sequence[Ends]) -> Range | None:
     if found[0].dtype.kind == "f":
         return (0.0, 1.0) if largest <= 1 else None
     signed = any(ends.dtype == np.int16 for ends in found)
-    return next(((0.0, top) for top in (*TOPS, 32767.0 if signed else DEEP) if largest <= top), None)
+    return next(
+        ((0.0, top) for top in (*TOPS, 32767.0 if signed else DEEP) if largest <= top), None
+    )
 
 
 def _usual(found: Sequence[Ends]) -> Range:
-    """From the darkest to the brightest value of the images, but for those far outside of what the usual image spans."""
+    """From the darkest to the brightest value of the images, but for those far outside of what the
+    usual image spans.
+    """
     lows, highs = np.array([ends.low for ends in found]), np.array([ends.high for ends in found])
     low, high = float(np.median(lows)), float(np.median(highs))
     room = (OUTSHINES - 1) * (high - low)

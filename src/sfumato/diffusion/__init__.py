@@ -1,6 +1,8 @@
-"""The mathematics of diffusion, free of networks: levels, schedules, parameterizations, denoisers, guidance, the loss.
+"""The mathematics of diffusion, free of networks: levels, schedules, parameterizations, denoisers,
+guidance, the loss.
 
-Everything here is immutable, and knows tensors and `Condition` only. Networks, data and files may not enter.
+Everything here is immutable, and knows tensors and `Condition` only. Networks, data and files may
+not enter.
 """
 
 from sfumato.diffusion.coupling import Coupling, Independent, MinibatchOptimalTransport
@@ -28,8 +30,22 @@ from sfumato.diffusion.guidance import (
     WithCondition,
 )
 from sfumato.diffusion.level import Denoised, NoiseLevel
-from sfumato.diffusion.objective import IndependentTimes, Losses, Objective, Stratified, Times, TimesConfig
-from sfumato.diffusion.parameterizations import Epsilon, Flow, Parameterization, ParameterizationConfig, Sample, Velocity
+from sfumato.diffusion.objective import (
+    IndependentTimes,
+    Losses,
+    Objective,
+    Stratified,
+    Times,
+    TimesConfig,
+)
+from sfumato.diffusion.parameterizations import (
+    Epsilon,
+    Flow,
+    Parameterization,
+    ParameterizationConfig,
+    Sample,
+    Velocity,
+)
 from sfumato.diffusion.schedules import (
     Cosine,
     Geometric,

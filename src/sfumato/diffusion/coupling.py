@@ -12,7 +12,8 @@ from sfumato.config import Extensible
 
 
 class Coupling(Extensible, ABC):
-    """Reorder a batch of noise, given the batch of data; each row stays a standard normal draw. A dataclass that derives from it is a kind
+    """Reorder a batch of noise, given the batch of data; each row stays a standard normal draw. A
+    dataclass that derives from it is a kind
     of coupling.
     """
 
@@ -31,7 +32,9 @@ class Independent(Coupling):
 
 @dataclass(frozen=True)
 class MinibatchOptimalTransport(Coupling):
-    """The assignment within the batch of least total squared distance: straighter paths (Pooladian et al. 2023, arXiv:2304.14772)."""
+    """The assignment within the batch of least total squared distance: straighter paths (Pooladian
+    et al. 2023, arXiv:2304.14772).
+    """
 
     def __call__(self, x0: Tensor, noise: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment

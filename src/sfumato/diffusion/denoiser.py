@@ -1,4 +1,6 @@
-"""A network as a denoiser: the one place where input scaling, the level's encoding and the 2x2 solve meet."""
+"""A network as a denoiser: the one place where input scaling, the level's encoding and the 2x2
+solve meet.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Denoiser(Protocol):
 class Network(Protocol):
     """What a network must be: it knows tensors and `Condition`, nothing of diffusion.
 
-    Called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1 (noise), and a condition; gives a tensor of x's
+    Called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1 (noise),
+    and a condition; gives a tensor of x's
     shape. A network whose embedding expects timesteps multiplies `noise_input` by their number.
     """
 
@@ -34,7 +37,8 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class UnitVariance:
-    """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for variance-preserving levels at sd = 1.
+    """Divide x by its own standard deviation, sqrt(alpha^2 sd^2 + sigma^2): the identity for
+    variance-preserving levels at sd = 1.
 
     Attributes:
         sigma_data: standard deviation of the data.
@@ -48,7 +52,9 @@ class UnitVariance:
 
 @dataclass(frozen=True)
 class UnitSum:
-    """Divide x by alpha + sigma: the identity on the linear path, what flow-matching networks from elsewhere were trained on."""
+    """Divide x by alpha + sigma: the identity on the linear path, what flow-matching networks from
+    elsewhere were trained on.
+    """
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return (level.alpha + level.sigma).reciprocal()
@@ -56,7 +62,9 @@ class UnitSum:
 
 @dataclass(frozen=True)
 class Angle:
-    """The level as atan2(sigma, alpha) / (pi/2), from 0 (data) to 1 (noise): finite at both ends."""
+    """The level as atan2(sigma, alpha) / (pi/2), from 0 (data) to 1 (noise): finite at both
+    ends.
+    """
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return torch.atan2(level.sigma, level.alpha) * (2 / math.pi)
@@ -64,7 +72,8 @@ class Angle:
 
 @dataclass(frozen=True)
 class LogSNR:
-    """The level as its log-SNR, clamped to +-limit and mapped to 0 (data) to 1 (noise); linear in EDM's log(sigma) where alpha = 1.
+    """The level as its log-SNR, clamped to +-limit and mapped to 0 (data) to 1 (noise); linear in
+    EDM's log(sigma) where alpha = 1.
 
     Attributes:
         limit: log-SNR at which the input is clamped, on both sides.
@@ -94,10 +103,13 @@ class NetworkDenoiser:
     """A network read as a denoiser of any schedule.
 
     Attributes:
-        network: called as network(x, noise_input, condition); its output is the parameterization's target.
+        network: called as network(x, noise_input, condition); its output is the parameterization's
+            target.
         parameterization: what the output means.
-        input_scale: level -> factor on x, homogeneous of degree -1 so that the result depends on the log-SNR alone.
-        noise_input: level -> what the network is told of the level, a function of the log-SNR from 0 (data) to 1 (noise).
+        input_scale: level -> factor on x, homogeneous of degree -1 so that the result depends on
+            the log-SNR alone.
+        noise_input: level -> what the network is told of the level, a function of the log-SNR from
+            0 (data) to 1 (noise).
         compute_dtype: precision inside the network; x, the solve and the result stay in x's own.
     """
 
@@ -109,12 +121,19 @@ class NetworkDenoiser:
 
     def predict(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Tensor:
         """The network's output, its guess of the parameterization's target, shape of `x`."""
-        noise_input = self.noise_input(level).to(device=x.device, dtype=x.dtype).flatten().expand(len(x))
+        noise_input = (
+            self.noise_input(level).to(device=x.device, dtype=x.dtype).flatten().expand(len(x))
+        )
         scaled = x * self.input_scale(level.like(x))
-        with torch.autocast(x.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not torch.float32):
+        with torch.autocast(
+            x.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not torch.float32
+        ):
             output = self.network(scaled, noise_input, condition)
-        return output.to(x.dtype, copy=True)  # a network compiled for a GPU writes its next output to the same place
+        # a network compiled for a GPU writes its next output to the same place
+        return output.to(x.dtype, copy=True)
 
-    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Denoised:
+    def __call__(
+        self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION
+    ) -> Denoised:
         """The guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""
         return self.parameterization.solve(self.predict(x, level, condition), x, level)

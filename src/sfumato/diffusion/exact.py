@@ -1,4 +1,6 @@
-"""The exact denoiser of a finite set of images: what a network would become if it memorized them perfectly."""
+"""The exact denoiser of a finite set of images: what a network would become if it memorized them
+perfectly.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from sfumato.diffusion.parameterizations import Sample
 
 @dataclass(frozen=True)
 class EmpiricalDenoiser:
-    """E[x0 | x] when x0 is one of `data` (N, ...), all equally likely: a softmax over squared distances.
+    """E[x0 | x] when x0 is one of `data` (N, ...), all equally likely: a softmax over squared
+    distances.
 
     Sampling with it returns images of the set. It explains, tests and bounds; it is no model.
 
@@ -23,7 +26,9 @@ class EmpiricalDenoiser:
 
     data: Tensor
 
-    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Denoised:
+    def __call__(
+        self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION
+    ) -> Denoised:
         """The posterior mean for x (B, ...) at `level`, sigma > 0."""
         flat, data = x.flatten(1), self.data.flatten(1).to(x)
         shaped = level.like(flat)

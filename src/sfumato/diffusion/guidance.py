@@ -1,4 +1,6 @@
-"""Guidance: denoisers made of denoisers. All of it is linear in any prediction, so it is written once, on the denoised pair."""
+"""Guidance: denoisers made of denoisers. All of it is linear in any prediction, so it is written
+once, on the denoised pair.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from sfumato.diffusion.parameterizations import Sample
 GuidanceScale = float | Callable[[NoiseLevel], Tensor]
 
 
-def _extrapolate(bad: Denoised, good: Denoised, scale: GuidanceScale, level: NoiseLevel) -> Denoised:
+def _extrapolate(
+    bad: Denoised, good: Denoised, scale: GuidanceScale, level: NoiseLevel
+) -> Denoised:
     """bad + w (good - bad); w = 1 gives `good`."""
     weight = broadcast(scale(level), good.x0) if callable(scale) else scale
     return Denoised(bad.x0 + weight * (good.x0 - bad.x0), bad.eps + weight * (good.eps - bad.eps))
 
 
 class GuidanceTerm(NamedTuple):
-    """A condition of one image, or of the batch, and how far to go from it towards the next: 1 is up to there, more is beyond."""
+    """A condition of one image, or of the batch, and how far to go from it towards the next: 1 is
+    up to there, more is beyond.
+    """
 
     condition: Condition
     scale: GuidanceScale
@@ -33,14 +39,17 @@ class GuidanceTerm(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree:
-    """Away from conditions that ask for less: d_0 + sum_i w_i (d_(i+1) - d_i), all from one call on a larger batch.
+    """Away from conditions that ask for less: d_0 + sum_i w_i (d_(i+1) - d_i), all from one call on
+    a larger batch.
 
-    One rung, the null or a negative condition, is classifier-free guidance: d_0 + w (d - d_0). Further ones, which hold some of the
+    One rung, the null or a negative condition, is classifier-free guidance: d_0 + w (d - d_0).
+    Further ones, which hold some of the
     contexts, give each context a scale of its own.
 
     Attributes:
         denoiser: trained with condition dropout.
-        terms: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the condition that is asked for.
+        terms: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the
+            condition that is asked for.
     Source: Ho & Salimans 2022 (arXiv:2207.12598); Brooks et al. 2023 (arXiv:2211.09800), eq. 3.
     """
 
@@ -52,20 +61,31 @@ class ClassifierFree:
         below = [rung.condition.expanded(len(x)) for rung in self.terms]
         together = self.denoiser(
             torch.cat([x] * count),
-            level if level.alpha.ndim == 0 else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
+            level
+            if level.alpha.ndim == 0
+            else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
             reduce(Condition.concatenate, [condition, *below]),
         )
-        goal, *found = (Denoised(x0, eps) for x0, eps in zip(together.x0.chunk(count), together.eps.chunk(count), strict=True))
+        goal, *found = (
+            Denoised(x0, eps)
+            for x0, eps in zip(together.x0.chunk(count), together.eps.chunk(count), strict=True)
+        )
         guided = found[0]
-        for rung, (x0, eps), (next_x0, next_eps) in zip(self.terms, found, [*found[1:], goal], strict=True):
+        for rung, (x0, eps), (next_x0, next_eps) in zip(
+            self.terms, found, [*found[1:], goal], strict=True
+        ):
             weight = broadcast(rung.scale(level), x0) if callable(rung.scale) else rung.scale
-            guided = Denoised(guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps))
+            guided = Denoised(
+                guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps)
+            )
         return guided
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithCondition:
-    """A denoiser with a condition of its own, whatever it is asked for: of one image, or of the batch."""
+    """A denoiser with a condition of its own, whatever it is asked for: of one image, or of the
+    batch.
+    """
 
     denoiser: Denoiser
     condition: Condition
@@ -76,19 +96,24 @@ class WithCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoGuidance:
-    """Away from a worse version of the same model (smaller, or trained for less long): Karras et al. 2024 (arXiv:2406.02507)."""
+    """Away from a worse version of the same model (smaller, or trained for less long): Karras et
+    al. 2024 (arXiv:2406.02507).
+    """
 
     good: Denoiser
     bad: Denoiser
     scale: GuidanceScale
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
-        return _extrapolate(self.bad(x, level, condition), self.good(x, level, condition), self.scale, level)
+        return _extrapolate(
+            self.bad(x, level, condition), self.good(x, level, condition), self.scale, level
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """One denoiser (guided) for log-SNR in [low, high], another (plain) outside: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+    """One denoiser (guided) for log-SNR in [low, high], another (plain) outside: Kynkäänniemi et
+    al. 2024 (arXiv:2404.07724).
 
     For sampling, where a batch shares its level: only one of the two is called.
     """
@@ -100,7 +125,11 @@ class Interval:
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         logsnr = level.logsnr()
-        chosen = self.inside if bool(((logsnr >= self.low) & (logsnr <= self.high)).all()) else self.outside
+        chosen = (
+            self.inside
+            if bool(((logsnr >= self.low) & (logsnr <= self.high)).all())
+            else self.outside
+        )
         return chosen(x, level, condition)
 
 
@@ -119,11 +148,13 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """The guess of x0 where nothing is known, the known image elsewhere; eps follows. Sampling with it fills holes.
+    """The guess of x0 where nothing is known, the known image elsewhere; eps follows. Sampling with
+    it fills holes.
 
     Attributes:
         image: (B, C, H, W), or (1, C, H, W) for all.
-        known: 1 where the image is kept and 0 where it is generated, (B or 1, 1, H, W); shares between blend.
+        known: 1 where the image is kept and 0 where it is generated, (B or 1, 1, H, W); shares
+            between blend.
     """
 
     denoiser: Denoiser
@@ -132,18 +163,26 @@ class Inpaint:
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         guess = self.denoiser(x, level, condition).x0
-        return Sample().solve(torch.lerp(guess, self.image.to(guess), self.known.to(guess)), x, level)
+        return Sample().solve(
+            torch.lerp(guess, self.image.to(guess), self.known.to(guess)), x, level
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """Dynamic thresholding: clamp x0 to its own `quantile` of |x0| and rescale to [-1, 1] (Saharia et al. 2022, arXiv:2205.11487)."""
+    """Dynamic thresholding: clamp x0 to its own `quantile` of |x0| and rescale to [-1, 1] (Saharia
+    et al. 2022, arXiv:2205.11487).
+    """
 
     denoiser: Denoiser
     quantile: float = 0.995
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         x0 = self.denoiser(x, level, condition).x0
-        limit = torch.quantile(x0.flatten(1).abs().float(), self.quantile, dim=1).clamp(min=1).to(x0.dtype)
+        limit = (
+            torch.quantile(x0.flatten(1).abs().float(), self.quantile, dim=1)
+            .clamp(min=1)
+            .to(x0.dtype)
+        )
         limit = limit.view(-1, *[1] * (x0.ndim - 1))
         return Sample().solve(torch.minimum(torch.maximum(x0, -limit), limit) / limit, x, level)

@@ -37,16 +37,20 @@ class IndependentTimes:
 
 @dataclass(frozen=True)
 class Stratified:
-    """One time in each of B equal strata: the batch's mean loss varies far less (Kingma et al. 2021, arXiv:2107.00630, app. I).
+    """One time in each of B equal strata: the batch's mean loss varies far less (Kingma et al.
+    2021, arXiv:2107.00630, app. I).
 
-    Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's slice, a micro-batch) is
-    spread over all noise levels too. Where they begin is drawn anew for each batch, from the same draws, so that a place in the batch is
+    Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's
+    slice, a micro-batch) is
+    spread over all noise levels too. Where they begin is drawn anew for each batch, from the same
+    draws, so that a place in the batch is
     not tied to a stratum: an image whose place is always the same sees all levels.
     """
 
     def __call__(self, uniform: Tensor) -> Tensor:
         count = len(uniform)
-        offset = uniform.double().sum() % 1 * count  # uniform, and independent of each of the draws for two or more of them
+        # uniform, and independent of each of the draws for two or more of them
+        offset = uniform.double().sum() % 1 * count
         stride = max(1, round(count * 0.618))
         while math.gcd(stride, count) > 1:
             stride += 1
@@ -58,7 +62,9 @@ TimesConfig = Stratified | IndependentTimes
 
 
 class Losses(NamedTuple):
-    """Loss of each sample (B,) and the level it was taken at, so that it can be binned by log-SNR."""
+    """Loss of each sample (B,) and the level it was taken at, so that it can be binned by
+    log-SNR.
+    """
 
     per_sample: Tensor
     level: NoiseLevel
@@ -69,11 +75,13 @@ class Objective:
     """E_t w(lambda) |T^ - T|^2, averaged over each sample's elements.
 
     Attributes:
-        schedule: with uniform t, the density of noise levels seen in training; its path need not be the sampler's.
+        schedule: with uniform t, the density of noise levels seen in training; its path need not be
+            the sampler's.
         weighting: how much each level counts.
         coupling: which noise meets which image.
         times: how the batch's times are drawn.
-        contrastive_weight: how much the distance to another image's target counts as a gain; 0.05 is usual. The other is the next one of the
+        contrastive_weight: how much the distance to another image's target counts as a gain; 0.05
+            is usual. The other is the next one of the
             micro-batch.
 
     Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
@@ -95,11 +103,19 @@ class Objective:
         require_schedule(self.schedule, where="objective.schedule")
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
-        """The batch's noise levels from uniform draws (B,) in [0, 1); in float64, or the last stratum may round to 1."""
+        """The batch's noise levels from uniform draws (B,) in [0, 1); in float64, or the last
+        stratum may round to 1.
+        """
         return self.schedule(self.times(uniform))
 
     def __call__(
-        self, denoiser: NetworkDenoiser, x0: Tensor, condition: Condition = NO_CONDITION, *, level: NoiseLevel, noise: Tensor
+        self,
+        denoiser: NetworkDenoiser,
+        x0: Tensor,
+        condition: Condition = NO_CONDITION,
+        *,
+        level: NoiseLevel,
+        noise: Tensor,
     ) -> Losses:
         """Loss of each sample.
 
@@ -114,7 +130,9 @@ class Objective:
         error = _distance(output, parameterization.target(pair, level))
         if self.contrastive_weight and len(x0) > 1:
             another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
-            error = error - self.contrastive_weight * _distance(output, parameterization.target(another, level))
+            error = error - self.contrastive_weight * _distance(
+                output, parameterization.target(another, level)
+            )
         weight = target_weight(self.weighting, level, parameterization)
         return Losses(weight.to(error) * error, level)
 

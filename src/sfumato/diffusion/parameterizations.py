@@ -1,7 +1,10 @@
-"""What a network predicts and the coordinate a solver integrates in: one object, defined by a scale and a coordinate.
+"""What a network predicts and the coordinate a solver integrates in: one object, defined by a scale
+and a coordinate.
 
-Along the path x = alpha*x0 + sigma*eps the tangent d(x/k)/dc is a combination T = a*x0 + b*eps. T is the network's target, and
-dy/dc = T with y = x/k is the sampling ODE. Everything else (recovering x0 and eps, converting losses) is written once, below.
+Along the path x = alpha*x0 + sigma*eps the tangent d(x/k)/dc is a combination T = a*x0 + b*eps. T
+is the network's target, and
+dy/dc = T with y = x/k is the sampling ODE. Everything else (recovering x0 and eps, converting
+losses) is written once, below.
 No other module divides a prediction by alpha or sigma.
 """
 
@@ -20,7 +23,9 @@ from sfumato.errors import ScheduleError
 
 
 class Parameterization(ABC):
-    """A target T = a*x0 + b*eps together with the scale k and the coordinate c that it is the tangent of."""
+    """A target T = a*x0 + b*eps together with the scale k and the coordinate c that it is the
+    tangent of.
+    """
 
     @abstractmethod
     def scale(self, level: NoiseLevel) -> Tensor:
@@ -48,9 +53,11 @@ class Parameterization(ABC):
         coordinate = self.coordinate(level)
         if not bool(torch.isfinite(coordinate).all()):
             raise ScheduleError(
-                f"no solver can integrate in the coordinate of {type(self).__name__} from or to a level where it is infinite",
+                f"no solver can integrate in the coordinate of {type(self).__name__} from or to "
+                "a level where it is infinite",
                 where="sampler",
-                hint="use parameterization=Flow() or Velocity(), or keep off that end: Warped(schedule=..., warp=Span(high=0.999))",
+                hint="use parameterization=Flow() or Velocity(), or keep off that end: "
+                "Warped(schedule=..., warp=Span(high=0.999))",
             )
         return coordinate
 
@@ -68,23 +75,27 @@ class Parameterization(ABC):
 
     @final
     def solve(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Denoised:
-        """Recover x0 = (sigma*T - b*x)/D and eps = (a*x - alpha*T)/D from a prediction T of the target.
+        """Recover x0 = (sigma*T - b*x)/D and eps = (a*x - alpha*T)/D from a prediction T of the
+        target.
 
         Args:
             output: the prediction T, shape (B, ...).
             x: the noisy sample at `level`, same shape.
         Raises:
-            ScheduleError: where D = 0: `Epsilon` at alpha = 0 (pure noise), `Sample` at sigma = 0 (clean data).
+            ScheduleError: where D = 0: `Epsilon` at alpha = 0 (pure noise), `Sample` at sigma = 0
+                (clean data).
         """
         level = level.like(x)
         a, b = self.tangent(level)
         determinant = a * level.sigma - b * level.alpha
         if bool((determinant == 0).any()):
             raise ScheduleError(
-                f"{type(self).__name__} cannot recover x0 and eps where its prediction holds only one of them "
+                f"{type(self).__name__} cannot recover x0 and eps where its prediction holds "
+                "only one of them "
                 "(Epsilon at alpha = 0, Sample at sigma = 0)",
                 where="Parameterization.solve",
-                hint="predict Velocity or Flow, or keep off that end, e.g. Warped(schedule=schedule, warp=Span(high=0.999))",
+                hint="predict Velocity or Flow, or keep off that end, e.g. "
+                "Warped(schedule=schedule, warp=Span(high=0.999))",
             )
         return Denoised(
             x0=(level.sigma * output - b * x) / determinant,
@@ -96,7 +107,8 @@ class Parameterization(ABC):
 class Epsilon(Parameterization):
     """The noise: k = alpha, c = sigma/alpha, T = eps. Undefined at alpha = 0.
 
-    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 14; the coordinate is Karras et al. 2022's sigma (arXiv:2206.00364).
+    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 14; the coordinate is Karras et al. 2022's sigma
+        (arXiv:2206.00364).
     """
 
     def scale(self, level: NoiseLevel) -> Tensor:
@@ -116,7 +128,8 @@ class Epsilon(Parameterization):
 class Sample(Parameterization):
     """The clean image: k = sigma, c = alpha/sigma, T = x0. Undefined at sigma = 0.
 
-    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; the coordinate is that of Lu et al. 2022 (arXiv:2211.01095).
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; the coordinate is that of Lu et al. 2022
+        (arXiv:2211.01095).
     """
 
     def scale(self, level: NoiseLevel) -> Tensor:
@@ -154,14 +167,17 @@ class Flow(Parameterization):
 
 @dataclass(frozen=True)
 class Velocity(Parameterization):
-    """The rotation's velocity: k = sqrt(alpha^2 sd^2 + sigma^2), c = atan2(sigma, alpha sd), T = (-sigma/sd x0 + alpha sd eps)/k.
+    """The rotation's velocity: k = sqrt(alpha^2 sd^2 + sigma^2), c = atan2(sigma, alpha sd), T =
+    (-sigma/sd x0 + alpha sd eps)/k.
 
-    `Velocity(1)` is Salimans & Ho's v. With `sigma_data` the data's standard deviation it is EDM's preconditioning: EDM's
+    `Velocity(1)` is Salimans & Ho's v. With `sigma_data` the data's standard deviation it is EDM's
+    preconditioning: EDM's
     network output is -T, and its c_skip and c_out are what `solve` computes.
 
     Attributes:
         sigma_data: standard deviation of the data.
-    Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix D; Karras et al. 2022 (arXiv:2206.00364), table 1.
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), appendix D; Karras et al. 2022
+        (arXiv:2206.00364), table 1.
     """
 
     sigma_data: Positive = 1.0

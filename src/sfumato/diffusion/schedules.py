@@ -1,7 +1,9 @@
 """Schedules: monotone maps from a time t in [0, 1] to a noise level, t = 0 data, t = 1 noise.
 
-Training feeds one random times, sampling feeds it an even grid. So noise schedule, training-time density, inference grid,
-timestep shift and Karras' rho are one type. A posterior mean depends on the log-SNR alone: a network trained on one schedule
+Training feeds one random times, sampling feeds it an even grid. So noise schedule, training-time
+density, inference grid,
+timestep shift and Karras' rho are one type. A posterior mean depends on the log-SNR alone: a
+network trained on one schedule
 samples on any other.
 """
 
@@ -25,7 +27,8 @@ HINT = "its numbers must give finite levels whose share of noise never falls fro
 
 
 class Schedule(Extensible, ABC):
-    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t. A dataclass that derives from it is a kind of
+    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t. A dataclass
+    that derives from it is a kind of
     schedule.
     """
 
@@ -35,14 +38,22 @@ class Schedule(Extensible, ABC):
 
 
 def require_schedule(schedule: Schedule, *, where: str) -> None:
-    """Raise ScheduleError unless levels are finite and never rise, and there is more noise at the end than at the beginning."""
+    """Raise ScheduleError unless levels are finite and never rise, and there is more noise at the
+    end than at the beginning.
+    """
     try:
         alpha, sigma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64))
     except (ArithmeticError, ValueError, LookupError, RuntimeError) as error:
         raise ScheduleError(f"{schedule} has no levels: {error}", where=where, hint=HINT) from None
-    finite = bool(torch.isfinite(alpha).all() and torch.isfinite(sigma).all() and min(alpha.min(), sigma.min()) >= 0)
+    finite = bool(
+        torch.isfinite(alpha).all()
+        and torch.isfinite(sigma).all()
+        and min(alpha.min(), sigma.min()) >= 0
+    )
     if not (
-        finite and (alpha[:-1] * sigma[1:] >= alpha[1:] * sigma[:-1]).all() and alpha[0] * sigma[-1] > alpha[-1] * sigma[0]
+        finite
+        and (alpha[:-1] * sigma[1:] >= alpha[1:] * sigma[:-1]).all()
+        and alpha[0] * sigma[-1] > alpha[-1] * sigma[0]
     ):
         raise ScheduleError(f"{schedule} does not lead from data to noise", where=where, hint=HINT)
 
@@ -58,7 +69,9 @@ def _variance_exploding(sigma: Tensor) -> NoiseLevel:
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023, arXiv:2210.02747)."""
+    """The straight path of flow matching: alpha = 1 - t, sigma = t (Lipman et al. 2023,
+    arXiv:2210.02747).
+    """
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return NoiseLevel(1 - t, t)
@@ -66,7 +79,9 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """A quarter circle: alpha = cos(pi t/2), sigma = sin(pi t/2) (Nichol & Dhariwal 2021, arXiv:2102.09672, with s = 0)."""
+    """A quarter circle: alpha = cos(pi t/2), sigma = sin(pi t/2) (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, with s = 0).
+    """
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return NoiseLevel(torch.sin(HALF_PI * (1 - t)), torch.sin(HALF_PI * t))
@@ -74,7 +89,8 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Schedule):
-    """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al. 2021, arXiv:2011.13456, eq. 33).
+    """log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2, alpha^2 + sigma^2 = 1 (Song et al.
+    2021, arXiv:2011.13456, eq. 33).
 
     Attributes:
         beta_min, beta_max: beta at t = 0 and at t = 1.
@@ -84,12 +100,16 @@ class VariancePreserving(Schedule):
     beta_max: Positive = 20.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
-        return _variance_preserving(-0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min)
+        return _variance_preserving(
+            -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _DiscreteBetas:
-    """A table of betas, read at any time: alpha at t = (i+1)/T is sqrt(prod_{j<=i} (1 - beta_j)) exactly, log-linear between."""
+    """A table of betas, read at any time: alpha at t = (i+1)/T is sqrt(prod_{j<=i} (1 - beta_j))
+    exactly, log-linear between.
+    """
 
     beta_start: InnerFraction
     beta_end: InnerFraction
@@ -101,7 +121,9 @@ class _DiscreteBetas:
 
     @cached_property
     def _log_alpha(self) -> Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-self.betas()).cumsum(0)])
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-self.betas()).cumsum(0)]
+        )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return _variance_preserving(_interpolate(self._log_alpha, t))
@@ -109,7 +131,8 @@ class _DiscreteBetas:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearBetas(_DiscreteBetas, Schedule):
-    """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number of `steps`.
+    """DDPM's schedule: betas evenly spaced (Ho et al. 2020, arXiv:2006.11239, sec. 4), any number
+    of `steps`.
 
     Attributes:
         beta_start, beta_end: first and last beta.
@@ -126,7 +149,8 @@ class LinearBetas(_DiscreteBetas, Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinear(_DiscreteBetas, Schedule):
-    """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022, arXiv:2112.10752).
+    """Stable Diffusion's schedule: square roots of the betas evenly spaced (Rombach et al. 2022,
+    arXiv:2112.10752).
 
     Attributes:
         beta_start, beta_end: first and last beta.
@@ -138,12 +162,18 @@ class ScaledLinear(_DiscreteBetas, Schedule):
     steps: Size = 1000
 
     def betas(self) -> Tensor:
-        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
+        return (
+            torch.linspace(
+                self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64
+            )
+            ** 2
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Schedule):
-    """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972, algorithm 1).
+    """alpha^2 falls along a sigmoid from `start` to `end` (Jabri et al. 2022, arXiv:2212.11972,
+    algorithm 1).
 
     Attributes:
         start, end: range of the sigmoid that is used.
@@ -160,12 +190,16 @@ class Sigmoid(Schedule):
 
         low, high = curve(torch.zeros_like(t)), curve(torch.ones_like(t))
         # Both squares are differences of the curve, so neither end loses digits to 1 - (1 - small).
-        return NoiseLevel(torch.sqrt((high - curve(t)) / (high - low)), torch.sqrt((curve(t) - low) / (high - low)))
+        return NoiseLevel(
+            torch.sqrt((high - curve(t)) / (high - low)),
+            torch.sqrt((curve(t) - low) / (high - low)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceExploding(Schedule):
-    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq. 31).
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021, arXiv:2011.13456, eq.
+    31).
 
     Attributes:
         sigma_min, sigma_max: ends of the range of sigma.
@@ -198,7 +232,8 @@ class Karras(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal(Schedule):
-    """alpha = 1, log sigma normal when t is uniform: EDM's training levels (Karras et al. 2022, arXiv:2206.00364, table 1).
+    """alpha = 1, log sigma normal when t is uniform: EDM's training levels (Karras et al. 2022,
+    arXiv:2206.00364, table 1).
 
     The outermost `tail` of each end is left out, so that every level is finite and above zero.
 
@@ -213,13 +248,16 @@ class LogNormal(Schedule):
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         # In float64: float32 rounds the upper tail by a twentieth of itself.
-        quantile = torch.special.ndtri(self.tail + (1 - 2 * self.tail) * t.to(torch.float64)).to(t.dtype)
+        quantile = torch.special.ndtri(self.tail + (1 - 2 * self.tail) * t.to(torch.float64)).to(
+            t.dtype
+        )
         return _variance_exploding(torch.exp(self.mean + self.std * quantile))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformLogSNR(Schedule):
-    """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al. 2021, arXiv:2107.00630).
+    """log-SNR falls evenly from `logsnr_max` to `logsnr_min`, alpha^2 + sigma^2 = 1 (Kingma et al.
+    2021, arXiv:2107.00630).
 
     Attributes:
         logsnr_min, logsnr_max: ends of the range of log-SNR.
@@ -235,7 +273,8 @@ class UniformLogSNR(Schedule):
 
 @dataclass(frozen=True)
 class Geometric(Schedule):
-    """alpha = 1, sigma = sigma_max ratio^(steps (1 - t)): a grid of `steps` steps keeps the fraction `ratio` of the noise at each.
+    """alpha = 1, sigma = sigma_max ratio^(steps (1 - t)): a grid of `steps` steps keeps the
+    fraction `ratio` of the noise at each.
 
     DDIM on this grid is the loop "predict all the noise, subtract it, add `ratio` of it back".
 
@@ -256,12 +295,14 @@ class Geometric(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Tabulated(Schedule):
-    """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in between.
+    """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in
+    between.
 
     Attributes:
         alphas, sigmas: values at even times from t = 0 to t = 1.
     Raises:
-        ScheduleError: if the tables differ in length, hold fewer than two levels, or their log-SNR does not strictly fall.
+        ScheduleError: if the tables differ in length, hold fewer than two levels, or their log-SNR
+            does not strictly fall.
     """
 
     alphas: tuple[NonNegative, ...]
@@ -270,22 +311,30 @@ class Tabulated(Schedule):
     def __post_init__(self) -> None:
         falling = len(self.alphas) == len(self.sigmas) >= 2 and all(
             a1 * s0 < a0 * s1
-            for a0, a1, s0, s1 in zip(self.alphas, self.alphas[1:], self.sigmas, self.sigmas[1:], strict=False)
+            for a0, a1, s0, s1 in zip(
+                self.alphas, self.alphas[1:], self.sigmas, self.sigmas[1:], strict=False
+            )
         )
         if not falling:
             raise ScheduleError(
-                f"a table of {len(self.alphas)} alphas and {len(self.sigmas)} sigmas is not a schedule",
+                f"a table of {len(self.alphas)} alphas and {len(self.sigmas)} sigmas is not a "
+                "schedule",
                 where="Tabulated",
-                hint="give as many sigmas as alphas, at least two, from data to noise, with alpha/sigma strictly falling",
+                hint="give as many sigmas as alphas, at least two, from data to noise, with "
+                "alpha/sigma strictly falling",
             )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
-        alphas, sigmas = (torch.tensor(table, dtype=torch.float64) for table in (self.alphas, self.sigmas))
+        alphas, sigmas = (
+            torch.tensor(table, dtype=torch.float64) for table in (self.alphas, self.sigmas)
+        )
         return NoiseLevel(_interpolate(alphas, t), _interpolate(sigmas, t))
 
 
 def _interpolate(table: Tensor, t: Tensor) -> Tensor:
-    """Piecewise-linear value at times `t` of a table at even times, in t's dtype and on its device."""
+    """Piecewise-linear value at times `t` of a table at even times, in t's dtype and on its
+    device.
+    """
     position = t.to(torch.float64) * (len(table) - 1)
     index = position.floor().clamp(0, len(table) - 2).long()
     table = table.to(t.device)
@@ -293,7 +342,9 @@ def _interpolate(table: Tensor, t: Tensor) -> Tensor:
 
 
 class Warp(Extensible, ABC):
-    """A strictly increasing map of [0, 1] into itself. A dataclass that derives from it is a kind of warp."""
+    """A strictly increasing map of [0, 1] into itself. A dataclass that derives from it is a kind
+    of warp.
+    """
 
     @abstractmethod
     def __call__(self, t: Tensor) -> Tensor:
@@ -302,7 +353,8 @@ class Warp(Extensible, ABC):
 
 @dataclass(frozen=True)
 class Shift(Warp):
-    """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+    """t -> s t / (1 + (s - 1) t): log-SNR falls by 2 log s everywhere on the linear path (Esser et
+    al. 2024, arXiv:2403.03206, eq. 23).
 
     Attributes:
         factor: above 1 for more noise, below 1 for less.
@@ -316,7 +368,8 @@ class Shift(Warp):
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal(Warp):
-    """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+    """t -> sigmoid(mean + std Phi^-1(t)): uniform times become logit-normal ones (Esser et al.
+    2024, arXiv:2403.03206, eq. 19).
 
     Attributes:
         mean, std: of the normal distribution of logit(t); a higher mean gives more noise.
@@ -326,12 +379,15 @@ class LogitNormal(Warp):
     std: Positive = 1.0
 
     def __call__(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(t.to(torch.float64))).to(t.dtype)
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(t.to(torch.float64))).to(
+            t.dtype
+        )
 
 
 @dataclass(frozen=True)
 class Mode(Warp):
-    """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024, arXiv:2403.03206, eq. 20, t reversed).
+    """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024,
+    arXiv:2403.03206, eq. 20, t reversed).
 
     Attributes:
         scale: how much denser the middle is than the ends; negative for denser ends.
@@ -343,7 +399,9 @@ class Mode(Warp):
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ScheduleError(f"scale = {self.scale} is outside [-1, {2 / (math.pi - 2):.3f}]", where="Mode")
+            raise ScheduleError(
+                f"scale = {self.scale} is outside [-1, {2 / (math.pi - 2):.3f}]", where="Mode"
+            )
 
     def __call__(self, t: Tensor) -> Tensor:
         reverse = 1 - t
@@ -371,7 +429,8 @@ class Span(Warp):
 
 @dataclass(frozen=True, kw_only=True)
 class Warped(Schedule):
-    """A schedule read at warped times: another density of training levels, another spacing of the sampling grid.
+    """A schedule read at warped times: another density of training levels, another spacing of the
+    sampling grid.
 
     Attributes:
         schedule: the schedule that is read.
@@ -387,7 +446,8 @@ class Warped(Schedule):
 
 @dataclass(frozen=True)
 class ZeroTerminalSNR(Schedule):
-    """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha - alpha_1) alpha_0/(alpha_0 - alpha_1).
+    """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha -
+    alpha_1) alpha_0/(alpha_0 - alpha_1).
 
     Attributes:
         schedule: the variance-preserving schedule that is stretched.

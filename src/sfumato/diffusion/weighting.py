@@ -1,7 +1,9 @@
 """How much each noise level counts in the loss.
 
-A weighting is stated in noise-prediction space, L = E w(lambda) |eps^ - eps|^2, whatever the network predicts, and given here as
-alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ - T|^2 the weight on the target's error is alpha^2 w / D^2, finite at both ends.
+A weighting is stated in noise-prediction space, L = E w(lambda) |eps^ - eps|^2, whatever the
+network predicts, and given here as
+alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ - T|^2 the weight on the target's error is
+alpha^2 w / D^2, finite at both ends.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from sfumato.diffusion.parameterizations import Flow, Parameterization, Paramete
 
 
 class Weighting(Extensible, ABC):
-    """alpha^2 w(lambda) as a function of the level. A dataclass that derives from it is a kind of weighting."""
+    """alpha^2 w(lambda) as a function of the level. A dataclass that derives from it is a kind of
+    weighting.
+    """
 
     @abstractmethod
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
@@ -29,7 +33,9 @@ class Weighting(Extensible, ABC):
 
 @dataclass(frozen=True)
 class Native(Weighting):
-    """1 in the parameterization's own space: w = (D/alpha)^2, the plain mean squared error of the target."""
+    """1 in the parameterization's own space: w = (D/alpha)^2, the plain mean squared error of the
+    target.
+    """
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
         return parameterization.determinant(level) ** 2
@@ -59,7 +65,8 @@ class MinSNR(Weighting):
 
 @dataclass(frozen=True)
 class SigmoidWeighting(Weighting):
-    """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324).
+    """w = sigmoid(bias - lambda) (Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024,
+    arXiv:2410.19324).
 
     Attributes:
         bias: log-SNR at which the weight is one half.
@@ -89,13 +96,16 @@ class EDM(Weighting):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpace(Weighting):
-    """1 in another parameterization's space: with `TargetSpace(space=Flow())`, a network that predicts the image is judged by its velocity.
+    """1 in another parameterization's space: with `TargetSpace(space=Flow())`, a network that
+    predicts the image is judged by its velocity.
 
     Attributes:
         space: whose target's error counts alike at every level.
-        max_weight: largest weight of the clean image's squared error, which would grow without bound as noise vanishes.
+        max_weight: largest weight of the clean image's squared error, which would grow without
+            bound as noise vanishes.
 
-    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; for large patches: Li & He 2025 (arXiv:2511.13720), table 1 and sec. 4,
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; for large patches: Li & He 2025
+        (arXiv:2511.13720), table 1 and sec. 4,
         which takes 0.05 for the least noise and so 1/0.05^2 for `most`.
     """
 
@@ -108,6 +118,8 @@ class TargetSpace(Weighting):
         return torch.minimum(self.space.determinant(level) ** 2, self.max_weight * level.sigma**2)
 
 
-def target_weight(weighting: Weighting, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+def target_weight(
+    weighting: Weighting, level: NoiseLevel, parameterization: Parameterization
+) -> Tensor:
     """The weight on |T^ - T|^2 at `level`, any shape."""
     return weighting(level, parameterization) / parameterization.determinant(level) ** 2

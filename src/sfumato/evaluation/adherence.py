@@ -1,7 +1,10 @@
-"""Does the condition work? Figures of samples against what was asked for, beside the same figures for what others were asked for.
+"""Does the condition work? Figures of samples against what was asked for, beside the same figures
+for what others were asked for.
 
-Every figure is taken three times: for samples and their own condition, for the same samples and another sample's condition
-(the shuffled baseline: what a model that ignores its condition would get), and for the real images that the conditions belong
+Every figure is taken three times: for samples and their own condition, for the same samples and
+another sample's condition
+(the shuffled baseline: what a model that ignores its condition would get), and for the real images
+that the conditions belong
 to (the ceiling). Conditions come from held-out images.
 """
 
@@ -68,7 +71,8 @@ class Adherence:
         context: that alone was asked for; "all" for all that the model reads together.
         figure: what was measured; `better` says whether higher or lower is.
         own, shuffled, real: see the module.
-        works: whether samples follow their condition: the intervals of own and shuffled do not overlap.
+        works: whether samples follow their condition: the intervals of own and shuffled do not
+            overlap.
     """
 
     context: str
@@ -98,16 +102,20 @@ def measure_adherence(
     keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
-    """Figures of each context that the model reads, on conditions of held-out images; each alone, then all together.
+    """Figures of each context that the model reads, on conditions of held-out images; each alone,
+    then all together.
 
     Args:
-        keep: handed each context's name, what was asked for, the samples and the real images (n, C, H, W) in [-1, 1].
+        keep: handed each context's name, what was asked for, the samples and the real images (n, C,
+            H, W) in [-1, 1].
     """
     tell = on_progress or (lambda fraction, text: None)
     positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
     pixels, _, positions = dataset.images(positions)
     real = to_float(pixels)
-    context = pipeline.model.conditioner.derive(real, dataset.context(positions), seed=seed, first=0)
+    context = pipeline.model.conditioner.derive(
+        real, dataset.context(positions), seed=seed, first=0
+    )
     reads = [name for name in pipeline.reads if name in context]
     asked = {name: [name] for name in reads}
     if len(reads) > 1:
@@ -120,30 +128,47 @@ def measure_adherence(
         samples = pipeline.sample_request(request, seed=seed, guidance=guidance) * 2 - 1
         if keep is not None:
             keep(name, part, samples, real)
-        for figure, (better, metric) in _metrics(together, context, real, pipeline, classifier).items():
+        for figure, (better, metric) in _metrics(
+            together, context, real, pipeline, classifier
+        ).items():
             rows.append(_row(name, figure, better, metric, samples, real))
     return rows
 
 
 def spread(positions: NDArray[np.int64], num: int) -> NDArray[np.int64]:
     """At most `num` of the positions, evenly chosen."""
-    return positions[np.linspace(0, len(positions) - 1, min(num, len(positions))).round().astype(np.int64)]
+    return positions[
+        np.linspace(0, len(positions) - 1, min(num, len(positions))).round().astype(np.int64)
+    ]
 
 
-def _row(context: str, figure: str, better: str, metric: Metric, samples: Tensor, real: Tensor) -> Adherence:
+def _row(
+    context: str, figure: str, better: str, metric: Metric, samples: Tensor, real: Tensor
+) -> Adherence:
     own = torch.arange(len(samples))
     others = (own + len(own) // 2) % len(own)
     return Adherence(
-        context=context, figure=figure, better=better, n=len(samples),
-        own=Figure.of(metric(samples, own)), shuffled=Figure.of(metric(samples, others)), real=Figure.of(metric(real, own)),
-    )  # fmt: skip
+        context=context,
+        figure=figure,
+        better=better,
+        n=len(samples),
+        own=Figure.of(metric(samples, own)),
+        shuffled=Figure.of(metric(samples, others)),
+        real=Figure.of(metric(real, own)),
+    )
 
 
 def _metrics(
-    names: Sequence[str], context: Mapping[str, Any], real: Tensor, pipeline: Pipeline, classifier: Classifier | None
+    names: Sequence[str],
+    context: Mapping[str, Any],
+    real: Tensor,
+    pipeline: Pipeline,
+    classifier: Classifier | None,
 ) -> dict[str, tuple[str, Metric]]:
     """What can be measured of some contexts together, with the direction that is better."""
-    found: dict[str, tuple[str, Metric]] = {"rank of its own image": ("higher", lambda x, i: own_rank(x, real, i))}
+    found: dict[str, tuple[str, Metric]] = {
+        "rank of its own image": ("higher", lambda x, i: own_rank(x, real, i))
+    }
     if len(names) > 1:
         found["IoU of silhouettes"] = ("higher", lambda x, i: silhouette_iou(x, real[i]))
     for name in names:
@@ -156,11 +181,15 @@ def _metrics(
 
 
 def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
-    """Of each image (n): share of the other real images that are less like it than the one numbered `own`; 1 best, 1/2 chance.
+    """Of each image (n): share of the other real images that are less like it than the one numbered
+    `own`; 1 best, 1/2 chance.
 
-    Alike: by the distance between images averaged to 8 x 8, in which colours and masses count and small shifts do not.
+    Alike: by the distance between images averaged to 8 x 8, in which colours and masses count and
+    small shifts do not.
     """
-    small, others = (F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (images, real))
+    small, others = (
+        F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (images, real)
+    )
     distances = torch.cdist(small, others)
     mine = distances.gather(1, own[:, None])
     farther = (distances > mine).sum(1) + 0.5 * ((distances == mine).sum(1) - 1)
@@ -170,7 +199,20 @@ def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
 def adherence_table(rows: list[Adherence]) -> str:
     """The figures for a person."""
     head = ("context", "figure", "n", "samples", "shuffled conditions", "real images", "follows")
-    return format_table([head, *(
-        (r.context, f"{r.figure} ({r.better} is better)", str(r.n), str(r.own), str(r.shuffled), str(r.real), "yes" if r.works else "no")
-        for r in rows
-    )])  # fmt: skip
+    return format_table(
+        [
+            head,
+            *(
+                (
+                    r.context,
+                    f"{r.figure} ({r.better} is better)",
+                    str(r.n),
+                    str(r.own),
+                    str(r.shuffled),
+                    str(r.real),
+                    "yes" if r.works else "no",
+                )
+                for r in rows
+            ),
+        ]
+    )

@@ -1,9 +1,12 @@
-"""A small classifier trained on the run's own labelled images: it reads samples, and its last layer is the feature space."""
+"""A small classifier trained on the run's own labelled images: it reads samples, and its last layer
+is the feature space.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +28,17 @@ class _Network(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
         width, side = 32, resolution
-        while side > 16:  # nearly all of the time would go into the largest layers, for nothing in accuracy
+        # nearly all of the time would go into the largest layers, for nothing in accuracy
+        while side > 16:
             layers.append(nn.MaxPool2d(2))
             side //= 2
         while side > 2:
             wider = min(2 * width, 128)
             layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
             width, side = wider, side // 2
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, 64), nn.ReLU())
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, 64), nn.ReLU()
+        )
         self.head = nn.Linear(64, categories)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,13 +57,18 @@ class Classifier:
     @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Category (N,) and features (N, 64), float64, of images in [-1, 1]."""
-        parts = [(self.network(part).argmax(1), self.network.features(part)) for part in images.split(256)]  # type: ignore[operator]
-        return torch.cat([labels for labels, _ in parts]), torch.cat([features for _, features in parts]).double()
+        network: Any = self.network
+        parts = [(network(part).argmax(1), network.features(part)) for part in images.split(256)]
+        return torch.cat([labels for labels, _ in parts]), torch.cat(
+            [features for _, features in parts]
+        ).double()
 
 
 def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """Those of `positions` whose images have a category."""
-    result: NDArray[np.int64] = positions[(dataset.labels[torch.from_numpy(positions)] >= 0).numpy()]
+    result: NDArray[np.int64] = positions[
+        (dataset.labels[torch.from_numpy(positions)] >= 0).numpy()
+    ]
     return result
 
 
@@ -75,10 +86,13 @@ def train_classifier(
     Noise and label smoothing keep it from being sure of itself.
 
     Args:
-        steps, batch_size: upper limits; a small set gets fewer, so that each image is seen about 200 times.
+        steps, batch_size: upper limits; a small set gets fewer, so that each image is seen about
+            200 times.
         on_progress: told the share of the steps that are done.
     """
-    positions, held_out = (labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout)))
+    positions, held_out = (
+        labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout))
+    )
     batch_size = min(batch_size, max(SMALLEST_BATCH, len(positions)))
     steps = min(steps, max(FEWEST_STEPS, VIEWS * len(positions) // batch_size))
     with torch.random.fork_rng(devices=[]):
@@ -87,11 +101,15 @@ def train_classifier(
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         for step in range(steps):
-            chosen = randomness.uniform(seed, "classifier", first=step, count=1, per_item=batch_size)[0]
+            chosen = randomness.uniform(
+                seed, "classifier", first=step, count=1, per_item=batch_size
+            )[0]
             batch = positions[(chosen * len(positions)).long().numpy()]
             images = to_float(dataset.images(batch)[0])
             noisy = images + 0.1 * torch.randn_like(images)
-            loss = F.cross_entropy(network(noisy), dataset.context(batch)["category"], label_smoothing=0.05)
+            loss = F.cross_entropy(
+                network(noisy), dataset.context(batch)["category"], label_smoothing=0.05
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,7 +117,9 @@ def train_classifier(
             if on_progress is not None:
                 on_progress((step + 1) / steps)
     network.eval().requires_grad_(False)
-    classifier = Classifier(network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}")
+    classifier = Classifier(
+        network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}"
+    )
     read, _ = classifier.read(to_float(dataset.images(held_out)[0]))
     accuracy = float((read == dataset.context(held_out)["category"]).double().mean())
     return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

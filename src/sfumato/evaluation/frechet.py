@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEWEST = 30  # images on either side, below which the distance says more about their number than about the images
+# images on either side, below which the distance says more about their number than about the images
+FEWEST = 30
 
 
 class Estimate(NamedTuple):
@@ -31,7 +32,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0) -> Estimate:
     """The same with a bootstrap interval over the first set, the samples; the reference stays.
 
-    A resample has fewer different images, which alone makes the distance larger: so the resamples' spread is put around the distance
+    A resample has fewer different images, which alone makes the distance larger: so the resamples'
+    spread is put around the distance
     itself.
     """
     drawn = torch.Generator().manual_seed(seed)
@@ -42,14 +44,17 @@ def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0
 
 
 def _distance_to(b: Tensor) -> Callable[[Tensor], float]:
-    """The distance as a function of the first set; what only the second decides is computed once."""
+    """The distance as a function of the first set; what only the second decides is computed
+    once.
+    """
     mean, covariance = _moments(b)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(a: Tensor) -> float:
         other_mean, other = _moments(a)
-        # Tr (S_a S_b)^(1/2) = Tr (S_b^(1/2) S_a S_b^(1/2))^(1/2), whose argument is symmetric and positive.
+        # Tr (S_a S_b)^(1/2) = Tr (S_b^(1/2) S_a S_b^(1/2))^(1/2), whose argument is symmetric and
+        # positive.
         cross = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
         found = (other_mean - mean).square().sum() + other.trace() + covariance.trace() - 2 * cross
         return max(0.0, float(found))

@@ -1,4 +1,6 @@
-"""The whole evaluation of a pipeline: fidelity, memorization, adherence and composition, as figures, tables and images."""
+"""The whole evaluation of a pipeline: fidelity, memorization, adherence and composition, as
+figures, tables and images.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class EvaluationReport:
     """Everything that was measured.
 
     Attributes:
-        fidelity: distances, copies and category accuracy, for each guidance scale and for held-out images.
+        fidelity: distances, copies and category accuracy, for each guidance scale and for held-out
+            images.
         adherence: whether each context works.
         composition: by the name of a hold-out, figures of its combinations.
         guidance: scale at which contexts were judged.
@@ -53,7 +56,9 @@ class EvaluationReport:
             **self.fidelity.plain(),
             "adherence_guidance": self.guidance,
             "adherence": [asdict(row) for row in self.adherence],
-            "composition": {name: [asdict(row) for row in rows] for name, rows in self.composition.items()},
+            "composition": {
+                name: [asdict(row) for row in rows] for name, rows in self.composition.items()
+            },
         }
 
     def json(self) -> str:
@@ -62,15 +67,22 @@ class EvaluationReport:
 
     def table(self) -> str:
         """All figures for a person."""
-        parts = [fidelity_table(self.fidelity), *(f"note: {remark}" for remark in self.fidelity.remarks)]
+        parts = [
+            fidelity_table(self.fidelity),
+            *(f"note: {remark}" for remark in self.fidelity.remarks),
+        ]
         if self.adherence:
             parts += [
-                f"\ndoes the condition work? (guidance {self.guidance:g}; each context alone, on held-out ones; then all together)",
+                f"\ndoes the condition work? (guidance {self.guidance:g}; each context alone, on "
+                "held-out ones; then all together)",
                 adherence_table(list(self.adherence)),
             ]
         for name, rows in self.composition.items():
             if rows:
-                parts += [f"\ncombinations that were kept from training: {name}, {rows[0].prompts} prompts"]
+                parts += [
+                    f"\ncombinations that were kept from training: {name}, {rows[0].prompts} "
+                    "prompts"
+                ]
                 parts += [composition_table(list(rows))]
         return "\n".join(parts)
 
@@ -95,7 +107,8 @@ def evaluate_pipeline(
 
     Args:
         num: images to generate for each guidance scale.
-        guidance: scales to compare, by default 1 and the pipeline's own; contexts are judged at the largest.
+        guidance: scales to compare, by default 1 and the pipeline's own; contexts are judged at the
+            largest.
         seed: of the generated images.
         on_progress: called with the fraction that is done, and what is being done.
     Raises:
@@ -104,25 +117,44 @@ def evaluate_pipeline(
     compared(dataset)  # refuses what is too small before a classifier is trained
     scales = list(guidance) or sorted({1.0, pipeline.sampling.guidance})
     strongest, images = max(scales), dict[str, Image.Image]()
-    classifier = _classifier(dataset, _part(on_progress, 0.0, 0.1)) if len(dataset.categories) > 1 else None
+    classifier = (
+        _classifier(dataset, _part(on_progress, 0.0, 0.1)) if len(dataset.categories) > 1 else None
+    )
 
     def keep_pairs(scale: float, samples: Tensor, neighbours: Neighbours) -> None:
-        images[f"nearest-guidance-{scale:g}.png"] = _pairs(dataset, samples, neighbours, pipeline.facts.alpha)
+        images[f"nearest-guidance-{scale:g}.png"] = _pairs(
+            dataset, samples, neighbours, pipeline.facts.alpha
+        )
 
     def keep_gallery(name: str, asked: Mapping[str, Any], samples: Tensor, real: Tensor) -> None:
         images[f"asked-by-{name}.png"] = gallery(asked, samples, real, facts=pipeline.facts)
 
     fidelity = evaluate(
-        pipeline, dataset, num=num, guidances=scales, seed=seed, on_progress=_part(on_progress, 0.1, 0.5), reader=classifier,
+        pipeline,
+        dataset,
+        num=num,
+        guidances=scales,
+        seed=seed,
+        on_progress=_part(on_progress, 0.1, 0.5),
+        reader=classifier,
         keep=keep_pairs,
-    )  # fmt: skip
+    )
     adherence = measure_adherence(
         pipeline, dataset, classifier=classifier, num=num, seed=seed, guidance=strongest,
         on_progress=_part(on_progress, 0.5, 0.85), keep=keep_gallery,
     )  # fmt: skip
     on_progress(0.85, "combinations that were kept from training")
-    composed = {name: _composed(pipeline, dataset, held, seed, strongest) for name, held in dataset.named_holdouts.items()}
-    return EvaluationReport(fidelity=fidelity, adherence=adherence, composition=composed, guidance=strongest, images=images)
+    composed = {
+        name: _composed(pipeline, dataset, held, seed, strongest)
+        for name, held in dataset.named_holdouts.items()
+    }
+    return EvaluationReport(
+        fidelity=fidelity,
+        adherence=adherence,
+        composition=composed,
+        guidance=strongest,
+        images=images,
+    )
 
 
 def _classifier(dataset: Dataset, tell: Tell) -> Classifier:
@@ -139,8 +171,12 @@ def _part(tell: Tell, start: float, stop: float) -> Tell:
     return lambda fraction, text: tell(start + (stop - start) * fraction, text)
 
 
-def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[Any], seed: int, guidance: float) -> list[Composition]:
-    """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has some."""
+def _composed(
+    pipeline: Pipeline, dataset: Dataset, held: NDArray[Any], seed: int, guidance: float
+) -> list[Composition]:
+    """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has
+    some.
+    """
     held = dataset.usual(held)
     captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
     if part_of(pipeline.model.conditioner, Text) is None or len(captioned) < 2:
@@ -151,9 +187,16 @@ def _composed(pipeline: Pipeline, dataset: Dataset, held: NDArray[Any], seed: in
 def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alpha) -> Image.Image:
     """The samples closest to a training image, each above that image."""
     closest = neighbours.first.argsort()[:PAIRS]
-    real = (to_float(dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]) + 1) / 2
+    real = (
+        to_float(
+            dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]
+        )
+        + 1
+    ) / 2
     both = torch.cat([samples[closest], real])
-    return grid_image(both, columns=len(closest), row_labels=["sample", "nearest real"], alpha=alpha)
+    return grid_image(
+        both, columns=len(closest), row_labels=["sample", "nearest real"], alpha=alpha
+    )
 
 
 def fidelity_table(result: Evaluation) -> str:
@@ -168,19 +211,26 @@ def fidelity_table(result: Evaluation) -> str:
     )
     rows = [
         (
-            row.name, str(row.n), f"{row.category_accuracy:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]" if row.interval else "-",
-            "-" if row.frechet is None else f"{row.frechet:.2f}", f"{row.nearest:.2f}",
+            row.name,
+            str(row.n),
+            f"{row.category_accuracy:.1%} [{row.interval[0]:.1%}, {row.interval[1]:.1%}]"
+            if row.interval
+            else "-",
+            "-" if row.frechet is None else f"{row.frechet:.2f}",
+            f"{row.nearest:.2f}",
             f"{row.copies:.1%} [{row.copies_interval[0]:.1%}, {row.copies_interval[1]:.1%}]",
         )
         for row in result.rows
-    ]  # fmt: skip
+    ]
     accuracy = result.classifier_accuracy
     head = (
-        f"classifier trained on the run's real images: {accuracy:.1%} right on {result.rows[0].n} held-out ones; "
+        f"classifier trained on the run's real images: {accuracy:.1%} right on "
+        f"{result.rows[0].n} held-out ones; "
         if accuracy is not None
         else "no categories, so that samples are not classified; "
     ) + (
-        f"Fréchet distances to {result.reference} training images in the features of {result.extractor}"
+        f"Fréchet distances to {result.reference} training images in the features of "
+        f"{result.extractor}"
         f"{', which saw the others' if accuracy is not None else ''}; "
         f"nearest of {result.training} training images by distance in pixels"
     )

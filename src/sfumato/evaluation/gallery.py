@@ -21,8 +21,11 @@ COLUMNS = 10
 TILE = 96  # pixels on screen that a small image is enlarged to
 
 
-def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: ConditioningInfo) -> Image.Image:
-    """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts, the sample and the real image.
+def gallery(
+    context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: ConditioningInfo
+) -> Image.Image:
+    """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts,
+    the sample and the real image.
 
     Args:
         context: what samples were asked for, batched, by the names of contexts.
@@ -35,7 +38,10 @@ def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts:
     drawn = {name: CONTEXTS[name].draw(values, (height, width)) for name, values in context.items()}
     rows = {name: images[chosen] for name, images in drawn.items() if images is not None}
     rows |= {"sample": samples[chosen], "real": real[chosen]}
-    tiles = [F.interpolate(shown((row + 1) / 2, facts.alpha), size=(height, width), mode="nearest") for row in rows.values()]
+    tiles = [
+        F.interpolate(shown((row + 1) / 2, facts.alpha), size=(height, width), mode="nearest")
+        for row in rows.values()
+    ]
     return grid_image(
         torch.cat(tiles),
         columns=len(chosen),
@@ -46,5 +52,9 @@ def gallery(context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts:
 
 def _words(context: Mapping[str, Any], chosen: list[int], facts: ConditioningInfo) -> list[str]:
     """The words of each chosen condition, or none at all."""
-    said = [words for name, values in context.items() if (words := CONTEXTS[name].words(values, facts)) is not None]
+    said = [
+        words
+        for name, values in context.items()
+        if (words := CONTEXTS[name].words(values, facts)) is not None
+    ]
     return [", ".join(filter(None, (words[i] for words in said))) for i in chosen] if said else []

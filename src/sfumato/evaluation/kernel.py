@@ -11,7 +11,8 @@ DEGREE = 3
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """The squared maximum mean discrepancy of features (n, d) and (m, d) under (x y / d + 1)^3; unbiased, so it may fall below 0.
+    """The squared maximum mean discrepancy of features (n, d) and (m, d) under (x y / d + 1)^3;
+    unbiased, so it may fall below 0.
 
     Source: Bińkowski et al. 2018 (arXiv:1801.01401), eq. 4 and sec. 4.
     """
@@ -19,10 +20,13 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     return float(_within(_kernel(a, a)) + _within(_kernel(b, b)) - 2 * _kernel(a, b).mean())
 
 
-def kernel_distance_interval(a: Tensor, b: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
+def kernel_distance_interval(
+    a: Tensor, b: Tensor, *, resamples: int = 1000, seed: int = 0
+) -> Estimate:
     """The same with a bootstrap interval over the first set, the samples; the reference stays.
 
-    A sample drawn twice must not be compared with itself, so pairs of equal samples are left out of each resample's mean.
+    A sample drawn twice must not be compared with itself, so pairs of equal samples are left out of
+    each resample's mean.
     """
     a, b = a.double(), b.double()
     inner, across, constant = _kernel(a, a), _kernel(a, b).mean(1), _within(_kernel(b, b))
@@ -30,7 +34,9 @@ def kernel_distance_interval(a: Tensor, b: Tensor, *, resamples: int = 1000, see
     drawn = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(resamples):
-        counts = torch.bincount(torch.randint(len(a), (len(a),), generator=drawn), minlength=len(a)).to(inner)
+        counts = torch.bincount(
+            torch.randint(len(a), (len(a),), generator=drawn), minlength=len(a)
+        ).to(inner)
         pairs = len(a) ** 2 - counts.square().sum()
         mean = (counts @ inner @ counts - (counts.square() * diagonal).sum()) / pairs
         found.append(float(mean + constant - 2 * (counts @ across) / len(a)))

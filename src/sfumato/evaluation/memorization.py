@@ -1,4 +1,6 @@
-"""Are samples copies of training images? Distances to the nearest ones, beside those of held-out images."""
+"""Are samples copies of training images? Distances to the nearest ones, beside those of held-out
+images.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ COPY_RATIO = 1 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Of each image: L2 distance to the nearest and second nearest training image, and which the nearest is, (n,)."""
+    """Of each image: L2 distance to the nearest and second nearest training image, and which the
+    nearest is, (n,).
+    """
 
     first: Tensor
     second: Tensor
@@ -23,13 +27,15 @@ class Neighbours:
     def copies(self) -> float:
         """Share of images far closer to one training image than to any other: d1/d2 < 1/3.
 
-        Source: Yoon et al. 2023 (ICML workshop, "Diffusion probabilistic models generalize when they fail to memorize").
+        Source: Yoon et al. 2023 (ICML workshop, "Diffusion probabilistic models generalize when
+            they fail to memorize").
         """
         return float((self.first < COPY_RATIO * self.second).double().mean())
 
 
 def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbours:
-    """Nearest training images of `images` (n, C, H, W); memory grows with n x chunk, not with the training set.
+    """Nearest training images of `images` (n, C, H, W); memory grows with n x chunk, not with the
+    training set.
 
     Equal training images count as one: a copy of an image that stands there twice is still a copy.
     """
@@ -38,7 +44,10 @@ def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbour
     indices = torch.zeros((len(flat), 0), dtype=torch.long)
     for numbers in kept.split(chunk):
         part = torch.cdist(flat, training[numbers].flatten(1).float())
-        distances, indices = torch.cat([distances, part], 1), torch.cat([indices, numbers.expand_as(part)], 1)
+        distances, indices = (
+            torch.cat([distances, part], 1),
+            torch.cat([indices, numbers.expand_as(part)], 1),
+        )
         distances, order = distances.topk(min(2, distances.shape[1]), largest=False)
         indices = indices.gather(1, order)
     return Neighbours(first=distances[:, 0], second=distances[:, -1], index=indices[:, 0])

@@ -28,19 +28,28 @@ class Generated:
     values: Values
 
     def save(self, folder: str | Path, *, format: str | None = None) -> list[Path]:
-        """Write one file for each image, which carries the settings and the image's number; returns their paths.
+        """Write one file for each image, which carries the settings and the image's number; returns
+        their paths.
 
         Args:
-            format: a name in `sfumato.observability.image_files.FORMATS`; by default PNG, or TIFF where PNG cannot hold the channels.
+            format: a name in `sfumato.observability.image_files.FORMATS`; by default PNG, or TIFF
+                where PNG cannot hold the channels.
         Raises:
             ConfigError: for a format that there is not, or that cannot hold such images.
         """
         kind = format or usual_format(self.values)
         if kind not in FORMATS:
-            raise ConfigError(f"format {kind!r}", where="save", hint=f"choose among {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"format {kind!r}", where="save", hint=f"choose among {', '.join(FORMATS)}"
+            )
         FORMATS[kind].require(self.values)
         Path(folder).mkdir(parents=True, exist_ok=True)
         return [
-            FORMATS[kind].write(image, Path(folder) / f"{number:05d}.{kind}", self.values, {**self.settings, "index": number})
+            FORMATS[kind].write(
+                image,
+                Path(folder) / f"{number:05d}.{kind}",
+                self.values,
+                {**self.settings, "index": number},
+            )
             for number, image in enumerate(self.images)
         ]

@@ -64,7 +64,8 @@ class DenoiserConfig:
 
     Attributes:
         parameterization: what it predicts.
-        input_scale: factor on the noisy image; by default its own standard deviation is divided out.
+        input_scale: factor on the noisy image; by default its own standard deviation is divided
+            out.
         noise_input: how it is told the noise level.
     """
 
@@ -83,7 +84,8 @@ class SamplingConfig:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is off.
         interval: log-SNR from where to where guidance acts; outside, the condition alone does.
-        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models of pixels.
+        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models
+            of pixels.
     """
 
     sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
@@ -94,27 +96,38 @@ class SamplingConfig:
     clip: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not math.isfinite(self.guidance) or not self.interval[0] < self.interval[1]:
+        if (
+            self.steps < 1
+            or not math.isfinite(self.guidance)
+            or not self.interval[0] < self.interval[1]
+        ):
             raise ConfigError(
                 f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
                 where="sampling",
-                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to high log-SNR",
+                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to "
+                "high log-SNR",
             )
         require_schedule(self.schedule, where="sampling.schedule")
 
 
 class Model(nn.Module):
-    """All that is learned: the network and its conditioner, and how the network is read as a denoiser.
+    """All that is learned: the network and its conditioner, and how the network is read as a
+    denoiser.
 
     Attributes:
-        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that was loaded.
+        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that
+            was loaded.
     """
 
     network: Backbone
     conditioner: CompositeConditioner
 
     def __init__(
-        self, network: Backbone, conditioner: CompositeConditioner, config: DenoiserConfig, auxiliary: nn.Module | None = None
+        self,
+        network: Backbone,
+        conditioner: CompositeConditioner,
+        config: DenoiserConfig,
+        auxiliary: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.network, self.conditioner, self.config = network, conditioner, config
@@ -141,7 +154,8 @@ class Pipeline:
         sampling: defaults of `sample`.
         facts: what the model's conditioner knows of its training set.
         image_shape: (C, H, W).
-        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so images then depend on the batch a little.
+        compute_dtype: precision inside the network; bfloat16 is faster and rounds, so images then
+            depend on the batch a little.
     """
 
     model: Model
@@ -152,7 +166,8 @@ class Pipeline:
     compute_dtype: torch.dtype = torch.float32
 
     def compile(self) -> None:
-        """Compile the network, on a GPU as a graph that is replayed; the first images take a minute or more, all others less time.
+        """Compile the network, on a GPU as a graph that is replayed; the first images take a minute
+        or more, all others less time.
 
         Raises:
             ConfigError: if this machine lacks what it takes.
@@ -163,13 +178,22 @@ class Pipeline:
     @property
     def categories(self) -> tuple[str, ...]:
         """Names that `category` may take; () for a model that is not steered by categories."""
-        return () if part_of(self.model.conditioner, Category) is None else trained_categories(self.facts)
+        return (
+            ()
+            if part_of(self.model.conditioner, Category) is None
+            else trained_categories(self.facts)
+        )
 
     @property
     def values(self) -> Values:
         """What the values of its images stand for."""
         facts = self.facts
-        return Values(channels=self.image_shape[0], bits=facts.bits, alpha=facts.alpha, value_range=facts.value_range)
+        return Values(
+            channels=self.image_shape[0],
+            bits=facts.bits,
+            alpha=facts.alpha,
+            value_range=facts.value_range,
+        )
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -210,35 +234,64 @@ class Pipeline:
         Args:
             prompt: texts; negative: one text that guidance leads away from.
             category: names.
-            image: images to start from, to complete or to restore, (C, H, W) or (n, C, H, W) in [0, 1].
-            mask: where `image` is regenerated, 1 there and 0 where it is kept, (1, H, W) or (n, 1, H, W).
-            strength: how much of the way to noise `image` is sent before it is denoised: 0 returns it, 1 ignores it.
+            image: images to start from, to complete or to restore, (C, H, W) or (n, C, H, W) in [0,
+                1].
+            mask: where `image` is regenerated, 1 there and 0 where it is kept, (1, H, W) or (n, 1,
+                H, W).
+            strength: how much of the way to noise `image` is sent before it is denoised: 0 returns
+                it, 1 ignores it.
             doodle: line drawings, dark on light, (1, H, W) or (n, 1, H, W) in [0, 1].
             points: clouds (N, D), or several.
             reference: images to make variations of, (C, H, W) or (n, C, H, W) in [0, 1].
             attributes: numbers by name.
             size: height and width in pixels; by default those that the model was trained at.
-            seed: image i depends on (seed, i) only: its noise exactly, its pixels to float rounding.
-            steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by name: see `sfumato.sampling.SAMPLERS`.
-                Guidance is one scale for all contexts, or one for each by name, which costs a network call each. Where a mask is given
+            seed: image i depends on (seed, i) only: its noise exactly, its pixels to float
+                rounding.
+            steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by
+                name: see `sfumato.sampling.SAMPLERS`.
+                Guidance is one scale for all contexts, or one for each by name, which costs a
+                network call each. Where a mask is given
                 and no sampler is, it is `churn`, or `ddpm` if it is resampled.
-            autoguidance: an earlier snapshot of the same run, and the scale at which images are led away from its predictions.
-            resample: how many times each step is taken where a mask is filled; more agrees better with what is known.
+            autoguidance: an earlier snapshot of the same run, and the scale at which images are led
+                away from its predictions.
+            resample: how many times each step is taken where a mask is filled; more agrees better
+                with what is known.
             batch_size: images made at once; a matter of memory, not of the result.
             on_step: called after each denoising step of each batch.
             contexts: values of contexts of your own, by keyword.
         Raises:
-            ConfigError: for a context that the model does not read, a value that it does not know, or a setting without effect.
+            ConfigError: for a context that the model does not read, a value that it does not know,
+                or a setting without effect.
             NonFiniteError: if the model's output is not finite.
         """
         request = SampleRequest.of(
-            prompt=prompt, category=category, image=image, mask=mask, strength=strength, negative=negative, doodle=doodle,
-            points=points, reference=reference, attributes=attributes, size=size, **contexts,
-        )  # fmt: skip
+            prompt=prompt,
+            category=category,
+            image=image,
+            mask=mask,
+            strength=strength,
+            negative=negative,
+            doodle=doodle,
+            points=points,
+            reference=reference,
+            attributes=attributes,
+            size=size,
+            **contexts,
+        )
         made = self.batches(
-            num, request, seed=seed, steps=steps, sampler=sampler, guidance=guidance, interval=interval,
-            autoguidance=autoguidance, clip=clip, resample=resample, batch_size=batch_size, on_step=on_step,
-        )  # fmt: skip
+            num,
+            request,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            guidance=guidance,
+            interval=interval,
+            autoguidance=autoguidance,
+            clip=clip,
+            resample=resample,
+            batch_size=batch_size,
+            on_step=on_step,
+        )
         return torch.cat([images for _, images in made])
 
     def generate(self, num: int, **arguments: Any) -> Generated:
@@ -250,9 +303,17 @@ class Pipeline:
         images = self.sample(num, **arguments)
         sampling = self.sampling
         settings = {
-            "num": num, "seed": 0, "steps": sampling.steps, "sampler": kind_of(type(sampling.sampler)), "guidance": sampling.guidance,
-            **{name: value for name, value in arguments.items() if value is not None and _is_plain(value)},
-        }  # fmt: skip
+            "num": num,
+            "seed": 0,
+            "steps": sampling.steps,
+            "sampler": kind_of(type(sampling.sampler)),
+            "guidance": sampling.guidance,
+            **{
+                name: value
+                for name, value in arguments.items()
+                if value is not None and _is_plain(value)
+            },
+        }
         return Generated(images=images, settings=settings, values=self.values)
 
     def sample_request(
@@ -265,7 +326,14 @@ class Pipeline:
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
         """What `sample` gives for tensors that are known to fit the model."""
-        made = self.batches(len(request.start), request, seed=seed, guidance=guidance, batch_size=batch_size, on_step=on_step)
+        made = self.batches(
+            len(request.start),
+            request,
+            seed=seed,
+            guidance=guidance,
+            batch_size=batch_size,
+            on_step=on_step,
+        )
         return torch.cat([images for _, images in made])
 
     def batches(
@@ -285,28 +353,41 @@ class Pipeline:
         skip: Collection[int] = (),
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """What `sample` gives, batch by batch as it is made: the number of the batch's first image, and its images.
+        """What `sample` gives, batch by batch as it is made: the number of the batch's first image,
+        and its images.
 
         Args:
             skip: numbers of images that are not made.
         Raises:
-            ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first batch.
+            ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first
+                batch.
         """
         if num < 1 or batch_size < 1:
-            raise ShapeError(f"{num} images in batches of {batch_size}", where="sample", hint="ask for at least 1")
+            raise ShapeError(
+                f"{num} images in batches of {batch_size}",
+                where="sample",
+                hint="ask for at least 1",
+            )
         scales = self._scales(self.sampling.guidance if guidance is None else guidance)
         resolved = self._resolved(request, num)
         spans = _spans(num, skip, batch_size)
-        solver = chosen_sampler(sampler, self.sampling.sampler, filling=resolved.fills, resample=resample)
+        solver = chosen_sampler(
+            sampler, self.sampling.sampler, filling=resolved.fills, resample=resample
+        )
         clip = self._require_clip(self.sampling.clip if clip is None else clip)
         steps = self.sampling.steps if steps is None else steps
         if resolved.strength == 0:
             return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
         how = _How(
-            solver=solver, levels=grid(self.sampling.schedule, steps, strength=resolved.strength), scales=scales, seed=seed,
-            interval=self.sampling.interval if interval is None else interval, autoguidance=autoguidance, clip=clip,
+            solver=solver,
+            levels=grid(self.sampling.schedule, steps, strength=resolved.strength),
+            scales=scales,
+            seed=seed,
+            interval=self.sampling.interval if interval is None else interval,
+            autoguidance=autoguidance,
+            clip=clip,
             on_step=on_step,
-        )  # fmt: skip
+        )
         return ((span.start, self._made(resolved, span, how)) for span in spans)
 
     def _resolved(self, request: SampleRequest | ResolvedRequest, num: int) -> ResolvedRequest:
@@ -323,7 +404,11 @@ class Pipeline:
         part = request.rows(span, next(self.model.parameters()).device)
         noise = KeyedNoise(how.seed, span.start)
         with torch.no_grad():
-            start = self.autoencoder.encode(part.start) if request.begins_at_image else self._zeros(part.start)
+            start = (
+                self.autoencoder.encode(part.start)
+                if request.begins_at_image
+                else self._zeros(part.start)
+            )
             x = how.levels.at(0).like(start).mix(start, noise(start))
             condition = self.model.conditioner(part.context, len(part.start))
             denoiser = self._guided(self._terms(part, part.names, how.scales), how.interval)
@@ -335,9 +420,18 @@ class Pipeline:
             if how.clip:
                 denoiser = Clip(denoiser=denoiser)
             if part.known is not None:
-                cells = -F.max_pool2d(-part.known, self.autoencoder.factor)  # known where all of their pixels are
+                # known where all of their pixels are
+                cells = -F.max_pool2d(-part.known, self.autoencoder.factor)
                 denoiser = Inpaint(denoiser=denoiser, image=start, known=cells)
-        x = sample(how.solver, denoiser, x, how.levels, condition=condition, noise=noise, on_step=how.on_step)
+        x = sample(
+            how.solver,
+            denoiser,
+            x,
+            how.levels,
+            condition=condition,
+            noise=noise,
+            on_step=how.on_step,
+        )
         made = self.decode(x)
         if part.known is not None:
             made = self.autoencoder.paste_known(made, part.start, part.known)
@@ -357,7 +451,8 @@ class Pipeline:
         clip: bool | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Images on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends included.
+        """Images on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends
+        included.
 
         Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
 
@@ -368,7 +463,9 @@ class Pipeline:
             raise ShapeError(f"{num} images", where="sample", hint="ask for at least 1")
         device = next(self.model.parameters()).device
         conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
-        requests = [self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)]
+        requests = [
+            self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)
+        ]
         if any(request.strength != 1 or request.known is not None for request in requests):
             raise ConfigError(
                 "a strength or a mask in an interpolation",
@@ -385,13 +482,20 @@ class Pipeline:
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
             ladders = [self._terms(request, given, scales) for request in requests]
             terms = tuple(
-                GuidanceTerm(a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale)
+                GuidanceTerm(
+                    a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale
+                )
                 for a, b in zip(*ladders, strict=True)
             )
             denoiser = self._guided(terms, self.sampling.interval if interval is None else interval)
             denoiser = Clip(denoiser=denoiser) if clip else denoiser
-            condition, solver = ends[0].between(ends[1], shares), chosen_sampler(sampler, self.sampling.sampler)
-            images = sample(solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step)
+            condition, solver = (
+                ends[0].between(ends[1], shares),
+                chosen_sampler(sampler, self.sampling.sampler),
+            )
+            images = sample(
+                solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step
+            )
         return to_unit(_finite(self.decode(images), 0)).cpu()
 
     def _zeros(self, images: Tensor) -> Tensor:
@@ -401,7 +505,9 @@ class Pipeline:
         return torch.zeros(shape, device=next(self.model.parameters()).device)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images, in [-1, 1] but not clamped, of what the network works on: latents, or the images themselves."""
+        """Images, in [-1, 1] but not clamped, of what the network works on: latents, or the images
+        themselves.
+        """
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
@@ -427,13 +533,19 @@ class Pipeline:
                 )
         return {name: given.get(name, self.sampling.guidance) for name in names}
 
-    def _terms(self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]) -> tuple[GuidanceTerm, ...]:
-        """What guidance leads away from: asking for less. Contexts of one scale are stepped to together; () where all of them are 1."""
+    def _terms(
+        self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]
+    ) -> tuple[GuidanceTerm, ...]:
+        """What guidance leads away from: asking for less. Contexts of one scale are stepped to
+        together; () where all of them are 1.
+        """
         asked = [name for name in scales if name in given]
         if all(scales[name] == 1 for name in asked):
             if part.negative:
                 raise ConfigError(
-                    "a negative prompt without guidance", where="sample", hint="give a guidance above 1, such as 3"
+                    "a negative prompt without guidance",
+                    where="sample",
+                    hint="give a guidance above 1, such as 3",
                 )
             return ()
         self._require_trained_absence(asked, scales, negative=part.negative)
@@ -443,19 +555,32 @@ class Pipeline:
             if not terms or scales[name] != scales[asked[number - 1]]:
                 before = asked[:number]
                 less = {known: part.context[known] for known in before if known in part.context}
-                instead = {known: values for known, values in part.negative.items() if known not in before}
-                terms.append(GuidanceTerm(self.model.conditioner(instead | less, count), scales[name]))
+                instead = {
+                    known: values for known, values in part.negative.items() if known not in before
+                }
+                terms.append(
+                    GuidanceTerm(self.model.conditioner(instead | less, count), scales[name])
+                )
         return tuple(terms)
 
-    def _require_trained_absence(self, asked: Sequence[str], scales: Mapping[str, float], *, negative: Collection[str]) -> None:
-        """Raise ConfigError if guidance leads away from the absence of a context that training never hid."""
+    def _require_trained_absence(
+        self, asked: Sequence[str], scales: Mapping[str, float], *, negative: Collection[str]
+    ) -> None:
+        """Raise ConfigError if guidance leads away from the absence of a context that training
+        never hid.
+        """
         steps = [1.0, *(scales[name] for name in asked)]
-        first = next(number for number, (before, after) in enumerate(itertools.pairwise(steps)) if before != after)
+        first = next(
+            number
+            for number, (before, after) in enumerate(itertools.pairwise(steps))
+            if before != after
+        )
         hidden = [name for name in asked[first:] if name not in negative]
         never = [name for name in hidden if self.model.conditioner.parts[name].dropout == 0]
         if never:
             raise ConfigError(
-                f"guidance leads away from samples without {' and '.join(never)}, which training never saw: it was trained with "
+                f"guidance leads away from samples without {' and '.join(never)}, which training "
+                "never saw: it was trained with "
                 f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
                 where="sample",
                 hint="leave guidance at 1, or train with a dropout such as 0.1",
@@ -467,7 +592,9 @@ class Pipeline:
             return plain
         if not interval[0] < interval[1]:
             raise ConfigError(
-                f"guidance from log-SNR {interval[0]} to {interval[1]}", where="sample", hint="name the lower one first"
+                f"guidance from log-SNR {interval[0]} to {interval[1]}",
+                where="sample",
+                hint="name the lower one first",
             )
         guided = ClassifierFree(denoiser=plain, terms=terms)
         return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
@@ -504,16 +631,24 @@ def _finite(made: Tensor, first: int) -> Tensor:
     bad = torch.nonzero(~made.isfinite().flatten(1).all(1))[:, 0].tolist()
     if bad:
         raise NonFiniteError(
-            f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is image {first + bad[0]})",
+            f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is "
+            f"image {first + bad[0]})",
             where="sample",
-            hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it diverged, or its weights are damaged",
+            hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it "
+            "diverged, or its weights are damaged",
         )
     return made
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a file can carry a value as it is: tensors and functions are left out."""
-    several = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    several = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, list | tuple)
+        else [value]
+    )
     return all(isinstance(one, str | int | float | bool | Mapping) for one in several)
 
 

@@ -24,10 +24,13 @@ class SampleRequest:
     """What images are sampled for.
 
     Attributes:
-        contexts: values by keyword of `Pipeline.sample`, such as `prompt`; each is for all images, or several to cycle through.
+        contexts: values by keyword of `Pipeline.sample`, such as `prompt`; each is for all images,
+            or several to cycle through.
         image: images to start from, to complete or to restore, (C, H, W) or (n, C, H, W) in [0, 1].
-        strength: how much of the way to noise `image` is sent before it is denoised: 0 returns it, 1 ignores it. None starts from noise.
-        mask: where `image` is regenerated, 1 there and 0 where it is kept, (1, H, W) or (n, 1, H, W).
+        strength: how much of the way to noise `image` is sent before it is denoised: 0 returns it,
+            1 ignores it. None starts from noise.
+        mask: where `image` is regenerated, 1 there and 0 where it is kept, (1, H, W) or (n, 1, H,
+            W).
         size: height and width in pixels; None for the size that the model was trained at.
     """
 
@@ -68,7 +71,8 @@ class SampleRequest:
         return {
             name
             for name, context in contexts.items()
-            if any(keyword in self.contexts for keyword in context.keywords) or (context.from_image and self.image is not None)
+            if any(keyword in self.contexts for keyword in context.keywords)
+            or (context.from_image and self.image is not None)
         }
 
 
@@ -114,13 +118,19 @@ class ResolvedRequest:
         """Some of the images."""
         known = None if self.known is None else self.known[chosen].to(device)
         return ResolvedRequest(
-            context=on_device(rows(self.context, chosen), device), negative=on_device(rows(self.negative, chosen), device),
-            start=self.start[chosen].to(device), strength=self.strength, known=known,
-        )  # fmt: skip
+            context=on_device(rows(self.context, chosen), device),
+            negative=on_device(rows(self.negative, chosen), device),
+            start=self.start[chosen].to(device),
+            strength=self.strength,
+            known=known,
+        )
 
 
-def require_context(guidance: float | Mapping[str, float], contexts: Mapping[str, Context], *requests: SampleRequest) -> None:
-    """Refuse guidance without effect: a scale other than 1 that acts on a context which none of the requests has.
+def require_context(
+    guidance: float | Mapping[str, float], contexts: Mapping[str, Context], *requests: SampleRequest
+) -> None:
+    """Refuse guidance without effect: a scale other than 1 that acts on a context which none of the
+    requests has.
 
     Args:
         contexts: that steer the model, by name.
@@ -130,14 +140,23 @@ def require_context(guidance: float | Mapping[str, float], contexts: Mapping[str
     given = {name for request in requests for name in request.names(contexts)}
     scales = guidance if isinstance(guidance, Mapping) else {} if given else {"": guidance}
     for name, scale in scales.items():
-        known = math.isfinite(scale) and (not name or name in contexts)  # what is neither is refused where scales are read
+        # what is neither is refused where scales are read
+        known = math.isfinite(scale) and (not name or name in contexts)
         if known and scale != 1 and name not in given:
-            lacks = f"no {name} is given" if name else "no context is given" if contexts else "the model is steered by nothing"
+            lacks = (
+                f"no {name} is given"
+                if name
+                else "no context is given"
+                if contexts
+                else "the model is steered by nothing"
+            )
             ways = [contexts[read].keywords[0] for read in ([name] if name else contexts)]
             raise ConfigError(
                 f"guidance {scale:g} has nothing to act on: {lacks}",
                 where="sample",
-                hint=f"give {' or '.join(ways)}, or leave guidance out" if ways else "leave guidance out",
+                hint=f"give {' or '.join(ways)}, or leave guidance out"
+                if ways
+                else "leave guidance out",
             )
 
 
@@ -164,7 +183,9 @@ def resolve_request(
     batch: dict[str, Any] = {}
     negative: dict[str, Any] = {}
     for name, context in contexts.items():
-        asked = RequestInfo(facts=facts, conditioner=conditioner.parts[name], size=(height, width), num=num)
+        asked = RequestInfo(
+            facts=facts, conditioner=conditioner.parts[name], size=(height, width), num=num
+        )
         for keyword in context.keywords:
             if keyword in request.contexts:
                 value = request.contexts[keyword]
@@ -175,7 +196,9 @@ def resolve_request(
         if context.from_image and request.image is not None:
             batch[name] = context.from_start(start, known, asked)
     strength = 1.0 if request.strength is None else float(request.strength)
-    return ResolvedRequest(context=batch, negative=negative, start=start, strength=strength, known=known)
+    return ResolvedRequest(
+        context=batch, negative=negative, start=start, strength=strength, known=known
+    )
 
 
 def _check_read(request: SampleRequest, contexts: Mapping[str, Context]) -> None:
@@ -186,18 +209,24 @@ def _check_read(request: SampleRequest, contexts: Mapping[str, Context]) -> None
             raise ConfigError(
                 f"this model was not trained with {keyword} conditioning",
                 where="sample",
-                hint=f"it is steered by {_listed(contexts) or 'nothing'}; train with conditioner.{known[keyword].name} to change that",
+                hint=f"it is steered by {_listed(contexts) or 'nothing'}; train with "
+                f"conditioner.{known[keyword].name} to change that",
             )
     strength, starts = request.strength, any(context.from_image for context in contexts.values())
     if strength is not None and not 0 <= strength <= 1:
-        raise ConfigError(f"strength {strength}", where="sample", hint="use 0 (keep the image) to 1 (ignore it)")
+        raise ConfigError(
+            f"strength {strength}", where="sample", hint="use 0 (keep the image) to 1 (ignore it)"
+        )
     if request.image is None and (request.mask is not None or strength is not None):
-        raise ConfigError("a mask or a strength without an image", where="sample", hint="give `image` too")
+        raise ConfigError(
+            "a mask or a strength without an image", where="sample", hint="give `image` too"
+        )
     if request.image is not None and request.mask is None and strength is None and not starts:
         raise ConfigError(
             "an image was given without strength or mask",
             where="sample",
-            hint="give a strength from 0 to 1 to start from it, or a mask to regenerate a part of it",
+            hint="give a strength from 0 to 1 to start from it, or a mask to regenerate a part "
+            "of it",
         )
 
 
@@ -215,5 +244,7 @@ def require_size(size: tuple[int, int], factor: int) -> None:
         raise ShapeError(
             f"images of {size[0]} x {size[1]} pixels",
             where="sample",
-            hint=f"use sides that are multiples of {factor}" if factor > 1 else "use sides of at least one pixel",
+            hint=f"use sides that are multiples of {factor}"
+            if factor > 1
+            else "use sides of at least one pixel",
         )

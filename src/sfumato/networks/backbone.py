@@ -34,8 +34,10 @@ class Backbone(Accelerable, ABC):
         image_channels: channels of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
         multiple: sides of x that are not multiples of this are padded inside, which costs time.
-        hidden_channels: channels of the feature map that passes through `probe`; 0 if the network passes none.
-        probe: an identity that `forward` passes a hidden feature map (B, hidden_channels, h, w) through. Auxiliary losses listen to it.
+        hidden_channels: channels of the feature map that passes through `probe`; 0 if the network
+            passes none.
+        probe: an identity that `forward` passes a hidden feature map (B, hidden_channels, h, w)
+            through. Auxiliary losses listen to it.
     """
 
     hidden_channels: int = 0
@@ -64,9 +66,13 @@ class Backbone(Accelerable, ABC):
         return 1
 
     def input_layers(self) -> Sequence[nn.Module]:
-        """Layers whose input has a fixed size, however wide the network is. Optimizers do not scale their learning rate with width."""
+        """Layers whose input has a fixed size, however wide the network is. Optimizers do not scale
+        their learning rate with width.
+        """
         return ()
 
     def output_layers(self) -> Sequence[nn.Module]:
-        """Layers whose output has a fixed size, however wide the network is. Muon leaves them to AdamW."""
+        """Layers whose output has a fixed size, however wide the network is. Muon leaves them to
+        AdamW.
+        """
         return ()

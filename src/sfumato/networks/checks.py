@@ -11,20 +11,27 @@ from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ShapeError
 
 
-def check_inputs(x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str) -> None:
-    """Raise ShapeError unless x has the channels, and the condition the slots, that a network was built for."""
+def check_inputs(
+    x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str
+) -> None:
+    """Raise ShapeError unless x has the channels, and the condition the slots, that a network was
+    built for.
+    """
     given = ContextSizes.of(condition)
-    sizes = (x.shape[1], given.vector, given.tokens, given.spatial)  # numbers, which a compiler may have symbols for
+    # numbers, which a compiler may have symbols for
+    sizes = (x.shape[1], given.vector, given.tokens, given.spatial)
     if sizes != (image_channels, context.vector, context.tokens, context.spatial):
         raise ShapeError(
-            f"got {x.shape[1]} image channels and context {given}, built for {image_channels} and {context}",
+            f"got {x.shape[1]} image channels and context {given}, built for {image_channels} "
+            f"and {context}",
             where=where,
             hint="make the condition with the model's own conditioner",
         )
 
 
 def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
-    """x (B, C, H, W) and the maps beside it, with zeros below and at the right up to sides that are multiples; both as they are if x has
+    """x (B, C, H, W) and the maps beside it, with zeros below and at the right up to sides that are
+    multiples; both as they are if x has
     such sides. What a network makes of the margin is cropped away.
     """
     below, right = -x.shape[2] % multiple, -x.shape[3] % multiple
@@ -44,4 +51,8 @@ def margin(height: int, width: int, multiple: int) -> float:
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
     """Maps (B, C, h, w) at the height and width of feature maps: averaged, or repeated."""
-    return maps if maps.shape[2:] == like.shape[2:] else F.adaptive_avg_pool2d(maps, (like.shape[2], like.shape[3]))
+    return (
+        maps
+        if maps.shape[2:] == like.shape[2:]
+        else F.adaptive_avg_pool2d(maps, (like.shape[2], like.shape[3]))
+    )

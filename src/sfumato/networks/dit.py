@@ -1,7 +1,9 @@
 """A diffusion transformer: patches as a sequence, modulated by level and context.
 
-Source: Peebles & Xie 2023 (arXiv:2212.09748); RMS norms, gated feed-forward and rotary positions as in Yao et al. 2025
-(arXiv:2501.01423); one modulation shared by all blocks: Chen et al. 2024 (arXiv:2310.00426), sec. 2.3.
+Source: Peebles & Xie 2023 (arXiv:2212.09748); RMS norms, gated feed-forward and rotary positions as
+    in Yao et al. 2025
+(arXiv:2501.01423); one modulation shared by all blocks: Chen et al. 2024 (arXiv:2310.00426), sec.
+2.3.
 """
 
 from __future__ import annotations
@@ -34,24 +36,34 @@ UNROUTED = 2  # blocks at either end that see every token, where tokens are drop
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(NetworkConfig):
-    """Size and shape of a diffusion transformer. (384, 12), (768, 12), (1024, 24) and (1152, 28) are the sizes S, B, L and XL.
+    """Size and shape of a diffusion transformer. (384, 12), (768, 12), (1024, 24) and (1152, 28)
+    are the sizes S, B, L and XL.
 
     Attributes:
         patch_size: side of the square of pixels, or of latents' places, that is one token.
         hidden_size, depth: width, and number of blocks.
-        head_dim: channels of one attention head; 64 runs best. The multiple of four that rotary positions need.
-        mlp_ratio: width of the feed-forward part as a multiple of `hidden_size`; 8/3 has as many weights as an ungated one of 4.
-        bottleneck: width that patches are squeezed through first; for large patches, of which most dimensions are noise. 0 for none.
-        vector_conditioning: how the context's summary enters: it modulates every block, or becomes a few tokens of the sequence.
-        token_conditioning: how its tokens enter: each block attends to them (`cross`); they go along with the patches, through weights of their own
+        head_dim: channels of one attention head; 64 runs best. The multiple of four that rotary
+            positions need.
+        mlp_ratio: width of the feed-forward part as a multiple of `hidden_size`; 8/3 has as many
+            weights as an ungated one of 4.
+        bottleneck: width that patches are squeezed through first; for large patches, of which most
+            dimensions are noise. 0 for none.
+        vector_conditioning: how the context's summary enters: it modulates every block, or becomes
+            a few tokens of the sequence.
+        token_conditioning: how its tokens enter: each block attends to them (`cross`); they go
+            along with the patches, through weights of their own
             (`joint`, as in Stable Diffusion 3), or through the same ones (`sequence`).
         registers: learned tokens that stand for nothing, which attention may use as scratch paper.
         dropout: of the residual branches.
-        token_drop: share of the patches that skip all but the outer blocks while training; meant for 1,024 tokens and more.
-        activation_checkpointing: whether blocks' inner values are computed again on the way back, instead of kept: one more forward pass, less memory.
+        token_drop: share of the patches that skip all but the outer blocks while training; meant
+            for 1,024 tokens and more.
+        activation_checkpointing: whether blocks' inner values are computed again on the way back,
+            instead of kept: one more forward pass, less memory.
 
-    Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al. 2024 (arXiv:2309.16588); dropped tokens:
-        Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec. 4.
+    Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al.
+        2024 (arXiv:2309.16588); dropped tokens:
+        Krause et al. 2025 (arXiv:2501.04765); the bottleneck: Li & He 2025 (arXiv:2511.13720), sec.
+        4.
     """
 
     kind: ClassVar[str] = "dit"
@@ -75,7 +87,9 @@ class DiTConfig(NetworkConfig):
             or min(self.bottleneck, self.registers) < 0
         ):
             raise ConfigError(
-                f"{self} is not a valid network", where="network", hint="sizes are above 0; bottleneck and registers may be 0"
+                f"{self} is not a valid network",
+                where="network",
+                hint="sizes are above 0; bottleneck and registers may be 0",
             )
         if self.hidden_size % self.head_dim or self.head_dim % 4:
             raise ConfigError(
@@ -102,9 +116,11 @@ class DiTConfig(NetworkConfig):
 
 
 class DiT(Backbone):
-    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
+    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the
+    output start at zero.
 
-    What its patches are after a third of the blocks (before any are dropped), (B, hidden_channels, rows, columns), passes through
+    What its patches are after a third of the blocks (before any are dropped), (B, hidden_channels,
+    rows, columns), passes through
     `probe`, which may be listened to.
 
     Args:
@@ -112,9 +128,12 @@ class DiT(Backbone):
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
-    compile_after_s: ClassVar[float] = 1200  # on a CPU, where its many small operations are fused (docs/benchmarks.md)
+    # on a CPU, where its many small operations are fused (docs/benchmarks.md)
+    compile_after_s: ClassVar[float] = 1200
 
-    def __init__(self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
+    def __init__(
+        self, config: DiTConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT
+    ) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.config = config
         size, patch = config.hidden_size, config.patch_size
@@ -125,19 +144,34 @@ class DiT(Backbone):
             SinusoidalEmbedding(LEVEL_SIZE, scale=TIMESTEPS), nn.Linear(LEVEL_SIZE, size), nn.SiLU()
         )
         vector, tokens = context.vector, context.tokens
-        self.vector_embedding = nn.Linear(vector, size) if vector and config.vector_conditioning == "modulation" else None
+        self.vector_embedding = (
+            nn.Linear(vector, size)
+            if vector and config.vector_conditioning == "modulation"
+            else None
+        )
         self.vector_tokens = (
-            nn.Linear(vector, SUMMARY_TOKENS * size) if vector and config.vector_conditioning == "tokens" else None
+            nn.Linear(vector, SUMMARY_TOKENS * size)
+            if vector and config.vector_conditioning == "tokens"
+            else None
         )
         along = tokens and config.token_conditioning != "cross"
-        self.token_embedding = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size)) if along else None
-        self.registers = nn.Parameter(0.02 * torch.randn(config.registers, size)) if config.registers else None
+        self.token_embedding = (
+            nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size)) if along else None
+        )
+        self.registers = (
+            nn.Parameter(0.02 * torch.randn(config.registers, size)) if config.registers else None
+        )
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
         self.modulation = zero_init(nn.Linear(size, MODULATIONS * size))
         streams = 2 if tokens and config.token_conditioning == "joint" else 1
         beside = tokens if config.token_conditioning == "cross" else 0
         self.blocks = nn.ModuleList(
-            Block(config, reading=streams, writing=streams if number < config.depth - 1 else 1, token_size=beside)
+            Block(
+                config,
+                reading=streams,
+                writing=streams if number < config.depth - 1 else 1,
+                token_size=beside,
+            )
             for number in range(config.depth)
         )
         self.hidden_channels = size
@@ -152,39 +186,71 @@ class DiT(Backbone):
         Raises:
             ShapeError: if x or the condition lack a channel or a slot.
         """
-        check_inputs(x, condition, image_channels=self.image_channels, context=self.context, where="DiT")
+        check_inputs(
+            x, condition, image_channels=self.image_channels, context=self.context, where="DiT"
+        )
         height, width = x.shape[-2:]
         x, condition = padded(x, condition, self.multiple)
         patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         level = self.level_embedding(noise_input)
-        embedding = self.embedding(level if self.vector_embedding is None else level + self.vector_embedding(condition.vector))
+        embedding = self.embedding(
+            level
+            if self.vector_embedding is None
+            else level + self.vector_embedding(condition.vector)
+        )
         maps = [] if condition.spatial is None else [resized(condition.spatial, x)]
-        patches = self.patches(F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2))
+        patches = self.patches(
+            F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2)
+        )
         parts = self._sequence(patches, condition)
         places = rotary_angles(rows, columns, self.config.head_dim, like=patches)
-        places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))  # what goes along lies nowhere
+        # what goes along lies nowhere
+        places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))
         shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
         made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
         made = self.output(rms_norm(made) * (1 + scale) + shift)
-        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)[..., :height, :width]
+        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)[
+            ..., :height, :width
+        ]
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
-        """What goes through the blocks, a part for each stream; context tokens come last, where their mask is applied."""
+        """What goes through the blocks, a part for each stream; context tokens come last, where
+        their mask is applied.
+        """
         along = [patches]
         if self.registers is not None:
             along.append(self.registers.to(patches.dtype).expand(len(patches), -1, -1))
         if self.vector_tokens is not None:
-            along.append(self.vector_tokens(condition.vector).unflatten(1, (SUMMARY_TOKENS, -1)).to(patches.dtype))
-        tokens = [] if self.token_embedding is None else [self.token_embedding(condition.tokens).to(patches.dtype)]
+            along.append(
+                self.vector_tokens(condition.vector)
+                .unflatten(1, (SUMMARY_TOKENS, -1))
+                .to(patches.dtype)
+            )
+        tokens = (
+            []
+            if self.token_embedding is None
+            else [self.token_embedding(condition.tokens).to(patches.dtype)]
+        )
         if self.config.token_conditioning == "joint":
             return [joined(along, dim=1), *tokens]
         return [joined([*along, *tokens], dim=1)]
 
-    def _through(self, parts: list[Tensor], places: Tensor, shape: tuple[int, int], shared: tuple[Tensor, Condition]) -> Tensor:
-        """The first part after all blocks. While training, of its first tokens, which are the patches, some may skip the inner blocks."""
-        first, count = UNROUTED if self.config.token_drop else self.config.depth // 3, shape[0] * shape[1]
+    def _through(
+        self,
+        parts: list[Tensor],
+        places: Tensor,
+        shape: tuple[int, int],
+        shared: tuple[Tensor, Condition],
+    ) -> Tensor:
+        """The first part after all blocks. While training, of its first tokens, which are the
+        patches, some may skip the inner blocks.
+        """
+        first, count = (
+            UNROUTED if self.config.token_drop else self.config.depth // 3,
+            shape[0] * shape[1],
+        )
         parts = self._blocks(self.blocks[:first], parts, places, shared)
         self.probe(parts[0][:, :count].transpose(1, 2).unflatten(2, shape))
         if not (self.training and self.config.token_drop):
@@ -197,13 +263,21 @@ class DiT(Backbone):
         return self._blocks(self.blocks[-UNROUTED:], parts, places, shared)[0]
 
     def _kept(self, x: Tensor, count: int) -> Tensor:
-        """Places (B, K) of the tokens that go through the inner blocks: some of the first `count`, drawn for each, and all others."""
-        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[:, : count - int(count * self.config.token_drop)]
+        """Places (B, K) of the tokens that go through the inner blocks: some of the first `count`,
+        drawn for each, and all others.
+        """
+        chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[
+            :, : count - int(count * self.config.token_drop)
+        ]
         others = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
         return torch.cat([chosen.sort(dim=1).values, others], dim=1)
 
     def _blocks(
-        self, blocks: Iterable[nn.Module], parts: list[Tensor], places: Tensor, shared: tuple[Tensor, Condition]
+        self,
+        blocks: Iterable[nn.Module],
+        parts: list[Tensor],
+        places: Tensor,
+        shared: tuple[Tensor, Condition],
     ) -> list[Tensor]:
         for block in blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
@@ -231,29 +305,39 @@ class DiT(Backbone):
 
 
 class Block(nn.Module):
-    """Attention over all parts of the sequence, context tokens attended to if they stand aside, and a feed-forward part for each.
+    """Attention over all parts of the sequence, context tokens attended to if they stand aside, and
+    a feed-forward part for each.
 
     Args:
-        reading, writing: streams that are read from, and that are changed: the last block changes the patches only.
+        reading, writing: streams that are read from, and that are changed: the last block changes
+            the patches only.
         token_size: of context tokens that are attended to; 0 for none.
     """
 
     def __init__(self, config: DiTConfig, *, reading: int, writing: int, token_size: int) -> None:
         super().__init__()
-        self.readers = nn.ModuleList(Reader(config, asking=number < writing) for number in range(reading))
+        self.readers = nn.ModuleList(
+            Reader(config, asking=number < writing) for number in range(reading)
+        )
         self.writers = nn.ModuleList(Writer(config) for _ in range(writing))
         self.cross = CrossAttention(config, token_size) if token_size else None
 
-    def forward(self, parts: list[Tensor], places: Tensor, modulation: Tensor, condition: Condition) -> list[Tensor]:
+    def forward(
+        self, parts: list[Tensor], places: Tensor, modulation: Tensor, condition: Condition
+    ) -> list[Tensor]:
         """parts of (B, L, C); places (L, D / 2) of the first; modulation (B, 6, 1, C)."""
         read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
         read[0] = (apply_rotary(read[0][0], places), apply_rotary(read[0][1], places), read[0][2])
-        q, k, v = (joined([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True))
+        q, k, v = (
+            joined([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True)
+        )
         attended = attend(q, k, v, self._mask(condition, k.shape[2])).transpose(1, 2).flatten(2)
         parts = parts[: len(self.writers)]
         pieces = attended.split([part.shape[1] for part in parts], dim=1)
         made = []
-        for number, (module, part, piece) in enumerate(zip(self.writers, parts, pieces, strict=True)):
+        for number, (module, part, piece) in enumerate(
+            zip(self.writers, parts, pieces, strict=True)
+        ):
             writer = cast(Writer, module)
             part = writer.attended(part, piece, modulation)
             if self.cross is not None and number == 0:
@@ -262,14 +346,19 @@ class Block(nn.Module):
         return made
 
     def _mask(self, condition: Condition, length: int) -> Tensor | None:
-        """True where attention may look, (B, 1, 1, length): context tokens, if they go along, are its end."""
+        """True where attention may look, (B, 1, 1, length): context tokens, if they go along, are
+        its end.
+        """
         if condition.token_mask is None or self.cross is not None:
             return None
-        return F.pad(condition.token_mask, (length - condition.token_mask.shape[1], 0), value=True)[:, None, None]
+        return F.pad(condition.token_mask, (length - condition.token_mask.shape[1], 0), value=True)[
+            :, None, None
+        ]
 
 
 class Reader(nn.Module):
-    """Keys and values of a stream, and its queries if it asks; queries and keys of unit mean square, which keeps bfloat16 attention steady.
+    """Keys and values of a stream, and its queries if it asks; queries and keys of unit mean
+    square, which keeps bfloat16 attention steady.
 
     Source: Henry et al. 2020 (arXiv:2010.04245); Dehghani et al. 2023 (arXiv:2302.05442), sec. 2.
     """
@@ -288,7 +377,11 @@ class Reader(nn.Module):
         shift, scale = (modulation[:, :2] + self.offset).to(x.dtype).unbind(1)
         h = rms_norm(x) * (1 + scale) + shift
         v = split_heads(self.v(h), self.heads)
-        q = None if self.q is None or self.q_norm is None else self.q_norm(split_heads(self.q(h), self.heads))
+        q = (
+            None
+            if self.q is None or self.q_norm is None
+            else self.q_norm(split_heads(self.q(h), self.heads))
+        )
         return q, self.k_norm(split_heads(self.k(h), self.heads)), v
 
 
@@ -304,7 +397,11 @@ class Writer(nn.Module):
         hidden = 32 * max(1, round(config.mlp_ratio * size / 32))
         self.offset = nn.Parameter(torch.zeros(4, 1, size))
         self.out, self.dropout = nn.Linear(size, size), nn.Dropout(config.dropout)
-        self.up, self.gate, self.down = nn.Linear(size, hidden), nn.Linear(size, hidden), nn.Linear(hidden, size)
+        self.up, self.gate, self.down = (
+            nn.Linear(size, hidden),
+            nn.Linear(size, hidden),
+            nn.Linear(hidden, size),
+        )
 
     def attended(self, x: Tensor, found: Tensor, modulation: Tensor) -> Tensor:
         """x + gate * out(found)."""
@@ -327,14 +424,20 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = config.hidden_size // config.head_dim
         self.token_norm = nn.LayerNorm(token_size)
-        self.q, self.kv = nn.Linear(config.hidden_size, config.hidden_size), nn.Linear(token_size, 2 * config.hidden_size)
+        self.q, self.kv = (
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.Linear(token_size, 2 * config.hidden_size),
+        )
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim) for _ in range(2))
         self.out = zero_init(nn.Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, L, C), tokens (B, S, D), token_mask (B, S) or None -> (B, L, C)."""
         q = split_heads(self.q(rms_norm(x)), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
+        k, v = (
+            split_heads(part, self.heads)
+            for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2)
+        )
         mask = None if token_mask is None else token_mask[:, None, None, :]
         attended = attend(self.q_norm(q), self.k_norm(k), v, mask)
         result: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))

@@ -25,7 +25,9 @@ class Features(Protocol):
     name: str
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Feature maps (B, c, h, w), from fine to coarse; features of a place have unit length, but for channels' weights."""
+        """Feature maps (B, c, h, w), from fine to coarse; features of a place have unit length, but
+        for channels' weights.
+        """
         ...
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -82,11 +84,15 @@ class RandomFeatures(nn.Module):
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded so that the output has ceil(input / stride) places, more at the right and bottom if need be."""
+    """A convolution padded so that the output has ceil(input / stride) places, more at the right
+    and bottom if need be.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         pads: list[int] = []
-        for side, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+        for side, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(x, pads))
@@ -95,13 +101,20 @@ class SameConv(nn.Conv2d):
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0, trained on ImageNet, its batch norms folded into the convolutions.
 
-    Source: Tan & Le 2019 (arXiv:1905.11946), table 1, without squeeze-and-excitation and with ReLU6, as the Lite variants have it.
+    Source: Tan & Le 2019 (arXiv:1905.11946), table 1, without squeeze-and-excitation and with
+        ReLU6, as the Lite variants have it.
     """
 
     name = "EfficientNet-Lite0 (ImageNet)"
     _STAGES = (  # expansion, kernel, stride, channels, repeats
-        (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
-    )  # fmt: skip
+        (1, 3, 1, 16, 1),
+        (6, 3, 2, 24, 2),
+        (6, 5, 2, 40, 2),
+        (6, 3, 2, 80, 3),
+        (6, 5, 1, 112, 3),
+        (6, 5, 2, 192, 4),
+        (6, 3, 1, 320, 1),
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,13 +123,17 @@ class EfficientNetLite0(nn.Module):
         inputs = 32
         for expansion, kernel, stride, width, repeats in self._STAGES:
             for repeat in range(repeats):
-                self.blocks.append(InvertedResidual(inputs, width, expansion, kernel, stride if repeat == 0 else 1))
+                self.blocks.append(
+                    InvertedResidual(inputs, width, expansion, kernel, stride if repeat == 0 else 1)
+                )
                 inputs = width
         self.head, self.classes = nn.Conv2d(inputs, 1280, 1), nn.Linear(1280, 1000)
         self.requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The last map before each halving of the resolution, and the last of all: strides 2, 4, 8, 16 and 32."""
+        """The last map before each halving of the resolution, and the last of all: strides 2, 4, 8,
+        16 and 32.
+        """
         return [F.normalize(found, dim=1) for found in self._maps(x)]
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -171,17 +188,22 @@ def efficientnet_lite0(tensors: Mapping[str, Tensor]) -> EfficientNetLite0:
         names = [("depthwise", "_depthwise_conv", "_bn1"), ("project", "_project_conv", "_bn2")]
         names += [("expand", "_expand_conv", "_bn0")] if block.expand is not None else []
         places |= {
-            f"blocks.{number}.{ours}": (f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}") for ours, conv, norm in names
+            f"blocks.{number}.{ours}": (f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}")
+            for ours, conv, norm in names
         }
     try:
         state = {"classes.weight": tensors["_fc.weight"], "classes.bias": tensors["_fc.bias"]}
         for ours, (conv, norm) in places.items():
             scale = tensors[f"{norm}.weight"] / (tensors[f"{norm}.running_var"] + 1e-3).sqrt()
             state[f"{ours}.weight"] = tensors[f"{conv}.weight"] * scale[:, None, None, None]
-            state[f"{ours}.bias"] = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
+            state[f"{ours}.bias"] = (
+                tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * scale
+            )
         network.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"not EfficientNet-Lite0's tensors ({str(error)[:200]})", where="features") from None
+        raise CheckpointError(
+            f"not EfficientNet-Lite0's tensors ({str(error)[:200]})", where="features"
+        ) from None
     return network.eval()
 
 
@@ -194,11 +216,13 @@ class Lpips(nn.Module):
     name = "LPIPS (VGG-16)"
     shift: Tensor
     scale: Tensor
-    _LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # convolutions in torchvision's `vgg16().features`
+    # convolutions in torchvision's `vgg16().features`
+    _LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     _AFTER_POOL, _MAPPED = (5, 10, 17, 24), (2, 7, 14, 21, 28)
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: torchvision's `features.N.weight` and `.bias`, and LPIPS's `linK.model.1.weight`, K from 0 to 4.
+        """tensors: torchvision's `features.N.weight` and `.bias`, and LPIPS's
+        `linK.model.1.weight`, K from 0 to 4.
 
         Raises:
             CheckpointError: if one is missing.
@@ -209,17 +233,25 @@ class Lpips(nn.Module):
             for number in self._LAYERS:
                 weight = tensors[f"features.{number}.weight"]
                 layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
-                layer.load_state_dict({"weight": weight, "bias": tensors[f"features.{number}.bias"]})
+                layer.load_state_dict(
+                    {"weight": weight, "bias": tensors[f"features.{number}.bias"]}
+                )
                 self.layers.append(layer)
-            self.weights.extend(tensors[f"lin{k}.model.1.weight"].flatten().clamp(min=0).sqrt() for k in range(5))
+            self.weights.extend(
+                tensors[f"lin{k}.model.1.weight"].flatten().clamp(min=0).sqrt() for k in range(5)
+            )
         except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"not the tensors of VGG-16 and LPIPS ({str(error)[:200]})", where="features") from None
+            raise CheckpointError(
+                f"not the tensors of VGG-16 and LPIPS ({str(error)[:200]})", where="features"
+            ) from None
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """After the last ReLU before each pooling, and the last of all, channels weighed as LPIPS learned to."""
+        """After the last ReLU before each pooling, and the last of all, channels weighed as LPIPS
+        learned to.
+        """
         found: list[Tensor] = []
         x = (rgb(x) - self.shift) / self.scale
         for number, layer in zip(self._LAYERS, self.layers, strict=True):
@@ -234,7 +266,8 @@ class Lpips(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """One of `transformers`' that cut images into patches (ViT, DINOv2). Images are brought to the size it was trained on.
+    """One of `transformers`' that cut images into patches (ViT, DINOv2). Images are brought to the
+    size it was trained on.
 
     Args:
         model: gives `last_hidden_state`, whose last tokens are the patches, row by row.
@@ -266,5 +299,7 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         whole = F.interpolate(rgb(x), size=(self.side, self.side), mode="bicubic", antialias=True)
-        result: Tensor = self.model(pixel_values=((whole + 1) / 2 - self.shift) / self.scale).last_hidden_state
+        result: Tensor = self.model(
+            pixel_values=((whole + 1) / 2 - self.shift) / self.scale
+        ).last_hidden_state
         return result

@@ -1,6 +1,8 @@
-"""A U-Net: residual blocks modulated by level and context, attention at chosen depths, skips across.
+"""A U-Net: residual blocks modulated by level and context, attention at chosen depths, skips
+across.
 
-Source: Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239); Dhariwal & Nichol 2021 (arXiv:2105.05233).
+Source: Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239); Dhariwal &
+    Nichol 2021 (arXiv:2105.05233).
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ class UNetConfig(NetworkConfig):
 
     Attributes:
         channels: feature channels at full resolution.
-        multipliers: channels at each depth as multiples of that; every depth but the last halves the resolution.
+        multipliers: channels at each depth as multiples of that; every depth but the last halves
+            the resolution.
         blocks: residual blocks at each depth (one more on the way up).
-        attention_depths: depths with self-attention (0 is full resolution); the middle has it whenever any depth does.
+        attention_depths: depths with self-attention (0 is full resolution); the middle has it
+            whenever any depth does.
         head_channels: channels of one attention head; 32 to 64 run best.
-        vector_at, tokens_at, maps_at: where the context's summary, tokens (beside each self-attention) and maps enter: everywhere,
+        vector_at, tokens_at, maps_at: where the context's summary, tokens (beside each
+            self-attention) and maps enter: everywhere,
             or only the feature maps on the way up.
         dropout: of the residual branches.
     """
@@ -63,11 +68,13 @@ class UNetConfig(NetworkConfig):
             raise ConfigError(
                 f"{self} is not a valid network",
                 where="network",
-                hint=f"attention_depths are among {list(depths)}; channels, blocks, multipliers and head_channels are at least 1",
+                hint=f"attention_depths are among {list(depths)}; channels, blocks, multipliers "
+                "and head_channels are at least 1",
             )
         if self.channels % 2:
             raise ConfigError(
-                f"{self.channels} channels are odd, and sines and cosines of the noise level come in pairs",
+                f"{self.channels} channels are odd, and sines and cosines of the noise level "
+                "come in pairs",
                 where="network.channels",
                 hint="choose an even number; multiples of 32 run best",
             )
@@ -75,8 +82,10 @@ class UNetConfig(NetworkConfig):
         for depth in sorted({*self.attention_depths, *middle}):
             if self.channels * self.multipliers[depth] % self.head_channels:
                 raise ConfigError(
-                    f"{self.channels * self.multipliers[depth]} channels at depth {depth} are not a multiple of "
-                    f"head_channels = {self.head_channels}" + (", and the middle attends" if depth in middle else ""),
+                    f"{self.channels * self.multipliers[depth]} channels at depth {depth} are "
+                    "not a multiple of "
+                    f"head_channels = {self.head_channels}"
+                    + (", and the middle attends" if depth in middle else ""),
                     where="network.head_channels",
                     hint="choose 32 or 64, and channels that are multiples of it",
                 )
@@ -87,27 +96,35 @@ class UNetConfig(NetworkConfig):
 
 
 class UNet(Backbone):
-    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the output start at zero.
+    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the
+    output start at zero.
 
-    Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, which may be listened to.
+    Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, which may be
+    listened to.
 
     Args:
         image_channels: of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
-    def __init__(self, config: UNetConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
+    def __init__(
+        self, config: UNetConfig, *, image_channels: int, context: ContextSizes = NO_CONTEXT
+    ) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.config = config
         size = 4 * config.channels
         self.level_embedding = nn.Sequential(
-            SinusoidalEmbedding(config.channels, scale=TIMESTEPS), nn.Linear(config.channels, size), nn.SiLU()
+            SinusoidalEmbedding(config.channels, scale=TIMESTEPS),
+            nn.Linear(config.channels, size),
+            nn.SiLU(),
         )
         self.vector_embedding = nn.Linear(context.vector, size) if context.vector else None
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
 
         encoder_tokens = context.tokens if config.tokens_at == "all" else 0
-        input_maps, decoder_maps = (context.spatial, 0) if config.maps_at == "all" else (0, context.spatial)
+        input_maps, decoder_maps = (
+            (context.spatial, 0) if config.maps_at == "all" else (0, context.spatial)
+        )
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         last = len(widths) - 1
         self.input = nn.Conv2d(image_channels + input_maps, widths[0], 3, padding=1)
@@ -115,16 +132,24 @@ class UNet(Backbone):
         skips, width = [widths[0]], widths[0]
         for depth, out in enumerate(widths):
             inputs = [width] + [out] * (config.blocks - 1)
-            stages = [Stage(n, out, size, config, depth in config.attention_depths, encoder_tokens) for n in inputs]
+            stages = [
+                Stage(n, out, size, config, depth in config.attention_depths, encoder_tokens)
+                for n in inputs
+            ]
             self.down.append(DownLevel(stages, Downsample(out) if depth < last else None))
             width = out
             skips += [out] * (config.blocks + (depth < last))
-        self.middle = Stage(width, width, size, config, bool(config.attention_depths), encoder_tokens)
+        self.middle = Stage(
+            width, width, size, config, bool(config.attention_depths), encoder_tokens
+        )
         self.hidden_channels = width
         self.middle_out = ResidualBlock(width, width, size, config.dropout)
         for depth, out in reversed(list(enumerate(widths))):
             inputs = [skips.pop() + (out if i else width) for i in range(config.blocks + 1)]
-            stages = [Stage(n, out, size, config, depth in config.attention_depths, context.tokens) for n in inputs]
+            stages = [
+                Stage(n, out, size, config, depth in config.attention_depths, context.tokens)
+                for n in inputs
+            ]
             maps = zero_init(nn.Conv2d(decoder_maps, width, 1)) if decoder_maps else None
             # Narrowed before the next depth, where every channel costs four times as much.
             width = widths[max(0, depth - 1)]
@@ -141,11 +166,17 @@ class UNet(Backbone):
         Raises:
             ShapeError: if x or the condition lack a channel or a slot.
         """
-        check_inputs(x, condition, image_channels=self.image_channels, context=self.context, where="UNet")
+        check_inputs(
+            x, condition, image_channels=self.image_channels, context=self.context, where="UNet"
+        )
         height, width = x.shape[-2:]
         x, condition = padded(x, condition, self.multiple)
         level = self.level_embedding(noise_input)
-        steered = level if self.vector_embedding is None else level + self.vector_embedding(condition.vector)
+        steered = (
+            level
+            if self.vector_embedding is None
+            else level + self.vector_embedding(condition.vector)
+        )
         on_the_way_up = self.embedding(steered)
         embedding = on_the_way_up if self.config.vector_at == "all" else self.embedding(level)
         if condition.spatial is not None and self.config.maps_at == "all":
@@ -197,13 +228,23 @@ class Stage(nn.Module):
     """A residual block, then self-attention and cross-attention where this depth has them."""
 
     def __init__(
-        self, inputs: int, outputs: int, embedding_size: int, config: UNetConfig, attend: bool, token_size: int
+        self,
+        inputs: int,
+        outputs: int,
+        embedding_size: int,
+        config: UNetConfig,
+        attend: bool,
+        token_size: int,
     ) -> None:
         super().__init__()
         heads = max(1, outputs // config.head_channels)
         self.block = ResidualBlock(inputs, outputs, embedding_size, config.dropout)
         self.attention = SelfAttention(outputs, heads, GROUP_CHANNELS) if attend else None
-        self.cross = CrossAttention(outputs, heads, token_size, GROUP_CHANNELS) if attend and token_size else None
+        self.cross = (
+            CrossAttention(outputs, heads, token_size, GROUP_CHANNELS)
+            if attend and token_size
+            else None
+        )
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
         x = self.block(x, embedding)
@@ -221,7 +262,9 @@ class DownLevel(nn.Module):
         super().__init__()
         self.stages, self.downsample = nn.ModuleList(stages), downsample
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]
+    ) -> Tensor:
         for stage in self.stages:
             x = stage(x, embedding, condition)
             skips.append(x)
@@ -232,13 +275,19 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one depth on the way up; each takes the skip that was kept last. Maps that enter here are added first."""
+    """The stages of one depth on the way up; each takes the skip that was kept last. Maps that
+    enter here are added first.
+    """
 
-    def __init__(self, stages: list[Stage], upsample: Upsample | None, maps: nn.Conv2d | None) -> None:
+    def __init__(
+        self, stages: list[Stage], upsample: Upsample | None, maps: nn.Conv2d | None
+    ) -> None:
         super().__init__()
         self.stages, self.upsample, self.maps = nn.ModuleList(stages), upsample, maps
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]
+    ) -> Tensor:
         if self.maps is not None and condition.spatial is not None:
             x = x + self.maps(resized(condition.spatial, x))
         for stage in self.stages:

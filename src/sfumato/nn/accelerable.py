@@ -13,7 +13,8 @@ class Accelerable(nn.Module):
     """The part of a model that most of the time goes into.
 
     Attributes:
-        compile_after_s: seconds of training on a CPU from which compiling it pays; infinity where it never does.
+        compile_after_s: seconds of training on a CPU from which compiling it pays; infinity where
+            it never does.
     """
 
     compile_after_s: ClassVar[float] = math.inf

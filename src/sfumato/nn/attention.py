@@ -17,13 +17,16 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of each head; q (B, heads, L, D), k and v (B, heads, S, D) -> (B, heads, L, D).
+    """softmax(q k^T / sqrt(D)) v of each head; q (B, heads, L, D), k and v (B, heads, S, D) -> (B,
+    heads, L, D).
 
-    PyTorch's fused kernel, but for bfloat16 on a CPU that can hold the scores: its backward pass takes 1.6 to 4 times as long there as
+    PyTorch's fused kernel, but for bfloat16 on a CPU that can hold the scores: its backward pass
+    takes 1.6 to 4 times as long there as
     the two products written out (docs/benchmarks.md).
 
     Args:
-        mask: True where attention may look, broadcast to (B, heads, L, S); no row may be False throughout.
+        mask: True where attention may look, broadcast to (B, heads, L, S); no row may be False
+            throughout.
     """
     scores_fit = q.shape[:-1].numel() * k.shape[-2] <= 2**27
     if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or not scores_fit:
@@ -36,7 +39,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class SelfAttention(nn.Module):
-    """Residual self-attention over the positions of a feature map; its output projection starts at zero."""
+    """Residual self-attention over the positions of a feature map; its output projection starts at
+    zero.
+    """
 
     def __init__(self, channels: int, heads: int, group_channels: int = 16) -> None:
         super().__init__()
@@ -55,9 +60,13 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Residual attention from image positions to context tokens; its output projection starts at zero."""
+    """Residual attention from image positions to context tokens; its output projection starts at
+    zero.
+    """
 
-    def __init__(self, channels: int, heads: int, token_size: int, group_channels: int = 16) -> None:
+    def __init__(
+        self, channels: int, heads: int, token_size: int, group_channels: int = 16
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(num_groups(channels, group_channels), channels)
@@ -69,7 +78,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         """x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W)."""
         q = split_heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2))
+        k, v = (
+            split_heads(part, self.heads)
+            for part in self.kv(self.token_norm(tokens)).chunk(2, dim=2)
+        )
         mask = None if token_mask is None else token_mask[:, None, None, :]
         attended = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         result: Tensor = x + self.out(attended).transpose(1, 2).unflatten(2, x.shape[2:])

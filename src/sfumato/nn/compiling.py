@@ -16,22 +16,30 @@ NEEDED = "needs a C++ compiler and Python's headers"
 
 
 def can_compile() -> bool:
-    """Whether there are the C++ compiler and Python's headers that `torch.compile` builds its kernels with."""
+    """Whether there are the C++ compiler and Python's headers that `torch.compile` builds its
+    kernels with.
+    """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    return (
+        shutil.which(compiler) is not None
+        and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    )
 
 
 def require_compiler() -> None:
     """Raise ConfigError if this machine lacks what compiling takes."""
     if not can_compile():
-        raise ConfigError(NEEDED, where="compile", hint="apt install g++ python3-dev, or leave it off")
+        raise ConfigError(
+            NEEDED, where="compile", hint="apt install g++ python3-dev, or leave it off"
+        )
 
 
 def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:
     """Have `network` compiled when it is first called.
 
     Args:
-        mode: of `torch.compile`; with `reduce-overhead` a GPU replays graphs, and an output holds until the next call only.
+        mode: of `torch.compile`; with `reduce-overhead` a GPU replays graphs, and an output holds
+            until the next call only.
     Raises:
         ConfigError: if this machine lacks what it takes.
     """

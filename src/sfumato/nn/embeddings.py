@@ -13,7 +13,8 @@ TIMESTEPS = 1000.0  # that a noise level from 0 to 1 is told apart by, as many a
 class SinusoidalEmbedding(nn.Module):
     """cos and sin of scale * x at geometric frequencies from 1 to 1/max_period, as in transformers.
 
-    `scale` is what brings x to the range that the frequencies can tell apart: 1000 for a noise level from 0 to 1, as timesteps have it.
+    `scale` is what brings x to the range that the frequencies can tell apart: 1000 for a noise
+    level from 0 to 1, as timesteps have it.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), sec. 3.5.
     """
@@ -24,7 +25,9 @@ class SinusoidalEmbedding(nn.Module):
         super().__init__()
         self.scale = scale
         exponents = torch.arange(size // 2, dtype=torch.float32) / (size // 2)
-        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,) -> (B, size)."""

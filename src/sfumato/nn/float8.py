@@ -13,10 +13,13 @@ MULTIPLE = 16  # of a matrix's sides, which the hardware asks for
 
 
 def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    """Have some of a network's layers multiply in float8, forwards and backwards, in place. Weights keep their names and values.
+    """Have some of a network's layers multiply in float8, forwards and backwards, in place. Weights
+    keep their names and values.
 
-    Each tensor is scaled by its largest magnitude, and rounded to four bits of exponent and three of mantissa, on the way back five and
-    two. A machine without such products does the same rounding and multiplies in float32: slower than not to, good for trying it out.
+    Each tensor is scaled by its largest magnitude, and rounded to four bits of exponent and three
+    of mantissa, on the way back five and
+    two. A machine without such products does the same rounding and multiplies in float32: slower
+    than not to, good for trying it out.
 
     Raises:
         ConfigError: see `require_float8`.
@@ -27,7 +30,9 @@ def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     settings = Float8LinearConfig(emulate=not has_float8(network), pad_inner_dim=True)
-    convert_to_float8_training(network, module_filter_fn=lambda module, name: id(module) in fitting, config=settings)
+    convert_to_float8_training(
+        network, module_filter_fn=lambda module, name: id(module) in fitting, config=settings
+    )
 
 
 def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
@@ -39,13 +44,16 @@ def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
     try:
         import torchao.float8  # noqa: F401
     except ImportError:
-        raise ConfigError("float8 needs torchao", where="precision", hint="pip install 'sfumato[float8]'") from None
+        raise ConfigError(
+            "float8 needs torchao", where="precision", hint="pip install 'sfumato[float8]'"
+        ) from None
     fitting = [layer for layer in layers if fits(layer)]
     if not fitting:
         raise ConfigError(
             f"float8 is for transformers whose hidden size is a multiple of {MULTIPLE}",
             where="precision",
-            hint=f"use precision=bfloat16, or network.kind=dit with network.hidden_size a multiple of {MULTIPLE}",
+            hint="use precision=bfloat16, or network.kind=dit with network.hidden_size a "
+            f"multiple of {MULTIPLE}",
         )
     return fitting
 

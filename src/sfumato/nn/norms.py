@@ -12,14 +12,22 @@ RMS_EPS = 1e-6
 
 
 def num_groups(channels: int, group_channels: int) -> int:
-    """How many groups channels are normed in: as near `group_channels` to a group as divides them, and no fewer."""
-    return next(groups for groups in range(max(1, channels // group_channels), 0, -1) if channels % groups == 0)
+    """How many groups channels are normed in: as near `group_channels` to a group as divides them,
+    and no fewer.
+    """
+    return next(
+        groups
+        for groups in range(max(1, channels // group_channels), 0, -1)
+        if channels % groups == 0
+    )
 
 
 class ModulatedGroupNorm(nn.Module):
-    """Group norm followed by (1 + scale) * x + shift with scale and shift (B, C) projected from an embedding.
+    """Group norm followed by (1 + scale) * x + shift with scale and shift (B, C) projected from an
+    embedding.
 
-    Source: Perez et al. 2018 (arXiv:1709.07871); Dhariwal & Nichol 2021 (arXiv:2105.05233), sec. 3.1 (adaptive group norm).
+    Source: Perez et al. 2018 (arXiv:1709.07871); Dhariwal & Nichol 2021 (arXiv:2105.05233), sec.
+        3.1 (adaptive group norm).
     """
 
     def __init__(self, channels: int, embedding_size: int, group_channels: int = 16) -> None:
@@ -36,7 +44,8 @@ class ModulatedGroupNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x (..., C) over its root mean square along the last axis, times weight (C,).
 
-    PyTorch's kernel, but on a CPU, where it has none of one piece and goes through float32 four times: written out, forward and backward
+    PyTorch's kernel, but on a CPU, where it has none of one piece and goes through float32 four
+    times: written out, forward and backward
     pass take half as long there (docs/benchmarks.md).
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4.

@@ -9,9 +9,11 @@ BASE = 100.0  # longest wavelength over the shortest, for sides of a few dozen p
 
 
 def rotary_angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor:
-    """Angles of every place of a grid, (rows * columns, size / 2): one half by its row, one by its column, from the grid's middle.
+    """Angles of every place of a grid, (rows * columns, size / 2): one half by its row, one by its
+    column, from the grid's middle.
 
-    Source: Su et al. 2021 (arXiv:2104.09864), eq. 15; along two axes: Heo et al. 2024 (arXiv:2403.13298), sec. 3.2.
+    Source: Su et al. 2021 (arXiv:2104.09864), eq. 15; along two axes: Heo et al. 2024
+        (arXiv:2403.13298), sec. 3.2.
 
     Args:
         size: channels of a head, a multiple of 4.
@@ -23,7 +25,9 @@ def rotary_angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, heads, L, D) with channel i and channel D / 2 + i turned in their plane by angles (L, D / 2), or (B, 1, L, D / 2)."""
+    """x (B, heads, L, D) with channel i and channel D / 2 + i turned in their plane by angles (L, D
+    / 2), or (B, 1, L, D / 2).
+    """
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -10,7 +10,8 @@ from sfumato.nn.init import zero_init
 
 FREQUENCIES = 128
 LIMIT = 20.0  # of the log-SNR, which is infinite at both ends
-STRETCH = 10.0  # of the log-SNR, before its sinusoids: so that levels half a unit apart can be told apart
+# of the log-SNR, before its sinusoids: so that levels half a unit apart can be told apart
+STRETCH = 10.0
 
 
 class NoUncertainty(nn.Module):
@@ -22,11 +23,13 @@ class NoUncertainty(nn.Module):
 
 
 class LearnedUncertainty(nn.Module):
-    """u(log-SNR), the log of the expected loss at a level when loss / e^u + u is minimized; it starts at 0.
+    """u(log-SNR), the log of the expected loss at a level when loss / e^u + u is minimized; it
+    starts at 0.
 
     Levels then count alike in the gradient, whatever the size of their loss.
 
-    Source: Karras et al. 2024 (arXiv:2312.02696), appendix B.2 (after Kendall et al. 2018, arXiv:1705.07115).
+    Source: Karras et al. 2024 (arXiv:2312.02696), appendix B.2 (after Kendall et al. 2018,
+        arXiv:1705.07115).
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,9 @@ class LearnedUncertainty(nn.Module):
 
     def forward(self, logsnr: Tensor) -> Tensor:
         """(B,) -> (B,)."""
-        result: Tensor = self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[:, 0]
+        result: Tensor = self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[
+            :, 0
+        ]
         return result
 
 

@@ -1,1 +1,3 @@
-"""What a person sees of a run: metrics on disk, a progress bar, images. It knows nothing of models."""
+"""What a person sees of a run: metrics on disk, a progress bar, images. It knows nothing of
+models.
+"""

@@ -25,9 +25,15 @@ def png16(pixels: NDArray[np.uint16], text: dict[str, str]) -> bytes:
     lines = np.full((height, rows.shape[1] + 1), UP, np.uint8)
     lines[:, 1:] = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
     head = struct.pack(">IIBBBBB", width, height, 16, COLOUR_TYPES[channels], 0, 0, 0)
-    parts = [(b"IHDR", head), *((b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items())]
+    parts = [
+        (b"IHDR", head),
+        *((b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items()),
+    ]
     parts += [(b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b"")]
-    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
     return SIGNATURE + b"".join(chunks)
 
 
@@ -46,7 +52,8 @@ def png16_pixels(data: bytes) -> NDArray[np.uint16]:
 
 
 def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
-    """An uncompressed TIFF from (H, W, C) of uint8, uint16 or float32, whose pixels begin at byte 8.
+    """An uncompressed TIFF from (H, W, C) of uint8, uint16 or float32, whose pixels begin at byte
+    8.
 
     Source: TIFF 6.0 (Adobe 1992), secs. 2, 8 and 18.
     """
@@ -56,17 +63,29 @@ def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
     extra = [0] * (channels - (3 if rgb else 1) - alpha) + [2] * alpha
     short, long = "H", "I"
     entries: list[tuple[int, str, list[int] | bytes]] = [
-        (256, long, [width]), (257, long, [height]), (258, short, [8 * pixels.dtype.itemsize] * channels), (259, short, [1]),
-        (262, short, [2 if rgb else 1]), (DESCRIPTION, "s", description.encode("ascii") + b"\0"), (273, long, [8]),
-        (277, short, [channels]), (278, long, [height]), (279, long, [len(data)]), (284, short, [1]),
-        *([(338, short, extra)] if extra else []), (339, short, [3 if pixels.dtype.kind == "f" else 1] * channels),
-    ]  # fmt: skip
+        (256, long, [width]),
+        (257, long, [height]),
+        (258, short, [8 * pixels.dtype.itemsize] * channels),
+        (259, short, [1]),
+        (262, short, [2 if rgb else 1]),
+        (DESCRIPTION, "s", description.encode("ascii") + b"\0"),
+        (273, long, [8]),
+        (277, short, [channels]),
+        (278, long, [height]),
+        (279, long, [len(data)]),
+        (284, short, [1]),
+        *([(338, short, extra)] if extra else []),
+        (339, short, [3 if pixels.dtype.kind == "f" else 1] * channels),
+    ]
     data += b"\0" * (len(data) % 2)
     fields = b""
     for tag, kind, value in entries:
         packed = value if isinstance(value, bytes) else struct.pack(f"<{len(value)}{kind}", *value)
         if len(packed) > 4:
-            place, data = struct.pack("<I", 8 + len(data)), data + packed + b"\0" * (len(packed) % 2)
+            place, data = (
+                struct.pack("<I", 8 + len(data)),
+                data + packed + b"\0" * (len(packed) % 2),
+            )
         else:
             place = packed.ljust(4, b"\0")
         fields += struct.pack("<HHI", tag, {"s": 2, "H": 3, "I": 4}[kind], len(value)) + place
@@ -75,7 +94,9 @@ def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
 
 
 def tiff_tags(data: bytes) -> dict[int, Any]:
-    """Numbers (the first of several) and texts of the first directory of a TIFF that `tiff` wrote."""
+    """Numbers (the first of several) and texts of the first directory of a TIFF that `tiff`
+    wrote.
+    """
     (start,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, start)
     tags: dict[int, Any] = {}

@@ -1,4 +1,6 @@
-"""Images as files that hold what a model makes: alpha, 16 bits, any number of channels, the values of the source."""
+"""Images as files that hold what a model makes: alpha, 16 bits, any number of channels, the values
+of the source.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Values:
         channels: C.
         bits: of each value in the training set, 8 or 16.
         alpha: what the last of 2 or 4 channels is.
-        value_range: values of the source that 0 and 1 of the colours stand for; None where they are those of its integers.
+        value_range: values of the source that 0 and 1 of the colours stand for; None where they are
+            those of its integers.
     """
 
     channels: int
@@ -53,19 +56,26 @@ class Values:
         if self.value_range is None:
             return False
         low, high = self.value_range
-        return 0 <= low < high <= 2**bits - 1 and float(low).is_integer() and float(high).is_integer()
+        return (
+            0 <= low < high <= 2**bits - 1 and float(low).is_integer() and float(high).is_integer()
+        )
 
     def straight(self, image: Tensor, *, levels: int) -> NDArray[np.float64]:
-        """(C, H, W) in [0, 1] with straight alpha; the colour is 0 where alpha is below half of 1 / `levels`."""
+        """(C, H, W) in [0, 1] with straight alpha; the colour is 0 where alpha is below half of 1 /
+        `levels`.
+        """
         values = image.detach().cpu().double().clamp(0, 1).numpy()
         if not self.has_alpha:
             return values
         colours, alpha = values[:-1], values[-1:]
         seen = np.rint(alpha * levels) > 0
         if self.alpha == "premultiplied":
-            colours = np.divide(colours, alpha, out=np.zeros_like(colours), where=np.broadcast_to(seen, colours.shape)).clip(
-                0, 1
-            )
+            colours = np.divide(
+                colours,
+                alpha,
+                out=np.zeros_like(colours),
+                where=np.broadcast_to(seen, colours.shape),
+            ).clip(0, 1)
         return np.concatenate([np.where(seen, colours, 0.0), alpha])
 
     def in_units(self, image: Tensor, *, levels: int, alpha_scale: float) -> NDArray[np.float64]:
@@ -87,7 +97,9 @@ class Values:
     def unit(self, values: NDArray[Any]) -> Tensor:
         """(H, W, C) as stored -> (C, H, W) in [0, 1] with straight alpha, for looking at."""
         bits = 8 * values.dtype.itemsize if values.dtype.kind == "u" else 0
-        unit = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1) / (2**bits - 1 if bits else 1)
+        unit = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1) / (
+            2**bits - 1 if bits else 1
+        )
         if self.value_range is not None and (not bits or self.whole_units(bits)):
             low, high = self.value_range
             stored = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1)[: self.colours]
@@ -96,7 +108,9 @@ class Values:
 
 
 class ImageFormat(Protocol):
-    """A kind of file that images are written to, whole or not at all, with the settings that they were made with."""
+    """A kind of file that images are written to, whole or not at all, with the settings that they
+    were made with.
+    """
 
     def require(self, values: Values) -> None:
         """Raise ConfigError if the format cannot hold such images."""
@@ -106,7 +120,9 @@ class ImageFormat(Protocol):
         """Whether files hold the values of the source."""
         ...
 
-    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path: ...
+    def write(
+        self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]
+    ) -> Path: ...
 
     def read(self, path: Path, values: Values) -> Tensor:
         """An image that `write` wrote, (C, H, W) in [0, 1] with straight alpha, for looking at."""
@@ -155,7 +171,11 @@ class Png:
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
-        return _pixels(path, values) if values.bits == 8 else values.unit(png16_pixels(path.read_bytes()))
+        return (
+            _pixels(path, values)
+            if values.bits == 8
+            else values.unit(png16_pixels(path.read_bytes()))
+        )
 
     def settings(self, path: Path) -> Any:
         with Image.open(path) as image:
@@ -164,7 +184,9 @@ class Png:
 
 @dataclass(frozen=True)
 class Lossy8:
-    """A format of Pillow's of 8 bits a value, with settings in EXIF; `alpha` is whether it has any."""
+    """A format of Pillow's of 8 bits a value, with settings in EXIF; `alpha` is whether it has
+    any.
+    """
 
     name: str
     alpha: bool
@@ -172,11 +194,19 @@ class Lossy8:
 
     def require(self, values: Values) -> None:
         if values.bits != 8:
-            raise _refuse(f"{self.name} holds 8 bits a value, and the model makes {values.bits}", "use png, tiff or npy")
+            raise _refuse(
+                f"{self.name} holds 8 bits a value, and the model makes {values.bits}",
+                "use png, tiff or npy",
+            )
         if values.colours not in (1, 3):
-            raise _refuse(f"{self.name} cannot hold {values.colours} colour channels", "use tiff or npy")
+            raise _refuse(
+                f"{self.name} cannot hold {values.colours} colour channels", "use tiff or npy"
+            )
         if values.has_alpha and not self.alpha:
-            raise _refuse(f"{self.name} cannot hold alpha, which the model makes", "use png, webp, tiff or npy")
+            raise _refuse(
+                f"{self.name} cannot hold alpha, which the model makes",
+                "use png, webp, tiff or npy",
+            )
 
     def holds_units(self, values: Values) -> bool:
         return values.whole_units(8)
@@ -185,7 +215,9 @@ class Lossy8:
         exif = Image.Exif()
         exif[DESCRIPTION] = json.dumps(settings)
         with atomic_file(path) as file:
-            _pillow(values.integers(image, 8)).save(file, self.name, exif=exif.tobytes(), **dict(self.options))
+            _pillow(values.integers(image, 8)).save(
+                file, self.name, exif=exif.tobytes(), **dict(self.options)
+            )
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
@@ -198,7 +230,9 @@ class Lossy8:
 
 @dataclass(frozen=True)
 class Tiff:
-    """Uncompressed TIFF of any number of channels: integers as the source had them, else float32 in its values."""
+    """Uncompressed TIFF of any number of channels: integers as the source had them, else float32 in
+    its values.
+    """
 
     def require(self, values: Values) -> None:
         return None
@@ -210,7 +244,9 @@ class Tiff:
         """Of the integers; 0 for float32."""
         if values.value_range is None:
             return values.bits
-        return next((bits for bits in (8, 16) if bits >= values.bits and values.whole_units(bits)), 0)
+        return next(
+            (bits for bits in (8, 16) if bits >= values.bits and values.whole_units(bits)), 0
+        )
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
         bits = self._bits(values)
@@ -232,7 +268,9 @@ class Tiff:
 
 @dataclass(frozen=True)
 class Npy:
-    """float32 arrays (H, W, C), or (H, W) of one channel, in the values of the source; settings are in one file of the folder."""
+    """float32 arrays (H, W, C), or (H, W) of one channel, in the values of the source; settings are
+    in one file of the folder.
+    """
 
     def require(self, values: Values) -> None:
         return None
@@ -270,11 +308,15 @@ def usual_format(values: Values) -> str:
 
 
 def settings_of(path: Path) -> Any:
-    """The settings that a file of any of the formats carries; None for one without, or that cannot be read."""
+    """The settings that a file of any of the formats carries; None for one without, or that cannot
+    be read.
+    """
     form = FORMATS.get(path.suffix[1:])
     try:
         return None if form is None else form.settings(path)
-    except Exception:  # a file of another's, of whatever kind and condition: whatever the parser raises
+    except (
+        Exception
+    ):  # a file of another's, of whatever kind and condition: whatever the parser raises
         return None
 
 

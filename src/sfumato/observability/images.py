@@ -23,14 +23,16 @@ GAP, PAPER, INK = 2, (250, 250, 250), (30, 30, 30)
 FONT = ImageFont.load_default(13)
 SMALLEST_TILE = 56  # pixels on screen below which an image is hard to see
 WORDY_TILE, WORDY = 96, 8  # the same where labels are longer than so many letters
-SQUARES, SHADE = 8, 0.8  # of the checkerboard under alpha: along the shorter side, and the darker gray
+# of the checkerboard under alpha: along the shorter side, and the darker gray
+SQUARES, SHADE = 8, 0.8
 POINT = 3  # pixels of a point's side
 
 
 def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
     """(N, C, H, W) in [0, 1] -> RGB (N, 3, H, W) for a person to look at.
 
-    Alpha lies over a checkerboard. Of more than three colours the first three are shown; two channels without alpha are red and green.
+    Alpha lies over a checkerboard. Of more than three colours the first three are shown; two
+    channels without alpha are red and green.
 
     Args:
         alpha: what the last of 2 or 4 channels is.
@@ -59,13 +61,17 @@ def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and straight alpha stays alpha."""
+    """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and
+    straight alpha stays alpha.
+    """
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def scattered(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Points (N, D) in [-1, 1] with y upwards, seen along the third axis, as dark dots on white: (1, H, W) in [0, 1]."""
+    """Points (N, D) in [-1, 1] with y upwards, seen along the third axis, as dark dots on white:
+    (1, H, W) in [0, 1].
+    """
     height, width = size
     sheet = torch.ones(1, 1, height, width)
     known = points[~points.isnan().any(1), :2].clamp(-1, 1)
@@ -88,8 +94,10 @@ def grid_image(
 
     Args:
         row_labels: at the left of each row.
-        labels: above each image, over several lines where they are long; as many as `columns` for a heading of the columns.
-        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own above the others.
+        labels: above each image, over several lines where they are long; as many as `columns` for a
+            heading of the columns.
+        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own
+            above the others.
         alpha: what the last of 2 or 4 channels is.
     """
     tiles: list[NDArray[np.uint8] | None] = list(to_uint8(images, alpha))
@@ -97,7 +105,11 @@ def grid_image(
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     if inputs:
         columns = max(columns, len(inputs))
-        tiles = [*(to_uint8(one[None], alpha)[0] for one in inputs.values()), *[None] * (columns - len(inputs)), *tiles]
+        tiles = [
+            *(to_uint8(one[None], alpha)[0] for one in inputs.values()),
+            *[None] * (columns - len(inputs)),
+            *tiles,
+        ]
         labels = [*inputs, *[""] * (columns - len(inputs)), *labels]
     rows = math.ceil(len(tiles) / columns)
     smallest = WORDY_TILE if any(len(label) > WORDY for label in labels) else SMALLEST_TILE
@@ -116,7 +128,14 @@ def grid_image(
         sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if number < len(wrapped):
             middle = y - bands[number // columns] / 2
-            draw.text((x + width / 2, middle), wrapped[number], fill=INK, anchor="mm", align="center", font=FONT)
+            draw.text(
+                (x + width / 2, middle),
+                wrapped[number],
+                fill=INK,
+                anchor="mm",
+                align="center",
+                font=FONT,
+            )
     for row, label in enumerate(row_labels):
         draw.text((6, GAP + tops[row] + height / 2), label, fill=INK, anchor="lm", font=FONT)
     return sheet

@@ -17,7 +17,9 @@ from sfumato.storage.atomic import write_text
 
 
 class MetricsFile:
-    """Appends records. On resume, records of steps after the checkpoint are dropped first: those steps will be trained again."""
+    """Appends records. On resume, records of steps after the checkpoint are dropped first: those
+    steps will be trained again.
+    """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         kept = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
@@ -35,7 +37,12 @@ class MetricsFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

@@ -35,30 +35,49 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Without the control characters by which a file's name could command a terminal or turn a line around; new lines stay."""
-    return re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)
+    """Without the control characters by which a file's name could command a terminal or turn a line
+    around; new lines stay.
+    """
+    return re.sub(
+        "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
+    )
 
 
 class ProgressBar:
-    """`with ProgressBar("training") as bar: bar.update(fraction, "loss 0.1")`; the time left is estimated from the fraction."""
+    """`with ProgressBar("training") as bar: bar.update(fraction, "loss 0.1")`; the time left is
+    estimated from the fraction.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.live = sys.stderr.isatty() and not os.environ.get("CI") and "NO_COLOR" not in os.environ
+        self.live = (
+            sys.stderr.isatty() and not os.environ.get("CI") and "NO_COLOR" not in os.environ
+        )
         self._last_line = time.monotonic()
         self._left = TimeLeft(self._last_line)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console(), refresh_per_second=4,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console(),
+            refresh_per_second=4,
             disable=not self.live,
-        )  # fmt: skip
+        )
         self._task = self._bar.add_task(title, total=1.0, text="", left="?")
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def start_at(self, fraction: float) -> None:
@@ -97,17 +116,22 @@ class TimeLeft:
         self._seen += 1
         gained, passed = fraction - self._last_fraction, now - self._last
         if gained > 0 and passed > 0:
-            share = max(1 - math.exp(-passed / MEMORY_S), 1 / self._seen)  # the mean of all while there are few
+            # the mean of all while there are few
+            share = max(1 - math.exp(-passed / MEMORY_S), 1 / self._seen)
             self._speed += share * (gained / passed - self._speed)
             self._last, self._last_fraction = now, fraction
         if fraction >= 1:
             return 0.0
-        told = now - self._begun >= TELLS_AFTER_S and (fraction - self._from >= TELLS_FROM or self._seen >= TELLS_SAMPLES)
+        told = now - self._begun >= TELLS_AFTER_S and (
+            fraction - self._from >= TELLS_FROM or self._seen >= TELLS_SAMPLES
+        )
         return (1 - fraction) / self._speed if told and self._speed > 0 else None
 
 
 class Clock:
-    """Seconds and steps of work so far, begun in an earlier process perhaps, and its speed since the last lap."""
+    """Seconds and steps of work so far, begun in an earlier process perhaps, and its speed since
+    the last lap.
+    """
 
     def __init__(self, seconds_before: float, steps_before: int) -> None:
         self._origin = time.perf_counter() - seconds_before

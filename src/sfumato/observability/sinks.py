@@ -1,4 +1,6 @@
-"""Sinks: where the metrics of a run go. metrics.jsonl always; TensorBoard, Weights & Biases and trackio on request."""
+"""Sinks: where the metrics of a run go. metrics.jsonl always; TensorBoard, Weights & Biases and
+trackio on request.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(names: Sequence[SinkName], *, folder: Path, name: str, config: Mapping[str, Any]) -> list[Sink]:
+def open_sinks(
+    names: Sequence[SinkName], *, folder: Path, name: str, config: Mapping[str, Any]
+) -> list[Sink]:
     """Open the sinks of a run besides metrics.jsonl.
 
     Args:
@@ -33,7 +37,9 @@ def open_sinks(names: Sequence[SinkName], *, folder: Path, name: str, config: Ma
     return [opened(folder, name, config) for opened in require_sinks(names)]
 
 
-def require_sinks(names: Sequence[SinkName]) -> list[Callable[[Path, str, Mapping[str, Any]], Sink]]:
+def require_sinks(
+    names: Sequence[SinkName],
+) -> list[Callable[[Path, str, Mapping[str, Any]], Sink]]:
     """What opens each sink.
 
     Raises:
@@ -45,7 +51,9 @@ def require_sinks(names: Sequence[SinkName]) -> list[Callable[[Path, str, Mappin
             found.append(import_module(f"sfumato.observability.{name}_sink").open_sink)
         except ImportError:
             raise ConfigError(
-                f"{name} is not installed", where="log.sinks", hint=f"pip install 'sfumato[{name}]', or leave it out"
+                f"{name} is not installed",
+                where="log.sinks",
+                hint=f"pip install 'sfumato[{name}]', or leave it out",
             ) from None
     return found
 

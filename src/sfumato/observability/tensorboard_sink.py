@@ -13,7 +13,9 @@ from sfumato.observability.sinks import scalars
 
 
 class TensorBoardSink:
-    """Event files in the run's folder `tensorboard`; steps that are trained again after a resume replace the earlier ones."""
+    """Event files in the run's folder `tensorboard`; steps that are trained again after a resume
+    replace the earlier ones.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)

@@ -12,10 +12,14 @@ from sfumato.observability.sinks import scalars
 
 
 class TrackioSink:
-    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode, keys) come from the environment."""
+    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode,
+    keys) come from the environment.
+    """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        self._run = trackio.init(project="sfumato", name=folder.name, config={"recipe": name, **config}, resume="allow")
+        self._run = trackio.init(
+            project="sfumato", name=folder.name, config={"recipe": name, **config}, resume="allow"
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one point to each curve."""

@@ -13,7 +13,9 @@ from sfumato.observability.sinks import scalars
 
 
 class WandbSink:
-    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode, keys) come from the environment."""
+    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode,
+    keys) come from the environment.
+    """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         self._run = wandb.init(

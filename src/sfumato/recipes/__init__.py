@@ -1,4 +1,6 @@
-"""Configurations: built-in ones, those chosen from data, and those read from files. Importing it imports no torch."""
+"""Configurations: built-in ones, those chosen from data, and those read from files. Importing it
+imports no torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,4 +1,6 @@
-"""The space that a run's diffusion model works in, and how a run comes by it: train an autoencoder, or take somebody's; measure; encode."""
+"""The space that a run's diffusion model works in, and how a run comes by it: train an autoencoder,
+or take somebody's; measure; encode.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import config as configuration
-from sfumato.autoencoders import Autoencoder, Codec, KLAutoencoder, KLConfig, LatentAutoencoder, Pixels, Statistics, measure
+from sfumato.autoencoders import (
+    Autoencoder,
+    Codec,
+    KLAutoencoder,
+    KLConfig,
+    LatentAutoencoder,
+    Pixels,
+    Statistics,
+    measure,
+)
 from sfumato.autoencoders import io as autoencoder_files
 from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
@@ -46,7 +57,8 @@ from sfumato.training import (
 from sfumato.training.parameters import describe
 from sfumato.training.precision import default_device
 
-FOLDER, FINAL = "autoencoder", "final"  # in a run: the autoencoder's own training, and what came of it
+# in a run: the autoencoder's own training, and what came of it
+FOLDER, FINAL = "autoencoder", "final"
 MEASURED = 10_000  # images that statistics are taken from, at most
 BATCH = 64
 SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
@@ -81,7 +93,9 @@ class PixelsConfig:
         """There is nothing to train before."""
         return {}
 
-    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+    def prepare(
+        self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
+    ) -> tuple[Autoencoder, Dataset]:
         """Images as they are."""
         return Pixels(dataset.config.channels), dataset
 
@@ -90,14 +104,17 @@ class PixelsConfig:
 class TrainedAutoencoder(TrainingConfig):
     """An autoencoder trained on the run's own images before the diffusion model is.
 
-    Its latents' statistics are measured and kept inside it, so there is no scaling factor to choose.
+    Its latents' statistics are measured and kept inside it, so there is no scaling factor to
+    choose.
 
     Attributes:
         network: its size and shape.
         losses: what its reconstructions are judged by.
-        features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`, or a file: see
+        features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`,
+            or a file: see
             `evaluation.extractors.extractor`.
-        augmented_copies: latents kept of each image, each augmented in its own way, where images are augmented.
+        augmented_copies: latents kept of each image, each augmented in its own way, where images
+            are augmented.
     """
 
     kind: ClassVar[str] = "trained"
@@ -140,27 +157,43 @@ class TrainedAutoencoder(TrainingConfig):
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
         """Its own training, in a scratch folder, with hardly anything to look at."""
-        short = replace(self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
+        short = replace(
+            self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)
+        )
         return {"autoencoder": short.trainer(dataset, RunDirectory.create(place))}
 
-    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """The trained autoencoder, and the dataset with its latents; what is done already is not done again."""
+    def prepare(
+        self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
+    ) -> tuple[Autoencoder, Dataset]:
+        """The trained autoencoder, and the dataset with its latents; what is done already is not
+        done again.
+        """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             self._train(dataset, directory.stage(FOLDER), final)
         else:
             self._require_unchanged(directory.stage(FOLDER))
-        return _encoded(autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels)
+        return _encoded(
+            autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
+        )
 
     def _require_unchanged(self, stage: RunDirectory) -> None:
-        """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what is learned of them, are its own."""
+        """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what
+        is learned of them, are its own.
+        """
         for newest in checkpoint.paths(stage.checkpoints)[:1]:
-            before = configuration.parse(TrainedAutoencoder, checkpoint.configuration_of(newest), where=str(newest))
-            before = replace(before, augmented_copies=self.augmented_copies)  # which is of encoding alone
-            changed = configuration.differences(configuration.plain(before), configuration.plain(self))
+            before = configuration.parse(
+                TrainedAutoencoder, checkpoint.configuration_of(newest), where=str(newest)
+            )
+            # which is of encoding alone
+            before = replace(before, augmented_copies=self.augmented_copies)
+            changed = configuration.differences(
+                configuration.plain(before), configuration.plain(self)
+            )
             if changed:
                 raise ConfigError(
-                    f"the autoencoder is trained already, and cannot be changed: {'; '.join(changed)}",
+                    "the autoencoder is trained already, and cannot be changed: "
+                    f"{'; '.join(changed)}",
                     where="autoencoder",
                     hint="leave its settings as they are in config.yaml, or start a new run",
                 )
@@ -175,7 +208,9 @@ class TrainedAutoencoder(TrainingConfig):
             codec = KLAutoencoder(self.network, image_channels=channels)
             adversary = None
             if adversarial is not None:
-                adversary = PatchDiscriminator(channels, channels=adversarial.channels, layers=adversarial.layers)
+                adversary = PatchDiscriminator(
+                    channels, channels=adversarial.channels, layers=adversarial.layers
+                )
         if adversary is not None and min(dataset.image_shape[1:]) < adversary.smallest:
             raise ConfigError(
                 f"an adversary of that many layers for images of {min(dataset.image_shape[1:])} px",
@@ -186,16 +221,23 @@ class TrainedAutoencoder(TrainingConfig):
         if isinstance(features, torch.nn.Module):
             features.to(device)
         task = Reconstruction(
-            self, model=Reconstructor(codec, adversary).to(device), losses=self.losses, features=features, dataset=dataset,
+            self,
+            model=Reconstructor(codec, adversary).to(device),
+            losses=self.losses,
+            features=features,
+            dataset=dataset,
             directory=stage,
-        )  # fmt: skip
-        return Trainer(self, task=task, dataset=dataset, directory=stage, pinned=configuration.plain(self))
+        )
+        return Trainer(
+            self, task=task, dataset=dataset, directory=stage, pinned=configuration.plain(self)
+        )
 
     def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
         trainer = self.trainer(dataset, stage)
         say = console().print
         say(
-            f"first its autoencoder: {describe(trainer.task.model.codec)}, perceptual loss by {trainer.task.facts['features']}",
+            f"first its autoencoder: {describe(trainer.task.model.codec)}, perceptual loss by "
+            f"{trainer.task.facts['features']}",
             markup=False,
         )
         if checkpoint.paths(stage.checkpoints):
@@ -211,11 +253,24 @@ class TrainedAutoencoder(TrainingConfig):
             "informative": statistics.informative.tolist(),
             "dead_channels": statistics.dead,
             "images_measured": min(MEASURED, len(dataset.training)),
-            **{name.removeprefix("validation/ema/"): value for name, value in figures.items() if "/ema/" in name},
+            **{
+                name.removeprefix("validation/ema/"): value
+                for name, value in figures.items()
+                if "/ema/" in name
+            },
         }
-        autoencoder_files.save(LatentAutoencoder(codec, statistics.mean, statistics.deviation), final, facts)
-        distance = f"  rFD {facts['rfd']:.3g} (n={facts['rfd_images']}, {facts['rfd_features']})" if "rfd" in facts else ""
-        say(f"autoencoder: {trainer.task.summary(figures)}{distance}; {_described(statistics)}", markup=False)
+        autoencoder_files.save(
+            LatentAutoencoder(codec, statistics.mean, statistics.deviation), final, facts
+        )
+        distance = (
+            f"  rFD {facts['rfd']:.3g} (n={facts['rfd_images']}, {facts['rfd_features']})"
+            if "rfd" in facts
+            else ""
+        )
+        say(
+            f"autoencoder: {trainer.task.summary(figures)}{distance}; {_described(statistics)}",
+            markup=False,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +278,12 @@ class PretrainedAutoencoder:
     """Somebody's autoencoder, frozen.
 
     Attributes:
-        path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the file of a tiny one's encoder.
+        path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the
+            file of a tiny one's encoder.
         decoder: the file of its decoder, in the second case.
         statistics: `measured` on the training set, or its `own` scaling factor.
-        augmented_copies: latents kept of each image, each augmented in its own way, where images are augmented.
+        augmented_copies: latents kept of each image, each augmented in its own way, where images
+            are augmented.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -240,10 +297,16 @@ class PretrainedAutoencoder:
         _require_variants(self.augmented_copies)
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Of the latents; a run's own copy is asked first, since what it was made from may be gone."""
+        """Of the latents; a run's own copy is asked first, since what it was made from may be
+        gone.
+        """
         own = None if run is None else run / FOLDER / FINAL
         kept = own is not None and (own / autoencoder_files.CONFIG).is_file()
-        found = autoencoder_files.load(own) if own and kept else autoencoder_files.load(self.path, self.decoder)
+        found = (
+            autoencoder_files.load(own)
+            if own and kept
+            else autoencoder_files.load(self.path, self.decoder)
+        )
         return Layout(found.latent_channels, found.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
@@ -252,14 +315,23 @@ class PretrainedAutoencoder:
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """What training would see, for a trial: latents of zeros."""
-        return _rehearsed(autoencoder_files.load(self.path, self.decoder).codec, dataset, self.augmented_copies, pixels=pixels)
+        return _rehearsed(
+            autoencoder_files.load(self.path, self.decoder).codec,
+            dataset,
+            self.augmented_copies,
+            pixels=pixels,
+        )
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
         """There is nothing to train before."""
         return {}
 
-    def prepare(self, dataset: Dataset, directory: RunDirectory, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """A copy of the autoencoder with the statistics of the run's own latents, and the dataset with those."""
+    def prepare(
+        self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
+    ) -> tuple[Autoencoder, Dataset]:
+        """A copy of the autoencoder with the statistics of the run's own latents, and the dataset
+        with those.
+        """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             given = autoencoder_files.load(self.path, self.decoder).to(default_device())
@@ -268,11 +340,16 @@ class PretrainedAutoencoder:
             if self.statistics == "measured":
                 statistics = _measured(given.codec, dataset)
                 given = LatentAutoencoder(given.codec, statistics.mean, statistics.deviation)
-                facts |= {"informative": statistics.informative.tolist(), "dead_channels": statistics.dead}
+                facts |= {
+                    "informative": statistics.informative.tolist(),
+                    "dead_channels": statistics.dead,
+                }
                 console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
             final.parent.mkdir(parents=True, exist_ok=True)
             autoencoder_files.save(given, final, facts)
-        return _encoded(autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels)
+        return _encoded(
+            autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
+        )
 
 
 AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
@@ -280,7 +357,9 @@ AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
 
 def _require_variants(variants: int) -> None:
     if variants < 1:
-        raise ConfigError(f"augmented_copies = {variants}", where="autoencoder", hint="use 1 or more")
+        raise ConfigError(
+            f"augmented_copies = {variants}", where="autoencoder", hint="use 1 or more"
+        )
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:
@@ -288,15 +367,19 @@ def _require_fit(factor: int, dataset: Dataset) -> None:
     for height, width in dataset.config.pixel_format().shapes:
         if height % factor or width % factor:
             raise ConfigError(
-                f"images of {height} x {width} for an autoencoder that makes sides {factor} times smaller",
+                f"images of {height} x {width} for an autoencoder that makes sides {factor} "
+                "times smaller",
                 where="autoencoder",
-                hint=f"set data.resolution to a multiple of {factor}, or fewer autoencoder.network.channels",
+                hint=f"set data.resolution to a multiple of {factor}, or fewer "
+                "autoencoder.network.channels",
             )
 
 
 def _measured(codec: Codec, dataset: Dataset) -> Statistics:
     """Of the latents of training images, spread over the set."""
-    positions = dataset.training[np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)]
+    positions = dataset.training[
+        np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)
+    ]
     device = next(codec.parameters()).device
 
     def images() -> Iterator[Tensor]:
@@ -309,26 +392,42 @@ def _measured(codec: Codec, dataset: Dataset) -> Statistics:
 
 
 @torch.no_grad()
-def _reconstructed_distance(codec: KLAutoencoder, dataset: Dataset, features: Features) -> dict[str, Any]:
-    """The Fréchet distance between held-out images and their reconstructions, and what it was measured with."""
+def _reconstructed_distance(
+    codec: KLAutoencoder, dataset: Dataset, features: Features
+) -> dict[str, Any]:
+    """The Fréchet distance between held-out images and their reconstructions, and what it was
+    measured with.
+    """
     held = dataset.usual(dataset.holdout)[:MEASURED]
     if len(held) < FEWEST:
         return {}
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(held), BATCH):
         real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
-        found.append((features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu()))
+        found.append(
+            (features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu())
+        )
     real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return {"rfd": frechet_distance(real, made), "rfd_images": len(held), "rfd_features": features.name}
+    return {
+        "rfd": frechet_distance(real, made),
+        "rfd_images": len(held),
+        "rfd_features": features.name,
+    }
 
 
 def _described(statistics: Statistics) -> str:
     low, high = float(statistics.deviation.min()), float(statistics.deviation.max())
-    dead = f"channels {', '.join(map(str, statistics.dead))} tell nothing" if statistics.dead else "no dead channel"
+    dead = (
+        f"channels {', '.join(map(str, statistics.dead))} tell nothing"
+        if statistics.dead
+        else "no dead channel"
+    )
     return f"latents' deviation by channel from {low:.3g} to {high:.3g}, brought to 1; {dead}"
 
 
-def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
+def _rehearsed(
+    codec: Codec, dataset: Dataset, variants: int, *, pixels: bool
+) -> tuple[Autoencoder, Dataset]:
     _require_fit(codec.factor, dataset)
     size = codec.latent_channels
     latents = LatentAutoencoder(codec, torch.zeros(size), torch.ones(size))
@@ -336,40 +435,68 @@ def _rehearsed(codec: Codec, dataset: Dataset, variants: int, *, pixels: bool) -
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
     gather = partial(_repeated, blank)
     return latents, replace(
-        dataset, encoded=Encoded(gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels)
+        dataset,
+        encoded=Encoded(
+            gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels
+        ),
     )
 
 
 def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
-    """As many as there are rows; a function with a name, which processes that read ahead can be handed."""
+    """As many as there are rows; a function with a name, which processes that read ahead can be
+    handed.
+    """
     return np.broadcast_to(blank, (len(rows), *blank.shape)).copy()
 
 
 def _encoded(
-    autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory, *, pixels: bool
+    autoencoder: LatentAutoencoder,
+    dataset: Dataset,
+    variants: int,
+    directory: RunDirectory,
+    *,
+    pixels: bool,
 ) -> tuple[Autoencoder, Dataset]:
-    """The autoencoder on its device, and the dataset with its latents, if there is room for them."""
+    """The autoencoder on its device, and the dataset with its latents, if there is room for
+    them.
+    """
     autoencoder = autoencoder.to(default_device())
     if not _kept(autoencoder, dataset, variants, directory):
         console().print(
-            "latents are computed again for every batch: there is no room to store them, or data.cache is off", markup=False
+            "latents are computed again for every batch: there is no room to store them, or "
+            "data.cache is off",
+            markup=False,
         )
         return autoencoder, dataset
     with ProgressBar("encoding images") as bar:
         return autoencoder, with_latents(
-            dataset, autoencoder, identity=autoencoder_files.identity(autoencoder), variants=variants, pixels=pixels,
+            dataset,
+            autoencoder,
+            identity=autoencoder_files.identity(autoencoder),
+            variants=variants,
+            pixels=pixels,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total} batches"),
-        )  # fmt: skip
+        )
 
 
-def _kept(autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory) -> bool:
-    """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded and fresh ones are not."""
+def _kept(
+    autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory
+) -> bool:
+    """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded
+    and fresh ones are not.
+    """
     decision = directory.path / FOLDER / "kept.json"
     if decision.is_file():
         return bool(json.loads(decision.read_text())["kept"])
     _, height, width = dataset.image_shape
     count = 1 if dataset.config.augment.is_off else variants
-    each = 2 * 2 * autoencoder.latent_channels * (height // autoencoder.factor) * (width // autoencoder.factor)
+    each = (
+        2
+        * 2
+        * autoencoder.latent_channels
+        * (height // autoencoder.factor)
+        * (width // autoencoder.factor)
+    )
     cache_folder().mkdir(parents=True, exist_ok=True)
     room = SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free
     kept = dataset.config.cache != "off" and each * count * len(dataset.training) <= room

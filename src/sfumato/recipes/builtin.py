@@ -42,7 +42,9 @@ def digits() -> Run:
     return Run(
         name="digits",
         data=DataConfig(source=Digits(), resolution=8, channels=1, holdout=0.15),
-        network=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 2), blocks=1, attention_depths=(1,), head_channels=32
+        ),
         conditioner=ContextConfig(category=CategoryConfig(size=64)),
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.75)),
         optimizer=AdamWConfig(learning_rate=2e-3),
@@ -56,18 +58,22 @@ def digits() -> Run:
 
 
 def ddpm() -> Run:
-    """The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction, clipped: three minutes on two cores.
+    """The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction,
+    clipped: three minutes on two cores.
 
-    In a YAML file `recipe: ddpm` trains any other data the same way; set data.source, data.resolution and data.channels.
+    In a YAML file `recipe: ddpm` trains any other data the same way; set data.source,
+    data.resolution and data.channels.
 
-    Source: Ho et al. 2020 (arXiv:2006.11239). Times are continuous here, so training also sees levels between two of the 1,000.
+    Source: Ho et al. 2020 (arXiv:2006.11239). Times are continuous here, so training also sees
+        levels between two of the 1,000.
     """
     betas = LinearBetas(beta_start=1e-4, beta_end=0.02, steps=1000)
     return Run(
         name="ddpm",
         data=digits().data,
         network=digits().network,
-        denoiser=DenoiserConfig(parameterization=Epsilon(), input_scale=UnitVariance(1.0)),  # 1: x enters the network as it is
+        # 1: x enters the network as it is
+        denoiser=DenoiserConfig(parameterization=Epsilon(), input_scale=UnitVariance(1.0)),
         objective=Objective(schedule=betas, weighting=UniformEpsilon()),
         optimizer=AdamWConfig(learning_rate=1e-3),
         ema=FixedEMA(0.9999),
@@ -79,11 +85,15 @@ def ddpm() -> Run:
 
 
 def emoji() -> Run:
-    """OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession and skin tone held out: 45 minutes."""
+    """OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession and
+    skin tone held out: 45 minutes.
+    """
     return Run(
         name="emoji",
         data=DataConfig(source=Emoji(size=64), resolution=32),
-        network=UNetConfig(channels=32, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,), dropout=0.1),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,), dropout=0.1
+        ),
         conditioner=ContextConfig(category=CategoryConfig()),
         optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         ema=PowerEMA(0.1),
@@ -94,11 +104,15 @@ def emoji() -> Run:
 
 
 def emoji_text() -> Run:
-    """OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns to read: 45 minutes on two cores."""
+    """OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns to
+    read: 45 minutes on two cores.
+    """
     return replace(
         emoji(),
         name="emoji-text",
-        network=UNetConfig(channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)),
+        network=UNetConfig(
+            channels=32, multipliers=(1, 2, 4, 8), blocks=1, attention_depths=(2, 3)
+        ),
         conditioner=ContextConfig(text=LearnedTextConfig(length=16)),
         sampling=SamplingConfig(guidance=2.0),
     )
@@ -111,8 +125,12 @@ def emoji_doodle() -> Run:
 
 
 def emoji_inpaint() -> Run:
-    """OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."""
-    both = ContextConfig(text=LearnedTextConfig(length=16, dropout=0.3), image=ImageConfig(degradation=Holes()))
+    """OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes
+    on two cores.
+    """
+    both = ContextConfig(
+        text=LearnedTextConfig(length=16, dropout=0.3), image=ImageConfig(degradation=Holes())
+    )
     return replace(emoji_text(), name="emoji-inpaint", conditioner=both, budget=Budget(minutes=10))
 
 
@@ -123,8 +141,11 @@ def emoji_points() -> Run:
 
 
 def emoji_everything() -> Run:
-    """OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and together: 45 minutes on two cores."""
-    # The more a context tells, the more often it is hidden: with all shown at once, nothing would be learnt from names.
+    """OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and
+    together: 45 minutes on two cores.
+    """
+    # The more a context tells, the more often it is hidden: with all shown at once, nothing would
+    # be learnt from names.
     every = ContextConfig(
         category=CategoryConfig(dropout=0.6),
         text=LearnedTextConfig(length=16, dropout=0.2),
@@ -136,12 +157,16 @@ def emoji_everything() -> Run:
 
 
 def emoji_latent() -> Run:
-    """OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."""
+    """OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained
+    first: 10 + 20 minutes.
+    """
     return replace(
         emoji(),
         name="emoji-latent",
         data=DataConfig(source=Emoji(size=64), resolution=64),
-        autoencoder=TrainedAutoencoder(network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)),
+        autoencoder=TrainedAutoencoder(
+            network=KLConfig(channels=(16, 32, 64, 128), latent_channels=16, blocks=1, groups=4)
+        ),
         network=UNetConfig(channels=64, multipliers=(1, 2), attention_depths=(0, 1), dropout=0.1),
         denoiser=DenoiserConfig(input_scale=UnitVariance(1.0)),
         budget=Budget(minutes=20),
@@ -149,7 +174,8 @@ def emoji_latent() -> Run:
 
 
 def solids_points() -> Run:
-    """Shaded solids at 32 x 32 from 3-D points on their surface, with their names: 10 minutes on two cores.
+    """Shaded solids at 32 x 32 from 3-D points on their surface, with their names: 10 minutes on
+    two cores.
 
     Some pairs of shape and colour are held out.
     """
@@ -157,7 +183,9 @@ def solids_points() -> Run:
         emoji_text(),
         name="solids-points",
         data=DataConfig(source=Solids(), resolution=32),
-        conditioner=ContextConfig(text=LearnedTextConfig(length=8, dropout=0.3), points=PointsConfig(splat=SplatConfig())),
+        conditioner=ContextConfig(
+            text=LearnedTextConfig(length=8, dropout=0.3), points=PointsConfig(splat=SplatConfig())
+        ),
         budget=Budget(minutes=10),
     )
 

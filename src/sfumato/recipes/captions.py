@@ -1,4 +1,6 @@
-"""The captions of a set: whether they steer a model, how many of their tokens it reads, and what is cut off."""
+"""The captions of a set: whether they steer a model, how many of their tokens it reads, and what is
+cut off.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sfumato.conditioners import CompositeConditioner, LearnedTextConfig, PretrainedTextConfig, TextEncoder, WordTokenizer
+from sfumato.conditioners import (
+    CompositeConditioner,
+    LearnedTextConfig,
+    PretrainedTextConfig,
+    TextEncoder,
+    WordTokenizer,
+)
 from sfumato.contexts import Text, part_of
 from sfumato.data import Dataset, Entry
 from sfumato.data.check.captions import is_placeholder
@@ -19,7 +27,9 @@ from sfumato.recipes.run import Run
 FEWEST = 8  # images with a caption: of fewer, the hold-out may take all
 LOOKED_AT = 20_000  # captions that decide on the length, spread evenly over the set
 SHORTEST, LONGEST, STEP = 16, 128, 8  # tokens
-ROOM = 7  # tokens for one word of eight letters that is spelled: a slip in a prompt, or a word that training spells
+# tokens for one word of eight letters that is spelled: a slip in a prompt, or a word that training
+# spells
+ROOM = 7
 
 
 class Reader(Protocol):
@@ -40,7 +50,8 @@ class CaptionSurvey:
     Attributes:
         images, captioned: images in all, and those with a caption that says something.
         different: different captions.
-        length: tokens that hold 95 % of the captions, with room for one spelled word; a multiple of 8 from 16 to 128.
+        length: tokens that hold 95 % of the captions, with room for one spelled word; a multiple of
+            8 from 16 to 128.
     """
 
     images: int
@@ -51,14 +62,25 @@ class CaptionSurvey:
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> CaptionSurvey:
         """Look at all captions, and at the tokens of up to 20,000 spread over the set."""
-        usable = [texts for entry in entries if (texts := [text for text in entry.captions if not is_placeholder(text)])]
+        usable = [
+            texts
+            for entry in entries
+            if (texts := [text for text in entry.captions if not is_placeholder(text)])
+        ]
         captions = [text for texts in usable for text in texts]
         different = len(set(captions))
-        return cls(images=len(entries), captioned=len(usable), different=different, length=fitting_length(captions))
+        return cls(
+            images=len(entries),
+            captioned=len(usable),
+            different=different,
+            length=fitting_length(captions),
+        )
 
     @property
     def usable(self) -> bool:
-        """Whether a model is steered by them: at least 8 images or most of the set have one, and they differ."""
+        """Whether a model is steered by them: at least 8 images or most of the set have one, and
+        they differ.
+        """
         return self.different > 1 and (self.captioned >= FEWEST or 2 * self.captioned > self.images)
 
     @property
@@ -74,15 +96,21 @@ class CaptionSurvey:
         share = f"{self.captioned / self.images:.0%} of the images ({self.captioned} of {self.images}) have captions"
         if not self.usable:
             why = (
-                "all of them are the same" if self.different == 1 else f"fewer than {FEWEST} are too few to learn to read from"
+                "all of them are the same"
+                if self.different == 1
+                else f"fewer than {FEWEST} are too few to learn to read from"
             )
             return [f"{share}: the text is not used, since {why}"]
-        others = "" if self.captioned == self.images else "; the others are trained without a caption"
+        others = (
+            "" if self.captioned == self.images else "; the others are trained without a caption"
+        )
         return [f"{share}: steered by text, which a small transformer learns to read{others}"]
 
 
 def fitting_length(captions: Sequence[str]) -> int:
-    """Tokens that hold 95 % of the captions by the tokenizer of new runs; a multiple of 8 from 16 to 128."""
+    """Tokens that hold 95 % of the captions by the tokenizer of new runs; a multiple of 8 from 16
+    to 128.
+    """
     if not captions:
         return SHORTEST
     spread = captions[:: max(1, len(captions) // LOOKED_AT)]
@@ -99,7 +127,8 @@ class Cut:
     Attributes:
         different: captions, equal ones counted once.
         cut: how many of them are longer than what is read.
-        confused: how many of them differ only in what is cut off, so that the model takes them for the same.
+        confused: how many of them differ only in what is cut off, so that the model takes them for
+            the same.
     """
 
     different: int
@@ -126,30 +155,43 @@ class Cut:
         if not self.different:
             return []
         if not self.cut:
-            return [f"captions: none of {self.different} different ones is cut; the model reads {self.length} tokens"]
+            return [
+                f"captions: none of {self.different} different ones is cut; the model reads "
+                f"{self.length} tokens"
+            ]
         found = [
-            f"captions: {self.cut} of {self.different} different ones are cut, since the model reads {self.length} tokens "
+            f"captions: {self.cut} of {self.different} different ones are cut, since the model "
+            f"reads {self.length} tokens "
             "(conditioner.text.length)"
         ]
         if self.confused:
             found.append(
-                f"warning: {self.confused} captions differ only in what is cut off, so the model cannot tell them apart; "
+                f"warning: {self.confused} captions differ only in what is cut off, so the model "
+                "cannot tell them apart; "
                 "raise conditioner.text.length"
             )
         return found
 
 
 def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[str]:
-    """What a run's model does not read of the captions that it learns from; nothing where it reads none."""
+    """What a run's model does not read of the captions that it learns from; nothing where it reads
+    none.
+    """
     part = part_of(conditioner, Text)
     if part is None:
         return []
-    captions = (text for position in dataset.training for text in dataset.entries[position].captions)
+    captions = (
+        text for position in dataset.training for text in dataset.entries[position].captions
+    )
     return Cut.of(captions, part).lines
 
 
-def reader_of(run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]) -> Reader:
-    """What would read the captions in a run on them; its length is chosen where the run reads no text."""
+def reader_of(
+    run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
+) -> Reader:
+    """What would read the captions in a run on them; its length is chosen where the run reads no
+    text.
+    """
     config = run.conditioner.text or LearnedTextConfig(length=fitting_length(captions))
     with torch.device("meta"):  # it only counts
         return config.build(config.words(captions), encoder)

@@ -1,4 +1,6 @@
-"""A limit that is set replaces those that it was not set with: `budget.steps=1200` on a recipe of one minute means 1,200 steps."""
+"""A limit that is set replaces those that it was not set with: `budget.steps=1200` on a recipe of
+one minute means 1,200 steps.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ LIMITS = tuple(field.name for field in fields(Budget))
 
 
 def replaced(base: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`base` without the limits that `asked` replaces, and a line for each budget that this changes.
+    """`base` without the limits that `asked` replaces, and a line for each budget that this
+    changes.
 
     Several limits that are set together all hold: the first one reached ends the training.
     """
@@ -25,12 +28,18 @@ def replaced(base: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[st
     return result, [*said, *lines]
 
 
-def _without(base: Mapping[str, Any], asked: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+def _without(
+    base: Mapping[str, Any], asked: Mapping[str, Any], name: str
+) -> tuple[dict[str, Any], list[str]]:
     before, wanted = base.get("budget"), asked.get("budget")
     if not (isinstance(before, Mapping) and isinstance(wanted, Mapping)):
         return dict(base), []
     new = {limit: wanted[limit] for limit in LIMITS if wanted.get(limit) is not None}
-    old = {limit: before[limit] for limit in LIMITS if before.get(limit) is not None and limit not in wanted}
+    old = {
+        limit: before[limit]
+        for limit in LIMITS
+        if before.get(limit) is not None and limit not in wanted
+    }
     if not (new and old):
         return dict(base), []
     line = f"{name}: {_in_words(new)} replaces {_in_words(old)}; set both to stop at whichever comes first"

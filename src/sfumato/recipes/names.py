@@ -1,4 +1,5 @@
-"""What a person can name, as plain text: importing this imports no torch, so that a typing error is answered at once.
+"""What a person can name, as plain text: importing this imports no torch, so that a typing error is
+answered at once.
 
 Tests hold these tables equal to the recipes, sources and configurations that they speak of.
 """
@@ -15,37 +16,65 @@ from sfumato.foreign_models import refuse_diffusers
 SUMMARIES = {
     "digits": "Handwritten digits, 8 x 8, steered by category: one minute on two cores.",
     "ddpm": (
-        "The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction, clipped: "
+        "The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise "
+        "prediction, clipped: "
         "three minutes on two cores."
     ),
     "emoji": (
-        "OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession and skin "
+        "OpenMoji's images at 32 x 32, steered by fifteen categories; combinations of profession "
+        "and skin "
         "tone held out: 45 minutes."
     ),
     "emoji-text": (
-        "OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns to read: "
+        "OpenMoji's images at 32 x 32, steered by their names, which a small transformer learns "
+        "to read: "
         "45 minutes on two cores."
     ),
-    "emoji-doodle": "OpenMoji's images at 32 x 32 from their line drawings: 10 minutes on two cores.",
+    "emoji-doodle": "OpenMoji's images at 32 x 32 from their line drawings: 10 minutes on two "
+    "cores.",
     "emoji-inpaint": (
-        "OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 minutes on two cores."
+        "OpenMoji's images at 32 x 32 with holes in them, filled; by name, if one is given: 10 "
+        "minutes on two cores."
     ),
-    "emoji-points": "OpenMoji's images at 32 x 32 from points along their outlines: 10 minutes on two cores.",
+    "emoji-points": "OpenMoji's images at 32 x 32 from points along their outlines: 10 minutes "
+    "on two cores.",
     "emoji-everything": (
-        "OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and together: "
+        "OpenMoji's images at 32 x 32 by name, category, doodle, points and reference, alone and "
+        "together: "
         "45 minutes on two cores."
     ),
     "emoji-latent": (
-        "OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained first: 10 + 20 minutes."
+        "OpenMoji's images at 64 x 64, steered by category, in latents of an autoencoder trained "
+        "first: 10 + 20 minutes."
     ),
-    "solids-points": "Shaded solids at 32 x 32 from 3-D points on their surface, with their names: 10 minutes on two cores.",
+    "solids-points": "Shaded solids at 32 x 32 from 3-D points on their surface, with their "
+    "names: 10 minutes on two cores.",
 }
 BUILT_IN = ("digits", "emoji", "solids")  # sets of images
 KEYS = (
-    "seed", "batch_size", "micro_batch", "budget", "optimizer", "ema", "post_hoc_ema", "precision", "compile", "log",
-    "checkpoint", "validation", "preview", "name", "data", "autoencoder", "network", "conditioner", "denoiser",
-    "auxiliary", "objective", "sampling",
-)  # fmt: skip
+    "seed",
+    "batch_size",
+    "micro_batch",
+    "budget",
+    "optimizer",
+    "ema",
+    "post_hoc_ema",
+    "precision",
+    "compile",
+    "log",
+    "checkpoint",
+    "validation",
+    "preview",
+    "name",
+    "data",
+    "autoencoder",
+    "network",
+    "conditioner",
+    "denoiser",
+    "auxiliary",
+    "objective",
+    "sampling",
+)
 
 
 def unknown(name: str) -> ConfigError:
@@ -63,13 +92,20 @@ def require(source: str, overrides: Sequence[str] = ()) -> None:
     """Raise what is certain to be raised later, before anything heavy is imported.
 
     Raises:
-        ConfigError: for a source that stands for nothing, or an override of a key that is nearly one.
+        ConfigError: for a source that stands for nothing, or an override of a key that is nearly
+            one.
         RunError: for a model folder of diffusers.
     """
     path = Path(source)
     refuse_diffusers(path)
     remote = "://" in source or source.startswith("hub:")
-    if not (source in SUMMARIES or source in BUILT_IN or remote or path.suffix in (".yaml", ".yml") or path.exists()):
+    if not (
+        source in SUMMARIES
+        or source in BUILT_IN
+        or remote
+        or path.suffix in (".yaml", ".yml")
+        or path.exists()
+    ):
         raise unknown(source)
     for override in overrides:
         _require_key(override, source)
@@ -79,9 +115,14 @@ def _require_key(override: str, source: str) -> None:
     path, equals, _ = override.partition("=")
     key = path.partition(".")[0]
     if not path or not equals:
-        raise ConfigError(f"{override!r} sets nothing", where="overrides", hint="write key=value, e.g. budget.minutes=5")
+        raise ConfigError(
+            f"{override!r} sets nothing",
+            where="overrides",
+            hint="write key=value, e.g. budget.minutes=5",
+        )
     close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
-    if key not in KEYS and close:  # what is near none of these may be near a key inside one, which the schema knows
+    # what is near none of these may be near a key inside one, which the schema knows
+    if key not in KEYS and close:
         raise ConfigError(
             f"unknown key `{key}` (did you mean `{close[0]}`?)",
             where=source,

@@ -1,4 +1,6 @@
-"""Where a run's data are: named once, relative to any folder, and found again from every other, also when both have moved."""
+"""Where a run's data are: named once, relative to any folder, and found again from every other,
+also when both have moved.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,22 @@ from sfumato.storage.run_directory import RunDirectory
 FROM_RUN = "paths_from_run"  # in data.json
 HUB = HuggingFace.__name__  # whose path may be a name elsewhere
 KEYS = (
-    "data.source.path", "data.exclude", "autoencoder.path", "autoencoder.decoder", "autoencoder.features", "conditioner.text.encoder",
+    "data.source.path",
+    "data.exclude",
+    "autoencoder.path",
+    "autoencoder.decoder",
+    "autoencoder.features",
+    "conditioner.text.encoder",
     "auxiliary.alignment.encoder",
-)  # fmt: skip
+)
 DATA = KEYS[:2]
 NAMES = {"auto", "random", "efficientnet-lite0"}  # of what needs no file, whatever files there are
 
 
 def with_whole_paths(run: Run) -> Run:
-    """The same run with the paths of what is on this machine made absolute, so that they mean the same in every folder."""
+    """The same run with the paths of what is on this machine made absolute, so that they mean the
+    same in every folder.
+    """
     plain = configuration.plain(run)
     for _, holder, name in _paths(plain):
         if os.path.exists(holder[name]):
@@ -33,23 +42,36 @@ def with_whole_paths(run: Run) -> Run:
 
 
 def from_run(run: Run, directory: Path) -> dict[str, str]:
-    """Those paths as they look from the run's own folder: what data.json keeps, for when both are moved together."""
+    """Those paths as they look from the run's own folder: what data.json keeps, for when both are
+    moved together.
+    """
     found = ((key, holder[name]) for key, holder, name in _paths(configuration.plain(run)))
     return {key: os.path.relpath(path, directory) for key, path in found if os.path.exists(path)}
 
 
 def found_again(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """A run's configuration, as plain data, with its paths where things are now: as it says, or as seen from the run."""
+    """A run's configuration, as plain data, with its paths where things are now: as it says, or as
+    seen from the run.
+    """
     known = _known(directory)
     for key, holder, name in _paths(plain):
         if not os.path.exists(holder[name]):
-            near = next((place for place in _candidates(key, holder[name], known, directory) if os.path.exists(place)), None)
+            near = next(
+                (
+                    place
+                    for place in _candidates(key, holder[name], known, directory)
+                    if os.path.exists(place)
+                ),
+                None,
+            )
             holder[name] = holder[name] if near is None else os.path.abspath(near)
     return plain
 
 
 def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(key, the mapping that holds it, its name there) of every path in a configuration that may be one on this machine."""
+    """(key, the mapping that holds it, its name there) of every path in a configuration that may be
+    one on this machine.
+    """
     for key in KEYS:
         *parents, name = key.split(".")
         holder: Any = plain
@@ -65,7 +87,9 @@ def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]
 
 
 def _candidates(key: str, path: str, known: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """Where something may be that is not where a run says: as far from it as it was; data of older runs below a folder that holds it."""
+    """Where something may be that is not where a run says: as far from it as it was; data of older
+    runs below a folder that holds it.
+    """
     if isinstance(known.get(key), str):
         yield os.path.join(directory, known[key])
     elif key in DATA and not known and not os.path.isabs(path):
@@ -78,13 +102,16 @@ def _known(directory: Path) -> Mapping[str, Any]:
 
 
 def require_there(run: Run) -> None:
-    """Raise DataError, naming the key, if the run's data should be on this machine and are not where it says."""
+    """Raise DataError, naming the key, if the run's data should be on this machine and are not
+    where it says.
+    """
     path, kind = getattr(run.data.source, "path", None), type(run.data.source).__name__
     if path is not None and kind != HUB and _is_local(path) and not os.path.exists(path):
         raise DataError(
             f"{path}: no such file or folder",
             where="data.source.path",
-            hint=f"if the data ({kind}) have moved, say where they are: data.source.path=NEW/PLACE; "
+            hint=f"if the data ({kind}) have moved, say where they are: "
+            "data.source.path=NEW/PLACE; "
             "a relative path starts at the folder that the command is run in",
         )
 

@@ -25,8 +25,10 @@ from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
 SMALL, LARGE = 5_000, 500_000  # images
 MANY_CATEGORIES = 1_000
 LATENTS_FROM = 96  # pixels of a side
-SMALLEST_MAP, ATTENDED = 4, 8  # sides of feature maps: the smallest, and up to which places attend to one another in any case
-MOST_ATTENDED = 32  # side of a feature map, above which attention over its places takes most of a step
+# sides of feature maps: the smallest, and up to which places attend to one another in any case
+SMALLEST_MAP, ATTENDED = 4, 8
+# side of a feature map, above which attention over its places takes most of a step
+MOST_ATTENDED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ def choose(
 
     Args:
         listing: what the source lists, if that is known already.
-        resolution: side, or height and width, if that is settled already; from 96 on, the model works in latents of its own autoencoder.
+        resolution: side, or height and width, if that is settled already; from 96 on, the model
+            works in latents of its own autoencoder.
         channels, bits: of the images, if they are settled already.
         space: the autoencoder, or pixels, if that is settled already.
     Raises:
@@ -61,35 +64,58 @@ def choose(
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
-    resolution, why_resolution = _resolution(survey, gpu=gpu) if sides is None else (min(sides), f"{_by(sides)} px, as set")
-    space, why_space = _space(sides or (resolution, resolution), gpu=gpu) if space is None else (space, [])
-    network, optimizer, why_network = _network(survey, gpu=gpu, room=1 if isinstance(space, PixelsConfig) else 2)
+    resolution, why_resolution = (
+        _resolution(survey, gpu=gpu) if sides is None else (min(sides), f"{_by(sides)} px, as set")
+    )
+    space, why_space = (
+        _space(sides or (resolution, resolution), gpu=gpu) if space is None else (space, [])
+    )
+    network, optimizer, why_network = _network(
+        survey, gpu=gpu, room=1 if isinstance(space, PixelsConfig) else 2
+    )
     categories, why_categories = _categories(survey)
     small = survey.count < SMALL
-    reasons = [f"{survey.count} images on {machine}: {why_network}", why_resolution, *why_space, *why_categories]
+    reasons = [
+        f"{survey.count} images on {machine}: {why_network}",
+        why_resolution,
+        *why_space,
+        *why_categories,
+    ]
     why_channels = f": {survey.why}" if channels is None else ", as set"
     channels = survey.channels if channels is None else channels
     reasons.append(f"{channels} channel(s){why_channels}")
-    why_bits = f": {survey.deep:.0%} of the images looked at have more than 8" if bits is None else ", as set"
+    why_bits = (
+        f": {survey.deep:.0%} of the images looked at have more than 8"
+        if bits is None
+        else ", as set"
+    )
     bits = (16 if survey.deep >= MOST else 8) if bits is None else bits
     if survey.deep or "set" in why_bits:
         reasons.append(f"{bits} bits a value{why_bits}")
     if small:
-        reasons.append("the set is small, so augmentation that does not leak (0.12) and dropout hold off memorizing")
+        reasons.append(
+            "the set is small, so augmentation that does not leak (0.12) and dropout hold off "
+            "memorizing"
+        )
     reasons += survey.captions.reasons
-    run = _run(place, source, survey, network, optimizer, resolution, space, channels, bits, categories)
+    run = _run(
+        place, source, survey, network, optimizer, resolution, space, channels, bits, categories
+    )
     layout = space.layout(channels, None)
     factor = shift(layout.channels * (resolution // layout.factor) ** 2)
     if factor > 1:
         run = _shifted(run, factor)
-        reasons.append(f"noise levels shifted by {factor:g}: so many values need more noise to be hidden")
+        reasons.append(
+            f"noise levels shifted by {factor:g}: so many values need more noise to be hidden"
+        )
     return Choice(run=run, reasons=tuple(reasons))
 
 
 def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamWConfig, str]:
     """The network and its optimizer; latents leave `room` for wider ones.
 
-    A CPU gets a narrow network and Muon, which pay in an hour (docs/ablations.md, "What each part buys"); on GPUs larger sets carry larger
+    A CPU gets a narrow network and Muon, which pay in an hour (docs/ablations.md, "What each part
+    buys"); on GPUs larger sets carry larger
     ones, and nothing has been measured yet.
     """
     if not gpu:
@@ -98,8 +124,14 @@ def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamW
         why = f"a narrow U-Net of {width} channels, trained with Muon: best measured in an hour of CPU training"
         return network, AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()), why
     width = room * (96 if survey.count < SMALL else 128 if survey.count < LARGE else 192)
-    network = UNetConfig(channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32)
-    return network, AdamWConfig(learning_rate=5e-4, warmup_steps=100), f"a U-Net of {width} channels"
+    network = UNetConfig(
+        channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32
+    )
+    return (
+        network,
+        AdamWConfig(learning_rate=5e-4, warmup_steps=100),
+        f"a U-Net of {width} channels",
+    )
 
 
 def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
@@ -113,7 +145,10 @@ def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
         reason = "the largest multiple of 8 within the images"
     else:
         reason = "the images are no larger"
-    return resolution, f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)"
+    return (
+        resolution,
+        f"{resolution} px: {reason} (shorter sides are {survey.side} px in the median)",
+    )
 
 
 def _by(sides: tuple[int, int]) -> str:
@@ -122,27 +157,41 @@ def _by(sides: tuple[int, int]) -> str:
 
 
 def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, list[str]]:
-    """Pixels, or latents of 1/8 of the sides, or of what the sides can be divided by, where pixels would be too many."""
+    """Pixels, or latents of 1/8 of the sides, or of what the sides can be divided by, where pixels
+    would be too many.
+    """
     resolution = min(sides)
     depth = max(depth for depth in range(4) if not any(side % 2**depth for side in sides))
     if resolution < LATENTS_FROM or depth < 2:
         return PixelsConfig(), []
     widths, blocks, groups = ((64, 128, 256, 256), 2, 16) if gpu else ((16, 32, 64, 128), 1, 4)
-    network = KLConfig(channels=widths[: depth + 1], latent_channels=16 if depth == 3 else 4, blocks=blocks, groups=groups)
+    network = KLConfig(
+        channels=widths[: depth + 1],
+        latent_channels=16 if depth == 3 else 4,
+        blocks=blocks,
+        groups=groups,
+    )
     height, width = (side // network.factor for side in sides)
     return TrainedAutoencoder(network=network, budget=Budget(minutes=20)), [
-        f"in latents of {height} x {width} of an autoencoder of its own, which is trained first: {resolution} px are too many to diffuse"
+        f"in latents of {height} x {width} of an autoencoder of its own, which is trained first: "
+        f"{resolution} px are too many to diffuse"
     ]
 
 
 def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
     count = len(survey.categories)
     if count < 2:
-        return None, ["no categories: the model generates images like the set, and cannot be conditioned on a category"]
+        return None, [
+            "no categories: the model generates images like the set, and cannot be conditioned "
+            "on a category"
+        ]
     if count > min(MANY_CATEGORIES, survey.count / 4):
-        return None, [f"{count} categories are too many for {survey.count} images: they are not used"]
+        return None, [
+            f"{count} categories are too many for {survey.count} images: they are not used"
+        ]
     return CategoryConfig(), [
-        f"steered by {count} categories, from {min(survey.categories.values())} to {max(survey.categories.values())} images each"
+        f"steered by {count} categories, from {min(survey.categories.values())} to "
+        f"{max(survey.categories.values())} images each"
     ]
 
 
@@ -181,7 +230,11 @@ def _run(
     return Run(
         name=_name(place),
         data=DataConfig(
-            source=source, resolution=resolution, channels=channels, bits=bits, workers=2,
+            source=source,
+            resolution=resolution,
+            channels=channels,
+            bits=bits,
+            workers=2,
             augment=AugmentConfig(karras=0.12) if small else AugmentConfig(flip="none"),
         ),
         autoencoder=space,
@@ -192,12 +245,16 @@ def _run(
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=60),
-        sampling=SamplingConfig(guidance=1.5 if categories is not None or survey.captions.usable else 1.0),
-    )  # fmt: skip
+        sampling=SamplingConfig(
+            guidance=1.5 if categories is not None or survey.captions.usable else 1.0
+        ),
+    )
 
 
 def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """Widths of the depths for maps of `side`: fewer for small ones; more for large ones, so that attention sees at most 32 x 32 places."""
+    """Widths of the depths for maps of `side`: fewer for small ones; more for large ones, so that
+    attention sees at most 32 x 32 places.
+    """
     depth = len(usual) - 1
     while depth and side // 2**depth < SMALLEST_MAP:
         depth -= 1
@@ -207,13 +264,16 @@ def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
 
 
 def shift(values: int) -> float:
-    """How far training and sampling move to more noise: neighbouring values of large images tell of one another, so that the same noise
-    hides less of them. Never to less, which made better images that followed their category less (docs/ablations.md).
+    """How far training and sampling move to more noise: neighbouring values of large images tell of
+    one another, so that the same noise
+    hides less of them. Never to less, which made better images that followed their category less
+    (docs/ablations.md).
 
     Args:
         values: of an image, or of its latents.
 
-    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 values as the reference: Zheng et al. 2025 (arXiv:2510.11690), sec. 4.
+    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 values as the reference: Zheng
+        et al. 2025 (arXiv:2510.11690), sec. 4.
     """
     return round(max(1.0, math.sqrt(values / 4096)), 2)
 

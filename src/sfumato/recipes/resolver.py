@@ -30,7 +30,8 @@ class Resolved:
 
     Attributes:
         notes: a line for each limit of the source that a limit among the overrides replaced.
-        choice: what was chosen for a source of images, with the reasons; None for a recipe, a YAML file or a run.
+        choice: what was chosen for a source of images, with the reasons; None for a recipe, a YAML
+            file or a run.
         listing: of those images.
     """
 
@@ -42,15 +43,22 @@ class Resolved:
     @property
     def reasons(self) -> list[str]:
         """Why a preset is as it is; [] for what is not a preset."""
-        return [] if self.choice is None else [f"chosen: {reason}" for reason in self.choice.reasons]
+        return (
+            [] if self.choice is None else [f"chosen: {reason}" for reason in self.choice.reasons]
+        )
 
     def listing_of(self, run: Run) -> Listing | None:
         """The listing of a run's source, if it is the one that was listed already."""
-        return self.listing if self.choice is not None and run.data.source == self.choice.run.data.source else None
+        return (
+            self.listing
+            if self.choice is not None and run.data.source == self.choice.run.data.source
+            else None
+        )
 
 
 def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
-    """The configuration that a recipe's name, a YAML file, a folder of images or a run directory stands for.
+    """The configuration that a recipe's name, a YAML file, a folder of images or a run directory
+    stands for.
 
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
@@ -69,15 +77,23 @@ def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
         refuse_diffusers(Path(source))
     listing = source_at(str(source)).listing() if is_preset(source) and _is_source(source) else None
     choice = None if listing is None else _chosen(source, given, listing)
-    base, where = (configuration.plain(choice.run), str(source)) if choice else _plain(source, given)
+    base, where = (
+        (configuration.plain(choice.run), str(source)) if choice else _plain(source, given)
+    )
     base, notes = replaced(base, given)
     run = configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
     return Resolved(run=run, notes=tuple(notes), choice=choice, listing=listing)
 
 
 def is_preset(source: str | Path | Run) -> bool:
-    """Whether the configuration is chosen from the data themselves: `source` is images, and no recipe, run or YAML file."""
-    if isinstance(source, Run) or str(source) in RECIPES or Path(source).suffix in (".yaml", ".yml"):
+    """Whether the configuration is chosen from the data themselves: `source` is images, and no
+    recipe, run or YAML file.
+    """
+    if (
+        isinstance(source, Run)
+        or str(source) in RECIPES
+        or Path(source).suffix in (".yaml", ".yml")
+    ):
         return False
     return not (Path(source) / "config.yaml").is_file()
 
@@ -87,7 +103,9 @@ def _is_source(source: str | Path | Run) -> bool:
 
 
 def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What `source` says by itself, and where; where it is images, what is given for besides decides more than itself."""
+    """What `source` says by itself, and where; where it is images, what is given for besides
+    decides more than itself.
+    """
     if isinstance(source, Run):
         return configuration.plain(source), source.name
     path = Path(source)
@@ -103,7 +121,9 @@ def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str
         below = {} if name is None else _plain(str(name), configuration.merged(data, given))[0]
         return configuration.merged(replaced(below, data)[0], data), str(path)
     if _is_source(source):
-        return configuration.plain(_chosen(source, given, source_at(str(source)).listing()).run), str(source)
+        return configuration.plain(
+            _chosen(source, given, source_at(str(source)).listing()).run
+        ), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
@@ -115,23 +135,31 @@ def preset(place: str, overrides: Overrides, listing: Listing) -> Run:
 
 
 def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing) -> Choice:
-    """The preset of a source; settings of its images, or an autoencoder, decide more than themselves."""
+    """The preset of a source; settings of its images, or an autoencoder, decide more than
+    themselves.
+    """
     data: Any = given.get("data")
     data = data if isinstance(data, dict) else {}
     known: dict[str, Any] = {
-        name: data[name] for name, legal in SETTLED.items() if isinstance(data.get(name), int) and data[name] in legal
+        name: data[name]
+        for name, legal in SETTLED.items()
+        if isinstance(data.get(name), int) and data[name] in legal
     }
     if data.get("frames") in ("all", "max"):
         listing = framed(listing, data["frames"])
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
     if "autoencoder" not in given:
         return chosen()
-    plain = configuration.merged(configuration.plain(chosen().run), {"autoencoder": given["autoencoder"]})
+    plain = configuration.merged(
+        configuration.plain(chosen().run), {"autoencoder": given["autoencoder"]}
+    )
     return chosen(space=configuration.parse(Run, plain, where=str(source)).autoencoder)
 
 
 def _sides(data: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width, if they are set to something that they can be; what cannot be is refused when the whole is read."""
+    """Height and width, if they are set to something that they can be; what cannot be is refused
+    when the whole is read.
+    """
     resolution, size = data.get("resolution"), data.get("size")
     match size if isinstance(size, list | tuple) else [resolution, resolution]:
         case [int(height), int(width)] if height > 0 and width > 0:

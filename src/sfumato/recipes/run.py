@@ -18,7 +18,8 @@ from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Run(TrainingConfig):
-    """All that is needed to repeat a training: what to learn from, what to train, how, and how to sample from it.
+    """All that is needed to repeat a training: what to learn from, what to train, how, and how to
+    sample from it.
 
     Attributes:
         name: of the recipe; the run directory is called after it.
@@ -49,12 +50,14 @@ class Run(TrainingConfig):
             raise ConfigError(
                 "learned uncertainty divides by the expected loss, which a contrast makes negative",
                 where="auxiliary.uncertainty",
-                hint="use one of the two: auxiliary.uncertainty=false, or objective.contrastive_weight=0",
+                hint="use one of the two: auxiliary.uncertainty=false, or "
+                "objective.contrastive_weight=0",
             )
 
         if self.sampling.clip and not isinstance(self.autoencoder, PixelsConfig):
             raise ConfigError(
-                "clamps guesses of the image to [-1, 1], and the model works in latents, whose values have no bounds",
+                "clamps guesses of the image to [-1, 1], and the model works in latents, whose "
+                "values have no bounds",
                 where="sampling.clip",
                 hint="set sampling.clip=false, or autoencoder.kind=pixels",
             )

@@ -21,7 +21,8 @@ MOST = 0.5  # share of the images from which on the preset follows them
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a source holds, as far as a look at a few images tells; those that training would leave out do not count.
+    """What a source holds, as far as a look at a few images tells; those that training would leave
+    out do not count.
 
     Attributes:
         count: images listed.
@@ -52,7 +53,11 @@ class Survey:
         looks = [found for _, found in pairs]
         return cls(
             count=len(entries),
-            categories=dict(Counter(entry.category for entry in entries if entry.category and entry.holdout is None)),
+            categories=dict(
+                Counter(
+                    entry.category for entry in entries if entry.category and entry.holdout is None
+                )
+            ),
             captions=CaptionSurvey.of(entries),
             side=int(statistics.median(min(found.size) for found in looks)) if looks else 0,
             channels=channels,
@@ -75,7 +80,11 @@ def _channels(pairs: Sequence[tuple[Entry, Look]]) -> tuple[int, str]:
     usual, count = Counter(_unusual(found) for _, found in pairs).most_common(1)[0]
     if usual:
         others = len(pairs) - count
-        rest = f"; the other {others} of {len(pairs)} looked at cannot be used with them" if others else ""
+        rest = (
+            f"; the other {others} of {len(pairs)} looked at cannot be used with them"
+            if others
+            else ""
+        )
         return usual, f"the images have {usual} channels, none of which is marked as alpha{rest}"
     ordinary = [(entry, found) for entry, found in pairs if not _unusual(found)]
     gray = all(found.bands - found.alpha == 1 for _, found in ordinary)
@@ -94,7 +103,9 @@ def _unusual(found: Look) -> int:
 
 
 def _transparent(pairs: Sequence[tuple[Entry, Look]]) -> float:
-    """Share of images with a pixel that is not opaque, by some of those whose container has alpha."""
+    """Share of images with a pixel that is not opaque, by some of those whose container has
+    alpha.
+    """
     marked = [entry for entry, found in pairs if found.alpha]
     if not marked:
         return 0.0

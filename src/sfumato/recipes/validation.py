@@ -1,4 +1,5 @@
-"""Questions that a run's parts answer together only, asked before any data are read: can it be sampled, is its loss finite, was what
+"""Questions that a run's parts answer together only, asked before any data are read: can it be
+sampled, is its loss finite, was what
 guidance leads away from ever trained?"""
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
     from sfumato.recipes.run import Run
 
 WALKED = 8  # steps at either end of a trajectory: what is infinite is so at an end
-LEVELS = 1024  # times at which the loss's weight is looked at, each in the middle of as many equal parts of [0, 1]
+# times at which the loss's weight is looked at, each in the middle of as many equal parts of [0, 1]
+LEVELS = 1024
 
 
-def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule) -> None:
-    """Raise ConfigError unless the sampler can walk its schedule with a network that predicts what this one does.
+def require_sampled(
+    denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule
+) -> None:
+    """Raise ConfigError unless the sampler can walk its schedule with a network that predicts what
+    this one does.
 
     Args:
         trained_on: the schedule of the objective, the first that is tried instead.
@@ -46,7 +51,8 @@ def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_
     others = _others(denoiser, sampling, trained_on)
     ways = [way for way, predicted, sampled in others if _obstacle(predicted, sampled) is None]
     raise ConfigError(
-        f"{_name(sampling.sampler)} cannot sample along {_name(sampling.schedule)} with a network that predicts "
+        f"{_name(sampling.sampler)} cannot sample along {_name(sampling.schedule)} with a "
+        "network that predicts "
         f"{_name(denoiser.parameterization)}: {reason}",
         where="sampling.schedule",
         hint=f"set {', or '.join(ways) or 'another sampling.schedule, sampling.sampler or denoiser.parameterization'}",
@@ -55,7 +61,9 @@ def require_sampled(denoiser: DenoiserConfig, sampling: SamplingConfig, trained_
 
 def _name(part: Any) -> str:
     """Of a part of a configuration, with those inside it."""
-    inner = [_name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))]
+    inner = [
+        _name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))
+    ]
     return type(part).__name__ + (f"({', '.join(inner)})" if inner else "")
 
 
@@ -64,7 +72,9 @@ def _others(
 ) -> Iterator[tuple[str, DenoiserConfig, SamplingConfig]]:
     """Settings that differ in one key, with that key."""
     usual: tuple[Schedule, ...] = (LinearBetas(), Karras(), Linear(), Cosine())
-    for schedule in [schedule for schedule in usual if type(schedule) is type(trained_on)] or usual[:2]:
+    for schedule in [schedule for schedule in usual if type(schedule) is type(trained_on)] or usual[
+        :2
+    ]:
         yield f"sampling.schedule={_name(schedule)}", denoiser, replace(sampling, schedule=schedule)
     for sampler in (DPMSolverPP2M(), DDIM()):
         yield f"sampling.sampler={_name(sampler)}", denoiser, replace(sampling, sampler=sampler)
@@ -74,7 +84,9 @@ def _others(
 
 
 def _obstacle(denoiser: DenoiserConfig, sampling: SamplingConfig) -> str | None:
-    """Why a trajectory cannot be walked, None if it can: a network of zeros walks both of its ends."""
+    """Why a trajectory cannot be walked, None if it can: a network of zeros walks both of its
+    ends.
+    """
     network = NetworkDenoiser(
         network=_zeros,
         parameterization=denoiser.parameterization,
@@ -99,11 +111,15 @@ def _ends(levels: NoiseLevel) -> NoiseLevel:
     alpha, sigma = levels
     if len(alpha) <= 2 * WALKED + 2:
         return levels
-    return NoiseLevel(*(torch.cat([part[: WALKED + 1], part[-WALKED - 1 :]]) for part in (alpha, sigma)))
+    return NoiseLevel(
+        *(torch.cat([part[: WALKED + 1], part[-WALKED - 1 :]]) for part in (alpha, sigma))
+    )
 
 
 def require_finite_loss(run: Run) -> None:
-    """Raise ConfigError if the loss has no finite weight at levels that training draws, in the float32 that it is computed in."""
+    """Raise ConfigError if the loss has no finite weight at levels that training draws, in the
+    float32 that it is computed in.
+    """
     times = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     drawn = NoiseLevel(*(part.float() for part in run.objective.schedule(times)))
     weight = target_weight(run.objective.weighting, drawn, run.denoiser.parameterization)
@@ -115,22 +131,28 @@ def require_finite_loss(run: Run) -> None:
             _name, (run.objective.schedule, run.objective.weighting, run.denoiser.parameterization)
         )
         raise ConfigError(
-            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of {schedule}, such as "
-            f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: {weighting} with a network that "
+            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of "
+            f"{schedule}, such as "
+            f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: "
+            f"{weighting} with a network that "
             f"predicts {predicted}",
             where="objective.schedule",
-            hint="use levels further from the ends, such as {kind: warped, schedule: ..., warp: {kind: span, low: 0.01, high: 0.99}}, "
+            hint="use levels further from the ends, such as {kind: warped, schedule: ..., warp: "
+            "{kind: span, low: 0.01, high: 0.99}}, "
             "or denoiser.parameterization=Flow",
         )
 
 
 def require_guidable(run: Run) -> None:
-    """Raise ConfigError if samples are guided away from the absence of a context that training never hides."""
+    """Raise ConfigError if samples are guided away from the absence of a context that training
+    never hides.
+    """
     never = [name for name in run.conditioner.names if getattr(run.conditioner, name).dropout == 0]
     if run.sampling.guidance != 1 and never:
         keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
         raise ConfigError(
-            f"guidance {run.sampling.guidance:g} leads away from samples without {' and '.join(never)}, which training never sees: "
+            f"guidance {run.sampling.guidance:g} leads away from samples without "
+            f"{' and '.join(never)}, which training never sees: "
             "dropout is 0",
             where="sampling.guidance",
             hint=f"set {keys}, or sampling.guidance=1",

@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from sfumato.runs.preparation import PreparedRun, prepare
     from sfumato.runs.training import resume, train
 
-__all__ = ["PreparedRun", "evaluate_run", "load", "newest_run", "prepare", "resume", "snapshot", "train"]
+__all__ = [
+    "PreparedRun",
+    "evaluate_run",
+    "load",
+    "newest_run",
+    "prepare",
+    "resume",
+    "snapshot",
+    "train",
+]
 
 _HOMES = {
     "PreparedRun": "preparation",

@@ -25,9 +25,17 @@ def diffusion_trainer(
     facts: ConditioningInfo,
     pinned: Mapping[str, Any],
 ) -> Trainer:
-    """Trains a model that is on its device, `with_auxiliary`, on a dataset that holds what the autoencoder made of it."""
+    """Trains a model that is on its device, `with_auxiliary`, on a dataset that holds what the
+    autoencoder made of it.
+    """
     task = Diffusion(
-        run, model=model, autoencoder=autoencoder.to(default_device()), objective=run.objective, dataset=dataset, sampling=run.sampling,
-        directory=directory, facts=facts,
-    )  # fmt: skip
+        run,
+        model=model,
+        autoencoder=autoencoder.to(default_device()),
+        objective=run.objective,
+        dataset=dataset,
+        sampling=run.sampling,
+        directory=directory,
+        facts=facts,
+    )
     return Trainer(run, task=task, dataset=dataset, directory=directory, pinned=pinned)

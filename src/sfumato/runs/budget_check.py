@@ -14,11 +14,15 @@ import torch
 from sfumato.observability.progress import duration
 from sfumato.runs.cost import Prediction
 
-# Images that are trained on, each as often as it is seen. docs/benchmarks.md, "Time to quality": at 32 px 43,000 to 51,000 bring the
-# kernel distance of the preset to 3 or 4, where the baselines end at 8; after a quarter of that it is at 7 (1.8 minutes).
+# Images that are trained on, each as often as it is seen. docs/benchmarks.md, "Time to quality": at
+# 32 px 43,000 to 51,000 bring the
+# kernel distance of the preset to 3 or 4, where the baselines end at 8; after a quarter of that it
+# is at 7 (1.8 minutes).
 ENOUGH, TOO_FEW = 45_000, 12_000
-# Steps of 16 images of an autoencoder. Two and a half minutes of it at 64 px end at 19 dB, and seven at 21.8 dB with reds still brown
-# (docs/ablations.md, which does not say the steps); this is what seven minutes hold at 0.2 s a step.
+# Steps of 16 images of an autoencoder. Two and a half minutes of it at 64 px end at 19 dB, and
+# seven at 21.8 dB with reds still brown
+# (docs/ablations.md, which does not say the steps); this is what seven minutes hold at 0.2 s a
+# step.
 AUTOENCODER_STEPS = 2_000
 MANY_VIEWS = 200  # of each image
 SMALL = 5_000  # images, below which many views of each are memorized
@@ -62,25 +66,36 @@ def findings(stages: Sequence[Prediction], *, images: int, machine: Machine) -> 
         images: to learn from.
     """
     *before, model = stages
-    found = [*_room(stages, machine), *(line for stage in before for line in _autoencoder(stage)), *_length(model)]
+    found = [
+        *_room(stages, machine),
+        *(line for stage in before for line in _autoencoder(stage)),
+        *_length(model),
+    ]
     if model.epochs > MANY_VIEWS and images < SMALL:
         found.append(
             Finding(
-                what=f"{model.epochs:.0f} views of each image: more than {MANY_VIEWS} of a set of {images} are memorized sooner or later",
-                change=f"set budget.epochs={MANY_VIEWS}, add images, or stop when the gap to held-out images grows",
+                what=f"{model.epochs:.0f} views of each image: more than {MANY_VIEWS} of a set "
+                f"of {images} are memorized sooner or later",
+                change=f"set budget.epochs={MANY_VIEWS}, add images, or stop when the gap to "
+                "held-out images grows",
             )
         )
     return found
 
 
 def _room(stages: Sequence[Prediction], machine: Machine) -> list[Finding]:
-    memory, disk = max(stage.memory_gib for stage in stages), sum(stage.disk_gib for stage in stages)
+    memory, disk = (
+        max(stage.memory_gib for stage in stages),
+        sum(stage.disk_gib for stage in stages),
+    )
     found = []
     if memory > ROOM * machine.memory_gib:
         found.append(
             Finding(
-                what=f"{memory:.1f} GiB of memory are needed, and this machine has {machine.memory_gib:.1f} GiB",
-                change="set micro_batch to a part of batch_size, or lower data.resolution, or use a smaller network",
+                what=f"{memory:.1f} GiB of memory are needed, and this machine has "
+                f"{machine.memory_gib:.1f} GiB",
+                change="set micro_batch to a part of batch_size, or lower data.resolution, or "
+                "use a smaller network",
             )
         )
     if disk > machine.disk_gib:
@@ -98,9 +113,11 @@ def _autoencoder(stage: Prediction) -> list[Finding]:
         return []
     return [
         Finding(
-            what=f"{stage.steps} steps are too few for an autoencoder: below some {AUTOENCODER_STEPS} its reconstructions are blurred and "
+            what=f"{stage.steps} steps are too few for an autoencoder: below some "
+            f"{AUTOENCODER_STEPS} its reconstructions are blurred and "
             "their colours wrong, and no sample can be better than they are",
-            change=f"{_longer('autoencoder.budget', stage, AUTOENCODER_STEPS)}, lower data.resolution, or use a pretrained autoencoder",
+            change=f"{_longer('autoencoder.budget', stage, AUTOENCODER_STEPS)}, lower "
+            "data.resolution, or use a pretrained autoencoder",
         )
     ]
 
@@ -110,11 +127,17 @@ def _length(model: Prediction) -> list[Finding]:
         return []
     batch = model.images / model.steps
     enough = math.ceil(ENOUGH / batch)
-    said = "too short: rough shapes and colours at best" if model.images < TOO_FEW else "short: samples would still get better"
+    said = (
+        "too short: rough shapes and colours at best"
+        if model.images < TOO_FEW
+        else "short: samples would still get better"
+    )
     return [
         Finding(
-            what=f"{said}: {model.steps} steps show the model {model.images:,} images, where some {ENOUGH:,} are enough at 32 px",
-            change=f"{_longer('budget', model, enough)}, or lower data.resolution, or use a smaller network",
+            what=f"{said}: {model.steps} steps show the model {model.images:,} images, where "
+            f"some {ENOUGH:,} are enough at 32 px",
+            change=f"{_longer('budget', model, enough)}, or lower data.resolution, or use a "
+            "smaller network",
         )
     ]
 

@@ -19,7 +19,8 @@ from sfumato.training import PreviewConfig, Trainer, TrainingConfig, ValidationC
 from sfumato.training.autotune import precision_of
 from sfumato.training.config import Cadence
 
-PASSES = 3  # forward passes that a step of training costs: one forward, and one backward of twice the work
+# forward passes that a step of training costs: one forward, and one backward of twice the work
+PASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,10 @@ class Prediction:
     Attributes:
         stage: what is trained.
         step_s: seconds of a training step; what compiling may gain is left out.
-        steps, seconds, epochs: of the whole run, previews and validation included, checkpoints aside.
-        memory_gib: most that the process has held so far, on the device that it trains on; training stays close to it.
+        steps, seconds, epochs: of the whole run, previews and validation included, checkpoints
+            aside.
+        memory_gib: most that the process has held so far, on the device that it trains on; training
+            stays close to it.
         disk_gib: checkpoints at their most.
         images: that are trained on, each as often as it is seen.
         looks_s: of `seconds`, what previews and validation take, estimated from the step.
@@ -54,11 +57,17 @@ class Prediction:
 
     def lines(self) -> list[str]:
         """For a person."""
-        looks = f", {duration(self.looks_s)} of it for previews and validation" if self.looks_s >= 1 else ""
+        looks = (
+            f", {duration(self.looks_s)} of it for previews and validation"
+            if self.looks_s >= 1
+            else ""
+        )
         return [
-            f"predicted: {self.stage}, {self.steps} steps of {self.step_s:.3g} s, {duration(self.seconds)} in all{looks}; "
+            f"predicted: {self.stage}, {self.steps} steps of {self.step_s:.3g} s, "
+            f"{duration(self.seconds)} in all{looks}; "
             f"each image is seen {self.epochs:.1f} times",
-            f"predicted: {self.stage}, {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} GiB of disk",
+            f"predicted: {self.stage}, {self.memory_gib:.1f} GiB of memory, {self.disk_gib:.2f} "
+            "GiB of disk",
         ]
 
 
@@ -68,12 +77,18 @@ def predict(prepared: PreparedRun) -> list[Prediction]:
     found = []
     with tempfile.TemporaryDirectory() as place:
         begun = time.perf_counter()
-        for stage, trainer in run.autoencoder.trial_trainers(dataset, Path(place) / "autoencoder").items():
+        for stage, trainer in run.autoencoder.trial_trainers(
+            dataset, Path(place) / "autoencoder"
+        ).items():
             own = cast(TrainedAutoencoder, run.autoencoder)  # no other is trained
             prediction = _predicted(stage, trainer, own, begun)
-            found.append(replace(prediction, encoding_s=_encoding_s(own, dataset, prediction.step_s)))
+            found.append(
+                replace(prediction, encoding_s=_encoding_s(own, dataset, prediction.step_s))
+            )
         begun = time.perf_counter()
-        found.append(_predicted("diffusion model", trial_trainer(prepared, Path(place) / "run"), run, begun))
+        found.append(
+            _predicted("diffusion model", trial_trainer(prepared, Path(place) / "run"), run, begun)
+        )
     return found
 
 
@@ -86,9 +101,12 @@ def _encoding_s(own: TrainedAutoencoder, dataset: Dataset, step_s: float) -> flo
 def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: float) -> Prediction:
     step_s = trainer.measure_step()
     size, batch = len(trainer.dataset.training), config.batch_size
-    preview, validation = (step_s * passes / (PASSES * batch) for passes in trainer.task.passes(config))
+    preview, validation = (
+        step_s * passes / (PASSES * batch) for passes in trainer.task.passes(config)
+    )
     steps, looks_s = config.budget.steps_of(step_s, batch_size=batch, images=size), 0.0
-    for _ in range(20):  # what is looked at takes time from the steps, and the fewer steps, the less is looked at
+    # what is looked at takes time from the steps, and the fewer steps, the less is looked at
+    for _ in range(20):
         looks_s = _looks_s(config, steps, steps * step_s + looks_s, preview, validation)
         steps = config.budget.steps_of(step_s + looks_s / steps, batch_size=batch, images=size)
     return Prediction(
@@ -106,28 +124,45 @@ def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: floa
     )
 
 
-def _looks_s(config: TrainingConfig, steps: int, seconds: float, preview_s: float, validation_s: float) -> float:
-    """Of previews, one more than there are validations since there is one before the first step, and of validations."""
+def _looks_s(
+    config: TrainingConfig, steps: int, seconds: float, preview_s: float, validation_s: float
+) -> float:
+    """Of previews, one more than there are validations since there is one before the first step,
+    and of validations.
+    """
     previews = 2 + times(config.preview, steps, seconds, preview_s)
-    return previews * preview_s + (1 + times(config.validation, steps, seconds, validation_s)) * validation_s
+    return (
+        previews * preview_s
+        + (1 + times(config.validation, steps, seconds, validation_s)) * validation_s
+    )
 
 
 def times(cadence: Cadence, steps: int, seconds: float, cost_s: float) -> int:
-    """How often something comes due before the last step of a training of so many steps and seconds."""
+    """How often something comes due before the last step of a training of so many steps and
+    seconds.
+    """
     by_steps = 0 if cadence.every_steps is None else (steps - 1) // cadence.every_steps
     first_s, then_s = (cadence.wait_s(first=first, cost_s=cost_s) for first in (True, False))
     return max(by_steps, 0 if seconds <= first_s else 1 + int((seconds - first_s) / then_s))
 
 
 def trial_trainer(prepared: PreparedRun, place: Path) -> Trainer:
-    """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where the run has one.
+    """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where
+    the run has one.
 
     It has hardly anything to look at, which takes long to prepare.
     """
-    run = replace(prepared.run, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1))
+    run = replace(
+        prepared.run, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)
+    )
     directory = RunDirectory.create(place)
     autoencoder, dataset = run.autoencoder.placeholder(prepared.dataset, pixels=run.needs_images)
     return diffusion_trainer(
-        run, model=prepared.trainable_model(), autoencoder=autoencoder, dataset=dataset, directory=directory,
-        facts=prepared.facts, pinned={},
-    )  # fmt: skip
+        run,
+        model=prepared.trainable_model(),
+        autoencoder=autoencoder,
+        dataset=dataset,
+        directory=directory,
+        facts=prepared.facts,
+        pinned={},
+    )

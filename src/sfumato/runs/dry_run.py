@@ -1,4 +1,6 @@
-"""What `train --dry-run` says: what would be trained and why, what it takes on this machine, and whether that is long enough."""
+"""What `train --dry-run` says: what would be trained and why, what it takes on this machine, and
+whether that is long enough.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ class TrainingPlan:
 
     def _summary(self) -> str:
         model, size = self.stages[-1], self.run.data.resolution
-        looks, encoding = sum(stage.looks_s for stage in self.stages), sum(stage.encoding_s for stage in self.stages)
+        looks, encoding = (
+            sum(stage.looks_s for stage in self.stages),
+            sum(stage.encoding_s for stage in self.stages),
+        )
         parts = [
             f"{duration(looks)} previews and validation",
             *([f"{duration(encoding)} encoding"] if encoding else []),
@@ -87,7 +92,10 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan
     run = chosen.run
     prepared = prepare(run, listing=chosen.listing_of(run))
     dataset, images = prepared.dataset, len(prepared.dataset.training)
-    said = [*_of(dataset, describe(prepared.model)), *cut_captions(dataset, prepared.model.conditioner)]
+    said = [
+        *_of(dataset, describe(prepared.model)),
+        *cut_captions(dataset, prepared.model.conditioner),
+    ]
     stages = predict(prepared)
     return TrainingPlan(
         run=run,
@@ -100,6 +108,7 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan
 
 def _of(dataset: Dataset, parameters: str) -> list[str]:
     return [
-        f"{len(dataset.training)} training images, {len(dataset.holdout)} held out, {len(dataset.rejects)} left out",
+        f"{len(dataset.training)} training images, {len(dataset.holdout)} held out, "
+        f"{len(dataset.rejects)} left out",
         f"{len(dataset.categories) or 'no'} categories; {parameters}",
     ]

@@ -48,5 +48,9 @@ def evaluate_run(
             require_context(scale, {})
     dataset = open_data(resolve(path))
     changed = changes(directory.data_record(), dataset)
-    report = evaluate_pipeline(pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress)
-    return report, [f"the data are not what this run was trained on: {'; '.join(changed)}"] if changed else []
+    report = evaluate_pipeline(
+        pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress
+    )
+    return report, [
+        f"the data are not what this run was trained on: {'; '.join(changed)}"
+    ] if changed else []

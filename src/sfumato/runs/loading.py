@@ -33,21 +33,30 @@ def newest_run(root: Path = Path("runs")) -> Path:
     found = [path.parent for path in root.glob("*/config.yaml")]
     if not found:
         raise RunError(
-            "no run to sample from", where=str(root), hint="name a run directory, or train one: sfumato train digits"
+            "no run to sample from",
+            where=str(root),
+            hint="name a run directory, or train one: sfumato train digits",
         )
     return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
 
 def snapshot(path: str | Path, step: int) -> Model:
-    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance leads away from."""
+    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance
+    leads away from.
+    """
     directory = RunDirectory.existing(Path(path))
     model = load(path).model
-    _load_weights(model, checkpoint.load_snapshot(directory.snapshots, step=step), _frozen(directory))
+    _load_weights(
+        model, checkpoint.load_snapshot(directory.snapshots, step=step), _frozen(directory)
+    )
     return model
 
 
-def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Errors on held-out images of averages of several widths, reconstructed from those that a run kept.
+def width_errors(
+    path: str | Path, widths: Sequence[float]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Errors on held-out images of averages of several widths, reconstructed from those that a run
+    kept.
 
     Raises:
         CheckpointError: if it kept none.
@@ -55,14 +64,23 @@ def width_errors(path: str | Path, widths: Sequence[float]) -> Iterator[tuple[fl
     directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
     model, device = pipeline.model, default_device()
     validator = Validator(
-        settings, open_data(settings), settings.objective.schedule, model.conditioner, pipeline.autoencoder, device
+        settings,
+        open_data(settings),
+        settings.objective.schedule,
+        model.conditioner,
+        pipeline.autoencoder,
+        device,
     )
     for width in widths:
-        _load_weights(model, post_hoc_ema.reconstructed(directory.averages, width=width), _frozen(directory))
+        _load_weights(
+            model, post_hoc_ema.reconstructed(directory.averages, width=width), _frozen(directory)
+        )
         yield width, validator.error(model)
 
 
-def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory) -> dict[str, Tensor]:
+def _weights(
+    which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory
+) -> dict[str, Tensor]:
     if isinstance(which, float):
         return post_hoc_ema.reconstructed(directory.averages, width=which)
     if which not in KEPT:
@@ -74,9 +92,17 @@ def _weights(which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint
     return loaded.tensors[KEPT[which]]
 
 
-def _load_weights(model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
+def _load_weights(
+    model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
+) -> None:
     """Load what training changed and what it left, without the parts that only training uses."""
-    model.load_state_dict({name: tensor for name, tensor in {**frozen, **trained}.items() if not name.startswith("auxiliary.")})
+    model.load_state_dict(
+        {
+            name: tensor
+            for name, tensor in {**frozen, **trained}.items()
+            if not name.startswith("auxiliary.")
+        }
+    )
 
 
 def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
@@ -86,12 +112,17 @@ def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
 
 
 def load(
-    path: str | Path, *, weights: Literal["ema", "raw"] | float = "ema", precision: Literal["float32", "bfloat16"] = "float32"
+    path: str | Path,
+    *,
+    weights: Literal["ema", "raw"] | float = "ema",
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Pipeline:
-    """The pipeline of a run's newest checkpoint that is whole; warns of newer ones that are not, and leaves them as they are.
+    """The pipeline of a run's newest checkpoint that is whole; warns of newer ones that are not,
+    and leaves them as they are.
 
     Args:
-        weights: the averaged ones, or those of the last step, or an average of that width, where the run kept what it takes to make it
+        weights: the averaged ones, or those of the last step, or an average of that width, where
+            the run kept what it takes to make it
             (`post_hoc_ema.widths`).
         precision: inside the network.
     Raises:
@@ -100,14 +131,20 @@ def load(
     """
     directory = RunDirectory.existing(Path(path))
     if precision not in CHOICES:
-        raise ConfigError(f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}")
+        raise ConfigError(
+            f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}"
+        )
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
     facts = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
     model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
-    _load_weights(model, _weights(weights, loaded, directory), checkpoint.load_frozen(loaded.path, loaded.state))
+    _load_weights(
+        model,
+        _weights(weights, loaded, directory),
+        checkpoint.load_frozen(loaded.path, loaded.state),
+    )
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(default_device()),

@@ -1,4 +1,6 @@
-"""What a configuration names, made once: the data, what the model must know of them, and the untrained model."""
+"""What a configuration names, made once: the data, what the model must know of them, and the
+untrained model.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ class PreparedRun:
 
 
 def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = None) -> PreparedRun:
-    """Index the data and build the model; what the settings lack is refused here, before anything is done.
+    """Index the data and build the model; what the settings lack is refused here, before anything
+    is done.
 
     Args:
         listing: of the run's source, if it was listed already.
@@ -77,7 +80,9 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
 
 
 def open_data(run: Run, listing: Listing | None = None) -> Dataset:
-    """Index the run's data, showing progress; `listing` is that of its source, if it was listed already."""
+    """Index the run's data, showing progress; `listing` is that of its source, if it was listed
+    already.
+    """
     require_there(run)
     with ProgressBar("reading images") as bar:
         dataset = index(
@@ -92,31 +97,43 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
         for reject in dataset.rejects[:REJECTS_SHOWN]:
             bar.say(f"  left out {reject.name}: {reject.reason}")
         if len(dataset.rejects) > REJECTS_SHOWN:
-            bar.say(f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json")
+            bar.say(
+                f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json"
+            )
         for kind, names in dataset.notes.items():
             bar.say(change(kind, names))
         groups = np.bincount(dataset.clusters)
         if (groups > 1).any():
             bar.say(
-                f"{groups[groups > 1].sum()} images have duplicates or near-duplicates; training and hold-out share none of them"
+                f"{groups[groups > 1].sum()} images have duplicates or near-duplicates; training "
+                "and hold-out share none of them"
             )
         for remark in dataset.remarks:
             bar.say(remark)
         if len(dataset.holdout) < ROUGH:
             bar.say(
-                f"only {len(dataset.holdout)} held out: figures on them are rough, and copying is hard to notice; more images help"
+                f"only {len(dataset.holdout)} held out: figures on them are rough, and copying "
+                "is hard to notice; more images help"
             )
-        if run.conditioner.attributes is not None and (left_out := dataset.layers.attributes.left_out):
+        if run.conditioner.attributes is not None and (
+            left_out := dataset.layers.attributes.left_out
+        ):
             bar.say(
-                f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, {left_out} rarer ones are not"
+                f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, "
+                f"{left_out} rarer ones are not"
             )
         if dataset.crop_loss > 0.1:
-            bar.say(f"cropping cuts away {dataset.crop_loss:.0%} of the images' area; data.buckets keeps more of it")
+            bar.say(
+                f"cropping cuts away {dataset.crop_loss:.0%} of the images' area; data.buckets "
+                "keeps more of it"
+            )
     return dataset
 
 
 def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
-    """What the run's conditioner must know of its training set. `place` is the run's, where it has one."""
+    """What the run's conditioner must know of its training set. `place` is the run's, where it has
+    one.
+    """
     return ConditioningInfo(
         channels=run.data.channels,
         categories=dataset.categories,
@@ -131,12 +148,19 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Condition
 
 def untrained(dataset: Dataset) -> tuple[str, ...]:
     """Categories that no training image has."""
-    counts = np.bincount(dataset.labels.numpy()[dataset.training].clip(min=-1) + 1, minlength=len(dataset.categories) + 1)
-    return tuple(name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count)
+    counts = np.bincount(
+        dataset.labels.numpy()[dataset.training].clip(min=-1) + 1,
+        minlength=len(dataset.categories) + 1,
+    )
+    return tuple(
+        name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count
+    )
 
 
 def build_model(run: Run, facts: ConditioningInfo, place: Path | None = None) -> Model:
-    """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is the run's, where it has one."""
+    """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is
+    the run's, where it has one.
+    """
     channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -182,9 +206,13 @@ def say_margins(network: Backbone, dataset: Dataset, factor: int) -> None:
     shapes = dataset.config.pixel_format().shapes
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
         multiple = network.multiple * factor
-        if (more := margin(-(-height // factor), -(-width // factor), network.multiple)) > MARGIN_SAID:
+        if (
+            more := margin(-(-height // factor), -(-width // factor), network.multiple)
+        ) > MARGIN_SAID:
             console().print(
-                f"images of {height} x {width} are padded to multiples of {multiple} inside the network, {more:.0%} more work than at "
-                f"{height // multiple * multiple or multiple} x {width // multiple * multiple or multiple}, pixel for pixel",
+                f"images of {height} x {width} are padded to multiples of {multiple} inside the "
+                f"network, {more:.0%} more work than at "
+                f"{height // multiple * multiple or multiple} x "
+                f"{width // multiple * multiple or multiple}, pixel for pixel",
                 markup=False,
             )

@@ -21,7 +21,9 @@ from sfumato.training import Trainer
 from sfumato.training.parameters import describe
 
 
-def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Path | None = None) -> Path:
+def train(
+    source: str | Path | Run, *, overrides: Overrides = (), run: str | Path | None = None
+) -> Path:
     """Train from a recipe, a YAML file or a folder of images; returns the run directory.
 
     Args:
@@ -38,9 +40,15 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
         console().print(line, markup=False)
     prepared = prepare(settings, listing=chosen.listing_of(settings))
     if chosen.choice is not None:
-        lines = [*chosen.reasons, *_predicted(prepared), f"for a data report: sfumato data check {source}"]
+        lines = [
+            *chosen.reasons,
+            *_predicted(prepared),
+            f"for a data report: sfumato data check {source}",
+        ]
         console().print("\n".join(lines), markup=False)
-    directory = RunDirectory.create(Path(run) if run is not None else _free(Path("runs") / settings.name))
+    directory = RunDirectory.create(
+        Path(run) if run is not None else _free(Path("runs") / settings.name)
+    )
     with directory.locked():
         directory.write_status("preparing", 0)
         _describe(prepared, directory)
@@ -49,14 +57,17 @@ def train(source: str | Path | Run, *, overrides: Overrides = (), run: str | Pat
 
 
 def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
-    """Resume a run from its newest whole checkpoint, bit for bit; overrides are shown as a difference."""
+    """Resume a run from its newest whole checkpoint, bit for bit; overrides are shown as a
+    difference.
+    """
     directory = RunDirectory.existing(Path(path))
     with directory.locked():
         trainer = _resumed(directory, overrides)
         step = trainer.state.counters.step
         if trainer.finished and directory.status().get("state") == "finished":
             console().print(
-                f"finished already, at step {step}; to go on, raise its budget: sfumato resume {path} budget.minutes=..."
+                f"finished already, at step {step}; to go on, raise its budget: sfumato resume "
+                f"{path} budget.minutes=..."
             )
             return directory.path
         console().print(f"resuming at step {step}")
@@ -65,11 +76,15 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 
 def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
-    """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's description is touched."""
+    """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's
+    description is touched.
+    """
     before = with_whole_paths(resolve(directory.path))
     settings = with_whole_paths(resolve(directory.path, overrides))
     screen = console()
-    for line in configuration.differences(configuration.plain(before), configuration.plain(settings)):
+    for line in configuration.differences(
+        configuration.plain(before), configuration.plain(settings)
+    ):
         screen.print(f"changed on resume: {line}", markup=False)
     prepared = prepare(settings, place=directory.path)
     if directory.status().get("state") == "preparing":
@@ -86,36 +101,54 @@ def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
 
 def _predicted(prepared: PreparedRun) -> list[str]:
     stages, images = predict(prepared), len(prepared.dataset.training)
-    verdict = [finding.line() for finding in findings(stages, images=images, machine=Machine.here())]
+    verdict = [
+        finding.line() for finding in findings(stages, images=images, machine=Machine.here())
+    ]
     return [*(line for stage in stages for line in stage.lines()), *verdict]
 
 
 def _describe(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Write down what the run is."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(prepared.run)))
-    directory.write_json("data.json", {**prepared.dataset.summary(), FROM_RUN: from_run(prepared.run, directory.path)})
+    directory.write_json(
+        "data.json",
+        {**prepared.dataset.summary(), FROM_RUN: from_run(prepared.run, directory.path)},
+    )
     directory.write_environment(sfumato=__version__, commit=commit())
 
 
 def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
-    """The diffusion model's trainer, once there is an autoencoder to work with; finished stages are not repeated."""
+    """The diffusion model's trainer, once there is an autoencoder to work with; finished stages are
+    not repeated.
+    """
     run, screen = prepared.run, console()
     say_margins(prepared.model.network, prepared.dataset, prepared.facts.factor)
     for line in cut_captions(prepared.dataset, prepared.model.conditioner):
         screen.print(line, markup=False)
     model = prepared.trainable_model()
-    autoencoder, dataset = run.autoencoder.prepare(prepared.dataset, directory, pixels=run.needs_images)
+    autoencoder, dataset = run.autoencoder.prepare(
+        prepared.dataset, directory, pixels=run.needs_images
+    )
     screen.print(
-        f"{directory.path}: {len(dataset.training)} training images, {len(dataset.holdout)} held out, "
-        f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; {describe(model)}",
+        f"{directory.path}: {len(dataset.training)} training images, {len(dataset.holdout)} held "
+        "out, "
+        f"{len(dataset.categories) or 'no'} categories, {dataset.image_shape[1]} px; "
+        f"{describe(model)}",
         markup=False,
     )
     return diffusion_trainer(
-        run, model=model, autoencoder=autoencoder, dataset=dataset, directory=directory, facts=prepared.facts,
+        run,
+        model=model,
+        autoencoder=autoencoder,
+        dataset=dataset,
+        directory=directory,
+        facts=prepared.facts,
         pinned=configuration.plain(run),
-    )  # fmt: skip
+    )
 
 
 def _free(path: Path) -> Path:
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+    return next(
+        candidate for candidate in itertools.chain([path], numbered) if not candidate.exists()
+    )

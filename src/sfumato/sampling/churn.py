@@ -22,10 +22,13 @@ PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
 
 @dataclass(frozen=True)
 class Churn(Bounded):
-    """Raise sigma by the factor 1 + gamma with fresh noise, then step from there: `Churn(RungeKutta("heun", parameterization=Epsilon()))`
-    is EDM's stochastic sampler, but for the last step, onto clean data, before which no noise is added.
+    """Raise sigma by the factor 1 + gamma with fresh noise, then step from there:
+    `Churn(RungeKutta("heun", parameterization=Epsilon()))`
+    is EDM's stochastic sampler, but for the last step, onto clean data, before which no noise is
+    added.
 
-    A sampler with memory forgets what it has evaluated wherever noise is added, and so steps there at its first order.
+    A sampler with memory forgets what it has evaluated wherever noise is added, and so steps there
+    at its first order.
 
     Attributes:
         sampler: takes the step from the raised level.
@@ -47,7 +50,15 @@ class Churn(Bounded):
         """That of the sampler inside, which it has where gamma = 0."""
         return self.sampler.order
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         ratio = start.sigma / start.alpha
         gamma = self.gamma * ((ratio >= self.low) & (ratio <= self.high)).to(start.sigma)
         raised = NoiseLevel(start.alpha, start.sigma * (1 + gamma))

@@ -13,20 +13,25 @@ from sfumato.sampling.protocol import Denoise, History, Noise
 
 
 def renewed_share(eta: float, start: NoiseLevel, stop: NoiseLevel) -> Tensor:
-    """tau = eta^2 (1 - exp(logsnr - logsnr')): the share of the noise's variance that is drawn afresh in a step."""
+    """tau = eta^2 (1 - exp(logsnr - logsnr')): the share of the noise's variance that is drawn
+    afresh in a step.
+    """
     return eta**2 * -torch.expm1(start.logsnr() - stop.logsnr())
 
 
 @dataclass(frozen=True)
 class DDIM(Bounded):
-    """x' = alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z),  tau = eta^2 (1 - exp(logsnr - logsnr')).
+    """x' = alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z),  tau = eta^2 (1 - exp(logsnr -
+    logsnr')).
 
-    `eta` is the paper's: 0 is deterministic (and is Euler's method in the coordinates of `Epsilon`, `Sample` and `Flow`),
+    `eta` is the paper's: 0 is deterministic (and is Euler's method in the coordinates of `Epsilon`,
+    `Sample` and `Flow`),
     1 is DDPM's ancestral sampling.
 
     Attributes:
         eta: 0 for DDIM, 1 for DDPM; fraction of the noise that is drawn again.
-    Source: Song, Meng & Ermon 2021 (arXiv:2010.02502), eqs. 12 and 16; Ho et al. 2020 (arXiv:2006.11239), algorithm 2.
+    Source: Song, Meng & Ermon 2021 (arXiv:2010.02502), eqs. 12 and 16; Ho et al. 2020
+        (arXiv:2006.11239), algorithm 2.
     """
 
     eta: Fraction = 0.0
@@ -35,7 +40,15 @@ class DDIM(Bounded):
     def order(self) -> int:
         return 1
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         x0, eps = denoise(x, start)
         if self.eta == 0:
             return stop.mix(x0, eps)

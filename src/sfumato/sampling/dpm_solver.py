@@ -16,9 +16,11 @@ from sfumato.sampling.protocol import Denoise, History, Noise, Point
 
 @dataclass(frozen=True)
 class DPMSolverPP2M(Bounded):
-    """x' = q x + (alpha' - alpha q) D + sigma' sqrt(tau) z,  q = sigma'/sigma sqrt(1 - tau),  D = x0 + (x0 - x0_prev)/(2r).
+    """x' = q x + (alpha' - alpha q) D + sigma' sqrt(tau) z,  q = sigma'/sigma sqrt(1 - tau),  D =
+    x0 + (x0 - x0_prev)/(2r).
 
-    r is the ratio of the last step to this one in log-SNR; tau = eta^2 (1 - exp(logsnr - logsnr')) as in `DDIM`. eta = 0 is
+    r is the ratio of the last step to this one in log-SNR; tau = eta^2 (1 - exp(logsnr - logsnr'))
+    as in `DDIM`. eta = 0 is
     DPM-Solver++(2M), eta = 1 its SDE form. Without the extrapolation of D this is DDIM.
 
     Attributes:
@@ -34,7 +36,15 @@ class DPMSolverPP2M(Bounded):
     def order(self) -> int:
         return 2
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         x0 = denoise(x, start).x0
         estimate = x0
         a, b = start.like(x), stop.like(x)

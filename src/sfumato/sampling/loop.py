@@ -42,24 +42,34 @@ class StepInfo(NamedTuple):
 def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel:
     """The `steps + 1` levels of a trajectory, noisiest first and clean last, float64 on the host.
 
-    A schedule that stops short of clean data (Karras, Geometric) spends its t = 0 one step earlier, as EDM does.
+    A schedule that stops short of clean data (Karras, Geometric) spends its t = 0 one step earlier,
+    as EDM does.
 
     Args:
-        strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the steps that are taken.
+        strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the
+            steps that are taken.
     Raises:
         ScheduleError: for fewer than one step, or a strength out of range.
     """
     if steps < 1 or not 0 < strength <= 1:
         raise ScheduleError(
-            f"{steps} steps, strength {strength}", where="grid", hint="take at least 1 step, and a strength above 0, up to 1"
+            f"{steps} steps, strength {strength}",
+            where="grid",
+            hint="take at least 1 step, and a strength above 0, up to 1",
         )
     steps = max(1, round(steps * strength))
     levels = schedule(torch.linspace(strength, 0, steps + 1, dtype=torch.float64))
     if levels.sigma[-1] == 0:
         return levels
-    levels = schedule(torch.linspace(strength, 0, steps, dtype=torch.float64)) if steps > 1 else levels.at(slice(0, 1))
+    levels = (
+        schedule(torch.linspace(strength, 0, steps, dtype=torch.float64))
+        if steps > 1
+        else levels.at(slice(0, 1))
+    )
     clean = NoiseLevel(levels.alpha[-1:], torch.zeros(1, dtype=torch.float64))
-    return NoiseLevel(torch.cat([levels.alpha, clean.alpha]), torch.cat([levels.sigma, clean.sigma]))
+    return NoiseLevel(
+        torch.cat([levels.alpha, clean.alpha]), torch.cat([levels.sigma, clean.sigma])
+    )
 
 
 def sample(
@@ -74,7 +84,8 @@ def sample(
 ) -> Tensor:
     """Walk `x` down the grid of `levels`, step by step.
 
-    A step onto clean data (sigma = 0) is the same for every sampler, x = alpha' x0, and is taken here.
+    A step onto clean data (sigma = 0) is the same for every sampler, x = alpha' x0, and is taken
+    here.
 
     Args:
         x: noisy samples at the first level, (B, ...): for a full trajectory, noise times its sigma.
@@ -109,7 +120,9 @@ def sample(
             else:
                 x = sampler.step(denoise, x, start, stop, history, noise)
             if on_step is not None:
-                on_step(StepInfo(index + 1, len(levels.alpha) - 1, start, stop, before, x, first[0].x0))
+                on_step(
+                    StepInfo(index + 1, len(levels.alpha) - 1, start, stop, before, x, first[0].x0)
+                )
     return x
 
 
@@ -121,9 +134,16 @@ def _check_grid(levels: NoiseLevel) -> None:
             where="sample",
             hint="pass a NoiseLevel of two tensors (steps + 1,), e.g. grid(Linear(), 50)",
         )
-    if not bool(torch.isfinite(alpha).all() & torch.isfinite(sigma).all() & (alpha >= 0).all() & (sigma >= 0).all()):
+    if not bool(
+        torch.isfinite(alpha).all()
+        & torch.isfinite(sigma).all()
+        & (alpha >= 0).all()
+        & (sigma >= 0).all()
+    ):
         raise ScheduleError(
-            "levels hold negative or non-finite values", where="sample", hint="build them with grid(schedule, steps)"
+            "levels hold negative or non-finite values",
+            where="sample",
+            hint="build them with grid(schedule, steps)",
         )
     # alpha' sigma > alpha sigma' is "the log-SNR rises", with infinite ends allowed.
     rising = alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]
@@ -132,5 +152,6 @@ def _check_grid(levels: NoiseLevel) -> None:
         raise ScheduleError(
             f"level {bad + 1} is not less noisy than level {bad}",
             where="sample",
-            hint="order the levels from noise to data, strictly: schedule(torch.linspace(1, 0, steps + 1))",
+            hint="order the levels from noise to data, strictly: schedule(torch.linspace(1, 0, "
+            "steps + 1))",
         )

@@ -13,7 +13,8 @@ from sfumato import randomness
 
 @dataclass
 class KeyedNoise:
-    """Successive draws for images `first`, `first + 1`, ...: image i gets the same noise in any batch.
+    """Successive draws for images `first`, `first + 1`, ...: image i gets the same noise in any
+    batch.
 
     Draw 0 is meant for the start of the trajectory, the rest for a stochastic sampler's steps.
     """
@@ -24,14 +25,18 @@ class KeyedNoise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Standard normal noise in the shape, dtype and on the device of `x` (B, ...)."""
-        noise = randomness.normal(self.seed, f"sample/{self.draws}", first=self.first, shape=tuple(x.shape))
+        noise = randomness.normal(
+            self.seed, f"sample/{self.draws}", first=self.first, shape=tuple(x.shape)
+        )
         self.draws += 1
         return noise.to(x)
 
 
 @dataclass(frozen=True)
 class InterpolatedNoise:
-    """Draw after draw, noises on the way from image 0 of one seed to image 0 of another, at `shares` of it."""
+    """Draw after draw, noises on the way from image 0 of one seed to image 0 of another, at
+    `shares` of it.
+    """
 
     first: KeyedNoise
     last: KeyedNoise

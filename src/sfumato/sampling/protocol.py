@@ -23,7 +23,9 @@ class Noise(Protocol):
 
 
 class Point(NamedTuple):
-    """An evaluation that multistep samplers remember: the level, the parameterization's T there, and y = x/k."""
+    """An evaluation that multistep samplers remember: the level, the parameterization's T there,
+    and y = x/k.
+    """
 
     level: NoiseLevel
     target: Tensor
@@ -41,12 +43,21 @@ class Sampler(Protocol):
         """Global order of accuracy on the probability-flow ODE, given exact starting values."""
         ...
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         """Advance a sample from level `start` to the lower level `stop`.
 
         Args:
             x: noisy sample at `start`, shape (B, ...).
-            start, stop: levels with start.logsnr() < stop.logsnr(), and sigma > 0 at both (the driver takes the last step).
+            start, stop: levels with start.logsnr() < stop.logsnr(), and sigma > 0 at both (the
+                driver takes the last step).
             history: earlier evaluations of this trajectory, newest first.
             noise: asked once for each draw that a stochastic sampler needs.
         """

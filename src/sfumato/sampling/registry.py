@@ -32,13 +32,19 @@ SAMPLERS: dict[str, SamplerConfig] = {
     "churn": Churn(RungeKutta("heun")),
 }
 
-FILLING, RESAMPLING = "churn", "ddpm"  # where a hole is filled and no sampler is named: see docs/sampling.md for their bias
+# where a hole is filled and no sampler is named: see docs/sampling.md for their bias
+FILLING, RESAMPLING = "churn", "ddpm"
 
 
 def chosen_sampler(
-    sampler: str | SamplerConfig | None, usual: SamplerConfig, *, filling: bool = False, resample: int = 1
+    sampler: str | SamplerConfig | None,
+    usual: SamplerConfig,
+    *,
+    filling: bool = False,
+    resample: int = 1,
 ) -> SamplerConfig | Resampled:
-    """The sampler that is named; else, where a hole is filled, one that brings the rest in line with what is known; else the usual one.
+    """The sampler that is named; else, where a hole is filled, one that brings the rest in line
+    with what is known; else the usual one.
 
     Args:
         filling: whether a part of each image is known.
@@ -48,7 +54,9 @@ def chosen_sampler(
     """
     if resample != 1 and not filling:
         raise ConfigError(
-            "resampling where no part of an image is kept", where="sample", hint="give an image and a mask, or leave it out"
+            "resampling where no part of an image is kept",
+            where="sample",
+            hint="give an image and a mask, or leave it out",
         )
     if isinstance(sampler, str):
         chosen = find_sampler(sampler)
@@ -69,4 +77,6 @@ def find_sampler(name: str) -> SamplerConfig:
         return SAMPLERS[name]
     close = difflib.get_close_matches(name, SAMPLERS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"no sampler {name!r}", where="sample", hint=f"{hint}there are {', '.join(SAMPLERS)}")
+    raise ConfigError(
+        f"no sampler {name!r}", where="sample", hint=f"{hint}there are {', '.join(SAMPLERS)}"
+    )

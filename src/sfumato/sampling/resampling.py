@@ -1,4 +1,6 @@
-"""RePaint's resampling: each step is taken several times, with fresh noise in between, so that what is made fits what is known."""
+"""RePaint's resampling: each step is taken several times, with fresh noise in between, so that what
+is made fits what is known.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Resampled:
     """Step down, return to the level above with fresh noise, and step down again, `times` in all.
 
     Attributes:
-        sampler: takes each step; one that remembers earlier steps would mix trajectories and is refused.
+        sampler: takes each step; one that remembers earlier steps would mix trajectories and is
+            refused.
         times: steps down for each step of the grid; 1 leaves `sampler` as it is.
     Raises:
         ConfigError: for a sampler with memory, or fewer than 1 time.
@@ -37,7 +40,8 @@ class Resampled:
             raise ConfigError(
                 f"{type(self.sampler).__name__} resampled {self.times} times",
                 where="sample",
-                hint="use a sampler without memory (ddpm, ddim, euler, midpoint, heun, rk4 or churn), at least 1 time",
+                hint="use a sampler without memory (ddpm, ddim, euler, midpoint, heun, rk4 or "
+                "churn), at least 1 time",
             )
 
     @property
@@ -45,7 +49,15 @@ class Resampled:
         """That of the sampler inside, which is what times = 1 leaves."""
         return self.sampler.order
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         scale = start.alpha / stop.alpha
         added = torch.sqrt(start.sigma**2 - (scale * stop.sigma) ** 2)
         for _ in range(self.times - 1):

@@ -13,7 +13,9 @@ from sfumato.sampling.protocol import Denoise, History, Noise
 
 
 class Tableau(NamedTuple):
-    """An explicit Butcher tableau: row i of `stages` weighs the slopes before stage i + 1; `nodes` are their abscissae."""
+    """An explicit Butcher tableau: row i of `stages` weighs the slopes before stage i + 1; `nodes`
+    are their abscissae.
+    """
 
     order: int
     nodes: tuple[float, ...]
@@ -25,7 +27,9 @@ TABLEAUS = {
     "euler": Tableau(1, (), (), (1.0,)),
     "midpoint": Tableau(2, (0.5,), ((0.5,),), (0.0, 1.0)),
     "heun": Tableau(2, (1.0,), ((1.0,),), (0.5, 0.5)),
-    "rk4": Tableau(4, (0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    "rk4": Tableau(
+        4, (0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    ),
 }
 
 
@@ -33,12 +37,14 @@ TABLEAUS = {
 class RungeKutta:
     """y' = y + h sum_i w_i T_i with h = c' - c: one call of the denoiser for each stage.
 
-    Heun in `Epsilon` is EDM's sampler, Euler in `Flow` is flow matching's, in `Velocity` it is v-DDIM's rotation to first order.
+    Heun in `Epsilon` is EDM's sampler, Euler in `Flow` is flow matching's, in `Velocity` it is
+    v-DDIM's rotation to first order.
 
     Attributes:
         method: name of the tableau.
         parameterization: coordinate that is integrated in.
-    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (Heun); Butcher 2016 for the tableaus.
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (Heun); Butcher 2016 for the
+        tableaus.
     """
 
     method: Literal["euler", "midpoint", "heun", "rk4"] = "heun"
@@ -49,7 +55,15 @@ class RungeKutta:
     def order(self) -> int:
         return TABLEAUS[self.method].order
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         p, tableau = self.parameterization, TABLEAUS[self.method]
         begin = p.finite_coordinate(start)
         interval = p.finite_coordinate(stop) - begin
@@ -59,7 +73,9 @@ class RungeKutta:
             level = p.level(begin + node * interval)  # of unit scale, so that x = y there
             stage = y + broadcast(interval, x) * _weighted(row, slopes)
             slopes.append(p.target(denoise(stage, level), level))
-        return broadcast(p.scale(stop), x) * (y + broadcast(interval, x) * _weighted(tableau.weights, slopes))
+        return broadcast(p.scale(stop), x) * (
+            y + broadcast(interval, x) * _weighted(tableau.weights, slopes)
+        )
 
 
 def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:

@@ -1,4 +1,6 @@
-"""UniPC: a multistep predictor whose every evaluation also corrects the step before it, at no extra call."""
+"""UniPC: a multistep predictor whose every evaluation also corrects the step before it, at no extra
+call.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from sfumato.sampling.protocol import Denoise, History, Noise, Point
 class UniPC:
     """Predict with order - 1 points, evaluate, correct with those and the new one.
 
-    The paper's UniPC-p has order p + 1 and is `UniPC(p + 1)` here (libraries that say `solver_order=p` mean its p). With all its
-    conditions solved exactly, as here, the paper's free function B(h) cancels. Predicts x0 in log(alpha/sigma).
+    The paper's UniPC-p has order p + 1 and is `UniPC(p + 1)` here (libraries that say
+    `solver_order=p` mean its p). With all its
+    conditions solved exactly, as here, the paper's free function B(h) cancels. Predicts x0 in
+    log(alpha/sigma).
 
     Attributes:
         order: global order of accuracy.
@@ -33,7 +37,15 @@ class UniPC:
     def __post_init__(self) -> None:
         check_order("UniPC", self.order, (2, 3, 4))
 
-    def step(self, denoise: Denoise, x: Tensor, start: NoiseLevel, stop: NoiseLevel, history: History, noise: Noise) -> Tensor:
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        start: NoiseLevel,
+        stop: NoiseLevel,
+        history: History,
+        noise: Noise,
+    ) -> Tensor:
         p = Sample()
         sigma, next_sigma = start.like(x).sigma, stop.like(x).sigma
         target = denoise(x, start).x0

@@ -1,4 +1,5 @@
-"""Atomic writes: a file or folder appears under its name when all of it is written, and not at all if anything goes wrong.
+"""Atomic writes: a file or folder appears under its name when all of it is written, and not at all
+if anything goes wrong.
 
 The only module that renames files into place.
 """
@@ -20,7 +21,8 @@ def atomic_path(target: Path, *, durable: bool = False) -> Iterator[Path]:
     """The path of a temporary file beside `target`, which replaces it at the end.
 
     Args:
-        durable: whether it must survive a loss of power; synced to the disk before it gets its name.
+        durable: whether it must survive a loss of power; synced to the disk before it gets its
+            name.
     """
     temporary = temporary_beside(target)
     try:
@@ -42,7 +44,8 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target`, which gets its name at the end; a folder of that name is replaced.
+    """A temporary folder beside `target`, which gets its name at the end; a folder of that name is
+    replaced.
 
     Args:
         durable: see `atomic_path`; holds for all files in it.
@@ -68,7 +71,9 @@ def write_text(target: Path, text: str) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A path in the same folder that no other process uses; hidden, and swept up as an orphan after a crash."""
+    """A path in the same folder that no other process uses; hidden, and swept up as an orphan after
+    a crash.
+    """
     return target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
 
 

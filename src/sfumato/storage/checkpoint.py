@@ -1,6 +1,8 @@
-"""Checkpoints that are either whole or not there: written aside, synced, renamed into place, then the old ones pruned.
+"""Checkpoints that are either whole or not there: written aside, synced, renamed into place, then
+the old ones pruned.
 
-Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of docs/reliability.md.
+Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -51,10 +53,12 @@ def save(
     keep: int,
     sound: bool = True,
 ) -> Path:
-    """Commit a checkpoint under `root` and prune all but the newest `keep`, and the newest sound one.
+    """Commit a checkpoint under `root` and prune all but the newest `keep`, and the newest sound
+    one.
 
     Args:
-        sound: whether the loss is where it usually is; where it is not, the weights may have diverged.
+        sound: whether the loss is where it usually is; where it is not, the weights may have
+            diverged.
     Raises:
         CheckpointError: if it could not be written; what was there before is untouched.
     """
@@ -65,13 +69,26 @@ def save(
         with atomic_folder(final, durable=True) as temporary:
             for name, group in tensors.items():
                 save_file(_on_host(group), temporary / f"{name}.safetensors")
-            (temporary / "state.json").write_text(json.dumps(_finite(dict(state)), indent=1, allow_nan=False))
-            files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())}
-            manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "sound": sound, "files": files}
+            (temporary / "state.json").write_text(
+                json.dumps(_finite(dict(state)), indent=1, allow_nan=False)
+            )
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)}
+                for file in sorted(temporary.iterdir())
+            }
+            manifest = {
+                "schema": SCHEMA,
+                "step": step,
+                "torch": torch.__version__,
+                "sound": sound,
+                "files": files,
+            }
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"could not be written: {error}", where=str(final), hint="free some disk space; earlier checkpoints are intact"
+            f"could not be written: {error}",
+            where=str(final),
+            hint="free some disk space; earlier checkpoints are intact",
         ) from None
     _point_latest(root, final.name)
     _prune(root, keep)
@@ -79,7 +96,9 @@ def save(
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` checkpoints and no longer the newest sound one."""
+    """Remove what is older than the newest `keep` checkpoints and no longer the newest sound
+    one.
+    """
     found = paths(root)
     newest_sound = next(filter(_is_sound, found), None)
     for old in found[keep:]:
@@ -96,7 +115,9 @@ def _is_sound(path: Path) -> bool:
 
 
 def set_diverged_aside(root: Path) -> int | None:
-    """Rename the checkpoints that are newer than the newest sound one to `.diverged`; the step of the sound one, None if there is none."""
+    """Rename the checkpoints that are newer than the newest sound one to `.diverged`; the step of
+    the sound one, None if there is none.
+    """
     for path in paths(root):
         if _is_sound(path):
             _point_latest(root, path.name)
@@ -114,7 +135,9 @@ def _set_aside(path: Path, why: str) -> Path:
 
 
 def _finite(value: Any) -> Any:
-    """Plain data in which infinities and NaN, which JSON does not have, are the words that a configuration reads as numbers."""
+    """Plain data in which infinities and NaN, which JSON does not have, are the words that a
+    configuration reads as numbers.
+    """
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -122,7 +145,9 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_snapshot(root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Path:
+def save_snapshot(
+    root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> Path:
     """Keep weights alone, for good, under `root`; `facts` are written into the file's head.
 
     Raises:
@@ -146,7 +171,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a run's frozen parameters once, under their hash, beside its checkpoints; the hash, or "" if there are none.
+    """Write a run's frozen parameters once, under their hash, beside its checkpoints; the hash, or
+    "" if there are none.
 
     Raises:
         CheckpointError: if they could not be written.
@@ -158,7 +184,9 @@ def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
     return name
 
 
-def _write(final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+def _write(
+    final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> None:
     """Write tensors to a file, synced to the disk; `facts` go into its head.
 
     Raises:
@@ -169,7 +197,9 @@ def _write(final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] 
         with atomic_path(final, durable=True) as temporary:
             save_file(_on_host(tensors), temporary, metadata=None if facts is None else dict(facts))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not be written: {error}", where=str(final), hint="free some disk space") from None
+        raise CheckpointError(
+            f"could not be written: {error}", where=str(final), hint="free some disk space"
+        ) from None
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,17 +219,24 @@ def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"frozen parameters cannot be read: {error}", where=str(file)) from None
+        raise CheckpointError(
+            f"frozen parameters cannot be read: {error}", where=str(file)
+        ) from None
     if digest(tensors) != name:
-        raise CheckpointError("frozen parameters differ from what was saved (hash)", where=str(file))
+        raise CheckpointError(
+            "frozen parameters differ from what was saved (hash)", where=str(file)
+        )
     return tensors
 
 
 def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless a model's frozen parameters are those that a checkpoint was trained with."""
+    """Raise CheckpointError unless a model's frozen parameters are those that a checkpoint was
+    trained with.
+    """
     if loaded.state.get("frozen", "") != digest(tensors):
         raise CheckpointError(
-            f"the {len(tensors)} frozen parameters of the model are not those that this run was trained with",
+            f"the {len(tensors)} frozen parameters of the model are not those that this run was "
+            "trained with",
             where=str(loaded.path),
             hint="use the pretrained weights that the run began with, or train a new run",
         )
@@ -211,11 +248,15 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
     Raises:
         CheckpointError: naming those that there are, if there is none or it cannot be read.
     """
-    steps = sorted(int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem))
+    steps = sorted(
+        int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem)
+    )
     earlier = [found for found in steps if found <= step]
     if not earlier:
         listed = ", ".join(map(str, steps)) or "none yet"
-        raise CheckpointError(f"no snapshot at or before step {step}", where=str(root), hint=f"there are {listed}")
+        raise CheckpointError(
+            f"no snapshot at or before step {step}", where=str(root), hint=f"there are {listed}"
+        )
     path = root / f"step-{earlier[-1]:09d}.safetensors"
     try:
         return load_file(path)
@@ -236,15 +277,19 @@ def sweep(root: Path) -> None:
 
 
 def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told of in the second value.
+    """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told
+    of in the second value.
 
     Raises:
-        CheckpointError: if there is none, or another version wrote it. A run never silently starts over.
+        CheckpointError: if there is none, or another version wrote it. A run never silently starts
+            over.
     """
     loaded, damaged = _newest_whole(root)
     warnings: list[str] = []
     for path, error in damaged:
-        warnings.append(f"{error} -- kept as {_set_aside(path, 'corrupt').name}; trying the one before")
+        warnings.append(
+            f"{error} -- kept as {_set_aside(path, 'corrupt').name}; trying the one before"
+        )
     if loaded is None:
         raise CheckpointError(
             "no usable checkpoint" + "".join(f"; {line}" for line in warnings),
@@ -255,25 +300,34 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole, for whoever only reads: nothing is renamed; bad ones are told of in the second value.
+    """The newest checkpoint that is whole, for whoever only reads: nothing is renamed; bad ones are
+    told of in the second value.
 
     Raises:
         CheckpointError: if there is none, or another version wrote it.
     """
     loaded, damaged = _newest_whole(root)
     if loaded is None and not damaged:
-        raise CheckpointError("holds no checkpoint yet", where=str(root), hint="wait for the first one, or train")
+        raise CheckpointError(
+            "holds no checkpoint yet", where=str(root), hint="wait for the first one, or train"
+        )
     if loaded is None:
         raise CheckpointError(
-            f"none of {len(damaged)} checkpoint(s) is whole; {'; '.join(error.args[0] for _, error in damaged)}",
+            f"none of {len(damaged)} checkpoint(s) is whole; "
+            f"{'; '.join(error.args[0] for _, error in damaged)}",
             where=str(root),
             hint="copy a whole one here from a backup, or train a new run",
         )
-    return loaded, [f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used" for _, error in damaged]
+    return loaded, [
+        f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used"
+        for _, error in damaged
+    ]
 
 
 def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
-    """The newest checkpoint that is whole, None if none is, and the newer ones with what is wrong with each."""
+    """The newest checkpoint that is whole, None if none is, and the newer ones with what is wrong
+    with each.
+    """
     damaged: list[tuple[Path, CheckpointError]] = []
     for path in paths(root):
         try:
@@ -296,7 +350,9 @@ def load(path: Path) -> Checkpoint:
         files = dict(manifest["files"])
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"manifest unreadable ({error})", where=str(path / "manifest.json")) from None
+        raise CheckpointError(
+            f"manifest unreadable ({error})", where=str(path / "manifest.json")
+        ) from None
     if schema != SCHEMA:
         raise ForeignCheckpointError(
             f"was written by another version of sfumato (schema {schema}; this one reads {SCHEMA})",
@@ -315,7 +371,11 @@ def load(path: Path) -> Checkpoint:
             raise CheckpointError("differs from what was saved (size or hash)", where=str(file))
     try:
         state = json.loads((path / "state.json").read_text())
-        tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
+        tensors = {
+            Path(name).stem: load_file(path / name)
+            for name in files
+            if name.endswith(".safetensors")
+        }
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
     return Checkpoint(path=path, state=state, tensors=tensors)

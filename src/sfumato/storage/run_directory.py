@@ -48,10 +48,14 @@ class RunDirectory:
 
     @classmethod
     def require_free(cls, path: Path) -> None:
-        """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called before the data are read."""
+        """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called
+        before the data are read.
+        """
         if os.path.lexists(path / "config.yaml"):
             raise RunError(
-                "there is a run here already", where=str(path), hint=f"`sfumato resume {path}`, or choose another --run"
+                "there is a run here already",
+                where=str(path),
+                hint=f"`sfumato resume {path}`, or choose another --run",
             )
         require_writable(path, option="--run")
 
@@ -68,7 +72,9 @@ class RunDirectory:
             (path / "samples").mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot be created: {error}", where=str(path), hint="choose a folder you may write to with --run"
+                f"cannot be created: {error}",
+                where=str(path),
+                hint="choose a folder you may write to with --run",
             ) from None
         return cls(path)
 
@@ -82,12 +88,16 @@ class RunDirectory:
         if not (path / "config.yaml").exists():
             refuse_diffusers(path)
             raise RunError(
-                "is not a run: it has no config.yaml", where=str(path), hint="name a folder that `sfumato train` made"
+                "is not a run: it has no config.yaml",
+                where=str(path),
+                hint="name a folder that `sfumato train` made",
             )
         return cls(path)
 
     def stage(self, name: str) -> RunDirectory:
-        """The place of what is trained before the run's own model; it has no configuration of its own."""
+        """The place of what is trained before the run's own model; it has no configuration of its
+        own.
+        """
         made = RunDirectory(self.path / name, root=self.root)
         for folder in (made.checkpoints, made.samples):
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +108,8 @@ class RunDirectory:
         """Hold the run: two processes never train in one folder.
 
         Raises:
-            RunError: if another process holds it, it cannot be written to, or this system has no such locks.
+            RunError: if another process holds it, it cannot be written to, or this system has no
+                such locks.
         """
         if fcntl is None:
             raise RunError(
@@ -113,26 +124,36 @@ class RunDirectory:
                 raise RunError(
                     f"cannot be written to: {error.strerror}",
                     where=str(self.path),
-                    hint="change its permissions, or copy the run to a folder you may write to, and resume it there",
+                    hint="change its permissions, or copy the run to a folder you may write to, "
+                    "and resume it there",
                 ) from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    "another process is training here", where=str(self.path), hint="wait for it, or stop it first"
+                    "another process is training here",
+                    where=str(self.path),
+                    hint="wait for it, or stop it first",
                 ) from None
             except OSError as error:
                 raise RunError(
                     f"cannot be locked: {error.strerror}",
                     where=str(self.path),
-                    hint="its file system has no locks: copy the run to a local disk, and resume it there",
+                    hint="its file system has no locks: copy the run to a local disk, and resume "
+                    "it there",
                 ) from None
             yield
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
-        """Put back what describes the run where settings or data turn out not to be those that its checkpoints go on with."""
-        before = {path: path.read_bytes() for path in map(self.path.joinpath, DESCRIPTIONS) if path.is_file()}
+        """Put back what describes the run where settings or data turn out not to be those that its
+        checkpoints go on with.
+        """
+        before = {
+            path: path.read_bytes()
+            for path in map(self.path.joinpath, DESCRIPTIONS)
+            if path.is_file()
+        }
         try:
             yield
         except (CheckpointError, ConfigError):
@@ -145,7 +166,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise RunError(
-                f"{free / 2**30:.2f} GiB free, {needed_bytes / 2**30:.2f} GiB needed for checkpoints",
+                f"{free / 2**30:.2f} GiB free, {needed_bytes / 2**30:.2f} GiB needed for "
+                "checkpoints",
                 where=str(self.path),
                 hint="free some space, lower checkpoint.keep, or choose another disk with --run",
             )
@@ -157,7 +179,10 @@ class RunDirectory:
     def write_status(self, state: str, step: int, **more: Any) -> None:
         """status.json: `state` is preparing, running, finished, interrupted or failed."""
         self._last_heartbeat = time.monotonic()
-        self.write_json("status.json", {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more})
+        self.write_json(
+            "status.json",
+            {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more},
+        )
 
     def status(self) -> dict[str, Any]:
         """What status.json says; {} if there is none yet."""
@@ -195,9 +220,11 @@ class RunDirectory:
 
 
 def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
-    """The git commit that is checked out where this program's source lies; None where it was installed as a package.
+    """The git commit that is checked out where this program's source lies; None where it was
+    installed as a package.
 
-    Read from git's own files, so that git need not be there. Changes that were not committed are not seen.
+    Read from git's own files, so that git need not be there. Changes that were not committed are
+    not seen.
     """
     checkout = package.parent.parent  # of src/sfumato
     if not (checkout / "pyproject.toml").is_file():
@@ -206,7 +233,11 @@ def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
         folder = checkout / ".git"
         if folder.is_file():  # a worktree's
             folder = checkout / folder.read_text().removeprefix("gitdir:").strip()
-        shared = folder / (folder / "commondir").read_text().strip() if (folder / "commondir").is_file() else folder
+        shared = (
+            folder / (folder / "commondir").read_text().strip()
+            if (folder / "commondir").is_file()
+            else folder
+        )
         found = (folder / "HEAD").read_text().strip()
         if found.startswith("ref: "):
             found = _resolved(found.removeprefix("ref: "), folder, shared)
@@ -215,7 +246,9 @@ def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
 
 
 def _resolved(name: str, *folders: Path) -> str:
-    """The hash that a branch stands for, kept in a file of its own or packed with others; "" if there is none yet."""
+    """The hash that a branch stands for, kept in a file of its own or packed with others; "" if
+    there is none yet.
+    """
     for folder in folders:
         if (folder / name).is_file():
             return (folder / name).read_text().strip()

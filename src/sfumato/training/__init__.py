@@ -1,4 +1,5 @@
-"""The training loop and what it keeps: optimizer, averaged weights, precision, validation, checkpoints.
+"""The training loop and what it keeps: optimizer, averaged weights, precision, validation,
+checkpoints.
 
 It is handed a model, an objective and data, and knows no recipe.
 """
@@ -17,11 +18,36 @@ from sfumato.training.ema import FixedEMA, PowerEMA
 from sfumato.training.latent_cache import with_latents
 from sfumato.training.optimizers import AdamWConfig, MuonConfig
 from sfumato.training.tasks.diffusion import Diffusion
-from sfumato.training.tasks.reconstruction import AdversarialConfig, LossesConfig, Reconstruction, Reconstructor, reconstructed
+from sfumato.training.tasks.reconstruction import (
+    AdversarialConfig,
+    LossesConfig,
+    Reconstruction,
+    Reconstructor,
+    reconstructed,
+)
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig", "AdversarialConfig", "AlignmentConfig", "AuxiliaryConfig", "Budget", "CheckpointConfig", "Diffusion",
-    "DispersiveConfig", "FixedEMA", "LogConfig", "LossesConfig", "MuonConfig", "PostHocEMAConfig", "PowerEMA", "PreviewConfig",
-    "Reconstruction", "Reconstructor", "Trainer", "TrainingConfig", "ValidationConfig", "reconstructed", "with_latents",
-]  # fmt: skip
+    "AdamWConfig",
+    "AdversarialConfig",
+    "AlignmentConfig",
+    "AuxiliaryConfig",
+    "Budget",
+    "CheckpointConfig",
+    "Diffusion",
+    "DispersiveConfig",
+    "FixedEMA",
+    "LogConfig",
+    "LossesConfig",
+    "MuonConfig",
+    "PostHocEMAConfig",
+    "PowerEMA",
+    "PreviewConfig",
+    "Reconstruction",
+    "Reconstructor",
+    "Trainer",
+    "TrainingConfig",
+    "ValidationConfig",
+    "reconstructed",
+    "with_latents",
+]

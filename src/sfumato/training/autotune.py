@@ -1,6 +1,8 @@
-"""What is settled when a run starts, once in its life: the precision, and whether the network is compiled.
+"""What is settled when a run starts, once in its life: the precision, and whether the network is
+compiled.
 
-The counters keep what was settled and measured, so that a run goes on as it began, however busy the machine is when it is resumed.
+The counters keep what was settled and measured, so that a run goes on as it began, however busy the
+machine is when it is resumed.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from sfumato.training import precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.state import Counters
 
-GPU_AFTER_S = 600.0  # of training: compiling takes a minute or two of it, which a short run had better use
+# of training: compiling takes a minute or two of it, which a short run had better use
+GPU_AFTER_S = 600.0
 LONG_S = 5.0  # of a pass, beside which warming up does not count
 Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision, leaving no trace
 Say = Callable[[str], None]
 
 
-def settle_precision(config: TrainingConfig, counters: Counters, network: Accelerable, *, say: Say) -> None:
+def settle_precision(
+    config: TrainingConfig, counters: Counters, network: Accelerable, *, say: Say
+) -> None:
     """Choose the precision if that is left to the machine, and make the network fit for it."""
     if config.precision == "auto" and counters.precision == "auto":
         counters.precision, line = precision.choose(network, _device(network))
@@ -37,7 +42,13 @@ def precision_of(config: TrainingConfig, counters: Counters) -> str:
 
 
 def settle_compiling(
-    config: TrainingConfig, counters: Counters, network: Accelerable, *, images: int, trial: Callable[[], Pass], say: Say
+    config: TrainingConfig,
+    counters: Counters,
+    network: Accelerable,
+    *,
+    images: int,
+    trial: Callable[[], Pass],
+    say: Say,
 ) -> bool:
     """Compile the network if asked to, or if it pays and can be done; whether it is.
 
@@ -57,13 +68,23 @@ def settle_compiling(
     return True
 
 
-def _pays(config: TrainingConfig, counters: Counters, network: Accelerable, images: int, trial: Callable[[], Pass]) -> bool:
-    """Where the whole budget comes to more than what the network's kind makes up for compiling in on such a device."""
+def _pays(
+    config: TrainingConfig,
+    counters: Counters,
+    network: Accelerable,
+    images: int,
+    trial: Callable[[], Pass],
+) -> bool:
+    """Where the whole budget comes to more than what the network's kind makes up for compiling in
+    on such a device.
+    """
     on_gpu = _device(network).type == "cuda"
     after_s = GPU_AFTER_S if on_gpu else network.compile_after_s
     if math.isinf(after_s):
         return False
-    counters.pass_s = counters.pass_s or _timed(trial(), precision.DTYPES[precision_of(config, counters)], _device(network))
+    counters.pass_s = counters.pass_s or _timed(
+        trial(), precision.DTYPES[precision_of(config, counters)], _device(network)
+    )
     steps = config.budget.steps_of(counters.pass_s, batch_size=config.batch_size, images=images)
     return counters.pass_s * steps > after_s
 

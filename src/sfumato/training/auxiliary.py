@@ -1,4 +1,6 @@
-"""What is trained beside a model and left behind with its training: weights of noise levels, losses on what the network holds inside."""
+"""What is trained beside a model and left behind with its training: weights of noise levels, losses
+on what the network holds inside.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,22 @@ from sfumato.networks.perceptual import Features
 from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty
 
 T = TypeVar("T")
-SMALLEST = 64  # side of images that encoders see: of smaller ones, trained ones have a last map of a single place
+# side of images that encoders see: of smaller ones, trained ones have a last map of a single place
+SMALLEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispersiveConfig:
-    """Hidden maps of a batch are pushed apart; needs no other network. It looks across a micro-batch, so their size matters.
+    """Hidden maps of a batch are pushed apart; needs no other network. It looks across a
+    micro-batch, so their size matters.
 
     Attributes:
         weight: of the loss.
         temperature: distances are divided by it; smaller looks at near neighbours only.
         stop_at: share of the budget after which it ends.
 
-    Source: Wang & He 2025 (arXiv:2506.09027), eq. 6 (the InfoNCE variant with squared distances) and table 3.
+    Source: Wang & He 2025 (arXiv:2506.09027), eq. 6 (the InfoNCE variant with squared distances)
+        and table 3.
     """
 
     weight: NonNegative = 0.5
@@ -40,20 +45,26 @@ class DispersiveConfig:
     def __post_init__(self) -> None:
         _check(self.weight, self.stop_at)
         if not self.temperature > 0:
-            raise ConfigError(f"temperature = {self.temperature}", where="auxiliary", hint="use more than 0")
+            raise ConfigError(
+                f"temperature = {self.temperature}", where="auxiliary", hint="use more than 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """Hidden maps, through a convolution that is trained along, are brought in line with a frozen encoder's.
+    """Hidden maps, through a convolution that is trained along, are brought in line with a frozen
+    encoder's.
 
     Attributes:
-        encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`), `efficientnet-lite0`, or a file: see
+        encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`),
+            `efficientnet-lite0`, or a file: see
             `evaluation.extractors.extractor`.
         weight: of the loss.
-        stop_at: share of the budget after which it ends: the encoder's view helps early and hinders late.
+        stop_at: share of the budget after which it ends: the encoder's view helps early and hinders
+            late.
 
-    Source: Yu et al. 2025 (arXiv:2410.06940), eq. 8; the convolution, and maps without their mean: Singh et al. 2025 (arXiv:2512.10794);
+    Source: Yu et al. 2025 (arXiv:2410.06940), eq. 8; the convolution, and maps without their mean:
+        Singh et al. 2025 (arXiv:2512.10794);
         ending early: Wang et al. 2025 (arXiv:2505.16792).
     """
 
@@ -72,7 +83,8 @@ class AuxiliaryConfig:
     Attributes:
         uncertainty: how hard each noise level is, is learned, and divided out of the loss.
         dispersive: pushes the hidden maps of different images apart.
-        alignment: aligns hidden feature maps with those of a frozen encoder of the clean image (REPA).
+        alignment: aligns hidden feature maps with those of a frozen encoder of the clean image
+            (REPA).
     """
 
     uncertainty: bool = False
@@ -90,15 +102,19 @@ class AuxiliaryConfig:
         """
         if (self.dispersive or self.alignment) and not network.hidden_channels:
             raise ConfigError(
-                f"{type(network).__name__} passes no hidden map through its `probe`, which this loss reads",
+                f"{type(network).__name__} passes no hidden map through its `probe`, which this "
+                "loss reads",
                 where="auxiliary.dispersive" if self.dispersive else "auxiliary.alignment",
-                hint="leave the loss out, or set `hidden_channels` and call `self.probe` in the network's forward",
+                hint="leave the loss out, or set `hidden_channels` and call `self.probe` in the "
+                "network's forward",
             )
         terms: dict[str, nn.Module] = {}
         if self.dispersive is not None:
             terms["dispersive"] = Dispersive(self.dispersive)
         if self.alignment is not None:
-            terms["alignment"] = Alignment(self.alignment, network.hidden_channels, encoder(self.alignment.encoder))
+            terms["alignment"] = Alignment(
+                self.alignment, network.hidden_channels, encoder(self.alignment.encoder)
+            )
         built = Auxiliary(LearnedUncertainty() if self.uncertainty else NoUncertainty(), terms)
         if terms:
             network.probe.register_forward_hook(built.hear)
@@ -106,7 +122,9 @@ class AuxiliaryConfig:
 
 
 class Auxiliary(nn.Module):
-    """The weights of noise levels, and losses on the hidden map by name, each a module (hidden, images) -> (B,) with a `config`."""
+    """The weights of noise levels, and losses on the hidden map by name, each a module (hidden,
+    images) -> (B,) with a `config`.
+    """
 
     def __init__(self, uncertainty: nn.Module, terms: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -118,11 +136,15 @@ class Auxiliary(nn.Module):
         self._heard.value["hidden"] = output
 
     def losses(self, images: Tensor, *, spent: float) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value (B,) of each loss that still lasts when the share `spent` of the budget is used up."""
+        """Weight and value (B,) of each loss that still lasts when the share `spent` of the budget
+        is used up.
+        """
         lasting = ((name, cast(Any, term)) for name, term in self.terms.items())
         hidden = self._heard.value
         return {
-            name: (term.config.weight, term(hidden["hidden"], images)) for name, term in lasting if spent < term.config.stop_at
+            name: (term.config.weight, term(hidden["hidden"], images))
+            for name, term in lasting
+            if spent < term.config.stop_at
         }
 
 
@@ -173,12 +195,19 @@ def _check(weight: float, until: float) -> None:
 
 
 def dispersion(hidden: Tensor, temperature: float) -> Tensor:
-    """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...) -> (B,)."""
+    """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...)
+    -> (B,).
+    """
     flat = hidden.float().flatten(1)
-    # What all maps share would cancel in the products that distances are computed from, and with it most of their digits.
+    # What all maps share would cancel in the products that distances are computed from, and with it
+    # most of their digits.
     flat = flat - flat.mean(0, keepdim=True)
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
-    return torch.logsumexp(-squared.flatten() / temperature, 0).sub(2 * math.log(len(flat))).expand(len(flat))
+    return (
+        torch.logsumexp(-squared.flatten() / temperature, 0)
+        .sub(2 * math.log(len(flat)))
+        .expand(len(flat))
+    )
 
 
 def enlarged(images: Tensor) -> Tensor:
@@ -186,13 +215,19 @@ def enlarged(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     factor = max(1.0, SMALLEST / min(height, width))
     size = (round(height * factor), round(width * factor))
-    return images if factor == 1 else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return (
+        images
+        if factor == 1
+        else F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    )
 
 
 def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
-    """1 - the cosine between maps (B, D, h, w) and (B, D, H, W) at each place, its mean over places: (B,).
+    """1 - the cosine between maps (B, D, h, w) and (B, D, H, W) at each place, its mean over
+    places: (B,).
 
-    `wanted` is averaged, or repeated, to the places of `made`. Where both have several places its mean over them is taken out, which says
+    `wanted` is averaged, or repeated, to the places of `made`. Where both have several places its
+    mean over them is taken out, which says
     little of where things are.
     """
     several = min(wanted[0, 0].numel(), made[0, 0].numel()) > 1

@@ -13,12 +13,15 @@ from sfumato.training.ema import EMAConfig, PowerEMA
 from sfumato.training.optimizers import AdamWConfig
 
 FIRST_LOOK_S = 45.0  # of training, so that the first figures and samples are there within a minute
-PATIENCE = 19  # times as long as something took, before it is done again by the clock: a twentieth of the time at most
+# times as long as something took, before it is done again by the clock: a twentieth of the time at
+# most
+PATIENCE = 19
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """When to stop: the first limit reached ends the run. Minutes count the training loop, previews and validation included.
+    """When to stop: the first limit reached ends the run. Minutes count the training loop, previews
+    and validation included.
 
     Attributes:
         steps: optimizer steps.
@@ -34,14 +37,23 @@ class Budget:
 
     def __post_init__(self) -> None:
         limits = (self.steps, self.samples, self.epochs, self.minutes)
-        if all(limit is None for limit in limits) or not all(limit is None or limit > 0 for limit in limits):
+        if all(limit is None for limit in limits) or not all(
+            limit is None or limit > 0 for limit in limits
+        ):
             raise ConfigError(
-                f"{self} is not a valid budget", where="budget", hint="set budget.minutes (or steps, samples, epochs) above 0"
+                f"{self} is not a valid budget",
+                where="budget",
+                hint="set budget.minutes (or steps, samples, epochs) above 0",
             )
 
     def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
         """The share of the budget that is used up: 1 or more means stop."""
-        pairs = ((steps, self.steps), (samples, self.samples), (epochs, self.epochs), (seconds / 60, self.minutes))
+        pairs = (
+            (steps, self.steps),
+            (samples, self.samples),
+            (epochs, self.epochs),
+            (seconds / 60, self.minutes),
+        )
         return max(used / limit for used, limit in pairs if limit is not None)
 
     def steps_of(self, seconds: float, *, batch_size: int, images: int) -> int:
@@ -56,7 +68,8 @@ class Cadence:
 
     Attributes:
         every_steps: optimizer steps from one time to the next; None for the clock alone.
-        every_minutes: of training since the last time; None for steps alone. What takes long is done less often: it waits for 19
+        every_minutes: of training since the last time; None for steps alone. What takes long is
+            done less often: it waits for 19
             times as long as it took the last time.
     """
 
@@ -67,7 +80,8 @@ class Cadence:
         """Whether it is time, at a step and second of training.
 
         Args:
-            last_s: the second at which it was done the last time; 0 if it was not done since the beginning.
+            last_s: the second at which it was done the last time; 0 if it was not done since the
+                beginning.
             cost_s: how long that took.
         """
         if self.every_steps is not None and step % self.every_steps == 0:
@@ -76,12 +90,17 @@ class Cadence:
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
         """Seconds of training from one time to the next, by the clock; infinite without one."""
-        return math.inf if self.every_minutes is None else max(60 * self.every_minutes, PATIENCE * cost_s)
+        return (
+            math.inf
+            if self.every_minutes is None
+            else max(60 * self.every_minutes, PATIENCE * cost_s)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Cadence):
-    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end; the newest `keep` are kept.
+    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end;
+    the newest `keep` are kept.
 
     Attributes:
         keep: checkpoints that are kept, the newest ones.
@@ -95,14 +114,21 @@ class Look(Cadence):
     """A cadence whose first time comes within a minute of training."""
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
-        """As any cadence's; the first time no longer than FIRST_LOOK_S, beside what was done before the first step."""
+        """As any cadence's; the first time no longer than FIRST_LOOK_S, beside what was done before
+        the first step.
+        """
         wait_s = super().wait_s(first=first, cost_s=cost_s)
-        return min(wait_s, FIRST_LOOK_S + cost_s) if first and self.every_minutes is not None else wait_s
+        return (
+            min(wait_s, FIRST_LOOK_S + cost_s)
+            if first and self.every_minutes is not None
+            else wait_s
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(Look):
-    """Error on fixed held-out triples (image, noise, level) within the first minute, and every `every_minutes` or `every_steps`.
+    """Error on fixed held-out triples (image, noise, level) within the first minute, and every
+    `every_minutes` or `every_steps`.
 
     Attributes:
         samples: number of triples.
@@ -115,7 +141,8 @@ class ValidationConfig(Look):
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig(Look):
-    """A grid of samples from the averaged weights at step 0, within the first minute, and every `every_minutes` or `every_steps`, with the
+    """A grid of samples from the averaged weights at step 0, within the first minute, and every
+    `every_minutes` or `every_steps`, with the
     same noise and categories each time.
 
     Attributes:
@@ -127,11 +154,14 @@ class PreviewConfig(Look):
 
 @dataclass(frozen=True, kw_only=True)
 class PostHocEMAConfig:
-    """Averages that are tracked beside `ema` and kept along the way, from which one of any width is made afterwards: `sfumato ema RUN`.
+    """Averages that are tracked beside `ema` and kept along the way, from which one of any width is
+    made afterwards: `sfumato ema RUN`.
 
     Attributes:
-        widths: of the tracked averages, as `ema.sigma_rel`; [] tracks none. Each takes as much memory as the weights.
-        num: how often they are kept, evenly over the budget; each time takes as much disk as the weights, for each width.
+        widths: of the tracked averages, as `ema.sigma_rel`; [] tracks none. Each takes as much
+            memory as the weights.
+        num: how often they are kept, evenly over the budget; each time takes as much disk as the
+            weights, for each width.
 
     Source: Karras et al. 2024 (arXiv:2312.02696), sec. 3.1.
     """
@@ -159,7 +189,8 @@ class LogConfig:
 
     Attributes:
         every_steps: steps from one record of metrics to the next.
-        sinks: where records go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`, each an extra of the same name.
+        sinks: where records go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`, each an
+            extra of the same name.
     """
 
     every_steps: Count = 10
@@ -173,12 +204,17 @@ class TrainingConfig:
     Attributes:
         seed: seed of every random draw.
         batch_size: images for each optimizer step, over all processes and micro-batches.
-        micro_batch: images for each forward and backward pass; None is the whole batch. Lowers memory, not the result; but what compares
-            a batch's images with one another (optimal-transport coupling, contrast, dispersive loss) sees those of a pass only.
-        precision: precision inside the network; `auto` is bfloat16 where the machine multiplies it faster, else float32. `float8` is bfloat16
-            with matrix products in eight bits, for transformers on GPUs that have such products (Ada, Hopper and later). Weights and
+        micro_batch: images for each forward and backward pass; None is the whole batch. Lowers
+            memory, not the result; but what compares
+            a batch's images with one another (optimal-transport coupling, contrast, dispersive
+            loss) sees those of a pass only.
+        precision: precision inside the network; `auto` is bfloat16 where the machine multiplies it
+            faster, else float32. `float8` is bfloat16
+            with matrix products in eight bits, for transformers on GPUs that have such products
+            (Ada, Hopper and later). Weights and
             optimizer are always float32.
-        compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU transformers from 20 minutes on; not
+        compile: `auto` compiles the network where it pays: on a GPU from ten minutes on, on a CPU
+            transformers from 20 minutes on; not
             without a C++ compiler.
         budget: when training ends.
         optimizer: AdamW or Muon, and the learning rate.
@@ -210,7 +246,11 @@ class TrainingConfig:
         return self.batch_size if self.micro_batch is None else self.micro_batch
 
     def __post_init__(self) -> None:
-        cadences = {"checkpoint": self.checkpoint, "validation": self.validation, "preview": self.preview}
+        cadences = {
+            "checkpoint": self.checkpoint,
+            "validation": self.validation,
+            "preview": self.preview,
+        }
         counts = {
             "batch_size": self.batch_size,
             "micro_batch": self.at_once,

@@ -18,7 +18,9 @@ LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training 
 
 
 class EMA(Protocol):
-    """A profile of averaging: `decay(step)` is the weight that the average keeps at that step, counted from 1."""
+    """A profile of averaging: `decay(step)` is the weight that the average keeps at that step,
+    counted from 1.
+    """
 
     def decay(self, step: int) -> float: ...
 
@@ -28,7 +30,8 @@ class PowerEMA:
     """A profile that keeps its shape as training grows: decay = (1 - 1/step)^(gamma + 1).
 
     Attributes:
-        sigma_rel: standard deviation of the averaging window, as a share of the training so far; 0.05 to 0.25.
+        sigma_rel: standard deviation of the averaging window, as a share of the training so far;
+            0.05 to 0.25.
     Source: Karras et al. 2024 (arXiv:2312.02696), eqs. 123 and 127.
     """
 
@@ -39,7 +42,9 @@ class PowerEMA:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_rel < LARGEST_WIDTH:
             raise ConfigError(
-                f"sigma_rel = {self.sigma_rel}", where="ema", hint=f"use 0.05 to 0.25: above 0, and below {LARGEST_WIDTH}"
+                f"sigma_rel = {self.sigma_rel}",
+                where="ema",
+                hint=f"use 0.05 to 0.25: above 0, and below {LARGEST_WIDTH}",
             )
 
     @cached_property
@@ -54,7 +59,8 @@ class PowerEMA:
 
 @dataclass(frozen=True)
 class FixedEMA:
-    """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 + step).
+    """The classic exponential average, with `rate` kept at each step; warmed up as (1 + step)/(10 +
+    step).
 
     Attributes:
         rate: fraction of the average that is kept at each step.
@@ -70,21 +76,26 @@ class FixedEMA:
 
 EMAConfig = PowerEMA | FixedEMA
 
-LEAST_STEP = 2.5e-4  # that an average moves towards the weights at once: float32 would round much less away
+# that an average moves towards the weights at once: float32 would round much less away
+LEAST_STEP = 2.5e-4
 
 
 def follow(average: nn.Module, model: nn.Module, profile: EMA, update: int) -> None:
     """Let `average` follow the weights after their `update`-th change, from 1.
 
-    Where a profile's step is so small that float32 would lose it, 1 - decay < LEAST_STEP / 2, every second, fourth, ... update is
-    averaged, with the product of the decays since the last one; which ones is a function of `update` alone.
+    Where a profile's step is so small that float32 would lose it, 1 - decay < LEAST_STEP / 2, every
+    second, fourth, ... update is
+    averaged, with the product of the decays since the last one; which ones is a function of
+    `update` alone.
     """
     if update % stride(profile, update):
         return
     before = update - 1
     while before and before % stride(profile, before):
         before -= 1
-    update_average(average, model, math.prod(profile.decay(step) for step in range(before + 1, update + 1)))
+    update_average(
+        average, model, math.prod(profile.decay(step) for step in range(before + 1, update + 1))
+    )
 
 
 def stride(profile: EMA, update: int) -> int:
@@ -95,11 +106,14 @@ def stride(profile: EMA, update: int) -> int:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same object in both and stay as they are.
+    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same
+    object in both and stay as they are.
 
     Buffers, such as a batch norm's statistics, are copied.
     """
-    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p]
+    pairs = [
+        (a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p
+    ]
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)

@@ -1,4 +1,6 @@
-"""Hooks: what a training run does between its steps, in this order, before a checkpoint is saved."""
+"""Hooks: what a training run does between its steps, in this order, before a checkpoint is
+saved.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from sfumato.training.signals import Interruption
 if TYPE_CHECKING:
     from sfumato.training.trainer import Trainer
 
-SNAPSHOTS = frozenset(2**power for power in range(8, 40))  # steps whose averaged weights are kept for good
+# steps whose averaged weights are kept for good
+SNAPSHOTS = frozenset(2**power for power in range(8, 40))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Hook(ABC):
 
     Attributes:
         name: in warnings, and under which the run notes when it was done last.
-        tolerated: errors that are a warning, after which training goes on: a disk that is full for a while need not end a run.
+        tolerated: errors that are a warning, after which training goes on: a disk that is full for
+            a while need not end a run.
     """
 
     name: ClassVar[str]
@@ -53,7 +57,9 @@ class Hook(ABC):
 
     @abstractmethod
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        """Whether it is time, after the step that the trainer has reached; `finished` says that it was the last one."""
+        """Whether it is time, after the step that the trainer has reached; `finished` says that it
+        was the last one.
+        """
 
     @abstractmethod
     def run(self, trainer: Trainer, session: Session) -> None:
@@ -67,12 +73,18 @@ class Preview(Hook):
     tolerated = (OSError, ValueError, RuntimeError)
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        return finished or trainer.state.counters.step == 0 or trainer.timetable.due(self.name, trainer.config.preview)
+        return (
+            finished
+            or trainer.state.counters.step == 0
+            or trainer.timetable.due(self.name, trainer.config.preview)
+        )
 
     def run(self, trainer: Trainer, session: Session) -> None:
         with trainer.timetable.doing(self.name):
             step = trainer.state.counters.step
-            trainer.task.preview(trainer.state.average, step, lambda _: session.interruption.raise_if_requested())
+            trainer.task.preview(
+                trainer.state.average, step, lambda _: session.interruption.raise_if_requested()
+            )
 
 
 class Snapshot(Hook):
@@ -107,7 +119,9 @@ class Validation(Hook):
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
         step = trainer.state.counters.step
-        return step > 0 and (finished or trainer.timetable.due(self.name, trainer.config.validation))
+        return step > 0 and (
+            finished or trainer.timetable.due(self.name, trainer.config.validation)
+        )
 
     def run(self, trainer: Trainer, session: Session) -> None:
         with trainer.timetable.doing(self.name):

@@ -18,7 +18,9 @@ from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
 from sfumato.errors import DataError
 
-CHUNK = 64  # images encoded together; fixed, since rounding depends on it and a resumed run must get the same latents
+# images encoded together; fixed, since rounding depends on it and a resumed run must get the same
+# latents
+CHUNK = 64
 COMMIT_S = 60.0
 
 
@@ -31,19 +33,24 @@ def with_latents(
     pixels: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The dataset with the moments of every training image's latents, from the cache as far as that has them.
+    """The dataset with the moments of every training image's latents, from the cache as far as that
+    has them.
 
-    What is kept is mean and log-variance in float16, so that training draws a new latent each time it sees an image. An edited
+    What is kept is mean and log-variance in float16, so that training draws a new latent each time
+    it sees an image. An edited
     image is encoded alone; another autoencoder, resolution or augmentation finds nothing.
 
     Args:
         identity: hash of the autoencoder.
-        variants: of each image, each augmented in its own way; 1 is enough, and taken, where nothing is augmented.
+        variants: of each image, each augmented in its own way; 1 is enough, and taken, where
+            nothing is augmented.
         pixels: whether batches shall hold the images too.
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
-    cache = ArrayCache.open("latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}")
+    cache = ArrayCache.open(
+        "latents", f"decoder {DECODER} {identity} {dataset.pixel_format!r} {config.augment!r}"
+    )
     chunks = list(_chunks(dataset, count))
     writer, begun = Writer(cache), time.monotonic()
     try:
@@ -51,7 +58,11 @@ def with_latents(
             if any(_key(dataset, *item) not in cache.records for item in chunk):
                 for item, moments in zip(chunk, _moments(dataset, autoencoder, chunk), strict=True):
                     if _key(dataset, *item) not in cache.records:
-                        writer.add(_key(dataset, *item), {}, {"moments": moments.numpy().astype(np.float16)})
+                        writer.add(
+                            _key(dataset, *item),
+                            {},
+                            {"moments": moments.numpy().astype(np.float16)},
+                        )
             if time.monotonic() - begun > COMMIT_S:
                 writer.commit()
                 writer, begun = Writer(cache), time.monotonic()
@@ -65,7 +76,13 @@ def with_latents(
         for variant in range(count)
     ]
     return replace(
-        dataset, encoded=Encoded(gather=Gather(cache, places), numbers=dataset.training_numbers, variants=count, pixels=pixels)
+        dataset,
+        encoded=Encoded(
+            gather=Gather(cache, places),
+            numbers=dataset.training_numbers,
+            variants=count,
+            pixels=pixels,
+        ),
     )
 
 
@@ -84,13 +101,19 @@ def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
 
 
 @torch.no_grad()
-def _moments(dataset: Dataset, autoencoder: LatentAutoencoder, chunk: list[tuple[int, int]]) -> Tensor:
+def _moments(
+    dataset: Dataset, autoencoder: LatentAutoencoder, chunk: list[tuple[int, int]]
+) -> Tensor:
     pixels, bad, _ = dataset.images([position for position, _ in chunk])
     if bad:
         raise DataError(
-            f"can no longer be read: {bad[0].reason}", where=bad[0].name, hint="restore it, or leave it out (data.exclude)"
+            f"can no longer be read: {bad[0].reason}",
+            where=bad[0].name,
+            hint="restore it, or leave it out (data.exclude)",
         )
     images = to_float(pixels)
-    draws = torch.cat([variant_draws(dataset.ids[position], variant) for position, variant in chunk])
+    draws = torch.cat(
+        [variant_draws(dataset.ids[position], variant) for position, variant in chunk]
+    )
     changed = augment(dataset.config.augment, images, draws).images
     return autoencoder.moments(changed.to(autoencoder.mean.device)).float().cpu()

@@ -23,11 +23,20 @@ from sfumato.observability.images import grid_image, save_png
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
-from sfumato.training.validation import Errors, Triples, difference, make_triples, measure, summarize
+from sfumato.training.validation import (
+    Errors,
+    Triples,
+    difference,
+    make_triples,
+    measure,
+    summarize,
+)
 
 
 class Validator:
-    """Fixed triples of held-out images, and as many of training images with the same noises and levels."""
+    """Fixed triples of held-out images, and as many of training images with the same noises and
+    levels.
+    """
 
     def __init__(
         self,
@@ -43,33 +52,48 @@ class Validator:
         for part in (dataset.holdout, dataset.training):
             positions = _usual_or_first(dataset, part)
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
-            pixels, _, chosen = dataset.images(positions[order[[i % len(order) for i in range(config.validation.samples)]]])
+            pixels, _, chosen = dataset.images(
+                positions[order[[i % len(order) for i in range(config.validation.samples)]]]
+            )
             images = to_float(pixels).to(device)
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
             triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
             context = on_device(dataset.context(chosen), device)
-            self._sets.append((triples, conditioner.derive(images, context, seed=config.seed, first=0)))
+            self._sets.append(
+                (triples, conditioner.derive(images, context, seed=config.seed, first=0))
+            )
         self.second_moment = float(self._sets[0][0].x0.double().square().mean())
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """What metrics.jsonl keeps of a validation.
 
-        `validation/ema/*` and `validation/raw/*` on held-out images, in float32 but for raw weights that are trained in float8; of the
-        averaged weights also `validation/gap/*`, their error minus that on training images, and `validation/adherence/NAME/*`, their
-        error under another image's context minus that under its own: above zero as soon as the context steers.
+        `validation/ema/*` and `validation/raw/*` on held-out images, in float32 but for raw weights
+        that are trained in float8; of the
+        averaged weights also `validation/gap/*`, their error minus that on training images, and
+        `validation/adherence/NAME/*`, their
+        error under another image's context minus that under its own: above zero as soon as the
+        context steers.
         """
         triples, context = self._sets[0]
         averaged, raw = self._errors(average, 0), self._errors(model, 0)
         gap = difference(averaged, self._errors(average, 1), triples)
         return {
-            **{f"validation/ema/{key}": value for key, value in summarize(averaged, triples, self.second_moment).items()},
-            **{f"validation/raw/{key}": value for key, value in summarize(raw, triples, self.second_moment).items()},
+            **{
+                f"validation/ema/{key}": value
+                for key, value in summarize(averaged, triples, self.second_moment).items()
+            },
+            **{
+                f"validation/raw/{key}": value
+                for key, value in summarize(raw, triples, self.second_moment).items()
+            },
             **{f"validation/gap/{key}": value for key, value in gap.items()},
             **{
                 f"validation/adherence/{name}/{key}": value
                 for name in average.conditioner.steering
                 if name in context
-                for key, value in difference(self._errors(average, 0, shuffled=name), averaged, triples).items()
+                for key, value in difference(
+                    self._errors(average, 0, shuffled=name), averaged, triples
+                ).items()
             },
         }
 
@@ -81,7 +105,10 @@ class Validator:
         triples, context = self._sets[which]
         if shuffled is not None:
             count = len(triples.x0)
-            context = {**context, **reordered({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)])}
+            context = {
+                **context,
+                **reordered({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)]),
+            }
         model.eval()
         with torch.no_grad():
             condition = model.conditioner(context, len(triples.x0))
@@ -100,13 +127,18 @@ def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: 
 
     def some(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
-        return autoencoder.draw(moments, lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape))
+        return autoencoder.draw(
+            moments,
+            lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape),
+        )
 
     return torch.cat([some(first) for first in range(0, len(images), batch_size)])
 
 
 class Previewer:
-    """Grids of samples with the same noise and context every time, and one grid of the real images that the context belongs to."""
+    """Grids of samples with the same noise and context every time, and one grid of the real images
+    that the context belongs to.
+    """
 
     def __init__(
         self,
@@ -118,18 +150,28 @@ class Previewer:
         directory: RunDirectory,
         facts: ConditioningInfo,
     ) -> None:
-        self.seed, self.sampling, self.directory, self.facts = config.seed, sampling, directory, facts
+        self.seed, self.sampling, self.directory, self.facts = (
+            config.seed,
+            sampling,
+            directory,
+            facts,
+        )
         self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
         reads = conditioner.steering
         listed = values_in_turn(reads, config.preview.num, facts) is not None
-        chosen = _of_each_category(dataset, config.preview.num) if listed else _held_out(dataset, config)
+        chosen = (
+            _of_each_category(dataset, config.preview.num) if listed else _held_out(dataset, config)
+        )
         pixels, _, chosen = dataset.images(chosen)
         images = to_float(pixels)
         context = conditioner.derive(images, dataset.context(chosen), seed=config.seed, first=0)
         self.context = {name: value for name, value in context.items() if name in reads}
         words = {name: CONTEXTS[name].words(values, facts) for name, values in self.context.items()}
-        self.num, self.words = len(chosen), {name: texts for name, texts in words.items() if texts is not None}
+        self.num, self.words = (
+            len(chosen),
+            {name: texts for name, texts in words.items() if texts is not None},
+        )
         kinds = len(dataset.categories)
         self.columns = kinds if reads and listed and 2 <= kinds <= 12 else None
         path = directory.samples / "real.png"
@@ -139,14 +181,28 @@ class Previewer:
     def show(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
         pipeline = Pipeline(
-            model=average, autoencoder=self.autoencoder, sampling=self.sampling, facts=self.facts, image_shape=self.image_shape
+            model=average,
+            autoencoder=self.autoencoder,
+            sampling=self.sampling,
+            facts=self.facts,
+            image_shape=self.image_shape,
         )
         request = ResolvedRequest.of(self.context, self.image_shape, self.num)
         images = pipeline.sample_request(request, seed=self.seed, on_step=on_step)
         folder = self.directory.samples / f"step-{step:09d}"
-        settings = {"step": step, "seed": self.seed, **self.words, "weights": "ema", "guidance": self.sampling.guidance}
+        settings = {
+            "step": step,
+            "seed": self.seed,
+            **self.words,
+            "weights": "ema",
+            "guidance": self.sampling.guidance,
+        }
         sheet = grid_image(images, columns=self.columns, alpha=self.facts.alpha)
-        save_png(sheet, folder / "grid.png", {name: value for name, value in settings.items() if name not in self.words})
+        save_png(
+            sheet,
+            folder / "grid.png",
+            {name: value for name, value in settings.items() if name not in self.words},
+        )
         self.directory.write_json(f"samples/{folder.name}/samples.json", settings)
 
 
@@ -155,8 +211,12 @@ def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
     training = _usual_or_first(dataset, dataset.training)
     labels = dataset.labels[torch.from_numpy(training)]
     numbers = range(min(num, len(dataset.categories))) or [-1]
-    pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [training]
-    return np.array([pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(num)])
+    pools = [pool for number in numbers if len(pool := training[(labels == number).numpy()])] or [
+        training
+    ]
+    return np.array(
+        [pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(num)]
+    )
 
 
 def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:

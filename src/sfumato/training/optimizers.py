@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato.config.bounds import CountOrZero, Fraction, FractionBelowOne, NonNegative, Positive, SizeOrZero
+from sfumato.config.bounds import (
+    CountOrZero,
+    Fraction,
+    FractionBelowOne,
+    NonNegative,
+    Positive,
+    SizeOrZero,
+)
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
 from sfumato.training.parameters import trainable
@@ -20,10 +27,12 @@ WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and outputs, the network's first and last
+    """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and
+    outputs, the network's first and last
     layers aside.
 
-    Its updates have the size that AdamW's have, so that both share a learning rate and weight decay; four to eight times that of AdamW
+    Its updates have the size that AdamW's have, so that both share a learning rate and weight
+    decay; four to eight times that of AdamW
     alone trains best.
 
     Attributes:
@@ -34,21 +43,30 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum = {self.momentum}", where="optimizer.muon", hint="use 0 or more, and less than 1")
+            raise ConfigError(
+                f"momentum = {self.momentum}",
+                where="optimizer.muon",
+                hint="use 0 or more, and less than 1",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); weight decay acts on matrices and kernels only.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); weight decay acts on matrices and kernels
+    only.
 
     Attributes:
         learning_rate: peak of the learning rate.
-        warmup_steps: linear rise from 0; in runs of less than ten times as many steps, the rise ends with the first tenth of the budget.
-        schedule: course of the learning rate over the rest of the budget, down to `final_fraction` of the peak.
+        warmup_steps: linear rise from 0; in runs of less than ten times as many steps, the rise
+            ends with the first tenth of the budget.
+        schedule: course of the learning rate over the rest of the budget, down to `final_fraction`
+            of the peak.
         max_grad_norm: largest gradient norm; larger gradients are scaled down.
         muon: Muon for the weights of hidden layers, AdamW for the rest; None for AdamW alone.
-        mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW steps wider ones by less, in proportion,
-            so that what was found on a narrow network is near the best for a wide one; Muon's steps fit every width. 0 steps all alike.
+        mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW
+            steps wider ones by less, in proportion,
+            so that what was found on a narrow network is near the best for a wide one; Muon's steps
+            fit every width. 0 steps all alike.
         betas: decay of the running means of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: weight decay of matrices and kernels.
@@ -70,15 +88,24 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         positive = self.learning_rate > 0 and self.max_grad_norm > 0
-        if not (positive and min(self.weight_decay, self.warmup_steps, self.mup_base_width, self.eps) >= 0):
+        if not (
+            positive
+            and min(self.weight_decay, self.warmup_steps, self.mup_base_width, self.eps) >= 0
+        ):
             raise ConfigError(
-                f"learning_rate = {self.learning_rate}, max_grad_norm = {self.max_grad_norm}, weight_decay = {self.weight_decay}, "
-                f"warmup_steps = {self.warmup_steps}, mup_base_width = {self.mup_base_width}, eps = {self.eps}",
+                f"learning_rate = {self.learning_rate}, max_grad_norm = {self.max_grad_norm}, "
+                f"weight_decay = {self.weight_decay}, "
+                f"warmup_steps = {self.warmup_steps}, mup_base_width = {self.mup_base_width}, "
+                f"eps = {self.eps}",
                 where="optimizer",
                 hint="learning_rate and max_grad_norm are above 0, the others at least 0",
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas = {self.betas}", where="optimizer.betas", hint="both are in [0, 1), e.g. [0.9, 0.99]")
+            raise ConfigError(
+                f"betas = {self.betas}",
+                where="optimizer.betas",
+                hint="both are in [0, 1), e.g. [0.9, 0.99]",
+            )
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """The optimizers that share a model's trainable parameters: AdamW, and Muon if configured.
@@ -105,24 +132,42 @@ class AdamWConfig:
         for width in sorted({weight.shape[1] for weight in scaled}):
             weights = [weight for weight in scaled if weight.shape[1] == width]
             groups.append(
-                {"params": weights, "weight_decay": self.weight_decay, "share": min(1.0, self.mup_base_width / width)}
+                {
+                    "params": weights,
+                    "weight_decay": self.weight_decay,
+                    "share": min(1.0, self.mup_base_width / width),
+                }
             )
         found: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+            torch.optim.AdamW(
+                groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True
+            )
         ]
         if self.muon is not None and hidden:
-            found.append(Muon(hidden, lr=self.learning_rate, momentum=self.muon.momentum, weight_decay=self.weight_decay))
+            found.append(
+                Muon(
+                    hidden,
+                    lr=self.learning_rate,
+                    momentum=self.muon.momentum,
+                    weight_decay=self.weight_decay,
+                )
+            )
         return found
 
     def rate(self, step: int, spent: float) -> float:
         """Learning rate of step `step` (from 0) when the share `spent` of the budget is used up.
 
-        The share is squared, so that time spent before the first steps (a preview, compiling) does not end the rise.
+        The share is squared, so that time spent before the first steps (a preview, compiling) does
+        not end the rise.
         """
         warm = min(1.0, max((step + 1) / (self.warmup_steps + 1), (spent / WARM_SHARE) ** 2))
         left = max(0.0, 1 - spent)
-        course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[self.schedule]
-        return self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * course)
+        course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
+            self.schedule
+        ]
+        return (
+            self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * course)
+        )
 
 
 MUON_SLOTS = ("mean",)
@@ -133,12 +178,16 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonal matrix nearest to the running mean of the gradient.
 
-    A kernel (O, I, h, w) is the matrix (O, I h w). PyTorch's own Muon takes matrices only; the two agree on those.
+    A kernel (O, I, h, w) is the matrix (O, I h w). PyTorch's own Muon takes matrices only; the two
+    agree on those.
 
-    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the step's size: Liu et al. 2025 (arXiv:2502.16982), eq. 4.
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the step's size: Liu et al. 2025
+        (arXiv:2502.16982), eq. 4.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -147,9 +196,22 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group["lr"], group["momentum"], group["weight_decay"])
+                    self._update(
+                        parameter,
+                        parameter.grad,
+                        group["lr"],
+                        group["momentum"],
+                        group["weight_decay"],
+                    )
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _update(
+        self,
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["mean"] = torch.zeros_like(parameter)
@@ -162,14 +224,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (N, M) with its singular values brought near 1 (0.7 to 1.2) by Newton-Schulz iteration.
+    """A matrix (N, M) with its singular values brought near 1 (0.7 to 1.2) by Newton-Schulz
+    iteration.
 
     Source: Jordan et al. 2024 (the coefficients of the quintic).
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T.contiguous()
     x = matrix / (matrix.norm() + 1e-7)
-    # A GPU multiplies float32 ten times slower; rounding as coarse as bfloat16's the iteration forgives, but not a Gram matrix rounded so.
+    # A GPU multiplies float32 ten times slower; rounding as coarse as bfloat16's the iteration
+    # forgives, but not a Gram matrix rounded so.
     return iterated(x.bfloat16()).to(x.dtype) if x.is_cuda else iterated_by_gram(x)
 
 
@@ -182,7 +246,8 @@ def iterated(x: Tensor) -> Tensor:
 
 
 def iterated_by_gram(x: Tensor) -> Tensor:
-    """The same on the Gram matrix alone, whose polynomials are multiplied by X once at the end: the same result with a fraction of the
+    """The same on the Gram matrix alone, whose polynomials are multiplied by X once at the end: the
+    same result with a fraction of the
     products where M is several times N, as in kernels."""
     gram = x @ x.T
     product = _polynomial(gram)
@@ -204,17 +269,29 @@ LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices and kernels with at least 32 inputs and outputs, except those of a backbone's input and output layers."""
-    layers = [layer for backbone in _backbones(model) for layer in (*backbone.input_layers(), *backbone.output_layers())]
+    """Trained matrices and kernels with at least 32 inputs and outputs, except those of a
+    backbone's input and output layers.
+    """
+    layers = [
+        layer
+        for backbone in _backbones(model)
+        for layer in (*backbone.input_layers(), *backbone.output_layers())
+    ]
     outer = {id(p) for layer in layers for p in layer.parameters()}
     return [p for p in weights_of_layers(model) if min(p.shape[:2]) >= 32 and id(p) not in outer]
 
 
 def weights_of_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices and kernels: the weights of linear, convolution and attention layers. Embedding tables, positions, registers and
+    """Trained matrices and kernels: the weights of linear, convolution and attention layers.
+    Embedding tables, positions, registers and
     offsets, whatever their shape, are not among them.
     """
-    weights = [p for layer in model.modules() if isinstance(layer, LAYERS) for p in layer.parameters(recurse=False)]
+    weights = [
+        p
+        for layer in model.modules()
+        if isinstance(layer, LAYERS)
+        for p in layer.parameters(recurse=False)
+    ]
     return [p for p in weights if p.ndim > 1 and p.requires_grad]
 
 
@@ -228,7 +305,9 @@ def _backbones(model: nn.Module) -> list[Backbone]:
     return [module for module in model.modules() if isinstance(module, Backbone)]
 
 
-def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module
+) -> dict[str, torch.Tensor]:
     """The optimizers' state as tensors named `<parameter>/<slot>`; empty before the first step."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -249,7 +328,12 @@ def load_optimizer_tensors(
         RuntimeError: if a parameter was stepped by another optimizer.
     """
     parameters = dict(model.named_parameters())
-    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {
+        id(p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     for optimizer in optimizers:
         optimizer.state.clear()
     for name, value in tensors.items():
@@ -257,8 +341,10 @@ def load_optimizer_tensors(
         target = parameters[parameter]
         if (slot in MUON_SLOTS) != isinstance(owners[id(target)], Muon):
             raise RuntimeError(
-                f"optimizer: {parameter} was {'' if slot in MUON_SLOTS else 'not '}stepped by Muon, now otherwise"
+                f"optimizer: {parameter} was {'' if slot in MUON_SLOTS else 'not '}stepped by "
+                "Muon, now otherwise"
             )
-        # AdamW's step counter is a scalar; the moments live where, and laid out as, the parameter does.
+        # AdamW's step counter is a scalar; the moments live where, and laid out as, the parameter
+        # does.
         kept = value.to(target.device) if value.ndim == 0 else torch.empty_like(target).copy_(value)
         owners[id(target)].state[target][slot] = kept

@@ -1,4 +1,6 @@
-"""Which of a model's parameters are trained, and which are frozen: `requires_grad` decides, before training begins."""
+"""Which of a model's parameters are trained, and which are frozen: `requires_grad` decides, before
+training begins.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def frozen_names(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that are not trained."""
-    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return frozenset(
+        name for name, parameter in model.named_parameters() if not parameter.requires_grad
+    )
 
 
 def count(parameters: Iterable[Tensor]) -> int:
@@ -29,7 +33,9 @@ def without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Te
 
 
 def describe(model: nn.Module) -> str:
-    """The number of parameters for a person, and how many of them are trained where some are frozen."""
+    """The number of parameters for a person, and how many of them are trained where some are
+    frozen.
+    """
     total, trained = count(model.parameters()), count(trainable(model))
     parameters = f"{total / 1e6:.2f}M parameters"
     return parameters if trained == total else f"{parameters}, {trained / 1e6:.2f}M of them trained"

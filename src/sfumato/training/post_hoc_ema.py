@@ -1,6 +1,7 @@
 """Averages of the weights that were not kept, out of some that were.
 
-An average over a power-function profile is, nearly, a sum of other such averages taken at other times and with other widths; the shares
+An average over a power-function profile is, nearly, a sum of other such averages taken at other
+times and with other widths; the shares
 are those whose summed profiles come closest to the profile that is wanted.
 
 Source: Karras et al. 2024 (arXiv:2312.02696), appendix C.3.
@@ -35,8 +36,10 @@ class Profile(NamedTuple):
 def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
     """The share of each kept average in the wanted one, (n,); they sum to 1.
 
-    Least squares over all t: the solution of A x = b with A the overlaps of kept profiles, and b theirs with the wanted one. Where little
-    was kept the best fit has another sum, which would make all weights larger or smaller: it is divided by that.
+    Least squares over all t: the solution of A x = b with A the overlaps of kept profiles, and b
+    theirs with the wanted one. Where little
+    was kept the best fit has another sum, which would make all weights larger or smaller: it is
+    divided by that.
     """
     matrix = np.array([[overlap(a, b) for b in kept] for a in kept])
     target = np.array([overlap(a, wanted) for a in kept])
@@ -55,7 +58,8 @@ def overlap(a: Profile, b: Profile) -> float:
 
 
 def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
-    """The average of that width over the training up to the last that was kept, from all that were kept in a run.
+    """The average of that width over the training up to the last that was kept, from all that were
+    kept in a run.
 
     Raises:
         CheckpointError: if none were kept, or they cannot be read.
@@ -66,14 +70,17 @@ def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
         raise CheckpointError(
             "holds no averages to reconstruct from",
             where=str(averages),
-            hint="train with post_hoc_ema.widths=[0.1,0.25]; a run's own average is there in any case",
+            hint="train with post_hoc_ema.widths=[0.1,0.25]; a run's own average is there in any "
+            "case",
         )
     profiles = list(kept.values())
     amounts = shares(profiles, Profile(max(profile.step for profile in profiles), wanted.gamma))
     total: dict[str, Tensor] = {}
     for path, amount in zip(kept, amounts.tolist(), strict=True):
         for name, tensor in _read(path).items():
-            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + amount * tensor.double()
+            total[name] = (
+                total.get(name, torch.zeros((), dtype=torch.float64)) + amount * tensor.double()
+            )
     return {name: tensor.float() for name, tensor in total.items()}
 
 
@@ -85,7 +92,9 @@ def forget(averages: Path, *, after: int) -> None:
 
 
 def _kept(averages: Path) -> dict[Path, Profile]:
-    """The averages in a folder, ema-WIDTH/step-N.safetensors, each with its profile over updates of the weights."""
+    """The averages in a folder, ema-WIDTH/step-N.safetensors, each with its profile over updates of
+    the weights.
+    """
     found = {}
     for folder in sorted(averages.glob("ema-*")):
         gamma = PowerEMA(float(folder.name[4:])).gamma

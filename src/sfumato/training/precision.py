@@ -1,4 +1,6 @@
-"""Where and in which precision the network computes; `auto` goes by the machine's instructions, and by one small product."""
+"""Where and in which precision the network computes; `auto` goes by the machine's instructions, and
+by one small product.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ from torch import Tensor, nn
 from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.float8 import in_float8, require_float8
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}  # float8 is of matrix products only
+# float8 is of matrix products only
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 CHOICES = ("float32", "bfloat16")
-GPU_FROM = (8, 0)  # compute capability of the first NVIDIA GPUs that multiply bfloat16 (CUDA C++ programming guide, table 5)
-FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")  # as torch and Linux name them, x86 and ARM
+# compute capability of the first NVIDIA GPUs that multiply bfloat16 (CUDA C++ programming guide,
+# table 5)
+GPU_FROM = (8, 0)
+# as torch and Linux name them, x86 and ARM
+FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")
 FLOPS, REPEATS = 2**26, 3  # of the measured product: 10 ms at the 6 GFLOP/s of emulated bfloat16
 HOPELESS = 2.0  # times as slow, warming up included
 
@@ -29,7 +35,9 @@ def default_device() -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool | None:
-    """Whether a device has instructions that multiply bfloat16; None where only a measurement tells."""
+    """Whether a device has instructions that multiply bfloat16; None where only a measurement
+    tells.
+    """
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= GPU_FROM
     known = _capabilities()
@@ -37,18 +45,29 @@ def has_bfloat16(device: torch.device) -> bool | None:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """The processor's instruction sets by name; {} where neither torch (from 2.13) nor Linux says."""
+    """The processor's instruction sets by name; {} where neither torch (from 2.13) nor Linux
+    says.
+    """
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        listed = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+        listed = next(
+            (
+                line.partition(":")[2].split()
+                for line in lines
+                if line.startswith(("flags", "Features"))
+            ),
+            [],
+        )
         return dict.fromkeys(listed, True)
     return {}
 
 
 def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
-    """The faster precision for a network's products, and a line that says why; in well under a second."""
+    """The faster precision for a network's products, and a line that says why; in well under a
+    second.
+    """
     found = has_bfloat16(device)
     if found is False:
         return "float32", f"precision float32: {_named(device)} has no bfloat16 instructions"
@@ -58,13 +77,17 @@ def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
 
 
 def faster(weight: Tensor, device: torch.device) -> tuple[str, str]:
-    """Multiply a matrix (N, M) with columns in both precisions, rounding included; the faster one's name, and a line that says so.
+    """Multiply a matrix (N, M) with columns in both precisions, rounding included; the faster one's
+    name, and a line that says so.
 
     bfloat16 must win by a tenth: it rounds, so it has to pay.
     """
     columns = torch.ones(weight.shape[1], max(16, FLOPS // (2 * weight.numel())), device=device)
     exact = _timed(weight, columns, torch.float32)
-    seconds = {"float32": exact, "bfloat16": _timed(weight, columns, torch.bfloat16, enough=HOPELESS * exact)}
+    seconds = {
+        "float32": exact,
+        "bfloat16": _timed(weight, columns, torch.bfloat16, enough=HOPELESS * exact),
+    }
     chosen = "bfloat16" if seconds["bfloat16"] < 0.9 * seconds["float32"] else "float32"
     measured = ", ".join(f"{1000 * value:.1f} ms in {name}" for name, value in seconds.items())
     return chosen, f"precision {chosen}: a product of the network's largest matrix takes {measured}"
@@ -72,7 +95,9 @@ def faster(weight: Tensor, device: torch.device) -> tuple[str, str]:
 
 @torch.no_grad()
 def _timed(weight: Tensor, columns: Tensor, dtype: torch.dtype, *, enough: float = 1.0) -> float:
-    """Seconds of one product, in the median; the first warms up, and is the only one if it takes longer than `enough`."""
+    """Seconds of one product, in the median; the first warms up, and is the only one if it takes
+    longer than `enough`.
+    """
     seconds = []
     for _ in range(REPEATS + 1):
         begun = time.perf_counter()
@@ -85,8 +110,12 @@ def _timed(weight: Tensor, columns: Tensor, dtype: torch.dtype, *, enough: float
 
 
 def _widest(network: nn.Module) -> Tensor:
-    """The largest kernel or matrix of a network as a matrix (N, M); a small one for a network that has none."""
-    matrices = [parameter.detach().flatten(1) for parameter in network.parameters() if parameter.ndim > 1]
+    """The largest kernel or matrix of a network as a matrix (N, M); a small one for a network that
+    has none.
+    """
+    matrices = [
+        parameter.detach().flatten(1) for parameter in network.parameters() if parameter.ndim > 1
+    ]
     return max(matrices, key=torch.numel, default=torch.ones(256, 256))
 
 
@@ -107,6 +136,8 @@ def require(network: Accelerable, name: str) -> None:
 
 
 def prepare(network: Accelerable, name: str) -> None:
-    """Change a network's layers, in place, where a precision is more than the dtype of their context."""
+    """Change a network's layers, in place, where a precision is more than the dtype of their
+    context.
+    """
     if name == "float8":
         in_float8(network, network.float8_layers())

@@ -16,9 +16,11 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within `with Interruption() as asked:`, the first SIGINT or SIGTERM only sets a flag; the second one acts at once.
+    """Within `with Interruption() as asked:`, the first SIGINT or SIGTERM only sets a flag; the
+    second one acts at once.
 
-    A signal to a whole group of processes ends those that read data ahead, too; from then on their end is no error, so that the step is
+    A signal to a whole group of processes ends those that read data ahead, too; from then on their
+    end is no error, so that the step is
     finished and saved.
     """
 
@@ -35,7 +37,12 @@ class Interruption:
                 break
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._restore()
         if self._of_children is not None:
             signal.signal(signal.SIGCHLD, self._of_children)  # type: ignore[arg-type]
@@ -48,7 +55,8 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number
         self._restore()
-        self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of a step
+        # torch's handler raises in the middle of a step
+        self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def raise_if_requested(self) -> None:
         """Raise Interrupted if a signal came in."""

@@ -22,10 +22,14 @@ FAR = 10.0  # times the least loss of a run, above which its weights may have di
 
 @dataclass
 class Counters:
-    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is the last step looked at, `kept` the
-    share of the budget at which averages were kept last, `done_s` the second at which each thing that goes by the clock was done last.
-    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the seconds of a pass `pass_s`. `loss` is the
-    moving average of the steps' losses, `least_loss` the least that it has been, after the first step."""
+    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is
+    the last step looked at, `kept` the
+    share of the budget at which averages were kept last, `done_s` the second at which each thing
+    that goes by the clock was done last.
+    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the
+    seconds of a pass `pass_s`. `loss` is the
+    moving average of the steps' losses, `least_loss` the least that it has been, after the first
+    step."""
 
     step: int = 0
     updates: int = 0
@@ -43,8 +47,12 @@ class Counters:
 
     @property
     def sound(self) -> bool:
-        """Whether the last step was applied and the loss is not far above what it has been; if not, the weights may have diverged."""
-        return not self.skipped_in_a_row and (self.least_loss <= 0 or self.loss <= FAR * self.least_loss)
+        """Whether the last step was applied and the loss is not far above what it has been; if not,
+        the weights may have diverged.
+        """
+        return not self.skipped_in_a_row and (
+            self.least_loss <= 0 or self.loss <= FAR * self.least_loss
+        )
 
     def follow_loss(self, loss: float) -> None:
         """Count an update, and the loss of the step that it came from."""
@@ -58,7 +66,8 @@ class Counters:
 class TrainingState:
     """The model, its averages, the learners that share its weights, and the counters.
 
-    Frozen parameters are the same tensors in the model and in all averages, and are not written into checkpoints.
+    Frozen parameters are the same tensors in the model and in all averages, and are not written
+    into checkpoints.
 
     Attributes:
         average: that samples are made with.
@@ -75,7 +84,10 @@ class TrainingState:
 
     @classmethod
     def new(
-        cls, model: nn.Module, learners: Callable[[nn.Module], list[OptimizedPart]], profiles: Sequence[PowerEMA] = ()
+        cls,
+        model: nn.Module,
+        learners: Callable[[nn.Module], list[OptimizedPart]],
+        profiles: Sequence[PowerEMA] = (),
     ) -> TrainingState:
         """The state before the first step."""
         average, *kept = (_average(model) for _ in range(1 + len(profiles)))
@@ -107,7 +119,11 @@ class TrainingState:
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """The frozen parameters by name."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if name in self.frozen}
+        return {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if name in self.frozen
+        }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -132,7 +148,9 @@ class TrainingState:
 
 def _average(model: nn.Module) -> nn.Module:
     """A copy that is never trained and shares the frozen parameters."""
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    shared: dict[int, Any] = {
+        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+    }
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 

@@ -11,7 +11,8 @@ from sfumato.training.state import TrainingState
 
 
 class Timetable:
-    """Of what goes by the clock of a run. When something was done last is of the run, and is kept by checkpoints; how long it took is of
+    """Of what goes by the clock of a run. When something was done last is of the run, and is kept
+    by checkpoints; how long it took is of
     this machine, and is not."""
 
     def __init__(self, state: TrainingState) -> None:
@@ -21,11 +22,15 @@ class Timetable:
         """Whether it is time, at the step and second that the run has reached."""
         counters = self._state.counters
         last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
-        return cadence.due(step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s)
+        return cadence.due(
+            step=counters.step, seconds=counters.seconds, last_s=last_s, cost_s=cost_s
+        )
 
     @contextmanager
     def doing(self, name: str) -> Iterator[None]:
-        """Note that something is done, before it is, so that a checkpoint holds the time of its own."""
+        """Note that something is done, before it is, so that a checkpoint holds the time of its
+        own.
+        """
         self._state.counters.done_s[name] = self._state.counters.seconds
         begun = time.perf_counter()
         yield

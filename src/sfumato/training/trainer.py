@@ -42,7 +42,9 @@ LOST_SHARE = 0.05  # of the set: more images lost while training than this stop 
 
 
 class StepResult(NamedTuple):
-    """Of one optimizer step: mean loss, what its samples gave, gradient norm of each learner, and whether the weights moved."""
+    """Of one optimizer step: mean loss, what its samples gave, gradient norm of each learner, and
+    whether the weights moved.
+    """
 
     loss: float
     outcome: SampleLosses
@@ -51,7 +53,8 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Trains a task's model in a run directory until its budget is spent; `run()` may be called again after `resume()`.
+    """Trains a task's model in a run directory until its budget is spent; `run()` may be called
+    again after `resume()`.
 
     Whoever calls either holds the run's lock.
     """
@@ -66,12 +69,22 @@ class Trainer:
         pinned: Mapping[str, Any],
         hooks: Sequence[Hook] = HOOKS,
     ) -> None:
-        """`pinned` is the configuration as plain data, kept in checkpoints with the task's facts; `hooks` run in their order."""
+        """`pinned` is the configuration as plain data, kept in checkpoints with the task's facts;
+        `hooks` run in their order.
+        """
         self.hooks = tuple(hooks)
         self.device = next(task.model.parameters()).device
-        self.config, self.task, self.dataset, self.directory, self.pinned = config, task, dataset, directory, pinned
+        self.config, self.task, self.dataset, self.directory, self.pinned = (
+            config,
+            task,
+            dataset,
+            directory,
+            pinned,
+        )
         self.state = TrainingState.new(task.model, task.learners, config.post_hoc_ema.profiles)
-        self.plan = BatchPlan(seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size)
+        self.plan = BatchPlan(
+            seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size
+        )
         self._new = True
         self._frozen = ""
         self._lost: set[str] = set()
@@ -92,16 +105,25 @@ class Trainer:
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
         if loaded.state["data"] != self.dataset.fingerprint:
             before = self.directory.data_record()
-            found = changes(before, self.dataset) if before.get("fingerprint") == loaded.state["data"] else []
+            found = (
+                changes(before, self.dataset)
+                if before.get("fingerprint") == loaded.state["data"]
+                else []
+            )
             raise CheckpointError(
                 "the data are not what this run was trained on: "
-                + ("; ".join(found) or "images, their order, captions, categories, the split or the pixel format changed"),
+                + (
+                    "; ".join(found)
+                    or "images, their order, captions, categories, the split or the pixel format "
+                    "changed"
+                ),
                 where=str(loaded.path),
                 hint="restore them as they were, or train a new run on them as they are",
             )
         if loaded.state["plan"] != self.plan.hash:
             raise CheckpointError(
-                "seed or batch_size are not what this run began with, so that samples would be repeated or left out",
+                "seed or batch_size are not what this run began with, so that samples would be "
+                "repeated or left out",
                 where=str(loaded.path),
                 hint="leave them as they are in config.yaml; micro_batch may change",
             )
@@ -134,7 +156,10 @@ class Trainer:
             except Interrupted as signal:
                 self._save()
                 self.directory.write_status("interrupted", counters.step, signal=str(signal))
-                bar.say(f"{signal}: saved at step {counters.step}; `sfumato resume {self.directory.root}` goes on from there")
+                bar.say(
+                    f"{signal}: saved at step {counters.step}; `sfumato resume "
+                    f"{self.directory.root}` goes on from there"
+                )
                 raise
             except BaseException as error:
                 with suppress(OSError):  # the disk may be why
@@ -154,9 +179,13 @@ class Trainer:
         return Session(bar=bar, sinks=[metrics, *others], interruption=interruption)
 
     def _prepare(self, bar: ProgressBar) -> None:
-        """Settle how to compute, check the disk, and make sure that there is something to resume from."""
+        """Settle how to compute, check the disk, and make sure that there is something to resume
+        from.
+        """
         counters, network = self.state.counters, self._settle(bar.say)
-        if settle_compiling(self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say):
+        if settle_compiling(
+            self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
+        ):
             self._uncompiled = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.disk_bytes())
         if self._new:
@@ -164,7 +193,8 @@ class Trainer:
         self.directory.write_status("running", counters.step)
 
     def measure_step(self, *, steps: int = 3) -> float:
-        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer is used up.
+        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer
+        is used up.
 
         The first step warms up, and is the only one where it is long.
         """
@@ -178,18 +208,26 @@ class Trainer:
         return statistics.median(seconds[1:] or seconds)
 
     def disk_bytes(self) -> int:
-        """What the checkpoints that are not there yet need, and a little for the rest: weights, their averages and two moments, in float32.
+        """What the checkpoints that are not there yet need, and a little for the rest: weights,
+        their averages and two moments, in float32.
 
-        There is one more than are kept while the oldest has not been removed. Snapshots are counted where the budget says how many steps.
+        There is one more than are kept while the oldest has not been removed. Snapshots are counted
+        where the budget says how many steps.
         """
         config, counters = self.config, self.state.counters
         size = 4 * count(trainable(self.state.model))
         frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
         widths, kept = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
         averages = math.ceil(widths * kept * (1 - counters.kept))
-        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in between.SNAPSHOTS)
-        checkpoints = max(1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints)))
-        result: int = size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
+        snapshots = sum(
+            counters.step < step <= (config.budget.steps or 0) for step in between.SNAPSHOTS
+        )
+        checkpoints = max(
+            1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints))
+        )
+        result: int = (
+            size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
+        )
         return result
 
     def _settle(self, say: Callable[[str], None]) -> Accelerable:
@@ -221,11 +259,16 @@ class Trainer:
                 session.write(record)
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
                 figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
-                bar.update(min(self._spent(), 1.0), f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB")
+                bar.update(
+                    min(self._spent(), 1.0),
+                    f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB",
+                )
                 self._try(bar, partial(self.directory.heartbeat, counters.step))
 
     def _next(self, supply: Iterator[Batch], interruption: Interruption) -> Batch:
-        """The next batch. Processes that read ahead may have been ended by the signal that asks this one to stop."""
+        """The next batch. Processes that read ahead may have been ended by the signal that asks
+        this one to stop.
+        """
         try:
             return next(supply)
         except RuntimeError:
@@ -233,7 +276,9 @@ class Trainer:
             raise
 
     def _between_steps(self, session: Session, finished: bool) -> None:
-        """What is due at this step. The checkpoint comes last and says so: a run resumed from it has seen the rest."""
+        """What is due at this step. The checkpoint comes last and says so: a run resumed from it
+        has seen the rest.
+        """
         counters = self.state.counters
         for hook in self.hooks:
             if hook.due(self, finished=finished):
@@ -259,15 +304,20 @@ class Trainer:
             bar.say(f"warning: {error}")
 
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on a global batch: gradients summed over micro-batches, clipped, applied, averaged.
+        """One optimizer step on a global batch: gradients summed over micro-batches, clipped,
+        applied, averaged.
 
-        A non-finite loss or gradient leaves weights, average and learning-rate schedule as they are.
+        A non-finite loss or gradient leaves weights, average and learning-rate schedule as they
+        are.
         """
         state, config = self.state, self.config
         counters = state.counters
         outcome = self._backward(batch, self._dtype)
-        # The step's only wait for the device: whether the weights may move is decided here, on the host.
-        loss, *norms = torch.stack([outcome.per_sample.mean(), *(learner.clip() for learner in state.learners)]).tolist()
+        # The step's only wait for the device: whether the weights may move is decided here, on the
+        # host.
+        loss, *norms = torch.stack(
+            [outcome.per_sample.mean(), *(learner.clip() for learner in state.learners)]
+        ).tolist()
         applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
             for learner in state.learners:
@@ -287,10 +337,15 @@ class Trainer:
         return StepResult(loss, outcome, norms, applied)
 
     def _give_up(self) -> None:
-        """Raise DivergedError; what was saved since the loss rose far above its least is set aside, so that resuming begins before."""
+        """Raise DivergedError; what was saved since the loss rose far above its least is set aside,
+        so that resuming begins before.
+        """
         sound = checkpoint.set_diverged_aside(self.directory.checkpoints)
         start = (
-            "" if sound is None else f"; `sfumato resume {self.directory.root}` begins at step {sound}, before the loss rose"
+            ""
+            if sound is None
+            else f"; `sfumato resume {self.directory.root}` begins at step {sound}, before the "
+            "loss rose"
         )
         raise DivergedError(
             f"{SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient",
@@ -299,17 +354,24 @@ class Trainer:
         )
 
     def _backward(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
-        """Accumulate the gradient of the batch's mean loss, over parts of one shape and micro-batches of them."""
+        """Accumulate the gradient of the batch's mean loss, over parts of one shape and
+        micro-batches of them.
+        """
         self.state.model.train()
         size, spent = self.config.at_once, self._spent()
         found = []
         for part in batch.parts:
             for begin in range(0, len(part), size):
                 chosen = slice(begin, min(begin + size, len(part)))
-                outcome = self.task.loss(self.state.model, batch, part, chosen, spent=spent, dtype=dtype)
+                outcome = self.task.loss(
+                    self.state.model, batch, part, chosen, spent=spent, dtype=dtype
+                )
                 (outcome.per_sample.sum() / len(batch)).backward()
                 found.append(outcome)
-        notes = {name: torch.cat([outcome.notes[name].detach() for outcome in found]) for name in found[0].notes}
+        notes = {
+            name: torch.cat([outcome.notes[name].detach() for outcome in found])
+            for name in found[0].notes
+        }
         return SampleLosses(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
     def _trial(self) -> Callable[[torch.dtype], None]:
@@ -330,20 +392,27 @@ class Trainer:
         counters = self.state.counters
         epochs = counters.samples_seen / self.plan.size
         return self.config.budget.spent(
-            steps=counters.step, samples=counters.samples_seen, epochs=epochs, seconds=counters.seconds
+            steps=counters.step,
+            samples=counters.samples_seen,
+            epochs=epochs,
+            seconds=counters.seconds,
         )
 
     def save_snapshot(self) -> Path:
         """Keep the averaged weights of this step for good."""
         return checkpoint.save_snapshot(
-            self.directory.snapshots, step=self.state.counters.step, weights=self.state.trained(self.state.average)
+            self.directory.snapshots,
+            step=self.state.counters.step,
+            weights=self.state.trained(self.state.average),
         )
 
     def keep_averages(self) -> None:
-        """Keep the averages that others are made from, when another of the even parts of the budget is over.
+        """Keep the averages that others are made from, when another of the even parts of the budget
+        is over.
 
         Raises:
-            CheckpointError: if one could not be written; the others are, and training goes on to the next part.
+            CheckpointError: if one could not be written; the others are, and training goes on to
+                the next part.
         """
         counters, config = self.state.counters, self.config.post_hoc_ema
         fraction = min(self._spent(), 1.0)
@@ -352,16 +421,23 @@ class Trainer:
         counters.kept = fraction
         failed: list[CheckpointError] = []
         for profile, average in self.state.kept.items():
-            place, facts = self.directory.averages / kept_name(profile), {post_hoc_ema.UPDATES: str(counters.updates)}
+            place, facts = (
+                self.directory.averages / kept_name(profile),
+                {post_hoc_ema.UPDATES: str(counters.updates)},
+            )
             try:
-                checkpoint.save_snapshot(place, step=counters.step, weights=self.state.trained(average), facts=facts)
+                checkpoint.save_snapshot(
+                    place, step=counters.step, weights=self.state.trained(average), facts=facts
+                )
             except CheckpointError as error:
                 failed.append(error)
         if failed:
             raise failed[0]
 
     def _save(self) -> Path:
-        self._frozen = self._frozen or checkpoint.save_frozen(self.directory.checkpoints, self.state.frozen_tensors())
+        self._frozen = self._frozen or checkpoint.save_frozen(
+            self.directory.checkpoints, self.state.frozen_tensors()
+        )
         return checkpoint.save(
             self.directory.checkpoints,
             step=self.state.counters.step,
@@ -392,7 +468,9 @@ class Trainer:
             "train/lr": self.state.learners[0].rate,
             **{
                 f"train/{learner.name}/grad_norm": norm
-                for learner, norm in zip(self.state.learners[1:], result.gradient_norms[1:], strict=True)
+                for learner, norm in zip(
+                    self.state.learners[1:], result.gradient_norms[1:], strict=True
+                )
             },
             "train/skipped": counters.skipped,
             "perf/images_per_s": images_per_s,
@@ -405,15 +483,25 @@ class Trainer:
             self._lost.update(bad.name for bad in batch.bad)
             if len(self._lost) > max(20, LOST_SHARE * len(self.dataset.entries)):
                 raise DataError(
-                    f"{len(self._lost)} images could not be read any more, e.g. {batch.bad[0].name}: {batch.bad[0].reason}",
+                    f"{len(self._lost)} images could not be read any more, e.g. "
+                    f"{batch.bad[0].name}: {batch.bad[0].reason}",
                     where=str(self.directory.path / "bad_samples.jsonl"),
                     hint="is the disk still there? restore the images, then `sfumato resume`",
                 )
             self._try(bar, partial(self._write_bad, batch))
-            bar.say(f"replaced {len(batch.bad)} image(s) that can no longer be read, e.g. {batch.bad[0].name}")
+            bar.say(
+                f"replaced {len(batch.bad)} image(s) that can no longer be read, e.g. "
+                f"{batch.bad[0].name}"
+            )
 
     def _write_bad(self, batch: Batch) -> None:
-        if self._bad is None:  # opened once: lines of steps that are trained again are dropped, the others stay as they are
-            self._bad = MetricsFile(self.directory.path / "bad_samples.jsonl", after_step=self._began)
+        # opened once: lines of steps that are trained again are dropped, the others stay as they
+        # are
+        if self._bad is None:
+            self._bad = MetricsFile(
+                self.directory.path / "bad_samples.jsonl", after_step=self._began
+            )
         for bad in batch.bad:
-            self._bad.write({"step": self.state.counters.step, "file": bad.name, "reason": bad.reason})
+            self._bad.write(
+                {"step": self.state.counters.step, "file": bad.name, "reason": bad.reason}
+            )

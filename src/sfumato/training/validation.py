@@ -1,6 +1,7 @@
 """The error of a denoiser on images it has not seen, level by level.
 
-Fixed triples (image, noise, level), the same at every call with the same seed, so that figures of one run can be compared. The
+Fixed triples (image, noise, level), the same at every call with the same seed, so that figures of
+one run can be compared. The
 levels are spread evenly over the log-SNR range that training covers.
 """
 
@@ -21,7 +22,9 @@ from sfumato.diffusion import Denoiser, NoiseLevel, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Triples:
-    """Images (n, C, H, W) with a noise and a level each; `bin` says which of `edges`' ranges of log-SNR the level is in."""
+    """Images (n, C, H, W) with a noise and a level each; `bin` says which of `edges`' ranges of
+    log-SNR the level is in.
+    """
 
     x0: Tensor
     noise: Tensor
@@ -33,7 +36,8 @@ class Triples:
 def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Triples:
     """One triple for each image in `x0`; image i's level lies in bin i modulo `bins`.
 
-    The range is what 98 % of the training levels cover. Levels are given variance-preserving: a denoiser does not mind.
+    The range is what 98 % of the training levels cover. Levels are given variance-preserving: a
+    denoiser does not mind.
     """
     ends = schedule(torch.tensor([0.01, 0.99], dtype=torch.float64)).logsnr()
     edges = torch.linspace(float(ends[1]), float(ends[0]), bins + 1, dtype=torch.float64)
@@ -47,7 +51,9 @@ def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Tri
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of each triple, averaged over its elements, (n,): squared and absolute error of the guessed noise and of x0."""
+    """Of each triple, averaged over its elements, (n,): squared and absolute error of the guessed
+    noise and of x0.
+    """
 
     eps_square: Tensor
     eps_absolute: Tensor
@@ -56,7 +62,9 @@ class Errors:
 
 
 @torch.no_grad()
-def measure(denoiser: Denoiser, triples: Triples, condition: Condition, *, batch_size: int) -> Errors:
+def measure(
+    denoiser: Denoiser, triples: Triples, condition: Condition, *, batch_size: int
+) -> Errors:
     """Run the denoiser on all triples."""
     parts: list[list[Tensor]] = [[], [], [], []]
     for first in range(0, len(triples.x0), batch_size):
@@ -67,15 +75,23 @@ def measure(denoiser: Denoiser, triples: Triples, condition: Condition, *, batch
             parts[offset].append(error.double().square().flatten(1).mean(1).cpu())
             parts[offset + 2].append(error.double().abs().flatten(1).mean(1).cpu())
     eps_square, x0_square, eps_absolute, x0_absolute = (torch.cat(part) for part in parts)
-    return Errors(eps_square=eps_square, eps_absolute=eps_absolute, x0_square=x0_square, x0_absolute=x0_absolute)
+    return Errors(
+        eps_square=eps_square,
+        eps_absolute=eps_absolute,
+        x0_square=x0_square,
+        x0_absolute=x0_absolute,
+    )
 
 
 def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[str, Any]:
     """MSE, RMSE, MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
 
-    R^2 compares with the best linear guess eps ~ c x, c = sigma/(alpha^2 m + sigma^2), whose mean squared error is
-    alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2]. (Against the mean of eps, merely copying the
-    input would score near 1 at high noise.) It is the same for eps and x0, whose errors are proportional.
+    R^2 compares with the best linear guess eps ~ c x, c = sigma/(alpha^2 m + sigma^2), whose mean
+    squared error is
+    alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2]. (Against the mean of
+    eps, merely copying the
+    input would score near 1 at high noise.) It is the same for eps and x0, whose errors are
+    proportional.
     """
     alpha2, sigma2 = triples.level.alpha**2, triples.level.sigma**2
     trivial = alpha2 * second_moment / (alpha2 * second_moment + sigma2)
@@ -97,20 +113,31 @@ def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[st
         chosen = triples.bin == number
         if chosen.any():
             low, high = float(triples.edges[number]), float(triples.edges[number + 1])
-            rows.append({"logsnr_low": low, "logsnr_high": high, "n": int(chosen.sum()), **figures(chosen)})
+            rows.append(
+                {"logsnr_low": low, "logsnr_high": high, "n": int(chosen.sum()), **figures(chosen)}
+            )
     return {**figures(torch.ones_like(triples.bin, dtype=torch.bool)), "bins": rows}
 
 
 def difference(first: Errors, second: Errors, triples: Triples) -> dict[str, Any]:
-    """Squared error of the noise, the first minus the second, on equal noises and levels, with its 95 % interval, overall and by bin.
+    """Squared error of the noise, the first minus the second, on equal noises and levels, with its
+    95 % interval, overall and by bin.
 
-    Overfitting (held-out minus seen) shows at intermediate levels first, where an average over all levels hides it.
+    Overfitting (held-out minus seen) shows at intermediate levels first, where an average over all
+    levels hides it.
     """
     values = first.eps_square - second.eps_square
 
     def interval(values: Tensor) -> dict[str, float]:
         half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return {"mean": float(values.mean()), "low": float(values.mean()) - half, "high": float(values.mean()) + half}
+        return {
+            "mean": float(values.mean()),
+            "low": float(values.mean()) - half,
+            "high": float(values.mean()) + half,
+        }
 
     numbers = [number for number in range(len(triples.edges) - 1) if (triples.bin == number).any()]
-    return {**interval(values), "bins": [interval(values[triples.bin == number]) for number in numbers]}
+    return {
+        **interval(values),
+        "bins": [interval(values[triples.bin == number]) for number in numbers],
+    }

@@ -1,4 +1,6 @@
-"""What a set of images can and cannot teach: measured, explained, and shown. Nothing here changes or deletes a file."""
+"""What a set of images can and cannot teach: measured, explained, and shown. Nothing here changes
+or deletes a file.
+"""
 
 from sfumato.data.check.findings import KINDS
 from sfumato.data.check.inspect import Examination, IntendedModel, examine

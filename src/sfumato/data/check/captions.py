@@ -1,4 +1,6 @@
-"""What captions hold: their words, lengths, repetitions and damages; and whether a prompt lies within them."""
+"""What captions hold: their words, lengths, repetitions and damages; and whether a prompt lies
+within them.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,53 @@ from itertools import combinations
 from sfumato import characters
 
 CLIP_LIMIT = 77
-COMPARED = 40  # words of a prompt that are looked at in pairs, or replaced by others: more than a person reads
+# words of a prompt that are looked at in pairs, or replaced by others: more than a person reads
+COMPARED = 40
 STOP_WORDS = frozenset(
     [
-        *("a", "an", "and", "are", "as", "at", "be", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or"),
+        *(
+            "a",
+            "an",
+            "and",
+            "are",
+            "as",
+            "at",
+            "be",
+            "by",
+            "for",
+            "from",
+            "in",
+            "into",
+            "is",
+            "it",
+            "its",
+            "of",
+            "on",
+            "or",
+        ),
         *("over", "that", "the", "this", "to", "under", "with"),
     ]
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
 _WORD_OF_KINDS = re.compile(r"w[wm]*(?:'w[wm]*)*|om*")  # the same, of `characters.kinds`
 _PIECE = re.compile(r"[^\W_]+|[^\w\s]", re.UNICODE)
-# UTF-8 read as Western European: an accented capital followed by what its second byte looks like; and the replacement character.
-_MOJIBAKE = re.compile("[ÂÃâÐÑ][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]|\ufffd")
+# UTF-8 read as Western European: an accented capital followed by what its second byte looks like;
+# and the replacement character.
+_MOJIBAKE = re.compile(
+    "[ÂÃâÐÑ][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]|\ufffd"
+)
 _PLACEHOLDER = re.compile(
-    r"^(image|image|photo|photograph|img|untitled|unknown|none|null|n/?a|caption|text|dsc|scan)?[\s_\-.\d]*$", re.IGNORECASE
+    r"^(image|picture|photo|photograph|img|untitled|unknown|none|null|n/?a|caption|text|dsc|scan)?[\s_\-.\d]*$",
+    re.IGNORECASE,
 )
 
 
 def tokens(text: str) -> int:
-    """About how many tokens CLIP's byte-pair encoding makes of a text, start and end included; its vocabulary is not needed.
+    """About how many tokens CLIP's byte-pair encoding makes of a text, start and end included; its
+    vocabulary is not needed.
 
-    Common words are one token; longer ones are counted as one for each seven letters, other scripts as one a letter.
+    Common words are one token; longer ones are counted as one for each seven letters, other scripts
+    as one a letter.
     """
     count = 2
     for piece in _PIECE.findall(text):
@@ -48,8 +76,12 @@ def exceeds_clip(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text that carry meaning: lower case, plural endings removed; single letters in scripts without spaces."""
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).replace("’", "'")
+    """The words of a text that carry meaning: lower case, plural endings removed; single letters in
+    scripts without spaces.
+    """
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).replace(
+        "’", "'"
+    )
     if plain.isascii():
         found = _WORD.findall(plain)
     else:
@@ -63,7 +95,11 @@ def _stem(word: str) -> str:
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "sses", "xes")):
         return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    return (
+        word[:-1]
+        if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
+        else word
+    )
 
 
 def is_damaged(text: str) -> bool:
@@ -78,8 +114,14 @@ def is_placeholder(text: str) -> bool:
 
 def templates(texts: Sequence[str], *, size: int = 3, top: int = 5) -> list[tuple[str, float]]:
     """Openings of `size` words shared by at least a twentieth of the captions, with their share."""
-    openings = Counter(" ".join(found[:size]) for text in texts if len(found := text.lower().split()) > size)
-    return [(opening, count / len(texts)) for opening, count in openings.most_common(top) if count >= max(2, len(texts) / 20)]
+    openings = Counter(
+        " ".join(found[:size]) for text in texts if len(found := text.lower().split()) > size
+    )
+    return [
+        (opening, count / len(texts))
+        for opening, count in openings.most_common(top)
+        if count >= max(2, len(texts) / 20)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +133,10 @@ class Coverage:
         counts: captions that hold each word of the prompt.
         together: for each pair of its first 40 words, captions that hold both.
         whole: captions that hold all of its words.
-        similar: for the first 40 words that no caption holds, words that they do hold and that contain it or are spelt alike.
-        nearest: positions of the captions most like the prompt, best first, with their likeness from 0 to 1.
+        similar: for the first 40 words that no caption holds, words that they do hold and that
+            contain it or are spelt alike.
+        nearest: positions of the captions most like the prompt, best first, with their likeness
+            from 0 to 1.
     """
 
     prompt: str
@@ -113,18 +157,30 @@ class Vocabulary:
         for number, text in enumerate(texts):
             for word in set(words(text)):
                 self.places.setdefault(word, set()).add(number)
-        self._weights = {word: math.log(1 + len(texts) / len(where)) for word, where in self.places.items()}
+        self._weights = {
+            word: math.log(1 + len(texts) / len(where)) for word, where in self.places.items()
+        }
 
     def coverage(self, prompt: str, *, nearest: int = 8) -> Coverage:
         """Whether the captions hold the prompt's words, and all of them together."""
         asked = list(dict.fromkeys(words(prompt)))
         counts = {word: len(self.places.get(word, ())) for word in asked}
         pairs = combinations(asked[:COMPARED], 2)
-        together = {(a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in pairs}
-        whole = len(set.intersection(*(self.places.get(word, set()) for word in asked))) if asked else 0
+        together = {
+            (a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in pairs
+        }
+        whole = (
+            len(set.intersection(*(self.places.get(word, set()) for word in asked))) if asked else 0
+        )
         unseen = [word for word, count in counts.items() if not count]
         similar = {word: self._similar(word) for word in unseen[:COMPARED]}
-        verdict = "unseen words" if not asked or 0 in counts.values() else "seen" if whole else "never together"
+        verdict = (
+            "unseen words"
+            if not asked or 0 in counts.values()
+            else "seen"
+            if whole
+            else "never together"
+        )
         return Coverage(
             prompt=prompt,
             verdict=verdict,
@@ -138,7 +194,11 @@ class Vocabulary:
     def _similar(self, word: str) -> list[str]:
         containing = [known for known in self.places if len(word) > 3 and word in known]
         containing.sort(key=lambda known: (-len(self.places[known]), known))
-        return list(dict.fromkeys([*containing, *difflib.get_close_matches(word, self.places, n=3, cutoff=0.8)]))[:4]
+        return list(
+            dict.fromkeys(
+                [*containing, *difflib.get_close_matches(word, self.places, n=3, cutoff=0.8)]
+            )
+        )[:4]
 
     def _nearest(self, asked: Sequence[str], count: int) -> list[tuple[int, float]]:
         """By shared words, rare ones counting more, over all words of both."""
@@ -150,10 +210,15 @@ class Vocabulary:
         whole = sum(self._weights.get(word, unknown) for word in asked)
 
         def likeness(number: int, shared: float) -> float:
-            return shared / (whole + sum(self._weights[word] for word in set(words(self.texts[number]))) - shared)
+            return shared / (
+                whole + sum(self._weights[word] for word in set(words(self.texts[number]))) - shared
+            )
 
         best = _best(scores, 50 * count)
-        ranked = sorted(((number, likeness(number, shared)) for number, shared in best), key=lambda pair: (-pair[1], pair[0]))
+        ranked = sorted(
+            ((number, likeness(number, shared)) for number, shared in best),
+            key=lambda pair: (-pair[1], pair[0]),
+        )
         return [(number, round(score, 3)) for number, score in ranked[:count]]
 
 

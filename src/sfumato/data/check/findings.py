@@ -15,11 +15,17 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "unreadable": Kind("Unreadable", "They cannot be learned from.", "Repair or remove them; training leaves them out.", True),
+    "unreadable": Kind(
+        "Unreadable",
+        "They cannot be learned from.",
+        "Repair or remove them; training leaves them out.",
+        True,
+    ),
     "unnamed": Kind(
         "Not named in the metadata",
         "They are not trained on, since nothing is said of them.",
-        "Name them in the metadata, or set data.source.unnamed=use to train them without a caption.",
+        "Name them in the metadata, or set data.source.unnamed=use to train them without a "
+        "caption.",
     ),
     "left_out": Kind(
         "Not used",
@@ -34,13 +40,15 @@ KINDS = {
     ),
     "near_duplicate": Kind(
         "Near-duplicates",
-        "They count almost like exact ones, and would leak from training into validation; splits keep them together.",
+        "They count almost like exact ones, and would leak from training into validation; splits "
+        "keep them together.",
         "Keep the best of each group; the reject list names those that are called the same.",
         True,
     ),
     "look_alike": Kind(
         "Alike, but called differently",
-        "Nearly the same image under different captions or categories: the model cannot learn the difference.",
+        "Nearly the same image under different captions or categories: the model cannot learn "
+        "the difference.",
         "Check the names; raise the resolution if the difference is small.",
     ),
     "dark": Kind(
@@ -48,7 +56,11 @@ KINDS = {
         "Samples will come out dark about as often as these are in the set.",
         "Brighten or remove those that are not night scenes.",
     ),
-    "bright": Kind("Bright", "Washed-out images teach washed-out samples.", "Check the exposure; remove scans of empty pages."),
+    "bright": Kind(
+        "Bright",
+        "Washed-out images teach washed-out samples.",
+        "Check the exposure; remove scans of empty pages.",
+    ),
     "blurry": Kind(
         "Blurred",
         "The model learns blur as a style and mixes it into sharp subjects.",
@@ -81,14 +93,19 @@ KINDS = {
         "Colour sets are better without them; or train with data.channels=1.",
     ),
     "transparent": Kind(
-        "Transparent", "What is clear is filled with data.background.", "Choose the colour; keep it with data.channels=4."
+        "Transparent",
+        "What is clear is filled with data.background.",
+        "Choose the colour; keep it with data.channels=4.",
     ),
     "converted": Kind(
         "Converted",
-        "Decoded with a change: turned by EXIF; from CMYK, a palette, 16 bits or another profile; the first frame of several.",
+        "Decoded with a change: turned by EXIF; from CMYK, a palette, 16 bits or another "
+        "profile; the first frame of several.",
         "Nothing to do if they look right here.",
     ),
-    "caption_missing": Kind("Caption missing", "They are trained unconditionally.", "Caption them."),
+    "caption_missing": Kind(
+        "Caption missing", "They are trained unconditionally.", "Caption them."
+    ),
     "caption_duplicate": Kind(
         "Caption shared",
         "One text for different images: what distinguishes them cannot be prompted.",
@@ -105,6 +122,8 @@ KINDS = {
         "Save the captions as UTF-8.",
     ),
     "caption_placeholder": Kind(
-        "Caption says nothing", "File numbers and 'untitled' teach the text nothing.", "Describe the image."
+        "Caption says nothing",
+        "File numbers and 'untitled' teach the text nothing.",
+        "Describe the image.",
     ),
 }

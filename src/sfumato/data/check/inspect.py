@@ -1,4 +1,6 @@
-"""From the measurements of every image to findings: which files, what it will do to training, what to do about it."""
+"""From the measurements of every image to findings: which files, what it will do to training, what
+to do about it.
+"""
 
 from __future__ import annotations
 
@@ -88,28 +90,45 @@ class Examination:
 
     def why(self) -> dict[str, str]:
         """Why each name that was left out was left out."""
-        return {name: reason for reasons in self.reasons.values() for name, reason in reasons.items()}
+        return {
+            name: reason for reasons in self.reasons.values() for name, reason in reasons.items()
+        }
 
     def rejects(self) -> dict[str, str]:
-        """Names that training is better without, and why: all but one of each group of copies, and what cannot be learned from.
+        """Names that training is better without, and why: all but one of each group of copies, and
+        what cannot be learned from.
 
         Copies under another caption or category stay: leaving them out is for a person to decide.
         """
         found = dict(self.reasons.get("unreadable", {}))
         for kind in ("low_information",):
-            found.update({self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])})
+            found.update(
+                {self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])}
+            )
         for kind in ("duplicate", "near_duplicate"):
             for kept, *others in self.groups.get(kind, []):
-                copies = [i for i in others if _agree(_called(self.entries[kept]), _called(self.entries[i]))]
-                found.update({self.entries[i].name: f"{kind} of {self.entries[kept].name}" for i in copies})
+                copies = [
+                    i
+                    for i in others
+                    if _agree(_called(self.entries[kept]), _called(self.entries[i]))
+                ]
+                found.update(
+                    {self.entries[i].name: f"{kind} of {self.entries[kept].name}" for i in copies}
+                )
         return found
 
 
 def examine(
-    listing: Listing, *, source: str, plan: IntendedModel, on_progress: Callable[[int, int], None] | None = None
+    listing: Listing,
+    *,
+    source: str,
+    plan: IntendedModel,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Examination:
     """Measure every image and say what is to be said; the same data give the same findings."""
-    result = Examination(source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks))
+    result = Examination(
+        source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks)
+    )
     for reject in listing.rejects:
         kind = "unnamed" if reject.reason.startswith(UNNAMED) else "left_out"
         result.reasons.setdefault(kind, {})[reject.name] = reject.reason
@@ -117,7 +136,9 @@ def examine(
     positions: list[int] = []
     found: list[Measurement] = []
     with quiet():
-        for number, looked in enumerate(ordered_map(lambda entry: measure(entry, plan.form), listing.entries)):
+        for number, looked in enumerate(
+            ordered_map(lambda entry: measure(entry, plan.form), listing.entries)
+        ):
             if isinstance(looked, str):
                 unreadable.append(Reject(listing.entries[number].name, looked))
             else:
@@ -130,7 +151,10 @@ def examine(
     result.ledger = Ledger.of(listing, unreadable)
     places = np.array(positions, np.int64)
     result.figures.update(
-        images=len(listing.entries), readable=len(found), unreadable=len(unreadable), ledger=result.ledger.plain()
+        images=len(listing.entries),
+        readable=len(found),
+        unreadable=len(unreadable),
+        ledger=result.ledger.plain(),
     )
     if found:
         result.remarks += left_out([m.frames for m in found])
@@ -143,7 +167,9 @@ def examine(
     return result
 
 
-def _single(result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel) -> None:
+def _single(
+    result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel
+) -> None:
     """What one image shows by itself, or beside the usual one."""
 
     def of(name: str) -> NDArray[Any]:
@@ -156,8 +182,10 @@ def _single(result: Examination, places: NDArray[np.int64], found: list[Measurem
     notes = [set(m.notes) for m in found]
     kinds = {
         "dark": of("dark_end") < DARK,
-        "bright": (of("bright_end") > BRIGHT) | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
-        "low_information": of("contrast") < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
+        "bright": (of("bright_end") > BRIGHT)
+        | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
+        "low_information": of("contrast")
+        < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
         "odd_aspect": _odd_aspect(longer / shorter),
         "odd_size": _odd_size(np.sqrt(longer * shorter)),
         "upscaled": shorter < plan.resolution,
@@ -170,7 +198,9 @@ def _single(result: Examination, places: NDArray[np.int64], found: list[Measurem
     kinds["blurry"] = (sharp < max(BLURRED, 0.3 * usual)) & ~kinds["low_information"]
     kinds["bright"] &= ~kinds["low_information"]
     kinds["dark"] &= ~kinds["low_information"]
-    result.issues.update({kind: places[mask].tolist() for kind, mask in kinds.items() if mask.any()})
+    result.issues.update(
+        {kind: places[mask].tolist() for kind, mask in kinds.items() if mask.any()}
+    )
     result.figures.update(
         median_size=[int(v) for v in np.median(size, axis=0)],
         smallest_side=int(shorter.min()),
@@ -188,7 +218,9 @@ def _odd_aspect(ratio: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Outside the quartiles by more than three halves of their distance, or by a fifth where that is more; on a log scale."""
+    """Outside the quartiles by more than three halves of their distance, or by a fifth where that
+    is more; on a log scale.
+    """
     log = np.log(size)
     low, high = np.quantile(log, [0.25, 0.75])
     room = max(1.5 * (high - low), np.log(1.2))
@@ -197,7 +229,9 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Groups of equal and of nearly equal images; look-alikes under different names are kept apart from copies."""
+    """Groups of equal and of nearly equal images; look-alikes under different names are kept apart
+    from copies.
+    """
     same: dict[str, list[int]] = {}
     for number, measurement in enumerate(found):
         same.setdefault(measurement.id, []).append(number)
@@ -207,7 +241,11 @@ def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurem
     alike: list[tuple[int, int]] = []
     for one, other in near_pairs(np.array([found[group[0]].thumbnail for group in groups])):
         # Of equal images under several names, those count that are called like the other.
-        matches = [pair for pair in product(groups[one], groups[other]) if _agree(called[pair[0]], called[pair[1]])]
+        matches = [
+            pair
+            for pair in product(groups[one], groups[other])
+            if _agree(called[pair[0]], called[pair[1]])
+        ]
         near += matches
         alike += [] if matches else [(groups[one][0], groups[other][0])]
     area = np.array([m.size[0] * m.size[1] for m in found])
@@ -220,7 +258,12 @@ def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurem
         if members:
             result.groups[kind] = [[int(places[i]) for i in group] for group in members]
             result.issues[kind] = sorted(i for group in result.groups[kind] for i in group)
-    links = [(group[0], other) for kind in ("duplicate", "near_duplicate") for group in copies[kind] for other in group[1:]]
+    links = [
+        (group[0], other)
+        for kind in ("duplicate", "near_duplicate")
+        for group in copies[kind]
+        for other in group[1:]
+    ]
     distinct = len(np.unique(components(len(found), np.array(links, np.int64).reshape(-1, 2))))
     result.figures.update(copies=len(found) - distinct, distinct=distinct)
 
@@ -229,7 +272,9 @@ def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
     return entry.category, frozenset(entry.captions)
 
 
-def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]) -> bool:
+def _agree(
+    first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]
+) -> bool:
     """Whether two images are called the same, as far as both are called anything."""
     return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
@@ -237,15 +282,21 @@ def _agree(first: tuple[str | None, frozenset[str]], second: tuple[str | None, f
 def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[list[int]]:
     """Connected groups, the largest image of each first."""
     members: dict[int, list[int]] = {}
-    for number, group in enumerate(components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()):
+    for number, group in enumerate(
+        components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
+    ):
         members.setdefault(group, []).append(number)
-    return [sorted(group, key=lambda i: (-area[i], i)) for group in members.values() if len(group) > 1]
+    return [
+        sorted(group, key=lambda i: (-area[i], i)) for group in members.values() if len(group) > 1
+    ]
 
 
 def vendi(features: NDArray[np.floating]) -> float:
-    """Effective number of different images: exp of the entropy of the eigenvalues of the cosine similarities over n.
+    """Effective number of different images: exp of the entropy of the eigenvalues of the cosine
+    similarities over n.
 
-    Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; from the smaller of the two Gram matrices, whose eigenvalues agree.
+    Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; from the smaller of the two Gram
+        matrices, whose eigenvalues agree.
     """
     rows = features.astype(np.float64)
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -256,24 +307,37 @@ def vendi(features: NDArray[np.floating]) -> float:
 
 
 def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Vendi scores, kinds of images, and the ones far from all others, by hand-made features of a spread sample."""
+    """Vendi scores, kinds of images, and the ones far from all others, by hand-made features of a
+    spread sample.
+    """
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SAMPLE)).round().astype(int))
     small = signatures(np.stack([found[i].thumbnail for i in chosen]))
     small /= np.sqrt(small.shape[1])
-    features = np.concatenate([small, np.stack([found[i].gradients for i in chosen]).astype(np.float32)], axis=1)
+    features = np.concatenate(
+        [small, np.stack([found[i].gradients for i in chosen]).astype(np.float32)], axis=1
+    )
     by_category: dict[str, list[int]] = {}
     for row, i in enumerate(chosen):
         category = result.entries[places[i]].category
         if category:
             by_category.setdefault(category, []).append(row)
-    scores = {name: round(vendi(features[rows]), 2) for name, rows in sorted(by_category.items()) if len(rows) > 1}
+    scores = {
+        name: round(vendi(features[rows]), 2)
+        for name, rows in sorted(by_category.items())
+        if len(rows) > 1
+    }
     result.figures["vendi"] = {
-        "extractor": EXTRACTOR, "n": len(chosen), "overall": round(vendi(features), 2), "by_category": scores,
-    }  # fmt: skip
+        "extractor": EXTRACTOR,
+        "n": len(chosen),
+        "overall": round(vendi(features), 2),
+        "by_category": scores,
+    }
     _clusters(result, places[chosen], features)
 
 
-def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[np.float32]) -> None:
+def _clusters(
+    result: Examination, places: NDArray[np.int64], features: NDArray[np.float32]
+) -> None:
     from scipy.spatial import cKDTree
     from sklearn.cluster import MiniBatchKMeans
 
@@ -284,7 +348,9 @@ def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[
     if count >= 2:
         means = MiniBatchKMeans(count, random_state=0, n_init=3, batch_size=2048).fit(points)
         distance = np.linalg.norm(points - means.cluster_centers_[means.labels_], axis=1)
-        for label, size in sorted(Counter(means.labels_.tolist()).items(), key=lambda pair: (-pair[1], pair[0])):
+        for label, size in sorted(
+            Counter(means.labels_.tolist()).items(), key=lambda pair: (-pair[1], pair[0])
+        ):
             inside = np.flatnonzero(means.labels_ == label)
             typical = inside[np.argsort(distance[inside], kind="stable")[:8]]
             result.clusters.append((places[typical].tolist(), size / len(points)))
@@ -294,7 +360,9 @@ def _clusters(result: Examination, places: NDArray[np.int64], features: NDArray[
         limit = middle + 8 * max(np.median(np.abs(away - middle)), 1e-6)
         far = np.flatnonzero(away > limit)
         if len(far):
-            result.issues["outlier"] = places[far[np.argsort(-away[far], kind="stable")[:200]]].tolist()
+            result.issues["outlier"] = places[
+                far[np.argsort(-away[far], kind="stable")[:200]]
+            ].tolist()
 
 
 def _captions(result: Examination, plan: IntendedModel) -> None:
@@ -304,7 +372,11 @@ def _captions(result: Examination, plan: IntendedModel) -> None:
     if not captioned:
         return
     everyone = [caption for i in captioned for caption in entries[i].captions]
-    shared = {caption for caption, times in Counter(entries[i].captions[0] for i in captioned).items() if times > 1}
+    shared = {
+        caption
+        for caption, times in Counter(entries[i].captions[0] for i in captioned).items()
+        if times > 1
+    }
 
     def having(test: Callable[[str], bool]) -> list[int]:
         return [i for i in captioned if any(test(caption) for caption in entries[i].captions)]
@@ -334,29 +406,39 @@ def _captions(result: Examination, plan: IntendedModel) -> None:
     }
     if openings and openings[0][1] > 0.5:
         result.remarks.append(
-            f"{openings[0][1]:.0%} of the captions begin “{openings[0][0]} …”: the model will want that opening in every prompt."
+            f"{openings[0][1]:.0%} of the captions begin “{openings[0][0]} …”: the model will "
+            "want that opening in every prompt."
         )
     if lengths.size and np.quantile(lengths, 0.95) < 12:
         result.remarks.append(
-            "All captions are short: a mix of short and long ones teaches a model to follow prompts far better."
+            "All captions are short: a mix of short and long ones teaches a model to follow "
+            "prompts far better."
         )
 
 
 def _categories(result: Examination, readable: set[int]) -> None:
-    counts = Counter(e.category for i, e in enumerate(result.entries) if e.category and i in readable)
+    counts = Counter(
+        e.category for i, e in enumerate(result.entries) if e.category and i in readable
+    )
     if not counts:
         return
     shares = np.array(list(counts.values())) / sum(counts.values())
     effective = float(np.exp(-(shares * np.log(shares)).sum()))
-    result.figures["categories"] = {"counts": dict(sorted(counts.items())), "effective_number": round(effective, 2)}
+    result.figures["categories"] = {
+        "counts": dict(sorted(counts.items())),
+        "effective_number": round(effective, 2),
+    }
     name, least = min(counts.items(), key=lambda pair: (pair[1], pair[0]))
     if effective < 0.7 * len(counts):
         result.remarks.append(
-            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” has {least} image(s) "
+            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” "
+            f"has {least} image(s) "
             "and will be drawn worst."
         )
     if least < 20:
-        result.remarks.append(f"“{name}” has only {least} image(s): too few to learn a kind from; expect copies.")
+        result.remarks.append(
+            f"“{name}” has only {least} image(s): too few to learn a kind from; expect copies."
+        )
 
 
 def _size(result: Examination, plan: IntendedModel) -> None:
@@ -366,15 +448,23 @@ def _size(result: Examination, plan: IntendedModel) -> None:
         result.remarks.append("No image can be read: there is nothing to learn from.")
         return
     if distinct < 100:
-        result.remarks.append(f"{distinct} different images: enough to fine-tune a trained model, not to train one.")
+        result.remarks.append(
+            f"{distinct} different images: enough to fine-tune a trained model, not to train one."
+        )
     elif distinct < 1000:
         result.remarks.append(
-            f"{distinct} different images: a small model will memorize them unless augmented and stopped early."
+            f"{distinct} different images: a small model will memorize them unless augmented and "
+            "stopped early."
         )
     values = distinct * plan.resolution**2 * 3
-    result.figures["model"] = {"resolution": plan.resolution, "parameters": plan.parameters, "values_in_images": values}
+    result.figures["model"] = {
+        "resolution": plan.resolution,
+        "parameters": plan.parameters,
+        "values_in_images": values,
+    }
     if plan.parameters > values:
         result.remarks.append(
-            f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more than the {values / 1e6:.1f}M values in all "
+            f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more "
+            f"than the {values / 1e6:.1f}M values in all "
             "images: it could store them, so watch the gap to held-out images."
         )

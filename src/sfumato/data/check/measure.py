@@ -25,8 +25,10 @@ class Measurement(NamedTuple):
         notes: what decoding had to do.
         dark_end, bright_end: 99th and 5th percentile of perceived brightness, from 0 to 1.
         white: share of pixels that are nearly white.
-        contrast: standard deviation of the values over the image, of 255; the largest of the channels.
-        sharpness: 98th percentile of the Laplacian over the range of values; about 1 for line art, 0.7 for photographs, below 0.25
+        contrast: standard deviation of the values over the image, of 255; the largest of the
+            channels.
+        sharpness: 98th percentile of the Laplacian over the range of values; about 1 for line art,
+            0.7 for photographs, below 0.25
             for blurred ones.
         colourful: mean difference of the channels, of 255; 0 for gray.
         thumbnail: (32, 32, 3).
@@ -49,10 +51,16 @@ class Measurement(NamedTuple):
 
 
 def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float32]:
-    """What a person sees of pixels (C, H, W): RGB from 0 to 255, (H, W, 3), on the background; the first three of many channels."""
-    values = pixels.transpose(1, 2, 0).astype(np.float32) / np.float32(1 if pixels.dtype == np.uint8 else 257)
+    """What a person sees of pixels (C, H, W): RGB from 0 to 255, (H, W, 3), on the background; the
+    first three of many channels.
+    """
+    values = pixels.transpose(1, 2, 0).astype(np.float32) / np.float32(
+        1 if pixels.dtype == np.uint8 else 257
+    )
     if form.channels in (2, 4) and alpha:
-        values = values[..., :-1] + (1 - values[..., -1:] / np.float32(255)) * np.array(form.background, np.float32)
+        values = values[..., :-1] + (1 - values[..., -1:] / np.float32(255)) * np.array(
+            form.background, np.float32
+        )
     return values[..., :3] if values.shape[2] >= 3 else np.repeat(values[..., :1], 3, axis=2)
 
 
@@ -85,20 +93,30 @@ def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
 
 
 def sharpness(gray: NDArray[np.float32]) -> float:
-    """98th percentile of |Laplacian| over the 2-98 % range of values; images of under 3 x 3 pixels are sharp."""
+    """98th percentile of |Laplacian| over the 2-98 % range of values; images of under 3 x 3 pixels
+    are sharp.
+    """
     if min(gray.shape) < 3:
         return 1.0
     inner = gray[1:-1, 1:-1]
-    laplacian = np.abs(4 * inner - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:])
+    laplacian = np.abs(
+        4 * inner - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]
+    )
     low, high = np.quantile(gray, [0.02, 0.98])
     return float(np.quantile(laplacian, 0.98) / max(high - low, 8.0))
 
 
 def _gradients(gray: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Histogram of oriented gradients of the image at 32 x 32, of length 1 (Dalal and Triggs 2005)."""
+    """Histogram of oriented gradients of the image at 32 x 32, of length 1 (Dalal and Triggs
+    2005).
+    """
     small = np.asarray(Image.fromarray(gray).resize((34, 34), Image.Resampling.BILINEAR))
     dx, dy = small[1:-1, 2:] - small[1:-1, :-2], small[2:, 1:-1] - small[:-2, 1:-1]
-    sector = ((np.arctan2(dy, dx) % np.pi) * (ORIENTATIONS / np.pi)).astype(int).clip(0, ORIENTATIONS - 1)
+    sector = (
+        ((np.arctan2(dy, dx) % np.pi) * (ORIENTATIONS / np.pi))
+        .astype(int)
+        .clip(0, ORIENTATIONS - 1)
+    )
     cell = np.arange(32) // (32 // CELLS)
     place = (cell[:, None] * CELLS + cell[None, :]) * ORIENTATIONS + sector
     histogram = np.bincount(place.ravel(), np.hypot(dx, dy).ravel(), CELLS * CELLS * ORIENTATIONS)

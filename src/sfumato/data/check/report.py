@@ -1,4 +1,6 @@
-"""The findings as files: data.json for programs, rejects.txt for `data.exclude`, data_report.html for people."""
+"""The findings as files: data.json for programs, rejects.txt for `data.exclude`, data_report.html
+for people.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,17 @@ def write(found: Examination, folder: Path) -> list[Path]:
     paths = {
         "data_report.html": _page(found, rejects),
         "data.json": json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n",
-        "rejects.txt": "\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines) + "\n",
+        "rejects.txt": "\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines)
+        + "\n",
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in paths.items():
             (folder / name).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot be written: {error}", where=str(folder), hint="name another folder with --out") from None
+        raise DataError(
+            f"cannot be written: {error}", where=str(folder), hint="name another folder with --out"
+        ) from None
     return [folder / name for name in paths]
 
 
@@ -56,7 +61,10 @@ def plain(found: Examination) -> dict[str, Any]:
         "counts": {kind: len(names) for kind, names in files.items()},
         "issues": files,
         "reasons": found.why(),
-        "groups": {kind: [[found.entries[i].name for i in group] for group in groups] for kind, groups in found.groups.items()},
+        "groups": {
+            kind: [[found.entries[i].name for i in group] for group in groups]
+            for kind, groups in found.groups.items()
+        },
         "remarks": found.remarks,
     }
 
@@ -94,14 +102,28 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
                 "share": len(names) / max(1, found.figures["images"]),
             }
         )
-    clusters = [{"share": share, "row": [_tile(found, i) for i in typical]} for typical, share in found.clusters]
+    clusters = [
+        {"share": share, "row": [_tile(found, i) for i in typical]}
+        for typical, share in found.clusters
+    ]
     spread = range(0, len(found.entries), max(1, len(found.entries) // SHOWN))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
-        source=found.source, figures=found.figures, remarks=found.remarks, sections=sections, clusters=clusters, rejects=rejects,
-        reasons=found.why(), account=found.ledger, sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found, i))["src"]],
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    ).render(
+        source=found.source,
+        figures=found.figures,
+        remarks=found.remarks,
+        sections=sections,
+        clusters=clusters,
+        rejects=rejects,
+        reasons=found.why(),
+        account=found.ledger,
+        sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found, i))["src"]],
         categories=_bars(found.figures.get("categories", {}).get("counts", {})),
-    )  # fmt: skip
+    )
 
 
 def _tile(found: Examination, position: int) -> dict[str, str]:
@@ -114,5 +136,6 @@ def _bars(counts: dict[str, int]) -> list[tuple[str, int, float]]:
     most = max(counts.values(), default=1)
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return [
-        (name, count, 100 * count / most) for name, count in (ranked if len(ranked) <= 30 else [*ranked[:15], *ranked[-15:]])
+        (name, count, 100 * count / most)
+        for name, count in (ranked if len(ranked) <= 30 else [*ranked[:15], *ranked[-15:]])
     ]

@@ -1,4 +1,6 @@
-"""Sources of images, one class a file. To add one: derive a dataclass from `Source`, and import it here."""
+"""Sources of images, one class a file. To add one: derive a dataclass from `Source`, and import it
+here.
+"""
 
 from sfumato.data.sources.detect import source_at
 from sfumato.data.sources.digits import Digits

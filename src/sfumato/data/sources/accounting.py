@@ -1,4 +1,6 @@
-"""The fate of each file of a set: an image, something that says something about images, or left out with a reason."""
+"""The fate of each file of a set: an image, something that says something about images, or left out
+with a reason.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,13 @@ from sfumato.data.listing import Reject, printable_name
 
 LAYERS = {"doodle": SUFFIXES, "mask": SUFFIXES, "points": (".npy", ".ply", ".xyz", ".csv")}
 KINDS = {
-    "captions": "captions", "json": "JSON files", "cls": "category files", "doodle": "doodles", "mask": "masks", "points": "point clouds",
-}  # fmt: skip
+    "captions": "captions",
+    "json": "JSON files",
+    "cls": "category files",
+    "doodle": "doodles",
+    "mask": "masks",
+    "points": "point clouds",
+}
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,11 @@ from sfumato.data.sources.webdataset import WebDataset
 from sfumato.data.sources.zip_archive import Zip
 from sfumato.errors import DataError
 
-BUILT_IN: dict[str, Callable[[], Digits | Emoji | Solids]] = {"digits": Digits, "emoji": Emoji, "solids": Solids}
+BUILT_IN: dict[str, Callable[[], Digits | Emoji | Solids]] = {
+    "digits": Digits,
+    "emoji": Emoji,
+    "solids": Solids,
+}
 BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
     ".tar": WebDataset,
     ".parquet": Parquet,
@@ -27,8 +31,11 @@ BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
 }
 
 
-def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip:
-    """The source that `place` stands for: a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in name.
+def source_at(
+    place: str,
+) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip:
+    """The source that `place` stands for: a folder, a .tar, .zip, .npz or .parquet, a URL,
+    `hub:owner/name`, or a built-in name.
 
     Raises:
         DataError: if there is none.
@@ -51,12 +58,15 @@ def source_at(place: str) -> Digits | Emoji | Folder | HuggingFace | Npz | Parqu
     raise DataError(
         "no such file, folder or built-in set",
         where=place,
-        hint=f"check the path; built in are {', '.join(BUILT_IN)}; `hub:owner/name` is a dataset on the hub",
+        hint=f"check the path; built in are {', '.join(BUILT_IN)}; `hub:owner/name` is a dataset "
+        "on the hub",
     )
 
 
 def _folder(place: str) -> Folder | HuggingFace | Parquet | WebDataset:
-    """What a folder is, by what it holds: tars or tables count as the set only where no images of its own lie beside them."""
+    """What a folder is, by what it holds: tars or tables count as the set only where no images of
+    its own lie beside them.
+    """
     names = outside_runs(files.walk(place.rstrip("/") or "/"))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
         return HuggingFace(path=place)

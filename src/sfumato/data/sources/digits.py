@@ -13,14 +13,19 @@ from sfumato.data.listing import Entry, Inline, Listing, Source
 
 @dataclass(frozen=True)
 class Digits(Source):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 in 17 grays, ten categories; they come with the package."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 in 17 grays, ten categories; they come with
+    the package.
+    """
 
     def listing(self) -> Listing:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         pairs = enumerate(zip(digits.images, digits.target, strict=True))
-        entries = [Entry(name=f"digit-{i:04d}", image=Inline(_png(image)), category=str(label)) for i, (image, label) in pairs]
+        entries = [
+            Entry(name=f"digit-{i:04d}", image=Inline(_png(image)), category=str(label))
+            for i, (image, label) in pairs
+        ]
         return Listing(entries=entries, unit="images")
 
 

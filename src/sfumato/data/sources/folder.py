@@ -3,10 +3,13 @@
 cat.png  cat.txt | cat.caption | cat.png.txt | cat.json   a caption, or captions and category
 cat.doodle.png  cat.mask.png  cat.points.npy              further layers
 cats/cat.png                                              the category is the top-most folder's name
-train/cats/cat.png  test/cats/dog.png                     folders called like splits: all but the training ones are held out
+train/cats/cat.png  test/cats/dog.png                     folders called like splits: all but the
+training ones are held out
 metadata.csv | .tsv | .jsonl | .json | .parquet           Hugging Face's ImageFolder: `file_name`, any other columns
-captions.csv, labels.tsv, ...                             any table whose rows name images that are there
-dataset.json                                              EDM's: {"labels": [["00000/img00000000.png", 6], ...]}
+captions.csv, labels.tsv, ...                             any table whose rows name images that are
+there
+dataset.json                                              EDM's: {"labels":
+[["00000/img00000000.png", 6], ...]}
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from sfumato.errors import DataError
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """A folder of images: flat, or one sub-folder for each category (images deeper down belong to the top-most one).
+    """A folder of images: flat, or one sub-folder for each category (images deeper down belong to
+    the top-most one).
 
     Attributes:
         path: of the folder.
@@ -38,9 +42,17 @@ class Folder(Source):
 
     def listing(self) -> Listing:
         if not files.exists(self.path):
-            raise DataError("no such folder", where=self.path, hint="check the path; it is relative to where you run sfumato")
+            raise DataError(
+                "no such folder",
+                where=self.path,
+                hint="check the path; it is relative to where you run sfumato",
+            )
         if not files.is_folder(self.path):
-            raise DataError("is a file, not a folder", where=self.path, hint="name the folder that holds the images")
+            raise DataError(
+                "is a file, not a folder",
+                where=self.path,
+                hint="name the folder that holds the images",
+            )
         root = self.path.rstrip("/") or "/"
         found = files.explore(root)
         names = outside_runs(found.names)
@@ -58,7 +70,9 @@ class Folder(Source):
 
 
 def outside_runs(names: Sequence[str]) -> Sequence[str]:
-    """Without what lies in runs' directories: `sfumato train .` puts them among the images, and would go on with its own samples."""
+    """Without what lies in runs' directories: `sfumato train .` puts them among the images, and
+    would go on with its own samples.
+    """
     known = set(names)
     places = {name.rpartition("/")[0] for name in names if name.endswith("/status.json")}
     runs = tuple(f"{place}/" for place in places if f"{place}/config.yaml" in known)

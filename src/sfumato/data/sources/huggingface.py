@@ -1,4 +1,6 @@
-"""Hugging Face datasets, from a folder that `save_to_disk` wrote or from the hub. The only file that knows `datasets`."""
+"""Hugging Face datasets, from a folder that `save_to_disk` wrote or from the hub. The only file
+that knows `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ def _contained(path: str, dataset: str) -> str:
     """`path` if it is a file of the dataset's folder, or one that the library fetched."""
     import datasets
 
-    roots = [dataset] if Path(dataset).is_dir() else [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    roots = (
+        [dataset]
+        if Path(dataset).is_dir()
+        else [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    )
     real = Path(path).resolve()
     if not any(real.is_relative_to(Path(root).resolve()) for root in roots) or not real.is_file():
         raise OSError(f"{path[:80]!r} is not a file of the dataset")
@@ -72,7 +78,9 @@ class HuggingFace(Source):
 
     def listing(self) -> Listing:
         data = _open(self.path, self.split)
-        images = [name for name, feature in data.features.items() if type(feature).__name__ == "Image"]
+        images = [
+            name for name, feature in data.features.items() if type(feature).__name__ == "Image"
+        ]
         image = next((name for name in ("image", "img", *images) if name in images), None)
         if image is None:
             raise DataError(
@@ -80,9 +88,15 @@ class HuggingFace(Source):
                 where=self.path,
                 hint="one of them must have the feature Image",
             )
-        names = {key: data.features[key].names for key in CATEGORY_KEYS if hasattr(data.features.get(key), "names")}
+        names = {
+            key: data.features[key].names
+            for key in CATEGORY_KEYS
+            if hasattr(data.features.get(key), "names")
+        }
         layers = [column for column in ("doodle", "mask") if column in images]
-        known = data.select_columns([name for name in data.column_names if is_known_column(name) and name not in images])
+        known = data.select_columns(
+            [name for name in data.column_names if is_known_column(name) and name not in images]
+        )
         width = len(str(max(0, len(data) - 1)))
         entries, rejects = [], []
         for row in range(len(data)):
@@ -91,25 +105,52 @@ class HuggingFace(Source):
                 if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
                     record[key] = labels[record[key]]
             name = printable_name(f"{self.split}-{row:0{width}d}")
-            blobs: dict[str, Any] = {layer: Item(self.path, self.split, row, layer) for layer in layers}
+            blobs: dict[str, Any] = {
+                layer: Item(self.path, self.split, row, layer) for layer in layers
+            }
             try:
-                entries.append(Entry(name=name, image=Item(self.path, self.split, row, image), **blobs, **described(record)))
+                entries.append(
+                    Entry(
+                        name=name,
+                        image=Item(self.path, self.split, row, image),
+                        **blobs,
+                        **described(record),
+                    )
+                )
             except ValueError as error:
                 rejects.append(Reject(name, str(error)))
         if not entries:
-            raise DataError("holds no rows", where=self.path, hint="name another split with data.source.split")
-        unused = [name for name in data.column_names if name != image and name not in layers and not is_known_column(name)]
-        remarks = [f"columns that are not used: {', '.join(map(printable_name, unused[:12]))[:300]}"] if unused else []
+            raise DataError(
+                "holds no rows", where=self.path, hint="name another split with data.source.split"
+            )
+        unused = [
+            name
+            for name in data.column_names
+            if name != image and name not in layers and not is_known_column(name)
+        ]
+        remarks = (
+            [f"columns that are not used: {', '.join(map(printable_name, unused[:12]))[:300]}"]
+            if unused
+            else []
+        )
         others = _other_splits(self.path, self.split)
-        remarks += [f"split {self.split!r} is read; not read are {', '.join(others)}"] if others else []
-        return Listing(entries=entries, rejects=rejects, unit="rows", found=len(data), remarks=tuple(remarks))
+        remarks += (
+            [f"split {self.split!r} is read; not read are {', '.join(others)}"] if others else []
+        )
+        return Listing(
+            entries=entries, rejects=rejects, unit="rows", found=len(data), remarks=tuple(remarks)
+        )
 
 
 def _record(data: Any, row: int, where: str) -> dict[str, Any]:
     try:
         return dict(data[row]) if data.column_names else {}
     except Exception as error:  # as above
-        raise DataError(f"row {row} cannot be read: {str(error)[:200]}", where=where, hint="download or recreate it") from None
+        raise DataError(
+            f"row {row} cannot be read: {str(error)[:200]}",
+            where=where,
+            hint="download or recreate it",
+        ) from None
 
 
 def _other_splits(path: str, split: str) -> list[str]:
@@ -127,20 +168,28 @@ def _open(path: str, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError("needs the package datasets", where=path, hint="pip install 'sfumato[hub]'") from None
+        raise DataError(
+            "needs the package datasets", where=path, hint="pip install 'sfumato[hub]'"
+        ) from None
     try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if Path(path).is_dir() and any(
+            (Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")
+        ):
             loaded = datasets.load_from_disk(path)
             data = loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
         else:
             data = datasets.load_dataset(path, split=split)
     except KeyError:
         raise DataError(
-            f"has no split {split!r}; it has {', '.join(loaded)}", where=path, hint="set data.source.split"
+            f"has no split {split!r}; it has {', '.join(loaded)}",
+            where=path,
+            hint="set data.source.split",
         ) from None
     except Exception as error:  # the library raises whatever its parsers do
         raise DataError(
-            f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}", where=path, hint="check name and network"
+            f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}",
+            where=path,
+            hint="check name and network",
         ) from None
     for name, feature in data.features.items():
         if type(feature).__name__ == "Image":

@@ -17,7 +17,9 @@ _SHARD_NUMBERS = re.compile(r"\d{5,}")
 
 
 class Place(NamedTuple):
-    """What the folders say of an image; `stray` is why it is in none of those that count, "" if it is in one."""
+    """What the folders say of an image; `stray` is why it is in none of those that count, "" if it
+    is in one.
+    """
 
     category: str | None = None
     holdout: str | None = None
@@ -30,7 +32,8 @@ class Layout:
 
     Attributes:
         wrapper: the folders around all of it, "" or ending in "/".
-        splits: hold-out by the name of a top folder, None for a folder of training images; {} where there are no splits.
+        splits: hold-out by the name of a top folder, None for a folder of training images; {} where
+            there are no splits.
         inner: the one folder inside each split that holds its images, "" or ending in "/".
         nested: whether the folders inside are categories.
         rooted: whether images that lie in no split are trained on.
@@ -58,12 +61,19 @@ class Layout:
             nested, remark = _categories(tops, loose)
             return cls(wrapper=wrapper, nested=nested, remark=remark)
         splits = {**dict.fromkeys(trained), **{top: printable_name(top) for top in held}}
-        below = [name.partition("/")[2] for name in names if name.partition("/")[0] in splits and "/" in name]
+        below = [
+            name.partition("/")[2]
+            for name in names
+            if name.partition("/")[0] in splits and "/" in name
+        ]
         inner, below = _unwrapped(below)
         nested, remark = _categories(
-            sorted({name.partition("/")[0] for name in below if "/" in name}), any("/" not in n for n in below)
+            sorted({name.partition("/")[0] for name in below if "/" in name}),
+            any("/" not in n for n in below),
         )
-        return cls(wrapper=wrapper, splits=splits, inner=inner, nested=nested, rooted=rooted, remark=remark)
+        return cls(
+            wrapper=wrapper, splits=splits, inner=inner, nested=nested, rooted=rooted, remark=remark
+        )
 
     def place(self, name: str) -> Place:
         """What the folders say of one image."""
@@ -83,11 +93,17 @@ class Layout:
         if not self.nested:
             return Place(holdout=holdout)
         category, slash, _ = rest.partition("/")
-        return Place(printable_name(category), holdout) if slash else Place(holdout=holdout, stray=BESIDE_CATEGORIES)
+        return (
+            Place(printable_name(category), holdout)
+            if slash
+            else Place(holdout=holdout, stray=BESIDE_CATEGORIES)
+        )
 
 
 def _unwrapped(names: Sequence[str]) -> tuple[str, list[str]]:
-    """The folders that hold all images, or all but strays beside a folder with folders in it, and the paths below them."""
+    """The folders that hold all images, or all but strays beside a folder with folders in it, and
+    the paths below them.
+    """
     wrapper, inside = "", list(names)
     while True:
         tops = {name.partition("/")[0] for name in inside if "/" in name}
@@ -107,5 +123,8 @@ def _categories(tops: Sequence[str], loose: bool) -> tuple[bool, str]:
     if all(_SHARD_NUMBERS.fullmatch(top) for top in tops):
         return False, f"folders {tops[0]}/ to {tops[-1]}/ are numbered parts, not categories"
     if len(tops) == 1 and loose:
-        return False, f"one folder beside the images, {printable_name(tops[0])}/, does not make a category"
+        return (
+            False,
+            f"one folder beside the images, {printable_name(tops[0])}/, does not make a category",
+        )
     return True, ""

@@ -1,4 +1,6 @@
-"""Tables that name images and say something about them, as people write them: .csv, .tsv, .txt, .json, .jsonl and .parquet."""
+"""Tables that name images and say something about them, as people write them: .csv, .tsv, .txt,
+.json, .jsonl and .parquet.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,26 @@ from sfumato.data.texts import readable
 
 # What the column of file names is called, in order of preference.
 FILE_KEYS = (
-    "file_name", "filename", "file", "image_file_name", "image_file", "image_filename", "image_path", "file_path", "filepath", "path",
-    "image", "img", "image_id", "image_name", "img_path", "img_name", "id", "name", "key",
-)  # fmt: skip
+    "file_name",
+    "filename",
+    "file",
+    "image_file_name",
+    "image_file",
+    "image_filename",
+    "image_path",
+    "file_path",
+    "filepath",
+    "path",
+    "image",
+    "img",
+    "image_id",
+    "image_name",
+    "img_path",
+    "img_name",
+    "id",
+    "name",
+    "key",
+)
 DELIMITERS = (",", ";", "\t", "|")
 NAMES = frozenset(
     {
@@ -42,7 +61,9 @@ LINES_OF_A_ROW = 50  # that a quoted text may span
 
 
 class Row(NamedTuple):
-    """A row of a table: where it stands, its columns by name, and what is wrong with it, "" if nothing is."""
+    """A row of a table: where it stands, its columns by name, and what is wrong with it, "" if
+    nothing is.
+    """
 
     place: str
     record: dict[str, Any]
@@ -67,13 +88,23 @@ class Table:
 
 
 def is_authoritative(name: str) -> bool:
-    """Whether a file is called as Hugging Face's ImageFolder calls metadata: then it decides which images there are."""
+    """Whether a file is called as Hugging Face's ImageFolder calls metadata: then it decides which
+    images there are.
+    """
     base = name.rpartition("/")[2].lower()
-    return base in ("metadata.csv", "metadata.jsonl", "metadata.parquet", "metadata.tsv", "metadata.json")
+    return base in (
+        "metadata.csv",
+        "metadata.jsonl",
+        "metadata.parquet",
+        "metadata.tsv",
+        "metadata.json",
+    )
 
 
 def may_be_table(name: str) -> bool:
-    """Whether a file may be a table of images, by its name: any .csv and the like; .json and .txt only if they are called so."""
+    """Whether a file may be a table of images, by its name: any .csv and the like; .json and .txt
+    only if they are called so.
+    """
     base = name.rpartition("/")[2].lower()
     stem, dot, ending = base.rpartition(".")
     if not dot or f".{ending}" not in SUFFIXES_OF_TABLES or base == "dataset.json":
@@ -96,10 +127,17 @@ def read_table(name: str, data: bytes) -> Table:
         return _table(name, found, list(records[0]) if records else [])
     text = readable(data, limit=MAX_METADATA_BYTES)
     if ending in ("jsonl", "ndjson"):
-        found = [_json_row(f"{name}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = [
+            _json_row(f"{name}, line {number}", line)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
         return _table(name, found, [key for row in found[:100] for key in row.record])
     if ending == "json":
-        found = [Row(f"{name}, item {number}", record) for number, record in enumerate(_json_records(json.loads(text)), 1)]
+        found = [
+            Row(f"{name}, item {number}", record)
+            for number, record in enumerate(_json_records(json.loads(text)), 1)
+        ]
         return _table(name, found, [key for row in found[:100] for key in row.record])
     return _separated(name, text)
 
@@ -108,7 +146,11 @@ def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
     columns = list(dict.fromkeys(columns))
     file_column = file_column_of(columns)
     layers = ("doodle_file_name", "mask_file_name", "points_file_name")
-    unused = [column for column in columns if column != file_column and not is_known_column(column) and column not in layers]
+    unused = [
+        column
+        for column in columns
+        if column != file_column and not is_known_column(column) and column not in layers
+    ]
     return Table(name=name, rows=rows, file_column=file_column, unused=tuple(unused))
 
 
@@ -141,7 +183,9 @@ def _json_records(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _separated(name: str, text: str) -> Table:
-    """A table whose columns are separated by commas, semicolons, tabs or bars, whichever gives its header the most known columns."""
+    """A table whose columns are separated by commas, semicolons, tabs or bars, whichever gives its
+    header the most known columns.
+    """
     csv.field_size_limit(min(sys.maxsize, MAX_TEXT_BYTES))
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
@@ -152,10 +196,17 @@ def _separated(name: str, text: str) -> Table:
         raise ValueError(f"more than {MAX_COLUMNS} columns")
     delimiter = max(
         DELIMITERS,
-        key=lambda d: (file_column_of(headers[d]) is not None, sum(map(is_known_column, headers[d])), len(headers[d])),
+        key=lambda d: (
+            file_column_of(headers[d]) is not None,
+            sum(map(is_known_column, headers[d])),
+            len(headers[d]),
+        ),
     )
     header = [column.strip() for column in headers[delimiter]]
-    at = next((i for i, column in enumerate(header) if normalized_key(column) in CAPTION_KEYS), len(header) - 1)
+    at = next(
+        (i for i, column in enumerate(header) if normalized_key(column) in CAPTION_KEYS),
+        len(header) - 1,
+    )
     rows, number = [], first + 1
     while number < len(lines):
         place = f"{name}, line {number + 1}"
@@ -171,13 +222,16 @@ def _separated(name: str, text: str) -> Table:
 def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str], int]:
     """The fields of the row that begins at line `first`, and how many lines it takes.
 
-    A quoted text may go on over several lines; one whose quotation mark is never closed as it should be ends with its own line.
+    A quoted text may go on over several lines; one whose quotation mark is never closed as it
+    should be ends with its own line.
     """
     spaced = f'{delimiter} "' in lines[first]  # a space before a quotation mark
     for taken in range(1, min(LINES_OF_A_ROW, len(lines) - first) + 1):
         block = [f"{line}\n" for line in lines[first : first + taken]]
         try:
-            rows = list(csv.reader(block, delimiter=delimiter, strict=True, skipinitialspace=spaced))
+            rows = list(
+                csv.reader(block, delimiter=delimiter, strict=True, skipinitialspace=spaced)
+            )
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 continue
@@ -186,20 +240,30 @@ def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str]
             return rows[0], taken
         break
     try:
-        return next(iter(csv.reader([lines[first]], delimiter=delimiter, quoting=csv.QUOTE_NONE)), []), 1
+        return next(
+            iter(csv.reader([lines[first]], delimiter=delimiter, quoting=csv.QUOTE_NONE)), []
+        ), 1
     except csv.Error:  # a field of more than MAX_TEXT_BYTES
         return [], 1
 
 
 def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimiter: str) -> Row:
-    """A row by column; more fields than columns are put together again where the caption is, for it holds unquoted delimiters."""
+    """A row by column; more fields than columns are put together again where the caption is, for it
+    holds unquoted delimiters.
+    """
     if not fields:
         return Row(place, {}, f"a text of more than {MAX_TEXT_BYTES >> 10} KiB")
     extra = len(fields) - len(header)
     if extra > 0:
         if not header or normalized_key(header[at]) not in CAPTION_KEYS:
-            return Row(place, {}, f"{len(fields)} fields where the header has {len(header)} columns")
-        fields = [*fields[:at], delimiter.join(fields[at : at + extra + 1]), *fields[at + extra + 1 :]]
+            return Row(
+                place, {}, f"{len(fields)} fields where the header has {len(header)} columns"
+            )
+        fields = [
+            *fields[:at],
+            delimiter.join(fields[at : at + extra + 1]),
+            *fields[at + extra + 1 :],
+        ]
     return Row(place, dict(zip(header, fields, strict=False)))
 
 
@@ -217,7 +281,8 @@ class Finder:
     def find(self, value: Any, folder: str) -> str:
         """The file that `value`, written in a table in `folder`, names.
 
-        Taken for the same are `0.png`, `./0.png`, `.\\0.png` and `0` without its ending. A bare name that is not in the table's own
+        Taken for the same are `0.png`, `./0.png`, `.\\0.png` and `0` without its ending. A bare
+        name that is not in the table's own
         folder may be anywhere, if there is only one of it.
 
         Raises:
@@ -242,4 +307,8 @@ class Finder:
         yield plain
         yield from (below + suffix for suffix in SUFFIXES)
         if "/" not in plain:
-            yield from (found for end in ("", *SUFFIXES) if (found := self._bare.get(plain + end)) is not None)
+            yield from (
+                found
+                for end in ("", *SUFFIXES)
+                if (found := self._bare.get(plain + end)) is not None
+            )

@@ -1,4 +1,6 @@
-"""What metadata say of the images of a set: tables by any usual name and in any usual form, and EDM's dataset.json."""
+"""What metadata say of the images of a set: tables by any usual name and in any usual form, and
+EDM's dataset.json.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from sfumato.data.file_types import stem_of
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, printable_name
 from sfumato.data.sources.accounting import KINDS, LAYERS, Account
-from sfumato.data.sources.metadata import Finder, Row, Table, is_authoritative, may_be_table, read_table
+from sfumato.data.sources.metadata import (
+    Finder,
+    Row,
+    Table,
+    is_authoritative,
+    may_be_table,
+    read_table,
+)
 from sfumato.errors import DataError
 
 MAX_TABLE_BYTES = 64 << 20  # of a table that is not called metadata
@@ -57,11 +66,17 @@ class Metadata:
             DataError: if a file that is called metadata is damaged or names no image that is there.
         """
         stems = {stem_of(name) for name in images}
-        candidates = [name for name in self.names if may_be_table(name) and name not in layers and stem_of(name) not in stems]
+        candidates = [
+            name
+            for name in self.names
+            if may_be_table(name) and name not in layers and stem_of(name) not in stems
+        ]
         decisive = [name for name in self.names if is_authoritative(name)]
         if len({name.rpartition(".")[2].lower() for name in decisive}) > 1:
             raise DataError(
-                f"metadata files of several kinds: {', '.join(decisive[:3])}", where=self.where, hint="keep one kind of them"
+                f"metadata files of several kinds: {', '.join(decisive[:3])}",
+                where=self.where,
+                hint="keep one kind of them",
             )
         for name in decisive or candidates[:MOST_TABLES]:
             self._by_table(name, decisive=bool(decisive))
@@ -71,7 +86,9 @@ class Metadata:
             self._leave_out_unnamed(images, UNNAMED)
         for name in [name for name in self.names if name.rpartition("/")[2] == "dataset.json"][:1]:
             self._by_dataset_json(name, images)
-        return Told(self._facts, categories=any("category" in found for found in self._facts.values()))
+        return Told(
+            self._facts, categories=any("category" in found for found in self._facts.values())
+        )
 
     def _by_table(self, name: str, *, decisive: bool) -> None:
         """Add what a table says. One that is not called metadata counts if it names images."""
@@ -101,13 +118,19 @@ class Metadata:
         self.account.count(name, "metadata")
         if table.unused:
             self.account.remarks.append(
-                f"{name}: columns that are not used: {', '.join(map(printable_name, table.unused[:12]))[:300]}"
+                f"{name}: columns that are not used: "
+                f"{', '.join(map(printable_name, table.unused[:12]))[:300]}"
             )
 
     def _refuse(self, table: Table, faults: Sequence[Reject]) -> None:
-        reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in faults[:3]) or "it has no rows"
+        reasons = (
+            "; ".join(f"{reject.name}: {reject.reason}" for reject in faults[:3])
+            or "it has no rows"
+        )
         column = (
-            "its column of file names is one of file_name, image, path, ..." if table.file_column is None else "check the names"
+            "its column of file names is one of file_name, image, path, ..."
+            if table.file_column is None
+            else "check the names"
         )
         raise DataError(
             f"its metadata name no image that is there ({reasons})", where=self.where,
@@ -121,7 +144,9 @@ class Metadata:
                 raise UnsafePath(row.fault)
             value = None if column is None else row.record.get(column)
             if value is None or value == "":
-                raise UnsafePath(f"has no file_name; its columns are {', '.join(map(str, row.record))[:200]}")
+                raise UnsafePath(
+                    f"has no file_name; its columns are {', '.join(map(str, row.record))[:200]}"
+                )
             name = find(value, folder)
             told = described(row.record)
             layers = {
@@ -130,7 +155,8 @@ class Metadata:
                 if (other := row.record.get(f"{layer}_file_name")) not in (None, "")
             }
             if name in facts:
-                if facts[name].get("captions") and told.get("captions"):  # several rows for an image are several captions
+                # several rows for an image are several captions
+                if facts[name].get("captions") and told.get("captions"):
                     facts[name]["captions"] = (*facts[name]["captions"], *told["captions"])
                     return
                 raise UnsafePath(f"{name[:80]!r} is named twice")
@@ -143,7 +169,9 @@ class Metadata:
         facts[name] = told
 
     def _leave_out_unnamed(self, images: Sequence[str], reason: str) -> None:
-        unnamed = [name for name in images if name not in self._facts and name not in self.account.settled]
+        unnamed = [
+            name for name in images if name not in self._facts and name not in self.account.settled
+        ]
         if not unnamed:
             return
         said = f"{len(unnamed)} images are not named in the metadata and are "
@@ -152,7 +180,9 @@ class Metadata:
             return
         for name in unnamed:
             self.account.leave_out(name, reason)
-        self.account.remarks.append(f"{said}left out; data.source.unnamed=use trains them without a caption")
+        self.account.remarks.append(
+            f"{said}left out; data.source.unnamed=use trains them without a caption"
+        )
 
     def _by_dataset_json(self, file: str, images: Sequence[str]) -> None:
         """EDM's and StyleGAN's label file; any other file of that name is passed over."""
@@ -162,15 +192,20 @@ class Metadata:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
             record = json.loads(data)
             if not isinstance(record, dict) or "labels" not in record:
-                self.account.leave_out(file, 'not a label file, which holds {"labels": [["00000/img00000000.png", 6], ...]}')
+                self.account.leave_out(
+                    file,
+                    'not a label file, which holds {"labels": [["00000/img00000000.png", 6], ...]}',
+                )
                 return
             folder = file.removesuffix("dataset.json")
             categories = {folder + str(name): str(label) for name, label in record["labels"] or []}
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(
-                f"dataset.json cannot be read: {str(error)[:100]}", where=self.where,
-                hint='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}; or set data.source.metadata=off',
-            ) from None  # fmt: skip
+                f"dataset.json cannot be read: {str(error)[:100]}",
+                where=self.where,
+                hint='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": '
+                "null}; or set data.source.metadata=off",
+            ) from None
         self.account.count(file, "metadata")
         for name in images:
             if name in categories:

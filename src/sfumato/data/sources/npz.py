@@ -50,7 +50,9 @@ class Row:
 
 
 class Part(NamedTuple):
-    """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the names of images and labels."""
+    """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the
+    names of images and labels.
+    """
 
     holdout: str | None
     images: str
@@ -59,9 +61,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Npz(Source):
-    """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps `labels` or `arr_1`.
+    """An .npz with pixels (N, H, W, C) or (N, H, W) of numbers as `images` or `arr_0`, and perhaps
+    `labels` or `arr_1`.
 
-    Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and `y_train` as Keras; those of `test` and
+    Splits are found by name: `train_images` and `train_labels` as MedMNIST has them, `x_train` and
+    `y_train` as Keras; those of `test` and
     `val` are held out.
 
     Attributes:
@@ -74,19 +78,28 @@ class Npz(Source):
         try:
             with zipfile.ZipFile(files.local(self.path)) as archive:
                 infos = {
-                    info.filename.removesuffix(".npy"): info for info in archive.infolist() if info.filename.endswith(".npy")
+                    info.filename.removesuffix(".npy"): info
+                    for info in archive.infolist()
+                    if info.filename.endswith(".npy")
                 }
                 parts = _parts(list(infos))
                 if not parts:
                     raise DataError(
                         f"holds {', '.join(list(infos)[:5]) or 'no arrays'}",
                         where=self.path,
-                        hint="name the pixels `images` or `arr_0`, or `train_images` and `test_images`",
+                        hint="name the pixels `images` or `arr_0`, or `train_images` and "
+                        "`test_images`",
                     )
-                entries = [entry for part in parts for entry in self._entries(archive, infos, part, len(parts))]
+                entries = [
+                    entry
+                    for part in parts
+                    for entry in self._entries(archive, infos, part, len(parts))
+                ]
         except FileNotFoundError:
             raise DataError(
-                "no such file", where=self.path, hint="check the path; it is relative to where you run sfumato"
+                "no such file",
+                where=self.path,
+                hint="check the path; it is relative to where you run sfumato",
             ) from None
         except (*DAMAGED_ZIP, OSError) as error:
             raise DataError(
@@ -104,32 +117,47 @@ class Npz(Source):
         remarks = (f"held out by name: {', '.join(held)}",) if held else ()
         return Listing(entries=entries, rejects=rejects, unit="images", remarks=remarks)
 
-    def _entries(self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int) -> list[Entry]:
+    def _entries(
+        self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int
+    ) -> list[Entry]:
         """The images of one part."""
         place, start = _plain(self.path, archive, infos[part.images])
         shape, dtype, offset = _header(files.local(place), start)
         categories = None if part.labels is None else _categories(archive, infos[part.labels])
-        if len(shape) not in (3, 4) or not is_numeric(dtype) or min(shape) < 1 or shape[0] > MAX_IMAGES:
+        if (
+            len(shape) not in (3, 4)
+            or not is_numeric(dtype)
+            or min(shape) < 1
+            or shape[0] > MAX_IMAGES
+        ):
             raise DataError(
                 f"pixels of shape {shape} and type {dtype}",
                 where=self.path,
-                hint=f"use (N, H, W, C) of integers or floating-point numbers, N at most {MAX_IMAGES}",
+                hint="use (N, H, W, C) of integers or floating-point numbers, N at most "
+                f"{MAX_IMAGES}",
             )
         if categories is not None and len(categories) != shape[0]:
             raise DataError(
-                f"{len(categories)} labels for {shape[0]} images", where=self.path, hint="give each image one label"
+                f"{len(categories)} labels for {shape[0]} images",
+                where=self.path,
+                hint="give each image one label",
             )
         size = math.prod(shape[1:]) * dtype.itemsize
         if offset + shape[0] * size > files.local(place).stat().st_size:
             raise DataError("is cut short", where=self.path, hint="download or recreate it")
-        width, prefix = len(str(shape[0] - 1)), f"{printable_name(part.images)}/" if parts > 1 else ""
+        width, prefix = (
+            len(str(shape[0] - 1)),
+            f"{printable_name(part.images)}/" if parts > 1 else "",
+        )
         return [
             Entry(
-                name=f"{prefix}{i:0{width}d}", image=Row(place, offset + i * size, shape[1:], dtype.str),
-                category=None if categories is None else categories[i], holdout=part.holdout,
+                name=f"{prefix}{i:0{width}d}",
+                image=Row(place, offset + i * size, shape[1:], dtype.str),
+                category=None if categories is None else categories[i],
+                holdout=part.holdout,
             )
             for i in range(shape[0])
-        ]  # fmt: skip
+        ]
 
 
 def _parts(names: Sequence[str]) -> list[Part]:
@@ -137,7 +165,9 @@ def _parts(names: Sequence[str]) -> list[Part]:
     found: dict[str | None, tuple[str, str | None]] = {}
     for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
         own = {_split(name)[1]: name for name in names if _split(name)[0] == split}
-        image, label = (next((own[key] for key in keys if key in own), None) for keys in (IMAGES, LABELS))
+        image, label = (
+            next((own[key] for key in keys if key in own), None) for keys in (IMAGES, LABELS)
+        )
         if image is not None:
             found[split] = (image, label)
     trained = [split for split in found if split_of(str(split)) == TRAIN]
@@ -146,12 +176,16 @@ def _parts(names: Sequence[str]) -> list[Part]:
             Part(None if split in trained else split, *pair)
             for split, pair in sorted(found.items(), key=lambda item: item[0] not in trained)
         ]
-    image, label = (next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS))
+    image, label = (
+        next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS)
+    )
     return [] if image is None else [Part(None, image, label)]
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """`train` and `images` of `train_images`; `test` and `x` of `x_test`; None where a name is of no split."""
+    """`train` and `images` of `train_images`; `test` and `x` of `x_test`; None where a name is of
+    no split.
+    """
     first, _, rest = name.lower().partition("_")
     start, _, last = name.lower().rpartition("_")
     if rest and split_of(first) is not None:
@@ -160,7 +194,9 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, int]:
-    """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the cache."""
+    """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the
+    cache.
+    """
     file = files.local(path)
     if info.compress_type == zipfile.ZIP_STORED:
         with file.open("rb") as stream:
@@ -172,7 +208,9 @@ def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[
     _check_size(info, MAX_UNPACKED_BYTES)
     state = file.stat()
     identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {info.filename}"
-    target = files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    target = (
+        files.cache_folder() / "arrays" / f"{hashlib.sha256(identity.encode()).hexdigest()}.npy"
+    )
     if not target.is_file():
         with atomic_file(target) as out, archive.open(info) as member:
             while block := member.read(1 << 20):
@@ -189,21 +227,31 @@ def _header(path: Path, start: int) -> tuple[tuple[int, ...], np.dtype, int]:
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
     if read is None:
         raise ValueError(f"an array of format {version}")
     try:
         shape, fortran, dtype = read(file)
-    except Exception as error:  # whatever Python's own parser does on a header that is nested, long or cut
+    except (
+        Exception
+    ) as error:  # whatever Python's own parser does on a header that is nested, long or cut
         raise ValueError(str(error)[:200] or type(error).__name__) from None
     if fortran or dtype.hasobject:
-        raise ValueError("an array of Python objects" if dtype.hasobject else "an array in Fortran order")
+        raise ValueError(
+            "an array of Python objects" if dtype.hasobject else "an array in Fortran order"
+        )
     return shape, dtype
 
 
 def _check_size(info: zipfile.ZipInfo, limit: int) -> None:
     if info.file_size > limit or info.file_size > max(1 << 20, MAX_RATIO * info.compress_size):
-        raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes, more than {limit} or {MAX_RATIO} times its size")
+        raise ValueError(
+            f"{info.filename} unpacks to {info.file_size} bytes, more than {limit} or "
+            f"{MAX_RATIO} times its size"
+        )
 
 
 def plain_array(data: bytes) -> NDArray[Any]:
@@ -233,4 +281,6 @@ def _categories(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> list[str]:
 
 
 def _text(label: object) -> str:
-    return printable_name(label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label))
+    return printable_name(
+        label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label)
+    )

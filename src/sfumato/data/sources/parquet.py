@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.listing import Entry, Listing, Reject, Source, described, is_known_column, normalized_key, printable_name
+from sfumato.data.listing import (
+    Entry,
+    Listing,
+    Reject,
+    Source,
+    described,
+    is_known_column,
+    normalized_key,
+    printable_name,
+)
 from sfumato.data.sources.metadata import FILE_KEYS
 from sfumato.data.splits import held_out_files
 from sfumato.errors import DataError
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image", "image_bytes")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
 CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
 MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
 BATCH, MAX_RATIO = 100, 200
@@ -39,7 +48,9 @@ def arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError("parquet needs the package pyarrow", where="data", hint="pip install 'sfumato[parquet]'") from None
+        raise DataError(
+            "parquet needs the package pyarrow", where="data", hint="pip install 'sfumato[parquet]'"
+        ) from None
     return pyarrow
 
 
@@ -83,11 +94,16 @@ def _column(place: _Place) -> Any:
 
 def _read_column(place: _Place) -> Any:
     try:
-        values = _images(place.path, place.version).read_row_group(place.group, columns=[place.column]).column(place.column)
+        values = (
+            _images(place.path, place.version)
+            .read_row_group(place.group, columns=[place.column])
+            .column(place.column)
+        )
     except (arrow().ArrowException, OSError, IndexError, KeyError) as error:
         raise OSError(f"{place.path}: {str(error)[:200]}") from None
     values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
-    if arrow().types.is_struct(values.type):  # Hugging Face's bytes and path: null where either the struct or its bytes are
+    # Hugging Face's bytes and path: null where either the struct or its bytes are
+    if arrow().types.is_struct(values.type):
         values = values.flatten()[values.type.get_field_index("bytes")]
     _kept[place] = values
     while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > CACHE_BYTES:
@@ -103,16 +119,23 @@ def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
 
 @lru_cache(maxsize=64)
 def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
-    """The same, whose images stay as they are stored: one that stands for a million rows is kept once."""
+    """The same, whose images stay as they are stored: one that stands for a million rows is kept
+    once.
+    """
     file = _file(path, version)
     kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}
-    once = [f"{name}.bytes" if arrow().types.is_struct(kind) else name for name, kind in kinds.items()]
-    return arrow().parquet.ParquetFile(files.local(path), metadata=file.metadata, read_dictionary=once)
+    once = [
+        f"{name}.bytes" if arrow().types.is_struct(kind) else name for name, kind in kinds.items()
+    ]
+    return arrow().parquet.ParquetFile(
+        files.local(path), metadata=file.metadata, read_dictionary=once
+    )
 
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """A .parquet file or a folder of them: a column of images (bytes, or Hugging Face's struct of bytes and path), others beside it.
+    """A .parquet file or a folder of them: a column of images (bytes, or Hugging Face's struct of
+    bytes and path), others beside it.
 
     Attributes:
         path: file, folder of files or URL.
@@ -123,19 +146,33 @@ class Parquet(Source):
     def listing(self) -> Listing:
         if not files.exists(self.path):
             raise DataError(
-                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
+                "no such file or folder",
+                where=self.path,
+                hint="check the path; it is relative to where you run sfumato",
             )
         root = self.path.rstrip("/")
-        names, passed_over = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
-        tables = [name for name in names if name.lower().endswith(".parquet")] if files.is_folder(self.path) else [""]
+        names, passed_over = (
+            files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
+        )
+        tables = (
+            [name for name in names if name.lower().endswith(".parquet")]
+            if files.is_folder(self.path)
+            else [""]
+        )
         held = held_out_files(tables)
         entries: dict[str, Entry] = {}
-        rejects = [Reject(printable_name(name), "a file beside the tables") for name in names if name not in set(tables)]
+        rejects = [
+            Reject(printable_name(name), "a file beside the tables")
+            for name in names
+            if name not in set(tables)
+        ]
         rejects += [Reject(printable_name(name), reason) for name, reason in passed_over]
         found, unused = len(rejects), set[str]()
         for table in tables:
             prefix = f"{printable_name(table)}:" if table else ""
-            rows, columns = _list(f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects)
+            rows, columns = _list(
+                f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects
+            )
             found, unused = found + rows, unused | columns
         if not entries:
             reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
@@ -144,15 +181,34 @@ class Parquet(Source):
                 where=self.path,
                 hint="name a .parquet file or the folder that holds them",
             )
-        remarks = [f"columns that are not used: {', '.join(map(printable_name, sorted(unused)[:12]))[:300]}"] if unused else []
-        remarks += [f"held out by the table's name: {', '.join(map(printable_name, held))[:300]}"] if held else []
-        return Listing(entries=list(entries.values()), rejects=rejects, unit="rows", found=found, remarks=tuple(remarks))
+        remarks = (
+            [
+                "columns that are not used: "
+                f"{', '.join(map(printable_name, sorted(unused)[:12]))[:300]}"
+            ]
+            if unused
+            else []
+        )
+        remarks += (
+            [f"held out by the table's name: {', '.join(map(printable_name, held))[:300]}"]
+            if held
+            else []
+        )
+        return Listing(
+            entries=list(entries.values()),
+            rejects=rejects,
+            unit="rows",
+            found=found,
+            remarks=tuple(remarks),
+        )
 
 
 def _list(
     path: str, prefix: str, holdout: str | None, entries: dict[str, Entry], rejects: list[Reject]
 ) -> tuple[int, set[str]]:
-    """Add a table's rows, each under a name of its own; how many rows there are, and the columns that say nothing."""
+    """Add a table's rows, each under a name of its own; how many rows there are, and the columns
+    that say nothing.
+    """
     try:
         file = _file(path, files.version(path))
         columns = _Columns.of(file.schema_arrow, path)
@@ -165,7 +221,11 @@ def _list(
                     name += ("" if name == prefix else "#") + f"{group:05d}-{row:05d}"
                 try:
                     entry = columns.entry(name, path, group, row, record)
-                    entries[name] = entry if holdout is None or entry.holdout else replace(entry, holdout=holdout)
+                    entries[name] = (
+                        entry
+                        if holdout is None or entry.holdout
+                        else replace(entry, holdout=holdout)
+                    )
                     room -= len(name) + sum(map(len, entries[name].captions))
                 except ValueError as error:
                     rejects.append(Reject(name, str(error)))
@@ -173,13 +233,21 @@ def _list(
                     raise ValueError(f"its texts unpack to over {MAX_RATIO} times its size")
         return file.metadata.num_rows, set(file.schema_arrow.names) - columns.used
     except (arrow().ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"is not a complete parquet: {str(error)[:200]}", where=path, hint="download or recreate it") from None
+        raise DataError(
+            f"is not a complete parquet: {str(error)[:200]}",
+            where=path,
+            hint="download or recreate it",
+        ) from None
 
 
 def _check_group(metadata: Any, group: int, path: str) -> None:
     found = metadata.row_group(group)
     if found.total_byte_size > MAX_GROUP_BYTES:
-        raise DataError(f"row group {group} is over 2 GiB", where=path, hint="write it with row groups of at most 1,000 rows")
+        raise DataError(
+            f"row group {group} is over 2 GiB",
+            where=path,
+            hint="write it with row groups of at most 1,000 rows",
+        )
     if metadata.num_rows > MAX_ROWS or not 0 <= found.num_rows <= MAX_ROWS:
         raise DataError(f"over {MAX_ROWS} rows", where=path, hint="split it into several files")
 
@@ -212,18 +280,38 @@ class _Columns:
     def of(cls, schema: Any, path: str) -> _Columns:
         twice = [name for name, count in Counter(schema.names).items() if count > 1]
         if twice:
-            raise DataError(f"has two columns {twice[0][:80]!r}", where=path, hint="give each column a name of its own")
+            raise DataError(
+                f"has two columns {twice[0][:80]!r}",
+                where=path,
+                hint="give each column a name of its own",
+            )
         image = _image_column(schema, path)
-        layers = [name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)]
-        structs = [name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)]
-        texts = [name for name in schema.names if is_known_column(name) and name not in (image, *layers)]
+        layers = [
+            name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)
+        ]
+        structs = [
+            name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)
+        ]
+        texts = [
+            name for name in schema.names if is_known_column(name) and name not in (image, *layers)
+        ]
         described = [*texts, *(f"{name}.path" for name in structs)]
-        return cls(image=image, layers=layers, structs=structs, described=described, labels=_label_names(schema))
+        return cls(
+            image=image,
+            layers=layers,
+            structs=structs,
+            described=described,
+            labels=_label_names(schema),
+        )
 
     @property
     def used(self) -> set[str]:
         """Names of the columns that are read."""
-        return {self.image, *self.layers, *(name for name in self.described if not name.endswith(".path"))}
+        return {
+            self.image,
+            *self.layers,
+            *(name for name in self.described if not name.endswith(".path")),
+        }
 
     def name(self, record: dict[str, Any]) -> str:
         """What the row calls its image, or ""."""
@@ -239,8 +327,14 @@ class _Columns:
             for layer in self.layers
             if layer not in self.structs or record.get(layer) is not None
         }
-        texts = {key: value for key, value in record.items() if is_known_column(key) and key != self.image}
-        return Entry(name=name, image=Cell(path, group, row, self.image), **layers, **described(texts))
+        texts = {
+            key: value
+            for key, value in record.items()
+            if is_known_column(key) and key != self.image
+        }
+        return Entry(
+            name=name, image=Cell(path, group, row, self.image), **layers, **described(texts)
+        )
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -256,7 +350,10 @@ def _image_column(schema: Any, path: str) -> str:
     rest = [name for name in candidates if name not in LAYERS]
     if not named and len(rest) != 1:
         columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
-        wrong = next((name for name in IMAGE_COLUMNS if name in schema.names and name not in candidates), None)
+        wrong = next(
+            (name for name in IMAGE_COLUMNS if name in schema.names and name not in candidates),
+            None,
+        )
         advice = "name the column of encoded images `image`"
         if wrong is not None:
             kind = schema.field(wrong).type
@@ -268,11 +365,15 @@ def _image_column(schema: Any, path: str) -> str:
 def _label_names(schema: Any) -> dict[str, list[str]]:
     """Names of ClassLabel columns, from the metadata that Hugging Face writes."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
+            "features"
+        ]
         return {
             name: [str(label) for label in feature["names"]]
             for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+            if isinstance(feature, dict)
+            and feature.get("_type") == "ClassLabel"
+            and isinstance(feature.get("names"), list)
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -283,7 +384,11 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
     try:
         file = arrow().parquet.ParquetFile(io.BytesIO(data))
         schema = file.schema_arrow
-        known = [name for name in schema.names if is_known_column(name) or _names_files(name, schema.field(name).type)]
+        known = [
+            name
+            for name in schema.names
+            if is_known_column(name) or _names_files(name, schema.field(name).type)
+        ]
         for group in range(file.num_row_groups):
             _check_group(file.metadata, group, "metadata.parquet")
             yield from _records(file, group, known)
@@ -305,17 +410,27 @@ def _cell(name: str, value: Any) -> Any:
 
 
 class TableWriter:
-    """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same values give the same bytes."""
+    """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same
+    values give the same bytes.
+    """
 
     def __init__(self, path: Path, *, images: tuple[str, ...], texts: tuple[str, ...]) -> None:
         pa = arrow()
         value = {"dtype": "string", "_type": "Value"}
         features: dict[str, Any] = {name: {"_type": "Image"} for name in images if name != "points"}
-        features |= {name: {"feature": value, "_type": "List"} if name == "captions" else value for name in texts}
+        features |= {
+            name: {"feature": value, "_type": "List"} if name == "captions" else value
+            for name in texts
+        }
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         kinds = {"captions": pa.list_(pa.string())}
-        fields = [*((name, struct) for name in images), *((name, kinds.get(name, pa.string())) for name in texts)]
-        self.schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+        fields = [
+            *((name, struct) for name in images),
+            *((name, kinds.get(name, pa.string())) for name in texts),
+        ]
+        self.schema = pa.schema(
+            fields, metadata={"huggingface": json.dumps({"info": {"features": features}})}
+        )
         self.images, self.texts = images, texts
         self._writer = pa.parquet.ParquetWriter(
             path, self.schema, compression="none", use_dictionary=False, write_statistics=False
@@ -325,12 +440,17 @@ class TableWriter:
         """One row group, from the encoded bytes by image's name, "name", and texts."""
         columns: dict[str, list[Any]] = {
             name: [
-                {"bytes": row[name], "path": row["name"] if name == "image" else None} if name in row else None for row in rows
+                {"bytes": row[name], "path": row["name"] if name == "image" else None}
+                if name in row
+                else None
+                for row in rows
             ]
             for name in self.images
         }
         columns |= {name: [_cell(name, row[name]) for row in rows] for name in self.texts}
-        self._writer.write_table(arrow().table(columns, schema=self.schema), row_group_size=len(rows))
+        self._writer.write_table(
+            arrow().table(columns, schema=self.schema), row_group_size=len(rows)
+        )
 
     def close(self) -> None:
         """End the file."""

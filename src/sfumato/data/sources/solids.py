@@ -1,4 +1,6 @@
-"""Solids seen by a camera: superquadrics in six shapes and eight colours, with points on their surface."""
+"""Solids seen by a camera: superquadrics in six shapes and eight colours, with points on their
+surface.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,30 @@ from sfumato.errors import DataError
 from sfumato.observability.progress import ProgressBar
 
 SHAPES = {
-    "ball": (1.0, 1.0), "box": (0.15, 0.15), "cylinder": (0.15, 1.0), "diamond": (2.0, 2.0), "spindle": (2.0, 1.0),
+    "ball": (1.0, 1.0),
+    "box": (0.15, 0.15),
+    "cylinder": (0.15, 1.0),
+    "diamond": (2.0, 2.0),
+    "spindle": (2.0, 1.0),
     "cushion": (1.0, 0.15),
-}  # fmt: skip  # exponents e1 (along the axis) and e2 (around it)
+}  # exponents e1 (along the axis) and e2 (around it)
 COLOURS = {
-    "red": (0.85, 0.16, 0.14), "orange": (0.95, 0.55, 0.10), "yellow": (0.96, 0.86, 0.20), "green": (0.20, 0.62, 0.25),
-    "blue": (0.15, 0.35, 0.80), "purple": (0.50, 0.22, 0.65), "white": (0.93, 0.93, 0.93), "gray": (0.42, 0.42, 0.45),
-}  # fmt: skip
-HELD_OUT = {("ball", "green"), ("box", "purple"), ("cylinder", "red"), ("diamond", "blue"), ("spindle", "yellow")}
+    "red": (0.85, 0.16, 0.14),
+    "orange": (0.95, 0.55, 0.10),
+    "yellow": (0.96, 0.86, 0.20),
+    "green": (0.20, 0.62, 0.25),
+    "blue": (0.15, 0.35, 0.80),
+    "purple": (0.50, 0.22, 0.65),
+    "white": (0.93, 0.93, 0.93),
+    "gray": (0.42, 0.42, 0.45),
+}
+HELD_OUT = {
+    ("ball", "green"),
+    ("box", "purple"),
+    ("cylinder", "red"),
+    ("diamond", "blue"),
+    ("spindle", "yellow"),
+}
 POINTS = 512  # on each surface
 DISTANCE, FOCUS = (
     4.0,
@@ -44,9 +62,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Solids(Source):
-    """Superquadrics, each with one caption ("a red box"), its shape as category, and 512 surface points in the camera's frame.
+    """Superquadrics, each with one caption ("a red box"), its shape as category, and 512 surface
+    points in the camera's frame.
 
-    Points are x right, y up, z towards the camera, scaled so that the image spans x and y from -1 to 1 at the solid's depth.
+    Points are x right, y up, z towards the camera, scaled so that the image spans x and y from -1
+    to 1 at the solid's depth.
     Rendered once into the cache.
 
     Attributes:
@@ -62,16 +82,23 @@ class Solids(Source):
     def listing(self) -> Listing:
         if not 1 <= self.count <= 100_000 or not 8 <= self.size <= 1024:
             raise DataError(
-                f"{self.count} solids of {self.size} pixels", where="solids", hint="count to 100,000, size from 8 to 1024"
+                f"{self.count} solids of {self.size} pixels",
+                where="solids",
+                hint="count to 100,000, size from 8 to 1024",
             )
         place = build_once(
-            "solids", f"form{_FORM}_{self.count}_{self.size}px.tar", partial(_write, count=self.count, size=self.size)
+            "solids",
+            f"form{_FORM}_{self.count}_{self.size}px.tar",
+            partial(_write, count=self.count, size=self.size),
         )
         found = WebDataset(str(place)).listing()
         if self.holdout == "none":
             return found
         held = {f"a {colour} {shape}" for shape, colour in HELD_OUT}
-        entries = [replace(entry, holdout=self.holdout) if entry.captions[0] in held else entry for entry in found.entries]
+        entries = [
+            replace(entry, holdout=self.holdout) if entry.captions[0] in held else entry
+            for entry in found.entries
+        ]
         return replace(found, entries=entries)
 
 
@@ -83,7 +110,8 @@ class Solid:
     Source: Barr 1981, "Superquadrics and angle-preserving transformations", IEEE CG&A 1(1).
 
     Attributes:
-        exponents: e1, e2; axes: a, b, c; turn: (3, 3) rotation from its own frame to the camera's; colour: RGB in [0, 1].
+        exponents: e1, e2; axes: a, b, c; turn: (3, 3) rotation from its own frame to the camera's;
+            colour: RGB in [0, 1].
     """
 
     exponents: tuple[float, float]
@@ -108,14 +136,18 @@ class Solid:
         return cls(exponents=SHAPES[shape], axes=axes, turn=turn, colour=shade.clip(0, 1))
 
     def inside(self, points: Array) -> Array:
-        """The implicit function of points (..., 3) in the camera's frame: below 1 inside, above outside."""
+        """The implicit function of points (..., 3) in the camera's frame: below 1 inside, above
+        outside.
+        """
         e1, e2 = self.exponents
         x, y, z = np.moveaxis(np.abs(points @ self.turn / self.axes) + 1e-9, -1, 0)
         result: Array = (x ** (2 / e2) + y ** (2 / e2)) ** (e2 / e1) + z ** (2 / e1)
         return result
 
     def surface(self, rng: np.random.Generator, count: int) -> Array:
-        """Points (count, 3) on the surface, about evenly spread: rays from the middle, weighed by the area that they stand for."""
+        """Points (count, 3) on the surface, about evenly spread: rays from the middle, weighed by
+        the area that they stand for.
+        """
         rays = rng.normal(size=(16 * count, 3))
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
         low, high = np.zeros(len(rays)), np.full(len(rays), 2.0)
@@ -126,13 +158,17 @@ class Solid:
         points = rays * high[:, None]
         slant = np.abs((rays * self.normals(points)).sum(1)).clip(0.05)
         weight = high**2 / slant
-        result: Array = points[rng.choice(len(points), count, replace=False, p=weight / weight.sum())]
+        result: Array = points[
+            rng.choice(len(points), count, replace=False, p=weight / weight.sum())
+        ]
         return result
 
     def normals(self, points: Array) -> Array:
         """Outward unit normals at points of the surface, by central differences."""
         steps = 1e-4 * np.eye(3)
-        slope = np.stack([self.inside(points + step) - self.inside(points - step) for step in steps], axis=-1)
+        slope = np.stack(
+            [self.inside(points + step) - self.inside(points - step) for step in steps], axis=-1
+        )
         result: Array = slope / np.linalg.norm(slope, axis=-1, keepdims=True).clip(1e-12)
         return result
 
@@ -144,8 +180,11 @@ class Solid:
         rays = np.stack([x / FOCUS, y / FOCUS, -np.ones_like(x)], axis=-1)
         rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
         camera = np.array([0.0, 0.0, DISTANCE])
-        image = np.repeat((0.98 - 0.10 * (place + 1) / 2)[:, None, None], fine, axis=1).repeat(3, axis=2)
-        near = np.linalg.norm(np.cross(rays, -camera), axis=-1) < np.linalg.norm(self.axes)  # rays that pass the solid's ball
+        image = np.repeat((0.98 - 0.10 * (place + 1) / 2)[:, None, None], fine, axis=1).repeat(
+            3, axis=2
+        )
+        # rays that pass the solid's ball
+        near = np.linalg.norm(np.cross(rays, -camera), axis=-1) < np.linalg.norm(self.axes)
         hit, points = self._met(camera, rays[near])
         lit = image[near]
         lit[hit] = self._shaded(points, camera)
@@ -184,7 +223,10 @@ class Solid:
 
 def _write(file: BinaryIO, *, count: int, size: int) -> None:
     """Render solids 0 to `count` into a tar; solid i is the same whatever the count."""
-    with ProgressBar("solids") as bar, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        ProgressBar("solids") as bar,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for number, members in enumerate(ordered_map(partial(_members, size=size), range(count))):
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{number:06d}.{suffix}")
@@ -195,10 +237,21 @@ def _write(file: BinaryIO, *, count: int, size: int) -> None:
 
 def _members(number: int, *, size: int) -> dict[str, bytes]:
     rng = np.random.Generator(np.random.Philox(key=[20260, number]))
-    shape, colour = list(SHAPES)[number % len(SHAPES)], list(COLOURS)[number // len(SHAPES) % len(COLOURS)]
+    shape, colour = (
+        list(SHAPES)[number % len(SHAPES)],
+        list(COLOURS)[number // len(SHAPES) % len(COLOURS)],
+    )
     solid = Solid.drawn(rng, shape, colour)
     note = {"captions": [f"a {colour} {shape}"], "category": shape}
     image, points = io.BytesIO(), io.BytesIO()
     Image.fromarray(solid.render(size)).save(image, format="PNG")
-    np.save(points, (solid.surface(rng, POINTS) * (FOCUS / DISTANCE)).astype(np.float32), allow_pickle=False)
-    return {"json": json.dumps(note).encode(), "png": image.getvalue(), "points.npy": points.getvalue()}
+    np.save(
+        points,
+        (solid.surface(rng, POINTS) * (FOCUS / DISTANCE)).astype(np.float32),
+        allow_pickle=False,
+    )
+    return {
+        "json": json.dumps(note).encode(),
+        "png": image.getvalue(),
+        "points.npy": points.getvalue(),
+    }

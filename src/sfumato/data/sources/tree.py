@@ -1,6 +1,8 @@
-"""Files by relative name, in a folder or an archive, read as a set of images: each image with all that lies beside it.
+"""Files by relative name, in a folder or an archive, read as a set of images: each image with all
+that lies beside it.
 
-Every file has one fate: it becomes an image, it says something about images, or it is left out with a reason.
+Every file has one fate: it becomes an image, it says something about images, or it is left out with
+a reason.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Beside(NamedTuple):
 
 
 class _Owners:
-    """Images by the names of what lies beside them: `0.txt`, `0.TXT` and `0.png.txt` are all beside `0.png`."""
+    """Images by the names of what lies beside them: `0.txt`, `0.TXT` and `0.png.txt` are all beside
+    `0.png`.
+    """
 
     def __init__(self, images: Sequence[str]) -> None:
         self._exact: dict[str, list[str]] = {}
@@ -73,7 +77,8 @@ class Tree:
         inside: the path of a file as the layout sees it; shown: as people do.
         holdout: the hold-out of a file by the archive that it is in, where its folders name none.
         unit: what the files are called.
-        rejects, remarks: what was left out, and said, before; aside: files that are known not to be of the set, by kind.
+        rejects, remarks: what was left out, and said, before; aside: files that are known not to be
+            of the set, by kind.
     """
 
     where: str
@@ -95,7 +100,10 @@ class Tree:
 
     def __post_init__(self) -> None:
         self.account = Account(
-            shown=self.shown, rejects=list(self.rejects), remarks=list(self.remarks), beside=Counter(self.aside)
+            shown=self.shown,
+            rejects=list(self.rejects),
+            remarks=list(self.remarks),
+            beside=Counter(self.aside),
         )
 
     def listing(self) -> Listing:
@@ -104,12 +112,20 @@ class Tree:
         Raises:
             DataError: if there are none, or the metadata name none of them.
         """
-        found = len(self.names) + sum(self.aside.values()) + sum(not reject.part for reject in self.rejects)
+        found = (
+            len(self.names)
+            + sum(self.aside.values())
+            + sum(not reject.part for reject in self.rejects)
+        )
         images, layers = self._images()
         if not images:
             raise self._nothing()
         beside = self._assigned(images, layers)
-        told = self._metadata().read(images, layers) if self.metadata == "auto" else Told({}, categories=False)
+        told = (
+            self._metadata().read(images, layers)
+            if self.metadata == "auto"
+            else Told({}, categories=False)
+        )
         layout = Layout.of([self.inside(name) for name in images])
         texts = self._texts(beside)
         entries = list(self._entries(images, layout, told, beside, texts))
@@ -117,23 +133,36 @@ class Tree:
             raise self._nothing()
         self._rest()
         account = self.account
-        account.remarks += [line for line in (_layout_line(layout, entries), layout.remark, texts.note) if line]
+        account.remarks += [
+            line for line in (_layout_line(layout, entries), layout.remark, texts.note) if line
+        ]
         return Listing(
-            entries=entries, rejects=account.rejects, beside=dict(sorted(account.beside.items())), unit=self.unit, found=found,
+            entries=entries,
+            rejects=account.rejects,
+            beside=dict(sorted(account.beside.items())),
+            unit=self.unit,
+            found=found,
             remarks=tuple(account.remarks),
-        )  # fmt: skip
+        )
 
     def _metadata(self) -> Metadata:
         return Metadata(
-            where=self.where, names=self.names, blob=self.blob, check=self.check, check_text=self.check_text, unnamed=self.unnamed,
+            where=self.where,
+            names=self.names,
+            blob=self.blob,
+            check=self.check,
+            check_text=self.check_text,
+            unnamed=self.unnamed,
             account=self.account,
-        )  # fmt: skip
+        )
 
     def _nothing(self) -> DataError:
         """What to say where nothing is left: the reasons, commonest first."""
         self._rest()
         counts = Counter(reject.reason for reject in self.account.rejects)
-        reasons = "; ".join(f"{count} {self.unit}: {reason}" for reason, count in counts.most_common(3))
+        reasons = "; ".join(
+            f"{count} {self.unit}: {reason}" for reason, count in counts.most_common(3)
+        )
         return DataError(
             f"holds no images ({', '.join(SUFFIXES)})" + (f"; {reasons}" if reasons else ""),
             where=self.where,
@@ -141,10 +170,18 @@ class Tree:
         )
 
     def _images(self) -> tuple[list[str], dict[str, str]]:
-        """Names of images, and layers of images (`cat.mask.png`) with the stem of the image that each belongs to."""
-        found = [name for name in self.names if is_image(name) or (not has_known_ending(name) and self._looks_like_image(name))]
+        """Names of images, and layers of images (`cat.mask.png`) with the stem of the image that
+        each belongs to.
+        """
+        found = [
+            name
+            for name in self.names
+            if is_image(name) or (not has_known_ending(name) and self._looks_like_image(name))
+        ]
         stems = {stem_of(name) for name in found}
-        layers = {name: owner for name in self.names if (owner := _layer_of(name, stems)) is not None}
+        layers = {
+            name: owner for name in self.names if (owner := _layer_of(name, stems)) is not None
+        }
         return [name for name in found if name not in layers], layers
 
     def _looks_like_image(self, name: str) -> bool:
@@ -165,13 +202,19 @@ class Tree:
             ending = ending_of(name)
             if ending in TEXTS and not is_authoritative(name):
                 for owner in owners.of(stem_of(name)):
-                    beside.setdefault(owner, []).append(Beside("captions" if ending in CAPTIONS else ending[1:], name))
+                    beside.setdefault(owner, []).append(
+                        Beside("captions" if ending in CAPTIONS else ending[1:], name)
+                    )
         return beside
 
     def _texts(self, beside: dict[str, list[Beside]]) -> Texts:
-        """All texts that lie beside images, in the set's encoding; those that cannot be read are left out."""
+        """All texts that lie beside images, in the set's encoding; those that cannot be read are
+        left out.
+        """
         texts = Texts()
-        for name in dict.fromkeys(side.name for sides in beside.values() for side in sides if side.kind not in LAYERS):
+        for name in dict.fromkeys(
+            side.name for sides in beside.values() for side in sides if side.kind not in LAYERS
+        ):
             try:
                 texts.add(name, self.blob(self.check_text(name)).read())
             except (OSError, ValueError, UnsafePath) as error:
@@ -181,9 +224,16 @@ class Tree:
         return texts
 
     def _entries(
-        self, images: Sequence[str], layout: Layout, told: Told, beside: dict[str, list[Beside]], texts: Texts
+        self,
+        images: Sequence[str],
+        layout: Layout,
+        told: Told,
+        beside: dict[str, list[Beside]],
+        texts: Texts,
     ) -> Iterator[Entry]:
-        """The images that are used, each with what is known of it: by its folder, then by metadata, then by what lies beside it."""
+        """The images that are used, each with what is known of it: by its folder, then by metadata,
+        then by what lies beside it.
+        """
         known: dict[str, dict[str, Any]] = {}
         for name in images:
             if name not in self.account.settled:  # metadata made a layer of it, or do not name it
@@ -193,7 +243,11 @@ class Tree:
         labelled = told.categories or any("category" in found for found in known.values())
         for name, found in known.items():
             place = layout.place(self.inside(name))
-            if place.stray and name not in told.facts and not (labelled and place.stray == BESIDE_CATEGORIES):
+            if (
+                place.stray
+                and name not in told.facts
+                and not (labelled and place.stray == BESIDE_CATEGORIES)
+            ):
                 self.account.leave_out(name, place.stray)
                 continue
             if place.category is not None and not told.categories:
@@ -250,7 +304,9 @@ def _record(kind: str, text: str) -> dict[str, Any]:
 
 
 def _layer_of(name: str, stems: set[str] | None) -> str | None:
-    """The stem of the image that a file such as `cat.mask.png` is a layer of; None if it is not a layer of any of `stems`."""
+    """The stem of the image that a file such as `cat.mask.png` is a layer of; None if it is not a
+    layer of any of `stems`.
+    """
     stem, dot, kind = stem_of(name).rpartition(".")
     if not dot or kind.lower() not in LAYERS or ending_of(name) not in LAYERS[kind.lower()]:
         return None

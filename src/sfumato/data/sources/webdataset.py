@@ -1,4 +1,6 @@
-"""Tar files, WebDataset's (`key.jpg key.txt key.json ...`) and any others, read in place and never unpacked."""
+"""Tar files, WebDataset's (`key.jpg key.txt key.json ...`) and any others, read in place and never
+unpacked.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class WebDataset(Source):
-    """A .tar, or a folder of them: WebDataset's shards, or folders that somebody packed. Read as the folder that they hold together.
+    """A .tar, or a folder of them: WebDataset's shards, or folders that somebody packed. Read as
+    the folder that they hold together.
 
     Attributes:
         path, metadata, unnamed: as of a folder.
@@ -54,10 +57,18 @@ class WebDataset(Source):
             prefix = "" if shard == self.path else f"{self._below(shard)}/"
             found, refused = indexed(shard)
             shown = _shown(prefix)
-            rejects += [Reject(shown(prefix + reject.name), reject.reason, reject.part) for reject in refused]
+            rejects += [
+                Reject(shown(prefix + reject.name), reject.reason, reject.part)
+                for reject in refused
+            ]
             for member in found:
                 if prefix + member.name in members:
-                    rejects.append(Reject(shown(prefix + member.name), "appears twice in the tar: the first one counts"))
+                    rejects.append(
+                        Reject(
+                            shown(prefix + member.name),
+                            "appears twice in the tar: the first one counts",
+                        )
+                    )
                 else:
                     members[prefix + member.name] = (shard, member)
         for name in _further_images(members):
@@ -66,9 +77,17 @@ class WebDataset(Source):
             del members[name]
         return self._tree(shards, members, rejects).listing()
 
-    def _tree(self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]) -> Tree:
-        held = {} if shards == [self.path] else held_out_files([self._below(shard) for shard in shards])
-        prefixes = {name: name[: len(name) - len(member.name)] for name, (_, member) in members.items()}
+    def _tree(
+        self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]
+    ) -> Tree:
+        held = (
+            {}
+            if shards == [self.path]
+            else held_out_files([self._below(shard) for shard in shards])
+        )
+        prefixes = {
+            name: name[: len(name) - len(member.name)] for name, (_, member) in members.items()
+        }
 
         def blob(name: str) -> Slice:
             shard, member = members[name]
@@ -79,10 +98,18 @@ class WebDataset(Source):
             return read(shard, member.offset, min(HEAD_BYTES, member.size))
 
         return Tree(
-            where=self.path, names=list(members), blob=blob, head=head, metadata=self.metadata, unnamed=self.unnamed, rejects=rejects,
-            inside=lambda name: members[name][1].name, shown=lambda name: _shown(prefixes.get(name, ""))(name),
-            holdout=lambda name: held.get(prefixes[name].rstrip("/")), unit="members",
-        )  # fmt: skip
+            where=self.path,
+            names=list(members),
+            blob=blob,
+            head=head,
+            metadata=self.metadata,
+            unnamed=self.unnamed,
+            rejects=rejects,
+            inside=lambda name: members[name][1].name,
+            shown=lambda name: _shown(prefixes.get(name, ""))(name),
+            holdout=lambda name: held.get(prefixes[name].rstrip("/")),
+            unit="members",
+        )
 
     def _below(self, shard: str) -> str:
         """A shard's path below the folder."""
@@ -92,12 +119,18 @@ class WebDataset(Source):
         """The tars, and what else lies in their folder."""
         if not files.exists(self.path):
             raise DataError(
-                "no such file or folder", where=self.path, hint="check the path; it is relative to where you run sfumato"
+                "no such file or folder",
+                where=self.path,
+                hint="check the path; it is relative to where you run sfumato",
             )
         root = self.path.rstrip("/")
         walked = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
         found = [f"{root}/{name}" for name in walked.names] or [self.path]
-        packed = [name for name in found if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))]
+        packed = [
+            name
+            for name in found
+            if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+        ]
         if packed:
             raise DataError(
                 "is a compressed tar: no random access",
@@ -106,22 +139,35 @@ class WebDataset(Source):
             )
         shards = [name for name in found if name.lower().endswith(".tar")]
         if not shards:
-            raise DataError("holds no .tar shards", where=self.path, hint="name a .tar file or the folder that holds them")
+            raise DataError(
+                "holds no .tar shards",
+                where=self.path,
+                hint="name a .tar file or the folder that holds them",
+            )
         others = [self._below(name) for name in found if name not in set(shards)]
         rejects = [Reject(printable_name(name), "a file beside the shards") for name in others]
-        return shards, [*rejects, *(Reject(printable_name(name), reason) for name, reason in walked.passed_over)]
+        return shards, [
+            *rejects,
+            *(Reject(printable_name(name), reason) for name, reason in walked.passed_over),
+        ]
 
 
 def _shown(prefix: str) -> Callable[[str], str]:
     """A member's name for people: `shard.tar:cats/0.png`."""
     return lambda name: (
-        f"{printable_name(prefix[:-1])}:{printable_name(name[len(prefix) :])}" if prefix else printable_name(name)
+        f"{printable_name(prefix[:-1])}:{printable_name(name[len(prefix) :])}"
+        if prefix
+        else printable_name(name)
     )
 
 
 def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
-    """Images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`; layers that models read are none of them."""
-    plain = {_key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]}
+    """Images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`; layers that
+    models read are none of them.
+    """
+    plain = {
+        _key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]
+    }
     return [
         name
         for name in members
@@ -144,14 +190,30 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
         path = files.local(shard)
         state = path.stat()
         identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 2"
-        kept = files.cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+        kept = (
+            files.cache_folder()
+            / "tar-index"
+            / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+        )
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             stored = json.loads(kept.read_text())
-            return [Member(*member) for member in stored["members"]], [Reject(*reject) for reject in stored["rejects"]]
+            return [Member(*member) for member in stored["members"]], [
+                Reject(*reject) for reject in stored["rejects"]
+            ]
         members, rejects = _index(path)
     except (tarfile.TarError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise DataError(f"is not a complete tar: {error}", where=shard, hint="download or recreate it") from None
-    _keep(kept, json.dumps({"members": members, "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects]}))
+        raise DataError(
+            f"is not a complete tar: {error}", where=shard, hint="download or recreate it"
+        ) from None
+    _keep(
+        kept,
+        json.dumps(
+            {
+                "members": members,
+                "rejects": [[reject.name, reject.reason, reject.part] for reject in rejects],
+            }
+        ),
+    )
     return members, rejects
 
 
@@ -165,7 +227,9 @@ def _keep(target: Path, text: str) -> None:
 
 
 class _Headers:
-    """A tar file that refuses to read more at once than any header needs: sizes in it are claims."""
+    """A tar file that refuses to read more at once than any header needs: sizes in it are
+    claims.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -183,10 +247,15 @@ def _index(path: Path) -> tuple[list[Member], list[Reject]]:
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.TarFile(fileobj=_Headers(file)) as tar:  # type: ignore[arg-type]
         for info in _headers(tar, path.name, rejects):
-            plain = info.name.replace("\\", "/").removeprefix("./")  # as Windows, and `tar c .`, write them
+            # as Windows, and `tar c .`, write them
+            plain = info.name.replace("\\", "/").removeprefix("./")
             name = printable_name(plain)
             parts = plain.split("/")
-            if info.isdir() or files.is_hidden(parts) or any(part.startswith("__") for part in parts):
+            if (
+                info.isdir()
+                or files.is_hidden(parts)
+                or any(part.startswith("__") for part in parts)
+            ):
                 continue
             try:
                 if not info.isreg() or info.issparse():
@@ -213,10 +282,18 @@ def _headers(tar: tarfile.TarFile, name: str, rejects: list[Reject]) -> Iterator
             if info is not None and tar.offset <= before and number:
                 raise tarfile.ReadError("a member of negative size")
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-            rejects.append(Reject(printable_name(name), f"damaged after {number} members: {error}", part=True))
+            rejects.append(
+                Reject(printable_name(name), f"damaged after {number} members: {error}", part=True)
+            )
             return
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
         if info is None:
             return
         yield info
-    rejects.append(Reject(printable_name(name), f"more than {MAX_MEMBERS} members: the rest is not read", part=True))
+    rejects.append(
+        Reject(
+            printable_name(name),
+            f"more than {MAX_MEMBERS} members: the rest is not read",
+            part=True,
+        )
+    )

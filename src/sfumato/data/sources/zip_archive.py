@@ -12,7 +12,17 @@ from typing import Literal
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import DAMAGED_ZIP, MAX_BYTES, Blob, Listing, Reject, Slice, Source, ZipMember, printable_name
+from sfumato.data.listing import (
+    DAMAGED_ZIP,
+    MAX_BYTES,
+    Blob,
+    Listing,
+    Reject,
+    Slice,
+    Source,
+    ZipMember,
+    printable_name,
+)
 from sfumato.data.sources.tree import Tree
 from sfumato.data.texts import Texts
 from sfumato.errors import DataError
@@ -37,9 +47,15 @@ class Zip(Source):
     def listing(self) -> Listing:
         members, rejects, remarks = _members(self.path)
         return Tree(
-            where=self.path, names=sorted(members), blob=members.__getitem__, head=lambda name: members[name].read()[:HEAD_BYTES],
-            metadata=self.metadata, unnamed=self.unnamed, rejects=rejects, remarks=remarks,
-        ).listing()  # fmt: skip
+            where=self.path,
+            names=sorted(members),
+            blob=members.__getitem__,
+            head=lambda name: members[name].read()[:HEAD_BYTES],
+            metadata=self.metadata,
+            unnamed=self.unnamed,
+            rejects=rejects,
+            remarks=remarks,
+        ).listing()
 
 
 def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
@@ -51,11 +67,19 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except FileNotFoundError:
-        raise DataError("no such file", where=path, hint="check the path; it is relative to where you run sfumato") from None
+        raise DataError(
+            "no such file",
+            where=path,
+            hint="check the path; it is relative to where you run sfumato",
+        ) from None
     except (*DAMAGED_ZIP, OSError) as error:
-        raise DataError(f"is not a complete zip: {error}", where=path, hint="download or recreate it") from None
+        raise DataError(
+            f"is not a complete zip: {error}", where=path, hint="download or recreate it"
+        ) from None
     if len(infos) > MAX_MEMBERS:
-        raise DataError(f"{len(infos)} members", where=path, hint=f"split it: at most {MAX_MEMBERS} are read")
+        raise DataError(
+            f"{len(infos)} members", where=path, hint=f"split it: at most {MAX_MEMBERS} are read"
+        )
     names, remarks = _names(infos)
     members: dict[str, Blob] = {}
     rejects: list[Reject] = []
@@ -76,13 +100,16 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
 
 
 def _names(infos: list[zipfile.ZipInfo]) -> tuple[list[str], list[str]]:
-    """Names with `/` between folders, as archives made on Windows may not have them, and in the encoding that they were most likely in."""
+    """Names with `/` between folders, as archives made on Windows may not have them, and in the
+    encoding that they were most likely in.
+    """
     names = [info.filename.replace("\\", "/") for info in infos]
     # Without the flag for UTF-8, `zipfile` takes names for the code page of the first PCs.
     foreign = {
-        str(i): name.encode("cp437") for i, (info, name) in enumerate(zip(infos, names, strict=True))
+        str(i): name.encode("cp437")
+        for i, (info, name) in enumerate(zip(infos, names, strict=True))
         if not info.flag_bits & 0x800 and not name.isascii()
-    }  # fmt: skip
+    }
     if not foreign:
         return names, []
     texts = Texts()
@@ -117,16 +144,24 @@ def _stored(path: str, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, Blob]:
                 header = file.read(30)
                 if len(header) == 30 and header[:4] == b"PK\x03\x04":
                     name_length, extra_length = struct.unpack("<HH", header[26:30])
-                    result[name] = Slice(path, info.header_offset + 30 + name_length + extra_length, info.file_size)
+                    result[name] = Slice(
+                        path, info.header_offset + 30 + name_length + extra_length, info.file_size
+                    )
     return result
 
 
 def _directory_bytes(path: str) -> int:
-    """Size of the central directory as the archive's end states it, before anything reads it; 0 if it does not."""
+    """Size of the central directory as the archive's end states it, before anything reads it; 0 if
+    it does not.
+    """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 65_557))
         tail = file.read()
     place = tail.rfind(b"PK\x05\x06")
-    stated = struct.unpack("<L", tail[place + 12 : place + 16])[0] if place >= 0 and len(tail) >= place + 16 else 0
+    stated = (
+        struct.unpack("<L", tail[place + 12 : place + 16])[0]
+        if place >= 0 and len(tail) >= place + 16
+        else 0
+    )
     return min(stated, size)

@@ -29,7 +29,9 @@ LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 
 class Diffusion:
-    """Images, or their latents, mixed with noise at random levels; the network predicts what was mixed."""
+    """Images, or their latents, mixed with noise at random levels; the network predicts what was
+    mixed.
+    """
 
     def __init__(
         self,
@@ -43,59 +45,106 @@ class Diffusion:
         directory: RunDirectory,
         facts: ConditioningInfo,
     ) -> None:
-        self.config, self.model, self.autoencoder, self.objective = config, model, autoencoder, objective
+        self.config, self.model, self.autoencoder, self.objective = (
+            config,
+            model,
+            autoencoder,
+            objective,
+        )
         self.facts = {"facts": asdict(facts), "image_shape": list(dataset.image_shape)}
         self._device, self._sampling = next(model.parameters()).device, sampling
-        self._validator = Validator(config, dataset, objective.schedule, model.conditioner, autoencoder, self._device)
-        self._previewer = Previewer(config, dataset, sampling, model.conditioner, autoencoder, directory, facts)
+        self._validator = Validator(
+            config, dataset, objective.schedule, model.conditioner, autoencoder, self._device
+        )
+        self._previewer = Previewer(
+            config, dataset, sampling, model.conditioner, autoencoder, directory, facts
+        )
 
     def learners(self, model: Model) -> list[OptimizedPart]:
         """One, of all that is trained."""
         return [OptimizedPart("model", model, self.config.optimizer)]
 
-    def loss(self, model: Model, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> SampleLosses:
-        """Weighted squared errors, one noise level for each sample; the levels of a whole batch are spread evenly."""
+    def loss(
+        self,
+        model: Model,
+        batch: Batch,
+        part: Part,
+        chosen: slice,
+        *,
+        spent: float,
+        dtype: torch.dtype,
+    ) -> SampleLosses:
+        """Weighted squared errors, one noise level for each sample; the levels of a whole batch are
+        spread evenly.
+        """
         device = self._device
-        images, first, seed = part.images[chosen].to(device), part.first + chosen.start, self.config.seed
+        images, first, seed = (
+            part.images[chosen].to(device),
+            part.first + chosen.start,
+            self.config.seed,
+        )
         count, offset = len(images), part.first - batch.parts[0].first + chosen.start
         times = randomness.uniform(seed, "time", first=batch.parts[0].first, count=len(batch))[:, 0]
         levels = self.objective.levels(times)
         level = NoiseLevel(*(value[offset : offset + count].float().to(device) for value in levels))
         draws = randomness.uniform(
-            seed, "condition dropout", first=first, count=count, per_item=max(1, len(model.conditioner.parts))
+            seed,
+            "condition dropout",
+            first=first,
+            count=count,
+            per_item=max(1, len(model.conditioner.parts)),
         )
         context = on_device(rows(part.context, chosen), device)
         context = model.conditioner.derive(images, context, seed=seed, first=first)
-        torch.manual_seed(((seed << 40) + first) % 2**63)  # dropout inside networks has no other handle
-        x0 = self._encoded(images, None if part.moments is None else part.moments[chosen].to(device), first)
+        # dropout inside networks has no other handle
+        torch.manual_seed(((seed << 40) + first) % 2**63)
+        x0 = self._encoded(
+            images, None if part.moments is None else part.moments[chosen].to(device), first
+        )
         noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape), device=device)
         condition = model.conditioner(context, count, draws=draws)
         auxiliary = cast(Auxiliary, model.auxiliary)
-        found = self.objective(model.denoiser(dtype), x0, condition, level=level, noise=noise).per_sample
+        found = self.objective(
+            model.denoiser(dtype), x0, condition, level=level, noise=noise
+        ).per_sample
         total = uncertainty_weighted(found, auxiliary.uncertainty(level.logsnr()))
         beside = auxiliary.losses(images, spent=spent)
         for weight, value in beside.values():
             total = total + weight * value
         return SampleLosses(
-            total, {"logsnr": level.logsnr(), "loss": found, **{name: value for name, (_, value) in beside.items()}}
+            total,
+            {
+                "logsnr": level.logsnr(),
+                "loss": found,
+                **{name: value for name, (_, value) in beside.items()},
+            },
         )
 
     @torch.no_grad()
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
         known = self.autoencoder.moments(images) if moments is None else moments
         return self.autoencoder.draw(
-            known, lambda shape: randomness.normal(self.config.seed, "latent", first=first, shape=shape, device=self._device)
+            known,
+            lambda shape: randomness.normal(
+                self.config.seed, "latent", first=first, shape=shape, device=self._device
+            ),
         )
 
     def record(self, outcome: SampleLosses) -> dict[str, float]:
-        """Mean loss of the samples in each range of log-SNR that has any, and of each auxiliary loss."""
+        """Mean loss of the samples in each range of log-SNR that has any, and of each auxiliary
+        loss.
+        """
         number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
         names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
         return {
             f"train/loss_by_logsnr/{name}": float(outcome.notes["loss"][number == index].mean())
             for index, name in enumerate(names)
             if (number == index).any()
-        } | {f"train/{name}": float(value.mean()) for name, value in outcome.notes.items() if name not in ("logsnr", "loss")}
+        } | {
+            f"train/{name}": float(value.mean())
+            for name, value in outcome.notes.items()
+            if name not in ("logsnr", "loss")
+        }
 
     def validate(self, model: Model, average: Model) -> dict[str, Any]:
         """See `Validator.figures`."""
@@ -104,7 +153,8 @@ class Diffusion:
     def summary(self, figures: Mapping[str, Any]) -> str:
         """The error of the averaged weights."""
         return (
-            f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE {figures['validation/ema/eps_rmse']:.4f} "
+            f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE "
+            f"{figures['validation/ema/eps_rmse']:.4f} "
             f"MAE {figures['validation/ema/eps_mae']:.4f}  R2 {figures['validation/ema/r2']:.3f}  "
             f"gap to training {figures['validation/gap/mean']:+.4f}"
         )
@@ -114,10 +164,14 @@ class Diffusion:
         self._previewer.show(average, step, on_step)
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Twice as many for a preview with guidance; for a validation the weights, their average twice, and each context shuffled."""
+        """Twice as many for a preview with guidance; for a validation the weights, their average
+        twice, and each context shuffled.
+        """
         contexts = self.model.conditioner.steering
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
-        return config.preview.num * self._sampling.steps * guided, config.validation.samples * (3 + len(contexts))
+        return config.preview.num * self._sampling.steps * guided, config.validation.samples * (
+            3 + len(contexts)
+        )
 
     def compiled_part(self, model: Model) -> Accelerable:
         """The network; conditioners are small."""

@@ -18,14 +18,18 @@ from sfumato.training.parameters import trainable
 
 
 class SampleLosses(NamedTuple):
-    """Of some samples: the loss of each, whose mean is minimized, and what else is logged of each, by name; shapes (n,)."""
+    """Of some samples: the loss of each, whose mean is minimized, and what else is logged of each,
+    by name; shapes (n,).
+    """
 
     per_sample: Tensor
     notes: Mapping[str, Tensor]
 
     def on_host(self) -> SampleLosses:
         """Copied from the device."""
-        return SampleLosses(self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()})
+        return SampleLosses(
+            self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()}
+        )
 
 
 @dataclass
@@ -52,7 +56,9 @@ class OptimizedPart:
         return float(self.optimizers[0].param_groups[0]["lr"])
 
     def clip(self) -> Tensor:
-        """Scale down a gradient that is too large; its norm before, not read from the device yet."""
+        """Scale down a gradient that is too large; its norm before, not read from the device
+        yet.
+        """
         return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.max_grad_norm)
 
     def step(self, updates: int, spent: float) -> None:
@@ -76,11 +82,23 @@ class Task(Protocol):
     facts: Any
 
     def learners(self, model: Any) -> list[OptimizedPart]:
-        """The parts of the model that are stepped; together they hold all its trained parameters, each once."""
+        """The parts of the model that are stepped; together they hold all its trained parameters,
+        each once.
+        """
         ...
 
-    def loss(self, model: Any, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype) -> SampleLosses:
-        """The loss of the chosen samples of a part of a batch; one backward pass through its sum reaches every learner.
+    def loss(
+        self,
+        model: Any,
+        batch: Batch,
+        part: Part,
+        chosen: slice,
+        *,
+        spent: float,
+        dtype: torch.dtype,
+    ) -> SampleLosses:
+        """The loss of the chosen samples of a part of a batch; one backward pass through its sum
+        reaches every learner.
 
         All randomness is keyed by the samples' numbers.
         """
@@ -103,7 +121,9 @@ class Task(Protocol):
         ...
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Images that go forward through the model in one `preview`, each as often as it does, and in one `validate`."""
+        """Images that go forward through the model in one `preview`, each as often as it does, and
+        in one `validate`.
+        """
         ...
 
     def compiled_part(self, model: Any) -> Accelerable:

@@ -1,4 +1,6 @@
-"""What an autoencoder learns: to give back what it was shown, through latents that are easy to generate."""
+"""What an autoencoder learns: to give back what it was shown, through latents that are easy to
+generate.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.autoencoders import KLAutoencoder
-from sfumato.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from sfumato.autoencoders.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
 from sfumato.data import Batch, Dataset, Part, to_float
@@ -35,7 +42,8 @@ class AdversarialConfig:
     """An adversary that tells real patches from reconstructed ones, which brings out texture.
 
     Attributes:
-        weight: of its say, times the weight at which it pulls on the decoder as hard as the other losses do.
+        weight: of its say, times the weight at which it pulls on the decoder as hard as the other
+            losses do.
         start: share of the budget after which it is heard; it learns from the beginning.
         channels, layers: of its network.
         optimizer: its own.
@@ -62,13 +70,17 @@ class LossesConfig:
 
     Attributes:
         pixels: `l1`, or `charbonnier`, which is smooth at 0.
-        perceptual: weight of the distance in a frozen network's features; more looks sharper, and is further from the pixels' values.
-        kl: weight of each latent value's divergence from the standard normal; small, it only keeps them from running away.
-        equivariance: share of batches in which the latents are shrunk or turned, and must decode to the image shrunk or turned:
+        perceptual: weight of the distance in a frozen network's features; more looks sharper, and
+            is further from the pixels' values.
+        kl: weight of each latent value's divergence from the standard normal; small, it only keeps
+            them from running away.
+        equivariance: share of batches in which the latents are shrunk or turned, and must decode to
+            the image shrunk or turned:
             smoother latents, which are easier to generate.
         adversarial: None for no adversary.
 
-    Source: Rombach et al. 2022 (arXiv:2112.10752), appendix G; Kouzelis et al. 2025 (arXiv:2502.09509) for the equivariance.
+    Source: Rombach et al. 2022 (arXiv:2112.10752), appendix G; Kouzelis et al. 2025
+        (arXiv:2502.09509) for the equivariance.
     """
 
     pixels: Literal["l1", "charbonnier"] = "l1"
@@ -80,7 +92,8 @@ class LossesConfig:
     def __post_init__(self) -> None:
         if not (self.perceptual >= 0 and self.kl >= 0 and 0 <= self.equivariance <= 1):
             raise ConfigError(
-                f"perceptual = {self.perceptual}, kl = {self.kl}, equivariance = {self.equivariance}",
+                f"perceptual = {self.perceptual}, kl = {self.kl}, equivariance = "
+                f"{self.equivariance}",
                 where="autoencoder.losses",
                 hint="weights are at least 0, equivariance is a share from 0 to 1",
             )
@@ -107,10 +120,20 @@ class Reconstruction:
         dataset: Dataset,
         directory: RunDirectory,
     ) -> None:
-        self.config, self.model, self.losses, self.features, self.directory = config, model, losses, features, directory
+        self.config, self.model, self.losses, self.features, self.directory = (
+            config,
+            model,
+            losses,
+            features,
+            directory,
+        )
         self.facts = {"features": features.name, "image_shape": list(dataset.image_shape)}
         self._device = next(model.parameters()).device
-        held = dataset.usual(dataset.holdout) if len(dataset.usual(dataset.holdout)) else dataset.usual(dataset.training)
+        held = (
+            dataset.usual(dataset.holdout)
+            if len(dataset.usual(dataset.holdout))
+            else dataset.usual(dataset.training)
+        )
         order = randomness.permutation(config.seed, "validation", index=0, size=len(held))
         shown = held[order[: max(config.validation.samples, config.preview.num)]]
         self._real = to_float(dataset.images(shown)[0])
@@ -119,14 +142,27 @@ class Reconstruction:
         """The autoencoder, and its adversary if it has one; both step on every batch."""
         found = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
         if model.adversary is not None and self.losses.adversarial is not None:
-            found.append(OptimizedPart("adversary", model.adversary, self.losses.adversarial.optimizer))
+            found.append(
+                OptimizedPart("adversary", model.adversary, self.losses.adversarial.optimizer)
+            )
         return found
 
     def loss(
-        self, model: Reconstructor, batch: Batch, part: Part, chosen: slice, *, spent: float, dtype: torch.dtype
+        self,
+        model: Reconstructor,
+        batch: Batch,
+        part: Part,
+        chosen: slice,
+        *,
+        spent: float,
+        dtype: torch.dtype,
     ) -> SampleLosses:
         """The sum of all losses of each sample; notes hold each by its name."""
-        images, first, seed = part.images[chosen].to(self._device), part.first + chosen.start, self.config.seed
+        images, first, seed = (
+            part.images[chosen].to(self._device),
+            part.first + chosen.start,
+            self.config.seed,
+        )
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not torch.float32):
             mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
             noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
@@ -136,29 +172,46 @@ class Reconstruction:
             notes = {
                 self.losses.pixels: self._pixels(made, target),
                 "perceptual": self._alike(made, target),
-                "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1),
+                "kl": 0.5
+                * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1),
             }
-            total = notes[self.losses.pixels] + self.losses.perceptual * notes["perceptual"] + self.losses.kl * notes["kl"]
+            total = (
+                notes[self.losses.pixels]
+                + self.losses.perceptual * notes["perceptual"]
+                + self.losses.kl * notes["kl"]
+            )
             if model.adversary is not None and self.losses.adversarial is not None:
                 notes["adversary"] = discriminator_loss(model.adversary, target, made).float()
                 if spent >= self.losses.adversarial.start:
                     notes["pleasing"] = generator_loss(model.adversary, made).float()
-                    weight = adaptive_weight(total, notes["pleasing"], cast(nn.Parameter, model.codec.decoder.conv_out.weight))
+                    weight = adaptive_weight(
+                        total,
+                        notes["pleasing"],
+                        cast(nn.Parameter, model.codec.decoder.conv_out.weight),
+                    )
                     total = total + self.losses.adversarial.weight * weight * notes["pleasing"]
                 total = total + notes["adversary"]
         return SampleLosses(total, notes)
 
     def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Latents and images shrunk and turned together, or left as they are; `first` is the batch's first sample."""
-        chance, size, turn = randomness.uniform(self.config.seed, "equivariance", first=first, count=1, per_item=3)[0].tolist()
+        """Latents and images shrunk and turned together, or left as they are; `first` is the
+        batch's first sample.
+        """
+        chance, size, turn = randomness.uniform(
+            self.config.seed, "equivariance", first=first, count=1, per_item=3
+        )[0].tolist()
         if chance >= self.losses.equivariance:
             return z, images
         factor = images.shape[-1] // z.shape[-1]
         least = 1 if self.model.adversary is None else -(-self.model.adversary.smallest // factor)
-        sides = [max(least, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]]
+        sides = [
+            max(least, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]
+        ]
         turns = int(turn * 4) if sides[0] == sides[1] else 0
         moved = F.interpolate(z, size=sides, mode="bilinear", antialias=True).rot90(turns, (2, 3))
-        target = F.interpolate(images, size=[side * factor for side in sides], mode="bilinear", antialias=True)
+        target = F.interpolate(
+            images, size=[side * factor for side in sides], mode="bilinear", antialias=True
+        )
         return moved, target.rot90(turns, (2, 3))
 
     def _alike(self, made: Tensor, target: Tensor) -> Tensor:
@@ -168,7 +221,9 @@ class Reconstruction:
 
     def _pixels(self, made: Tensor, target: Tensor) -> Tensor:
         error = made - target
-        values = error.abs() if self.losses.pixels == "l1" else (error.square() + CHARBONNIER**2).sqrt()
+        values = (
+            error.abs() if self.losses.pixels == "l1" else (error.square() + CHARBONNIER**2).sqrt()
+        )
         return values.flatten(1).mean(1)
 
     def record(self, outcome: SampleLosses) -> dict[str, float]:
@@ -177,7 +232,9 @@ class Reconstruction:
 
     @torch.no_grad()
     def validate(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
-        """`validation/{ema,raw}/*` on held-out images, through the latents' means: PSNR in dB, SSIM, L1, and the perceptual distance."""
+        """`validation/{ema,raw}/*` on held-out images, through the latents' means: PSNR in dB,
+        SSIM, L1, and the perceptual distance.
+        """
         return {
             f"validation/{name}/{key}": value
             for name, which in (("ema", average), ("raw", model))
@@ -206,23 +263,36 @@ class Reconstruction:
         return f"held-out reconstructions PSNR {psnr_:.2f} dB  SSIM {ssim_:.3f}  L1 {l1:.4f}"
 
     @torch.no_grad()
-    def preview(self, average: Reconstructor, step: int, on_step: Callable[[StepInfo], None]) -> None:
-        """Write samples/step-.../grid.png: pairs of a real image and its reconstruction below it."""
+    def preview(
+        self, average: Reconstructor, step: int, on_step: Callable[[StepInfo], None]
+    ) -> None:
+        """Write samples/step-.../grid.png: pairs of a real image and its reconstruction below
+        it.
+        """
         count = min(self.config.preview.num, len(self._real))
         real = self._real[:count]
         made = reconstructed(average.codec, real.to(self._device)).cpu()
         columns = next(number for number in range(min(8, count), 0, -1) if count % number == 0)
-        rows = [torch.cat([real[i : i + columns], made[i : i + columns]]) for i in range(0, count, columns)]
+        rows = [
+            torch.cat([real[i : i + columns], made[i : i + columns]])
+            for i in range(0, count, columns)
+        ]
         labels = ["real", "made"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
-        save_png(sheet, self.directory.samples / f"step-{step:09d}" / "grid.png", {"step": step, "weights": "ema"})
+        save_png(
+            sheet,
+            self.directory.samples / f"step-{step:09d}" / "grid.png",
+            {"step": step, "weights": "ema"},
+        )
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
         """Each image once, in a validation by the weights and by their average."""
         return config.preview.num, 2 * config.validation.samples
 
     def compiled_part(self, model: Reconstructor) -> Accelerable:
-        """The encoder; the decoder's graph is gone through twice, to balance the losses, which compiled graphs do not allow."""
+        """The encoder; the decoder's graph is gone through twice, to balance the losses, which
+        compiled graphs do not allow.
+        """
         return model.codec.encoder
 
 
