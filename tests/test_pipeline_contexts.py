@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from sfumato.diffusion import (
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest
+from sfumato.observability.image_files import FORMATS
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
 from tests.oracles import exact
 from tests.steered import ASKED, SIDE, image, steered
@@ -544,3 +546,29 @@ def test_a_way_that_cannot_be_walked_says_why(
         with pytest.raises((ConfigError, ShapeError), match=words) as caught:
             two.interpolate(num, *(SampleRequest.of(**end) for end in ends))
         assert caught.value.hint
+
+
+def test_generated_images_carry_their_settings(two: Pipeline, tmp_path: Path) -> None:
+    made = two.generate(2, prompt="a red heart", category="dog", steps=3, seed=5)
+    assert torch.equal(
+        made.images, two.sample(2, prompt="a red heart", category="dog", steps=3, seed=5)
+    )
+    assert (
+        made.settings | {"num": 2, "seed": 5, "steps": 3, "prompt": "a red heart"} == made.settings
+    )
+    paths = made.save(tmp_path / "out")
+    assert [path.name for path in paths] == ["00000.png", "00001.png"]
+    settings = FORMATS["png"].settings(paths[1])
+    assert (settings["index"], settings["category"]) == (1, "dog")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (5, 7)])
+def test_a_size_is_a_matter_of_the_call(two: Pipeline, size: tuple[int, int]) -> None:
+    assert two.sample(2, category="dog", size=size, steps=2).shape == (2, 1, *size)
+    assert torch.equal(
+        two.sample(1, category="dog", size=(SIDE, SIDE)), two.sample(1, category="dog")
+    )
+
+
+def test_an_unknown_keyword_names_the_nearest(two: Pipeline) -> None:
+    assert "did you mean 'prompt'" in said(two, promt="a red heart")

@@ -511,6 +511,7 @@ def test_tables_and_shards_called_like_splits_are_held_out(tmp_path: Path) -> No
         "training_set",
         "train2017",
         "TRAIN_images",
+        "train_pictures",
         "train-00000-of-00010",
         "trainset",
         "tr",
@@ -531,6 +532,7 @@ def test_training_folders_by_any_usual_name(name: str) -> None:
         "valid",
         "dev",
         "test-images",
+        "Test Pictures",
         "hold-out",
     ],
 )

@@ -120,7 +120,7 @@ def dump_commented(value: Any, indent: int = 0) -> str:
     for entry, hint in config_fields(cls):
         if entry.name in texts:
             lines += textwrap.wrap(
-                texts[entry.name],
+                f"{entry.name}: {texts[entry.name]}",
                 98 - indent,
                 initial_indent=f"{margin}# ",
                 subsequent_indent=f"{margin}# ",
