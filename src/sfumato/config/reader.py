@@ -168,6 +168,8 @@ def with_overrides(
             # absent keys have defaults, unknown ones are refused by `parse`
             if target.get(key) is None:
                 target[key] = {}
+            if isinstance(target[key], str):  # a kind, which stands for the whole object
+                target[key] = {TAG: target[key]}
             target = target[key]
             if not isinstance(target, dict):
                 raise ConfigError(

@@ -53,7 +53,9 @@ class ContextConfig:
         """Fields of `ConditioningInfo` that the contexts need, read from the training set."""
         found: dict[str, Any] = {}
         for name, config in self._used():
-            found |= CONTEXTS[name].facts(config, dataset)
+            facts = dict(CONTEXTS[name].facts(config, dataset))
+            more = {**found.get("more", {}), **facts.get("more", {})}
+            found |= {**facts, "more": more}
         return found
 
     def build(self, facts: ConditioningInfo, *, encoder: Encoder) -> CompositeConditioner:

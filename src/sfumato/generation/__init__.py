@@ -1,1 +1,15 @@
 """From a trained model to images: requests, and the pipeline that answers them."""
+
+from sfumato.generation.generated import Generated
+from sfumato.generation.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
+from sfumato.generation.request import ResolvedRequest, SampleRequest
+
+__all__ = [
+    "DenoiserConfig",
+    "Generated",
+    "Model",
+    "Pipeline",
+    "ResolvedRequest",
+    "SampleRequest",
+    "SamplingConfig",
+]

@@ -27,7 +27,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.observability.sinks import require_sinks
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
-from sfumato.training.parameters import count
+from sfumato.training.parameters import count, require_trainable
 from sfumato.training.precision import default_device, require
 
 REJECTS_SHOWN = 5
@@ -72,6 +72,7 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
     dataset = open_data(run, listing)
     facts = facts_of(run, dataset, place)
     model = build_model(run, facts, place)
+    require_trainable(model)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
     if run.compile == "on":

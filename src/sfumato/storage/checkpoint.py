@@ -203,7 +203,15 @@ def _write(
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Copies in memory; tensors that share storage, such as tied weights, become separate ones."""
+    held: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        held[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return held
 
 
 def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from sfumato.config.bounds import (
 )
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
-from sfumato.training.parameters import trainable
+from sfumato.training.parameters import require_trainable, trainable
 
 WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
 
@@ -113,12 +113,7 @@ class AdamWConfig:
         Raises:
             ConfigError: if all parameters are frozen.
         """
-        if not trainable(model):
-            raise ConfigError(
-                f"all parameters of {type(model).__name__} are frozen",
-                where="optimizer",
-                hint="leave `requires_grad` on in what shall be trained",
-            )
+        require_trainable(model)
         hidden = [] if self.muon is None else hidden_weights(model)
         wide = [*([] if hidden else hidden_weights(model)), *last_weights(model)]
         scaled = wide if self.mup_base_width else []

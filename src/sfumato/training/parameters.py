@@ -8,10 +8,22 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from sfumato.errors import ConfigError
+
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that are trained, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raise ConfigError if all parameters of a model are frozen."""
+    if not trainable(model):
+        raise ConfigError(
+            f"all parameters of {type(model).__name__} are frozen",
+            where="network",
+            hint="leave `requires_grad` on in the layers that are to be trained",
+        )
 
 
 def frozen_names(model: nn.Module) -> frozenset[str]:

@@ -63,7 +63,7 @@ class Trainer:
         self,
         config: TrainingConfig,
         *,
-        task: Task,
+        task: Task[Any],
         dataset: Dataset,
         directory: RunDirectory,
         pinned: Mapping[str, Any],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from sfumato.sampling import StepInfo
 from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import AdamWConfig
 from sfumato.training.parameters import trainable
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class SampleLosses(NamedTuple):
@@ -70,18 +72,18 @@ class OptimizedPart:
             optimizer.step()
 
 
-class Task(Protocol):
-    """A model and what it learns. The model is of a class that only the task knows, an `nn.Module`.
+class Task(Protocol[M]):
+    """A model and what it learns. Only the task knows the class M of the model.
 
     Attributes:
         model: untrained.
         facts: plain data kept in checkpoints, from which the model is built again.
     """
 
-    model: Any
+    model: M
     facts: Any
 
-    def learners(self, model: Any) -> list[OptimizedPart]:
+    def learners(self, model: M) -> list[OptimizedPart]:
         """The parts of the model that are stepped; together they hold all its trained parameters,
         each once.
         """
@@ -89,7 +91,7 @@ class Task(Protocol):
 
     def loss(
         self,
-        model: Any,
+        model: M,
         batch: Batch,
         part: Part,
         chosen: slice,
@@ -108,7 +110,7 @@ class Task(Protocol):
         """What metrics.jsonl keeps of a step's samples, beside their mean loss."""
         ...
 
-    def validate(self, model: Any, average: Any) -> dict[str, Any]:
+    def validate(self, model: M, average: M) -> dict[str, Any]:
         """Errors on held-out images, for metrics.jsonl."""
         ...
 
@@ -116,7 +118,7 @@ class Task(Protocol):
         """The same for a person, in a line."""
         ...
 
-    def preview(self, average: Any, step: int, on_step: Callable[[StepInfo], None]) -> None:
+    def preview(self, average: M, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """Draw what the averaged model makes."""
         ...
 
@@ -126,6 +128,6 @@ class Task(Protocol):
         """
         ...
 
-    def compiled_part(self, model: Any) -> Accelerable:
+    def compiled_part(self, model: M) -> Accelerable:
         """The part that most of the time goes into, and that may be compiled."""
         ...
