@@ -113,7 +113,9 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
         return value
     usual = _usual_kind(entry, hint)
     name = value.get(TAG, usual)
-    kind = current_kind(name) if isinstance(name, str) else name
+    if not isinstance(name, str):
+        return dict(value)
+    kind = current_kind(name)
     shorthands = entry.metadata.get(SHORTHANDS, {})
     member = next(
         (option for option in options if kind_of(option) == kind or option.__name__ == name), None
@@ -122,7 +124,7 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
         whole = plain(shorthands[kind], hint)
         return {**whole, **{key: item for key, item in value.items() if key != TAG}}
     if member is None:  # as it was written, for the error
-        return dict(value) if name is None else {**value, TAG: name}
+        return {**value, TAG: name}
     return {
         TAG: kind_of(member),
         **modern(member, {key: item for key, item in value.items() if key != TAG}),
