@@ -25,7 +25,8 @@ from sfumato.cli.output_folder import Generated
 from sfumato.conditioners import CategoryConfig, ConditioningInfo, LearnedTextConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits
-from sfumato.generation.pipeline import Pipeline, SamplingConfig
+from sfumato.generation.model import SamplingConfig
+from sfumato.generation.pipeline import Pipeline
 from sfumato.networks import UNetConfig
 from sfumato.observability.image_files import settings_of
 from sfumato.recipes import Run

@@ -31,7 +31,7 @@ from sfumato.data import (
 )
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
-from sfumato.generation.pipeline import SamplingConfig
+from sfumato.generation.model import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.training import (
     AdamWConfig,

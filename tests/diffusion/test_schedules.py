@@ -33,7 +33,7 @@ from sfumato.diffusion import (
     ZeroTerminalSNR,
 )
 from sfumato.errors import ScheduleError
-from sfumato.generation.pipeline import SamplingConfig
+from sfumato.generation.model import SamplingConfig
 from tests.diffusion.schedules import SCHEDULES
 
 T = torch.linspace(0, 1, 501, dtype=torch.float64)

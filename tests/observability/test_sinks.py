@@ -1,4 +1,6 @@
-"""Metrics go to every sink that is configured, and a sink that is missing is named before work begins."""
+"""Metrics go to every sink that is configured, and a sink that is missing is named before work
+begins.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A source of images is listed once and a model built once, however many parts of a run need them."""
+"""A source of images is listed once and a model built once, however many parts of a run need
+them.
+"""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ from sfumato.diffusion import (
     Velocity,
 )
 from sfumato.errors import ConfigError, ScheduleError
-from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.generation.model import DenoiserConfig, SamplingConfig
 from sfumato.recipes import Run, resolve
 from sfumato.recipes.validation import require_sampled
 from sfumato.sampling import SAMPLERS, grid, sample

@@ -1,4 +1,6 @@
-"""What happens between steps: in order, a failure is a warning, and own hooks and sinks take part."""
+"""What happens between steps: in order, a failure is a warning, and own hooks and sinks take
+part.
+"""
 
 import json
 import sys

@@ -1,7 +1,8 @@
 """From a trained model to images: requests, and the pipeline that answers them."""
 
 from sfumato.generation.generated import Generated
-from sfumato.generation.pipeline import DenoiserConfig, Model, Pipeline, SamplingConfig
+from sfumato.generation.model import DenoiserConfig, Model, SamplingConfig
+from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest, SampleRequest
 
 __all__ = [

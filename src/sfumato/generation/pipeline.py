@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.autoencoders import Autoencoder, Pixels
-from sfumato.conditioners import CompositeConditioner, ConditioningInfo
-from sfumato.config import kind_of, named
-from sfumato.config.bounds import Count, Finite, Limit
+from sfumato.conditioners import ConditioningInfo
+from sfumato.config import kind_of
 from sfumato.contexts import Category, part_of, trained_categories
 from sfumato.diffusion import (
-    Angle,
     AutoGuidance,
-    ClassifierFree,
     Clip,
-    Denoiser,
-    Flow,
     GuidanceTerm,
     Inpaint,
-    InputScaleConfig,
-    Interval,
-    Linear,
-    NetworkDenoiser,
-    NoiseInputConfig,
     NoiseLevel,
-    ParameterizationConfig,
-    Schedule,
-    UnitVariance,
     WithCondition,
-    require_schedule,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
 from sfumato.generation.generated import Generated
+from sfumato.generation.guidance import guidance_scales, guidance_terms, guided
+from sfumato.generation.model import Model, SamplingConfig
 from sfumato.generation.request import ResolvedRequest, SampleRequest, require_size, resolve_request
-from sfumato.networks import Backbone
 from sfumato.nn.compiling import compile_in_place
 from sfumato.observability.image_files import Values
 from sfumato.sampling import (
-    SAMPLERS,
-    DPMSolverPP2M,
     InterpolatedNoise,
     KeyedNoise,
     Resampled,
@@ -56,92 +39,6 @@ from sfumato.sampling import (
     grid,
     sample,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """How the network's output and inputs are read.
-
-    Attributes:
-        parameterization: what it predicts.
-        input_scale: factor on the noisy image; by default its own standard deviation is divided
-            out.
-        noise_input: how it is told the noise level.
-    """
-
-    parameterization: ParameterizationConfig = Flow()
-    input_scale: InputScaleConfig = UnitVariance(0.5)
-    noise_input: NoiseInputConfig = Angle()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How images are made unless the call says otherwise.
-
-    Attributes:
-        sampler: the solver.
-        schedule: where its grid of levels comes from; need not be the one trained on.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 is off.
-        interval: log-SNR from where to where guidance acts; outside, the condition alone does.
-        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models
-            of pixels.
-    """
-
-    sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
-    schedule: Schedule = Linear()
-    steps: Count = 25
-    guidance: Finite = 1.0
-    interval: tuple[Limit, Limit] = (-math.inf, math.inf)
-    clip: bool = False
-
-    def __post_init__(self) -> None:
-        if (
-            self.steps < 1
-            or not math.isfinite(self.guidance)
-            or not self.interval[0] < self.interval[1]
-        ):
-            raise ConfigError(
-                f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
-                where="sampling",
-                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to "
-                "high log-SNR",
-            )
-        require_schedule(self.schedule, where="sampling.schedule")
-
-
-class Model(nn.Module):
-    """All that is learned: the network and its conditioner, and how the network is read as a
-    denoiser.
-
-    Attributes:
-        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that
-            was loaded.
-    """
-
-    network: Backbone
-    conditioner: CompositeConditioner
-
-    def __init__(
-        self,
-        network: Backbone,
-        conditioner: CompositeConditioner,
-        config: DenoiserConfig,
-        auxiliary: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.network, self.conditioner, self.config = network, conditioner, config
-        self.auxiliary = auxiliary or nn.Module()
-
-    def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
-        """The network as a denoiser, its inside computed in `compute_dtype`."""
-        return NetworkDenoiser(
-            network=self.network,
-            parameterization=self.config.parameterization,
-            input_scale=self.config.input_scale,
-            noise_input=self.config.noise_input,
-            compute_dtype=compute_dtype,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +265,7 @@ class Pipeline:
                 where="sample",
                 hint="ask for at least 1",
             )
-        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        scales = self._scales(guidance)
         resolved = self._resolved(request, num)
         spans = _spans(num, skip, batch_size)
         solver = chosen_sampler(
@@ -411,7 +308,11 @@ class Pipeline:
             )
             x = how.levels.at(0).like(start).mix(start, noise(start))
             condition = self.model.conditioner(part.context, len(part.start))
-            denoiser = self._guided(self._terms(part, part.names, how.scales), how.interval)
+            denoiser = guided(
+                self.model.denoiser(self.compute_dtype),
+                guidance_terms(self.model.conditioner, part, part.names, how.scales),
+                how.interval,
+            )
             if how.autoguidance is not None:
                 weaker, scale = how.autoguidance
                 own = weaker.conditioner(part.context, len(x))
@@ -472,7 +373,7 @@ class Pipeline:
                 where="sample",
                 hint="leave them out: interpolation starts from noise",
             )
-        scales = self._scales(self.sampling.guidance if guidance is None else guidance)
+        scales = self._scales(guidance)
         given = {name for request in requests for name in request.names}
         clip = self._require_clip(self.sampling.clip if clip is None else clip)
         levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
@@ -480,14 +381,21 @@ class Pipeline:
         x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
         with torch.no_grad():
             ends = [conditioner(request.context, 1).expanded(num) for request in requests]
-            ladders = [self._terms(request, given, scales) for request in requests]
+            ladders = [
+                guidance_terms(self.model.conditioner, request, given, scales)
+                for request in requests
+            ]
             terms = tuple(
                 GuidanceTerm(
                     a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale
                 )
                 for a, b in zip(*ladders, strict=True)
             )
-            denoiser = self._guided(terms, self.sampling.interval if interval is None else interval)
+            denoiser = guided(
+                self.model.denoiser(self.compute_dtype),
+                terms,
+                self.sampling.interval if interval is None else interval,
+            )
             denoiser = Clip(denoiser=denoiser) if clip else denoiser
             condition, solver = (
                 ends[0].between(ends[1], shares),
@@ -511,6 +419,10 @@ class Pipeline:
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
+    def _scales(self, guidance: float | Mapping[str, float] | None) -> dict[str, float]:
+        usual = self.sampling.guidance
+        return guidance_scales(usual if guidance is None else guidance, self.reads, usual)
+
     def _require_clip(self, clip: bool) -> bool:
         if clip and not isinstance(self.autoencoder, Pixels):
             raise ConfigError(
@@ -519,85 +431,6 @@ class Pipeline:
                 hint="leave clip out: it is for models of pixels",
             )
         return clip
-
-    def _scales(self, guidance: float | Mapping[str, float]) -> dict[str, float]:
-        """The scale of each context."""
-        names = self.reads
-        given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
-        for name, scale in given.items():
-            if name not in names or not math.isfinite(scale):
-                raise ConfigError(
-                    f"guidance {name} = {scale}",
-                    where="sample",
-                    hint=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
-                )
-        return {name: given.get(name, self.sampling.guidance) for name in names}
-
-    def _terms(
-        self, part: ResolvedRequest, given: Collection[str], scales: Mapping[str, float]
-    ) -> tuple[GuidanceTerm, ...]:
-        """What guidance leads away from: asking for less. Contexts of one scale are stepped to
-        together; () where all of them are 1.
-        """
-        asked = [name for name in scales if name in given]
-        if all(scales[name] == 1 for name in asked):
-            if part.negative:
-                raise ConfigError(
-                    "a negative prompt without guidance",
-                    where="sample",
-                    hint="give a guidance above 1, such as 3",
-                )
-            return ()
-        self._require_trained_absence(asked, scales, negative=part.negative)
-        count = len(part.start)
-        terms: list[GuidanceTerm] = []
-        for number, name in enumerate(asked):
-            if not terms or scales[name] != scales[asked[number - 1]]:
-                before = asked[:number]
-                less = {known: part.context[known] for known in before if known in part.context}
-                instead = {
-                    known: values for known, values in part.negative.items() if known not in before
-                }
-                terms.append(
-                    GuidanceTerm(self.model.conditioner(instead | less, count), scales[name])
-                )
-        return tuple(terms)
-
-    def _require_trained_absence(
-        self, asked: Sequence[str], scales: Mapping[str, float], *, negative: Collection[str]
-    ) -> None:
-        """Raise ConfigError if guidance leads away from the absence of a context that training
-        never hid.
-        """
-        steps = [1.0, *(scales[name] for name in asked)]
-        first = next(
-            number
-            for number, (before, after) in enumerate(itertools.pairwise(steps))
-            if before != after
-        )
-        hidden = [name for name in asked[first:] if name not in negative]
-        never = [name for name in hidden if self.model.conditioner.parts[name].dropout == 0]
-        if never:
-            raise ConfigError(
-                f"guidance leads away from samples without {' and '.join(never)}, which training "
-                "never saw: it was trained with "
-                f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
-                where="sample",
-                hint="leave guidance at 1, or train with a dropout such as 0.1",
-            )
-
-    def _guided(self, terms: tuple[GuidanceTerm, ...], interval: tuple[float, float]) -> Denoiser:
-        plain = self.model.denoiser(self.compute_dtype)
-        if not terms:
-            return plain
-        if not interval[0] < interval[1]:
-            raise ConfigError(
-                f"guidance from log-SNR {interval[0]} to {interval[1]}",
-                where="sample",
-                hint="name the lower one first",
-            )
-        guided = ClassifierFree(denoiser=plain, terms=terms)
-        return Interval(inside=guided, outside=plain, low=interval[0], high=interval[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from sfumato.conditioners import (
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
-from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.generation.model import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.names import unknown

@@ -9,7 +9,7 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
-from sfumato.generation.pipeline import DenoiserConfig, SamplingConfig
+from sfumato.generation.model import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig
 from sfumato.recipes.validation import require_finite_loss, require_guidable, require_sampled

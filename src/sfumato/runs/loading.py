@@ -11,7 +11,8 @@ from torch import Tensor
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
 from sfumato.errors import ConfigError, RunError
-from sfumato.generation.pipeline import Model, Pipeline
+from sfumato.generation.model import Model
+from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve
 from sfumato.runs.preparation import build_model, open_data

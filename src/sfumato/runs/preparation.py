@@ -18,7 +18,7 @@ from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
 from sfumato.data.ledger import change
 from sfumato.evaluation.extractors import extractor
-from sfumato.generation.pipeline import Model
+from sfumato.generation.model import Model
 from sfumato.networks import Backbone
 from sfumato.networks.checks import margin
 from sfumato.networks.perceptual import Features

@@ -15,7 +15,7 @@ from sfumato.condition import on_device, rows
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
-from sfumato.generation.pipeline import Model, SamplingConfig
+from sfumato.generation.model import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.uncertainty import uncertainty_weighted
 from sfumato.sampling import StepInfo

@@ -1,0 +1,109 @@
+"""Guidance of a request: its scales, the conditions that it leads away from, and the guided
+denoiser.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from sfumato.conditioners import CompositeConditioner
+from sfumato.diffusion import (
+    ClassifierFree,
+    Denoiser,
+    GuidanceTerm,
+    Interval,
+)
+from sfumato.errors import ConfigError
+from sfumato.generation.request import ResolvedRequest
+
+
+def guidance_scales(
+    guidance: float | Mapping[str, float], names: Sequence[str], usual: float
+) -> dict[str, float]:
+    """The scale of each context."""
+    given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
+    for name, scale in given.items():
+        if name not in names or not math.isfinite(scale):
+            raise ConfigError(
+                f"guidance {name} = {scale}",
+                where="sample",
+                hint=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
+            )
+    return {name: given.get(name, usual) for name in names}
+
+
+def guidance_terms(
+    conditioner: CompositeConditioner,
+    part: ResolvedRequest,
+    given: Collection[str],
+    scales: Mapping[str, float],
+) -> tuple[GuidanceTerm, ...]:
+    """What guidance leads away from: asking for less. Contexts of one scale are stepped to
+    together; () where all of them are 1.
+    """
+    asked = [name for name in scales if name in given]
+    if all(scales[name] == 1 for name in asked):
+        if part.negative:
+            raise ConfigError(
+                "a negative prompt without guidance",
+                where="sample",
+                hint="give a guidance above 1, such as 3",
+            )
+        return ()
+    _require_trained_absence(conditioner, asked, scales, negative=part.negative)
+    count = len(part.start)
+    terms: list[GuidanceTerm] = []
+    for number, name in enumerate(asked):
+        if not terms or scales[name] != scales[asked[number - 1]]:
+            before = asked[:number]
+            less = {known: part.context[known] for known in before if known in part.context}
+            instead = {
+                known: values for known, values in part.negative.items() if known not in before
+            }
+            terms.append(GuidanceTerm(conditioner(instead | less, count), scales[name]))
+    return tuple(terms)
+
+
+def _require_trained_absence(
+    conditioner: CompositeConditioner,
+    asked: Sequence[str],
+    scales: Mapping[str, float],
+    *,
+    negative: Collection[str],
+) -> None:
+    """Raise ConfigError if guidance leads away from the absence of a context that training
+    never hid.
+    """
+    steps = [1.0, *(scales[name] for name in asked)]
+    first = next(
+        number
+        for number, (before, after) in enumerate(itertools.pairwise(steps))
+        if before != after
+    )
+    hidden = [name for name in asked[first:] if name not in negative]
+    never = [name for name in hidden if conditioner.parts[name].dropout == 0]
+    if never:
+        raise ConfigError(
+            f"guidance leads away from samples without {' and '.join(never)}, which training "
+            "never saw: it was trained with "
+            f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
+            where="sample",
+            hint="leave guidance at 1, or train with a dropout such as 0.1",
+        )
+
+
+def guided(
+    plain: Denoiser, terms: tuple[GuidanceTerm, ...], interval: tuple[float, float]
+) -> Denoiser:
+    if not terms:
+        return plain
+    if not interval[0] < interval[1]:
+        raise ConfigError(
+            f"guidance from log-SNR {interval[0]} to {interval[1]}",
+            where="sample",
+            hint="name the lower one first",
+        )
+    inside = ClassifierFree(denoiser=plain, terms=terms)
+    return Interval(inside=inside, outside=plain, low=interval[0], high=interval[1])

@@ -1,0 +1,118 @@
+"""What is learned, and how it is read as a denoiser and sampled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sfumato.conditioners import CompositeConditioner
+from sfumato.config import named
+from sfumato.config.bounds import Count, Finite, Limit
+from sfumato.diffusion import (
+    Angle,
+    Flow,
+    InputScaleConfig,
+    Linear,
+    NetworkDenoiser,
+    NoiseInputConfig,
+    ParameterizationConfig,
+    Schedule,
+    UnitVariance,
+    require_schedule,
+)
+from sfumato.errors import ConfigError
+from sfumato.networks import Backbone
+from sfumato.sampling import (
+    SAMPLERS,
+    DPMSolverPP2M,
+    SamplerConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """How the network's output and inputs are read.
+
+    Attributes:
+        parameterization: what it predicts.
+        input_scale: factor on the noisy image; by default its own standard deviation is divided
+            out.
+        noise_input: how it is told the noise level.
+    """
+
+    parameterization: ParameterizationConfig = Flow()
+    input_scale: InputScaleConfig = UnitVariance(0.5)
+    noise_input: NoiseInputConfig = Angle()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are made unless the call says otherwise.
+
+    Attributes:
+        sampler: the solver.
+        schedule: where its grid of levels comes from; need not be the one trained on.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 is off.
+        interval: log-SNR from where to where guidance acts; outside, the condition alone does.
+        clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models
+            of pixels.
+    """
+
+    sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
+    schedule: Schedule = Linear()
+    steps: Count = 25
+    guidance: Finite = 1.0
+    interval: tuple[Limit, Limit] = (-math.inf, math.inf)
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if (
+            self.steps < 1
+            or not math.isfinite(self.guidance)
+            or not self.interval[0] < self.interval[1]
+        ):
+            raise ConfigError(
+                f"steps = {self.steps}, guidance = {self.guidance}, interval = {self.interval}",
+                where="sampling",
+                hint="at least 1 step, a finite guidance (1 is off), and an interval from low to "
+                "high log-SNR",
+            )
+        require_schedule(self.schedule, where="sampling.schedule")
+
+
+class Model(nn.Module):
+    """All that is learned: the network and its conditioner, and how the network is read as a
+    denoiser.
+
+    Attributes:
+        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that
+            was loaded.
+    """
+
+    network: Backbone
+    conditioner: CompositeConditioner
+
+    def __init__(
+        self,
+        network: Backbone,
+        conditioner: CompositeConditioner,
+        config: DenoiserConfig,
+        auxiliary: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.conditioner, self.config = network, conditioner, config
+        self.auxiliary = auxiliary or nn.Module()
+
+    def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
+        """The network as a denoiser, its inside computed in `compute_dtype`."""
+        return NetworkDenoiser(
+            network=self.network,
+            parameterization=self.config.parameterization,
+            input_scale=self.config.input_scale,
+            noise_input=self.config.noise_input,
+            compute_dtype=compute_dtype,
+        )
