@@ -420,4 +420,4 @@ def test_explaining_a_recipe_draws_the_ideal_denoiser(
     assert all(Path(line).stat().st_size > 100 for line in result.out.splitlines())
     text = Path("explained/digits/README.md").read_text()
     assert "by the ideal denoiser of the training images" in text
-    assert f"{recipe('digits').sampling.steps} steps of DPMSolverPP2M" in text
+    assert f"{recipe('digits').sampling.steps} steps of dpm-solver++2m" in text

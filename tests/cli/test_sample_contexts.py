@@ -429,7 +429,7 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         (["--guidance", "nan"], "= nan", "finite numbers for"),
         (
             ["--to-seed", "2", "--image", "doodle.png", "--strength", "0.5"],
-            "on the way between images",
+            "in an interpolation",
             "leave them out",
         ),
         (

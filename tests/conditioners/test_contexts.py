@@ -84,7 +84,9 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     ),
     "points of 3-D with features, splatted": lambda: (
         PointsConditioner(
-            PointsConfig(size=8, heads=2, tokens=4, frame="own", splat=SplatConfig(side=SIDE)),
+            PointsConfig(
+                size=8, heads=2, tokens=4, frame="normalized", splat=SplatConfig(side=SIDE)
+            ),
             dimensions=5,
         ),
         {"points": points(5)},
@@ -204,7 +206,7 @@ def test_points_are_splatted_where_they_lie() -> None:
 
 
 def test_a_cloud_in_its_own_frame_may_lie_anywhere() -> None:
-    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, frame="own"), dimensions=3)
+    conditioner = PointsConditioner(PointsConfig(size=8, heads=2, frame="normalized"), dimensions=3)
     cloud = torch.rand(1, 40, 3)
     assert_close(conditioner({"points": cloud}, 1), conditioner({"points": 100 * cloud - 7}, 1))
 

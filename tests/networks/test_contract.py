@@ -194,7 +194,7 @@ def test_missing_context_is_named(config: NetworkConfig) -> None:
     "wrong",
     [
         {"attention_depths": (7,)},
-        {"head_dim": 48},
+        {"head_channels": 48},
         {"blocks": 0},
         {"channels": 33, "attention_depths": ()},  # sines and cosines come in pairs
         # the middle attends

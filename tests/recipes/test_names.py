@@ -21,7 +21,8 @@ from sfumato.storage.run_directory import RunDirectory
 
 def test_the_tables_are_those_of_the_recipes_sources_and_keys() -> None:
     assert {
-        name: (function.__doc__ or "").splitlines()[0] for name, function in RECIPES.items()
+        name: " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        for name, function in RECIPES.items()
     } == names.SUMMARIES
     assert tuple(BUILT_IN) == names.BUILT_IN
     assert set(names.KEYS) == {field.name for field in fields(Run)}
@@ -121,5 +122,5 @@ def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> 
 def test_any_other_folder_with_such_a_file_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     names.require(str(tmp_path))
-    with pytest.raises(RunError, match=r"holds no config\.yaml"):
+    with pytest.raises(RunError, match=r"has no config\.yaml"):
         RunDirectory.existing(tmp_path)

@@ -91,7 +91,7 @@ def test_every_way_out_that_is_named_is_one(overrides: list[str]) -> None:
 
 def test_the_schedule_that_a_network_is_trained_on_is_offered_first() -> None:
     error = refusal("denoiser.parameterization=Epsilon", "objective.schedule=Karras")
-    assert error.hint.startswith("set sampling.schedule=Karras, ")
+    assert error.hint.startswith("set sampling.schedule=karras, ")
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_the_share_of_levels() -> None:
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_share_of_levels() -> None
     )
     assert error.where == "objective.schedule"
     assert re.search(
-        r"not finite at \d+\.\d+% of the noise levels of Geometric, such as alpha = 1, sigma = ",
+        r"not finite at \d+\.\d+% of the noise levels of geometric, such as alpha = 1, sigma = ",
         error.what,
     )
     resolve(

@@ -240,7 +240,7 @@ def test_grid_ends_clean_and_spends_its_steps_as_edm_does() -> None:
 @pytest.mark.parametrize(
     ("alphas", "sigmas", "said"),
     [
-        ([0.5], [0.5], "no grid"),
+        ([0.5], [0.5], "not a grid"),
         ([0.1, 0.5, 0.4], [0.9, 0.5, 0.6], "level 2 is not less noisy than level 1"),
         ([0.1, 0.1], [0.9, 0.9], "not less noisy"),
         ([0.1, float("nan")], [0.9, 0.5], "non-finite"),

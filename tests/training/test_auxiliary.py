@@ -129,7 +129,7 @@ def test_the_encoder_is_neither_saved_nor_copied() -> None:
     assert copy.deepcopy(auxiliary).terms["alignment"]._frozen.value is encoder
 
 
-@pytest.mark.parametrize("wrong", [{"weight": -1}, {"until": 0}, {"until": 2}])
+@pytest.mark.parametrize("wrong", [{"weight": -1}, {"stop_at": 0}, {"stop_at": 2}])
 @pytest.mark.parametrize("kind", [DispersiveConfig, AlignmentConfig])
 def test_impossible_settings_are_refused(kind, wrong: dict) -> None:
     with pytest.raises(ConfigError, match="hint"):

@@ -52,6 +52,7 @@ def explain(
     """Draw how diffusion works here: the schedule, an image on its way into noise, the way back,
     and what guidance does.
     """
+    from sfumato.config import kind_of
     from sfumato.observability.images import save_png
     from sfumato.recipes import resolve
     from sfumato.runs import load
@@ -81,10 +82,10 @@ def explain(
     readme.write_text(
         TEXT.format(
             name=settings.name,
-            target=type(settings.denoiser.parameterization).__name__.lower(),
+            target=kind_of(type(settings.denoiser.parameterization)),
             denoiser=denoiser,
             steps=settings.sampling.steps,
-            sampler=type(settings.sampling.sampler).__name__,
+            sampler=kind_of(type(settings.sampling.sampler)),
         )
         + (guided if strip is not None else "")
     )

@@ -41,7 +41,7 @@ class PointsConfig:
         size: channels of tokens and of their summary.
         tokens: how many the cloud is read into, whatever its number of points.
         layers, heads: of the transformer between the tokens.
-        frame: `image` takes coordinates as they are, `own` centres each cloud and scales it to fit
+        frame: `image` takes coordinates as they are, `normalized` centres each cloud and scales it to fit
             from -1 to 1.
         min_points: points that a training cloud is thinned to at the least, so that any number
             works.
@@ -53,7 +53,7 @@ class PointsConfig:
     tokens: Size = 16
     layers: Size = 2
     heads: Size = 4
-    frame: Literal["image", "own"] = "image"
+    frame: Literal["image", "normalized"] = "image"
     min_points: Count = 64
     splat: SplatConfig | None = None
     dropout: Fraction = 0.1

@@ -75,6 +75,11 @@ FORMER_KEYS: dict[str, dict[str, str]] = {
     "TrainingConfig": {"posthoc": "post_hoc_ema"},
 }
 
+# Values of keys by the dataclass that has the keys: former -> present.
+FORMER_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "PointsConfig": {"frame": {"own": "normalized", "picture": "image"}},
+}
+
 
 def current_kind(name: str) -> str:
     """The present kind for a kind as written: former names, capitals and underscores are

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, 
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from sfumato.config.aliases import FORMER_KEYS, current_kind
+from sfumato.config.aliases import FORMER_KEYS, FORMER_VALUES, current_kind
 from sfumato.config.descriptions import attribute_docs
 from sfumato.config.kinds import SHORTHANDS, TAG, is_tagged, kind_of, members
 from sfumato.errors import ConfigError, SfumatoError
@@ -88,6 +88,9 @@ def modern(cls: type, data: Any) -> Any:
         for key, value in data.items()
         if key not in former.values() or not _old(key, former, data)
     }
+    for name, values in FORMER_VALUES.get(cls.__name__, {}).items():
+        if isinstance(result.get(name), str):
+            result[name] = values.get(result[name], result[name])
     for entry, hint in config_fields(cls):
         if entry.name in result:
             result[entry.name] = _modern_value(entry, hint, result[entry.name])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import Condition
+from sfumato.config import kind_of
 from sfumato.diffusion import (
     Cosine,
     Flow,
@@ -64,7 +65,7 @@ def _name(part: Any) -> str:
     inner = [
         _name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))
     ]
-    return type(part).__name__ + (f"({', '.join(inner)})" if inner else "")
+    return kind_of(type(part)) + (f"({', '.join(inner)})" if inner else "")
 
 
 def _others(

@@ -10,8 +10,7 @@ from sfumato.data.changes import changes
 from sfumato.evaluation.full import EvaluationReport, evaluate_pipeline
 from sfumato.generation.request import require_context
 from sfumato.recipes.resolver import resolve
-from sfumato.runs.loading import load
-from sfumato.runs.preparation import open_data
+from sfumato.runs import loading, preparation
 from sfumato.storage.run_directory import RunDirectory
 
 
@@ -40,13 +39,13 @@ def evaluate_run(
     """
     directory = RunDirectory.existing(Path(path))
     before_work()
-    pipeline = load(path, precision=precision)
+    pipeline = loading.load(path, precision=precision)
     if compile:
         pipeline.compile()
     if not pipeline.reads:
         for scale in guidance:
             require_context(scale, {})
-    dataset = open_data(resolve(path))
+    dataset = preparation.open_data(resolve(path))
     changed = changes(directory.data_record(), dataset)
     report = evaluate_pipeline(
         pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress
