@@ -60,7 +60,7 @@ def own_network(printed: str, folder: Path) -> None:
     settings = resumed(folder / "runs/own-network", 40, 120)
     assert settings["network"] == {"kind": "tiny-res-net", "width": 32, "depth": 4}
     assert "samples of WrappedResNet: (10, 1, 8, 8)" in printed
-    assert row(printed, "classified as its category")[-1] == "yes"
+    assert row(printed, "category accuracy")[-1] == "yes"
 
 
 def own_data(printed: str, folder: Path) -> None:
