@@ -112,7 +112,8 @@ def test_without_a_compiler_nothing_is_compiled(
     assert compiled == []
     said = " ".join("".join(capsys.readouterr()).split())
     assert (
-        "not compiling the network, which would be faster: it needs a C++ compiler and Python's headers" in said
+        "not compiling the network, which would be faster: it needs a C++ compiler and Python's headers"
+        in said
     )
     with pytest.raises(ConfigError, match=r"apt install g\+\+ python3-dev"):
         train(tiny_run(folder, budget=Budget(steps=2), compile="on"), run=tmp_path / "asked")
