@@ -497,7 +497,7 @@ def _notes() -> Iterator[None]:
 
 
 def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
-    """What each image was asked for, if that differs between them."""
+    """The request of each image, if requests differ."""
     asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
     labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
     return (

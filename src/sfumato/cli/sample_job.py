@@ -107,7 +107,7 @@ class Job:
                 asked.raise_if_requested()
                 self._record(progress)
                 fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
-                # where there is no terminal, a short job needs no line
+                # without a terminal, a short job prints nothing
                 if bar.live or fraction < 1:
                     bar.update(fraction, f"{self._done} of {total} images")
 

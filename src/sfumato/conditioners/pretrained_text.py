@@ -231,7 +231,7 @@ class PretrainedTextConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their
     mask; "" asks for nothing.
 
-    The encoder is no part of the model's weights: it is named in the configuration, and loaded from
+    The encoder does not belong to the model's weights: it is named in the configuration, and loaded from
     there.
     """
 

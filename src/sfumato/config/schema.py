@@ -174,7 +174,7 @@ def as_before(cls: type, data: Any) -> Any:
 
 
 def forget_models() -> None:
-    """Derive all models anew, after a dataclass has got other fields."""
+    """Derive all models again after the fields of a dataclass have changed."""
     config_fields.cache_clear()
     _models.cache_clear()
 

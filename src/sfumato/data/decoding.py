@@ -81,7 +81,7 @@ class Decoded(NamedTuple):
         shape: index into the format's shapes.
         size: (width, height) upright, before scaling.
         notes: what had to be done to it (`exif_rotated`, `upscaled`, ...).
-        id: hash of the content, "" unless asked for: of the decoded values, so that it does not
+        id: hash of the content, "" unless requested: of the decoded values, so that it does not
             depend on the container or a
             lossless encoding; of the bytes for a JPEG, which is never decoded at full size.
         frames: images that the file holds, of which this is the first.

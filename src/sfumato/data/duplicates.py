@@ -1,4 +1,4 @@
-"""Which images are the same, or nearly: one scene encoded, resized, toned or cropped a little anew.
+"""Which images are the same, or nearly: one scene encoded, resized, toned or cropped a little differently.
 
 Candidates are neighbours among the principal components of thumbnails without brightness and
 contrast. Each pair is laid over

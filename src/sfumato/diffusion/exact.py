@@ -19,7 +19,7 @@ class EmpiricalDenoiser:
     """E[x0 | x] when x0 is one of `data` (N, ...), all equally likely: a softmax over squared
     distances.
 
-    Sampling with it returns images of the set. It explains, tests and bounds; it is no model.
+    Sampling with it returns images of the set. It explains, tests and bounds; it is not a model.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), appendix B.3.
     """

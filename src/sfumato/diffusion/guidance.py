@@ -49,7 +49,7 @@ class ClassifierFree:
     Attributes:
         denoiser: trained with condition dropout.
         terms: the conditions of d_0, d_1, ... and w_0, w_1, ...; the last step goes to the
-            condition that is asked for.
+            requested condition.
     Source: Ho & Salimans 2022 (arXiv:2207.12598); Brooks et al. 2023 (arXiv:2211.09800), eq. 3.
     """
 
@@ -83,7 +83,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True, kw_only=True)
 class WithCondition:
-    """A denoiser with a condition of its own, whatever it is asked for: of one image, or of the
+    """A denoiser with a condition of its own, whatever is requested: of one image, or of the
     batch.
     """
 

@@ -42,7 +42,7 @@ class Stratified:
 
     Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's
     slice, a micro-batch) is
-    spread over all noise levels too. Where they begin is drawn anew for each batch, from the same
+    spread over all noise levels too. Where they begin is drawn again for each batch, from the same
     draws, so that a place in the batch is
     not tied to a stratum: an image whose place is always the same sees all levels.
     """

@@ -1,5 +1,5 @@
-"""Does the condition work? Figures of samples against what was asked for, beside the same figures
-for what others were asked for.
+"""Does the condition work? Figures of samples against their own condition, next to the same figures
+against the conditions of others.
 
 Every figure is taken three times: for samples and their own condition, for the same samples and
 another sample's condition
@@ -106,7 +106,7 @@ def measure_adherence(
     then all together.
 
     Args:
-        keep: handed each context's name, what was asked for, the samples and the real images (n, C,
+        keep: handed each context's name, the condition, the samples and the real images (n, C,
             H, W) in [-1, 1].
     """
     tell = on_progress or (lambda fraction, text: None)

@@ -1,4 +1,4 @@
-"""Combinations nobody showed the model: asked for by prompt, held against the real images that were
+"""Combinations that the model has not seen: requested by prompt, held against the real images that were
 kept from training.
 
 Three makers are compared: the model; a copyist, who gives the training image whose caption is most
@@ -25,7 +25,7 @@ from sfumato.evaluation.adherence import Figure, spread
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.tables import format_table
 
-LARGEST = 120  # held-out images that are asked for
+LARGEST = 120  # held-out images that are requested
 EACH = 4  # samples of each held-out prompt
 
 
@@ -35,7 +35,7 @@ class Composition:
 
     Attributes:
         own: share of images whose nearest real image, held-out ones among them, has the caption
-            that was asked for.
+            that was requested.
         words: overlap (Jaccard) of that nearest image's caption with the prompt.
         distance: root mean squared distance in [-1, 1] to the real image of the prompt.
     """

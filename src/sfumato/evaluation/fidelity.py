@@ -34,7 +34,7 @@ class Row:
     """Figures of one set of images: samples at a guidance scale, or the held-out images.
 
     Attributes:
-        category_accuracy: share that the classifier reads as the category asked for, with its 95 %
+        category_accuracy: share that the classifier classifies as the requested category, with its 95 %
             interval (Wilson); None without
             categories.
         frechet: distance to training images in the extractor's features, taken with `frechet_n`
@@ -138,7 +138,7 @@ def evaluate(
     Where the data have categories, a classifier trained on them reads the samples, and the features
     are those of another; where they
     have none, features come from a frozen network. A model that is steered by nothing but
-    categories is asked for each in turn; others
+    categories samples each in turn; others
     for what held-out images are.
 
     Args:
@@ -221,7 +221,7 @@ def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
 def _asked(
     pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """What `num` samples are asked for, and their categories: each category in turn, or what
+    """The conditions of `num` samples, and their categories: each category in turn, or what
     held-out images are.
     """
     listed = values_in_turn(pipeline.reads, num, pipeline.facts)

@@ -1,4 +1,4 @@
-"""What was asked for, what came, and the real image, one above the other."""
+"""The condition, the sample and the real image, one above the other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gallery(
     the sample and the real image.
 
     Args:
-        context: what samples were asked for, batched, by the names of contexts.
+        context: the conditions of the samples, batched, by the names of contexts.
         samples, real: (n, C, H, W) in [-1, 1].
         facts: what the model knows of its training set.
     """

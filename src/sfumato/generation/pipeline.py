@@ -43,7 +43,7 @@ from sfumato.sampling import (
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Makes images. Image i of a seed is the same whatever the number or the batch size asked for.
+    """Makes images. Image i of a seed is the same whatever the number of images or the batch size.
 
     Attributes:
         model: in evaluation mode, on the device that will run it.

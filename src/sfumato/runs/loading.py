@@ -127,7 +127,7 @@ def load(
             (`post_hoc_ema.widths`).
         precision: inside the network.
     Raises:
-        RunError, CheckpointError: if this is no run, or it has no usable checkpoint.
+        RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
         ConfigError: for weights or a precision that there are not.
     """
     directory = RunDirectory.existing(Path(path))

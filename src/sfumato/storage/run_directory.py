@@ -83,7 +83,7 @@ class RunDirectory:
         """A run that was made before.
 
         Raises:
-            RunError: if this is no run, saying what it is if it is a model of diffusers.
+            RunError: if this is not a run, saying what it is if it is a model of diffusers.
         """
         if not (path / "config.yaml").exists():
             refuse_diffusers(path)

@@ -20,7 +20,7 @@ class Interruption:
     second one acts at once.
 
     A signal to a whole group of processes ends those that read data ahead, too; from then on their
-    end is no error, so that the step is
+    end is not an error, so that the step is
     finished and saved.
     """
 

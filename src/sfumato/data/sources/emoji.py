@@ -247,7 +247,7 @@ def _words(name: str) -> str:
 
 
 def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
-    """The CLDR name, and an alias in the same skin tone if there is one that fits and is no other
+    """The CLDR name, and an alias in the same skin tone if there is one that fits and is not another
     image's name.
     """
     name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
