@@ -19,12 +19,12 @@ from sfumato.contexts.points import MOST_POINTS
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest, SampleRequest, resolve_request
-from tests.steered import ASKED, CONFIGS, FACTS, SIDE, cloud, image, steered
+from tests.helpers.pipelines import CONFIGS, FACTS, REQUESTS, SIDE, cloud, image, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def everything() -> Pipeline:
-    return steered()
+    return tiny_pipeline()
 
 
 def request_of(pipeline: Pipeline, num: int = 5, **asked: Any) -> ResolvedRequest:
@@ -155,9 +155,9 @@ def test_points_of_whole_numbers_are_points(everything: Pipeline) -> None:
 
 
 def test_everything_at_once(everything: Pipeline) -> None:
-    both = {name: value for asked, _ in ASKED.values() for name, value in asked.items()}
+    both = {name: value for asked, _ in REQUESTS.values() for name, value in asked.items()}
     request = request_of(everything, **both, negative="two", strength=0.5, mask=image(9).round())
-    assert set(request.names) == set(ASKED)
+    assert set(request.names) == set(REQUESTS)
     assert all(len(value) == 5 for value in request.context.values())
     some = request.rows(slice(1, 3), torch.device("cpu"))
     assert len(some.start) == len(some.known) == 2
@@ -200,12 +200,14 @@ def test_a_model_that_fills_holes_is_shown_the_image_without_them(everything: Pi
 
 @pytest.mark.parametrize("lost", [Shrink(factor=4), Grayscale()])
 def test_a_model_that_restores_is_shown_what_has_lost_it(lost: Any) -> None:
-    request = request_of(steered("image", lost=lost), image=image(0))
+    request = request_of(tiny_pipeline("image", lost=lost), image=image(0))
     assert torch.equal(request.context["image"], lost.given(request.start))
 
 
 def test_a_model_that_reads_no_images_is_shown_none() -> None:
-    request = request_of(steered("category"), image=image(0), strength=0.5, mask=image(1).round())
+    request = request_of(
+        tiny_pipeline("category"), image=image(0), strength=0.5, mask=image(1).round()
+    )
     assert request.context == {}
 
 
@@ -217,7 +219,7 @@ def test_the_bounds_of_strength_are_strengths(everything: Pipeline, strength: fl
 @pytest.mark.parametrize("strength", [-1e-9, 1.0001, math.nan, math.inf, -math.inf, 30])
 def test_what_is_beyond_them_is_none(everything: Pipeline, strength: float) -> None:
     assert "strength" in said(everything, image=image(0), strength=strength)
-    assert "strength" in said(steered("category"), image=image(0), strength=strength)
+    assert "strength" in said(tiny_pipeline("category"), image=image(0), strength=strength)
 
 
 def test_a_mask_or_a_strength_needs_a_image(everything: Pipeline) -> None:
@@ -227,9 +229,9 @@ def test_a_mask_or_a_strength_needs_a_image(everything: Pipeline) -> None:
 
 def test_a_image_alone_says_too_little_to_a_model_that_reads_none() -> None:
     assert "give a strength from 0 to 1 to start from it, or a mask" in said(
-        steered("category"), image=image(0)
+        tiny_pipeline("category"), image=image(0)
     )
-    request_of(steered("image"), image=image(0))
+    request_of(tiny_pipeline("image"), image=image(0))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -251,13 +253,13 @@ UNREAD = {
 )
 def test_a_context_that_is_not_read_names_those_that_are(reads: list[str], field: str) -> None:
     context = {"prompt": "text", "negative": "text"}.get(field, field)
-    pipeline = steered(*reads)
+    pipeline = tiny_pipeline(*reads)
     if context in reads:
         request_of(pipeline, **{field: UNREAD[field]})
         return
     message = said(pipeline, **{field: UNREAD[field]})
     assert f"this model was not trained with {field} conditioning" in message
-    assert f"it is steered by {', '.join(name for name in ASKED if name in reads)}" in message
+    assert f"it is steered by {', '.join(name for name in REQUESTS if name in reads)}" in message
     assert f"train with conditioner.{context}" in message
 
 
@@ -366,14 +368,14 @@ def condition_of(pipeline: Pipeline, text: str) -> Tensor:
 @pytest.mark.filterwarnings("ignore::sfumato.contexts.PromptNote")
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_text_in_any_script_can_be_read(text: str) -> None:
-    pipeline = steered("text")
+    pipeline = tiny_pipeline("text")
     request = request_of(pipeline, prompt=text, negative=text)
     assert request.context["text"] == [text] * 5
     assert condition_of(pipeline, text).isfinite().all()
 
 
 def test_texts_are_told_apart() -> None:
-    pipeline = steered("text")
+    pipeline = tiny_pipeline("text")
     conditions = [
         condition_of(pipeline, text) for text in ("", "猫", "犬", "a heart", "heart a", "ar", "ra")
     ]
@@ -391,7 +393,7 @@ def test_texts_are_told_apart() -> None:
 def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(
     long: str, asked: dict[str, Any]
 ) -> None:
-    pipeline = steered("text")
+    pipeline = tiny_pipeline("text")
     mine = {
         name: long
         if text == "@"
@@ -409,11 +411,11 @@ def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(
 
 def test_what_is_read_of_a_cut_text_is_quoted() -> None:
     with pytest.warns(Truncated, match="'a red heart a red heart a red'"):
-        request_of(steered("text"), prompt="a red heart " * 9)
+        request_of(tiny_pipeline("text"), prompt="a red heart " * 9)
 
 
 def test_nothing_is_said_of_a_text_that_fits() -> None:
-    pipeline = steered("text")
+    pipeline = tiny_pipeline("text")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for text in ("", "a red heart", "a red heart, two cats", "  a   heart  "):
@@ -439,7 +441,7 @@ def test_nothing_is_said_of_a_text_that_fits() -> None:
 )
 def test_words_that_no_caption_contained_are_named(asked: dict[str, Any], said: str) -> None:
     with pytest.warns(Unfamiliar) as caught:
-        request_of(steered("text"), **asked)
+        request_of(tiny_pipeline("text"), **asked)
     assert said in str(caught[0].message)
 
 
@@ -473,4 +475,4 @@ def test_a_model_that_never_learned_letters_says_so() -> None:
 
 def test_the_facts_above_are_what_the_model_knows(everything: Pipeline) -> None:
     assert everything.facts == FACTS
-    assert set(everything.reads) == set(ASKED)
+    assert set(everything.reads) == set(REQUESTS)

@@ -27,8 +27,8 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest
 from sfumato.observability.image_files import FORMATS
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
+from tests.helpers.pipelines import REQUESTS, SIDE, image, tiny_pipeline
 from tests.oracles import exact
-from tests.steered import ASKED, SIDE, image, steered
 
 TEXT = {"prompt": "a red heart"}
 BOTH = {"prompt": "a red heart", "category": "dog"}
@@ -36,13 +36,13 @@ BOTH = {"prompt": "a red heart", "category": "dog"}
 
 @pytest.fixture(scope="module")
 def everything() -> Pipeline:
-    return steered()
+    return tiny_pipeline()
 
 
 @pytest.fixture(scope="module")
 def two() -> Pipeline:
     """WithCondition by category and text."""
-    return steered("category", "text")
+    return tiny_pipeline("category", "text")
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -51,7 +51,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def together(number: int = 0) -> dict[str, Any]:
     """All contexts at once."""
-    return {name: value for asked in ASKED.values() for name, value in asked[number].items()}
+    return {name: value for asked in REQUESTS.values() for name, value in asked[number].items()}
 
 
 def said(pipeline: Pipeline, **asked: Any) -> str:
@@ -63,20 +63,20 @@ def said(pipeline: Pipeline, **asked: Any) -> str:
 # --- each context ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_images_depend_on_the_context(name: str) -> None:
-    pipeline = steered(name)
+    pipeline = tiny_pipeline(name)
     nothing = pipeline.sample(2)
-    one, other = (pipeline.sample(2, **asked) for asked in ASKED[name])
+    one, other = (pipeline.sample(2, **asked) for asked in REQUESTS[name])
     assert apart(one, nothing) > 0.01
     assert apart(one, other) > 0.01
-    assert apart(one, pipeline.sample(2, **ASKED[name][0])) == 0
+    assert apart(one, pipeline.sample(2, **REQUESTS[name][0])) == 0
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_together_with_others_each_context_still_matters(everything: Pipeline, name: str) -> None:
-    (field,) = ASKED[name][1]
-    changed = dict(together(), **{field: ASKED[name][1][field]})
+    (field,) = REQUESTS[name][1]
+    changed = dict(together(), **{field: REQUESTS[name][1][field]})
     left_out = dict(together(), **{field: None})
     whole = everything.sample(2, **together())
     assert apart(everything.sample(2, **changed), whole) > 1e-3
@@ -177,7 +177,7 @@ def test_guidance_is_the_sum_that_it_says(
 
 
 def test_three_scales_step_from_context_to_context() -> None:
-    pipeline = steered("category", "text", "doodle")
+    pipeline = tiny_pipeline("category", "text", "doodle")
     asked = dict(BOTH, doodle=image(5))
     doodle = {"doodle": (2 * image(5) - 1)[None]}
     scales = {"category": 2.0, "text": 0.5, "doodle": 1.5}
@@ -197,7 +197,7 @@ def test_three_scales_step_from_context_to_context() -> None:
 
 
 def test_guidance_away_from_what_training_never_saw_is_refused() -> None:
-    pipeline = steered("category", "text")
+    pipeline = tiny_pipeline("category", "text")
     pipeline.model.conditioner.parts["category"].dropout = 0.0
     for scales in (2.0, {"category": 2.0, "text": 1.0}):
         with pytest.raises(
@@ -226,13 +226,15 @@ def test_guidance_1_is_no_guidance_and_calls_the_network_once_a_step(
 
 def test_equal_scales_are_one_number(everything: Pipeline) -> None:
     one = everything.sample(2, **together(), guidance=2.0)
-    assert torch.equal(everything.sample(2, **together(), guidance=dict.fromkeys(ASKED, 2.0)), one)
+    assert torch.equal(
+        everything.sample(2, **together(), guidance=dict.fromkeys(REQUESTS, 2.0)), one
+    )
     assert apart(everything.sample(2, **together()), one) > 0.01
 
 
 def test_scales_of_contexts_that_are_not_asked_for_do_not_matter(everything: Pipeline) -> None:
     assert torch.equal(
-        everything.sample(2, **TEXT, guidance={**dict.fromkeys(ASKED, 9.0), "text": 2.0}),
+        everything.sample(2, **TEXT, guidance={**dict.fromkeys(REQUESTS, 9.0), "text": 2.0}),
         everything.sample(2, **TEXT, guidance=2.0),
     )
 
@@ -266,7 +268,7 @@ def test_an_interval_of_all_levels_is_always_and_one_of_none_is_never(two: Pipel
 
 
 def test_guiding_away_from_a_worse_model(two: Pipeline) -> None:
-    worse = steered("category", "text", seed=5).model
+    worse = tiny_pipeline("category", "text", seed=5).model
     plain = two.sample(2, **BOTH, guidance=2.0)
     assert apart(two.sample(2, **BOTH, guidance=2.0, autoguidance=(worse, 1.0)), plain) < 1e-5
     assert (
@@ -464,9 +466,9 @@ def test_the_ends_of_a_way_are_the_images_of_the_two_requests(
     assert apart(images[-1:], ends[1]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_there_is_a_way_through_every_context(everything: Pipeline, name: str) -> None:
-    first, last = ASKED[name]
+    first, last = REQUESTS[name]
     images = everything.interpolate(
         3, SampleRequest.of(**first), SampleRequest.of(**last), guidance=2.0
     )

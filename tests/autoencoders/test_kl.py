@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sfumato.autoencoders import KLAutoencoder, KLConfig, LatentAutoencoder, io, measure
 from sfumato.errors import CheckpointError, ConfigError, DataError, ShapeError
-from tests.autoencoders.models import made
+from tests.helpers.autoencoders import random_autoencoder
 
 SHAPES = [
     KLConfig(channels=(16, 32), latent_channels=4, blocks=1, groups=8),
@@ -41,7 +41,7 @@ def test_ours_and_diffusers_give_the_same_numbers(
     config: KLConfig, channels: int, tmp_path: Path
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
-    codec = made(config, channels)
+    codec = random_autoencoder(config, channels)
     mean, deviation = (
         torch.linspace(-1, 1, config.latent_channels),
         torch.linspace(0.5, 2, config.latent_channels),
@@ -89,7 +89,7 @@ def test_a_folder_of_diffusers_is_read_with_its_scaling_factor(
 
 
 def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
-    codec = made(SHAPES[2])
+    codec = random_autoencoder(SHAPES[2])
     folder = io.save(
         LatentAutoencoder(codec, torch.zeros(16), torch.ones(16)), tmp_path / "saved", {}
     )
@@ -110,7 +110,7 @@ def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
 
 
 def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> None:
-    codec, x = made(SHAPES[0]), images(64, side=16)
+    codec, x = random_autoencoder(SHAPES[0]), images(64, side=16)
     found = measure(codec, x.split(20))
     latents = LatentAutoencoder(codec, found.mean, found.deviation)
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> No
 
 
 def test_channels_that_tell_nothing_are_named() -> None:
-    codec = made(SHAPES[0])
+    codec = random_autoencoder(SHAPES[0])
     codec.quant_conv.weight.data[1] = 0  # the mean of channel 1 is the same everywhere
     found = measure(codec, [images(8)])
     assert found.dead == [1]
@@ -133,12 +133,12 @@ def test_channels_that_tell_nothing_are_named() -> None:
 
 
 def test_constant_images_have_latents_still() -> None:
-    found = measure(made(SHAPES[0]), [torch.zeros(4, 3, 16, 16)])
+    found = measure(random_autoencoder(SHAPES[0]), [torch.zeros(4, 3, 16, 16)])
     assert bool((found.deviation > 0).all())
 
 
 def test_latents_without_any_variance_are_refused() -> None:
-    codec = made(SHAPES[0])
+    codec = random_autoencoder(SHAPES[0])
     codec.quant_conv.weight.data.zero_()
     codec.quant_conv.bias.data.fill_(-30.0)
     with pytest.raises(DataError, match="no variance"):
@@ -146,7 +146,7 @@ def test_latents_without_any_variance_are_refused() -> None:
 
 
 def test_wrong_images_and_shapes_are_refused() -> None:
-    latents = LatentAutoencoder(made(SHAPES[1]), torch.zeros(3), torch.ones(3))
+    latents = LatentAutoencoder(random_autoencoder(SHAPES[1]), torch.zeros(3), torch.ones(3))
     for wrong in (images(side=30), images(channels=1)):
         with pytest.raises(ShapeError, match="multiples of 4"):
             latents.moments(wrong)
@@ -157,7 +157,9 @@ def test_wrong_images_and_shapes_are_refused() -> None:
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     folder = io.save(
-        LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4)), tmp_path / "saved", {}
+        LatentAutoencoder(random_autoencoder(SHAPES[0]), torch.zeros(4), torch.ones(4)),
+        tmp_path / "saved",
+        {},
     )
     config = json.loads((folder / io.CONFIG).read_text())
     for wrong in (
@@ -181,7 +183,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 def test_saving_replaces_whole_folders_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = LatentAutoencoder(made(SHAPES[0]), torch.zeros(4), torch.ones(4))
+    first = LatentAutoencoder(random_autoencoder(SHAPES[0]), torch.zeros(4), torch.ones(4))
     folder = io.save(first, tmp_path / "saved", {"from": "here"})
     assert json.loads((folder / io.STATISTICS).read_text())["from"] == "here"
 
@@ -191,7 +193,9 @@ def test_saving_replaces_whole_folders_only(
     monkeypatch.setattr(io, "save_file", full)
     with pytest.raises(CheckpointError, match="No space"):
         io.save(
-            LatentAutoencoder(made(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)), folder, {}
+            LatentAutoencoder(random_autoencoder(SHAPES[0], seed=1), torch.zeros(4), torch.ones(4)),
+            folder,
+            {},
         )
     assert io.identity(io.load(folder)) == io.identity(io.folded(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]

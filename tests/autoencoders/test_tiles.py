@@ -7,13 +7,13 @@ import torch
 
 from sfumato.autoencoders import KLAutoencoder, KLConfig, LatentAutoencoder, latent_space
 from sfumato.autoencoders.tiling import decode_in_tiles, tiles
-from tests.autoencoders.models import made
+from tests.helpers.autoencoders import random_autoencoder
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("size", [7, 16, 40])
 def test_tiles_and_whole_agree(blocks: int, size: int) -> None:
-    codec = made(
+    codec = random_autoencoder(
         KLConfig(
             channels=(8, 16, 16), latent_channels=4, blocks=blocks, groups=4, attention="middle"
         )
@@ -27,7 +27,9 @@ def test_tiles_and_whole_agree(blocks: int, size: int) -> None:
 
 def test_norms_of_each_tile_alone_would_show() -> None:
     """The negative control: what the statistics are gathered for."""
-    codec = made(KLConfig(channels=(8, 16, 16), latent_channels=4, blocks=1, groups=4))
+    codec = random_autoencoder(
+        KLConfig(channels=(8, 16, 16), latent_channels=4, blocks=1, groups=4)
+    )
     z = torch.randn(1, 4, 20, 26) + torch.linspace(-3, 3, 26)
     with torch.no_grad():
         whole, x = codec.decode(z), codec.head(z)

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from unittest import mock
 
 import pytest
-from program import sfumato
 
 import sfumato as package
 from sfumato import config
@@ -20,6 +19,7 @@ from sfumato.config import load_yaml
 from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError
 from sfumato.recipes import Run, recipe, resolve
+from tests.helpers.cli import sfumato
 
 VERBS = [
     "train",

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import Result, sfumato
 
 from sfumato.autoencoders import Pixels
 from sfumato.conditioners import ConditioningInfo
@@ -18,6 +17,7 @@ from sfumato.observability.images import GAP, to_uint8
 from sfumato.recipes import resolve
 from sfumato.runs.preparation import build_model
 from sfumato.sampling import SAMPLERS
+from tests.helpers.cli import Result, sfumato
 
 TILE = 56
 

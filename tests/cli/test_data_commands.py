@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import Result, sfumato
 
 from sfumato import config
 from sfumato.config import load_yaml
 from sfumato.data import source_at
 from sfumato.recipes import Run, resolve
 from sfumato.training import Trainer
+from tests.helpers.cli import Result, sfumato
 
 CAPTIONS = [
     "a red fox in snow",

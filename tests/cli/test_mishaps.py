@@ -27,8 +27,8 @@ from sfumato.storage import run_directory
 from sfumato.storage.output_paths import require_writable
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget
-from tests.cli.program import sfumato
-from tests.training.tiny import images, tiny_run
+from tests.helpers.cli import sfumato
+from tests.helpers.runs import images, tiny_run
 
 OURS = "run again with --debug and report it"
 

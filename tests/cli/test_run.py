@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import Result, sfumato
 
 from sfumato import __version__, load
 from sfumato.config import load_yaml_file
@@ -18,6 +17,7 @@ from sfumato.evaluation.classifier import train_classifier
 from sfumato.generation.pipeline import to_unit
 from sfumato.observability.images import GAP
 from sfumato.sampling import KeyedNoise
+from tests.helpers.cli import Result, sfumato
 
 TINY = [
     "budget.steps=6",

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import Result, sfumato
 
 from sfumato.conditioners import (
     AttributesConfig,
@@ -30,6 +29,7 @@ from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs import train
 from sfumato.training import AdamWConfig, Budget, FixedEMA, PreviewConfig, ValidationConfig, hooks
+from tests.helpers.cli import Result, sfumato
 
 SIDE = 8
 WORDS = ["a dark square", "a bright square", "noise", "two squares"]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import Result, sfumato
 
 from sfumato import runs
 from sfumato.autoencoders import Pixels
@@ -31,6 +30,7 @@ from sfumato.networks import UNetConfig
 from sfumato.observability.image_files import settings_of
 from sfumato.recipes import Run
 from sfumato.runs.preparation import build_model
+from tests.helpers.cli import Result, sfumato
 
 SIDE = 8
 Made = Callable[..., Pipeline]

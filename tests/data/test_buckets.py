@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded import encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,6 +40,7 @@ from sfumato.training import (
     PreviewConfig,
     ValidationConfig,
 )
+from tests.helpers.image_bytes import encode, noise
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_each_image_takes_the_shape_of_the_nearest_ratio(
 ) -> None:
     shapes = BucketConfig(count=count, step=4, max_ratio=3).shapes(16)
     form = PixelFormat(shapes=shapes, channels=1)
-    found = decode(encoded(Image.new("L", (width, height), 9)), form)
+    found = decode(encode(Image.new("L", (width, height), 9)), form)
     distances = [abs(math.log(w / h) - math.log(width / height)) for h, w in shapes]
     assert distances[found.shape] == min(distances)
     assert found.pixels.shape == (1, *shapes[found.shape])
@@ -157,7 +157,7 @@ def fill(root: Path, sizes: list[tuple[int, int]]) -> Path:
     for number, (width, height) in enumerate(sizes):
         path = root / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(noise(height, width, seed=number)))
+        path.write_bytes(encode(noise(height, width, seed=number)))
     return root
 
 
@@ -185,8 +185,8 @@ def test_the_share_that_cropping_costs(tmp_path: Path) -> None:
 def test_turned_images_count_by_how_they_are_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    (tmp_path / "a.jpg").write_bytes(encoded(noise(16, 32), "JPEG", exif=exif))
-    (tmp_path / "b.jpg").write_bytes(encoded(noise(32, 16, seed=1), "JPEG"))
+    (tmp_path / "a.jpg").write_bytes(encode(noise(16, 32), "JPEG", exif=exif))
+    (tmp_path / "b.jpg").write_bytes(encode(noise(32, 16, seed=1), "JPEG"))
     dataset = index(
         DataConfig(
             source=Folder(str(tmp_path)), resolution=16, buckets=BucketConfig(count=3, step=4)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from containers import put
-from encoded import encoded, noise
 
 from sfumato.data import DataConfig, Dataset, Folder, cache, index, indexing
 from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.errors import DataError
 from sfumato.storage import atomic
+from tests.helpers.containers import put
+from tests.helpers.image_bytes import encode, noise
 
 SIDE = 4
 
@@ -44,7 +44,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def image(seed: int) -> bytes:
-    return encoded(noise(SIDE, SIDE, seed=seed))
+    return encode(noise(SIDE, SIDE, seed=seed))
 
 
 @pytest.fixture
@@ -96,11 +96,11 @@ def test_an_edit_that_keeps_size_and_time_is_seen(
 ) -> None:
     opened(photos)
     decoded.clear()
-    path, other = photos / "05.png", bytearray(encoded(noise(SIDE, SIDE, seed=5), compress_level=0))
+    path, other = photos / "05.png", bytearray(encode(noise(SIDE, SIDE, seed=5), compress_level=0))
     path.write_bytes(other)
     opened(photos)
     state = path.stat()
-    changed = encoded(noise(SIDE, SIDE, seed=98), compress_level=0)
+    changed = encode(noise(SIDE, SIDE, seed=98), compress_level=0)
     assert len(changed) == state.st_size
     path.write_bytes(changed)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -121,9 +121,8 @@ def test_new_names_and_deleted_images_need_no_decoding(
 def test_a_image_in_another_container_is_known(
     home: Path, photos: Path, decoded: list[bytes], tmp_path: Path
 ) -> None:
-    from containers import zipped
-
     from sfumato.data import Zip
+    from tests.helpers.containers import zipped
 
     opened(photos)
     decoded.clear()
@@ -378,7 +377,7 @@ def test_rejects_are_looked_at_each_time(home: Path, photos: Path, decoded: list
 
 
 def test_notes_and_sizes_come_from_the_cache_too(home: Path, photos: Path) -> None:
-    put(photos, {"small.png": encoded(noise(3, 2)), "wide.png": encoded(noise(8, 16, seed=50))})
+    put(photos, {"small.png": encode(noise(3, 2)), "wide.png": encode(noise(8, 16, seed=50))})
     first, again = opened(photos), opened(photos)
     assert again.notes == first.notes == {"upscaled": ["small.png"]}
     assert again.crop_loss == first.crop_loss > 0

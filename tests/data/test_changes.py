@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data import AugmentConfig, DataConfig, Dataset, Folder, changes, index
-from tests.training.tiny import images
+from tests.helpers.runs import images
 
 
 def opened(folder: Path, **settings: Any) -> Dataset:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,6 +20,7 @@ from sfumato.data.check import KINDS, Examination, IntendedModel, examine, write
 from sfumato.data.check.inspect import vendi
 from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
+from tests.helpers.image_bytes import encode
 
 CLEAN = 40
 RESOLUTION = 32
@@ -37,7 +37,7 @@ def tiles(
 def turned(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 3
-    return encoded(image, "JPEG", quality=95, exif=exif)
+    return encode(image, "JPEG", quality=95, exif=exif)
 
 
 def clear(image: Image.Image) -> Image.Image:
@@ -49,7 +49,7 @@ def clear(image: Image.Image) -> Image.Image:
 def put(root: Path, name: str, data: bytes | Image.Image, caption: str | None = None) -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else encoded(data))
+    path.write_bytes(data if isinstance(data, bytes) else encode(data))
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
@@ -84,7 +84,7 @@ def report(root: Path, out: Path) -> dict:
 IMAGES: dict[str, tuple[bytes | Image.Image, set[str]]] = {
     "empty.png": (b"", {"unreadable"}),
     "page.png": (b"<html>404 not found</html>", {"unreadable"}),
-    "cut.jpg": (encoded(tiles(200), "JPEG")[:300], {"unreadable"}),
+    "cut.jpg": (encode(tiles(200), "JPEG")[:300], {"unreadable"}),
     "night.png": (tiles(201, high=80), {"dark"}),
     "glare.png": (tiles(202, low=225), {"bright"}),
     "soft.png": (tiles(203).resize((4, 4)).resize((64, 64), Image.Resampling.BICUBIC), {"blurry"}),
@@ -98,11 +98,11 @@ IMAGES: dict[str, tuple[bytes | Image.Image, set[str]]] = {
     "turned.jpg": (turned(tiles(210)), {"converted"}),
     "twin-1.png": (tiles(211), {"duplicate"}),
     "twin-2.png": (tiles(211), {"duplicate"}),
-    "twin-3.bmp": (encoded(tiles(211), "BMP"), {"duplicate"}),
+    "twin-3.bmp": (encode(tiles(211), "BMP"), {"duplicate"}),
     "near-1.png": (tiles(212), {"near_duplicate"}),
-    "near-2.jpg": (encoded(tiles(212), "JPEG", quality=85), {"near_duplicate"}),
+    "near-2.jpg": (encode(tiles(212), "JPEG", quality=85), {"near_duplicate"}),
     "alike-1.png": (tiles(213), {"look_alike"}),
-    "alike-2.jpg": (encoded(tiles(213), "JPEG", quality=85), {"look_alike"}),
+    "alike-2.jpg": (encode(tiles(213), "JPEG", quality=85), {"look_alike"}),
 }
 COPIES_OF_ONE_NAME = ("twin", "near")
 ELSEWHERE = {"outlier", "unnamed"}  # tested by themselves

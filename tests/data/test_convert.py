@@ -12,12 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import containers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from containers import SIDE, put
-from encoded import encoded, noise, smooth
 
 from sfumato.data import (
     DataConfig,
@@ -37,6 +34,9 @@ from sfumato.data import convert as module
 from sfumato.data.convert import convert
 from sfumato.data.listing import Inline
 from sfumato.errors import ConfigError, DataError
+from tests.helpers import containers
+from tests.helpers.containers import SIDE, put
+from tests.helpers.image_bytes import encode, noise, smooth
 
 KINDS = {"parquet": ".parquet", "webdataset": ".tar"}
 
@@ -49,16 +49,16 @@ def rich_folder(root: Path) -> Folder:
     """Images with everything that may lie beside them, in all encodings."""
     files = containers.images() | containers.sidecars("json")
     files |= {
-        "cat/photo.jpg": encoded(smooth(40, 30), "JPEG", quality=90),
+        "cat/photo.jpg": encode(smooth(40, 30), "JPEG", quality=90),
         "cat/photo.json": json.dumps({"caption": "a photo", "holdout": "photos"}).encode(),
-        "cat/photo.doodle.png": encoded(noise(SIDE, SIDE, seed=40)),
-        "cat/photo.mask.png": encoded(noise(SIDE, SIDE, seed=41)),
-        "cat/photo.png": encoded(noise(SIDE, SIDE, seed=42)),  # two images of one stem
-        "dog/web.webp": encoded(noise(SIDE, SIDE, seed=43), "WEBP", lossless=True),
-        "dog/bits.png": encoded(noise(SIDE, SIDE, seed=44)[..., 0] > 99),
-        "dog/con.v2.png": encoded(noise(SIDE, SIDE, seed=45)),
-        "dog/" + "ü" * 120 + ".png": encoded(noise(SIDE, SIDE, seed=46)),
-        "dog/.png.png": encoded(noise(SIDE, SIDE, seed=47)),
+        "cat/photo.doodle.png": encode(noise(SIDE, SIDE, seed=40)),
+        "cat/photo.mask.png": encode(noise(SIDE, SIDE, seed=41)),
+        "cat/photo.png": encode(noise(SIDE, SIDE, seed=42)),  # two images of one stem
+        "dog/web.webp": encode(noise(SIDE, SIDE, seed=43), "WEBP", lossless=True),
+        "dog/bits.png": encode(noise(SIDE, SIDE, seed=44)[..., 0] > 99),
+        "dog/con.v2.png": encode(noise(SIDE, SIDE, seed=45)),
+        "dog/" + "ü" * 120 + ".png": encode(noise(SIDE, SIDE, seed=46)),
+        "dog/.png.png": encode(noise(SIDE, SIDE, seed=47)),
     }
     points = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
     np.save(root / "points.npy", points)
@@ -207,7 +207,7 @@ def large(count: int = 7) -> Listing:
     """Images of 0.3 MiB each, three to a shard."""
     return Listing(
         entries=[
-            Entry(name=f"{i}.png", image=Inline(encoded(noise(320, 320, seed=i))))
+            Entry(name=f"{i}.png", image=Inline(encode(noise(320, 320, seed=i))))
             for i in range(count)
         ]
     )
@@ -335,7 +335,7 @@ def test_what_is_left_out_is_listed(
             *(
                 Entry(
                     name=f"good{i}.png",
-                    image=Inline(encoded(noise(SIDE, SIDE, seed=i))),
+                    image=Inline(encode(noise(SIDE, SIDE, seed=i))),
                     category="a",
                 )
                 for i in range(3)
@@ -379,7 +379,7 @@ def test_when_nothing_can_be_read_nothing_is_written(tmp_path: Path) -> None:
 )
 def test_names_of_any_kind_survive_a_tar(name: str, tmp_path: Path) -> None:
     entries = [
-        Entry(name=n, image=Inline(encoded(noise(SIDE, SIDE, seed=i))))
+        Entry(name=n, image=Inline(encode(noise(SIDE, SIDE, seed=i))))
         for i, n in enumerate((name, name + "2", "other.png"))
     ]
     entries.append(replace(entries[0], image=entries[2].image, captions=("the same name",)))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded import encoded, noise
 
 from sfumato.data import DataConfig, Dataset, Digits, Folder, index
 from sfumato.errors import ConfigError, DataError
+from tests.helpers.image_bytes import encode, noise
 
 ON_USE = {"cache": "off", "memory_gib": 0.0}  # nothing is kept, images are decoded as they are used
 
@@ -19,7 +19,7 @@ def fill(root: Path, count: int, *, first: int = 0, category: str = "") -> Path:
     """`count` different images 0000.png, 0001.png, ..."""
     (root / category).mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
-        (root / category / f"{number:04d}.png").write_bytes(encoded(noise(4, 4, seed=number)))
+        (root / category / f"{number:04d}.png").write_bytes(encode(noise(4, 4, seed=number)))
     return root
 
 
@@ -67,7 +67,7 @@ def test_the_split_survives_new_names_and_new_images(tmp_path: Path) -> None:
     dataset = opened(tmp_path, holdout=0.3)
     assert contents(dataset, dataset.holdout) == held
     dataset = opened(fill(tmp_path, 30, first=100), holdout=0.3)
-    old = {encoded(noise(4, 4, seed=number)) for number in range(60)}
+    old = {encode(noise(4, 4, seed=number)) for number in range(60)}
     assert contents(dataset, dataset.holdout) & old == held
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path) -> None
     fill(tmp_path, 5)
     (tmp_path / "0001.png").write_bytes(b"")
     (tmp_path / "0003.png").write_bytes(b"<html>404</html>")
-    (tmp_path / "cut.jpg").write_bytes(encoded(noise(40, 40), "JPEG")[:900])
+    (tmp_path / "cut.jpg").write_bytes(encode(noise(40, 40), "JPEG")[:900])
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     dataset = opened(tmp_path)
     reasons = {reject.name: reject.reason for reject in dataset.rejects}
@@ -168,9 +168,9 @@ def test_the_fingerprint_is_stable_and_sees_a_pixel_the_order_the_label_and_the_
     }
     image = noise(4, 4, seed=1)
     image[2, 3, 0] ^= 1
-    (tmp_path / "a" / "0001.png").write_bytes(encoded(image))
+    (tmp_path / "a" / "0001.png").write_bytes(encode(image))
     changed["pixel"] = opened(tmp_path).fingerprint
-    (tmp_path / "a" / "0001.png").write_bytes(encoded(noise(4, 4, seed=1)))
+    (tmp_path / "a" / "0001.png").write_bytes(encode(noise(4, 4, seed=1)))
     assert opened(tmp_path).fingerprint == before
     (tmp_path / "a" / "0000.png").rename(tmp_path / "a" / "9999.png")
     changed["order"] = opened(tmp_path).fingerprint
@@ -249,7 +249,7 @@ def test_images_kept_in_the_cache_or_in_memory_need_no_source(tmp_path: Path, ca
 
 def test_conversions_are_noted_with_the_files(tmp_path: Path) -> None:
     fill(tmp_path, 3)
-    (tmp_path / "small.png").write_bytes(encoded(noise(3, 3)))
+    (tmp_path / "small.png").write_bytes(encode(noise(3, 3)))
     assert opened(tmp_path).notes == {"upscaled": ["small.png"]}
 
 

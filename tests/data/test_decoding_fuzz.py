@@ -3,28 +3,28 @@ reason, and nothing else.
 """
 
 import pytest
-from encoded import encoded, noise
-from harmed import assert_pixels_or_a_reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato.data.decoding import PixelFormat
+from tests.helpers.corrupt import assert_pixels_or_reason
+from tests.helpers.image_bytes import encode, noise
 
 FORM = PixelFormat(shapes=((8, 8),), channels=3)
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 FILES = {
-    "jpeg": encoded(noise(20, 30), "JPEG", exif=ROTATED),
-    "progressive": encoded(noise(20, 30), "JPEG", progressive=True),
-    "png": encoded(noise(20, 30), "PNG", exif=ROTATED),
-    "palette": encoded(Image.fromarray(noise(20, 30)).quantize(16), "PNG", transparency=3),
-    "webp": encoded(noise(20, 30), "WEBP", exif=ROTATED),
-    "gif": encoded(
+    "jpeg": encode(noise(20, 30), "JPEG", exif=ROTATED),
+    "progressive": encode(noise(20, 30), "JPEG", progressive=True),
+    "png": encode(noise(20, 30), "PNG", exif=ROTATED),
+    "palette": encode(Image.fromarray(noise(20, 30)).quantize(16), "PNG", transparency=3),
+    "webp": encode(noise(20, 30), "WEBP", exif=ROTATED),
+    "gif": encode(
         noise(20, 30), "GIF", save_all=True, append_images=[Image.fromarray(noise(20, 30, seed=1))]
     ),
-    "bmp": encoded(noise(20, 30), "BMP"),
-    "tiff": encoded(noise(20, 30), "TIFF", compression="tiff_lzw"),
+    "bmp": encode(noise(20, 30), "BMP"),
+    "tiff": encode(noise(20, 30), "TIFF", compression="tiff_lzw"),
 }
 
 
@@ -42,7 +42,7 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
     if data.draw(st.booleans()):
         first, length = data.draw(st.tuples(places, st.integers(1, 64)))
         del mutated[first : first + length]
-    assert_pixels_or_a_reason(bytes(mutated), FORM)
+    assert_pixels_or_reason(bytes(mutated), FORM)
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,9 +61,9 @@ def test_mutated_bytes_are_pixels_or_a_reason(kind: str, data: st.DataObject) ->
     rest=st.binary(max_size=200),
 )
 def test_a_signature_and_rubbish_is_a_reason(start: bytes, rest: bytes) -> None:
-    assert not assert_pixels_or_a_reason(start + rest, FORM)
+    assert not assert_pixels_or_reason(start + rest, FORM)
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_unharmed_files_are_images(kind: str) -> None:
-    assert assert_pixels_or_a_reason(FILES[kind], FORM)
+    assert assert_pixels_or_reason(FILES[kind], FORM)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import chunk, encoded, noise, png, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode, fitted
 from sfumato.data.pixel_values import covering as _covering
+from tests.helpers.image_bytes import chunk, encode, noise, png, smooth
 
 H, W = 6, 10
 BACKGROUND = (10, 130, 250)
@@ -117,7 +117,7 @@ KINDS = {
 @pytest.mark.parametrize("container", ["PNG", "TIFF", "npy"])
 def test_channels_of_every_mode(mode: str, channels: int, container: str) -> None:
     stored, expected = KINDS[mode]
-    data = npy(stored) if container == "npy" else encoded(Image.fromarray(stored), container)
+    data = npy(stored) if container == "npy" else encode(Image.fromarray(stored), container)
     kept = PixelFormat(
         shapes=((H, W),), channels=channels, background=BACKGROUND, alpha="on"
     )  # arrays do not say it themselves
@@ -154,7 +154,7 @@ def test_clear_is_exactly_the_background_and_opaque_exactly_the_front(
         if channels == 3
         else np.asarray(Image.fromarray(shown.astype(np.uint8)).convert("L"))[..., None]
     )
-    assert (values(encoded(Image.fromarray(stored)), channels) == expected).all()
+    assert (values(encode(Image.fromarray(stored)), channels) == expected).all()
 
 
 def palette() -> tuple[Image.Image, np.ndarray, np.ndarray]:
@@ -167,17 +167,17 @@ def palette() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("container", ["PNG", "GIF", "TIFF", "BMP"])
 def test_palette_images_are_their_colours(container: str) -> None:
     image, colours, numbers = palette()
-    found = decode(encoded(image, container), form())
+    found = decode(encode(image, container), form())
     assert (found.pixels.transpose(1, 2, 0) == colours[numbers]).all()
     assert found.notes == ("palette_converted",)
-    assert (values(encoded(image, container), 4) == stacked(colours[numbers], FULL)).all()
+    assert (values(encode(image, container), 4) == stacked(colours[numbers], FULL)).all()
 
 
 def test_palette_images_with_degrees_of_transparency() -> None:
     image, colours, numbers = palette()
     opacity = grain(16, seed=5)
     opacity[0] = 0  # Pillow writes one that is nowhere less than 255 as opaque
-    data = encoded(image, transparency=opacity.tobytes())
+    data = encode(image, transparency=opacity.tobytes())
     shown = premultiplied(colours[numbers], opacity[numbers])
     assert (values(data, 4) == stacked(shown, opacity[numbers])).all()
     assert np.abs(values(data, 3) - over(colours[numbers], opacity[numbers])).max() <= 1
@@ -190,7 +190,7 @@ def test_palette_images_with_degrees_of_transparency() -> None:
 def test_a_colour_of_a_png_that_is_declared_clear(mode: str) -> None:
     image = GRAY if mode == "L" else RGB
     clear = int(GRAY[2, 3]) if mode == "L" else tuple(int(level) for level in RGB[2, 3])
-    data = encoded(Image.fromarray(image), transparency=clear)
+    data = encode(Image.fromarray(image), transparency=clear)
     hidden = (image == np.array(clear)).reshape(H, W, -1).all(2)
     colours = image if mode == "RGB" else stacked(GRAY, GRAY, GRAY)
     assert hidden[2, 3]
@@ -206,14 +206,14 @@ def test_one_bit_is_black_and_white(container: str) -> None:
     bits = grain(H, W, top=2, seed=6) * 255
     image = Image.fromarray(bits).convert("1")
     for channels in (1, 3):
-        assert (values(encoded(image, container), channels) == bits[..., None]).all()
-    assert (values(encoded(image, container), 4)[..., 3] == 255).all()
+        assert (values(encode(image, container), channels) == bits[..., None]).all()
+    assert (values(encode(image, container), 4)[..., 3] == 255).all()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_cmyk_is_what_pillow_shows(channels: int) -> None:
     image = Image.fromarray(grain(H, W, 4, seed=7), "CMYK")
-    data = encoded(image, "TIFF")
+    data = encode(image, "TIFF")
     c, m, y, k = (plane.astype(np.float64) for plane in np.asarray(image).transpose(2, 0, 1))
     seen = np.stack([(255 - ink) * (255 - k) / 255 for ink in (c, m, y)], axis=2)
     wanted = {
@@ -228,7 +228,7 @@ def test_cmyk_is_what_pillow_shows(channels: int) -> None:
 
 def test_an_adobe_cmyk_jpeg_is_not_inverted() -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
-    found = values(encoded(image, "JPEG", quality=100), height=16, width=16)
+    found = values(encode(image, "JPEG", quality=100), height=16, width=16)
     assert np.abs(found - (255, 0, 0)).max() <= 3
 
 
@@ -239,7 +239,7 @@ DEEP = grain(H, W, top=65536, dtype=np.uint16, seed=8)
 
 @pytest.mark.parametrize("container", ["PNG", "TIFF", "npy"])
 def test_sixteen_bit_gray_is_kept_exactly_when_sixteen_bits_are_asked_for(container: str) -> None:
-    data = npy(DEEP) if container == "npy" else encoded(Image.fromarray(DEEP), container)
+    data = npy(DEEP) if container == "npy" else encode(Image.fromarray(DEEP), container)
     for channels in (1, 3):
         found = decode(data, form(channels, bits=16))
         assert found.pixels.dtype == np.uint16
@@ -249,7 +249,7 @@ def test_sixteen_bit_gray_is_kept_exactly_when_sixteen_bits_are_asked_for(contai
 
 @pytest.mark.parametrize("container", ["PNG", "TIFF", "npy"])
 def test_sixteen_bit_gray_in_eight_is_rounded_not_cut(container: str) -> None:
-    data = npy(DEEP) if container == "npy" else encoded(Image.fromarray(DEEP), container)
+    data = npy(DEEP) if container == "npy" else encode(Image.fromarray(DEEP), container)
     found = decode(data, form(1))
     assert (found.pixels[0] == np.rint(DEEP / 257)).all()
     assert found.notes == ("sixteen_bit_reduced",)
@@ -260,7 +260,7 @@ def test_sixteen_bit_gray_in_eight_is_rounded_not_cut(container: str) -> None:
 def test_sixteen_bit_gray_gets_an_opaque_alpha_as_eight_bit_gray_does(
     channels: int, bits: int
 ) -> None:
-    found = values(encoded(Image.fromarray(DEEP)), channels, bits=bits)
+    found = values(encode(Image.fromarray(DEEP)), channels, bits=bits)
     top = 65535 if bits == 16 else 255
     assert (found[..., -1] == top).all()
     assert (found[..., 0] == (DEEP if bits == 16 else np.rint(DEEP / 257))).all()
@@ -314,7 +314,7 @@ def test_sixteen_bit_colour_in_eight_is_noted(colour: int, bands: int) -> None:
 def test_eight_bits_in_sixteen_are_multiples_of_257(mode: str) -> None:
     stored, expected = KINDS[mode]
     bands = len(mode)
-    for data in (encoded(Image.fromarray(stored)), npy(stored)):
+    for data in (encode(Image.fromarray(stored)), npy(stored)):
         if data.startswith(b"\x93") and mode in ("LA", "RGBA"):
             continue  # an array's last channel is not alpha
         assert (
@@ -337,7 +337,7 @@ def test_arrays_of_any_number_of_channels(bands: int, dtype: type, bits: int) ->
         with pytest.raises(RejectedImage, match=r"7 channels, where data\.channels is 3"):
             decode(npy(stored), form(3, bits=bits))
         with pytest.raises(RejectedImage, match=r"channels, where data\.channels is 7"):
-            decode(encoded(RGB), form(7, bits=bits))
+            decode(encode(RGB), form(7, bits=bits))
 
 
 @pytest.mark.parametrize("order", ["F", "C"])
@@ -432,18 +432,18 @@ def test_scaling_and_cropping_are_lanczos_over_the_covering_box(
     expected = resampled(image, target)[..., 0]
     options = {"height": target[0], "width": target[1]}
     if deep:
-        wide = values(encoded(Image.fromarray(image)), 1, bits=16, **options)[..., 0]
+        wide = values(encode(Image.fromarray(image)), 1, bits=16, **options)[..., 0]
         assert np.abs(wide - expected.clip(0, 65535)).max() <= 1
         narrow = values(npy(image), 1, **options)[..., 0]
         assert np.abs(narrow - expected.clip(0, 65535) / 257).max() <= 0.51
     else:
-        found = values(encoded(Image.fromarray(image)), 1, **options)[..., 0]
+        found = values(encode(Image.fromarray(image)), 1, **options)[..., 0]
         assert np.abs(found - expected).max() <= 1.5
 
 
 @pytest.mark.parametrize(("width", "height"), [(475, 471), (482, 471), (503, 471)])
 def test_no_size_is_refused_for_a_rounding_error(width: int, height: int) -> None:
-    assert decode(encoded(Image.new("L", (width, height))), form(height=28, width=28)).pixels.shape[
+    assert decode(encode(Image.new("L", (width, height))), form(height=28, width=28)).pixels.shape[
         1:
     ] == (28, 28)
 
@@ -465,13 +465,13 @@ def test_cropping_without_scaling_is_a_slice(target: tuple[int, int], bits: int)
     top, left = (H - target[0]) // 2, (W - target[1]) // 2
     inside = (slice(top, top + target[0]), slice(left, left + target[1]))
     options = {"height": target[0], "width": target[1], "bits": bits}
-    for data in (encoded(RGB), encoded(RGB, "BMP"), encoded(RGB, "WEBP", lossless=True), npy(RGB)):
+    for data in (encode(RGB), encode(RGB, "BMP"), encode(RGB, "WEBP", lossless=True), npy(RGB)):
         assert (
             values(data, 3, **options) == RGB[inside].astype(int) * (257 if bits == 16 else 1)
         ).all()
     assert (values(npy(DEEP), 1, **{**options, "bits": 16}) == DEEP[inside][..., None]).all()
     assert (
-        values(encoded(Image.fromarray(DEEP)), 1, **{**options, "bits": 16})
+        values(encode(Image.fromarray(DEEP)), 1, **{**options, "bits": 16})
         == DEEP[inside][..., None]
     ).all()
 
@@ -504,10 +504,10 @@ def test_colour_does_not_bleed_out_of_what_is_transparent() -> None:
     image[:, :7] = (255, 0, 0, 0)
     image[:, 7:] = (0, 0, 255, 255)
     white = PixelFormat(shapes=((8, 8),), channels=3)
-    pixels = decode(encoded(Image.fromarray(image)), white).pixels.astype(int)
+    pixels = decode(encode(Image.fromarray(image)), white).pixels.astype(int)
     assert (pixels[0] == pixels[1]).all()  # white and blue hold as much red as green
     assert pixels[2].min() >= 254
-    kept = decode(encoded(Image.fromarray(image)), PixelFormat(shapes=((8, 8),), channels=4)).pixels
+    kept = decode(encode(Image.fromarray(image)), PixelFormat(shapes=((8, 8),), channels=4)).pixels
     assert kept[0].max() == 0
 
 
@@ -529,7 +529,7 @@ def test_a_jpeg_decoded_at_reduced_size_is_where_the_whole_one_is(
         127.5 + 60 * np.sin(2 * np.pi * 5 * x / width + 1) + 50 * np.cos(2 * np.pi * 4 * y / height)
     )
     image = np.repeat(np.rint(waves).astype(np.uint8)[..., None], 3, 2)
-    data = encoded(image, "JPEG", quality=97, subsampling=0)
+    data = encode(image, "JPEG", quality=97, subsampling=0)
     found = values(data, height=target[0], width=target[1])
     expected = resampled(image[..., 0], target)
     slope = 2 * np.pi * max(5 * 60 / width, 4 * 50 / height)  # of a pixel of the original
@@ -554,7 +554,7 @@ def test_fitted_keeps_the_aspect_ratio_and_the_whole_image(
     exif = Image.Exif()
     exif[0x0112] = turn
     image = smooth(size[1], size[0])
-    data = encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    data = encode(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     fit = fitted(data, 30)
     assert fit.shapes == (shape,)
     assert fit.channels == 3
@@ -572,7 +572,7 @@ def test_fitted_keeps_the_aspect_ratio_of_an_array() -> None:
 
 
 def test_fitted_of_rubbish_leaves_the_reason_to_decode() -> None:
-    for data in (b"", b"hello", b"\x93NUMPY rubbish", encoded(RGB)[:30]):
+    for data in (b"", b"hello", b"\x93NUMPY rubbish", encode(RGB)[:30]):
         with pytest.raises(RejectedImage):
             decode(data, fitted(data, 16))
 
@@ -603,7 +603,7 @@ LOSSLESS = {
 def turned(orientation: int, kind: str, image: np.ndarray = RGB) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(image, kind, exif=exif, **LOSSLESS[kind])
+    return encode(image, kind, exif=exif, **LOSSLESS[kind])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -630,7 +630,7 @@ def test_turned_images_are_scaled_and_cropped_as_if_they_were_upright(
     data = turned(orientation, kind, smooth(20, 30))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     found = values(data, height=target[0], width=target[1])
-    expected = values(encoded(upright), height=target[0], width=target[1])
+    expected = values(encode(upright), height=target[0], width=target[1])
     assert np.abs(found - expected).max() <= (6 if kind == "JPEG" else 1)
 
 
@@ -646,7 +646,7 @@ def test_the_bucket_is_that_of_the_upright_image(orientation: int) -> None:
 def test_sixteen_bit_images_turn_too(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(DEEP), exif=exif)
+    data = encode(Image.fromarray(DEEP), exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert (
         values(data, 1, height=upright.shape[0], width=upright.shape[1], bits=16)[..., 0] == upright
@@ -671,15 +671,15 @@ BROKEN_EXIF = {
 def test_damaged_exif_costs_no_image(kind: str, harm: str) -> None:
     body = BROKEN_EXIF[harm]
     if kind == "JPEG":
-        whole = encoded(RGB, "JPEG", quality=100, subsampling=0)
+        whole = encode(RGB, "JPEG", quality=100, subsampling=0)
         data = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + whole[2:]
     elif kind == "PNG":
-        whole = encoded(RGB)
+        whole = encode(RGB)
         data = whole[:33] + chunk(b"eXIf", body.removeprefix(b"Exif\0\0")) + whole[33:]
     else:
-        data = encoded(RGB, "WEBP", lossless=True, exif=body)
+        data = encode(RGB, "WEBP", lossless=True, exif=body)
     found = decode(data, form())
-    plain = decode(encoded(RGB, kind, **LOSSLESS[kind]), form())
+    plain = decode(encode(RGB, kind, **LOSSLESS[kind]), form())
     if "exif_rotated" not in found.notes:
         assert (found.pixels == plain.pixels).all()
     assert sorted(found.pixels.reshape(-1)) == sorted(plain.pixels.reshape(-1)) or found.size == (
@@ -759,7 +759,7 @@ def in_srgb(image: np.ndarray, primaries: tuple, gamma: float) -> np.ndarray:
 def test_a_profile_is_converted_to_srgb(name: str, kind: str) -> None:
     primaries, gamma = PROFILES[name]
     icc = profile(primaries, gamma, name)
-    data = encoded(RGB, kind, icc_profile=icc, **LOSSLESS[kind])
+    data = encode(RGB, kind, icc_profile=icc, **LOSSLESS[kind])
     stored = np.asarray(Image.open(io.BytesIO(data)))
     found = decode(data, form())
     assert "icc_converted_to_srgb" in found.notes
@@ -778,7 +778,7 @@ def test_a_profile_is_converted_to_srgb(name: str, kind: str) -> None:
 
 def test_a_profile_of_gray_images_is_converted_too() -> None:
     icc = profile(None, 1.0, "linear gray")
-    data = encoded(GRAY, icc_profile=icc)
+    data = encode(GRAY, icc_profile=icc)
     linear, target = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
     transform = ImageCms.buildTransform(
         linear, target, "L", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC
@@ -796,7 +796,7 @@ def test_a_profile_of_gray_images_is_converted_too() -> None:
 
 def test_alpha_stays_beside_converted_colours() -> None:
     icc = profile(ADOBE, 563 / 256, "Adobe-like")
-    data = encoded(Image.fromarray(stacked(RGB, ALPHA).astype(np.uint8)), icc_profile=icc)
+    data = encode(Image.fromarray(stacked(RGB, ALPHA).astype(np.uint8)), icc_profile=icc)
     found = values(data, 4)
     assert (found[..., 3] == ALPHA).all()
     share = ALPHA[..., None] / 255
@@ -806,14 +806,14 @@ def test_alpha_stays_beside_converted_colours() -> None:
 def test_an_srgb_profile_changes_nothing() -> None:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for kind, options in LOSSLESS.items():
-        found = decode(encoded(RGB, kind, icc_profile=icc, **options), form())
-        assert (found.pixels == decode(encoded(RGB, kind, **options), form()).pixels).all()
+        found = decode(encode(RGB, kind, icc_profile=icc, **options), form())
+        assert (found.pixels == decode(encode(RGB, kind, **options), form()).pixels).all()
         assert found.notes == ()
 
 
 def test_a_profile_is_known_by_its_curves_and_not_by_its_name() -> None:
     icc = profile(SRGB, 1.0, "linear sRGB")  # as GIMP's and Elle Stone's are called
-    found = values(encoded(RGB, icc_profile=icc))
+    found = values(encode(RGB, icc_profile=icc))
     assert np.abs(found - in_srgb(RGB, SRGB, 1.0)).max() <= 4
 
 
@@ -829,8 +829,8 @@ GARBAGE = {
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 @pytest.mark.parametrize("icc", GARBAGE)
 def test_a_useless_profile_is_ignored_and_noted(kind: str, icc: str) -> None:
-    found = decode(encoded(RGB, kind, icc_profile=GARBAGE[icc], **LOSSLESS[kind]), form())
-    assert (found.pixels == decode(encoded(RGB, kind, **LOSSLESS[kind]), form()).pixels).all()
+    found = decode(encode(RGB, kind, icc_profile=GARBAGE[icc], **LOSSLESS[kind]), form())
+    assert (found.pixels == decode(encode(RGB, kind, **LOSSLESS[kind]), form()).pixels).all()
     assert found.notes == ("icc_profile_ignored",)
 
 
@@ -846,37 +846,37 @@ def name(data: bytes, side: int = 4) -> str:
 
 
 def test_the_name_is_of_the_values_however_they_are_stored() -> None:
-    ways = [encoded(RGB, compress_level=level) for level in (0, 1, 6, 9)]
+    ways = [encode(RGB, compress_level=level) for level in (0, 1, 6, 9)]
     ways += [
-        encoded(RGB, "BMP"),
-        encoded(RGB, "TIFF"),
-        encoded(RGB, "TIFF", compression="tiff_lzw"),
+        encode(RGB, "BMP"),
+        encode(RGB, "TIFF"),
+        encode(RGB, "TIFF", compression="tiff_lzw"),
         npy(RGB),
     ]
     ways += [
-        encoded(RGB, "WEBP", lossless=True),
-        encoded(RGB, optimize=True),
-        encoded(RGB, dpi=(300, 300)),
+        encode(RGB, "WEBP", lossless=True),
+        encode(RGB, optimize=True),
+        encode(RGB, dpi=(300, 300)),
     ]
     assert len({name(data) for data in ways}) == 1
     gray = [
-        encoded(GRAY),
-        encoded(GRAY, "TIFF"),
-        encoded(GRAY, "BMP"),
+        encode(GRAY),
+        encode(GRAY, "TIFF"),
+        encode(GRAY, "BMP"),
         npy(GRAY),
         npy(GRAY[..., None]),
     ]
     assert len({name(data) for data in gray}) == 1
     four = stacked(RGB, ALPHA).astype(np.uint8)
-    clear = [encoded(Image.fromarray(four), kind) for kind in ("PNG", "TIFF")]
-    clear += [encoded(Image.fromarray(four), "WEBP", lossless=True, exact=True), npy(four)]
+    clear = [encode(Image.fromarray(four), kind) for kind in ("PNG", "TIFF")]
+    clear += [encode(Image.fromarray(four), "WEBP", lossless=True, exact=True), npy(four)]
     assert len({name(data) for data in clear}) == 1
 
 
 def test_the_name_of_sixteen_bit_values_does_not_depend_on_their_container() -> None:
     ways = [
-        encoded(Image.fromarray(DEEP)),
-        encoded(Image.fromarray(DEEP), "TIFF"),
+        encode(Image.fromarray(DEEP)),
+        encode(Image.fromarray(DEEP), "TIFF"),
         npy(DEEP),
         npy(DEEP[..., None]),
     ]
@@ -885,7 +885,7 @@ def test_the_name_of_sixteen_bit_values_does_not_depend_on_their_container() -> 
 
 
 def test_the_name_depends_on_no_setting() -> None:
-    for data in (encoded(RGB), encoded(RGB, "JPEG"), encoded(RGB, "WEBP"), npy(RGB)):
+    for data in (encode(RGB), encode(RGB, "JPEG"), encode(RGB, "WEBP"), npy(RGB)):
         assert name(data, 4) == name(data, 8)
         assert (
             decode(data, form(1), identify=True).id
@@ -898,7 +898,7 @@ def test_the_name_depends_on_no_setting() -> None:
 def test_large_jpegs_and_phones_double_jpegs_have_one_name_at_every_resolution() -> None:
     big = Image.fromarray(smooth(200, 300))
     for kind, options in (("JPEG", {}), ("MPO", {"save_all": True, "append_images": [big]})):
-        data = encoded(big, kind, **options)
+        data = encode(big, kind, **options)
         assert len({name(data, side) for side in (8, 40, 100)}) == 1, kind
 
 
@@ -920,19 +920,19 @@ def test_other_values_shapes_orders_depths_and_ways_up_have_other_names() -> Non
     names += [decode(npy(RGB.astype(np.uint16)), form(), identify=True).id]
     names += [name(turned(orientation, "PNG")) for orientation in range(2, 9)]
     assert len(set(names)) == len(names)
-    assert name(turned(1, "PNG")) == name(encoded(RGB))
+    assert name(turned(1, "PNG")) == name(encode(RGB))
 
 
 def test_a_jpeg_is_named_by_its_bytes() -> None:
-    data = encoded(RGB, "JPEG", quality=90)
-    again = encoded(RGB, "JPEG", quality=90, comment=b"hello")
+    data = encode(RGB, "JPEG", quality=90)
+    again = encode(RGB, "JPEG", quality=90, comment=b"hello")
     assert (values(data) == values(again)).all()
     assert name(data) != name(again)
     assert name(data) == name(bytes(data))
 
 
 def test_a_profile_is_part_of_the_name() -> None:
-    assert name(encoded(RGB, icc_profile=profile(P3, 2.2, "P3"))) != name(encoded(RGB))
+    assert name(encode(RGB, icc_profile=profile(P3, 2.2, "P3"))) != name(encode(RGB))
 
 
 # --- what must not be read ------------------------------------------------------------------------
@@ -940,7 +940,7 @@ def test_a_profile_is_part_of_the_name() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"])
 def test_a_cut_image_never_gives_pixels(kind: str) -> None:
-    data = encoded(noise(24, 30), kind)
+    data = encode(noise(24, 30), kind)
     for cut in range(1, len(data) - 24, 13):
         with pytest.raises(RejectedImage):
             decode(data[:cut], form())
@@ -950,14 +950,14 @@ def test_cut_images_with_exif_and_profiles_give_no_pixels_either() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):
-        data = encoded(noise(24, 30), kind, exif=exif, icc_profile=profile(P3, 2.2, "P3"))
+        data = encode(noise(24, 30), kind, exif=exif, icc_profile=profile(P3, 2.2, "P3"))
         for cut in range(1, len(data) - 24, 29):
             with pytest.raises(RejectedImage):
                 decode(data[:cut], form())
 
 
 def test_a_wrong_checksum_in_a_png_is_refused() -> None:
-    data = bytearray(encoded(RGB))
+    data = bytearray(encode(RGB))
     data[-14] ^= 1  # the last byte of the checksum of the pixels
     found = None
     try:

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from encoded import chunk, encoded, noise, png, smooth
-from harmed import assert_pixels_or_a_reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted, look
+from tests.helpers.corrupt import assert_pixels_or_reason
+from tests.helpers.image_bytes import chunk, encode, noise, png, smooth
 
 MIB = 1 << 20
 REFUSED_MIB = 48  # over the size of the file itself: what refusing a bomb may cost
@@ -74,34 +74,34 @@ def corpus() -> dict[str, bytes]:
         return buffer.getvalue()
 
     return {
-        "jpeg": encoded(rgb, "JPEG", exif=exif),
-        "jpeg progressive": encoded(
+        "jpeg": encode(rgb, "JPEG", exif=exif),
+        "jpeg progressive": encode(
             Image.fromarray(smooth(60, 90)), "JPEG", progressive=True, icc_profile=icc
         ),
-        "jpeg cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
-        "jpeg gray restarts": encoded(gray, "JPEG", restart_marker_blocks=2),
-        "jpeg two": encoded(rgb, "MPO", **frames),
-        "png": encoded(rgb, exif=exif, icc_profile=icc),
-        "png alpha": encoded(clear, optimize=True),
-        "png palette": encoded(rgb.quantize(16), transparency=3),
-        "png one bit": encoded(gray.convert("1")),
-        "png deep": encoded(deep),
+        "jpeg cmyk": encode(rgb.convert("CMYK"), "JPEG"),
+        "jpeg gray restarts": encode(gray, "JPEG", restart_marker_blocks=2),
+        "jpeg two": encode(rgb, "MPO", **frames),
+        "png": encode(rgb, exif=exif, icc_profile=icc),
+        "png alpha": encode(clear, optimize=True),
+        "png palette": encode(rgb.quantize(16), transparency=3),
+        "png one bit": encode(gray.convert("1")),
+        "png deep": encode(deep),
         "png deep colour": png(8, 8, depth=16, colour=2, rows=row * 8, extra=text),
-        "png clear colour": encoded(gray, transparency=7),
-        "png animated": encoded(rgb, **frames),
-        "webp": encoded(rgb, "WEBP", exif=exif, icc_profile=icc),
-        "webp lossless": encoded(clear, "WEBP", lossless=True),
-        "webp alpha": encoded(clear, "WEBP"),
-        "webp animated": encoded(rgb, "WEBP", **frames),
-        "gif": encoded(rgb, "GIF", **frames),
-        "gif clear": encoded(rgb.quantize(8), "GIF", transparency=2),
-        "bmp": encoded(rgb, "BMP"),
-        "bmp palette": encoded(rgb.quantize(16), "BMP"),
-        "tiff": encoded(rgb, "TIFF", exif=exif),
-        "tiff lzw": encoded(rgb, "TIFF", compression="tiff_lzw"),
-        "tiff jpeg": encoded(rgb, "TIFF", compression="jpeg"),
-        "tiff deflate deep": encoded(deep, "TIFF", compression="tiff_adobe_deflate"),
-        "tiff fax": encoded(gray.convert("1"), "TIFF", compression="group4"),
+        "png clear colour": encode(gray, transparency=7),
+        "png animated": encode(rgb, **frames),
+        "webp": encode(rgb, "WEBP", exif=exif, icc_profile=icc),
+        "webp lossless": encode(clear, "WEBP", lossless=True),
+        "webp alpha": encode(clear, "WEBP"),
+        "webp animated": encode(rgb, "WEBP", **frames),
+        "gif": encode(rgb, "GIF", **frames),
+        "gif clear": encode(rgb.quantize(8), "GIF", transparency=2),
+        "bmp": encode(rgb, "BMP"),
+        "bmp palette": encode(rgb.quantize(16), "BMP"),
+        "tiff": encode(rgb, "TIFF", exif=exif),
+        "tiff lzw": encode(rgb, "TIFF", compression="tiff_lzw"),
+        "tiff jpeg": encode(rgb, "TIFF", compression="jpeg"),
+        "tiff deflate deep": encode(deep, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff fax": encode(gray.convert("1"), "TIFF", compression="group4"),
         "tiff bands": tiff(np.uint16),
         "tiff bands planar deflate": tiff(
             np.uint8, planarconfig="separate", compression="zlib", predictor=True, rowsperstrip=6
@@ -110,7 +110,7 @@ def corpus() -> dict[str, bytes]:
             np.float32, tile=(16, 16), compression="zlib", byteorder=">"
         ),
         "tiff big": tiff(np.uint16, bigtiff=True, byteorder=">"),
-        "tiff lzw floats": encoded(
+        "tiff lzw floats": encode(
             Image.fromarray(noise(20, 30)[..., 0] / np.float32(255)), "TIFF", compression="tiff_lzw"
         ),
         "npy": array.getvalue(),
@@ -213,7 +213,7 @@ FILES = corpus()
 @pytest.mark.parametrize("kind", FILES)
 def test_the_corpus_is_of_images(kind: str) -> None:
     bands = look(FILES[kind]).bands
-    assert assert_pixels_or_a_reason(FILES[kind], FORMS[3 if bands == 5 else 0])
+    assert assert_pixels_or_reason(FILES[kind], FORMS[3 if bands == 5 else 0])
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -223,7 +223,7 @@ def test_a_few_harmed_files_are_images_or_a_reason(kind: str) -> None:
     for number in range(40):
         generator = np.random.Generator(np.random.Philox(key=number))
         harmed = mutated(FILES[kind], generator, list(FILES.values()))
-        read += assert_pixels_or_a_reason(
+        read += assert_pixels_or_reason(
             harmed, FORMS[3 if "bands" in kind or "big" in kind else number % 3]
         )
     assert read < 40  # harm is noticed
@@ -242,15 +242,15 @@ def test_small_mutations_are_images_or_a_reason(kind: str, data: st.DataObject) 
     first, length = data.draw(st.tuples(places, st.sampled_from([0, 0, 1, 4, 30])))
     del harmed[first : first + length]
     whole = bytes(harmed)
-    assert_pixels_or_a_reason(whole, FORMS[0])
-    assert_pixels_or_a_reason(whole, fitted(whole, 8))
+    assert_pixels_or_reason(whole, FORMS[0])
+    assert_pixels_or_reason(whole, fitted(whole, 8))
 
 
 @settings(max_examples=80, deadline=None)
 @given(header=st.text(st.characters(max_codepoint=127), max_size=120), body=st.binary(max_size=40))
 def test_array_headers_of_any_text_are_a_reason(header: str, body: bytes) -> None:
     text = header.encode()
-    assert not assert_pixels_or_a_reason(
+    assert not assert_pixels_or_reason(
         b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0]
     )
 
@@ -266,7 +266,7 @@ def test_array_headers_of_any_shape_are_pixels_or_a_reason(
     shape: list, descr: str, fortran: object, body: bytes
 ) -> None:
     text = repr({"descr": descr, "fortran_order": fortran, "shape": tuple(shape)}).encode()
-    read = assert_pixels_or_a_reason(
+    read = assert_pixels_or_reason(
         b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body, FORMS[0]
     )
     if read:
@@ -308,7 +308,7 @@ def test_other_formats_are_refused_whatever_they_are_called(kind: str) -> None:
         )
     else:
         image = Image.new("1" if kind == "XBM" else "RGB", (16, 16), 1)
-        data = encoded(image, kind)
+        data = encode(image, kind)
     with pytest.raises(RejectedImage, match="not an image in a known format"):
         decode(data, FORMS[0])
 
@@ -354,7 +354,7 @@ def peaks(
     from sfumato.data import duplicates
     form = PixelFormat(shapes=((32, 32),), channels=3)
     for data in FILES.values():
-        assert_pixels_or_a_reason(data, form)
+        assert_pixels_or_reason(data, form)
     held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * MIB,) * 2)
     results = []
@@ -428,7 +428,7 @@ def giant_tiff() -> dict[str, bytes]:
 
 def webp_canvas(width: int, height: int) -> bytes:
     """An animated WebP of some size with one frame of 1 x 1."""
-    still = encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "WEBP", lossless=True)[12:]
+    still = encode(Image.new("RGB", (1, 1), (1, 2, 3)), "WEBP", lossless=True)[12:]
     animation = b"ANIM" + struct.pack("<IIH", 6, 0, 0)
     frame = b"\0" * 6 + b"\0" * 6 + struct.pack("<I", 100)[:3] + b"\0" + still
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -490,7 +490,7 @@ def bombs() -> dict[str, bytes]:
         + struct.pack("<IHHI", 100, 0, 0, 54)
         + struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
         + b"\0" * 46,
-        "jpeg of 65,535 x 65,535": encoded(Image.new("L", (8, 8)), "JPEG").replace(
+        "jpeg of 65,535 x 65,535": encode(Image.new("L", (8, 8)), "JPEG").replace(
             b"\xff\xc0\0\x0b\x08\0\x08\0\x08", b"\xff\xc0\0\x0b\x08\xff\xff\xff\xff"
         ),
         **giant_tiff(),
@@ -503,7 +503,7 @@ def long_gif(frames: int) -> bytes:
         b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes([40, 40, 40, 255, 255, 255])
     )
     one = b"!\xf9\x04\0\0\0\0\0," + struct.pack("<HHHHB", 0, 0, 16, 16, 0)
-    still = encoded(Image.new("L", (16, 16), 0), "GIF")
+    still = encode(Image.new("L", (16, 16), 0), "GIF")
     pixels = still[still.index(b",\0\0\0\0\x10\0\x10\0") + 10 :].removesuffix(b";")
     return head + (one + pixels) * frames + b";"
 
@@ -526,8 +526,8 @@ def test_bombs_are_refused_at_the_price_of_their_bytes_and_long_animations_cost_
     long = {"save_all": True, "append_images": [pair[i % 2] for i in range(1, 300)]}
     animations = {
         "gif": long_gif(10_000),
-        "webp": encoded(pair[0], "WEBP", **long),
-        "apng": encoded(pair[0], "PNG", **long),
+        "webp": encode(pair[0], "WEBP", **long),
+        "apng": encode(pair[0], "PNG", **long),
     }
     wrong = []
     for what, (said, mib, seconds) in peaks({**files, **animations}, tmp_path).items():
@@ -550,7 +550,7 @@ def test_the_largest_honest_images_stay_below_two_gibibytes(tmp_path: Path) -> N
         "rgba": png(side, side, depth=8, colour=6, rows=rows),
         "gray": png(side, side, depth=8, colour=0, rows=(b"\0" + b"\7" * side) * side),
         "deep": png(side, side, depth=16, colour=0, rows=(b"\0" + b"\7" * (2 * side)) * side),
-        "jpeg": encoded(Image.new("RGB", (side, side), (9, 99, 199)), "JPEG"),
+        "jpeg": encode(Image.new("RGB", (side, side), (9, 99, 199)), "JPEG"),
         "webp canvas": webp_canvas(side, side),
     }
     for what, (said, mib, seconds) in peaks(files, tmp_path, cap_mib=8192).items():
@@ -565,7 +565,7 @@ kinds, count, key = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3])
 chosen = {name: data for name, data in FILES.items() if name.split()[0] in kinds}
 names, everything = sorted(chosen), list(FILES.values())
 for data in everything:
-    assert_pixels_or_a_reason(data, FORMS[0])
+    assert_pixels_or_reason(data, FORMS[0])
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 1024 * MIB,) * 2)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -577,7 +577,7 @@ for number in range(count):
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     start = time.perf_counter()
     try:
-        alive += assert_pixels_or_a_reason(data, FORMS[number % 3])
+        alive += assert_pixels_or_reason(data, FORMS[number % 3])
     except BaseException as error:
         wrong.append(f"{name}, number {number}: {type(error).__name__}: {str(error)[:200]}")
     slowest = max(slowest, (time.perf_counter() - start, f"{name}, number {number}"))
@@ -605,7 +605,7 @@ def test_thousands_of_harmed_files_are_images_or_a_reason(kinds: str, count: int
 @pytest.mark.slow
 def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
     """Each empty scan is a hundred bytes long, and walks over all of an image's blocks."""
-    data = encoded(Image.new("L", (8900, 8900), 77), "JPEG", progressive=True)
+    data = encode(Image.new("L", (8900, 8900), 77), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda")) : -2]
     with pytest.raises(RejectedImage, match="more than 64 scans"):
         decode(data[:-2] + 400 * scan + b"\xff\xd9", FORMS[0])

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from containers import put, tar
-from encoded import encoded, noise
 
 from sfumato.data import (
     AugmentConfig,
@@ -29,6 +27,8 @@ from sfumato.data import (
 from sfumato.data import annotations as module
 from sfumato.data.convert import convert
 from sfumato.data.listing import MAX_ATTRIBUTES, described
+from tests.helpers.containers import put, tar
+from tests.helpers.image_bytes import encode, noise
 
 SIDE = 8
 LAYERS = ("text", "doodle", "mask", "points", "attributes")
@@ -53,10 +53,10 @@ def files() -> dict[str, bytes]:
     """Six images: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other
     dimensions, 5 and 6 nothing.
     """
-    found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(1, 7)}
+    found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(1, 7)}
     found |= {
-        "1.doodle.png": encoded(DOODLE),
-        "1.mask.png": encoded(MASK),
+        "1.doodle.png": encode(DOODLE),
+        "1.mask.png": encode(MASK),
         "1.points.npy": npy(POINTS),
     }
     facts = {
@@ -67,7 +67,7 @@ def files() -> dict[str, bytes]:
     found |= {"1.json": json.dumps(facts).encode(), "2.points.ply": ply(LONGER), "2.txt": b"two"}
     found |= {"2.json": json.dumps({"attributes": {"age": 0}, "tags": "cat, outside"}).encode()}
     found |= {
-        "3.doodle.png": encoded(DOODLE)[:60],
+        "3.doodle.png": encode(DOODLE)[:60],
         "3.mask.png": b"",
         "3.points.npy": npy(POINTS)[:-3],
     }
@@ -145,7 +145,7 @@ def test_a_label_is_0_where_it_is_not_given_and_a_number_is_unknown(dataset: Dat
 
 def test_a_number_that_is_1_once_is_no_label(tmp_path: Path) -> None:
     given = ({"n": 1, "same": 1}, {"n": 1}, {"n": 2}, {})
-    found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(4)}
+    found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(4)}
     found |= {
         f"{i}.json": json.dumps({"attributes": facts}).encode() for i, facts in enumerate(given)
     }
@@ -206,9 +206,9 @@ def test_a_layer_that_disappears_later_counts_as_missing(tmp_path: Path) -> None
 def test_layers_are_examined_without_warnings(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(3)}
+    found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(3)}
     # Pillow warns of its EXIF data
-    odd = encoded(DOODLE, exif=b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
+    odd = encode(DOODLE, exif=b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
     assert opened(put(tmp_path, {**found, "0.doodle.png": odd})).notes == {}
     assert list(recwarn) == []
 
@@ -234,9 +234,9 @@ def test_layers_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> No
     tall = np.zeros((4 * SIDE, 2 * SIDE), np.uint8)
     tall[: 2 * SIDE] = 255
     wide = np.ascontiguousarray(tall.T)
-    found = {f"{i}.png": encoded(noise(4 * SIDE, 2 * SIDE, seed=i)) for i in range(3)}
-    found |= {f"{i}.png": encoded(noise(2 * SIDE, 4 * SIDE, seed=i)) for i in range(3, 6)}
-    found |= {f"{i}.doodle.png": encoded(tall if i < 3 else wide) for i in range(6)}
+    found = {f"{i}.png": encode(noise(4 * SIDE, 2 * SIDE, seed=i)) for i in range(3)}
+    found |= {f"{i}.png": encode(noise(2 * SIDE, 4 * SIDE, seed=i)) for i in range(3, 6)}
+    found |= {f"{i}.doodle.png": encode(tall if i < 3 else wide) for i in range(6)}
     dataset = opened(put(tmp_path, found), resolution=2 * SIDE, buckets=BucketConfig(step=4))
     for chosen, axis in ((ALL[:3], 2), (ALL[3:], 3)):
         pixels, doodles = dataset.images(chosen).pixels, dataset.context(chosen)["doodle"]
@@ -264,9 +264,9 @@ def lying_over(root: Path, count: int = 12) -> Path:
             np.float32
         )
         found |= {
-            f"{i}.png": encoded(pixels),
-            f"{i}.doodle.png": encoded(pixels),
-            f"{i}.mask.png": encoded(pixels),
+            f"{i}.png": encode(pixels),
+            f"{i}.doodle.png": encode(pixels),
+            f"{i}.mask.png": encode(pixels),
         }
         found |= {
             f"{i}.points.npy": npy(places),
@@ -395,7 +395,7 @@ def test_a_image_has_so_many_attributes_and_no_more() -> None:
 
 
 def test_a_table_of_metadata_names_attributes_by_column(tmp_path: Path) -> None:
-    found = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(3)}
+    found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(3)}
     rows = b'file_name,attributes.age,tags\n0.png,3,"cat,wild"\n1.png,,cat\n2.png,old,\n'
     dataset = opened(put(tmp_path, {**found, "metadata.csv": rows}))
     assert [entry.attributes for entry in dataset.entries] == [
@@ -415,7 +415,7 @@ def test_other_attributes_are_other_data(tmp_path: Path) -> None:
 
 
 def test_a_sidecar_without_captions_leaves_those_of_another(tmp_path: Path) -> None:
-    images = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(2)}
+    images = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(2)}
     found = {
         **images,
         "0.txt": b"zero",

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from encoded import encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,12 +24,13 @@ from sfumato.data.ledger import CHANGES, Ledger, change
 from sfumato.data.sources.layout import Layout
 from sfumato.data.splits import HELD_OUT, TRAIN, held_out_files, split_of
 from sfumato.data.texts import Texts
+from tests.helpers.image_bytes import encode, noise
 
 Files = dict[str, bytes]
 
 
 def image(seed: int = 0, form: str = "PNG") -> bytes:
-    return encoded(noise(8, 8, seed=seed), form)
+    return encode(noise(8, 8, seed=seed), form)
 
 
 def as_folder(root: Path, files: Files) -> Path:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoded import encoded, noise
 
 from sfumato.data import (
     AugmentConfig,
@@ -21,6 +20,7 @@ from sfumato.data import (
     index,
     to_float,
 )
+from tests.helpers.image_bytes import encode, noise
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(root: Path, **options) -> Dataset:
     for number in range(12):
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(noise(6, 6, seed=number)))
+        path.write_bytes(encode(noise(6, 6, seed=number)))
     dataset = index(
         DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options)
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded import encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +34,7 @@ from sfumato.data import batch_plan as planning
 from sfumato.errors import DataError
 from sfumato.networks import UNetConfig
 from sfumato.training import Budget, LogConfig, PreviewConfig, ValidationConfig, trainer
+from tests.helpers.image_bytes import encode, noise
 
 RANKS = (1, 2, 64)
 SIZES = [(16, 16)] * 11 + [(24, 12)] * 8 + [(12, 24)] * 7
@@ -168,7 +168,7 @@ def fill(root: Path, sizes: list[tuple[int, int]] = SIZES) -> Path:
     for number, (width, height) in enumerate(sizes):
         path = root / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(noise(height, width, seed=number)))
+        path.write_bytes(encode(noise(height, width, seed=number)))
     return root
 
 

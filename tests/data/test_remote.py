@@ -10,11 +10,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import containers
 import numpy as np
 import pytest
-from containers import SAMPLES, SIDE
-from encoded import encoded, noise
 
 from sfumato.data import (
     DataConfig,
@@ -30,6 +27,9 @@ from sfumato.data import (
 )
 from sfumato.data.listing import File
 from sfumato.errors import DataError, redact_secrets
+from tests.helpers import containers
+from tests.helpers.containers import SAMPLES, SIDE
+from tests.helpers.image_bytes import encode, noise
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -185,7 +185,7 @@ def test_the_cache_stays_below_its_limit(
 ) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", str(25_000 / 2**30))
     for number in range(20):
-        memory.pipe_file(f"/bucket/{number:02d}.png", encoded(noise(40, 40, seed=number)))
+        memory.pipe_file(f"/bucket/{number:02d}.png", encode(noise(40, 40, seed=number)))
         files.local(f"memory://bucket/{number:02d}.png")
         assert kept(home) <= 25_000
     assert kept(home) > 15_000
@@ -208,7 +208,7 @@ def test_a_source_larger_than_the_cache_is_read_all_the_same(
 ) -> None:
     monkeypatch.setenv("SFUMATO_REMOTE_GIB", str(9000 / 2**30))
     for number in range(60):
-        memory.pipe_file(f"/bucket/many/{number:02d}.png", encoded(noise(30, 30, seed=number)))
+        memory.pipe_file(f"/bucket/many/{number:02d}.png", encode(noise(30, 30, seed=number)))
     dataset = index(
         DataConfig(source=source_at("memory://bucket/many"), resolution=SIDE, cache="off")
     )
@@ -235,7 +235,7 @@ def test_a_file_that_has_to_leave_before_it_is_opened_is_fetched_again(
 
 def test_hidden_files_and_folders_behind_a_url_are_left_out(memory) -> None:
     for name in ("a.png", "b.png", ".hidden.png", ".git/x.png", "__MACOSX/y.png"):
-        memory.pipe_file(f"/bucket/f/{name}", encoded(noise(SIDE, SIDE, seed=len(name))))
+        memory.pipe_file(f"/bucket/f/{name}", encode(noise(SIDE, SIDE, seed=len(name))))
     assert [entry.name for entry in source_at("memory://bucket/f/").listing().entries] == [
         "a.png",
         "b.png",
@@ -250,8 +250,8 @@ def test_metadata_behind_a_url_cannot_lead_elsewhere(memory) -> None:
         "/bucket/secret.png",
         "file:///etc/passwd",
     ]
-    memory.pipe_file("/bucket/secret.png", encoded(noise(SIDE, SIDE)))
-    memory.pipe_file("/bucket/f/a.png", encoded(noise(SIDE, SIDE, seed=1)))
+    memory.pipe_file("/bucket/secret.png", encode(noise(SIDE, SIDE)))
+    memory.pipe_file("/bucket/f/a.png", encode(noise(SIDE, SIDE, seed=1)))
     memory.pipe_file(
         "/bucket/f/metadata.jsonl",
         "\n".join(json.dumps({"file_name": name}) for name in names).encode(),
@@ -281,7 +281,7 @@ def test_an_address_of_nothing_is_refused(place: str, memory) -> None:
 
 def test_a_image_that_vanishes_is_left_out(memory, home: Path) -> None:
     for number in range(4):
-        memory.pipe_file(f"/bucket/f/{number}.png", encoded(noise(SIDE, SIDE, seed=number)))
+        memory.pipe_file(f"/bucket/f/{number}.png", encode(noise(SIDE, SIDE, seed=number)))
     source = Folder("memory://bucket/f")
     listing = source.listing()
     memory.rm("/bucket/f/2.png")

@@ -6,10 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from encoded import encoded, noise, smooth
 from PIL import Image, JpegImagePlugin
 
 from sfumato.data.decoding import PixelFormat, decode
+from tests.helpers.image_bytes import encode, noise, smooth
 
 
 def square(side: int) -> PixelFormat:
@@ -46,7 +46,7 @@ def reference(image: np.ndarray, resolution: int) -> np.ndarray:
 def test_it_is_lanczos_of_the_centre_square(height: int, width: int) -> None:
     # nothing overshoots, so that the order of Pillow's two passes does not show
     image = noise(height, width) // 2 + 64
-    pixels = decode(encoded(image), square(16)).pixels
+    pixels = decode(encode(image), square(16)).pixels
     # Pillow rounds after each of its two passes
     assert np.abs(pixels - reference(image, 16)).max() <= 1.5
 
@@ -59,7 +59,7 @@ def test_the_reference_can_tell_a_crop_that_is_off_by_a_pixel() -> None:
 def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    pixels = decode(encoded(stripes), square(13)).pixels
+    pixels = decode(encode(stripes), square(13)).pixels
     middle = pixels[:, 2:-2, 2:-2].astype(int)
     assert np.abs(middle - 127.5).max() < 8
     nearest = np.asarray(
@@ -71,9 +71,9 @@ def test_stripes_too_fine_for_the_target_turn_gray_instead_of_aliasing() -> None
 def test_the_middle_is_what_is_kept() -> None:
     image = np.zeros((30, 90, 3), np.uint8)
     image[:, 30:60] = 200
-    pixels = decode(encoded(image), square(10)).pixels
+    pixels = decode(encode(image), square(10)).pixels
     assert (pixels[:, :, 2:-2] >= 198).all()
-    pixels = decode(encoded(image.transpose(1, 0, 2).copy()), square(10)).pixels
+    pixels = decode(encode(image.transpose(1, 0, 2).copy()), square(10)).pixels
     assert (pixels[:, 2:-2] >= 198).all()
 
 
@@ -81,7 +81,7 @@ def test_the_middle_is_what_is_kept() -> None:
 def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
     height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = encoded(smooth(height, width), "JPEG", quality=92)
+    data = encode(smooth(height, width), "JPEG", quality=92)
     sizes = []
 
     def spy(
@@ -98,7 +98,7 @@ def test_a_big_jpeg_decoded_small_is_close_to_one_decoded_in_full(
     # it was decoded small, at no less than twice the target
     assert 64 <= min(sizes[0]) < min(height, width) / 4
     full = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    difference = np.abs(pixels.astype(int) - decode(encoded(full), form).pixels)
+    difference = np.abs(pixels.astype(int) - decode(encode(full), form).pixels)
     assert difference.mean() < 0.7
     assert difference.max() <= 4
 
@@ -107,7 +107,7 @@ def test_a_rotated_big_jpeg_is_upright_and_uncut() -> None:
     upright = smooth(300, 500)
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(np.ascontiguousarray(np.rot90(upright)), "JPEG", quality=95, exif=exif)
+    data = encode(np.ascontiguousarray(np.rot90(upright)), "JPEG", quality=95, exif=exif)
     decoded = decode(data, square(16))
     assert decoded.notes == ("exif_rotated",)
     assert decoded.size == (500, 300)

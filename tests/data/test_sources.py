@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import encoded, noise
 from sklearn.datasets import load_digits
 
 from sfumato.data import Digits, Entry, Folder, decoding, files, listing
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import DataError
+from tests.helpers.image_bytes import encode, noise
 
-IMAGE = encoded(noise(8, 8))
+IMAGE = encode(noise(8, 8))
 
 
 def put(root: Path, *names: str) -> Path:

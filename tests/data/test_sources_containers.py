@@ -6,16 +6,16 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import containers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from containers import CATEGORIES, SAMPLES, SIDE, put
-from encoded import encoded, noise
 
 from sfumato.data import DataConfig, Dataset, Entry, Parquet, WebDataset, index, source_at
 from sfumato.data.decoding import array_id
+from tests.helpers import containers
+from tests.helpers.containers import CATEGORIES, SAMPLES, SIDE, put
+from tests.helpers.image_bytes import encode, noise
 
 ALL = [s.captions for s in SAMPLES]
 FIRST = [s.captions[:1] for s in SAMPLES]
@@ -149,7 +149,7 @@ def test_rows_that_share_a_path_have_names_of_their_own(
 
 @pytest.mark.parametrize("name", METADATA)
 def test_images_that_metadata_do_not_name_are_listed(name: str, tmp_path: Path) -> None:
-    place = folder({name: METADATA[name](), "cat/unnamed.png": encoded(noise(SIDE, SIDE, seed=9))})(
+    place = folder({name: METADATA[name](), "cat/unnamed.png": encode(noise(SIDE, SIDE, seed=9))})(
         tmp_path
     )
     (reject,) = opened(place).rejects
@@ -207,7 +207,7 @@ def test_attributes_are_read_from_tables(kind: str, tmp_path: Path) -> None:
         "tags": ["small", "asleep"],
         "other": "x",
     }
-    files = {f"{i}.png": encoded(noise(SIDE, SIDE, seed=i)) for i in range(3)}
+    files = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(3)}
     rows = [{"file_name": name} | texts for name in files]
     if kind == "metadata.jsonl":
         put(tmp_path / "x", files | {kind: "\n".join(map(json.dumps, rows)).encode()})
@@ -249,7 +249,7 @@ def test_a_later_version_of_a_file_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_processes_may_read_one_deflated_zip_at_the_same_time(tmp_path: Path) -> None:
-    files = {f"{i}.png": encoded(noise(64, 64, seed=i)) for i in range(40)}
+    files = {f"{i}.png": encode(noise(64, 64, seed=i)) for i in range(40)}
     entries = (
         source_at(str(containers.zipped(tmp_path / "z.zip", files, zipfile.ZIP_DEFLATED)))
         .listing()

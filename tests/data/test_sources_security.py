@@ -19,13 +19,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import containers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from containers import put
-from encoded import chunk, encoded, noise, png
 
 from sfumato.data import (
     DataConfig,
@@ -43,9 +40,12 @@ from sfumato.data import (
 )
 from sfumato.data.sources import npz, parquet, webdataset, zip_archive
 from sfumato.errors import DataError
+from tests.helpers import containers
+from tests.helpers.containers import put
+from tests.helpers.image_bytes import chunk, encode, noise, png
 
-GOOD = {f"good{i}.png": encoded(noise(8, 8, seed=i)) for i in range(3)}
-IMAGE = encoded(noise(8, 8, seed=7))
+GOOD = {f"good{i}.png": encode(noise(8, 8, seed=i)) for i in range(3)}
+IMAGE = encode(noise(8, 8, seed=7))
 
 
 @pytest.fixture(autouse=True)
@@ -138,14 +138,14 @@ class Marked:
 
 BAD_IMAGES = {
     "empty.png": (b"", "empty file"),
-    "cut.png": (encoded(noise(40, 40))[:200], "damaged"),
+    "cut.png": (encode(noise(40, 40))[:200], "damaged"),
     "text.png": (b"<html><script>alert(1)</script>", "not an image in a known format"),
     "postscript.png": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         "not an image in a known format",
     ),
     "vast.png": (png(50_000, 50_000, depth=8, colour=2, rows=b"\0"), "more than 80 million pixels"),
-    "thin.png": (encoded(noise(1, 100)), "sides 100 : 1"),
+    "thin.png": (encode(noise(1, 100)), "sides 100 : 1"),
     "text_bomb.png": (
         png(
             8,
@@ -197,7 +197,7 @@ def test_a_image_over_the_byte_limit_is_left_out(
         monkeypatch.setattr(module, "MAX_BYTES", 1000)
     assert (
         "more than"
-        in rejected(PACKED[source](tmp_path, GOOD | {"large.png": encoded(noise(64, 64))}))[
+        in rejected(PACKED[source](tmp_path, GOOD | {"large.png": encode(noise(64, 64))}))[
             "large.png"
         ]
     )
@@ -430,7 +430,7 @@ def test_links_in_a_zip_are_left_out(tmp_path: Path) -> None:
 
 
 def test_an_absurd_ratio_is_left_out_before_unpacking(tmp_path: Path) -> None:
-    bomb = encoded(noise(8, 8)) + bytes(30 << 20)
+    bomb = encode(noise(8, 8)) + bytes(30 << 20)
     assert rejected(in_deflated_zip(tmp_path, GOOD | {"bomb.png": bomb})) == {
         "bomb.png": "unpacks to over 200 times its size"
     }
@@ -492,9 +492,7 @@ def test_headers_of_a_zip_that_lie_cost_at_most_that_image(
     "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
 def test_damaged_data_in_a_zip_cost_that_image(method: int, tmp_path: Path) -> None:
-    path = containers.zipped(
-        tmp_path / "x.zip", {"bad.png": encoded(noise(30, 30)), **GOOD}, method
-    )
+    path = containers.zipped(tmp_path / "x.zip", {"bad.png": encode(noise(30, 30)), **GOOD}, method)
     data = bytearray(path.read_bytes())
     for place in (41, 60, 100, 900, 1500):  # the first member's data begin at 37
         data[place] ^= 0xFF
@@ -839,7 +837,7 @@ def test_odd_values_in_json_reach_nobody(kind: str, tmp_path: Path) -> None:
     files = {}
     for number, record in enumerate(ODD_RECORDS):
         files[f"good{number}.json"] = json.dumps(record).encode()
-        files[f"good{number}.png"] = encoded(noise(8, 8, seed=number))
+        files[f"good{number}.png"] = encode(noise(8, 8, seed=number))
     if kind == "jsonl":
         rows = [
             json.dumps({"file_name": f"good{number}.png"} | record)

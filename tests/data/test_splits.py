@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import encoded
 from PIL import Image
 
 from sfumato.data import DataConfig, Dataset, Folder, index, indexing
+from tests.helpers.image_bytes import encode
 
 ORIGINALS = 40
 SIDE = 64
@@ -45,16 +45,16 @@ def marked(image: Image.Image) -> Image.Image:
 
 
 COPIES = {
-    "recompressed.jpg": lambda image: encoded(image, "JPEG", quality=60),
-    "as-webp.webp": lambda image: encoded(image, "WEBP", quality=70),
-    "smaller.png": lambda image: encoded(image.resize((48, 48), Image.Resampling.LANCZOS)),
-    "larger.png": lambda image: encoded(image.resize((96, 96), Image.Resampling.BICUBIC)),
-    "toned.png": lambda image: encoded(toned(image)),
-    "speckled.png": lambda image: encoded(speckled(image)),
-    "one-pixel.png": lambda image: encoded(marked(image)),
-    "cropped.png": lambda image: encoded(image.crop((1, 1, SIDE - 1, SIDE - 1))),
-    "same-bytes.png": lambda image: encoded(image),
-    "other-container.bmp": lambda image: encoded(image, "BMP"),
+    "recompressed.jpg": lambda image: encode(image, "JPEG", quality=60),
+    "as-webp.webp": lambda image: encode(image, "WEBP", quality=70),
+    "smaller.png": lambda image: encode(image.resize((48, 48), Image.Resampling.LANCZOS)),
+    "larger.png": lambda image: encode(image.resize((96, 96), Image.Resampling.BICUBIC)),
+    "toned.png": lambda image: encode(toned(image)),
+    "speckled.png": lambda image: encode(speckled(image)),
+    "one-pixel.png": lambda image: encode(marked(image)),
+    "cropped.png": lambda image: encode(image.crop((1, 1, SIDE - 1, SIDE - 1))),
+    "same-bytes.png": lambda image: encode(image),
+    "other-container.bmp": lambda image: encode(image, "BMP"),
 }
 EXACT = ("same-bytes.png", "other-container.bmp")
 
@@ -64,7 +64,7 @@ def plant(root: Path, kinds: Iterable[str], *, numbers: Iterable[int] = range(OR
     root.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         image = scene(number)
-        (root / f"{number:03d}.png").write_bytes(encoded(image))
+        (root / f"{number:03d}.png").write_bytes(encode(image))
         for kind in kinds:
             (root / f"{number:03d}-{kind}").write_bytes(COPIES[kind](image))
     return root
@@ -143,7 +143,7 @@ def test_a_copy_of_a_copy_is_with_them(tmp_path: Path) -> None:
     for path in sorted(root.iterdir()):
         image = Image.open(path)
         for generation, quality in enumerate((85, 70, 55)):
-            data = encoded(image, "JPEG", quality=quality)
+            data = encode(image, "JPEG", quality=quality)
             path.with_name(f"{path.stem}-{generation}.jpg").write_bytes(data)
             image = Image.open(io.BytesIO(data))
     assert straddling(opened(root)) == set()
@@ -161,7 +161,7 @@ def test_more_copies_than_neighbours_are_looked_at_are_one_group_still(tmp_path:
         ):
             for quality in range(84, 96):
                 (root / f"{number:03d}-{version}-{quality}.jpg").write_bytes(
-                    encoded(changed, "JPEG", quality=quality)
+                    encode(changed, "JPEG", quality=quality)
                 )
     dataset = opened(root)
     assert len(dataset.entries) == 12 * 37
@@ -182,7 +182,7 @@ def test_copies_in_other_categories_and_under_other_captions_are_not_split(tmp_p
     root = tmp_path / "set"
     for number in range(ORIGINALS):
         for category, data in (
-            ("cat", encoded(scene(number))),
+            ("cat", encode(scene(number))),
             ("dog", COPIES["recompressed.jpg"](scene(number))),
         ):
             path = (
@@ -339,10 +339,10 @@ def test_fields_of_many_small_things_are_copies_only_of_what_shows_the_same_ones
 ) -> None:
     """28 different microscope fields were called copies of one."""
     for number in range(12):
-        (tmp_path / f"{number}.png").write_bytes(encoded(nuclei(number)))
+        (tmp_path / f"{number}.png").write_bytes(encode(nuclei(number)))
     # so that the set's range is whole
-    (tmp_path / "bright.png").write_bytes(encoded(Image.new("L", (128, 128), 230)))
-    (tmp_path / "3 again.jpg").write_bytes(encoded(nuclei(3), "JPEG", quality=95))
+    (tmp_path / "bright.png").write_bytes(encode(Image.new("L", (128, 128), 230)))
+    (tmp_path / "3 again.jpg").write_bytes(encode(nuclei(3), "JPEG", quality=95))
     dataset = index(DataConfig(source=Folder(str(tmp_path)), resolution=128, channels=1))
     groups: dict[int, list[str]] = {}
     for entry, group in zip(dataset.entries, dataset.clusters, strict=True):

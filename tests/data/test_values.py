@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from encoded import encoded, noise, png
 from PIL import Image
 
 from sfumato.data import DataConfig, Folder, Npz, index
@@ -17,6 +16,7 @@ from sfumato.data.decoding import PixelFormat, RejectedImage, Scale, decode, loo
 from sfumato.data.listing import Entry, Inline
 from sfumato.data.value_range import choose_scale
 from sfumato.errors import ConfigError, DataError
+from tests.helpers.image_bytes import encode, noise, png
 
 H, W, SIDE = 20, 28, 10
 
@@ -66,7 +66,7 @@ def tif(array: np.ndarray, **options) -> bytes:
 
 def repacked(data: bytes, compression: str) -> bytes:
     """A TIFF that Pillow packs: LZW and PackBits, which tifffile alone does not write."""
-    return encoded(Image.open(io.BytesIO(data)), "TIFF", compression=compression)
+    return encode(Image.open(io.BytesIO(data)), "TIFF", compression=compression)
 
 
 def form(channels: int, **options) -> PixelFormat:
@@ -148,7 +148,7 @@ def test_what_libtiff_packs_is_unpacked_value_for_value(kind: str, compression: 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
 def test_the_predictor_of_floats_is_undone(compression: str) -> None:
     stored = grain(1).astype(np.float32) / 7
-    data = encoded(
+    data = encode(
         Image.fromarray(stored[..., 0]), "TIFF", compression=compression, tiffinfo={317: 3}
     )
     assert (read_values(data).array == stored).all()
@@ -206,7 +206,7 @@ def test_the_order_of_channels_is_kept() -> None:
 def test_tiffs_of_many_bands_are_turned_upright(orientation: int) -> None:
     values = grain(5)
     turned = tif(values, extratags=[(274, "H", 1, orientation, True)])
-    gray = encoded(Image.fromarray(values[..., 0]), exif=_exif(orientation))
+    gray = encode(Image.fromarray(values[..., 0]), exif=_exif(orientation))
     found = decode(turned, form(5, scale=Scale()))
     assert found.size == decode(gray, form(1)).size == look(turned).size
     assert np.abs(found.pixels[0].astype(int) - pixels(gray, 1)[0]).max() <= 1
@@ -227,10 +227,10 @@ def ways_of_alpha(values: np.ndarray) -> dict[str, bytes]:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     image = Image.fromarray(values)
     return {
-        "PNG": encoded(image),
+        "PNG": encode(image),
         "PNG 16": png(W, H, depth=16, colour=6, rows=rows),
-        "WebP": encoded(image, "WEBP", lossless=True, exact=True),
-        "TIFF": encoded(image, "TIFF"),
+        "WebP": encode(image, "WEBP", lossless=True, exact=True),
+        "TIFF": encode(image, "TIFF"),
         "TIFF 16": tif(deep, photometric="rgb", extrasamples=["unassalpha"]),
     }
 
@@ -279,7 +279,7 @@ def test_the_last_of_an_array_is_alpha_only_where_the_settings_say_so(bands: int
     with pytest.raises(RejectedImage, match=r"data\.alpha=on if the last is alpha"):
         decode(npy(values), form(3))
     assert decode(npy(values), form(3, alpha="on")).notes == ("transparency_filled",)
-    stored = encoded(Image.fromarray(values))
+    stored = encode(Image.fromarray(values))
     kept = decode(stored, PixelFormat(shapes=((H, W),), channels=bands, alpha="off"))
     assert (kept.pixels.transpose(1, 2, 0) == values).all()
 
@@ -287,9 +287,7 @@ def test_the_last_of_an_array_is_alpha_only_where_the_settings_say_so(bands: int
 def test_a_set_in_which_some_last_channels_are_alpha_is_refused(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.npy").write_bytes(npy(grain(4, seed=number)))
-        (tmp_path / f"{number}.png").write_bytes(
-            encoded(Image.fromarray(grain(4, seed=9 + number)))
-        )
+        (tmp_path / f"{number}.png").write_bytes(encode(Image.fromarray(grain(4, seed=9 + number))))
     with pytest.raises(DataError, match="not marked as alpha"):
         index(DataConfig(source=Folder(str(tmp_path)), resolution=8, channels=4))
     assert (
@@ -447,7 +445,7 @@ def several(kind: str, frames: np.ndarray) -> bytes:
         return buffer.getvalue()
     images = [Image.fromarray(frame).convert("L") for frame in frames]
     lossless = {"lossless": True} if kind == "webp" else {}
-    return encoded(
+    return encode(
         images[0],
         {"png": "PNG", "gif": "GIF", "webp": "WEBP"}[kind],
         save_all=True,

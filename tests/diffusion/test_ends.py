@@ -25,7 +25,7 @@ from sfumato.diffusion import (
     Warped,
 )
 from sfumato.errors import ScheduleError
-from tests.diffusion.schedules import SCHEDULES
+from tests.helpers.schedules import SCHEDULES
 
 PARAMETERIZATIONS = [*(kind() for kind in get_args(ParameterizationConfig)), Velocity(0.5)]
 TRUTH = Denoised(

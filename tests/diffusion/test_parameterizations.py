@@ -29,7 +29,7 @@ from sfumato.diffusion.weighting import (
     Weighting,
 )
 from sfumato.errors import ScheduleError
-from tests.diffusion.schedules import SCHEDULES
+from tests.helpers.schedules import SCHEDULES
 
 PARAMETERIZATIONS = [*(kind() for kind in get_args(ParameterizationConfig)), Velocity(0.5)]
 TIMES = torch.tensor([1e-3, 0.2, 0.5, 0.9, 0.999999], dtype=torch.float64)

@@ -34,7 +34,7 @@ from sfumato.diffusion import (
 )
 from sfumato.errors import ScheduleError
 from sfumato.generation.model import SamplingConfig
-from tests.diffusion.schedules import SCHEDULES
+from tests.helpers.schedules import SCHEDULES
 
 T = torch.linspace(0, 1, 501, dtype=torch.float64)
 INNER = T[1:-1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sfumato import config
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 
 def start(*arguments: str, start_new_session: bool = False) -> subprocess.Popen[bytes]:

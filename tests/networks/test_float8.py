@@ -20,7 +20,7 @@ from sfumato.nn.float8 import in_float8
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import load, resume, train
 from sfumato.training import Budget
-from tests.training.tiny import images, tiny_run
+from tests.helpers.runs import images, tiny_run
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 

@@ -13,7 +13,7 @@ from sfumato.errors import ConfigError
 from sfumato.recipes import RECIPES, Run, limits, recipe, resolve
 from sfumato.runs import train
 from sfumato.training import Budget
-from tests.training.tiny import images, tiny_run
+from tests.helpers.runs import images, tiny_run
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -17,8 +17,8 @@ from sfumato.recipes.paths import from_run, with_whole_paths
 from sfumato.runs import resume, train
 from sfumato.runs.preparation import open_data
 from sfumato.training import Budget
-from tests.cli.program import sfumato
-from tests.training.tiny import images, tiny_run
+from tests.helpers.cli import sfumato
+from tests.helpers.runs import images, tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from sfumato import config, recipes
 from sfumato.data import Folder
 from sfumato.networks import UNetConfig
 from sfumato.runs import prepare, train
-from tests.training.tiny import images, tiny_run
+from tests.helpers.runs import images, tiny_run
 
 
 def test_train_folder_lists_once_and_builds_once(

@@ -36,7 +36,7 @@ from sfumato.training import (
     PreviewConfig,
     ValidationConfig,
 )
-from tests.training.tiny import tiny_run
+from tests.helpers.runs import tiny_run
 
 STEPS = 40
 

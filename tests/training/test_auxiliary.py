@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import fingerprint, images, tiny_run
 
 from sfumato import load
 from sfumato.condition import Condition
@@ -23,6 +22,7 @@ from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty, uncertaint
 from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
 from sfumato.training.auxiliary import dispersion, enlarged, misalignment
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 NETWORKS = [
     UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=(), head_channels=32),

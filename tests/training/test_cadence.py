@@ -25,7 +25,7 @@ from sfumato.training import (
     ValidationConfig,
 )
 from sfumato.training.config import FIRST_LOOK_S, PATIENCE
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 KINDS = [CheckpointConfig, PreviewConfig, ValidationConfig]
 BY_CLOCK = {

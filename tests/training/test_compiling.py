@@ -22,7 +22,7 @@ from sfumato.training import (
     autotune,
 )
 from sfumato.training.state import Counters
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 TRANSFORMER = DiTConfig(hidden_size=32, depth=1, head_dim=16)
 

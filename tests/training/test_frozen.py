@@ -31,7 +31,7 @@ from sfumato.training.ema import follow
 from sfumato.training.parameters import count, describe, trainable
 from sfumato.training.state import TrainingState
 from sfumato.training.tasks.protocol import OptimizedPart
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 FROZEN = {f"network.encoder.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias")}
 FEATURES = 32  # of the frozen half, which is all that the trained half sees of its size

@@ -15,7 +15,7 @@ from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, LogConfig
 from sfumato.training.hooks import HOOKS, Hook, Session
 from sfumato.training.trainer import Trainer
-from tests.training.tiny import images, tiny_run
+from tests.helpers.runs import images, tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from sfumato.training import (
     ValidationConfig,
     latent_cache,
 )
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 KL = KLConfig(channels=(16, 16), latent_channels=4, blocks=1, groups=8)
 

@@ -20,8 +20,8 @@ from sfumato.networks import DiTConfig, UNet, UNetConfig
 from sfumato.runs import resume, train
 from sfumato.training import AdamWConfig, MuonConfig
 from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
+from tests.helpers.runs import fingerprint, images, tiny_run
 from tests.training.test_resume import interrupted
-from tests.training.tiny import fingerprint, images, tiny_run
 
 
 def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import images, tiny_run
 
 from sfumato import load
 from sfumato.cli.ema import ema
@@ -13,6 +12,7 @@ from sfumato.errors import CheckpointError, ConfigError
 from sfumato.runs import resume, train
 from sfumato.training import Budget, CheckpointConfig, PostHocEMAConfig, PowerEMA
 from sfumato.training.post_hoc_ema import Profile, overlap, shares
+from tests.helpers.runs import images, tiny_run
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sfumato.training import Budget, Trainer, TrainingConfig, precision
 from sfumato.training.autotune import settle_precision
 from sfumato.training.precision import choose, faster, has_bfloat16
 from sfumato.training.state import Counters
-from tests.training.tiny import images, tiny_run
+from tests.helpers.runs import images, tiny_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

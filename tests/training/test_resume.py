@@ -23,7 +23,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, MuonConfig, Trainer
 from sfumato.training.signals import Interrupted
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 
 class Crash(BaseException):

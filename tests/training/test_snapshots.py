@@ -14,7 +14,7 @@ from sfumato.errors import CheckpointError, RunError
 from sfumato.runs import load, resume, snapshot, train
 from sfumato.storage import checkpoint
 from sfumato.training import Budget, CheckpointConfig, Trainer, hooks
-from tests.training.tiny import fingerprint, images, tiny_run
+from tests.helpers.runs import fingerprint, images, tiny_run
 
 STEPS = frozenset({2, 4, 8, 64})
 

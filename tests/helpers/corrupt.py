@@ -17,7 +17,7 @@ def pixels_or_reason(data: bytes, form: PixelFormat) -> Decoded | str:
         return str(rejected)
 
 
-def assert_pixels_or_a_reason(data: bytes, form: PixelFormat) -> bool:
+def assert_pixels_or_reason(data: bytes, form: PixelFormat) -> bool:
     """Fails unless `data` are pixels of the format, or refused with a reason of a sentence; says
     which.
     """

@@ -7,7 +7,7 @@ import torch
 from sfumato.autoencoders import KLAutoencoder, KLConfig
 
 
-def made(config: KLConfig, channels: int = 3, seed: int = 0) -> KLAutoencoder:
+def random_autoencoder(config: KLConfig, channels: int = 3, seed: int = 0) -> KLAutoencoder:
     torch.manual_seed(seed)
     codec = KLAutoencoder(config, image_channels=channels).eval().requires_grad_(False)
     for parameter in codec.parameters():

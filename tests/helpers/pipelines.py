@@ -52,7 +52,7 @@ CONFIGS = {
 }
 
 
-def steered(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
+def tiny_pipeline(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
     """A pipeline steered by the contexts of these names, all of them by default; every weight is
     awake.
     """
@@ -102,7 +102,7 @@ def cloud(seed: int, count: int = 12) -> Tensor:
 
 
 # Two different requests for each context.
-ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+REQUESTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "category": ({"category": "cat"}, {"category": "dog"}),
     "attributes": ({"attributes": {"age": 7}}, {"attributes": {"age": -2, "asleep": 1}}),
     "text": ({"prompt": "a red heart"}, {"prompt": "two cats"}),

@@ -20,7 +20,7 @@ def smooth(height: int, width: int) -> np.ndarray:
     return (127.5 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
-def encoded(photo: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+def encode(photo: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     """Bytes of an image in one of Pillow's formats."""
     buffer = io.BytesIO()
     image = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from encoded import encoded, noise
+
+from tests.helpers.image_bytes import encode, noise
 
 SIDE = 8
 
@@ -25,7 +26,7 @@ class Sample:
 
     @property
     def image(self) -> bytes:
-        return encoded(self.values)
+        return encode(self.values)
 
 
 def sample(name: str, *captions: str, seed: int) -> Sample:
