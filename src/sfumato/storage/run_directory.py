@@ -196,8 +196,7 @@ class RunDirectory:
             return {}
 
     def data_record(self) -> dict[str, Any]:
-        """Read data.json, the record of the data that the run began with; {} if it is unreadable.
-        """
+        """Read data.json, the record of the data that the run began with; {} if unreadable."""
         try:
             return dict(json.loads((self.root / "data.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
