@@ -102,7 +102,7 @@ class Values:
         return np.rint(values).astype(np.uint8 if bits == 8 else np.uint16).transpose(1, 2, 0)
 
     def unit(self, values: NDArray[Any]) -> Tensor:
-        """Convert stored values (H, W, C) to (C, H, W) in [0, 1] with straight alpha, for display."""
+        """Convert stored values (H, W, C) to (C, H, W) in [0, 1]; straight alpha stays straight."""
         bits = 8 * values.dtype.itemsize if values.dtype.kind == "u" else 0
         unit = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1) / (
             2**bits - 1 if bits else 1
