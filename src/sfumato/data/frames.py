@@ -25,8 +25,8 @@ ANIMATED = ("GIF", "WEBP", "PNG")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One image of a file, as a file of its own: a TIFF or array as it is stored, or an animation's
-    frame as PNG.
+    """One image of a file, extracted as a separate file: a TIFF or array as it is stored, or an
+    animation's frame as PNG.
     """
 
     file: Blob

@@ -37,9 +37,9 @@ class Grouped(NamedTuple):
 def grouped(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int64]) -> Grouped:
     """Join the groups of images that are alike with those of `Entry.group`, and split large ones.
 
-    A group above a tenth of the set would be learned from or held out as a whole, whatever is in
-    it, so each of its images becomes a group of its own, together with its exact copies. If
-    `Entry.group` would join all images into one group, it is ignored.
+    A group above a tenth of the set would be learned from or held out as a whole, so each of its
+    images becomes a separate group, together with its exact copies. If `Entry.group` would join all
+    images into one group, it is ignored.
     """
     own = [entry.group for entry in entries]
     names = {name: number for number, name in enumerate(dict.fromkeys(own)) if name is not None}

@@ -77,7 +77,7 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of its own, on this machine or behind a URL."""
+    """A whole file, on this machine or behind a URL."""
 
     path: str
 

@@ -177,7 +177,7 @@ class Page:
 
     @property
     def is_frame(self) -> bool:
-        """Whether it is an image of its own rather than a thumbnail or mask of another one."""
+        """Whether it is a separate image rather than a thumbnail or mask of another one."""
         return not self.one(SUBFILE, 0) & (REDUCED | MASK)
 
     @property

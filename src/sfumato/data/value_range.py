@@ -24,7 +24,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class Chosen(NamedTuple):
-    """A scale, and what a person is told about it, one sentence per line."""
+    """A scale, and the explanation of it for a person, one sentence per line."""
 
     scale: Scale
     lines: tuple[str, ...] = ()

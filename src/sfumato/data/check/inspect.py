@@ -370,7 +370,10 @@ def _clusters(
 
 
 def _captions(result: Examination, plan: IntendedModel) -> None:
-    """Find what is to be said of texts; captions are missing only if some images have one."""
+    """Find captions that are missing, shared, too long or damaged, and summarize their words.
+
+    Captions are missing only if some images have one.
+    """
     entries = result.entries
     captioned = [i for i, entry in enumerate(entries) if entry.captions]
     if not captioned:

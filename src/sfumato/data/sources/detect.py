@@ -1,4 +1,4 @@
-"""Detection of the source that a path, URL or name stands for."""
+"""Detection of the source that a path, URL or name refers to."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
 def source_at(
     place: str,
 ) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip:
-    """Return the source that `place` stands for.
+    """Return the source that `place` refers to.
 
-    It is a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in name.
+    `place` is a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in
+    name.
 
     Raises:
         DataError: if there is none.

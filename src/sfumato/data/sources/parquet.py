@@ -126,7 +126,7 @@ def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
 def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
     """Open the same table with images dictionary-encoded, as they are stored.
 
-    An image that stands for a million rows is then kept once.
+    An image that a million rows share is then kept once.
     """
     file = _file(path, version)
     kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}

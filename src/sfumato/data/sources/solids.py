@@ -111,8 +111,9 @@ class Solids(Source):
 class Solid:
     """One superquadric.
 
-    |x/a|^(2/e2) + |y/b|^(2/e2) raised to e2/e1, plus |z/c|^(2/e1), is 1 on its surface. Source:
-    Barr 1981, "Superquadrics and angle-preserving transformations", IEEE CG&A 1(1).
+    |x/a|^(2/e2) + |y/b|^(2/e2) raised to e2/e1, plus |z/c|^(2/e1), is 1 on its surface.
+
+    Source: Barr 1981, "Superquadrics and angle-preserving transformations", IEEE CG&A 1(1).
 
     Attributes:
         exponents: e1, e2; axes: a, b, c; turn: (3, 3) rotation from its own frame to the camera's;
@@ -153,7 +154,7 @@ class Solid:
     def surface(self, rng: np.random.Generator, count: int) -> Array:
         """Sample points (count, 3) on the surface, spread about evenly.
 
-        They lie on rays from the centre, weighted by the area that each ray stands for.
+        They lie on rays from the centre, weighted by the area that each ray covers.
         """
         rays = rng.normal(size=(16 * count, 3))
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
