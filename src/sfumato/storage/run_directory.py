@@ -98,7 +98,7 @@ class RunDirectory:
     def stage(self, name: str) -> RunDirectory:
         """Create the folder of a stage that is trained before the run's own model.
 
-        A stage has no configuration file of its own.
+        A stage has no configuration file.
         """
         made = RunDirectory(self.path / name, root=self.root)
         for folder in (made.checkpoints, made.samples):
