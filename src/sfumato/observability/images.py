@@ -95,8 +95,8 @@ def grid_image(
         row_labels: at the left of each row.
         labels: above each image, wrapped where they are long; give one per column for column
             headings.
-        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own
-            above the others.
+        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a separate row above
+            the others.
         alpha: what the last of 2 or 4 channels is.
     """
     tiles: list[NDArray[np.uint8] | None] = list(to_uint8(images, alpha))
