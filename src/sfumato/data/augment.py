@@ -244,7 +244,8 @@ def _crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> 
 def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return maps (B, 3, 3), from output to input, and labels (B, 9) for uniform draws (B, 13).
 
-    Images are mirrored with probability 1/2, and every other change has `probability`.
+    Images are mirrored left to right with probability 1/2; each other change is drawn with
+    `probability`, and a drawn flip upside down is applied half of the time.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), appendix F.2 and table 6.
     """
