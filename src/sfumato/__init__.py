@@ -1,4 +1,4 @@
-"""sfumato: train, check and sample diffusion models. Importing it imports no torch."""
+"""sfumato: train, check and sample diffusion models. Importing it does not import torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

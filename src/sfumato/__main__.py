@@ -1,4 +1,4 @@
-"""`python -m sfumato`: the program, where its folder is not on PATH."""
+"""Entry point of `python -m sfumato`, for where the program's folder is not on PATH."""
 
 from sfumato.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Kinds of characters, for every script: letters that form words, letters that are read one by one,
+"""Kinds of characters in all scripts: letters that form words, letters that are read one by one,
 and marks that belong to a letter.
 """
 
@@ -65,17 +65,17 @@ _KINDS = _Kinds()
 
 
 def kinds(text: str) -> str:
-    """One character for each of the text's.
+    """Return the kind of each character of a text, as a text of the same length.
 
-    w: a letter of a word, or a digit; o: a letter of a script without spaces; m: a mark of the
-    letter before it; _: an underscore;
-    ': an apostrophe; a space; and a dot for all others.
+    w: a letter of a word, or a digit; o: a letter of a script without spaces; m: a mark on the
+    letter before it; _: an underscore; ': an apostrophe; a space: white space; a dot: any other.
     """
     return text.translate(_KINDS)
 
 
 def spans(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Where the parts of a text begin and end whose `kinds` match the pattern, in time proportional
-    to its length.
+    """Yield the start and end of each part of a text whose `kinds` match the pattern.
+
+    The time taken is proportional to the length of the text.
     """
     return (found.span() for found in pattern.finditer(kinds(text)))

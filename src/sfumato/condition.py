@@ -1,4 +1,4 @@
-"""What steers a denoiser: three optional slots that every network and conditioner agrees on.
+"""What steers a denoiser: three optional slots, the same for all networks and conditioners.
 
 A `Condition` whose slots are all `None` is the unconditional one; nothing else marks
 "unconditional".
@@ -39,7 +39,7 @@ class Condition:
         return Condition(**{name: function(slot) for name, slot in self.slots().items()})
 
     def slots(self) -> dict[str, Tensor]:
-        """The filled slots by name."""
+        """Return the filled slots by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: slot for name, slot in values.items() if slot is not None}
 
@@ -63,7 +63,7 @@ class Condition:
         return self.combine(other, lambda a, b: _joined(a, b, dim=0))
 
     def replaced_where(self, mask: Tensor, other: Condition) -> Condition:
-        """Take `other` where `mask` (B,) is True: per-sample dropout to the null context."""
+        """Take `other` where `mask` (B,) is True, e.g. to drop contexts sample by sample."""
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), b.to(a.dtype), a)
@@ -71,7 +71,7 @@ class Condition:
         return self.combine(other, choose)
 
     def beside(self, other: Condition) -> Condition:
-        """Both together: vectors and maps side by side by channels, tokens one after another."""
+        """Join two conditions: vectors and maps along channels, tokens one after another."""
         mine, theirs = self.slots(), other.slots()
         if (
             "tokens" in mine
@@ -93,8 +93,9 @@ class Condition:
         return Condition(**{**mine, **theirs, **both})
 
     def folded(self, factor: int) -> Condition:
-        """Maps with factor x factor places laid side by side in channels, so that none is lost
-        where the network's grid is coarser.
+        """Fold factor x factor places of the maps into channels, for a network's coarser grid.
+
+        No place is lost: sides are padded to multiples of `factor`, and 1 x 1 maps are repeated.
         """
         if self.spatial is None:
             return self
@@ -105,8 +106,9 @@ class Condition:
         return replace(self, spatial=F.pixel_unshuffle(padded, factor))
 
     def between(self, other: Condition, shares: Tensor) -> Condition:
-        """On the way to `other`, whose share is `shares` (B,); a token counts if it does in either
-        that has a share.
+        """Interpolate towards `other`, whose share is `shares` (B,).
+
+        A token counts if it counts in either condition that has a share.
         """
 
         def mixed(a: Tensor, b: Tensor) -> Tensor:
@@ -118,9 +120,7 @@ class Condition:
         return self.combine(other, mixed)
 
     def expanded(self, batch_size: int) -> Condition:
-        """Repeat a condition of one image for a batch; a condition that has `batch_size` images is
-        returned as it is.
-        """
+        """Repeat a condition of one image for a batch; one of `batch_size` images is unchanged."""
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
 
 
@@ -129,12 +129,12 @@ Context = Mapping[str, Any]
 
 
 def rows(context: Context, chosen: slice) -> dict[str, Any]:
-    """The context of some of the images."""
+    """Select some of the images of a context."""
     return {name: value[chosen] for name, value in context.items()}
 
 
 def on_device(context: Context, device: torch.device) -> dict[str, Any]:
-    """The context with its tensors on `device`."""
+    """Return the context with its tensors on `device`."""
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in context.items()
@@ -142,7 +142,7 @@ def on_device(context: Context, device: torch.device) -> dict[str, Any]:
 
 
 def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
-    """The context of the images in another order."""
+    """Return the context with its images in another order."""
     return {
         name: value[torch.tensor(order)] if isinstance(value, Tensor) else [value[i] for i in order]
         for name, value in context.items()
@@ -150,7 +150,7 @@ def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
 
 
 def _joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Concatenated; smaller maps are repeated up to the other's height and width."""
+    """Concatenate along `dim`; smaller maps are first enlarged to the other's height and width."""
     if a.ndim == 4 and a.shape[2:] != b.shape[2:]:
         size = (max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3]))
         a, b = (
@@ -173,7 +173,7 @@ class ContextSizes:
 
     @classmethod
     def of(cls, condition: Condition) -> ContextSizes:
-        """The sizes of an actual condition."""
+        """Return the sizes of an actual condition."""
         channels = {"vector": 1, "tokens": 2, "spatial": 1}
         slots = condition.slots()
         return cls(
@@ -181,7 +181,7 @@ class ContextSizes:
         )
 
     def beside(self, other: ContextSizes) -> ContextSizes:
-        """The sizes of both together; tokens of both have the same channels.
+        """Return the sizes of both together; tokens of both must have the same channels.
 
         Raises:
             ShapeError: if they do not.
@@ -198,7 +198,7 @@ class ContextSizes:
         )
 
     def folded(self, factor: int) -> ContextSizes:
-        """The sizes of such a condition, folded."""
+        """Return the sizes of a folded condition: `spatial` is multiplied by factor^2."""
         return replace(self, spatial=self.spatial * factor**2)
 
 

@@ -1,8 +1,7 @@
-"""The errors a person is meant to read: each says what is wrong, where, and how to fix it.
+"""Errors for people to read: each says what is wrong, where, and how to fix it.
 
-Nothing else belongs here. Every message that is the user's to fix is a `SfumatoError`; the command
-line prints it without
-a traceback and exits with the class's `exit_code`.
+Nothing else belongs here. Every problem that the user can fix is a `SfumatoError`; the command line
+prints it without a traceback and exits with the class's `exit_code`.
 """
 
 import difflib
@@ -16,12 +15,12 @@ _SIGNATURE = re.compile(
 
 
 def redact_secrets(text: str) -> str:
-    """`text` with passwords and signatures in URLs replaced by ***."""
+    """Replace passwords and signatures in URLs by ***."""
     return _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text))
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The beginning of a hint that names the nearest of some names, "" if none is near."""
+    """Return the beginning of a hint that names the nearest known name; "" if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean {near[0]!r}? " if near else ""
 

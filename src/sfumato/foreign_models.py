@@ -1,4 +1,4 @@
-"""Model folders of other programs, told apart by their files, so that an error can say what they
+"""Model folders of other programs, recognized by their files, so that an error can say what they
 are.
 """
 
@@ -14,8 +14,9 @@ PIPELINE, CONFIG = "model_index.json", "config.json"
 
 
 def diffusers_class(folder: Path) -> str | None:
-    """The class that a folder in diffusers' layout is loaded by, e.g. "DDPMPipeline"; None for any
-    other folder.
+    """Return the class that diffusers loads a folder with, e.g. "DDPMPipeline".
+
+    None for a folder that is not in diffusers' layout.
     """
     for name in (PIPELINE, CONFIG):
         try:
@@ -29,7 +30,7 @@ def diffusers_class(folder: Path) -> str | None:
 
 
 def refuse_diffusers(folder: Path) -> None:
-    """Raise RunError, saying what it is, if a folder holds a model of diffusers."""
+    """Raise RunError, naming its class, if a folder holds a model of diffusers."""
     found = diffusers_class(folder)
     if found is not None:
         raise RunError(

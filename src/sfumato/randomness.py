@@ -1,10 +1,9 @@
 """Keyed randomness: every draw is a function of (seed, purpose, index), from a counter-based
 generator.
 
-Nothing in sfumato draws from a global stream, so previews and validation cannot move the training's
-randomness, a resumed run
-draws what the interrupted one would have drawn, and item i is the same whatever batch, worker or
-rank asks for it.
+Nothing in sfumato draws from a global stream. So previews and validation cannot change the
+randomness of training, a resumed run draws what the interrupted one would have drawn, and item i is
+the same whichever batch, worker or rank draws it.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
 """
@@ -25,10 +24,10 @@ WORDS_PER_BLOCK = 4  # Philox4x64 makes four 64-bit words for each value of its 
 def _words(
     seed: int | str, purpose: str, first: int, count: int, words_per_item: int
 ) -> NDArray[np.uint64]:
-    """Raw words of items [first, first + count): item g always owns the same blocks of the counter.
+    """Return the raw words of items [first, first + count); item g always owns the same blocks.
 
-    The number of blocks is part of the key: items of different sizes, whose blocks would overlap,
-    have streams of their own.
+    The blocks are those of the counter. Their number is part of the key: items of different sizes,
+    whose blocks would overlap, have separate streams.
     """
     blocks = -(-words_per_item // WORDS_PER_BLOCK)
     key = int.from_bytes(
@@ -41,9 +40,7 @@ def _words(
 
 
 def uniform(seed: int | str, purpose: str, *, first: int, count: int, per_item: int = 1) -> Tensor:
-    """Uniform draws in [0, 1) for items `first` to `first + count`, shape (count, per_item),
-    float64.
-    """
+    """Draw uniformly from [0, 1) for `count` items from `first` on: (count, per_item), float64."""
     words = _words(seed, purpose, first, count, per_item)[:, :per_item]
     return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
 
@@ -56,11 +53,10 @@ def normal(
     shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normal draws for items `first` to `first + shape[0]`, float32, by Box and Muller's
-    transform.
+    """Draw standard normal values for `shape[0]` items from `first` on, float32.
 
-    Item `first + i` has the same values whatever `shape[0]` is; on another kind of device, to its
-    rounding of logarithms and cosines.
+    The Box-Muller transform is used. Item `first + i` has the same values whatever `shape[0]` is;
+    on another kind of device, up to its rounding of logarithms and cosines.
     """
     count, size = shape[0], math.prod(shape[1:])
     words = _words(seed, purpose, first, count, -(-size // 2))
@@ -73,7 +69,7 @@ def normal(
 
 
 def permutation(seed: int, purpose: str, *, index: int, size: int) -> NDArray[np.int64]:
-    """The `index`-th random order of range(size)."""
+    """Return the `index`-th random order of range(size)."""
     key = int.from_bytes(
         hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()[:16], "little"
     )

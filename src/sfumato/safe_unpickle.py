@@ -1,5 +1,5 @@
 """Tensors out of pickled files: the only place where anything is unpickled, and never in the
-process that wants them.
+process that needs them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ LIMIT_S = 600
 def convert(source: Path, target: Path, *, sha256: str) -> None:
     """Write the tensors of a pickled file that is known by its hash as safetensors.
 
-    They are read with `weights_only` by a process of its own, which is handed nothing of this one
-    but the very bytes that were hashed (so
-    the file cannot be exchanged in between), and where to write.
+    They are read with `weights_only` by a separate process, which receives the very bytes that were
+    hashed (so the file cannot be exchanged in between), the path to write to and, of the
+    environment, only PYTHONPATH and LD_LIBRARY_PATH.
 
     Args:
         source: a file of tensors by name.
         target: written whole or not at all.
         sha256: what the file's bytes must hash to.
     Raises:
-        CheckpointError: if it is another file, or holds something else.
+        CheckpointError: if the file cannot be read, is another one, or cannot be converted.
     """
     try:
         data = source.read_bytes()
@@ -66,8 +66,9 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
 
 
 def main(target: str) -> None:
-    """What the other process does with its standard input. Rule S1 of docs/threat-model.md allows
-    this converter, and nothing else.
+    """Convert the pickled tensors on standard input to safetensors, in the separate process.
+
+    Rule S1 of docs/threat-model.md allows this converter, and nothing else.
     """
     import torch
     from safetensors.torch import save_file

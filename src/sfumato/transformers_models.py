@@ -1,5 +1,5 @@
 """Models of the package transformers (extra `text`), from a folder or a hub: safetensors only, and
-no code of theirs.
+none of their code is run.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from sfumato.errors import ConfigError
 def from_transformers(
     kind: str, place: str, *, where: str, revision: str | None = None, **settings: Any
 ) -> Any:
-    """What `transformers`' class of that name loads from a folder, or by its name on a hub.
+    """Load a class of `transformers` by its name, from a folder or by the model's name on a hub.
 
     Raises:
-        ConfigError: if the package is not there, or nothing can be loaded.
+        ConfigError: if the package is not installed, or nothing can be loaded.
     """
     try:
         transformers = importlib.import_module("transformers")

@@ -1,5 +1,5 @@
-"""From images to latents and back. What comes out has zero mean and unit variance; nothing here
-knows diffusion.
+"""From images to latents and back. The latents have zero mean and unit variance; nothing here knows
+diffusion.
 """
 
 from sfumato.autoencoders.codec import Codec

@@ -1,4 +1,4 @@
-"""What an autoencoder is, to all that use one."""
+"""The interface of autoencoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Codec(nn.Module, ABC):
-    """Images to latents and back, of whatever mean and scale.
+    """An autoencoder: images to latents of whatever mean and scale, and back.
 
     Attributes:
         factor: side of an image over the side of its latents.
@@ -21,18 +21,20 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> mean and log-variance of their latents, (B, 2 c, H/f,
-        W/f).
+        """Encode images (B, C, H, W) in [-1, 1].
+
+        Returns:
+            Mean and log-variance of their latents, (B, 2 c, H/f, W/f).
         """
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, c, h, w) -> images (B, C, f h, f w), not clamped."""
+        """Decode latents (B, c, h, w) to images (B, C, f h, f w), not clamped."""
         result: Tensor = self.tail(self.head(z))
         return result
 
     @abstractmethod
     def head(self, z: Tensor) -> Tensor:
-        """Latents -> what `tail` makes images of, (B, _, H/2, W/2) or finer."""
+        """Decode latents to the input of `tail`, (B, _, H/2, W/2) or finer."""
 
     @property
     @abstractmethod

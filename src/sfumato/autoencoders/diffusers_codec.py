@@ -1,4 +1,4 @@
-"""Autoencoders that only diffusers knows, frozen (extra `diffusers`)."""
+"""Autoencoders that only diffusers implements, frozen (extra `diffusers`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KNOWN = ("AutoencoderDC",)
 
 
 class ForeignCodec(Codec):
-    """One of diffusers' autoencoders whose latents are one value for each image."""
+    """One of diffusers' autoencoders whose latents are deterministic."""
 
     def __init__(self, model: Any, config: dict[str, Any]) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class ForeignCodec(Codec):
 
     @classmethod
     def load(cls, kind: str, folder: Path) -> ForeignCodec:
-        """From a folder of diffusers'.
+        """Load an autoencoder from a folder in diffusers' layout.
 
         Raises:
-            CheckpointError: for a kind that is not known.
+            CheckpointError: for an unknown kind, or a folder that cannot be read.
             ConfigError: if diffusers is not installed.
         """
         if kind not in KNOWN:
@@ -62,16 +62,16 @@ class ForeignCodec(Codec):
         return cls(model, {"_class_name": kind, **sizes})
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        """Return the latents and a log-variance of -30, (B, 2 c, H/f, W/f)."""
         z = self.model.encode(x).latent
         return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
 
     def head(self, z: Tensor) -> Tensor:
-        """All of it: diffusers' models are not taken apart."""
+        """Decode latents to images: diffusers' models are not taken apart."""
         result: Tensor = self.model.decode(z).sample
         return result
 
     @property
     def tail(self) -> nn.Module:
-        """Nothing."""
+        """The identity, since `head` does everything."""
         return nn.Identity()

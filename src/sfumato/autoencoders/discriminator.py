@@ -1,6 +1,4 @@
-"""The adversary that an autoencoder learns to please: it tells real patches from reconstructed
-ones.
-"""
+"""The adversary of an autoencoder: it distinguishes real patches from reconstructed ones."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ GROUP_CHANNELS = 16
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) -> a score for each patch, (B, h, w); higher is more real.
 
-    Group norms instead of the source's batch norms, so that an image's score does not depend on the
-    others in its batch.
+    It has group norms instead of the source's batch norms, so that an image's score does not depend
+    on the others in its batch.
 
     Source: Isola et al. 2017 (arXiv:1611.07004), sec. 3.2 and appendix 6.1.2.
     """
@@ -49,13 +47,15 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Score each patch: (B, C, H, W) -> (B, h, w)."""
         result: Tensor = self.layers(x)[:, 0]
         return result
 
 
 def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
-    """What the adversary minimizes, (B,): the hinge loss on real images and on made ones, which get
-    no gradient from it.
+    """Return the adversary's loss, (B,): the hinge loss, averaged over real and generated images.
+
+    The generated images get no gradient from it.
 
     Source: Lim & Ye 2017 (arXiv:1705.02894).
     """
@@ -64,8 +64,9 @@ def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor
 
 
 def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
-    """What the autoencoder minimizes, (B,): minus the score of what it makes; the adversary gets no
-    gradient from it.
+    """Return the autoencoder's loss, (B,): minus the mean score of the images that it makes.
+
+    The adversary gets no gradient from it.
     """
     frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
     result: Tensor = -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
@@ -73,7 +74,9 @@ def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, generator_loss: Tensor, last: nn.Parameter) -> Tensor:
-    """The weight at which both losses pull on the decoder's last layer alike, at most 10^4.
+    """Return the weight at which both losses have gradients of equal norm at the parameter `last`.
+
+    It is at most 10^4. `last` is the weight of the decoder's last layer.
 
     Source: Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its image."""
+"""How close a reconstruction is to its image."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B, C, H, W) in [-1, 1], (B,): 10 log10(2^2 /
-    MSE), at most 100.
+    """Return the peak signal-to-noise ratio in dB, (B,): 10 log10(2^2 / MSE), at most 100.
+
+    The images are (B, C, H, W) in [-1, 1].
     """
     error = (a - b).double().square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error.clamp(min=4e-10))).float()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of images (B, C, H, W) in [-1, 1], (B,): 1 for equal ones.
+    """Return the structural similarity of images (B, C, H, W) in [-1, 1], (B,): 1 if equal.
 
-    Averaged over channels and over the places where the whole window fits.
+    It is averaged over channels and over the places where the whole window fits.
 
     Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eqs. 13 to 16.
     """
@@ -41,8 +42,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def windows(side: int, size: int) -> Tensor:
-    """Gaussian weights of a line of `side` values at each place where the whole window fits, (side
-    - size + 1, side), float64.
+    """Return a Gaussian window at each place of a line of `side` values where it fits.
+
+    The shape is (side - size + 1, side), float64; the weights of a window add up to 1.
     """
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     line = torch.exp(-(offsets**2) / (2 * WIDTH**2))

@@ -1,9 +1,8 @@
 """Autoencoders on disk: folders in diffusers' layout, read without its code, and files of tensors.
 
-What is saved has the latents' statistics inside: an `AutoencoderKL` as weights of its 1 x 1
-convolutions, so that any program that
-reads the folder gets latents of zero mean and unit variance and needs no scaling factor; others
-beside, in latents.json.
+What is saved has the latents' statistics inside: an `AutoencoderKL` in the weights of its 1 x 1
+convolutions, so that any program that reads the folder gets latents of zero mean and unit variance
+and needs no scaling factor; others have them beside the weights, in latents.json.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Write an autoencoder, whole or not at all; `facts` go into latents.json.
+    """Write an autoencoder to a folder, whole or not at all; `facts` go into latents.json.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -57,11 +56,11 @@ def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> 
 
 
 def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencoder:
-    """An autoencoder from a folder in diffusers' layout, or from the files of a tiny one's encoder
-    and decoder.
+    """Load an autoencoder from a folder in diffusers' layout, or a tiny one from two files.
 
-    Its latents are scaled as latents.json says, else as its own configuration does (scaling and
-    shift factor, or means and deviations).
+    The files hold the tensors of its encoder and decoder. A folder's latents are scaled as
+    latents.json says, else as its own configuration does (scaling and shift factor, or means and
+    deviations).
 
     Raises:
         CheckpointError: naming what is missing or not understood.
@@ -81,7 +80,7 @@ def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencod
 
 
 def identity(latents: LatentAutoencoder) -> str:
-    """A hash of the weights and statistics: what cached latents are kept under."""
+    """Return a hash of the weights and statistics, under which latents are cached."""
     digest = hashlib.sha256(type(latents.codec).__name__.encode())
     for name, tensor in sorted(latents.state_dict().items()):
         digest.update(name.encode())
@@ -91,7 +90,7 @@ def identity(latents: LatentAutoencoder) -> str:
 
 @torch.no_grad()
 def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
-    """The same with its statistics inside the weights: mean 0 and deviation 1 are left to apply."""
+    """Fold the statistics into the weights: mean 0 and deviation 1 are left to apply."""
     codec = latents.codec
     assert isinstance(codec, KLAutoencoder)
     mean, deviation, size = latents.mean, latents.deviation, codec.latent_channels
@@ -119,7 +118,7 @@ def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
 
 
 def _plain(codec: Codec) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A codec's configuration in diffusers' words, and its tensors under diffusers' names."""
+    """Return a codec's configuration and tensors, both under diffusers' names."""
     if isinstance(codec, KLAutoencoder):
         return _kl_config(codec), codec.state_dict()
     if isinstance(codec, TinyAutoencoder):
@@ -168,10 +167,10 @@ def _tiny_config(codec: TinyAutoencoder) -> dict[str, Any]:
 
 
 def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
-    """The codec of a folder.
+    """Build the codec of a folder.
 
     Raises:
-        CheckpointError: for a kind that is not known, or weights that do not fit.
+        CheckpointError: for an unknown kind, or weights that do not fit.
     """
     kind = config.get("_class_name")
     if kind == "AutoencoderKL":
@@ -220,7 +219,7 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
 
 
 def _renamed(name: str) -> str:
-    """A tensor's name today; attention had others once."""
+    """Return a tensor's current name; attention layers once had other names."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in _OLD_ATTENTION:
         parts[-2] = _OLD_ATTENTION[parts[-2]]
@@ -228,7 +227,7 @@ def _renamed(name: str) -> str:
 
 
 def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a folder's latents, (c,) each, by what it says of them."""
+    """Read the mean and deviation of a folder's latents, (c,) each, from its files."""
     if (folder / STATISTICS).is_file():
         said = _json(folder / STATISTICS)
         mean, deviation = (

@@ -1,8 +1,8 @@
 """A variational autoencoder of convolutions: images to latents of a fraction of their side, and
 back.
 
-Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights
-travel between the two as they are.
+Its parameters are named, and compute, as those of diffusers' `AutoencoderKL`, so that weights are
+exchanged between the two unchanged.
 
 Source: Kingma & Welling 2014 (arXiv:1312.6114); Rombach et al. 2022 (arXiv:2112.10752), sec. 3.1.
 """
@@ -77,9 +77,7 @@ class KLConfig:
 
 
 class KLAutoencoder(Codec):
-    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), which are Gaussian given the
-    image.
-    """
+    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), Gaussian given the image."""
 
     def __init__(self, config: KLConfig, *, image_channels: int) -> None:
         super().__init__()
@@ -93,27 +91,27 @@ class KLAutoencoder(Codec):
         self.apply(passing)
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        """Return the mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
 
     def head(self, z: Tensor) -> Tensor:
-        """Latents as far as half the image's resolution."""
+        """Decode latents up to half the image's resolution."""
         return self.decoder.head(self.post_quant_conv(z))
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
-        """The first convolution and the last."""
+        """The encoder's first convolution and the decoder's last."""
         return self.encoder.conv_in, self.decoder.conv_out
 
     @property
     def tail(self) -> nn.Module:
-        """From there to the image."""
+        """The decoder from half the image's resolution to the image."""
         return self.decoder.tail
 
 
 class Encoder(Accelerable):
-    """Images -> means and log-variances."""
+    """The encoder: images to means and log-variances."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:
         super().__init__()
@@ -130,6 +128,7 @@ class Encoder(Accelerable):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode images (B, C, H, W) to (B, 2 c, H/f, W/f), before `quant_conv`."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -138,7 +137,7 @@ class Encoder(Accelerable):
 
 
 class Decoder(nn.Module):
-    """Latents -> images."""
+    """The decoder: latents to images."""
 
     def __init__(self, config: KLConfig, image_channels: int) -> None:
         super().__init__()
@@ -155,11 +154,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode latents (B, c, h, w) to images (B, C, f h, f w)."""
         result: Tensor = self.tail(self.head(z))
         return result
 
     def head(self, z: Tensor) -> Tensor:
-        """All that happens at less than the full resolution."""
+        """Run the layers that work below the full resolution."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks[:-2]:
             x = block(x)
@@ -170,13 +170,14 @@ class Decoder(nn.Module):
 
     @property
     def tail(self) -> Tail:
-        """The rest."""
+        """The layers from the last doubling of the resolution on."""
         return Tail(self.up_blocks[-2:], self.conv_norm_out, self.conv_out)
 
 
 class Tail(nn.Module):
-    """The end of a decoder, which takes most of its memory: it shares the decoder's layers and is
-    no part of it.
+    """The end of a decoder, which takes most of its memory.
+
+    It shares the decoder's layers, and is not a part of it.
     """
 
     def __init__(self, blocks: nn.ModuleList, norm: nn.GroupNorm, out: nn.Conv2d) -> None:
@@ -187,6 +188,7 @@ class Tail(nn.Module):
         self.last, self.norm, self.out = blocks[-1], norm, out
 
     def forward(self, x: Tensor) -> Tensor:
+        """Double the resolution, where the decoder does at all, and return the images."""
         for upsample in self.upsamplers:
             x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         result: Tensor = self.out(F.silu(self.norm(self.last(x))))
@@ -205,6 +207,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         result: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
         return result
@@ -220,6 +223,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from each position to all: (B, C, H, W) -> (B, C, H, W)."""
         positions = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
         q, k, v = self.to_q(positions), self.to_k(positions), self.to_v(positions)
         attended = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
@@ -228,7 +232,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks at the smallest resolution, attention between them if asked for."""
+    """Two residual blocks at the smallest resolution, with attention between them if requested."""
 
     def __init__(self, channels: int, groups: int, attend: bool) -> None:
         super().__init__()
@@ -236,6 +240,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attend else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
@@ -256,6 +261,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Resample(outputs, stride=2, padding=0)] if halve else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H/2, W/2), or (H, W) if it does not halve."""
         for block in self.resnets:
             x = block(x)
         for downsample in self.downsamplers:
@@ -276,37 +282,38 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Resample(outputs, stride=1, padding=1)] if double else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, 2 H, 2 W), or (H, W) if it does not double."""
         x = self.refined(x)
         for upsample in self.upsamplers:
             x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
     def refined(self, x: Tensor) -> Tensor:
-        """What happens before the change of resolution."""
+        """Apply the residual blocks, without the change of resolution."""
         for block in self.resnets:
             x = block(x)
         return x
 
 
 class Resample(nn.Module):
-    """The convolution of a change of resolution, under the name that diffusers has for it."""
+    """The convolution of a change of resolution, a module because diffusers has one here."""
 
     def __init__(self, channels: int, *, stride: int, padding: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W); stride 2 halves the resolution."""
         result: Tensor = self.conv(x)
         return result
 
 
 @torch.no_grad()
 def passing(module: nn.Module) -> None:
-    """Have an untrained layer pass on what it is given: residual branches begin near zero, changes
-    of resolution and width as averages.
+    """Initialize a layer to pass on its input.
 
-    So shapes and colours reach the latents from the first step on (docs/ablations.md has what that
-    is worth).
+    Residual branches begin near zero, changes of resolution and width as averages. So shapes and
+    colours reach the latents from the first step on (docs/ablations.md shows what that is worth).
     """
     if isinstance(module, ResidualBlock):
         module.conv2.weight.mul_(BRANCH)
@@ -317,8 +324,10 @@ def passing(module: nn.Module) -> None:
 
 
 def carry(layer: nn.Conv2d, window: slice) -> None:
-    """Channels as they are, repeated where outputs are more, averaged where fewer, over a window of
-    the kernel; noise parts copies.
+    """Initialize a convolution to average a window of its kernel and copy channels.
+
+    Channels are repeated where there are more outputs than inputs, and averaged where there are
+    fewer; the random weights that are left make copies differ.
     """
     outputs, inputs = layer.weight.shape[:2]
     middle = layer.weight[:, :, window, window]

@@ -1,4 +1,4 @@
-"""The space that a diffusion model works in: latents of zero mean and unit variance, or the pixels
+"""The space in which a diffusion model works: latents of zero mean and unit variance, or the pixels
 themselves.
 """
 
@@ -23,7 +23,7 @@ Gaussian = Callable[[tuple[int, ...]], Tensor]
 
 
 class Pixels(nn.Module):
-    """The images themselves: what a model without an autoencoder works in."""
+    """The images themselves: the space of a model without an autoencoder."""
 
     factor = 1
 
@@ -32,23 +32,23 @@ class Pixels(nn.Module):
         self.latent_channels = self.image_channels = channels
 
     def moments(self, x: Tensor) -> Tensor:
-        """The images."""
+        """Return the images as they are."""
         return x
 
     def encode(self, x: Tensor) -> Tensor:
-        """The images."""
+        """Return the images as they are."""
         return x
 
     def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """The images: there is nothing to draw."""
+        """Return the images as they are: there is nothing to draw."""
         return moments
 
     def decode(self, z: Tensor) -> Tensor:
-        """The images."""
+        """Return the images as they are."""
         return z
 
     def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
-        """The images that were made: what was known of them is as it was."""
+        """Return the generated images: without a decoder, what was known has not changed."""
         return made
 
 
@@ -56,14 +56,15 @@ class LatentAutoencoder(nn.Module):
     """An autoencoder whose latents have zero mean and unit variance in every channel, over the
     training set.
 
-    What others call scale and shift factors is measured and kept here, so there is none to set.
+    What other libraries call scale and shift factors is measured and stored here, so there are none
+    to set.
     """
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, codec: Codec, mean: Tensor, deviation: Tensor) -> None:
-        """mean, deviation (c,): of the codec's own latents."""
+        """Wrap a codec, whose own latents have this mean and deviation, (c,) each."""
         super().__init__()
         self.codec = codec
         self.factor, self.latent_channels, self.image_channels = (
@@ -75,11 +76,12 @@ class LatentAutoencoder(nn.Module):
         self.register_buffer("deviation", deviation.float())
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents of images (B, C, H, W) in [-1, 1], (B, 2 c, H/f,
-        W/f).
+        """Encode images (B, C, H, W) in [-1, 1].
 
+        Returns:
+            Mean and log-variance of their latents, (B, 2 c, H/f, W/f).
         Raises:
-            ShapeError: for images that it cannot take.
+            ShapeError: for other channels, or sides that are not multiples of `factor`.
         """
         if (
             x.shape[1] != self.image_channels
@@ -101,17 +103,19 @@ class LatentAutoencoder(nn.Module):
         )
 
     def encode(self, x: Tensor) -> Tensor:
-        """The latents' means, (B, c, h, w)."""
+        """Return the means of the latents, (B, c, h, w)."""
         return self.moments(x).chunk(2, dim=1)[0]
 
     def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """Latents (B, c, h, w): one draw of each."""
+        """Draw latents (B, c, h, w) from their moments (B, 2 c, h, w), one for each image."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + (0.5 * log_variance).exp() * gaussian(tuple(mean.shape)).to(mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents; not clamped. Large ones are decoded a tile at a time, to the same
-        result.
+        """Decode latents (B, c, h, w) to images, not clamped.
+
+        Without gradients, images of more than 1024 x 1024 pixels are decoded a tile at a time, to
+        the same result.
         """
         own = z * self.deviation[:, None, None] + self.mean[:, None, None]
         if own.shape[-2] * own.shape[-1] * self.factor**2 > WHOLE and not torch.is_grad_enabled():
@@ -119,8 +123,9 @@ class LatentAutoencoder(nn.Module):
         return self.codec.decode(own)
 
     def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
-        """The images that were made, but what was known (1; shares blend) as it was given, not as
-        it was decoded.
+        """Return the generated images with what was known as it was given, not as it was decoded.
+
+        `known` is 1 where the image is known; shares blend.
         """
         return torch.lerp(made, image, known)
 
@@ -130,7 +135,7 @@ Autoencoder = Pixels | LatentAutoencoder
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a codec's latents over a set of images, by channel.
+    """Statistics of a codec's latents over a set of images, by channel.
 
     Attributes:
         mean, deviation: of a draw.
@@ -144,13 +149,13 @@ class Statistics:
 
     @property
     def dead(self) -> list[int]:
-        """Channels that tell nothing."""
+        """Channels that hold no information about the images."""
         return torch.nonzero(self.informative < DEAD)[:, 0].tolist()
 
 
 @torch.no_grad()
 def measure(codec: Codec, images: Iterable[Tensor]) -> Statistics:
-    """Statistics over batches of images (B, C, H, W) in [-1, 1].
+    """Measure the statistics of latents over batches of images (B, C, H, W) in [-1, 1].
 
     Raises:
         DataError: if a channel has no variance at all.

@@ -1,9 +1,8 @@
 """Decoding large images a tile at a time, with the result of decoding them whole.
 
 Convolutions see a few pixels around a tile; group norms see the whole image. So each norm's
-statistics are gathered over all tiles
-before the next one is reached: a few more passes, and no seams, where blending overlapping tiles
-leaves each with a tint of its own.
+statistics are gathered over all tiles before the next one is reached: this takes a few more passes,
+and leaves no seams, where blending overlapping tiles leaves each with its own tint.
 """
 
 from __future__ import annotations
@@ -21,28 +20,27 @@ RIM = 16  # places around a tile, at the tail's input, that its convolutions may
 
 @dataclass(frozen=True)
 class Tile:
-    """A stretch of the tail's input with its rim, and where its core lies in that; rows then
-    columns.
-    """
+    """A part of the tail's input with its rim, and the place of its core; rows, then columns."""
 
     outer: tuple[slice, slice]
     core: tuple[slice, slice]
     inner: tuple[slice, slice]
 
     def cut(self, x: Tensor) -> Tensor:
-        """The tile with its rim."""
+        """Cut the tile, with its rim, out of `x`."""
         return x[..., self.outer[0], self.outer[1]]
 
     def kept(self, x: Tensor, like: Tensor) -> Tensor:
-        """The core of feature maps that came of the tile `like`, at their resolution."""
+        """Cut the core out of feature maps made from the tile `like`, at their resolution."""
         scale = x.shape[-1] // like.shape[-1]
         rows, columns = (slice(s.start * scale, s.stop * scale) for s in self.core)
         return x[..., rows, columns]
 
 
 def tiles(height: int, width: int, size: int) -> Iterator[Tile]:
-    """Tiles of at most `size` that cover height x width, each with its rim as far as there is
-    one.
+    """Yield tiles of at most `size` that cover height x width, each with its rim.
+
+    The rim ends at the border of the whole.
     """
     for top in range(0, height, size):
         for left in range(0, width, size):
@@ -67,8 +65,9 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
-    """Images of latents, made in tiles of `size` places of the tail's input; equal to the whole but
-    for rounding.
+    """Decode latents to images in tiles of `size` places of the tail's input.
+
+    The result equals that of decoding the whole, except for rounding.
     """
     x = decoder.head(z)
     cut = list(tiles(x.shape[2], x.shape[3], size))
@@ -98,7 +97,10 @@ def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
 def _gathered(
     tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of a norm's input over the whole image, (B, groups, 1)."""
+    """Return the mean and variance of each group of a norm's input, (B, groups, 1).
+
+    They are those of the whole image.
+    """
     count = 0
     total = squares = torch.zeros(())
 
@@ -127,7 +129,7 @@ def _gathered(
 def _fixed(
     mean: Tensor, variance: Tensor
 ) -> Callable[[nn.GroupNorm, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that has a group norm use given statistics."""
+    """Return a hook that makes a group norm use given statistics."""
 
     def forward(norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]

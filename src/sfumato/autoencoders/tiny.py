@@ -1,5 +1,5 @@
-"""Tiny autoencoders that others distilled from large ones (TAESD and its kin), built from their
-tensors' names and shapes.
+"""Tiny autoencoders that others distilled from large ones (TAESD and similar ones), built from
+their tensors' names and shapes.
 
 Source: Ollin Boer Bohan 2023, github.com/madebyollin/taesd (MIT); diffusers calls the layout
     `AutoencoderTiny`.
@@ -26,10 +26,10 @@ Annotations = dict[int, dict[str, Tensor]]
 
 
 class TinyAutoencoder(Codec):
-    """Images (B, C, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), one value for each image."""
+    """Images (B, C, H, W) in [-1, 1] <-> deterministic latents (B, c, H/f, W/f)."""
 
     def __init__(self, encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> None:
-        """From the tensors of both halves, named as in TAESD's files or as in diffusers'.
+        """Build both halves from their tensors, named as in TAESD's files or as in diffusers'.
 
         Raises:
             CheckpointError: if they are those of another network.
@@ -50,18 +50,18 @@ class TinyAutoencoder(Codec):
         self.factor = 2 ** sum(isinstance(layer, nn.Upsample) for layer in self.decoder)
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
+        """Return the latents and a log-variance of -30, (B, 2 c, H/f, W/f)."""
         z = self.encoder((x + 1) / 2)
         return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
 
     def head(self, z: Tensor) -> Tensor:
-        """All that happens before the last doubling of the resolution."""
+        """Decode latents up to the last doubling of the resolution."""
         result: Tensor = self.decoder[: self._last_doubling](z)
         return result
 
     @property
     def tail(self) -> nn.Sequential:
-        """The rest; it shares the decoder's layers."""
+        """The rest of the decoder, which shares its layers."""
         return nn.Sequential(*list(self.decoder)[self._last_doubling :], Signed())
 
     @property
@@ -72,9 +72,7 @@ class TinyAutoencoder(Codec):
         )
 
     def depths(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Blocks and channels at each depth of the encoder and of the decoder, in the order they
-        are gone through.
-        """
+        """Return blocks and channels at each depth of the encoder and of the decoder, in order."""
         encoder, decoder = (
             [layer for layer in half if isinstance(layer, Block | nn.Conv2d)]
             for half in (self.encoder, self.decoder)
@@ -82,7 +80,7 @@ class TinyAutoencoder(Codec):
         return _depths(encoder[:-1]), _depths(decoder[:0:-1])[::-1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors under the names that diffusers has for them."""
+        """Return the tensors under the names that diffusers has for them."""
         # diffusers has no layer for the squashing
         halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))
         return {
@@ -95,7 +93,7 @@ class TinyAutoencoder(Codec):
 
 
 def _depths(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
-    """Blocks after each convolution, and its channels on their side."""
+    """Return, for each convolution, the number of blocks that follow it and their channels."""
     found: list[tuple[int, int]] = []
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -106,8 +104,8 @@ def _depths(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
 
 
 class Block(nn.Module):
-    """relu(x + conv(relu(conv(relu(conv(x)))))); where it gathers context, a normed 1 x 1 branch is
-    added to x first.
+    """relu(x + conv(relu(conv(relu(conv(x)))))); where a block gathers context, a normed 1 x 1
+    branch is added to x first.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -132,6 +130,7 @@ class Block(nn.Module):
             )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H, W)."""
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + self.skip(x))
@@ -141,18 +140,20 @@ class Signed(nn.Module):
     """[0, 1] -> [-1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return 2 x - 1."""
         return x * 2 - 1
 
 
 class Squash(nn.Module):
-    """3 tanh(x / 3): latents beyond what the encoder makes are drawn back."""
+    """3 tanh(x / 3): draws back latents beyond what the encoder makes."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return 3 tanh(x / 3)."""
         return torch.tanh(x / 3) * 3
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> Annotations:
-    """Tensors by the number of their layer, in order."""
+    """Group tensors by the number of their layer, in order."""
     found: Annotations = defaultdict(dict)
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -170,7 +171,7 @@ def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
 
 
 def _encoder(layers: Annotations) -> nn.Sequential:
-    """Convolutions without a bias are those that halve the resolution."""
+    """Build the encoder, whose convolutions without a bias halve the resolution."""
     return nn.Sequential(
         *(
             _layer(tensors, stride=2 if set(tensors) == {"weight"} else 1)
@@ -180,8 +181,9 @@ def _encoder(layers: Annotations) -> nn.Sequential:
 
 
 def _decoder(layers: Annotations) -> nn.Sequential:
-    """Convolutions without a bias follow a doubling of the resolution; the first one is bent back
-    before, and rectified after.
+    """Build the decoder, whose convolutions without a bias follow a doubling of the resolution.
+
+    The first layer comes after `Squash` and before a ReLU.
     """
     found: list[nn.Module] = []
     for number, tensors in enumerate(layers.values()):
@@ -194,7 +196,7 @@ def _decoder(layers: Annotations) -> nn.Sequential:
 
 
 def _named(half: nn.Sequential, layers: Annotations) -> dict[str, Tensor]:
-    """The tensors under the names that they have in `half`."""
+    """Return the tensors under the names that they have in `half`."""
     places = [place for place, layer in enumerate(half) if any(True for _ in layer.parameters())]
     return {
         f"{place}.{name}": tensor

@@ -1,3 +1,4 @@
-"""The command line: one file a verb. Each verb imports what it needs when it runs, so that `--help`
-answers at once.
+"""The command line, one file per command.
+
+Each command imports what it needs when it runs, so that `--help` answers at once.
 """

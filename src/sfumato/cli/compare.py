@@ -1,4 +1,4 @@
-"""sfumato compare."""
+"""The command `sfumato compare`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of it.
+    """The result of one setup.
 
     Attributes:
         images: (N, C, H, W) in [0, 1].
@@ -51,7 +51,10 @@ class Row:
     seconds: float
 
     def plain(self, reference: Row) -> dict[str, Any]:
-        """As JSON; `difference` is the mean absolute one of values in [0, 1]."""
+        """Return the figures of the row as plain data, for JSON.
+
+        `difference` is the mean absolute difference of values in [0, 1] to the reference.
+        """
         difference = float((self.images - reference.images).abs().mean())
         return {
             **vars(self.setup),
@@ -128,7 +131,7 @@ def compare(
 
 
 def _named(text: str) -> tuple[str, int | None]:
-    """`ddim:20` as a known name and its steps."""
+    """Parse `ddim:20` into a known name and its steps."""
     from sfumato.sampling.registry import find_sampler
 
     name, colon, count = text.partition(":")
@@ -147,7 +150,7 @@ def _wanted(
     prompt: list[str] | None,
     scales: Sequence[float],
 ) -> dict[str, list[str] | None]:
-    """What the images are steered by: all categories in turn where nothing is named.
+    """Return what the images are steered by: all categories in turn if nothing is named.
 
     Raises:
         ConfigError: for guidance of a model, or of a request, that nothing steers.
@@ -169,7 +172,7 @@ def _wanted(
 
 
 def _num(num: int | None, *named: int) -> int:
-    """Images in a row, enough for everything that is named."""
+    """Return the number of images in a row, enough for everything that is named."""
     if num is not None and num < max(named):
         raise typer.BadParameter(
             f"{max(named)} prompts or categories do not fit into rows of {num}", param_hint="--num"
@@ -178,7 +181,7 @@ def _num(num: int | None, *named: int) -> int:
 
 
 def _target(run: Path, seed: int, out: Path | None, settings: dict[str, Any]) -> Path:
-    """Where the figure goes: never over a file that shows something else.
+    """Choose where to write the figure, never over a file that shows something else.
 
     Raises:
         ConfigError: if `out` exists and was not made by the same comparison.
@@ -201,7 +204,7 @@ def _target(run: Path, seed: int, out: Path | None, settings: dict[str, Any]) ->
 
 
 def _carried(path: Path) -> Any:
-    """The settings that a PNG of ours carries; None for any other file."""
+    """Read the settings that a PNG of sfumato carries; return None for any other file."""
     from PIL import Image
 
     try:
@@ -248,7 +251,7 @@ def _sampled(
 
 @contextmanager
 def _counted(network: nn.Module) -> Iterator[list[int]]:
-    """The number of images in each call of the network."""
+    """Yield a list that receives the number of images of each call of the network."""
     seen: list[int] = []
     handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     try:
@@ -275,7 +278,7 @@ def _figure(rows: Sequence[Row], wanted: dict[str, Any], num: int) -> Any:
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
-    """The rows for a person; the first is the reference of the differences."""
+    """Format the rows as a table; differences are to the first one."""
     from sfumato.observability.tables import format_table
 
     head = (

@@ -1,4 +1,4 @@
-"""sfumato recipes, sfumato config show | diff | validate | schema."""
+"""The commands `sfumato recipes` and `sfumato config show | diff | validate | schema`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sfumato data check | coverage | convert | cache."""
+"""The commands `sfumato data check | coverage | convert | cache`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def _slug(source: str) -> str:
 
 
 def _say(text: object) -> None:
-    """Print, without what a caption or a file's name could command the terminal by."""
+    """Print a text without the characters that would control the terminal.
+
+    The text may hold captions and names of files.
+    """
     from sfumato.observability.progress import printable
 
     typer.echo(printable(str(text)))
@@ -180,7 +183,7 @@ def coverage(
 
 
 def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
-    """For a program."""
+    """Return the coverage of a prompt as plain data, for JSON."""
     near = [
         {
             "likeness": likeness,
@@ -229,7 +232,7 @@ def _lines(found: Coverage, total: int) -> list[str]:
 
 
 def _sheet(entries: Sequence[Entry]) -> Image.Image | None:
-    """The images side by side, None if none can be read."""
+    """Draw the images side by side; return None if none can be read."""
     import torch
 
     from sfumato.data.decoding import PixelFormat, RejectedImage, decode

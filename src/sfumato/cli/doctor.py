@@ -1,4 +1,4 @@
-"""sfumato doctor."""
+"""The command `sfumato doctor`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def doctor(
 
 
 def _at_once() -> dict[str, Any]:
-    """What is known without measuring."""
+    """Return what is known without measuring."""
     import numpy
     import PIL
     import torch
@@ -137,7 +137,10 @@ def _convolution_gflops(
 
 
 def _seconds(work: Callable[[], object], device: str, repeats: int = 7) -> float:
-    """Median time of one call, of fewer calls where they take long; the first warms up."""
+    """Return the median time of one call, in seconds.
+
+    The first call warms up, and slow calls are repeated less often.
+    """
     import torch
 
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""sfumato ema."""
+"""The command `sfumato ema`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sfumato evaluate."""
+"""The command `sfumato evaluate`."""
 
 from __future__ import annotations
 

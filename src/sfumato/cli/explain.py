@@ -1,4 +1,4 @@
-"""sfumato explain."""
+"""The command `sfumato explain`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _curves(settings: Run, folder: Path) -> list[Path]:
 
 
 def _noising(settings: Run, dataset: Dataset) -> Image.Image:
-    """A few images at ten even times of the sampling schedule."""
+    """Draw a few images at ten evenly spaced times of the sampling schedule."""
     import torch
 
     from sfumato import randomness
@@ -146,7 +146,7 @@ def _noising(settings: Run, dataset: Dataset) -> Image.Image:
 
 
 def _with_contrast(images: Tensor) -> Tensor:
-    """The first few images that are not blank; the strongest few where fewer are."""
+    """Return the first images that are not blank, or those of most contrast if they are too few."""
     contrast = images.flatten(1).std(1)
     chosen = (contrast >= FLAT * contrast.max()).nonzero().flatten()
     if len(chosen) < IMAGES:
@@ -155,8 +155,9 @@ def _with_contrast(images: Tensor) -> Tensor:
 
 
 def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Image | None:
-    """The same noise at rising guidance; None for a model that neither categories nor text
-    steer.
+    """Draw the same noise at rising guidance, by categories or else by captions.
+
+    The result is None for a model that neither categories nor text steer.
     """
     import torch
 
@@ -192,8 +193,9 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
 def _way_back(
     pipeline: Pipeline | None, settings: Run, dataset: Dataset
 ) -> tuple[Image.Image, str]:
-    """A few samples' way out of noise: by the trained model, else by the ideal denoiser of the
-    training images.
+    """Draw how a few samples emerge from noise, and name the denoiser.
+
+    It is the trained model, or else the ideal denoiser of the training images.
     """
     import torch
 

@@ -1,6 +1,4 @@
-"""The kinds of values that help texts name, in words that a person reads: `<number>`, not `<float
-range>`.
-"""
+"""The kinds of values in help texts, in plain words: `<number>`, not `<float range>`."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ WORDS = {int: "<integer>", float: "<number>", str: "<text>", Path: "<path>", boo
 
 
 def in_words(annotation: Any) -> str | None:
-    """What an option of that type is given; None to leave it as it is."""
+    """Return what an option of a type takes, or None to leave its text as it is."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return in_words(parts[0])
@@ -31,7 +29,7 @@ def in_words(annotation: Any) -> str | None:
 
 
 def explain_values(command: Any) -> Any:
-    """Name the values of all options of a command and of the commands below it; the command."""
+    """Name the values of all options of a command and of its subcommands; return the command."""
     for below in getattr(command, "commands", {}).values():
         explain_values(below)
     hints = _hints(command.callback)

@@ -1,8 +1,7 @@
-"""The program `sfumato`: its verbs, and what happens when something goes wrong.
+"""The program `sfumato`: its commands, and what happens when something goes wrong.
 
-Exit codes: 0 done, 2 the user can fix it, 3 training diverged or a model's output is not finite,
-130 and 143 interrupted with a checkpoint
-or finished images saved.
+Exit codes: 0 done, 1 a bug in sfumato, 2 the user can fix it, 3 training diverged or a model's
+output is not finite, 130 and 143 interrupted with a checkpoint or finished images saved.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def options(
 
 
 def main() -> None:
-    """Run the program; errors that a person can fix are one message and no traceback."""
+    """Run the program; an error that a user can fix is one message, without a traceback."""
     # OpenMP's threads wait for one another by spinning; where another program wants the cores too,
     # long spins slow every step
     # several times over. This many turns cost nothing on an idle machine. Read once, when torch is
@@ -95,8 +94,9 @@ def main() -> None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step: it hands every large buffer back, and pays
-    page faults to get it again.
+    """Make glibc keep freed memory for the next step.
+
+    By default it returns every large buffer to the system, and pays page faults to get it again.
     """
     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
     max_maps, trim_threshold, top_pad = -4, -1, -2
@@ -108,9 +108,7 @@ def keep_memory() -> None:
 
 
 def exit_quickly() -> None:
-    """Spare the interpreter a search for garbage in all modules as it ends: 1.5 seconds with
-    torch.
-    """
+    """Spare the interpreter the final garbage collection of all modules: 1.5 seconds with torch."""
     atexit.register(gc.freeze)
 
 

@@ -1,5 +1,7 @@
-"""Where `sfumato sample` writes: a folder holds the images of one request, which the same request
-completes and no other replaces.
+"""The folders that `sfumato sample` writes to.
+
+A folder holds the images of one request. The same request completes them, and no other replaces
+them.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block
 
 @contextmanager
 def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
-    """Make `folder` and try a file in it, before any work; if an error leaves it empty, it is
-    removed again.
+    """Create `folder` and try to write a file in it, before any work.
+
+    If an error leaves the folder empty, it is removed again.
 
     Args:
-        fresh: whether it was made for this already.
+        fresh: whether it was just created for this.
     Raises:
         OutputError: if it cannot be written to.
     """
@@ -58,14 +61,14 @@ def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
 
 
 def _remove(folders: list[Path]) -> None:
-    """Those of the folders that are empty."""
+    """Remove those of the folders that are empty."""
     for path in folders:
         with suppress(OSError):
             path.rmdir()
 
 
 def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
-    """What to say of a folder that cannot be written to."""
+    """Return the error for a folder that cannot be written to."""
     return OutputError(
         f"cannot be written to: {error.strerror or error}{more}",
         where=str(folder),
@@ -74,14 +77,14 @@ def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
 
 
 def request_id(deciding: Mapping[str, Any]) -> str:
-    """A name for all that decides what image i is: equal for equal requests."""
+    """Return a name for all that decides what image i is; equal requests have equal names."""
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=repr).encode()).hexdigest()[
         :16
     ]
 
 
 def weights_id(*modules: nn.Module) -> str:
-    """Hash of every weight."""
+    """Hash all weights of the modules."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -91,7 +94,7 @@ def weights_id(*modules: nn.Module) -> str:
 
 
 def file_id(path: Path) -> str:
-    """Hash of a file's content; "" for one that cannot be read, which is refused elsewhere."""
+    """Hash a file's content; return "" for an unreadable file, which is refused elsewhere."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -118,11 +121,11 @@ class Generated:
 
     @property
     def form(self) -> ImageFormat:
-        """How images are written."""
+        """The format in which images are written."""
         return FORMATS[self.kind]
 
     def path(self, number: int) -> Path:
-        """The file of image `number`."""
+        """Return the path of image `number`."""
         return self.folder / f"{number:05d}.{self.kind}"
 
     def write(self, number: int, image: Tensor) -> Path:
@@ -132,7 +135,7 @@ class Generated:
         )
 
     def _same(self, path: Path) -> bool:
-        """Whether a file carries this request's settings."""
+        """Return whether a file carries the name of this request."""
         found = _json(path) if path.name == SETTINGS else settings_of(path)
         return isinstance(found, dict) and found.get("request") == self.settings["request"]
 
@@ -158,17 +161,14 @@ class Generated:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names of the files of other requests, or of nobody's, that look like images of a
-        request.
-        """
+        """Names of files that look like images of a request but are not of this one."""
         return self._found[1]
 
     def in_free_folder(self) -> Generated:
-        """The same in the first of FOLDER, FOLDER-2, FOLDER-3, ... that holds images of this
-        request only, or can be made.
+        """Return the request with the first of FOLDER, FOLDER-2, FOLDER-3, ... that it can use.
 
-        A folder that is empty belongs to a job that has just begun, so that two at a time never
-        share one.
+        It can use a folder that holds images of this request only, or that can be created. An empty
+        folder belongs to a job that has just begun, so that two jobs never share one.
 
         Raises:
             OutputError: if all are taken.
@@ -188,9 +188,7 @@ class Generated:
         )
 
     def require_unharmed(self, written: Collection[str]) -> None:
-        """Raise OutputError if one of the files that will be `written` is there and is not this
-        request's.
-        """
+        """Raise OutputError if a file that will be `written` exists and is not of this request."""
         harmed = [name for name in self.others if name in written]
         if harmed:
             shown = ", ".join(harmed[:3]) + (", ..." if len(harmed) > 3 else "")
@@ -202,7 +200,7 @@ class Generated:
             )
 
     def notes(self, num: int, say: Callable[[str], None]) -> None:
-        """Say what the folder holds besides the `num` images of now."""
+        """Say what the folder holds besides the `num` images of this job."""
         beyond = sum(number >= num for number in self.there)
         if beyond:
             say(

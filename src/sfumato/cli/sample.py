@@ -1,4 +1,4 @@
-"""sfumato sample."""
+"""The command `sfumato sample`."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def sample(
 def _made(
     pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make and write what `options` ask for; refuse before any work what cannot be done."""
+    """Make and write the images; refuse what cannot be done before any work."""
     from sfumato.cli.output_folder import Generated
     from sfumato.cli.sample_job import Job, not_finite
     from sfumato.errors import NonFiniteError
@@ -232,7 +232,10 @@ def _made(
 def _make(
     pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
 ) -> Make:
-    """What makes the images: from noise each, or interpolated to another prompt or seed."""
+    """Return the function that makes the images, from noise or by interpolation.
+
+    The interpolation is to another prompt or seed.
+    """
     from sfumato.contexts import steering
     from sfumato.generation.request import require_context
 
@@ -301,11 +304,12 @@ def _request(
     mask: Path | None,
     strength: float | None,
 ) -> SampleRequest:
-    """The request, with its files read.
+    """Build the request, and read its files.
 
     Args:
-        values: of contexts, by keyword.
-        written: the same as text or as paths of files, which each context reads in its own way.
+        values: values of contexts, by keyword.
+        written: further values, as text or as paths of files, which each context reads in its own
+            way.
     """
     from sfumato.contexts import CONTEXTS, by_keyword
     from sfumato.contexts.image import read_image
@@ -344,7 +348,7 @@ def _size(said: str | None) -> tuple[int, int] | None:
 
 
 def _named(pairs: Sequence[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs as a mapping."""
+    """Parse NAME=VALUE pairs into a mapping."""
     split = [pair.partition("=") for pair in pairs or ()]
     if any(not (name and equals) for name, equals, _ in split):
         raise typer.BadParameter("write NAME=VALUE", param_hint="--context")
@@ -352,7 +356,7 @@ def _named(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
-    """What images were begun with, as the grid shows it."""
+    """Return the images that the request starts from, as the grid shows them."""
     from sfumato.contexts import CONTEXTS, by_keyword
 
     height, width = request.size or pipeline.image_shape[1:]
@@ -368,7 +372,7 @@ def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
 def _number_of_images(
     num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None
 ) -> int:
-    """`num`, or enough for every prompt and category; says what a smaller `num` leaves out."""
+    """Return `num`, or enough for every prompt and category; print what it leaves out."""
     count = num or max(FEWEST, len(prompts or ()), len(categories or ()))
     for name, given in (("prompt", prompts or ()), ("category", categories or ())):
         left = given[count:]
@@ -414,11 +418,10 @@ def _settings(
     how: dict[str, Any],
     kind: str,
 ) -> dict[str, Any]:
-    """What images carry of how they were made: every option that has a say in them; of files no
-    more than the name.
+    """Return the settings that the images carry: every option that affects them.
 
-    "request" names all that decides what image i is: the options, the weights, the content of the
-    files.
+    Of a file, they carry only the name. "request" identifies all that decides what image i is: the
+    options, the weights, and the content of the files.
     """
     from sfumato import __version__
     from sfumato.cli.output_folder import file_id, request_id, weights_id
@@ -469,7 +472,7 @@ def _settings(
 
 
 def _refuse_on_the_way(options: dict[str, Any]) -> None:
-    """What has no meaning on the way to another prompt or seed."""
+    """Refuse options that have no meaning in an interpolation to another prompt or seed."""
     if options["autoguidance"] is not None or options["trajectory"] or options["resample"] != 1:
         hint = "--autoguidance, --trajectory, --resample"
         raise typer.BadParameter(
@@ -484,9 +487,7 @@ def _refuse_on_the_way(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Prints which part of a long prompt was read, and which words are unknown, as soon as the
-    images are made.
-    """
+    """Print what was read of a long prompt, and which words are unknown, when the block ends."""
     from sfumato.contexts import PromptNote
 
     with warnings.catch_warnings(record=True) as said:
@@ -497,7 +498,7 @@ def _notes() -> Iterator[None]:
 
 
 def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
-    """The request of each image, if requests differ."""
+    """Return the prompt and category of each image; [] if all are the same."""
     asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
     labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
     return (
@@ -508,7 +509,7 @@ def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -
 
 
 def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
-    """One scale, or one for each context by name; None where the model's own is used."""
+    """Parse one scale, or one for each context by name; return None for the model's own."""
     if not given:
         return None
     if len(given) == 1 and "=" not in given[0]:
@@ -517,7 +518,7 @@ def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
 
 
 def _numbers(given: list[str] | None, option: str) -> dict[str, float]:
-    """NAME=NUMBER, repeated."""
+    """Parse repeated NAME=NUMBER pairs into a mapping."""
     pairs = [text.rpartition("=") for text in given or ()]
     return {name.strip(): _number(value, option) for name, _, value in pairs}
 

@@ -1,5 +1,6 @@
-"""One job of `sfumato sample`: images written as they are made, with progress, so that a stop loses
-no more than one batch.
+"""A job of `sfumato sample`.
+
+Images are written as they are made, with progress, so that a stop loses at most one batch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Make = Callable[[Collection[int], Callable[[StepInfo], None]], Iterable[tuple[in
 
 @dataclass(kw_only=True)
 class Job:
-    """The images of one request, as far as its folder lacks them, and sheets of them.
+    """A job that makes those images of one request that its folder lacks, and draws sheets of them.
 
     Attributes:
         num: images in all.
@@ -56,7 +57,7 @@ class Job:
     _done: int = 0
 
     def run(self, make: Make) -> dict[str, Any]:
-        """Make and write what is missing; gives the files, and how many images were made now.
+        """Make and write the missing images; return the files, and how many images were made now.
 
         Raises:
             OutputError: before any work, if the folder cannot be written to or holds files of
@@ -93,7 +94,7 @@ class Job:
         }
 
     def _sheets(self) -> list[str]:
-        """Names of the files besides the images."""
+        """Return the names of the files besides the images."""
         return [GRID, *[TRAJECTORY] * self.trajectory, *[SETTINGS] * (self.target.kind == "npy")]
 
     def _make(self, make: Make, skip: Collection[int]) -> None:
@@ -125,11 +126,11 @@ class Job:
                 raise
 
     def _written(self) -> int:
-        """Whole images of this request that the folder holds."""
+        """Count the images of this request that the folder holds."""
         return sum(self.target.path(number).is_file() for number in range(self.num))
 
     def _record(self, progress: StepInfo) -> None:
-        """Keep the first batch's way, of the few images that are drawn."""
+        """Keep a step of the first batch, for the few images whose trajectory is drawn."""
         if self.trajectory and self._done == 0 and len(self._recorded) < progress.steps:
             few = {name: getattr(progress, name)[:STRIP_IMAGES] for name in ("before", "x", "x0")}
             self._recorded.append(progress._replace(**few))
@@ -145,7 +146,7 @@ class Job:
             self._tiles |= dict(enumerate(shown(few, self.pipeline.values.alpha), first))
 
     def _tile(self, number: int) -> Tensor:
-        """An image as the grid shows it: just made, or read back."""
+        """Return an image as the grid shows it: just made, or read back."""
         if number in self._tiles:
             return self._tiles[number]
         values = self.pipeline.values
@@ -155,7 +156,7 @@ class Job:
         )[0]
 
     def _draw(self) -> dict[str, Path]:
-        """Write the strip, if there is one, and the grid."""
+        """Write the grid, and the trajectory if it was recorded; return their paths."""
         import torch
 
         alpha, settings, sheets = self.pipeline.values.alpha, dict(self.target.settings), {}
@@ -178,7 +179,7 @@ class Job:
 
 
 def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError:
-    """The error, with the other weights that the run keeps."""
+    """Return the error with a hint that names the other weights of the run."""
     kept = {
         "checkpoints": sorted(
             path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir()

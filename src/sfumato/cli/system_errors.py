@@ -1,6 +1,4 @@
-"""What the system refuses, in a person's words: files, disks, memory, names. Only what is left is a
-fault of ours.
-"""
+"""Errors of the system in plain words: files, disks, memory, names. Others are bugs of sfumato."""
 
 from __future__ import annotations
 
@@ -53,8 +51,9 @@ MEMORY = "train with a smaller batch_size or with micro_batch, make fewer or sma
 
 
 def in_words(error: BaseException) -> SfumatoError | None:
-    """The same error as a person can act on it; None if the system did not cause it: a fault of
-    ours.
+    """Return the error in words that a user can act on, or None if the system did not cause it.
+
+    In that case it is a bug of sfumato.
     """
     if isinstance(error, OSError):
         return _refused(error)

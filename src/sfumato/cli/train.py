@@ -1,4 +1,4 @@
-"""sfumato train, sfumato resume."""
+"""The commands `sfumato train` and `sfumato resume`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of a trajectory, shared by the verbs that draw one."""
+"""Images of a trajectory, shared by the commands that draw one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 
 
 def evenly(count: int, at_most: int) -> list[int]:
-    """Up to `at_most` of range(count), first and last included."""
+    """Choose up to `at_most` numbers of range(count) evenly, the first and the last included."""
     if count <= at_most:
         return list(range(count))
     return [round(i * (count - 1) / (at_most - 1)) for i in range(at_most)]
 
 
 def dimmed(x: Tensor, level: NoiseLevel) -> Tensor:
-    """A noisy image on the scale of the data, whatever the schedule: as it would be with alpha^2 +
-    sigma^2 = 1.
-    """
+    """Scale a noisy image to what it would be with alpha^2 + sigma^2 = 1, whatever the schedule."""
     return x / float((level.alpha**2 + level.sigma**2).sqrt())
 
 
@@ -36,11 +34,12 @@ def trajectory_image(
     decode: Callable[[Tensor], Tensor],
     alpha: Alpha = "straight",
 ) -> Image.Image:
-    """For each image a row of noisy states and, under it, the guess of the clean image made from
-    each; the result last.
+    """Draw two rows for each image: noisy states, and the guess of the clean image from each.
+
+    The result comes last in both rows.
 
     Args:
-        decode: gives the images of latents.
+        decode: returns the images of latents.
         alpha: what the last of 2 or 4 channels is.
     """
     import torch

@@ -1,5 +1,5 @@
-"""What steers a model: each conditioner turns a batch's named context into a `Condition`, and knows
-the condition for "nothing".
+"""What steers a model: each conditioner turns the named context of a batch into a `Condition`, and
+knows the condition for "nothing".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers and labels of which several hold at once, each known or not."""
+"""Attributes: numbers and labels, several of which hold at once, each known or not."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class AttributesConfig:
 
 
 class AttributesConditioner(Conditioner):
-    """context["attributes"] (B, D), NaN where unknown -> Condition.vector (B, size); nothing known
-    asks for nothing.
+    """context["attributes"] (B, D), NaN where unknown -> Condition.vector (B, size).
+
+    An image of which nothing is known gets the null condition.
 
     Args:
         names: of the attributes.
@@ -64,7 +65,7 @@ class AttributesConditioner(Conditioner):
         )
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Embed standardized values and which are known; without a context, return `null`."""
         if "attributes" not in context:
             return self.null(batch_size)
         values = (context["attributes"].to(self.mean) - self.mean) / self.deviation
@@ -75,7 +76,7 @@ class AttributesConditioner(Conditioner):
         )
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the condition of images whose attributes are all unknown."""
         return Condition(
             vector=self.embedding(self.mean.new_zeros(batch_size, 2 * len(self.names)))
         )
@@ -83,7 +84,7 @@ class AttributesConditioner(Conditioner):
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Training attributes, some of them hidden; keyed by the samples' numbers."""
+        """Hide some of the training attributes at random, keyed by the samples' numbers."""
         if "attributes" not in context:
             return {}
         values = context["attributes"]

@@ -1,5 +1,5 @@
-"""What was done to a training image, told to the network so that it need not learn it as part of
-the data.
+"""What was done to a training image, given to the network so that it is not learned as part of the
+data.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from sfumato.conditioners.protocol import Conditioner
 
 
 class AugmentationConditioner(Conditioner):
-    """context["augmentation"] (B, D) -> Condition.vector (B, D); zeros, or none given, is "nothing
-    was done".
+    """context["augmentation"] (B, D) -> Condition.vector (B, D).
+
+    Zeros mean that nothing was done, and so does a missing context.
     """
 
     nothing: Tensor
@@ -29,9 +30,9 @@ class AugmentationConditioner(Conditioner):
         self.register_buffer("nothing", torch.zeros(labels), persistent=False)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Return the augmentation as the vector; zeros if none is given."""
         return Condition(vector=context.get("augmentation", self.nothing.expand(batch_size, -1)))
 
     def null(self, batch_size: int) -> Condition:
-        """Nothing was done."""
+        """Return zeros: nothing was done."""
         return Condition(vector=self.nothing.expand(batch_size, -1))

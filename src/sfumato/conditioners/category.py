@@ -29,8 +29,9 @@ class CategoryConfig:
 
 
 class CategoryConditioner(Conditioner):
-    """context["category"] (B,) -> Condition.vector (B, size); index -1, or none at all, is the null
-    vector.
+    """context["category"] (B,) -> Condition.vector (B, size).
+
+    Index -1, or no category at all, gives the null vector.
     """
 
     def __init__(self, config: CategoryConfig, *, categories: int) -> None:
@@ -40,7 +41,7 @@ class CategoryConditioner(Conditioner):
         self.embedding = nn.Embedding(categories + 1, config.size)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Look up each category's learned vector; without a context, return `null`."""
         if "category" not in context:
             return self.null(batch_size)
         category = context["category"].to(self.embedding.weight.device)
@@ -48,7 +49,7 @@ class CategoryConditioner(Conditioner):
         return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the learned vector for "none"."""
         none = torch.full(
             (batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device
         )

@@ -13,13 +13,13 @@ from sfumato.conditioners.protocol import Conditioner
 
 
 class CompositeConditioner(nn.Module):
-    """Lays the conditions of its parts side by side: vectors and maps by channels, tokens one after
-    another.
-    """
+    """Joins the conditions of its parts: vectors and maps along channels, tokens in sequence."""
 
     def __init__(self, parts: Mapping[str, Conditioner], *, factor: int = 1) -> None:
-        """`parts` by the name of the context that each reads; `factor` is the side of an image over
-        that of what the network sees.
+        """Hold `parts` by the name of the context that each reads.
+
+        Args:
+            factor: side of an image over that of what the network sees.
         """
         super().__init__()
         self.factor = factor
@@ -32,13 +32,14 @@ class CompositeConditioner(nn.Module):
     def forward(
         self, context: Mapping[str, Any], batch_size: int, *, draws: Tensor | None = None
     ) -> Condition:
-        """The condition of a batch.
+        """Return the condition of a batch.
 
         Args:
-            context: what is known of each image, by name; what is missing asks for nothing.
-            draws: uniform in [0, 1), (B, parts): a part asks for nothing where its draw is below
-                its `dropout`, and what lies above it
-                decides how captions are varied. None drops and varies nothing.
+            context: what is known of each image, by name; a part whose context is missing gives its
+                null condition.
+            draws: uniform in [0, 1), (B, parts): a part gives its null condition where its draw is
+                below its `dropout`; a draw above it decides how captions are varied. None drops and
+                varies nothing.
         """
         conditions = []
         for number, part in enumerate(self._parts):
@@ -57,10 +58,9 @@ class CompositeConditioner(nn.Module):
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """The context that training uses: what the data hold, and what is made from the images (B,
-        C, H, W) themselves.
+        """Return the context that training uses: what the data hold, and what is made from images.
 
-        Keyed by the samples' numbers, `first` and following.
+        The images are (B, C, H, W). Draws are keyed by the samples' numbers, `first` and following.
         """
         made = dict(context)
         for part in self._parts:
@@ -69,11 +69,11 @@ class CompositeConditioner(nn.Module):
 
     @property
     def steering(self) -> list[str]:
-        """Names of the contexts that a request may ask for."""
+        """Names of the contexts that a request may set."""
         return [name for name, part in zip(self.parts, self._parts, strict=True) if part.steers]
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the null conditions of all parts, joined."""
         return reduce(
             Condition.beside,
             (part.null(batch_size).folded(self.factor) for part in self._parts),

@@ -1,4 +1,4 @@
-"""Doodles: a line drawing laid over the image. Where the data have none, lines are made from the
+"""Doodles: line drawings aligned with the image. Where the data have none, lines are made from the
 image itself.
 """
 
@@ -48,8 +48,9 @@ class DoodleConfig:
 
 
 class DoodleConditioner(Conditioner):
-    """context["doodle"] (B, 1, H, W), 1 paper to -1 ink, NaN where none is given ->
-    Condition.spatial (B, 2, H, W): ink, given.
+    """context["doodle"] (B, 1, H, W), 1 paper to -1 ink -> Condition.spatial (B, 2, H, W).
+
+    The doodle is NaN where none is given; the maps are ink, and 1 where one is given.
     """
 
     nothing: Tensor
@@ -61,7 +62,7 @@ class DoodleConditioner(Conditioner):
         self.register_buffer("nothing", torch.zeros(1, 2, 1, 1), persistent=False)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Return ink, 0 to 1, and 1 where a doodle is given; without a context, return `null`."""
         if "doodle" not in context:
             return self.null(batch_size)
         doodle = context["doodle"].to(self.nothing.device)
@@ -72,14 +73,16 @@ class DoodleConditioner(Conditioner):
         )
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return maps of zeros, (B, 2, 1, 1): no doodle is given."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """A doodle for each training image: its own, or lines made from it; keyed by the samples'
-        numbers.
+        """Return a doodle for each training image: its own, or lines made from it.
+
+        Lines replace a doodle that is missing or, for a share `synthetic` of images, that is given.
+        Draws are keyed by the samples' numbers.
         """
         draws = randomness.uniform(
             seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2
@@ -98,12 +101,11 @@ _GRID = 4  # of the random fields that bend and drop lines
 
 
 def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
-    """Line drawings (B, 1, H, W), 1 paper to -1 ink, of images (B, C, H, W) in [-1, 1].
+    """Draw the lines of images (B, C, H, W) in [-1, 1]: (B, 1, H, W), 1 paper to -1 ink.
 
-    A soft threshold on a difference of Gaussians, drawn with a random width and strength where the
-    image is darker than its
-    surroundings: dark strokes, and the dark side of every edge. Lines bend a little, and some are
-    missing.
+    A soft threshold on a difference of Gaussians, with a random width and strength, puts ink where
+    the image is darker than its surroundings: dark strokes, and the dark side of every edge. Lines
+    bend a little, and some are missing.
 
     Args:
         draws: uniform in [0, 1), (B, 3 + 3 * 16).
@@ -126,8 +128,9 @@ def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Te
 
 
 def _edges(images: Tensor, width: float) -> Tensor:
-    """How much darker a pixel is than its surroundings, in the colour in which it is most, (B, 1,
-    H, W), about 0 to 1.
+    """Return how much darker a pixel is than its surroundings, (B, 1, H, W), about 0 to 1.
+
+    The channel in which the difference is largest counts.
     """
     near, far = _blurred(images, width), _blurred(images, 1.6 * width)
     return (far - near).amax(1, keepdim=True).clamp(min=0)
@@ -146,7 +149,7 @@ def _blurred(images: Tensor, width: float) -> Tensor:
 
 
 def _bent(maps: Tensor, offsets: Tensor) -> Tensor:
-    """Maps (B, 1, H, W) displaced by smooth fields (B, 2, g, g), as shares of the side."""
+    """Displace maps (B, 1, H, W) by smooth fields (B, 2, g, g), given as shares of the side."""
     identity = torch.eye(2, 3, device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
     grid = F.affine_grid(identity, list(maps.shape), align_corners=False)
     field = F.interpolate(offsets, size=maps.shape[-2:], mode="bicubic", align_corners=False)

@@ -1,4 +1,4 @@
-"""What conditioners must know of the training set."""
+"""Facts of the training set that conditioners need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfumato.config.bounds import AnyFloat
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningInfo:
-    """What conditioners must know of the training set; kept in checkpoints.
+    """What conditioners must know of the training set; stored in checkpoints.
 
     Attributes:
         channels: of images.

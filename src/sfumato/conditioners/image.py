@@ -1,5 +1,5 @@
-"""Images as context: laid under the one to be made (super-resolution, colourization, inpainting),
-or looked at (variations).
+"""Images as context: aligned with the image to make (super-resolution, colourization, inpainting),
+or looked at as a whole (variations).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from sfumato.errors import ConfigError
 
 
 class Degradation(Protocol):
-    """What an image has lost, and the model is to restore; NaN where a pixel is unknown."""
+    """What an image has lost and the model must restore; NaN where a pixel is unknown."""
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Of training images (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
+        """Degrade training images (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
         ...
 
     def given(self, images: Tensor) -> Tensor:
-        """Of images that a person hands in, which may have lost it already."""
+        """Degrade images that a user provides, which may be degraded already."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink:
-    """Detail: the image at 1/factor of the resolution (super-resolution).
+    """Reduce detail: the image at 1/factor of the resolution (super-resolution).
 
     Attributes:
         factor: side of an image over that of the small one.
@@ -52,11 +52,11 @@ class Shrink:
             )
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The same for every draw."""
+        """Return `given(images)`, the same for every draw."""
         return self.given(images)
 
     def given(self, images: Tensor) -> Tensor:
-        """Averaged over blocks, and enlarged again."""
+        """Average over blocks of factor x factor pixels, and enlarge the result bilinearly."""
         height, width = images.shape[-2:]
         small = F.adaptive_avg_pool2d(
             images, (max(1, height // self.factor), max(1, width // self.factor))
@@ -66,15 +66,16 @@ class Shrink:
 
 @dataclass(frozen=True, kw_only=True)
 class Grayscale:
-    """Colour (colourization)."""
+    """Remove colour (colourization)."""
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The same for every draw."""
+        """Return `given(images)`, the same for every draw."""
         return self.given(images)
 
     def given(self, images: Tensor) -> Tensor:
-        """The mean of the colours in each of them; a second or fourth channel, which is alpha or
-        infrared, stays.
+        """Replace each colour by the mean of all.
+
+        A second or fourth channel, which is alpha or infrared, stays.
         """
         colours = images.shape[1] - (images.shape[1] in (2, 4))
         gray = images[:, :colours].mean(1, keepdim=True).expand(-1, colours, -1, -1)
@@ -83,7 +84,7 @@ class Grayscale:
 
 @dataclass(frozen=True, kw_only=True)
 class Holes:
-    """Parts of the image (inpainting).
+    """Cut out parts of the image (inpainting).
 
     Attributes:
         smallest, largest: sides of the rectangle that is cut out, as shares of the image's.
@@ -96,7 +97,10 @@ class Holes:
     outside: Fraction = 0.2
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """A rectangle at a random place."""
+        """Set a rectangle at a random place to NaN.
+
+        For a share `outside` of the images, everything but the rectangle.
+        """
         height, width = images.shape[-2:]
         sides = self.smallest + (self.largest - self.smallest) * draws[:, :2]
         top, left = ((1 - sides[:, i]) * draws[:, 2 + i] for i in (0, 1))
@@ -110,7 +114,7 @@ class Holes:
         return images.masked_fill(hole[:, None], torch.nan)
 
     def given(self, images: Tensor) -> Tensor:
-        """As they are: a person's mask has cut them already."""
+        """Return the images as they are: the user's mask has cut them already."""
         return images
 
 
@@ -131,8 +135,9 @@ class ImageConfig:
 
 
 class ImageConditioner(Conditioner):
-    """context["image"] (B, C, H, W) in [-1, 1], NaN where unknown -> Condition.spatial (B, C + 1,
-    H, W): pixels, and which are known.
+    """context["image"] (B, C, H, W) in [-1, 1] -> Condition.spatial (B, C + 1, H, W).
+
+    The image is NaN where unknown; the maps are its pixels, and 1 where all of a pixel is known.
     """
 
     nothing: Tensor
@@ -144,7 +149,7 @@ class ImageConditioner(Conditioner):
         self.register_buffer("nothing", torch.zeros(1, channels + 1, 1, 1), persistent=False)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Return pixels, 0 where unknown, and which are known; without a context, return `null`."""
         if "image" not in context:
             return self.null(batch_size)
         image = context["image"].to(self.nothing.device)
@@ -152,13 +157,13 @@ class ImageConditioner(Conditioner):
         return Condition(spatial=torch.cat([image.nan_to_num(0.0) * known, known], dim=1))
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return maps of zeros, (B, C + 1, 1, 1): no pixel is known."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """The training images, with something lost; keyed by the samples' numbers."""
+        """Return the training images degraded; draws are keyed by the samples' numbers."""
         draws = randomness.uniform(seed, "image", first=first, count=len(images), per_item=8).to(
             images
         )
@@ -167,7 +172,7 @@ class ImageConditioner(Conditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Make variations of an image, which is looked at through a narrow gate of tokens.
+    """Make variations of an image, which is seen only through a few tokens.
 
     Attributes:
         size: channels of tokens and of their summary.
@@ -187,8 +192,10 @@ class ReferenceConfig:
 
 
 class ReferenceConditioner(Conditioner):
-    """context["reference"] (B, C, H, W) in [-1, 1], NaN where none is given -> Condition.vector (B,
-    size), tokens (B, side^2, size).
+    """context["reference"] (B, C, H, W) in [-1, 1] -> Condition.vector (B, size), tokens (B,
+    side^2, size).
+
+    An image with NaN, which means that none is given, gets the null condition.
     """
 
     def __init__(self, config: ReferenceConfig, *, channels: int) -> None:
@@ -209,7 +216,7 @@ class ReferenceConditioner(Conditioner):
         self.summary = nn.Linear(config.size, config.size)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Encode the images as tokens and a summary; without a context, return `null`."""
         if "reference" not in context:
             return self.null(batch_size)
         reference = context["reference"].to(self.nothing.device)
@@ -218,13 +225,13 @@ class ReferenceConditioner(Conditioner):
         return self._condition(seen).replaced_where(missing, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the learned tokens of no image, and their summary."""
         return self._condition(self.nothing.expand(batch_size, -1, -1))
 
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """The training images themselves."""
+        """Return the training images themselves."""
         return {"reference": images}
 
     def _condition(self, tokens: Tensor) -> Condition:

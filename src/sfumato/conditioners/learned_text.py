@@ -1,5 +1,5 @@
-"""Text: a small transformer over words, trained along with the model, so that captions work with
-nothing downloaded.
+"""Text: a small transformer over words, trained along with the model, so that captions work without
+a download.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class LearnedTextConfig:
             )
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The words of captions, the most frequent first, at most 50,000."""
+        """Return the words of captions, the most frequent first, at most 50,000."""
         return WordTokenizer.fitted(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
 
     def build(self, words: Sequence[str], encoder: object) -> LearnedTextConditioner:
-        """The untrained conditioner for captions of these words."""
+        """Build the untrained conditioner for captions of these words."""
         return LearnedTextConditioner(
             self,
             words=WordTokenizer(tuple(words[: self.vocabulary]), self.splitting),
@@ -93,13 +93,20 @@ class LearnedTextConfig:
 
 class LearnedTextConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their
-    mask; "" asks for nothing.
+    mask.
+
+    An empty text gives the null condition.
     """
 
     def __init__(
         self, config: LearnedTextConfig, *, words: WordTokenizer, rare: Sequence[str] = ()
     ) -> None:
-        """`rare` words occur in captions but are spelled in bytes, since the vocabulary is full."""
+        """Build the transformer.
+
+        Args:
+            rare: words that occur in captions but are spelled in bytes, since the vocabulary is
+                full.
+        """
         super().__init__()
         self.config, self.words, self.dropout = config, words, config.dropout
         self._known = frozenset([*words.vocabulary, *rare])
@@ -125,19 +132,20 @@ class LearnedTextConditioner(Conditioner):
         self.summary = nn.Linear(config.size, config.size)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Encode the texts; a missing context is B empty texts."""
         return self._read(
             context.get("text", [""] * batch_size), context.get("spelled", [None] * batch_size)
         )
 
     def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
-        """The context as training tells it: each word is spelled with a probability of
-        `config.spelled`.
+        """Add to the context which word of each caption training spells in bytes.
+
+        Each of the first 1 / `config.spelled` words is spelled with a probability of
+        `config.spelled`, at most one in a caption.
 
         Args:
             draws: (B,), uniform from `dropout` to 1 where the caption is not hidden. One draw
-                decides both whether a word of a caption
-                is spelled and which.
+                decides both whether a word of a caption is spelled and which.
         """
         if not self.config.spelled or "text" not in context:
             return context
@@ -150,26 +158,28 @@ class LearnedTextConditioner(Conditioner):
         }
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the condition of empty texts."""
         return self._read([""], [None]).expanded(batch_size)
 
     def read(self, text: str) -> str:
-        """The part of a text that is not cut off."""
+        """Return the part of a text that is not cut off."""
         return self.words.read(text, length=self.config.length)
 
     def seen(self, text: str) -> tuple[int, ...]:
-        """Numbers that stand for the part of a text that is read: texts that the model cannot tell
-        apart have the same.
+        """Return the numbers of the part of a text that is read.
+
+        Texts that the model cannot tell apart have the same numbers.
         """
         return tuple(self.words.encode(text, length=self.config.length))
 
     def cuts(self, text: str) -> bool:
-        """Whether a text is longer than what is read of it."""
+        """Return whether a text is longer than what is read of it."""
         return self.words.count(text) > self.config.length
 
     def unknown(self, text: str) -> list[str]:
-        """Words of a text that no training caption contains, each once; punctuation does not
-        count.
+        """Return the words of a text that no training caption contains, each once.
+
+        Punctuation does not count.
         """
         found = dict.fromkeys(self.words.splitting.pieces(text))
         return [

@@ -21,8 +21,8 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SplatConfig:
-    """Lay the points over the image too: their first two coordinates, x right and y up, the image
-    from -1 to 1.
+    """Also draw the points on a map: their first two coordinates, x right and y up, the image from
+    -1 to 1.
 
     Attributes:
         side: of the map, in pixels.
@@ -71,10 +71,11 @@ class PointsConfig:
 
 
 class PointsConditioner(Conditioner):
-    """context["points"] (B, N, D), rows of NaN where there is no point -> Condition.vector (B,
-    size), tokens (B, tokens, size), map.
+    """context["points"] (B, N, D) -> Condition.vector (B, size), tokens (B, tokens, size), map.
 
-    The result does not depend on the order of the points, nor on how many rows of NaN follow them.
+    Rows of NaN are not points. The result depends neither on the order of the points nor on how
+    many rows of NaN follow them.
+
     Source: Qi et al. 2017 (arXiv:1612.00593); Jaegle et al. 2021 (arXiv:2103.03206).
     """
 
@@ -111,7 +112,7 @@ class PointsConditioner(Conditioner):
         self.summary = nn.Linear(2 * config.size, config.size)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Encode the clouds; one without points, or a missing context, gives the null condition."""
         if "points" not in context:
             return self.null(batch_size)
         points = context["points"].to(self.nothing.device)
@@ -137,7 +138,7 @@ class PointsConditioner(Conditioner):
         return slots.replaced_where(missing, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the learned tokens of no points, their summary and, if any, maps of zeros."""
         tokens = self.nothing.expand(batch_size, -1, -1)
         spatial = None if self.config.splat is None else tokens.new_zeros(batch_size, 2, 1, 1)
         mean = tokens.mean(1)
@@ -148,9 +149,10 @@ class PointsConditioner(Conditioner):
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Training clouds (B, N, D), NaN where one has fewer points, each thinned to a random
-        number of its own from `fewest` up; keyed by
-        the samples' numbers.
+        """Thin each training cloud (B, N, D) to a random number of points, `min_points` or more.
+
+        Smaller clouds stay whole. What is removed becomes NaN, as after a cloud with fewer points.
+        Draws are keyed by the samples' numbers.
         """
         if "points" not in context:
             return {}
@@ -167,13 +169,14 @@ class PointsConditioner(Conditioner):
         return {"points": points.masked_fill((rank >= kept)[..., None], torch.nan)}
 
     def _encoded(self, points: Tensor) -> Tensor:
-        """Coordinates with their sines and cosines: (B, N, D) -> (B, N, 13 D)."""
+        """Append sines and cosines to the coordinates: (B, N, D) -> (B, N, 13 D)."""
         angles = (points[..., None] * self.frequencies).flatten(2)
         return torch.cat([points, angles.sin(), angles.cos()], dim=2)
 
     def _splatted(self, points: Tensor, absent: Tensor) -> Tensor | None:
-        """Maps (B, 2, side, side): how near the nearest point is, 1 on it and 0 far away; and 1
-        throughout.
+        """Return maps (B, 2, side, side): the sum of the points' spots, at most 1, and ones.
+
+        A spot is 1 on its point and falls to 0 far away.
         """
         splat = self.config.splat
         if splat is None:
@@ -189,8 +192,9 @@ class PointsConditioner(Conditioner):
 
 
 def framed(points: Tensor, frame: str) -> Tensor:
-    """Points (B, N, D) in the frame that the model was trained on; coordinates beyond the third are
-    features, and stay.
+    """Return points (B, N, D) in the frame that the model was trained on.
+
+    Coordinates beyond the third are features, and stay.
     """
     if frame == "image":
         return points

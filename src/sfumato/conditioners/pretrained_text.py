@@ -1,5 +1,5 @@
-"""Text encoders that others have trained, frozen: CLIP, SigLIP, T5, BERT and sentence encoders,
-from a folder, a package or the hub.
+"""Pretrained text encoders, frozen: CLIP, SigLIP, T5, BERT and sentence encoders, from a folder, a
+package or the hub.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class PretrainedTextConfig:
     dropout: Fraction = 0.1
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The words of captions, the most frequent first, at most 50,000."""
+        """Return the words of captions, the most frequent first, at most 50,000."""
         return WordTokenizer.fitted(captions, most=MOST_WORDS).vocabulary
 
     def build(
         self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
     ) -> PretrainedTextConditioner:
-        """The untrained projections of what the encoder reads."""
+        """Build the untrained projections of the encoder's embeddings."""
         return PretrainedTextConditioner(self, encoder=encoder(self))
 
 
 class Embedded(NamedTuple):
-    """A text as its encoder sees it: a summary (D,), and one vector for each of its tokens (n, D),
-    padding left out.
+    """A text as its encoder sees it: a summary (D,), and a vector for each token without padding,
+    (n, D).
     """
 
     vector: Tensor
@@ -86,7 +86,7 @@ class Embedded(NamedTuple):
 
 @dataclass
 class TextEncoder:
-    """A frozen encoder, loaded when a text is met that `known` does not hold.
+    """A frozen encoder, loaded for the first text that `known` does not hold.
 
     Attributes:
         config: where it is, and how much it reads.
@@ -99,11 +99,11 @@ class TextEncoder:
     known: MutableMapping[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
-        """Itself: it is frozen and large, and a model's average reads with the same one."""
+        """Return the encoder itself: it is frozen and large, and a model's average shares it."""
         return self
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
-        """The embeddings of texts, float32."""
+        """Return the embeddings of texts, float32, on `device`; new ones are added to `known`."""
         new = sorted({text for text in texts if text not in self.known})
         for first in range(0, len(new), 64):
             for text, embedded in zip(
@@ -114,14 +114,15 @@ class TextEncoder:
 
     @cached_property
     def place(self) -> str:
-        """The folder or the hub's name that the encoder is loaded from."""
+        """The folder, or the name on the hub, that the encoder is loaded from."""
         scheme, _, name = self.config.encoder.partition(":")
         return str(unpacked(name, self.folder)) if scheme == "package" else self.config.encoder
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the encoder's files, or its name and revision on the hub; with the length, what
-        an embedding depends on.
+        """A hash of all that an embedding depends on.
+
+        That is the length, and the encoder's files or its name and revision on the hub.
         """
         parts = [str(self.length)]
         if Path(self.place).is_dir():
@@ -141,7 +142,7 @@ class TextEncoder:
 
     @cached_property
     def length(self) -> int:
-        """Tokens that are read of a text."""
+        """Number of tokens that are read of a text."""
         settings = getattr(self._settings, "text_config", self._settings)
         limit = min(
             self._tokenizer.model_max_length,
@@ -152,7 +153,7 @@ class TextEncoder:
         return result
 
     def read(self, text: str) -> str:
-        """The part of a text that is not cut off."""
+        """Return the part of a text that is not cut off."""
         if not self.cuts(text):
             return text
         found = self._tokenizer(
@@ -161,11 +162,11 @@ class TextEncoder:
         return text[: max((end for _, end in found["offset_mapping"]), default=0)]
 
     def seen(self, text: str) -> tuple[int, ...]:
-        """The tokens that are read of a text."""
+        """Return the tokens that are read of a text."""
         return tuple(self._tokenizer(text, truncation=True, max_length=self.length)["input_ids"])
 
     def cuts(self, text: str) -> bool:
-        """Whether a text is longer than what is read of it."""
+        """Return whether a text is longer than what is read of it."""
         return (
             len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"])
             > self.length
@@ -229,10 +230,10 @@ _POOLED = {kind for kind, name in TEXT_MODELS.items() if name.endswith("TextMode
 
 class PretrainedTextConditioner(Conditioner):
     """context["text"], B texts -> Condition.vector (B, size), tokens (B, length, size) and their
-    mask; "" asks for nothing.
+    mask.
 
-    The encoder does not belong to the model's weights: it is named in the configuration, and loaded from
-    there.
+    An empty text gives the null condition. The encoder is not part of the model's weights: it is
+    named in the configuration, and loaded from there.
     """
 
     def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
@@ -250,7 +251,7 @@ class PretrainedTextConditioner(Conditioner):
         self.nothing = nn.Parameter(torch.randn(2, config.size) * 0.02)
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch."""
+        """Project the texts' embeddings; an empty text, or a missing context, gives `null`."""
         if "text" not in context:
             return self.null(batch_size)
         device, encoder = self.nothing.device, self._encoder[0]
@@ -269,7 +270,7 @@ class PretrainedTextConditioner(Conditioner):
         return given.replaced_where(empty, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing: one token of its own."""
+        """Return a learned vector and one learned token; the mask hides all other tokens."""
         length = self._encoder[0].length
         first = torch.arange(length, device=self.nothing.device) == 0
         tokens = self.nothing[0] * first[:, None]
@@ -281,34 +282,36 @@ class PretrainedTextConditioner(Conditioner):
 
     @property
     def length(self) -> int:
-        """Tokens that are read of a text."""
+        """Number of tokens that are read of a text."""
         return self._encoder[0].length
 
     def read(self, text: str) -> str:
-        """The part of a text that is not cut off."""
+        """Return the part of a text that is not cut off."""
         return self._encoder[0].read(text)
 
     def seen(self, text: str) -> tuple[int, ...]:
-        """The tokens that are read of a text: texts that the model cannot tell apart have the
-        same.
+        """Return the tokens that are read of a text.
+
+        Texts that the model cannot tell apart have the same tokens.
         """
         return self._encoder[0].seen(text)
 
     def cuts(self, text: str) -> bool:
-        """Whether a text is longer than what is read of it."""
+        """Return whether a text is longer than what is read of it."""
         return self._encoder[0].cuts(text)
 
     def unknown(self, text: str) -> list[str]:
-        """None: the encoder knows more words than the captions contain."""
+        """Return no words: the encoder knows more than the captions contain."""
         return []
 
 
 def unpacked(package: str, root: Path) -> Path:
-    """The folder of a model that an installed package ships, in files or in one zip. None of the
-    package's code is run.
+    """Return the folder of a model that an installed package ships, as files or in one zip.
+
+    None of the package's code is run.
 
     Raises:
-        ConfigError: if there is no such package, or no model in it.
+        ConfigError: if the package is not installed, or has no model in it.
     """
     try:
         files = [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
@@ -335,8 +338,12 @@ def unpacked(package: str, root: Path) -> Path:
 
 
 def _unzipped(archive: Path, root: Path) -> Path | None:
-    """The folder with config.json and model.safetensors of a zip, unpacked once below `root`; None
-    if it has none.
+    """Return the folder of a zip with config.json and model.safetensors; None if it has none.
+
+    It is unpacked once, below `root`.
+
+    Raises:
+        ConfigError: if it unpacks to more than `MAX_UNPACKED_BYTES`.
     """
     with zipfile.ZipFile(archive) as source:
         members = {member.filename: member for member in source.infolist() if not member.is_dir()}

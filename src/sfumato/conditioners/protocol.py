@@ -1,4 +1,4 @@
-"""What a conditioner is."""
+"""The interface of conditioners."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
-        """The condition of a batch; what `context` lacks asks for nothing."""
+        """Return the condition of a batch; where `context` lacks its entry, this is `null`."""
 
     @abstractmethod
     def null(self, batch_size: int) -> Condition:
-        """The condition that asks for nothing."""
+        """Return the condition of a batch of which nothing is known."""
 
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """What training is given beyond the data, made from the images (B, C, H, W) themselves;
-        keyed by the samples' numbers.
+        """Return what training sees beyond the data, made from the images (B, C, H, W).
+
+        Draws are keyed by the samples' numbers, `first` and following.
         """
         return {}
 
     def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
-        """The context as training varies it.
+        """Return the context as training varies it.
 
         Args:
             draws: (B,), uniform from `dropout` to 1 where the context is not hidden.

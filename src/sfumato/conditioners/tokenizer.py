@@ -28,41 +28,39 @@ class ByScript:
     """
 
     def normalized(self, text: str) -> str:
-        """Compatibility forms and case folded together; composed and decomposed letters are the
-        same.
-        """
+        """Fold compatibility forms and case; composed and decomposed letters become the same."""
         if text.isascii():
             return text.lower()
         return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
     def pieces(self, text: str) -> list[str]:
-        """Words and signs of a text, normalized."""
+        """Split a text into words and signs, normalized."""
         plain = self.normalized(text)
         if plain.isascii():  # where both patterns find the same
             return _RUN.findall(plain)
         return [plain[first:last] for first, last in characters.spans(plain, _WORD)]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where words and signs begin and end in a text as it is."""
+        """Yield where words and signs begin and end in the text as given."""
         return characters.spans(text, _WORD)
 
 
 @dataclass(frozen=True)
 class ByRuns:
-    """Runs of letters whatever their script, marks as signs of their own: how runs read that were
-    trained before `ByScript`.
+    """Runs of letters in any script, with marks as separate signs, as in runs that were trained
+    before `ByScript`.
     """
 
     def normalized(self, text: str) -> str:
-        """Compatibility forms and case folded together."""
+        """Fold compatibility forms and case."""
         return unicodedata.normalize("NFKC", text).casefold()
 
     def pieces(self, text: str) -> list[str]:
-        """Words and signs of a text, normalized."""
+        """Split a text into words and signs, normalized."""
         return _RUN.findall(self.normalized(text))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where words and signs begin and end in a text as it is."""
+        """Yield where words and signs begin and end in the text as given."""
         return (found.span() for found in _RUN.finditer(text))
 
 
@@ -71,8 +69,7 @@ Splitting = ByScript | ByRuns
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """A tokenizer. Case and width of letters do not matter; no text in any script is unreadable to
-    it.
+    """A tokenizer that can read any text in any script; case and width of letters do not matter.
 
     Attributes:
         vocabulary: the words that have a number of their own.
@@ -92,7 +89,7 @@ class WordTokenizer:
     def fitted(
         cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()
     ) -> WordTokenizer:
-        """The `most` most frequent words of the captions."""
+        """Return a tokenizer of the `most` most frequent words of the captions."""
         counts = Counter(piece for caption in captions for piece in splitting.pieces(caption))
         frequent = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(tuple(frequent[:most]), splitting)
@@ -101,8 +98,9 @@ class WordTokenizer:
         return FIRST_WORD + len(self.vocabulary)
 
     def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
-        """Numbers of a text, `length` of them: START, then what fits of the text, then PAD; NOTHING
-        alone for an empty text.
+        """Return the numbers of a text, `length` of them: START, what fits of the text, then PAD.
+
+        An empty text is NOTHING, then PAD.
 
         Args:
             spelled: number of a word that is spelled in bytes although it is known, where all of
@@ -119,11 +117,11 @@ class WordTokenizer:
         return ([START, *numbers] + [PAD] * length)[:length]
 
     def count(self, text: str) -> int:
-        """How many numbers a text takes, START included."""
+        """Return how many numbers a text takes, START included."""
         return 1 + len(self._of(self.splitting.pieces(text)))
 
     def read(self, text: str, *, length: int) -> str:
-        """The part of a text that `encode` does not cut off."""
+        """Return the part of a text that `encode` does not cut off."""
         if self.count(text) <= length:
             return text
         end, room = 0, length - 1
@@ -135,7 +133,7 @@ class WordTokenizer:
         return text[:end]
 
     def _of(self, pieces: list[str], most: float = math.inf) -> list[int]:
-        """The numbers of words and signs, up to the word that makes them `most` or more."""
+        """Return the numbers of words and signs, up to the word that makes them `most` or more."""
         numbers: list[int] = []
         for piece in pieces:
             known = self._numbers.get(piece)

@@ -1,9 +1,8 @@
-"""Frozen dataclasses <-> plain data <-> YAML, with errors that name the key. The only room that
-knows pydantic and yaml.
+"""Frozen dataclasses <-> plain data <-> YAML, with errors that name the key. Only this package
+imports pydantic and yaml.
 
 The dataclasses are the one schema: the parser, `config show`, `config schema` and the docs all read
-it from them. Nothing is
-ever built from a name that is not in one of their unions.
+it from them. Nothing is ever built from a name outside of their unions.
 """
 
 from sfumato.config.kinds import Extensible, kind_of, members, named

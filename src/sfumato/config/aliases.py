@@ -1,5 +1,5 @@
-"""Former words: kinds and keys as they were written by earlier versions, so that old files and
-habits keep working.
+"""Former names: kinds, keys and values as earlier versions wrote them, so that old files and habits
+keep working.
 """
 
 from __future__ import annotations
@@ -82,7 +82,5 @@ FORMER_VALUES: dict[str, dict[str, dict[str, str]]] = {
 
 
 def current_kind(name: str) -> str:
-    """The present kind for a kind as written: former names, capitals and underscores are
-    understood.
-    """
+    """Return the current kind for a kind as written: a former name, capitals or underscores."""
     return FORMER_KINDS.get(name, name.lower().replace("_", "-"))

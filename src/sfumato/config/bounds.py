@@ -1,5 +1,5 @@
-"""Bounds of numbers, declared with the field: `eta: Fraction = 0.0`; read by the parser, the JSON
-schema and `require_bounds`.
+"""Bounds of numbers, declared with the field: `eta: Fraction = 0.0`. The parser, the JSON schema
+and `require_bounds` read them.
 """
 
 from __future__ import annotations
@@ -36,17 +36,14 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Bounded:
-    """A dataclass whose numbers are checked when it is made, also where no configuration is
-    parsed.
-    """
+    """A dataclass that checks its numbers when it is made, even if no configuration is parsed."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
 
 
 def require_bounds(thing: Any, path: str = "") -> None:
-    """Raise ConfigError if a number in a dataclass, or in one that it holds, is outside of the
-    bounds declared for it.
+    """Raise ConfigError if a number in a dataclass, or in one that it holds, is out of bounds.
 
     Args:
         path: of `thing` in the configuration; "" for its root.
@@ -69,7 +66,7 @@ def require_bounds(thing: Any, path: str = "") -> None:
 
 @lru_cache
 def _checks(cls: Any) -> tuple[tuple[str, TypeAdapter[Any] | None], ...]:
-    """The fields that a configuration may set, with what checks those that hold numbers."""
+    """Return the fields that a configuration may set, each with a check if it holds numbers."""
     finite = ConfigDict(allow_inf_nan=False)
     return tuple(
         (field.name, TypeAdapter(hint, config=finite) if holds_numbers(hint) else None)
@@ -78,7 +75,7 @@ def _checks(cls: Any) -> tuple[tuple[str, TypeAdapter[Any] | None], ...]:
 
 
 def holds_numbers(hint: Any) -> bool:
-    """Whether values of this annotation are numbers, several of them, or None instead."""
+    """Return whether values of this annotation are numbers, several of them, or None instead."""
     if get_origin(hint) is Annotated:
         return holds_numbers(get_args(hint)[0])
     return (

@@ -10,11 +10,10 @@ _CONTINUED = " " * 8
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The texts of the `Attributes:` sections of a class and its bases, by name of the attribute.
+    """Return the texts of the `Attributes:` sections of a class and its bases, by attribute.
 
     "a, b: text" describes several attributes at once, and a line that is indented further continues
-    the one above. A class's own text
-    takes the place of its base's.
+    the one above. A class's own text replaces its base's.
     """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -1,6 +1,4 @@
-"""Families of configurations, and the kind by which each member is named in YAML and on the command
-line.
-"""
+"""Families of configurations, and the kind that names each member in YAML and on command lines."""
 
 from __future__ import annotations
 
@@ -16,17 +14,18 @@ SHORTHANDS = "shorthands"
 
 
 class Extensible:
-    """Base of a family that other code may extend: every dataclass that is derived from a direct
-    subclass of this is a member of it.
+    """Base of a family that other code may extend.
 
-    A member's kind is its class variable `kind`, or else its name: `MyNetworkConfig` is
+    Every dataclass derived from a direct subclass of this class is a member of that subclass's
+    family. A member's kind is its class variable `kind`, or else its name: `MyNetworkConfig` is
     `my-network`.
     """
 
 
 def members(annotation: Any) -> list[type]:
-    """The dataclasses that a value of this annotation may be: those of a union, a family or a
-    single one; [] if there are none.
+    """Return the dataclasses that a value of this annotation may be.
+
+    They are those of a union, of a family, or a single one; [] if there are none.
     """
     options = (
         get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
@@ -35,9 +34,7 @@ def members(annotation: Any) -> list[type]:
 
 
 def is_tagged(annotation: Any) -> bool:
-    """Whether values of this annotation need a `kind`: there are several dataclasses to choose
-    among.
-    """
+    """Return whether values of this annotation need a `kind`, to choose among dataclasses."""
     options = (
         get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
     )
@@ -65,8 +62,9 @@ def _derived(option: type) -> list[type]:
 
 
 def kind_of(cls: type) -> str:
-    """The kind of a dataclass: its own `kind`, or its name without `Config` in lower case, words
-    joined by hyphens.
+    """Return the kind of a dataclass: its own `kind`, or else one made from its name.
+
+    The name without `Config` in lower case, its words joined by hyphens.
     """
     own = cls.__dict__.get(TAG)
     if isinstance(own, str):
@@ -76,7 +74,8 @@ def kind_of(cls: type) -> str:
 
 
 def named(default: T, shorthands: Mapping[str, Any]) -> T:
-    """A field whose values also have short names, each for a member with its settings:
-    `sampler=heun`.
+    """Declare a field whose values also have short names: `sampler=heun`.
+
+    Each short name stands for a member with its settings.
     """
     return field(default=default, metadata={SHORTHANDS: shorthands})

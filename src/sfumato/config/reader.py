@@ -21,8 +21,8 @@ MAX_BYTES, MAX_DEPTH = 1 << 20, 24
 
 
 class _StricterSafeLoader(yaml.SafeLoader):
-    """What `yaml.safe_load` reads with, less tags, aliases, duplicate keys and bottomless nesting:
-    a configuration needs none of them.
+    """The loader of `yaml.safe_load` without tags, aliases, duplicate keys and unlimited nesting: a
+    configuration needs none of them.
     """
 
     depth = 0
@@ -71,10 +71,11 @@ _StricterSafeLoader.add_implicit_resolver(
 
 
 def load_yaml(text: str, *, where: str) -> Any:
-    """Plain data from YAML text.
+    """Parse YAML text into plain data.
 
     Raises:
-        ConfigError: if it is no YAML, larger than 1 MiB, nested too deep, or uses tags or aliases.
+        ConfigError: if it is not YAML, is longer than 2^20 characters, is nested too deeply, or
+            uses tags, aliases or a key twice.
     """
     if len(text) > MAX_BYTES:
         raise ConfigError(
@@ -91,7 +92,11 @@ def load_yaml(text: str, *, where: str) -> Any:
 
 
 def load_yaml_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Load the mapping in a YAML file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or does not hold a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -107,14 +112,12 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML, keys in their own order, short lists on one line."""
+    """Write plain data as YAML, keys in their own order, lists in brackets."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def dump_commented(value: Any, indent: int = 0) -> str:
-    """A configuration as YAML in which a comment explains each key: the text of its dataclass's
-    docstring.
-    """
+    """Write a configuration as YAML with a comment on each key, from its dataclass's docstring."""
     cls: Any = type(value)
     texts, lines, margin = attribute_docs(cls), list[str](), " " * indent
     for entry, hint in config_fields(cls):
@@ -150,11 +153,10 @@ _Dumper.add_representer(list, _represent_list)
 def with_overrides(
     data: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The configuration with `a.b=c` settings applied; values are read as YAML.
+    """Return the configuration with `a.b=c` settings applied; values are read as YAML.
 
     Another `kind` empties the object that it replaces, since its other keys belonged to the old
-    kind; so, in whatever order they are
-    given, what is set whole comes before its parts.
+    kind. So an object set as a whole is applied before its parts, in whatever order they are given.
 
     Raises:
         ConfigError: for a setting without "=", or a path that leads through a value that has no
@@ -187,13 +189,13 @@ def with_overrides(
 
 
 def _wholeness(setting: tuple[str, Any]) -> tuple[int, bool]:
-    """Orders settings: what is set whole before its parts, and of that the kind first."""
+    """Return a sort key: what is set whole comes before its parts, and of those the kind first."""
     path = setting[0]
     return path.removesuffix(f".{TAG}").count("."), not path.endswith(f".{TAG}")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the nested mapping `changes` laid over it."""
+    """Return `base` with the nested mapping `changes` laid over it."""
     result: dict[str, Any] = _merged(_copy(base), _copy(changes))
     return result
 
@@ -234,7 +236,7 @@ def _copy(data: Any) -> Any:
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(data, dict):
         return {prefix[:-1]: data}
     return {
@@ -245,7 +247,7 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for every setting that differs."""
+    """Return a line "key: old -> new" for every setting that differs."""
     before, after = flatten(old), flatten(new)
     absent = "(absent)"
     return [

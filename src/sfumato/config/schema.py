@@ -1,10 +1,9 @@
-"""A pydantic model for each dataclass, derived from its fields: validation, error locations and
-JSON schema for nothing.
+"""A pydantic model for each dataclass, derived from its fields, which gives validation, error
+locations and a JSON schema.
 
-The members of a union or family of dataclasses are told apart by the key `kind`. The kind alone may
-stand for the whole object, and where
-it is left out the class is that of the field's default. Former kinds and keys are read as what they
-are called now.
+The members of a union or family of dataclasses are distinguished by the key `kind`. The kind alone
+may stand for the whole object, and where it is left out the class is that of the field's default.
+Former kinds and keys are read as their current ones.
 """
 
 from __future__ import annotations
@@ -32,16 +31,15 @@ NEAR = 0.75
 
 @cache
 def config_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
-    """The fields that a configuration may set, with their resolved types and the bounds declared
-    with them.
-    """
+    """Return the fields that a configuration may set, with resolved types and declared bounds."""
     hints = get_type_hints(cls, include_extras=True)
     return tuple((field, hints[field.name]) for field in fields(cls) if field.init)
 
 
 def plain(value: Any, annotation: Any = None) -> Any:
-    """A configuration as dicts, lists, strings and numbers; `kind` is written where a union needs
-    it.
+    """Return a configuration as dicts, lists, strings and numbers.
+
+    `kind` is written where a union needs it.
     """
     if is_dataclass(value) and not isinstance(value, type):
         body = {
@@ -77,8 +75,9 @@ def parse(cls: type[T], data: Any, *, where: str = "configuration") -> T:
 
 
 def modern(cls: type, data: Any) -> Any:
-    """Plain data of `cls` in present words and in full: former kinds and keys replaced, short names
-    and left-out kinds written out.
+    """Return plain data of `cls` in current words and in full.
+
+    Former kinds, keys and values are replaced; short names and left-out kinds are written out.
     """
     if not isinstance(data, Mapping):
         return data
@@ -98,8 +97,9 @@ def modern(cls: type, data: Any) -> Any:
 
 
 def _old(key: str, former: Mapping[str, str], data: Mapping[str, Any]) -> bool:
-    """Whether a key's former spelling is given too, which then decides: it was written on top of a
-    whole configuration.
+    """Return whether a key's former spelling is given too.
+
+    It then decides, since it was written on top of a whole configuration.
     """
     return any(old in data for old, new in former.items() if new == key)
 
@@ -135,8 +135,9 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
-    """The kind that is meant where none is given: the default's, or the first where the default is
-    None.
+    """Return the kind that is meant where none is given: the default's, or the first for None.
+
+    The result is None if the field has no default.
     """
     default = _default(entry, hint)
     if isinstance(default, dict):
@@ -145,15 +146,17 @@ def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
 
 
 def since(default: T, *, before: Any) -> T:
-    """A field that came later: its default for new runs, and what runs did that were made before
-    it, for `as_before`.
+    """Declare a field that was added later: `default` is for new runs.
+
+    `before` is what earlier runs did, for `as_before`.
     """
     return dataclass_field(default=default, metadata={_BEFORE: before})
 
 
 def as_before(cls: type, data: Any) -> Any:
-    """The plain data of a run's own configuration, which were whole when written: a key that is
-    absent means what the run did then.
+    """Complete the plain data of a run's own configuration.
+
+    They were whole when written: a key that is absent means what the run did then.
     """
     if not isinstance(data, dict):
         return data
@@ -174,14 +177,15 @@ def as_before(cls: type, data: Any) -> Any:
 
 
 def forget_models() -> None:
-    """Derive all models again after the fields of a dataclass have changed."""
+    """Discard all derived models, after the fields of a dataclass have changed."""
     config_fields.cache_clear()
     _models.cache_clear()
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a configuration, for editors' completion; keys are described by the docstrings
-    of their dataclasses.
+    """Return the JSON schema of a configuration, for completion in editors.
+
+    Keys are described by the docstrings of their dataclasses.
     """
     schema = _model(cls).model_json_schema()
     described = {
@@ -198,8 +202,9 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def _build(annotation: Any, value: Any, path: str = "") -> Any:
-    """The dataclass (or tuple, or scalar) that a validated model stands for; `path` is its key, ""
-    for the root.
+    """Build the dataclass (or tuple, or scalar) that a validated model stands for.
+
+    `path` is its key, "" for the root.
     """
     if isinstance(value, BaseModel):
         name = type(value).__name__.rpartition("_")[0]
@@ -220,8 +225,9 @@ def _key(path: str, name: str) -> str:
 
 
 def _located(error: SfumatoError, path: str) -> SfumatoError:
-    """A dataclass's own error, with the key of that dataclass where it names none: it does not know
-    what holds it.
+    """Return a dataclass's own error with the key of that dataclass, where it names none.
+
+    A dataclass does not know what holds it.
     """
     if not path or error.where == path or error.where.startswith(f"{path}."):
         return error
@@ -233,8 +239,9 @@ def _identifier(cls: type) -> str:
 
 
 def _reference(annotation: Any) -> Any:
-    """The annotation with dataclasses replaced by the names of their models, which may be mutually
-    recursive.
+    """Return the annotation with dataclasses replaced by the names of their models.
+
+    The models may be mutually recursive.
     """
     options = members(annotation)
     if not options:
@@ -255,7 +262,7 @@ def _default(field: Field[Any], hint: Any) -> Any:
 
 
 def _model(cls: Any) -> type[BaseModel]:
-    """The pydantic model of `cls`, with those of all dataclasses that it reaches."""
+    """Return the pydantic model of `cls`, made with those of all dataclasses that it reaches."""
     return _models(cls, tuple(_reachable(cls)))
 
 
@@ -298,7 +305,7 @@ def _reachable(cls: type) -> list[type]:
 
 
 def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
-    """Dotted paths of all keys that a configuration of these kinds has."""
+    """Return the dotted paths of all keys that a configuration of these kinds has."""
     keys = []
     for field, hint in config_fields(cls):
         value = (
@@ -319,8 +326,9 @@ def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, legal: list[str]) -> str | None:
-    """The key that was meant: one that is spelled nearly so, or the outermost that ends with the
-    same word; None if nothing is near.
+    """Return the key that was meant, or None if nothing is near.
+
+    It is spelled similarly, or else is the outermost key that ends with the same word.
     """
     close = difflib.get_close_matches(key, legal, n=1, cutoff=NEAR)
     same = [path for path in legal if path.rpartition(".")[2] == key]
@@ -328,8 +336,9 @@ def _nearest(key: str, legal: list[str]) -> str | None:
 
 
 def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
-    """The dotted path of an error's location, which names the kind after each key whose value has
-    one, and the last field.
+    """Return the dotted path of an error's location, and the last field.
+
+    The location also names the kind after each key whose value has one; the path does not.
     """
     path: list[str] = []
     options, after_tagged, last = [cls], False, None

@@ -1,5 +1,5 @@
 """Contexts: each way to steer a model is one object in one file, from its configuration to its
-figures.
+metrics.
 """
 
 from sfumato.contexts.category import Category, trained_categories

@@ -1,4 +1,4 @@
-"""Attributes: numbers and labels of which several hold at once."""
+"""Attributes: numbers and labels, several of which hold at once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class Attributes(Context):
     def build(
         self, config: AttributesConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> AttributesConditioner:
+        """Build the conditioner; raise ConfigError if the training set has no attributes."""
         self.require(facts.attributes)
         return AttributesConditioner(
             config, names=facts.attributes, mean=facts.means, deviation=facts.deviations
         )
 
     def facts(self, config: AttributesConfig, dataset: Dataset) -> Mapping[str, Any]:
+        """Return names, means and standard deviations of the training set's attributes."""
         table = dataset.layers.attributes
         means, deviations = table.moments(dataset.training)
         return {"attributes": table.names, "means": means, "deviations": deviations}
@@ -39,6 +41,11 @@ class Attributes(Context):
     def parse(
         self, value: Mapping[str, float] | Sequence[Mapping[str, float]], asked: RequestInfo
     ) -> Tensor:
+        """Return the values (num, D) of one or several mappings, NaN where a name is missing.
+
+        Raises:
+            ConfigError: for an unknown attribute, or a value that is not finite.
+        """
         several = [value] if isinstance(value, Mapping) else list(value)
         rows = [_row(one, asked.facts.attributes) for one in several]
         return torch.stack(cycled(rows, asked.num, "attributes"))

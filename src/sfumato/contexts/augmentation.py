@@ -1,4 +1,4 @@
-"""Augmentation: what was done to a training image, which no request asks for."""
+"""Augmentation: what was done to a training image; requests cannot set it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from sfumato.data import Dataset
 
 
 class Augmentation(Context):
-    """Numbers that say how a training image was changed; zeros afterwards."""
+    """Numbers that say how a training image was changed; zeros in sampling."""
 
     name = "augmentation"
 
     def build(
         self, config: None, facts: ConditioningInfo, encoder: Encoder
     ) -> AugmentationConditioner | None:
+        """Build the conditioner; None if the augmentation makes no labels."""
         return AugmentationConditioner(labels=facts.augmentation) if facts.augmentation else None
 
     def facts(self, config: None, dataset: Dataset) -> Mapping[str, Any]:
+        """Return the number of labels that describe an augmentation, 0 for none."""
         return {"augmentation": dataset.config.augment.labels}

@@ -1,4 +1,4 @@
-"""Categories."""
+"""Categories: one for each image."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ class Category(Context):
     def build(
         self, config: CategoryConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> CategoryConditioner:
+        """Build the conditioner; raise ConfigError if the training set has no categories."""
         self.require(facts.categories)
         return CategoryConditioner(config, categories=len(facts.categories))
 
     def parse(self, value: str | int | Sequence[str | int], asked: RequestInfo) -> Tensor:
+        """Return the indices (num,) of one or several names; an integer is taken as a name.
+
+        Raises:
+            ConfigError: for a category that is unknown or was never trained.
+        """
         facts = asked.facts
         names = [str(value)] if isinstance(value, str | int) else [str(name) for name in value]
         for name in names:
@@ -35,13 +41,16 @@ class Category(Context):
         )
 
     def words(self, values: Tensor, facts: ConditioningInfo) -> list[str]:
+        """Return the name of each category, "" for an index out of range such as -1."""
         known = facts.categories
         return [known[number] if 0 <= number < len(known) else "" for number in values.tolist()]
 
     def in_turn(self, num: int, facts: ConditioningInfo) -> Tensor:
+        """Return the indices 0, 1, ... of all categories in turn, (num,)."""
         return torch.arange(num) % max(1, len(facts.categories))
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        """Return the category accuracy, or nothing if there is no classifier."""
         classify, labels = measured.classify, measured.values
         if classify is None:
             return {}
@@ -49,7 +58,7 @@ class Category(Context):
 
 
 def trained_categories(facts: ConditioningInfo) -> tuple[str, ...]:
-    """Categories that the model has seen."""
+    """Return the categories that the model has seen."""
     return tuple(name for name in facts.categories if name not in facts.untrained)
 
 
@@ -66,7 +75,7 @@ def _require_known(name: str, facts: ConditioningInfo) -> None:
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
-    """The error for a name that the model does not know."""
+    """Return the error for a name that the model does not know."""
     return ConfigError(
         f"no {what} {name!r}",
         where="sample",

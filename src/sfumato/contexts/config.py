@@ -44,13 +44,14 @@ class ContextConfig:
 
     @property
     def needs_images(self) -> bool:
-        """Whether something is made from the training images themselves, so that latents alone do
-        not do.
+        """Whether something is made from the training images themselves.
+
+        Latents alone are then not enough.
         """
         return any(CONTEXTS[name].from_images for name in self.names)
 
     def facts(self, dataset: Dataset) -> dict[str, Any]:
-        """Fields of `ConditioningInfo` that the contexts need, read from the training set."""
+        """Return the fields of `ConditioningInfo` that the contexts need, from the training set."""
         found: dict[str, Any] = {}
         for name, config in self._used():
             facts = dict(CONTEXTS[name].facts(config, dataset))
@@ -59,12 +60,12 @@ class ContextConfig:
         return found
 
     def build(self, facts: ConditioningInfo, *, encoder: Encoder) -> CompositeConditioner:
-        """The untrained conditioner for a training set.
+        """Build the untrained conditioner for a training set.
 
         Args:
             encoder: where a pretrained text encoder comes from.
         Raises:
-            ConfigError: if the set lacks what the configuration asks for.
+            ConfigError: if the set lacks what the configuration needs.
         """
         built = (
             (name, CONTEXTS[name].build(config, facts, encoder)) for name, config in self._used()
@@ -73,8 +74,9 @@ class ContextConfig:
         return CompositeConditioner(parts, factor=facts.factor)
 
     def _used(self) -> list[tuple[str, Any]]:
-        """Name and configuration of each context that is configured or needs none, in the order of
-        the table.
+        """Return name and configuration of each context that is configured or needs none.
+
+        They are in the order of the table.
         """
         configured = {name: getattr(self, name) for name in self.names}
         return [
@@ -88,22 +90,23 @@ DOCUMENTATION = ContextConfig.__doc__ or ""
 
 
 def register(context: Context) -> None:
-    """Add a context of your own to the table: its name becomes a key under `conditioner`, its
-    keyword one of `Pipeline.sample`.
+    """Add your own context to the table.
+
+    Its name becomes a key under `conditioner`, its keyword one of `Pipeline.sample`.
     """
     CONTEXTS[context.name] = context
     _declare()
 
 
 def unregister(name: str) -> None:
-    """Take a context out of the table."""
+    """Remove a context from the table."""
     del CONTEXTS[name]
     delattr(ContextConfig, name)
     _declare()
 
 
 def _summary(context: Context) -> str:
-    """The first line of a context's docstring."""
+    """Return the first line of a context's docstring."""
     return (inspect.getdoc(type(context)) or context.name).partition("\n")[0]
 
 

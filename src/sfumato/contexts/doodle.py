@@ -21,24 +21,30 @@ class Doodle(Context):
     def build(
         self, config: DoodleConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> DoodleConditioner:
+        """Build the conditioner; every training set will do, since lines are made from images."""
         return DoodleConditioner(config)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
+        """Return drawings (num, 1, H, W) in [-1, 1], from one or several in [0, 1]."""
         return batch_of_images(value, (1, *asked.size), asked.num, self.name)
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
+        """Load an image file as a drawing, (1, H, W) in [0, 1]."""
         height, width = asked.size
         return load_user_image(
             text, channels=1, height=height, width=width, alpha=asked.facts.alpha
         )
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the drawing as it is."""
         return value
 
     def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the drawings, (n, 1, H, W), 0 where none is given."""
         return values.nan_to_num(0.0)
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        """Return the F1 of lines and the IoU of silhouettes, of which higher is better."""
         ink, real = (1 - measured.values) / 2, measured.real
         return {
             "F1 of lines": ("higher", lambda x, i: line_f1(x, ink[i])),

@@ -1,4 +1,4 @@
-"""Figures of images against line drawings, points and silhouettes."""
+"""Metrics of images against line drawings, points and silhouettes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ FIELD_DRAWS = 51  # uniform draws that `lines` takes for each image
 
 
 def drawn(images: Tensor) -> Tensor:
-    """Where an image's lines are, (n, 1, H, W) bool: the line drawing that doodles are made with,
-    nothing bent and nothing dropped.
+    """Return where an image's lines are, (n, 1, H, W) bool.
+
+    They are found with the line drawing that makes doodles, nothing bent and nothing dropped.
     """
     draws = torch.full((len(images), FIELD_DRAWS), 0.5, dtype=images.dtype)
     return (1 - lines(images, draws, wobble=0.0, dropped=0.0)) / 2 > INK
 
 
 def line_f1(images: Tensor, ink: Tensor) -> Tensor:
-    """F1 of an image's lines against a drawing's, one pixel of slack: harmonic mean of the shares
-    of each that lie on the other.
+    """Return the F1 of an image's lines against a drawing's, (n,), with one pixel of slack.
+
+    It is the harmonic mean of the shares of each that lie on the other.
     """
     mine, asked = drawn(images), ink.nan_to_num(0.0) > INK
 
@@ -37,8 +39,10 @@ def line_f1(images: Tensor, ink: Tensor) -> Tensor:
 
 
 def chamfer(images: Tensor, points: Tensor) -> Tensor:
-    """Mean distance in pixels from points (n, N, D) to the nearest line of an image and back; its
-    side if it has no lines.
+    """Return the mean distance in pixels between points (n, N, D) and an image's lines, (n,).
+
+    The distances from points to the nearest line and back are averaged. The value is the image's
+    longer side if it has no lines, and NaN if there are no points.
     """
     height, width = images.shape[-2:]
     scale = points.new_tensor([width / 2, -height / 2])
@@ -59,13 +63,13 @@ def chamfer(images: Tensor, points: Tensor) -> Tensor:
 
 
 def silhouette(images: Tensor) -> Tensor:
-    """What is not background, (n, H, W) bool: pixels unlike the image's corners."""
+    """Return what is not background, (n, H, W) bool: pixels unlike the image's corners."""
     corners = torch.stack([images[..., y, x] for y in (0, -1) for x in (0, -1)]).median(0).values
     return (images - corners[..., None, None]).abs().amax(1) > 0.25
 
 
 def silhouette_iou(images: Tensor, real: Tensor) -> Tensor:
-    """Overlap of the silhouettes over their union."""
+    """Return the intersection of the silhouettes over their union, (n,)."""
     mine, theirs = silhouette(images), silhouette(real)
     union = (mine | theirs).flatten(1).sum(1)
     return ((mine & theirs).flatten(1).sum(1) / union.clamp(min=1)).double()

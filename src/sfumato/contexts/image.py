@@ -19,8 +19,9 @@ from sfumato.data.user_inputs import load_user_image
 
 
 class DegradedImage(Context):
-    """An image that has lost something: super-resolution, colourization, inpainting. It is the
-    image that sampling starts from.
+    """A degraded image to restore: super-resolution, colourization or inpainting.
+
+    It is the image that sampling starts from.
     """
 
     name = "image"
@@ -31,17 +32,21 @@ class DegradedImage(Context):
     def build(
         self, config: ImageConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> ImageConditioner:
+        """Build the conditioner for images with the channels of the training set."""
         return ImageConditioner(config, channels=facts.channels)
 
     def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Tensor:
+        """Degrade the images that sampling starts from; NaN where `known` is below 0.5."""
         seen = start if known is None else start.masked_fill(known < 0.5, math.nan)
         given: Tensor = asked.conditioner.config.degradation.given(seen)
         return given
 
     def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the images, (n, C, H, W), 0 where a pixel is unknown."""
         return values.nan_to_num(0.0)
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        """Return the mean absolute error, over known pixels, of images that are degraded again."""
         degradation, values = measured.conditioner.config.degradation, measured.values
         return {
             "error where it is known": (
@@ -61,23 +66,28 @@ class Reference(Context):
     def build(
         self, config: ReferenceConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> ReferenceConditioner:
+        """Build the conditioner for images with the channels of the training set."""
         return ReferenceConditioner(config, channels=facts.channels)
 
     def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
+        """Return images (num, C, H, W) in [-1, 1], from one or several in [0, 1]."""
         return batch_of_images(value, (asked.facts.channels, *asked.size), asked.num, self.name)
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
+        """Load an image file, (C, H, W) in [0, 1]."""
         return read_image(text, asked)
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the image as it is."""
         return value
 
     def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the images, (n, C, H, W), 0 where none is given."""
         return values.nan_to_num(0.0)
 
 
 def read_image(path: str, asked: RequestInfo) -> Tensor:
-    """An image file as a model of these facts has images, (C, H, W) in [0, 1]."""
+    """Load an image file in the format of the model's images, (C, H, W) in [0, 1]."""
     (height, width), facts = asked.size, asked.facts
     return load_user_image(
         path,

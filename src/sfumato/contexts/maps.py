@@ -1,4 +1,4 @@
-"""Images and maps that a request brings along: checked, resized and cycled."""
+"""Images and maps that come with a request: checked, resized and cycled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sfumato.errors import ShapeError
 
 
 def batch_of_images(given: Tensor, shape: tuple[int, int, int], num: int, what: str) -> Tensor:
-    """(num, C, H, W) in [-1, 1] from one or several images in [0, 1], resized.
+    """Return (num, C, H, W) in [-1, 1] from one or several images in [0, 1], resized.
 
     Raises:
-        ShapeError: for other channels, or values outside of [0, 1].
+        ShapeError: for other channels, or values outside [0, 1].
     """
     images = given[None] if given.ndim == 3 else given
     if (

@@ -1,4 +1,4 @@
-"""Point clouds."""
+"""Point clouds: any number of points for each image."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ class Points(Context):
     def build(
         self, config: PointsConfig, facts: ConditioningInfo, encoder: Encoder
     ) -> PointsConditioner:
+        """Build the conditioner; raise ConfigError if the training set has no point clouds."""
         self.require(facts.dimensions)
         return PointsConditioner(config, dimensions=facts.dimensions)
 
     def facts(self, config: PointsConfig, dataset: Dataset) -> Mapping[str, Any]:
+        """Return the dimensions of the training set's points, features included."""
         return {"dimensions": dataset.layers.dimensions}
 
     def parse(self, value: Tensor | Sequence[Tensor], asked: RequestInfo) -> Tensor:
-        """(num, N, D), rows of NaN after the shorter ones."""
+        """Return one or several clouds as (num, N, D), with rows of NaN after the shorter ones.
+
+        Raises:
+            ShapeError: for a cloud of the wrong shape, or with values that are not finite.
+        """
         dimensions = asked.facts.dimensions
         clouds = [
             cloud.float().cpu()
@@ -69,15 +75,19 @@ class Points(Context):
         return torch.stack(cycled(padded, asked.num, "point clouds"))
 
     def read(self, text: str, asked: RequestInfo) -> Tensor:
+        """Load a point cloud file, (N, D)."""
         return load_user_points(text)
 
     def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """Draw a cloud as dark dots on white, (1, H, W) in [0, 1]."""
         return scattered(value, size)
 
     def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Draw the clouds as dark dots on white, (n, 1, H, W) in [-1, 1]."""
         return torch.stack([scattered(cloud, size) for cloud in values]) * 2 - 1
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+        """Return the chamfer distance (lower is better) and the IoU of silhouettes (higher is)."""
         points, real = measured.values, measured.real
         return {
             "chamfer distance, pixels": ("lower", lambda x, i: chamfer(x, points[i])),

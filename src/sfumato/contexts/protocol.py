@@ -1,4 +1,4 @@
-"""What a context is: one way to steer a model, from its configuration to its figures."""
+"""The interface of contexts: one way to steer a model, from its configuration to its metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Encoder = Callable[[PretrainedTextConfig], TextEncoder]
 
 @dataclass(frozen=True, kw_only=True)
 class RequestInfo:
-    """A request of a number of images, as a context sees it.
+    """A request for a number of images, as a context sees it.
 
     Attributes:
         facts: what the model knows of its training set.
@@ -36,7 +36,7 @@ class RequestInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Images that a context may be measured on.
+    """Images on which a context may be measured.
 
     Attributes:
         values: the context's own, of n images.
@@ -52,8 +52,9 @@ class Measured:
 
 
 class Context(ABC):
-    """Everything about one context. A new one is a subclass in a file of its own, and a line in
-    `contexts/registry.py`.
+    """Everything about one context.
+
+    A new one is a subclass in its own file, and a line in `contexts/registry.py`.
 
     Attributes:
         name: in configurations, in data, and of the conditioner's part.
@@ -77,18 +78,18 @@ class Context(ABC):
 
     @abstractmethod
     def build(self, config: Any, facts: ConditioningInfo, encoder: Encoder) -> Conditioner | None:
-        """The untrained conditioner for a training set; None where the set gives it nothing to do.
+        """Build the untrained conditioner for a training set; None if it would have nothing to do.
 
         Args:
             encoder: where a pretrained text encoder comes from.
         """
 
     def facts(self, config: Any, dataset: Dataset) -> Mapping[str, Any]:
-        """Fields of `ConditioningInfo` that it needs, read from the training set."""
+        """Return the fields of `ConditioningInfo` that it needs, from the training set."""
         return {}
 
     def parse(self, value: Any, asked: RequestInfo) -> Any:
-        """A batch of `asked.num` from the value that `Pipeline.sample` is given.
+        """Return a batch of `asked.num` from the value given to `Pipeline.sample`.
 
         Raises:
             ConfigError, ShapeError: naming what the model does not know.
@@ -96,18 +97,22 @@ class Context(ABC):
         raise ConfigError(f"{self.name} cannot be requested", where="sample", hint="leave it out")
 
     def parse_negative(self, value: Any, asked: RequestInfo) -> Any:
-        """A batch to lead away from."""
+        """Return a batch of `asked.num` to lead away from, from the value given.
+
+        Raises:
+            ConfigError: if the context has no negative.
+        """
         raise ConfigError(f"{self.name} has no negative", where="sample", hint="leave it out")
 
     def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Any:
-        """A batch from the images (n, C, H, W) that sampling starts from, and where they are kept;
-        None where it has no use for them.
+        """Return a batch from the images (n, C, H, W) that sampling starts from.
+
+        `known` is 1 where they are kept. The result is None if the context has no use for them.
         """
         return None
 
     def read(self, text: str, asked: RequestInfo) -> Any:
-        """The value that `parse` takes, from what is written on the command line: text, or the path
-        of a file.
+        """Return the value that `parse` takes, from a command line's text or the path of a file.
 
         Raises:
             DataError: for a file that cannot be used.
@@ -115,36 +120,35 @@ class Context(ABC):
         return text
 
     def shown(self, value: Any, size: tuple[int, int]) -> Tensor | None:
-        """A value as given to `Pipeline.sample`, as images in [0, 1] for a grid; None for what is
-        said in words.
-        """
+        """Return a value given to `Pipeline.sample` as images in [0, 1]; None for words."""
         return None
 
     def draw(self, values: Any, size: tuple[int, int]) -> Tensor | None:
-        """A batch as images (n, C, h, w) in [-1, 1]; None for what is said in words."""
+        """Return a batch as images (n, C, h, w) in [-1, 1]; None for words."""
         return None
 
     def words(self, values: Any, facts: ConditioningInfo) -> list[str] | None:
-        """A batch in words, one text each; None for what is drawn."""
+        """Return a batch in words, one text each; None for what is drawn."""
         return None
 
     def in_turn(self, num: int, facts: ConditioningInfo) -> Any:
-        """A batch of all values in turn, for a context whose values can be listed; None for
-        others.
-        """
+        """Return a batch of all values in turn; None if the values cannot be listed."""
         return None
 
     def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
-        """How well images follow it: by name, "higher" or "lower" is better, and the figure."""
+        """Return metrics of how well images follow the context, by name.
+
+        Each comes after the direction that is better, "higher" or "lower".
+        """
         return {}
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Keywords of `Pipeline.sample` that it answers."""
+        """Keywords of `Pipeline.sample` that the context accepts."""
         return tuple(filter(None, (self.keyword or self.name, self.negative)))
 
     def require(self, found: object) -> None:
-        """Raise ConfigError where the training set lacks what the configuration asks for."""
+        """Raise ConfigError if the training set lacks what the configuration needs."""
         if not found:
             what, how = self.lacking
             raise ConfigError(
@@ -155,7 +159,7 @@ class Context(ABC):
 
 
 def cycled(values: Sequence[Any], num: int, what: str) -> list[Any]:
-    """`num` values, taken in turn.
+    """Return `num` values, taken in turn.
 
     Raises:
         ConfigError: if there are none.

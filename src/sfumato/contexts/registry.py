@@ -1,5 +1,5 @@
-"""The one table of contexts. Configuration keys, keywords of `Pipeline.sample`, previews and
-evaluations are read from it.
+"""The one table of contexts, from which configuration keys, keywords of `Pipeline.sample`, previews
+and evaluations are read.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ CONTEXTS: dict[str, Context] = {
 
 
 def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
-    """The contexts that a request may ask a model for, by name."""
+    """Return the contexts that a request to a model may set, by name."""
     return {name: CONTEXTS[name] for name in conditioner.steering}
 
 
 def values_in_turn(
     reads: Iterable[str], num: int, facts: ConditioningInfo
 ) -> dict[str, Any] | None:
-    """A batch of all values in turn for a model that reads nothing, or one context whose values can
-    be listed; else None.
+    """Return a batch of all values in turn, for a model that reads at most one context.
+
+    None if it reads several, or one whose values cannot be listed.
     """
     found = {name: CONTEXTS[name].in_turn(num, facts) for name in reads}
     return None if len(found) > 1 or any(values is None for values in found.values()) else found
 
 
 def part_of(conditioner: CompositeConditioner, kind: type[Context]) -> Any:
-    """A model's part for a context; None if the model does not read it."""
+    """Return a model's part for a context; None if the model does not read it."""
     return dict(conditioner.parts.items()).get(kind.name)
 
 
 def by_keyword(contexts: Iterable[Context]) -> dict[str, Context]:
-    """Contexts by each keyword of `Pipeline.sample` that they answer."""
+    """Return contexts by each keyword of `Pipeline.sample` that they accept."""
     return {keyword: context for context in contexts for keyword in context.keywords}

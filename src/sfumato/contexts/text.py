@@ -1,4 +1,4 @@
-"""Text: captions while training, prompts afterwards."""
+"""Text: captions in training, prompts in sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED = 10  # words in one message
 
 
 class PromptNote(UserWarning):
-    """Something about a prompt that a person should know: the images may not be what it says."""
+    """A warning about a prompt: the images may not be what it says."""
 
 
 class Truncated(PromptNote):
@@ -45,12 +45,14 @@ class Text(Context):
         facts: ConditioningInfo,
         encoder: Encoder,
     ) -> Conditioner:
+        """Build the conditioner; raise ConfigError if the training set has no captions."""
         self.require(facts.words)
         return config.build(facts.words, encoder)
 
     def facts(
         self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset
     ) -> Mapping[str, Any]:
+        """Return the words of the training captions, the most frequent first."""
         return {
             "words": config.words(
                 text for position in dataset.training for text in dataset.entries[position].captions
@@ -58,15 +60,18 @@ class Text(Context):
         }
 
     def parse(self, value: str | Sequence[str], asked: RequestInfo) -> list[str]:
+        """Return `asked.num` prompts, taken in turn; warn of parts cut off and unknown words."""
         texts = cycled([value] if isinstance(value, str) else list(value), asked.num, "prompt")
         _note(texts, asked.conditioner)
         return texts
 
     def parse_negative(self, value: str, asked: RequestInfo) -> list[str]:
+        """Return the negative prompt `asked.num` times, with the warnings of `parse`."""
         _note([value], asked.conditioner)
         return [value] * asked.num
 
     def words(self, values: Sequence[str], facts: ConditioningInfo) -> list[str]:
+        """Return the texts themselves."""
         return list(values)
 
 

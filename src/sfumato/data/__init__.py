@@ -1,5 +1,5 @@
-"""From images anywhere to training batches: sources, safe decoding, the cache, splits that do not
-leak, the stateless plan.
+"""The data pipeline, from images anywhere to training batches: sources, safe decoding, the cache,
+splits that do not leak, and the stateless batch plan.
 """
 
 from sfumato.data.augment import AugmentConfig

@@ -1,4 +1,4 @@
-"""What lies beside images and steers models: captions, doodles, masks, point clouds and attributes,
+"""Data beside the images that steer models: captions, doodles, masks, point clouds and attributes,
 read as they are used.
 """
 
@@ -48,24 +48,23 @@ class Annotations:
 
     @cached_property
     def attributes(self) -> AttributeTable:
-        """The numbers that are known of the images."""
+        """The attributes of all images, built once."""
         return AttributeTable.of(self.entries)
 
     @cached_property
     def dimensions(self) -> int:
-        """Of points: what most clouds among the first hundred have; 0 if there are none."""
+        """The number of dimensions of most of the first hundred clouds; 0 if there are none."""
         found = [cloud.shape[1] for cloud in self._some_clouds()]
         return max(set(found), key=found.count) if found else 0
 
     def context(
         self, positions: NDArray[np.int64], draws: Sequence[float] | None = None
     ) -> dict[str, Any]:
-        """The layers of the images at `positions`, which share one shape, by name.
+        """Return, by name, the layers of the images at `positions`, which must share one shape.
 
-        "text": n captions, "" where there is none, the first of each image or the one that `draws`
-        in [0, 1) choose; "doodle" and
-        "mask": (n, 1, H, W) from -1 black to 1 white; "points": (n, most, D); "attributes": (n, D).
-        NaN is what is not given.
+        "text" is n captions, "" where an image has none: the first of each image, or the one that
+        `draws` in [0, 1) choose. "doodle" and "mask" are (n, 1, H, W) from -1 black to 1 white;
+        "points" is (n, most, D); "attributes" is (n, D). NaN marks what is not given.
         """
         made: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
@@ -76,8 +75,9 @@ class Annotations:
         return {name: make() for name, make in made.items() if name in self.names}
 
     def examine(self) -> Iterator[tuple[str, Reject]]:
-        """Read all layers once: what cannot be used counts as not given, and is yielded with the
-        layer's name.
+        """Read all maps and point clouds once, and yield the unusable ones with the layer's name.
+
+        They count as not given.
         """
         for name in (*MAPS, "points"):
             if name in self.names:

@@ -1,6 +1,4 @@
-"""The attributes of a set: few numbers for each image, out of many that exist, so that only what is
-known is kept.
-"""
+"""The attributes of a set: few numbers for each image out of many possible ones, kept sparsely."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ class AttributeTable:
 
     @classmethod
     def of(cls, entries: Sequence[Entry], *, most: int = MOST) -> AttributeTable:
-        """The attributes of images; of more than `most`, the most frequent."""
+        """Collect the attributes of images; of more than `most`, keep the most frequent."""
         times = Counter(name for entry in entries for name, _ in entry.attributes)
         names = tuple(sorted(sorted(times, key=lambda name: (-times[name], name))[:most]))
         numbers = {name: number for number, name in enumerate(names)}
@@ -64,7 +62,10 @@ class AttributeTable:
         )
 
     def rows(self, positions: NDArray[np.int64]) -> Tensor:
-        """Attributes (n, D) of the images at `positions`, NaN where unknown."""
+        """Return the attributes (n, D) of the images at `positions`.
+
+        What is not given is NaN, or 0 for a label.
+        """
         empty = np.where(self.labels, np.float32(0), np.float32(np.nan))
         found = np.repeat(empty[None], len(positions), axis=0)
         for row, position in enumerate(positions.tolist()):
@@ -73,8 +74,10 @@ class AttributeTable:
         return torch.from_numpy(found)
 
     def moments(self, positions: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each attribute over the images at `positions` that have
-        it; NaN where none has.
+        """Return the mean and standard deviation of each attribute over the images at `positions`.
+
+        Only images that have the attribute count, and NaN is returned where none has; a label
+        counts as 0 where it is not given.
         """
         size = len(self.names)
         owners = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))

@@ -1,7 +1,7 @@
-"""Changes to training images, each a function of the seed and the sample's number.
+"""Augmentation of training images, each change a function of the seed and the sample's number.
 
-All of them are one affine map of the plane and one affine map of the colours, so an image is
-resampled once however many are on.
+All changes together are one affine map of the plane and one affine map of the colours, so that an
+image is resampled once, however many are on.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ class AugmentConfig:
 
     @property
     def labels(self) -> int:
-        """How many numbers tell the network what was done; 0 without the non-leaking pipeline."""
+        """The number of labels that tell the network what was done; 0 if `karras` is 0."""
         return LABELS if self.karras else 0
 
 
 class Augmented(NamedTuple):
-    """Changed images (B, C, H, W), what the network is told of it (B, 0 or 9), and what moved
-    along.
+    """Augmented images (B, C, H, W), the labels that tell the network what was done (B, 0 or 9),
+    and the maps and points that moved along.
     """
 
     images: Tensor
@@ -91,7 +91,7 @@ class Augmented(NamedTuple):
 
 
 def augmentation_draws(seed: int | str, *, first: int, count: int) -> Tensor:
-    """Uniform draws (count, 24) for samples `first`, `first + 1`, ..."""
+    """Draw uniform numbers (count, 24) for samples `first`, `first + 1`, ..."""
     return randomness.uniform(seed, "augment", first=first, count=count, per_item=24)
 
 
@@ -102,13 +102,16 @@ def augment(
     *,
     along: Mapping[str, Tensor] | None = None,
 ) -> Augmented:
-    """Change images (B, C, H, W) in [-1, 1], each by its own draws (B, 24); C may be 0 where only
-    what lies over them is wanted.
+    """Augment images (B, C, H, W) in [-1, 1], each by its own draws (B, 24).
+
+    C may be 0 where only what lies over the images is needed.
 
     Args:
-        along: what lies over the images and keeps to its place on them: maps (B, c, H, W), or
-            points (B, N, D) whose first two
-            coordinates are x right and y up, the image from -1 to 1.
+        along: what lies over the images and keeps its place on them: maps (B, c, H, W), or points
+            (B, N, D) whose first two coordinates are x to the right and y upwards, with the image
+            from -1 to 1.
+    Raises:
+        ConfigError: for quarter turns of images that are not square.
     """
     along = along or {}
     if config.is_off:
@@ -140,8 +143,9 @@ def augment(
 
 
 def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float) -> Tensor:
-    """Points (B, N, D) where the image's pixels went: `plane` leads from output to input, `exact`
-    before it from input to output.
+    """Move points (B, N, D) to where the image's pixels went.
+
+    `plane` maps output to input coordinates; `exact`, applied before it, maps input to output.
     """
     forward = (torch.linalg.inv(plane) @ exact).to(points.dtype)
     scale = points.new_tensor([width, -height])
@@ -151,7 +155,7 @@ def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height:
 
 
 def _exact_plane(config: AugmentConfig, draws: Tensor) -> Tensor:
-    """What `_exact` does, as maps (B, 3, 3) from input to output; y points down."""
+    """Return the maps (B, 3, 3) that `_exact` applies, from input to output; y points down."""
 
     def sign(flips: tuple[str, str], draw: Tensor) -> Tensor:
         return torch.where((draw < 0.5) & (config.flip in flips), -1.0, 1.0).to(torch.float64)
@@ -164,7 +168,7 @@ def _exact_plane(config: AugmentConfig, draws: Tensor) -> Tensor:
 
 
 def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
-    """Flips and quarter turns: pixels move, and keep their values."""
+    """Flip and quarter-turn images: pixels move, and keep their values."""
 
     def where(mask: Tensor, changed: Tensor, images: Tensor) -> Tensor:
         return torch.where(mask.view(-1, 1, 1, 1), changed, images)
@@ -225,7 +229,7 @@ def _rotation(config: AugmentConfig, draw: Tensor) -> Tensor:
 
 
 def _sides(images: Tensor) -> tuple[float, float]:
-    """Width and height in units of the shorter side."""
+    """Return width and height in units of the shorter side."""
     height, width = images.shape[-2:]
     return width / min(height, width), height / min(height, width)
 
@@ -238,8 +242,10 @@ def _crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> 
 
 
 def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (B, 3, 3) and labels (B, 9) from uniform draws (B, 13); mirroring is drawn half of the
-    time, the rest with `probability`.
+    """Return maps (B, 3, 3), from output to input, and labels (B, 9) for uniform draws (B, 13).
+
+    Images are mirrored left to right with probability 1/2; each other change is drawn with
+    `probability`, and a drawn flip upside down is applied half of the time.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), appendix F.2 and table 6.
     """
@@ -267,8 +273,9 @@ def _normal(uniform: Tensor) -> Tensor:
 
 
 def warped(images: Tensor, maps: Tensor) -> Tensor:
-    """Resample images (B, C, H, W) by maps (B, 3, 3), bicubically; what lies outside is the
-    mirrored inside.
+    """Resample images (B, C, H, W) in [-1, 1] by maps (B, 3, 3), bicubically.
+
+    Outside of the image, its reflection is sampled; values are clamped to [-1, 1].
     """
     proportions = torch.diag(torch.tensor([*_sides(images), 1.0], dtype=torch.float64))
     theta = torch.linalg.inv(proportions) @ maps @ proportions
@@ -282,7 +289,7 @@ def warped(images: Tensor, maps: Tensor) -> Tensor:
 
 
 def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tensor, Tensor] | None:
-    """Matrices (B, c, c) and offsets (B, c) on the c colour channels; None if colours stay."""
+    """Return matrices (B, c, c) and offsets (B, c) for c colour channels; None for no change."""
     if not channels or not (
         config.brightness or config.contrast or config.saturation or config.hue_degrees
     ):
@@ -304,7 +311,7 @@ def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tenso
 
 
 def _hue(angle: Tensor) -> Tensor:
-    """Turn about the gray axis (Rodrigues' formula), (B, 3, 3)."""
+    """Rotate colours about the gray axis (Rodrigues' formula): matrices (B, 3, 3)."""
     axis = torch.full((3,), 3**-0.5, dtype=torch.float64)
     cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) * 3**-0.5
     cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)

@@ -1,5 +1,5 @@
-"""Which images make up batch k: a function of (seed, shapes, batch size, k), with no state to save
-or restore.
+"""Which images make up batch k: a function of (seed, shapes, batch size, k), without any state to
+save or restore.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchPlan:
-    """An endless sequence of samples: epoch after epoch, each in an order of its own; batches run
-    across epochs' ends.
+    """An endless sequence of samples, epoch after epoch, each in its own order; batches run across
+    the ends of epochs.
 
     Sample g is element g % size of epoch g // size. Batch k holds samples [k B, (k + 1) B),
-    whatever the number of workers or
-    processes; nothing is dropped or repeated, and a set smaller than the batch is seen several
-    times in it. Images of one shape
-    come in whole batches, but for a few mixed ones at an epoch's end; with a single shape the order
-    does not depend on B.
+    whatever the number of workers or processes; nothing is dropped or repeated, and a batch larger
+    than the set holds its images several times. Images of one shape come in whole batches, except
+    for a few mixed batches at the end of an epoch; with a single shape the order does not depend on
+    B.
 
     Attributes:
         shapes: of each image of the set, an index into the format's shapes, (size,).
@@ -38,18 +37,18 @@ class BatchPlan:
 
     @property
     def size(self) -> int:
-        """Images in the set."""
+        """The number of images in the set."""
         return len(self.shapes)
 
     @property
     def hash(self) -> str:
-        """Equal for plans that give the same batches."""
+        """A hash that is equal for plans that give the same batches."""
         return hashlib.sha256(
             f"{self.seed} {self.batch_size} ".encode() + self.shapes.astype("<i8").tobytes()
         ).hexdigest()
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
-        """Positions in the set of samples `first` to `first + count`, shape (count,)."""
+        """Return the positions in the set of `count` samples from `first` on, shape (count,)."""
         numbers = np.arange(first, first + count)
         epochs, places = numbers // self.size, numbers % self.size
         chosen = np.empty(count, np.int64)
@@ -59,8 +58,9 @@ class BatchPlan:
         return chosen
 
     def batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
-        """Positions in the set of one process' contiguous slice of batch `step`, shape (B /
-        ranks,).
+        """Return the positions in the set of one process's slice of batch `step`.
+
+        Its shape is (B / ranks,); the slices are contiguous.
 
         Raises:
             ConfigError: if the batch does not divide evenly.
@@ -78,8 +78,10 @@ class BatchPlan:
 
 @lru_cache(maxsize=4)
 def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
-    """Positions in the order of an epoch: what completes the last epoch's last batch, batches of
-    one shape, what is left over.
+    """Return the positions of an epoch in order.
+
+    First comes what completes the last batch of the epoch before, then batches of one shape, then
+    what is left over.
     """
     permuted = randomness.permutation(plan.seed, "plan", index=epoch, size=plan.size)
     groups = [permuted[plan.shapes[permuted] == shape] for shape in np.unique(plan.shapes)]
@@ -99,8 +101,9 @@ def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
 def _head(
     groups: list[NDArray[np.int64]], count: int, batch_size: int
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Take `count` samples off the groups: what fills no batch first, from the largest group what
-    is still wanting.
+    """Take `count` samples off the groups, and return what was taken and what remains.
+
+    Samples that fill no batch are taken first; the rest comes from the largest groups.
     """
     spare = [len(group) % batch_size for group in groups]
     taken = []

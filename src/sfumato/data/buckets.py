@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets: a few shapes of about the same area, so that tall and wide images lose
-little.
+"""Aspect-ratio buckets: a few shapes of about the same area, so that cropping takes little from
+tall and wide images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class BucketConfig:
             )
 
     def shapes(self, resolution: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) of each bucket, from tall to wide; areas are at most resolution^2."""
+        """Return (height, width) of each bucket, from tall to wide; areas are at most resolution^2.
+
+        Raises:
+            ConfigError: if `resolution` is below `step`.
+        """
         square = resolution // self.step * self.step
         if not square:
             raise ConfigError(

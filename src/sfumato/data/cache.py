@@ -1,11 +1,10 @@
-"""Arrays made from samples, kept on disk under the hash of what they were made from, and
+"""A cache on disk of arrays made from samples, kept under the hash of what they were made from and
 memory-mapped.
 
 A key is the hash of a sample's bytes; a folder stands for the transform (and encoder) that made the
-arrays. So an edited image
-misses alone, a changed setting misses as a whole, and nothing stale is ever found. Files are only
-ever added, a segment at a
-time, by one rename: several processes may fill the same folder.
+arrays. So an edited image is the only one that misses, a changed setting makes every image miss,
+and nothing stale is ever found. Files are only ever added, one segment at a time, by one rename:
+several processes may fill the same folder.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ FORMAT = "2"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept under one key: plain facts, and for each named array the file and the row that
-    hold it.
+    """What is kept under one key: plain facts, and for each named array the file and row that hold
+    it.
     """
 
     facts: Mapping[str, Any]
@@ -53,7 +52,7 @@ class ArrayCache:
 
     @classmethod
     def open(cls, kind: str, transform: str) -> ArrayCache:
-        """The cache of `kind` ("pixels", "latents", ...) for a transform, stated as text."""
+        """Open the cache of `kind` ("pixels", "latents", ...) for a transform described as text."""
         name = hashlib.sha256(f"{FORMAT} {transform}".encode()).hexdigest()[:24]
         cache = cls(files.cache_folder() / kind / name)
         for segment in sorted(cache.folder.glob("segment-*")):
@@ -87,9 +86,7 @@ class ArrayCache:
         self.records.update(found)
 
     def map(self, file: str) -> NDArray[Any]:
-        """One file of arrays, (rows, ...), read as it is touched; its shape and type are in its
-        name.
-        """
+        """Memory-map one file of arrays, (rows, ...); its shape and dtype are in its name."""
         dtype, *shape = file.rpartition("/")[2].removesuffix(".bin").split("-")[1].split("x")
         sizes = tuple(int(size) for size in shape)
         path = self.folder / file
@@ -97,12 +94,12 @@ class ArrayCache:
         return np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // row, *sizes))
 
     def size_bytes(self) -> int:
-        """On disk."""
+        """Return the size of the cache's folder on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 class Writer:
-    """Adds one segment to a cache; nothing of it is seen before `commit`."""
+    """Adds one segment to a cache; none of it is visible before `commit`."""
 
     def __init__(self, cache: ArrayCache) -> None:
         self.cache = cache
@@ -116,7 +113,7 @@ class Writer:
         return len(self._lines)
 
     def add(self, key: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep `facts` and `arrays` under `key`."""
+        """Store `facts` and `arrays` under `key`."""
         places = {}
         for name, array in arrays.items():
             file = f"{name}-{'x'.join([array.dtype.str[1:], *map(str, array.shape)])}.bin"
@@ -128,7 +125,11 @@ class Writer:
         self._lines.append(json.dumps([key, facts, places]))
 
     def commit(self) -> None:
-        """Make the segment part of the cache."""
+        """Make the segment part of the cache; an empty one is discarded.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
         if not self._lines:
             self.discard()
             return
@@ -151,14 +152,14 @@ class Writer:
         self.cache._read(segment)
 
     def discard(self) -> None:
-        """Leave no trace."""
+        """Remove the segment without a trace."""
         for file in self._files.values():
             file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 class Gather:
-    """Rows of arrays in several files as if they were one array: `gather(positions)`."""
+    """Rows of arrays in several files, read as if they were one array: `gather(positions)`."""
 
     def __init__(self, cache: ArrayCache, places: list[tuple[str, int]]) -> None:
         names = sorted({file for file, _ in places})
@@ -172,7 +173,7 @@ class Gather:
         return {**self.__dict__, "_maps": None}  # worker processes map the files for themselves
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """The arrays at `positions`, which must share one shape: (n, ...)."""
+        """Return the arrays (n, ...) at `positions`, which must share one shape."""
         if self._maps is None:
             self._maps = [self.cache.map(name) for name in self.names]
         if not len(positions):

@@ -1,5 +1,5 @@
-"""What a data set was when a run began, kept in its data.json, and what has changed in it since, by
-name.
+"""What a data set was when a run began, as recorded in its data.json, and what has changed in it
+since.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ WORDS = {
 
 
 def recorded(dataset: Dataset) -> dict[str, Any]:
-    """What data.json keeps for `changes`: a hash of each part of the contents, and of each image
-    and what is said of it.
+    """Return what data.json keeps for `changes`: a hash of each part of the contents.
+
+    In sets of up to LISTED images, it also keeps hashes of each image, and of its texts, attributes
+    and category, by name.
     """
     entries = dataset.entries
     labels = dataset.labels.tolist()
@@ -61,8 +63,9 @@ def _hash(value: object) -> str:
 
 
 def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
-    """Sentences on what differs from what `recorded` found before; [] if that was not recorded, or
-    nothing does.
+    """Return sentences on what differs from what `recorded` returned before.
+
+    [] if nothing was recorded, or nothing differs.
     """
     if "parts" not in before:
         return []

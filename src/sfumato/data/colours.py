@@ -1,4 +1,4 @@
-"""Colours of an image's ICC profile as sRGB."""
+"""Conversion of an image's colours from its ICC profile to sRGB."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ MAX_PROFILE_BYTES = 4 << 20
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colours to sRGB; None if that is what they are, whatever the profile is
-    called.
-    """
+    """Build the transform from a profile to sRGB; None if its colours are those of sRGB already."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
@@ -29,7 +27,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    """An image in sRGB; noted if its colours change, or the profile cannot be used."""
+    """Convert an image to sRGB; `notes` says if its colours change or its profile is ignored."""
     colours, alpha = (
         (image.convert("RGB"), image.getchannel("A")) if image.mode == "RGBA" else (image, None)
     )

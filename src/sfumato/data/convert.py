@@ -1,4 +1,4 @@
-"""Any source as parquet or WebDataset shards: the same bytes in, the same bytes out."""
+"""Conversion of any source to parquet or WebDataset shards; the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def convert(
     shard_mib: int = 1000,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Path], list[Reject]]:
-    """Write all samples; returns the files and what was left out because its bytes could not be
-    read.
+    """Write all samples; return the files written and everything that was left out.
+
+    Left out is what the listing rejected, and samples whose bytes could not be read.
 
     Args:
-        dest: a .parquet or .tar file, or a folder that gets files of about `shard_mib` each.
-        to: "parquet" or "webdataset", needed for a folder only.
+        dest: a .parquet or .tar file, or a folder that gets files with about `shard_mib` of images
+            each.
+        to: "parquet" or "webdataset"; needed for a folder only.
     Raises:
-        ConfigError, DataError: if the destination is of no such kind, exists already or cannot be
-            written.
+        ConfigError, DataError: if the destination is of another kind, exists already or cannot be
+            written, or if no sample can be read.
     """
     by_suffix = {suffix: kind for kind, suffix in SUFFIX.items()}.get(dest.suffix)
     kind, single = to or by_suffix, by_suffix is not None
@@ -74,14 +76,14 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which columns a table needs."""
+    """The layers and texts that a table needs columns for."""
 
     layers: tuple[str, ...]
     texts: tuple[str, ...]
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Layout:
-        """What any of the entries has."""
+        """Return the layers and texts that any of the entries has."""
 
         def used(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(name for name in names if any(getattr(entry, name) for entry in entries))
@@ -92,8 +94,9 @@ class Layout:
 def _written(
     samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None
 ) -> list[Path]:
-    """Write samples into one file, or into files of at most `limit` bytes of images; they get their
-    names when all are whole.
+    """Write samples to one file, or to files of at most `limit` bytes of images each.
+
+    They get their final names once all of them are complete.
     """
     paths: list[Path] = []
     writer: Writer | None = None
@@ -131,7 +134,10 @@ def _temporary(path: Path) -> Path:
 def _packed(
     entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None
 ) -> Iterator[Packed]:
-    """Samples as plain data: encoded bytes as they are, 8-bit arrays of gray or RGB as PNG."""
+    """Yield samples as plain data: encoded bytes as they are, 8-bit gray or RGB arrays as PNG.
+
+    Samples that cannot be read are added to `rejects`.
+    """
     for number, entry in enumerate(entries):
         try:
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
@@ -173,15 +179,19 @@ def _as_image(data: bytes) -> bytes:
 
 
 class Writer(Protocol):
-    """Writes samples to a file."""
+    """A writer of samples to one file."""
 
-    def add(self, sample: Packed) -> None: ...
+    def add(self, sample: Packed) -> None:
+        """Append a sample: its name, encoded image and layers as bytes, and texts."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is buffered, and close the file."""
+        ...
 
 
 class _Tar:
-    """A WebDataset shard."""
+    """A writer of a WebDataset shard."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
@@ -210,7 +220,7 @@ class _Tar:
 
 
 def _key(name: str, number: int, taken: set[str]) -> str:
-    """A sample's name as WebDataset wants it: no ending, no dots, each once."""
+    """Return a sample's name as a unique WebDataset key, without an ending or dots."""
     stem = name.rpartition(":")[2]
     stem = stem.rpartition(".")[0] or stem
     key = re.sub(r"[^\w/-]", "_", stem).strip("/_") or f"{number:08d}"
@@ -224,7 +234,7 @@ def _key(name: str, number: int, taken: set[str]) -> str:
 
 
 class _Parquet:
-    """A table as Hugging Face's `datasets` writes it."""
+    """A writer of a table in the layout that Hugging Face's `datasets` writes."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         from sfumato.data.sources.parquet import TableWriter

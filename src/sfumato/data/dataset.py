@@ -1,5 +1,5 @@
-"""An indexed source: every image decoded once and vouched for, split so that nothing leaks, and
-kept where reading is fast.
+"""An indexed source: every image has been decoded and checked once, the split does not leak, and
+pixels are kept where reading is fast.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class DataConfig:
             )
 
     def pixel_format(self, scale: Scale = Scale()) -> PixelFormat:
-        """The shapes and colours that images are decoded to, given what black and white are."""
+        """Return the format that images are decoded to, where `scale` defines black and white."""
         single = (self.size or (self.resolution, self.resolution),)
         shapes = single if self.buckets is None else self.buckets.shapes(self.resolution)
         return PixelFormat(
@@ -135,8 +135,8 @@ class DataConfig:
 
 
 class Images(NamedTuple):
-    """Pixels (n, C, H, W), uint8 or uint16; what could no longer be read; and the positions of the
-    images that took its place.
+    """Pixels (n, C, H, W), uint8 or uint16; the images that could no longer be read; and the
+    positions of the images that the pixels are of, substitutes included.
     """
 
     pixels: Tensor
@@ -146,7 +146,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Latents of the training images, made ahead of training.
+    """Latents of the training images, computed ahead of training.
 
     Attributes:
         gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number
@@ -164,7 +164,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Readable images of a source, in a fixed order.
+    """The readable images of a source, in a fixed order.
 
     Attributes:
         entries, ids: each image and the hash of its content.
@@ -173,14 +173,13 @@ class Dataset:
         gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where
             each is decoded when used.
         clusters: number of the group of near-duplicates that each image belongs to; shape (N,).
-        remarks: what is to be said of those groups.
+        remarks: what a person is told about the values, groups and frames, a sentence a line.
         rejects: what was left out; ledger: the account of all that the source holds; notes: what
             had to be converted, by kind.
         crop_loss: mean share of the images' area that cropping cut away.
         layers: what else is known of each image.
         encoded: their latents, where training works on those.
         scale: the values that are black and white.
-        remarks: what a person is told about the values and frames, a sentence a line.
         training, holdout: positions of the two parts, which share no image and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
     """
@@ -218,8 +217,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the contents, their order and the pixel format: equal exactly if training sees
-        the same pixels and texts.
+        """A hash of what training sees: images, order, pixel format, categories, texts and split.
+
+        It is equal exactly if these are. The texts are captions and attributes; doodles, masks and
+        point clouds are not part of it.
         """
         texts = hashlib.sha256(
             "\0".join("\1".join(entry.captions) for entry in self.entries).encode()
@@ -236,7 +237,7 @@ class Dataset:
 
     @property
     def pixel_format(self) -> PixelFormat:
-        """What its images are decoded to."""
+        """The format that the images are decoded to."""
         return self.config.pixel_format(self.scale)
 
     @property
@@ -246,13 +247,13 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of most images."""
+        """The most common (C, H, W)."""
         height, width = self.config.pixel_format().shapes[self._usual_shape]
         return (self.config.channels, height, width)
 
     @property
     def training_numbers(self) -> NDArray[np.int64]:
-        """The number of each image in the training part, or -1; shape (N,)."""
+        """The number of each image within the training part, or -1; shape (N,)."""
         found = np.full(len(self.ids), -1)
         found[self.training] = np.arange(len(self.training))
         return found
@@ -262,17 +263,19 @@ class Dataset:
         return int(np.bincount(self.shapes).argmax())
 
     def usual(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of `positions` whose images have `image_shape`."""
+        """Return those of `positions` whose images have the shape `image_shape`."""
         result: NDArray[np.int64] = positions[self.shapes[positions] == self._usual_shape]
         return result
 
     def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Images:
-        """Pixels at `positions` of one shape.
+        """Return pixels at `positions`, which must share one shape.
 
         An unreadable image is replaced by the next readable one of its part, shape and category, or
-        any category if need be, so that
-        a batch never shrinks, every run that meets it replaces it alike, and nothing held out is
-        trained on.
+        of any category if need be, so that a batch never shrinks, every run that meets it replaces
+        it in the same way, and nothing held out is trained on.
+
+        Raises:
+            DataError: if no image can take its place.
         """
         positions = np.asarray(positions, np.int64)
         if self.gather is not None:
@@ -289,9 +292,10 @@ class Dataset:
     def context(
         self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None
     ) -> dict[str, Any]:
-        """What conditioners may read of the images at `positions`, which share one shape, by name.
+        """Return, by name, what conditioners may read of the images at `positions`, of one shape.
 
-        "category": index into `categories` or -1, (n,); and the layers: see `Annotations.context`.
+        "category" is an index into `categories` or -1, (n,); for the layers see
+        `Annotations.context`.
         """
         return {
             "category": self.labels[torch.from_numpy(positions)],
@@ -317,8 +321,9 @@ class Dataset:
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:
-        """`position`, then the others of its part and shape from there on and around, those of its
-        category first.
+        """Yield `position`, then the others of its part and shape, those of its category first.
+
+        They begin after `position` and wrap around.
         """
         yield position
         part = next(
@@ -330,7 +335,7 @@ class Dataset:
         yield from (int(peer) for peer in (*around[alike], *around[~alike]))
 
     def summary(self) -> dict[str, Any]:
-        """What `data.json` records."""
+        """Return what `data.json` records."""
         times = Counter(self.ids)
         duplicates = [
             entry.name for entry, id_ in zip(self.entries, self.ids, strict=True) if times[id_] > 1

@@ -1,9 +1,9 @@
-"""Bytes of an image that nobody vouches for -> pixels of the asked-for shape, or a reason why not.
+"""Decoding of untrusted image bytes to pixels of a given shape, or to the reason why that is
+refused.
 
 Only the parsers listed here ever see the bytes. Size, side ratio and byte count are capped before a
-pixel is decoded; truncated
-files are refused, never filled in. Ordinary 8-bit images are scaled by Pillow; all others become
-`Values`, which share one path.
+pixel is decoded; truncated files are refused, never filled in. Ordinary 8-bit images are scaled by
+Pillow; all others become `Values`, which share one path.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WITH_ALPHA = ("LA", "RGBA", "La", "RGBa")
 
 
 class Decoded(NamedTuple):
-    """An image made ready.
+    """A decoded image.
 
     Attributes:
         pixels: (C, H, W), uint8 or uint16.
@@ -112,10 +112,10 @@ class Look(NamedTuple):
 
 
 def look(data: bytes) -> Look:
-    """What the header of an encoded image says; its pixels are not decoded.
+    """Read the header of an encoded image without decoding its pixels.
 
     Raises:
-        RejectedImage: if `decode` would refuse it for what the header says.
+        RejectedImage: if `decode` would refuse it because of its header.
     """
     with _reasons(data):
         if data.startswith(NUMPY):
@@ -149,7 +149,9 @@ def look(data: bytes) -> Look:
 
 
 class _reasons:
-    """Whatever parsers raise on damaged files, as the reason for a person."""
+    """A context that turns whatever parsers raise on damaged files into a RejectedImage with a
+    readable reason.
+    """
 
     def __init__(self, data: bytes) -> None:
         if len(data) > MAX_BYTES:
@@ -158,7 +160,7 @@ class _reasons:
             raise RejectedImage("empty file")
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the context."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if (
@@ -176,8 +178,10 @@ class _reasons:
 
 
 def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded:
-    """Pixels of an encoded image.
+    """Decode an encoded image to pixels of the format `form`.
 
+    Args:
+        identify: whether to hash the content too.
     Raises:
         RejectedImage: with the reason.
     """
@@ -195,7 +199,7 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
 
 
 def read_values(data: bytes) -> Values:
-    """All values of an image as they are stored, upright or not.
+    """Read all values of an image as they are stored; it may not be upright.
 
     Raises:
         RejectedImage: with the reason.
@@ -213,8 +217,9 @@ def read_values(data: bytes) -> Values:
 
 
 def fitted(data: bytes, side: int, form: PixelFormat | None = None) -> PixelFormat:
-    """A format (RGB unless given) at an image's own aspect ratio, scaled down so that its shorter
-    side is at most `side`.
+    """Return a format with an image's aspect ratio and a shorter side of at most `side` pixels.
+
+    It is RGB unless `form` is given. An image is never enlarged.
     """
     form = PixelFormat(shapes=((side, side),), channels=3) if form is None else form
     try:
@@ -226,14 +231,14 @@ def fitted(data: bytes, side: int, form: PixelFormat | None = None) -> PixelForm
 
 
 def _own_page(data: bytes) -> tiff.Page | None:
-    """The first page of a TIFF that Pillow does not read value for value."""
+    """Return the first page of a TIFF that Pillow does not read value for value, else None."""
     page = tiff.first_page(data) if tiff.is_tiff(data) else None
     unknown = data[:4] == tiff.BIG[1]  # of those, Pillow reads little-endian ones only
     return None if page is None or (page.exact_in_pillow and not unknown) else page
 
 
 def _own_values(data: bytes, notes: list[str]) -> Values | None:
-    """Values of what is not left to Pillow."""
+    """Read the values of a file that is not left to Pillow; None if it is."""
     if data.startswith(NUMPY):
         return read_array(data)
     if (page := _own_page(data)) is not None:
@@ -325,7 +330,7 @@ def _frames(image: Image.Image, data: bytes) -> int:
 
 
 def _as_values(image: Image.Image, depths: set[str]) -> Values:
-    """An image in one of Pillow's plain modes."""
+    """Return the values of an image in one of Pillow's plain modes."""
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     if image.mode.startswith("I;16"):
@@ -348,8 +353,9 @@ def _upscaled(size: tuple[int, int], target: tuple[int, int]) -> bool:
 
 
 def _depths(image: Image.Image) -> set[str]:
-    """Bits of a value as they are stored, "16" for "RGB;16B"; known only until the image is
-    loaded.
+    """Return the depths "12" and "16" among an image's tiles, such as "16" for "RGB;16B".
+
+    They are known only until the image is loaded.
     """
     return set(
         re.findall(r";(1[26])", " ".join(str(tile[3]) for tile in getattr(image, "tile", ())))
@@ -357,8 +363,9 @@ def _depths(image: Image.Image) -> set[str]:
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:
-    """EXIF's orientation, 1 if there is none or Pillow turns the image itself, which it does for
-    TIFF.
+    """Return the EXIF orientation; 1 if there is none.
+
+    1 for TIFF too, which Pillow turns upright itself.
     """
     try:
         orientation = int(image.getexif().get(0x0112, 1))
@@ -400,7 +407,7 @@ def _identity(image: Image.Image, data: bytes, orientation: int) -> str:
 def _resampled(
     image: Image.Image, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
-    """(H, W, C): cropped, scaled with antialiasing, in the colours asked for."""
+    """Crop an image to `box`, scale it with antialiasing and convert its colours: (H, W, C)."""
     if form.channels not in MODES:
         raise RejectedImage(
             f"{len(image.getbands())} channels, where data.channels is {form.channels}"

@@ -1,10 +1,10 @@
-"""Which images are the same, or nearly: one scene encoded, resized, toned or cropped a little differently.
+"""Detection of images that are the same or nearly so: one scene encoded, resized, toned or cropped
+a little differently.
 
 Candidates are neighbours among the principal components of thumbnails without brightness and
-contrast. Each pair is laid over
-one another, and is near-duplicate only if no part of the two differs by more than a new encoding
-would make it: images that
-are alike but for a hat or the colour of a face stay apart.
+contrast. The two images of each pair are laid over one another, and are near-duplicates only if no
+part of them differs by more than a new encoding would cause: images that are alike except for a hat
+or the colour of a face stay apart.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ Floats = NDArray[np.float32]
 
 
 def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Pixels (C, H, W) of 8 or 16 bits -> RGB (32, 32, 3) of as many bits, by which near-duplicates
-    are found.
+    """Scale pixels (C, H, W) of 8 or 16 bits to an RGB thumbnail (32, 32, 3) of the same dtype.
+
+    Near-duplicates are found by these.
     """
     colours = pixels[:3] if pixels.shape[0] >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if colours.dtype != np.uint8:
@@ -59,9 +60,10 @@ def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
-    """Thumbnails (N, 32, 32, 3) in 8 bits. A set that uses little of its range, as dim microscopy
-    and star fields do, is stretched to all
-    of it, or its images would seem flat and so alike.
+    """Convert thumbnails (N, 32, 32, 3) to 8 bits.
+
+    A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
+    of it; otherwise its images would seem flat and therefore alike.
     """
     most = float(np.iinfo(thumbnails.dtype).max)
     sample = thumbnails[:: max(1, len(thumbnails) // 1000)]
@@ -78,11 +80,13 @@ def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -> NDArray[np.int64]:
-    """Number of the group of equal or nearly equal images that each belongs to, (N,); of
-    `resolution` pixels at most.
+    """Return the number of the group of equal or nearly equal images that each belongs to, (N,).
 
-    All of a group are nearly equal to one of them: frames of a video, each like the next, are not
-    all of one group.
+    All images of a group are nearly equal to one of them, so that the frames of a video, each like
+    the next, do not all form one group.
+
+    Args:
+        resolution: pixels along the shortest side; below SMALLEST, only exact copies are grouped.
     """
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
@@ -104,11 +108,10 @@ def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -
 def _led(
     thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]
 ) -> NDArray[np.int64]:
-    """The leader of each thumbnail: connected ones follow the one with most copies among them if
-    they are its copies too.
+    """Return the leader of each thumbnail: among connected ones, the one with the most copies.
 
-    What is a copy of a follower is compared with the leader itself, so that chains end where the
-    likeness does.
+    A copy of a follower is compared with the leader itself, so that chains end where the likeness
+    does.
     """
     beside: dict[int, set[int]] = {}
     for first, second in pairs.tolist():
@@ -144,7 +147,7 @@ def _led(
 
 
 def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of the connected group that each of `count` things belongs to, given pairs (P, 2)."""
+    """Return the number of the connected component of each of `count` nodes, given pairs (P, 2)."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -156,8 +159,9 @@ def components(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3) that connect each group; time
-    grows as N log N.
+    """Return pairs (P, 2) of near-duplicates among thumbnails (N, 32, 32, 3).
+
+    They connect the images of each group. Time grows as N log N.
     """
     pairs = np.empty((0, 2), np.int64)
     if len(thumbnails) < 2:
@@ -178,15 +182,16 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _crowded(
     groups: NDArray[np.int64], kept: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One of the `kept` images for each group; and those for groups so large that their own may
-    have hidden other copies.
+    """Return one of the `kept` images for each group, and those of groups that are searched again.
+
+    These groups are so large that their own members may have hidden other copies.
     """
     _, firsts, sizes = np.unique(groups[kept], return_index=True, return_counts=True)
     return np.sort(kept[firsts]), kept[firsts[sizes > NEIGHBOURS // 2]]
 
 
 def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
-    """8 x 8 means of thumbnails (N, 32, 32, 3), without brightness and contrast: (N, 192)."""
+    """Return 8 x 8 means of thumbnails (N, 32, 32, 3) without brightness and contrast: (N, 192)."""
     values = np.concatenate(
         [
             _means(part, SIDE // 8)
@@ -200,7 +205,7 @@ def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
 
 
 def _means(images: NDArray[Any], size: int) -> Floats:
-    """Means of size x size cells of (n, H, W, 3)."""
+    """Return the means of size x size cells of images (n, H, W, C)."""
     n, height, width, channels = images.shape
     result: Floats = images.reshape(n, height // size, size, width // size, size, channels).mean(
         (2, 4), dtype=np.float32
@@ -209,8 +214,9 @@ def _means(images: NDArray[Any], size: int) -> Floats:
 
 
 def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The images at `asked` with their nearest others in a few principal components, (P, 2) with
-    first < second.
+    """Pair the images at `asked` with their nearest neighbours in a few principal components.
+
+    Pairs are (P, 2) with first < second.
     """
     from scipy.spatial import cKDTree
 
@@ -227,7 +233,7 @@ def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int6
 def _related(
     thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Floats]]:
-    """The pairs worth a closer look and the correlations of their signatures, some at a time."""
+    """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
         first, second = signatures[part[:, 0]], signatures[part[:, 1]]
         correlation = (first * second).sum(1) / (
@@ -242,9 +248,11 @@ def _related(
 
 
 def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
-    """Of the pixels of thumbnails (n, 32, 32, 3) that coarse means do not tell apart, such as
-    fields of many small things; 1 where both
-    are blank."""
+    """Return the correlation of the pixels of pairs of thumbnails (n, 32, 32, 3).
+
+    It is for images that coarse means do not tell apart, such as fields of many small things; 1
+    where both are blank.
+    """
     a, b = _centred(first), _centred(second)
     powers = _power(a)[:, 0, 0, 0], _power(b)[:, 0, 0, 0]
     correlation: Floats = (a * b).mean((1, 2, 3)) / np.sqrt(powers[0] * powers[1] + 1e-6)
@@ -255,9 +263,7 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
 def _alike(
     thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], correlation: Floats
 ) -> NDArray[np.bool_]:
-    """Whether pairs of thumbnails show the same: as they lie, or after the best alignment of one
-    over the other.
-    """
+    """Return whether the thumbnails of each pair show the same, as they are or after alignment."""
     alike = np.zeros(len(pairs), bool)
     if len(pairs):
         alike[:] = difference(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]]) < LARGEST_DIFFERENCE
@@ -270,11 +276,10 @@ def _alike(
 
 
 def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
-    """How far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, of 255.
+    """Return how far pairs of thumbnails (n, 32, 32, 3) differ where they differ most, out of 255.
 
     One gain and offset are fitted for all channels; what a small misplacement of edges explains is
-    left out; the rest is averaged
-    over 4 x 4 pixels, and the largest value is taken.
+    left out; the rest is averaged over 4 x 4 pixels, and the largest value is taken.
     """
     a, b = (_centred(images) for images in (first, second))
     gain = np.sqrt((_power(a) + 1) / (_power(b) + 1)).clip(0.6, 1.6)
@@ -299,7 +304,7 @@ def _power(images: Floats) -> Floats:
 
 
 def _range(images: Floats) -> Floats:
-    """Largest minus smallest value among the 3 x 3 neighbours of each pixel."""
+    """Return the largest minus the smallest value in the 3 x 3 neighbourhood of each pixel."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
 
     def over(function: np.ufunc) -> Floats:
@@ -311,8 +316,9 @@ def _range(images: Floats) -> Floats:
 
 
 def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
-    """`moving` (n, 32, 32, 3) enlarged and shifted so that it lies best over `fixed`, judged by
-    every second pixel.
+    """Enlarge and shift `moving` (n, 32, 32, 3) so that it lies best over `fixed`.
+
+    The fit is judged by every second pixel.
     """
     places = np.arange(MARGIN, SIDE - MARGIN, 2)
     target = _centred(_gray(fixed)[:, places][:, :, places])
@@ -343,8 +349,9 @@ def _gray(images: NDArray[np.uint8]) -> Floats:
 def _along(
     images: Floats, axis: int, zoom: float, shift: float, places: NDArray[np.int64]
 ) -> Floats:
-    """Resample (n, H, W, 3) linearly along one axis: enlarged about the centre, then shifted by so
-    many pixels.
+    """Resample (n, H, W, C) linearly along one axis, enlarged about the centre and then shifted.
+
+    `shift` is in pixels.
     """
     centre = (SIDE - 1) / 2
     place = ((places - centre) / zoom + centre + shift).clip(0, SIDE - 1)

@@ -1,5 +1,5 @@
-"""What a frozen text encoder made of texts, kept on disk under the hash of the text, a folder for
-each encoder.
+"""Embeddings of texts by a frozen text encoder, kept on disk under the hash of the text, with a
+folder for each encoder.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ RECENT_BYTES = 256 << 20  # of embeddings held in memory, beside those that are 
 
 
 class Kept(NamedTuple):
-    """A text's summary (D,) and its tokens (n, D), float32."""
+    """A text's summary vector (D,) and its token embeddings (n, D), float32."""
 
     vector: Tensor
     tokens: Tensor
 
 
 class EmbeddingStore(MutableMapping[str, Kept]):
-    """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; what comes after
-    the last is made again.
+    """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; any that are not
+    committed at the end are computed again the next time.
     """
 
     def __init__(self, encoder: str) -> None:
-        """`encoder` is a hash of what an embedding depends on beside the text."""
+        """Open the store of `encoder`, a hash of what an embedding depends on besides the text."""
         self.encoder = encoder
         self._recent: OrderedDict[str, Kept] = OrderedDict()
         self._held = 0
@@ -60,7 +60,10 @@ class EmbeddingStore(MutableMapping[str, Kept]):
             self.commit()
 
     def commit(self) -> None:
-        """Write what is new; a disk that is full costs time and nothing else."""
+        """Write the new embeddings to disk; if that fails, only time is lost.
+
+        They are computed again by the next process.
+        """
         with contextlib.suppress(OSError, DataError):
             writer = Writer(self._cache)
             try:
@@ -90,7 +93,7 @@ class EmbeddingStore(MutableMapping[str, Kept]):
         return torch.from_numpy(self._maps[file][row].copy())
 
     def _hold(self, text: str, embedded: Kept) -> None:
-        """Keep at hand; what was kept longest goes, if it can be read again."""
+        """Keep an embedding in memory; if there are too many, drop the oldest that are on disk."""
         if text not in self._recent:
             self._held += _size(embedded)
         self._recent[text] = embedded

@@ -1,5 +1,5 @@
-"""What a file is by its name or its first bytes: an image that is read, one that has to be
-converted, or something else.
+"""Detection of what a file is by its name or its first bytes: an image that can be read, one that
+has to be converted, or something else.
 """
 
 from __future__ import annotations
@@ -87,25 +87,26 @@ _CONVERT = {
 
 
 def is_image(name: str) -> bool:
-    """Whether a name ends as images that can be read do."""
+    """Return whether a name has the ending of an image format that can be read."""
     return name.lower().endswith(SUFFIXES)
 
 
 def suffix_of(data: bytes) -> str:
-    """The usual ending of a file, from its first bytes; "bin" if they are unknown."""
+    """Return the usual ending of a file, such as "png", from its first bytes; "bin" if unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((suffix for signature, suffix in _SIGNATURES if data.startswith(signature)), "bin")
 
 
 def looks_like_image(data: bytes) -> bool:
-    """Whether the first bytes are those of an image that can be read."""
+    """Return whether the first bytes are those of an image format that can be read."""
     return suffix_of(data) not in ("bin", "ply")
 
 
 def why_left_out(name: str) -> str:
-    """Why a file that is neither an image nor beside one is left out, and how to let it in where
-    that is possible.
+    """Return why a file that is neither an image nor beside one is left out.
+
+    Where the file can be converted, the reason says how.
     """
     lowered = name.lower()
     for kind, (suffixes, advice) in _CONVERT.items():
@@ -119,7 +120,7 @@ def why_left_out(name: str) -> str:
 
 
 def has_known_ending(name: str) -> bool:
-    """Whether the ending alone tells what a file is, so that its first bytes need not be read."""
+    """Return whether the ending alone tells what a file is, so that its bytes need not be read."""
     lowered = name.lower().rpartition("/")[2]
     known = (
         *ARCHIVES,
@@ -178,13 +179,13 @@ _OTHER = (
 
 
 def stem_of(name: str) -> str:
-    """A name without its ending."""
+    """Return a name without its ending."""
     ending = ending_of(name)
     return name[: -len(ending)] if ending else name
 
 
 def ending_of(name: str) -> str:
-    """The ending with its dot in lower case, "" if there is none."""
+    """Return the ending with its dot in lower case; "" if there is none."""
     base = name.rpartition("/")[2]
     stem, dot, ending = base.rpartition(".")
     return f".{ending.lower()}" if dot and stem else ""

@@ -1,8 +1,8 @@
-"""Files by path or URL, and names that must not lead anywhere else.
+"""Files by path or URL, and checks of names that must not lead anywhere else.
 
-`local` is the one door to remote storage: it gives a path on this machine, fetched when first asked
-for and dropped again when
-the cache is full, so that every source works on a URL without knowing it.
+`local` is the only access to remote storage: it returns a path on this machine, fetched on first
+use and dropped again when the cache is full, so that every source works on a URL without knowing
+it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ class UnsafePath(Exception):
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` names remote storage."""
+    """Return whether `path` names remote storage."""
     return _URL.match(path) is not None
 
 
 def check_relative(path: str) -> str:
-    """`path` if it stays below the folder that it is relative to, else UnsafePath. Links are not
-    looked at here.
+    """Return `path` if it stays below the folder that it is relative to. Links are not checked.
+
+    Raises:
+        UnsafePath: if it may lead elsewhere, is not printable, is too long, or has a name that some
+            systems reserve.
     """
     shown = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
     for form in (path, unquote(path)):
@@ -59,23 +62,25 @@ def check_relative(path: str) -> str:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a name means a device on some systems."""
+    """Return whether a name means a device on some systems."""
     return _RESERVED.fullmatch(name) is not None
 
 
 def contained(root: str, relative: str) -> str:
-    """`relative`, a name that a file gives, if that file lies below `root`: see `check_relative`
-    and `check_link`.
+    """Return `relative`, a name from an untrusted file, if it lies below `root`.
+
+    See `check_relative` and `check_link`.
 
     Raises:
-        UnsafePath: if its words or a link lead elsewhere.
+        UnsafePath: if the name itself or a link leads elsewhere.
     """
     return check_link(root, check_relative(relative))
 
 
 def check_link(root: str, relative: str) -> str:
-    """`relative` if it is not a link to a file outside of `root`: images may be, texts that are
-    shown may not.
+    """Return `relative` if it is not a link to a file outside of `root`.
+
+    Images may be such links; texts that are shown may not.
 
     Raises:
         UnsafePath: if it is one.
@@ -91,15 +96,16 @@ def check_link(root: str, relative: str) -> str:
 
 
 def is_hidden(folders: list[str]) -> bool:
-    """Whether any of the names is one that systems hide or add by themselves; `.` and `..` are not,
-    they lead elsewhere.
+    """Return whether systems hide any of the names, or add it by themselves.
+
+    `.` and `..` are not hidden: they lead elsewhere.
     """
     return any(name.startswith((".", "__MACOSX")) and name not in (".", "..") for name in folders)
 
 
 class Walk(NamedTuple):
     """What lies below a folder: files as sorted relative paths, and what was passed over, with the
-    reason.
+    reasons.
     """
 
     names: list[str]
@@ -107,17 +113,16 @@ class Walk(NamedTuple):
 
 
 def walk(root: str) -> list[str]:
-    """All files below `root` as sorted relative paths: see `explore`."""
+    """List all files below `root` as sorted relative paths; see `explore`."""
     return explore(root).names
 
 
 def explore(root: str) -> Walk:
-    """All files below `root`, also behind linked folders; hidden ones are left out.
+    """List all files below `root`, also those behind linked folders; hidden ones are left out.
 
     A linked folder is entered once all folders of the tree itself have been, and only if nothing in
-    it has been read already, so that
-    circles of links end and nothing counts twice. What is gone (a dangling link) stays listed, so
-    that it can be reported.
+    it has been read already, so that circular links end and nothing counts twice. A dangling link
+    stays listed, so that it can be reported.
     """
     if is_url(root):
         return Walk(sorted(_remote_walk(root)), [])
@@ -162,20 +167,20 @@ def explore(root: str) -> Walk:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or folder."""
+    """Return whether there is a file or folder at a path or URL."""
     return bool(_asked(path, "exists")) if is_url(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
-    """Whether it is a folder."""
+    """Return whether there is a folder at a path or URL."""
     return bool(_asked(path, "isdir")) if is_url(path) else os.path.isdir(path)
 
 
 def local(path: str) -> Path:
-    """The file on this machine; one behind a URL is fetched into the cache if it is not there.
+    """Return a path on this machine; a file behind a URL is fetched unless the cache has it.
 
     Raises:
-        OSError: if it cannot be fetched, or is no regular file: a pipe would be waited for.
+        OSError: if it cannot be fetched, or is not a regular file (reading a pipe would block).
     """
     if is_url(path):
         return _fetched(path)
@@ -185,8 +190,9 @@ def local(path: str) -> Path:
 
 
 def version(path: str) -> tuple[int, ...]:
-    """What changes when a file on this machine is replaced; empty for a URL, which is fetched
-    once.
+    """Return numbers that change when a file on this machine is replaced.
+
+    () for a URL, which is fetched once.
     """
     if is_url(path):
         return ()
@@ -195,8 +201,9 @@ def version(path: str) -> tuple[int, ...]:
 
 
 def cache_folder() -> Path:
-    """Where derived data live: $SFUMATO_CACHE, else ~/.cache/sfumato. Everything in it can be made
-    again.
+    """Return the folder of derived data, all of which can be made again.
+
+    It is $SFUMATO_CACHE, else `sfumato` in $XDG_CACHE_HOME, else ~/.cache/sfumato.
     """
     base = (
         os.environ.get("SFUMATO_CACHE")
@@ -206,7 +213,11 @@ def cache_folder() -> Path:
 
 
 def remote_limit_bytes() -> int:
-    """How much of remote files is kept on this machine: $SFUMATO_REMOTE_GIB, 20 by default."""
+    """Return how many bytes of remote files are kept: $SFUMATO_REMOTE_GIB, 20 GiB by default.
+
+    Raises:
+        DataError: if the variable is not a number.
+    """
     said = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
     try:
         return int(float(said) * 2**30)
@@ -220,7 +231,7 @@ def remote_limit_bytes() -> int:
 
 @lru_cache(maxsize=256)
 def _system(url: str) -> tuple[Any, str]:
-    """The storage that a URL is of, and the path in it."""
+    """Return the fsspec file system of a URL, and the path in it."""
     protocol = url.partition(":")[0]
     try:
         from fsspec.core import url_to_fs
@@ -247,7 +258,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
 
 
 def _asked(url: str, question: str) -> Any:
-    """What the storage answers; every storage has exceptions of its own."""
+    """Ask remote storage a question; turn whatever exception it raises into a DataError."""
     system, path = _system(url)
     try:
         return getattr(system, question)(path)
@@ -283,7 +294,7 @@ def _fetched(url: str) -> Path:
 
 
 def _make_room(folder: Path, size: int) -> None:
-    """Drop the files used longest ago until `size` more bytes fit."""
+    """Remove the least recently used files until `size` more bytes fit."""
     kept = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process makes room too

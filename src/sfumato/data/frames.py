@@ -1,4 +1,4 @@
-"""Files of several images: stacks, multi-page TIFFs, animations, arrays of four dimensions."""
+"""Files of several images: stacks, multi-page TIFFs, animations and four-dimensional arrays."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ ANIMATED = ("GIF", "WEBP", "PNG")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One image of a file, as a file of its own: a TIFF or array as it is stored, an animation's
-    frame as PNG.
+    """One image of a file, extracted as a separate file: a TIFF or array as it is stored, or an
+    animation's frame as PNG.
     """
 
     file: Blob
     number: int
 
     def read(self) -> bytes:
+        """Read the file, and return the bytes of image `number`.
+
+        Raises:
+            OSError: if the file is gone or damaged.
+        """
         with _refused():
             return _Several.of(self.file.read()).frame(self.number)
         raise AssertionError
@@ -40,11 +45,18 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Brightest:
-    """The largest value of each pixel over all images of a file; a file of one image as it is."""
+    """The largest value of each pixel over the first MAX_FRAMES images of a file; a file of one
+    image stays as it is.
+    """
 
     file: Blob
 
     def read(self) -> bytes:
+        """Return the maximum as .npy, or as PNG if it has 8 bits and alpha.
+
+        Raises:
+            OSError: if the file is gone or damaged, or its frames have no maximum.
+        """
         data = self.file.read()
         with _refused():
             several = _Several.of(data)
@@ -53,10 +65,10 @@ class Brightest:
 
 
 class _refused:
-    """What is wrong with a file, as what `Blob.read` raises."""
+    """A context that turns whatever is wrong with a file into an OSError, as `Blob.read` raises."""
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the context."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, OSError | MemoryError):
@@ -65,7 +77,7 @@ class _refused:
 
 @dataclass(frozen=True)
 class _Several:
-    """How many images there are, and the bytes of each."""
+    """The number of images in a file, and a function that returns the bytes of each."""
 
     count: int
     frame: Callable[[int], bytes]
@@ -107,7 +119,7 @@ class _Several:
 
 
 def _still(data: bytes, number: int) -> bytes:
-    """A frame of an animation, laid over those before it, as PNG."""
+    """Return a frame of an animation, composited over those before it, as PNG."""
     with quiet(), Image.open(io.BytesIO(data), formats=ANIMATED) as image:
         check_size(*image.size)
         image.seek(number)
@@ -142,11 +154,11 @@ def _maximum(several: _Several) -> bytes:
 
 
 def framed(listing: Listing, frames: Frames) -> Listing:
-    """A listing with one entry for each frame (`all`), or for the maximum of each file (`max`); as
-    it is for `first`.
+    """Return a listing of frames (`all`) or of the maximum of each file (`max`).
 
-    Frames are called `file#0003`, keep what is known of the file, and form a group, which is never
-    split over training and hold-out.
+    For `first`, the listing is unchanged. Frames are called `file#0003`, keep what is known of the
+    file, and form a group, which is never split over training and hold-out. Frames beyond
+    MAX_FRAMES of a file are rejected.
     """
     if frames == "first":
         return listing
@@ -200,8 +212,10 @@ def _split(entry: Entry, count: int) -> Sequence[Entry]:
 
 
 def left_out(counts: Sequence[int]) -> list[str]:
-    """What is said where files of so many images each are read for their first one; [] where all
-    hold one.
+    """Return a remark on files of which only the first image is used; [] if there are none.
+
+    Args:
+        counts: the number of images in each file.
     """
     several = [count for count in counts if count > 1]
     if not several:

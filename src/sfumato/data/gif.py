@@ -1,4 +1,4 @@
-"""How many frames a GIF has, without decoding them."""
+"""Count of the frames of a GIF, without decoding them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ IMAGE, EXTENSION = 0x2C, 0x21
 
 
 def frames(data: bytes) -> int:
-    """Images in a file, as far as its blocks are whole; at least 1.
+    """Count the images in a GIF, as far as its blocks are intact; at least 1.
 
     Source: GIF89a (CompuServe 1990), sections 15 to 27.
     """
@@ -24,13 +24,13 @@ def frames(data: bytes) -> int:
 
 
 def _table(data: bytes, place: int) -> int:
-    """Bytes of the table of colours that the flags at `place` announce."""
+    """Return the size in bytes of the colour table that the flags at `place` announce."""
     flags = data[place] if place < len(data) else 0
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
 def _after(data: bytes, place: int) -> int:
-    """Where the sub-blocks that begin at `place` end."""
+    """Return where the sub-blocks that begin at `place` end."""
     while place < len(data) and data[place]:
         place += 1 + data[place]
     return place + 1

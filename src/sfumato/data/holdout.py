@@ -1,5 +1,5 @@
-"""Which images are learned from and which are held out: whole groups of images that are alike,
-chosen by a hash of their content.
+"""The split into training and hold-out: whole groups of images that are alike are held out, chosen
+by a hash of their content.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LARGE_SHARE, NEVER_LARGE = 0.1, 4
 
 
 class Grouped(NamedTuple):
-    """Groups of images that stay together, (N,), and what is to be said of them."""
+    """Groups of images that stay together, (N,), and remarks on them."""
 
     groups: NDArray[np.int64]
     remarks: tuple[str, ...]
 
 
 def grouped(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int64]) -> Grouped:
-    """Groups of images that are alike, where those of one `Entry.group` stay together too.
+    """Join the groups of images that are alike with those of `Entry.group`, and split large ones.
 
-    A group above a tenth of the set would be learned from or held out as a whole, whatever is in
-    it, so it is split: each of its images
-    stands for itself then, but for exact copies.
+    A group above a tenth of the set would be learned from or held out as a whole, so each of its
+    images becomes a separate group, together with its exact copies. If `Entry.group` would join all
+    images into one group, it is ignored.
     """
     own = [entry.group for entry in entries]
     names = {name: number for number, name in enumerate(dict.fromkeys(own)) if name is not None}
@@ -84,7 +84,7 @@ def _without_large(
 
 
 def _joined(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Groups in which whatever shares a group of either stays together."""
+    """Return groups in which images that share a group in either stay together."""
     from sfumato.data.duplicates import components
 
     first, second = (np.unique(groups, return_inverse=True)[1] for groups in (first, second))
@@ -97,15 +97,13 @@ def _joined(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.i
 def parts(
     entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float
 ) -> NDArray[np.str_]:
-    """The part of each image: "training", "holdout", or ":name" of a hold-out that the source
-    names.
+    """Return the part of each image: "training", "holdout", or ":name" of a hold-out of the source.
 
-    Whole groups are held out whose least id has a hash below `share`, or below the share that 25
-    images, or a fifth of the set, come to:
-    so that images that are added or removed move no others. A group is passed over if it is more
-    than a quarter of the set, or the last
-    of a category to learn from. A hold-out that the source names is what the source says, and exact
-    copies of it.
+    A whole group is held out if the hash of its least id is below `share`, or below the share that
+    25 images, at most a fifth of the set, amount to; where `share` decides, images that are added
+    or removed move no others. At least four images, or a fifth of a smaller set, are held out. A
+    group is passed over if it is more than a quarter of the set, or the last of a category to learn
+    from. A hold-out that the source names holds what the source says, and exact copies of it.
 
     Raises:
         DataError: if there are fewer than two groups.

@@ -44,15 +44,15 @@ def index(
     on_progress: Callable[[int, int], None] | None = None,
     listing: Listing | None = None,
 ) -> Dataset:
-    """Read every image of a source once; what the cache holds already is not decoded again.
+    """Read every image of a source once; images that are in the cache are not decoded again.
 
     Args:
-        listing: the source's, if it was listed already.
-        layers: what a model is steered by, beside the category: "text", "doodle", "mask", "points",
+        listing: the source's listing, if it was made already.
+        layers: what steers a model, beside the category: "text", "doodle", "mask", "points",
             "attributes".
     Raises:
-        DataError: if the source is missing or fewer than two different images can be read, with the
-            first reasons.
+        DataError: if the source is missing; if fewer than two different images can be read, with
+            the first reasons; or if the last channel is alpha in some images only.
     """
     listing = framed(listing or config.source.listing(), config.frames)
     excluded = _excluded(config)
@@ -131,9 +131,7 @@ def index(
 
 
 def _require_one_kind_of_alpha(notes: dict[str, list[str]], count: int) -> None:
-    """Raise DataError where the last channel is alpha in some images and something else in
-    others.
-    """
+    """Raise DataError if the last channel is alpha in some images and something else in others."""
     without = notes.get("no_alpha", [])
     if without and len(without) < count:
         raise DataError(
@@ -150,8 +148,9 @@ def _clusters(
     facts: Sequence[Mapping[str, Any]],
     thumbnails: Callable[[], NDArray[Any]],
 ) -> NDArray[np.int64]:
-    """Groups of images that stay together; those of near-duplicates are kept in the cache, since
-    finding them takes a while.
+    """Return the groups of images that stay together.
+
+    Groups of near-duplicates are kept in the cache, since finding them takes a while.
     """
     ids = [str(fact["id"]) for fact in facts]
     if config.near_duplicates == "off":
@@ -179,8 +178,9 @@ def _clusters(
 
 
 def _excluded(config: DataConfig) -> set[str]:
-    """Names in the file of rejects; what follows a tab is the reason, and a line that begins with #
-    and has none is a comment.
+    """Read the names in the file of rejects.
+
+    What follows a tab is the reason; a line that begins with # and has no tab is a comment.
     """
     if config.exclude is None:
         return set()
@@ -200,20 +200,20 @@ def _excluded(config: DataConfig) -> set[str]:
 
 
 def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
-    """Share of an image's area outside the largest part with the target's aspect ratio."""
+    """Return the share of an image's area that cropping to the target's aspect ratio cuts away."""
     ratio = (size[0] / size[1]) / (target[1] / target[0])
     return 1 - min(ratio, 1 / ratio)
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    """Numbers by value, then words: 2 before 10."""
+    """Return a sort key that orders numbers by value, then words: 2 before 10."""
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
 def _examined(
     entries: Sequence[Entry], shelf: PixelStore
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Facts about each image, in order."""
+    """Yield each entry with the facts about its image, in order."""
     for entry, found in zip(
         entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True
     ):
@@ -222,7 +222,9 @@ def _examined(
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One image read: the key of its bytes, and what the decoder said unless the cache knows it."""
+    """One image as read: the key of its bytes, and what the decoder returned unless the cache has
+    it.
+    """
 
     key: str
     decoded: Decoded | None = None
@@ -246,7 +248,7 @@ def _look(entry: Entry, shelf: PixelStore) -> _Look:
 
 
 class PixelStore:
-    """Where decoded pixels go while a source is indexed: to the cache, into memory, or nowhere."""
+    """The destination of decoded pixels while a source is indexed: cache, memory, or nowhere."""
 
     def __init__(self, form: PixelFormat, cache: ArrayCache | None, *, in_memory: bool) -> None:
         self.form, self.cache = form, cache
@@ -256,18 +258,19 @@ class PixelStore:
         self._thumbnails: list[NDArray[Any]] = []
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the context."""
 
     def __exit__(self, *error: object) -> None:
-        """Keep what is decoded, also when the rest is interrupted."""
+        """Commit what is decoded, also when the rest is interrupted."""
         if self._writer is not None:
             self._writer.commit()
 
     def knows(self, key: str) -> bool:
+        """Return whether the cache holds the image whose bytes have the hash `key`."""
         return self.cache is not None and key in self.cache.records
 
     def keep(self, look: _Look) -> dict[str, Any]:
-        """Take in one image; returns its facts, or {"reject": reason}."""
+        """Store one image; return its facts, or {"reject": reason}."""
         if look.decoded is None:
             if look.reject is not None:
                 return {"reject": look.reject}
@@ -300,8 +303,9 @@ class PixelStore:
     def finish(
         self,
     ) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, Callable[[], NDArray[Any]]]:
-        """Ways to the pixels, if they were kept, and to all thumbnails (N, 32, 32, 3), which are
-        read only if asked.
+        """Return two functions, one that gathers pixels and one that reads all thumbnails.
+
+        The first is None if no pixels were kept; thumbnails are (N, 32, 32, 3).
         """
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
@@ -315,7 +319,7 @@ class PixelStore:
 
 
 class _InMemory:
-    """Pixels of every image, those of one shape as one array."""
+    """The pixels of every image, those of one shape in one array."""
 
     def __init__(self, pixels: list[Pixels]) -> None:
         self.row = np.empty(len(pixels), np.int64)
@@ -340,8 +344,9 @@ def _shelf(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
 
 
 def _cache(form: PixelFormat, count: int, size: int) -> ArrayCache | None:
-    """The cache of a pixel format, if its folder can be written to and has room for `count` images
-    of `size` bytes.
+    """Open the cache of a pixel format; None if it cannot be written to or lacks room.
+
+    It needs room for `count` images of `size` bytes, less those it holds already.
     """
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)

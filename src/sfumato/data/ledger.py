@@ -1,4 +1,4 @@
-"""What became of everything that a source holds: found = used + beside + left out."""
+"""The account of everything that a source holds: found = used + beside + left out."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CHANGES = {
 
 
 def _singular(kind: str) -> str:
-    """One of "files of the system" is a file of the system."""
+    """Return the singular of a kind: "files of the system" becomes "file of the system"."""
     first, *rest = kind.split(" ")
     return " ".join([first.removesuffix("s"), *rest])
 
 
 def change(note: str, names: Sequence[str]) -> str:
-    """What was done to images, with an example."""
+    """Describe what decoding did to images, with their number and an example."""
     count = f"{len(names):,} image{'s' if len(names) > 1 else ''}"
     return f"{CHANGES.get(note, note.replace('_', ' '))}: {count}, e.g. {names[0]}"
 
@@ -61,7 +61,7 @@ class Ledger:
 
     @classmethod
     def of(cls, listing: Listing, unreadable: Sequence[Reject] = ()) -> Ledger:
-        """The account of a listing, of whose entries some could not be read or were excluded."""
+        """Draw up the account of a listing, some of whose entries were unreadable or excluded."""
         left_out: dict[str, list[str]] = {}
         for reject in (*(reject for reject in listing.rejects if not reject.part), *unreadable):
             left_out.setdefault(reject.reason, []).append(reject.name)
@@ -83,7 +83,7 @@ class Ledger:
         )
 
     def line(self) -> str:
-        """One line for a person."""
+        """Summarize the account in one line."""
         said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
         said += [
             f"{count:,} {_singular(kind) if count == 1 else kind}"
@@ -94,8 +94,9 @@ class Ledger:
         return ", ".join(said)
 
     def _reasons(self) -> str:
-        """The commonest reasons; what differs from file to file follows a colon and is left to the
-        full list.
+        """Summarize the most common reasons.
+
+        What differs from file to file follows a colon in a reason, and is left to the full list.
         """
         counts: Counter[str] = Counter()
         for reason, names in self.left_out.items():
@@ -105,7 +106,7 @@ class Ledger:
         return "; ".join([*shown, *([f"{rest:,} for other reasons"] if rest else [])])
 
     def lines(self) -> list[str]:
-        """The whole account for a person, a reason a line, each with the first names."""
+        """Return the whole account, one line per reason, each with the first names."""
         said = [self.line(), *self.remarks]
         for reason, names in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
             said.append(
@@ -115,7 +116,7 @@ class Ledger:
         return said
 
     def plain(self) -> dict[str, Any]:
-        """What data.json holds."""
+        """Return the account for data.json, with at most NAMES_KEPT names for each reason."""
         left_out = {
             reason: {"count": len(names), "names": list(names[:NAMES_KEPT])}
             for reason, names in self.left_out.items()

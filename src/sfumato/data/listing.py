@@ -1,4 +1,4 @@
-"""One sample as a source lists it: its name, where its bytes are, and what is known about it.
+"""Samples as a source lists them: their names, where their bytes are, and what is known about them.
 Nothing is decoded here.
 """
 
@@ -28,13 +28,12 @@ MAX_TEXT_BYTES = 1 << 20  # of one caption or its JSON
 
 
 class Blob(Protocol):
-    """Bytes somewhere; small, hashable and sent to worker processes, so it holds a place and no
-    open file.
+    """Bytes somewhere. A blob is small, hashable and sent to worker processes, so it holds a place
+    and not an open file.
     """
 
     def read(self) -> bytes:
-        """The bytes, at most MAX_BYTES + 1 of them: enough for `decode` to say that they are too
-        many.
+        """Read the bytes, at most MAX_BYTES + 1, so that `decode` can reject what is too large.
 
         Raises:
             OSError: if they are gone.
@@ -43,9 +42,7 @@ class Blob(Protocol):
 
 
 def read(path: str, offset: int, most: int) -> bytes:
-    """Up to `most` bytes of a file from `offset` on; nothing larger than the file is ever reserved
-    for them.
-    """
+    """Read up to `most` bytes of a file from `offset` on; reserve no more than the file holds."""
     handle = _opened(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
@@ -69,33 +66,40 @@ def _opened(path: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Inline:
-    """Bytes at hand."""
+    """Bytes in memory."""
 
     data: bytes
 
     def read(self) -> bytes:
+        """Return the bytes in memory."""
         return self.data
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of its own, on this machine or behind a URL."""
+    """A whole file, on this machine or behind a URL."""
 
     path: str
 
     def read(self) -> bytes:
+        """Read the file, at most MAX_BYTES + 1 bytes of it."""
         return read(self.path, 0, MAX_BYTES + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A stretch of a larger file: a member of a tar or of an uncompressed zip."""
+    """A range of a larger file: a member of a tar or of an uncompressed zip."""
 
     path: str
     offset: int
     size: int
 
     def read(self) -> bytes:
+        """Read the range, at most MAX_BYTES + 1 bytes of it.
+
+        Raises:
+            OSError: if the file is gone or truncated.
+        """
         data = read(self.path, self.offset, min(self.size, MAX_BYTES + 1))
         if len(data) < min(self.size, MAX_BYTES + 1):
             raise OSError(f"{self.path} is cut short")
@@ -110,6 +114,11 @@ class ZipMember:
     name: str
 
     def read(self) -> bytes:
+        """Decompress the member, at most MAX_BYTES + 1 bytes of it.
+
+        Raises:
+            OSError: if the archive is gone, or the member cannot be unpacked.
+        """
         try:
             with _open_zip(self.path, files.version(self.path), os.getpid()).open(
                 self.name
@@ -135,8 +144,9 @@ DAMAGED_ZIP = (
 
 @lru_cache(maxsize=4)
 def _open_zip(path: str, version: tuple[int, ...], process: int) -> zipfile.ZipFile:
-    """An archive, opened again when the file was replaced, and by each process: forked ones would
-    share the place of reading.
+    """Open an archive, once for each version of the file and each process.
+
+    Forked processes would otherwise share the position in the file.
     """
     return zipfile.ZipFile(files.local(path))
 
@@ -218,7 +228,7 @@ class Listing:
 
 
 class Source(Extensible, ABC):
-    """A place that images come from. A frozen dataclass that derives from it is a kind of
+    """A place that images come from. Every frozen dataclass that derives from it is a kind of
     source.
     """
 
@@ -227,7 +237,7 @@ class Source(Extensible, ABC):
         """List all samples.
 
         Raises:
-            DataError: if the source is missing, damaged as a whole, or holds nothing.
+            DataError: if the source is missing, damaged as a whole, or empty.
         """
 
 
@@ -265,20 +275,22 @@ KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, *SPLIT_KEYS, "attrib
 
 
 def is_known_column(column: str) -> bool:
-    """Whether `described` looks at a column."""
+    """Return whether `described` reads a column."""
     return normalized_key(column) in KNOWN_KEYS or column.startswith("attributes.")
 
 
 def normalized_key(key: str) -> str:
-    """A column's name as it is compared: `Caption`, ` caption` and `caption` are one."""
+    """Normalize a column's name for comparison: `Caption`, ` caption` and `caption` are equal."""
     return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
 def described(record: dict[str, Any]) -> dict[str, Any]:
-    """The captions, category and hold-out of a JSON object or table row, as fields of an `Entry`.
+    """Read captions, category, hold-out and attributes from a JSON object or table row.
+
+    They are returned as fields of an `Entry`; what is not given is left out.
 
     Raises:
-        ValueError: if the captions are longer than MAX_TEXT_BYTES.
+        ValueError: if the captions have more than MAX_TEXT_BYTES characters.
     """
     known = {normalized_key(key): value for key, value in reversed(record.items())} | record
 
@@ -310,8 +322,9 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """`attributes: {"age": 7}`, columns `attributes.age`, and `tags: ["cat", "asleep"]`, or "cat,
-    asleep", each of which counts 1.
+    """Read attributes from `attributes: {"age": 7}`, columns `attributes.age`, and `tags`.
+
+    Tags are `["cat", "asleep"]` or "cat, asleep"; each of them is an attribute of value 1.
     """
     given, tags = record.get("attributes"), record.get("tags")
     if isinstance(given, str):  # as a table keeps it
@@ -336,8 +349,9 @@ def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def printable_name(name: str) -> str:
-    """A name that can be printed, a line each, and written as UTF-8; file systems, archives and
-    JSON allow others.
+    """Escape a name so that it can be printed on one line and written as UTF-8.
+
+    File systems, archives and JSON allow names that cannot.
     """
     return _writable(
         files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name)

@@ -1,4 +1,4 @@
-"""Batches in the plan's order, decoded ahead by worker processes where pixels are not kept."""
+"""Batches in the order of the plan, decoded ahead by worker processes where pixels are not kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIES_OVER = (*MAPS, "points")  # the image, and moves along when it is changed
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Images of one shape, a contiguous stretch of a batch.
+    """Images of one shape, a contiguous part of a batch.
 
     Attributes:
         first: number of the first one among all samples that training sees.
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a training step is given: parts of one shape each, and the images that could not be read
+    """The input of a training step: parts of one shape each, and the images that could not be read
     and were replaced.
     """
 
@@ -61,12 +61,12 @@ class Batch:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 from 0 to 255, or uint16 from 0 to 65535 -> float32 from -1 to 1."""
+    """Convert uint8 from 0 to 255, or uint16 from 0 to 65535, to float32 from -1 to 1."""
     return pixels.to(torch.float32).div_(127.5 if pixels.dtype == torch.uint8 else 32767.5).sub_(1)
 
 
 class _Batches(TorchDataset[Batch]):
-    """Batch k of the plan, what a worker process computes."""
+    """The batches of the plan by step, as a worker process computes them."""
 
     def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
         self.dataset, self.plan = dataset, plan
@@ -98,13 +98,13 @@ class _Batches(TorchDataset[Batch]):
         return Batch(parts=parts, bad=bad)
 
     def _images(self, positions: NDArray[np.int64], first: int) -> _Found:
-        """Pixels, to be augmented in a new way each time they are seen."""
+        """Read pixels, to be augmented in a new way each time they are seen."""
         pixels, bad, positions = self.dataset.images(positions)
         draws = augmentation_draws(self.plan.seed, first=first, count=len(positions))
         return _Found(to_float(pixels), positions, draws, None, bad)
 
     def _latents(self, positions: NDArray[np.int64], first: int) -> _Found:
-        """Latents of one of the variants that there are, and pixels augmented as those were."""
+        """Read latents of one variant of each image, and pixels to augment as it was."""
         encoded = self.dataset.encoded
         assert encoded is not None
         height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
@@ -130,9 +130,7 @@ class _Batches(TorchDataset[Batch]):
 
 
 class _Found(NamedTuple):
-    """What was read of some images, not augmented yet, and the draws that decide how they will
-    be.
-    """
+    """What was read of some images, before augmentation, and the draws that decide on it."""
 
     images: Tensor
     positions: NDArray[np.int64]
@@ -142,14 +140,15 @@ class _Found(NamedTuple):
 
 
 def variant_draws(id_: str, variant: int) -> Tensor:
-    """What decides how a variant of an image is augmented, (1, 24): a function of its content, so
-    that latents may be kept.
+    """Return the draws (1, 24) that decide how a variant of an image is augmented.
+
+    They are a function of its content, so that latents may be kept.
     """
     return augmentation_draws(id_, first=variant, count=1)
 
 
 def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Where runs of equal shapes begin and end."""
+    """Yield where each run of equal shapes begins and ends."""
     begin = 0
     for _, run in groupby(shapes.tolist()):
         end = begin + sum(1 for _ in run)
@@ -158,8 +157,9 @@ def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]:
-    """Training batches `start`, `start + 1`, ... without end; the same ones for any number of
-    workers.
+    """Yield training batches `start`, `start + 1`, ... without end.
+
+    They are the same for any number of workers.
     """
     ready = dataset.gather is not None or (
         dataset.encoded is not None and not dataset.encoded.pixels
@@ -177,12 +177,12 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
 
 
 def _itself(batch: Any) -> Any:
-    """No collation: a step is a batch already."""
+    """Return the batch as it is: a step is a batch already, and needs no collation."""
     return batch
 
 
 class _CountFrom:
-    """start, start + 1, ...: a sampler that does not end."""
+    """An endless sampler: start, start + 1, ..."""
 
     def __init__(self, start: int) -> None:
         self.start = start

@@ -1,4 +1,4 @@
-"""Images stored as NumPy arrays."""
+"""Reading of images stored as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sfumato.data.pixel_values import MAX_BANDS, RejectedImage, Values, check_si
 
 
 class ArrayHeader(NamedTuple):
-    """What an .npy says of itself, and where its values begin."""
+    """The header of an .npy file, and the offset at which its values begin."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -21,10 +21,10 @@ class ArrayHeader(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> ArrayHeader:
-        """Of bytes that begin as an .npy does.
+        """Parse the header of bytes that begin like an .npy file.
 
         Raises:
-            ValueError: if they do not go on so.
+            ValueError: if they do not continue like one, or are not of format version 1.0.
         """
         stream = io.BytesIO(data)
         if np.lib.format.read_magic(stream) != (1, 0):
@@ -37,11 +37,11 @@ class ArrayHeader(NamedTuple):
 
 
 def array_header(data: bytes) -> ArrayHeader:
-    """The header of an image.
+    """Parse the header of an image.
 
     Raises:
-        RejectedImage, ValueError: if it is not (H, W) or (H, W, C) of numbers, or not of a size
-            that is decoded.
+        RejectedImage, ValueError: if it is not (H, W) or (H, W, C) of numbers, or its size is never
+            decoded.
     """
     header = ArrayHeader.of(data)
     shape, dtype = header.shape, header.dtype
@@ -57,10 +57,10 @@ def array_header(data: bytes) -> ArrayHeader:
 
 
 def read_array(data: bytes) -> Values:
-    """The values of an image stored as .npy; no channel is alpha, since nothing says so.
+    """Read the values of an image stored as .npy; no channel is alpha, since nothing says so.
 
     Raises:
-        RejectedImage, ValueError: as `array_header`; or if it is cut short.
+        RejectedImage, ValueError: as `array_header`, or if the array is truncated.
     """
     header = array_header(data)
     values = np.frombuffer(data, header.dtype, offset=header.offset)

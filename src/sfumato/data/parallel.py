@@ -1,4 +1,6 @@
-"""Work on many images at once; the parsers and the resampling let other threads run meanwhile."""
+"""Work on many images at once in threads, which run in parallel since the parsers and the
+resampling release the GIL.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ CHUNK, AHEAD = 16, 8
 
 
 def ordered_map(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-    """function(item) for each item, in order; at most AHEAD chunks are worked on or wait, so memory
-    stays bounded.
+    """Yield function(item) for each item, in order, computed by threads.
+
+    At most AHEAD chunks of CHUNK items are worked on or wait, so that memory stays bounded.
     """
 
     def work(part: Sequence[In]) -> list[Out]:

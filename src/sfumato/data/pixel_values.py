@@ -1,7 +1,7 @@
-"""The values of an image file as its container holds them, and the one way from those to the pixels
-that training sees.
+"""The values of an image file as its container holds them, and the only conversion from those to
+the pixels that training sees.
 
-Readers of containers give `Values`; nothing here knows where they come from, so that equal values
+Readers of containers return `Values`; nothing here knows where they come from, so that equal values
 give equal pixels.
 """
 
@@ -38,13 +38,13 @@ Kind = Literal["bytes", "integers", "floats"]
 
 
 class RejectedImage(Exception):
-    """An image that cannot or should not be learned from; the message is the reason, for a
-    person.
-    """
+    """An image that cannot or should not be learned from; the message is the reason."""
 
 
 class quiet(warnings.catch_warnings):
-    """Without the warnings of image parsers: what is odd and matters is in the notes."""
+    """A context that silences the warnings of image parsers; what is unusual and matters is in the
+    notes.
+    """
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -54,7 +54,7 @@ class quiet(warnings.catch_warnings):
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """The values that black and white stand for, by kind of number; None where the number's type
-    says it.
+    determines them.
 
     Attributes:
         bytes: of unsigned 8-bit integers; by default 0 and 255.
@@ -69,7 +69,7 @@ class Scale:
 
     @property
     def range(self) -> Range | None:
-        """The one that is not the default, that of integers first."""
+        """The first range that is not the default, in the order of bytes, integers and floats."""
         return self.bytes or self.integers or self.floats
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PixelFormat:
-    """What images are turned into.
+    """The format that images are converted to.
 
     Attributes:
         shapes: (height, width) that they may take; each takes the one of the nearest aspect ratio,
@@ -106,8 +106,10 @@ class PixelFormat:
     scale: Scale = Scale()
 
     def __repr__(self) -> str:
-        """Part of cache keys and fingerprints: as it was before alpha and scale were settings,
-        where these change nothing.
+        """Return the text that is part of cache keys and fingerprints.
+
+        Where `alpha` and `scale` change nothing, it is the text from before they were settings, so
+        that earlier caches stay valid.
         """
         more = "" if self.scale == Scale() else f", scale={self.scale!r}"
         if self.channels in (2, 4) or self.alpha != "auto":
@@ -118,7 +120,7 @@ class PixelFormat:
         )
 
     def nearest(self, width: int, height: int) -> int:
-        """Index of the shape whose aspect ratio is nearest."""
+        """Return the index of the shape with the nearest aspect ratio."""
         if len(self.shapes) == 1:
             return 0
         aspect = math.log(width / height)
@@ -129,7 +131,7 @@ class PixelFormat:
 
 
 class Values(NamedTuple):
-    """What a file holds, upright.
+    """The values of an image, as its file holds them.
 
     Attributes:
         array: (H, W, C) of integers or floating-point numbers, black smaller than white.
@@ -145,21 +147,21 @@ class Values(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        """Which of a scale's ranges is theirs."""
+        """The kind of the values, which decides which range of a `Scale` applies."""
         return kind_of(self.array.dtype)
 
     def colours(self) -> NDArray[Any]:
-        """All channels but alpha."""
+        """Return all channels except alpha."""
         return self.array[..., :-1] if self.alpha else self.array
 
 
 def is_numeric(dtype: np.dtype) -> bool:
-    """Whether values of a type can be pixels."""
+    """Return whether values of a dtype can be pixels."""
     return dtype.kind in "uif" and dtype.itemsize <= 8
 
 
 def kind_of(dtype: np.dtype) -> Kind:
-    """Which of a scale's ranges is a type's."""
+    """Return the kind of a dtype, which decides which range of a `Scale` applies."""
     return "floats" if dtype.kind == "f" else "bytes" if dtype == np.uint8 else "integers"
 
 
@@ -177,7 +179,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def covering(width: float, height: float, target: tuple[int, int]) -> Box:
-    """The largest centred part of an image with the aspect ratio of `target` (height, width)."""
+    """Return the largest centred box with the aspect ratio of `target` (height, width)."""
     scale = min(width / target[1], height / target[0])
     left, top = (width - scale * target[1]) / 2, (height - scale * target[0]) / 2
     left, top = max(0.0, left), max(0.0, top)  # rounding must not step over the rim
@@ -185,9 +187,7 @@ def covering(width: float, height: float, target: tuple[int, int]) -> Box:
 
 
 def array_id(values: NDArray[Any], orientation: int = 1) -> str:
-    """Hash of decoded values (H, W) or (H, W, C): equal for equal images, however they are
-    stored.
-    """
+    """Hash decoded values (H, W) or (H, W, C): equal for equal images, however they are stored."""
     values = values[..., None] if values.ndim == 2 else values
     head = f"{values.shape} {values.dtype.kind}{values.dtype.itemsize} {orientation if orientation in UPRIGHT else 1} "
     return hashlib.sha256(
@@ -196,7 +196,7 @@ def array_id(values: NDArray[Any], orientation: int = 1) -> str:
 
 
 def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
-    """What Pillow's transpose does, for any number of channels."""
+    """Apply one of Pillow's transpositions to any number of channels."""
     turns = {
         Image.Transpose.ROTATE_90: 1,
         Image.Transpose.ROTATE_180: 2,
@@ -215,14 +215,14 @@ def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
 def resampled(
     values: Values, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
-    """(H, W, C) of `target`: cropped to `box`, scaled with antialiasing, black and white at the
-    ends of the format's integers.
+    """Crop `values` to `box` and scale them with antialiasing to `target`: (H, W, C).
 
-    Each channel is scaled by itself in floating point, colours multiplied by alpha before.
+    Black and white become the ends of the format's integers. Each channel is scaled by itself in
+    floating point, with colours multiplied by alpha before.
 
     Raises:
-        RejectedImage: if the channels are not the format's, or nothing says which values are black
-            and white.
+        RejectedImage: if the channels do not fit the format, values are not finite, or nothing
+            determines which values are black and white.
     """
     values = _labelled(values, form, notes)
     if values.array.dtype.kind == "f" and not (finite := np.isfinite(values.array)).all():
@@ -257,8 +257,10 @@ def resampled(
 
 
 def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
-    """Values less black; 32-bit integers and wider numbers lose nothing that their distance from
-    black has.
+    """Subtract black from values as float32.
+
+    Integers of 32 bits and wider numbers are subtracted in float64 first, so that only the
+    precision of the distance from black counts.
     """
     if plane.dtype.itemsize <= 2:
         plane = plane.astype(np.float32)
@@ -268,8 +270,12 @@ def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
 
 
 def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
-    """With alpha where the settings say so; noted where 2 or 4 channels are kept and none of them
-    is alpha.
+    """Mark the last channel as alpha, or drop it, as the settings say.
+
+    Noted if 2 or 4 channels are kept and none of them is alpha.
+
+    Raises:
+        RejectedImage: if the channels do not fit the format.
     """
     bands = values.array.shape[2]
     if form.alpha == "off" and values.alpha:
@@ -291,7 +297,7 @@ def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
 
 
 def _ends(values: Values, scale: Scale) -> Range:
-    """The values of black and white."""
+    """Return the values of black and white."""
     named: Range | None = getattr(scale, values.kind)
     dtype = values.array.dtype
     if named is not None:
@@ -311,7 +317,7 @@ def _ends(values: Values, scale: Scale) -> Range:
 
 
 def _opacity(values: Values) -> NDArray[np.float32] | None:
-    """Alpha from 0 to 1."""
+    """Return alpha from 0 to 1; None if there is none."""
     if not values.alpha:
         return None
     alpha = values.array[..., -1]
@@ -325,7 +331,7 @@ def _arranged(
     form: PixelFormat,
     notes: list[str],
 ) -> NDArray[np.float32]:
-    """Premultiplied colours and alpha, from 0 to the largest value, as the format's channels."""
+    """Arrange premultiplied colours and alpha, in [0, largest value], as the format's channels."""
     top = 2**form.bits - 1
     found, wanted = colours.shape[2], form.channels
     if found == wanted and alpha is None:
@@ -356,7 +362,7 @@ def _arranged(
 
 
 def premultiplied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """8-bit colours (H, W, C) times the last channel, rounded."""
+    """Multiply 8-bit colours (H, W, C) by the last channel, rounded."""
     alpha = pixels[..., -1:].astype(np.uint16)
     colours = (pixels[..., :-1] * alpha + np.uint16(127)) // np.uint16(255)
     return np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=2)

@@ -1,8 +1,7 @@
-"""PNGs of 16-bit colour, which Pillow reads as 8-bit.
+"""Reading of PNGs of 16-bit colour, which Pillow reads as 8-bit.
 
-A row's filters work on each byte of a pixel by itself, so a 16-bit image is as many 8-bit gray ones
-as a pixel has bytes, each with the
-same filters. These Pillow unfilters.
+A row's filters work on each byte of a pixel by itself, so a 16-bit image consists of one 8-bit gray
+image for each byte of a pixel, all with the same filters. Pillow unfilters these.
 
 Source: Portable Network Graphics (W3C 2003), sections 7 to 9.
 """
@@ -25,7 +24,7 @@ LEFT_TO_PILLOW = {b"tRNS", b"iCCP", b"acTL"}  # one clear colour, other colours,
 
 
 def is_deep_colour(data: bytes) -> bool:
-    """Whether bytes are a plain PNG of 16-bit colour, or of gray with alpha."""
+    """Return whether bytes are a plain PNG of 16-bit colour, or of 16-bit gray with alpha."""
     head = data[:33]
     whole = len(head) == 33 and head.startswith(PNG) and head[12:16] == b"IHDR"
     if not whole or head[24] != 16 or head[25] not in BANDS or head[28] != 0:
@@ -35,7 +34,7 @@ def is_deep_colour(data: bytes) -> bool:
 
 
 def read_deep_colour(data: bytes) -> Values:
-    """The values of such a file.
+    """Read the values of a PNG that `is_deep_colour` accepts.
 
     Raises:
         RejectedImage: if it is damaged.
@@ -52,8 +51,9 @@ def read_deep_colour(data: bytes) -> Values:
 
 
 def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and body of each, up to the end of the image; their checksums hold where bodies are
-    wanted.
+    """Yield the kind and body of each chunk, up to the end of the image.
+
+    Checksums are verified if `bodies` is true.
     """
     place = 8
     while place + 12 <= len(data):
@@ -74,7 +74,7 @@ def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]
 
 
 def _inflated(data: bytes, size: int) -> np.ndarray:
-    """(H, 1 + bytes of a row): never more than `size` bytes are unpacked."""
+    """Unpack the rows (H, 1 + bytes of a row), and never more than `size` bytes."""
     stream = zlib.decompressobj()
     out = stream.decompress(b"".join(body for kind, body in _chunks(data) if kind == b"IDAT"), size)
     if len(out) < size:
@@ -84,7 +84,7 @@ def _inflated(data: bytes, size: int) -> np.ndarray:
 
 
 def _unfiltered(filters: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """One byte of each pixel, (H, W)."""
+    """Undo the filters of a plane that holds one byte of each pixel, (H, W)."""
     height, width = plane.shape
     packed = zlib.compress(np.concatenate([filters[:, None], plane], axis=1).tobytes(), 0)
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)

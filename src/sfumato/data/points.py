@@ -1,5 +1,5 @@
-"""Point clouds from bytes that nobody vouches for: .npy, .ply (ascii and binary), .xyz and .csv,
-told apart by content.
+"""Decoding of untrusted point clouds: .npy, .ply (ascii and binary), .xyz and .csv, distinguished
+by content.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ _PLY_FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": "
 
 
 class RejectedPoints(Exception):
-    """A point cloud that cannot be used; the message is the reason, for a person."""
+    """A point cloud that cannot be used; the message is the reason."""
 
 
 def read_points(data: bytes) -> Cloud:
-    """Points (N, D) of an encoded cloud, in the order of the file; one that is too large is thinned
-    evenly to KEPT points.
+    """Decode a point cloud (N, D) in the order of the file; a large one is thinned to KEPT points.
 
     Raises:
         RejectedPoints: with the reason.
@@ -72,7 +71,7 @@ def read_points(data: bytes) -> Cloud:
 
 
 def thinned(points: Cloud) -> Cloud:
-    """At most KEPT of the points, spread evenly over the file."""
+    """Return at most KEPT of the points, spread evenly over the file."""
     if len(points) <= KEPT:
         return points
     return points[np.linspace(0, len(points) - 1, KEPT).round().astype(np.int64)]
@@ -114,8 +113,8 @@ def _check_count(count: int) -> None:
 
 
 class _Header(NamedTuple):
-    """Of a .ply: numpy's sign for the order of bytes, "" for text; how many vertices; their
-    properties and numpy's types of them.
+    """The header of a .ply: numpy's character for the byte order, "" for text; the number of
+    vertices; their properties and the numpy types of these.
     """
 
     order: str
@@ -125,14 +124,15 @@ class _Header(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        """Places of x, y and z, then of the other properties."""
+        """The positions of x, y and z, then of the other properties."""
         first = [self.names.index(name) for name in ("x", "y", "z") if name in self.names]
         return [*first, *(place for place in range(len(self.names)) if place not in first)]
 
 
 def _ply(data: bytes) -> NDArray[Any]:
-    """x, y, z first, then the vertices' other scalar properties. Elements after the vertices are
-    not read.
+    """Read x, y and z, then the other scalar properties of the vertices.
+
+    Elements after the vertices are not read.
     """
     text, end, _ = data[:MAX_HEADER_BYTES].partition(b"\nend_header")
     start = data.find(b"\n", len(text) + 1) + 1
@@ -191,8 +191,9 @@ def _ascii(data: bytes, start: int, header: _Header) -> NDArray[Any]:
 
 
 def _text(data: bytes) -> NDArray[Any]:
-    """Numbers in lines, parted by commas, semicolons or blanks; lines of words above them and
-    comments are skipped.
+    """Read lines of numbers, separated by commas, semicolons or blanks.
+
+    Comments, and lines of words above the numbers, are skipped.
     """
     width, values = 0, array("d")
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig"), 1):

@@ -1,4 +1,4 @@
-"""What people call the parts of a set that are trained on and kept from training."""
+"""The names that people give to the parts of a set that are trained on or kept from training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ _HELD = re.compile(
 
 
 def split_of(name: str) -> str | None:
-    """What a folder or file is called as a split: "train", "held out", or None if it is not called
-    like one.
+    """Return which split a folder's or file's name means: "train", "held out", or None.
 
-    `Train`, `training_set`, `train2017`, `test-images` and `val` are; `trains` and `developer` are
-    not.
+    `Train`, `training_set`, `train2017`, `test-images` and `val` are names of splits; `trains` and
+    `developer` are not.
     """
     if len(name) > LONGEST_SPLIT:
         return None
@@ -28,10 +27,10 @@ def split_of(name: str) -> str | None:
 
 
 def held_out_files(names: Sequence[str]) -> dict[str, str]:
-    """Hold-outs by file, for shards and tables called like splits: `test-00000-of-00002.parquet`,
-    `val/0.tar`.
+    """Return the hold-outs by file, for shards and tables named like splits.
 
-    Nothing is held out where all files are called so.
+    Such names are `test-00000-of-00002.parquet` and `val/0.tar`. Nothing is held out if all files
+    have them.
     """
     found = {name: part for name in names if (part := _split_part(name)) is not None}
     held = {name: _word(part) for name, part in found.items() if split_of(part) == HELD_OUT}
@@ -39,9 +38,7 @@ def held_out_files(names: Sequence[str]) -> dict[str, str]:
 
 
 def _split_part(name: str) -> str | None:
-    """The first folder of a path, or its file's name without ending, that is called like a
-    split.
-    """
+    """Return the first folder of a path, or the stem of its file, that is named like a split."""
     *folders, file = name.split("/")
     return next(
         (part for part in (*folders, file.rpartition(".")[0]) if split_of(part) is not None), None
@@ -49,5 +46,5 @@ def _split_part(name: str) -> str | None:
 
 
 def _word(part: str) -> str:
-    """`test` of `test-00000-of-00002`."""
+    """Return the first word of a name: `test` of `test-00000-of-00002`."""
     return re.split(r"[^A-Za-z]", part)[0].lower()

@@ -1,7 +1,7 @@
-"""Texts of unknown encoding. Unicode is recognized text by text; for all others of a set one
-encoding is guessed, and said.
+"""Decoding of texts of unknown encoding. Unicode is recognized text by text; for all others of a
+set one encoding is guessed, and reported.
 
-The only file that knows charset-normalizer.
+This is the only module that uses charset-normalizer.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ MARKS = (
 
 @dataclass
 class Texts:
-    """The texts of a set by name: add all of them, then `settle`, then look them up."""
+    """The texts of a set by name: add all of them, call `settle`, then look them up."""
 
     _texts: dict[str, str] = field(default_factory=dict)
     _raw: dict[str, bytes] = field(default_factory=dict)
     note: str = ""
 
     def add(self, name: str, data: bytes, *, limit: int = MAX_TEXT_BYTES) -> None:
-        """Take in one text.
+        """Add one text.
 
         Raises:
             ValueError: if it is longer than `limit` bytes.
@@ -64,8 +64,9 @@ class Texts:
             self._texts[name] = text
 
     def settle(self) -> None:
-        """Decode what is not Unicode, all of it by one guess; `note` says which, and for how many
-        texts.
+        """Decode all texts that are not Unicode with one guessed encoding.
+
+        `note` then says which one, and for how many texts.
         """
         if not self._raw:
             return
@@ -88,7 +89,7 @@ class Texts:
 
 
 def unicode_text(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str | None:
-    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; None if it is neither.
+    """Decode text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; None for other text.
 
     Raises:
         ValueError: if it is longer than `limit` bytes.
@@ -107,7 +108,7 @@ def unicode_text(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str | None:
 
 
 def readable(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
-    """One text by itself, in whatever encoding it is.
+    """Decode one text by itself, in whatever encoding it is.
 
     Raises:
         ValueError: if it is longer than `limit` bytes.
@@ -117,9 +118,7 @@ def readable(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def guess(raw: Mapping[str, bytes]) -> str:
-    """The name of the one encoding that all of these byte strings, none of which is UTF-8, are most
-    likely in.
-    """
+    """Return the one encoding that byte strings, none of them UTF-8, are most likely in."""
     wide = _wide(raw)
     if wide:
         return wide
@@ -144,8 +143,9 @@ def guess(raw: Mapping[str, bytes]) -> str:
 
 
 def _wide(raw: Mapping[str, bytes]) -> str:
-    """UTF-16 without a mark, told by zero bytes; "" if there are none. Of the two byte orders, the
-    one that gives more usual letters.
+    """Return the byte order of UTF-16 without a mark; "" if there are no zero bytes.
+
+    Of the two orders, it is the one that gives more letters of common blocks.
     """
     if not any(b"\0" in data for data in raw.values()):
         return ""
@@ -156,16 +156,18 @@ def _wide(raw: Mapping[str, bytes]) -> str:
 
 
 def _usual(data: bytes, encoding: str) -> int:
-    """How many letters lie in blocks that people write in: bytes in the wrong order are spread over
-    all of Unicode.
+    """Count the letters in blocks that people write in.
+
+    Bytes in the wrong order give letters that are spread over all of Unicode.
     """
     text = data[:GUESSED_FROM_BYTES].decode(encoding, errors="replace")
     return sum(any(low <= letter <= high for low, high in USUAL) for letter in text)
 
 
 def _western(sample: bytes) -> str | None:
-    """The first Latin code page in which everything outside ASCII is a letter or a quotation mark;
-    None if there is none.
+    """Return the first Latin code page in which all of the sample beyond ASCII makes sense.
+
+    Letters, quotation marks, dashes and a few other signs do. None if there is none.
     """
     for encoding in WESTERN:
         beyond = [letter for letter in sample.decode(encoding, errors="replace") if letter > "\x7f"]

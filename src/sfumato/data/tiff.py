@@ -1,12 +1,12 @@
-"""TIFFs as scientists write them: any number of bands, integers of 8 to 64 bits, floats; in strips
-or tiles, chunky or planar.
+"""Reading of TIFFs as scientists write them: any number of bands, integers of 8 to 64 bits, floats;
+in strips or tiles, chunky or planar.
 
-What Pillow reads value for value is left to it. Here only tags are parsed; compressed strips are
-unpacked by Pillow's libtiff, which is
-given their bytes as an 8-bit image, so that nothing here walks over compressed data.
+Files that Pillow reads value for value are left to it. Here only tags are parsed; compressed strips
+are unpacked by Pillow's libtiff, which is given their bytes as an 8-bit image, so that nothing here
+walks over compressed data.
 
 Source: TIFF 6.0 (Adobe 1992), and Technical Note 3 (Adobe 2005) for the predictor of floating-point
-    values.
+values.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # of SAMPLES
 
 
 def is_tiff(data: bytes) -> bool:
-    """By the first bytes."""
+    """Return whether the first bytes are those of a TIFF or BigTIFF."""
     return data[:4] in CLASSIC + BIG
 
 
@@ -125,40 +125,44 @@ class Page:
     tags: dict[int, tuple[int, ...]]
 
     def one(self, tag: int, default: int) -> int:
-        """A tag of one number."""
+        """Return the first number of a tag, or `default` if the tag is absent or empty."""
         return (self.tags.get(tag) or (default,))[0]
 
     @property
     def width(self) -> int:
+        """The width in pixels as stored, before the orientation is applied; 0 if missing."""
         return self.one(WIDTH, 0)
 
     @property
     def height(self) -> int:
+        """The height in pixels as stored, before the orientation is applied; 0 if missing."""
         return self.one(HEIGHT, 0)
 
     @property
     def bands(self) -> int:
+        """The number of values per pixel, alpha included."""
         return self.one(BANDS, 1)
 
     @property
     def bits(self) -> int:
-        """Of each value; 0 where bands differ."""
+        """The number of bits of each value; 0 where bands differ."""
         bits = self.tags.get(BITS) or (1,)
         return bits[0] if len(set(bits)) == 1 else 0
 
     @property
     def kind(self) -> str:
-        """Of numbers: "u", "i" or "f", or "" for others."""
+        """The kind of numbers: "u", "i" or "f", or "" for others and where bands differ."""
         found = {KINDS.get(code, "") for code in self.tags.get(SAMPLES) or (1,)}
         return found.pop() if len(found) == 1 else ""
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype of the values in this machine's byte order, for pages that can be read."""
         return np.dtype(f"{self.kind}{self.bits // 8}")
 
     @property
     def colours(self) -> int:
-        """Bands that the photometric interpretation speaks of."""
+        """The number of bands that the photometric interpretation describes."""
         return 3 if self.one(PHOTOMETRIC, BLACK_IS_ZERO) == RGB else 1
 
     @property
@@ -168,17 +172,17 @@ class Page:
 
     @property
     def turned(self) -> bool:
-        """Whether width and height change places when the image is turned upright."""
+        """Whether width and height are swapped when the image is turned upright."""
         return self.one(ORIENTATION, 1) in (5, 6, 7, 8)
 
     @property
     def is_frame(self) -> bool:
-        """Whether it is an image of its own rather than a thumbnail or a mask of another one."""
+        """Whether it is a separate image rather than a thumbnail or mask of another one."""
         return not self.one(SUBFILE, 0) & (REDUCED | MASK)
 
     @property
     def exact_in_pillow(self) -> bool:
-        """Whether Pillow gives all bands, value for value."""
+        """Whether Pillow returns all bands, value for value."""
         photometric = self.one(PHOTOMETRIC, BLACK_IS_ZERO)
         if self.kind != "u" or photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             return self.kind == "u" and self.bits in (1, 2, 4, 8)  # palettes, CMYK, YCbCr, Lab
@@ -188,7 +192,7 @@ class Page:
         return self.alpha and self.bits == 8 and self.colours == 3
 
     def described(self) -> str:
-        """What it is, for a reason."""
+        """Describe the page for the reason why it is rejected."""
         number = {"u": "-bit integers", "i": "-bit signed integers", "f": "-bit floats"}.get(
             self.kind, "-bit values of an unknown kind"
         )
@@ -198,10 +202,10 @@ class Page:
 
 
 def pages(data: bytes) -> Iterator[Page]:
-    """The directories of a file in their order.
+    """Yield the pages of a file, one for each directory, in order.
 
     Raises:
-        ValueError, struct.error: where they are damaged.
+        ValueError, struct.error: where directories are damaged.
     """
     order, big = "<" if data[:1] == b"I" else ">", data[:4] in BIG
     (offset,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
@@ -239,7 +243,7 @@ def _directory(data: bytes, offset: int, order: str, big: bool) -> tuple[Page, i
 
 
 def first_page(data: bytes) -> Page | None:
-    """The first image, None where the directory is damaged, as Pillow may find too."""
+    """Return the first page; None if its directory is damaged or there is none."""
     try:
         return next(pages(data), None)
     except (ValueError, struct.error, OverflowError):
@@ -247,7 +251,10 @@ def first_page(data: bytes) -> Page | None:
 
 
 def frames(data: bytes) -> list[Page]:
-    """The images of a file without thumbnails and masks; as far as directories are whole."""
+    """Return the pages except thumbnails and masks, as far as directories are intact.
+
+    If there are only thumbnails and masks, the first page is returned.
+    """
     found: list[Page] = []
     with contextlib.suppress(ValueError, struct.error, OverflowError):
         found.extend(pages(data))
@@ -255,7 +262,7 @@ def frames(data: bytes) -> list[Page]:
 
 
 def alone(data: bytes, page: Page) -> bytes:
-    """The same file with `page` as its first and last image."""
+    """Return the same file with `page` as its first and last image."""
     big = data[:4] in BIG
     form, place = page.order + ("Q" if big else "I"), 8 if big else 4
     out = bytearray(data)
@@ -265,10 +272,10 @@ def alone(data: bytes, page: Page) -> bytes:
 
 
 def read_page(data: bytes, page: Page) -> Values:
-    """The values of a page, upright.
+    """Read the values of a page, upright.
 
     Raises:
-        RejectedImage: with what it is, if it cannot be read.
+        RejectedImage: with a description of the page, if it cannot be read.
     """
     check_size(page.width, page.height)
     require_readable(page)
@@ -286,7 +293,7 @@ def read_page(data: bytes, page: Page) -> Values:
 
 
 def require_readable(page: Page) -> None:
-    """Raise RejectedImage with what a page is, if it cannot be read."""
+    """Raise RejectedImage with a description of the page if it cannot be read."""
     photometric, predictor = page.one(PHOTOMETRIC, BLACK_IS_ZERO), page.one(PREDICTOR, 1)
     readable = page.bits in {"u": (8, 16, 32, 64), "i": (8, 16, 32, 64), "f": (16, 32, 64)}.get(
         page.kind, ()
@@ -320,7 +327,7 @@ def _inverted(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
-    """Colours that alpha was multiplied into, without it."""
+    """Divide colours by the alpha that was multiplied into them."""
     top = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     alpha = values[..., -1:].astype(np.float64)
     colours = np.where(alpha > 0, values[..., :-1] * (top / np.where(alpha > 0, alpha, 1)), 0).clip(
@@ -331,7 +338,7 @@ def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _assembled(data: bytes, page: Page) -> NDArray[Any]:
-    """(H, W, C) in this machine's byte order, out of strips or tiles."""
+    """Assemble strips or tiles to (H, W, C) in this machine's byte order."""
     tiled = TILES in page.tags
     offsets = page.tags.get(TILES if tiled else OFFSETS, ())
     width = page.one(TILE_WIDTH, 0) if tiled else page.width
@@ -385,7 +392,7 @@ def _unpacked(
     total: int,
     stride: int,
 ) -> NDArray[np.uint8]:
-    """The bytes of `total` rows of `stride`, of which each strip holds `rows`."""
+    """Unpack strips of `rows` rows each to the bytes (total, stride)."""
     out = np.empty((total, stride), np.uint8)
     compression = page.one(COMPRESSION, 1)
     group = max(1, GROUP_BYTES // max(1, rows * stride)) if compression != 1 else 1
@@ -412,7 +419,7 @@ def _unpacked(
 def _by_libtiff(
     strips: Sequence[bytes], compression: int, rows: int, total: int, stride: int
 ) -> NDArray[np.uint8]:
-    """Strips unpacked as those of an 8-bit image of `total` x `stride`."""
+    """Unpack strips as those of an 8-bit image of `total` rows of `stride` bytes."""
     if total * stride > MAX_STRIP_BYTES:
         raise RejectedImage(
             f"a strip or tile of more than {MAX_STRIP_BYTES // 1_000_000} million bytes"
@@ -449,7 +456,7 @@ def _by_libtiff(
 
 
 def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: int) -> NDArray[Any]:
-    """(rows, width, bands) in this machine's byte order."""
+    """Undo the predictor, and return (rows, width, bands) in this machine's byte order."""
     predictor, rows, itemsize = page.one(PREDICTOR, 1), len(raw), page.bits // 8
     if predictor == 3 and page.one(COMPRESSION, 1) != 1:
         if page.kind != "f":

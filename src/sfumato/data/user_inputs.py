@@ -1,4 +1,4 @@
-"""Images and point clouds that a person hands in to steer a model, read as warily as any other
+"""Images and point clouds that a user provides to steer a model, read as cautiously as any other
 file.
 """
 
@@ -29,15 +29,15 @@ def load_user_image(
     alpha: Literal["none", "straight", "premultiplied"] = "straight",
     value_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """An image file as (C, H, W) in [0, 1], scaled to cover height x width and cropped at the
-    centre, in the values that a model has.
+    """Load an image file as (C, H, W) in [0, 1], in the values that a model uses.
+
+    It is scaled to cover height x width, and cropped at the centre.
 
     Args:
         bits: of each value that is kept, 8 or 16.
         alpha: what the last of 2 or 4 channels is to the model.
         value_range: what black and white are to the model; None for the ends of the number's type.
-            8-bit images keep 0 and 255 unless the
-            range lies within those.
+            8-bit images keep 0 and 255 unless the range lies within those.
     Raises:
         DataError: if it cannot be read.
     """
@@ -58,8 +58,9 @@ def load_user_image(
 
 
 def _straight(pixels: Tensor) -> Tensor:
-    """Premultiplied (C, H, W) with its colours divided by alpha, the last channel; 0 where alpha
-    is.
+    """Divide the colours of premultiplied pixels (C, H, W) by alpha, the last channel.
+
+    They are 0 where alpha is 0.
     """
     colours, alpha = pixels[:-1], pixels[-1:]
     return torch.cat(
@@ -68,11 +69,11 @@ def _straight(pixels: Tensor) -> Tensor:
 
 
 def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
-    """A mask file as (1, H, W) in [0, 1], scaled to cover height x width and cropped at the centre:
-    1 where it is white.
+    """Load a mask file as (1, H, W) in [0, 1]: 1 where it is white.
 
-    Transparent ground is black. If what is visible has one colour, the mask is alpha alone: what is
-    painted, in whatever colour.
+    It is scaled to cover height x width, and cropped at the centre. A transparent background is
+    black. If what is visible has one colour, the mask is alpha alone: whatever is painted, in any
+    colour.
 
     Raises:
         DataError: if it cannot be read.
@@ -91,7 +92,7 @@ def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
 
 
 def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
-    """(C, H, W) in [0, 1], a copy."""
+    """Decode an image file to a new tensor (C, H, W) in [0, 1]."""
     try:
         with quiet():
             pixels = decode(File(str(path)).read(), form).pixels
@@ -106,7 +107,7 @@ def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
 
 
 def load_user_points(path: str | Path) -> Tensor:
-    """A point cloud file as (N, D), float32; one that is too large is thinned evenly.
+    """Load a point cloud file as (N, D), float32; one that is too large is thinned evenly.
 
     Raises:
         DataError: if it cannot be read.

@@ -1,5 +1,5 @@
-"""Which values of a set are black and white: one range for the whole set, from a look at a few of
-its images.
+"""The choice of the values that are black and white: one range for the whole set, from a look at a
+few of its images.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 class Chosen(NamedTuple):
-    """A scale, and what a person is told about it: a sentence a line."""
+    """A scale, and the explanation of it for a person, one sentence per line."""
 
     scale: Scale
     lines: tuple[str, ...] = ()
 
 
 class Ends(NamedTuple):
-    """The values of one image: all but the outermost ones lie from `low` to `high`."""
+    """The range of the values of one image: all but the outermost ones lie from `low` to `high`."""
 
     low: float
     high: float
@@ -41,7 +41,7 @@ class Ends(NamedTuple):
 
     @classmethod
     def of(cls, values: Values) -> Ends | None:
-        """Of an image's colours; None where none is finite."""
+        """Measure an image's colours; None if none of them is finite."""
         flat = values.colours().reshape(-1)
         if flat.dtype.kind == "f":
             flat = flat[np.isfinite(flat)]
@@ -59,12 +59,11 @@ class Ends(NamedTuple):
 
 
 def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Chosen:
-    """The scale of a set: as it is set, or from what its values are.
+    """Choose the scale of a set, from the setting or from its values.
 
-    8-bit integers are from 0 to 255. Of other types, integers that fit into 10, 12, 14 or 16 bits
-    and floats from 0 to 1 keep those ends,
-    unless the set is dim all the same; everything else gets the ends of what its images hold,
-    without those that outshine the usual one.
+    8-bit integers are from 0 to 255. Of other types, integers that fit into 8, 10, 12, 14 or 16
+    bits and floats from 0 to 1 keep those ends, unless the set is dim all the same; everything else
+    gets the ends of what its images hold, except for images that far outshine the usual one.
     """
     spread = _spread(entries, LOOKED_AT)
     with quiet():
@@ -89,9 +88,7 @@ def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Ch
 
 
 def _spread(entries: Sequence[Entry], most: int) -> Sequence[Entry]:
-    """Some entries, in no step that could be in step with the set's own order; the same ones each
-    time.
-    """
+    """Choose at most `most` entries, always the same, out of step with the set's own order."""
     if len(entries) <= most:
         return entries
     return [
@@ -126,7 +123,7 @@ def _as_set(asked: Range, kinds: set[Kind | None]) -> Chosen:
 
 
 def _of_kind(found: Sequence[Ends]) -> tuple[Range | None, str]:
-    """The range of one kind of number, None where it is the default; and what is said about it."""
+    """Return the range of one kind of number, None where it is the default, and a remark on it."""
     floats = found[0].dtype.kind == "f"
     name = "floating-point values" if floats else "integer values"
     largest = max(ends.largest for ends in found)
@@ -153,7 +150,7 @@ def _of_kind(found: Sequence[Ends]) -> tuple[Range | None, str]:
 
 
 def _natural(found: Sequence[Ends]) -> Range | None:
-    """The ends that values of this kind usually have; None where they tell nothing."""
+    """Return the ends that values of this kind usually have; None where the values do not tell."""
     least, largest = min(ends.least for ends in found), max(ends.largest for ends in found)
     if least < 0:
         return None
@@ -166,8 +163,9 @@ def _natural(found: Sequence[Ends]) -> Range | None:
 
 
 def _usual(found: Sequence[Ends]) -> Range:
-    """From the darkest to the brightest value of the images, but for those far outside of what the
-    usual image spans.
+    """Return the darkest and brightest value of the images.
+
+    Images far outside of what the usual image spans do not count.
     """
     lows, highs = np.array([ends.low for ends in found]), np.array([ends.high for ends in found])
     low, high = float(np.median(lows)), float(np.median(highs))

@@ -1,8 +1,8 @@
-"""The mathematics of diffusion, free of networks: levels, schedules, parameterizations, denoisers,
+"""The mathematics of diffusion, without networks: levels, schedules, parameterizations, denoisers,
 guidance, the loss.
 
-Everything here is immutable, and knows tensors and `Condition` only. Networks, data and files may
-not enter.
+Everything here is immutable and knows only tensors and `Condition`. Networks, data and files do not
+belong here.
 """
 
 from sfumato.diffusion.coupling import Coupling, Independent, MinibatchOptimalTransport

@@ -21,18 +21,22 @@ from sfumato.diffusion.parameterizations import Parameterization
 class Denoiser(Protocol):
     """Anything that guesses clean data: networks, exact posteriors, guidance around either."""
 
-    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised: ...
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return the guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""
+        ...
 
 
 class Network(Protocol):
     """What a network must be: it knows tensors and `Condition`, nothing of diffusion.
 
-    Called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1 (noise),
-    and a condition; gives a tensor of x's
-    shape. A network whose embedding expects timesteps multiplies `noise_input` by their number.
+    It is called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1
+    (noise) and a condition, and returns a tensor of x's shape. A network whose embedding expects
+    timesteps multiplies `noise_input` by their number.
     """
 
-    def __call__(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor: ...
+    def __call__(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Return the prediction of the target, shape of `x`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,18 @@ class UnitVariance:
     sigma_data: Positive = 1.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return the factor 1 / sqrt(alpha^2 sd^2 + sigma^2), of the level's shape."""
         return torch.hypot(level.alpha * self.sigma_data, level.sigma).reciprocal()
 
 
 @dataclass(frozen=True)
 class UnitSum:
-    """Divide x by alpha + sigma: the identity on the linear path, what flow-matching networks from
-    elsewhere were trained on.
+    """Divide x by alpha + sigma: the identity on the linear path, on which flow-matching networks
+    from elsewhere were trained.
     """
 
     def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return the factor 1 / (alpha + sigma), of the level's shape."""
         return (level.alpha + level.sigma).reciprocal()
 
 
@@ -67,6 +73,7 @@ class Angle:
     """
 
     def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return atan2(sigma, alpha) / (pi/2), in [0, 1], of the level's shape."""
         return torch.atan2(level.sigma, level.alpha) * (2 / math.pi)
 
 
@@ -83,6 +90,7 @@ class LogSNR:
     limit: Positive = 20.0
 
     def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return 1/2 - lambda / (2 limit), in [0, 1], lambda the log-SNR clamped to +-limit."""
         return 0.5 - level.logsnr().clamp(-self.limit, self.limit) / (2 * self.limit)
 
 
@@ -91,6 +99,7 @@ class FlowTime:
     """The level as sigma / (alpha + sigma): t of the linear path, from 0 to 1."""
 
     def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return sigma / (alpha + sigma), in [0, 1], of the level's shape."""
         return level.sigma / (level.alpha + level.sigma)
 
 
@@ -120,7 +129,7 @@ class NetworkDenoiser:
     compute_dtype: torch.dtype = torch.float32
 
     def predict(self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION) -> Tensor:
-        """The network's output, its guess of the parameterization's target, shape of `x`."""
+        """Return the network's output, its guess of the parameterization's target, shape of `x`."""
         noise_input = (
             self.noise_input(level).to(device=x.device, dtype=x.dtype).flatten().expand(len(x))
         )
@@ -135,5 +144,5 @@ class NetworkDenoiser:
     def __call__(
         self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION
     ) -> Denoised:
-        """The guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""
+        """Return the guess of x0 and eps in a noisy `x` (B, ...) at `level`, () or (B,)."""
         return self.parameterization.solve(self.predict(x, level, condition), x, level)

@@ -29,7 +29,7 @@ class EmpiricalDenoiser:
     def __call__(
         self, x: Tensor, level: NoiseLevel, condition: Condition = NO_CONDITION
     ) -> Denoised:
-        """The posterior mean for x (B, ...) at `level`, sigma > 0."""
+        """Return the posterior mean of x0, and eps to match, for x (B, ...) at sigma > 0."""
         flat, data = x.flatten(1), self.data.flatten(1).to(x)
         shaped = level.like(flat)
         # |x - alpha d|^2 without the |x|^2 that all terms share

@@ -1,5 +1,5 @@
-"""Guidance: denoisers made of denoisers. All of it is linear in any prediction, so it is written
-once, on the denoised pair.
+"""Guidance: denoisers made of denoisers. Its combinations are linear in any prediction, so they are
+written once, on the denoised pair.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ GuidanceScale = float | Callable[[NoiseLevel], Tensor]
 def _extrapolate(
     bad: Denoised, good: Denoised, scale: GuidanceScale, level: NoiseLevel
 ) -> Denoised:
-    """bad + w (good - bad); w = 1 gives `good`."""
+    """Return bad + w (good - bad); w = 1 gives `good`."""
     weight = broadcast(scale(level), good.x0) if callable(scale) else scale
     return Denoised(bad.x0 + weight * (good.x0 - bad.x0), bad.eps + weight * (good.eps - bad.eps))
 
 
 class GuidanceTerm(NamedTuple):
-    """A condition of one image, or of the batch, and how far to go from it towards the next: 1 is
-    up to there, more is beyond.
+    """A condition of one image, or of the batch, and the scale of the step from it to the next one.
+
+    A scale of 1 goes up to the next condition, a larger one beyond it.
     """
 
     condition: Condition
@@ -39,12 +40,11 @@ class GuidanceTerm(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree:
-    """Away from conditions that ask for less: d_0 + sum_i w_i (d_(i+1) - d_i), all from one call on
-    a larger batch.
+    """Guidance away from weaker conditions: d_0 + sum_i w_i (d_(i+1) - d_i), from one call on a
+    larger batch.
 
-    One rung, the null or a negative condition, is classifier-free guidance: d_0 + w (d - d_0).
-    Further ones, which hold some of the
-    contexts, give each context a scale of its own.
+    With one term, the null or a negative condition, this is classifier-free guidance: d_0 + w (d -
+    d_0). Further terms, which hold some of the contexts, give each context its own scale.
 
     Attributes:
         denoiser: trained with condition dropout.
@@ -57,6 +57,7 @@ class ClassifierFree:
     terms: tuple[GuidanceTerm, ...]
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return the guided pair, from one call of the denoiser on B (terms + 1) images."""
         count = len(self.terms) + 1
         below = [rung.condition.expanded(len(x)) for rung in self.terms]
         together = self.denoiser(
@@ -83,21 +84,20 @@ class ClassifierFree:
 
 @dataclass(frozen=True, kw_only=True)
 class WithCondition:
-    """A denoiser with a condition of its own, whatever is requested: of one image, or of the
-    batch.
-    """
+    """A denoiser with a fixed condition, of one image or of the batch, whatever is requested."""
 
     denoiser: Denoiser
     condition: Condition
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return the denoised pair under the fixed condition; `condition` is ignored."""
         return self.denoiser(x, level, self.condition.expanded(len(x)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoGuidance:
-    """Away from a worse version of the same model (smaller, or trained for less long): Karras et
-    al. 2024 (arXiv:2406.02507).
+    """Guidance away from a worse version of the same model (smaller, or trained for less time):
+    Karras et al. 2024 (arXiv:2406.02507).
     """
 
     good: Denoiser
@@ -105,6 +105,7 @@ class AutoGuidance:
     scale: GuidanceScale
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return bad + scale (good - bad), both under `condition`."""
         return _extrapolate(
             self.bad(x, level, condition), self.good(x, level, condition), self.scale, level
         )
@@ -124,6 +125,7 @@ class Interval:
     high: float = float("inf")
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Call `inside` if the log-SNR of every level is in [low, high], else `outside`."""
         logsnr = level.logsnr()
         chosen = (
             self.inside
@@ -142,14 +144,16 @@ class Clip:
     high: float = 1.0
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return x0 clamped to [low, high], and the eps with which it explains `x`."""
         x0 = self.denoiser(x, level, condition).x0.clamp(self.low, self.high)
         return Sample().solve(x0, x, level)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """The guess of x0 where nothing is known, the known image elsewhere; eps follows. Sampling with
-    it fills holes.
+    """The guess of x0 where nothing is known, the known image elsewhere; eps follows.
+
+    Sampling with it fills holes.
 
     Attributes:
         image: (B, C, H, W), or (1, C, H, W) for all.
@@ -162,6 +166,7 @@ class Inpaint:
     known: Tensor
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return x0 + known (image - x0), and the eps with which it explains `x`."""
         guess = self.denoiser(x, level, condition).x0
         return Sample().solve(
             torch.lerp(guess, self.image.to(guess), self.known.to(guess)), x, level
@@ -170,14 +175,15 @@ class Inpaint:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """Dynamic thresholding: clamp x0 to its own `quantile` of |x0| and rescale to [-1, 1] (Saharia
-    et al. 2022, arXiv:2205.11487).
+    """Dynamic thresholding: clamp x0 to a quantile of its own |x0|, at least 1, and rescale it to
+    [-1, 1] (Saharia et al. 2022, arXiv:2205.11487).
     """
 
     denoiser: Denoiser
     quantile: float = 0.995
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return x0 clamped to +-s and divided by s, s = max(1, quantile of |x0|), and its eps."""
         x0 = self.denoiser(x, level, condition).x0
         limit = (
             torch.quantile(x0.flatten(1).abs().float(), self.quantile, dim=1)

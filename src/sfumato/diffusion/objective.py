@@ -22,16 +22,19 @@ from sfumato.errors import ConfigError
 class Times(Protocol):
     """Turn uniform draws (B,) in [0, 1) into the batch's times."""
 
-    def __call__(self, uniform: Tensor) -> Tensor: ...
+    def __call__(self, uniform: Tensor) -> Tensor:
+        """Return the times (B,) in [0, 1) for the draws."""
+        ...
 
 
 @dataclass(frozen=True)
 class IndependentTimes:
-    """Each sample's time on its own."""
+    """An independent time for each sample."""
 
     kind: ClassVar[str] = "independent"
 
     def __call__(self, uniform: Tensor) -> Tensor:
+        """Return the draws themselves as times."""
         return uniform
 
 
@@ -41,13 +44,13 @@ class Stratified:
     2021, arXiv:2107.00630, app. I).
 
     Strata are dealt out in golden-ratio steps, so that any contiguous part of the batch (a rank's
-    slice, a micro-batch) is
-    spread over all noise levels too. Where they begin is drawn again for each batch, from the same
-    draws, so that a place in the batch is
-    not tied to a stratum: an image whose place is always the same sees all levels.
+    slice, a micro-batch) is spread over all noise levels too. Their start is drawn for each batch,
+    from the same draws, so that a place in the batch is not tied to a stratum: an image that always
+    has the same place sees all levels.
     """
 
     def __call__(self, uniform: Tensor) -> Tensor:
+        """Return (stratum + u) / B, where the batch holds each of the B strata once."""
         count = len(uniform)
         # uniform, and independent of each of the draws for two or more of them
         offset = uniform.double().sum() % 1 * count
@@ -62,8 +65,8 @@ TimesConfig = Stratified | IndependentTimes
 
 
 class Losses(NamedTuple):
-    """Loss of each sample (B,) and the level it was taken at, so that it can be binned by
-    log-SNR.
+    """The loss of each sample (B,), and the level at which it was taken, so that it can be binned
+    by log-SNR.
     """
 
     per_sample: Tensor
@@ -103,8 +106,9 @@ class Objective:
         require_schedule(self.schedule, where="objective.schedule")
 
     def levels(self, uniform: Tensor) -> NoiseLevel:
-        """The batch's noise levels from uniform draws (B,) in [0, 1); in float64, or the last
-        stratum may round to 1.
+        """Return the batch's noise levels for uniform draws (B,) in [0, 1).
+
+        The draws should be float64; otherwise the last stratum may round to 1.
         """
         return self.schedule(self.times(uniform))
 
@@ -117,7 +121,7 @@ class Objective:
         level: NoiseLevel,
         noise: Tensor,
     ) -> Losses:
-        """Loss of each sample.
+        """Return the loss of each sample, (B,), with its level.
 
         Args:
             x0: clean data (B, C, H, W), in the space the network works in.

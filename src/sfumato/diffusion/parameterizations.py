@@ -1,11 +1,10 @@
-"""What a network predicts and the coordinate a solver integrates in: one object, defined by a scale
-and a coordinate.
+"""What a network predicts and the coordinate in which a solver integrates: one object, defined by a
+scale and a coordinate.
 
 Along the path x = alpha*x0 + sigma*eps the tangent d(x/k)/dc is a combination T = a*x0 + b*eps. T
-is the network's target, and
-dy/dc = T with y = x/k is the sampling ODE. Everything else (recovering x0 and eps, converting
-losses) is written once, below.
-No other module divides a prediction by alpha or sigma.
+is the network's target, and dy/dc = T with y = x/k is the sampling ODE. Everything else (recovering
+x0 and eps, converting losses) is written once, below. No other module divides a prediction by alpha
+or sigma.
 """
 
 from __future__ import annotations
@@ -23,29 +22,27 @@ from sfumato.errors import ScheduleError
 
 
 class Parameterization(ABC):
-    """A target T = a*x0 + b*eps together with the scale k and the coordinate c that it is the
-    tangent of.
-    """
+    """A target T = a*x0 + b*eps, with the scale k and the coordinate c whose tangent it is."""
 
     @abstractmethod
     def scale(self, level: NoiseLevel) -> Tensor:
-        """k(level), homogeneous of degree 1 in (alpha, sigma)."""
+        """Return k(level), homogeneous of degree 1 in (alpha, sigma)."""
 
     @abstractmethod
     def coordinate(self, level: NoiseLevel) -> Tensor:
-        """c(level), a monotone function of the log-SNR alone."""
+        """Return c(level), a monotone function of the log-SNR alone."""
 
     @abstractmethod
     def level(self, coordinate: Tensor) -> NoiseLevel:
-        """The level of unit scale, k = 1, that has this coordinate."""
+        """Return the level of unit scale, k = 1, that has this coordinate."""
 
     @abstractmethod
     def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """(a, b) = d(alpha/k, sigma/k)/dc."""
+        """Return (a, b) = d(alpha/k, sigma/k)/dc."""
 
     @final
     def finite_coordinate(self, level: NoiseLevel) -> Tensor:
-        """c(level), for solvers that integrate in it.
+        """Return c(level), for solvers that integrate in it.
 
         Raises:
             ScheduleError: where it is infinite: `Epsilon` at alpha = 0, `Sample` at sigma = 0.
@@ -63,20 +60,22 @@ class Parameterization(ABC):
 
     @final
     def determinant(self, level: NoiseLevel) -> Tensor:
-        """D = a*sigma - b*alpha. |T^ - T| = |D/sigma| |x0^ - x0| = |D/alpha| |eps^ - eps|."""
+        """Return D = a*sigma - b*alpha.
+
+        |T^ - T| = |D/sigma| |x0^ - x0| = |D/alpha| |eps^ - eps|.
+        """
         a, b = self.tangent(level)
         return a * level.sigma - b * level.alpha
 
     @final
     def target(self, denoised: Denoised, level: NoiseLevel) -> Tensor:
-        """T = a*x0 + b*eps, shape of x0."""
+        """Return T = a*x0 + b*eps, shape of x0."""
         a, b = self.tangent(level.like(denoised.x0))
         return a * denoised.x0 + b * denoised.eps
 
     @final
     def solve(self, output: Tensor, x: Tensor, level: NoiseLevel) -> Denoised:
-        """Recover x0 = (sigma*T - b*x)/D and eps = (a*x - alpha*T)/D from a prediction T of the
-        target.
+        """Recover x0 = (sigma*T - b*x)/D and eps = (a*x - alpha*T)/D from a prediction T.
 
         Args:
             output: the prediction T, shape (B, ...).
@@ -112,15 +111,19 @@ class Epsilon(Parameterization):
     """
 
     def scale(self, level: NoiseLevel) -> Tensor:
+        """Return k = alpha."""
         return level.alpha
 
     def coordinate(self, level: NoiseLevel) -> Tensor:
+        """Return c = sigma / alpha, infinite at alpha = 0."""
         return level.sigma / level.alpha
 
     def level(self, coordinate: Tensor) -> NoiseLevel:
+        """Return (alpha, sigma) = (1, c)."""
         return NoiseLevel(torch.ones_like(coordinate), coordinate)
 
     def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Return (a, b) = (0, 1): T = eps."""
         return torch.zeros_like(level.alpha), torch.ones_like(level.sigma)
 
 
@@ -133,15 +136,19 @@ class Sample(Parameterization):
     """
 
     def scale(self, level: NoiseLevel) -> Tensor:
+        """Return k = sigma."""
         return level.sigma
 
     def coordinate(self, level: NoiseLevel) -> Tensor:
+        """Return c = alpha / sigma, infinite at sigma = 0."""
         return level.alpha / level.sigma
 
     def level(self, coordinate: Tensor) -> NoiseLevel:
+        """Return (alpha, sigma) = (c, 1)."""
         return NoiseLevel(coordinate, torch.ones_like(coordinate))
 
     def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Return (a, b) = (1, 0): T = x0."""
         return torch.ones_like(level.alpha), torch.zeros_like(level.sigma)
 
 
@@ -153,15 +160,19 @@ class Flow(Parameterization):
     """
 
     def scale(self, level: NoiseLevel) -> Tensor:
+        """Return k = alpha + sigma."""
         return level.alpha + level.sigma
 
     def coordinate(self, level: NoiseLevel) -> Tensor:
+        """Return c = sigma / (alpha + sigma), in [0, 1]."""
         return level.sigma / (level.alpha + level.sigma)
 
     def level(self, coordinate: Tensor) -> NoiseLevel:
+        """Return (alpha, sigma) = (1 - c, c)."""
         return NoiseLevel(1 - coordinate, coordinate)
 
     def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Return (a, b) = (-1, 1): T = eps - x0."""
         return -torch.ones_like(level.alpha), torch.ones_like(level.sigma)
 
 
@@ -170,9 +181,9 @@ class Velocity(Parameterization):
     """The rotation's velocity: k = sqrt(alpha^2 sd^2 + sigma^2), c = atan2(sigma, alpha sd), T =
     (-sigma/sd x0 + alpha sd eps)/k.
 
-    `Velocity(1)` is Salimans & Ho's v. With `sigma_data` the data's standard deviation it is EDM's
-    preconditioning: EDM's
-    network output is -T, and its c_skip and c_out are what `solve` computes.
+    `Velocity(1)` is Salimans & Ho's v. With the data's standard deviation as `sigma_data` it is
+    EDM's preconditioning: EDM's network output is -T, and its c_skip and c_out are what `solve`
+    computes.
 
     Attributes:
         sigma_data: standard deviation of the data.
@@ -183,15 +194,19 @@ class Velocity(Parameterization):
     sigma_data: Positive = 1.0
 
     def scale(self, level: NoiseLevel) -> Tensor:
+        """Return k = sqrt(alpha^2 sd^2 + sigma^2)."""
         return torch.hypot(level.alpha * self.sigma_data, level.sigma)
 
     def coordinate(self, level: NoiseLevel) -> Tensor:
+        """Return c = atan2(sigma, alpha sd), in [0, pi/2]."""
         return torch.atan2(level.sigma, level.alpha * self.sigma_data)
 
     def level(self, coordinate: Tensor) -> NoiseLevel:
+        """Return (alpha, sigma) = (cos(c) / sd, sin(c))."""
         return NoiseLevel(torch.cos(coordinate) / self.sigma_data, torch.sin(coordinate))
 
     def tangent(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Return (a, b) = (-sigma / (sd k), alpha sd / k)."""
         scale = self.scale(level)
         return -level.sigma / (self.sigma_data * scale), level.alpha * self.sigma_data / scale
 

@@ -1,10 +1,8 @@
 """Schedules: monotone maps from a time t in [0, 1] to a noise level, t = 0 data, t = 1 noise.
 
-Training feeds one random times, sampling feeds it an even grid. So noise schedule, training-time
-density, inference grid,
-timestep shift and Karras' rho are one type. A posterior mean depends on the log-SNR alone: a
-network trained on one schedule
-samples on any other.
+Training evaluates a schedule at random times, sampling on an even grid. So the noise schedule, the
+training-time density, the inference grid, the timestep shift and Karras' rho are one type. A
+posterior mean depends on the log-SNR alone: a network trained on one schedule samples on any other.
 """
 
 from __future__ import annotations
@@ -27,19 +25,21 @@ HINT = "its numbers must give finite levels whose share of noise never falls fro
 
 
 class Schedule(Extensible, ABC):
-    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t. A dataclass
-    that derives from it is a kind of
-    schedule.
+    """A curve through the (alpha, sigma) quadrant whose log-SNR strictly falls with t.
+
+    A dataclass derived from this class is a kind of schedule.
     """
 
     @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:
-        """The levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
+        """Return the levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
 
 
 def require_schedule(schedule: Schedule, *, where: str) -> None:
-    """Raise ScheduleError unless levels are finite and never rise, and there is more noise at the
-    end than at the beginning.
+    """Raise ScheduleError unless the levels are finite and lead from data to noise.
+
+    At 65 even times, the log-SNR must never rise, and must be lower at the end than at the
+    beginning.
     """
     try:
         alpha, sigma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64))
@@ -59,7 +59,7 @@ def require_schedule(schedule: Schedule, *, where: str) -> None:
 
 
 def _variance_preserving(log_alpha: Tensor) -> NoiseLevel:
-    """The level of unit variance with this log(alpha); exact for sigma near 0."""
+    """Return the level of unit variance with this log(alpha); exact for sigma near 0."""
     return NoiseLevel(torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha)))
 
 
@@ -74,6 +74,7 @@ class Linear(Schedule):
     """
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = 1 - t, sigma = t."""
         return NoiseLevel(1 - t, t)
 
 
@@ -84,6 +85,7 @@ class Cosine(Schedule):
     """
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = cos(pi t/2), sigma = sin(pi t/2)."""
         return NoiseLevel(torch.sin(HALF_PI * (1 - t)), torch.sin(HALF_PI * t))
 
 
@@ -100,6 +102,7 @@ class VariancePreserving(Schedule):
     beta_max: Positive = 20.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return the level with log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2."""
         return _variance_preserving(
             -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
         )
@@ -108,7 +111,7 @@ class VariancePreserving(Schedule):
 @dataclass(frozen=True, kw_only=True)
 class _DiscreteBetas:
     """A table of betas, read at any time: alpha at t = (i+1)/T is sqrt(prod_{j<=i} (1 - beta_j))
-    exactly, log-linear between.
+    exactly, log-linear in between.
     """
 
     beta_start: InnerFraction
@@ -116,7 +119,7 @@ class _DiscreteBetas:
     steps: Size
 
     def betas(self) -> Tensor:
-        """beta_0 ... beta_{T-1}, shape (steps,), float64."""
+        """Return beta_0 ... beta_{T-1}, shape (steps,), float64."""
         raise NotImplementedError
 
     @cached_property
@@ -126,6 +129,7 @@ class _DiscreteBetas:
         )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return the level whose log alpha is interpolated linearly in the table at `t`."""
         return _variance_preserving(_interpolate(self._log_alpha, t))
 
 
@@ -144,6 +148,7 @@ class LinearBetas(_DiscreteBetas, Schedule):
     steps: Size = 1000
 
     def betas(self) -> Tensor:
+        """Return `steps` betas evenly spaced from `beta_start` to `beta_end`, float64."""
         return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
 
 
@@ -162,6 +167,7 @@ class ScaledLinear(_DiscreteBetas, Schedule):
     steps: Size = 1000
 
     def betas(self) -> Tensor:
+        """Return `steps` betas whose square roots are evenly spaced, float64."""
         return (
             torch.linspace(
                 self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64
@@ -185,6 +191,8 @@ class Sigmoid(Schedule):
     temperature: Positive = 1.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha^2 = (s(1) - s(t)) / (s(1) - s(0)), s the sigmoid from `start` to `end`."""
+
         def curve(time: Tensor) -> Tensor:
             return torch.sigmoid((time * (self.end - self.start) + self.start) / self.temperature)
 
@@ -209,6 +217,7 @@ class VarianceExploding(Schedule):
     sigma_max: Positive = 50.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t."""
         return _variance_exploding(self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
 
 
@@ -226,6 +235,7 @@ class Karras(Schedule):
     rho: Positive = 7.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = 1, sigma^(1/rho) linear in t from `sigma_min` to `sigma_max`."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return _variance_exploding((low + t * (high - low)) ** self.rho)
 
@@ -247,6 +257,7 @@ class LogNormal(Schedule):
     tail: InnerFraction = 1e-6
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = 1, log sigma = mean + std Phi^-1(tail + (1 - 2 tail) t)."""
         # In float64: float32 rounds the upper tail by a twentieth of itself.
         quantile = torch.special.ndtri(self.tail + (1 - 2 * self.tail) * t.to(torch.float64)).to(
             t.dtype
@@ -267,6 +278,7 @@ class UniformLogSNR(Schedule):
     logsnr_max: Finite = 10.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda), lambda linear in t."""
         logsnr = self.logsnr_max + t * (self.logsnr_min - self.logsnr_max)
         return NoiseLevel(torch.sqrt(torch.sigmoid(logsnr)), torch.sqrt(torch.sigmoid(-logsnr)))
 
@@ -290,12 +302,13 @@ class Geometric(Schedule):
     steps: Size = 100
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha = 1, sigma = sigma_max ratio^(steps (1 - t))."""
         return _variance_exploding(self.sigma_max * self.ratio ** (self.steps * (1 - t)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tabulated(Schedule):
-    """Any curve, given as levels at evenly spaced times from t = 0 to t = 1; straight lines in
+    """Any curve, given as levels at evenly spaced times from t = 0 to t = 1, with straight lines in
     between.
 
     Attributes:
@@ -325,6 +338,7 @@ class Tabulated(Schedule):
             )
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return alpha and sigma interpolated linearly in their tables at `t`."""
         alphas, sigmas = (
             torch.tensor(table, dtype=torch.float64) for table in (self.alphas, self.sigmas)
         )
@@ -332,9 +346,7 @@ class Tabulated(Schedule):
 
 
 def _interpolate(table: Tensor, t: Tensor) -> Tensor:
-    """Piecewise-linear value at times `t` of a table at even times, in t's dtype and on its
-    device.
-    """
+    """Interpolate a table at even times linearly at `t`, in t's dtype and on its device."""
     position = t.to(torch.float64) * (len(table) - 1)
     index = position.floor().clamp(0, len(table) - 2).long()
     table = table.to(t.device)
@@ -342,13 +354,14 @@ def _interpolate(table: Tensor, t: Tensor) -> Tensor:
 
 
 class Warp(Extensible, ABC):
-    """A strictly increasing map of [0, 1] into itself. A dataclass that derives from it is a kind
-    of warp.
+    """A strictly increasing map of [0, 1] into itself.
+
+    A dataclass derived from this class is a kind of warp.
     """
 
     @abstractmethod
     def __call__(self, t: Tensor) -> Tensor:
-        """Warped times, of t's shape."""
+        """Return the warped times, of t's shape."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +376,7 @@ class Shift(Warp):
     factor: Positive = 3.0
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Return s t / (1 + (s - 1) t), exact at both ends."""
         return t / (t + (1 - t) / self.factor)  # this form is exact at both ends
 
 
@@ -379,6 +393,7 @@ class LogitNormal(Warp):
     std: Positive = 1.0
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Return sigmoid(mean + std Phi^-1(t))."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(t.to(torch.float64))).to(
             t.dtype
         )
@@ -386,7 +401,7 @@ class LogitNormal(Warp):
 
 @dataclass(frozen=True)
 class Mode(Warp):
-    """t -> t + s (sin^2(pi t/2) - t): more times in the middle for s > 0 (Esser et al. 2024,
+    """t -> t + s (t - sin^2(pi t/2)): more times in the middle for s > 0 (Esser et al. 2024,
     arXiv:2403.03206, eq. 20, t reversed).
 
     Attributes:
@@ -404,6 +419,7 @@ class Mode(Warp):
             )
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Return t + s (t - sin^2(pi t/2))."""
         reverse = 1 - t
         return 1 - reverse - self.scale * (torch.cos(HALF_PI * reverse) ** 2 - 1 + reverse)
 
@@ -424,13 +440,14 @@ class Span(Warp):
             raise ScheduleError(f"[{self.low}, {self.high}] is not within [0, 1]", where="Span")
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Return low + (high - low) t."""
         return self.low + (self.high - self.low) * t
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warped(Schedule):
-    """A schedule read at warped times: another density of training levels, another spacing of the
-    sampling grid.
+    """A schedule read at warped times: another density of training levels, or another spacing of
+    the sampling grid.
 
     Attributes:
         schedule: the schedule that is read.
@@ -441,6 +458,7 @@ class Warped(Schedule):
     warp: Warp
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return the schedule's levels at the warped times."""
         return self.schedule(self.warp(t))
 
 
@@ -459,6 +477,7 @@ class ZeroTerminalSNR(Schedule):
     schedule: Schedule
 
     def __call__(self, t: Tensor) -> NoiseLevel:
+        """Return the stretched alpha', and sigma' = sqrt(1 - alpha'^2)."""
         ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
         if not torch.allclose(torch.hypot(*ends), torch.ones(2, dtype=torch.float64)):
             raise ScheduleError(

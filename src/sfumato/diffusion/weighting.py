@@ -1,9 +1,8 @@
 """How much each noise level counts in the loss.
 
 A weighting is stated in noise-prediction space, L = E w(lambda) |eps^ - eps|^2, whatever the
-network predicts, and given here as
-alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ - T|^2 the weight on the target's error is
-alpha^2 w / D^2, finite at both ends.
+network predicts, and returned here as alpha^2 w(lambda): with |eps^ - eps|^2 = (alpha/D)^2 |T^ -
+T|^2 the weight on the target's error is alpha^2 w / D^2, finite at both ends.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from sfumato.diffusion.parameterizations import Flow, Parameterization, Paramete
 
 
 class Weighting(Extensible, ABC):
-    """alpha^2 w(lambda) as a function of the level. A dataclass that derives from it is a kind of
-    weighting.
+    """A weighting, as alpha^2 w(lambda) of the level.
+
+    A dataclass derived from this class is a kind of weighting.
     """
 
     @abstractmethod
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
-        """The factor of each level, of the level's shape."""
+        """Return alpha^2 w(lambda), of the level's shape."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Native(Weighting):
     """
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return D^2, D the determinant of the network's own parameterization."""
         return parameterization.determinant(level) ** 2
 
 
@@ -46,6 +47,7 @@ class UniformEpsilon(Weighting):
     """w = 1: DDPM's simple loss (Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return alpha^2."""
         return level.alpha**2
 
 
@@ -60,6 +62,7 @@ class MinSNR(Weighting):
     gamma: Positive = 5.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return min(alpha^2, gamma sigma^2)."""
         return torch.minimum(level.alpha**2, self.gamma * level.sigma**2)
 
 
@@ -77,6 +80,7 @@ class SigmoidWeighting(Weighting):
     bias: Finite = 0.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return alpha^2 sigmoid(bias - lambda)."""
         return level.alpha**2 * torch.sigmoid(self.bias - level.logsnr())
 
 
@@ -91,6 +95,7 @@ class EDM(Weighting):
     sigma_data: Positive = 0.5
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return alpha^2 + (sigma / sigma_data)^2."""
         return level.alpha**2 + (level.sigma / self.sigma_data) ** 2
 
 
@@ -105,8 +110,8 @@ class TargetSpace(Weighting):
             bound as noise vanishes.
 
     Source: Salimans & Ho 2022 (arXiv:2202.00512), sec. 4; for large patches: Li & He 2025
-        (arXiv:2511.13720), table 1 and sec. 4,
-        which takes 0.05 for the least noise and so 1/0.05^2 for `most`.
+        (arXiv:2511.13720), table 1 and sec. 4, which takes 0.05 for the least noise and so 1/0.05^2
+        for `max_weight`.
     """
 
     kind: ClassVar[str] = "target-space"
@@ -115,11 +120,12 @@ class TargetSpace(Weighting):
     max_weight: Positive = 400.0
 
     def __call__(self, level: NoiseLevel, parameterization: Parameterization) -> Tensor:
+        """Return min(D^2, max_weight sigma^2), D the determinant of `space`."""
         return torch.minimum(self.space.determinant(level) ** 2, self.max_weight * level.sigma**2)
 
 
 def target_weight(
     weighting: Weighting, level: NoiseLevel, parameterization: Parameterization
 ) -> Tensor:
-    """The weight on |T^ - T|^2 at `level`, any shape."""
+    """Return the weight on |T^ - T|^2 at `level`, alpha^2 w / D^2, any shape."""
     return weighting(level, parameterization) / parameterization.determinant(level) ** 2

@@ -1,4 +1,4 @@
-"""How good a model's images are, each figure beside what real, held-out images get."""
+"""How good a model's images are: each figure appears beside that of real, held-out images."""
 
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.composition import Composition, composition, composition_table

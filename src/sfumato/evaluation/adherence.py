@@ -1,11 +1,9 @@
-"""Does the condition work? Figures of samples against their own condition, next to the same figures
-against the conditions of others.
+"""Whether the condition works: samples are compared with their own condition and with others.
 
-Every figure is taken three times: for samples and their own condition, for the same samples and
-another sample's condition
-(the shuffled baseline: what a model that ignores its condition would get), and for the real images
-that the conditions belong
-to (the ceiling). Conditions come from held-out images.
+Every figure is taken three times: for samples and their own condition; for the same samples and
+another sample's condition (the shuffled baseline: what a model that ignores its condition would
+get); and for the real images that the conditions belong to (the ceiling). Conditions come from
+held-out images.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ LARGEST = 500  # samples of each context
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
+    """Return the 95 % interval of a proportion `successes` in [0, 1] of n trials (Wilson 1927)."""
     z = 1.96
     centre = (successes + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(successes * (1 - successes) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -42,7 +40,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A mean with its 95 % interval: normal, or of a proportion (Wilson's)."""
+    """A mean with its 95 % interval: normal, or Wilson's for a proportion."""
 
     mean: float
     low: float
@@ -50,7 +48,10 @@ class Figure:
 
     @classmethod
     def of(cls, values: Tensor) -> Figure:
-        """Of one value for each sample; values that are all 0 or 1 are a proportion."""
+        """Average one value for each sample, without NaN.
+
+        Values that are all 0 or 1 are a proportion.
+        """
         known = values[~values.isnan()].double()
         if len(known) and bool(((known == 0) | (known == 1)).all()):
             low, high = wilson(float(known.mean()), len(known))
@@ -85,7 +86,7 @@ class Adherence:
 
     @property
     def works(self) -> bool:
-        """Whether the intervals stand apart on the right side."""
+        """Whether the intervals of own and shuffled do not overlap, and own is better."""
         if self.better == "higher":
             return self.own.low > self.shuffled.high
         return self.own.high < self.shuffled.low
@@ -102,12 +103,13 @@ def measure_adherence(
     keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
-    """Figures of each context that the model reads, on conditions of held-out images; each alone,
-    then all together.
+    """Measure each context that the model reads, then all together, on held-out conditions.
 
     Args:
-        keep: handed each context's name, the condition, the samples and the real images (n, C,
+        num: samples of each context, at most LARGEST.
+        keep: called with each context's name, the condition, the samples and the real images (n, C,
             H, W) in [-1, 1].
+        on_progress: called with the fraction that is done, and what is being done.
     """
     tell = on_progress or (lambda fraction, text: None)
     positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
@@ -136,7 +138,7 @@ def measure_adherence(
 
 
 def spread(positions: NDArray[np.int64], num: int) -> NDArray[np.int64]:
-    """At most `num` of the positions, evenly chosen."""
+    """Return at most `num` of the positions, evenly chosen."""
     return positions[
         np.linspace(0, len(positions) - 1, min(num, len(positions))).round().astype(np.int64)
     ]
@@ -165,7 +167,7 @@ def _metrics(
     pipeline: Pipeline,
     classifier: Classifier | None,
 ) -> dict[str, tuple[str, Metric]]:
-    """What can be measured of some contexts together, with the direction that is better."""
+    """Return what can be measured of some contexts together, with the direction that is better."""
     found: dict[str, tuple[str, Metric]] = {
         "rank of its own image": ("higher", lambda x, i: own_rank(x, real, i))
     }
@@ -181,11 +183,11 @@ def _metrics(
 
 
 def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
-    """Of each image (n): share of the other real images that are less like it than the one numbered
-    `own`; 1 best, 1/2 chance.
+    """Return the share of the other real images that are less like each image than its own, (n,).
 
-    Alike: by the distance between images averaged to 8 x 8, in which colours and masses count and
-    small shifts do not.
+    `own` numbers the real image that belongs to each; 1 is best, 1/2 is chance. Images are compared
+    by the distance between their averages to 8 x 8, which depends on colours and masses but not on
+    small shifts.
     """
     small, others = (
         F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (images, real)
@@ -197,7 +199,7 @@ def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
 
 
 def adherence_table(rows: list[Adherence]) -> str:
-    """The figures for a person."""
+    """Format the figures as a table."""
     head = ("context", "figure", "n", "samples", "shuffled conditions", "real images", "follows")
     return format_table(
         [

@@ -1,5 +1,6 @@
-"""A small classifier trained on the run's own labelled images: it reads samples, and its last layer
-is the feature space.
+"""A small classifier trained on the run's own labelled images.
+
+It classifies samples, and its last hidden layer is the feature space.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FEWEST_STEPS, SMALLEST_BATCH = 100, 16
 
 
 class _Network(nn.Module):
-    """Convolutions down to at most 4 x 4, then 64 features."""
+    """Convolutions down to at most 2 x 2, then 64 features."""
 
     def __init__(self, channels: int, resolution: int, categories: int) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A trained classifier, and what it gets right on images it has not seen."""
+    """A trained classifier, and its accuracy on images that it has not seen."""
 
     network: nn.Module
     held_out_accuracy: float
@@ -56,7 +57,7 @@ class Classifier:
 
     @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Category (N,) and features (N, 64), float64, of images in [-1, 1]."""
+        """Return the category (N,) and the features (N, 64), in float64, of images in [-1, 1]."""
         network: Any = self.network
         parts = [(network(part).argmax(1), network.features(part)) for part in images.split(256)]
         return torch.cat([labels for labels, _ in parts]), torch.cat(
@@ -65,7 +66,7 @@ class Classifier:
 
 
 def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of `positions` whose images have a category."""
+    """Return those of `positions` whose images have a category."""
     result: NDArray[np.int64] = positions[
         (dataset.labels[torch.from_numpy(positions)] >= 0).numpy()
     ]
@@ -81,14 +82,14 @@ def train_classifier(
     batch_size: int = 64,
     on_progress: Callable[[float], None] | None = None,
 ) -> Classifier:
-    """Train on the images at `positions` that have a category, test on such of the held-out part.
+    """Train on the images at `positions` that have a category, and test on such held-out images.
 
-    Noise and label smoothing keep it from being sure of itself.
+    Noise and label smoothing keep it from becoming overconfident.
 
     Args:
         steps, batch_size: upper limits; a small set gets fewer, so that each image is seen about
             200 times.
-        on_progress: told the share of the steps that are done.
+        on_progress: called with the share of the steps that are done.
     """
     positions, held_out = (
         labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout))

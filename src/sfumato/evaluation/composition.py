@@ -1,11 +1,11 @@
-"""Combinations that the model has not seen: requested by prompt, held against the real images that were
-kept from training.
+"""Combinations that the model has not seen.
 
-Three makers are compared: the model; a copyist, who gives the training image whose caption is most
-like the prompt (the
-nearest-neighbour baseline); and the model's samples for other prompts (shuffled). A model that only
-remembers does no better than
-the copyist; one that does not listen does no better than shuffled.
+Samples of their prompts are compared with the real images that were kept from training.
+
+Three makers are compared: the model; a copyist, which returns the training image whose caption is
+most like the prompt (the nearest-neighbour baseline); and the model's samples for other prompts
+(shuffled). A model that only remembers does no better than the copyist; one that ignores its prompt
+does no better than shuffled.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def composition(
     seed: int = 1,
     guidance: float | None = None,
 ) -> list[Composition]:
-    """Figures for the held-out images at positions `held`, which have captions; of many, for some
-    that are evenly chosen.
+    """Return figures for the held-out images at positions `held`, which must have captions.
+
+    Of more than LARGEST images, that many are evenly chosen. The last row is of the real images.
     """
     held = spread(held, LARGEST)
     seen = dataset.usual(dataset.training)
@@ -101,8 +102,10 @@ def composition(
 def _family(
     seen: NDArray[np.int64], held: NDArray[np.int64], captions: dict[int, str]
 ) -> NDArray[np.int64]:
-    """Training images whose captions use no word but those of the held-out ones and of their like:
-    what could be mistaken.
+    """Return the training images that could be mistaken for the held-out ones.
+
+    More than half of the words in their captions also appear in captions of held-out images. If
+    there are none, all training images are returned.
     """
     combined = set().union(*(words(captions[int(i)]) for i in held))
     chosen = [
@@ -114,12 +117,12 @@ def _family(
 
 
 def words(caption: str) -> frozenset[str]:
-    """The words of a caption, without case."""
+    """Return the different words of a caption, in lower case."""
     return frozenset(re.findall(r"\w+", caption.casefold()))
 
 
 def overlap(a: str, b: str) -> float:
-    """Words of both over words of either."""
+    """Return the number of words in both captions over that of words in either."""
     mine, theirs = words(a), words(b)
     return len(mine & theirs) / max(1, len(mine | theirs))
 
@@ -155,7 +158,7 @@ def _figures(
 
 
 def composition_table(rows: Sequence[Composition]) -> str:
-    """The figures for a person."""
+    """Format the figures as a table."""
     head = (
         "maker",
         "n",

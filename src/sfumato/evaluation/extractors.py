@@ -1,4 +1,4 @@
-"""Where the frozen networks come from that images are compared with."""
+"""The frozen networks in whose features images are compared."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def extractor(name: str) -> Features:
-    """The frozen network that `name` stands for.
+    """Return the frozen network that a name refers to.
 
     Args:
         name: `efficientnet-lite0` (extra `features`), `random`, a .safetensors file with the
-            tensors of VGG-16 and LPIPS, the folder of a
-            vision transformer such as DINOv2 (extra `text`), or `auto`: EfficientNet-Lite0 if it is
-            installed, else random features.
+            tensors of VGG-16 and LPIPS, the folder of a vision transformer such as DINOv2 (extra
+            `text`), or `auto`: EfficientNet-Lite0 if it is installed, else random features.
     Raises:
         ConfigError: for another name, or a package that is not installed.
         CheckpointError: for a file that cannot be read.
@@ -71,9 +70,11 @@ def extractor(name: str) -> Features:
 
 @torch.no_grad()
 def pooled(features: Features, images: Tensor, *, side: int = 64) -> Tensor:
-    """Features (n, d) of images (n, C, H, W) in [-1, 1]; those whose shorter side is below `side`
-    are enlarged to it, since networks that
-    were trained on large images make little of small ones."""
+    """Return features (n, d) of images (n, C, H, W) in [-1, 1].
+
+    Images whose shorter side is below `side` are enlarged to it, since networks that were trained
+    on large images make little of small ones.
+    """
     scale = max(1.0, side / min(images.shape[2:]))
     size = [round(scale * length) for length in images.shape[2:]]
     larger = (
@@ -84,7 +85,7 @@ def pooled(features: Features, images: Tensor, *, side: int = 64) -> Tensor:
 
 
 def efficientnet() -> EfficientNetLite0:
-    """EfficientNet-Lite0 with the ImageNet weights of its package, whose code is not run.
+    """Load EfficientNet-Lite0 with the ImageNet weights of its package, whose code is not run.
 
     Raises:
         ConfigError: if the package is not installed.

@@ -1,4 +1,4 @@
-"""One evaluation of a pipeline against the data it was trained on."""
+"""The fidelity of samples: a pipeline is compared with the data that it was trained on."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ class Evaluation:
     remarks: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the figures as plain data, for JSON."""
         return asdict(self)
 
 
 class Compared(NamedTuple):
-    """Positions of the training and held-out images that are compared: of the commonest shape, with
-    a category if any have one.
+    """Positions of the training and held-out images that are compared.
+
+    They have the commonest shape, and a category if the data have categories.
     """
 
     training: NDArray[np.int64]
@@ -89,11 +90,11 @@ class Compared(NamedTuple):
 
 
 def compared(dataset: Dataset) -> Compared:
-    """What an evaluation of a model of this dataset compares.
+    """Return the images that an evaluation of a model of this dataset compares.
 
     Raises:
-        DataError: if fewer than two images are held out, or fewer than four are left to compare
-            with: before anything is trained.
+        DataError: if fewer than two held-out or four training images are left. This is known before
+            anything is trained.
     """
     training, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
     which = "held out"
@@ -118,7 +119,7 @@ def compared(dataset: Dataset) -> Compared:
 
 
 def balanced(labels: Tensor, each: int) -> Tensor:
-    """Positions of the first `each` images of every category, or of as many as there are."""
+    """Return the positions of the first `each` images of every category, or of all that it has."""
     return torch.cat([torch.nonzero(labels == label)[:each, 0] for label in labels.unique()])
 
 
@@ -135,16 +136,16 @@ def evaluate(
 ) -> Evaluation:
     """Generate `num` images for each guidance scale, and compare them with real ones.
 
-    Where the data have categories, a classifier trained on them reads the samples, and the features
-    are those of another; where they
-    have none, features come from a frozen network. A model that is steered by nothing but
-    categories samples each in turn; others
-    for what held-out images are.
+    If the data have categories, a classifier trained on them classifies the samples, and the
+    features are those of a second classifier; otherwise, the features come from a frozen network. A
+    model that is steered by nothing but categories samples each in turn; other models sample with
+    the conditions of held-out images.
 
     Args:
-        reader: what samples are read with, where there are categories; trained on the training
-            images unless given.
-        keep: handed each scale's images in [0, 1] and their nearest training images.
+        reader: the classifier of the samples, if there are categories; by default, it is trained on
+            the training images.
+        keep: called with each scale, its images in [0, 1] and their nearest training images.
+        on_progress: called with the fraction that is done, and what is being done.
     Raises:
         DataError: if there are too few images to compare: see `compared`.
     """
@@ -194,7 +195,7 @@ def evaluate(
 
 
 def _remarks(held_out: int, rows: Sequence[Row], reference: int) -> list[str]:
-    """What too few images mean for the figures."""
+    """Return sentences on what too few images mean for the figures."""
     found = []
     if held_out < FEWEST:
         found.append(
@@ -213,7 +214,7 @@ def _remarks(held_out: int, rows: Sequence[Row], reference: int) -> list[str]:
 
 
 def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
-    """The category of each image; one for all where there are none."""
+    """Return the category of each image; 0 for all if there are no categories."""
     labels = dataset.labels[torch.from_numpy(positions)]
     return labels if len(dataset.categories) > 1 else torch.zeros_like(labels)
 
@@ -221,8 +222,9 @@ def _kinds(dataset: Dataset, positions: NDArray[np.int64]) -> Tensor:
 def _asked(
     pipeline: Pipeline, dataset: Dataset, holdout: NDArray[np.int64], num: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """The conditions of `num` samples, and their categories: each category in turn, or what
-    held-out images are.
+    """Return the conditions of `num` samples, and their categories.
+
+    They are each category in turn, or those of held-out images.
     """
     listed = values_in_turn(pipeline.reads, num, pipeline.facts)
     if listed is not None:
@@ -236,8 +238,10 @@ def _asked(
 
 
 class FeatureSpace(NamedTuple):
-    """What images are looked at with: features (n, d) of images in [-1, 1], those of training
-    images, and a reader of categories.
+    """The space in which images are compared.
+
+    `features` maps images in [-1, 1] to (n, d), `reference` holds those of training images, and
+    `reader` classifies images.
     """
 
     name: str
@@ -252,10 +256,12 @@ def _trained_eyes(
     reader: Classifier | None,
     on_progress: Callable[[float], None],
 ) -> FeatureSpace:
-    """Features of images that a classifier was trained on are not like those of images it has not
-    seen. So the features come from one
-    trained on half of the training images, and the reference is the other half: as new to it as the
-    hold-out and the samples."""
+    """Train the classifier whose features are compared, and the one that classifies samples.
+
+    The features of images that a classifier was trained on are unlike those of images that it has
+    not seen. So the features come from one trained on half of the training images, and the
+    reference is the other half: as new to it as the hold-out and the samples.
+    """
     order = randomness.permutation(0, "evaluation", index=0, size=len(trained_on))
     seen, reference = (trained_on[part][:LARGEST_TRAINING] for part in np.array_split(order, 2))
     classifier = train_classifier(dataset, seen, on_progress=on_progress)
@@ -287,11 +293,17 @@ def _frozen_eyes(dataset: Dataset, trained_on: NDArray[np.int64]) -> FeatureSpac
 
 @dataclass(frozen=True)
 class RowMaker:
+    """Makes the rows of an evaluation.
+
+    A Fréchet distance is taken of up to `each` images of every category.
+    """
+
     eyes: FeatureSpace
     training: Tensor
     each: int
 
     def row(self, name: str, images: Tensor, asked: Tensor) -> Row:
+        """Return figures of images (n, C, H, W) in [-1, 1] that were requested as `asked` (n,)."""
         neighbours = nearest(images, self.training)
         chosen = balanced(asked, self.each)
         reader = self.eyes.reader

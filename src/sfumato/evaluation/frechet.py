@@ -21,20 +21,20 @@ class Estimate(NamedTuple):
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features (n, d) and (m, d).
+    """Return |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features (n, d) and (m, d).
 
-    Biased upward for small n: compare only figures with the same n, extractor and reference.
+    It is biased upward for small n: compare only figures with the same n, extractor and reference.
+
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6.
     """
     return _distance_to(b)(a)
 
 
 def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0) -> Estimate:
-    """The same with a bootstrap interval over the first set, the samples; the reference stays.
+    """Return the distance with a bootstrap interval over the first set, the samples.
 
-    A resample has fewer different images, which alone makes the distance larger: so the resamples'
-    spread is put around the distance
-    itself.
+    The reference is not resampled. A resample has fewer different images, which alone makes the
+    distance larger; so the spread of the resamples is put around the distance itself.
     """
     drawn = torch.Generator().manual_seed(seed)
     chosen = [torch.randint(len(a), (len(a),), generator=drawn) for _ in range(resamples)]
@@ -44,9 +44,7 @@ def frechet_interval(a: Tensor, b: Tensor, *, resamples: int = 20, seed: int = 0
 
 
 def _distance_to(b: Tensor) -> Callable[[Tensor], float]:
-    """The distance as a function of the first set; what only the second decides is computed
-    once.
-    """
+    """Return the distance as a function of the first set; the rest is computed once."""
     mean, covariance = _moments(b)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -63,6 +61,6 @@ def _distance_to(b: Tensor) -> Callable[[Tensor], float]:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d), in float64."""
+    """Return the mean (d,) and the covariance (d, d), in float64."""
     features = features.double()
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)

@@ -51,7 +51,7 @@ class EvaluationReport:
     images: Mapping[str, Image.Image]
 
     def plain(self) -> dict[str, Any]:
-        """All figures as plain data."""
+        """Return all figures as plain data."""
         return {
             **self.fidelity.plain(),
             "adherence_guidance": self.guidance,
@@ -62,11 +62,11 @@ class EvaluationReport:
         }
 
     def json(self) -> str:
-        """All figures as JSON."""
+        """Return all figures as JSON."""
         return json.dumps(self.plain(), indent=1)
 
     def table(self) -> str:
-        """All figures for a person."""
+        """Format all figures as tables, with remarks."""
         parts = [
             fidelity_table(self.fidelity),
             *(f"note: {remark}" for remark in self.fidelity.remarks),
@@ -109,7 +109,7 @@ def evaluate_pipeline(
         num: images to generate for each guidance scale.
         guidance: scales to compare, by default 1 and the pipeline's own; contexts are judged at the
             largest.
-        seed: of the generated images.
+        seed: seed of the generated images.
         on_progress: called with the fraction that is done, and what is being done.
     Raises:
         DataError: if too few images are held out.
@@ -158,7 +158,7 @@ def evaluate_pipeline(
 
 
 def _classifier(dataset: Dataset, tell: Tell) -> Classifier:
-    """The classifier of samples, trained on the run's training images."""
+    """Train the classifier of samples on the run's training images."""
     return train_classifier(
         dataset,
         dataset.usual(dataset.training),
@@ -167,15 +167,16 @@ def _classifier(dataset: Dataset, tell: Tell) -> Classifier:
 
 
 def _part(tell: Tell, start: float, stop: float) -> Tell:
-    """Progress of one measurement, as a part of all."""
+    """Return a progress callback for one measurement, which takes a part of the whole."""
     return lambda fraction, text: tell(start + (stop - start) * fraction, text)
 
 
 def _composed(
     pipeline: Pipeline, dataset: Dataset, held: NDArray[Any], seed: int, guidance: float
 ) -> list[Composition]:
-    """Figures of a hold-out's combinations, for a model that reads text and a hold-out that has
-    some.
+    """Return the figures of a hold-out's combinations.
+
+    The list is empty unless the model reads text and at least two of the images have captions.
     """
     held = dataset.usual(held)
     captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
@@ -185,7 +186,7 @@ def _composed(
 
 
 def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alpha) -> Image.Image:
-    """The samples closest to a training image, each above that image."""
+    """Draw the samples closest to a training image, each above that image."""
     closest = neighbours.first.argsort()[:PAIRS]
     real = (
         to_float(
@@ -200,7 +201,7 @@ def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alp
 
 
 def fidelity_table(result: Evaluation) -> str:
-    """The figures for a person, each row beside real held-out images."""
+    """Format the figures as a table, whose first row is that of real held-out images."""
     columns = (
         "",
         "n",

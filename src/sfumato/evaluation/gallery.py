@@ -1,4 +1,4 @@
-"""The condition, the sample and the real image, one above the other."""
+"""Sheets of conditions with the sample and the real image of each."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ TILE = 96  # pixels on screen that a small image is enlarged to
 def gallery(
     context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: ConditioningInfo
 ) -> Image.Image:
-    """A sheet of up to ten conditions, evenly chosen: above each its words, then its drawn parts,
-    the sample and the real image.
+    """Draw a sheet of up to ten conditions, evenly chosen, each in a column.
+
+    From top to bottom, a column has the condition's words, its drawn parts, the sample and the real
+    image.
 
     Args:
         context: the conditions of the samples, batched, by the names of contexts.
         samples, real: (n, C, H, W) in [-1, 1].
-        facts: what the model knows of its training set.
+        facts: what the model knows about its training set.
     """
     chosen = spread(np.arange(len(samples)), COLUMNS)
     factor = max(1, math.ceil(TILE / max(samples.shape[2:])))
@@ -51,7 +53,7 @@ def gallery(
 
 
 def _words(context: Mapping[str, Any], chosen: list[int], facts: ConditioningInfo) -> list[str]:
-    """The words of each chosen condition, or none at all."""
+    """Return the words of each chosen condition; [] if no context has words."""
     said = [
         words
         for name, values in context.items()

@@ -11,8 +11,9 @@ DEGREE = 3
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """The squared maximum mean discrepancy of features (n, d) and (m, d) under (x y / d + 1)^3;
-    unbiased, so it may fall below 0.
+    """Return the squared maximum mean discrepancy of features (n, d) and (m, d).
+
+    The kernel is (x y / d + 1)^3. The estimate is unbiased, so it may fall below 0.
 
     Source: Bińkowski et al. 2018 (arXiv:1801.01401), eq. 4 and sec. 4.
     """
@@ -23,10 +24,10 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 def kernel_distance_interval(
     a: Tensor, b: Tensor, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """The same with a bootstrap interval over the first set, the samples; the reference stays.
+    """Return the distance with a bootstrap interval over the first set, the samples.
 
-    A sample drawn twice must not be compared with itself, so pairs of equal samples are left out of
-    each resample's mean.
+    The reference is not resampled. A sample drawn twice must not be compared with itself, so pairs
+    of equal samples are left out of each resample's mean.
     """
     a, b = a.double(), b.double()
     inner, across, constant = _kernel(a, a), _kernel(a, b).mean(1), _within(_kernel(b, b))
@@ -50,6 +51,6 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _within(kernel: Tensor) -> Tensor:
-    """The mean over pairs of different ones."""
+    """Return the mean of a square kernel matrix over pairs of different samples."""
     count = len(kernel)
     return (kernel.sum() - kernel.trace()) / (count * (count - 1))

@@ -1,5 +1,6 @@
-"""Are samples copies of training images? Distances to the nearest ones, beside those of held-out
-images.
+"""Whether samples are copies of training images.
+
+Distances to the nearest ones are compared with those of held-out images.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ COPY_RATIO = 1 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Of each image: L2 distance to the nearest and second nearest training image, and which the
-    nearest is, (n,).
+    """L2 distances of each image to its nearest and second nearest training image, (n,).
+
+    `index` numbers the nearest training image.
     """
 
     first: Tensor
@@ -25,7 +27,7 @@ class Neighbours:
 
     @property
     def copies(self) -> float:
-        """Share of images far closer to one training image than to any other: d1/d2 < 1/3.
+        """The share of images far closer to one training image than to any other: d1/d2 < 1/3.
 
         Source: Yoon et al. 2023 (ICML workshop, "Diffusion probabilistic models generalize when
             they fail to memorize").
@@ -34,10 +36,10 @@ class Neighbours:
 
 
 def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbours:
-    """Nearest training images of `images` (n, C, H, W); memory grows with n x chunk, not with the
-    training set.
+    """Find the nearest training images of `images` (n, C, H, W).
 
-    Equal training images count as one: a copy of an image that stands there twice is still a copy.
+    Memory grows with n x chunk, not with the training set. Equal training images count as one: a
+    copy of an image that appears there twice is still a copy.
     """
     flat, kept = images.flatten(1).float(), _distinct(training)
     distances = torch.full((len(flat), 0), 0.0)
@@ -54,7 +56,7 @@ def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbour
 
 
 def _distinct(training: Tensor) -> Tensor:
-    """Index of the first of each group of equal images, rising."""
+    """Return the index of the first of each group of equal images, in ascending order."""
     firsts: dict[bytes, int] = {}
     for number, image in enumerate(training.numpy()):
         firsts.setdefault(hashlib.sha256(image.tobytes()).digest(), number)

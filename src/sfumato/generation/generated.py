@@ -28,14 +28,13 @@ class Generated:
     values: Values
 
     def save(self, folder: str | Path, *, format: str | None = None) -> list[Path]:
-        """Write one file for each image, which carries the settings and the image's number; returns
-        their paths.
+        """Write each image to a file with the settings and the image's number; return the paths.
 
         Args:
             format: a name in `sfumato.observability.image_files.FORMATS`; by default PNG, or TIFF
                 where PNG cannot hold the channels.
         Raises:
-            ConfigError: for a format that there is not, or that cannot hold such images.
+            ConfigError: for an unknown format, or one that cannot hold such images.
         """
         kind = format or usual_format(self.values)
         if kind not in FORMATS:

@@ -22,7 +22,11 @@ from sfumato.generation.request import ResolvedRequest
 def guidance_scales(
     guidance: float | Mapping[str, float], names: Sequence[str], usual: float
 ) -> dict[str, float]:
-    """The scale of each context."""
+    """Return the scale of each context; those that a mapping does not name get `usual`.
+
+    Raises:
+        ConfigError: for a name that is not in `names`, or a scale that is not finite.
+    """
     given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
     for name, scale in given.items():
         if name not in names or not math.isfinite(scale):
@@ -40,8 +44,14 @@ def guidance_terms(
     given: Collection[str],
     scales: Mapping[str, float],
 ) -> tuple[GuidanceTerm, ...]:
-    """What guidance leads away from: asking for less. Contexts of one scale are stepped to
-    together; () where all of them are 1.
+    """Return the conditions that guidance leads away from, with scales; () if all scales are 1.
+
+    Each condition holds only the contexts before its own, and negative values for the others.
+    Successive contexts with the same scale share a term.
+
+    Raises:
+        ConfigError: for a negative prompt without guidance, or the absence of a context that
+            training never hid.
     """
     asked = [name for name in scales if name in given]
     if all(scales[name] == 1 for name in asked):
@@ -97,6 +107,13 @@ def _require_trained_absence(
 def guided(
     plain: Denoiser, terms: tuple[GuidanceTerm, ...], interval: tuple[float, float]
 ) -> Denoiser:
+    """Return the denoiser with classifier-free guidance inside an interval (low, high) of log-SNR.
+
+    Without terms, it is the plain denoiser.
+
+    Raises:
+        ConfigError: for an empty interval.
+    """
     if not terms:
         return plain
     if not interval[0] < interval[1]:

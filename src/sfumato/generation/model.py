@@ -1,4 +1,4 @@
-"""What is learned, and how it is read as a denoiser and sampled."""
+"""The learned model, its use as a denoiser, and the settings of sampling."""
 
 from __future__ import annotations
 
@@ -85,12 +85,11 @@ class SamplingConfig:
 
 
 class Model(nn.Module):
-    """All that is learned: the network and its conditioner, and how the network is read as a
-    denoiser.
+    """All that is learned: the network and its conditioner, used as a denoiser.
 
     Attributes:
-        auxiliary: what is trained beside them and is of no use afterwards; empty in a model that
-            was loaded.
+        auxiliary: modules that are trained beside them and are of no use afterwards; empty in a
+            model that was loaded.
     """
 
     network: Backbone
@@ -108,7 +107,7 @@ class Model(nn.Module):
         self.auxiliary = auxiliary or nn.Module()
 
     def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
-        """The network as a denoiser, its inside computed in `compute_dtype`."""
+        """Return the network as a denoiser; the network computes in `compute_dtype`."""
         return NetworkDenoiser(
             network=self.network,
             parameterization=self.config.parameterization,

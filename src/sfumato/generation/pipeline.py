@@ -1,4 +1,4 @@
-"""A trained model ready to make images: what `sfumato.load` gives."""
+"""A trained model that is ready to generate images: what `sfumato.load` returns."""
 
 from __future__ import annotations
 
@@ -63,11 +63,12 @@ class Pipeline:
     compute_dtype: torch.dtype = torch.float32
 
     def compile(self) -> None:
-        """Compile the network, on a GPU as a graph that is replayed; the first images take a minute
-        or more, all others less time.
+        """Compile the network; on a GPU, it becomes a graph that is replayed.
+
+        The first images take a minute or more, and all others take less time than before.
 
         Raises:
-            ConfigError: if this machine lacks what it takes.
+            ConfigError: if this machine lacks what compiling needs.
         """
         on_gpu = next(self.model.parameters()).is_cuda
         compile_in_place(self.model.network, mode="reduce-overhead" if on_gpu else "default")
@@ -83,7 +84,7 @@ class Pipeline:
 
     @property
     def values(self) -> Values:
-        """What the values of its images stand for."""
+        """What the values of the generated images mean: channels, bits, alpha and value range."""
         facts = self.facts
         return Values(
             channels=self.image_shape[0],
@@ -126,10 +127,12 @@ class Pipeline:
     ) -> Tensor:
         """Generate images, (num, C, H, W) in [0, 1].
 
-        Every context is for all images, or several to cycle through; None leaves it to the model.
+        A context applies to all images, or has several values to cycle through; None leaves it to
+        the model.
 
         Args:
-            prompt: texts; negative: one text that guidance leads away from.
+            prompt: texts.
+            negative: one text that guidance leads away from.
             category: names.
             image: images to start from, to complete or to restore, (C, H, W) or (n, C, H, W) in [0,
                 1].
@@ -138,24 +141,23 @@ class Pipeline:
             strength: how much of the way to noise `image` is sent before it is denoised: 0 returns
                 it, 1 ignores it.
             doodle: line drawings, dark on light, (1, H, W) or (n, 1, H, W) in [0, 1].
-            points: clouds (N, D), or several.
+            points: a point cloud (N, D), or several.
             reference: images to make variations of, (C, H, W) or (n, C, H, W) in [0, 1].
             attributes: numbers by name.
             size: height and width in pixels; by default those that the model was trained at.
             seed: image i depends on (seed, i) only: its noise exactly, its pixels to float
                 rounding.
-            steps, sampler, guidance, interval, clip: instead of the model's defaults; samplers by
-                name: see `sfumato.sampling.SAMPLERS`.
-                Guidance is one scale for all contexts, or one for each by name, which costs a
-                network call each. Where a mask is given
-                and no sampler is, it is `churn`, or `ddpm` if it is resampled.
+            steps, sampler, guidance, interval, clip: replace the model's defaults. The names of
+                samplers are in `sfumato.sampling.SAMPLERS`. Guidance is one scale for all contexts,
+                or one for each by name, which costs a network call each. If a mask is given and no
+                sampler, the sampler is `churn`, or `ddpm` if steps are resampled.
             autoguidance: an earlier snapshot of the same run, and the scale at which images are led
                 away from its predictions.
             resample: how many times each step is taken where a mask is filled; more agrees better
                 with what is known.
-            batch_size: images made at once; a matter of memory, not of the result.
+            batch_size: images generated at once; it affects memory, not the result.
             on_step: called after each denoising step of each batch.
-            contexts: values of contexts of your own, by keyword.
+            contexts: values of custom contexts, by keyword.
         Raises:
             ConfigError: for a context that the model does not read, a value that it does not know,
                 or a setting without effect.
@@ -192,10 +194,10 @@ class Pipeline:
         return torch.cat([images for _, images in made])
 
     def generate(self, num: int, **arguments: Any) -> Generated:
-        """What `sample` gives, with the settings that it was made with, which saved files carry.
+        """Generate images as `sample` does, with the settings that saved files carry.
 
         Args:
-            arguments: of `sample`.
+            arguments: arguments of `sample`.
         """
         images = self.sample(num, **arguments)
         sampling = self.sampling
@@ -222,7 +224,7 @@ class Pipeline:
         batch_size: int = 64,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """What `sample` gives for tensors that are known to fit the model."""
+        """Generate images as `sample` does, from tensors that are known to fit the model."""
         made = self.batches(
             len(request.start),
             request,
@@ -250,11 +252,12 @@ class Pipeline:
         skip: Collection[int] = (),
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """What `sample` gives, batch by batch as it is made: the number of the batch's first image,
-        and its images.
+        """Return an iterator that generates images as `sample` does, batch by batch.
+
+        It yields the number of a batch's first image, and the batch's images.
 
         Args:
-            skip: numbers of images that are not made.
+            skip: numbers of images that are not generated.
         Raises:
             ConfigError, ShapeError, ScheduleError: as `sample`, at once and not with the first
                 batch.
@@ -297,7 +300,7 @@ class Pipeline:
         return resolve_request(request, self.model.conditioner, self.facts, shape, num)
 
     def _made(self, request: ResolvedRequest, span: slice, how: _How) -> Tensor:
-        """The images of one batch, (B, C, H, W) in [0, 1]."""
+        """Generate the images of one batch, (B, C, H, W) in [0, 1]."""
         part = request.rows(span, next(self.model.parameters()).device)
         noise = KeyedNoise(how.seed, span.start)
         with torch.no_grad():
@@ -352,13 +355,13 @@ class Pipeline:
         clip: bool | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Images on the way from one request and seed to another, (num, C, H, W) in [0, 1]; ends
-        included.
+        """Generate images between two requests and seeds, (num, C, H, W) in [0, 1].
 
-        Conditions are mixed linearly, noises on the sphere, so that every step has unit variance.
+        Both ends are included. Conditions are mixed linearly, and noises on the sphere, so that
+        every mixture has unit variance.
 
         Raises:
-            ConfigError, ShapeError: as `sample`, and for an image to start from.
+            ConfigError, ShapeError: as `sample`, and for a strength other than 1 or a mask.
         """
         if num < 1:
             raise ShapeError(f"{num} images", where="sample", hint="ask for at least 1")
@@ -407,15 +410,13 @@ class Pipeline:
         return to_unit(_finite(self.decode(images), 0)).cpu()
 
     def _zeros(self, images: Tensor) -> Tensor:
-        """Zeros in the shape of the latents of images (B, C, H, W)."""
+        """Return zeros in the shape of the latents of images (B, C, H, W)."""
         factor, (height, width) = self.autoencoder.factor, images.shape[2:]
         shape = (len(images), self.autoencoder.latent_channels, height // factor, width // factor)
         return torch.zeros(shape, device=next(self.model.parameters()).device)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images, in [-1, 1] but not clamped, of what the network works on: latents, or the images
-        themselves.
-        """
+        """Decode latents, or images of a pixel model, to images in [-1, 1], not clamped."""
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
@@ -435,7 +436,7 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class _How:
-    """The settings of `Pipeline.sample`, checked."""
+    """The checked settings of `Pipeline.sample`."""
 
     solver: SamplerConfig | Resampled
     levels: NoiseLevel
@@ -448,7 +449,7 @@ class _How:
 
 
 def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
-    """Runs of at most `most` numbers below `num`, without those of `skip`."""
+    """Split the numbers below `num`, without those of `skip`, into runs of at most `most`."""
     spans: list[slice] = []
     skipped = frozenset(skip)
     for number in (number for number in range(num) if number not in skipped):
@@ -460,7 +461,7 @@ def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
 
 
 def _finite(made: Tensor, first: int) -> Tensor:
-    """The images themselves; raise NonFiniteError if one of them is not finite."""
+    """Return the images, or raise NonFiniteError if one of them is not finite."""
     bad = torch.nonzero(~made.isfinite().flatten(1).all(1))[:, 0].tolist()
     if bad:
         raise NonFiniteError(
@@ -474,7 +475,7 @@ def _finite(made: Tensor, first: int) -> Tensor:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a file can carry a value as it is: tensors and functions are left out."""
+    """Return whether a file can carry a value as it is: tensors and functions are left out."""
     several = (
         value.values()
         if isinstance(value, Mapping)
@@ -486,5 +487,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], clamped."""
+    """Map [-1, 1] to [0, 1], clamped."""
     return ((x + 1) / 2).clamp(0, 1)

@@ -21,7 +21,7 @@ from sfumato.errors import ConfigError, ShapeError, closest
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleRequest:
-    """What images are sampled for.
+    """A request for images: contexts, and perhaps an image to start from.
 
     Attributes:
         contexts: values by keyword of `Pipeline.sample`, such as `prompt`; each is for all images,
@@ -50,7 +50,7 @@ class SampleRequest:
         size: tuple[int, int] | None = None,
         **contexts: Any,
     ) -> SampleRequest:
-        """The same from keywords; contexts that are None are left to the model.
+        """Create a request from keywords; contexts that are None are left to the model.
 
         Raises:
             ConfigError: for a keyword that no context has.
@@ -67,7 +67,7 @@ class SampleRequest:
         return cls(contexts=given, image=image, strength=strength, mask=mask, size=size)
 
     def names(self, contexts: Mapping[str, Context]) -> set[str]:
-        """Names of those contexts that a value is given for, or led away from."""
+        """Return the names of contexts that have a value or a negative value in the request."""
         return {
             name
             for name, context in contexts.items()
@@ -78,7 +78,7 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """The same for a number of images, checked against what a model reads.
+    """A request for a number of images, checked against what a model reads.
 
     Attributes:
         context: by name, B of each.
@@ -96,7 +96,7 @@ class ResolvedRequest:
 
     @classmethod
     def of(cls, context: Batch, image_shape: tuple[int, int, int], num: int) -> ResolvedRequest:
-        """For images from pure noise, steered by a context that is known to fit."""
+        """Create a request for images from pure noise, with a context that is known to fit."""
         return cls(context=context, negative={}, start=torch.zeros(num, *image_shape))
 
     @property
@@ -115,7 +115,7 @@ class ResolvedRequest:
         return tuple(dict.fromkeys([*self.context, *self.negative]))
 
     def rows(self, chosen: slice, device: torch.device) -> ResolvedRequest:
-        """Some of the images."""
+        """Return the request for some of the images, on a device."""
         known = None if self.known is None else self.known[chosen].to(device)
         return ResolvedRequest(
             context=on_device(rows(self.context, chosen), device),
@@ -129,11 +129,10 @@ class ResolvedRequest:
 def require_context(
     guidance: float | Mapping[str, float], contexts: Mapping[str, Context], *requests: SampleRequest
 ) -> None:
-    """Refuse guidance without effect: a scale other than 1 that acts on a context which none of the
-    requests has.
+    """Refuse guidance without effect: a scale other than 1 on a context that no request has.
 
     Args:
-        contexts: that steer the model, by name.
+        contexts: the contexts that steer the model, by name.
     Raises:
         ConfigError: saying what would have to be given.
     """
@@ -167,10 +166,10 @@ def resolve_request(
     image_shape: tuple[int, int, int],
     num: int,
 ) -> ResolvedRequest:
-    """What a request means to a model, for `num` images of `image_shape` (C, H, W).
+    """Convert a request to model inputs, for `num` images of `image_shape` (C, H, W).
 
     Raises:
-        ConfigError, ShapeError: naming what the model does not read or know, or cannot be.
+        ConfigError, ShapeError: naming what the model does not read or know, or what cannot be.
     """
     contexts = steering(conditioner)
     _check_read(request, contexts)
@@ -202,7 +201,7 @@ def resolve_request(
 
 
 def _check_read(request: SampleRequest, contexts: Mapping[str, Context]) -> None:
-    """Everything in a request can be met."""
+    """Raise ConfigError unless everything in a request can be satisfied."""
     read, known = by_keyword(contexts.values()), by_keyword(CONTEXTS.values())
     for keyword in request.contexts:
         if keyword not in read:

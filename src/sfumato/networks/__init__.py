@@ -1,4 +1,4 @@
-"""Networks: they know tensors and `Condition`, nothing of schedules or targets. One file each."""
+"""Networks, one file each. They know tensors and `Condition`, but no schedules or targets."""
 
 from sfumato.networks.backbone import Backbone, NetworkConfig
 from sfumato.networks.dit import DiT, DiTConfig

@@ -13,14 +13,14 @@ from sfumato.nn.accelerable import Accelerable
 
 
 class NetworkConfig(Extensible, ABC):
-    """Size and shape of a network. A frozen dataclass that derives from it is a kind of network."""
+    """Size and shape of a network. A frozen dataclass derived from it defines a kind of network."""
 
     @abstractmethod
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the untrained network.
 
         Args:
-            image_channels: of x and of the prediction.
+            image_channels: channels of x and of the prediction.
             context: sizes of the condition's slots.
         """
 
@@ -37,7 +37,7 @@ class Backbone(Accelerable, ABC):
         hidden_channels: channels of the feature map that passes through `probe`; 0 if the network
             passes none.
         probe: an identity that `forward` passes a hidden feature map (B, hidden_channels, h, w)
-            through. Auxiliary losses listen to it.
+            through. Auxiliary losses read the map there.
     """
 
     hidden_channels: int = 0
@@ -62,17 +62,19 @@ class Backbone(Accelerable, ABC):
 
     @property
     def multiple(self) -> int:
-        """See the class."""
+        """The number that sides of x are padded to a multiple of; with 1, nothing is padded."""
         return 1
 
     def input_layers(self) -> Sequence[nn.Module]:
-        """Layers whose input has a fixed size, however wide the network is. Optimizers do not scale
-        their learning rate with width.
+        """Return the layers whose input has a fixed size, however wide the network is.
+
+        Optimizers do not scale their learning rate with width.
         """
         return ()
 
     def output_layers(self) -> Sequence[nn.Module]:
-        """Layers whose output has a fixed size, however wide the network is. Muon leaves them to
-        AdamW.
+        """Return the layers whose output has a fixed size, however wide the network is.
+
+        Muon leaves them to AdamW.
         """
         return ()

@@ -1,4 +1,4 @@
-"""What every network does with what it is given."""
+"""Checks and preparation of inputs, shared by all networks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from sfumato.errors import ShapeError
 def check_inputs(
     x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str
 ) -> None:
-    """Raise ShapeError unless x has the channels, and the condition the slots, that a network was
-    built for.
-    """
+    """Raise ShapeError unless x has the channels and the condition the slots of the network."""
     given = ContextSizes.of(condition)
     # numbers, which a compiler may have symbols for
     sizes = (x.shape[1], given.vector, given.tokens, given.spatial)
@@ -30,9 +28,10 @@ def check_inputs(
 
 
 def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
-    """x (B, C, H, W) and the maps beside it, with zeros below and at the right up to sides that are
-    multiples; both as they are if x has
-    such sides. What a network makes of the margin is cropped away.
+    """Pad x (B, C, H, W) and the maps beside it with zeros, to multiples of `multiple`.
+
+    Zeros are added below and at the right; if the sides of x fit, both are returned as they are.
+    The network's output in the margin is to be cropped away.
     """
     below, right = -x.shape[2] % multiple, -x.shape[3] % multiple
     if not below and not right:
@@ -44,13 +43,13 @@ def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Cond
 
 
 def margin(height: int, width: int, multiple: int) -> float:
-    """What padding to multiples adds to the work, as a share of it."""
+    """Return the extra work that padding to multiples causes, as a share of the unpadded work."""
     area = (height + -height % multiple) * (width + -width % multiple)
     return area / (height * width) - 1
 
 
 def resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Maps (B, C, h, w) at the height and width of feature maps: averaged, or repeated."""
+    """Bring maps (B, C, h, w) to the height and width of `like`, by averaging or repeating."""
     return (
         maps
         if maps.shape[2:] == like.shape[2:]

@@ -1,9 +1,8 @@
 """A diffusion transformer: patches as a sequence, modulated by level and context.
 
 Source: Peebles & Xie 2023 (arXiv:2212.09748); RMS norms, gated feed-forward and rotary positions as
-    in Yao et al. 2025
-(arXiv:2501.01423); one modulation shared by all blocks: Chen et al. 2024 (arXiv:2310.00426), sec.
-2.3.
+    in Yao et al. 2025 (arXiv:2501.01423); one modulation shared by all blocks: Chen et al. 2024
+    (arXiv:2310.00426), sec. 2.3.
 """
 
 from __future__ import annotations
@@ -111,20 +110,21 @@ class DiTConfig(NetworkConfig):
             )
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> DiT:
-        """The untrained network."""
+        """Build the untrained network."""
         return DiT(self, image_channels=image_channels, context=context)
 
 
 class DiT(Backbone):
-    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the
-    output start at zero.
+    """network(x, noise_input, condition) -> prediction of x's shape.
 
-    What its patches are after a third of the blocks (before any are dropped), (B, hidden_channels,
-    rows, columns), passes through
-    `probe`, which may be listened to.
+    All residual branches and the output start at zero.
+
+    The patches after a third of the blocks, or after the first two if tokens are dropped, pass
+    through `probe` as a map (B, hidden_channels, rows, columns), where auxiliary losses can read
+    them.
 
     Args:
-        image_channels: of x and of the prediction.
+        image_channels: channels of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
@@ -179,12 +179,13 @@ class DiT(Backbone):
         self.output = zero_init(nn.Linear(size, image_channels * patch**2))
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
-        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1] -> (B, C, H, W).
+        """Predict (B, C, H, W) from x (B, C, H, W) of unit variance and noise_input (B,) in [0, 1].
 
         Sides of any length are padded to multiples of the patch.
 
         Raises:
-            ShapeError: if x or the condition lack a channel or a slot.
+            ShapeError: if the channels of x or the slots of the condition are not those of the
+                network.
         """
         check_inputs(
             x, condition, image_channels=self.image_channels, context=self.context, where="DiT"
@@ -216,8 +217,9 @@ class DiT(Backbone):
         ]
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
-        """What goes through the blocks, a part for each stream; context tokens come last, where
-        their mask is applied.
+        """Return what goes through the blocks, one part for each stream.
+
+        Context tokens come last, where their mask is applied.
         """
         along = [patches]
         if self.registers is not None:
@@ -244,8 +246,9 @@ class DiT(Backbone):
         shape: tuple[int, int],
         shared: tuple[Tensor, Condition],
     ) -> Tensor:
-        """The first part after all blocks. While training, of its first tokens, which are the
-        patches, some may skip the inner blocks.
+        """Return the first part after all blocks.
+
+        In training, some of its first tokens, which are the patches, may skip the inner blocks.
         """
         first, count = (
             UNROUTED if self.config.token_drop else self.config.depth // 3,
@@ -263,8 +266,9 @@ class DiT(Backbone):
         return self._blocks(self.blocks[-UNROUTED:], parts, places, shared)[0]
 
     def _kept(self, x: Tensor, count: int) -> Tensor:
-        """Places (B, K) of the tokens that go through the inner blocks: some of the first `count`,
-        drawn for each, and all others.
+        """Return the places (B, K) of the tokens that go through the inner blocks.
+
+        They are some of the first `count`, drawn for each sample, and all others.
         """
         chosen = torch.rand(len(x), count, device=x.device).argsort(dim=1)[
             :, : count - int(count * self.config.token_drop)
@@ -287,15 +291,15 @@ class DiT(Backbone):
         return parts
 
     def input_layers(self) -> list[nn.Module]:
-        """The embeddings of patches and of the noise level."""
+        """Return the embeddings of patches and of the noise level."""
         return [self.patches, self.level_embedding]
 
     def output_layers(self) -> list[nn.Module]:
-        """The projection back to pixels."""
+        """Return the projection back to pixels."""
         return [self.output]
 
     def float8_layers(self) -> list[nn.Linear]:
-        """All linear layers of the blocks."""
+        """Return all linear layers of the blocks."""
         return [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
 
     @property
@@ -305,13 +309,14 @@ class DiT(Backbone):
 
 
 class Block(nn.Module):
-    """Attention over all parts of the sequence, context tokens attended to if they stand aside, and
-    a feed-forward part for each.
+    """Attention over all parts of the sequence, and a feed-forward layer for each part.
+
+    Context tokens that are not in the sequence are read by cross-attention.
 
     Args:
-        reading, writing: streams that are read from, and that are changed: the last block changes
-            the patches only.
-        token_size: of context tokens that are attended to; 0 for none.
+        reading, writing: number of streams that are read, and that are updated: the last block
+            updates only the one with the patches.
+        token_size: channels of the context tokens for cross-attention; 0 for none.
     """
 
     def __init__(self, config: DiTConfig, *, reading: int, writing: int, token_size: int) -> None:
@@ -325,7 +330,14 @@ class Block(nn.Module):
     def forward(
         self, parts: list[Tensor], places: Tensor, modulation: Tensor, condition: Condition
     ) -> list[Tensor]:
-        """parts of (B, L, C); places (L, D / 2) of the first; modulation (B, 6, 1, C)."""
+        """Return the updated parts, each (B, L, C).
+
+        Args:
+            parts: one (B, L, C) for each stream that is read.
+            places: rotary angles of the first part, (L, D / 2), or (B, 1, L, D / 2) if tokens were
+                dropped.
+            modulation: (B, 6, 1, C).
+        """
         read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
         read[0] = (apply_rotary(read[0][0], places), apply_rotary(read[0][1], places), read[0][2])
         q, k, v = (
@@ -346,8 +358,9 @@ class Block(nn.Module):
         return made
 
     def _mask(self, condition: Condition, length: int) -> Tensor | None:
-        """True where attention may look, (B, 1, 1, length): context tokens, if they go along, are
-        its end.
+        """Return a mask (B, 1, 1, length), True where attention may look; None for no mask.
+
+        Context tokens, if they are in the sequence, are its end.
         """
         if condition.token_mask is None or self.cross is not None:
             return None
@@ -357,8 +370,9 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Keys and values of a stream, and its queries if it asks; queries and keys of unit mean
-    square, which keeps bfloat16 attention steady.
+    """Keys and values of a stream, and its queries if `asking`.
+
+    Queries and keys are RMS-normalized, which keeps bfloat16 attention stable.
 
     Source: Henry et al. 2020 (arXiv:2010.04245); Dehghani et al. 2023 (arXiv:2302.05442), sec. 2.
     """
@@ -373,7 +387,7 @@ class Reader(nn.Module):
         self.k, self.k_norm, self.v = nn.Linear(size, size), RMSNorm(head), nn.Linear(size, size)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """x (B, L, C) -> queries, keys and values, each (B, heads, L, D)."""
+        """Return queries (or None), keys and values of x (B, L, C), each (B, heads, L, D)."""
         shift, scale = (modulation[:, :2] + self.offset).to(x.dtype).unbind(1)
         h = rms_norm(x) * (1 + scale) + shift
         v = split_heads(self.v(h), self.heads)
@@ -386,7 +400,9 @@ class Reader(nn.Module):
 
 
 class Writer(nn.Module):
-    """What attention found, and a gated feed-forward part, added to a stream; gates start at zero.
+    """Adds the output of attention, and then a gated feed-forward layer, to a stream.
+
+    Both gates start at zero.
 
     Source: Shazeer 2020 (arXiv:2002.05202), SwiGLU.
     """
@@ -404,13 +420,13 @@ class Writer(nn.Module):
         )
 
     def attended(self, x: Tensor, found: Tensor, modulation: Tensor) -> Tensor:
-        """x + gate * out(found)."""
+        """Return x + gate * out(found)."""
         gate = (modulation[:, 2] + self.offset[0]).to(x.dtype)
         result: Tensor = x + gate * self.dropout(self.out(found))
         return result
 
     def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x + gate * feed-forward(x)."""
+        """Return x + gate * feed-forward(x)."""
         shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
         h = rms_norm(x) * (1 + scale) + shift
         result: Tensor = x + gate * self.dropout(self.down(F.silu(self.gate(h)) * self.up(h)))
@@ -432,7 +448,10 @@ class CrossAttention(nn.Module):
         self.out = zero_init(nn.Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
-        """x (B, L, C), tokens (B, S, D), token_mask (B, S) or None -> (B, L, C)."""
+        """Return x (B, L, C) with what it attends to in tokens (B, S, D) added, (B, L, C).
+
+        token_mask (B, S) is True for tokens that may be attended to; None admits all.
+        """
         q = split_heads(self.q(rms_norm(x)), self.heads)
         k, v = (
             split_heads(part, self.heads)
@@ -445,5 +464,5 @@ class CrossAttention(nn.Module):
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """One after the other; a single part as it is, which `torch.cat` would copy."""
+    """Concatenate the parts; a single one is returned as it is, which `torch.cat` would copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

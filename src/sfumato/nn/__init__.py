@@ -1,1 +1,1 @@
-"""Layers that networks share. Tensors in, tensors out: no noise levels, no conditions, no files."""
+"""Layers that networks share. Tensors in, tensors out: no noise levels, conditions or files."""

@@ -1,4 +1,4 @@
-"""What compiling and float8 ask of a module."""
+"""What compiling and float8 need from a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Accelerable(nn.Module):
-    """The part of a model that most of the time goes into.
+    """The part of a model that takes most of the time.
 
     Attributes:
         compile_after_s: seconds of training on a CPU from which compiling it pays; infinity where
@@ -20,5 +20,5 @@ class Accelerable(nn.Module):
     compile_after_s: ClassVar[float] = math.inf
 
     def float8_layers(self) -> Sequence[nn.Linear]:
-        """Linear layers that may multiply in float8."""
+        """Return the linear layers that may multiply in float8; none by default."""
         return ()

@@ -11,18 +11,17 @@ from sfumato.nn.norms import num_groups
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, C) -> (B, heads, L, C / heads)."""
+    """Split channels into heads: (B, L, C) -> (B, heads, L, C / heads)."""
     result: Tensor = x.unflatten(2, (heads, -1)).transpose(1, 2)
     return result
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of each head; q (B, heads, L, D), k and v (B, heads, S, D) -> (B,
-    heads, L, D).
+    """Return softmax(q k^T / sqrt(D)) v of each head.
 
-    PyTorch's fused kernel, but for bfloat16 on a CPU that can hold the scores: its backward pass
-    takes 1.6 to 4 times as long there as
-    the two products written out (docs/benchmarks.md).
+    q (B, heads, L, D), k and v (B, heads, S, D) -> (B, heads, L, D). PyTorch's fused kernel is
+    used, except for bfloat16 on a CPU that can hold the scores: its backward pass takes 1.6 to 4
+    times as long there as the two products written out (docs/benchmarks.md).
 
     Args:
         mask: True where attention may look, broadcast to (B, heads, L, S); no row may be False
@@ -51,7 +50,7 @@ class SelfAttention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Attend from each position to all: (B, C, H, W) -> (B, C, H, W)."""
         positions = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(positions).chunk(3, dim=2))
         attended = attend(q, k, v).transpose(1, 2).flatten(2)
@@ -76,7 +75,10 @@ class CrossAttention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
-        """x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W)."""
+        """Attend from positions to tokens.
+
+        x (B, C, H, W), tokens (B, L, D), token_mask (B, L) or None -> (B, C, H, W).
+        """
         q = split_heads(self.q(self.norm(x).flatten(2).transpose(1, 2)), self.heads)
         k, v = (
             split_heads(part, self.heads)

@@ -1,4 +1,4 @@
-"""`torch.compile`, and whether this machine can."""
+"""`torch.compile`, and whether this machine can use it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ NEEDED = "needs a C++ compiler and Python's headers"
 
 
 def can_compile() -> bool:
-    """Whether there are the C++ compiler and Python's headers that `torch.compile` builds its
-    kernels with.
-    """
+    """Return whether the C++ compiler and Python's headers that `torch.compile` needs exist."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return (
         shutil.which(compiler) is not None
@@ -27,7 +25,7 @@ def can_compile() -> bool:
 
 
 def require_compiler() -> None:
-    """Raise ConfigError if this machine lacks what compiling takes."""
+    """Raise ConfigError if this machine lacks what compiling needs."""
     if not can_compile():
         raise ConfigError(
             NEEDED, where="compile", hint="apt install g++ python3-dev, or leave it off"
@@ -38,10 +36,10 @@ def compile_in_place(network: nn.Module, *, mode: str = "default") -> None:
     """Have `network` compiled when it is first called.
 
     Args:
-        mode: of `torch.compile`; with `reduce-overhead` a GPU replays graphs, and an output holds
-            until the next call only.
+        mode: of `torch.compile`; with `reduce-overhead` a GPU replays graphs, and an output is
+            valid only until the next call.
     Raises:
-        ConfigError: if this machine lacks what it takes.
+        ConfigError: if this machine lacks what compiling needs.
     """
     require_compiler()
     network.compile(mode=mode)

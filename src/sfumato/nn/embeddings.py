@@ -1,4 +1,4 @@
-"""Numbers as vectors."""
+"""Embeddings of numbers as vectors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ TIMESTEPS = 1000.0  # that a noise level from 0 to 1 is told apart by, as many a
 
 
 class SinusoidalEmbedding(nn.Module):
-    """cos and sin of scale * x at geometric frequencies from 1 to 1/max_period, as in transformers.
+    """cos and sin of scale * x at geometric frequencies from 1 down to about 1/max_period, as in
+    transformers.
 
-    `scale` is what brings x to the range that the frequencies can tell apart: 1000 for a noise
-    level from 0 to 1, as timesteps have it.
+    `scale` brings x to the range that the frequencies can distinguish: 1000 for a noise level from
+    0 to 1, as timesteps have it.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), sec. 3.5.
     """
@@ -30,6 +31,6 @@ class SinusoidalEmbedding(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,) -> (B, size)."""
+        """Embed numbers: (B,) -> (B, size), cosines first."""
         angles = (self.scale * x.float())[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,4 +1,4 @@
-"""Matrix products in eight bits, by torchao: the extra `float8`."""
+"""Matrix products in eight bits, by torchao (extra `float8`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ MULTIPLE = 16  # of a matrix's sides, which the hardware asks for
 
 
 def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    """Have some of a network's layers multiply in float8, forwards and backwards, in place. Weights
-    keep their names and values.
+    """Have some of a network's layers multiply in float8, forward and backward, in place.
 
-    Each tensor is scaled by its largest magnitude, and rounded to four bits of exponent and three
-    of mantissa, on the way back five and
-    two. A machine without such products does the same rounding and multiplies in float32: slower
-    than not to, good for trying it out.
+    Weights keep their names and values. Each tensor is scaled by its largest magnitude, and rounded
+    to four bits of exponent and three of mantissa; in the backward pass, to five and two. A machine
+    without float8 products does the same rounding and multiplies in float32: slower than without
+    it, but enough to try it out.
 
     Raises:
         ConfigError: see `require_float8`.
@@ -36,10 +35,10 @@ def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
 
 
 def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
-    """Those of some layers whose sides the hardware can take.
+    """Return those of some layers whose sides the hardware can take.
 
     Raises:
-        ConfigError: without torchao, or where there are none.
+        ConfigError: if torchao is missing, or no layer is left.
     """
     try:
         import torchao.float8  # noqa: F401
@@ -59,11 +58,11 @@ def require_float8(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
 
 
 def fits(layer: nn.Linear) -> bool:
-    """Whether the hardware can multiply by a layer's weight."""
+    """Return whether both sides of a layer's weight are multiples of 16, as the hardware needs."""
     return all(side % MULTIPLE == 0 for side in layer.weight.shape)
 
 
 def has_float8(network: nn.Module) -> bool:
-    """Whether the network is where such products are."""
+    """Return whether the network is on a GPU with float8 products, of capability 8.9 or more."""
     device = next(network.parameters()).device
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

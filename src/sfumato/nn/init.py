@@ -1,4 +1,4 @@
-"""How layers begin."""
+"""Initialization of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def zero_init(layer: Layer) -> Layer:
-    """The layer with weights and bias at zero: a residual branch that begins as the identity."""
+    """Set weights and bias to zero: a residual branch that begins as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -12,8 +12,9 @@ RMS_EPS = 1e-6
 
 
 def num_groups(channels: int, group_channels: int) -> int:
-    """How many groups channels are normed in: as near `group_channels` to a group as divides them,
-    and no fewer.
+    """Return the number of groups to normalize channels in.
+
+    It is the largest divisor of `channels` with at least `group_channels` in each group, or 1.
     """
     return next(
         groups
@@ -23,7 +24,7 @@ def num_groups(channels: int, group_channels: int) -> int:
 
 
 class ModulatedGroupNorm(nn.Module):
-    """Group norm followed by (1 + scale) * x + shift with scale and shift (B, C) projected from an
+    """Group norm followed by (1 + scale) * x + shift, with scale and shift (B, C) projected from an
     embedding.
 
     Source: Perez et al. 2018 (arXiv:1709.07871); Dhariwal & Nichol 2021 (arXiv:2105.05233), sec.
@@ -36,17 +37,16 @@ class ModulatedGroupNorm(nn.Module):
         self.projection = zero_init(nn.Linear(embedding_size, 2 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C, H, W), embedding (B, E) -> (B, C, H, W)."""
+        """Normalize x (B, C, H, W), modulated by embedding (B, E) -> (B, C, H, W)."""
         scale, shift = self.projection(embedding).to(x.dtype)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(shift, F.group_norm(x, self.groups), scale + 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x (..., C) over its root mean square along the last axis, times weight (C,).
+    """Divide x (..., C) by its root mean square along the last axis, and multiply by weight (C,).
 
-    PyTorch's kernel, but on a CPU, where it has none of one piece and goes through float32 four
-    times: written out, forward and backward
-    pass take half as long there (docs/benchmarks.md).
+    PyTorch's kernel is used except on a CPU, where it is not fused and goes through float32 four
+    times: written out, the forward and backward pass take half as long there (docs/benchmarks.md).
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
@@ -59,12 +59,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight, one at the start."""
+    """`rms_norm` with a learned weight, which starts at one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C), in x's precision."""
+        """Normalize (..., C) -> (..., C), in x's precision."""
         return rms_norm(x, self.weight)

@@ -1,4 +1,4 @@
-"""Where a token lies, told to attention by rotating queries and keys."""
+"""Rotary embedding: queries and keys are rotated according to where their token lies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ BASE = 100.0  # longest wavelength over the shortest, for sides of a few dozen p
 
 
 def rotary_angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor:
-    """Angles of every place of a grid, (rows * columns, size / 2): one half by its row, one by its
-    column, from the grid's middle.
+    """Return the angles of every place of a grid, (rows * columns, size / 2).
+
+    One half depends on the row, the other on the column, both measured from the grid's middle.
 
     Source: Su et al. 2021 (arXiv:2104.09864), eq. 15; along two axes: Heo et al. 2024
         (arXiv:2403.13298), sec. 3.2.
@@ -25,8 +26,9 @@ def rotary_angles(rows: int, columns: int, size: int, *, like: Tensor) -> Tensor
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, heads, L, D) with channel i and channel D / 2 + i turned in their plane by angles (L, D
-    / 2), or (B, 1, L, D / 2).
+    """Rotate channels i and D / 2 + i of x (B, heads, L, D) in their plane, by `angles`.
+
+    The angles are (L, D / 2), or (B, 1, L, D / 2).
     """
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""How hard each noise level is, learned beside the network."""
+"""The difficulty of each noise level, learned beside the network."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STRETCH = 10.0
 
 
 class NoUncertainty(nn.Module):
-    """No level is harder than another: 0 everywhere, so the loss stays what it is."""
+    """No level is harder than another: 0 everywhere, so the loss is unchanged."""
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        """(B,) -> (B,)."""
+        """Return zeros: (B,) -> (B,)."""
         return torch.zeros_like(logsnr, dtype=torch.float32)
 
 
@@ -38,7 +38,7 @@ class LearnedUncertainty(nn.Module):
         self.out = zero_init(nn.Linear(FREQUENCIES, 1))
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        """(B,) -> (B,)."""
+        """Return u of log-SNRs: (B,) -> (B,)."""
         result: Tensor = self.out(self.embedding(STRETCH * logsnr.float().clamp(-LIMIT, LIMIT)))[
             :, 0
         ]
@@ -46,5 +46,5 @@ class LearnedUncertainty(nn.Module):
 
 
 def uncertainty_weighted(loss: Tensor, uncertainty: Tensor) -> Tensor:
-    """loss / e^u + u of each sample, whose minimum over u is at u = log loss."""
+    """Return loss / e^u + u of each sample, whose minimum over u is at u = log loss."""
     return loss * torch.exp(-uncertainty) + uncertainty

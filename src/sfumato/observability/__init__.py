@@ -1,3 +1,3 @@
-"""What a person sees of a run: metrics on disk, a progress bar, images. It knows nothing of
+"""What a person sees of a run: metrics on disk, a progress bar, images. Nothing here depends on
 models.
 """

@@ -1,4 +1,4 @@
-"""PNG of 16 bits and TIFF of any channels, byte by byte: what Pillow does not write."""
+"""Encoders of 16-bit PNG and of TIFF with any number of channels, which Pillow does not write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ UP = 2  # filter type: the difference to the row above, modulo 256
 
 
 def png16(pixels: NDArray[np.uint16], text: dict[str, str]) -> bytes:
-    """A PNG of 16 bits a value from (H, W, C), C of 1 to 4, which Pillow writes for gray only.
+    """Encode pixels (H, W, C), C from 1 to 4, as a PNG of 16 bits per value; `text` goes into tEXt.
+
+    Pillow writes 16 bits for gray only.
 
     Source: PNG specification, third edition, secs. 5, 9 and 11.
     """
@@ -38,7 +40,7 @@ def png16(pixels: NDArray[np.uint16], text: dict[str, str]) -> bytes:
 
 
 def png16_pixels(data: bytes) -> NDArray[np.uint16]:
-    """The pixels (H, W, C) of what `png16` wrote."""
+    """Decode the pixels (H, W, C) of a PNG that `png16` wrote."""
     place, packed = len(SIGNATURE), b""
     width, height, _, colour = struct.unpack_from(">IIBB", data, place + 8)
     while place < len(data):
@@ -52,8 +54,9 @@ def png16_pixels(data: bytes) -> NDArray[np.uint16]:
 
 
 def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
-    """An uncompressed TIFF from (H, W, C) of uint8, uint16 or float32, whose pixels begin at byte
-    8.
+    """Encode pixels (H, W, C) of uint8, uint16 or float32 as an uncompressed TIFF.
+
+    The pixels begin at byte 8.
 
     Source: TIFF 6.0 (Adobe 1992), secs. 2, 8 and 18.
     """
@@ -94,9 +97,7 @@ def tiff(pixels: NDArray[Any], description: str, *, alpha: bool) -> bytes:
 
 
 def tiff_tags(data: bytes) -> dict[int, Any]:
-    """Numbers (the first of several) and texts of the first directory of a TIFF that `tiff`
-    wrote.
-    """
+    """Read the texts and single numbers of the first directory of a TIFF that `tiff` wrote."""
     (start,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, start)
     tags: dict[int, Any] = {}

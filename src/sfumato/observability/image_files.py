@@ -1,5 +1,5 @@
-"""Images as files that hold what a model makes: alpha, 16 bits, any number of channels, the values
-of the source.
+"""Image files that preserve what a model generates: alpha, 16 bits, any number of channels, and the
+values of the source.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Values:
 
     @property
     def colours(self) -> int:
-        """Channels that are not alpha."""
+        """The number of channels that are not alpha."""
         return self.channels - self.has_alpha
 
     def whole_units(self, bits: int) -> bool:
-        """Whether integers of so many bits hold the values of the source."""
+        """Return whether unsigned integers of `bits` bits hold the values of the source exactly."""
         if self.value_range is None:
             return False
         low, high = self.value_range
@@ -61,8 +61,9 @@ class Values:
         )
 
     def straight(self, image: Tensor, *, levels: int) -> NDArray[np.float64]:
-        """(C, H, W) in [0, 1] with straight alpha; the colour is 0 where alpha is below half of 1 /
-        `levels`.
+        """Return an image (C, H, W) in [0, 1] with straight alpha.
+
+        The colours are 0 where alpha rounds to 0 of `levels`.
         """
         values = image.detach().cpu().double().clamp(0, 1).numpy()
         if not self.has_alpha:
@@ -79,14 +80,20 @@ class Values:
         return np.concatenate([np.where(seen, colours, 0.0), alpha])
 
     def in_units(self, image: Tensor, *, levels: int, alpha_scale: float) -> NDArray[np.float64]:
-        """(C, H, W) with colours in the values of the source, and alpha from 0 to `alpha_scale`."""
+        """Return (C, H, W) with colours in source values and alpha in [0, `alpha_scale`].
+
+        Without a `value_range`, the colours stay in [0, 1].
+        """
         low, high = self.value_range or (0.0, 1.0)
         values = self.straight(image, levels=levels)
         colours = low + values[: self.colours] * (high - low)
         return np.concatenate([colours, values[self.colours :] * alpha_scale])
 
     def integers(self, image: Tensor, bits: int) -> NDArray[Any]:
-        """(H, W, C), uint8 or uint16, in the values of the source where so many bits hold them."""
+        """Return (H, W, C), uint8 or uint16, in the values of the source if `bits` bits hold them.
+
+        Otherwise [0, 1] is scaled to the full range of the integers.
+        """
         levels = 2**bits - 1
         if self.whole_units(bits):
             values = self.in_units(image, levels=levels, alpha_scale=levels)
@@ -95,7 +102,7 @@ class Values:
         return np.rint(values).astype(np.uint8 if bits == 8 else np.uint16).transpose(1, 2, 0)
 
     def unit(self, values: NDArray[Any]) -> Tensor:
-        """(H, W, C) as stored -> (C, H, W) in [0, 1] with straight alpha, for looking at."""
+        """Convert stored values (H, W, C) to (C, H, W) in [0, 1]; straight alpha stays straight."""
         bits = 8 * values.dtype.itemsize if values.dtype.kind == "u" else 0
         unit = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1) / (
             2**bits - 1 if bits else 1
@@ -108,28 +115,28 @@ class Values:
 
 
 class ImageFormat(Protocol):
-    """A kind of file that images are written to, whole or not at all, with the settings that they
-    were made with.
+    """A file format to which images are written atomically, with the settings that they were made
+    with.
     """
 
     def require(self, values: Values) -> None:
-        """Raise ConfigError if the format cannot hold such images."""
+        """Raise ConfigError if the format cannot hold images with these values."""
         ...
 
     def holds_units(self, values: Values) -> bool:
-        """Whether files hold the values of the source."""
+        """Return whether files of this format hold the values of the source."""
         ...
 
-    def write(
-        self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]
-    ) -> Path: ...
+    def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        """Write an image (C, H, W) in [0, 1] to `path`, and return `path`."""
+        ...
 
     def read(self, path: Path, values: Values) -> Tensor:
-        """An image that `write` wrote, (C, H, W) in [0, 1] with straight alpha, for looking at."""
+        """Read an image that `write` wrote, (C, H, W) in [0, 1] with straight alpha."""
         ...
 
     def settings(self, path: Path) -> Any:
-        """The settings that a file carries; None for a file without."""
+        """Return the settings that a file carries; None if it carries none."""
         ...
 
 
@@ -145,7 +152,7 @@ def _refuse(what: str, hint: str) -> ConfigError:
 
 
 def _pixels(path: Path, values: Values) -> Tensor:
-    """Of a file that Pillow reads."""
+    """Read a file of 8-bit values with Pillow: (C, H, W) in [0, 1]."""
     with Image.open(path) as image:
         found = np.asarray(image.convert(MODES[values.channels]))
     return values.unit(found if found.ndim == 3 else found[..., None])
@@ -156,13 +163,16 @@ class Png:
     """PNG of 8 or 16 bits: gray or RGB, with or without alpha."""
 
     def require(self, values: Values) -> None:
+        """Raise ConfigError unless there are 1 or 3 colour channels."""
         if values.colours not in (1, 3):
             raise _refuse(f"PNG cannot hold {values.colours} colour channels", "use tiff or npy")
 
     def holds_units(self, values: Values) -> bool:
+        """Return whether integers of the training set's depth hold the values of the source."""
         return values.whole_units(values.bits)
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        """Write a PNG of `values.bits` bits; the settings are JSON in its text field `sfumato`."""
         pixels = values.integers(image, values.bits)
         if values.bits == 8:
             return save_png(_pillow(pixels), path, settings)
@@ -171,6 +181,7 @@ class Png:
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
+        """Read it with Pillow if it has 8 bits, else with `png16_pixels`."""
         return (
             _pixels(path, values)
             if values.bits == 8
@@ -178,14 +189,15 @@ class Png:
         )
 
     def settings(self, path: Path) -> Any:
+        """Parse the text field `sfumato`; None if it is absent or not JSON."""
         with Image.open(path) as image:
             return _parsed(image.info.get("sfumato"))
 
 
 @dataclass(frozen=True)
 class Lossy8:
-    """A format of Pillow's of 8 bits a value, with settings in EXIF; `alpha` is whether it has
-    any.
+    """A format of 8 bits per value that Pillow writes, with settings in EXIF; `alpha` is whether it
+    holds alpha.
     """
 
     name: str
@@ -193,6 +205,7 @@ class Lossy8:
     options: tuple[tuple[str, Any], ...]
 
     def require(self, values: Values) -> None:
+        """Raise ConfigError for 16 bits, other than 1 or 3 colours, or unsupported alpha."""
         if values.bits != 8:
             raise _refuse(
                 f"{self.name} holds 8 bits a value, and the model makes {values.bits}",
@@ -209,9 +222,11 @@ class Lossy8:
             )
 
     def holds_units(self, values: Values) -> bool:
+        """Return whether 8-bit integers hold the values of the source."""
         return values.whole_units(8)
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        """Write it with this format's options; the settings are JSON in EXIF's ImageDescription."""
         exif = Image.Exif()
         exif[DESCRIPTION] = json.dumps(settings)
         with atomic_file(path) as file:
@@ -221,27 +236,31 @@ class Lossy8:
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
+        """Read it with Pillow; a lossy file comes back as it was compressed."""
         return _pixels(path, values)
 
     def settings(self, path: Path) -> Any:
+        """Parse ImageDescription in EXIF; None if it is absent or not JSON."""
         with Image.open(path) as image:
             return _parsed(image.getexif().get(DESCRIPTION))
 
 
 @dataclass(frozen=True)
 class Tiff:
-    """Uncompressed TIFF of any number of channels: integers as the source had them, else float32 in
-    its values.
+    """Uncompressed TIFF of any number of channels: integers as in the source, else float32 in its
+    values.
     """
 
     def require(self, values: Values) -> None:
+        """Accept any number of channels, with or without alpha."""
         return None
 
     def holds_units(self, values: Values) -> bool:
+        """Return whether `value_range` is set; float32 holds what integers cannot."""
         return values.value_range is not None
 
     def _bits(self, values: Values) -> int:
-        """Of the integers; 0 for float32."""
+        """Return the bits of the integers that are written; 0 for float32."""
         if values.value_range is None:
             return values.bits
         return next(
@@ -249,6 +268,7 @@ class Tiff:
         )
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        """Write uint8, uint16 or float32; the settings are JSON in ImageDescription."""
         bits = self._bits(values)
         pixels = values.integers(image, bits) if bits else _floats(image, values)
         with atomic_file(path) as file:
@@ -256,6 +276,7 @@ class Tiff:
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
+        """Read a TIFF that `write` wrote for the same `values`."""
         data = path.read_bytes()
         tags = tiff_tags(data)
         kind = np.dtype({0: "<f4", 8: "u1", 16: "<u2"}[self._bits(values)])
@@ -263,32 +284,38 @@ class Tiff:
         return values.unit(np.frombuffer(data, kind, int(np.prod(shape)), offset=8).reshape(shape))
 
     def settings(self, path: Path) -> Any:
+        """Parse ImageDescription; None if it is absent or not JSON."""
         return _parsed(tiff_tags(path.read_bytes()).get(DESCRIPTION))
 
 
 @dataclass(frozen=True)
 class Npy:
-    """float32 arrays (H, W, C), or (H, W) of one channel, in the values of the source; settings are
-    in one file of the folder.
+    """float32 arrays (H, W, C), or (H, W) for one channel, in the values of the source; the
+    settings are in one file per folder.
     """
 
     def require(self, values: Values) -> None:
+        """Accept any number of channels, with or without alpha."""
         return None
 
     def holds_units(self, values: Values) -> bool:
+        """Return whether `value_range` is set; without one, the arrays are in [0, 1]."""
         return values.value_range is not None
 
     def write(self, image: Tensor, path: Path, values: Values, settings: dict[str, Any]) -> Path:
+        """Write a float32 array; `settings` is ignored, since arrays carry no text."""
         pixels = _floats(image, values)
         with atomic_file(path) as file:
             np.save(file, pixels[..., 0] if values.channels == 1 else pixels, allow_pickle=False)
         return path
 
     def read(self, path: Path, values: Values) -> Tensor:
+        """Read an array that `write` wrote, without unpickling."""
         found = np.load(path, allow_pickle=False)
         return values.unit(found if found.ndim == 3 else found[..., None])
 
     def settings(self, path: Path) -> Any:
+        """Parse settings.json in the folder of the array; None if it is absent or not JSON."""
         beside = path.with_name(SETTINGS)
         return _parsed(beside.read_text()) if beside.is_file() else None
 
@@ -303,13 +330,14 @@ FORMATS: dict[str, ImageFormat] = {
 
 
 def usual_format(values: Values) -> str:
-    """PNG where it can hold the images, else TIFF."""
+    """Return "png" if PNG can hold the images, else "tiff"."""
     return "png" if values.colours in (1, 3) else "tiff"
 
 
 def settings_of(path: Path) -> Any:
-    """The settings that a file of any of the formats carries; None for one without, or that cannot
-    be read.
+    """Return the settings that an image file of any format carries; never raise.
+
+    None if it carries none or cannot be read.
     """
     form = FORMATS.get(path.suffix[1:])
     try:
@@ -325,6 +353,6 @@ def _pillow(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _floats(image: Tensor, values: Values) -> NDArray[np.float32]:
-    """(H, W, C) in the values of the source; alpha in [0, 1]."""
+    """Return (H, W, C) in the values of the source, with alpha in [0, 1]."""
     units = values.in_units(image, levels=2**values.bits - 1, alpha_scale=1.0)
     return np.ascontiguousarray(units.transpose(1, 2, 0).astype(np.float32))

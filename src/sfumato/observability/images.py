@@ -1,4 +1,4 @@
-"""Tensors as PNG files that a person can look at."""
+"""Tensors as images that a person can look at, and PNG files of them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ POINT = 3  # pixels of a point's side
 
 
 def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
-    """(N, C, H, W) in [0, 1] -> RGB (N, 3, H, W) for a person to look at.
+    """Convert images (N, C, H, W) in [0, 1] to RGB (N, 3, H, W) for display.
 
-    Alpha lies over a checkerboard. Of more than three colours the first three are shown; two
-    channels without alpha are red and green.
+    Images with alpha are composited over a checkerboard. Of more than three colours the first three
+    are shown; two channels without alpha become red and green.
 
     Args:
         alpha: what the last of 2 or 4 channels is.
@@ -49,28 +49,27 @@ def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
 
 
 def _checkerboard(height: int, width: int) -> Tensor:
-    """Light gray and white squares, (1, H, W) in [0, 1]."""
+    """Return light gray and white squares, (1, H, W) in [0, 1]."""
     side = max(1, min(height, width) // SQUARES)
     odd = (torch.arange(height)[:, None] // side + torch.arange(width) // side) % 2
     return 1 - (1 - SHADE) * odd[None].float()
 
 
 def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
-    """(N, C, H, W) in [0, 1] -> (N, H, W, 3), as `shown`."""
+    """Convert images (N, C, H, W) in [0, 1] to RGB (N, H, W, 3), as `shown` does."""
     return (shown(images, alpha) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1] of 1 to 4 channels at its own size; gray stays gray, and
-    straight alpha stays alpha.
-    """
+    """Convert an image (C, H, W) in [0, 1] of 1 to 4 channels; gray and straight alpha are kept."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def scattered(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Points (N, D) in [-1, 1] with y upwards, seen along the third axis, as dark dots on white:
-    (1, H, W) in [0, 1].
+    """Draw points (N, D) in [-1, 1] as dark dots on white, (1, H, W) in [0, 1].
+
+    The view is along the third axis, with y upwards. Points with a NaN are left out.
     """
     height, width = size
     sheet = torch.ones(1, 1, height, width)
@@ -90,14 +89,14 @@ def grid_image(
     inputs: Mapping[str, Tensor] | None = None,
     alpha: Alpha = "straight",
 ) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] side by side, small ones enlarged pixel by pixel.
+    """Arrange images (N, C, H, W) in [0, 1] in a grid; small ones are enlarged pixel by pixel.
 
     Args:
         row_labels: at the left of each row.
-        labels: above each image, over several lines where they are long; as many as `columns` for a
-            heading of the columns.
-        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a row of their own
-            above the others.
+        labels: above each image, wrapped where they are long; give one per column for column
+            headings.
+        inputs: by name, images (C, H, W) in [0, 1] of the same size that fill a separate row above
+            the others.
         alpha: what the last of 2 or 4 channels is.
     """
     tiles: list[NDArray[np.uint8] | None] = list(to_uint8(images, alpha))
@@ -142,12 +141,12 @@ def grid_image(
 
 
 def _band(labels: Sequence[str]) -> int:
-    """Height of the labels above a row of images."""
+    """Return the height in pixels of the labels above a row of images."""
     return 4 + 16 * max(label.count("\n") + 1 for label in labels) if any(labels) else 0
 
 
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> Path:
-    """Write a PNG, whole or not at all, whose text carries the settings it was made with."""
+    """Write a PNG atomically, with the settings that it was made with in a text field."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("sfumato", json.dumps(settings))

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, flushed as it is written."""
+"""metrics.jsonl: one JSON object per line, flushed as it is written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sfumato.storage.atomic import write_text
 
 
 class MetricsFile:
-    """Appends records. On resume, records of steps after the checkpoint are dropped first: those
-    steps will be trained again.
+    """A metrics file to which records are appended. On resume, records of steps after the
+    checkpoint are dropped first, since those steps will be trained again.
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
@@ -27,11 +27,12 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers JSON does not know (nan, inf) become null."""
+        """Append one record; numbers that JSON lacks (NaN, infinities) become null."""
         self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file; every record has been flushed already."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -47,7 +48,7 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a line cut short by a crash is left out."""
+    """Read the records of a metrics file; a line truncated by a crash is skipped."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -58,7 +59,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory that this process has held so far: of a GPU, or of the machine."""
+    """Return the peak memory of this process so far in GiB: allocated on a GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere

@@ -1,4 +1,4 @@
-"""Line plots as PNG, for curves that a person should see without installing a plotting library."""
+"""Line plots as PNG, for curves that can be viewed without installing a plotting library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Line:
 
 
 def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> Image.Image:
-    """Curves over a common x axis, with round ticks and a legend."""
+    """Plot curves over a common x axis, with round ticks and a legend."""
     points = [
         (x, y)
         for line in lines
@@ -70,7 +70,7 @@ def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> Image.Image:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers that enclose [low, high]."""
+    """Return about five round numbers that enclose [low, high]."""
     if high - low <= 1e-14 * max(abs(low), abs(high), 1e-100):
         margin = max(0.5, abs(low) / 1000)
         low, high = low - margin, high + margin
@@ -85,7 +85,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _runs(line: Line) -> list[list[tuple[float, float]]]:
-    """The curve cut at points that are not finite."""
+    """Split a curve at points that are not finite; isolated points are dropped."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(line.xs, line.ys, strict=True):
         if math.isfinite(x) and math.isfinite(y):

@@ -1,4 +1,4 @@
-"""A live bar on a terminal, a plain line every few seconds elsewhere."""
+"""A live progress bar on a terminal; elsewhere, a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ MEMORY_S = 60.0  # of work, over which its speed is averaged
 
 
 def console() -> Console:
-    """Where a person reads; standard error, so that standard output stays for results."""
+    """Return a console on standard error, so that standard output stays free for results."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """1:05:09, 5:09."""
+    """Format seconds as "1:05:09", or as "5:09" below an hour."""
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def printable(text: str) -> str:
-    """Without the control characters by which a file's name could command a terminal or turn a line
-    around; new lines stay.
+    """Replace control characters that could command a terminal or reorder a line; keep newlines.
+
+    They may come from the name of a file.
     """
     return re.sub(
         "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
@@ -44,8 +45,8 @@ def printable(text: str) -> str:
 
 
 class ProgressBar:
-    """`with ProgressBar("training") as bar: bar.update(fraction, "loss 0.1")`; the time left is
-    estimated from the fraction.
+    """A progress bar: `with ProgressBar("training") as bar: bar.update(fraction, "loss 0.1")`. The
+    time left is estimated from the fraction.
     """
 
     def __init__(self, title: str) -> None:
@@ -81,11 +82,11 @@ class ProgressBar:
         self._bar.stop()
 
     def start_at(self, fraction: float) -> None:
-        """Where a resumed run begins: the time left is estimated from here on."""
+        """Set the fraction at which a resumed run begins, from which the time left is estimated."""
         self._left.start_at(fraction)
 
     def update(self, fraction: float, text: str) -> None:
-        """Show how far the work is (0 to 1) and a few figures."""
+        """Show the fraction of the work done (0 to 1) and a few figures."""
         now = time.monotonic()
         seconds = self._left.at(now, fraction)
         left = "?" if seconds is None else duration(seconds)
@@ -100,7 +101,7 @@ class ProgressBar:
 
 
 class TimeLeft:
-    """The time left of some work, from its speed so far, in which what is recent counts more."""
+    """An estimate of the time left, from the speed so far, in which recent speed counts more."""
 
     def __init__(self, begun: float) -> None:
         self._begun = self._last = begun
@@ -108,11 +109,11 @@ class TimeLeft:
         self._seen, self._speed = 0, 0.0
 
     def start_at(self, fraction: float) -> None:
-        """Where the work begins, if not at 0."""
+        """Set the fraction at which the work begins, if not at 0."""
         self._from = self._last_fraction = fraction
 
     def at(self, now: float, fraction: float) -> float | None:
-        """Seconds, at a time and a fraction done; None until enough was done to tell."""
+        """Estimate the seconds left at time `now`; None until enough is done to tell."""
         self._seen += 1
         gained, passed = fraction - self._last_fraction, now - self._last
         if gained > 0 and passed > 0:
@@ -129,8 +130,8 @@ class TimeLeft:
 
 
 class Clock:
-    """Seconds and steps of work so far, begun in an earlier process perhaps, and its speed since
-    the last lap.
+    """The seconds spent on some work, including earlier processes, and the speed since the last
+    lap.
     """
 
     def __init__(self, seconds_before: float, steps_before: int) -> None:
@@ -138,13 +139,15 @@ class Clock:
         self._lap, self._lap_step, self._waited = time.perf_counter(), steps_before, 0.0
 
     def seconds(self) -> float:
+        """Return the seconds spent so far, including those of earlier processes."""
         return time.perf_counter() - self._origin
 
     def wait(self, seconds: float) -> None:
+        """Add `seconds` to the time spent waiting for data in this lap."""
         self._waited += seconds
 
     def lap(self, batch_size: int, step: int) -> tuple[float, float]:
-        """Images/s and milliseconds a step spent waiting for data since the last call."""
+        """Return images/s, and the ms per step spent waiting for data, since the last call."""
         now, steps = time.perf_counter(), step - self._lap_step
         speed, wait_ms = steps * batch_size / (now - self._lap), 1000 * self._waited / steps
         self._lap, self._lap_step, self._waited = now, step, 0.0
@@ -152,5 +155,5 @@ class Clock:
 
 
 def short(value: float) -> str:
-    """Four digits after the point, or the exponent when that would show nothing."""
+    """Format a number with four decimals, or in scientific notation below 1e-3."""
     return f"{value:.4f}" if value >= 1e-3 else f"{value:.2e}"

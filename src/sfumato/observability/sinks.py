@@ -1,5 +1,5 @@
-"""Sinks: where the metrics of a run go. metrics.jsonl always; TensorBoard, Weights & Biases and
-trackio on request.
+"""Sinks: where the metrics of a run go. metrics.jsonl is always written; TensorBoard, Weights &
+Biases and trackio are written on request.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Sink(Protocol):
-    """Takes records: plain data with a `step`."""
+    """A destination for records, which are plain data with a `step`."""
 
-    def write(self, record: Mapping[str, Any]) -> None: ...
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add the numbers of `record` at its `step`."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write or send what is left, and close."""
+        ...
 
 
 def open_sinks(
     names: Sequence[SinkName], *, folder: Path, name: str, config: Mapping[str, Any]
 ) -> list[Sink]:
-    """Open the sinks of a run besides metrics.jsonl.
+    """Open the sinks of a run other than metrics.jsonl.
 
     Args:
-        folder: the run's; files go into a sub-folder of each sink's name.
-        name: the run's.
-        config: the run's configuration, which some sinks show.
+        folder: the run's folder; TensorBoard and Weights & Biases write to a sub-folder of it. The
+            last two sinks call the run by this folder's name.
+        name: the recipe's name, which these sinks show.
+        config: the run's configuration, which these sinks show.
     Raises:
         ConfigError: naming the extra that is not installed.
     """
@@ -40,7 +45,7 @@ def open_sinks(
 def require_sinks(
     names: Sequence[SinkName],
 ) -> list[Callable[[Path, str, Mapping[str, Any]], Sink]]:
-    """What opens each sink.
+    """Return the function that opens each sink, by importing its module.
 
     Raises:
         ConfigError: naming the extra that is not installed.
@@ -59,7 +64,7 @@ def require_sinks(
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record, without its step; what is not a number is left out."""
+    """Return the numbers of a record by name, without its step; other values are left out."""
     return {
         name: float(value)
         for name, value in record.items()

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard: the extra `tensorboard`."""
+"""Metrics for TensorBoard; needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class TensorBoardSink:
 
 
 def open_sink(folder: Path, name: str, config: Mapping[str, Any]) -> TensorBoardSink:
-    """The sink of a run."""
+    """Open the sink of a run; `name` and `config` are not shown."""
     return TensorBoardSink(folder / "tensorboard")

@@ -1,4 +1,4 @@
-"""Metrics for trackio: the extra `trackio`."""
+"""Metrics for trackio; needs the extra `trackio`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sfumato.observability.sinks import scalars
 
 
 class TrackioSink:
-    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode,
-    keys) come from the environment.
+    """A run of the trackio project `sfumato`, named after the run's folder; trackio's own settings
+    (offline mode, keys) come from the environment.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -31,5 +31,5 @@ class TrackioSink:
 
 
 def open_sink(folder: Path, name: str, config: Mapping[str, Any]) -> TrackioSink:
-    """The sink of a run; goes on with the earlier one after a resume."""
+    """Open the sink of a run; after a resume, the same run continues."""
     return TrackioSink(folder, name, config)

@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases: the extra `wandb`."""
+"""Metrics for Weights & Biases; needs the extra `wandb`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sfumato.observability.sinks import scalars
 
 
 class WandbSink:
-    """One run of the project `sfumato`, named as the run's folder; its own settings (offline mode,
-    keys) come from the environment.
+    """A run of the wandb project `sfumato`, named after the run's folder; wandb's own settings
+    (offline mode, keys) come from the environment.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -37,10 +37,10 @@ class WandbSink:
 
 
 def run_id(folder: Path) -> str:
-    """An identifier that stays the same when the run is resumed: made of the folder's full path."""
+    """Return an identifier that is the same after a resume: a hash of the folder's full path."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 def open_sink(folder: Path, name: str, config: Mapping[str, Any]) -> WandbSink:
-    """The sink of a run; goes on with the earlier one after a resume."""
+    """Open the sink of a run; after a resume, the same run continues."""
     return WandbSink(folder, name, config)

@@ -1,5 +1,6 @@
-"""Configurations: built-in ones, those chosen from data, and those read from files. Importing it
-imports no torch.
+"""Configurations: built-in ones, those chosen from data, and those read from files.
+
+Importing this package does not import torch.
 """
 
 from importlib import import_module

@@ -1,5 +1,7 @@
-"""The space that a run's diffusion model works in, and how a run comes by it: train an autoencoder,
-or take somebody's; measure; encode.
+"""The space that a run's diffusion model works in: pixels, or the latents of an autoencoder.
+
+An autoencoder is trained, or a pretrained one is used. Its latents are measured, and the images are
+encoded.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
 
 
 class Layout(NamedTuple):
-    """Of what a diffusion model makes: channels, and the side of an image over its side."""
+    """Channels of what a diffusion model generates, and the side of an image over its side."""
 
     channels: int
     factor: int
@@ -78,25 +80,25 @@ class PixelsConfig:
     kind: ClassVar[str] = "pixels"
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Of what the model makes: the images themselves."""
+        """Return the layout of the images themselves."""
         return Layout(image_channels, 1)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
-        """The autoencoder of a trained run."""
+        """Return `Pixels`, which stands in for the autoencoder of a trained run."""
         return Pixels(image_channels)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial."""
+        """Return `Pixels` and the dataset as it is, for a trial."""
         return Pixels(dataset.config.channels), dataset
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
-        """There is nothing to train before."""
+        """Return {}: nothing is trained before the diffusion model."""
         return {}
 
     def prepare(
         self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
     ) -> tuple[Autoencoder, Dataset]:
-        """Images as they are."""
+        """Return `Pixels` and the dataset as it is."""
         return Pixels(dataset.config.channels), dataset
 
 
@@ -104,15 +106,14 @@ class PixelsConfig:
 class TrainedAutoencoder(TrainingConfig):
     """An autoencoder trained on the run's own images before the diffusion model is.
 
-    Its latents' statistics are measured and kept inside it, so there is no scaling factor to
+    The statistics of its latents are measured and kept inside it, so there is no scaling factor to
     choose.
 
     Attributes:
         network: its size and shape.
         losses: what its reconstructions are judged by.
         features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`,
-            or a file: see
-            `evaluation.extractors.extractor`.
+            or a file: see `evaluation.extractors.extractor`.
         augmented_copies: latents kept of each image, each augmented in its own way, where images
             are augmented.
     """
@@ -139,11 +140,11 @@ class TrainedAutoencoder(TrainingConfig):
             )
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Of the latents."""
+        """Return the layout of the latents."""
         return Layout(self.network.latent_channels, self.network.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
-        """The autoencoder of a trained run.
+        """Load the autoencoder of a trained run.
 
         Raises:
             CheckpointError: if it is not there.
@@ -151,12 +152,12 @@ class TrainedAutoencoder(TrainingConfig):
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial: latents of zeros."""
+        """Return an untrained autoencoder and the dataset with latents of zeros, for a trial."""
         codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
         return _rehearsed(codec, dataset, self.augmented_copies, pixels=pixels)
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
-        """Its own training, in a scratch folder, with hardly anything to look at."""
+        """Return the autoencoder's trainer in a scratch folder, with hardly any validation."""
         short = replace(
             self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)
         )
@@ -165,8 +166,9 @@ class TrainedAutoencoder(TrainingConfig):
     def prepare(
         self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
     ) -> tuple[Autoencoder, Dataset]:
-        """The trained autoencoder, and the dataset with its latents; what is done already is not
-        done again.
+        """Return the trained autoencoder and the dataset with its latents.
+
+        What is already done is not done again.
         """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
@@ -178,8 +180,9 @@ class TrainedAutoencoder(TrainingConfig):
         )
 
     def _require_unchanged(self, stage: RunDirectory) -> None:
-        """Raise ConfigError if a finished autoencoder is asked to be another: the latents, and what
-        is learned of them, are its own.
+        """Raise ConfigError if the settings of a finished autoencoder have changed.
+
+        The latents, and what is learned from them, belong to that autoencoder.
         """
         for newest in checkpoint.paths(stage.checkpoints)[:1]:
             before = configuration.parse(
@@ -199,7 +202,11 @@ class TrainedAutoencoder(TrainingConfig):
                 )
 
     def trainer(self, dataset: Dataset, stage: RunDirectory) -> Trainer:
-        """Of the autoencoder alone."""
+        """Build the trainer of the autoencoder alone.
+
+        Raises:
+            ConfigError: if the images do not fit the autoencoder or its adversary.
+        """
         _require_fit(self.network.factor, dataset)
         device = default_device()
         adversarial, channels = self.losses.adversarial, dataset.config.channels
@@ -275,7 +282,7 @@ class TrainedAutoencoder(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedAutoencoder:
-    """Somebody's autoencoder, frozen.
+    """A pretrained autoencoder, frozen.
 
     Attributes:
         path: a folder in diffusers' layout (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or the
@@ -297,8 +304,9 @@ class PretrainedAutoencoder:
         _require_variants(self.augmented_copies)
 
     def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Of the latents; a run's own copy is asked first, since what it was made from may be
-        gone.
+        """Return the layout of the latents.
+
+        It is read from the run's own copy, if there is one, since the original may be gone.
         """
         own = None if run is None else run / FOLDER / FINAL
         kept = own is not None and (own / autoencoder_files.CONFIG).is_file()
@@ -310,11 +318,11 @@ class PretrainedAutoencoder:
         return Layout(found.latent_channels, found.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
-        """The autoencoder of a trained run, which holds its own copy."""
+        """Load the autoencoder of a trained run, which holds its own copy."""
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """What training would see, for a trial: latents of zeros."""
+        """Return the autoencoder and the dataset with latents of zeros, for a trial."""
         return _rehearsed(
             autoencoder_files.load(self.path, self.decoder).codec,
             dataset,
@@ -323,14 +331,15 @@ class PretrainedAutoencoder:
         )
 
     def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
-        """There is nothing to train before."""
+        """Return {}: nothing is trained before the diffusion model."""
         return {}
 
     def prepare(
         self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
     ) -> tuple[Autoencoder, Dataset]:
-        """A copy of the autoencoder with the statistics of the run's own latents, and the dataset
-        with those.
+        """Return the run's copy of the autoencoder, and the dataset with its latents.
+
+        The copy has the statistics of the run's own latents, unless `statistics` is `own`.
         """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
@@ -363,7 +372,7 @@ def _require_variants(variants: int) -> None:
 
 
 def _require_fit(factor: int, dataset: Dataset) -> None:
-    """Raise ConfigError unless every shape of the images can be halved that often."""
+    """Raise ConfigError unless the sides of every shape of the images are multiples of `factor`."""
     for height, width in dataset.config.pixel_format().shapes:
         if height % factor or width % factor:
             raise ConfigError(
@@ -376,7 +385,7 @@ def _require_fit(factor: int, dataset: Dataset) -> None:
 
 
 def _measured(codec: Codec, dataset: Dataset) -> Statistics:
-    """Of the latents of training images, spread over the set."""
+    """Measure the latents of up to MEASURED training images, spread over the set."""
     positions = dataset.training[
         np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)
     ]
@@ -395,8 +404,9 @@ def _measured(codec: Codec, dataset: Dataset) -> Statistics:
 def _reconstructed_distance(
     codec: KLAutoencoder, dataset: Dataset, features: Features
 ) -> dict[str, Any]:
-    """The Fréchet distance between held-out images and their reconstructions, and what it was
-    measured with.
+    """Return the Fréchet distance between held-out images and their reconstructions.
+
+    The images and the features that it was measured with are given too; {} if too few are held out.
     """
     held = dataset.usual(dataset.holdout)[:MEASURED]
     if len(held) < FEWEST:
@@ -443,8 +453,9 @@ def _rehearsed(
 
 
 def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
-    """As many as there are rows; a function with a name, which processes that read ahead can be
-    handed.
+    """Return `blank` once for each row.
+
+    A function with a name can be passed to the processes that read ahead.
     """
     return np.broadcast_to(blank, (len(rows), *blank.shape)).copy()
 
@@ -457,9 +468,7 @@ def _encoded(
     *,
     pixels: bool,
 ) -> tuple[Autoencoder, Dataset]:
-    """The autoencoder on its device, and the dataset with its latents, if there is room for
-    them.
-    """
+    """Return the autoencoder on its device, and the dataset with its latents if there is room."""
     autoencoder = autoencoder.to(default_device())
     if not _kept(autoencoder, dataset, variants, directory):
         console().print(
@@ -482,8 +491,9 @@ def _encoded(
 def _kept(
     autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory
 ) -> bool:
-    """Whether latents are kept on disk: decided once in a run's life, since kept ones are rounded
-    and fresh ones are not.
+    """Return whether latents are kept on disk.
+
+    This is decided once in a run's life, since kept latents are rounded and fresh ones are not.
     """
     decision = directory.path / FOLDER / "kept.json"
     if decision.is_file():

@@ -205,10 +205,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
 
 
 def recipe(name: str) -> Run:
-    """The built-in recipe of that name.
+    """Return the built-in recipe of a name.
 
     Raises:
-        ConfigError: naming the nearest, if there is none.
+        ConfigError: if there is none; it suggests the nearest name.
     """
     if name in RECIPES:
         return RECIPES[name]()

@@ -1,5 +1,6 @@
-"""The captions of a set: whether they steer a model, how many of their tokens it reads, and what is
-cut off.
+"""The captions of a dataset.
+
+They decide whether text steers a model and how many tokens it reads; what is cut off is counted.
 """
 
 from __future__ import annotations
@@ -36,16 +37,25 @@ class Reader(Protocol):
     """A conditioner that reads `length` tokens of a text."""
 
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """The number of tokens that are read of a text."""
+        ...
 
-    def seen(self, text: str) -> tuple[int, ...]: ...
+    def seen(self, text: str) -> tuple[int, ...]:
+        """Return the numbers of the tokens that are read of a text.
 
-    def cuts(self, text: str) -> bool: ...
+        They are equal for texts that the model cannot tell apart.
+        """
+        ...
+
+    def cuts(self, text: str) -> bool:
+        """Return whether a text has more tokens than are read."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSurvey:
-    """What the captions of a set are good for.
+    """What the captions of a dataset are good for.
 
     Attributes:
         images, captioned: images in all, and those with a caption that says something.
@@ -61,7 +71,7 @@ class CaptionSurvey:
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> CaptionSurvey:
-        """Look at all captions, and at the tokens of up to 20,000 spread over the set."""
+        """Survey all captions, and the tokens of some 20,000 of them spread over the set."""
         usable = [
             texts
             for entry in entries
@@ -78,19 +88,20 @@ class CaptionSurvey:
 
     @property
     def usable(self) -> bool:
-        """Whether a model is steered by them: at least 8 images or most of the set have one, and
-        they differ.
+        """Whether captions steer the model.
+
+        They do if at least 8 images or most of the set have one, and they differ.
         """
         return self.different > 1 and (self.captioned >= FEWEST or 2 * self.captioned > self.images)
 
     @property
     def text(self) -> LearnedTextConfig | None:
-        """How captions are read; None where they are not used."""
+        """How captions are read; None if they are not used."""
         return LearnedTextConfig(length=self.length) if self.usable else None
 
     @property
     def reasons(self) -> list[str]:
-        """What is chosen, and why; nothing where there are no captions."""
+        """What is chosen, and why; [] if there are no captions."""
         if not self.captioned:
             return []
         share = f"{self.captioned / self.images:.0%} of the images ({self.captioned} of {self.images}) have captions"
@@ -108,8 +119,9 @@ class CaptionSurvey:
 
 
 def fitting_length(captions: Sequence[str]) -> int:
-    """Tokens that hold 95 % of the captions by the tokenizer of new runs; a multiple of 8 from 16
-    to 128.
+    """Return the number of tokens that holds 95 % of the captions, with the tokenizer of new runs.
+
+    It has room for one spelled word, and is a multiple of 8 from 16 to 128.
     """
     if not captions:
         return SHORTEST
@@ -122,7 +134,7 @@ def fitting_length(captions: Sequence[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What a model does not read of captions.
+    """How many captions a model reads only in part.
 
     Attributes:
         different: captions, equal ones counted once.
@@ -138,7 +150,7 @@ class Cut:
 
     @classmethod
     def of(cls, captions: Iterable[str], reader: Reader) -> Cut:
-        """Read every caption; those that differ in capitals or spaces are the same."""
+        """Read every caption; captions that differ only in capitals or spaces count as one."""
         different = {" ".join(text.casefold().split()) for text in captions}
         long = {text for text in different if reader.cuts(text)}
         alike = Counter(reader.seen(text) for text in long)
@@ -151,7 +163,7 @@ class Cut:
 
     @property
     def lines(self) -> list[str]:
-        """What a person should know before training."""
+        """What a user should know about cut captions before training; [] without captions."""
         if not self.different:
             return []
         if not self.cut:
@@ -174,9 +186,7 @@ class Cut:
 
 
 def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[str]:
-    """What a run's model does not read of the captions that it learns from; nothing where it reads
-    none.
-    """
+    """Return lines on the training captions that are cut; [] if the model reads no text."""
     part = part_of(conditioner, Text)
     if part is None:
         return []
@@ -189,8 +199,10 @@ def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[st
 def reader_of(
     run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
 ) -> Reader:
-    """What would read the captions in a run on them; its length is chosen where the run reads no
-    text.
+    """Build the text conditioner that would read the captions in a run.
+
+    If the run reads no text, its length is chosen for the captions. It is built on the meta device,
+    since it only counts tokens.
     """
     config = run.conditioner.text or LearnedTextConfig(length=fitting_length(captions))
     with torch.device("meta"):  # it only counts

@@ -1,5 +1,6 @@
-"""A limit that is set replaces those that it was not set with: `budget.steps=1200` on a recipe of
-one minute means 1,200 steps.
+"""Budgets in which a limit that is set replaces the others.
+
+`budget.steps=1200` on a recipe of one minute means 1,200 steps.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ LIMITS = tuple(field.name for field in fields(Budget))
 
 
 def replaced(base: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`base` without the limits that `asked` replaces, and a line for each budget that this
-    changes.
+    """Return `base` without the limits that `asked` replaces, and a line for each changed budget.
 
     Several limits that are set together all hold: the first one reached ends the training.
     """

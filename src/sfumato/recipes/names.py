@@ -1,7 +1,7 @@
-"""What a person can name, as plain text: importing this imports no torch, so that a typing error is
-answered at once.
+"""The names that a user can give, as plain text.
 
-Tests hold these tables equal to the recipes, sources and configurations that they speak of.
+Importing this module does not import torch, so that a typo is reported at once. Tests hold these
+tables equal to the recipes, sources and configurations that they describe.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ KEYS = (
 
 
 def unknown(name: str) -> ConfigError:
-    """The error for a name that stands for nothing, with the nearest recipe."""
+    """Return the error for a name that refers to nothing, with the nearest recipe."""
     close = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.6)
     hint = f"did you mean `{close[0]}`? " if close else ""
     return ConfigError(
@@ -89,11 +89,11 @@ def unknown(name: str) -> ConfigError:
 
 
 def require(source: str, overrides: Sequence[str] = ()) -> None:
-    """Raise what is certain to be raised later, before anything heavy is imported.
+    """Raise errors that are certain to come later, before anything heavy is imported.
 
     Raises:
-        ConfigError: for a source that stands for nothing, or an override of a key that is nearly
-            one.
+        ConfigError: for a source that does not exist, and for an override that sets nothing or
+            misspells a key.
         RunError: for a model folder of diffusers.
     """
     path = Path(source)

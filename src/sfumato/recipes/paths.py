@@ -1,5 +1,7 @@
-"""Where a run's data are: named once, relative to any folder, and found again from every other,
-also when both have moved.
+"""The paths of a run's data.
+
+They are given once, relative to any folder, and found again from every other, even after both have
+moved.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ NAMES = {"auto", "random", "efficientnet-lite0"}  # of what needs no file, whate
 
 
 def with_whole_paths(run: Run) -> Run:
-    """The same run with the paths of what is on this machine made absolute, so that they mean the
-    same in every folder.
+    """Return the run with the paths of what is on this machine made absolute.
+
+    They then mean the same in every folder.
     """
     plain = configuration.plain(run)
     for _, holder, name in _paths(plain):
@@ -42,16 +45,19 @@ def with_whole_paths(run: Run) -> Run:
 
 
 def from_run(run: Run, directory: Path) -> dict[str, str]:
-    """Those paths as they look from the run's own folder: what data.json keeps, for when both are
-    moved together.
+    """Return those paths as they are seen from the run's own folder.
+
+    data.json keeps them, for when both are moved together.
     """
     found = ((key, holder[name]) for key, holder, name in _paths(configuration.plain(run)))
     return {key: os.path.relpath(path, directory) for key, path in found if os.path.exists(path)}
 
 
 def found_again(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """A run's configuration, as plain data, with its paths where things are now: as it says, or as
-    seen from the run.
+    """Replace the paths in a run's configuration, as plain data, by where things are now.
+
+    A path that does not exist is looked for where it was as seen from the run. The mapping is
+    changed in place and returned.
     """
     known = _known(directory)
     for key, holder, name in _paths(plain):
@@ -69,9 +75,7 @@ def found_again(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(key, the mapping that holds it, its name there) of every path in a configuration that may be
-    one on this machine.
-    """
+    """Yield (key, mapping that holds it, name there) of every path that may be on this machine."""
     for key in KEYS:
         *parents, name = key.split(".")
         holder: Any = plain
@@ -87,8 +91,10 @@ def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]
 
 
 def _candidates(key: str, path: str, known: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """Where something may be that is not where a run says: as far from it as it was; data of older
-    runs below a folder that holds it.
+    """Yield where something may be that is not where a run says.
+
+    It may be at the same place as seen from the run. In older runs, which do not record that, data
+    may be below a folder that holds the run.
     """
     if isinstance(known.get(key), str):
         yield os.path.join(directory, known[key])
@@ -102,9 +108,7 @@ def _known(directory: Path) -> Mapping[str, Any]:
 
 
 def require_there(run: Run) -> None:
-    """Raise DataError, naming the key, if the run's data should be on this machine and are not
-    where it says.
-    """
+    """Raise DataError, naming the key, if the run's data should be on this machine but are not."""
     path, kind = getattr(run.data.source, "path", None), type(run.data.source).__name__
     if path is not None and kind != HUB and _is_local(path) and not os.path.exists(path):
         raise DataError(

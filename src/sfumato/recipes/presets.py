@@ -33,7 +33,7 @@ MOST_ATTENDED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A configuration and why it is so, one sentence a line."""
+    """A configuration and the reasons for it, one sentence a line."""
 
     run: Run
     reasons: tuple[str, ...]
@@ -48,16 +48,16 @@ def choose(
     bits: Literal[8, 16] | None = None,
     space: AutoencoderConfig | None = None,
 ) -> Choice:
-    """The preset for a source of images on this machine.
+    """Choose the preset for a source of images on this machine.
 
     Args:
-        listing: what the source lists, if that is known already.
-        resolution: side, or height and width, if that is settled already; from 96 on, the model
-            works in latents of its own autoencoder.
-        channels, bits: of the images, if they are settled already.
-        space: the autoencoder, or pixels, if that is settled already.
+        listing: what the source lists, if it is already known.
+        resolution: side, or height and width, if already settled; from 96 on, the model works in
+            latents of its own autoencoder.
+        channels, bits: of the images, if already settled.
+        space: the autoencoder, or pixels, if already settled.
     Raises:
-        DataError: if there is no such source, or it holds nothing.
+        DataError: if the source does not exist or holds nothing.
     """
     source = source_at(place)
     survey = Survey.of(source.listing() if listing is None else listing)
@@ -112,11 +112,10 @@ def choose(
 
 
 def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamWConfig, str]:
-    """The network and its optimizer; latents leave `room` for wider ones.
+    """Choose the network and its optimizer; `room` widens the network for latents.
 
-    A CPU gets a narrow network and Muon, which pay in an hour (docs/ablations.md, "What each part
-    buys"); on GPUs larger sets carry larger
-    ones, and nothing has been measured yet.
+    A CPU gets a narrow network and Muon, which pay off in an hour (docs/ablations.md, "What each
+    part buys"). On GPUs, larger datasets get larger networks, which have not been measured yet.
     """
     if not gpu:
         width = 32 * room
@@ -152,13 +151,14 @@ def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
 
 
 def _by(sides: tuple[int, int]) -> str:
-    """32, or 32 x 48."""
+    """Format sides as 32, or as 32 x 48."""
     return " x ".join(map(str, dict.fromkeys(sides)))
 
 
 def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, list[str]]:
-    """Pixels, or latents of 1/8 of the sides, or of what the sides can be divided by, where pixels
-    would be too many.
+    """Choose pixels, or latents if there would be too many pixels.
+
+    Latents have 1/8 of the sides, or 1/4 if 8 does not divide the sides.
     """
     resolution = min(sides)
     depth = max(depth for depth in range(4) if not any(side % 2**depth for side in sides))
@@ -196,7 +196,7 @@ def _categories(survey: Survey) -> tuple[CategoryConfig | None, list[str]]:
 
 
 def _name(place: str) -> str:
-    """Of the run: the folder's, or the file's without its ending."""
+    """Return the run's name: the folder's, or the file's without its ending."""
     path = Path(place)
     if path.is_dir():
         return path.resolve().name or "images"
@@ -252,8 +252,10 @@ def _run(
 
 
 def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """Widths of the depths for maps of `side`: fewer for small ones; more for large ones, so that
-    attention sees at most 32 x 32 places.
+    """Choose the widths of the depths for maps of `side`.
+
+    Small maps have fewer depths. Large ones have more, so that attention sees at most 32 x 32
+    places.
     """
     depth = len(usual) - 1
     while depth and side // 2**depth < SMALLEST_MAP:
@@ -264,13 +266,14 @@ def _multipliers(usual: tuple[int, ...], side: int) -> tuple[int, ...]:
 
 
 def shift(values: int) -> float:
-    """How far training and sampling move to more noise: neighbouring values of large images tell of
-    one another, so that the same noise
-    hides less of them. Never to less, which made better images that followed their category less
-    (docs/ablations.md).
+    """Return how far training and sampling move to more noise, sqrt(values / 4096), but at least 1.
+
+    Neighbouring values of large images predict one another, so that the same noise hides less of
+    them. The shift is never to less noise, which made better images that followed their category
+    less (docs/ablations.md).
 
     Args:
-        values: of an image, or of its latents.
+        values: number of values of an image, or of its latents.
 
     Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23; with 4,096 values as the reference: Zheng
         et al. 2025 (arXiv:2510.11690), sec. 4.
@@ -279,7 +282,7 @@ def shift(values: int) -> float:
 
 
 def _shifted(run: Run, factor: float) -> Run:
-    """The run with training and sampling moved to more noise."""
+    """Return the run with training and sampling moved to more noise."""
     moved = Warped(schedule=Linear(), warp=Shift(factor))
     return replace(
         run,

@@ -42,13 +42,13 @@ class Resolved:
 
     @property
     def reasons(self) -> list[str]:
-        """Why a preset is as it is; [] for what is not a preset."""
+        """Why a preset is as it is; [] if the configuration is not a preset."""
         return (
             [] if self.choice is None else [f"chosen: {reason}" for reason in self.choice.reasons]
         )
 
     def listing_of(self, run: Run) -> Listing | None:
-        """The listing of a run's source, if it is the one that was listed already."""
+        """Return the listing of a run's source, if that source was already listed."""
         return (
             self.listing
             if self.choice is not None and run.data.source == self.choice.run.data.source
@@ -57,8 +57,7 @@ class Resolved:
 
 
 def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
-    """The configuration that a recipe's name, a YAML file, a folder of images or a run directory
-    stands for.
+    """Return the configuration of a recipe, a YAML file, a folder of images or a run directory.
 
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
@@ -67,7 +66,7 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
 
 
 def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
-    """`resolve`, with how the configuration came about; a source of images is listed once.
+    """Resolve a configuration, and say how it came about; a source of images is listed once.
 
     Raises:
         ConfigError, DataError: see `resolve`.
@@ -86,8 +85,9 @@ def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
 
 
 def is_preset(source: str | Path | Run) -> bool:
-    """Whether the configuration is chosen from the data themselves: `source` is images, and no
-    recipe, run or YAML file.
+    """Return whether the configuration is chosen from the data.
+
+    This is so if `source` is images, and no recipe, run or YAML file.
     """
     if (
         isinstance(source, Run)
@@ -103,8 +103,9 @@ def _is_source(source: str | Path | Run) -> bool:
 
 
 def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What `source` says by itself, and where; where it is images, what is given for besides
-    decides more than itself.
+    """Return the configuration of `source` as plain data, and where it is written.
+
+    If it is images, some of the given settings decide about other settings too.
     """
     if isinstance(source, Run):
         return configuration.plain(source), source.name
@@ -128,15 +129,16 @@ def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str
 
 
 def preset(place: str, overrides: Overrides, listing: Listing) -> Run:
-    """The configuration that is chosen for a listed source, with settings laid over it."""
+    """Return the configuration chosen for a listed source, with the overrides applied."""
     given = configuration.with_overrides({}, overrides)
     base = configuration.plain(_chosen(place, given, listing).run)
     return configuration.parse(Run, configuration.with_overrides(base, overrides), where=place)
 
 
 def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing) -> Choice:
-    """The preset of a source; settings of its images, or an autoencoder, decide more than
-    themselves.
+    """Choose the preset of a source.
+
+    Settings of its images, or of an autoencoder, decide about other settings too.
     """
     data: Any = given.get("data")
     data = data if isinstance(data, dict) else {}
@@ -157,8 +159,9 @@ def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing
 
 
 def _sides(data: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width, if they are set to something that they can be; what cannot be is refused
-    when the whole is read.
+    """Return height and width, if they are set to possible values.
+
+    Impossible ones are refused when the whole configuration is read.
     """
     resolution, size = data.get("resolution"), data.get("size")
     match size if isinstance(size, list | tuple) else [resolution, resolution]:

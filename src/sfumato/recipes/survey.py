@@ -1,4 +1,4 @@
-"""What a source holds, by a look at the headers of a few images."""
+"""A survey of a source, from the headers of a few images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ MOST = 0.5  # share of the images from which on the preset follows them
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a source holds, as far as a look at a few images tells; those that training would leave
-    out do not count.
+    """What a source holds, as far as a few images tell.
+
+    Images that training would leave out do not count.
 
     Attributes:
         count: images listed.
@@ -44,7 +45,7 @@ class Survey:
 
     @classmethod
     def of(cls, listing: Listing) -> Survey:
-        """Look at up to 200 images spread over the source."""
+        """Survey a source by its entries, and by the headers of some 200 images spread over it."""
         entries = listing.entries
         spread = entries[:: max(1, len(entries) // LOOKED_AT)]
         with quiet():
@@ -74,7 +75,7 @@ def _look(entry: Entry) -> Look | None:
 
 
 def _channels(pairs: Sequence[tuple[Entry, Look]]) -> tuple[int, str]:
-    """The channels that fit most images, and why."""
+    """Choose the channels that fit most images, and say why."""
     if not pairs:
         return 3, "no image could be looked at"
     usual, count = Counter(_unusual(found) for _, found in pairs).most_common(1)[0]
@@ -98,13 +99,14 @@ def _channels(pairs: Sequence[tuple[Entry, Look]]) -> tuple[int, str]:
 
 
 def _unusual(found: Look) -> int:
-    """Channels of an image that is neither gray nor in colour, 0 for those that are."""
+    """Return the channels of an image that is neither gray nor in colour, and 0 for any other."""
     return 0 if found.bands - found.alpha in (1, 3) else found.bands
 
 
 def _transparent(pairs: Sequence[tuple[Entry, Look]]) -> float:
-    """Share of images with a pixel that is not opaque, by some of those whose container has
-    alpha.
+    """Estimate the share of images with a pixel that is not opaque.
+
+    Only some of those whose container has alpha are decoded.
     """
     marked = [entry for entry, found in pairs if found.alpha]
     if not marked:

@@ -1,6 +1,7 @@
-"""Questions that a run's parts answer together only, asked before any data are read: can it be
-sampled, is its loss finite, was what
-guidance leads away from ever trained?"""
+"""Checks of a run's parts in combination, before any data are read.
+
+Can it be sampled, is its loss finite, and was what guidance leads away from ever trained?
+"""
 
 from __future__ import annotations
 
@@ -40,11 +41,10 @@ LEVELS = 1024
 def require_sampled(
     denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule
 ) -> None:
-    """Raise ConfigError unless the sampler can walk its schedule with a network that predicts what
-    this one does.
+    """Raise ConfigError unless the sampler can follow its schedule with this network.
 
     Args:
-        trained_on: the schedule of the objective, the first that is tried instead.
+        trained_on: the schedule of the objective; one of its kind is the first suggestion.
     """
     reason = _obstacle(denoiser, sampling)
     if reason is None:
@@ -61,7 +61,7 @@ def require_sampled(
 
 
 def _name(part: Any) -> str:
-    """Of a part of a configuration, with those inside it."""
+    """Return the kind of a part of a configuration, with the kinds inside it."""
     inner = [
         _name(value) for field in fields(part) if is_dataclass(value := getattr(part, field.name))
     ]
@@ -71,7 +71,7 @@ def _name(part: Any) -> str:
 def _others(
     denoiser: DenoiserConfig, sampling: SamplingConfig, trained_on: Schedule
 ) -> Iterator[tuple[str, DenoiserConfig, SamplingConfig]]:
-    """Settings that differ in one key, with that key."""
+    """Yield settings that differ in one key, with that key."""
     usual: tuple[Schedule, ...] = (LinearBetas(), Karras(), Linear(), Cosine())
     for schedule in [schedule for schedule in usual if type(schedule) is type(trained_on)] or usual[
         :2
@@ -85,8 +85,9 @@ def _others(
 
 
 def _obstacle(denoiser: DenoiserConfig, sampling: SamplingConfig) -> str | None:
-    """Why a trajectory cannot be walked, None if it can: a network of zeros walks both of its
-    ends.
+    """Return why a trajectory cannot be sampled, or None if it can.
+
+    Both of its ends are sampled with a network that predicts zeros.
     """
     network = NetworkDenoiser(
         network=_zeros,
@@ -108,7 +109,7 @@ def _zeros(x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
 
 
 def _ends(levels: NoiseLevel) -> NoiseLevel:
-    """The first and last levels of a grid."""
+    """Return the first and last levels of a grid."""
     alpha, sigma = levels
     if len(alpha) <= 2 * WALKED + 2:
         return levels
@@ -118,8 +119,9 @@ def _ends(levels: NoiseLevel) -> NoiseLevel:
 
 
 def require_finite_loss(run: Run) -> None:
-    """Raise ConfigError if the loss has no finite weight at levels that training draws, in the
-    float32 that it is computed in.
+    """Raise ConfigError if the loss's weight is not finite at levels that training draws.
+
+    It is computed in float32, as in training.
     """
     times = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     drawn = NoiseLevel(*(part.float() for part in run.objective.schedule(times)))

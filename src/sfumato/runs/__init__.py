@@ -1,4 +1,7 @@
-"""Runs: prepare, predict, train, resume and load them. Importing it imports no torch."""
+"""Runs: prepare, predict, train, resume and load them.
+
+Importing this package does not import torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""A run's diffusion model and all that trains it, put together."""
+"""The assembly of a run's diffusion model and its trainer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def diffusion_trainer(
     facts: ConditioningInfo,
     pinned: Mapping[str, Any],
 ) -> Trainer:
-    """Trains a model that is on its device, `with_auxiliary`, on a dataset that holds what the
-    autoencoder made of it.
+    """Build the trainer of a diffusion model.
+
+    Args:
+        model: on its device, with the modules that `with_auxiliary` adds.
+        dataset: with what the autoencoder made of it.
     """
     task = Diffusion(
         run,

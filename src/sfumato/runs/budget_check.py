@@ -1,4 +1,4 @@
-"""Whether a plan is long enough for its set, size and machine, in words, and what to change."""
+"""Whether a plan is long enough for its dataset and fits the machine, and what to change if not."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ ROOM = 0.9  # share of the memory that a training may take
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What speaks against a plan, and what to change."""
+    """A problem with a plan, and what to change."""
 
     what: str
     change: str
 
     def line(self) -> str:
-        """For a person."""
+        """Return the finding as a line of text."""
         return f"verdict: {self.what}; {self.change}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a training has room in, in GiB."""
+    """The memory and disk space that a training can use, in GiB."""
 
     memory_gib: float
     disk_gib: float
 
     @classmethod
     def here(cls) -> Machine:
-        """Memory of the device that is trained on, and free disk space of the working directory."""
+        """Return the memory of the training device and the free space of the working folder."""
         if torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         else:
@@ -59,11 +59,11 @@ class Machine:
 
 
 def findings(stages: Sequence[Prediction], *, images: int, machine: Machine) -> list[Finding]:
-    """What speaks against the plan, the gravest first; [] for a plan that is long enough and fits.
+    """Return the problems of a plan, the most serious first; [] if it is long enough and fits.
 
     Args:
-        stages: predicted, the diffusion model's last.
-        images: to learn from.
+        stages: the predictions, the diffusion model's last.
+        images: number of training images.
     """
     *before, model = stages
     found = [
@@ -143,6 +143,6 @@ def _length(model: Prediction) -> list[Finding]:
 
 
 def _longer(key: str, stage: Prediction, steps: int) -> str:
-    """The setting that gives a stage so many steps, and how long that takes here."""
+    """Return the setting that gives a stage `steps` steps, and how long they take here."""
     seconds = steps * stage.seconds / stage.steps
     return f"set {key}.minutes={max(1, math.ceil(seconds / 60))} ({steps:,} steps, {duration(seconds)} on this machine)"

@@ -1,4 +1,4 @@
-"""What a run will take, from a few of its own steps."""
+"""What a run will cost, predicted from a few of its own steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Measured on this machine, as busy as it is now.
+    """The predicted cost of a stage, measured on this machine, as busy as it is now.
 
     Attributes:
         stage: what is trained.
@@ -56,7 +56,7 @@ class Prediction:
     precision: str = "float32"
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Return the prediction as lines of text."""
         looks = (
             f", {duration(self.looks_s)} of it for previews and validation"
             if self.looks_s >= 1
@@ -72,7 +72,7 @@ class Prediction:
 
 
 def predict(prepared: PreparedRun) -> list[Prediction]:
-    """Take a few real steps of each stage in a scratch folder."""
+    """Predict the cost of each stage from a few real steps in a scratch folder."""
     run, dataset = prepared.run, prepared.dataset
     found = []
     with tempfile.TemporaryDirectory() as place:
@@ -93,7 +93,7 @@ def predict(prepared: PreparedRun) -> list[Prediction]:
 
 
 def _encoding_s(own: TrainedAutoencoder, dataset: Dataset, step_s: float) -> float:
-    """Half a forward pass of the autoencoder for each variant of each image."""
+    """Estimate the seconds of encoding: half a forward pass for each variant of each image."""
     variants = 1 if dataset.config.augment.is_off else own.augmented_copies
     return 0.5 * step_s * variants * len(dataset.training) / (PASSES * own.batch_size)
 
@@ -127,8 +127,9 @@ def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: floa
 def _looks_s(
     config: TrainingConfig, steps: int, seconds: float, preview_s: float, validation_s: float
 ) -> float:
-    """Of previews, one more than there are validations since there is one before the first step,
-    and of validations.
+    """Return the seconds that previews and validations take.
+
+    There is one more preview than validations, before the first step.
     """
     previews = 2 + times(config.preview, steps, seconds, preview_s)
     return (
@@ -138,8 +139,9 @@ def _looks_s(
 
 
 def times(cadence: Cadence, steps: int, seconds: float, cost_s: float) -> int:
-    """How often something comes due before the last step of a training of so many steps and
-    seconds.
+    """Return how often something comes due before the last step of a training.
+
+    The training has `steps` steps and takes `seconds`.
     """
     by_steps = 0 if cadence.every_steps is None else (steps - 1) // cadence.every_steps
     first_s, then_s = (cadence.wait_s(first=first, cost_s=cost_s) for first in (True, False))
@@ -147,10 +149,11 @@ def times(cadence: Cadence, steps: int, seconds: float, cost_s: float) -> int:
 
 
 def trial_trainer(prepared: PreparedRun, place: Path) -> Trainer:
-    """A trainer of a run's diffusion model in a scratch folder, with an untrained autoencoder where
-    the run has one.
+    """Build the trainer of a run's diffusion model in a scratch folder, for a trial.
 
-    It has hardly anything to look at, which takes long to prepare.
+    The latents, if the run has any, are zeros.
+
+    It validates and previews as little as possible, since that takes long to prepare.
     """
     run = replace(
         prepared.run, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)

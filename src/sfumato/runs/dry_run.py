@@ -1,5 +1,7 @@
-"""What `train --dry-run` says: what would be trained and why, what it takes on this machine, and
-whether that is long enough.
+"""The plan that `train --dry-run` prints.
+
+It says what would be trained and why, what it takes on this machine, and whether that is long
+enough.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class TrainingPlan:
         return sum(stage.seconds + stage.encoding_s + stage.trial_s for stage in self.stages)
 
     def lines(self) -> list[str]:
-        """For a person; the summary and the verdict come last."""
+        """Return the plan as lines of text; the summary and the verdict come last."""
         predicted = [line for stage in self.stages for line in stage.lines()]
         return [*self.notes, *predicted, self._summary(), *self._verdict()]
 
@@ -68,12 +70,12 @@ class TrainingPlan:
         return ["verdict: long enough for this set and size on this machine"]
 
     def as_yaml(self) -> str:
-        """The configuration, with everything else as comments: what `sfumato train FILE` reads."""
+        """Return the configuration as YAML for `sfumato train FILE`, and all else as comments."""
         comments = (f"# {line}" for line in self.lines())
         return "\n".join([*comments, configuration.dump_yaml(configuration.plain(self.run))])
 
     def plain(self) -> dict[str, Any]:
-        """For a program."""
+        """Return the plan as plain data, for JSON."""
         return {
             "name": self.run.name,
             "images": self.images,
@@ -87,7 +89,7 @@ class TrainingPlan:
 
 
 def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan:
-    """What would be trained, and what a few real steps of it say that it takes; nothing is kept."""
+    """Plan a training from a few real steps of it; nothing is kept."""
     chosen = resolved(source, overrides)
     run = chosen.run
     prepared = prepare(run, listing=chosen.listing_of(run))

@@ -29,9 +29,9 @@ def evaluate_run(
 
     Args:
         num, guidance, seed, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
-        precision: inside the network.
+        precision: precision inside the network.
         compile: whether to compile the network first.
-        before_work: called when it is known that there is a run.
+        before_work: called once the run is known to exist.
     Returns:
         The report, and remarks on the data: what has changed in them since the run began.
     Raises:

@@ -1,4 +1,4 @@
-"""From a trained run back to something that makes images."""
+"""Loading of trained runs, for sampling and evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEPT = {"ema": "ema", "raw": "model"}  # weights of a checkpoint -> its file
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The run directory below `root` that was written to last.
+    """Return the run directory below `root` that was written to last.
 
     Raises:
         RunError: if there is none.
@@ -42,8 +42,9 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 
 def snapshot(path: str | Path, step: int) -> Model:
-    """The model of a run as it was at `step`, or at the last snapshot before it: what autoguidance
-    leads away from.
+    """Load the model of a run as it was at `step`, or at the last snapshot before it.
+
+    Autoguidance leads away from it.
     """
     directory = RunDirectory.existing(Path(path))
     model = load(path).model
@@ -56,11 +57,10 @@ def snapshot(path: str | Path, step: int) -> Model:
 def width_errors(
     path: str | Path, widths: Sequence[float]
 ) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Errors on held-out images of averages of several widths, reconstructed from those that a run
-    kept.
+    """Yield the held-out errors of reconstructed averages of several widths.
 
     Raises:
-        CheckpointError: if it kept none.
+        CheckpointError: if the run kept no averages to reconstruct them from.
     """
     directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
     model, device = pipeline.model, default_device()
@@ -96,7 +96,7 @@ def _weights(
 def _load_weights(
     model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
 ) -> None:
-    """Load what training changed and what it left, without the parts that only training uses."""
+    """Load the trained and the frozen parameters, without the parts that only training uses."""
     model.load_state_dict(
         {
             name: tensor
@@ -107,7 +107,7 @@ def _load_weights(
 
 
 def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
-    """The frozen parameters of a run's newest checkpoint."""
+    """Load the frozen parameters of a run's newest checkpoint."""
     newest = checkpoint.read_newest(directory.checkpoints)[0]
     return checkpoint.load_frozen(newest.path, newest.state)
 
@@ -118,17 +118,17 @@ def load(
     weights: Literal["ema", "raw"] | float = "ema",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Pipeline:
-    """The pipeline of a run's newest checkpoint that is whole; warns of newer ones that are not,
-    and leaves them as they are.
+    """Load the pipeline of a run's newest whole checkpoint.
+
+    Newer checkpoints that are damaged cause a warning, and are left as they are.
 
     Args:
-        weights: the averaged ones, or those of the last step, or an average of that width, where
-            the run kept what it takes to make it
-            (`post_hoc_ema.widths`).
-        precision: inside the network.
+        weights: `ema`, the averaged ones; `raw`, those of the last step; or the width of an
+            average, if the run kept what it takes to reconstruct it (`post_hoc_ema.widths`).
+        precision: precision inside the network.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
-        ConfigError: for weights or a precision that there are not.
+        ConfigError: for unknown weights or an unknown precision.
     """
     directory = RunDirectory.existing(Path(path))
     if precision not in CHOICES:

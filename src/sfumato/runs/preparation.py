@@ -1,6 +1,4 @@
-"""What a configuration names, made once: the data, what the model must know of them, and the
-untrained model.
-"""
+"""The preparation of a run: its data, what the model must know of them, the untrained model."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ MARGIN_SAID = 0.1  # more work than the pixels need
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that can begin.
+    """A run that is ready to begin.
 
     Attributes:
         run: the configuration.
@@ -51,20 +49,21 @@ class PreparedRun:
     model: Model
 
     def trainable_model(self) -> Model:
-        """A copy of the untrained model on the device that is used, with what is trained beside it.
+        """Copy the untrained model to the default device, and add what is trained beside it.
 
         Raises:
-            ConfigError: if an encoder that is aligned to is missing.
+            ConfigError: if the encoder of an alignment loss is missing.
         """
         return with_auxiliary(self.run, copy.deepcopy(self.model))
 
 
 def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = None) -> PreparedRun:
-    """Index the data and build the model; what the settings lack is refused here, before anything
-    is done.
+    """Index the data and build the model.
+
+    What cannot work is refused here, before anything is done.
 
     Args:
-        listing: of the run's source, if it was listed already.
+        listing: the listing of the run's source, if it was already made.
         place: the run's directory, if it has one.
     Raises:
         ConfigError, DataError: naming what is wrong.
@@ -81,8 +80,9 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
 
 
 def open_data(run: Run, listing: Listing | None = None) -> Dataset:
-    """Index the run's data, showing progress; `listing` is that of its source, if it was listed
-    already.
+    """Index the run's data, and show progress.
+
+    `listing` is that of its source, if it was already made.
     """
     require_there(run)
     with ProgressBar("reading images") as bar:
@@ -132,8 +132,9 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
 
 
 def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
-    """What the run's conditioner must know of its training set. `place` is the run's, where it has
-    one.
+    """Return what the run's conditioner must know about its training set.
+
+    `place` is the run's directory, if it has one.
     """
     return ConditioningInfo(
         channels=run.data.channels,
@@ -148,7 +149,7 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Condition
 
 
 def untrained(dataset: Dataset) -> tuple[str, ...]:
-    """Categories that no training image has."""
+    """Return the categories that no training image has."""
     counts = np.bincount(
         dataset.labels.numpy()[dataset.training].clip(min=-1) + 1,
         minlength=len(dataset.categories) + 1,
@@ -159,8 +160,9 @@ def untrained(dataset: Dataset) -> tuple[str, ...]:
 
 
 def build_model(run: Run, facts: ConditioningInfo, place: Path | None = None) -> Model:
-    """The untrained model; its initial weights depend on `run.seed` and the facts only. `place` is
-    the run's, where it has one.
+    """Build the untrained model; its initial weights depend on `run.seed` and the facts only.
+
+    `place` is the run's directory, if it has one.
     """
     channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
@@ -171,16 +173,16 @@ def build_model(run: Run, facts: ConditioningInfo, place: Path | None = None) ->
 
 
 def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
-    """A pretrained text encoder whose embeddings are kept on disk."""
+    """Build a pretrained text encoder whose embeddings are kept on disk."""
     encoder = TextEncoder(config, files.cache_folder() / "encoders")
     return replace(encoder, known=EmbeddingStore(encoder.identity))
 
 
 def with_auxiliary(run: Run, model: Model) -> Model:
-    """The model on the device that is used, with what is trained beside it.
+    """Move the model to the default device, and add what is trained beside it.
 
     Raises:
-        ConfigError: if an encoder that is aligned to is missing.
+        ConfigError: if the encoder of an alignment loss is missing.
     """
     device = default_device()
 
@@ -195,7 +197,7 @@ def with_auxiliary(run: Run, model: Model) -> Model:
 
 
 def network_parameters(run: Run) -> int:
-    """Learned numbers in a run's model, its conditioner aside; nothing is built."""
+    """Count the parameters of a run's network, its conditioner aside, without allocating them."""
     channels = run.autoencoder.layout(run.data.channels, None).channels
     with torch.device("meta"):
         network = run.network.build(image_channels=channels, context=NO_CONTEXT)
@@ -203,7 +205,7 @@ def network_parameters(run: Run) -> int:
 
 
 def say_margins(network: Backbone, dataset: Dataset, factor: int) -> None:
-    """Say which sizes cost the network much more than a size near by."""
+    """Print which sizes of images cost the network much more than a size nearby."""
     shapes = dataset.config.pixel_format().shapes
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
         multiple = network.multiple * factor

@@ -24,7 +24,7 @@ from sfumato.training.parameters import describe
 def train(
     source: str | Path | Run, *, overrides: Overrides = (), run: str | Path | None = None
 ) -> Path:
-    """Train from a recipe, a YAML file or a folder of images; returns the run directory.
+    """Train from a recipe, a YAML file or a folder of images; return the run directory.
 
     Args:
         overrides: settings as a mapping or as "a.b=c" strings.
@@ -57,8 +57,9 @@ def train(
 
 
 def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
-    """Resume a run from its newest whole checkpoint, bit for bit; overrides are shown as a
-    difference.
+    """Resume a run from its newest whole checkpoint, bit for bit; return the run directory.
+
+    What the overrides change is printed.
     """
     directory = RunDirectory.existing(Path(path))
     with directory.locked():
@@ -76,8 +77,9 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
 
 
 def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
-    """The trainer as its newest checkpoint left it; what cannot go on is refused before the run's
-    description is touched.
+    """Return the trainer as its newest checkpoint left it.
+
+    What cannot go on is refused before the run's description is touched.
     """
     before = with_whole_paths(resolve(directory.path))
     settings = with_whole_paths(resolve(directory.path, overrides))
@@ -108,7 +110,7 @@ def _predicted(prepared: PreparedRun) -> list[str]:
 
 
 def _describe(prepared: PreparedRun, directory: RunDirectory) -> None:
-    """Write down what the run is."""
+    """Write the run's configuration, data record and environment into its directory."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(prepared.run)))
     directory.write_json(
         "data.json",
@@ -118,8 +120,9 @@ def _describe(prepared: PreparedRun, directory: RunDirectory) -> None:
 
 
 def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
-    """The diffusion model's trainer, once there is an autoencoder to work with; finished stages are
-    not repeated.
+    """Build the diffusion model's trainer, once there is an autoencoder to work with.
+
+    Finished stages are not repeated.
     """
     run, screen = prepared.run, console()
     say_margins(prepared.model.network, prepared.dataset, prepared.facts.factor)

@@ -23,9 +23,8 @@ PlainSamplerConfig = DDIM | RungeKutta | Multistep | DPMSolverPP2M | UniPC
 @dataclass(frozen=True)
 class Churn(Bounded):
     """Raise sigma by the factor 1 + gamma with fresh noise, then step from there:
-    `Churn(RungeKutta("heun", parameterization=Epsilon()))`
-    is EDM's stochastic sampler, but for the last step, onto clean data, before which no noise is
-    added.
+    `Churn(RungeKutta("heun", parameterization=Epsilon()))` is EDM's stochastic sampler, except that
+    no noise is added before the last step, onto clean data.
 
     A sampler with memory forgets what it has evaluated wherever noise is added, and so steps there
     at its first order.
@@ -47,7 +46,7 @@ class Churn(Bounded):
 
     @property
     def order(self) -> int:
-        """That of the sampler inside, which it has where gamma = 0."""
+        """The order of the inner sampler, which is reached if gamma = 0."""
         return self.sampler.order
 
     def step(
@@ -59,6 +58,7 @@ class Churn(Bounded):
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Raise sigma to (1 + gamma) sigma with fresh noise, then take the inner sampler's step."""
         ratio = start.sigma / start.alpha
         gamma = self.gamma * ((ratio >= self.low) & (ratio <= self.high)).to(start.sigma)
         raised = NoiseLevel(start.alpha, start.sigma * (1 + gamma))

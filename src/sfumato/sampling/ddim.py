@@ -1,4 +1,4 @@
-"""DDIM and DDPM: move along the denoised pair, a part of the noise drawn afresh."""
+"""DDIM and DDPM: move along the denoised pair, with a part of the noise drawn again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sfumato.sampling.protocol import Denoise, History, Noise
 
 
 def renewed_share(eta: float, start: NoiseLevel, stop: NoiseLevel) -> Tensor:
-    """tau = eta^2 (1 - exp(logsnr - logsnr')): the share of the noise's variance that is drawn
-    afresh in a step.
+    """Return tau = eta^2 (1 - exp(logsnr - logsnr')), from `start` to `stop`.
+
+    It is the share of the noise's variance that is drawn again in a step.
     """
     return eta**2 * -torch.expm1(start.logsnr() - stop.logsnr())
 
 
 @dataclass(frozen=True)
 class DDIM(Bounded):
-    """x' = alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z),  tau = eta^2 (1 - exp(logsnr -
+    """x' = alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z), tau = eta^2 (1 - exp(logsnr -
     logsnr')).
 
     `eta` is the paper's: 0 is deterministic (and is Euler's method in the coordinates of `Epsilon`,
-    `Sample` and `Flow`),
-    1 is DDPM's ancestral sampling.
+    `Sample` and `Flow`), 1 is DDPM's ancestral sampling.
 
     Attributes:
         eta: 0 for DDIM, 1 for DDPM; fraction of the noise that is drawn again.
@@ -38,6 +38,7 @@ class DDIM(Bounded):
 
     @property
     def order(self) -> int:
+        """1, the order of Euler's method."""
         return 1
 
     def step(
@@ -49,6 +50,7 @@ class DDIM(Bounded):
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Return alpha' x0 + sigma' (sqrt(1 - tau) eps + sqrt(tau) z), shape of `x`."""
         x0, eps = denoise(x, start)
         if self.eta == 0:
             return stop.mix(x0, eps)

@@ -16,12 +16,12 @@ from sfumato.sampling.protocol import Denoise, History, Noise, Point
 
 @dataclass(frozen=True)
 class DPMSolverPP2M(Bounded):
-    """x' = q x + (alpha' - alpha q) D + sigma' sqrt(tau) z,  q = sigma'/sigma sqrt(1 - tau),  D =
-    x0 + (x0 - x0_prev)/(2r).
+    """x' = q x + (alpha' - alpha q) D + sigma' sqrt(tau) z, q = sigma'/sigma sqrt(1 - tau), D = x0
+    + (x0 - x0_prev)/(2r).
 
     r is the ratio of the last step to this one in log-SNR; tau = eta^2 (1 - exp(logsnr - logsnr'))
-    as in `DDIM`. eta = 0 is
-    DPM-Solver++(2M), eta = 1 its SDE form. Without the extrapolation of D this is DDIM.
+    as in `DDIM`. eta = 0 is DPM-Solver++(2M), eta = 1 its SDE form. Without the extrapolation of D
+    this is DDIM.
 
     Attributes:
         eta: 0 for the deterministic solver, 1 for the stochastic one.
@@ -34,6 +34,7 @@ class DPMSolverPP2M(Bounded):
 
     @property
     def order(self) -> int:
+        """2, since D is extrapolated from two evaluations."""
         return 2
 
     def step(
@@ -45,6 +46,7 @@ class DPMSolverPP2M(Bounded):
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Return q x + (alpha' - alpha q) D + sigma' sqrt(tau) z; D = x0 without a history."""
         x0 = denoise(x, start).x0
         estimate = x0
         a, b = start.like(x), stop.like(x)

@@ -1,4 +1,4 @@
-"""The one sampling loop, and the grid of levels it walks."""
+"""The one sampling loop, and the grid of levels that it walks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfumato.sampling.protocol import History, Noise, Sampler
 
 
 class StepInfo(NamedTuple):
-    """What `on_step` is told after each step.
+    """What `on_step` receives after each step.
 
     Attributes:
         step, steps: how many steps are done, of how many.
@@ -40,10 +40,10 @@ class StepInfo(NamedTuple):
 
 
 def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel:
-    """The `steps + 1` levels of a trajectory, noisiest first and clean last, float64 on the host.
+    """Return the `steps + 1` levels of a trajectory, noisiest first and clean last.
 
-    A schedule that stops short of clean data (Karras, Geometric) spends its t = 0 one step earlier,
-    as EDM does.
+    They are float64 on the host. A schedule that stops short of clean data (Karras, Geometric)
+    reaches its t = 0 one step earlier, as EDM does.
 
     Args:
         strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the
@@ -96,7 +96,7 @@ def sample(
     Returns:
         The samples at the last level, (B, ...).
     Raises:
-        ScheduleError: if the levels are no descending grid.
+        ScheduleError: if the levels are not a descending grid.
     """
     _check_grid(levels)
     levels = NoiseLevel(levels.alpha.detach().cpu(), levels.sigma.detach().cpu())

@@ -36,12 +36,11 @@ def integrate(
     parameterization: ParameterizationConfig,
     exponential: bool,
 ) -> Tensor:
-    """sum_j T_j * integral of L_j(z(c)) dc from `start` to `stop`, L_j the Lagrange basis on the
-    points' z.
+    """Return sum_j T_j * integral of L_j(z(c)) dc from `start` to `stop`.
 
-    z = c gives Adams' methods, z = log c the exponential ones. An evaluation at infinite z (log c
-    at alpha = 0) carries no
-    information on the slope: it is used alone or not at all.
+    L_j is the Lagrange basis on the points' z: z = c gives Adams' methods, z = log c the
+    exponential ones. An evaluation at infinite z (log c at alpha = 0) carries no information on the
+    slope: it is used alone or not at all.
     """
     warp = torch.log if exponential else torch.clone
     nodes = [warp(parameterization.coordinate(point.level)) for point in points]
@@ -78,13 +77,11 @@ class Multistep:
     to 4.
 
     `Multistep(2, parameterization=Epsilon(), exponential=False)` is Adams-Bashforth on EDM's sigma
-    (LMS, PLMS);
-    `exponential=True` with `Sample` belongs to the DPM-Solver++ family, with `Epsilon` to
-    DPM-Solver's.
+    (LMS, PLMS); `exponential=True` with `Sample` belongs to the DPM-Solver++ family, with `Epsilon`
+    to DPM-Solver's.
 
     The order is reached from exact starting values. The first steps have nothing to look back on
-    and run at lower order,
-    which caps a whole trajectory at order 2.
+    and run at lower order, which caps a whole trajectory at order 2.
 
     Attributes:
         order: number of evaluations that a step interpolates.
@@ -111,6 +108,7 @@ class Multistep:
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Integrate the polynomial through the last `order` targets, as far as there are any."""
         p = self.parameterization
         y = x / broadcast(p.scale(start), x)
         history.appendleft(Point(start, p.target(denoise(x, start), start), y))

@@ -1,4 +1,4 @@
-"""Noise for sampling that depends on (seed, image index, draw) only."""
+"""Noise for sampling that depends only on (seed, image index, draw)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class KeyedNoise:
     """Successive draws for images `first`, `first + 1`, ...: image i gets the same noise in any
     batch.
 
-    Draw 0 is meant for the start of the trajectory, the rest for a stochastic sampler's steps.
+    Draw 0 is meant for the start of the trajectory, the others for a stochastic sampler's steps.
     """
 
     seed: int
@@ -24,7 +24,7 @@ class KeyedNoise:
     draws: int = field(default=0, init=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standard normal noise in the shape, dtype and on the device of `x` (B, ...)."""
+        """Draw standard normal noise in the shape, dtype and on the device of `x` (B, ...)."""
         noise = randomness.normal(
             self.seed, f"sample/{self.draws}", first=self.first, shape=tuple(x.shape)
         )
@@ -34,8 +34,8 @@ class KeyedNoise:
 
 @dataclass(frozen=True)
 class InterpolatedNoise:
-    """Draw after draw, noises on the way from image 0 of one seed to image 0 of another, at
-    `shares` of it.
+    """For each draw, noise on the way from the first image of one `KeyedNoise` to that of another,
+    at `shares` of the way.
     """
 
     first: KeyedNoise
@@ -43,13 +43,13 @@ class InterpolatedNoise:
     shares: Sequence[float]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Noise in the shape, dtype and on the device of `x` (B, ...), B as many as `shares`."""
+        """Draw noise in the shape, dtype and on the device of `x` (B, ...), B = len(shares)."""
         a, b = self.first(x[:1]), self.last(x[:1])
         return torch.cat([slerp(a, b, share) for share in self.shares])
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Noise on the way from `a` to `b`, of the same variance: spherical interpolation."""
+    """Interpolate spherically from noise `a` to `b`; the variance stays the same."""
     angle = torch.arccos((torch.sum(a * b) / (a.norm() * b.norm())).clamp(-1, 1))
     if angle < 1e-4:
         return a

@@ -1,4 +1,4 @@
-"""What a sampler is, and what it is handed."""
+"""The interface of samplers, and what they receive."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from sfumato.diffusion.level import Denoised, NoiseLevel
 
 
 class Denoise(Protocol):
-    """A denoiser whose condition is settled."""
+    """A denoiser whose condition is fixed."""
 
-    def __call__(self, x: Tensor, level: NoiseLevel) -> Denoised: ...
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Denoised:
+        """Return the guess of x0 and eps in a noisy `x` (B, ...) at `level`."""
+        ...
 
 
 class Noise(Protocol):
     """Fresh standard normal noise in the shape, dtype and device of `x`."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor:
+        """Draw noise, independent of all earlier draws."""
+        ...
 
 
 class Point(NamedTuple):
@@ -36,7 +40,7 @@ History = deque[Point]
 
 
 class Sampler(Protocol):
-    """One step of a solver; frozen, without state: what must be remembered goes into `history`."""
+    """One step of a solver; frozen and stateless: what must be remembered goes into `history`."""
 
     @property
     def order(self) -> int:
@@ -52,13 +56,13 @@ class Sampler(Protocol):
         history: History,
         noise: Noise,
     ) -> Tensor:
-        """Advance a sample from level `start` to the lower level `stop`.
+        """Advance a sample from level `start` to the less noisy level `stop`.
 
         Args:
             x: noisy sample at `start`, shape (B, ...).
-            start, stop: levels with start.logsnr() < stop.logsnr(), and sigma > 0 at both (the
-                driver takes the last step).
+            start, stop: levels with start.logsnr() < stop.logsnr(), and sigma > 0 at both (the loop
+                takes the step onto clean data).
             history: earlier evaluations of this trajectory, newest first.
-            noise: asked once for each draw that a stochastic sampler needs.
+            noise: called once for each draw that a stochastic sampler needs.
         """
         ...

@@ -1,4 +1,4 @@
-"""Samplers by name, and which one is used."""
+"""Samplers by name, and the choice of the one to use."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ def chosen_sampler(
     filling: bool = False,
     resample: int = 1,
 ) -> SamplerConfig | Resampled:
-    """The sampler that is named; else, where a hole is filled, one that brings the rest in line
-    with what is known; else the usual one.
+    """Return the requested sampler, or one that suits the task.
+
+    If none is given, a hole is filled by one that brings the rest in line with what is known, and
+    other images are made by the usual one.
 
     Args:
+        usual: used where none is given and no hole is filled.
         filling: whether a part of each image is known.
         resample: how many times each step is taken.
     Raises:
@@ -68,10 +71,10 @@ def chosen_sampler(
 
 
 def find_sampler(name: str) -> SamplerConfig:
-    """The sampler of that name.
+    """Return the sampler of that name.
 
     Raises:
-        ConfigError: naming the nearest, if there is none.
+        ConfigError: if there is none, naming the nearest.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]

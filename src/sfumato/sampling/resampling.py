@@ -1,5 +1,5 @@
 """RePaint's resampling: each step is taken several times, with fresh noise in between, so that what
-is made fits what is known.
+is generated fits what is known.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Resampled:
 
     @property
     def order(self) -> int:
-        """That of the sampler inside, which is what times = 1 leaves."""
+        """The order of the inner sampler, which is reached if times = 1."""
         return self.sampler.order
 
     def step(
@@ -58,6 +58,7 @@ class Resampled:
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Step down `times` times, each time but the last returning to `start` with fresh noise."""
         scale = start.alpha / stop.alpha
         added = torch.sqrt(start.sigma**2 - (scale * stop.sigma) ** 2)
         for _ in range(self.times - 1):

@@ -37,7 +37,7 @@ TABLEAUS = {
 class RungeKutta:
     """y' = y + h sum_i w_i T_i with h = c' - c: one call of the denoiser for each stage.
 
-    Heun in `Epsilon` is EDM's sampler, Euler in `Flow` is flow matching's, in `Velocity` it is
+    Heun in `Epsilon` is EDM's sampler, and Euler in `Flow` is flow matching's; in `Velocity` it is
     v-DDIM's rotation to first order.
 
     Attributes:
@@ -53,6 +53,7 @@ class RungeKutta:
 
     @property
     def order(self) -> int:
+        """The order of the tableau: 1, 2 or 4."""
         return TABLEAUS[self.method].order
 
     def step(
@@ -64,6 +65,7 @@ class RungeKutta:
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Integrate dy/dc = T, y = x/k, from `start` to `stop` by the stages of the tableau."""
         p, tableau = self.parameterization, TABLEAUS[self.method]
         begin = p.finite_coordinate(start)
         interval = p.finite_coordinate(stop) - begin

@@ -1,5 +1,5 @@
-"""UniPC: a multistep predictor whose every evaluation also corrects the step before it, at no extra
-call.
+"""UniPC: a multistep predictor of which every evaluation also corrects the step before it, without
+an extra call.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ class UniPC:
     """Predict with order - 1 points, evaluate, correct with those and the new one.
 
     The paper's UniPC-p has order p + 1 and is `UniPC(p + 1)` here (libraries that say
-    `solver_order=p` mean its p). With all its
-    conditions solved exactly, as here, the paper's free function B(h) cancels. Predicts x0 in
-    log(alpha/sigma).
+    `solver_order=p` mean its p). With all its conditions solved exactly, as here, the paper's free
+    function B(h) cancels. It predicts x0 in log(alpha/sigma).
 
     Attributes:
         order: global order of accuracy.
@@ -46,6 +45,7 @@ class UniPC:
         history: History,
         noise: Noise,
     ) -> Tensor:
+        """Correct `x` with the evaluation at `start`, then predict the sample at `stop`."""
         p = Sample()
         sigma, next_sigma = start.like(x).sigma, stop.like(x).sigma
         target = denoise(x, start).x0

@@ -1,1 +1,1 @@
-"""What is kept on disk and how it gets there whole: checkpoints and run directories."""
+"""Checkpoints and run directories, and the atomic writes by which they reach the disk."""

@@ -1,7 +1,7 @@
-"""Atomic writes: a file or folder appears under its name when all of it is written, and not at all
-if anything goes wrong.
+"""Atomic writes: a file or folder appears under its name once it is completely written, and not at
+all if anything goes wrong.
 
-The only module that renames files into place.
+This is the only module that renames files into place.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_path(target: Path, *, durable: bool = False) -> Iterator[Path]:
-    """The path of a temporary file beside `target`, which replaces it at the end.
+    """Yield the path of a temporary file beside `target`, and rename it to `target` at the end.
 
     Args:
-        durable: whether it must survive a loss of power; synced to the disk before it gets its
-            name.
+        durable: whether the file must survive a power loss; it is synced to the disk before it is
+            renamed.
     """
     temporary = temporary_beside(target)
     try:
@@ -36,7 +36,7 @@ def atomic_path(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """A file to write to that replaces `target` at the end; its folder is made."""
+    """Yield a binary file that replaces `target` at the end; its folder is created if missing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary, temporary.open("wb") as file:
         yield file
@@ -44,11 +44,12 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target`, which gets its name at the end; a folder of that name is
-    replaced.
+    """Yield a temporary folder beside `target`, and rename it to `target` at the end.
+
+    An existing folder of that name is replaced.
 
     Args:
-        durable: see `atomic_path`; holds for all files in it.
+        durable: see `atomic_path`; applies to every file directly in the folder.
     """
     temporary = temporary_beside(target)
     try:
@@ -65,14 +66,15 @@ def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replace a file's text in one go."""
+    """Replace a file's text atomically."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def temporary_beside(target: Path) -> Path:
-    """A path in the same folder that no other process uses; hidden, and swept up as an orphan after
-    a crash.
+    """Return a hidden path in the same folder that no other process uses.
+
+    A file left there by a crash is swept up as an orphan.
     """
     return target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
 
@@ -87,7 +89,7 @@ def commit(temporary: Path, target: Path, *, durable: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Block until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there: written aside, synced, renamed into place, then
-the old ones pruned.
+"""Checkpoints that are either complete or absent: written to a temporary folder, synced and renamed
+into place, after which old ones are pruned.
 
-Tensors are safetensors, the rest is JSON; nothing is pickled. Promises R3 to R5 of
-docs/reliability.md.
+Tensors are stored as safetensors and everything else as JSON; nothing is pickled. Implements
+promises R3 to R5 of docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NAME = re.compile(r"step-(\d{9,})")
 
 
 class ForeignCheckpointError(CheckpointError):
-    """A checkpoint of another version, which nothing is wrong with."""
+    """An intact checkpoint that another version of sfumato wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was read back: JSON state, and tensors by file ("model", "ema", "optimizer")."""
+    """A checkpoint as read back: JSON state, and tensors by file ("model", "ema", "optimizer")."""
 
     path: Path
     state: dict[str, Any]
@@ -53,14 +53,15 @@ def save(
     keep: int,
     sound: bool = True,
 ) -> Path:
-    """Commit a checkpoint under `root` and prune all but the newest `keep`, and the newest sound
-    one.
+    """Commit a checkpoint, then prune all but the newest `keep` and the newest sound one.
+
+    A checkpoint of this step that exists already is left as it is.
 
     Args:
-        sound: whether the loss is where it usually is; where it is not, the weights may have
-            diverged.
+        root: the folder of checkpoints.
+        sound: whether the loss is in its usual range; if it is not, the weights may have diverged.
     Raises:
-        CheckpointError: if it could not be written; what was there before is untouched.
+        CheckpointError: if the checkpoint could not be written; existing checkpoints are untouched.
     """
     final = root / f"step-{step:09d}"
     if final.exists():
@@ -96,9 +97,7 @@ def save(
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` checkpoints and no longer the newest sound
-    one.
-    """
+    """Remove all checkpoints except the newest `keep` and the newest sound one."""
     found = paths(root)
     newest_sound = next(filter(_is_sound, found), None)
     for old in found[keep:]:
@@ -107,7 +106,7 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether the loss was where it usually is; what says nothing of it is sound."""
+    """Return whether the loss was in its usual range; True if the manifest does not say."""
     try:
         return bool(json.loads((path / "manifest.json").read_text()).get("sound", True))
     except (OSError, ValueError, AttributeError):
@@ -115,8 +114,10 @@ def _is_sound(path: Path) -> bool:
 
 
 def set_diverged_aside(root: Path) -> int | None:
-    """Rename the checkpoints that are newer than the newest sound one to `.diverged`; the step of
-    the sound one, None if there is none.
+    """Rename checkpoints newer than the newest sound one to `.diverged`.
+
+    Returns:
+        the step of the newest sound checkpoint; None if there is none.
     """
     for path in paths(root):
         if _is_sound(path):
@@ -127,7 +128,7 @@ def set_diverged_aside(root: Path) -> int | None:
 
 
 def _set_aside(path: Path, why: str) -> Path:
-    """Give a checkpoint a name that is never loaded."""
+    """Rename a checkpoint so that it is never loaded."""
     aside = path.with_name(f"{path.name}.{why}")
     if aside.exists():
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.{why}")
@@ -135,9 +136,7 @@ def _set_aside(path: Path, why: str) -> Path:
 
 
 def _finite(value: Any) -> Any:
-    """Plain data in which infinities and NaN, which JSON does not have, are the words that a
-    configuration reads as numbers.
-    """
+    """Replace infinities and NaN, which JSON lacks, by words that a configuration can read."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -148,10 +147,10 @@ def _finite(value: Any) -> Any:
 def save_snapshot(
     root: Path, *, step: int, weights: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
 ) -> Path:
-    """Keep weights alone, for good, under `root`; `facts` are written into the file's head.
+    """Keep weights alone, permanently, under `root`; `facts` are written into the file's header.
 
     Raises:
-        CheckpointError: if they could not be written.
+        CheckpointError: if the snapshot could not be written.
     """
     final = root / f"step-{step:09d}.safetensors"
     _write(final, weights, facts)
@@ -159,7 +158,7 @@ def save_snapshot(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes; "" if there are none."""
+    """Return the SHA-256 of tensors with their names, dtypes and shapes; "" if there are none."""
     if not tensors:
         return ""
     hashed = hashlib.sha256()
@@ -171,9 +170,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a run's frozen parameters once, under their hash, beside its checkpoints; the hash, or
-    "" if there are none.
+    """Write a run's frozen parameters once beside its checkpoints, in a file named by their hash.
 
+    Returns:
+        the hash; "" if there are no frozen parameters.
     Raises:
         CheckpointError: if they could not be written.
     """
@@ -187,10 +187,10 @@ def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
 def _write(
     final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a file, synced to the disk; `facts` go into its head.
+    """Write tensors to a file and sync it to the disk; `facts` go into its header.
 
     Raises:
-        CheckpointError: if it could not be written.
+        CheckpointError: if the file could not be written.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _write(
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory; tensors that share storage, such as tied weights, become separate ones."""
+    """Return tensors on the CPU; any that share storage, such as tied weights, are cloned apart."""
     held: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -215,7 +215,7 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The frozen parameters that a checkpoint refers to; {} if it refers to none.
+    """Load the frozen parameters that a checkpoint refers to; {} if it refers to none.
 
     Raises:
         CheckpointError: if they are missing or altered.
@@ -238,9 +238,7 @@ def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless a model's frozen parameters are those that a checkpoint was
-    trained with.
-    """
+    """Raise CheckpointError unless the frozen parameters are those that a run was trained with."""
     if loaded.state.get("frozen", "") != digest(tensors):
         raise CheckpointError(
             f"the {len(tensors)} frozen parameters of the model are not those that this run was "
@@ -251,10 +249,11 @@ def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
-    """The weights of the last snapshot at or before `step`.
+    """Load the weights of the last snapshot at or before `step`.
 
     Raises:
-        CheckpointError: naming those that there are, if there is none or it cannot be read.
+        CheckpointError: listing the steps available if there is no such snapshot, or if it cannot
+            be read.
     """
     steps = sorted(
         int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem)
@@ -273,7 +272,7 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
 
 
 def paths(root: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
+    """Return the committed checkpoints under `root`, newest first."""
     found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
@@ -285,12 +284,13 @@ def sweep(root: Path) -> None:
 
 
 def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole; bad ones are renamed `.corrupt`, never deleted, and told
-    of in the second value.
+    """Load the newest intact checkpoint.
+
+    Damaged ones are renamed to `.corrupt`, never deleted, and reported in the second value.
 
     Raises:
-        CheckpointError: if there is none, or another version wrote it. A run never silently starts
-            over.
+        CheckpointError: if there is none, or if another version wrote it. A run never silently
+            starts over.
     """
     loaded, damaged = _newest_whole(root)
     warnings: list[str] = []
@@ -308,11 +308,12 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole, for whoever only reads: nothing is renamed; bad ones are
-    told of in the second value.
+    """Load the newest intact checkpoint without renaming any; damaged ones are reported.
+
+    Meant for commands that only read a run. The reports are in the second value.
 
     Raises:
-        CheckpointError: if there is none, or another version wrote it.
+        CheckpointError: if there is none, or if another version wrote it.
     """
     loaded, damaged = _newest_whole(root)
     if loaded is None and not damaged:
@@ -333,8 +334,9 @@ def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
-    """The newest checkpoint that is whole, None if none is, and the newer ones with what is wrong
-    with each.
+    """Load the newest intact checkpoint, None if there is none; list the newer, damaged ones.
+
+    Each of these comes with the error that it raised.
     """
     damaged: list[tuple[Path, CheckpointError]] = []
     for path in paths(root):
@@ -348,10 +350,11 @@ def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, Check
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint, checking every file's size and hash against the manifest.
+    """Load one checkpoint, checking the size and hash of every file against the manifest.
 
     Raises:
-        CheckpointError: naming the file that is missing, cut short or altered.
+        CheckpointError: naming the file that is missing, truncated or altered.
+        ForeignCheckpointError: if another version of sfumato wrote it.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -390,7 +393,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def configuration_of(path: Path) -> dict[str, Any]:
-    """The configuration that a checkpoint was written under, as plain data.
+    """Return the configuration that a checkpoint was written under, as plain data.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -407,6 +410,6 @@ def _digest(file: Path) -> str:
 
 
 def _point_latest(root: Path, name: str) -> None:
-    """`latest` is a courtesy to people; nothing reads it back."""
+    """Write the name of the newest checkpoint to `latest`, for people; nothing reads it back."""
     with contextlib.suppress(OSError):
         write_text(root / "latest", name + "\n")

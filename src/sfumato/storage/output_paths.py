@@ -1,4 +1,4 @@
-"""Where a command writes to: asked before the work, so that none is lost."""
+"""Check that a command can write its output before it does the work, so that no work is lost."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sfumato.errors import RunError
 
 
 def require_writable(folder: Path, target: Path | None = None, *, option: str = "--out") -> Path:
-    """`folder`, if it can be made and written into; this is tried, and leaves no trace.
+    """Return `folder` if it can be created and written to; this is tried and leaves no trace.
 
     Args:
         target: a file in it that will be replaced.
-        option: what names another place on the command line.
+        option: the command-line option that names another place.
     Raises:
-        RunError: naming `option`, if it cannot.
+        RunError: naming `option`, if it cannot be written to or `target` is a folder.
     """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -1,4 +1,4 @@
-"""A run on disk: who holds it, what state it is in, where everything goes."""
+"""A run on disk: which process holds it, what state it is in, and where its files go."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
 
 
 class RunDirectory:
-    """Paths and small JSON files of one run."""
+    """The paths and small JSON files of one run."""
 
     def __init__(self, path: Path, *, root: Path | None = None) -> None:
-        """`root` is the run that this is a stage of; the run itself unless given."""
+        """Set the paths; `root` is the run that this is a stage of, by default the run itself."""
         self.path, self.root = path, root or path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
@@ -48,8 +48,9 @@ class RunDirectory:
 
     @classmethod
     def require_free(cls, path: Path) -> None:
-        """Raise RunError if a run cannot be made here; leaves no trace, so that it can be called
-        before the data are read.
+        """Raise RunError if a run cannot be created here.
+
+        This leaves no trace, so that it can be called before the data are read.
         """
         if os.path.lexists(path / "config.yaml"):
             raise RunError(
@@ -61,7 +62,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path) -> RunDirectory:
-        """A new, empty run.
+        """Create a new, empty run.
 
         Raises:
             RunError: if there is a run already, or the folder cannot be written to.
@@ -80,10 +81,10 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
-        """A run that was made before.
+        """Open a run that was created before.
 
         Raises:
-            RunError: if this is not a run, saying what it is if it is a model of diffusers.
+            RunError: if this is not a run; a diffusers model is named as such.
         """
         if not (path / "config.yaml").exists():
             refuse_diffusers(path)
@@ -95,8 +96,9 @@ class RunDirectory:
         return cls(path)
 
     def stage(self, name: str) -> RunDirectory:
-        """The place of what is trained before the run's own model; it has no configuration of its
-        own.
+        """Create the folder of a stage that is trained before the run's own model.
+
+        A stage has no configuration file.
         """
         made = RunDirectory(self.path / name, root=self.root)
         for folder in (made.checkpoints, made.samples):
@@ -105,11 +107,11 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: two processes never train in one folder.
+        """Hold a lock on the run, so that two processes never train in one folder.
 
         Raises:
-            RunError: if another process holds it, it cannot be written to, or this system has no
-                such locks.
+            RunError: if another process holds it, the folder cannot be written to, or the system or
+                file system has no file locks.
         """
         if fcntl is None:
             raise RunError(
@@ -146,8 +148,10 @@ class RunDirectory:
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
-        """Put back what describes the run where settings or data turn out not to be those that its
-        checkpoints go on with.
+        """Restore the files that describe the run if new settings or data are refused.
+
+        They are refused by a CheckpointError or ConfigError, which is raised again: the run's
+        checkpoints cannot continue with them.
         """
         before = {
             path: path.read_bytes()
@@ -162,7 +166,7 @@ class RunDirectory:
             raise
 
     def require_space(self, needed_bytes: int) -> None:
-        """Raise RunError unless the disk has room for what the run will write."""
+        """Raise RunError unless `needed_bytes` are free on the run's disk."""
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise RunError(
@@ -173,11 +177,11 @@ class RunDirectory:
             )
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Replace a JSON file in one go."""
+        """Replace a JSON file of the run atomically."""
         write_text(self.path / name, json.dumps(dict(data), indent=1, ensure_ascii=False))
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
-        """status.json: `state` is preparing, running, finished, interrupted or failed."""
+        """Write status.json; `state` is preparing, running, finished, interrupted or failed."""
         self._last_heartbeat = time.monotonic()
         self.write_json(
             "status.json",
@@ -185,26 +189,26 @@ class RunDirectory:
         )
 
     def status(self) -> dict[str, Any]:
-        """What status.json says; {} if there is none yet."""
+        """Read status.json; {} if there is none yet or it is damaged."""
         try:
             return dict(json.loads((self.path / "status.json").read_text()))
         except (OSError, ValueError):
             return {}
 
     def data_record(self) -> dict[str, Any]:
-        """What data.json says of the data that the run was begun with; {} if it cannot be read."""
+        """Read data.json, the record of the data that the run began with; {} if unreadable."""
         try:
             return dict(json.loads((self.root / "data.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 
     def heartbeat(self, step: int) -> None:
-        """Say that the run is alive, every few seconds at most."""
+        """Record in status.json that the run is alive, at most once every `HEARTBEAT_S` seconds."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
             self.write_status("running", step)
 
     def write_environment(self, **more: Any) -> None:
-        """environment.json: what it takes to explain a result."""
+        """Write environment.json: the versions, hardware and command that explain a result."""
         self.write_json(
             "environment.json",
             {
@@ -220,11 +224,10 @@ class RunDirectory:
 
 
 def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
-    """The git commit that is checked out where this program's source lies; None where it was
-    installed as a package.
+    """Return the git commit checked out at this program's source; None for an installed package.
 
-    Read from git's own files, so that git need not be there. Changes that were not committed are
-    not seen.
+    It is read from git's own files, so that git need not be installed. Uncommitted changes go
+    unnoticed.
     """
     checkout = package.parent.parent  # of src/sfumato
     if not (checkout / "pyproject.toml").is_file():
@@ -246,8 +249,9 @@ def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
 
 
 def _resolved(name: str, *folders: Path) -> str:
-    """The hash that a branch stands for, kept in a file of its own or packed with others; "" if
-    there is none yet.
+    """Return the hash that a branch points to, read from its own file or from packed-refs.
+
+    "" if there is none yet.
     """
     for folder in folders:
         if (folder / name).is_file():

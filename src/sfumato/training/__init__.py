@@ -1,7 +1,6 @@
-"""The training loop and what it keeps: optimizer, averaged weights, precision, validation,
-checkpoints.
+"""The training loop and its parts: optimizers, averages, precision, validation and checkpoints.
 
-It is handed a model, an objective and data, and knows no recipe.
+It receives a model, an objective and data, and does not depend on recipes.
 """
 
 from sfumato.training.auxiliary import AlignmentConfig, AuxiliaryConfig, DispersiveConfig

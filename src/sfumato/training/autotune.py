@@ -1,8 +1,7 @@
-"""What is settled when a run starts, once in its life: the precision, and whether the network is
-compiled.
+"""Choices that are made once, when a run starts: the precision, and whether to compile the network.
 
-The counters keep what was settled and measured, so that a run goes on as it began, however busy the
-machine is when it is resumed.
+The counters keep what was chosen and measured, so that a resumed run continues as it began, however
+busy the machine is by then.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Say = Callable[[str], None]
 def settle_precision(
     config: TrainingConfig, counters: Counters, network: Accelerable, *, say: Say
 ) -> None:
-    """Choose the precision if that is left to the machine, and make the network fit for it."""
+    """Choose the precision if it is `auto`, and prepare the network for it."""
     if config.precision == "auto" and counters.precision == "auto":
         counters.precision, line = precision.choose(network, _device(network))
         say(line)
@@ -37,7 +36,7 @@ def settle_precision(
 
 
 def precision_of(config: TrainingConfig, counters: Counters) -> str:
-    """As configured, or as measured."""
+    """Return the configured precision, or the one that was chosen for `auto`."""
     return counters.precision if config.precision == "auto" else config.precision
 
 
@@ -50,12 +49,13 @@ def settle_compiling(
     trial: Callable[[], Pass],
     say: Say,
 ) -> bool:
-    """Compile the network if asked to, or if it pays and can be done; whether it is.
+    """Compile the network if `compile` is `on`, or `auto` and it pays; return whether it was.
 
     Args:
-        images: in the training set.
+        images: number of images in the training set.
+        trial: returns the pass that is timed, to decide whether compiling pays.
     Raises:
-        ConfigError: if it is asked for on a machine that lacks what it takes.
+        ConfigError: if `compile` is `on` and the machine lacks what compiling needs.
     """
     asked = config.compile
     if asked == "off" or (asked == "auto" and not _pays(config, counters, network, images, trial)):
@@ -75,8 +75,9 @@ def _pays(
     images: int,
     trial: Callable[[], Pass],
 ) -> bool:
-    """Where the whole budget comes to more than what the network's kind makes up for compiling in
-    on such a device.
+    """Return whether the whole budget takes longer than compiling needs to pay off.
+
+    That time depends on the device and on the kind of network.
     """
     on_gpu = _device(network).type == "cuda"
     after_s = GPU_AFTER_S if on_gpu else network.compile_after_s
@@ -90,7 +91,10 @@ def _pays(
 
 
 def _timed(work: Pass, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of the second of two passes; the first warms up, and is enough where it is long."""
+    """Return the seconds of the second of two passes.
+
+    The first warms up; if it takes longer than LONG_S, it is the only one.
+    """
     for _ in range(2):
         begun = time.perf_counter()
         work(dtype)

@@ -1,5 +1,6 @@
-"""What is trained beside a model and left behind with its training: weights of noise levels, losses
-on what the network holds inside.
+"""Modules that are trained beside a model and dropped afterwards.
+
+They are learned weights of noise levels, and losses on hidden feature maps.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SMALLEST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DispersiveConfig:
-    """Hidden maps of a batch are pushed apart; needs no other network. It looks across a
-    micro-batch, so their size matters.
+    """A loss that pushes the hidden feature maps of different images apart; it needs no other
+    network. It compares the images of one micro-batch, so `micro_batch` matters.
 
     Attributes:
         weight: of the loss.
@@ -52,20 +53,18 @@ class DispersiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """Hidden maps, through a convolution that is trained along, are brought in line with a frozen
-    encoder's.
+    """A loss that aligns hidden feature maps, after a convolution that is trained with it, with
+    those of a frozen encoder.
 
     Attributes:
         encoder: a folder of a vision transformer (DINOv2 and its like; extra `text`),
-            `efficientnet-lite0`, or a file: see
-            `evaluation.extractors.extractor`.
+            `efficientnet-lite0`, or a file: see `evaluation.extractors.extractor`.
         weight: of the loss.
         stop_at: share of the budget after which it ends: the encoder's view helps early and hinders
             late.
 
     Source: Yu et al. 2025 (arXiv:2410.06940), eq. 8; the convolution, and maps without their mean:
-        Singh et al. 2025 (arXiv:2512.10794);
-        ending early: Wang et al. 2025 (arXiv:2505.16792).
+        Singh et al. 2025 (arXiv:2512.10794); ending early: Wang et al. 2025 (arXiv:2505.16792).
     """
 
     encoder: str = "efficientnet-lite0"
@@ -78,7 +77,7 @@ class AlignmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryConfig:
-    """Parts of a training that are not part of the model.
+    """Training components that are not part of the model.
 
     Attributes:
         uncertainty: how hard each noise level is, is learned, and divided out of the loss.
@@ -92,13 +91,13 @@ class AuxiliaryConfig:
     alignment: AlignmentConfig | None = None
 
     def build(self, network: Backbone, *, encoder: Callable[[str], Features]) -> Auxiliary:
-        """Build what the settings name.
+        """Build the configured modules, and hook them to the network's `probe`.
 
         Args:
-            network: whose hidden map is listened to.
-            encoder: finds a frozen network by its name.
+            network: the network whose hidden map the losses read.
+            encoder: returns the frozen network of a name.
         Raises:
-            ConfigError: for a loss on hidden maps of a network that has none.
+            ConfigError: for a loss on hidden maps if the network has none.
         """
         if (self.dispersive or self.alignment) and not network.hidden_channels:
             raise ConfigError(
@@ -122,8 +121,9 @@ class AuxiliaryConfig:
 
 
 class Auxiliary(nn.Module):
-    """The weights of noise levels, and losses on the hidden map by name, each a module (hidden,
-    images) -> (B,) with a `config`.
+    """The weights of noise levels, and losses on the hidden map by name.
+
+    Each loss is a module (hidden, images) -> (B,) with a `config`.
     """
 
     def __init__(self, uncertainty: nn.Module, terms: Mapping[str, nn.Module]) -> None:
@@ -132,12 +132,13 @@ class Auxiliary(nn.Module):
         self._heard: Shared[dict[str, Tensor]] = Shared({})
 
     def hear(self, probe: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Remember the hidden map of the network's last call."""
+        """Store the hidden map of the network's last call."""
         self._heard.value["hidden"] = output
 
     def losses(self, images: Tensor, *, spent: float) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value (B,) of each loss that still lasts when the share `spent` of the budget
-        is used up.
+        """Return the weight and the value (B,) of each loss that is still active, by name.
+
+        A loss is active while `spent`, the used share of the budget, is below its `stop_at`.
         """
         lasting = ((name, cast(Any, term)) for name, term in self.terms.items())
         hidden = self._heard.value
@@ -149,18 +150,19 @@ class Auxiliary(nn.Module):
 
 
 class Dispersive(nn.Module):
-    """See `DispersiveConfig`."""
+    """The loss of `DispersiveConfig`."""
 
     def __init__(self, config: DispersiveConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
+        """Return the dispersion of hidden (B, ...), (B,); the images are not used."""
         return dispersion(hidden, self.config.temperature)
 
 
 class Alignment(nn.Module):
-    """See `AlignmentConfig`. The frozen encoder is not saved, copied or moved with it."""
+    """The loss of `AlignmentConfig`. The frozen encoder is not saved, copied or moved with it."""
 
     def __init__(self, config: AlignmentConfig, hidden_channels: int, encoder: Features) -> None:
         super().__init__()
@@ -170,13 +172,14 @@ class Alignment(nn.Module):
         self.project = nn.Conv2d(hidden_channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
+        """Return the misalignment (B,) of hidden (B, D, h, w) with the encoder's last map."""
         with torch.no_grad():
             seen = self._frozen.value.maps(enlarged(images))[-1]
         return misalignment(self.project(hidden.float()), seen)
 
 
 class Shared(Generic[T]):
-    """Something that copies of its owner share."""
+    """A value that is shared, not copied, when its owner is deep-copied."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -195,8 +198,9 @@ def _check(weight: float, until: float) -> None:
 
 
 def dispersion(hidden: Tensor, temperature: float) -> Tensor:
-    """log mean over all pairs of exp(-|a - b|^2 / temperature), the same for each sample: (B, ...)
-    -> (B,).
+    """Return log mean exp(-d / temperature) over all pairs of samples: (B, ...) -> (B,), all equal.
+
+    d is the mean squared difference of two hidden maps. Each map is also paired with itself.
     """
     flat = hidden.float().flatten(1)
     # What all maps share would cancel in the products that distances are computed from, and with it
@@ -211,7 +215,7 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """Images whose shorter side is at least `SMALLEST`."""
+    """Enlarge images (B, C, H, W) whose shorter side is below `SMALLEST` to that length."""
     height, width = images.shape[2:]
     factor = max(1.0, SMALLEST / min(height, width))
     size = (round(height * factor), round(width * factor))
@@ -223,12 +227,10 @@ def enlarged(images: Tensor) -> Tensor:
 
 
 def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
-    """1 - the cosine between maps (B, D, h, w) and (B, D, H, W) at each place, its mean over
-    places: (B,).
+    """Return 1 - cosine similarity of maps (B, D, h, w) and (B, D, H, W), averaged to (B,).
 
-    `wanted` is averaged, or repeated, to the places of `made`. Where both have several places its
-    mean over them is taken out, which says
-    little of where things are.
+    `wanted` is averaged, or repeated, to the size of `made`. If both have several places, the mean
+    of `wanted` over places is subtracted first, since it says little about where things are.
     """
     several = min(wanted[0, 0].numel(), made[0, 0].numel()) > 1
     wanted = F.adaptive_avg_pool2d(wanted, (made.shape[2], made.shape[3]))

@@ -1,4 +1,4 @@
-"""What a training run can be told, apart from the model and the data."""
+"""The settings of a training run, apart from the model and the data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Budget:
             )
 
     def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
-        """The share of the budget that is used up: 1 or more means stop."""
+        """Return the share of the budget that is used up; training stops at 1."""
         pairs = (
             (steps, self.steps),
             (samples, self.samples),
@@ -57,39 +57,40 @@ class Budget:
         return max(used / limit for used, limit in pairs if limit is not None)
 
     def steps_of(self, seconds: float, *, batch_size: int, images: int) -> int:
-        """How many steps fit that take so long each, of a set of so many images."""
+        """Return how many steps of `seconds` each the budget allows on a set of `images` images."""
         share = self.spent(steps=1, samples=batch_size, epochs=batch_size / images, seconds=seconds)
         return math.ceil(1 / share - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often something is done while training: whichever comes sooner.
+    """How often something is done during training, by steps or by the clock, whichever comes first.
 
     Attributes:
         every_steps: optimizer steps from one time to the next; None for the clock alone.
         every_minutes: of training since the last time; None for steps alone. What takes long is
-            done less often: it waits for 19
-            times as long as it took the last time.
+            done less often: it waits for 19 times as long as it took the last time.
     """
 
     every_steps: Count | None = None
     every_minutes: Positive | None = 5.0
 
     def due(self, *, step: int, seconds: float, last_s: float, cost_s: float = 0.0) -> bool:
-        """Whether it is time, at a step and second of training.
+        """Return whether it is time, at `step` and after `seconds` of training.
 
         Args:
-            last_s: the second at which it was done the last time; 0 if it was not done since the
-                beginning.
-            cost_s: how long that took.
+            last_s: the second of training at which it was last done; 0 if it has not been done yet.
+            cost_s: the seconds that it took the last time.
         """
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
         return seconds - last_s >= self.wait_s(first=last_s == 0, cost_s=cost_s)
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
-        """Seconds of training from one time to the next, by the clock; infinite without one."""
+        """Return the seconds of training between two times by the clock.
+
+        They are max(60 every_minutes, PATIENCE cost_s), and infinite if `every_minutes` is None.
+        """
         return (
             math.inf
             if self.every_minutes is None
@@ -99,8 +100,8 @@ class Cadence:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Cadence):
-    """Saved at step 0, every `every_minutes` or `every_steps`, when interrupted, and at the end;
-    the newest `keep` are kept.
+    """Checkpoints are saved at step 0, every `every_minutes` or `every_steps`, on interruption and
+    at the end; the newest `keep` are kept.
 
     Attributes:
         keep: checkpoints that are kept, the newest ones.
@@ -111,11 +112,12 @@ class CheckpointConfig(Cadence):
 
 @dataclass(frozen=True, kw_only=True)
 class Look(Cadence):
-    """A cadence whose first time comes within a minute of training."""
+    """A cadence that is first due within a minute of training."""
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
-        """As any cadence's; the first time no longer than FIRST_LOOK_S, beside what was done before
-        the first step.
+        """Return the wait of `Cadence`, but at most FIRST_LOOK_S + cost_s the first time.
+
+        `cost_s` is then the time of what was done before the first step.
         """
         wait_s = super().wait_s(first=first, cost_s=cost_s)
         return (
@@ -127,8 +129,8 @@ class Look(Cadence):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(Look):
-    """Error on fixed held-out triples (image, noise, level) within the first minute, and every
-    `every_minutes` or `every_steps`.
+    """The error on fixed held-out triples (image, noise, level) is measured within the first
+    minute, and every `every_minutes` or `every_steps`.
 
     Attributes:
         samples: number of triples.
@@ -141,9 +143,8 @@ class ValidationConfig(Look):
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig(Look):
-    """A grid of samples from the averaged weights at step 0, within the first minute, and every
-    `every_minutes` or `every_steps`, with the
-    same noise and categories each time.
+    """A grid of samples from the averaged weights is drawn at step 0, within the first minute, and
+    every `every_minutes` or `every_steps`, with the same noise and categories each time.
 
     Attributes:
         num: images in a preview.
@@ -154,8 +155,8 @@ class PreviewConfig(Look):
 
 @dataclass(frozen=True, kw_only=True)
 class PostHocEMAConfig:
-    """Averages that are tracked beside `ema` and kept along the way, from which one of any width is
-    made afterwards: `sfumato ema RUN`.
+    """Averages that are tracked beside `ema` and stored during training. From them, `sfumato ema
+    RUN` reconstructs averages of any width afterwards.
 
     Attributes:
         widths: of the tracked averages, as `ema.sigma_rel`; [] tracks none. Each takes as much
@@ -179,13 +180,13 @@ class PostHocEMAConfig:
 
     @property
     def profiles(self) -> list[PowerEMA]:
-        """Of the tracked averages."""
+        """The profiles of the tracked averages, in the order of `widths`."""
         return [PowerEMA(width) for width in self.widths]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics.
+    """How often metrics are recorded, and where they go.
 
     Attributes:
         every_steps: steps from one record of metrics to the next.

@@ -1,4 +1,4 @@
-"""Averages of the weights over training, which sample better than the last weights do."""
+"""Averages of the weights over training, which give better samples than the last weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ LARGEST_WIDTH = 0.28  # of a power profile: at 1 / sqrt(12) all of the training 
 
 
 class EMA(Protocol):
-    """A profile of averaging: `decay(step)` is the weight that the average keeps at that step,
-    counted from 1.
+    """A profile of averaging: `decay(step)` is the weight that the average keeps, for steps
+    from 1.
     """
 
-    def decay(self, step: int) -> float: ...
+    def decay(self, step: int) -> float:
+        """Return the weight of the old average, in [0, 1); the new weights get the rest."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class PowerEMA:
 
     @cached_property
     def gamma(self) -> float:
-        """The exponent whose profile has this width."""
+        """The exponent of the profile: (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = sigma_rel^2."""
         inverse = self.sigma_rel**-2
         return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
     def decay(self, step: int) -> float:
+        """Return (1 - 1/step)^(gamma + 1)."""
         return float((1 - 1 / step) ** (self.gamma + 1))
 
 
@@ -71,6 +74,7 @@ class FixedEMA:
     rate: FractionBelowOne = 0.9999
 
     def decay(self, step: int) -> float:
+        """Return min(rate, (1 + step)/(10 + step))."""
         return min(self.rate, (1 + step) / (10 + step))
 
 
@@ -81,12 +85,11 @@ LEAST_STEP = 2.5e-4
 
 
 def follow(average: nn.Module, model: nn.Module, profile: EMA, update: int) -> None:
-    """Let `average` follow the weights after their `update`-th change, from 1.
+    """Update `average` with the weights after their `update`-th change, counted from 1.
 
-    Where a profile's step is so small that float32 would lose it, 1 - decay < LEAST_STEP / 2, every
-    second, fourth, ... update is
-    averaged, with the product of the decays since the last one; which ones is a function of
-    `update` alone.
+    If the profile's step is so small that float32 would lose it, 1 - decay <= LEAST_STEP / 2, only
+    every second, fourth, ... update is averaged, with the product of the decays since the last one.
+    Which updates are averaged depends on the profile and on `update` only.
     """
     if update % stride(profile, update):
         return
@@ -99,17 +102,21 @@ def follow(average: nn.Module, model: nn.Module, profile: EMA, update: int) -> N
 
 
 def stride(profile: EMA, update: int) -> int:
-    """The largest power of two that keeps an average's step below LEAST_STEP: 1 in short runs."""
+    """Return how many updates one averaging step covers.
+
+    It is the largest 2^k with 2^k (1 - decay) <= LEAST_STEP, and 1 in short runs, where 1 - decay
+    is larger.
+    """
     step = 1 - profile.decay(update)
     return 1 if step * 2 > LEAST_STEP or step <= 0 else 2 ** int(math.log2(LEAST_STEP / step))
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place; frozen parameters are the same
-    object in both and stay as they are.
+    """Set average <- decay * average + (1 - decay) * model, in place.
 
-    Buffers, such as a batch norm's statistics, are copied.
+    Frozen parameters are the same objects in both and stay as they are. Buffers, such as the
+    statistics of batch norms, are copied.
     """
     pairs = [
         (a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p

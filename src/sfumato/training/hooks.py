@@ -1,6 +1,4 @@
-"""Hooks: what a training run does between its steps, in this order, before a checkpoint is
-saved.
-"""
+"""Hooks: what a training run does between steps, in this order, before it saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ class Session:
     interruption: Interruption
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record of metrics to every sink; one that fails is a warning."""
+        """Write a record of metrics to every sink; one that fails only causes a warning."""
         for sink in self.sinks:
             try:
                 sink.write(record)
@@ -44,12 +42,12 @@ class Session:
 
 
 class Hook(ABC):
-    """Something that is done when it is due.
+    """An action that is run between training steps when it is due.
 
     Attributes:
-        name: in warnings, and under which the run notes when it was done last.
-        tolerated: errors that are a warning, after which training goes on: a disk that is full for
-            a while need not end a run.
+        name: the name in warnings, and under which the run records when it was last done.
+        tolerated: errors that only cause a warning, after which training goes on: a disk that is
+            full for a while need not end a run.
     """
 
     name: ClassVar[str]
@@ -57,22 +55,24 @@ class Hook(ABC):
 
     @abstractmethod
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        """Whether it is time, after the step that the trainer has reached; `finished` says that it
-        was the last one.
+        """Return whether to run after the step that the trainer has reached.
+
+        `finished` says that it was the last one.
         """
 
     @abstractmethod
     def run(self, trainer: Trainer, session: Session) -> None:
-        """Do it."""
+        """Perform the action."""
 
 
 class Preview(Hook):
-    """Images of the averaged model, from the same noise every time."""
+    """Images from the averaged model, with the same noise every time."""
 
     name = "preview"
     tolerated = (OSError, ValueError, RuntimeError)
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return True at step 0, after the last step, and when the timetable says so."""
         return (
             finished
             or trainer.state.counters.step == 0
@@ -80,6 +80,7 @@ class Preview(Hook):
         )
 
     def run(self, trainer: Trainer, session: Session) -> None:
+        """Write a preview of the averaged model; a signal is raised between its denoising steps."""
         with trainer.timetable.doing(self.name):
             step = trainer.state.counters.step
             trainer.task.preview(
@@ -88,26 +89,30 @@ class Preview(Hook):
 
 
 class Snapshot(Hook):
-    """The averaged weights at powers of two, kept for good."""
+    """Snapshots of the averaged weights at powers of two, kept for good."""
 
     name = "snapshot"
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return whether the step is a power of two, from 256 on."""
         return trainer.state.counters.step in SNAPSHOTS
 
     def run(self, trainer: Trainer, session: Session) -> None:
+        """Save the averaged weights of this step."""
         trainer.save_snapshot()
 
 
 class Averages(Hook):
-    """Averages from which others are made after training."""
+    """The averages from which others are reconstructed after training."""
 
     name = "averages"
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return True; the trainer decides by the share of the budget."""
         return True  # the trainer counts the parts of the budget
 
     def run(self, trainer: Trainer, session: Session) -> None:
+        """Save the tracked averages if the next part of the budget is over."""
         trainer.keep_averages()
 
 
@@ -118,12 +123,14 @@ class Validation(Hook):
     tolerated = ()
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return True after the last step, and when the timetable says so, but not at step 0."""
         step = trainer.state.counters.step
         return step > 0 and (
             finished or trainer.timetable.due(self.name, trainer.config.validation)
         )
 
     def run(self, trainer: Trainer, session: Session) -> None:
+        """Validate, write the figures to the sinks, and print their summary."""
         with trainer.timetable.doing(self.name):
             figures = trainer.validate()
         counters = trainer.state.counters

@@ -1,4 +1,4 @@
-"""Latents of a whole set, made once and kept on disk."""
+"""Latents of a whole dataset, encoded once and kept on disk."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ def with_latents(
     pixels: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The dataset with the moments of every training image's latents, from the cache as far as that
-    has them.
+    """Return the dataset with the latent moments of every training image, cached on disk.
 
-    What is kept is mean and log-variance in float16, so that training draws a new latent each time
-    it sees an image. An edited
-    image is encoded alone; another autoencoder, resolution or augmentation finds nothing.
+    The cache holds mean and log-variance in float16, so that training draws a new latent each time
+    it sees an image. If an image was edited, only the chunk that holds it is encoded again; another
+    autoencoder, resolution or augmentation finds nothing in the cache.
 
     Args:
         identity: hash of the autoencoder.
-        variants: of each image, each augmented in its own way; 1 is enough, and taken, where
-            nothing is augmented.
-        pixels: whether batches shall hold the images too.
+        variants: number of augmented variants of each image; only one is made if nothing is
+            augmented.
+        pixels: whether batches also hold the images.
+        on_progress: called with the number of finished chunks and of all chunks.
+    Raises:
+        DataError: if an image can no longer be read.
     """
     config = dataset.config
     count = 1 if config.augment.is_off else variants
@@ -91,7 +93,7 @@ def _key(dataset: Dataset, position: int, variant: int) -> str:
 
 
 def _chunks(dataset: Dataset, variants: int) -> Iterator[list[tuple[int, int]]]:
-    """Positions and variants in groups of one shape, every different training image once."""
+    """Yield positions and variants in groups of one shape, every distinct training image once."""
     _, places = np.unique(np.array(dataset.ids)[dataset.training], return_index=True)
     first = np.sort(dataset.training[places])
     for shape in np.unique(dataset.shapes):

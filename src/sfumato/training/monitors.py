@@ -1,4 +1,4 @@
-"""What is looked at while a model trains: its error on held-out images, and images of its own."""
+"""What is observed while a model trains: its error on held-out images, and samples from it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from sfumato.training.validation import (
 
 
 class Validator:
-    """Fixed triples of held-out images, and as many of training images with the same noises and
-    levels.
+    """Measures errors on fixed triples of held-out images.
+
+    There are as many triples of training images, with the same noises and levels.
     """
 
     def __init__(
@@ -66,14 +67,13 @@ class Validator:
         self.second_moment = float(self._sets[0][0].x0.double().square().mean())
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
-        """What metrics.jsonl keeps of a validation.
+        """Return the figures of a validation, as metrics.jsonl keeps them.
 
-        `validation/ema/*` and `validation/raw/*` on held-out images, in float32 but for raw weights
-        that are trained in float8; of the
-        averaged weights also `validation/gap/*`, their error minus that on training images, and
-        `validation/adherence/NAME/*`, their
-        error under another image's context minus that under its own: above zero as soon as the
-        context steers.
+        `validation/ema/*` and `validation/raw/*` are errors on held-out images, in float32 except
+        for raw weights that are trained in float8. The averaged weights also have
+        `validation/gap/*`, their error minus that on training images, and
+        `validation/adherence/NAME/*`, their error under another image's context minus that under
+        its own: above zero as soon as the context steers.
         """
         triples, context = self._sets[0]
         averaged, raw = self._errors(average, 0), self._errors(model, 0)
@@ -99,7 +99,7 @@ class Validator:
         }
 
     def error(self, model: Model) -> dict[str, Any]:
-        """Errors of one model on held-out images."""
+        """Return the errors of one model on held-out images."""
         return summarize(self._errors(model, 0), self._sets[0][0], self.second_moment)
 
     def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
@@ -117,14 +117,14 @@ class Validator:
 
 
 def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The images of a part that have the set's usual shape; the first image, where none has."""
+    """Return the positions whose images have the usual shape, or the first one if none has."""
     usual = dataset.usual(part)
     return usual if len(usual) else part[:1]
 
 
 @torch.no_grad()
 def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """One draw of the latents of held-out images, the same at every call."""
+    """Draw one latent for each image (N, C, H, W), the same at every call."""
 
     def some(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
@@ -137,8 +137,9 @@ def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: 
 
 
 class Previewer:
-    """Grids of samples with the same noise and context every time, and one grid of the real images
-    that the context belongs to.
+    """Draws grids of samples with the same noise and context every time.
+
+    It also draws one grid of the real images that the context belongs to.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Previewer:
 
 
 def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
-    """Training images, the categories in turn."""
+    """Choose training images, cycling through the categories."""
     training = _usual_or_first(dataset, dataset.training)
     labels = dataset.labels[torch.from_numpy(training)]
     numbers = range(min(num, len(dataset.categories))) or [-1]
@@ -221,7 +222,7 @@ def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
 
 
 def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
-    """Images that are not trained on, whose context has not been seen."""
+    """Choose held-out images, whose context is unseen; training images if none are held out."""
     held_out = dataset.usual(dataset.holdout)
     positions = held_out if len(held_out) else _usual_or_first(dataset, dataset.training)
     order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))

@@ -28,12 +28,10 @@ WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
     """Muon for the weights of hidden layers: matrices and kernels with at least 32 inputs and
-    outputs, the network's first and last
-    layers aside.
+    outputs, the network's first and last layers aside.
 
-    Its updates have the size that AdamW's have, so that both share a learning rate and weight
-    decay; four to eight times that of AdamW
-    alone trains best.
+    Its updates are as large as those of AdamW, so that both share a learning rate and weight decay;
+    four to eight times the learning rate of AdamW alone trains best.
 
     Attributes:
         momentum: share of the running mean of gradients that a step keeps.
@@ -108,7 +106,7 @@ class AdamWConfig:
             )
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        """The optimizers that share a model's trainable parameters: AdamW, and Muon if configured.
+        """Build the optimizers of a model's trainable parameters: AdamW, and Muon if configured.
 
         Raises:
             ConfigError: if all parameters are frozen.
@@ -150,10 +148,10 @@ class AdamWConfig:
         return found
 
     def rate(self, step: int, spent: float) -> float:
-        """Learning rate of step `step` (from 0) when the share `spent` of the budget is used up.
+        """Return the learning rate of `step`, from 0, at the share `spent` of the budget.
 
-        The share is squared, so that time spent before the first steps (a preview, compiling) does
-        not end the rise.
+        The share is squared in the warm-up, so that time spent before the first steps (a preview,
+        compiling) does not end it.
         """
         warm = min(1.0, max((step + 1) / (self.warmup_steps + 1), (spent / WARM_SHARE) ** 2))
         left = max(0.0, 1 - spent)
@@ -173,8 +171,8 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonal matrix nearest to the running mean of the gradient.
 
-    A kernel (O, I, h, w) is the matrix (O, I h w). PyTorch's own Muon takes matrices only; the two
-    agree on those.
+    A kernel (O, I, h, w) is treated as the matrix (O, I h w). PyTorch's own Muon takes matrices
+    only; the two agree on those.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the step's size: Liu et al. 2025
         (arXiv:2502.16982), eq. 4.
@@ -187,7 +185,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -219,8 +217,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (N, M) with its singular values brought near 1 (0.7 to 1.2) by Newton-Schulz
-    iteration.
+    """Bring the singular values of a matrix (N, M) near 1 (0.7 to 1.2) by Newton-Schulz iteration.
 
     Source: Jordan et al. 2024 (the coefficients of the quintic).
     """
@@ -233,7 +230,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def iterated(x: Tensor) -> Tensor:
-    """The iteration as published, X <- (a + b G + c G^2) X with G = X X^T."""
+    """Iterate X <- (a + b G + c G^2) X with G = X X^T, as published."""
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
@@ -241,9 +238,11 @@ def iterated(x: Tensor) -> Tensor:
 
 
 def iterated_by_gram(x: Tensor) -> Tensor:
-    """The same on the Gram matrix alone, whose polynomials are multiplied by X once at the end: the
-    same result with a fraction of the
-    products where M is several times N, as in kernels."""
+    """Iterate on the Gram matrix alone, and multiply its polynomials by X once at the end.
+
+    The result is that of `iterated`, with a fraction of the products if M is several times N, as in
+    kernels.
+    """
     gram = x @ x.T
     product = _polynomial(gram)
     polynomial = product
@@ -264,8 +263,9 @@ LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices and kernels with at least 32 inputs and outputs, except those of a
-    backbone's input and output layers.
+    """Return the trained matrices and kernels with at least 32 inputs and outputs.
+
+    Those of a backbone's input and output layers are left out.
     """
     layers = [
         layer
@@ -277,9 +277,9 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def weights_of_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices and kernels: the weights of linear, convolution and attention layers.
-    Embedding tables, positions, registers and
-    offsets, whatever their shape, are not among them.
+    """Return the trained weights of linear, convolution and attention layers.
+
+    Embedding tables, positions, registers and offsets are not among them, whatever their shape.
     """
     weights = [
         p
@@ -291,7 +291,7 @@ def weights_of_layers(model: nn.Module) -> list[nn.Parameter]:
 
 
 def last_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Trained matrices and kernels of the output layers of backbones."""
+    """Return the trained matrices and kernels of the output layers of backbones."""
     layers = [layer for backbone in _backbones(model) for layer in backbone.output_layers()]
     return [p for layer in layers for p in layer.parameters() if p.ndim > 1 and p.requires_grad]
 
@@ -303,7 +303,7 @@ def _backbones(model: nn.Module) -> list[Backbone]:
 def optimizer_tensors(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """The optimizers' state as tensors named `<parameter>/<slot>`; empty before the first step."""
+    """Return the optimizers' state as tensors `<parameter>/<slot>`; {} before the first step."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}/{slot}": value
@@ -317,10 +317,10 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Restore the state that `optimizer_tensors` returned.
 
     Raises:
-        RuntimeError: if a parameter was stepped by another optimizer.
+        RuntimeError: if a parameter was stepped by another kind of optimizer.
     """
     parameters = dict(model.named_parameters())
     owners = {

@@ -12,7 +12,7 @@ from sfumato.errors import ConfigError
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that are trained, in the model's order."""
+    """Return the parameters that are trained, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -27,27 +27,25 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def frozen_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that are not trained."""
+    """Return the names of the parameters that are not trained."""
     return frozenset(
         name for name, parameter in model.named_parameters() if not parameter.requires_grad
     )
 
 
 def count(parameters: Iterable[Tensor]) -> int:
-    """Numbers in some parameters."""
+    """Return the total number of elements of some parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict without some names."""
+    """Return a state dict without the given names."""
     left_out = frozenset(names)
     return {name: tensor for name, tensor in tensors.items() if name not in left_out}
 
 
 def describe(model: nn.Module) -> str:
-    """The number of parameters for a person, and how many of them are trained where some are
-    frozen.
-    """
+    """Describe the number of parameters, and how many of them are trained if some are frozen."""
     total, trained = count(model.parameters()), count(trainable(model))
     parameters = f"{total / 1e6:.2f}M parameters"
     return parameters if trained == total else f"{parameters}, {trained / 1e6:.2f}M of them trained"

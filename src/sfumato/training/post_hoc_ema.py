@@ -1,8 +1,8 @@
-"""Averages of the weights that were not kept, out of some that were.
+"""Averages of the weights that were not stored, reconstructed from some that were.
 
-An average over a power-function profile is, nearly, a sum of other such averages taken at other
-times and with other widths; the shares
-are those whose summed profiles come closest to the profile that is wanted.
+An average over a power-function profile is nearly a weighted sum of other such averages, taken at
+other times and with other widths. The shares are those whose summed profiles come closest to the
+wanted profile.
 
 Source: Karras et al. 2024 (arXiv:2312.02696), appendix C.3.
 """
@@ -34,12 +34,11 @@ class Profile(NamedTuple):
 
 
 def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
-    """The share of each kept average in the wanted one, (n,); they sum to 1.
+    """Return the share of each kept average in the wanted one, (n,); they sum to 1.
 
-    Least squares over all t: the solution of A x = b with A the overlaps of kept profiles, and b
-    theirs with the wanted one. Where little
-    was kept the best fit has another sum, which would make all weights larger or smaller: it is
-    divided by that.
+    They are a least-squares fit over all t: the solution of A x = b, where A holds the overlaps of
+    the kept profiles, and b their overlaps with the wanted one. If little was kept, the best fit
+    has another sum, which would make all weights larger or smaller, so it is divided by that sum.
     """
     matrix = np.array([[overlap(a, b) for b in kept] for a in kept])
     target = np.array([overlap(a, wanted) for a in kept])
@@ -49,7 +48,7 @@ def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
 
 
 def overlap(a: Profile, b: Profile) -> float:
-    """The integral over t of the product of both profiles, each of integral 1 (eqs. 143 to 150)."""
+    """Integrate the product of two profiles over t, each of integral 1 (eqs. 143 to 150)."""
     both = a.gamma + b.gamma + 1
     first, last = min(a.step, b.step), max(a.step, b.step)
     exponent = (b if a.step == first else a).gamma + 1
@@ -58,8 +57,7 @@ def overlap(a: Profile, b: Profile) -> float:
 
 
 def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
-    """The average of that width over the training up to the last that was kept, from all that were
-    kept in a run.
+    """Reconstruct the average of a width at the last kept step, from all averages that a run kept.
 
     Raises:
         CheckpointError: if none were kept, or they cannot be read.
@@ -85,15 +83,16 @@ def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
 
 
 def forget(averages: Path, *, after: int) -> None:
-    """Remove averages of steps after `after`, which are about to be taken again."""
+    """Remove the averages of steps after `after`, which are about to be taken again."""
     for path in averages.glob("ema-*/step-*.safetensors"):
         if int(path.stem[5:]) > after:
             path.unlink()
 
 
 def _kept(averages: Path) -> dict[Path, Profile]:
-    """The averages in a folder, ema-WIDTH/step-N.safetensors, each with its profile over updates of
-    the weights.
+    """Return the averages in a folder, each with its profile over updates of the weights.
+
+    They are the files ema-WIDTH/step-N.safetensors.
     """
     found = {}
     for folder in sorted(averages.glob("ema-*")):

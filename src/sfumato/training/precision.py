@@ -1,5 +1,7 @@
-"""Where and in which precision the network computes; `auto` goes by the machine's instructions, and
-by one small product.
+"""The device and the precision that the network computes in.
+
+`auto` depends on the machine's instructions, and on one small measured product where these do not
+decide.
 """
 
 from __future__ import annotations
@@ -30,14 +32,12 @@ HOPELESS = 2.0  # times as slow, warming up included
 
 
 def default_device() -> torch.device:
-    """The graphics card if there is one, else the processor."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool | None:
-    """Whether a device has instructions that multiply bfloat16; None where only a measurement
-    tells.
-    """
+    """Return whether a device has bfloat16 multiplication; None if only a measurement can tell."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= GPU_FROM
     known = _capabilities()
@@ -45,8 +45,9 @@ def has_bfloat16(device: torch.device) -> bool | None:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """The processor's instruction sets by name; {} where neither torch (from 2.13) nor Linux
-    says.
+    """Return the processor's instruction sets by name.
+
+    The result is {} if neither torch (from 2.13) nor Linux lists them.
     """
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
@@ -65,8 +66,9 @@ def _capabilities() -> Mapping[str, Any]:
 
 
 def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
-    """The faster precision for a network's products, and a line that says why; in well under a
-    second.
+    """Choose the faster precision for a network's products, and give a line that says why.
+
+    This takes well under a second.
     """
     found = has_bfloat16(device)
     if found is False:
@@ -77,10 +79,10 @@ def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
 
 
 def faster(weight: Tensor, device: torch.device) -> tuple[str, str]:
-    """Multiply a matrix (N, M) with columns in both precisions, rounding included; the faster one's
-    name, and a line that says so.
+    """Time a matrix (N, M) times columns in both precisions; return the faster one and why.
 
-    bfloat16 must win by a tenth: it rounds, so it has to pay.
+    Rounding to bfloat16 is part of the measured time, and bfloat16 must win by a tenth: since it
+    rounds, it has to pay.
     """
     columns = torch.ones(weight.shape[1], max(16, FLOPS // (2 * weight.numel())), device=device)
     exact = _timed(weight, columns, torch.float32)
@@ -95,8 +97,9 @@ def faster(weight: Tensor, device: torch.device) -> tuple[str, str]:
 
 @torch.no_grad()
 def _timed(weight: Tensor, columns: Tensor, dtype: torch.dtype, *, enough: float = 1.0) -> float:
-    """Seconds of one product, in the median; the first warms up, and is the only one if it takes
-    longer than `enough`.
+    """Return the median seconds of one product; the first warms up.
+
+    If the first takes longer than `enough`, it is the only one.
     """
     seconds = []
     for _ in range(REPEATS + 1):
@@ -110,8 +113,9 @@ def _timed(weight: Tensor, columns: Tensor, dtype: torch.dtype, *, enough: float
 
 
 def _widest(network: nn.Module) -> Tensor:
-    """The largest kernel or matrix of a network as a matrix (N, M); a small one for a network that
-    has none.
+    """Return the largest kernel or matrix of a network as a matrix (N, M).
+
+    A network that has none gets a small matrix of ones.
     """
     matrices = [
         parameter.detach().flatten(1) for parameter in network.parameters() if parameter.ndim > 1
@@ -124,20 +128,18 @@ def _named(device: torch.device) -> str:
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what a GPU was given to do."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def require(network: Accelerable, name: str) -> None:
-    """Raise ConfigError where a precision needs what the network or the machine does not have."""
+    """Raise ConfigError if the network or the machine does not support a precision."""
     if name == "float8":
         require_float8(network.float8_layers())
 
 
 def prepare(network: Accelerable, name: str) -> None:
-    """Change a network's layers, in place, where a precision is more than the dtype of their
-    context.
-    """
+    """Change a network's layers in place if a precision is more than the dtype of autocast."""
     if name == "float8":
         in_float8(network, network.float8_layers())

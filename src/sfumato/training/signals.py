@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM asked for politely: finish the step, save, leave."""
+"""Graceful stops by Ctrl-C and SIGTERM: finish the step, save, exit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by a signal."""
+    """Raised when a signal has asked training to stop."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
@@ -16,12 +16,12 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within `with Interruption() as asked:`, the first SIGINT or SIGTERM only sets a flag; the
-    second one acts at once.
+    """A context manager in which the first SIGINT or SIGTERM only sets a flag.
 
-    A signal to a whole group of processes ends those that read data ahead, too; from then on their
-    end is not an error, so that the step is
-    finished and saved.
+    The second one acts at once.
+
+    A signal to a whole process group also ends the processes that read data ahead. From then on
+    their end is not an error, so that the step is finished and saved.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,6 @@ class Interruption:
         self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def raise_if_requested(self) -> None:
-        """Raise Interrupted if a signal came in."""
+        """Raise Interrupted if a signal was received."""
         if self._number is not None:
             raise Interrupted(self._number)

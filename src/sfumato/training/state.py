@@ -1,4 +1,4 @@
-"""Everything that changes while training, and nothing else: what a checkpoint holds."""
+"""Everything that changes during training, and nothing else: what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ FAR = 10.0  # times the least loss of a run, above which its weights may have di
 
 @dataclass
 class Counters:
-    """Progress. `step` counts batches drawn, `updates` those that changed the weights; `watched` is
-    the last step looked at, `kept` the
-    share of the budget at which averages were kept last, `done_s` the second at which each thing
-    that goes by the clock was done last.
-    What was settled at the start is kept, so that a run goes on as it began: `precision`, and the
-    seconds of a pass `pass_s`. `loss` is the
-    moving average of the steps' losses, `least_loss` the least that it has been, after the first
-    step."""
+    """Progress of a run, and what was decided at its start.
+
+    `step` counts the batches drawn, and `updates` those that changed the weights. `watched` is the
+    last step at which the hooks were run, `kept` the share of the budget at which averages were
+    last kept, and `done_s` the second at which each action that goes by the clock was last done.
+
+    `precision`, and `pass_s`, the seconds of a pass, are settled at the start, so that a run
+    continues as it began. `loss` is the moving average of the steps' losses, and `least_loss` the
+    smallest value that it has had since the first step.
+    """
 
     step: int = 0
     updates: int = 0
@@ -47,15 +49,16 @@ class Counters:
 
     @property
     def sound(self) -> bool:
-        """Whether the last step was applied and the loss is not far above what it has been; if not,
-        the weights may have diverged.
+        """Whether the last step was applied and the loss is not far above its smallest value.
+
+        If not, the weights may have diverged.
         """
         return not self.skipped_in_a_row and (
             self.least_loss <= 0 or self.loss <= FAR * self.least_loss
         )
 
     def follow_loss(self, loss: float) -> None:
-        """Count an update, and the loss of the step that it came from."""
+        """Count an update, and add the loss of its step to the moving average."""
         self.loss = self.loss + LOSS_RATE * (loss - self.loss) if self.updates else loss
         self.least_loss = min(self.loss, self.least_loss) if self.updates else loss
         self.updates += 1
@@ -89,7 +92,7 @@ class TrainingState:
         learners: Callable[[nn.Module], list[OptimizedPart]],
         profiles: Sequence[PowerEMA] = (),
     ) -> TrainingState:
-        """The state before the first step."""
+        """Create the state before the first step."""
         average, *kept = (_average(model) for _ in range(1 + len(profiles)))
         return cls(
             model=model,
@@ -101,11 +104,11 @@ class TrainingState:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of all learners."""
+        """The optimizers of all learners."""
         return [optimizer for learner in self.learners for optimizer in learner.optimizers]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything but frozen parameters, by checkpoint file."""
+        """Return all tensors except frozen parameters, by checkpoint file."""
         return {
             "model": self.trained(self.model),
             "ema": self.trained(self.average),
@@ -114,11 +117,11 @@ class TrainingState:
         }
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of the model or of an average, without frozen parameters."""
+        """Return the state dict of the model or of an average, without frozen parameters."""
         return without(module.state_dict(), self.frozen)
 
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """The frozen parameters by name."""
+        """Return the frozen parameters by name."""
         return {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
@@ -126,10 +129,10 @@ class TrainingState:
         }
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Load tensors and counters from a checkpoint.
 
         Raises:
-            CheckpointError: if it belongs to a model of another shape.
+            CheckpointError: if they do not fit the model.
         """
         try:
             frozen = self.frozen_tensors()
@@ -147,7 +150,7 @@ class TrainingState:
 
 
 def _average(model: nn.Module) -> nn.Module:
-    """A copy that is never trained and shares the frozen parameters."""
+    """Copy a model; the copy is never trained and shares the frozen parameters."""
     shared: dict[int, Any] = {
         id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
     }
@@ -155,5 +158,5 @@ def _average(model: nn.Module) -> nn.Module:
 
 
 def kept_name(profile: PowerEMA) -> str:
-    """Of an average's files."""
+    """Return the name of an average's files, ema-WIDTH."""
     return f"ema-{profile.sigma_rel:g}"

@@ -1,4 +1,4 @@
-"""When a training run was last saved, shown and validated, and how long that took."""
+"""When a training run was last saved, previewed and validated, and how long that took."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from sfumato.training.state import TrainingState
 
 
 class Timetable:
-    """Of what goes by the clock of a run. When something was done last is of the run, and is kept
-    by checkpoints; how long it took is of
-    this machine, and is not."""
+    """Times of the actions that go by the clock of a run.
+
+    When an action was last done belongs to the run, and checkpoints keep it. How long it took
+    belongs to this machine, and they do not.
+    """
 
     def __init__(self, state: TrainingState) -> None:
         self._state, self._cost_s = state, dict[str, float]()
 
     def due(self, name: str, cadence: Cadence) -> bool:
-        """Whether it is time, at the step and second that the run has reached."""
+        """Return whether it is time, at the step and second that the run has reached."""
         counters = self._state.counters
         last_s, cost_s = counters.done_s.get(name, 0.0), self._cost_s.get(name, 0.0)
         return cadence.due(
@@ -28,8 +30,9 @@ class Timetable:
 
     @contextmanager
     def doing(self, name: str) -> Iterator[None]:
-        """Note that something is done, before it is, so that a checkpoint holds the time of its
-        own.
+        """Record that something is done now, and measure how long it takes.
+
+        The time is recorded before the work, so that a checkpoint holds that of its own saving.
         """
         self._state.counters.done_s[name] = self._state.counters.seconds
         begun = time.perf_counter()

@@ -42,8 +42,8 @@ LOST_SHARE = 0.05  # of the set: more images lost while training than this stop 
 
 
 class StepResult(NamedTuple):
-    """Of one optimizer step: mean loss, what its samples gave, gradient norm of each learner, and
-    whether the weights moved.
+    """The result of one optimizer step: the mean loss, the losses of its samples, the gradient norm
+    of each learner, and whether the weights were updated.
     """
 
     loss: float
@@ -53,10 +53,9 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Trains a task's model in a run directory until its budget is spent; `run()` may be called
-    again after `resume()`.
+    """Trains a task's model in a run directory until its budget is spent.
 
-    Whoever calls either holds the run's lock.
+    `run()` may be called again after `resume()`. The caller of either must hold the run's lock.
     """
 
     def __init__(
@@ -69,8 +68,11 @@ class Trainer:
         pinned: Mapping[str, Any],
         hooks: Sequence[Hook] = HOOKS,
     ) -> None:
-        """`pinned` is the configuration as plain data, kept in checkpoints with the task's facts;
-        `hooks` run in their order.
+        """Create the state and the order of the batches; nothing is trained or written yet.
+
+        Args:
+            pinned: the configuration as plain data, kept in checkpoints with the task's facts.
+            hooks: run in this order.
         """
         self.hooks = tuple(hooks)
         self.device = next(task.model.parameters()).device
@@ -96,10 +98,10 @@ class Trainer:
         )
 
     def resume(self) -> list[str]:
-        """Load the newest whole checkpoint; returns warnings about the ones that were not.
+        """Load the newest whole checkpoint, and return warnings about newer ones that are damaged.
 
         Raises:
-            CheckpointError: if there is none, or the data are no longer the same.
+            CheckpointError: if there is none, or the data, the seed or the batch size have changed.
         """
         checkpoint.sweep(self.directory.checkpoints)
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
@@ -179,9 +181,7 @@ class Trainer:
         return Session(bar=bar, sinks=[metrics, *others], interruption=interruption)
 
     def _prepare(self, bar: ProgressBar) -> None:
-        """Settle how to compute, check the disk, and make sure that there is something to resume
-        from.
-        """
+        """Settle how to compute, check the disk, and save a first checkpoint if the run is new."""
         counters, network = self.state.counters, self._settle(bar.say)
         if settle_compiling(
             self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
@@ -193,10 +193,10 @@ class Trainer:
         self.directory.write_status("running", counters.step)
 
     def measure_step(self, *, steps: int = 3) -> float:
-        """Seconds of one training step, not compiled, in the median of a few real ones; the trainer
-        is used up.
+        """Return the median seconds of a few real training steps, not compiled.
 
-        The first step warms up, and is the only one where it is long.
+        The first step warms up; if it is long, it is the only one. The trainer cannot be used
+        afterwards.
         """
         self._settle(lambda line: None)
         supply = batches(self.dataset, self.plan, start=0)
@@ -208,11 +208,11 @@ class Trainer:
         return statistics.median(seconds[1:] or seconds)
 
     def disk_bytes(self) -> int:
-        """What the checkpoints that are not there yet need, and a little for the rest: weights,
-        their averages and two moments, in float32.
+        """Return the bytes that checkpoints still to be written need, and a little for the rest.
 
-        There is one more than are kept while the oldest has not been removed. Snapshots are counted
-        where the budget says how many steps.
+        A checkpoint holds the weights, their averages and two moments, in float32. There is one
+        more than are kept until the oldest has been removed. Snapshots are counted if the budget
+        limits the steps.
         """
         config, counters = self.config, self.state.counters
         size = 4 * count(trainable(self.state.model))
@@ -231,7 +231,7 @@ class Trainer:
         return result
 
     def _settle(self, say: Callable[[str], None]) -> Accelerable:
-        """Settle the precision; the network."""
+        """Settle the precision, and return the part of the model that is computed in it."""
         network = self.task.compiled_part(self.state.model)
         settle_precision(self.config, self.state.counters, network, say=say)
         return network
@@ -266,8 +266,10 @@ class Trainer:
                 self._try(bar, partial(self.directory.heartbeat, counters.step))
 
     def _next(self, supply: Iterator[Batch], interruption: Interruption) -> Batch:
-        """The next batch. Processes that read ahead may have been ended by the signal that asks
-        this one to stop.
+        """Return the next batch.
+
+        The signal that asks this process to stop may also have ended the processes that read ahead;
+        then Interrupted is raised instead of their error.
         """
         try:
             return next(supply)
@@ -276,8 +278,10 @@ class Trainer:
             raise
 
     def _between_steps(self, session: Session, finished: bool) -> None:
-        """What is due at this step. The checkpoint comes last and says so: a run resumed from it
-        has seen the rest.
+        """Run the hooks that are due at this step, then save a checkpoint if one is due.
+
+        The checkpoint comes last and records that the hooks were run, so that a run resumed from it
+        does not repeat them.
         """
         counters = self.state.counters
         for hook in self.hooks:
@@ -292,23 +296,26 @@ class Trainer:
                 self._try(session.bar, self._save)
 
     def validate(self) -> dict[str, Any]:
-        """The task's errors on held-out images, of the weights and averaged weights as they are."""
+        """Return the task's errors on held-out images, of the weights and their average."""
         with self._uncompiled():
             return self.task.validate(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
-        """A disk that is full for a while need not end a run."""
+        """Call `write`, and only warn if it fails: a temporarily full disk need not end a run."""
         try:
             write()
         except (CheckpointError, OSError) as error:
             bar.say(f"warning: {error}")
 
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on a global batch: gradients summed over micro-batches, clipped,
-        applied, averaged.
+        """Take one optimizer step on a global batch.
 
-        A non-finite loss or gradient leaves weights, average and learning-rate schedule as they
-        are.
+        Gradients are summed over micro-batches and clipped, the weights are updated, and the
+        averages follow. A non-finite loss or gradient leaves weights, averages and the
+        learning-rate schedule as they are.
+
+        Raises:
+            DivergedError: after SKIPS_IN_A_ROW such steps in a row.
         """
         state, config = self.state, self.config
         counters = state.counters
@@ -337,8 +344,9 @@ class Trainer:
         return StepResult(loss, outcome, norms, applied)
 
     def _give_up(self) -> None:
-        """Raise DivergedError; what was saved since the loss rose far above its least is set aside,
-        so that resuming begins before.
+        """Raise DivergedError, after setting aside all checkpoints after the newest sound one.
+
+        In a sound one, the loss was not far above its smallest value. Resuming begins there.
         """
         sound = checkpoint.set_diverged_aside(self.directory.checkpoints)
         start = (
@@ -354,8 +362,9 @@ class Trainer:
         )
 
     def _backward(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
-        """Accumulate the gradient of the batch's mean loss, over parts of one shape and
-        micro-batches of them.
+        """Accumulate the gradient of the batch's mean loss, and return the losses.
+
+        The batch is split into parts of one shape, and these into micro-batches.
         """
         self.state.model.train()
         size, spent = self.config.at_once, self._spent()
@@ -375,7 +384,7 @@ class Trainer:
         return SampleLosses(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
 
     def _trial(self) -> Callable[[torch.dtype], None]:
-        """A forward and backward pass that leaves no trace, to be timed."""
+        """Return a forward and backward pass that can be timed and leaves no trace."""
         batch = next(batches(self.dataset, self.plan, start=0))
 
         def work(dtype: torch.dtype) -> None:
@@ -407,8 +416,9 @@ class Trainer:
         )
 
     def keep_averages(self) -> None:
-        """Keep the averages that others are made from, when another of the even parts of the budget
-        is over.
+        """Save the tracked averages if the next of the equal parts of the budget is over.
+
+        Other averages are reconstructed from them after training.
 
         Raises:
             CheckpointError: if one could not be written; the others are, and training goes on to

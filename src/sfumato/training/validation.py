@@ -1,8 +1,8 @@
 """The error of a denoiser on images it has not seen, level by level.
 
-Fixed triples (image, noise, level), the same at every call with the same seed, so that figures of
-one run can be compared. The
-levels are spread evenly over the log-SNR range that training covers.
+It is measured on fixed triples (image, noise, level), which are the same at every call with the
+same seed, so that the figures of a run can be compared. The levels are spread evenly over the
+log-SNR range that training covers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from sfumato.diffusion import Denoiser, NoiseLevel, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Triples:
-    """Images (n, C, H, W) with a noise and a level each; `bin` says which of `edges`' ranges of
-    log-SNR the level is in.
+    """Images (n, C, H, W), each with a noise and a level.
+
+    `bin` is the number of the range of log-SNR, between two of `edges`, that the level is in.
     """
 
     x0: Tensor
@@ -34,10 +35,10 @@ class Triples:
 
 
 def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Triples:
-    """One triple for each image in `x0`; image i's level lies in bin i modulo `bins`.
+    """Make one triple of each image in `x0`; image i's level lies in bin i modulo `bins`.
 
-    The range is what 98 % of the training levels cover. Levels are given variance-preserving: a
-    denoiser does not mind.
+    The range is the one that 98 % of the training levels cover. Levels are variance-preserving,
+    which makes no difference to a denoiser.
     """
     ends = schedule(torch.tensor([0.01, 0.99], dtype=torch.float64)).logsnr()
     edges = torch.linspace(float(ends[1]), float(ends[0]), bins + 1, dtype=torch.float64)
@@ -51,8 +52,9 @@ def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Tri
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of each triple, averaged over its elements, (n,): squared and absolute error of the guessed
-    noise and of x0.
+    """Squared and absolute errors of the predicted noise and of x0.
+
+    They are averaged over the elements of each triple, (n,).
     """
 
     eps_square: Tensor
@@ -65,7 +67,7 @@ class Errors:
 def measure(
     denoiser: Denoiser, triples: Triples, condition: Condition, *, batch_size: int
 ) -> Errors:
-    """Run the denoiser on all triples."""
+    """Run the denoiser on all triples, and return its errors."""
     parts: list[list[Tensor]] = [[], [], [], []]
     for first in range(0, len(triples.x0), batch_size):
         part = slice(first, first + batch_size)
@@ -84,14 +86,12 @@ def measure(
 
 
 def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[str, Any]:
-    """MSE, RMSE, MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
+    """Return MSE, RMSE and MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
 
     R^2 compares with the best linear guess eps ~ c x, c = sigma/(alpha^2 m + sigma^2), whose mean
-    squared error is
-    alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2]. (Against the mean of
-    eps, merely copying the
-    input would score near 1 at high noise.) It is the same for eps and x0, whose errors are
-    proportional.
+    squared error is alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2].
+    (Against the mean of eps, merely copying the input would score near 1 at high noise.) It is the
+    same for eps and x0, whose errors are proportional.
     """
     alpha2, sigma2 = triples.level.alpha**2, triples.level.sigma**2
     trivial = alpha2 * second_moment / (alpha2 * second_moment + sigma2)
@@ -120,9 +120,9 @@ def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[st
 
 
 def difference(first: Errors, second: Errors, triples: Triples) -> dict[str, Any]:
-    """Squared error of the noise, the first minus the second, on equal noises and levels, with its
-    95 % interval, overall and by bin.
+    """Return the squared noise error of `first` minus that of `second`, overall and by bin.
 
+    Both are measured with the same noises and levels; each figure has its 95 % interval.
     Overfitting (held-out minus seen) shows at intermediate levels first, where an average over all
     levels hides it.
     """

@@ -1,5 +1,5 @@
-"""What a set of images can and cannot teach: measured, explained, and shown. Nothing here changes
-or deletes a file.
+"""A check of what a set of images can and cannot teach: measured, explained, and shown. Nothing
+here changes or deletes a file.
 """
 
 from sfumato.data.check.findings import KINDS

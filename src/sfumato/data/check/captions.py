@@ -1,4 +1,4 @@
-"""What captions hold: their words, lengths, repetitions and damages; and whether a prompt lies
+"""Analysis of captions: their words, lengths, repetitions and damage, and whether a prompt lies
 within them.
 """
 
@@ -58,11 +58,10 @@ _PLACEHOLDER = re.compile(
 
 
 def tokens(text: str) -> int:
-    """About how many tokens CLIP's byte-pair encoding makes of a text, start and end included; its
-    vocabulary is not needed.
+    """Estimate the number of tokens that CLIP's byte-pair encoding makes of a text.
 
-    Common words are one token; longer ones are counted as one for each seven letters, other scripts
-    as one a letter.
+    The start and end tokens are included. Common words are one token; longer ones are counted as
+    one for each seven letters, other scripts as one per letter. The vocabulary is not needed.
     """
     count = 2
     for piece in _PIECE.findall(text):
@@ -71,13 +70,14 @@ def tokens(text: str) -> int:
 
 
 def exceeds_clip(text: str) -> bool:
-    """Whether it has more tokens than CLIP reads, about."""
+    """Return whether a text has more tokens than CLIP reads, by the estimate of `tokens`."""
     return tokens(text) > CLIP_LIMIT
 
 
 def words(text: str) -> list[str]:
-    """The words of a text that carry meaning: lower case, plural endings removed; single letters in
-    scripts without spaces.
+    """Return the words of a text that carry meaning, in lower case and without plural endings.
+
+    In scripts without spaces, they are single letters.
     """
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).replace(
         "’", "'"
@@ -103,17 +103,20 @@ def _stem(word: str) -> str:
 
 
 def is_damaged(text: str) -> bool:
-    """Whether it was decoded with the wrong encoding somewhere on its way."""
+    """Return whether a text was decoded with the wrong encoding somewhere on its way."""
     return _MOJIBAKE.search(text) is not None
 
 
 def is_placeholder(text: str) -> bool:
-    """Whether it says nothing: "image 12", "untitled", a number."""
+    """Return whether a text says nothing: "image 12", "untitled", a number."""
     return _PLACEHOLDER.match(text.strip()) is not None
 
 
 def templates(texts: Sequence[str], *, size: int = 3, top: int = 5) -> list[tuple[str, float]]:
-    """Openings of `size` words shared by at least a twentieth of the captions, with their share."""
+    """Return common openings of `size` words, with the share of captions that begin with each.
+
+    At most `top` of them are returned, each shared by at least a twentieth of the captions.
+    """
     openings = Counter(
         " ".join(found[:size]) for text in texts if len(found := text.lower().split()) > size
     )
@@ -149,7 +152,7 @@ class Coverage:
 
 
 class Vocabulary:
-    """The words of captions, and where they stand."""
+    """The words of captions, and which captions hold them."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts
@@ -162,7 +165,11 @@ class Vocabulary:
         }
 
     def coverage(self, prompt: str, *, nearest: int = 8) -> Coverage:
-        """Whether the captions hold the prompt's words, and all of them together."""
+        """Return whether the captions hold the prompt's words, and whether any holds all of them.
+
+        Args:
+            nearest: the number of captions most like the prompt to return.
+        """
         asked = list(dict.fromkeys(words(prompt)))
         counts = {word: len(self.places.get(word, ())) for word in asked}
         pairs = combinations(asked[:COMPARED], 2)
@@ -201,7 +208,10 @@ class Vocabulary:
         )[:4]
 
     def _nearest(self, asked: Sequence[str], count: int) -> list[tuple[int, float]]:
-        """By shared words, rare ones counting more, over all words of both."""
+        """Rank captions by weighted Jaccard similarity of their words with a prompt's.
+
+        Rare words weigh more.
+        """
         scores: dict[int, float] = {}
         for word in asked:
             for number in self.places.get(word, ()):
@@ -223,5 +233,5 @@ class Vocabulary:
 
 
 def _best(scores: dict[int, float], count: int) -> list[tuple[int, float]]:
-    """The `count` best, ties in the order of the set."""
+    """Return the `count` best positions and scores; ties are in the order of the set."""
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:count]

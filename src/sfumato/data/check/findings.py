@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a finding means."""
+    """What a finding means: its title, its effect on training, advice, and whether files are
+    rejected.
+    """
 
     title: str
     effect: str

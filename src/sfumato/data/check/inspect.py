@@ -1,5 +1,5 @@
-"""From the measurements of every image to findings: which files, what it will do to training, what
-to do about it.
+"""From the measurements of every image to findings: which files, what the effect on training is,
+and what to do about it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
 @dataclass(frozen=True, kw_only=True)
 class IntendedModel:
-    """What the set would be used for.
+    """The model that the set is meant for.
 
     Attributes:
         resolution: of the images.
@@ -54,7 +54,7 @@ class IntendedModel:
 
 @dataclass(kw_only=True)
 class Examination:
-    """All that was found.
+    """Everything that was found.
 
     Attributes:
         entries: as listed; positions below count them.
@@ -81,7 +81,7 @@ class Examination:
     remarks: list[str] = field(default_factory=list)
 
     def files(self) -> dict[str, list[str]]:
-        """Names by kind, kinds in the order of the report."""
+        """Return names by kind, in the order of the report."""
         named = {
             **{kind: sorted(found) for kind, found in self.reasons.items()},
             **{kind: [self.entries[i].name for i in found] for kind, found in self.issues.items()},
@@ -89,16 +89,16 @@ class Examination:
         return {kind: named[kind] for kind in KINDS if named.get(kind)}
 
     def why(self) -> dict[str, str]:
-        """Why each name that was left out was left out."""
+        """Return the reason for each name that was left out."""
         return {
             name: reason for reasons in self.reasons.values() for name, reason in reasons.items()
         }
 
     def rejects(self) -> dict[str, str]:
-        """Names that training is better without, and why: all but one of each group of copies, and
-        what cannot be learned from.
+        """Return the names that training is better without, and the reasons.
 
-        Copies under another caption or category stay: leaving them out is for a person to decide.
+        They are all but one of each group of copies, and what cannot be learned from. Copies under
+        another caption or category stay: leaving them out is for a person to decide.
         """
         found = dict(self.reasons.get("unreadable", {}))
         for kind in ("low_information",):
@@ -125,7 +125,7 @@ def examine(
     plan: IntendedModel,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Examination:
-    """Measure every image and say what is to be said; the same data give the same findings."""
+    """Measure every image and collect the findings; the same data give the same findings."""
     result = Examination(
         source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks)
     )
@@ -170,7 +170,7 @@ def examine(
 def _single(
     result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel
 ) -> None:
-    """What one image shows by itself, or beside the usual one."""
+    """Find what each image shows by itself, or in comparison with the usual one."""
 
     def of(name: str) -> NDArray[Any]:
         return np.array([getattr(m, name) for m in found])
@@ -212,14 +212,15 @@ def _single(
 
 
 def _odd_aspect(ratio: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Longer over shorter side above 1/0.35, or over twice the usual one."""
+    """Return which ratios of longer to shorter side are above 1/0.35, or over twice the usual."""
     result: NDArray[np.bool_] = (ratio > ASPECT) | (ratio > 2.0001 * np.median(ratio))
     return result
 
 
 def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Outside the quartiles by more than three halves of their distance, or by a fifth where that
-    is more; on a log scale.
+    """Return which sizes lie far outside the quartiles, on a log scale.
+
+    Far is more than 1.5 times the interquartile range, or a factor of 1.2 if that is more.
     """
     log = np.log(size)
     low, high = np.quantile(log, [0.25, 0.75])
@@ -229,8 +230,9 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Groups of equal and of nearly equal images; look-alikes under different names are kept apart
-    from copies.
+    """Find groups of equal and of nearly equal images.
+
+    Look-alikes under different names are kept apart from copies.
     """
     same: dict[str, list[int]] = {}
     for number, measurement in enumerate(found):
@@ -275,12 +277,12 @@ def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
 def _agree(
     first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]
 ) -> bool:
-    """Whether two images are called the same, as far as both are called anything."""
+    """Return whether two images are called the same, as far as both are called anything."""
     return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
 
 def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[list[int]]:
-    """Connected groups, the largest image of each first."""
+    """Return the connected groups of more than one image, each with its largest image first."""
     members: dict[int, list[int]] = {}
     for number, group in enumerate(
         components(len(area), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
@@ -292,11 +294,12 @@ def _groups(pairs: Sequence[tuple[int, int]], area: NDArray[np.int64]) -> list[l
 
 
 def vendi(features: NDArray[np.floating]) -> float:
-    """Effective number of different images: exp of the entropy of the eigenvalues of the cosine
-    similarities over n.
+    """Return the Vendi score, the effective number of different images.
 
-    Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; from the smaller of the two Gram
-        matrices, whose eigenvalues agree.
+    It is the exponential of the entropy of the eigenvalues of the cosine similarities over n.
+
+    Source: Friedman & Dieng 2023 (arXiv:2210.02410), eq. 2; computed from the smaller of the two
+    Gram matrices, whose eigenvalues agree.
     """
     rows = features.astype(np.float64)
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -307,8 +310,9 @@ def vendi(features: NDArray[np.floating]) -> float:
 
 
 def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
-    """Vendi scores, kinds of images, and the ones far from all others, by hand-made features of a
-    spread sample.
+    """Compute Vendi scores, kinds of images, and outliers far from all others.
+
+    They are judged by hand-made features of a sample, spread evenly over the set.
     """
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SAMPLE)).round().astype(int))
     small = signatures(np.stack([found[i].thumbnail for i in chosen]))
@@ -366,7 +370,10 @@ def _clusters(
 
 
 def _captions(result: Examination, plan: IntendedModel) -> None:
-    """Findings about texts; nothing is missing where nothing has one."""
+    """Find captions that are missing, shared, too long or damaged, and summarize their words.
+
+    Captions are missing only if some images have one.
+    """
     entries = result.entries
     captioned = [i for i, entry in enumerate(entries) if entry.captions]
     if not captioned:
@@ -442,7 +449,7 @@ def _categories(result: Examination, readable: set[int]) -> None:
 
 
 def _size(result: Examination, plan: IntendedModel) -> None:
-    """Whether there is enough for the model that would be trained."""
+    """Remark on whether there are enough images for the model that would be trained."""
     distinct = result.figures.get("distinct", 0)
     if not distinct:
         result.remarks.append("No image can be read: there is nothing to learn from.")

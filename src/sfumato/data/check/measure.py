@@ -1,4 +1,4 @@
-"""Numbers about one image, taken at no more than 128 pixels along its shorter side."""
+"""Measurements of single images, taken at no more than 128 pixels along the shorter side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CELLS, ORIENTATIONS = 4, 8
 
 
 class Measurement(NamedTuple):
-    """One readable image.
+    """The measurements of one readable image.
 
     Attributes:
         id: hash of the content.
@@ -51,8 +51,9 @@ class Measurement(NamedTuple):
 
 
 def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float32]:
-    """What a person sees of pixels (C, H, W): RGB from 0 to 255, (H, W, 3), on the background; the
-    first three of many channels.
+    """Convert pixels (C, H, W) to what a person sees: RGB from 0 to 255, (H, W, 3).
+
+    Transparent images lie on the background; of many channels, the first three are used.
     """
     values = pixels.transpose(1, 2, 0).astype(np.float32) / np.float32(
         1 if pixels.dtype == np.uint8 else 257
@@ -65,7 +66,7 @@ def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float
 
 
 def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
-    """The numbers of an image as training sees it, in RGB by default, or why it cannot be read."""
+    """Measure an image as training sees it, in RGB by default; return why if it cannot be read."""
     try:
         data = entry.image.read()
         form = fitted(data, SIDE, form)
@@ -93,8 +94,9 @@ def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
 
 
 def sharpness(gray: NDArray[np.float32]) -> float:
-    """98th percentile of |Laplacian| over the 2-98 % range of values; images of under 3 x 3 pixels
-    are sharp.
+    """Return the 98th percentile of |Laplacian| over the 2-98 % range of values.
+
+    Images of under 3 x 3 pixels count as sharp.
     """
     if min(gray.shape) < 3:
         return 1.0
@@ -107,8 +109,9 @@ def sharpness(gray: NDArray[np.float32]) -> float:
 
 
 def _gradients(gray: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Histogram of oriented gradients of the image at 32 x 32, of length 1 (Dalal and Triggs
-    2005).
+    """Return the histogram of oriented gradients of the image at 32 x 32, of norm 1.
+
+    Source: Dalal and Triggs 2005.
     """
     small = np.asarray(Image.fromarray(gray).resize((34, 34), Image.Resampling.BILINEAR))
     dx, dy = small[1:-1, 2:] - small[1:-1, :-2], small[2:, 1:-1] - small[:-2, 1:-1]

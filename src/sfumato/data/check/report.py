@@ -1,5 +1,5 @@
-"""The findings as files: data.json for programs, rejects.txt for `data.exclude`, data_report.html
-for people.
+"""The findings as files: data.json for programs, rejects.txt for `data.exclude`, and
+data_report.html for people.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SHOWN, GROUPS_SHOWN, THUMBNAIL = 24, 12, 96
 
 
 def write(found: Examination, folder: Path) -> list[Path]:
-    """Write data_report.html, data.json and rejects.txt into `folder`; returns their paths.
+    """Write data_report.html, data.json and rejects.txt to `folder`, and return their paths.
 
     Raises:
-        DataError: if the folder cannot be written.
+        DataError: if the folder cannot be written to.
     """
     rejects = found.rejects()
     lines = [
@@ -53,7 +53,7 @@ def write(found: Examination, folder: Path) -> list[Path]:
 
 
 def plain(found: Examination) -> dict[str, Any]:
-    """What data.json holds."""
+    """Return the contents of data.json."""
     files = found.files()
     return {
         "source": found.source,
@@ -70,7 +70,7 @@ def plain(found: Examination) -> dict[str, Any]:
 
 
 def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
-    """A small image, as training sees it, as a data: address; "" if it cannot be read."""
+    """Return a small image, as training sees it, as a data: URL; "" if it cannot be read."""
     try:
         data = entry.image.read()
         form = fitted(data, THUMBNAIL, form)

@@ -1,5 +1,5 @@
-"""Sources of images, one class a file. To add one: derive a dataclass from `Source`, and import it
-here.
+"""Sources of images, one class per file. To add one, derive a dataclass from `Source`, and import
+it here.
 """
 
 from sfumato.data.sources.detect import source_at

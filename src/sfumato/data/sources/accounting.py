@@ -1,5 +1,5 @@
-"""The fate of each file of a set: an image, something that says something about images, or left out
-with a reason.
+"""The fate of each file of a set: it becomes an image, describes images, or is left out with a
+reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(kw_only=True)
 class Account:
-    """What is known so far; the first fate of a file is its last.
+    """What is known so far; the first fate of a file is final.
 
     Attributes:
         shown: a name as people see it.
@@ -40,17 +40,17 @@ class Account:
     settled: set[str] = field(default_factory=set)
 
     def use(self, name: str) -> None:
-        """The file becomes an image."""
+        """Record that a file becomes an image."""
         self.settled.add(name)
 
     def leave_out(self, name: str, reason: str) -> None:
-        """The file is left out."""
+        """Record that a file is left out, unless its fate is known."""
         if name not in self.settled:
             self.settled.add(name)
             self.rejects.append(Reject(self.shown(name), reason))
 
     def count(self, name: str, kind: str) -> None:
-        """The file says something about images."""
+        """Record that a file of some `kind` describes images, unless its fate is known."""
         if name not in self.settled:
             self.settled.add(name)
             self.beside[kind] += 1

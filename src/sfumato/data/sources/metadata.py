@@ -1,5 +1,5 @@
-"""Tables that name images and say something about them, as people write them: .csv, .tsv, .txt,
-.json, .jsonl and .parquet.
+"""Tables that name images and describe them, as people write them: .csv, .tsv, .txt, .json, .jsonl
+and .parquet.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ LINES_OF_A_ROW = 50  # that a quoted text may span
 
 
 class Row(NamedTuple):
-    """A row of a table: where it stands, its columns by name, and what is wrong with it, "" if
-    nothing is.
+    """A row of a table: its place, its columns by name, and what is wrong with it, "" if nothing
+    is.
     """
 
     place: str
@@ -88,8 +88,9 @@ class Table:
 
 
 def is_authoritative(name: str) -> bool:
-    """Whether a file is called as Hugging Face's ImageFolder calls metadata: then it decides which
-    images there are.
+    """Return whether a file is called metadata.csv, .jsonl, .parquet, .tsv or .json.
+
+    Such a file decides which images there are, as in Hugging Face's ImageFolder.
     """
     base = name.rpartition("/")[2].lower()
     return base in (
@@ -102,8 +103,9 @@ def is_authoritative(name: str) -> bool:
 
 
 def may_be_table(name: str) -> bool:
-    """Whether a file may be a table of images, by its name: any .csv and the like; .json and .txt
-    only if they are called so.
+    """Return whether a file may be a table of images, by its name.
+
+    Any .csv and the like may be one; .json and .txt only if they have a usual name.
     """
     base = name.rpartition("/")[2].lower()
     stem, dot, ending = base.rpartition(".")
@@ -113,7 +115,7 @@ def may_be_table(name: str) -> bool:
 
 
 def read_table(name: str, data: bytes) -> Table:
-    """The rows of a table.
+    """Read the rows of a table.
 
     Raises:
         ValueError: if the file as a whole is damaged.
@@ -155,7 +157,7 @@ def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
 
 
 def file_column_of(columns: Sequence[str]) -> str | None:
-    """The column that names images."""
+    """Return the column that names images; None if there is none."""
     by_key = {normalized_key(column): column for column in reversed(columns)}
     return next((by_key[key] for key in FILE_KEYS if key in by_key), None)
 
@@ -169,7 +171,7 @@ def _json_row(place: str, line: str) -> Row:
 
 
 def _json_records(value: Any) -> Iterator[dict[str, Any]]:
-    """A list of objects; or captions or objects by file name, as taggers write them."""
+    """Yield the objects of a list, or captions or objects by file name, as taggers write them."""
     if isinstance(value, list):
         yield from (item for item in value if isinstance(item, dict))
     elif isinstance(value, dict):
@@ -183,8 +185,9 @@ def _json_records(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _separated(name: str, text: str) -> Table:
-    """A table whose columns are separated by commas, semicolons, tabs or bars, whichever gives its
-    header the most known columns.
+    """Read a table whose columns are separated by commas, semicolons, tabs or bars.
+
+    The separator is the one that gives the header the most known columns.
     """
     csv.field_size_limit(min(sys.maxsize, MAX_TEXT_BYTES))
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -220,10 +223,10 @@ def _separated(name: str, text: str) -> Table:
 
 
 def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str], int]:
-    """The fields of the row that begins at line `first`, and how many lines it takes.
+    """Return the fields of the row that begins at line `first`, and how many lines it takes.
 
-    A quoted text may go on over several lines; one whose quotation mark is never closed as it
-    should be ends with its own line.
+    A quoted text may continue over several lines; one whose quotation mark is never closed properly
+    ends with its own line.
     """
     spaced = f'{delimiter} "' in lines[first]  # a space before a quotation mark
     for taken in range(1, min(LINES_OF_A_ROW, len(lines) - first) + 1):
@@ -248,8 +251,10 @@ def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str]
 
 
 def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimiter: str) -> Row:
-    """A row by column; more fields than columns are put together again where the caption is, for it
-    holds unquoted delimiters.
+    """Return a row by column.
+
+    If there are more fields than columns, the caption held unquoted delimiters, and is joined
+    again.
     """
     if not fields:
         return Row(place, {}, f"a text of more than {MAX_TEXT_BYTES >> 10} KiB")
@@ -268,10 +273,10 @@ def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimite
 
 
 class Finder:
-    """Images by the names that metadata give them."""
+    """A lookup of images by the names that metadata give them."""
 
     def __init__(self, names: Sequence[str], check: Callable[[str], str]) -> None:
-        """`names` are all files; `check` raises UnsafePath for one that leads elsewhere."""
+        """Index `names`, which are all files; `check` raises UnsafePath for links to elsewhere."""
         self._known, self._check = frozenset(names), check
         self._bare: dict[str, str | None] = {}
         for name in names:
@@ -279,11 +284,10 @@ class Finder:
             self._bare[base] = None if base in self._bare else name
 
     def find(self, value: Any, folder: str) -> str:
-        """The file that `value`, written in a table in `folder`, names.
+        r"""Return the file that `value`, written in a table in `folder`, names.
 
-        Taken for the same are `0.png`, `./0.png`, `.\\0.png` and `0` without its ending. A bare
-        name that is not in the table's own
-        folder may be anywhere, if there is only one of it.
+        `0.png`, `./0.png`, `.\0.png` and `0` without its ending are taken for the same. A bare name
+        that is not in the table's own folder may be in any folder, if only one file has it.
 
         Raises:
             UnsafePath: if it leads elsewhere, or there is no such file.

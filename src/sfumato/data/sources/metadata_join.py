@@ -1,5 +1,5 @@
-"""What metadata say of the images of a set: tables by any usual name and in any usual form, and
-EDM's dataset.json.
+"""What metadata say of the images of a set: tables of any usual name and form, and EDM's
+dataset.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS_TRIED, MOST_TABLES = 50, 100
 
 
 class Told(NamedTuple):
-    """What metadata say of images, by the image's name, and whether categories are among it."""
+    """What metadata say of images, by the image's name, and whether they include categories."""
 
     facts: dict[str, dict[str, Any]]
     categories: bool
@@ -60,10 +60,13 @@ class Metadata:
         return Finder(self.names, self.check)
 
     def read(self, images: Sequence[str], layers: Mapping[str, str]) -> Told:
-        """What they say of `images`; `layers` are files that are known to belong to one.
+        """Return what the metadata say of `images`.
 
+        Args:
+            layers: files that are known to belong to an image, with the image's stem.
         Raises:
-            DataError: if a file that is called metadata is damaged or names no image that is there.
+            DataError: if files that are called metadata are damaged, of several kinds, or name no
+                image that exists, or if dataset.json is damaged.
         """
         stems = {stem_of(name) for name in images}
         candidates = [
@@ -91,7 +94,7 @@ class Metadata:
         )
 
     def _by_table(self, name: str, *, decisive: bool) -> None:
-        """Add what a table says. One that is not called metadata counts if it names images."""
+        """Add what a table says. One that is not called metadata counts only if it names images."""
         try:
             data = self.blob(self.check_text(name)).read()
             if not decisive and len(data) > MAX_TABLE_BYTES:
@@ -185,7 +188,10 @@ class Metadata:
         )
 
     def _by_dataset_json(self, file: str, images: Sequence[str]) -> None:
-        """EDM's and StyleGAN's label file; any other file of that name is passed over."""
+        """Add the categories of EDM's and StyleGAN's label file.
+
+        Any other file of that name is left out.
+        """
         try:
             data = self.blob(file).read()
             if len(data) > MAX_BYTES:
@@ -215,7 +221,7 @@ class Metadata:
 
 
 def _names_some(table: Table, finder: Finder, folder: str) -> bool:
-    """Whether any of a table's first rows names a file that is there, and says something of it."""
+    """Return whether any of a table's first rows names a file that exists, and describes it."""
     if table.file_column is None:
         return False
     for row in table.rows[:ROWS_TRIED]:

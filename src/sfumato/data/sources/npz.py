@@ -39,6 +39,11 @@ class Row:
     dtype: str
 
     def read(self) -> bytes:
+        """Read the image's values, and return them as the bytes of a .npy.
+
+        Raises:
+            OSError: if the file is gone or truncated.
+        """
         dtype = np.dtype(self.dtype)
         size = math.prod(self.shape) * dtype.itemsize
         data = read(self.path, self.offset, size)
@@ -51,7 +56,7 @@ class Row:
 
 class Part(NamedTuple):
     """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the
-    names of images and labels.
+    names of the arrays of images and labels.
     """
 
     holdout: str | None
@@ -75,6 +80,11 @@ class Npz(Source):
     path: str
 
     def listing(self) -> Listing:
+        """List the images of all splits; a compressed array is first unpacked into the cache.
+
+        Raises:
+            DataError: if the file is missing or damaged, or holds no array of images.
+        """
         try:
             with zipfile.ZipFile(files.local(self.path)) as archive:
                 infos = {
@@ -120,7 +130,7 @@ class Npz(Source):
     def _entries(
         self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int
     ) -> list[Entry]:
-        """The images of one part."""
+        """List the images of one part."""
         place, start = _plain(self.path, archive, infos[part.images])
         shape, dtype, offset = _header(files.local(place), start)
         categories = None if part.labels is None else _categories(archive, infos[part.labels])
@@ -161,7 +171,7 @@ class Npz(Source):
 
 
 def _parts(names: Sequence[str]) -> list[Part]:
-    """Which arrays are images, which are their labels, and which are held out."""
+    """Find which arrays are images, which are their labels, and which are held out."""
     found: dict[str | None, tuple[str, str | None]] = {}
     for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
         own = {_split(name)[1]: name for name in names if _split(name)[0] == split}
@@ -183,8 +193,9 @@ def _parts(names: Sequence[str]) -> list[Part]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """`train` and `images` of `train_images`; `test` and `x` of `x_test`; None where a name is of
-    no split.
+    """Return the split and the rest of a name: `train` and `images` of `train_images`.
+
+    Likewise `test` and `x` of `x_test`; None and the name itself if it belongs to no split.
     """
     first, _, rest = name.lower().partition("_")
     start, _, last = name.lower().rpartition("_")
@@ -194,8 +205,9 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _plain(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, int]:
-    """The file that holds a member uncompressed, and where: the .npz itself, or a copy in the
-    cache.
+    """Return the file that holds a member uncompressed, and the offset of the member in it.
+
+    The file is the .npz itself, or a copy in the cache.
     """
     file = files.local(path)
     if info.compress_type == zipfile.ZIP_STORED:
@@ -255,7 +267,7 @@ def _check_size(info: zipfile.ZipInfo, limit: int) -> None:
 
 
 def plain_array(data: bytes) -> NDArray[Any]:
-    """The array of an .npy; nothing larger than the file is ever reserved for it.
+    """Read the array of an .npy, without copying its values.
 
     Raises:
         ValueError: if it is damaged, or holds anything but plain numbers and texts.

@@ -1,4 +1,4 @@
-"""Parquet with images inside, as Hugging Face writes it. The only file here that knows pyarrow."""
+"""Parquet with images inside, as Hugging Face writes it. The only module that imports pyarrow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYERS = ("doodle", "mask", "points")
 
 
 def arrow() -> Any:
-    """pyarrow.
+    """Import pyarrow.
 
     Raises:
         DataError: if it is not installed.
@@ -64,6 +64,11 @@ class Cell:
     column: str
 
     def read(self) -> bytes:
+        """Return the bytes in the cell; its column of the row group is cached.
+
+        Raises:
+            OSError: if the file cannot be read, or the cell holds no bytes.
+        """
         values = _column(_Place(self.path, files.version(self.path), self.group, self.column))
         data = values[self.row].as_py() if self.row < len(values) else None
         if not isinstance(data, bytes):
@@ -113,14 +118,15 @@ def _read_column(place: _Place) -> Any:
 
 @lru_cache(maxsize=64)
 def _file(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
-    """A table, opened again when the file was replaced."""
+    """Open a table, again whenever the file is replaced."""
     return arrow().parquet.ParquetFile(files.local(path))
 
 
 @lru_cache(maxsize=64)
 def _images(path: str, version: tuple[int, ...]) -> pyarrow.parquet.ParquetFile:
-    """The same, whose images stay as they are stored: one that stands for a million rows is kept
-    once.
+    """Open the same table with images dictionary-encoded, as they are stored.
+
+    An image that a million rows share is then kept once.
     """
     file = _file(path, version)
     kinds = {field.name: field.type for field in file.schema_arrow if _is_bytes(field.type)}
@@ -144,6 +150,12 @@ class Parquet(Source):
     path: str
 
     def listing(self) -> Listing:
+        """List the rows of all tables, with their known columns; images are read later.
+
+        Raises:
+            DataError: if there is no such file or folder, or a table is damaged, or there are no
+                rows.
+        """
         if not files.exists(self.path):
             raise DataError(
                 "no such file or folder",
@@ -206,8 +218,10 @@ class Parquet(Source):
 def _list(
     path: str, prefix: str, holdout: str | None, entries: dict[str, Entry], rejects: list[Reject]
 ) -> tuple[int, set[str]]:
-    """Add a table's rows, each under a name of its own; how many rows there are, and the columns
-    that say nothing.
+    """Add a table's rows to `entries`, each under a unique name.
+
+    Returns:
+        the number of rows, and the columns that are not used.
     """
     try:
         file = _file(path, files.version(path))
@@ -253,7 +267,7 @@ def _check_group(metadata: Any, group: int, path: str) -> None:
 
 
 def _records(file: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a group, a few at a time: a small file can stand for very long columns."""
+    """Yield the rows of a group, a few at a time: a small file can hold very long columns."""
     for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
         yield from batch.to_pylist()
 
@@ -306,7 +320,7 @@ class _Columns:
 
     @property
     def used(self) -> set[str]:
-        """Names of the columns that are read."""
+        """The names of the columns that are read."""
         return {
             self.image,
             *self.layers,
@@ -314,7 +328,7 @@ class _Columns:
         }
 
     def name(self, record: dict[str, Any]) -> str:
-        """What the row calls its image, or ""."""
+        """Return the row's own name for its image, or ""."""
         inner = (record.get(self.image) or {}) if self.image in self.structs else {}
         return printable_name(str(inner.get("path") or ""))
 
@@ -363,7 +377,7 @@ def _image_column(schema: Any, path: str) -> str:
 
 
 def _label_names(schema: Any) -> dict[str, list[str]]:
-    """Names of ClassLabel columns, from the metadata that Hugging Face writes."""
+    """Return the names of ClassLabel columns' classes, from Hugging Face's metadata."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
             "features"
@@ -380,7 +394,11 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
 
 
 def rows(data: bytes) -> Iterator[dict[str, Any]]:
-    """The rows of a small table given as bytes, such as metadata.parquet."""
+    """Yield the rows of a small table given as bytes, such as metadata.parquet.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         file = arrow().parquet.ParquetFile(io.BytesIO(data))
         schema = file.schema_arrow
@@ -397,7 +415,7 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _names_files(name: str, kind: Any) -> bool:
-    """Whether a column may hold names of files."""
+    """Return whether a column may hold names of files."""
     types = arrow().types
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)
     return name.endswith("file_name") or (normalized_key(name) in FILE_KEYS and bool(text))
@@ -410,8 +428,8 @@ def _cell(name: str, value: Any) -> Any:
 
 
 class TableWriter:
-    """Writes structs of bytes and path, and texts, as Hugging Face's `datasets` does; the same
-    values give the same bytes.
+    """A writer of structs of bytes and path, and of texts, in the layout of Hugging Face's
+    `datasets`; the same values give the same bytes.
     """
 
     def __init__(self, path: Path, *, images: tuple[str, ...], texts: tuple[str, ...]) -> None:
@@ -437,7 +455,7 @@ class TableWriter:
         )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """One row group, from the encoded bytes by image's name, "name", and texts."""
+        """Write one row group; each row has encoded bytes by image column, a "name", and texts."""
         columns: dict[str, list[Any]] = {
             name: [
                 {"bytes": row[name], "path": row["name"] if name == "image" else None}
@@ -453,5 +471,5 @@ class TableWriter:
         )
 
     def close(self) -> None:
-        """End the file."""
+        """Write the footer, and close the file."""
         self._writer.close()

@@ -80,6 +80,11 @@ class Solids(Source):
     holdout: Literal["shape x colour", "none"] = "shape x colour"
 
     def listing(self) -> Listing:
+        """List the solids; the first call renders them into the cache.
+
+        Raises:
+            DataError: if `count` is not from 1 to 100,000, or `size` not from 8 to 1024.
+        """
         if not 1 <= self.count <= 100_000 or not 8 <= self.size <= 1024:
             raise DataError(
                 f"{self.count} solids of {self.size} pixels",
@@ -104,9 +109,10 @@ class Solids(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Solid:
-    """One of them.
+    """One superquadric.
 
     |x/a|^(2/e2) + |y/b|^(2/e2) raised to e2/e1, plus |z/c|^(2/e1), is 1 on its surface.
+
     Source: Barr 1981, "Superquadrics and angle-preserving transformations", IEEE CG&A 1(1).
 
     Attributes:
@@ -121,7 +127,7 @@ class Solid:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator, shape: str, colour: str) -> Solid:
-        """Of random proportions and orientation, and a shade of the colour."""
+        """Draw random proportions, a random orientation, and a shade of the colour."""
         q = rng.normal(size=4)
         w, x, y, z = q / np.linalg.norm(q)
         turn = np.array(
@@ -136,8 +142,9 @@ class Solid:
         return cls(exponents=SHAPES[shape], axes=axes, turn=turn, colour=shade.clip(0, 1))
 
     def inside(self, points: Array) -> Array:
-        """The implicit function of points (..., 3) in the camera's frame: below 1 inside, above
-        outside.
+        """Evaluate the implicit function at points (..., 3) in the camera's frame.
+
+        It is below 1 inside, and above 1 outside.
         """
         e1, e2 = self.exponents
         x, y, z = np.moveaxis(np.abs(points @ self.turn / self.axes) + 1e-9, -1, 0)
@@ -145,8 +152,9 @@ class Solid:
         return result
 
     def surface(self, rng: np.random.Generator, count: int) -> Array:
-        """Points (count, 3) on the surface, about evenly spread: rays from the middle, weighed by
-        the area that they stand for.
+        """Sample points (count, 3) on the surface, spread about evenly.
+
+        They lie on rays from the centre, weighted by the area that each ray covers.
         """
         rays = rng.normal(size=(16 * count, 3))
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
@@ -164,7 +172,7 @@ class Solid:
         return result
 
     def normals(self, points: Array) -> Array:
-        """Outward unit normals at points of the surface, by central differences."""
+        """Return outward unit normals at points of the surface, by central differences."""
         steps = 1e-4 * np.eye(3)
         slope = np.stack(
             [self.inside(points + step) - self.inside(points - step) for step in steps], axis=-1
@@ -173,7 +181,7 @@ class Solid:
         return result
 
     def render(self, size: int) -> NDArray[np.uint8]:
-        """The image, (size, size, 3)."""
+        """Render the image, (size, size, 3)."""
         fine = size * _FINER
         place = (np.arange(fine) + 0.5) / fine * 2 - 1
         x, y = np.meshgrid(place, -place)
@@ -194,7 +202,7 @@ class Solid:
         return result
 
     def _met(self, camera: Array, rays: Array) -> tuple[NDArray[np.bool_], Array]:
-        """Which rays meet the surface, and where they first do."""
+        """Return which rays meet the surface, and where they first do."""
         reach = float(np.linalg.norm(self.axes))
         steps = np.linspace(DISTANCE - reach, DISTANCE + reach, _STEPS)
         outside = np.stack([self.inside(camera + rays * step) > 1 for step in steps])
@@ -209,7 +217,7 @@ class Solid:
         return hit, camera + rays * high[:, None]
 
     def _shaded(self, points: Array, camera: Array) -> Array:
-        """Colours (n, 3): ambient, diffuse and a highlight (Blinn-Phong)."""
+        """Return colours (n, 3): ambient, diffuse and a highlight (Blinn-Phong)."""
         normals = self.normals(points)
         light = _LIGHT / np.linalg.norm(_LIGHT)
         towards = camera - points
@@ -222,7 +230,7 @@ class Solid:
 
 
 def _write(file: BinaryIO, *, count: int, size: int) -> None:
-    """Render solids 0 to `count` into a tar; solid i is the same whatever the count."""
+    """Render the first `count` solids into a tar; solid i is the same whatever the count."""
     with (
         ProgressBar("solids") as bar,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,

@@ -1,8 +1,7 @@
-"""Files by relative name, in a folder or an archive, read as a set of images: each image with all
-that lies beside it.
+"""Files by relative name, in a folder or an archive, read as a set of images: each image with
+everything that lies beside it.
 
-Every file has one fate: it becomes an image, it says something about images, or it is left out with
-a reason.
+Every file has one fate: it becomes an image, it describes images, or it is left out with a reason.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ TEXTS = (*CAPTIONS, ".cls", ".json")
 
 
 class Beside(NamedTuple):
-    """A file that says something about images: what, and about which."""
+    """A file that describes an image: what it holds, and its name."""
 
     kind: str
     name: str
@@ -63,7 +62,7 @@ class _Owners:
 
 @dataclass(kw_only=True)
 class Tree:
-    """Files of a folder or archive.
+    """The files of a folder or archive.
 
     Attributes:
         where: the folder or archive, for messages.
@@ -107,7 +106,7 @@ class Tree:
         )
 
     def listing(self) -> Listing:
-        """Entries of all images.
+        """List all images, each with what folders, metadata and the files beside it say.
 
         Raises:
             DataError: if there are none, or the metadata name none of them.
@@ -157,7 +156,7 @@ class Tree:
         )
 
     def _nothing(self) -> DataError:
-        """What to say where nothing is left: the reasons, commonest first."""
+        """Return the error for a tree without images, with the most common reasons first."""
         self._rest()
         counts = Counter(reject.reason for reject in self.account.rejects)
         reasons = "; ".join(
@@ -170,9 +169,7 @@ class Tree:
         )
 
     def _images(self) -> tuple[list[str], dict[str, str]]:
-        """Names of images, and layers of images (`cat.mask.png`) with the stem of the image that
-        each belongs to.
-        """
+        """Find the images, and the layers (`cat.mask.png`) with the stems of their images."""
         found = [
             name
             for name in self.names
@@ -191,7 +188,7 @@ class Tree:
             return False
 
     def _assigned(self, images: Sequence[str], layers: dict[str, str]) -> dict[str, list[Beside]]:
-        """What lies beside each image, by the image's name."""
+        """Return what lies beside each image, by the image's name."""
         owners = _Owners(images)
         beside: dict[str, list[Beside]] = {}
         for name, stem in layers.items():
@@ -208,8 +205,9 @@ class Tree:
         return beside
 
     def _texts(self, beside: dict[str, list[Beside]]) -> Texts:
-        """All texts that lie beside images, in the set's encoding; those that cannot be read are
-        left out.
+        """Read all texts that lie beside images, in the set's encoding.
+
+        Those that cannot be read are left out.
         """
         texts = Texts()
         for name in dict.fromkeys(
@@ -231,8 +229,11 @@ class Tree:
         beside: dict[str, list[Beside]],
         texts: Texts,
     ) -> Iterator[Entry]:
-        """The images that are used, each with what is known of it: by its folder, then by metadata,
-        then by what lies beside it.
+        """Yield the images that are used, each with what is known of it.
+
+        A .json or .cls beside an image overrides metadata, a caption beside it is added, and a
+        layer beside it counts if metadata name none. Folders give the category and hold-out that
+        nothing else gives; their categories count only if metadata have none.
         """
         known: dict[str, dict[str, Any]] = {}
         for name in images:
@@ -275,7 +276,7 @@ class Tree:
         self.account.count(side.name, KINDS[side.kind])
 
     def _rest(self) -> None:
-        """Whatever has no fate yet is left out, with the reason that its name gives."""
+        """Leave out whatever has no fate yet, for the reason that its name gives."""
         for name in self.names:
             if name in self.account.settled:
                 continue
@@ -288,13 +289,13 @@ class Tree:
 
 
 def _order(side: Beside) -> tuple[int, str]:
-    """Texts before JSON, which counts more; `.txt` before `.caption`."""
+    """Return a sort key: texts before JSON, which overrides them, and `.txt` before `.caption`."""
     ending = ending_of(side.name)
     return (TEXTS.index(ending) if ending in TEXTS else len(TEXTS), side.name)
 
 
 def _record(kind: str, text: str) -> dict[str, Any]:
-    """What a .json or .cls beside an image says."""
+    """Parse what a .json or .cls beside an image says."""
     if kind == "cls":
         return described({"cls": text.strip()})
     record = json.loads(text)
@@ -304,8 +305,9 @@ def _record(kind: str, text: str) -> dict[str, Any]:
 
 
 def _layer_of(name: str, stems: set[str] | None) -> str | None:
-    """The stem of the image that a file such as `cat.mask.png` is a layer of; None if it is not a
-    layer of any of `stems`.
+    """Return the stem of the image that a file such as `cat.mask.png` is a layer of.
+
+    None if it is not a layer of any of `stems`.
     """
     stem, dot, kind = stem_of(name).rpartition(".")
     if not dot or kind.lower() not in LAYERS or ending_of(name) not in LAYERS[kind.lower()]:
@@ -314,7 +316,7 @@ def _layer_of(name: str, stems: set[str] | None) -> str | None:
 
 
 def _layout_line(layout: Layout, entries: Sequence[Entry]) -> str:
-    """How the folders were read, with counts."""
+    """Describe how the folders were read, with counts; "" if there are no splits."""
     if not layout.splits:
         return ""
     held = Counter(entry.holdout for entry in entries)

@@ -51,6 +51,11 @@ class WebDataset(Source):
     unnamed: Literal["leave_out", "use"] = "leave_out"
 
     def listing(self) -> Listing:
+        """List the samples of all shards, as if they were one folder.
+
+        Raises:
+            DataError: if there is no tar, one is compressed or unreadable, or there are no images.
+        """
         shards, rejects = self._shards()
         members: dict[str, tuple[str, Member]] = {}
         for shard in shards:
@@ -112,11 +117,11 @@ class WebDataset(Source):
         )
 
     def _below(self, shard: str) -> str:
-        """A shard's path below the folder."""
+        """Return a shard's path relative to the folder."""
         return shard[len(self.path.rstrip("/")) + 1 :]
 
     def _shards(self) -> tuple[list[str], list[Reject]]:
-        """The tars, and what else lies in their folder."""
+        """Return the tars, and rejects for whatever else lies in their folder."""
         if not files.exists(self.path):
             raise DataError(
                 "no such file or folder",
@@ -153,7 +158,7 @@ class WebDataset(Source):
 
 
 def _shown(prefix: str) -> Callable[[str], str]:
-    """A member's name for people: `shard.tar:cats/0.png`."""
+    """Return a function from a member's name to its name for people: `shard.tar:cats/0.png`."""
     return lambda name: (
         f"{printable_name(prefix[:-1])}:{printable_name(name[len(prefix) :])}"
         if prefix
@@ -162,8 +167,9 @@ def _shown(prefix: str) -> Callable[[str], str]:
 
 
 def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
-    """Images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`; layers that
-    models read are none of them.
+    """Return images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`.
+
+    Layers that models read are not among them.
     """
     plain = {
         _key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]
@@ -179,13 +185,17 @@ def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
 
 
 def _key(name: str) -> str:
-    """The path up to the first dot of the file's name."""
+    """Return the path up to the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
-    """The regular members of a tar, from the cache if this very file was indexed before."""
+    """Return the regular members of a tar, from the cache if this very file was indexed before.
+
+    Raises:
+        DataError: if it is missing or not a tar.
+    """
     try:
         path = files.local(shard)
         state = path.stat()
@@ -218,7 +228,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
 
 
 def _keep(target: Path, text: str) -> None:
-    """Write into the cache if it can be written to; it saves time and nothing else."""
+    """Write to the cache if that is possible; if it is not, only time is lost."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
@@ -227,8 +237,8 @@ def _keep(target: Path, text: str) -> None:
 
 
 class _Headers:
-    """A tar file that refuses to read more at once than any header needs: sizes in it are
-    claims.
+    """A tar file that refuses to read more at once than any header needs, since sizes in it are
+    only claims.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -45,6 +45,11 @@ class Zip(Source):
     unnamed: Literal["leave_out", "use"] = "leave_out"
 
     def listing(self) -> Listing:
+        """List the images of the archive, read like a folder.
+
+        Raises:
+            DataError: if the archive is missing, damaged or too large, or holds no images.
+        """
         members, rejects, remarks = _members(self.path)
         return Tree(
             where=self.path,
@@ -59,7 +64,7 @@ class Zip(Source):
 
 
 def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
-    """Regular files by name, what was refused, and what is to be said of the archive."""
+    """Return the regular files by name, what was refused, and remarks on the archive."""
     try:
         file = files.local(path)
         if _directory_bytes(str(file)) > MAX_DIRECTORY_BYTES:
@@ -100,8 +105,9 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
 
 
 def _names(infos: list[zipfile.ZipInfo]) -> tuple[list[str], list[str]]:
-    """Names with `/` between folders, as archives made on Windows may not have them, and in the
-    encoding that they were most likely in.
+    """Return names in their most likely encoding and with `/` between folders, and remarks.
+
+    Archives made on Windows may have other separators.
     """
     names = [info.filename.replace("\\", "/") for info in infos]
     # Without the flag for UTF-8, `zipfile` takes names for the code page of the first PCs.
@@ -135,7 +141,7 @@ def _check(info: zipfile.ZipInfo, name: str) -> None:
 
 
 def _stored(path: str, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, Blob]:
-    """Uncompressed members as plain slices of the file: no lock, no checksum, no open archive."""
+    """Return uncompressed members as slices of the file: no lock, checksum or open archive."""
     result: dict[str, Blob] = {}
     with files.local(path).open("rb") as file:
         for name, info in infos.items():
@@ -151,8 +157,9 @@ def _stored(path: str, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, Blob]:
 
 
 def _directory_bytes(path: str) -> int:
-    """Size of the central directory as the archive's end states it, before anything reads it; 0 if
-    it does not.
+    """Return the size of the central directory as the end of the archive states it.
+
+    It is known before anything reads the directory; 0 if it is not stated.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,3 +1,1 @@
-"""What is trained: a model and its loss. The training loop knows no more of them than the
-protocol.
-"""
+"""Training tasks: a model and its loss. The training loop knows them through the protocol only."""

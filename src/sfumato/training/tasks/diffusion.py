@@ -1,4 +1,4 @@
-"""What a diffusion model learns: to tell the noise from the image."""
+"""What a diffusion model learns: to separate the noise from the image."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 
 class Diffusion:
-    """Images, or their latents, mixed with noise at random levels; the network predicts what was
-    mixed.
+    """Mixes images, or their latents, with noise at random levels.
+
+    The network predicts what was mixed.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Diffusion:
         )
 
     def learners(self, model: Model) -> list[OptimizedPart]:
-        """One, of all that is trained."""
+        """Return a single part that holds all trained parameters."""
         return [OptimizedPart("model", model, self.config.optimizer)]
 
     def loss(
@@ -74,8 +75,9 @@ class Diffusion:
         spent: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
-        """Weighted squared errors, one noise level for each sample; the levels of a whole batch are
-        spread evenly.
+        """Return the objective's loss of each sample plus the active auxiliary losses, (n,).
+
+        Each sample has one noise level; the levels of a whole batch are spread evenly.
         """
         device = self._device
         images, first, seed = (
@@ -131,8 +133,9 @@ class Diffusion:
         )
 
     def record(self, outcome: SampleLosses) -> dict[str, float]:
-        """Mean loss of the samples in each range of log-SNR that has any, and of each auxiliary
-        loss.
+        """Return the mean of the loss by range of log-SNR, and of each auxiliary loss.
+
+        Ranges without samples are left out.
         """
         number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
         names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
@@ -147,11 +150,11 @@ class Diffusion:
         }
 
     def validate(self, model: Model, average: Model) -> dict[str, Any]:
-        """See `Validator.figures`."""
+        """Return the figures of `Validator.figures`."""
         return self._validator.figures(model, average)
 
     def summary(self, figures: Mapping[str, Any]) -> str:
-        """The error of the averaged weights."""
+        """Format the errors of the averaged weights in one line."""
         return (
             f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE "
             f"{figures['validation/ema/eps_rmse']:.4f} "
@@ -160,12 +163,14 @@ class Diffusion:
         )
 
     def preview(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
-        """See `Previewer.show`."""
+        """Write a preview; see `Previewer.show`."""
         self._previewer.show(average, step, on_step)
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Twice as many for a preview with guidance; for a validation the weights, their average
-        twice, and each context shuffled.
+        """Return the images that go through the network in one preview and in one validation.
+
+        Guidance doubles those of a preview. A validation takes one pass for the weights, two for
+        their average, and one for each shuffled context.
         """
         contexts = self.model.conditioner.steering
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
@@ -174,5 +179,5 @@ class Diffusion:
         )
 
     def compiled_part(self, model: Model) -> Accelerable:
-        """The network; conditioners are small."""
+        """Return the network; conditioners are small."""
         return model.network

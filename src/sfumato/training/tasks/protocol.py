@@ -1,4 +1,4 @@
-"""What is trained: all that the training loop does not know."""
+"""The protocol of a training task: all that the training loop does not know."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class SampleLosses(NamedTuple):
-    """Of some samples: the loss of each, whose mean is minimized, and what else is logged of each,
-    by name; shapes (n,).
+    """Losses of some samples, and what else is logged of each, by name; all of shape (n,).
+
+    The mean of `per_sample` is minimized.
     """
 
     per_sample: Tensor
     notes: Mapping[str, Tensor]
 
     def on_host(self) -> SampleLosses:
-        """Copied from the device."""
+        """Return a copy on the CPU."""
         return SampleLosses(
             self.per_sample.cpu(), {name: value.cpu() for name, value in self.notes.items()}
         )
@@ -58,9 +59,7 @@ class OptimizedPart:
         return float(self.optimizers[0].param_groups[0]["lr"])
 
     def clip(self) -> Tensor:
-        """Scale down a gradient that is too large; its norm before, not read from the device
-        yet.
-        """
+        """Scale down a gradient that is too large; return its former norm, still on the device."""
         return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.max_grad_norm)
 
     def step(self, updates: int, spent: float) -> None:
@@ -76,17 +75,15 @@ class Task(Protocol[M]):
     """A model and what it learns. Only the task knows the class M of the model.
 
     Attributes:
-        model: untrained.
-        facts: plain data kept in checkpoints, from which the model is built again.
+        model: the untrained model.
+        facts: plain data kept in checkpoints, from which the model is rebuilt.
     """
 
     model: M
     facts: Any
 
     def learners(self, model: M) -> list[OptimizedPart]:
-        """The parts of the model that are stepped; together they hold all its trained parameters,
-        each once.
-        """
+        """Return the parts of the model that are stepped; they hold each trained parameter once."""
         ...
 
     def loss(
@@ -99,35 +96,36 @@ class Task(Protocol[M]):
         spent: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
-        """The loss of the chosen samples of a part of a batch; one backward pass through its sum
-        reaches every learner.
+        """Return the losses of the chosen samples of a part of a batch.
 
-        All randomness is keyed by the samples' numbers.
+        One backward pass through their sum reaches every learner. All randomness is keyed by the
+        samples' numbers.
         """
         ...
 
     def record(self, outcome: SampleLosses) -> dict[str, float]:
-        """What metrics.jsonl keeps of a step's samples, beside their mean loss."""
+        """Return what metrics.jsonl keeps of a step's samples, besides their mean loss."""
         ...
 
     def validate(self, model: M, average: M) -> dict[str, Any]:
-        """Errors on held-out images, for metrics.jsonl."""
+        """Return the errors on held-out images, for metrics.jsonl."""
         ...
 
     def summary(self, figures: Mapping[str, Any]) -> str:
-        """The same for a person, in a line."""
+        """Format the figures of a validation in one line."""
         ...
 
     def preview(self, average: M, step: int, on_step: Callable[[StepInfo], None]) -> None:
-        """Draw what the averaged model makes."""
+        """Write images that the averaged model makes."""
         ...
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Images that go forward through the model in one `preview`, each as often as it does, and
-        in one `validate`.
+        """Return how many images pass through the model in one `preview` and in one `validate`.
+
+        An image counts once for each forward pass.
         """
         ...
 
     def compiled_part(self, model: M) -> Accelerable:
-        """The part that most of the time goes into, and that may be compiled."""
+        """Return the part that takes most of the time, and that may be compiled."""
         ...

@@ -1,6 +1,4 @@
-"""What an autoencoder learns: to give back what it was shown, through latents that are easy to
-generate.
-"""
+"""What an autoencoder learns: to reconstruct images through latents that are easy to generate."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ class LossesConfig:
 
 
 class Reconstructor(nn.Module):
-    """An autoencoder and, perhaps, its adversary."""
+    """An autoencoder and its adversary, if there is one."""
 
     def __init__(self, codec: KLAutoencoder, adversary: PatchDiscriminator | None) -> None:
         super().__init__()
@@ -108,7 +106,7 @@ class Reconstructor(nn.Module):
 
 
 class Reconstruction:
-    """Images through their latents and back."""
+    """Encodes images into latents and decodes them again."""
 
     def __init__(
         self,
@@ -139,7 +137,7 @@ class Reconstruction:
         self._real = to_float(dataset.images(shown)[0])
 
     def learners(self, model: Reconstructor) -> list[OptimizedPart]:
-        """The autoencoder, and its adversary if it has one; both step on every batch."""
+        """Return the autoencoder, and its adversary if it has one; both step on every batch."""
         found = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
         if model.adversary is not None and self.losses.adversarial is not None:
             found.append(
@@ -157,7 +155,7 @@ class Reconstruction:
         spent: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
-        """The sum of all losses of each sample; notes hold each by its name."""
+        """Return the sum of all losses of each sample, (n,); the notes hold each loss by name."""
         images, first, seed = (
             part.images[chosen].to(self._device),
             part.first + chosen.start,
@@ -194,8 +192,9 @@ class Reconstruction:
         return SampleLosses(total, notes)
 
     def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Latents and images shrunk and turned together, or left as they are; `first` is the
-        batch's first sample.
+        """Shrink and turn latents and images together, or leave them as they are.
+
+        `first` is the number of the batch's first sample.
         """
         chance, size, turn = randomness.uniform(
             self.config.seed, "equivariance", first=first, count=1, per_item=3
@@ -215,7 +214,10 @@ class Reconstruction:
         return moved, target.rot90(turns, (2, 3))
 
     def _alike(self, made: Tensor, target: Tensor) -> Tensor:
-        """In float32: features of near images differ by less than bfloat16 tells apart."""
+        """Return the perceptual distance (B,), computed in float32.
+
+        The features of similar images differ by less than bfloat16 resolves.
+        """
         with torch.autocast(self._device.type, enabled=False):
             return distance(self.features, made, target)
 
@@ -227,13 +229,14 @@ class Reconstruction:
         return values.flatten(1).mean(1)
 
     def record(self, outcome: SampleLosses) -> dict[str, float]:
-        """The mean of each loss."""
+        """Return the mean of each loss."""
         return {f"train/{name}": float(values.mean()) for name, values in outcome.notes.items()}
 
     @torch.no_grad()
     def validate(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
-        """`validation/{ema,raw}/*` on held-out images, through the latents' means: PSNR in dB,
-        SSIM, L1, and the perceptual distance.
+        """Return `validation/{ema,raw}/*`: PSNR in dB, SSIM, L1 and the perceptual distance.
+
+        They are measured on held-out images, reconstructed from the means of their latents.
         """
         return {
             f"validation/{name}/{key}": value
@@ -258,7 +261,7 @@ class Reconstruction:
         return dict(zip(("psnr", "ssim", "l1", "perceptual"), means, strict=True))
 
     def summary(self, figures: Mapping[str, Any]) -> str:
-        """Of the averaged weights."""
+        """Format the figures of the averaged weights in one line."""
         psnr_, ssim_, l1 = (figures[f"validation/ema/{name}"] for name in ("psnr", "ssim", "l1"))
         return f"held-out reconstructions PSNR {psnr_:.2f} dB  SSIM {ssim_:.3f}  L1 {l1:.4f}"
 
@@ -266,9 +269,7 @@ class Reconstruction:
     def preview(
         self, average: Reconstructor, step: int, on_step: Callable[[StepInfo], None]
     ) -> None:
-        """Write samples/step-.../grid.png: pairs of a real image and its reconstruction below
-        it.
-        """
+        """Write samples/step-.../grid.png: real images, each with its reconstruction below it."""
         count = min(self.config.preview.num, len(self._real))
         real = self._real[:count]
         made = reconstructed(average.codec, real.to(self._device)).cpu()
@@ -286,16 +287,20 @@ class Reconstruction:
         )
 
     def passes(self, config: TrainingConfig) -> tuple[int, int]:
-        """Each image once, in a validation by the weights and by their average."""
+        """Return `preview.num`, and `validation.samples` twice: for the weights and
+        their average.
+        """
         return config.preview.num, 2 * config.validation.samples
 
     def compiled_part(self, model: Reconstructor) -> Accelerable:
-        """The encoder; the decoder's graph is gone through twice, to balance the losses, which
-        compiled graphs do not allow.
+        """Return the encoder.
+
+        The decoder's graph is traversed twice, to balance the losses, which compiled graphs do not
+        allow.
         """
         return model.codec.encoder
 
 
 def reconstructed(codec: KLAutoencoder, images: Tensor) -> Tensor:
-    """Images (B, C, H, W) through the means of their latents and back, clamped to [-1, 1]."""
+    """Reconstruct images (B, C, H, W) from the means of their latents, clamped to [-1, 1]."""
     return codec.decode(codec.moments(images).chunk(2, dim=1)[0]).clamp(-1, 1)
