@@ -57,7 +57,7 @@ from sfumato.diffusion import (
 )
 from sfumato.evaluation.frechet import frechet_distance
 from sfumato.evaluation.kernel import kernel_distance
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.recipes import Run, resolve

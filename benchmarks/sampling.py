@@ -24,7 +24,7 @@ from sfumato.condition import NO_CONDITION
 from sfumato.conditioners import CategoryConfig, CompositeConditioner, ConditioningInfo
 from sfumato.contexts import ContextConfig
 from sfumato.diffusion import Linear
-from sfumato.generation.model import DenoiserConfig, Model, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.networks import UNet
 from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from typer.main import get_command
 
-from sfumato.cli.help import explain_values
 from sfumato.cli.main import app
+from sfumato.cli.metavars import explain_values
 from sfumato.config import kind_of, members, plain
 from sfumato.config.descriptions import attribute_docs
 from sfumato.config.kinds import SHORTHANDS, is_tagged

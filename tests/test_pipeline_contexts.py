@@ -25,7 +25,7 @@ from sfumato.diffusion import (
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest
-from sfumato.observability.image_files import FORMATS
+from sfumato.observability.image_formats import FORMATS
 from sfumato.sampling import SAMPLERS, KeyedNoise, grid, sample
 from tests.helpers.pipelines import REQUESTS, SIDE, image, tiny_pipeline
 from tests.oracles import exact

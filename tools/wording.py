@@ -29,7 +29,7 @@ FORMER = {
 }
 ALIASES = Path("src/sfumato/config/aliases.py")  # lists former words on purpose
 NAMES_OF_DATA = {  # what people call folders, columns and files
-    Path("src/sfumato/data/splits.py"),
+    Path("src/sfumato/data/split_names.py"),
     Path("src/sfumato/data/sources/parquet.py"),
     Path("src/sfumato/data/check/captions.py"),
 }

@@ -7,7 +7,6 @@ needs the file locks of Linux and macOS (use WSL). Windows is simulated by tests
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from typing import IO, Any
@@ -19,7 +18,6 @@ except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
 HAS_FILE_LOCKS = fcntl is not None
-CHILD_SIGNAL = getattr(signal, "SIGCHLD", None)
 _READING = threading.Lock()
 
 

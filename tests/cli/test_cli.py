@@ -14,7 +14,7 @@ import pytest
 import sfumato as package
 from sfumato import config
 from sfumato.cli import doctor as doctor_module
-from sfumato.cli.help import in_words
+from sfumato.cli.metavars import in_words
 from sfumato.config import load_yaml
 from sfumato.data import Digits, Folder
 from sfumato.errors import ConfigError, DivergedError

@@ -19,7 +19,7 @@ from sfumato.data import Dataset
 from sfumato.data.files import remote_limit_bytes
 from sfumato.errors import DataError, RunError
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.recipes import Run
 from sfumato.runs import train
 from sfumato.runs.preparation import open_data

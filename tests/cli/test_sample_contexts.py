@@ -24,7 +24,7 @@ from sfumato.conditioners import (
 )
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Folder
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs import train

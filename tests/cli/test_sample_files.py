@@ -19,15 +19,15 @@ from PIL import Image
 
 from sfumato import runs
 from sfumato.autoencoders import Pixels
-from sfumato.cli import output_folder, sample_job
-from sfumato.cli.output_folder import Generated
+from sfumato.cli import sample_output, sample_writer
+from sfumato.cli.sample_output import Generated
 from sfumato.conditioners import CategoryConfig, ConditioningInfo, LearnedTextConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.networks import UNetConfig
-from sfumato.observability.image_files import settings_of
+from sfumato.observability.image_formats import settings_of
 from sfumato.recipes import Run
 from sfumato.runs.preparation import build_model
 from tests.helpers.cli import Result, sfumato
@@ -265,7 +265,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
         assert "cannot be written to" in result.err
         assert "name another folder with --out" in result.err
     monkeypatch.setattr(
-        output_folder.tempfile,
+        sample_output.tempfile,
         "NamedTemporaryFile",
         lambda **_: (_ for _ in ()).throw(OSError(28, "full")),
     )
@@ -392,7 +392,7 @@ def test_a_large_grid_shows_the_first_images_and_says_so(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    monkeypatch.setattr(sample_job, "GRID_MOST", 16)
+    monkeypatch.setattr(sample_writer, "GRID_MOST", 16)
     result = sampled(run, "--num", 17, "--out", "made")
     assert "note: grid.png shows the first 16 of 17 images" in result.err
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato import characters
+from sfumato import unicode_scripts
 from sfumato.conditioners import (
     CompositeConditioner,
     LearnedTextConditioner,
@@ -190,7 +190,7 @@ def test_plain_texts_are_read_as_they_were(text: str) -> None:
     assert ByScript().pieces(text) == ByRuns().pieces(text)
     plain = text.lower()
     # by the slow way too
-    assert list(characters.spans(plain, _WORD)) == list(ByRuns().spans(plain))
+    assert list(unicode_scripts.spans(plain, _WORD)) == list(ByRuns().spans(plain))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sfumato.data.attributes import AttributeTable
+from sfumato.data.attribute_table import AttributeTable
 from sfumato.data.listing import Entry, Inline
 
 

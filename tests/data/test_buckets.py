@@ -30,7 +30,7 @@ from sfumato.data import (
 )
 from sfumato.data.decoding import PixelFormat, decode
 from sfumato.errors import ConfigError
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.training import (
     AdamWConfig,

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 import sfumato
 from sfumato.data import DataConfig, Folder, Listing, index, source_at
 from sfumato.data.ledger import CHANGES, Ledger, change
-from sfumato.data.sources.layout import Layout
-from sfumato.data.splits import HELD_OUT, TRAIN, held_out_files, split_of
-from sfumato.data.texts import Texts
+from sfumato.data.sources.folder_layout import Layout
+from sfumato.data.split_names import HELD_OUT, TRAIN, held_out_files, split_of
+from sfumato.data.text_encoding import Texts
 from tests.helpers.image_bytes import encode, noise
 
 Files = dict[str, bytes]

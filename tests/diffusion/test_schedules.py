@@ -33,7 +33,7 @@ from sfumato.diffusion import (
     ZeroTerminalSNR,
 )
 from sfumato.errors import ScheduleError
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from tests.helpers.schedules import SCHEDULES
 
 T = torch.linspace(0, 1, 501, dtype=torch.float64)

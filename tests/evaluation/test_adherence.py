@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, DoodleConfig, LearnedTextConfig, PointsConfig
 from sfumato.contexts import ContextConfig
-from sfumato.contexts.figures import chamfer, drawn, line_f1, silhouette_iou
+from sfumato.contexts.adherence_metrics import chamfer, drawn, line_f1, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
 from sfumato.evaluation.adherence import Figure, own_rank

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from sfumato.errors import ConfigError
-from sfumato.observability.encoded import png16
-from sfumato.observability.image_files import FORMATS, Values, settings_of, usual_format
+from sfumato.observability.image_formats import FORMATS, Values, settings_of, usual_format
 from sfumato.observability.images import shown
+from sfumato.observability.png_tiff_encoders import png16
 from sfumato.storage.atomic import atomic_file
 
 SETTINGS = {"seed": 3, "prompt": ["ü", "\udcff"], "index": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.observability.metrics import MetricsFile, read_lines
+from sfumato.observability.metrics_file import MetricsFile, read_lines
 
 
 def steps(path: Path) -> list[int]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Angle, NetworkDenoiser, UnitSum, UnitVariance
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.parameterizations import Epsilon, Flow, Sample, Velocity
 from sfumato.diffusion.schedules import Karras, Linear, LinearBetas, ScaledLinear, Shift, Warped
 from sfumato.sampling import DDIM, DPMSolverPP2M, Multistep, RungeKutta, Sampler, grid, sample

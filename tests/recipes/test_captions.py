@@ -21,7 +21,7 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Entry, Folder
 from sfumato.data.listing import Inline
 from sfumato.recipes import Run, recipe, resolve
-from sfumato.recipes.captions import CaptionSurvey, Cut, fitting_length, reader_of
+from sfumato.recipes.caption_statistics import CaptionSurvey, Cut, fitting_length, reader_of
 from sfumato.runs import train
 from sfumato.runs.preparation import text_encoder
 

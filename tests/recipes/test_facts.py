@@ -25,7 +25,7 @@ from sfumato.conditioners import (
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
 from sfumato.errors import ConfigError
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.recipes import Run
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.recipes.presets import Survey

@@ -11,7 +11,7 @@ import pytest
 
 from sfumato.config import load_yaml_file
 from sfumato.errors import CheckpointError, DataError
-from sfumato.generation.model import SamplingConfig
+from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.recipes import resolve
 from sfumato.recipes.paths import from_run, with_whole_paths
 from sfumato.runs import resume, train

@@ -23,9 +23,9 @@ from sfumato.diffusion import (
     Velocity,
 )
 from sfumato.errors import ConfigError, ScheduleError
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.recipes import Run, resolve
-from sfumato.recipes.validation import require_sampled
+from sfumato.recipes.config_checks import require_sampled
 from sfumato.sampling import SAMPLERS, grid, sample
 
 STEPS = 20  # more than are walked, so that the ends speak for the middle

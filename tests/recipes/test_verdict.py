@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato.runs.budget_check import (
+from sfumato.runs.cost import Prediction
+from sfumato.runs.plan_check import (
     AUTOENCODER_STEPS,
     ENOUGH,
     MANY_VIEWS,
@@ -16,7 +17,6 @@ from sfumato.runs.budget_check import (
     Machine,
     findings,
 )
-from sfumato.runs.cost import Prediction
 
 ROOMY = Machine(memory_gib=16.0, disk_gib=100.0)
 GOOD = Prediction(

@@ -18,7 +18,7 @@ from sfumato.diffusion import Denoised, Flow, Linear, NetworkDenoiser, NoiseLeve
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
-from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty, uncertainty_weighted
+from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty, uncertainty_weighted
 from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
 from sfumato.training.auxiliary import dispersion, enlarged, misalignment

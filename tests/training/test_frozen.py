@@ -19,7 +19,7 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import Seed, Size
 from sfumato.contexts import ContextConfig
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.generation.model import Model
+from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone, NetworkConfig
 from sfumato.recipes import Run
 from sfumato.runs import prepare, resume, train

@@ -16,7 +16,7 @@ import torch
 from sfumato.data import AugmentConfig, BatchPlan, DataConfig, Folder
 from sfumato.errors import CheckpointError, ConfigError, DivergedError, RunError, SfumatoError
 from sfumato.networks import UNet
-from sfumato.observability.metrics import MetricsFile
+from sfumato.observability.metrics_file import MetricsFile
 from sfumato.recipes.resolver import resolve
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint

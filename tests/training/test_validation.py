@@ -4,7 +4,7 @@ import torch
 
 from sfumato.condition import NO_CONDITION
 from sfumato.diffusion import Denoised, Linear, LogitNormal, Sample, Warped
-from sfumato.training.validation import difference, make_triples, measure, summarize
+from sfumato.training.denoising_error import difference, make_triples, measure, summarize
 
 # standard deviations of four independent pixels
 SCALES = torch.tensor([1.5, 0.9, 0.3, 0.05], dtype=torch.float64)

@@ -23,7 +23,7 @@ def recipes(
     ] = False,
 ) -> None:
     """List the built-in recipes."""
-    from sfumato.recipes.names import SUMMARIES
+    from sfumato.recipes.early_checks import SUMMARIES
 
     if as_json:
         typer.echo(json.dumps(SUMMARIES, indent=1))
@@ -35,9 +35,9 @@ def recipes(
 
 def _require(source: str, overrides: list[str] | None = None) -> None:
     """Refuse what is certain to be wrong before anything heavy is imported."""
-    from sfumato.recipes import names
+    from sfumato.recipes import early_checks
 
-    names.require(source, overrides or ())
+    early_checks.require(source, overrides or ())
 
 
 @config_app.command()

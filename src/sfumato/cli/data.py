@@ -72,7 +72,7 @@ def check(
     from sfumato.data.frames import framed
     from sfumato.data.value_range import choose_scale
     from sfumato.observability.progress import ProgressBar
-    from sfumato.recipes.captions import Cut, reader_of
+    from sfumato.recipes.caption_statistics import Cut, reader_of
     from sfumato.recipes.resolver import preset
     from sfumato.runs.preparation import network_parameters, text_encoder
     from sfumato.storage.output_paths import require_writable

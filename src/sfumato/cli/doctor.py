@@ -61,6 +61,7 @@ def _at_once() -> dict[str, Any]:
 
     from sfumato import __version__
     from sfumato.nn.compiling import can_compile
+    from sfumato.platform import total_memory
     from sfumato.training.precision import default_device, has_bfloat16
 
     device = default_device()
@@ -73,7 +74,7 @@ def _at_once() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "memory_gib": total_memory() / 2**30,
         "disk_free_gib": shutil.disk_usage(".").free / 2**30,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "device": device.type,

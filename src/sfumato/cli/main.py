@@ -24,7 +24,7 @@ from sfumato.cli.doctor import doctor
 from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
-from sfumato.cli.help import explain_values
+from sfumato.cli.metavars import explain_values
 from sfumato.cli.sample import sample
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train

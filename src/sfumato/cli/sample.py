@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.cli.sample_job import Make
+    from sfumato.cli.sample_writer import Make
     from sfumato.generation.pipeline import Pipeline
     from sfumato.generation.request import SampleRequest
     from sfumato.sampling import StepInfo
@@ -155,7 +155,7 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
-    from sfumato.cli.output_folder import writable
+    from sfumato.cli.sample_output import writable
     from sfumato.runs import load, newest_run
     from sfumato.storage.run_directory import RunDirectory
 
@@ -195,10 +195,10 @@ def _made(
     pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Make and write the images; refuse what cannot be done before any work."""
-    from sfumato.cli.output_folder import Generated
-    from sfumato.cli.sample_job import Job, not_finite
+    from sfumato.cli.sample_output import Generated
+    from sfumato.cli.sample_writer import Job, not_finite
     from sfumato.errors import NonFiniteError
-    from sfumato.observability.image_files import FORMATS, usual_format
+    from sfumato.observability.image_formats import FORMATS, usual_format
 
     num, run, values = options["num"], options["run"], pipeline.values
     kind = options["format"] or usual_format(values)
@@ -424,9 +424,9 @@ def _settings(
     options, the weights, and the content of the files.
     """
     from sfumato import __version__
-    from sfumato.cli.output_folder import file_id, request_id, weights_id
+    from sfumato.cli.sample_output import file_id, request_id, weights_id
     from sfumato.config import kind_of
-    from sfumato.observability.image_files import FORMATS
+    from sfumato.observability.image_formats import FORMATS
     from sfumato.sampling import FILLING, RESAMPLING
 
     said = {name: value for name, value in options.items() if name not in UNSAID}

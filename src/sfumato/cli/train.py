@@ -41,11 +41,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a model from a folder of images, a recipe or a YAML file."""
-    from sfumato.recipes import names
+    from sfumato.recipes import early_checks
 
     if (config or as_json) and not dry_run:
         raise typer.BadParameter("--config and --json belong to --dry-run")
-    names.require(source, overrides or ())
+    early_checks.require(source, overrides or ())
     if not dry_run:
         from sfumato import runs
 

@@ -8,8 +8,8 @@ from sfumato.conditioners.attributes import AttributesConditioner, AttributesCon
 from sfumato.conditioners.augmentation import AugmentationConditioner
 from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
 from sfumato.conditioners.composite import CompositeConditioner
+from sfumato.conditioners.conditioning_info import ConditioningInfo
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
-from sfumato.conditioners.facts import ConditioningInfo
 from sfumato.conditioners.image import (
     Grayscale,
     Holes,

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sfumato import characters
+from sfumato import unicode_scripts
 
 # what numbers mean; a byte b is BYTES + b, then come the words
 PAD, START, NOTHING, BYTES = 0, 1, 2, 3
 FIRST_WORD = BYTES + 256
 MOST_WORDS = 50_000  # that are kept of a set
 _RUN = re.compile(r"\w+|[^\w\s]")
-_WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `characters.kinds`
+_WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `unicode_scripts.kinds`
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class ByScript:
         plain = self.normalized(text)
         if plain.isascii():  # where both patterns find the same
             return _RUN.findall(plain)
-        return [plain[first:last] for first, last in characters.spans(plain, _WORD)]
+        return [plain[first:last] for first, last in unicode_scripts.spans(plain, _WORD)]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """Yield where words and signs begin and end in the text as given."""
-        return characters.spans(text, _WORD)
+        return unicode_scripts.spans(text, _WORD)
 
 
 @dataclass(frozen=True)

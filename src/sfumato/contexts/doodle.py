@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, DoodleConditioner, DoodleConfig
-from sfumato.contexts.figures import line_f1, silhouette_iou
-from sfumato.contexts.maps import batch_of_images
+from sfumato.contexts.adherence_metrics import line_f1, silhouette_iou
+from sfumato.contexts.image_inputs import batch_of_images
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
 from sfumato.data.user_inputs import load_user_image
 

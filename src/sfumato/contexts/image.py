@@ -13,7 +13,7 @@ from sfumato.conditioners import (
     ReferenceConditioner,
     ReferenceConfig,
 )
-from sfumato.contexts.maps import batch_of_images
+from sfumato.contexts.image_inputs import batch_of_images
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
 from sfumato.data.user_inputs import load_user_image
 

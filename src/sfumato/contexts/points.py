@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, PointsConditioner, PointsConfig
-from sfumato.contexts.figures import chamfer, silhouette_iou
+from sfumato.contexts.adherence_metrics import chamfer, silhouette_iou
 from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
 from sfumato.data import Dataset
 from sfumato.data.user_inputs import load_user_points

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfumato.data.attributes import AttributeTable
+from sfumato.data.attribute_table import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
 from sfumato.data.listing import Blob, Entry, Reject
 from sfumato.data.parallel import ordered_map

@@ -35,10 +35,9 @@ class AugmentConfig:
         crop: cut away up to this share of each side at random, and enlarge the rest.
         brightness, contrast, saturation: change by up to this share.
         hue_degrees: turn colours by up to so much either way.
-        non_leaking: probability of each change of Karras et al.'s pipeline (0.12 for small sets):
-            flips, scaling, turns, stretching,
-            shifts. The network is told what was done, and samples with nothing done.
-        karras: probability of each non-leaking augmentation of Karras et al. 2022.
+        karras: probability of each non-leaking augmentation of Karras et al. 2022 (0.12 for small
+            sets): flips, scaling, rotation, stretching, translation. The network is conditioned on
+            what was done, and samples with nothing done.
     """
 
     flip: Literal["none", "horizontal", "vertical", "both"] = "none"

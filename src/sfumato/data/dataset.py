@@ -20,7 +20,7 @@ from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, Size
 from sfumato.data.annotations import Annotations
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.changes import recorded
+from sfumato.data.dataset_diff import recorded
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.frames import Frames
 from sfumato.data.holdout import parts

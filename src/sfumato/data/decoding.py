@@ -22,7 +22,7 @@ from sfumato.data.colours import to_srgb
 from sfumato.data.file_types import NUMPY, SUFFIXES
 from sfumato.data.listing import MAX_BYTES
 from sfumato.data.npy import ArrayHeader, array_header, read_array
-from sfumato.data.pixel_values import (
+from sfumato.data.pixel_format import (
     MAX_BANDS,
     MAX_PIXELS,
     UPRIGHT,

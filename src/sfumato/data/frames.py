@@ -16,7 +16,7 @@ from sfumato.data.file_types import NUMPY
 from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.npy import ArrayHeader
 from sfumato.data.parallel import ordered_map
-from sfumato.data.pixel_values import Values, check_size
+from sfumato.data.pixel_format import Values, check_size
 
 Frames = Literal["first", "all", "max"]
 MAX_FRAMES = 10_000  # of one file

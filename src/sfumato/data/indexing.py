@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sfumato.data.annotations import Annotations
-from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.data.array_cache import ArrayCache, Gather, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail

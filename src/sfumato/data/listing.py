@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 from sfumato.config import Extensible
 from sfumato.data import files
-from sfumato.data.splits import HELD_OUT, split_of
+from sfumato.data.split_names import HELD_OUT, split_of
+from sfumato.platform import read_at
 
 MAX_BYTES = 256 << 20  # of one image
 MAX_ATTRIBUTES = 1024  # of one image
@@ -46,8 +47,8 @@ def read(path: str, offset: int, most: int) -> bytes:
     handle = _opened(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
-        data = os.pread(handle, size, offset) if size > 0 else b""
-        while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
+        data = read_at(handle, size, offset) if size > 0 else b""
+        while len(data) < size and (more := read_at(handle, size - len(data), offset + len(data))):
             data += more  # a signal cut the reading short
         return data
     finally:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sfumato.data.pixel_values import MAX_BANDS, RejectedImage, Values, check_size, is_numeric
+from sfumato.data.pixel_format import MAX_BANDS, RejectedImage, Values, check_size, is_numeric
 
 
 class ArrayHeader(NamedTuple):

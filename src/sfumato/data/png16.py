@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from sfumato.data.pixel_values import RejectedImage, Values, check_size
+from sfumato.data.pixel_format import RejectedImage, Values, check_size
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BANDS = {2: 3, 4: 2, 6: 4}  # by colour type; gray of 16 bits Pillow reads as it is

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data.pixel_values import (
+from sfumato.data.pixel_format import (
     MAX_BANDS,
     UPRIGHT,
     RejectedImage,

@@ -12,7 +12,7 @@ import numpy as np
 from sfumato.data.decoding import RejectedImage, look, quiet, read_values
 from sfumato.data.listing import Entry
 from sfumato.data.parallel import ordered_map
-from sfumato.data.pixel_values import Kind, Range, Scale, Values, kind_of
+from sfumato.data.pixel_format import Kind, Range, Scale, Values, kind_of
 
 LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
 # values looked at in an image, and the share of them at either end that does not count

@@ -18,7 +18,7 @@ from sfumato.diffusion.denoiser import (
     UnitSum,
     UnitVariance,
 )
-from sfumato.diffusion.exact import EmpiricalDenoiser
+from sfumato.diffusion.empirical_denoiser import EmpiricalDenoiser
 from sfumato.diffusion.guidance import (
     AutoGuidance,
     ClassifierFree,
@@ -29,7 +29,7 @@ from sfumato.diffusion.guidance import (
     Threshold,
     WithCondition,
 )
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.objective import (
     IndependentTimes,
     Losses,

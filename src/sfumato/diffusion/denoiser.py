@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
 from sfumato.config.bounds import Positive
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Parameterization
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.level import Denoised, NoiseLevel, broadcast
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel, broadcast
 from sfumato.diffusion.parameterizations import Sample
 
 GuidanceScale = float | Callable[[NoiseLevel], Tensor]

@@ -13,7 +13,7 @@ from sfumato.condition import NO_CONDITION, Condition
 from sfumato.config.bounds import FractionBelowOne
 from sfumato.diffusion.coupling import Coupling, Independent
 from sfumato.diffusion.denoiser import NetworkDenoiser
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.schedules import Linear, Schedule, require_schedule
 from sfumato.diffusion.weighting import Native, Weighting, target_weight
 from sfumato.errors import ConfigError

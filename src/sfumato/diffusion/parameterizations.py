@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config.bounds import Positive
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.errors import ScheduleError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato.config import Extensible
 from sfumato.config.bounds import Finite, Fraction, InnerFraction, NonNegative, Positive, Size
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.errors import ScheduleError
 
 HALF_PI = math.pi / 2

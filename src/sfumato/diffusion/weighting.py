@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.config import Extensible
 from sfumato.config.bounds import Finite, Positive
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.parameterizations import Flow, Parameterization, ParameterizationConfig
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.contexts import CONTEXTS, Measured, Metric
-from sfumato.contexts.figures import silhouette_iou
+from sfumato.contexts.adherence_metrics import silhouette_iou
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
 from sfumato.generation.pipeline import Pipeline

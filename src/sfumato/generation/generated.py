@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import ConfigError
-from sfumato.observability.image_files import FORMATS, Values, usual_format
+from sfumato.observability.image_formats import FORMATS, Values, usual_format
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Generated:
         """Write each image to a file with the settings and the image's number; return the paths.
 
         Args:
-            format: a name in `sfumato.observability.image_files.FORMATS`; by default PNG, or TIFF
+            format: a name in `sfumato.observability.image_formats.FORMATS`; by default PNG, or TIFF
                 where PNG cannot hold the channels.
         Raises:
             ConfigError: for an unknown format, or one that cannot hold such images.

@@ -23,12 +23,12 @@ from sfumato.diffusion import (
     WithCondition,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
+from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.generated import Generated
 from sfumato.generation.guidance import guidance_scales, guidance_terms, guided
-from sfumato.generation.model import Model, SamplingConfig
 from sfumato.generation.request import ResolvedRequest, SampleRequest, require_size, resolve_request
 from sfumato.nn.compiling import compile_in_place
-from sfumato.observability.image_files import Values
+from sfumato.observability.image_formats import Values
 from sfumato.sampling import (
     InterpolatedNoise,
     KeyedNoise,

@@ -14,7 +14,7 @@ from sfumato.condition import Context as Batch
 from sfumato.condition import on_device, rows
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, Context, by_keyword, steering
-from sfumato.contexts.maps import batch_of_images
+from sfumato.contexts.image_inputs import batch_of_images
 from sfumato.contexts.protocol import RequestInfo
 from sfumato.errors import ConfigError, ShapeError, closest
 

@@ -19,10 +19,10 @@ from sfumato.conditioners import (
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Digits, Emoji, Solids
 from sfumato.diffusion import Epsilon, LinearBetas, Objective, UniformEpsilon, UnitVariance
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
-from sfumato.recipes.names import unknown
+from sfumato.recipes.early_checks import unknown
 from sfumato.recipes.run import Run
 from sfumato.sampling import DDIM
 from sfumato.training import (
@@ -58,7 +58,7 @@ def digits() -> Run:
 
 
 def ddpm() -> Run:
-    """The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise prediction,
+    """Textbook diffusion model on digits of 8 x 8: 1,000 linear betas, noise prediction,
     clipped: three minutes on two cores.
 
     In a YAML file `recipe: ddpm` trains any other data the same way; set data.source,

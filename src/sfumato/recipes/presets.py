@@ -15,7 +15,7 @@ from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Listing, Source, source_at
 from sfumato.diffusion import Linear, LogitNormal, Shift, UnitVariance, Warped
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig, TrainedAutoencoder
 from sfumato.recipes.run import Run

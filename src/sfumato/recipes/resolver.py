@@ -11,11 +11,11 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.data import Listing, files, source_at
 from sfumato.data.frames import framed
-from sfumato.data.pixel_values import MAX_BANDS
+from sfumato.data.pixel_format import MAX_BANDS
 from sfumato.data.sources.detect import BUILT_IN
 from sfumato.foreign_models import refuse_diffusers
+from sfumato.recipes.budget_overrides import replaced
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.limits import replaced
 from sfumato.recipes.paths import found_again
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run

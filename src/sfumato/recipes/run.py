@@ -9,10 +9,10 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Linear, LogitNormal, Objective, Warped
 from sfumato.errors import ConfigError
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig
-from sfumato.recipes.validation import require_finite_loss, require_guidable, require_sampled
+from sfumato.recipes.config_checks import require_finite_loss, require_guidable, require_sampled
 from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 

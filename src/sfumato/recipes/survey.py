@@ -12,7 +12,7 @@ import numpy as np
 from sfumato.data import Listing
 from sfumato.data.decoding import Look, PixelFormat, RejectedImage, decode, look, quiet
 from sfumato.data.listing import Entry
-from sfumato.recipes.captions import CaptionSurvey
+from sfumato.recipes.caption_statistics import CaptionSurvey
 
 LOOKED_AT = 200  # images whose header is read
 DECODED = 32  # those of them that are decoded, to see whether anything is transparent

@@ -8,7 +8,7 @@ from typing import Any
 from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
-from sfumato.generation.model import Model
+from sfumato.generation.diffusion_model import Model
 from sfumato.recipes.run import Run
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Diffusion, Trainer

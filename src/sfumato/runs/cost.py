@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from sfumato.data import Dataset
-from sfumato.observability.metrics import peak_gib
+from sfumato.observability.metrics_file import peak_gib
 from sfumato.observability.progress import duration
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs.assembly import diffusion_trainer

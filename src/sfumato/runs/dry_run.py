@@ -13,11 +13,11 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
-from sfumato.recipes.captions import cut_captions
+from sfumato.recipes.caption_statistics import cut_captions
 from sfumato.recipes.resolver import Overrides, resolved
 from sfumato.recipes.run import Run
-from sfumato.runs.budget_check import Finding, Machine, findings
 from sfumato.runs.cost import Prediction, predict
+from sfumato.runs.plan_check import Finding, Machine, findings
 from sfumato.runs.preparation import prepare
 from sfumato.training.parameters import describe
 

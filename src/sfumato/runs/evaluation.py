@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from sfumato.data.changes import changes
-from sfumato.evaluation.full import EvaluationReport, evaluate_pipeline
+from sfumato.data.dataset_diff import changes
+from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
 from sfumato.generation.request import require_context
 from sfumato.recipes.resolver import resolve
 from sfumato.runs import loading, preparation

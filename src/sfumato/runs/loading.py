@@ -11,7 +11,7 @@ from torch import Tensor
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
 from sfumato.errors import ConfigError, RunError
-from sfumato.generation.model import Model
+from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve

@@ -12,11 +12,11 @@ import torch
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset, Listing, files, index
-from sfumato.data.embeddings import EmbeddingStore
 from sfumato.data.holdout import ROUGH
 from sfumato.data.ledger import change
+from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.evaluation.extractors import extractor
-from sfumato.generation.model import Model
+from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone
 from sfumato.networks.checks import margin
 from sfumato.networks.perceptual import Features

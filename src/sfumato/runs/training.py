@@ -8,13 +8,13 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.observability.progress import console
-from sfumato.recipes.captions import cut_captions
+from sfumato.recipes.caption_statistics import cut_captions
 from sfumato.recipes.paths import FROM_RUN, from_run, with_whole_paths
 from sfumato.recipes.resolver import Overrides, resolve, resolved
 from sfumato.recipes.run import Run
 from sfumato.runs.assembly import diffusion_trainer
-from sfumato.runs.budget_check import Machine, findings
 from sfumato.runs.cost import predict
+from sfumato.runs.plan_check import Machine, findings
 from sfumato.runs.preparation import PreparedRun, prepare, say_margins
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer

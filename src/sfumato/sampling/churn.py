@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config.bounds import Bounded, Limit, NonNegative, Positive
-from sfumato.diffusion.level import NoiseLevel, broadcast
+from sfumato.diffusion.noise_level import NoiseLevel, broadcast
 from sfumato.sampling.ddim import DDIM
 from sfumato.sampling.dpm_solver import DPMSolverPP2M
 from sfumato.sampling.multistep import Multistep

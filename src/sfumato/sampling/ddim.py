@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config.bounds import Bounded, Fraction
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.sampling.protocol import Denoise, History, Noise
 
 

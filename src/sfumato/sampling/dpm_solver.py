@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config.bounds import Bounded, Fraction
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.sampling.ddim import renewed_share
 from sfumato.sampling.protocol import Denoise, History, Noise, Point
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import ScheduleError
 from sfumato.sampling.multistep import HISTORY

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config.bounds import Count
-from sfumato.diffusion.level import NoiseLevel, broadcast
+from sfumato.diffusion.noise_level import NoiseLevel, broadcast
 from sfumato.diffusion.parameterizations import ParameterizationConfig, Sample
 from sfumato.errors import ConfigError
 from sfumato.sampling.protocol import Denoise, History, Noise, Point

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 
 
 class Denoise(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.level import NoiseLevel, broadcast
+from sfumato.diffusion.noise_level import NoiseLevel, broadcast
 from sfumato.errors import ConfigError
 from sfumato.sampling.churn import Churn
 from sfumato.sampling.ddim import DDIM

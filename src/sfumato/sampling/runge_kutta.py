@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from sfumato.diffusion.level import NoiseLevel, broadcast
+from sfumato.diffusion.noise_level import NoiseLevel, broadcast
 from sfumato.diffusion.parameterizations import Flow, ParameterizationConfig
 from sfumato.sampling.protocol import Denoise, History, Noise
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sfumato.config.bounds import Count
-from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.parameterizations import Sample
 from sfumato.sampling.multistep import check_order, integrate
 from sfumato.sampling.protocol import Denoise, History, Noise, Point

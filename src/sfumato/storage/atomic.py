@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from sfumato.platform import sync
+
 
 @contextmanager
 def atomic_path(target: Path, *, durable: bool = False) -> Iterator[Path]:
@@ -86,12 +88,3 @@ def commit(temporary: Path, target: Path, *, durable: bool = False) -> None:
     os.replace(temporary, target)
     if durable:
         sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Block until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

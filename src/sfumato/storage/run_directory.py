@@ -17,13 +17,9 @@ from typing import Any
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import refuse_diffusers
+from sfumato.platform import HAS_FILE_LOCKS, lock_file
 from sfumato.storage.atomic import write_text
 from sfumato.storage.output_paths import require_writable
 
@@ -113,7 +109,7 @@ class RunDirectory:
             RunError: if another process holds it, the folder cannot be written to, or the system or
                 file system has no file locks.
         """
-        if fcntl is None:
+        if not HAS_FILE_LOCKS:
             raise RunError(
                 "this system lacks the file locks (fcntl) that training needs",
                 where=str(self.path),
@@ -130,7 +126,7 @@ class RunDirectory:
                     "and resume it there",
                 ) from None
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(handle)
             except BlockingIOError:
                 raise RunError(
                     "another process is training here",

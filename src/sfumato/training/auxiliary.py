@@ -18,7 +18,7 @@ from sfumato.config.bounds import Fraction, NonNegative, Positive
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
 from sfumato.networks.perceptual import Features
-from sfumato.nn.uncertainty import LearnedUncertainty, NoUncertainty
+from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty
 
 T = TypeVar("T")
 # side of images that encoders see: of smaller ones, trained ones have a last map of a single place

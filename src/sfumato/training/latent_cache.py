@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sfumato.autoencoders import LatentAutoencoder
 from sfumato.data import Dataset, Encoded, to_float
+from sfumato.data.array_cache import ArrayCache, Gather, Writer
 from sfumato.data.augment import augment
-from sfumato.data.cache import ArrayCache, Gather, Writer
 from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
 from sfumato.errors import DataError

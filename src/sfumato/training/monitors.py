@@ -17,14 +17,14 @@ from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, values_in_turn
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
-from sfumato.generation.model import Model, SamplingConfig
+from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.images import grid_image, save_png
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
-from sfumato.training.validation import (
+from sfumato.training.denoising_error import (
     Errors,
     Triples,
     difference,

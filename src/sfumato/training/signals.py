@@ -55,8 +55,8 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._number = number
         self._restore()
-        # torch's handler raises in the middle of a step
-        self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):  # torch's handler raises in the middle of a step
+            self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def raise_if_requested(self) -> None:
         """Raise Interrupted if a signal was received."""

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from sfumato.data import Batch, BatchPlan, Dataset, batches
-from sfumato.data.changes import changes
+from sfumato.data.dataset_diff import changes
 from sfumato.errors import CheckpointError, DataError, DivergedError
 from sfumato.nn.accelerable import Accelerable
-from sfumato.observability.metrics import MetricsFile, peak_gib
+from sfumato.observability.metrics_file import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.observability.sinks import open_sinks
 from sfumato.storage import checkpoint

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from sfumato import characters
+from sfumato import unicode_scripts
 
 CLIP_LIMIT = 77
 # words of a prompt that are looked at in pairs, or replaced by others: more than a person reads
@@ -44,7 +44,7 @@ STOP_WORDS = frozenset(
     ]
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
-_WORD_OF_KINDS = re.compile(r"w[wm]*(?:'w[wm]*)*|om*")  # the same, of `characters.kinds`
+_WORD_OF_KINDS = re.compile(r"w[wm]*(?:'w[wm]*)*|om*")  # the same, of `unicode_scripts.kinds`
 _PIECE = re.compile(r"[^\W_]+|[^\w\s]", re.UNICODE)
 # UTF-8 read as Western European: an accented capital followed by what its second byte looks like;
 # and the replacement character.
@@ -85,7 +85,7 @@ def words(text: str) -> list[str]:
     if plain.isascii():
         found = _WORD.findall(plain)
     else:
-        found = [plain[first:last] for first, last in characters.spans(plain, _WORD_OF_KINDS)]
+        found = [plain[first:last] for first, last in unicode_scripts.spans(plain, _WORD_OF_KINDS)]
     return [_stem(word) for word in found if word not in STOP_WORDS]
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
 from sfumato.data.listing import File, Listing, Reject, Source, printable_name, read
-from sfumato.data.sources.tree import Tree
+from sfumato.data.sources.image_folder import Tree
 from sfumato.errors import DataError
 
 

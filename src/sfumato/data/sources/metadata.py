@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sfumato.data.file_types import SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
 from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_BYTES, is_known_column, normalized_key
-from sfumato.data.texts import readable
+from sfumato.data.text_encoding import readable
 
 # What the column of file names is called, in order of preference.
 FILE_KEYS = (

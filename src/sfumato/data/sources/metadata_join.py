@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from sfumato.data.file_types import stem_of
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, printable_name
-from sfumato.data.sources.accounting import KINDS, LAYERS, Account
+from sfumato.data.sources.file_status import KINDS, LAYERS, Account
 from sfumato.data.sources.metadata import (
     Finder,
     Row,

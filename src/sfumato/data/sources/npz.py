@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from sfumato.data import files
 from sfumato.data.listing import DAMAGED_ZIP, Entry, Listing, Reject, Source, printable_name, read
-from sfumato.data.pixel_values import is_numeric
-from sfumato.data.splits import TRAIN, split_of
+from sfumato.data.pixel_format import is_numeric
+from sfumato.data.split_names import TRAIN, split_of
 from sfumato.errors import DataError
 from sfumato.storage.atomic import atomic_file
 

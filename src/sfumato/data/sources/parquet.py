@@ -24,7 +24,7 @@ from sfumato.data.listing import (
     printable_name,
 )
 from sfumato.data.sources.metadata import FILE_KEYS
-from sfumato.data.splits import held_out_files
+from sfumato.data.split_names import held_out_files
 from sfumato.errors import DataError
 
 if TYPE_CHECKING:

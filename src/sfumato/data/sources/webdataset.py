@@ -17,9 +17,9 @@ from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES, is_image
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
-from sfumato.data.sources.accounting import LAYERS
-from sfumato.data.sources.tree import Tree
-from sfumato.data.splits import held_out_files
+from sfumato.data.sources.file_status import LAYERS
+from sfumato.data.sources.image_folder import Tree
+from sfumato.data.split_names import held_out_files
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
 

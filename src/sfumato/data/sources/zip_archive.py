@@ -23,8 +23,8 @@ from sfumato.data.listing import (
     ZipMember,
     printable_name,
 )
-from sfumato.data.sources.tree import Tree
-from sfumato.data.texts import Texts
+from sfumato.data.sources.image_folder import Tree
+from sfumato.data.text_encoding import Texts
 from sfumato.errors import DataError
 
 MAX_MEMBERS = 5_000_000

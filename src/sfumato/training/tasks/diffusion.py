@@ -15,9 +15,9 @@ from sfumato.condition import on_device, rows
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
-from sfumato.generation.model import Model, SamplingConfig
+from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
-from sfumato.nn.uncertainty import uncertainty_weighted
+from sfumato.nn.loss_uncertainty import uncertainty_weighted
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary

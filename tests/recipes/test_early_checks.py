@@ -14,7 +14,7 @@ import pytest
 
 from sfumato.data.sources.detect import BUILT_IN
 from sfumato.errors import ConfigError, RunError
-from sfumato.recipes import RECIPES, Run, names, recipe, resolve
+from sfumato.recipes import RECIPES, Run, early_checks, recipe, resolve
 from sfumato.runs import load
 from sfumato.storage.run_directory import RunDirectory
 
@@ -23,22 +23,22 @@ def test_the_tables_are_those_of_the_recipes_sources_and_keys() -> None:
     assert {
         name: " ".join((function.__doc__ or "").split("\n\n")[0].split())
         for name, function in RECIPES.items()
-    } == names.SUMMARIES
-    assert tuple(BUILT_IN) == names.BUILT_IN
-    assert set(names.KEYS) == {field.name for field in fields(Run)}
+    } == early_checks.SUMMARIES
+    assert tuple(BUILT_IN) == early_checks.BUILT_IN
+    assert set(early_checks.KEYS) == {field.name for field in fields(Run)}
 
 
 @pytest.mark.parametrize(
     "source", [*RECIPES, *BUILT_IN, "mine.yaml", "hub:owner/name", "s3://bucket/set.tar", "."]
 )
 def test_what_may_stand_for_something_is_let_through(source: str) -> None:
-    known = names.require(source, ["budget.steps=3", "data.nonsense=1"])  # type: ignore[func-returns-value]
+    known = early_checks.require(source, ["budget.steps=3", "data.nonsense=1"])  # type: ignore[func-returns-value]
     assert known is None  # nothing was raised; what is inside a key is checked by the schema
 
 
 def test_what_stands_for_nothing_is_refused_in_the_words_of_the_recipes() -> None:
     with pytest.raises(ConfigError) as early:
-        names.require("digit")
+        early_checks.require("digit")
     with pytest.raises(ConfigError) as late:
         recipe("digit")
     assert str(early.value) == str(late.value)
@@ -62,7 +62,7 @@ def test_what_stands_for_nothing_is_refused_in_the_words_of_the_recipes() -> Non
 )
 def test_a_wrong_key_names_another_only_if_it_is_near(override: str, said: str) -> None:
     def use() -> None:
-        names.require("digits", [override])
+        early_checks.require("digits", [override])
         resolve("digits", [override])
 
     with pytest.raises(ConfigError) as refused:
@@ -105,7 +105,7 @@ def test_recipes_are_listed_for_a_program() -> None:
         text=True,
         check=True,
     )
-    assert json.loads(done.stdout) == names.SUMMARIES
+    assert json.loads(done.stdout) == early_checks.SUMMARIES
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "config.json"])
@@ -113,7 +113,7 @@ def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> 
     (tmp_path / file).write_text(
         json.dumps({"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0"})
     )
-    for use in (names.require, resolve, load):
+    for use in (early_checks.require, resolve, load):
         with pytest.raises(RunError, match=r"diffusers model \(DDPMPipeline\)"):
             use(str(tmp_path))
 
@@ -121,6 +121,6 @@ def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> 
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"_class_name": 5}'])
 def test_any_other_folder_with_such_a_file_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    names.require(str(tmp_path))
+    early_checks.require(str(tmp_path))
     with pytest.raises(RunError, match=r"has no config\.yaml"):
         RunDirectory.existing(tmp_path)

@@ -27,7 +27,7 @@ from sfumato.diffusion import (
     target_weight,
 )
 from sfumato.errors import ConfigError, ScheduleError
-from sfumato.generation.model import DenoiserConfig, SamplingConfig
+from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
 
 if TYPE_CHECKING:

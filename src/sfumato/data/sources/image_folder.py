@@ -25,11 +25,11 @@ from sfumato.data.file_types import (
 )
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Blob, Entry, Listing, Reject, described, printable_name
-from sfumato.data.sources.accounting import KINDS, LAYERS, Account
-from sfumato.data.sources.layout import BESIDE_CATEGORIES, Layout
+from sfumato.data.sources.file_status import KINDS, LAYERS, Account
+from sfumato.data.sources.folder_layout import BESIDE_CATEGORIES, Layout
 from sfumato.data.sources.metadata import is_authoritative
 from sfumato.data.sources.metadata_join import Metadata, Told
-from sfumato.data.texts import Texts
+from sfumato.data.text_encoding import Texts
 from sfumato.errors import DataError
 
 CAPTIONS = (".txt", ".caption", ".captions", ".cap", ".prompt")

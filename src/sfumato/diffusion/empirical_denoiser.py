@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
-from sfumato.diffusion.level import Denoised, NoiseLevel
+from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Sample
 
 

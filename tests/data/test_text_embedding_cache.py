@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.data import embeddings
-from sfumato.data.embeddings import COMMIT_EVERY, EmbeddingStore, Kept
+from sfumato.data import text_embedding_cache
+from sfumato.data.text_embedding_cache import COMMIT_EVERY, EmbeddingStore, Kept
 
 TEXTS = ["", "a cat", "eine Katze", "猫 🐈", "x" * 100_000, "\ud800", "a\0b\n\x1b[2J"]
 
@@ -65,7 +65,7 @@ def test_what_is_put_in_comes_out_before_and_after_it_is_written(folder: Path) -
 
 def test_another_process_finds_them() -> None:
     filled(TEXTS[:4]).commit()
-    code = "from sfumato.data.embeddings import EmbeddingStore; print(EmbeddingStore('e')['a cat'].tokens.tolist())"
+    code = "from sfumato.data.text_embedding_cache import EmbeddingStore; print(EmbeddingStore('e')['a cat'].tokens.tolist())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
@@ -111,10 +111,12 @@ def test_two_that_write_at_once_lose_nothing() -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "COMMIT_EVERY", 5)
+    monkeypatch.setattr(text_embedding_cache, "COMMIT_EVERY", 5)
     texts = [f"text {i}" for i in range(60)]
     each = filled(texts[:1])[texts[0]]
-    monkeypatch.setattr(embeddings, "RECENT_BYTES", 10 * (each.vector.nbytes + each.tokens.nbytes))
+    monkeypatch.setattr(
+        text_embedding_cache, "RECENT_BYTES", 10 * (each.vector.nbytes + each.tokens.nbytes)
+    )
     store = filled(texts)
     assert holds(store, texts)
     assert len(store) <= 15

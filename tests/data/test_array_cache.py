@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.data import DataConfig, Dataset, Folder, cache, index, indexing
-from sfumato.data.cache import ArrayCache, Gather, Writer
+from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, indexing
+from sfumato.data.array_cache import ArrayCache, Gather, Writer
 from sfumato.errors import DataError
 from sfumato.storage import atomic
 from tests.helpers.containers import put
@@ -162,7 +162,7 @@ def test_another_decoder_or_format_of_the_cache_shares_nothing(
     monkeypatch.setattr(indexing, "DECODER", indexing.DECODER + 1)
     opened(photos)
     assert len(decoded) == 24
-    monkeypatch.setattr(cache, "FORMAT", "test")
+    monkeypatch.setattr(array_cache, "FORMAT", "test")
     opened(photos)
     assert len(decoded) == 36
 

@@ -16,8 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import ConfigError
-from sfumato.observability.encoded import DESCRIPTION, png16, png16_pixels, tiff, tiff_tags
 from sfumato.observability.images import Alpha, save_png, to_pil
+from sfumato.observability.png_tiff_encoders import (
+    DESCRIPTION,
+    png16,
+    png16_pixels,
+    tiff,
+    tiff_tags,
+)
 from sfumato.storage.atomic import atomic_file
 
 SETTINGS = "settings.json"  # of a folder of arrays, which carry no text
@@ -253,7 +259,6 @@ class Tiff:
 
     def require(self, values: Values) -> None:
         """Accept any number of channels, with or without alpha."""
-        return None
 
     def holds_units(self, values: Values) -> bool:
         """Return whether `value_range` is set; float32 holds what integers cannot."""
@@ -296,7 +301,6 @@ class Npy:
 
     def require(self, values: Values) -> None:
         """Accept any number of channels, with or without alpha."""
-        return None
 
     def holds_units(self, values: Values) -> bool:
         """Return whether `value_range` is set; without one, the arrays are in [0, 1]."""

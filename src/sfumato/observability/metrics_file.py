@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from sfumato.platform import peak_memory
 from sfumato.storage.atomic import write_text
 
 
@@ -62,8 +61,7 @@ def peak_gib(device: torch.device) -> float:
     """Return the peak memory of this process so far in GiB: allocated on a GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_memory() / 2**30
 
 
 def _finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import OutputError
-from sfumato.observability.image_files import FORMATS, SETTINGS, ImageFormat, Values, settings_of
+from sfumato.observability.image_formats import FORMATS, SETTINGS, ImageFormat, Values, settings_of
 
 GRID, TRAJECTORY = "grid.png", "trajectory.png"
 NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")

@@ -16,7 +16,7 @@ from sfumato.foreign_models import refuse_diffusers
 SUMMARIES = {
     "digits": "Handwritten digits, 8 x 8, steered by category: one minute on two cores.",
     "ddpm": (
-        "The diffusion model of textbooks, on digits of 8 x 8: 1,000 linear betas, noise "
+        "Textbook diffusion model on digits of 8 x 8: 1,000 linear betas, noise "
         "prediction, clipped: "
         "three minutes on two cores."
     ),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sfumato.data import AugmentConfig, DataConfig, Dataset, Folder, changes, index
+from sfumato.data import AugmentConfig, DataConfig, Dataset, Folder, dataset_diff, index
 from tests.helpers.runs import images
 
 
@@ -73,7 +73,7 @@ def test_a_change_is_named(tmp_path: Path, change: Callable[[Path], None], said:
     before = json.loads(json.dumps(opened(folder).summary()))
     change(folder)
     after = opened(folder)
-    found = changes.changes(before, after)
+    found = dataset_diff.changes(before, after)
     assert found[: len(said)] == said
     assert (found == []) == (after.fingerprint == before["fingerprint"])
 
@@ -94,7 +94,7 @@ def test_a_changed_setting_is_told_from_changed_images(
 ) -> None:
     folder = images(tmp_path / "set", count=20)
     before = json.loads(json.dumps(opened(folder).summary()))
-    (found,) = changes.changes(before, opened(folder, **settings))
+    (found,) = dataset_diff.changes(before, opened(folder, **settings))
     assert found.startswith(said)
 
 
@@ -108,15 +108,17 @@ def test_what_does_not_touch_the_contents_is_no_change(tmp_path: Path) -> None:
 
 
 def test_older_runs_recorded_nothing_to_compare(tmp_path: Path) -> None:
-    assert changes.changes({"fingerprint": "x"}, opened(images(tmp_path / "set", count=20))) == []
+    assert (
+        dataset_diff.changes({"fingerprint": "x"}, opened(images(tmp_path / "set", count=20))) == []
+    )
 
 
 def test_of_very_large_sets_single_files_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = images(tmp_path / "set", count=20)
-    monkeypatch.setattr(changes, "LISTED", 19)
+    monkeypatch.setattr(dataset_diff, "LISTED", 19)
     before = opened(folder).summary()
     assert "files" not in before
     edited(folder)
-    assert changes.changes(before, opened(folder))[0] == "other images"
+    assert dataset_diff.changes(before, opened(folder))[0] == "other images"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sfumato.observability.progress import duration
+from sfumato.platform import total_memory
 from sfumato.runs.cost import Prediction
 
 # Images that are trained on, each as often as it is seen. docs/benchmarks.md, "Time to quality": at
@@ -54,7 +54,7 @@ class Machine:
         if torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            memory = total_memory()
         return cls(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)
 
 

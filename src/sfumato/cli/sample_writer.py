@@ -14,11 +14,11 @@ from typing import Any
 import typer
 from torch import Tensor
 
-from sfumato.cli.output_folder import GRID, TRAJECTORY, Generated, unwritten, writable
+from sfumato.cli.sample_output import GRID, TRAJECTORY, Generated, unwritten, writable
 from sfumato.cli.trajectory_images import trajectory_image
 from sfumato.errors import NonFiniteError
 from sfumato.generation.pipeline import Pipeline
-from sfumato.observability.image_files import SETTINGS
+from sfumato.observability.image_formats import SETTINGS
 from sfumato.observability.images import grid_image, save_png, shown
 from sfumato.observability.progress import ProgressBar, printable
 from sfumato.sampling import StepInfo

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sfumato.data.cache import ArrayCache, Writer
+from sfumato.data.array_cache import ArrayCache, Writer
 from sfumato.errors import DataError
 
 COMMIT_EVERY = 256

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sfumato.data.listing import printable_name
-from sfumato.data.splits import HELD_OUT, TRAIN, split_of
+from sfumato.data.split_names import HELD_OUT, TRAIN, split_of
 
 BESIDE_CATEGORIES = "lies beside the category folders, in none of them"
 BESIDE_SPLITS = "lies beside the folders of the splits, in none of them"
