@@ -58,11 +58,11 @@ class Condition:
             )
         return Condition(**{name: function(slot, theirs[name]) for name, slot in mine.items()})
 
-    def concatenate(self, other: Condition) -> Condition:
+    def concat_batch(self, other: Condition) -> Condition:
         """Stack two batches of conditions along the batch dimension."""
-        return self.combine(other, lambda a, b: _joined(a, b, dim=0))
+        return self.combine(other, lambda a, b: _concat(a, b, dim=0))
 
-    def replaced_where(self, mask: Tensor, other: Condition) -> Condition:
+    def replace_where(self, mask: Tensor, other: Condition) -> Condition:
         """Take `other` where `mask` (B,) is True, e.g. to drop contexts sample by sample."""
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class Condition:
 
         return self.combine(other, choose)
 
-    def beside(self, other: Condition) -> Condition:
-        """Join two conditions: vectors and maps along channels, tokens one after another."""
+    def concat_features(self, other: Condition) -> Condition:
+        """Concatenate two conditions: vectors and maps along channels, tokens along the sequence."""
         mine, theirs = self.slots(), other.slots()
         if (
             "tokens" in mine
@@ -86,16 +86,16 @@ class Condition:
                     ),
                 )
         both = {
-            name: _joined(slot, theirs[name], dim=1)
+            name: _concat(slot, theirs[name], dim=1)
             for name, slot in mine.items()
             if name in theirs
         }
         return Condition(**{**mine, **theirs, **both})
 
-    def folded(self, factor: int) -> Condition:
-        """Fold factor x factor places of the maps into channels, for a network's coarser grid.
+    def pixel_unshuffle(self, factor: int) -> Condition:
+        """Move factor x factor pixels of the maps into channels, for a network's coarser grid.
 
-        No place is lost: sides are padded to multiples of `factor`, and 1 x 1 maps are repeated.
+        No pixel is lost: sides are padded to multiples of `factor`, and 1 x 1 maps are repeated.
         """
         if self.spatial is None:
             return self
@@ -105,35 +105,35 @@ class Condition:
         padded = F.pad(self.spatial, (0, -width % factor, 0, -height % factor), mode="replicate")
         return replace(self, spatial=F.pixel_unshuffle(padded, factor))
 
-    def between(self, other: Condition, shares: Tensor) -> Condition:
+    def lerp(self, other: Condition, shares: Tensor) -> Condition:
         """Interpolate towards `other`, whose share is `shares` (B,).
 
         A token counts if it counts in either condition that has a share.
         """
 
-        def mixed(a: Tensor, b: Tensor) -> Tensor:
+        def interpolate(a: Tensor, b: Tensor) -> Tensor:
             share = shares.view(-1, *[1] * (a.ndim - 1))
             if a.dtype == torch.bool:
                 return (a & (share < 1)) | (b & (share > 0))
             return torch.lerp(a, b.to(a.dtype), share.to(a))
 
-        return self.combine(other, mixed)
+        return self.combine(other, interpolate)
 
-    def expanded(self, batch_size: int) -> Condition:
+    def expand(self, batch_size: int) -> Condition:
         """Repeat a condition of one image for a batch; one of `batch_size` images is unchanged."""
         return self.map(lambda slot: slot.expand(batch_size, *slot.shape[1:]))
 
 
-# what is known of B images, by name: tensors (B, ...) and lists of B texts
-Context = Mapping[str, Any]
+# the values of B images by the name of the context: tensors (B, ...) and lists of B texts
+ContextValues = Mapping[str, Any]
 
 
-def rows(context: Context, chosen: slice) -> dict[str, Any]:
+def select_rows(context: ContextValues, chosen: slice) -> dict[str, Any]:
     """Select some of the images of a context."""
     return {name: value[chosen] for name, value in context.items()}
 
 
-def on_device(context: Context, device: torch.device) -> dict[str, Any]:
+def to_device(context: ContextValues, device: torch.device) -> dict[str, Any]:
     """Return the context with its tensors on `device`."""
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -141,7 +141,7 @@ def on_device(context: Context, device: torch.device) -> dict[str, Any]:
     }
 
 
-def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
+def reorder(context: ContextValues, order: Sequence[int]) -> dict[str, Any]:
     """Return the context with its images in another order."""
     return {
         name: value[torch.tensor(order)] if isinstance(value, Tensor) else [value[i] for i in order]
@@ -149,8 +149,8 @@ def reordered(context: Context, order: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _joined(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Concatenate along `dim`; smaller maps are first enlarged to the other's height and width."""
+def _concat(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Concatenate along `dim`; smaller maps are first upsampled to the other's height and width."""
     if a.ndim == 4 and a.shape[2:] != b.shape[2:]:
         size = (max(a.shape[2], b.shape[2]), max(a.shape[3], b.shape[3]))
         a, b = (
@@ -180,7 +180,7 @@ class ContextSizes:
             **{name: slots[name].shape[dim] for name, dim in channels.items() if name in slots}
         )
 
-    def beside(self, other: ContextSizes) -> ContextSizes:
+    def concat_features(self, other: ContextSizes) -> ContextSizes:
         """Return the sizes of both together; tokens of both must have the same channels.
 
         Raises:
@@ -197,8 +197,8 @@ class ContextSizes:
             spatial=self.spatial + other.spatial,
         )
 
-    def folded(self, factor: int) -> ContextSizes:
-        """Return the sizes of a folded condition: `spatial` is multiplied by factor^2."""
+    def pixel_unshuffle(self, factor: int) -> ContextSizes:
+        """Return the sizes after `Condition.pixel_unshuffle`: `spatial` is multiplied by factor^2."""
         return replace(self, spatial=self.spatial * factor**2)
 
 

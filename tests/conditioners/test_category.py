@@ -20,7 +20,7 @@ def test_no_category_is_the_null_vector() -> None:
 def test_dropout_to_null_is_per_sample() -> None:
     conditioner = made()
     kept = conditioner({"category": torch.tensor([0, 1, 2])}, 3)
-    mixed = kept.replaced_where(torch.tensor([False, True, False]), conditioner.null(3)).vector
+    mixed = kept.replace_where(torch.tensor([False, True, False]), conditioner.null(3)).vector
     assert torch.equal(mixed[[0, 2]], kept.vector[[0, 2]])
     assert torch.equal(mixed[1], conditioner.null(1).vector[0])
 
@@ -53,4 +53,4 @@ def test_without_parts_no_slot_is_filled() -> None:
         nothing({"category": torch.tensor([0, 1, 2])}, 3, draws=torch.zeros(3, 1)) is NO_CONDITION
     )
     assert nothing.null(3) is NO_CONDITION
-    assert NO_CONDITION.replaced_where(torch.tensor([True]), nothing.null(1)).slots() == {}
+    assert NO_CONDITION.replace_where(torch.tensor([True]), nothing.null(1)).slots() == {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.condition import Condition, ContextSizes, reordered, rows
+from sfumato.condition import Condition, ContextSizes, reorder, select_rows
 from sfumato.conditioners import (
     AttributesConditioner,
     AttributesConfig,
@@ -149,11 +149,11 @@ def test_images_of_a_batch_do_not_see_one_another(made: tuple[Any, dict[str, Any
     together = conditioner(context, B)
     for i in range(B):
         assert_close(
-            conditioner(rows(context, slice(i, i + 1)), 1),
+            conditioner(select_rows(context, slice(i, i + 1)), 1),
             together.map(lambda slot, i=i: slot[i : i + 1]),
         )
     order = [3, 1, 4, 0, 2]
-    assert_close(conditioner(reordered(context, order), B), together.map(lambda slot: slot[order]))
+    assert_close(conditioner(reorder(context, order), B), together.map(lambda slot: slot[order]))
 
 
 def test_gradient_reaches_every_parameter(made: tuple[Any, dict[str, Any]]) -> None:
@@ -174,7 +174,7 @@ def test_training_contexts_depend_on_the_samples_numbers_only(
     together = conditioner.derive(images, context, seed=4, first=100)
     for i in range(B):
         alone = conditioner.derive(
-            images[i : i + 1], rows(context, slice(i, i + 1)), seed=4, first=100 + i
+            images[i : i + 1], select_rows(context, slice(i, i + 1)), seed=4, first=100 + i
         )
         assert alone.keys() == together.keys()
         for name, value in alone.items():

@@ -48,7 +48,7 @@ def same(a: Condition, b: Condition) -> bool:
     )
 
 
-# --- Condition.folded -----------------------------------------------------------------------------
+# --- Condition.pixel_unshuffle --------------------------------------------------------------------
 
 
 def maps(*shape: int) -> Condition:
@@ -60,7 +60,7 @@ def maps(*shape: int) -> Condition:
 
 def test_folded_maps_lose_nothing() -> None:
     condition = maps(3, 8, 12)
-    folded = condition.folded(4)
+    folded = condition.pixel_unshuffle(4)
     assert folded.spatial.shape == (2, 48, 2, 3)
     assert (
         folded.spatial[0, 16:32, 1, 2].tolist()
@@ -68,19 +68,19 @@ def test_folded_maps_lose_nothing() -> None:
     )
     assert torch.equal(torch.nn.functional.pixel_shuffle(folded.spatial, 4), condition.spatial)
     assert torch.equal(folded.vector, condition.vector)
-    assert same(condition.folded(1), condition)
-    assert same(filled(vector=1).folded(4), filled(vector=1))
+    assert same(condition.pixel_unshuffle(1), condition)
+    assert same(filled(vector=1).pixel_unshuffle(4), filled(vector=1))
 
 
 def test_maps_that_are_the_same_everywhere_fold_as_if_written_out() -> None:
     condition = maps(3, 1, 1)
-    written = Condition(spatial=condition.spatial.expand(-1, -1, 4, 4)).folded(4)
-    assert torch.equal(condition.folded(4).spatial, written.spatial)
+    written = Condition(spatial=condition.spatial.expand(-1, -1, 4, 4)).pixel_unshuffle(4)
+    assert torch.equal(condition.pixel_unshuffle(4).spatial, written.spatial)
 
 
 def test_sides_that_do_not_divide_are_padded_with_their_rim() -> None:
     condition = maps(1, 5, 8)
-    shown = torch.nn.functional.pixel_shuffle(condition.folded(4).spatial, 4)
+    shown = torch.nn.functional.pixel_shuffle(condition.pixel_unshuffle(4).spatial, 4)
     assert torch.equal(shown[:, :, :5], condition.spatial)
     assert torch.equal(shown[:, :, 5:], condition.spatial[:, :, 4:].expand(-1, -1, 3, -1))
 
@@ -118,23 +118,23 @@ def test_the_places_of_a_map_do_not_depend_on_what_lies_beside_it() -> None:
 
 
 def test_smaller_maps_are_repeated_up_to_the_others() -> None:
-    both = maps(1, 8, 8).beside(maps(2, 4, 4))
+    both = maps(1, 8, 8).concat_features(maps(2, 4, 4))
     assert both.spatial.shape == (2, 3, 8, 8)
     assert torch.equal(both.spatial[:, 1:, ::2, ::2], both.spatial[:, 1:, 1::2, 1::2])
 
 
-# --- Condition.beside -----------------------------------------------------------------------------
+# --- Condition.concat_features --------------------------------------------------------------------
 
 
 def test_vectors_and_maps_lie_side_by_side_by_channels() -> None:
-    both = filled(vector=2, maps=1).beside(filled(vector=3, maps=2, value=5.0))
+    both = filled(vector=2, maps=1).concat_features(filled(vector=3, maps=2, value=5.0))
     assert both.vector.tolist() == [[1, 1, 5, 5, 5]] * 2
     assert both.spatial.shape == (2, 3, 4, 4)
     assert both.spatial[0, :, 0, 0].tolist() == [1, 5, 5]
 
 
 def test_tokens_follow_one_another() -> None:
-    both = tokens(2).beside(tokens(3, value=5.0))
+    both = tokens(2).concat_features(tokens(3, value=5.0))
     assert both.tokens[0, :, 0].tolist() == [1, 1, 5, 5, 5]
     assert both.token_mask is None
 
@@ -150,7 +150,7 @@ def test_tokens_follow_one_another() -> None:
 def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(
     first: Condition, second: Condition, mask: list
 ) -> None:
-    both = first.beside(second)
+    both = first.concat_features(second)
     assert both.token_mask.tolist() == [mask] * 2
     assert both.token_mask.dtype == torch.bool
 
@@ -158,12 +158,13 @@ def test_where_one_part_has_a_mask_the_other_ones_tokens_all_count(
 def test_a_mask_is_kept_beside_a_condition_without_tokens() -> None:
     masked = tokens(2, mask=[True, False])
     assert same(
-        masked.beside(filled(vector=2)), Condition(**masked.slots(), **filled(vector=2).slots())
+        masked.concat_features(filled(vector=2)),
+        Condition(**masked.slots(), **filled(vector=2).slots()),
     )
 
 
 def test_different_slots_are_all_kept() -> None:
-    both = filled(vector=2).beside(filled(length=4)).beside(filled(maps=1))
+    both = filled(vector=2).concat_features(filled(length=4)).concat_features(filled(maps=1))
     assert {name: tuple(slot.shape) for name, slot in both.slots().items()} == {
         "vector": (2, 2), "tokens": (2, 4, 3), "spatial": (2, 1, 4, 4),
     }  # fmt: skip
@@ -171,16 +172,16 @@ def test_different_slots_are_all_kept() -> None:
 
 def test_nothing_beside_a_condition_is_the_condition() -> None:
     some = filled(vector=2, length=1, maps=1)
-    assert same(some.beside(NO_CONDITION), some)
-    assert same(NO_CONDITION.beside(some), some)
-    assert NO_CONDITION.beside(NO_CONDITION) == NO_CONDITION
+    assert same(some.concat_features(NO_CONDITION), some)
+    assert same(NO_CONDITION.concat_features(some), some)
+    assert NO_CONDITION.concat_features(NO_CONDITION) == NO_CONDITION
 
 
 def test_the_first_ones_dtype_is_taken_and_neither_is_changed() -> None:
     first, second = filled(vector=1).map(torch.Tensor.double), filled(vector=1)
-    assert first.beside(second).vector.dtype == torch.float64
+    assert first.concat_features(second).vector.dtype == torch.float64
     masked, plain = tokens(1, mask=[True]), tokens(1)
-    masked.beside(plain)
+    masked.concat_features(plain)
     assert plain.token_mask is None
 
 
@@ -197,17 +198,19 @@ def test_the_sizes_of_both_together_are_those_of_the_condition_together(
     a, b, c = (
         filled(**size, value=float(number)) for number, size in enumerate((first, second, third))
     )
-    assert ContextSizes.of(a).beside(ContextSizes.of(b)) == ContextSizes.of(a.beside(b))
-    assert same(a.beside(b).beside(c), a.beside(b.beside(c)))
+    assert ContextSizes.of(a).concat_features(ContextSizes.of(b)) == ContextSizes.of(
+        a.concat_features(b)
+    )
+    assert same(a.concat_features(b).concat_features(c), a.concat_features(b.concat_features(c)))
 
 
 def test_tokens_of_two_sizes_are_refused() -> None:
     with pytest.raises(ShapeError, match="tokens of 3 and 4 channels"):
-        ContextSizes(tokens=3).beside(ContextSizes(tokens=4))
-    assert ContextSizes(tokens=3).beside(ContextSizes(tokens=3)).tokens == 3
+        ContextSizes(tokens=3).concat_features(ContextSizes(tokens=4))
+    assert ContextSizes(tokens=3).concat_features(ContextSizes(tokens=3)).tokens == 3
     assert (
-        ContextSizes(tokens=3).beside(NO_CONTEXT)
-        == NO_CONTEXT.beside(ContextSizes(tokens=3))
+        ContextSizes(tokens=3).concat_features(NO_CONTEXT)
+        == NO_CONTEXT.concat_features(ContextSizes(tokens=3))
         == ContextSizes(tokens=3)
     )
 

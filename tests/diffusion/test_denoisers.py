@@ -238,7 +238,7 @@ def test_several_rungs_weigh_each_context_by_itself() -> None:
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
     guided = ClassifierFree(
         denoiser=denoiser, terms=(GuidanceTerm(nothing, 1.5), GuidanceTerm(first, 4.0))
-    )(x, LEVEL, both.expanded(2))
+    )(x, LEVEL, both.expand(2))
     expected = direction[2] + 1.5 * 2 * direction[0] + 4.0 * 3 * direction[1]
     torch.testing.assert_close(guided.x0, expected.expand_as(x))
     torch.testing.assert_close(LEVEL.alpha * guided.x0 + LEVEL.sigma * guided.eps, x)

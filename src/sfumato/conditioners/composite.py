@@ -26,7 +26,9 @@ class CompositeConditioner(nn.Module):
         self.parts = nn.ModuleDict(parts)
         self._parts = tuple(parts.values())  # the same, with their own types
         self.sizes = reduce(
-            ContextSizes.beside, (part.sizes.folded(factor) for part in parts.values()), NO_CONTEXT
+            ContextSizes.concat_features,
+            (part.sizes.pixel_unshuffle(factor) for part in parts.values()),
+            NO_CONTEXT,
         )
 
     def forward(
@@ -50,10 +52,10 @@ class CompositeConditioner(nn.Module):
                 dropped = (draws[:, number] < part.dropout).to(
                     next(iter(condition.slots().values())).device
                 )
-                condition = condition.replaced_where(dropped, part.null(batch_size))
+                condition = condition.replace_where(dropped, part.null(batch_size))
             # each by itself: its places are the same whatever lies beside it
-            conditions.append(condition.folded(self.factor))
-        return reduce(Condition.beside, conditions, NO_CONDITION)
+            conditions.append(condition.pixel_unshuffle(self.factor))
+        return reduce(Condition.concat_features, conditions, NO_CONDITION)
 
     def derive(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
@@ -75,7 +77,7 @@ class CompositeConditioner(nn.Module):
     def null(self, batch_size: int) -> Condition:
         """Return the null conditions of all parts, joined."""
         return reduce(
-            Condition.beside,
-            (part.null(batch_size).folded(self.factor) for part in self._parts),
+            Condition.concat_features,
+            (part.null(batch_size).pixel_unshuffle(self.factor) for part in self._parts),
             NO_CONDITION,
         )

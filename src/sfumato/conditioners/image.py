@@ -222,7 +222,7 @@ class ReferenceConditioner(Conditioner):
         reference = context["reference"].to(self.nothing.device)
         missing = reference.isnan().flatten(1).any(1)
         seen = self.see(reference.nan_to_num(0.0)).flatten(2).transpose(1, 2) + self.positions
-        return self._condition(seen).replaced_where(missing, self.null(batch_size))
+        return self._condition(seen).replace_where(missing, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
         """Return the learned tokens of no image, and their summary."""

@@ -159,7 +159,7 @@ class LearnedTextConditioner(Conditioner):
 
     def null(self, batch_size: int) -> Condition:
         """Return the condition of empty texts."""
-        return self._read([""], [None]).expanded(batch_size)
+        return self._read([""], [None]).expand(batch_size)
 
     def read(self, text: str) -> str:
         """Return the part of a text that is not cut off."""

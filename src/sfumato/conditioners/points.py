@@ -135,7 +135,7 @@ class PointsConditioner(Conditioner):
             tokens=tokens,
             spatial=self._splatted(points, absent),
         )
-        return slots.replaced_where(missing, self.null(batch_size))
+        return slots.replace_where(missing, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
         """Return the learned tokens of no points, their summary and, if any, maps of zeros."""

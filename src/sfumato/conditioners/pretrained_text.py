@@ -267,7 +267,7 @@ class PretrainedTextConditioner(Conditioner):
             token_mask=mask,
         )
         empty = torch.tensor([not text.strip() for text in context["text"]], device=device)
-        return given.replaced_where(empty, self.null(batch_size))
+        return given.replace_where(empty, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
         """Return a learned vector and one learned token; the mask hides all other tokens."""

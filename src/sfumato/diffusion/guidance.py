@@ -59,13 +59,13 @@ class ClassifierFree:
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         """Return the guided pair, from one call of the denoiser on B (terms + 1) images."""
         count = len(self.terms) + 1
-        below = [rung.condition.expanded(len(x)) for rung in self.terms]
+        below = [rung.condition.expand(len(x)) for rung in self.terms]
         together = self.denoiser(
             torch.cat([x] * count),
             level
             if level.alpha.ndim == 0
             else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
-            reduce(Condition.concatenate, [condition, *below]),
+            reduce(Condition.concat_batch, [condition, *below]),
         )
         goal, *found = (
             Denoised(x0, eps)
@@ -91,7 +91,7 @@ class WithCondition:
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         """Return the denoised pair under the fixed condition; `condition` is ignored."""
-        return self.denoiser(x, level, self.condition.expanded(len(x)))
+        return self.denoiser(x, level, self.condition.expand(len(x)))
 
 
 @dataclass(frozen=True, kw_only=True)

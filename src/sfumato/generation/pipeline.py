@@ -383,15 +383,13 @@ class Pipeline:
         noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
         x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
         with torch.no_grad():
-            ends = [conditioner(request.context, 1).expanded(num) for request in requests]
+            ends = [conditioner(request.context, 1).expand(num) for request in requests]
             ladders = [
                 guidance_terms(self.model.conditioner, request, given, scales)
                 for request in requests
             ]
             terms = tuple(
-                GuidanceTerm(
-                    a.condition.expanded(num).between(b.condition.expanded(num), shares), a.scale
-                )
+                GuidanceTerm(a.condition.expand(num).lerp(b.condition.expand(num), shares), a.scale)
                 for a, b in zip(*ladders, strict=True)
             )
             denoiser = guided(
@@ -401,7 +399,7 @@ class Pipeline:
             )
             denoiser = Clip(denoiser=denoiser) if clip else denoiser
             condition, solver = (
-                ends[0].between(ends[1], shares),
+                ends[0].lerp(ends[1], shares),
                 chosen_sampler(sampler, self.sampling.sampler),
             )
             images = sample(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.condition import Context as Batch
-from sfumato.condition import on_device, rows
+from sfumato.condition import ContextValues, select_rows, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, Context, by_keyword, steering
 from sfumato.contexts.image_inputs import batch_of_images
@@ -88,14 +87,16 @@ class ResolvedRequest:
         known: 1 where `start` is kept, (B, 1, H, W).
     """
 
-    context: Batch
-    negative: Batch
+    context: ContextValues
+    negative: ContextValues
     start: Tensor
     strength: float = 1.0
     known: Tensor | None = None
 
     @classmethod
-    def of(cls, context: Batch, image_shape: tuple[int, int, int], num: int) -> ResolvedRequest:
+    def of(
+        cls, context: ContextValues, image_shape: tuple[int, int, int], num: int
+    ) -> ResolvedRequest:
         """Create a request for images from pure noise, with a context that is known to fit."""
         return cls(context=context, negative={}, start=torch.zeros(num, *image_shape))
 
@@ -118,8 +119,8 @@ class ResolvedRequest:
         """Return the request for some of the images, on a device."""
         known = None if self.known is None else self.known[chosen].to(device)
         return ResolvedRequest(
-            context=on_device(rows(self.context, chosen), device),
-            negative=on_device(rows(self.negative, chosen), device),
+            context=to_device(select_rows(self.context, chosen), device),
+            negative=to_device(select_rows(self.negative, chosen), device),
             start=self.start[chosen].to(device),
             strength=self.strength,
             known=known,

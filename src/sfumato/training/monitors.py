@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
-from sfumato.condition import Context, on_device, reordered
+from sfumato.condition import ContextValues, reorder, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, values_in_turn
 from sfumato.data import Dataset, to_float
@@ -49,8 +49,8 @@ class Validator:
         autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
-        self.batch_size = config.at_once
-        self._sets: list[tuple[Triples, Context]] = []
+        self.batch_size = config.effective_micro_batch
+        self._sets: list[tuple[Triples, ContextValues]] = []
         for part in (dataset.holdout, dataset.training):
             positions = _usual_or_first(dataset, part)
             order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
@@ -60,7 +60,7 @@ class Validator:
             images = to_float(pixels).to(device)
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
             triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
-            context = on_device(dataset.context(chosen), device)
+            context = to_device(dataset.context(chosen), device)
             self._sets.append(
                 (triples, conditioner.derive(images, context, seed=config.seed, first=0))
             )
@@ -108,7 +108,7 @@ class Validator:
             count = len(triples.x0)
             context = {
                 **context,
-                **reordered({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)]),
+                **reorder({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)]),
             }
         model.eval()
         with torch.no_grad():

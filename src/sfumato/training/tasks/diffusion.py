@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
-from sfumato.condition import on_device, rows
+from sfumato.condition import select_rows, to_device
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Batch, Dataset, Part
 from sfumato.diffusion import NoiseLevel, Objective
@@ -61,7 +61,7 @@ class Diffusion:
             config, dataset, sampling, model.conditioner, autoencoder, directory, facts
         )
 
-    def learners(self, model: Model) -> list[OptimizedPart]:
+    def optimized_parts(self, model: Model) -> list[OptimizedPart]:
         """Return a single part that holds all trained parameters."""
         return [OptimizedPart("model", model, self.config.optimizer)]
 
@@ -72,7 +72,7 @@ class Diffusion:
         part: Part,
         chosen: slice,
         *,
-        spent: float,
+        progress: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
         """Return the objective's loss of each sample plus the active auxiliary losses, (n,).
@@ -96,7 +96,7 @@ class Diffusion:
             count=count,
             per_item=max(1, len(model.conditioner.parts)),
         )
-        context = on_device(rows(part.context, chosen), device)
+        context = to_device(select_rows(part.context, chosen), device)
         context = model.conditioner.derive(images, context, seed=seed, first=first)
         # dropout inside networks has no other handle
         torch.manual_seed(((seed << 40) + first) % 2**63)
@@ -110,7 +110,7 @@ class Diffusion:
             model.denoiser(dtype), x0, condition, level=level, noise=noise
         ).per_sample
         total = uncertainty_weighted(found, auxiliary.uncertainty(level.logsnr()))
-        beside = auxiliary.losses(images, spent=spent)
+        beside = auxiliary.losses(images, progress=progress)
         for weight, value in beside.values():
             total = total + weight * value
         return SampleLosses(
@@ -132,20 +132,20 @@ class Diffusion:
             ),
         )
 
-    def record(self, outcome: SampleLosses) -> dict[str, float]:
+    def log_metrics(self, losses: SampleLosses) -> dict[str, float]:
         """Return the mean of the loss by range of log-SNR, and of each auxiliary loss.
 
         Ranges without samples are left out.
         """
-        number = torch.bucketize(outcome.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
+        number = torch.bucketize(losses.notes["logsnr"], torch.tensor(LOGSNR_EDGES))
         names = [f"below{LOGSNR_EDGES[0]:+g}", *(f"from{low:+g}" for low in LOGSNR_EDGES)]
         return {
-            f"train/loss_by_logsnr/{name}": float(outcome.notes["loss"][number == index].mean())
+            f"train/loss_by_logsnr/{name}": float(losses.notes["loss"][number == index].mean())
             for index, name in enumerate(names)
             if (number == index).any()
         } | {
             f"train/{name}": float(value.mean())
-            for name, value in outcome.notes.items()
+            for name, value in losses.notes.items()
             if name not in ("logsnr", "loss")
         }
 
@@ -166,7 +166,7 @@ class Diffusion:
         """Write a preview; see `Previewer.show`."""
         self._previewer.show(average, step, on_step)
 
-    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+    def forward_images(self, config: TrainingConfig) -> tuple[int, int]:
         """Return the images that go through the network in one preview and in one validation.
 
         Guidance doubles those of a preview. A validation takes one pass for the weights, two for
