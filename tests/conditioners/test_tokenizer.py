@@ -20,8 +20,8 @@ from sfumato.conditioners import (
 from sfumato.conditioners.tokenizer import (
     _WORD,
     BYTES,
+    EMPTY,
     FIRST_WORD,
-    x,
     PAD,
     START,
     ByRuns,
@@ -47,7 +47,7 @@ def test_known_words_are_one_number_and_others_are_spelled() -> None:
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\u3000"])
 def test_an_empty_text_is_nothing(text: str) -> None:
-    assert WORDS.encode(text, length=4) == [x, PAD, PAD, PAD]
+    assert WORDS.encode(text, length=4) == [EMPTY, PAD, PAD, PAD]
 
 
 @given(st.text(max_size=200), st.integers(2, 40))
@@ -68,7 +68,7 @@ def test_what_is_read_is_what_is_encoded(pieces: list[str], length: int) -> None
     read = [
         number
         for number in WORDS.encode(WORDS.read(text, length=length), length=500)
-        if number not in (PAD, x)
+        if number not in (PAD, EMPTY)
     ]
     assert WORDS.encode(text, length=length)[: len(read)] == read
     more = [piece for piece in pieces if piece.strip()]
@@ -169,7 +169,9 @@ def test_composed_and_decomposed_texts_have_the_same_numbers(text: str) -> None:
 @given(st.text(max_size=60))
 def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
     words = WordTokenizer.fitted([text], most=1000)
-    found = [number for number in words.encode(text, length=1000) if number not in (PAD, START, x)]
+    found = [
+        number for number in words.encode(text, length=1000) if number not in (PAD, START, EMPTY)
+    ]
     assert [words.vocabulary[number - FIRST_WORD] for number in found] == words.splitting.pieces(
         text
     )

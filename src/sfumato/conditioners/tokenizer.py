@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sfumato import unicode_scripts
 
 # what numbers mean; a byte b is BYTES + b, then come the words
-PAD, START, NOTHING, BYTES = 0, 1, 2, 3
+PAD, START, EMPTY, BYTES = 0, 1, 2, 3
 FIRST_WORD = BYTES + 256
 MOST_WORDS = 50_000  # that are kept of a set
 _RUN = re.compile(r"\w+|[^\w\s]")
@@ -100,7 +100,7 @@ class WordTokenizer:
     def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
         """Return the numbers of a text, `length` of them: START, what fits of the text, then PAD.
 
-        An empty text is NOTHING, then PAD.
+        An empty text is EMPTY, then PAD.
 
         Args:
             spelled: number of a word that is spelled in bytes although it is known, where all of
@@ -113,7 +113,7 @@ class WordTokenizer:
             longer = [*around[0], *_bytes(pieces[spelled]), *around[1]]
             numbers = longer if len(longer) < length else numbers
         if not numbers:
-            return [NOTHING] + [PAD] * (length - 1)
+            return [EMPTY] + [PAD] * (length - 1)
         return ([START, *numbers] + [PAD] * length)[:length]
 
     def count(self, text: str) -> int:
