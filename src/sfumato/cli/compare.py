@@ -106,8 +106,8 @@ def compare(
     pipeline = load(run)
     own = pipeline.sampling
     scales = list(dict.fromkeys(guidance or [own.guidance]))
-    asked = dict.fromkeys((name, given or steps or own.steps) for name, given in named)
-    setups = [Setup(name, count, scale) for (name, count), scale in product(asked, scales)]
+    chosen = dict.fromkeys((name, given or steps or own.steps) for name, given in named)
+    setups = [Setup(name, count, scale) for (name, count), scale in product(chosen, scales)]
     wanted = _wanted(pipeline, category, prompt, scales)
     num = _num(num, len(wanted["category"] or ()) if category else 0, len(wanted["prompt"] or ()))
     settings = {

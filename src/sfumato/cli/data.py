@@ -67,7 +67,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Measure every image and report what the set can and cannot teach; changes nothing."""
-    from sfumato.data.check import KINDS, IntendedModel, examine, write
+    from sfumato.data.check import KINDS, IntendedModel, inspect_data, write
     from sfumato.data.check.report import plain
     from sfumato.data.frames import framed
     from sfumato.data.value_range import choose_scale
@@ -93,34 +93,34 @@ def check(
         cuts=reader.cuts,
     )
     with ProgressBar("checking") as bar:
-        found = examine(
+        inspection = inspect_data(
             listing,
             source=source,
             plan=plan,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
-    found.remarks += Cut.of(captions, reader).lines
-    paths = write(found, folder)
-    figures = found.figures
+    inspection.remarks += Cut.of(captions, reader).lines
+    paths = write(inspection, folder)
+    figures = inspection.figures
     if as_json:
         typer.echo(
             json.dumps(
-                {**plain(found), "files": [str(path) for path in paths]},
+                {**plain(inspection), "files": [str(path) for path in paths]},
                 indent=1,
                 ensure_ascii=False,
             )
         )
         return
-    for line in found.ledger.lines() if found.ledger else ():
+    for line in inspection.ledger.lines() if inspection.ledger else ():
         _say(line)
     _say(
         f"{figures['images']} images, {figures['readable']} readable, "
         f"{figures.get('distinct', 0)} without copies"
     )
-    for kind, names in found.files().items():
+    for kind, names in inspection.files().items():
         about = KINDS[kind]
         _say(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
-    for remark in found.remarks:
+    for remark in inspection.remarks:
         _say(f"       {remark}")
     for path in paths:
         _say(path)
@@ -159,30 +159,30 @@ def coverage(
     if as_json:
         typer.echo(
             json.dumps(
-                [_plain(vocabulary.coverage(asked), entries) for asked in prompt],
+                [_plain(vocabulary.coverage(text), entries) for text in prompt],
                 indent=1,
                 ensure_ascii=False,
             )
         )
         return
-    for number, asked in enumerate(prompt):
-        found = vocabulary.coverage(asked)
-        _say("\n".join(_lines(found, len(entries))))
-        for place, likeness in found.nearest:
+    for number, text in enumerate(prompt):
+        result = vocabulary.coverage(text)
+        _say("\n".join(_lines(result, len(entries))))
+        for place, likeness in result.nearest:
             _say(
                 f"  {likeness:.2f}  "
                 f"{'; '.join(entries[place].captions) or entries[place].category}  "
                 f"({entries[place].name})"
             )
-        sheet = _sheet([entries[place] for place, _ in found.nearest])
+        sheet = _sheet([entries[place] for place, _ in result.nearest])
         if sheet is not None:
-            path = folder / f"coverage-{number:02d}-{_slug(asked.replace('/', ' '))}.png"
+            path = folder / f"coverage-{number:02d}-{_slug(text.replace('/', ' '))}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
             _say(path)
 
 
-def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
+def _plain(result: Coverage, entries: list[Entry]) -> dict[str, Any]:
     """Return the coverage of a prompt as plain data, for JSON."""
     near = [
         {
@@ -190,42 +190,42 @@ def _plain(found: Coverage, entries: list[Entry]) -> dict[str, Any]:
             "file": entries[place].name,
             "captions": list(entries[place].captions),
         }
-        for place, likeness in found.nearest
+        for place, likeness in result.nearest
     ]
-    pairs = [{"words": list(pair), "captions": count} for pair, count in found.together.items()]
+    pairs = [{"words": list(pair), "captions": count} for pair, count in result.together.items()]
     return {
-        "prompt": found.prompt,
-        "verdict": found.verdict,
+        "prompt": result.prompt,
+        "verdict": result.verdict,
         "captions": len(entries),
-        "whole": found.whole,
-        "counts": found.counts,
+        "whole": result.whole,
+        "counts": result.counts,
         "together": pairs,
-        "similar": found.similar,
+        "similar": result.similar,
         "nearest": near,
     }
 
 
-def _lines(found: Coverage, total: int) -> list[str]:
-    said = {
-        "seen": f"seen: {found.whole} of {total} captions hold all of its words; the model can "
+def _lines(result: Coverage, total: int) -> list[str]:
+    verdicts = {
+        "seen": f"seen: {result.whole} of {total} captions hold all of its words; the model can "
         "learn it.",
         "never together": "every part seen, but never together: the model has to compose it from "
         "what it learned apart.",
         "unseen words": "unseen words: nothing in the captions teaches them.",
     }
     words = (
-        ", ".join(f"{word} {count}" for word, count in found.counts.items())
+        ", ".join(f"{word} {count}" for word, count in result.counts.items())
         or "none that carry meaning"
     )
-    pairs = [f"{a} + {b} {count}" for (a, b), count in found.together.items()]
-    lines = [f"“{found.prompt}”: {said[found.verdict]}", f"  words: {words}"]
+    pairs = [f"{a} + {b} {count}" for (a, b), count in result.together.items()]
+    lines = [f"“{result.prompt}”: {verdicts[result.verdict]}", f"  words: {words}"]
     if pairs:
         lines.append(f"  together: {', '.join(pairs[:12])}")
     return [
         *lines,
         *(
             f"  instead of {word}: {', '.join(known)}"
-            for word, known in found.similar.items()
+            for word, known in result.similar.items()
             if known
         ),
     ]
@@ -265,8 +265,8 @@ def convert(
         int, typer.Option(min=1, help="Begin a new file of a folder after so many MiB.")
     ] = 1000,
 ) -> None:
-    """Write the same images, texts and layers as parquet or WebDataset shards, byte for byte the
-    same each time.
+    """Write the same images, texts and annotations as parquet or WebDataset shards, byte for byte
+    the same each time.
     """
     from sfumato.data.convert import convert as write
     from sfumato.observability.progress import ProgressBar

@@ -36,21 +36,21 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what this machine has and what is missing at once, then how fast it is."""
-    found = _at_once()
+    facts = _at_once()
     say: Callable[[str], object] = (lambda line: None) if as_json else typer.echo
-    for line in _lines(found):
+    for line in _lines(facts):
         say(line)
-    found["gflops"] = {}
+    facts["gflops"] = {}
     for precision in ("float32", "bfloat16"):
         for name, measure in (
             ("matrix product", _matmul_gflops),
             ("3x3 convolution", _convolution_gflops),
         ):
-            speed = measure(found["device"], precision)
-            found["gflops"].setdefault(precision, {})[name] = speed
+            speed = measure(facts["device"], precision)
+            facts["gflops"].setdefault(precision, {})[name] = speed
             say(f"{precision}: {name} {speed:.3g} GFLOP/s")
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(facts, indent=1))
 
 
 def _at_once() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _at_once() -> dict[str, Any]:
     }
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(facts: dict[str, Any]) -> list[str]:
     bfloat16 = {
         True: "yes",
         False: "none, so that it is emulated and slow; precision=auto uses float32",
@@ -94,22 +94,22 @@ def _lines(found: dict[str, Any]) -> list[str]:
     }
     compiling = (
         "possible"
-        if found["can_compile"]
+        if facts["can_compile"]
         else "needs a C++ compiler and headers (apt install g++ python3-dev)"
     )
     return [
-        f"sfumato {found['sfumato']}, Python {found['python']}, torch {found['torch']}",
-        f"numpy {found['numpy']}, Pillow {found['pillow']}, {found['platform']}",
-        f"{found['cores']} cores ({found['threads']} threads), {found['memory_gib']:.0f} GiB of "
+        f"sfumato {facts['sfumato']}, Python {facts['python']}, torch {facts['torch']}",
+        f"numpy {facts['numpy']}, Pillow {facts['pillow']}, {facts['platform']}",
+        f"{facts['cores']} cores ({facts['threads']} threads), {facts['memory_gib']:.0f} GiB of "
         "memory",
-        f"disk here: {found['disk_free_gib']:.0f} GiB free",
-        f"GPUs: {', '.join(found['gpus']) or 'none; training runs on the CPU'}",
-        f"bfloat16 instructions: {bfloat16[found['bfloat16_instructions']]}",
+        f"disk here: {facts['disk_free_gib']:.0f} GiB free",
+        f"GPUs: {', '.join(facts['gpus']) or 'none; training runs on the CPU'}",
+        f"bfloat16 instructions: {bfloat16[facts['bfloat16_instructions']]}",
         f"compiling: {compiling}",
         *(
             f"extra {extra}: "
             f"{'installed' if there else f'not installed (pip install sfumato[{extra}])'}"
-            for extra, there in found["extras"].items()
+            for extra, there in facts["extras"].items()
         ),
     ]
 

@@ -28,17 +28,19 @@ def ema(
     from sfumato.observability.tables import format_table
     from sfumato.runs.loading import width_errors
 
-    found = dict(width_errors(run, width or WIDTHS))
+    errors = dict(width_errors(run, width or WIDTHS))
     if as_json:
         typer.echo(
-            json.dumps([{"width": asked, **figures} for asked, figures in found.items()], indent=1)
+            json.dumps(
+                [{"width": ema_width, **figures} for ema_width, figures in errors.items()], indent=1
+            )
         )
         return
-    best = min(found, key=lambda asked: found[asked]["eps_mse"])
+    best = min(errors, key=lambda ema_width: errors[ema_width]["eps_mse"])
     lines = [("width", "noise MSE", "R2", "")]
-    for asked, figures in found.items():
-        note = "least error" if asked == best else ""
-        lines.append((f"{asked:g}", f"{figures['eps_mse']:.5f}", f"{figures['r2']:.4f}", note))
+    for ema_width, figures in errors.items():
+        note = "least error" if ema_width == best else ""
+        lines.append((f"{ema_width:g}", f"{figures['eps_mse']:.5f}", f"{figures['r2']:.4f}", note))
     typer.echo(format_table(lines))
     typer.echo(
         f"the least error need not look best: compare samples, e.g. sfumato sample {run} "

@@ -135,7 +135,9 @@ def _noising(settings: Run, dataset: Dataset) -> Image.Image:
     from sfumato.generation.pipeline import to_unit
     from sfumato.observability.images import grid_image
 
-    x0 = _with_contrast(to_float(dataset.images(dataset.usual(dataset.training)[:LOOKED_AT])[0]))
+    x0 = _with_contrast(
+        to_float(dataset.images(dataset.with_common_shape(dataset.training)[:LOOKED_AT])[0])
+    )
     eps = randomness.normal(settings.seed, "explain", first=0, shape=tuple(x0.shape))
     times = torch.linspace(0, 1, COLUMNS, dtype=torch.float64)
     levels = [settings.sampling.schedule(t) for t in times]
@@ -165,7 +167,7 @@ def _guidance_strip(pipeline: Pipeline, dataset: Dataset, seed: int) -> Image.Im
     from sfumato.observability.images import grid_image
 
     categories = list(pipeline.categories[:COLUMNS]) or None
-    captions = [dataset.entries[i].captions for i in dataset.usual(dataset.training)]
+    captions = [dataset.entries[i].captions for i in dataset.with_common_shape(dataset.training)]
     texts = (
         list(dict.fromkeys(found[0] for found in captions if found))[:COLUMNS]
         if part_of(pipeline.model.conditioner, Text) is not None
@@ -217,10 +219,12 @@ def _way_back(
             images=IMAGES,
             columns=COLUMNS,
             decode=pipeline.decode,
-            alpha=pipeline.facts.alpha,
+            alpha=pipeline.info.alpha,
         )
         return drawn, "the trained model"
-    ideal = EmpiricalDenoiser(to_float(dataset.images(dataset.usual(dataset.training)[:2000])[0]))
+    ideal = EmpiricalDenoiser(
+        to_float(dataset.images(dataset.with_common_shape(dataset.training)[:2000])[0])
+    )
     noise = KeyedNoise(settings.seed)
     levels = grid(settings.sampling.schedule, settings.sampling.steps)
     x = levels.at(0).sigma * noise(torch.empty(IMAGES, *dataset.image_shape))

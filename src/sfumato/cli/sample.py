@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sfumato.cli.sample_options import (
+    grid_labels,
+    number_of_images,
+    parse_contexts,
+    parse_guidance,
+    parse_numbers,
+    parse_size,
+    parse_weights,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.cli.sample_writer import Make
+    from sfumato.generation.options import SamplingOptions
     from sfumato.generation.pipeline import Pipeline
     from sfumato.generation.request import SampleRequest
     from sfumato.sampling import StepInfo
-
-FEWEST = 16  # images, unless more prompts or categories are given
-# options that decide nothing in an image
-UNSAID = ("out", "trajectory", "compile", "as_json", "format")
 
 
 def sample(
@@ -156,47 +162,57 @@ def sample(
     completes what was interrupted.
     """
     from sfumato.cli.sample_output import writable
+    from sfumato.generation.options import SamplingOptions
     from sfumato.runs import load, newest_run
     from sfumato.storage.run_directory import RunDirectory
 
     begun = time.monotonic()
     run = RunDirectory.existing(newest_run() if run is None else run).path
     with writable(out or run / "generated"):
-        pipeline = load(run, weights=_weights(weights), precision=precision)
+        pipeline = load(run, weights=parse_weights(weights), precision=precision)
         if compile:
             pipeline.compile()
         request = _request(
             pipeline,
-            _size(size),
+            parse_size(size),
             {
                 "prompt": prompt,
                 "negative": negative,
                 "category": category,
-                "attributes": _numbers(attribute, "--attribute") or None,
+                "attributes": parse_numbers(attribute, "--attribute") or None,
             },
-            {"doodle": doodle, "points": points, "reference": reference, **_named(context_values)},
+            {
+                "doodle": doodle,
+                "points": points,
+                "reference": reference,
+                **parse_contexts(context_values),
+            },
             image=image,
             mask=mask,
             strength=strength,
         )
-        how: dict[str, Any] = {
-            "steps": steps,
-            "sampler": sampler,
-            "guidance": _guidance(guidance),
-            "interval": interval,
-            "clip": clip or None,
-        }
-        options = {**context.params, "num": _number_of_images(num, prompt, category), "run": run}
-        made = _made(pipeline, request, how, options)
-    _report(made | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
+        settings = SamplingOptions(
+            steps=steps,
+            sampler=sampler,
+            guidance=parse_guidance(guidance),
+            interval=interval,
+            clip=clip or None,
+            resample=resample,
+        )
+        options = {**context.params, "num": number_of_images(num, prompt, category), "run": run}
+        report = _generate(pipeline, request, settings, options)
+    _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 
 
-def _made(
-    pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
+def _generate(
+    pipeline: Pipeline,
+    request: SampleRequest,
+    settings: SamplingOptions,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Make and write the images; refuse what cannot be done before any work."""
-    from sfumato.cli.sample_output import Generated
-    from sfumato.cli.sample_writer import Job, not_finite
+    """Generate and write the images; refuse what cannot be done before any work."""
+    from sfumato.cli.sample_output import Generated, recorded_settings
+    from sfumato.cli.sample_writer import SampleWriter, not_finite
     from sfumato.errors import NonFiniteError
     from sfumato.observability.image_formats import FORMATS, usual_format
 
@@ -208,20 +224,22 @@ def _made(
             f"note: PNG cannot hold {values.colours} colour channels; images are written as {kind}",
             err=True,
         )
-    make = _make(pipeline, request, how, options)
-    settings = _settings(options, pipeline, request, how, kind)
+    make = _make(pipeline, request, settings, options)
+    recorded = recorded_settings(options, pipeline, request, settings, kind)
     target = Generated(
-        options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, settings
+        options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, recorded
     )
     if options["out"] is None:
         target = target.in_free_folder()
-    job = Job(
+    job = SampleWriter(
         pipeline=pipeline,
         target=target,
         num=num,
         inputs=_inputs(request, pipeline),
         trajectory=options["trajectory"],
-        labels=[] if options["to_prompt"] else _labels(options["prompt"], options["category"], num),
+        labels=[]
+        if options["to_prompt"]
+        else grid_labels(options["prompt"], options["category"], num),
     )
     try:
         return job.run(make)
@@ -230,7 +248,10 @@ def _made(
 
 
 def _make(
-    pipeline: Pipeline, request: SampleRequest, how: dict[str, Any], options: dict[str, Any]
+    pipeline: Pipeline,
+    request: SampleRequest,
+    settings: SamplingOptions,
+    options: dict[str, Any],
 ) -> Make:
     """Return the function that makes the images, from noise or by interpolation.
 
@@ -252,33 +273,27 @@ def _make(
             if step is None
             else (snapshot(options["run"], step), options["autoguidance_scale"])
         )
-        if how["guidance"] is not None:
-            require_context(how["guidance"], contexts, request)
+        settings = replace(settings, autoguidance=weaker)
+        if settings.guidance is not None:
+            require_context(settings.guidance, contexts, request)
 
         def batches(
             skip: Collection[int], on_step: Callable[[StepInfo], None]
         ) -> Iterable[tuple[int, Tensor]]:
             with _notes():
                 return pipeline.batches(
-                    num,
-                    request,
-                    seed=seed,
-                    autoguidance=weaker,
-                    resample=options["resample"],
-                    skip=skip,
-                    on_step=on_step,
-                    **how,
+                    num, request, settings, seed=seed, skip=skip, on_step=on_step
                 )
 
         return batches
-    _refuse_on_the_way(options)
+    _require_interpolable(options)
     last = (
         request
         if to_prompt is None
         else replace(request, contexts={**request.contexts, "prompt": to_prompt})
     )
-    if how["guidance"] is not None:
-        require_context(how["guidance"], contexts, request, last)
+    if settings.guidance is not None:
+        require_context(settings.guidance, contexts, request, last)
 
     def interpolated(
         skip: Collection[int], on_step: Callable[[StepInfo], None]
@@ -287,9 +302,19 @@ def _make(
             return []
         with _notes():
             seeds = (seed, seed if to_seed is None else to_seed)
-            return [
-                (0, pipeline.interpolate(num, request, last, seeds=seeds, on_step=on_step, **how))
-            ]
+            images = pipeline.interpolate(
+                num,
+                request,
+                last,
+                seeds=seeds,
+                steps=settings.steps,
+                sampler=settings.sampler,
+                guidance=settings.guidance,
+                interval=settings.interval,
+                clip=settings.clip,
+                on_step=on_step,
+            )
+        return [(0, images)]
 
     return interpolated
 
@@ -320,39 +345,22 @@ def _request(
     if size is not None:
         require_size(size, pipeline.autoencoder.factor)
     height, width = size or pipeline.image_shape[1:]
-    known, parts = by_keyword(CONTEXTS.values()), dict(pipeline.model.conditioner.parts.items())
+    by_name, parts = by_keyword(CONTEXTS.values()), dict(pipeline.model.conditioner.parts.items())
     for keyword, text in written.items():
-        if text is not None and keyword in known:
-            part = parts.get(known[keyword].name)
-            info = RequestInfo(facts=pipeline.facts, conditioner=part, size=(height, width), num=1)
-            values[keyword] = known[keyword].read(str(text), info)
+        if text is not None and keyword in by_name:
+            part = parts.get(by_name[keyword].name)
+            request_info = RequestInfo(
+                info=pipeline.info, conditioner=part, size=(height, width), num=1
+            )
+            values[keyword] = by_name[keyword].read(str(text), request_info)
         elif text is not None:
             values[keyword] = text
-    info = RequestInfo(facts=pipeline.facts, conditioner=None, size=(height, width), num=1)
+    request_info = RequestInfo(info=pipeline.info, conditioner=None, size=(height, width), num=1)
     return SampleRequest.of(
-        image=None if image is None else read_image(str(image), info),
+        image=None if image is None else read_image(str(image), request_info),
         mask=None if mask is None else load_user_mask(mask, height=height, width=width),
         strength=strength, size=size, **values,
     )  # fmt: skip
-
-
-def _size(said: str | None) -> tuple[int, int] | None:
-    if said is None:
-        return None
-    height, cross, width = said.lower().partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()):
-        raise typer.BadParameter(
-            f"{said!r}: write HEIGHTxWIDTH in pixels, e.g. 64x96", param_hint="--size"
-        )
-    return int(height), int(width)
-
-
-def _named(pairs: Sequence[str] | None) -> dict[str, str]:
-    """Parse NAME=VALUE pairs into a mapping."""
-    split = [pair.partition("=") for pair in pairs or ()]
-    if any(not (name and equals) for name, equals, _ in split):
-        raise typer.BadParameter("write NAME=VALUE", param_hint="--context")
-    return {name: value for name, _, value in split}
 
 
 def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
@@ -361,117 +369,24 @@ def _inputs(request: SampleRequest, pipeline: Pipeline) -> dict[str, Tensor]:
 
     height, width = request.size or pipeline.image_shape[1:]
     contexts = by_keyword(CONTEXTS.values())
-    shown = {
-        name: contexts[name].shown(value, (height, width))
+    images = {
+        name: contexts[name].preview(value, (height, width))
         for name, value in request.contexts.items()
     }
-    shown |= {"image": request.image, "mask": request.mask}
-    return {name: image for name, image in shown.items() if image is not None}
+    images |= {"image": request.image, "mask": request.mask}
+    return {name: image for name, image in images.items() if image is not None}
 
 
-def _number_of_images(
-    num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None
-) -> int:
-    """Return `num`, or enough for every prompt and category; print what it leaves out."""
-    count = num or max(FEWEST, len(prompts or ()), len(categories or ()))
-    for name, given in (("prompt", prompts or ()), ("category", categories or ())):
-        left = given[count:]
-        if left:
-            listed = ", ".join(
-                repr(text if len(text) <= 40 else f"{text[:37]}...") for text in left[:5]
-            )
-            more = ", ..." if len(left) > 5 else ""
-            typer.echo(
-                f"note: --num {count} leaves out {len(left)} of {len(given)} --{name}: "
-                f"{listed}{more}",
-                err=True,
-            )
-    return count
-
-
-def _report(made: dict[str, Any], *, as_json: bool) -> None:
+def _report(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(made))
+        typer.echo(json.dumps(report))
         return
     for sheet in ("trajectory", "grid"):
-        if sheet in made:
-            typer.echo(made[sheet])
+        if sheet in report:
+            typer.echo(report[sheet])
 
 
-def _weights(said: str) -> Literal["ema", "raw"] | float:
-    if said == "ema":
-        return "ema"
-    if said == "raw":
-        return "raw"
-    try:
-        return float(said)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{said!r} is neither ema, raw nor a number", param_hint="--weights"
-        ) from None
-
-
-def _settings(
-    options: dict[str, Any],
-    pipeline: Pipeline,
-    request: SampleRequest,
-    how: dict[str, Any],
-    kind: str,
-) -> dict[str, Any]:
-    """Return the settings that the images carry: every option that affects them.
-
-    Of a file, they carry only the name. "request" identifies all that decides what image i is: the
-    options, the weights, and the content of the files.
-    """
-    from sfumato import __version__
-    from sfumato.cli.sample_output import file_id, request_id, weights_id
-    from sfumato.config import kind_of
-    from sfumato.observability.image_formats import FORMATS
-    from sfumato.sampling import FILLING, RESAMPLING
-
-    said = {name: value for name, value in options.items() if name not in UNSAID}
-    content = {
-        name: file_id(value)
-        for name, value in said.items()
-        if isinstance(value, Path) and name != "run"
-    }
-    said |= {name: Path(said[name]).name for name in content}
-    sampling = pipeline.sampling
-    fills = request.mask is not None and bool((request.mask < 1).any())
-    usual = (
-        (FILLING if options["resample"] == 1 else RESAMPLING)
-        if fills
-        else kind_of(type(sampling.sampler))
-    )
-    said |= {
-        "run": options["run"].name,
-        "steps": options["steps"] or sampling.steps,
-        "sampler": options["sampler"] or usual,
-        "guidance": sampling.guidance if how["guidance"] is None else how["guidance"],
-        "clip": options["clip"] or sampling.clip,
-        "format": kind,
-    }
-    values = pipeline.values
-    if values.value_range is not None:
-        said |= {
-            "value_range": values.value_range,
-            "in_values_of_the_source": FORMATS[kind].holds_units(values),
-        }
-    on_the_way = options["to_prompt"] is not None or options["to_seed"] is not None
-    deciding = {
-        name: value
-        for name, value in said.items()
-        if name != "run" and (name != "num" or on_the_way)
-    }
-    model = weights_id(pipeline.model, pipeline.autoencoder)
-    return said | {
-        "request": request_id(
-            deciding | {"files": content, "model": model, "of": repr(sampling), "by": __version__}
-        )
-    }
-
-
-def _refuse_on_the_way(options: dict[str, Any]) -> None:
+def _require_interpolable(options: dict[str, Any]) -> None:
     """Refuse options that have no meaning in an interpolation to another prompt or seed."""
     if options["autoguidance"] is not None or options["trajectory"] or options["resample"] != 1:
         hint = "--autoguidance, --trajectory, --resample"
@@ -490,41 +405,8 @@ def _notes() -> Iterator[None]:
     """Print what was read of a long prompt, and which words are unknown, when the block ends."""
     from sfumato.contexts import PromptNote
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PromptNote)
         yield
-    for warning in said:
+    for warning in caught:
         typer.echo(f"note: {warning.message}", err=True)
-
-
-def _labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
-    """Return the prompt and category of each image; [] if all are the same."""
-    asked = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
-    labels = [", ".join(filter(None, words)) for words in islice(asked, num)]
-    return (
-        [label if len(label) <= 80 else f"{label[:77]}..." for label in labels]
-        if len(set(labels)) > 1
-        else []
-    )
-
-
-def _guidance(given: list[str] | None) -> float | dict[str, float] | None:
-    """Parse one scale, or one for each context by name; return None for the model's own."""
-    if not given:
-        return None
-    if len(given) == 1 and "=" not in given[0]:
-        return _number(given[0], "--guidance")
-    return _numbers(given, "--guidance")
-
-
-def _numbers(given: list[str] | None, option: str) -> dict[str, float]:
-    """Parse repeated NAME=NUMBER pairs into a mapping."""
-    pairs = [text.rpartition("=") for text in given or ()]
-    return {name.strip(): _number(value, option) for name, _, value in pairs}
-
-
-def _number(text: str, option: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number", param_hint=option) from None

@@ -20,12 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato import __version__
 from sfumato.errors import OutputError
+from sfumato.generation.options import SamplingOptions
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import SampleRequest, keeps_a_part
 from sfumato.observability.image_formats import FORMATS, SETTINGS, ImageFormat, Values, settings_of
 
 GRID, TRAJECTORY = "grid.png", "trajectory.png"
 NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")
 MOST_FOLDERS = 10_000
+# options that decide nothing in an image
+WITHOUT_EFFECT = ("out", "trajectory", "compile", "as_json", "format")
 BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block of it
 
 
@@ -40,7 +46,7 @@ def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
     Raises:
         OutputError: if it cannot be written to.
     """
-    made = [
+    created = [
         path
         for path in (folder, *folder.parents)
         if not path.exists() or (fresh and path == folder)
@@ -51,12 +57,12 @@ def writable(folder: Path, *, fresh: bool = False) -> Iterator[None]:
             file.write(bytes(BLOCK))
             file.flush()
     except OSError as error:
-        _remove(made)
+        _remove(created)
         raise unwritten(folder, error) from None
     try:
         yield
     except BaseException:
-        _remove(made)
+        _remove(created)
         raise
 
 
@@ -74,6 +80,48 @@ def unwritten(folder: Path, error: OSError, more: str = "") -> OutputError:
         where=str(folder),
         hint="name another folder with --out, or free space and set permissions there",
     )
+
+
+def recorded_settings(
+    options: Mapping[str, Any],
+    pipeline: Pipeline,
+    request: SampleRequest,
+    settings: SamplingOptions,
+    kind: str,
+) -> dict[str, Any]:
+    """Return the settings that the images carry: every option that affects them.
+
+    Of a file, they carry only the name. "request" identifies all that decides what image i is: the
+    options, the weights, and the content of the files.
+    """
+    affecting = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
+    files = {
+        name: file_id(value)
+        for name, value in affecting.items()
+        if isinstance(value, Path) and name != "run"
+    }
+    resolved = settings.resolve(pipeline.sampling, inpainting=keeps_a_part(request.mask))
+    recorded = {
+        **affecting,
+        **{name: Path(options[name]).name for name in files},
+        "run": options["run"].name,
+        **resolved.settings(),
+        "format": kind,
+    }
+    if pipeline.values.value_range is not None:
+        recorded |= {
+            "value_range": pipeline.values.value_range,
+            "in_values_of_the_source": FORMATS[kind].holds_units(pipeline.values),
+        }
+    interpolates = options["to_prompt"] is not None or options["to_seed"] is not None
+    deciding = {
+        name: value
+        for name, value in recorded.items()
+        if name != "run" and (name != "num" or interpolates)
+    }
+    model = weights_id(pipeline.model, pipeline.autoencoder)
+    parts = {"files": files, "model": model, "of": repr(pipeline.sampling), "by": __version__}
+    return recorded | {"request": request_id(deciding | parts)}
 
 
 def request_id(deciding: Mapping[str, Any]) -> str:
@@ -136,11 +184,11 @@ class Generated:
 
     def _same(self, path: Path) -> bool:
         """Return whether a file carries the name of this request."""
-        found = _json(path) if path.name == SETTINGS else settings_of(path)
-        return isinstance(found, dict) and found.get("request") == self.settings["request"]
+        settings = _json(path) if path.name == SETTINGS else settings_of(path)
+        return isinstance(settings, dict) and settings.get("request") == self.settings["request"]
 
     @cached_property
-    def _found(self) -> tuple[frozenset[int], tuple[str, ...]]:
+    def _contents(self) -> tuple[frozenset[int], tuple[str, ...]]:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         mine: set[int] = set()
         others: list[str] = []
@@ -157,12 +205,12 @@ class Generated:
     @property
     def there(self) -> frozenset[int]:
         """Numbers of the images of this request that the folder holds."""
-        return self._found[0]
+        return self._contents[0]
 
     @property
     def others(self) -> tuple[str, ...]:
         """Names of files that look like images of a request but are not of this one."""
-        return self._found[1]
+        return self._contents[1]
 
     def in_free_folder(self) -> Generated:
         """Return the request with the first of FOLDER, FOLDER-2, FOLDER-3, ... that it can use.

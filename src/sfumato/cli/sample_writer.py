@@ -35,8 +35,8 @@ Make = Callable[[Collection[int], Callable[[StepInfo], None]], Iterable[tuple[in
 
 
 @dataclass(kw_only=True)
-class Job:
-    """A job that makes those images of one request that its folder lacks, and draws sheets of them.
+class SampleWriter:
+    """A job that generates and writes those images of one request that its folder lacks, and draws sheets of them.
 
     Attributes:
         num: images in all.
@@ -102,10 +102,10 @@ class Job:
         if target.kind == "npy":
             with atomic_file(target.folder / SETTINGS) as file:
                 file.write(json.dumps(dict(target.settings), indent=1).encode())
-        with Interruption() as asked, ProgressBar("sampling") as bar:
+        with Interruption() as interruption, ProgressBar("sampling") as bar:
 
             def on_step(progress: StepInfo) -> None:
-                asked.raise_if_requested()
+                interruption.raise_if_requested()
                 self._record(progress)
                 fraction = (self._done + len(progress.x) * progress.step / progress.steps) / total
                 # without a terminal, a short job prints nothing
@@ -180,13 +180,13 @@ class Job:
 
 def not_finite(error: NonFiniteError, run: Path, weights: str) -> NonFiniteError:
     """Return the error with a hint that names the other weights of the run."""
-    kept = {
+    files = {
         "checkpoints": sorted(
             path.name for path in (run / "checkpoints").glob("step-*") if path.is_dir()
         ),
         "snapshots": sorted(path.stem for path in (run / "snapshots").glob("step-*.safetensors")),
     }
-    listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kept.items() if found)
+    listed = "; ".join(f"{name}: {', '.join(names)}" for name, names in files.items() if names)
     other = "raw" if weights != "raw" else "ema"
     return NonFiniteError(
         error.what,

@@ -53,11 +53,11 @@ def train(
         return
     from sfumato.runs.dry_run import plan
 
-    found = plan(source, overrides=overrides or ())
+    dry_plan = plan(source, overrides=overrides or ())
     if as_json:
-        typer.echo(json.dumps(found.plain(), indent=1))
+        typer.echo(json.dumps(dry_plan.plain(), indent=1))
     else:
-        typer.echo(found.as_yaml() if config else "\n".join(found.lines()), nl=not config)
+        typer.echo(dry_plan.as_yaml() if config else "\n".join(dry_plan.lines()), nl=not config)
 
 
 def resume(

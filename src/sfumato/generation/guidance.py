@@ -20,28 +20,28 @@ from sfumato.generation.request import ResolvedRequest
 
 
 def guidance_scales(
-    guidance: float | Mapping[str, float], names: Sequence[str], usual: float
+    guidance: float | Mapping[str, float], names: Sequence[str], default: float
 ) -> dict[str, float]:
     """Return the scale of each context; those that a mapping does not name get `usual`.
 
     Raises:
         ConfigError: for a name that is not in `names`, or a scale that is not finite.
     """
-    given = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
-    for name, scale in given.items():
+    scales = dict(guidance) if isinstance(guidance, Mapping) else dict.fromkeys(names, guidance)
+    for name, scale in scales.items():
         if name not in names or not math.isfinite(scale):
             raise ConfigError(
                 f"guidance {name} = {scale}",
                 where="sample",
                 hint=f"finite numbers for {', '.join(names) or 'nothing'}; 1 is off",
             )
-    return {name: given.get(name, usual) for name in names}
+    return {name: scales.get(name, default) for name in names}
 
 
 def guidance_terms(
     conditioner: CompositeConditioner,
     part: ResolvedRequest,
-    given: Collection[str],
+    requested: Collection[str],
     scales: Mapping[str, float],
 ) -> tuple[GuidanceTerm, ...]:
     """Return the conditions that guidance leads away from, with scales; () if all scales are 1.
@@ -53,8 +53,8 @@ def guidance_terms(
         ConfigError: for a negative prompt without guidance, or the absence of a context that
             training never hid.
     """
-    asked = [name for name in scales if name in given]
-    if all(scales[name] == 1 for name in asked):
+    names = [name for name in scales if name in requested]
+    if all(scales[name] == 1 for name in names):
         if part.negative:
             raise ConfigError(
                 "a negative prompt without guidance",
@@ -62,12 +62,12 @@ def guidance_terms(
                 hint="give a guidance above 1, such as 3",
             )
         return ()
-    _require_trained_absence(conditioner, asked, scales, negative=part.negative)
+    _require_trained_absence(conditioner, names, scales, negative=part.negative)
     count = len(part.start)
     terms: list[GuidanceTerm] = []
-    for number, name in enumerate(asked):
-        if not terms or scales[name] != scales[asked[number - 1]]:
-            before = asked[:number]
+    for number, name in enumerate(names):
+        if not terms or scales[name] != scales[names[number - 1]]:
+            before = names[:number]
             less = {known: part.context[known] for known in before if known in part.context}
             instead = {
                 known: values for known, values in part.negative.items() if known not in before
@@ -78,7 +78,7 @@ def guidance_terms(
 
 def _require_trained_absence(
     conditioner: CompositeConditioner,
-    asked: Sequence[str],
+    names: Sequence[str],
     scales: Mapping[str, float],
     *,
     negative: Collection[str],
@@ -86,13 +86,13 @@ def _require_trained_absence(
     """Raise ConfigError if guidance leads away from the absence of a context that training
     never hid.
     """
-    steps = [1.0, *(scales[name] for name in asked)]
+    steps = [1.0, *(scales[name] for name in names)]
     first = next(
         number
         for number, (before, after) in enumerate(itertools.pairwise(steps))
         if before != after
     )
-    hidden = [name for name in asked[first:] if name not in negative]
+    hidden = [name for name in names[first:] if name not in negative]
     never = [name for name in hidden if conditioner.parts[name].dropout == 0]
     if never:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,32 +11,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.autoencoders import Autoencoder, Pixels
+from sfumato.condition import Condition
 from sfumato.conditioners import ConditioningInfo
-from sfumato.config import kind_of
 from sfumato.contexts import Category, part_of, trained_categories
 from sfumato.diffusion import (
     AutoGuidance,
     Clip,
+    Denoiser,
     GuidanceTerm,
     Inpaint,
-    NoiseLevel,
     WithCondition,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.generated import Generated
 from sfumato.generation.guidance import guidance_scales, guidance_terms, guided
-from sfumato.generation.request import ResolvedRequest, SampleRequest, require_size, resolve_request
+from sfumato.generation.options import ResolvedOptions, SamplingOptions
+from sfumato.generation.request import (
+    ResolvedRequest,
+    SampleRequest,
+    keeps_a_part,
+    require_size,
+    resolve_request,
+)
 from sfumato.nn.compiling import compile_in_place
 from sfumato.observability.image_formats import Values
 from sfumato.sampling import (
     InterpolatedNoise,
     KeyedNoise,
-    Resampled,
     SamplerConfig,
     StepInfo,
-    chosen_sampler,
     grid,
+    repeated,
     sample,
 )
 
@@ -49,7 +55,7 @@ class Pipeline:
         model: in evaluation mode, on the device that will run it.
         autoencoder: whose latents the model works in; `Pixels` where those are the images.
         sampling: defaults of `sample`.
-        facts: what the model's conditioner knows of its training set.
+        info: what the model's conditioner knows of its training set.
         image_shape: (C, H, W).
         compute_dtype: precision inside the network; bfloat16 is faster and rounds, so images then
             depend on the batch a little.
@@ -58,7 +64,7 @@ class Pipeline:
     model: Model
     autoencoder: Autoencoder
     sampling: SamplingConfig
-    facts: ConditioningInfo
+    info: ConditioningInfo
     image_shape: tuple[int, int, int]
     compute_dtype: torch.dtype = torch.float32
 
@@ -79,18 +85,18 @@ class Pipeline:
         return (
             ()
             if part_of(self.model.conditioner, Category) is None
-            else trained_categories(self.facts)
+            else trained_categories(self.info)
         )
 
     @property
     def values(self) -> Values:
         """What the values of the generated images mean: channels, bits, alpha and value range."""
-        facts = self.facts
+        info = self.info
         return Values(
             channels=self.image_shape[0],
-            bits=facts.bits,
-            alpha=facts.alpha,
-            value_range=facts.value_range,
+            bits=info.bits,
+            alpha=info.alpha,
+            value_range=info.value_range,
         )
 
     @property
@@ -177,21 +183,19 @@ class Pipeline:
             size=size,
             **contexts,
         )
-        made = self.batches(
-            num,
-            request,
-            seed=seed,
+        options = SamplingOptions(
             steps=steps,
             sampler=sampler,
             guidance=guidance,
             interval=interval,
-            autoguidance=autoguidance,
             clip=clip,
+            autoguidance=autoguidance,
             resample=resample,
-            batch_size=batch_size,
-            on_step=on_step,
         )
-        return torch.cat([images for _, images in made])
+        batches = self.batches(
+            num, request, options, seed=seed, batch_size=batch_size, on_step=on_step
+        )
+        return torch.cat([images for _, images in batches])
 
     def generate(self, num: int, **arguments: Any) -> Generated:
         """Generate images as `sample` does, with the settings that saved files carry.
@@ -200,18 +204,19 @@ class Pipeline:
             arguments: arguments of `sample`.
         """
         images = self.sample(num, **arguments)
-        sampling = self.sampling
+        mask = arguments.get("mask")
+        options = SamplingOptions(
+            **{
+                field.name: arguments[field.name]
+                for field in fields(SamplingOptions)
+                if field.name in arguments
+            }
+        ).resolve(self.sampling, inpainting=keeps_a_part(mask))
         settings = {
             "num": num,
             "seed": 0,
-            "steps": sampling.steps,
-            "sampler": kind_of(type(sampling.sampler)),
-            "guidance": sampling.guidance,
-            **{
-                name: value
-                for name, value in arguments.items()
-                if value is not None and _is_plain(value)
-            },
+            **{name: value for name, value in arguments.items() if _is_plain(value)},
+            **options.settings(),
         }
         return Generated(images=images, settings=settings, values=self.values)
 
@@ -225,29 +230,23 @@ class Pipeline:
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
         """Generate images as `sample` does, from tensors that are known to fit the model."""
-        made = self.batches(
+        batches = self.batches(
             len(request.start),
             request,
+            SamplingOptions(guidance=guidance),
             seed=seed,
-            guidance=guidance,
             batch_size=batch_size,
             on_step=on_step,
         )
-        return torch.cat([images for _, images in made])
+        return torch.cat([images for _, images in batches])
 
     def batches(
         self,
         num: int,
         request: SampleRequest | ResolvedRequest,
+        options: SamplingOptions = SamplingOptions(),
         *,
         seed: int = 0,
-        steps: int | None = None,
-        sampler: str | SamplerConfig | None = None,
-        guidance: float | Mapping[str, float] | None = None,
-        interval: tuple[float, float] | None = None,
-        autoguidance: tuple[Model, float] | None = None,
-        clip: bool | None = None,
-        resample: int = 1,
         batch_size: int = 64,
         skip: Collection[int] = (),
         on_step: Callable[[StepInfo], None] | None = None,
@@ -268,27 +267,41 @@ class Pipeline:
                 where="sample",
                 hint="ask for at least 1",
             )
-        scales = self._scales(guidance)
         resolved = self._resolved(request, num)
-        spans = _spans(num, skip, batch_size)
-        solver = chosen_sampler(
-            sampler, self.sampling.sampler, filling=resolved.fills, resample=resample
+        settings = self._require_possible(
+            options.resolve(self.sampling, inpainting=resolved.is_inpainting)
         )
-        clip = self._require_clip(self.sampling.clip if clip is None else clip)
-        steps = self.sampling.steps if steps is None else steps
+        solver = repeated(
+            settings.sampler, inpainting=resolved.is_inpainting, resample=options.resample
+        )
+        spans = _spans(num, skip, batch_size)
+        scales = self._scales(settings)
+        levels = grid(self.sampling.schedule, settings.steps, strength=resolved.strength)
         if resolved.strength == 0:
             return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
-        how = _How(
-            solver=solver,
-            levels=grid(self.sampling.schedule, steps, strength=resolved.strength),
-            scales=scales,
-            seed=seed,
-            interval=self.sampling.interval if interval is None else interval,
-            autoguidance=autoguidance,
-            clip=clip,
-            on_step=on_step,
-        )
-        return ((span.start, self._made(resolved, span, how)) for span in spans)
+
+        def images(span: slice) -> Tensor:
+            part = resolved.rows(span, self._device)
+            noise = KeyedNoise(seed, span.start)
+            start = self._start(part)
+            with torch.no_grad():
+                terms = guidance_terms(self.model.conditioner, part, part.names, scales)
+                condition = self.model.conditioner(part.context, len(part.start))
+                x = sample(
+                    solver,
+                    self._denoiser(part, start, terms, settings, options.autoguidance),
+                    levels.at(0).like(start).mix(start, noise(start)),
+                    levels,
+                    condition=condition,
+                    noise=noise,
+                    on_step=on_step,
+                )
+            decoded = self.decode(x)
+            if part.known is not None:
+                decoded = self.autoencoder.paste_known(decoded, part.start, part.known)
+            return to_unit(_finite(decoded, span.start)).cpu()
+
+        return ((span.start, images(span)) for span in spans)
 
     def _resolved(self, request: SampleRequest | ResolvedRequest, num: int) -> ResolvedRequest:
         if isinstance(request, ResolvedRequest):
@@ -297,49 +310,37 @@ class Pipeline:
         if request.size is not None:
             require_size(request.size, self.autoencoder.factor)
             shape = (shape[0], *request.size)
-        return resolve_request(request, self.model.conditioner, self.facts, shape, num)
+        return resolve_request(request, self.model.conditioner, self.info, shape, num)
 
-    def _made(self, request: ResolvedRequest, span: slice, how: _How) -> Tensor:
-        """Generate the images of one batch, (B, C, H, W) in [0, 1]."""
-        part = request.rows(span, next(self.model.parameters()).device)
-        noise = KeyedNoise(how.seed, span.start)
+    def _start(self, part: ResolvedRequest) -> Tensor:
+        """Return the latents that a batch starts from; zeros where pure noise ignores them."""
+        if not part.is_image_to_image:
+            return self._zeros(part.start)
         with torch.no_grad():
-            start = (
-                self.autoencoder.encode(part.start)
-                if request.begins_at_image
-                else self._zeros(part.start)
-            )
-            x = how.levels.at(0).like(start).mix(start, noise(start))
-            condition = self.model.conditioner(part.context, len(part.start))
-            denoiser = guided(
-                self.model.denoiser(self.compute_dtype),
-                guidance_terms(self.model.conditioner, part, part.names, how.scales),
-                how.interval,
-            )
-            if how.autoguidance is not None:
-                weaker, scale = how.autoguidance
-                own = weaker.conditioner(part.context, len(x))
-                bad = WithCondition(denoiser=weaker.denoiser(self.compute_dtype), condition=own)
-                denoiser = AutoGuidance(good=denoiser, bad=bad, scale=scale)
-            if how.clip:
-                denoiser = Clip(denoiser=denoiser)
-            if part.known is not None:
-                # known where all of their pixels are
-                cells = -F.max_pool2d(-part.known, self.autoencoder.factor)
-                denoiser = Inpaint(denoiser=denoiser, image=start, known=cells)
-        x = sample(
-            how.solver,
-            denoiser,
-            x,
-            how.levels,
-            condition=condition,
-            noise=noise,
-            on_step=how.on_step,
-        )
-        made = self.decode(x)
+            return self.autoencoder.encode(part.start)
+
+    def _denoiser(
+        self,
+        part: ResolvedRequest,
+        start: Tensor,
+        terms: tuple[GuidanceTerm, ...],
+        settings: ResolvedOptions,
+        autoguidance: tuple[Model, float] | None,
+    ) -> Denoiser:
+        """Return the denoiser of one batch: the network, guided, clipped and told what is kept."""
+        denoiser = guided(self.model.denoiser(self.compute_dtype), terms, settings.interval)
+        if autoguidance is not None:
+            weaker, scale = autoguidance
+            condition = weaker.conditioner(part.context, len(part.start))
+            bad = WithCondition(denoiser=weaker.denoiser(self.compute_dtype), condition=condition)
+            denoiser = AutoGuidance(good=denoiser, bad=bad, scale=scale)
+        if settings.clip:
+            denoiser = Clip(denoiser=denoiser)
         if part.known is not None:
-            made = self.autoencoder.paste_known(made, part.start, part.known)
-        return to_unit(_finite(made, span.start)).cpu()
+            # a cell of latents is known where all of its pixels are
+            cells = -F.max_pool2d(-part.known, self.autoencoder.factor)
+            denoiser = Inpaint(denoiser=denoiser, image=start, known=cells)
+        return denoiser
 
     def interpolate(
         self,
@@ -365,85 +366,75 @@ class Pipeline:
         """
         if num < 1:
             raise ShapeError(f"{num} images", where="sample", hint="ask for at least 1")
-        device = next(self.model.parameters()).device
-        conditioner, shares = self.model.conditioner, torch.linspace(0, 1, num, device=device)
         requests = [
-            self._resolved(request, 1).rows(slice(0, 1), device) for request in (first, last)
+            self._resolved(request, 1).rows(slice(0, 1), self._device) for request in (first, last)
         ]
         if any(request.strength != 1 or request.known is not None for request in requests):
             raise ConfigError(
-                "a strength or a mask in an interpolation",
+                "strength and mask are not supported in an interpolation",
                 where="sample",
                 hint="leave them out: interpolation starts from noise",
             )
-        scales = self._scales(guidance)
-        given = {name for request in requests for name in request.names}
-        clip = self._require_clip(self.sampling.clip if clip is None else clip)
-        levels = grid(self.sampling.schedule, self.sampling.steps if steps is None else steps)
-        noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), shares.tolist())
+        options = SamplingOptions(
+            steps=steps, sampler=sampler, guidance=guidance, interval=interval, clip=clip
+        )
+        settings = self._require_possible(options.resolve(self.sampling, inpainting=False))
+        scales = self._scales(settings)
+        names = {name for request in requests for name in request.names}
+        fractions = torch.linspace(0, 1, num, device=self._device)
+        levels = grid(self.sampling.schedule, settings.steps)
+        noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), fractions.tolist())
         x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
+
+        def mixed(a: Condition, b: Condition) -> Condition:
+            return a.expand(num).lerp(b.expand(num), fractions)
+
         with torch.no_grad():
-            ends = [conditioner(request.context, 1).expand(num) for request in requests]
-            ladders = [
-                guidance_terms(self.model.conditioner, request, given, scales)
-                for request in requests
-            ]
+            conditioner = self.model.conditioner
+            condition = mixed(*(conditioner(request.context, 1) for request in requests))
+            ladders = [guidance_terms(conditioner, part, names, scales) for part in requests]
             terms = tuple(
-                GuidanceTerm(a.condition.expand(num).lerp(b.condition.expand(num), shares), a.scale)
+                GuidanceTerm(mixed(a.condition, b.condition), a.scale)
                 for a, b in zip(*ladders, strict=True)
             )
-            denoiser = guided(
-                self.model.denoiser(self.compute_dtype),
-                terms,
-                self.sampling.interval if interval is None else interval,
-            )
-            denoiser = Clip(denoiser=denoiser) if clip else denoiser
-            condition, solver = (
-                ends[0].lerp(ends[1], shares),
-                chosen_sampler(sampler, self.sampling.sampler),
-            )
             images = sample(
-                solver, denoiser, x, levels, condition=condition, noise=noise, on_step=on_step
+                settings.sampler,
+                self._denoiser(requests[0], x, terms, settings, None),
+                x,
+                levels,
+                condition=condition,
+                noise=noise,
+                on_step=on_step,
             )
         return to_unit(_finite(self.decode(images), 0)).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _zeros(self, images: Tensor) -> Tensor:
         """Return zeros in the shape of the latents of images (B, C, H, W)."""
         factor, (height, width) = self.autoencoder.factor, images.shape[2:]
         shape = (len(images), self.autoencoder.latent_channels, height // factor, width // factor)
-        return torch.zeros(shape, device=next(self.model.parameters()).device)
+        return torch.zeros(shape, device=self._device)
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents, or images of a pixel model, to images in [-1, 1], not clamped."""
         with torch.no_grad():
             return self.autoencoder.decode(x)
 
-    def _scales(self, guidance: float | Mapping[str, float] | None) -> dict[str, float]:
-        usual = self.sampling.guidance
-        return guidance_scales(usual if guidance is None else guidance, self.reads, usual)
+    def _scales(self, settings: ResolvedOptions) -> dict[str, float]:
+        return guidance_scales(settings.guidance, self.reads, self.sampling.guidance)
 
-    def _require_clip(self, clip: bool) -> bool:
-        if clip and not isinstance(self.autoencoder, Pixels):
+    def _require_possible(self, settings: ResolvedOptions) -> ResolvedOptions:
+        """Return the settings, or refuse clipping in latents."""
+        if settings.clip and not isinstance(self.autoencoder, Pixels):
             raise ConfigError(
-                "clipping in latents, whose values have no bounds",
+                "clip needs bounds, which the values of latents do not have",
                 where="sample",
                 hint="leave clip out: it is for models of pixels",
             )
-        return clip
-
-
-@dataclass(frozen=True, kw_only=True)
-class _How:
-    """The checked settings of `Pipeline.sample`."""
-
-    solver: SamplerConfig | Resampled
-    levels: NoiseLevel
-    scales: Mapping[str, float]
-    interval: tuple[float, float]
-    autoguidance: tuple[Model, float] | None
-    clip: bool
-    seed: int
-    on_step: Callable[[StepInfo], None] | None
+        return settings
 
 
 def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
@@ -458,18 +449,18 @@ def _spans(num: int, skip: Collection[int], most: int) -> list[slice]:
     return spans
 
 
-def _finite(made: Tensor, first: int) -> Tensor:
+def _finite(images: Tensor, first: int) -> Tensor:
     """Return the images, or raise NonFiniteError if one of them is not finite."""
-    bad = torch.nonzero(~made.isfinite().flatten(1).all(1))[:, 0].tolist()
+    bad = torch.nonzero(~images.isfinite().flatten(1).all(1))[:, 0].tolist()
     if bad:
         raise NonFiniteError(
-            f"the model's output is not finite ({len(bad)} of {len(made)} images, the first is "
+            f"the model's output is not finite ({len(bad)} of {len(images)} images, the first is "
             f"image {first + bad[0]})",
             where="sample",
             hint="use other weights (raw or ema), an earlier checkpoint or precision float32: it "
             "diverged, or its weights are damaged",
         )
-    return made
+    return images
 
 
 def _is_plain(value: Any) -> bool:

@@ -62,8 +62,8 @@ class SampleRequest:
                     where="sample",
                     hint=f"{closest(keyword, known)}contexts are {', '.join(known)}",
                 )
-        given = {keyword: value for keyword, value in contexts.items() if value is not None}
-        return cls(contexts=given, image=image, strength=strength, mask=mask, size=size)
+        values = {keyword: value for keyword, value in contexts.items() if value is not None}
+        return cls(contexts=values, image=image, strength=strength, mask=mask, size=size)
 
     def names(self, contexts: Mapping[str, Context]) -> set[str]:
         """Return the names of contexts that have a value or a negative value in the request."""
@@ -71,7 +71,7 @@ class SampleRequest:
             name
             for name, context in contexts.items()
             if any(keyword in self.contexts for keyword in context.keywords)
-            or (context.from_image and self.image is not None)
+            or (context.uses_init_image and self.image is not None)
         }
 
 
@@ -101,12 +101,12 @@ class ResolvedRequest:
         return cls(context=context, negative={}, start=torch.zeros(num, *image_shape))
 
     @property
-    def begins_at_image(self) -> bool:
+    def is_image_to_image(self) -> bool:
         """Whether `start` matters: full strength ignores it, except where it is known."""
         return self.strength < 1 or self.known is not None
 
     @property
-    def fills(self) -> bool:
+    def is_inpainting(self) -> bool:
         """Whether a part of `start` is kept, so that the rest has to agree with it."""
         return self.known is not None and bool((self.known > 0).any())
 
@@ -127,6 +127,11 @@ class ResolvedRequest:
         )
 
 
+def keeps_a_part(mask: Tensor | None) -> bool:
+    """Return whether a mask (1 where the image is regenerated) keeps any of it."""
+    return mask is not None and bool((mask < 1).any())
+
+
 def require_context(
     guidance: float | Mapping[str, float], contexts: Mapping[str, Context], *requests: SampleRequest
 ) -> None:
@@ -135,14 +140,14 @@ def require_context(
     Args:
         contexts: the contexts that steer the model, by name.
     Raises:
-        ConfigError: saying what would have to be given.
+        ConfigError: saying what would have to be requested.
     """
-    given = {name for request in requests for name in request.names(contexts)}
-    scales = guidance if isinstance(guidance, Mapping) else {} if given else {"": guidance}
+    requested = {name for request in requests for name in request.names(contexts)}
+    scales = guidance if isinstance(guidance, Mapping) else {} if requested else {"": guidance}
     for name, scale in scales.items():
         # what is neither is refused where scales are read
         known = math.isfinite(scale) and (not name or name in contexts)
-        if known and scale != 1 and name not in given:
+        if known and scale != 1 and name not in requested:
             lacks = (
                 f"no {name} is given"
                 if name
@@ -163,7 +168,7 @@ def require_context(
 def resolve_request(
     request: SampleRequest,
     conditioner: CompositeConditioner,
-    facts: ConditioningInfo,
+    info: ConditioningInfo,
     image_shape: tuple[int, int, int],
     num: int,
 ) -> ResolvedRequest:
@@ -183,18 +188,18 @@ def resolve_request(
     batch: dict[str, Any] = {}
     negative: dict[str, Any] = {}
     for name, context in contexts.items():
-        asked = RequestInfo(
-            facts=facts, conditioner=conditioner.parts[name], size=(height, width), num=num
+        request_info = RequestInfo(
+            info=info, conditioner=conditioner.parts[name], size=(height, width), num=num
         )
         for keyword in context.keywords:
             if keyword in request.contexts:
                 value = request.contexts[keyword]
                 if keyword == context.negative:
-                    negative[name] = context.parse_negative(value, asked)
+                    negative[name] = context.parse_negative(value, request_info)
                 else:
-                    batch[name] = context.parse(value, asked)
-        if context.from_image and request.image is not None:
-            batch[name] = context.from_start(start, known, asked)
+                    batch[name] = context.parse(value, request_info)
+        if context.uses_init_image and request.image is not None:
+            batch[name] = context.from_start(start, known, request_info)
     strength = 1.0 if request.strength is None else float(request.strength)
     return ResolvedRequest(
         context=batch, negative=negative, start=start, strength=strength, known=known
@@ -212,7 +217,10 @@ def _check_read(request: SampleRequest, contexts: Mapping[str, Context]) -> None
                 hint=f"it is steered by {_listed(contexts) or 'nothing'}; train with "
                 f"conditioner.{known[keyword].name} to change that",
             )
-    strength, starts = request.strength, any(context.from_image for context in contexts.values())
+    strength, starts = (
+        request.strength,
+        any(context.uses_init_image for context in contexts.values()),
+    )
     if strength is not None and not 0 <= strength <= 1:
         raise ConfigError(
             f"strength {strength}", where="sample", hint="use 0 (keep the image) to 1 (ignore it)"

@@ -10,15 +10,23 @@ from sfumato.sampling.loop import StepInfo, grid, sample
 from sfumato.sampling.multistep import Multistep
 from sfumato.sampling.noise import InterpolatedNoise, KeyedNoise
 from sfumato.sampling.protocol import Denoise, History, Noise, Point, Sampler
-from sfumato.sampling.registry import FILLING, RESAMPLING, SAMPLERS, SamplerConfig, chosen_sampler
-from sfumato.sampling.resampling import Resampled
+from sfumato.sampling.registry import (
+    INPAINTING_SAMPLER,
+    REPAINT_SAMPLER,
+    SAMPLERS,
+    SamplerConfig,
+    chosen_sampler,
+    repeated,
+    sampler_name,
+)
+from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
 from sfumato.sampling.unipc import UniPC
 
 __all__ = [
     "DDIM",
-    "FILLING",
-    "RESAMPLING",
+    "INPAINTING_SAMPLER",
+    "REPAINT_SAMPLER",
     "SAMPLERS",
     "TABLEAUS",
     "Churn",
@@ -31,7 +39,7 @@ __all__ = [
     "Noise",
     "PlainSamplerConfig",
     "Point",
-    "Resampled",
+    "RePaint",
     "RungeKutta",
     "Sampler",
     "SamplerConfig",
@@ -40,5 +48,7 @@ __all__ = [
     "UniPC",
     "chosen_sampler",
     "grid",
+    "repeated",
     "sample",
+    "sampler_name",
 ]  # fmt: skip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-
-from sfumato.errors import ConfigError
+from sfumato.config import kind_of
+from sfumato.errors import ConfigError, closest
 from sfumato.sampling.churn import Churn
 from sfumato.sampling.ddim import DDIM
 from sfumato.sampling.dpm_solver import DPMSolverPP2M
 from sfumato.sampling.multistep import Multistep
-from sfumato.sampling.resampling import Resampled
+from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import RungeKutta
 from sfumato.sampling.unipc import UniPC
 
@@ -32,42 +31,48 @@ SAMPLERS: dict[str, SamplerConfig] = {
     "churn": Churn(RungeKutta("heun")),
 }
 
-# where a hole is filled and no sampler is named: see docs/sampling.md for their bias
-FILLING, RESAMPLING = "churn", "ddpm"
+# Where a part of the image is kept and no sampler is named: see docs/sampling.md for their bias.
+INPAINTING_SAMPLER, REPAINT_SAMPLER = "churn", "ddpm"
 
 
 def chosen_sampler(
     sampler: str | SamplerConfig | None,
-    usual: SamplerConfig,
+    default: SamplerConfig,
     *,
-    filling: bool = False,
+    inpainting: bool = False,
     resample: int = 1,
-) -> SamplerConfig | Resampled:
+) -> SamplerConfig:
     """Return the requested sampler, or one that suits the task.
 
-    If none is given, a hole is filled by one that brings the rest in line with what is known, and
-    other images are made by the usual one.
-
     Args:
-        usual: used where none is given and no hole is filled.
-        filling: whether a part of each image is known.
-        resample: how many times each step is taken.
+        sampler: a sampler or its name; None for `default`, or where a part of each image is kept,
+            for one that brings the rest in line with it.
+        default: used where none is requested and nothing is kept.
+        inpainting: whether a part of each image is kept.
+        resample: how many times each step is taken (RePaint).
     Raises:
-        ConfigError: for an unknown name, naming the nearest, or resampling that cannot be done.
+        ConfigError: for an unknown name, naming the nearest.
     """
-    if resample != 1 and not filling:
+    if isinstance(sampler, str):
+        return find_sampler(sampler)
+    if sampler is None and inpainting:
+        return SAMPLERS[INPAINTING_SAMPLER if resample == 1 else REPAINT_SAMPLER]
+    return sampler or default
+
+
+def repeated(sampler: SamplerConfig, *, inpainting: bool, resample: int) -> SamplerConfig | RePaint:
+    """Return a sampler that takes each step `resample` times.
+
+    Raises:
+        ConfigError: if nothing is kept of the images, or the sampler cannot repeat its steps.
+    """
+    if resample != 1 and not inpainting:
         raise ConfigError(
-            "resampling where no part of an image is kept",
+            "resample needs an image and a mask, and nothing is kept of the images here",
             where="sample",
             hint="give an image and a mask, or leave it out",
         )
-    if isinstance(sampler, str):
-        chosen = find_sampler(sampler)
-    elif sampler is None and filling:
-        chosen = SAMPLERS[FILLING if resample == 1 else RESAMPLING]
-    else:
-        chosen = sampler or usual
-    return chosen if resample == 1 else Resampled(chosen, times=resample)  # type: ignore[arg-type]
+    return sampler if resample == 1 else RePaint(sampler, times=resample)  # type: ignore[arg-type]
 
 
 def find_sampler(name: str) -> SamplerConfig:
@@ -78,8 +83,14 @@ def find_sampler(name: str) -> SamplerConfig:
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
-    close = difflib.get_close_matches(name, SAMPLERS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError(
-        f"no sampler {name!r}", where="sample", hint=f"{hint}there are {', '.join(SAMPLERS)}"
+        f"unknown sampler {name!r}",
+        where="sample",
+        hint=f"{closest(name, SAMPLERS)}there are {', '.join(SAMPLERS)}",
     )
+
+
+def sampler_name(sampler: SamplerConfig) -> str:
+    """Return the name under which a sampler is requested; that of its kind where it has none."""
+    named = (name for name, known in SAMPLERS.items() if known == sampler)
+    return next(named, kind_of(type(sampler)))

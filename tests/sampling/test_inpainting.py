@@ -14,16 +14,18 @@ from sfumato.diffusion import Denoised, Inpaint, Linear, NoiseLevel, Sample
 from sfumato.errors import ConfigError
 from sfumato.sampling import (
     DDIM,
-    FILLING,
-    RESAMPLING,
+    INPAINTING_SAMPLER,
+    REPAINT_SAMPLER,
     SAMPLERS,
     Churn,
     KeyedNoise,
-    Resampled,
+    RePaint,
     UniPC,
     chosen_sampler,
     grid,
+    repeated,
     sample,
+    sampler_name,
 )
 
 RHO, VALUE, COUNT = 0.9, 1.5, 4000
@@ -54,8 +56,9 @@ def filled(sampler: object, steps: int = 25) -> tuple[float, float]:
 def test_the_samplers_of_holes_follow_what_is_known_more_closely_than_the_default() -> None:
     default = SAMPLERS["dpm-solver++2m"]
     usual = filled(chosen_sampler(None, default))
-    churn = filled(chosen_sampler(None, default, filling=True))
-    resampled = filled(chosen_sampler(None, default, filling=True, resample=10))
+    churn = filled(chosen_sampler(None, default, inpainting=True))
+    ddpm = chosen_sampler(None, default, inpainting=True, resample=10)
+    resampled = filled(repeated(ddpm, inpainting=True, resample=10))
     assert usual[0] > 0.5
     assert churn[0] < 0.6 * usual[0]
     assert churn[1] < usual[1]
@@ -65,14 +68,17 @@ def test_the_samplers_of_holes_follow_what_is_known_more_closely_than_the_defaul
 def test_which_sampler_fills() -> None:
     usual = DDIM()
     assert chosen_sampler(None, usual) == usual
-    assert chosen_sampler(None, usual, filling=True) == SAMPLERS[FILLING]
-    assert chosen_sampler("heun", usual, filling=True) == SAMPLERS["heun"]
-    assert chosen_sampler(None, usual, filling=True, resample=3) == Resampled(
-        SAMPLERS[RESAMPLING], times=3
-    )
-    assert chosen_sampler("churn", usual, filling=True, resample=3) == Resampled(
-        SAMPLERS["churn"], times=3
-    )
+    assert chosen_sampler(None, usual, inpainting=True) == SAMPLERS[INPAINTING_SAMPLER]
+    assert chosen_sampler("heun", usual, inpainting=True) == SAMPLERS["heun"]
+    ddpm = SAMPLERS[REPAINT_SAMPLER]
+    assert chosen_sampler(None, usual, inpainting=True, resample=3) == ddpm
+    assert repeated(ddpm, inpainting=True, resample=3) == RePaint(ddpm, times=3)
+    assert repeated(usual, inpainting=False, resample=1) == usual
+
+
+def test_a_sampler_is_recorded_under_the_name_that_requests_it() -> None:
+    assert all(sampler_name(sampler) == name for name, sampler in SAMPLERS.items())
+    assert sampler_name(DDIM(eta=0.5)) == "ddim"
 
 
 @pytest.mark.parametrize(
@@ -83,11 +89,11 @@ def test_once_is_the_sampler_itself_and_more_keeps_the_distribution(name: str) -
     x = KeyedNoise(1)(torch.empty(COUNT, 1, 1, 2, dtype=torch.float64))
     once, plain = (
         sample(s, oracle, x, levels, noise=KeyedNoise(2))
-        for s in (Resampled(SAMPLERS[name], times=1), SAMPLERS[name])
+        for s in (RePaint(SAMPLERS[name], times=1), SAMPLERS[name])
     )
     assert torch.equal(once, plain)
     thrice = sample(
-        Resampled(SAMPLERS[name], times=3), oracle, x, levels, noise=KeyedNoise(2)
+        RePaint(SAMPLERS[name], times=3), oracle, x, levels, noise=KeyedNoise(2)
     ).flatten(1)
     assert float((torch.cov(thrice.T) - COVARIANCE).abs().max()) < 0.08
 
@@ -95,8 +101,8 @@ def test_once_is_the_sampler_itself_and_more_keeps_the_distribution(name: str) -
 @pytest.mark.parametrize("name", ["dpm-solver++2m", "unipc", "multistep2"])
 def test_a_sampler_with_memory_is_not_resampled(name: str) -> None:
     with pytest.raises(ConfigError, match="use a sampler without memory"):
-        chosen_sampler(name, DDIM(), filling=True, resample=2)
+        repeated(SAMPLERS[name], inpainting=True, resample=2)
     with pytest.raises(ConfigError, match="use a sampler without memory"):
-        Resampled(Churn(UniPC()), times=2)
-    with pytest.raises(ConfigError, match="no part of an image is kept"):
-        chosen_sampler("ddpm", DDIM(), resample=2)
+        RePaint(Churn(UniPC()), times=2)
+    with pytest.raises(ConfigError, match="nothing is kept of the images"):
+        repeated(SAMPLERS["ddpm"], inpainting=False, resample=2)

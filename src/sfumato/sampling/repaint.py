@@ -1,5 +1,5 @@
-"""RePaint's resampling: each step is taken several times, with fresh noise in between, so that what
-is generated fits what is known.
+"""RePaint: each step is taken several times, with fresh noise in between, so that what is generated
+fits what is known.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sfumato.sampling.runge_kutta import RungeKutta
 
 
 @dataclass(frozen=True)
-class Resampled:
+class RePaint:
     """Step down, return to the level above with fresh noise, and step down again, `times` in all.
 
     Attributes:
@@ -38,7 +38,7 @@ class Resampled:
         inner = self.sampler.sampler if isinstance(self.sampler, Churn) else self.sampler
         if not isinstance(inner, DDIM | RungeKutta) or self.times < 1:
             raise ConfigError(
-                f"{type(self.sampler).__name__} resampled {self.times} times",
+                f"{type(self.sampler).__name__} repeated {self.times} times",
                 where="sample",
                 hint="use a sampler without memory (ddpm, ddim, euler, midpoint, heun, rk4 or "
                 "churn), at least 1 time",

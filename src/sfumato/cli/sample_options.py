@@ -1,0 +1,98 @@
+"""Parsing of the values of `sfumato sample`'s options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Literal
+
+import typer
+
+MIN_IMAGES = 16  # unless more prompts or categories are given
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Parse HEIGHTxWIDTH."""
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise typer.BadParameter(
+            f"{text!r}: write HEIGHTxWIDTH in pixels, e.g. 64x96", param_hint="--size"
+        )
+    return int(height), int(width)
+
+
+def parse_contexts(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Parse NAME=VALUE pairs into a mapping."""
+    split = [pair.partition("=") for pair in pairs or ()]
+    if any(not (name and equals) for name, equals, _ in split):
+        raise typer.BadParameter("write NAME=VALUE", param_hint="--context")
+    return {name: value for name, _, value in split}
+
+
+def parse_weights(text: str) -> Literal["ema", "raw"] | float:
+    """Parse `ema`, `raw` or the width of a post-hoc average."""
+    if text == "ema":
+        return "ema"
+    if text == "raw":
+        return "raw"
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither ema, raw nor a number", param_hint="--weights"
+        ) from None
+
+
+def parse_guidance(texts: list[str] | None) -> float | dict[str, float] | None:
+    """Parse one scale, or one for each context by name; return None for the model's own."""
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return _number(texts[0], "--guidance")
+    return parse_numbers(texts, "--guidance")
+
+
+def parse_numbers(texts: list[str] | None, option: str) -> dict[str, float]:
+    """Parse repeated NAME=NUMBER pairs into a mapping."""
+    pairs = [text.rpartition("=") for text in texts or ()]
+    return {name.strip(): _number(value, option) for name, _, value in pairs}
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number", param_hint=option) from None
+
+
+def number_of_images(
+    num: int | None, prompts: Sequence[str] | None, categories: Sequence[str] | None
+) -> int:
+    """Return `num`, or enough for every prompt and category; print what it leaves out."""
+    count = num or max(MIN_IMAGES, len(prompts or ()), len(categories or ()))
+    for name, values in (("prompt", prompts or ()), ("category", categories or ())):
+        unused = values[count:]
+        if unused:
+            listed = ", ".join(
+                repr(text if len(text) <= 40 else f"{text[:37]}...") for text in unused[:5]
+            )
+            more = ", ..." if len(unused) > 5 else ""
+            typer.echo(
+                f"note: --num {count} leaves out {len(unused)} of {len(values)} --{name}: "
+                f"{listed}{more}",
+                err=True,
+            )
+    return count
+
+
+def grid_labels(prompts: list[str] | None, categories: list[str] | None, num: int) -> list[str]:
+    """Return the prompt and category of each image; [] if all are the same."""
+    pairs = zip(cycle(prompts or [""]), cycle(categories or [""]), strict=False)
+    labels = [", ".join(filter(None, words)) for words in islice(pairs, num)]
+    return (
+        [label if len(label) <= 80 else f"{label[:77]}..." for label in labels]
+        if len(set(labels)) > 1
+        else []
+    )
