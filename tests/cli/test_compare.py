@@ -22,12 +22,12 @@ from tests.helpers.cli import Result, sfumato
 TILE = 56
 
 
-def made(source: str, facts: ConditioningInfo) -> Pipeline:
+def made(source: str, info: ConditioningInfo) -> Pipeline:
     """A model whose weights are random, so that everything it is told shows."""
     settings = resolve(
         source, ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"]
     )
-    model = build_model(settings, facts).eval().requires_grad_(False)
+    model = build_model(settings, info).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -35,7 +35,7 @@ def made(source: str, facts: ConditioningInfo) -> Pipeline:
         model=model,
         autoencoder=Pixels(1),
         sampling=settings.sampling,
-        facts=facts,
+        info=info,
         image_shape=(1, 8, 8),
     )
 
@@ -191,7 +191,7 @@ def refusal(result: Result) -> str:
 
 
 def test_guidance_that_has_no_effect_is_refused(unsteered: Path) -> None:
-    assert "guidance has no effect on images that nothing steers" in refusal(
+    assert "guidance has no effect without a condition" in refusal(
         sfumato("compare", unsteered, "--guidance", 2)
     )
 

@@ -52,7 +52,7 @@ def test_every_refusal_of_the_system_has_words(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError("odd"), "the system refuses: odd"),
+        (OSError("odd"), "operating system error: odd"),
         (MemoryError(), "not enough memory"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -166,7 +166,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
 
     for name in (
         "sfumato.runs.preparation.open_data",
-        "sfumato.data.check.examine",
+        "sfumato.data.check.inspect_data",
         "sfumato.data.check.captions.Vocabulary",
     ):
         monkeypatch.setattr(name, work)

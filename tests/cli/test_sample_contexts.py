@@ -28,7 +28,14 @@ from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs import train
-from sfumato.training import AdamWConfig, Budget, FixedEMA, PreviewConfig, ValidationConfig, hooks
+from sfumato.training import (
+    Budget,
+    FixedEMA,
+    OptimizerConfig,
+    PreviewConfig,
+    ValidationConfig,
+    hooks,
+)
 from tests.helpers.cli import Result, sfumato
 
 SIDE = 8
@@ -93,7 +100,7 @@ def settings(root: Path) -> Run:
             channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
         ),
         conditioner=contexts,
-        optimizer=AdamWConfig(learning_rate=1e-2, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
         ema=FixedEMA(0.5),
         batch_size=8,
         precision="float32",
@@ -323,7 +330,7 @@ def test_images_are_led_away_from_a_snapshot(run: Path, given: Path) -> None:
 def test_a_prompt_that_is_cut_is_said_to_be(run: Path, given: Path) -> None:
     result = sampled(run, "--prompt", "a dark square " * 100)
     assert result.code == 0
-    assert result.err.startswith("note: of a prompt of 1400 characters the model reads ")
+    assert result.err.startswith("note: a prompt has 1400 characters, of which the model reads the first ")
     assert sampled(run, "--prompt", "noise", out="another").err == ""
 
 
@@ -418,7 +425,7 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         (["--attribute", "age=inf"], "attribute age = inf", "use a finite number"),
         (
             ["--prompt", "x", "--negative", "y"],
-            "a negative prompt without guidance",
+            "a negative prompt has no effect at guidance 1",
             "give a guidance above 1",
         ),
         (
@@ -434,7 +441,7 @@ def test_files_that_are_no_clouds_are_named(run: Path, given: Path, file: str) -
         ),
         (
             ["--to-prompt", "x", "--to-seed", "1", "--negative", "y"],
-            "a negative prompt without guidance",
+            "a negative prompt has no effect at guidance 1",
             "give a guidance",
         ),
     ],

@@ -36,8 +36,8 @@ SIDE = 8
 Made = Callable[..., Pipeline]
 
 
-def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeline:
-    """A tiny model with random weights; any facts of its training set."""
+def pipeline(channels: int = 1, *, steered: bool = True, **info: Any) -> Pipeline:
+    """A tiny model with random weights; any info of its training set."""
     contexts = ContextConfig(
         category=CategoryConfig(size=8),
         text=LearnedTextConfig(size=16, layers=1, heads=2, length=9),
@@ -52,7 +52,7 @@ def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeli
         data=DataConfig(source=Digits(), resolution=SIDE, channels=channels),
     )
     known = ConditioningInfo(
-        channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **facts
+        channels=channels, categories=("cat", "dog", "solo"), words=("a", "red", "heart"), **info
     )
     model = build_model(run, known).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def pipeline(channels: int = 1, *, steered: bool = True, **facts: Any) -> Pipeli
         model=model,
         autoencoder=Pixels(channels),
         sampling=run.sampling,
-        facts=known,
+        info=known,
         image_shape=shape,
     )
 
@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
 
 
 @pytest.mark.parametrize(
-    ("channels", "facts", "mode", "ending"),
+    ("channels", "info", "mode", "ending"),
     [
         (2, {}, "LA", "png"),
         (4, {}, "RGBA", "png"),
@@ -292,11 +292,11 @@ def test_what_the_model_has_is_what_is_written(
     run: Path,
     monkeypatch: pytest.MonkeyPatch,
     channels: int,
-    facts: dict,
+    info: dict,
     mode: str | None,
     ending: str,
 ) -> None:
-    trained(monkeypatch, pipeline(channels, steered=False, **facts))
+    trained(monkeypatch, pipeline(channels, steered=False, **info))
     result = sampled(run, "--num", 2, "--out", "made")
     assert result.code == 0
     assert names("made") == {"grid.png", f"00000.{ending}", f"00001.{ending}"}
@@ -312,7 +312,7 @@ def test_what_the_model_has_is_what_is_written(
 
 
 @pytest.mark.parametrize(
-    ("facts", "kind", "said"),
+    ("info", "kind", "said"),
     [
         ({}, "jpg", "cannot hold alpha"),
         ({"bits": 16}, "webp", "holds 8 bits a value"),
@@ -320,9 +320,9 @@ def test_what_the_model_has_is_what_is_written(
     ],
 )
 def test_a_format_that_cannot_hold_the_images_is_refused(
-    run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict, kind: str, said: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, info: dict, kind: str, said: str
 ) -> None:
-    trained(monkeypatch, pipeline(4, steered=False, **facts))
+    trained(monkeypatch, pipeline(4, steered=False, **info))
     result = sampled(run, "--num", 1, "--format", kind, "--out", "made")
     assert result.code == 2
     assert said in result.err
@@ -365,7 +365,7 @@ def test_there_are_as_many_images_as_prompts_unless_fewer_are_wanted(run: Path) 
     result = sampled(run, *prompts, "--out", "all")
     assert len(pixels("all")) == 20
     assert all(
-        line.startswith("note: the captions never contained") for line in result.err.splitlines()
+        line.startswith("note: the training captions never contained") for line in result.err.splitlines()
     )
     assert sampled(run, "--out", "sixteen", "--prompt", "red").code == 0
     assert len(pixels("sixteen")) == 16
@@ -414,10 +414,10 @@ def test_the_network_is_compiled_only_where_that_is_said(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--guidance", 3], "guidance 3 has nothing to act on: no context is given"),
+        (["--guidance", 3], "guidance 3 has no effect: no context is given"),
         (
             ["--guidance", "text=3", "--category", "cat"],
-            "guidance 3 has nothing to act on: no text is given",
+            "guidance 3 has no effect: no text is given",
         ),
         (["--resample", 4], "resampling where no part of an image is kept"),
         (
@@ -441,7 +441,7 @@ def test_guidance_of_a_model_that_nothing_steers_is_refused(
 ) -> None:
     trained(monkeypatch, pipeline(steered=False))
     assert (
-        "guidance 3 has nothing to act on: the model is steered by nothing"
+        "guidance 3 has no effect: the model is unconditional"
         in sampled(run, "--guidance", 3).err
     )
     assert sampled(run, "--guidance", 1, "--num", 1).code == 0

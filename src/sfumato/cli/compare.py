@@ -162,7 +162,7 @@ def _wanted(
     if category is None and prompt is None and any(scale != 1 for scale in scales):
         readers = ", ".join(pipeline.reads)
         raise ConfigError(
-            "guidance has no effect on images that nothing steers",
+            "guidance has no effect without a condition",
             where="compare",
             hint=f"give a --prompt (the model reads {readers})"
             if readers

@@ -56,7 +56,10 @@ def check(
     source: Source,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings such as data.range=[0,4095] or data.frames=all."),
+        typer.Argument(
+            help="Settings such as data.range=[0,4095] or data.frames=all.",
+            metavar="[KEY=VALUE]...",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report; by default data-check/NAME.")
@@ -290,7 +293,8 @@ def cache(
         str, typer.Argument(help="A recipe's name, a YAML file, a run, or a source of images.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings such as data.resolution=64.")
+        list[str] | None,
+        typer.Argument(help="Settings such as data.resolution=64.", metavar="[KEY=VALUE]..."),
     ] = None,
 ) -> None:
     """Decode a run's images into the cache ahead of training."""

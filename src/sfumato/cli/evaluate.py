@@ -16,13 +16,13 @@ def evaluate(
     guidance: Annotated[
         list[float] | None,
         typer.Option(
-            help="Scales to compare, by default 1 and the run's own; contexts are judged at the "
-            "largest."
+            help="Scales to compare, by default 1 and the run's own; adherence to contexts is "
+            "measured at the largest."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the generated images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the generated images.")] = 1,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Inside the network.")
+        Literal["float32", "bfloat16"], typer.Option(help="Precision inside the network.")
     ] = "float32",
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the network first: pays for many images.")

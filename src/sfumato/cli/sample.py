@@ -119,8 +119,8 @@ def sample(
         int,
         typer.Option(
             min=1,
-            help="With a mask: how many times each step is taken; more agrees better with what "
-            "is kept.",
+            help="With a mask: how many times each step is taken (RePaint); higher blends better "
+            "with the kept region.",
         ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and i only.")] = 0,
@@ -132,7 +132,8 @@ def sample(
         ),
     ] = "ema",
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Inside the network; bfloat16 is faster.")
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Precision inside the network; bfloat16 is faster."),
     ] = "float32",
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the network first: pays for many images.")
@@ -144,7 +145,7 @@ def sample(
     format: Annotated[
         Literal["png", "tiff", "npy", "webp", "jpg"] | None,
         typer.Option(
-            help="Of the files; by default png, or tiff where PNG cannot hold the channels."
+            help="File format; by default png, or tiff where PNG cannot hold the channels."
         ),
     ] = None,
     out: Annotated[

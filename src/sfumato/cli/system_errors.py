@@ -25,14 +25,14 @@ REASONS = {
         "name a place on another disk (--out, --run)",
     ),
     errno.ENOENT: (
-        "is not there",
+        "does not exist",
         "check the path; a relative one starts at the folder that the command is run in",
     ),
     errno.ENOTDIR: ("is a file where a folder is needed, or lies below one", "name a folder"),
     errno.EISDIR: ("is a folder where a file is needed", "name a file"),
-    errno.EEXIST: ("is there already", "name another place, or remove it"),
-    errno.ENAMETOOLONG: ("has too long a name for this disk", "use a shorter one"),
-    errno.ELOOP: ("is a link that leads in a circle", "name what it is meant to lead to"),
+    errno.EEXIST: ("exists already", "name another place, or remove it"),
+    errno.ENAMETOOLONG: ("has a name too long for this disk", "use a shorter one"),
+    errno.ELOOP: ("is a symbolic link loop", "name the file that it should point to"),
     errno.EMFILE: (
         "could not be opened: too many files are open",
         "raise the limit (ulimit -n 4096), or lower data.workers",
@@ -42,10 +42,10 @@ REASONS = {
         "check the disk and its connection",
     ),
     errno.ESTALE: (
-        "is on a network disk that went away",
+        "is on a network disk that is no longer connected",
         "connect it again, and repeat the command",
     ),
-    errno.EINVAL: ("has a name that this system does not take", "use another one"),
+    errno.EINVAL: ("has a name that this system does not allow", "use another one"),
 }
 MEMORY = "train with a smaller batch_size or with micro_batch, make fewer or smaller images, or close other programs"
 
@@ -79,7 +79,7 @@ def _refused(error: OSError) -> SfumatoError:
         if isinstance(name, str | bytes | os.PathLike)
     ]
     what, hint = REASONS.get(
-        error.errno or 0, (f"the system refuses: {error.strerror or error}", PERMISSIONS)
+        error.errno or 0, (f"operating system error: {error.strerror or error}", PERMISSIONS)
     )
     return SfumatoError(
         what if names or error.errno not in REASONS else f"a file {what}",

@@ -57,7 +57,7 @@ def guidance_terms(
     if all(scales[name] == 1 for name in names):
         if part.negative:
             raise ConfigError(
-                "a negative prompt without guidance",
+                "a negative prompt has no effect at guidance 1",
                 where="sample",
                 hint="give a guidance above 1, such as 3",
             )

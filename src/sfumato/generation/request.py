@@ -153,11 +153,11 @@ def require_context(
                 if name
                 else "no context is given"
                 if contexts
-                else "the model is steered by nothing"
+                else "the model is unconditional"
             )
             ways = [contexts[read].keywords[0] for read in ([name] if name else contexts)]
             raise ConfigError(
-                f"guidance {scale:g} has nothing to act on: {lacks}",
+                f"guidance {scale:g} has no effect: {lacks}",
                 where="sample",
                 hint=f"give {' or '.join(ways)}, or leave guidance out"
                 if ways
