@@ -84,7 +84,7 @@ def main() -> None:
         budget=Budget(minutes=asked.minutes),
     )
     dataset = open_data(pixel)
-    judges, held = two_judges(dataset), real(dataset, dataset.usual(dataset.holdout))
+    judges, held = two_judges(dataset), real(dataset, dataset.with_common_shape(dataset.holdout))
     curves = {
         name: curve(run, place / name, judges, asked.num)
         for name, run in (("latent", latent), ("pixel", pixel))
@@ -124,7 +124,7 @@ def two_judges(dataset: Dataset) -> list[Judge]:
     """EfficientNet-Lite0, or its fallback, with all training images; the classifier with those it
     was not trained on.
     """
-    training, features = dataset.usual(dataset.training), extractor("auto")
+    training, features = dataset.with_common_shape(dataset.training), extractor("auto")
     classifier = train_classifier(dataset, training[::2])
 
     def pooled(images: Tensor) -> Tensor:

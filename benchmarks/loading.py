@@ -92,7 +92,7 @@ def read(loader: Iterator[object], count: int) -> None:
 
 
 def _images(batch) -> torch.Tensor:
-    return batch.parts[0].images if hasattr(batch, "parts") else batch
+    return batch.groups[0].images if hasattr(batch, "groups") else batch
 
 
 def ours(path: Path, resolution: int, workers: int, cache: str = "off") -> Callable[[], None]:
@@ -183,15 +183,15 @@ def waiting(path: Path) -> float:
     """Share of a training step of a small U-Net that waits for data, from the cache."""
     from sfumato import recipes
     from sfumato.runs.cost import trial_trainer
-    from sfumato.runs.preparation import build_model, facts_of
+    from sfumato.runs.preparation import build_model, conditioning_info
 
     overrides = {"precision": "bfloat16", "batch_size": BATCH}
     settings = recipes.resolve(str(path), overrides)
     dataset = index(settings.data)
     with tempfile.TemporaryDirectory() as place:
-        facts = facts_of(settings, dataset)
+        info = conditioning_info(settings, dataset)
         trainer = trial_trainer(
-            settings, build_model(settings, facts), dataset, facts, Path(place) / "run"
+            settings, build_model(settings, info), dataset, info, Path(place) / "run"
         )
         step = trainer.measure_step(steps=3)
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=BATCH)

@@ -23,7 +23,7 @@ import torch
 from machine import machine, options, report
 from train_step import our_trainer
 
-from sfumato.data import Batch, Part
+from sfumato.data import Batch, ShapeGroup
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
 
 DIT_S, DIT_B = DiTConfig(hidden_size=384, depth=12), DiTConfig(hidden_size=768, depth=12)
@@ -44,7 +44,7 @@ def peak(name: str, side: int, batch: int) -> dict[str, float]:
         trainer = our_trainer(side, batch, Path(folder), "bfloat16", NETWORKS[name])
         images = torch.rand(batch, 3, side, side) * 2 - 1
         for _ in range(2):
-            trainer.train_step(Batch(parts=[Part(first=0, images=images, context={})]))
+            trainer.train_step(Batch(groups=[ShapeGroup(first=0, images=images, context={})]))
         size = sum(p.numel() for p in trainer.state.model.parameters())
     if torch.cuda.is_available():
         return {"peak": torch.cuda.max_memory_allocated(), "before": 0, "parameters": size}

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from sfumato.data import Folder, source_at
-from sfumato.data.check import IntendedModel, examine
+from sfumato.data.check import IntendedModel, inspect_data
 
 KINDS = (
     "duplicate",
@@ -135,7 +135,7 @@ def plant(
 
 def flagged(folder: Path) -> dict[str, set[str]]:
     """Names by kind, as `data check` finds them."""
-    found = examine(
+    found = inspect_data(
         Folder(str(folder)).listing(), source=str(folder), plan=IntendedModel(resolution=1)
     ).files()
     return {kind: set(found.get(kind, ())) for kind in (*KINDS, *TEXTS)}

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     asked = parser.parse_args()
     dataset = open_data(resolve(asked.run))
-    real = to_float(dataset.images(dataset.usual(dataset.holdout))[0])
+    real = to_float(dataset.images(dataset.with_common_shape(dataset.holdout))[0])
     features = extractor(asked.features)
     candidates = {"own": load(asked.run / "autoencoder" / "final")}
     candidates |= {Path(name.split(",")[0]).stem: load(*name.split(",")) for name in asked.others}

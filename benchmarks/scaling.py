@@ -23,7 +23,7 @@ import torch
 from machine import flops, interleaved, machine, options, peaks, report
 from train_step import NETWORK, our_trainer
 
-from sfumato.data import Batch, Part
+from sfumato.data import Batch, ShapeGroup
 from sfumato.networks import DiTConfig, NetworkConfig
 
 DIT = DiTConfig(hidden_size=384, depth=12)
@@ -49,10 +49,10 @@ def batch_of(shapes: tuple[tuple[int, int], ...], size: int) -> Batch:
     """`size` images, as many of each shape."""
     each = size // len(shapes)
     parts = [
-        Part(first=number * each, images=torch.rand(each, 3, *shape) * 2 - 1, context={})
+        ShapeGroup(first=number * each, images=torch.rand(each, 3, *shape) * 2 - 1, context={})
         for number, shape in enumerate(shapes)
     ]
-    return Batch(parts=parts)
+    return Batch(groups=parts)
 
 
 def main() -> None:

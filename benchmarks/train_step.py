@@ -22,11 +22,11 @@ from machine import fastest, flops, interleaved, machine, options, paired_ratio,
 from peer_unconditional import PeerTrainer, build_peer
 from PIL import Image
 
-from sfumato.data import Batch, DataConfig, Folder, Part, index
+from sfumato.data import Batch, DataConfig, Folder, ShapeGroup, index
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes import Run
 from sfumato.runs.cost import trial_trainer
-from sfumato.runs.preparation import build_model, facts_of
+from sfumato.runs.preparation import build_model, conditioning_info
 from sfumato.training import Budget, FixedEMA, Trainer, ValidationConfig
 
 NETWORK = UNetConfig(
@@ -62,10 +62,10 @@ def our_trainer(
         precision=precision,
     )
     dataset = index(run.data)
-    facts = facts_of(run, dataset)
-    model = build_model(run, facts)
+    info = conditioning_info(run, dataset)
+    model = build_model(run, info)
     model.network = network.build(image_channels=channels)
-    return trial_trainer(run, model, dataset, facts, folder / "run")
+    return trial_trainer(run, model, dataset, info, folder / "run")
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = our_trainer(asked.resolution, asked.batch, Path(folder), precision)
         device = trainer.device
-        batch = Batch(parts=[Part(first=0, images=images, context={})])
+        batch = Batch(groups=[ShapeGroup(first=0, images=images, context={})])
         parameters = sum(p.numel() for p in trainer.state.model.parameters())
         peer_defaults = PeerTrainer(
             build_peer(PEER_PARAMETERS, asked.resolution, 8).to(device),

@@ -27,7 +27,7 @@ from peer_unconditional import PeerTrainer
 from train_step import our_trainer
 
 from sfumato.condition import NO_CONDITION
-from sfumato.data import Batch, Part
+from sfumato.data import Batch, ShapeGroup
 from sfumato.diffusion import Linear
 from sfumato.networks import DiTConfig, NetworkConfig, UNetConfig
 from sfumato.nn.compiling import compile_in_place
@@ -65,7 +65,7 @@ def candidates(
     if compiled:
         trainer.task.core(trainer.state.model).compile()
     images = torch.rand(batch, CHANNELS, SIDE, SIDE, device=device) * 2 - 1
-    given = Batch(parts=[Part(first=0, images=images.cpu(), context={})])
+    given = Batch(groups=[ShapeGroup(first=0, images=images.cpu(), context={})])
     found: dict[str, Callable[[], object]] = {"ours": lambda: trainer.train_step(given)}
     if isinstance(network, DiTConfig):
         theirs = PeerTrainer(peer(network, CHANNELS).to(device), bf16=True)

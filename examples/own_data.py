@@ -60,6 +60,6 @@ pipeline = sfumato.load(path)
 small, large = (pipeline.sample(16, attributes={"radius": radius}) for radius in (1.2, 2.8))
 print(f"mean brightness: {small.mean():.3f} with radius 1.2, {large.mean():.3f} with radius 2.8")
 
-figures = evaluate(pipeline, index(run.data, layers=run.conditioner.names), num=20)
+figures = evaluate(pipeline, index(run.data, annotations=run.conditioner.names), num=20)
 for row in figures.rows:
     print(f"{row.name}: distance to the nearest training image {row.nearest:.2f}")

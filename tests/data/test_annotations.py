@@ -26,12 +26,12 @@ from sfumato.data import (
 )
 from sfumato.data import annotations as module
 from sfumato.data.convert import convert
-from sfumato.data.listing import MAX_ATTRIBUTES, described
+from sfumato.data.listing import MAX_ATTRIBUTES, parse_annotations
 from tests.helpers.containers import put, tar
 from tests.helpers.image_bytes import encode, noise
 
 SIDE = 8
-LAYERS = ("text", "doodle", "mask", "points", "attributes")
+ANNOTATIONS = ("text", "doodle", "mask", "points", "attributes")
 POINTS = np.array([[0.5, -0.25], [-1, 1], [0, 0.125]], np.float32)
 LONGER = np.linspace(-1, 1, 10, dtype=np.float32).reshape(5, 2)
 DOODLE = noise(SIDE, SIDE, seed=90)[..., 0]
@@ -50,7 +50,7 @@ def ply(points: np.ndarray) -> bytes:
 
 
 def files() -> dict[str, bytes]:
-    """Six images: 1 has everything, 2 a longer cloud, 3 damaged layers, 4 a cloud of other
+    """Six images: 1 has everything, 2 a longer cloud, 3 damaged annotations, 4 a cloud of other
     dimensions, 5 and 6 nothing.
     """
     found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(1, 7)}
@@ -74,16 +74,16 @@ def files() -> dict[str, bytes]:
     return found | {"4.points.csv": b"1,2,3\n4,5,6\n"}
 
 
-def opened(root: Path, layers: Sequence[str] = LAYERS, **options) -> Dataset:
+def opened(root: Path, annotations: Sequence[str] = ANNOTATIONS, **options) -> Dataset:
     return index(
         DataConfig(source=Folder(str(root)), **{"resolution": SIDE, "cache": "off", **options}),
-        layers=layers,
+        annotations=annotations,
     )
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return put(tmp_path_factory.mktemp("layers"), files())
+    return put(tmp_path_factory.mktemp("annotations"), files())
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ ALL = np.arange(6)
 # --- values ---------------------------------------------------------------------------------------
 
 
-def test_layers_are_no_images_of_their_own(dataset: Dataset) -> None:
+def test_annotations_are_no_images_of_their_own(dataset: Dataset) -> None:
     assert [entry.name for entry in dataset.entries] == [f"{i}.png" for i in range(1, 7)]
     assert dataset.rejects == []
 
@@ -125,11 +125,11 @@ def test_clouds_are_padded_to_the_longest_of_the_batch(dataset: Dataset) -> None
 
 
 def test_the_number_of_dimensions_is_that_of_most_clouds(dataset: Dataset) -> None:
-    assert dataset.layers.dimensions == 2
+    assert dataset.annotations.dimensions == 2
 
 
 def test_attributes_and_tags_are_numbers_by_name(dataset: Dataset) -> None:
-    assert dataset.layers.attributes.names == ("age", "asleep", "cat", "height", "outside")
+    assert dataset.annotations.attributes.names == ("age", "asleep", "cat", "height", "outside")
     values = dataset.context(ALL)["attributes"]
     assert values.dtype == torch.float32
     assert values[0].tolist() == [7, 1, 1, -1.5, 0]
@@ -149,7 +149,7 @@ def test_a_number_that_is_1_once_is_no_label(tmp_path: Path) -> None:
     found |= {
         f"{i}.json": json.dumps({"attributes": facts}).encode() for i, facts in enumerate(given)
     }
-    values = opened(put(tmp_path, found)).layers.attributes.rows(np.arange(4))
+    values = opened(put(tmp_path, found)).annotations.attributes.rows(np.arange(4))
     assert values[:3, 0].tolist() == [1, 1, 2]
     assert values[3, 0].isnan()
     assert values[:, 1].tolist() == [1, 0, 0, 0]
@@ -168,8 +168,8 @@ def test_captions_are_the_first_unless_draws_choose(dataset: Dataset) -> None:
 
 
 def test_only_what_a_model_reads_is_looked_at(root: Path) -> None:
-    assert opened(root, layers=()).context(ALL).keys() == {"category"}
-    doodles = opened(root, layers=("doodle",))
+    assert opened(root, annotations=()).context(ALL).keys() == {"category"}
+    doodles = opened(root, annotations=("doodle",))
     assert doodles.context(ALL).keys() == {"category", "doodle"}
     assert doodles.notes == {"doodle_unreadable": ["3.png"]}
 
@@ -184,26 +184,26 @@ def test_positions_may_be_in_any_order_and_repeat(dataset: Dataset) -> None:
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def test_damaged_layers_are_noted_and_count_as_missing(dataset: Dataset) -> None:
+def test_damaged_annotations_are_noted_and_count_as_missing(dataset: Dataset) -> None:
     assert dataset.notes == {
         f"{name}_unreadable": ["3.png"] for name in ("doodle", "mask", "points")
     }
     assert dataset.summary()["notes"] == dataset.notes
 
 
-def test_a_layer_that_disappears_later_counts_as_missing(tmp_path: Path) -> None:
+def test_an_annotation_that_disappears_later_counts_as_missing(tmp_path: Path) -> None:
     root = put(tmp_path, files())
     dataset = opened(root)
-    dataset.layers._kept.clear()
-    for layer in ("1.doodle.png", "1.points.npy"):
-        (root / layer).unlink()
+    dataset.annotations._kept.clear()
+    for name in ("1.doodle.png", "1.points.npy"):
+        (root / name).unlink()
     context = dataset.context(ALL)
     assert context["doodle"].isnan().all()
     assert context["points"][0].isnan().all()
     assert not context["mask"][0].isnan().any()
 
 
-def test_layers_are_examined_without_warnings(
+def test_annotations_are_examined_without_warnings(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     found = {f"{i}.png": encode(noise(SIDE, SIDE, seed=i)) for i in range(3)}
@@ -219,8 +219,8 @@ def test_what_is_kept_decoded_changes_nothing(
 ) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", most)
     dataset = opened(root)
-    sizes = [0 if array is None else array.nbytes for array in dataset.layers._kept.values()]
-    assert sum(sizes) <= 2 * most  # an estimate: layers differ in size
+    sizes = [0 if array is None else array.nbytes for array in dataset.annotations._kept.values()]
+    assert sum(sizes) <= 2 * most  # an estimate: annotations differ in size
     for _ in range(2):
         context = dataset.context(ALL)
         torch.testing.assert_close(context["doodle"][0, 0], torch.from_numpy(DOODLE) / 127.5 - 1)
@@ -230,7 +230,7 @@ def test_what_is_kept_decoded_changes_nothing(
 # --- shapes ---------------------------------------------------------------------------------------
 
 
-def test_layers_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> None:
+def test_annotations_take_the_shape_and_the_crop_of_their_image(tmp_path: Path) -> None:
     tall = np.zeros((4 * SIDE, 2 * SIDE), np.uint8)
     tall[: 2 * SIDE] = 255
     wide = np.ascontiguousarray(tall.T)
@@ -278,7 +278,7 @@ def lying_over(root: Path, count: int = 12) -> Path:
 def seen(dataset: Dataset, *, count: int = 3, batch_size: int = 5) -> list:
     plan = BatchPlan(seed=3, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
     return [
-        part for batch in islice(batches(dataset, plan, start=0), count) for part in batch.parts
+        group for batch in islice(batches(dataset, plan, start=0), count) for group in batch.groups
     ]
 
 
@@ -311,7 +311,7 @@ def pointed_at(points: torch.Tensor) -> list[set[tuple[int, int]]]:
         AugmentConfig(quarter_turns="all"),
     ],
 )
-def test_layers_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> None:
+def test_annotations_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> None:
     dataset = opened(lying_over(tmp_path), augment=augment)
     for part in seen(dataset):
         assert torch.equal(part.context["doodle"], part.images[:, :1])
@@ -322,7 +322,7 @@ def test_layers_move_with_the_image(tmp_path: Path, augment: AugmentConfig) -> N
     assert torch.equal(moved, still) == augment.is_off
 
 
-def test_turned_layers_stay_where_the_image_is(tmp_path: Path) -> None:
+def test_turned_annotations_stay_where_the_image_is(tmp_path: Path) -> None:
     dataset = opened(
         lying_over(tmp_path), augment=AugmentConfig(rotation_degrees=30, crop=0.3, flip="both")
     )
@@ -333,7 +333,7 @@ def test_turned_layers_stay_where_the_image_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kept", [{"memory_gib": 1.0}, {"memory_gib": 0.0}, {"memory_gib": 0.0, "workers": 2}]
 )
-def test_worker_processes_give_the_same_layers(tmp_path: Path, kept: dict) -> None:
+def test_worker_processes_give_the_same_annotations(tmp_path: Path, kept: dict) -> None:
     root = lying_over(tmp_path)
     expected = seen(opened(root, augment=AugmentConfig(flip="both")), count=4)
     for part, other in zip(
@@ -387,11 +387,14 @@ def test_worker_processes_give_the_same_layers(tmp_path: Path, kept: dict) -> No
 def test_attributes_are_finite_numbers_under_names_that_can_be_printed(
     record: dict, found: tuple | None
 ) -> None:
-    assert described(record).get("attributes") == found
+    assert parse_annotations(record).get("attributes") == found
 
 
 def test_a_image_has_so_many_attributes_and_no_more() -> None:
-    assert len(described({"tags": [str(i) for i in range(5000)]})["attributes"]) == MAX_ATTRIBUTES
+    assert (
+        len(parse_annotations({"tags": [str(i) for i in range(5000)]})["attributes"])
+        == MAX_ATTRIBUTES
+    )
 
 
 def test_a_table_of_metadata_names_attributes_by_column(tmp_path: Path) -> None:
@@ -401,7 +404,11 @@ def test_a_table_of_metadata_names_attributes_by_column(tmp_path: Path) -> None:
     assert [entry.attributes for entry in dataset.entries] == [
         (("age", 3.0), ("cat", 1.0), ("wild", 1.0)), (("cat", 1.0),), (),
     ]  # fmt: skip
-    assert dataset.layers.attributes.rows(np.arange(3))[:, 1:].tolist() == [[1, 1], [1, 0], [0, 0]]
+    assert dataset.annotations.attributes.rows(np.arange(3))[:, 1:].tolist() == [
+        [1, 1],
+        [1, 0],
+        [0, 0],
+    ]
 
 
 def test_other_attributes_are_other_data(tmp_path: Path) -> None:
@@ -442,17 +449,18 @@ def test_a_sidecar_without_captions_leaves_those_of_another(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_converted_data_have_the_same_layers(root: Path, tmp_path: Path, suffix: str) -> None:
+def test_converted_data_have_the_same_annotations(root: Path, tmp_path: Path, suffix: str) -> None:
     (path,), rejects = convert(Folder(str(root)).listing(), tmp_path / f"out{suffix}")
     assert rejects == []
     before = opened(root)
     after = index(
-        DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"), layers=LAYERS
+        DataConfig(source=source_at(str(path)), resolution=SIDE, cache="off"),
+        annotations=ANNOTATIONS,
     )
     assert [entry.attributes for entry in after.entries] == [
         entry.attributes for entry in before.entries
     ]
-    assert after.layers.attributes.names == before.layers.attributes.names
+    assert after.annotations.attributes.names == before.annotations.attributes.names
     mine, theirs = before.context(ALL), after.context(ALL)
     assert mine["text"] == theirs["text"]
     for name in ("doodle", "mask", "points", "attributes"):

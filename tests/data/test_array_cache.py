@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sfumato.data import DataConfig, Dataset, Folder, array_cache, index, indexing
-from sfumato.data.array_cache import ArrayCache, Gather, Writer
+from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.errors import DataError
 from sfumato.storage import atomic
 from tests.helpers.containers import put
@@ -318,12 +318,12 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(
 
 def test_pixels_are_mapped_and_cannot_be_written_through(home: Path, photos: Path) -> None:
     dataset = opened(photos)
-    assert isinstance(dataset.gather, Gather)
+    assert isinstance(dataset.read_rows, RowReader)
     pixels = dataset.images([0, 1])[0]
     pixels[:] = 0
     assert right(dataset)
     (segment,) = segments(home)
-    mapped = dataset.gather.cache.map(f"{segment.name}/{biggest(segment).name}")
+    mapped = dataset.read_rows.cache.map(f"{segment.name}/{biggest(segment).name}")
     assert isinstance(mapped, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         mapped[0] = 0
@@ -397,10 +397,10 @@ def test_arrays_of_several_shapes_in_several_segments_are_gathered(home: Path) -
         writer.commit()
     store = ArrayCache.open("latents", "test")
     wanted = [key for key in sorted(expected, reverse=True) if expected[key].shape[0] == 3]
-    gather = Gather(store, [store.records[key].arrays["latent"] for key in wanted])
+    read_rows = RowReader(store, [store.records[key].arrays["latent"] for key in wanted])
     assert (
-        gather(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])
+        read_rows(np.array([5, 0, 3, 3])) == np.stack([expected[wanted[i]] for i in (5, 0, 3, 3)])
     ).all()
-    assert gather(np.array([], np.int64)).shape[0] == 0
+    assert read_rows(np.array([], np.int64)).shape[0] == 0
     assert {store.records[key].facts["side"] for key in wanted} == {3}
     assert store.size_bytes() > sum(array.nbytes for array in expected.values())

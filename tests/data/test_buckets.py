@@ -33,10 +33,10 @@ from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     CheckpointConfig,
     LogConfig,
+    OptimizerConfig,
     PreviewConfig,
     ValidationConfig,
 )
@@ -243,17 +243,17 @@ def test_every_sample_comes_once_an_epoch_in_contiguous_parts_of_one_shape(
         assert len(batch) == batch_size
         positions = dataset.training[plan.batch(step)]
         at = 0
-        for part in batch.parts:
-            assert part.first == number
-            here = positions[at : at + len(part)]
+        for group in batch.groups:
+            assert group.first == number
+            here = positions[at : at + len(group)]
             assert len(set(dataset.shapes[here])) == 1
-            assert part.images.shape == (len(part), 3, *shapes[dataset.shapes[here[0]]])
-            assert torch.equal(part.context["category"], dataset.labels[torch.from_numpy(here)])
-            assert part.context["augmentation"].shape == (len(part), 0)
-            seen += [image.numpy().tobytes() for image in part.images]
-            number += len(part)
-            at += len(part)
-        kinds = [part.images.shape[1:] for part in batch.parts]
+            assert group.images.shape == (len(group), 3, *shapes[dataset.shapes[here[0]]])
+            assert torch.equal(group.context["category"], dataset.labels[torch.from_numpy(here)])
+            assert group.context["augmentation"].shape == (len(group), 0)
+            seen += [image.numpy().tobytes() for image in group.images]
+            number += len(group)
+            at += len(group)
+        kinds = [group.images.shape[1:] for group in batch.groups]
         assert all(a != b for a, b in pairwise(kinds))
     for epoch in range(2):
         counts = Counter(seen[epoch * plan.size : (epoch + 1) * plan.size])
@@ -272,12 +272,12 @@ def test_kept_and_read_images_are_the_same(photos: Path) -> None:
         plan = BatchPlan(seed=1, shapes=dataset.shapes[dataset.training], batch_size=6)
         found[keeping] = [
             (
-                part.first,
-                part.images.numpy().tobytes(),
-                part.context["augmentation"].numpy().tobytes(),
+                group.first,
+                group.images.numpy().tobytes(),
+                group.context["augmentation"].numpy().tobytes(),
             )
             for batch in islice(batches(dataset, plan, start=2), 4)
-            for part in batch.parts
+            for group in batch.groups
         ]
     assert found["cached"] == found["in memory"] == found["read"]
 
@@ -286,7 +286,7 @@ def test_the_usual_shape_is_the_most_frequent_one(photos: Path) -> None:
     dataset = opened(photos)
     number = int(np.bincount(dataset.shapes).argmax())
     assert dataset.image_shape == (3, *dataset.config.pixel_format().shapes[number])
-    assert (dataset.shapes[dataset.usual(dataset.training)] == number).all()
+    assert (dataset.shapes[dataset.with_common_shape(dataset.training)] == number).all()
 
 
 def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_pa
             channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
         ),
         conditioner=ContextConfig(category=CategoryConfig(size=8)),
-        optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
         batch_size=20,
         micro_batch=6,
         precision="float32",
@@ -340,7 +340,7 @@ def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(
             network=UNetConfig(
                 channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
             ),
-            optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=1),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
             batch_size=20,
             micro_batch=micro,
             precision="float32",

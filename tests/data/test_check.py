@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from sfumato.data import DataConfig, Folder, index
-from sfumato.data.check import KINDS, Examination, IntendedModel, examine, write
+from sfumato.data.check import KINDS, Inspection, IntendedModel, inspect_data, write
 from sfumato.data.check.inspect import vendi
 from sfumato.data.decoding import PixelFormat
 from sfumato.errors import DataError
@@ -66,8 +66,8 @@ def clean(root: Path, *, captions: bool = True, count: int = CLEAN) -> Path:
     return root
 
 
-def examined(root: Path, **plan) -> Examination:
-    return examine(
+def inspected(root: Path, **plan) -> Inspection:
+    return inspect_data(
         Folder(str(root)).listing(),
         source=str(root),
         plan=IntendedModel(**{"resolution": RESOLUTION, **plan}),
@@ -76,7 +76,7 @@ def examined(root: Path, **plan) -> Examination:
 
 def report(root: Path, out: Path) -> dict:
     """data.json as a program reads it."""
-    write(examined(root), out)
+    write(inspected(root), out)
     return json.loads((out / "data.json").read_text(encoding="utf-8"))
 
 
@@ -152,7 +152,7 @@ def defects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def written(defects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    write(examined(defects), out)
+    write(inspected(defects), out)
     return out
 
 
@@ -219,40 +219,40 @@ def test_a_image_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
             f"{number:02d}.png",
             Image.fromarray(changed).resize((64, 64), Image.Resampling.NEAREST),
         )
-    assert "outlier" not in examined(tmp_path / "set").issues
+    assert "outlier" not in inspected(tmp_path / "set").issues
     put(
         tmp_path / "set",
         "stranger.png",
         Image.fromarray(255 - base).resize((64, 64), Image.Resampling.NEAREST),
     )
-    assert examined(tmp_path / "set").files()["outlier"] == ["stranger.png"]
+    assert inspected(tmp_path / "set").files()["outlier"] == ["stranger.png"]
 
 
 def test_gray_images_are_odd_only_among_coloured_ones(tmp_path: Path) -> None:
     for number in range(30):
         put(tmp_path / "set", f"{number}.png", tiles(number).convert("L"))
-    assert "grayscale" not in examined(tmp_path / "set").issues
+    assert "grayscale" not in inspected(tmp_path / "set").issues
 
 
 def test_images_are_small_for_one_resolution_and_large_enough_for_another(tmp_path: Path) -> None:
     root = clean(tmp_path / "set", count=5)
-    assert "upscaled" not in examined(root, resolution=64).issues
-    assert len(examined(root, resolution=65).issues["upscaled"]) == 5
+    assert "upscaled" not in inspected(root, resolution=64).issues
+    assert len(inspected(root, resolution=65).issues["upscaled"]) == 5
 
 
 def test_a_model_that_could_store_the_set_is_remarked_on(tmp_path: Path) -> None:
     root = clean(tmp_path / "set", count=5)
     values = 5 * RESOLUTION**2 * 3
-    assert examined(root, parameters=values).figures["model"]["values_in_images"] == values
-    assert not any("could store" in remark for remark in examined(root, parameters=values).remarks)
-    assert any("could store" in remark for remark in examined(root, parameters=values + 1).remarks)
+    assert inspected(root, parameters=values).figures["model"]["values_in_images"] == values
+    assert not any("could store" in remark for remark in inspected(root, parameters=values).remarks)
+    assert any("could store" in remark for remark in inspected(root, parameters=values + 1).remarks)
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
 def test_the_same_data_give_the_same_bytes(defects: Path, written: Path, tmp_path: Path) -> None:
-    write(examined(defects), tmp_path / "again")
+    write(inspected(defects), tmp_path / "again")
     assert {path.name for path in written.iterdir()} == {
         "data.json",
         "data_report.html",
@@ -271,7 +271,7 @@ def test_nothing_is_changed_or_deleted(defects: Path, tmp_path: Path) -> None:
         }
 
     before = state()
-    write(examined(defects), tmp_path / "out")
+    write(inspected(defects), tmp_path / "out")
     assert state() == before
 
 
@@ -320,7 +320,7 @@ def test_training_leaves_out_what_the_reject_list_names(defects: Path, written: 
 def test_odd_names_in_the_reject_list_are_left_out_too(tmp_path: Path, name: str) -> None:
     root = clean(tmp_path / "set", captions=False, count=5)
     put(root, name, Image.new("RGB", (64, 64), (9, 99, 9)))
-    write(examined(root), tmp_path / "out")
+    write(inspected(root), tmp_path / "out")
     dataset = index(
         DataConfig(
             source=Folder(str(root)),
@@ -430,7 +430,7 @@ def test_the_page_is_well_formed_and_shows_every_kind(written: Path) -> None:
 
 @pytest.mark.parametrize("make", [planted, hostile, clean])
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, make) -> None:
-    write(examined(make(tmp_path / "set")), tmp_path / "out")
+    write(inspected(make(tmp_path / "set")), tmp_path / "out")
     html = page_of(tmp_path / "out")
     page = Page(html)
     for tag, attributes in page.elements:
@@ -448,7 +448,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, make) -> None:
 
 
 def test_names_captions_and_categories_cannot_become_part_of_the_page(tmp_path: Path) -> None:
-    write(examined(hostile(tmp_path / "set")), tmp_path / "out")
+    write(inspected(hostile(tmp_path / "set")), tmp_path / "out")
     html = page_of(tmp_path / "out")
     page = Page(html)
     assert not page.broken
@@ -474,7 +474,7 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"cannot be written: .*\n  hint: name another folder with --out"
     ):
-        write(examined(clean(tmp_path / "set", count=2)), tmp_path / "file" / "out")
+        write(inspected(clean(tmp_path / "set", count=2)), tmp_path / "file" / "out")
 
 
 # --- the scores -----------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def test_the_report_scores_the_whole_and_each_category(tmp_path: Path) -> None:
     for number in range(12):
         put(tmp_path / "set", f"varied/{number}.png", tiles(number))
         put(tmp_path / "set", f"same/{number}.png", tiles(99))
-    figures = examined(tmp_path / "set").figures["vendi"]
+    figures = inspected(tmp_path / "set").figures["vendi"]
     assert figures["n"] == 24
     assert figures["extractor"]
     assert figures["by_category"]["same"] == pytest.approx(1, abs=0.01)
@@ -539,7 +539,7 @@ def test_the_effective_number_of_categories_is_exp_of_the_entropy(
         for number in range(count):
             put(tmp_path / "set", f"{category}/{number}.png", tiles(1000 * ord(category) + number))
     put(tmp_path / "set", "a/unreadable.png", b"")
-    found = examined(tmp_path / "set").figures["categories"]
+    found = inspected(tmp_path / "set").figures["categories"]
     assert found["counts"] == counts
     assert found["effective_number"] == pytest.approx(
         np.exp(stats.entropy(list(counts.values()))), abs=0.005
@@ -584,7 +584,7 @@ def test_where_nothing_can_be_read_it_says_so_and_why(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images") as caught:
-        examined(tmp_path)
+        inspected(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -608,7 +608,7 @@ def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     listing = framed(Folder(str(tmp_path / "set")).listing(), "first")
     chosen = choose_scale("auto", listing.entries)
     form = PixelFormat(shapes=((32, 32),), channels=1, bits=16, scale=chosen.scale)
-    found = examine(
+    found = inspect_data(
         listing, source="set", plan=IntendedModel(resolution=32, form=form, remarks=chosen.lines)
     )
     assert found.figures["distinct"] == 30

@@ -143,11 +143,11 @@ def test_without_categories_labels_are_minus_one(tmp_path: Path) -> None:
 def test_in_the_cache_in_memory_and_on_use_give_the_same_pixels(tmp_path: Path) -> None:
     fill(tmp_path, 9)
     read = opened(tmp_path, **ON_USE)
-    assert read.gather is None
+    assert read.read_rows is None
     positions = np.array([5, 0, 5, 8])
     for _ in range(2):  # the cache first fills, and then is read
         for kept in (opened(tmp_path), opened(tmp_path, cache="off")):
-            assert kept.gather is not None
+            assert kept.read_rows is not None
             assert torch.equal(kept.images(positions)[0], read.images(positions)[0])
             assert (kept.images([5])[0][0].numpy() == noise(4, 4, seed=5).transpose(2, 0, 1)).all()
             assert kept.fingerprint == read.fingerprint

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode, fitted
+from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode, fit_within
 from sfumato.data.pixel_format import covering as _covering
 from tests.helpers.image_bytes import chunk, encode, noise, png, smooth
 
@@ -555,7 +555,7 @@ def test_fitted_keeps_the_aspect_ratio_and_the_whole_image(
     exif[0x0112] = turn
     image = smooth(size[1], size[0])
     data = encode(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    fit = fitted(data, 30)
+    fit = fit_within(data, 30)
     assert fit.shapes == (shape,)
     assert fit.channels == 3
     found = decode(data, fit)
@@ -568,13 +568,13 @@ def test_fitted_keeps_the_aspect_ratio_and_the_whole_image(
 
 
 def test_fitted_keeps_the_aspect_ratio_of_an_array() -> None:
-    assert fitted(npy(grain(60, 100, 3)), 30).shapes == ((30, 50),)
+    assert fit_within(npy(grain(60, 100, 3)), 30).shapes == ((30, 50),)
 
 
 def test_fitted_of_rubbish_leaves_the_reason_to_decode() -> None:
     for data in (b"", b"hello", b"\x93NUMPY rubbish", encode(RGB)[:30]):
         with pytest.raises(RejectedImage):
-            decode(data, fitted(data, 16))
+            decode(data, fit_within(data, 16))
 
 
 def test_fitted_unpacks_nothing_that_is_over_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,7 +586,7 @@ def test_fitted_unpacks_nothing_that_is_over_the_cap(monkeypatch: pytest.MonkeyP
         ImageFile.ImageFile, "load", lambda image: (loaded.append("all"), whole(image))[1]
     )
     with pytest.raises(RejectedImage, match="more than 80 million pixels"):
-        decode(data, fitted(data, 16))
+        decode(data, fit_within(data, 16))
     assert loaded == []
 
 

@@ -1,4 +1,4 @@
-"""OpenMoji's images are what their captions say, their layers lie over each other, and what is held
+"""OpenMoji's images are what their captions say, their annotations lie over each other, and what is held
 out is a whole combination.
 """
 

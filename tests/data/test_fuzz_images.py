@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted, look
+from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fit_within, read_header
 from tests.helpers.corrupt import assert_pixels_or_reason
 from tests.helpers.image_bytes import chunk, encode, noise, png, smooth
 
@@ -212,7 +212,7 @@ FILES = corpus()
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_corpus_is_of_images(kind: str) -> None:
-    bands = look(FILES[kind]).bands
+    bands = read_header(FILES[kind]).bands
     assert assert_pixels_or_reason(FILES[kind], FORMS[3 if bands == 5 else 0])
 
 
@@ -243,7 +243,7 @@ def test_small_mutations_are_images_or_a_reason(kind: str, data: st.DataObject) 
     del harmed[first : first + length]
     whole = bytes(harmed)
     assert_pixels_or_reason(whole, FORMS[0])
-    assert_pixels_or_reason(whole, fitted(whole, 8))
+    assert_pixels_or_reason(whole, fit_within(whole, 8))
 
 
 @settings(max_examples=80, deadline=None)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.data.duplicates import clusters, difference, stretched, thumbnail
-from sfumato.data.holdout import MOST, grouped, parts
+from sfumato.data.holdout import MAX_GROUP_SHARE, grouped, parts
 from sfumato.data.listing import Entry, Inline
 
 
@@ -47,7 +47,8 @@ def test_every_split_keeps_its_promises(
     assert all(len(set(held[groups == group])) == 1 for group in set(groups))
     if len(set(groups[held])) > 1:  # one alone may be all that there is to validate on
         assert all(
-            (groups == group).sum() <= max(1, MOST * len(rows)) for group in set(groups[held])
+            (groups == group).sum() <= max(1, MAX_GROUP_SHARE * len(rows))
+            for group in set(groups[held])
         )
         for category in set(categories):
             assert not held[[c == category for c in categories]].all()

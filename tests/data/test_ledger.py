@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import sfumato
 from sfumato.data import DataConfig, Folder, Listing, index, source_at
 from sfumato.data.ledger import CHANGES, Ledger, change
-from sfumato.data.sources.folder_layout import Layout
+from sfumato.data.sources.folder_layout import FolderLayout
 from sfumato.data.split_names import HELD_OUT, TRAIN, held_out_files, split_of
 from sfumato.data.text_encoding import Texts
 from tests.helpers.image_bytes import encode, noise
@@ -152,7 +152,7 @@ def test_the_same_tree_gives_the_same_listing_in_every_container_bare_and_wrappe
         "in none of them" in why["overview.png"] or "one folder that holds" in why["overview.png"]
     )
     assert "HEIC is not supported: convert it" in why["Train/cats/photo.heic"]
-    assert found.beside == {"captions": 3, "files of the system": 1, "masks": 1}
+    assert found.sidecars == {"captions": 3, "files of the system": 1, "masks": 1}
     assert found.found == len(SET)
     (layout,) = [remark for remark in found.remarks if "learn from" in remark]
     assert layout == "Train/ and test_set/: 6 to learn from, 2 held out by name, 2 categories"
@@ -569,7 +569,7 @@ def test_other_folders_are_not_splits(name: str) -> None:
     ],
 )
 def test_folders_are_read_as_a_person_would(names: list[str], categories: list[str | None]) -> None:
-    layout = Layout.of(names)
+    layout = FolderLayout.of(names)
     assert [layout.place(name).category for name in names] == categories
 
 

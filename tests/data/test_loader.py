@@ -15,7 +15,7 @@ from sfumato.data import (
     Dataset,
     Digits,
     Folder,
-    Part,
+    ShapeGroup,
     batches,
     index,
     to_float,
@@ -36,7 +36,7 @@ def folder(root: Path, **options) -> Dataset:
     dataset = index(
         DataConfig(source=Folder(str(root)), resolution=6, cache="off", memory_gib=0.0, **options)
     )
-    assert dataset.gather is None  # images are decoded as they are used
+    assert dataset.read_rows is None  # images are decoded as they are used
     return dataset
 
 
@@ -48,11 +48,11 @@ def planned(dataset: Dataset, *, seed: int, batch_size: int) -> BatchPlan:
     return BatchPlan(seed=seed, shapes=dataset.shapes[dataset.training], batch_size=batch_size)
 
 
-def only(batch: Batch) -> Part:
+def only(batch: Batch) -> ShapeGroup:
     """The one part of a batch whose images have one shape."""
-    (part,) = batch.parts
-    assert len(batch) == len(part) == len(part.images)
-    return part
+    (group,) = batch.groups
+    assert len(batch) == len(group) == len(group.images)
+    return group
 
 
 def same(a: object, b: object) -> bool:
@@ -74,10 +74,10 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 def test_batches_hold_the_plans_images_and_labels(digits: Dataset) -> None:
     plan = planned(digits, seed=1, batch_size=5)
     for step, batch in enumerate(some(digits, plan)):
-        positions, part = digits.training[plan.batch(step)], only(batch)
-        assert part.first == 5 * step
-        assert torch.equal(part.images, to_float(torch.from_numpy(digits.gather(positions))))
-        assert torch.equal(part.context["category"], digits.labels[torch.from_numpy(positions)])
+        positions, group = digits.training[plan.batch(step)], only(batch)
+        assert group.first == 5 * step
+        assert torch.equal(group.images, to_float(torch.from_numpy(digits.read_rows(positions))))
+        assert torch.equal(group.context["category"], digits.labels[torch.from_numpy(positions)])
         assert list(batch.bad) == []
 
 

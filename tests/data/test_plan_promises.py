@@ -197,13 +197,13 @@ def plan_of(dataset: Dataset, batch_size: int) -> BatchPlan:
 def contents(batch: Batch) -> list[tuple[int, bytes, bytes, bytes]]:
     return [
         (
-            part.first,
+            group.first,
             *(
                 t.numpy().tobytes()
-                for t in (part.images, part.context["category"], part.context["augmentation"])
+                for t in (group.images, group.context["category"], group.context["augmentation"])
             ),
         )
-        for part in batch.parts
+        for group in batch.groups
     ]
 
 
@@ -242,17 +242,17 @@ def test_parts_have_one_shape_follow_one_another_and_fill_the_batch(
         batches(dataset, plan_of(dataset, batch_size), start=0), 2 * len(SIZES) // batch_size + 1
     ):
         assert len(batch) == batch_size
-        several += len(batch.parts) > 1
-        for part in batch.parts:
-            assert part.first == number
-            assert part.images.ndim == 4
+        several += len(batch.groups) > 1
+        for group in batch.groups:
+            assert group.first == number
+            assert group.images.ndim == 4
             assert (
-                len(part.images)
-                == len(part.context["category"])
-                == len(part.context["augmentation"])
-                == len(part)
+                len(group.images)
+                == len(group.context["category"])
+                == len(group.context["augmentation"])
+                == len(group)
             )
-            number += len(part)
+            number += len(group)
     assert several > 0
 
 
@@ -263,7 +263,7 @@ def test_a_samples_change_belongs_to_its_number_not_to_its_batch() -> None:
             [
                 p.images
                 for b in islice(batches(dataset, plan_of(dataset, size), start=0), 60 // size)
-                for p in b.parts
+                for p in b.groups
             ]
         )
         for size in (5, 20)
@@ -288,8 +288,8 @@ def test_a_lost_image_is_replaced_by_one_of_its_shape_and_no_batch_shrinks(image
     names = lose(dataset, images, [int(i) for i in dataset.training[::6]])
     after = list(islice(batches(dataset, plan_of(dataset, 7), start=0), 6))
     again = list(islice(batches(dataset, plan_of(dataset, 7), start=0), 6))
-    shapes = [[part.images.shape for part in batch.parts] for batch in before]
-    assert [[part.images.shape for part in batch.parts] for batch in after] == shapes
+    shapes = [[group.images.shape for group in batch.groups] for batch in before]
+    assert [[group.images.shape for group in batch.groups] for batch in after] == shapes
     assert [contents(batch) for batch in after] == [contents(batch) for batch in again]
     assert [contents(batch) for batch in after] != [contents(batch) for batch in before]
     reported = [(bad.name, bad.reason) for batch in after for bad in batch.bad]

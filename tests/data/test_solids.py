@@ -95,7 +95,7 @@ def test_names_say_what_is_shown_and_some_pairs_are_held_out() -> None:
 def test_they_are_a_source_like_any_other() -> None:
     assert source_at("solids") == Solids()
     dataset = index(
-        DataConfig(source=Solids(count=60, size=16), resolution=16), layers=("text", "points")
+        DataConfig(source=Solids(count=60, size=16), resolution=16), annotations=("text", "points")
     )
     context = dataset.context(dataset.training[:3])
     assert context["points"].shape == (3, 512, 3)

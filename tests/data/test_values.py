@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from sfumato.data import DataConfig, Folder, Npz, index
-from sfumato.data.decoding import PixelFormat, RejectedImage, Scale, decode, look, read_values
+from sfumato.data.decoding import PixelFormat, RejectedImage, Scale, decode, read_header, read_raw
 from sfumato.data.listing import Entry, Inline
 from sfumato.data.value_range import choose_scale
 from sfumato.errors import ConfigError, DataError
@@ -142,7 +142,7 @@ def test_equal_values_are_equal_pixels_in_every_type_and_container(kind: str, ba
 def test_what_libtiff_packs_is_unpacked_value_for_value(kind: str, compression: str) -> None:
     stored = TYPES[kind][0](grain(1))
     data = repacked(tif(stored), compression)
-    assert (read_values(data).array == stored).all()
+    assert (read_raw(data).array == stored).all()
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
@@ -151,7 +151,7 @@ def test_the_predictor_of_floats_is_undone(compression: str) -> None:
     data = encode(
         Image.fromarray(stored[..., 0]), "TIFF", compression=compression, tiffinfo={317: 3}
     )
-    assert (read_values(data).array == stored).all()
+    assert (read_raw(data).array == stored).all()
 
 
 @pytest.mark.parametrize("bands", [2, 3, 4])
@@ -159,7 +159,7 @@ def test_sixteen_bit_colour_in_png_is_read_whole(bands: int) -> None:
     values = np.random.default_rng(3).integers(0, 65536, (H, W, bands), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     data = png(W, H, depth=16, colour={2: 4, 3: 2, 4: 6}[bands], rows=rows)
-    found = read_values(data)
+    found = read_raw(data)
     assert (found.array == values).all()
     assert found.alpha == (bands in (2, 4))
 
@@ -182,7 +182,7 @@ def test_every_filter_of_a_png_is_undone_at_sixteen_bits(filter_type: int) -> No
     rows = b"".join(
         bytes([filter_type]) + ((row) % 256).astype(np.uint8).tobytes() for row in raw - guess
     )
-    assert (read_values(png(7, 5, depth=16, colour=2, rows=rows)).array == values).all()
+    assert (read_raw(png(7, 5, depth=16, colour=2, rows=rows)).array == values).all()
 
 
 @pytest.mark.parametrize("depth", [8, 16, 32])
@@ -208,7 +208,7 @@ def test_tiffs_of_many_bands_are_turned_upright(orientation: int) -> None:
     turned = tif(values, extratags=[(274, "H", 1, orientation, True)])
     gray = encode(Image.fromarray(values[..., 0]), exif=_exif(orientation))
     found = decode(turned, form(5, scale=Scale()))
-    assert found.size == decode(gray, form(1)).size == look(turned).size
+    assert found.size == decode(gray, form(1)).size == read_header(turned).size
     assert np.abs(found.pixels[0].astype(int) - pixels(gray, 1)[0]).max() <= 1
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, DoodleConfig, LearnedTextConfig, PointsConfig
 from sfumato.contexts import ContextConfig
-from sfumato.contexts.adherence_metrics import chamfer, drawn, line_f1, silhouette_iou
+from sfumato.contexts.adherence_metrics import chamfer, line_f1, line_mask, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
-from sfumato.evaluation.adherence import Figure, own_rank
+from sfumato.evaluation.adherence import Figure, retrieval_rank
 from sfumato.evaluation.composition import overlap
 from sfumato.generation.request import ResolvedRequest
 
@@ -75,7 +75,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
                 points = np.stack([(x + 0.5) / SIDE * 2 - 1, 1 - (y + 0.5) / SIDE * 2], axis=1)
                 np.save(root / f"{name}.points.npy", points.astype(np.float32))
     config = DataConfig(source=Folder(str(root)), resolution=SIDE, holdout=0.3, cache="off")
-    return index(config, layers=("text", "doodle", "points"))
+    return index(config, annotations=("text", "doodle", "points"))
 
 
 class Maker:
@@ -87,8 +87,8 @@ class Maker:
             doodle=DoodleConfig(),
             points=PointsConfig(size=8, heads=2),
         )
-        facts = ConditioningInfo(channels=3, words=("a",), dimensions=2)
-        conditioner = context.build(facts, encoder=lambda config: pytest.fail("no encoder"))
+        info = ConditioningInfo(channels=3, words=("a",), dimensions=2)
+        conditioner = context.build(info, encoder=lambda config: pytest.fail("no encoder"))
         self.model, self.make = SimpleNamespace(conditioner=conditioner), make
         self.reads, self.image_shape = tuple(conditioner.parts), (3, SIDE, SIDE)
 
@@ -114,9 +114,11 @@ def test_the_own_image_ranks_first_and_chance_is_a_half() -> None:
     torch.manual_seed(0)
     real = torch.rand(200, 3, 16, 16)
     own = torch.arange(200)
-    assert own_rank(real, real, own).tolist() == [1.0] * 200
-    assert own_rank(torch.rand(200, 3, 16, 16), real, own).mean() == pytest.approx(0.5, abs=0.07)
-    assert own_rank(
+    assert retrieval_rank(real, real, own).tolist() == [1.0] * 200
+    assert retrieval_rank(torch.rand(200, 3, 16, 16), real, own).mean() == pytest.approx(
+        0.5, abs=0.07
+    )
+    assert retrieval_rank(
         real[:1].expand(200, -1, -1, -1), real[:1].expand(200, -1, -1, -1), own
     ).mean() == pytest.approx(0.5)
 
@@ -149,7 +151,7 @@ def test_silhouettes_overlap_as_areas_do() -> None:
     assert silhouette_iou(square(4), square(4)).item() == 1
     assert silhouette_iou(square(4), square(12)).item() == pytest.approx(8 / 24)
     assert silhouette_iou(square(4), torch.ones(1, 3, 32, 32)).item() == 0
-    assert drawn(torch.ones(2, 3, 16, 16)).sum() == 0
+    assert line_mask(torch.ones(2, 3, 16, 16)).sum() == 0
 
 
 def follows(dataset: Dataset) -> Any:

@@ -36,7 +36,7 @@ class Fake:
     def __init__(self, dataset: Dataset, harm) -> None:
         self.dataset, self.harm, self.asked = dataset, harm, []
         self.reads, self.image_shape = ("category",), dataset.image_shape
-        self.facts = ConditioningInfo(channels=1, categories=dataset.categories)
+        self.info = ConditioningInfo(channels=1, categories=dataset.categories)
 
     def sample_request(
         self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int
@@ -245,7 +245,7 @@ def test_a_missing_distance_of_samples_alone_is_said_too(
 
 
 def test_one_held_out_image_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FEWEST", "LEAST"):
+    for name in ("MIN_EXPECTED_HOLDOUT_IMAGES", "MIN_HOLDOUT_IMAGES"):
         monkeypatch.setattr(f"sfumato.data.holdout.{name}", 0)
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
     assert len(few.holdout) == 1

@@ -349,12 +349,12 @@ def encoded(folder: Path, **changes):
 def test_kept_latents_are_those_of_the_augmented_images(folder: Path) -> None:
     settings, autoencoder, dataset = encoded(folder)
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
-    part = next(batches(dataset, plan, start=0)).parts[0]
-    assert part.images.shape == (12, 0, 16, 16)
+    group = next(batches(dataset, plan, start=0)).groups[0]
+    assert group.images.shape == (12, 0, 16, 16)
     positions = dataset.training[plan.batch(0)]
     images = to_float(dataset.images(positions)[0])
     matched = set()
-    for moments, position, image in zip(part.moments, positions, images, strict=True):
+    for moments, position, image in zip(group.moments, positions, images, strict=True):
         variants = [
             autoencoder.moments(
                 augment(
@@ -374,9 +374,9 @@ def test_images_come_along_where_something_is_made_of_them(folder: Path) -> None
         folder, conditioner=ContextConfig(doodle=DoodleConfig(synthetic=1.0))
     )
     plan = BatchPlan(seed=0, shapes=dataset.shapes[dataset.training], batch_size=12)
-    part = next(batches(dataset, plan, start=0)).parts[0]
-    assert part.images.shape == (12, 1, 16, 16)
-    assert (autoencoder.moments(part.images) - part.moments).abs().max() < 0.02
+    group = next(batches(dataset, plan, start=0)).groups[0]
+    assert group.images.shape == (12, 1, 16, 16)
+    assert (autoencoder.moments(group.images) - group.moments).abs().max() < 0.02
 
 
 def test_an_edited_image_is_encoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

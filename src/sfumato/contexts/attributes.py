@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.conditioners import AttributesConditioner, AttributesConfig, ConditioningInfo
 from sfumato.contexts.category import unknown
-from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
+from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycle
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError
 
@@ -21,25 +21,25 @@ class Attributes(Context):
 
     name = "attributes"
     config = AttributesConfig
-    lacking = ("attributes", "give them in metadata, as `attributes`")
+    missing_data_hint = ("attributes", "give them in metadata, as `attributes`")
 
     def build(
-        self, config: AttributesConfig, facts: ConditioningInfo, encoder: Encoder
+        self, config: AttributesConfig, info: ConditioningInfo, encoder: Encoder
     ) -> AttributesConditioner:
         """Build the conditioner; raise ConfigError if the training set has no attributes."""
-        self.require(facts.attributes)
+        self.require(info.attributes)
         return AttributesConditioner(
-            config, names=facts.attributes, mean=facts.means, deviation=facts.deviations
+            config, names=info.attributes, mean=info.means, deviation=info.deviations
         )
 
-    def facts(self, config: AttributesConfig, dataset: Dataset) -> Mapping[str, Any]:
+    def info_fields(self, config: AttributesConfig, dataset: Dataset) -> Mapping[str, Any]:
         """Return names, means and standard deviations of the training set's attributes."""
-        table = dataset.layers.attributes
+        table = dataset.annotations.attributes
         means, deviations = table.moments(dataset.training)
         return {"attributes": table.names, "means": means, "deviations": deviations}
 
     def parse(
-        self, value: Mapping[str, float] | Sequence[Mapping[str, float]], asked: RequestInfo
+        self, value: Mapping[str, float] | Sequence[Mapping[str, float]], request: RequestInfo
     ) -> Tensor:
         """Return the values (num, D) of one or several mappings, NaN where a name is missing.
 
@@ -47,13 +47,13 @@ class Attributes(Context):
             ConfigError: for an unknown attribute, or a value that is not finite.
         """
         several = [value] if isinstance(value, Mapping) else list(value)
-        rows = [_row(one, asked.facts.attributes) for one in several]
-        return torch.stack(cycled(rows, asked.num, "attributes"))
+        rows = [_row(one, request.info.attributes) for one in several]
+        return torch.stack(cycle(rows, request.num, "attributes"))
 
 
-def _row(given: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
+def _row(attributes: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
     values = torch.full((len(known),), math.nan)
-    for name, value in given.items():
+    for name, value in attributes.items():
         if name not in known:
             raise unknown("attribute", name, known)
         if not math.isfinite(value):

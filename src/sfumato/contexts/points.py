@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo, PointsConditioner, PointsConfig
 from sfumato.contexts.adherence_metrics import chamfer, silhouette_iou
-from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
+from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
 from sfumato.data import Dataset
 from sfumato.data.user_inputs import load_user_points
 from sfumato.errors import ShapeError
@@ -25,26 +25,26 @@ class Points(Context):
 
     name = "points"
     config = PointsConfig
-    lacking = ("point clouds", "put a .npy, .ply, .xyz or .csv beside each image")
+    missing_data_hint = ("point clouds", "put a .npy, .ply, .xyz or .csv beside each image")
 
     def build(
-        self, config: PointsConfig, facts: ConditioningInfo, encoder: Encoder
+        self, config: PointsConfig, info: ConditioningInfo, encoder: Encoder
     ) -> PointsConditioner:
         """Build the conditioner; raise ConfigError if the training set has no point clouds."""
-        self.require(facts.dimensions)
-        return PointsConditioner(config, dimensions=facts.dimensions)
+        self.require(info.dimensions)
+        return PointsConditioner(config, dimensions=info.dimensions)
 
-    def facts(self, config: PointsConfig, dataset: Dataset) -> Mapping[str, Any]:
+    def info_fields(self, config: PointsConfig, dataset: Dataset) -> Mapping[str, Any]:
         """Return the dimensions of the training set's points, features included."""
-        return {"dimensions": dataset.layers.dimensions}
+        return {"dimensions": dataset.annotations.dimensions}
 
-    def parse(self, value: Tensor | Sequence[Tensor], asked: RequestInfo) -> Tensor:
+    def parse(self, value: Tensor | Sequence[Tensor], request: RequestInfo) -> Tensor:
         """Return one or several clouds as (num, N, D), with rows of NaN after the shorter ones.
 
         Raises:
             ShapeError: for a cloud of the wrong shape, or with values that are not finite.
         """
-        dimensions = asked.facts.dimensions
+        dimensions = request.info.dimensions
         clouds = [
             cloud.float().cpu()
             for cloud in ([value] if isinstance(value, Tensor) and value.ndim == 2 else value)
@@ -72,23 +72,23 @@ class Points(Context):
             torch.cat([cloud, cloud.new_full((most - len(cloud), dimensions), math.nan)])
             for cloud in clouds
         ]
-        return torch.stack(cycled(padded, asked.num, "point clouds"))
+        return torch.stack(cycle(padded, request.num, "point clouds"))
 
-    def read(self, text: str, asked: RequestInfo) -> Tensor:
+    def read(self, text: str, request: RequestInfo) -> Tensor:
         """Load a point cloud file, (N, D)."""
         return load_user_points(text)
 
-    def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+    def preview(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         """Draw a cloud as dark dots on white, (1, H, W) in [0, 1]."""
         return scattered(value, size)
 
-    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+    def to_images(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Draw the clouds as dark dots on white, (n, 1, H, W) in [-1, 1]."""
         return torch.stack([scattered(cloud, size) for cloud in values]) * 2 - 1
 
-    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+    def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the chamfer distance (lower is better) and the IoU of silhouettes (higher is)."""
-        points, real = measured.values, measured.real
+        points, real = inputs.values, inputs.real
         return {
             "chamfer distance, pixels": ("lower", lambda x, i: chamfer(x, points[i])),
             "IoU of silhouettes": ("higher", lambda x, i: silhouette_iou(x, real[i])),

@@ -5,10 +5,10 @@ splits that do not leak, and the stateless batch plan.
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.dataset import DataConfig, Dataset, Encoded
+from sfumato.data.dataset import DataConfig, Dataset, PrecomputedLatents
 from sfumato.data.indexing import index
 from sfumato.data.listing import Blob, Entry, File, Inline, Listing, Reject, Source
-from sfumato.data.loader import Batch, Part, batches, to_float
+from sfumato.data.loader import Batch, ShapeGroup, batches, to_float
 from sfumato.data.sources import (
     Digits,
     Emoji,
@@ -32,7 +32,6 @@ __all__ = [
     "Dataset",
     "Digits",
     "Emoji",
-    "Encoded",
     "Entry",
     "File",
     "Folder",
@@ -41,8 +40,9 @@ __all__ = [
     "Listing",
     "Npz",
     "Parquet",
-    "Part",
+    "PrecomputedLatents",
     "Reject",
+    "ShapeGroup",
     "Solids",
     "Source",
     "WebDataset",

@@ -1,4 +1,4 @@
-"""Data beside the images that steer models: captions, doodles, masks, point clouds and attributes,
+"""Annotations of images, which condition models: captions, doodles, masks, point clouds and attributes,
 read as they are used.
 """
 
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from sfumato.data.attribute_table import AttributeTable
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, quiet
+from sfumato.data.file_types import ANNOTATION_FILES, MAPS
 from sfumato.data.listing import Blob, Entry, Reject
 from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
 
-MAPS = ("doodle", "mask")
 KEPT_BYTES = 1 << 30  # of what was decoded already
 Loaded = TypeVar("Loaded", bound=NDArray[Any])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What is known of each image beside its pixels.
+    """What a source gives for each image besides its pixels.
 
     Attributes:
         entries: the images, in the dataset's order.
         form: that images are decoded to; shapes: index into its shapes, (N,).
-        names: of the layers that a model reads.
+        names: of the annotations that a model reads.
     """
 
     entries: Sequence[Entry]
@@ -60,7 +60,7 @@ class Annotations:
     def context(
         self, positions: NDArray[np.int64], draws: Sequence[float] | None = None
     ) -> dict[str, Any]:
-        """Return, by name, the layers of the images at `positions`, which must share one shape.
+        """Return, by name, the annotations of the images at `positions`, which must share one shape.
 
         "text" is n captions, "" where an image has none: the first of each image, or the one that
         `draws` in [0, 1) choose. "doodle" and "mask" are (n, 1, H, W) from -1 black to 1 white;
@@ -74,12 +74,12 @@ class Annotations:
         }
         return {name: make() for name, make in made.items() if name in self.names}
 
-    def examine(self) -> Iterator[tuple[str, Reject]]:
-        """Read all maps and point clouds once, and yield the unusable ones with the layer's name.
+    def find_unreadable(self) -> Iterator[tuple[str, Reject]]:
+        """Read all maps and point clouds once, and yield the unusable ones with the annotation's name.
 
         They count as not given.
         """
-        for name in (*MAPS, "points"):
+        for name in ANNOTATION_FILES:
             if name in self.names:
                 given = [
                     i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None

@@ -158,7 +158,7 @@ class Writer:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-class Gather:
+class RowReader:
     """Rows of arrays in several files, read as if they were one array: `gather(positions)`."""
 
     def __init__(self, cache: ArrayCache, places: list[tuple[str, int]]) -> None:

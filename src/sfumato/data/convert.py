@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data import files
-from sfumato.data.file_types import NUMPY, suffix_of
+from sfumato.data.file_types import ANNOTATION_FILES, NUMPY, suffix_of
 from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ from sfumato.storage.atomic import commit
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
-LAYERS, TEXTS = ("doodle", "mask", "points"), ("captions", "category", "attributes", "holdout")
+TEXTS = ("captions", "category", "attributes", "holdout")
 Packed = dict[str, Any]
 
 
@@ -60,11 +60,11 @@ def convert(
             "exists already", where=str(dest), hint="name a new file or an empty folder"
         )
     rejects = list(listing.rejects)
-    layout = Layout.of(listing.entries)
+    columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
         samples = _packed(listing.entries, rejects, on_progress)
-        paths = _written(samples, dest, kind, layout, None if single else shard_mib << 20)
+        paths = _written(samples, dest, kind, columns, None if single else shard_mib << 20)
     except OSError as error:
         raise DataError(
             f"cannot be written: {error}",
@@ -75,24 +75,24 @@ def convert(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The layers and texts that a table needs columns for."""
+class TableColumns:
+    """The annotations and texts that a table needs columns for."""
 
-    layers: tuple[str, ...]
+    annotations: tuple[str, ...]
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> Layout:
-        """Return the layers and texts that any of the entries has."""
+    def of(cls, entries: Sequence[Entry]) -> TableColumns:
+        """Return the annotations and texts that any of the entries has."""
 
         def used(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(name for name in names if any(getattr(entry, name) for entry in entries))
 
-        return cls(layers=used(LAYERS), texts=used(TEXTS))
+        return cls(annotations=used(tuple(ANNOTATION_FILES)), texts=used(TEXTS))
 
 
 def _written(
-    samples: Iterator[Packed], dest: Path, kind: str, layout: Layout, limit: int | None
+    samples: Iterator[Packed], dest: Path, kind: str, columns: TableColumns, limit: int | None
 ) -> list[Path]:
     """Write samples to one file, or to files of at most `limit` bytes of images each.
 
@@ -109,7 +109,7 @@ def _written(
                 paths.append(
                     dest if limit is None else dest / f"data-{len(paths):06d}{SUFFIX[kind]}"
                 )
-                writer, size = WRITERS[kind](_temporary(paths[-1]), layout), 0
+                writer, size = WRITERS[kind](_temporary(paths[-1]), columns), 0
             writer.add(sample)
             size += len(sample["image"])
         if writer is None:
@@ -142,7 +142,7 @@ def _packed(
         try:
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
             sample["attributes"] = dict(entry.attributes)
-            for name in ("image", *LAYERS):
+            for name in ("image", *ANNOTATION_FILES):
                 blob = getattr(entry, name)
                 if blob is not None:
                     sample[name] = _read(blob) if name == "points" else _as_image(_read(blob))
@@ -182,7 +182,7 @@ class Writer(Protocol):
     """A writer of samples to one file."""
 
     def add(self, sample: Packed) -> None:
-        """Append a sample: its name, encoded image and layers as bytes, and texts."""
+        """Append a sample: its name, encoded image and annotations as bytes, and texts."""
         ...
 
     def close(self) -> None:
@@ -193,7 +193,7 @@ class Writer(Protocol):
 class _Tar:
     """A writer of a WebDataset shard."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, columns: TableColumns) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._keys: set[str] = set()
 
@@ -201,9 +201,9 @@ class _Tar:
         key = _key(sample["name"], len(self._keys), self._keys)
         members = [(suffix_of(sample["image"]), sample["image"])]
         members += [
-            (f"{layer}.{suffix_of(sample[layer])}", sample[layer])
-            for layer in LAYERS
-            if layer in sample
+            (f"{annotation}.{suffix_of(sample[annotation])}", sample[annotation])
+            for annotation in ANNOTATION_FILES
+            if annotation in sample
         ]
         facts = {name: sample[name] for name in TEXTS if sample[name]}
         if facts:
@@ -236,10 +236,10 @@ def _key(name: str, number: int, taken: set[str]) -> str:
 class _Parquet:
     """A writer of a table in the layout that Hugging Face's `datasets` writes."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, columns: TableColumns) -> None:
         from sfumato.data.sources.parquet import TableWriter
 
-        self._table = TableWriter(path, images=("image", *layout.layers), texts=layout.texts)
+        self._table = TableWriter(path, images=("image", *columns.annotations), texts=columns.texts)
         self._rows: list[Packed] = []
         self._size = 0
 
@@ -260,4 +260,7 @@ class _Parquet:
 
 
 SUFFIX = {"parquet": ".parquet", "webdataset": ".tar"}
-WRITERS: dict[str, Callable[[Path, Layout], Writer]] = {"parquet": _Parquet, "webdataset": _Tar}
+WRITERS: dict[str, Callable[[Path, TableColumns], Writer]] = {
+    "parquet": _Parquet,
+    "webdataset": _Tar,
+}

@@ -44,9 +44,9 @@ class DataConfig:
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; more as arrays have them.
         bits: of each value, 8 or 16.
         background: colour under transparent images where alpha is not kept, RGB from 0 to 255.
-        alpha: `auto` takes the last channel for alpha where the container says so, which arrays
-            never do; `on` takes that of 2 or 4
-            for it in any image; `off` in none. Colours are trained multiplied by it.
+        alpha: `auto`: the last channel is alpha where the container says so, which arrays never
+            do. `on`: the last of 2 or 4 channels is always alpha. `off`: it never is. RGB (or gray)
+            is premultiplied.
         range: values of the source that are black and white, [low, high]; `auto` takes them from
             the type of the numbers, or from the
             set where that does not say it.
@@ -145,18 +145,18 @@ class Images(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class PrecomputedLatents:
     """Latents of the training images, computed ahead of training.
 
     Attributes:
-        gather: moments (n, 2 c, h, w) at given rows; variant v of the training part's image number
-            k is row k * variants + v.
+        read_rows: moments (n, 2 c, h, w) at given rows; variant v of the training part's image
+            number k is row k * variants + v.
         numbers: of each image in the training part, or -1; shape (N,).
         variants: of each image, each augmented in its own way.
         pixels: whether batches hold the images too, for a conditioner that makes something of them.
     """
 
-    gather: Callable[[NDArray[np.int64]], NDArray[np.floating[Any]]]
+    read_rows: Callable[[NDArray[np.int64]], NDArray[np.floating[Any]]]
     numbers: NDArray[np.int64]
     variants: int
     pixels: bool
@@ -170,15 +170,15 @@ class Dataset:
         entries, ids: each image and the hash of its content.
         labels: index into `categories`, or -1 where the source has none; shape (N,).
         shapes: index into the format's shapes; shape (N,).
-        gather: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None where
-            each is decoded when used.
+        read_rows: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None
+            where each is decoded when used.
         clusters: number of the group of near-duplicates that each image belongs to; shape (N,).
         remarks: what a person is told about the values, groups and frames, a sentence a line.
         rejects: what was left out; ledger: the account of all that the source holds; notes: what
             had to be converted, by kind.
         crop_loss: mean share of the images' area that cropping cut away.
-        layers: what else is known of each image.
-        encoded: their latents, where training works on those.
+        annotations: doodles, masks, points, attributes and captions of each image.
+        latents: their latents, where training works on those.
         scale: the values that are black and white.
         training, holdout: positions of the two parts, which share no image and no near-duplicate.
         named_holdouts: further parts that the source keeps from training, by name.
@@ -190,15 +190,15 @@ class Dataset:
     labels: Tensor
     categories: tuple[str, ...]
     shapes: NDArray[np.int64]
-    gather: Callable[[NDArray[np.int64]], Pixels] | None
+    read_rows: Callable[[NDArray[np.int64]], Pixels] | None
     clusters: NDArray[np.int64]
     remarks: Sequence[str]
     rejects: Sequence[Reject]
     ledger: Ledger
     notes: dict[str, list[str]]
     crop_loss: float
-    layers: Annotations
-    encoded: Encoded | None = None
+    annotations: Annotations
+    latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
@@ -248,7 +248,7 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """The most common (C, H, W)."""
-        height, width = self.config.pixel_format().shapes[self._usual_shape]
+        height, width = self.config.pixel_format().shapes[self._common_shape]
         return (self.config.channels, height, width)
 
     @property
@@ -259,12 +259,12 @@ class Dataset:
         return found
 
     @property
-    def _usual_shape(self) -> int:
+    def _common_shape(self) -> int:
         return int(np.bincount(self.shapes).argmax())
 
-    def usual(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def with_common_shape(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of `positions` whose images have the shape `image_shape`."""
-        result: NDArray[np.int64] = positions[self.shapes[positions] == self._usual_shape]
+        result: NDArray[np.int64] = positions[self.shapes[positions] == self._common_shape]
         return result
 
     def images(self, positions: NDArray[np.int64] | Sequence[int]) -> Images:
@@ -278,8 +278,8 @@ class Dataset:
             DataError: if no image can take its place.
         """
         positions = np.asarray(positions, np.int64)
-        if self.gather is not None:
-            return Images(torch.from_numpy(self.gather(positions)), [], positions)
+        if self.read_rows is not None:
+            return Images(torch.from_numpy(self.read_rows(positions)), [], positions)
         decoded, bad, found = [], [], []
         with quiet():
             for position in positions:
@@ -294,12 +294,12 @@ class Dataset:
     ) -> dict[str, Any]:
         """Return, by name, what conditioners may read of the images at `positions`, of one shape.
 
-        "category" is an index into `categories` or -1, (n,); for the layers see
+        "category" is an index into `categories` or -1, (n,); for the annotations see
         `Annotations.context`.
         """
         return {
             "category": self.labels[torch.from_numpy(positions)],
-            **self.layers.context(positions, draws),
+            **self.annotations.context(positions, draws),
         }
 
     def _read(self, position: int) -> tuple[Pixels, list[Reject], int]:

@@ -3,7 +3,7 @@ refused.
 
 Only the parsers listed here ever see the bytes. Size, side ratio and byte count are capped before a
 pixel is decoded; truncated files are refused, never filled in. Ordinary 8-bit images are scaled by
-Pillow; all others become `Values`, which share one path.
+Pillow; all others become `RawImage`, which share one path.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sfumato.data.pixel_format import (
     Box,
     PixelFormat,
     Pixels,
+    RawImage,
     RejectedImage,
     Scale,
-    Values,
     array_id,
     check_size,
     covering,
@@ -51,18 +51,18 @@ __all__ = [
     "SUFFIXES",
     "ArrayHeader",
     "Decoded",
-    "Look",
+    "ImageHeader",
     "PixelFormat",
     "Pixels",
+    "RawImage",
     "RejectedImage",
     "Scale",
-    "Values",
     "array_id",
     "decode",
-    "fitted",
-    "look",
+    "fit_within",
     "quiet",
-    "read_values",
+    "read_header",
+    "read_raw",
 ]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -95,7 +95,7 @@ class Decoded(NamedTuple):
     frames: int = 1
 
 
-class Look(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a file's header says.
 
     Attributes:
@@ -111,7 +111,7 @@ class Look(NamedTuple):
     dtype: np.dtype
 
 
-def look(data: bytes) -> Look:
+def read_header(data: bytes) -> ImageHeader:
     """Read the header of an encoded image without decoding its pixels.
 
     Raises:
@@ -120,17 +120,17 @@ def look(data: bytes) -> Look:
     with _reasons(data):
         if data.startswith(NUMPY):
             header = array_header(data)
-            return Look(
+            return ImageHeader(
                 (header.shape[1], header.shape[0]),
                 header.shape[2] if len(header.shape) == 3 else 1,
                 False,
                 header.dtype,
             )
-        if (page := _own_page(data)) is not None:
+        if (page := _page_beyond_pillow(data)) is not None:
             check_size(page.width, page.height)
             size = (page.height, page.width) if page.turned else (page.width, page.height)
             tiff.require_readable(page)
-            return Look(size, page.bands, page.alpha, page.dtype)
+            return ImageHeader(size, page.bands, page.alpha, page.dtype)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             check_size(width, height)  # before the orientation, for which a PNG is decoded
@@ -139,7 +139,7 @@ def look(data: bytes) -> Look:
             bands = BANDS.get(image.mode, 3)
             bands += clear and bands in (1, 3)
             turned = _orientation(image, []) in (5, 6, 7, 8)
-            return Look(
+            return ImageHeader(
                 (height, width) if turned else (width, height),
                 bands,
                 clear,
@@ -187,71 +187,69 @@ def decode(data: bytes, form: PixelFormat, *, identify: bool = False) -> Decoded
     """
     with _reasons(data):
         notes: list[str] = []
-        values = _own_values(data, notes)
-        if values is not None:
+        raw = _read_without_pillow(data, notes)
+        if raw is not None:
             frames = len(tiff.frames(data)) if tiff.is_tiff(data) else 1
-            return _decode_values(
-                values, form, notes, array_id(values.array) if identify else "", frames
-            )
+            return _decode_raw(raw, form, notes, array_id(raw.array) if identify else "", frames)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode_image(image, data, form, identify)
     raise AssertionError
 
 
-def read_values(data: bytes) -> Values:
+def read_raw(data: bytes) -> RawImage:
     """Read all values of an image as they are stored; it may not be upright.
 
     Raises:
         RejectedImage: with the reason.
     """
     with _reasons(data):
-        values = _own_values(data, [])
-        if values is not None:
-            return values
+        raw = _read_without_pillow(data, [])
+        if raw is not None:
+            return raw
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size)
             depths = _depths(image)
             image.load()
-            return _as_values(_without_palette(image, []), depths)
+            return _raw_of(_without_palette(image, []), depths)
     raise AssertionError
 
 
-def fitted(data: bytes, side: int, form: PixelFormat | None = None) -> PixelFormat:
+def fit_within(data: bytes, side: int, form: PixelFormat | None = None) -> PixelFormat:
     """Return a format with an image's aspect ratio and a shorter side of at most `side` pixels.
 
     It is RGB unless `form` is given. An image is never enlarged.
     """
     form = PixelFormat(shapes=((side, side),), channels=3) if form is None else form
     try:
-        width, height = look(data).size
+        width, height = read_header(data).size
     except RejectedImage:  # `decode` finds the reason and says it
         return replace(form, shapes=((side, side),))
     scale = min(1.0, side / max(1, min(width, height)))
     return replace(form, shapes=((max(1, round(height * scale)), max(1, round(width * scale))),))
 
 
-def _own_page(data: bytes) -> tiff.Page | None:
+def _page_beyond_pillow(data: bytes) -> tiff.Page | None:
     """Return the first page of a TIFF that Pillow does not read value for value, else None."""
     page = tiff.first_page(data) if tiff.is_tiff(data) else None
     unknown = data[:4] == tiff.BIG[1]  # of those, Pillow reads little-endian ones only
     return None if page is None or (page.exact_in_pillow and not unknown) else page
 
 
-def _own_values(data: bytes, notes: list[str]) -> Values | None:
+def _read_without_pillow(data: bytes, notes: list[str]) -> RawImage | None:
     """Read the values of a file that is not left to Pillow; None if it is."""
     if data.startswith(NUMPY):
         return read_array(data)
-    if (page := _own_page(data)) is not None:
+    if (page := _page_beyond_pillow(data)) is not None:
         if page.one(tiff.ORIENTATION, 1) in UPRIGHT:
             notes.append("exif_rotated")
         return tiff.read_page(data, page)
     return read_deep_colour(data) if is_deep_colour(data) else None
 
 
-def _decode_values(
-    values: Values, form: PixelFormat, notes: list[str], name: str, frames: int
+def _decode_raw(
+    raw: RawImage, form: PixelFormat, notes: list[str], name: str, frames: int
 ) -> Decoded:
-    height, width, bands = values.array.shape
+    height, width, bands = raw.array.shape
     shape = form.nearest(width, height)
     target = form.shapes[shape]
     if _upscaled((width, height), target):
@@ -260,17 +258,17 @@ def _decode_values(
         notes.append("animated_first_frame_used")
     box = covering(width, height, target)
     if (
-        values.kind == "bytes"
+        raw.kind == "bytes"
         and form.scale.bytes is None
         and bands in (1, 3)
         and form.channels in MODES
     ):
-        array = np.ascontiguousarray(values.array)
+        array = np.ascontiguousarray(raw.array)
         pixels = _resampled(
             Image.fromarray(array[..., 0] if bands == 1 else array), box, target, form, notes
         )
     else:
-        pixels = resampled(values, box, target, form, notes)
+        pixels = resampled(raw, box, target, form, notes)
     return Decoded(
         np.ascontiguousarray(pixels.transpose(2, 0, 1)),
         shape,
@@ -312,7 +310,7 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     box = covering(right, bottom, stored)
     ranged = form.scale.bytes is not None or (form.alpha == "off" and image.mode in WITH_ALPHA)
     if image.mode.startswith("I;16") or ranged:
-        pixels = resampled(_as_values(_in_srgb(image, notes), depths), box, stored, form, notes)
+        pixels = resampled(_raw_of(_in_srgb(image, notes), depths), box, stored, form, notes)
     else:
         pixels = _resampled(image, box, stored, form, notes)
     if orientation in UPRIGHT:
@@ -329,13 +327,13 @@ def _frames(image: Image.Image, data: bytes) -> int:
     return gif.frames(data) if image.format == "GIF" else int(getattr(image, "n_frames", 1))
 
 
-def _as_values(image: Image.Image, depths: set[str]) -> Values:
+def _raw_of(image: Image.Image, depths: set[str]) -> RawImage:
     """Return the values of an image in one of Pillow's plain modes."""
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     if image.mode.startswith("I;16"):
-        return Values(array.astype(np.uint16), white=4095.0 if "12" in depths else None)
-    return Values(array, alpha=image.mode in WITH_ALPHA)
+        return RawImage(array.astype(np.uint16), white=4095.0 if "12" in depths else None)
+    return RawImage(array, alpha=image.mode in WITH_ALPHA)
 
 
 def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -418,7 +416,7 @@ def _resampled(
     image = image.resize((target[1], target[0]), Image.Resampling.LANCZOS, box=box)
     if profile:
         image = to_srgb(image, profile, notes)
-    wanted = MODES[form.channels]
+    mode = MODES[form.channels]
     if image.mode in ("LA", "RGBA", "La", "RGBa"):
         if np.asarray(image.getchannel("A")).min() < 255 and form.channels in (1, 3):
             notes.append("transparency_filled")
@@ -426,7 +424,7 @@ def _resampled(
             image = Image.alpha_composite(
                 Image.new("RGBA", image.size, (*form.background, 255)), image.convert("RGBA")
             )
-    pixels = np.asarray(image if image.mode == wanted else image.convert(wanted)).reshape(
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode)).reshape(
         *target, form.channels
     )
     if form.channels in (2, 4):

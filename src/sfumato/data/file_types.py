@@ -20,6 +20,11 @@ SUFFIXES = (
     ".jpe",
     ".jfi",
 )
+POINT_CLOUD_SUFFIXES = (".npy", ".ply", ".xyz", ".csv")
+MAPS = ("doodle", "mask")  # annotations that are images, laid over the image
+# The files that annotate an image, by the field of `Entry` that holds them: their suffixes, as of
+# `cat.mask.png`.
+ANNOTATION_FILES = {**dict.fromkeys(MAPS, SUFFIXES), "points": POINT_CLOUD_SUFFIXES}
 ARCHIVES = (
     ".zip",
     ".tar",

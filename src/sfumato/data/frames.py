@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data import gif, tiff
-from sfumato.data.decoding import RejectedImage, quiet, read_values
+from sfumato.data.decoding import RejectedImage, quiet, read_raw
 from sfumato.data.file_types import NUMPY
 from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
 from sfumato.data.npy import ArrayHeader
 from sfumato.data.parallel import ordered_map
-from sfumato.data.pixel_format import Values, check_size
+from sfumato.data.pixel_format import RawImage, check_size
 
 Frames = Literal["first", "all", "max"]
 MAX_FRAMES = 10_000  # of one file
@@ -131,15 +131,15 @@ def _still(data: bytes, number: int) -> bytes:
 
 
 def _maximum(several: _Several) -> bytes:
-    best: Values | None = None
+    best: RawImage | None = None
     for number in range(min(several.count, MAX_FRAMES)):
-        values = read_values(several.frame(number))
-        if best is not None and values.array.shape != best.array.shape:
+        raw = read_raw(several.frame(number))
+        if best is not None and raw.array.shape != best.array.shape:
             raise RejectedImage(
                 "its frames have several shapes, so that they have no maximum: data.frames=first "
                 "or all"
             )
-        best = values if best is None else best._replace(array=np.maximum(best.array, values.array))
+        best = raw if best is None else best._replace(array=np.maximum(best.array, raw.array))
     assert best is not None
     buffer = io.BytesIO()
     if not best.alpha:

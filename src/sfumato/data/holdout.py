@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
-FEWEST, SMALL_SHARE = 25, 0.2  # images to hold out, if they are no more than a fifth of the set
-MOST = 0.25  # of a set, above which a group of images that stay together is not held out
-LEAST = 4  # images that are held out in any case, if they are no more than a fifth
-ROUGH = (
+MIN_EXPECTED_HOLDOUT_IMAGES, SMALL_SHARE = (
+    25,
+    0.2,
+)  # images to hold out, if they are no more than a fifth of the set
+MAX_GROUP_SHARE = 0.25  # of a set, above which a group of images that stay together is not held out
+MIN_HOLDOUT_IMAGES = 4  # images that are held out in any case, if they are no more than a fifth
+MIN_RELIABLE_HOLDOUT_IMAGES = (
     # images, below which figures on held-out ones are too rough to rely on: at 12, a share's 95 %
     # interval spans 50 points
     12
@@ -76,9 +79,8 @@ def _without_large(
     largest = int(sizes.max())
     said = (
         f"{int(large.sum())} {what} (the largest group has {largest} of {len(ids)}): they are "
-        "split over training and hold-out one by "
-        "one, so that held-out figures flatter; put what belongs together into a folder called "
-        "test/ to hold it out by hand"
+        "split over training and hold-out one by one, so held-out metrics will be optimistic "
+        "(leakage); to hold out a group by hand, put it into a folder called test/"
     )
     return np.unique(result, return_inverse=True)[1].astype(np.int64), (said,)
 
@@ -140,9 +142,9 @@ def _held(
     keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float
 ) -> set[int]:
     total = sizes.total()
-    threshold = max(share, min(FEWEST / total, SMALL_SHARE))
-    most = max(1, MOST * total)
-    least = min(LEAST, int(SMALL_SHARE * total))
+    threshold = max(share, min(MIN_EXPECTED_HOLDOUT_IMAGES / total, SMALL_SHARE))
+    most = max(1, MAX_GROUP_SHARE * total)
+    least = min(MIN_HOLDOUT_IMAGES, int(SMALL_SHARE * total))
     left = Counter(kind for group in keys for kind in kinds[group])
     order = sorted(keys, key=keys.__getitem__)
     held: set[int] = set()

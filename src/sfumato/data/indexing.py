@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sfumato.data.annotations import Annotations
-from sfumato.data.array_cache import ArrayCache, Gather, Writer
+from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
@@ -40,7 +40,7 @@ COMMIT_EVERY = 20_000
 def index(
     config: DataConfig,
     *,
-    layers: Sequence[str] = ("text",),
+    annotations: Sequence[str] = ("text",),
     on_progress: Callable[[int, int], None] | None = None,
     listing: Listing | None = None,
 ) -> Dataset:
@@ -48,8 +48,8 @@ def index(
 
     Args:
         listing: the source's listing, if it was made already.
-        layers: what steers a model, beside the category: "text", "doodle", "mask", "points",
-            "attributes".
+        annotations: those that condition the model, besides the category: "text", "doodle",
+            "mask", "points", "attributes".
     Raises:
         DataError: if the source is missing; if fewer than two different images can be read, with
             the first reasons; or if the last channel is alpha in some images only.
@@ -75,7 +75,7 @@ def index(
             if on_progress is not None:
                 on_progress(number + 1, len(wanted))
     rejects = [*listing.rejects, *unused]
-    gather, thumbnails = shelf.finish()
+    read_rows, thumbnails = shelf.finish()
     together = grouped(
         good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails)
     )
@@ -99,9 +99,11 @@ def index(
             notes.setdefault(note, []).append(entry.name)
     _require_one_kind_of_alpha(notes, len(good))
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
-    beside = Annotations(entries=good, form=form, shapes=shapes, names=frozenset(layers))
+    annotation_data = Annotations(
+        entries=good, form=form, shapes=shapes, names=frozenset(annotations)
+    )
     with quiet():
-        for name, reject in beside.examine():
+        for name, reject in annotation_data.find_unreadable():
             notes.setdefault(f"{name}_unreadable", []).append(reject.name)
     return Dataset(
         config=config,
@@ -112,8 +114,8 @@ def index(
         ),
         categories=categories,
         shapes=shapes,
-        layers=beside,
-        gather=gather,
+        annotations=annotation_data,
+        read_rows=read_rows,
         clusters=together.groups,
         rejects=rejects,
         ledger=Ledger.of(listing, unused),
@@ -309,8 +311,8 @@ class PixelStore:
         """
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
-            thumbnails = Gather(self.cache, [record.arrays["thumbnail"] for record in records])
-            return Gather(self.cache, [record.arrays["pixels"] for record in records]), partial(
+            thumbnails = RowReader(self.cache, [record.arrays["thumbnail"] for record in records])
+            return RowReader(self.cache, [record.arrays["pixels"] for record in records]), partial(
                 thumbnails, np.arange(len(records))
             )
         return None if self._pixels is None else _InMemory(self._pixels), partial(

@@ -1,4 +1,4 @@
-"""The account of everything that a source holds: found = used + beside + left out."""
+"""The account of everything that a source holds: found = used + sidecars + left out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Ledger:
             array.
         found: how many there are.
         used: those that became images.
-        beside: those that say something about images, by kind.
+        sidecars: those that say something about images, by kind.
         left_out: names by reason.
         remarks: how the source was read, in whole sentences: folders, encodings, metadata.
     """
@@ -55,7 +55,7 @@ class Ledger:
     unit: str
     found: int
     used: int
-    beside: Mapping[str, int]
+    sidecars: Mapping[str, int]
     left_out: Mapping[str, Sequence[str]]
     remarks: Sequence[str] = ()
 
@@ -70,7 +70,7 @@ class Ledger:
             unit=listing.unit,
             found=listing.found,
             used=used,
-            beside=listing.beside,
+            sidecars=listing.sidecars,
             left_out=left_out,
             remarks=listing.remarks,
         )
@@ -78,7 +78,7 @@ class Ledger:
     @property
     def balanced(self) -> bool:
         """Whether nothing is unaccounted for."""
-        return self.found == self.used + sum(self.beside.values()) + sum(
+        return self.found == self.used + sum(self.sidecars.values()) + sum(
             map(len, self.left_out.values())
         )
 
@@ -87,7 +87,7 @@ class Ledger:
         said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
         said += [
             f"{count:,} {_singular(kind) if count == 1 else kind}"
-            for kind, count in self.beside.items()
+            for kind, count in self.sidecars.items()
         ]
         if self.left_out:
             said.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
@@ -125,7 +125,7 @@ class Ledger:
             "unit": self.unit,
             "found": self.found,
             "used": self.used,
-            "beside": dict(self.beside),
+            "beside": dict(self.sidecars),
             "left_out": left_out,
             "remarks": list(self.remarks),
         }

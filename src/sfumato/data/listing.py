@@ -25,7 +25,7 @@ from sfumato.platform import read_at
 
 MAX_BYTES = 256 << 20  # of one image
 MAX_ATTRIBUTES = 1024  # of one image
-MAX_TEXT_BYTES = 1 << 20  # of one caption or its JSON
+MAX_TEXT_CHARACTERS = 1 << 20  # of the captions of one image
 
 
 class Blob(Protocol):
@@ -204,7 +204,7 @@ class Listing:
     Attributes:
         entries: the images.
         rejects: what was left out already.
-        beside: files that say something about images, counted by kind, such as {"captions": 40,
+        sidecars: files that say something about images, counted by kind, such as {"captions": 40,
             "metadata": 1}.
         unit: what `found` counts.
         found: all that there is; -1 stands for what the entries and rejects come to.
@@ -213,7 +213,7 @@ class Listing:
 
     entries: list[Entry]
     rejects: list[Reject] = field(default_factory=list)
-    beside: dict[str, int] = field(default_factory=dict)
+    sidecars: dict[str, int] = field(default_factory=dict)
     unit: str = "files"
     found: int = -1
     remarks: tuple[str, ...] = ()
@@ -222,7 +222,7 @@ class Listing:
         if self.found < 0:
             found = (
                 len(self.entries)
-                + sum(self.beside.values())
+                + sum(self.sidecars.values())
                 + sum(not reject.part for reject in self.rejects)
             )
             object.__setattr__(self, "found", found)
@@ -276,7 +276,7 @@ KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, *SPLIT_KEYS, "attrib
 
 
 def is_known_column(column: str) -> bool:
-    """Return whether `described` reads a column."""
+    """Return whether `parse_annotations` reads a column."""
     return normalized_key(column) in KNOWN_KEYS or column.startswith("attributes.")
 
 
@@ -285,13 +285,13 @@ def normalized_key(key: str) -> str:
     return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
-def described(record: dict[str, Any]) -> dict[str, Any]:
+def parse_annotations(record: dict[str, Any]) -> dict[str, Any]:
     """Read captions, category, hold-out and attributes from a JSON object or table row.
 
     They are returned as fields of an `Entry`; what is not given is left out.
 
     Raises:
-        ValueError: if the captions have more than MAX_TEXT_BYTES characters.
+        ValueError: if the captions have more than MAX_TEXT_CHARACTERS characters.
     """
     known = {normalized_key(key): value for key, value in reversed(record.items())} | record
 
@@ -306,8 +306,8 @@ def described(record: dict[str, Any]) -> dict[str, Any]:
     )
     texts = captions if isinstance(captions, list | tuple) else [captions]
     said = [_writable(str(text)).strip() for text in texts if isinstance(text, str | int)]
-    if sum(map(len, said)) > MAX_TEXT_BYTES:
-        raise ValueError(f"text of more than {MAX_TEXT_BYTES >> 10} KiB")
+    if sum(map(len, said)) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
     found: dict[str, Any] = {"captions": tuple(filter(None, said))} if any(said) else {}
     if isinstance(category, float) and category.is_integer():
         category = int(category)  # as a column of whole numbers with gaps is stored

@@ -15,18 +15,18 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from sfumato import randomness
-from sfumato.data.annotations import MAPS
 from sfumato.data.augment import augment, augmentation_draws
 from sfumato.data.batch_plan import BatchPlan
 from sfumato.data.dataset import Dataset
+from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import Reject
 
-LIES_OVER = (*MAPS, "points")  # the image, and moves along when it is changed
+SPATIAL_ANNOTATIONS = tuple(ANNOTATION_FILES)  # they lie over the image, and move along with it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Images of one shape, a contiguous part of a batch.
+class ShapeGroup:
+    """Images of one shape, contiguous in their batch.
 
     Attributes:
         first: number of the first one among all samples that training sees.
@@ -49,15 +49,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The input of a training step: parts of one shape each, and the images that could not be read
+    """The input of a training step: groups of one shape each, and the images that could not be read
     and were replaced.
     """
 
-    parts: Sequence[Part]
+    groups: Sequence[ShapeGroup]
     bad: Sequence[Reject] = ()
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return sum(len(group) for group in self.groups)
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -74,51 +74,53 @@ class _Batches(TorchDataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         positions = self.dataset.training[self.plan.batch(step)]
         first = step * self.plan.batch_size
-        parts: list[Part] = []
+        groups: list[ShapeGroup] = []
         bad: list[Reject] = []
-        read = self._images if self.dataset.encoded is None else self._latents
+        read = self._images if self.dataset.latents is None else self._latents
         draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[
             :, 0
         ].tolist()
         for begin, end in _stretches(self.dataset.shapes[positions]):
-            found = read(positions[begin:end], first + begin)
-            context = self.dataset.context(found.positions, draws=draws[begin:end])
-            along = {name: context[name] for name in LIES_OVER if name in context}
-            changed = augment(self.dataset.config.augment, found.images, found.draws, along=along)
+            samples = read(positions[begin:end], first + begin)
+            context = self.dataset.context(samples.positions, draws=draws[begin:end])
+            along = {name: context[name] for name in SPATIAL_ANNOTATIONS if name in context}
+            changed = augment(
+                self.dataset.config.augment, samples.images, samples.draws, along=along
+            )
             context |= {**changed.moved, "augmentation": changed.labels}
-            parts.append(
-                Part(
+            groups.append(
+                ShapeGroup(
                     first=first + begin,
                     images=changed.images,
                     context=context,
-                    moments=found.moments,
+                    moments=samples.moments,
                 )
             )
-            bad += found.bad
-        return Batch(parts=parts, bad=bad)
+            bad += samples.bad
+        return Batch(groups=groups, bad=bad)
 
-    def _images(self, positions: NDArray[np.int64], first: int) -> _Found:
+    def _images(self, positions: NDArray[np.int64], first: int) -> _Samples:
         """Read pixels, to be augmented in a new way each time they are seen."""
         pixels, bad, positions = self.dataset.images(positions)
         draws = augmentation_draws(self.plan.seed, first=first, count=len(positions))
-        return _Found(to_float(pixels), positions, draws, None, bad)
+        return _Samples(to_float(pixels), positions, draws, None, bad)
 
-    def _latents(self, positions: NDArray[np.int64], first: int) -> _Found:
+    def _latents(self, positions: NDArray[np.int64], first: int) -> _Samples:
         """Read latents of one variant of each image, and pixels to augment as it was."""
-        encoded = self.dataset.encoded
-        assert encoded is not None
+        latents = self.dataset.latents
+        assert latents is not None
         height, width = self.dataset.config.pixel_format().shapes[self.dataset.shapes[positions[0]]]
         images = torch.empty(len(positions), 0, height, width)
         bad: Sequence[Reject] = []
-        if encoded.pixels:
+        if latents.pixels:
             pixels, bad, positions = self.dataset.images(positions)
             images = to_float(pixels)
         chances = randomness.uniform(self.plan.seed, "variant", first=first, count=len(positions))[
             :, 0
         ]
-        variants = (chances * encoded.variants).long().numpy()
+        variants = (chances * latents.variants).long().numpy()
         moments = torch.from_numpy(
-            encoded.gather(encoded.numbers[positions] * encoded.variants + variants)
+            latents.read_rows(latents.numbers[positions] * latents.variants + variants)
         ).float()
         draws = torch.cat(
             [
@@ -126,10 +128,10 @@ class _Batches(TorchDataset[Batch]):
                 for p, v in zip(positions, variants, strict=True)
             ]
         )
-        return _Found(images, positions, draws, moments, bad)
+        return _Samples(images, positions, draws, moments, bad)
 
 
-class _Found(NamedTuple):
+class _Samples(NamedTuple):
     """What was read of some images, before augmentation, and the draws that decide on it."""
 
     images: Tensor
@@ -161,8 +163,8 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
 
     They are the same for any number of workers.
     """
-    ready = dataset.gather is not None or (
-        dataset.encoded is not None and not dataset.encoded.pixels
+    ready = dataset.read_rows is not None or (
+        dataset.latents is not None and not dataset.latents.pixels
     )
     workers = 0 if ready else dataset.config.workers
     loader = DataLoader(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sfumato.data.pixel_format import MAX_BANDS, RejectedImage, Values, check_size, is_numeric
+from sfumato.data.pixel_format import MAX_BANDS, RawImage, RejectedImage, check_size, is_numeric
 
 
 class ArrayHeader(NamedTuple):
@@ -56,7 +56,7 @@ def array_header(data: bytes) -> ArrayHeader:
     return header
 
 
-def read_array(data: bytes) -> Values:
+def read_array(data: bytes) -> RawImage:
     """Read the values of an image stored as .npy; no channel is alpha, since nothing says so.
 
     Raises:
@@ -67,4 +67,4 @@ def read_array(data: bytes) -> Values:
     if values.size != math.prod(header.shape):
         raise RejectedImage("damaged: the array is cut short")
     shaped = values.reshape(header.shape, order="F" if header.fortran else "C")
-    return Values(shaped[..., None] if shaped.ndim == 2 else shaped)
+    return RawImage(shaped[..., None] if shaped.ndim == 2 else shaped)

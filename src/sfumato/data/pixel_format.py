@@ -1,7 +1,7 @@
 """The values of an image file as its container holds them, and the only conversion from those to
 the pixels that training sees.
 
-Readers of containers return `Values`; nothing here knows where they come from, so that equal values
+Readers of containers return `RawImage`; nothing here knows where they come from, so that equal values
 give equal pixels.
 """
 
@@ -130,7 +130,7 @@ class PixelFormat:
         )
 
 
-class Values(NamedTuple):
+class RawImage(NamedTuple):
     """The values of an image, as its file holds them.
 
     Attributes:
@@ -213,9 +213,9 @@ def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
 
 
 def resampled(
-    values: Values, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
+    raw: RawImage, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
-    """Crop `values` to `box` and scale them with antialiasing to `target`: (H, W, C).
+    """Crop `raw` to `box` and scale them with antialiasing to `target`: (H, W, C).
 
     Black and white become the ends of the format's integers. Each channel is scaled by itself in
     floating point, with colours multiplied by alpha before.
@@ -224,27 +224,27 @@ def resampled(
         RejectedImage: if the channels do not fit the format, values are not finite, or nothing
             determines which values are black and white.
     """
-    values = _labelled(values, form, notes)
-    if values.array.dtype.kind == "f" and not (finite := np.isfinite(values.array)).all():
+    raw = _labelled(raw, form, notes)
+    if raw.array.dtype.kind == "f" and not (finite := np.isfinite(raw.array)).all():
         raise RejectedImage(
             f"{finite.size - np.count_nonzero(finite)} of its values are not finite (NaN or "
             "infinity)"
         )
-    low, high = _ends(values, form.scale)
-    if values.kind == "integers" and form.bits == 8:
+    low, high = _ends(raw, form.scale)
+    if raw.kind == "integers" and form.bits == 8:
         notes.append("sixteen_bit_reduced")
-    named = getattr(form.scale, values.kind) is not None
-    if named and ((values.colours() < low) | (values.colours() > high)).mean() > CUT_SHARE:
+    named = getattr(form.scale, raw.kind) is not None
+    if named and ((raw.colours() < low) | (raw.colours() > high)).mean() > CUT_SHARE:
         notes.append("values_outside_range")
-    opacity = _opacity(values)
+    opacity = _opacity(raw)
     size = (target[1], target[0])
 
     def scaled(plane: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.LANCZOS, box=box))
 
     planes = []
-    for band in range(values.colours().shape[2]):
-        plane = _from_black(values.array[..., band], low)
+    for band in range(raw.colours().shape[2]):
+        plane = _from_black(raw.array[..., band], low)
         plane = plane.clip(0, high - low) if named else plane
         planes.append(scaled(plane if opacity is None else plane * opacity))
     top = 2**form.bits - 1
@@ -269,7 +269,7 @@ def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
         return (plane - np.float64(low)).clip(-1e30, 1e30).astype(np.float32)
 
 
-def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
+def _labelled(raw: RawImage, form: PixelFormat, notes: list[str]) -> RawImage:
     """Mark the last channel as alpha, or drop it, as the settings say.
 
     Noted if 2 or 4 channels are kept and none of them is alpha.
@@ -277,34 +277,34 @@ def _labelled(values: Values, form: PixelFormat, notes: list[str]) -> Values:
     Raises:
         RejectedImage: if the channels do not fit the format.
     """
-    bands = values.array.shape[2]
-    if form.alpha == "off" and values.alpha:
-        values = values._replace(
-            alpha=False, array=values.array if bands == form.channels else values.array[..., :-1]
+    bands = raw.array.shape[2]
+    if form.alpha == "off" and raw.alpha:
+        raw = raw._replace(
+            alpha=False, array=raw.array if bands == form.channels else raw.array[..., :-1]
         )
     elif form.alpha == "on" and bands in (2, 4):
-        values = values._replace(alpha=True)
-    if bands == form.channels and bands in (2, 4) and not values.alpha:
+        raw = raw._replace(alpha=True)
+    if bands == form.channels and bands in (2, 4) and not raw.alpha:
         notes.append("no_alpha")
-    found = values.colours().shape[2]
-    direct = found == form.channels and not values.alpha
+    found = raw.colours().shape[2]
+    direct = found == form.channels and not raw.alpha
     if not direct and (found not in (1, 3) or form.channels > 4):
         hint = (
             "; data.alpha=on if the last is alpha" if bands in (2, 4) and form.channels <= 4 else ""
         )
         raise RejectedImage(f"{bands} channels, where data.channels is {form.channels}{hint}")
-    return values
+    return raw
 
 
-def _ends(values: Values, scale: Scale) -> Range:
+def _ends(raw: RawImage, scale: Scale) -> Range:
     """Return the values of black and white."""
-    named: Range | None = getattr(scale, values.kind)
-    dtype = values.array.dtype
+    named: Range | None = getattr(scale, raw.kind)
+    dtype = raw.array.dtype
     if named is not None:
         return named
     if dtype.kind == "u" and dtype.itemsize <= 2:
-        return 0, values.white or float(np.iinfo(dtype).max)
-    found = values.colours()
+        return 0, raw.white or float(np.iinfo(dtype).max)
+    found = raw.colours()
     with np.errstate(invalid="ignore"):
         low, high = float(np.nanmin(found)), float(np.nanmax(found))
     if dtype.kind == "f" and not (low < 0 or high > 1):
@@ -316,12 +316,12 @@ def _ends(values: Values, scale: Scale) -> Range:
     )
 
 
-def _opacity(values: Values) -> NDArray[np.float32] | None:
+def _opacity(raw: RawImage) -> NDArray[np.float32] | None:
     """Return alpha from 0 to 1; None if there is none."""
-    if not values.alpha:
+    if not raw.alpha:
         return None
-    alpha = values.array[..., -1]
-    top = 1.0 if alpha.dtype.kind == "f" else values.white or float(np.iinfo(alpha.dtype).max)
+    alpha = raw.array[..., -1]
+    top = 1.0 if alpha.dtype.kind == "f" else raw.white or float(np.iinfo(alpha.dtype).max)
     return (alpha.astype(np.float32) / np.float32(top)).clip(0, 1)
 
 

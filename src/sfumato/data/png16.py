@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from sfumato.data.pixel_format import RejectedImage, Values, check_size
+from sfumato.data.pixel_format import RawImage, RejectedImage, check_size
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BANDS = {2: 3, 4: 2, 6: 4}  # by colour type; gray of 16 bits Pillow reads as it is
@@ -33,7 +33,7 @@ def is_deep_colour(data: bytes) -> bool:
     return not kinds & LEFT_TO_PILLOW
 
 
-def read_deep_colour(data: bytes) -> Values:
+def read_deep_colour(data: bytes) -> RawImage:
     """Read the values of a PNG that `is_deep_colour` accepts.
 
     Raises:
@@ -47,7 +47,7 @@ def read_deep_colour(data: bytes) -> Values:
     filters, filtered = rows[:, 0], rows[:, 1:].reshape(height, width, 2 * bands)
     planes = [_unfiltered(filters, filtered[..., number]) for number in range(2 * bands)]
     whole = np.stack(planes, axis=2).view(">u2").astype(np.uint16)
-    return Values(whole, alpha=bands in (2, 4))
+    return RawImage(whole, alpha=bands in (2, 4))
 
 
 def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]]:

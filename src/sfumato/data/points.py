@@ -16,7 +16,6 @@ from sfumato.data.file_types import NUMPY
 from sfumato.data.listing import MAX_BYTES
 from sfumato.data.npy import ArrayHeader
 
-SUFFIXES = (".npy", ".ply", ".xyz", ".csv")
 MAX_POINTS = 10_000_000
 MAX_DIMENSIONS = 16
 MAX_HEADER_BYTES = 1 << 16

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sfumato.data.listing import MAX_TEXT_BYTES
-
+MAX_TEXT_BYTES = 1 << 20  # of one file with a caption, or with its JSON
 GUESSED_FROM_BYTES = 64 << 10  # of a set's texts
 TOO_FEW_BYTES, FEW_BYTES = 4, 8  # outside ASCII, that tell nothing of the encoding, or little
 WESTERN = ("cp1252", "cp1250")  # in order of preference, where letters alone do not decide

@@ -25,8 +25,8 @@ from PIL import Image
 from sfumato.data.pixel_format import (
     MAX_BANDS,
     UPRIGHT,
+    RawImage,
     RejectedImage,
-    Values,
     check_size,
     transposed,
 )
@@ -191,14 +191,15 @@ class Page:
             return self.bits in (1, 2, 4, 8) or deep
         return self.alpha and self.bits == 8 and self.colours == 3
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Describe the page for the reason why it is rejected."""
-        number = {"u": "-bit integers", "i": "-bit signed integers", "f": "-bit floats"}.get(
-            self.kind, "-bit values of an unknown kind"
+        number = {"u": "integers", "i": "signed integers", "f": "floats"}.get(
+            self.kind, "values of an unknown kind"
         )
         code = self.one(COMPRESSION, 1)
         packed = {**UNPACKED, **PILLOWS}.get(code, f"number {code}")
-        return f"a TIFF of {self.bands} band(s) of {self.bits or 'several kinds of '}{number}, compression {packed}"
+        values = f"{self.bits}-bit {number}" if self.bits else f"{number} of different bit depths"
+        return f"a TIFF of {self.bands} band(s) of {values}, compression {packed}"
 
 
 def pages(data: bytes) -> Iterator[Page]:
@@ -271,7 +272,7 @@ def alone(data: bytes, page: Page) -> bytes:
     return bytes(out)
 
 
-def read_page(data: bytes, page: Page) -> Values:
+def read_page(data: bytes, page: Page) -> RawImage:
     """Read the values of a page, upright.
 
     Raises:
@@ -289,7 +290,7 @@ def read_page(data: bytes, page: Page) -> Values:
         )
     if page.alpha and page.tags[EXTRA][0] == 1:
         array = _unmultiplied(array)
-    return Values(array, page.alpha)
+    return RawImage(array, page.alpha)
 
 
 def require_readable(page: Page) -> None:
@@ -310,12 +311,12 @@ def require_readable(page: Page) -> None:
         or not page.colours <= page.bands <= MAX_BANDS
     ):
         raise RejectedImage(
-            f"{page.described()}: not read; save it uncompressed with 8, 16 or 32 bits, or as "
+            f"{page.describe()}: not read; save it uncompressed with 8, 16 or 32 bits, or as "
             ".npy (H, W, C)"
         )
     if page.width * page.height * page.bands * page.bits // 8 > MAX_UNPACKED_BYTES:
         raise RejectedImage(
-            f"{page.described()}: unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
+            f"{page.describe()}: unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB"
         )
 
 

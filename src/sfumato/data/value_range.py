@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sfumato.data.decoding import RejectedImage, look, quiet, read_values
+from sfumato.data.decoding import RejectedImage, quiet, read_header, read_raw
 from sfumato.data.listing import Entry
 from sfumato.data.parallel import ordered_map
-from sfumato.data.pixel_format import Kind, Range, Scale, Values, kind_of
+from sfumato.data.pixel_format import Kind, Range, RawImage, Scale, kind_of
 
 LOOKED_AT, MEASURED = 200, 48  # images whose header is read, and whose values are
 # values looked at in an image, and the share of them at either end that does not count
@@ -40,9 +40,9 @@ class Ends(NamedTuple):
     dtype: np.dtype
 
     @classmethod
-    def of(cls, values: Values) -> Ends | None:
+    def of(cls, raw: RawImage) -> Ends | None:
         """Measure an image's colours; None if none of them is finite."""
-        flat = values.colours().reshape(-1)
+        flat = raw.colours().reshape(-1)
         if flat.dtype.kind == "f":
             flat = flat[np.isfinite(flat)]
         if not flat.size:
@@ -55,7 +55,7 @@ class Ends(NamedTuple):
         places = np.sort(places)
         margin = int(len(places) * SHARE)
         low, high = float(places[margin]), float(places[-1 - margin])
-        return cls(low, high, float(flat.min()), float(flat.max()), values.array.dtype)
+        return cls(low, high, float(flat.min()), float(flat.max()), raw.array.dtype)
 
 
 def choose_scale(asked: Literal["auto"] | Range, entries: Sequence[Entry]) -> Chosen:
@@ -99,14 +99,14 @@ def _spread(entries: Sequence[Entry], most: int) -> Sequence[Entry]:
 
 def _kind(entry: Entry) -> Kind | None:
     try:
-        return kind_of(look(entry.image.read()).dtype)
+        return kind_of(read_header(entry.image.read()).dtype)
     except (RejectedImage, OSError):
         return None
 
 
 def _ends(entry: Entry) -> Ends | None:
     try:
-        return Ends.of(read_values(entry.image.read()))
+        return Ends.of(read_raw(entry.image.read()))
     except (RejectedImage, OSError):
         return None
 

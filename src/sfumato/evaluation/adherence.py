@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.contexts import CONTEXTS, Measured, Metric
+from sfumato.contexts import CONTEXTS, Metric, MetricInputs
 from sfumato.contexts.adherence_metrics import silhouette_iou
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
@@ -112,10 +112,10 @@ def measure_adherence(
         on_progress: called with the fraction that is done, and what is being done.
     """
     tell = on_progress or (lambda fraction, text: None)
-    positions = spread(dataset.usual(dataset.holdout), min(num, LARGEST))
+    positions = spread(dataset.with_common_shape(dataset.holdout), min(num, LARGEST))
     pixels, _, positions = dataset.images(positions)
     real = to_float(pixels)
-    context = pipeline.model.conditioner.derive(
+    context = pipeline.model.conditioner.training_context(
         real, dataset.context(positions), seed=seed, first=0
     )
     reads = [name for name in pipeline.reads if name in context]
@@ -169,20 +169,20 @@ def _metrics(
 ) -> dict[str, tuple[str, Metric]]:
     """Return what can be measured of some contexts together, with the direction that is better."""
     found: dict[str, tuple[str, Metric]] = {
-        "rank of its own image": ("higher", lambda x, i: own_rank(x, real, i))
+        "rank of its own image": ("higher", lambda x, i: retrieval_rank(x, real, i))
     }
     if len(names) > 1:
         found["IoU of silhouettes"] = ("higher", lambda x, i: silhouette_iou(x, real[i]))
     for name in names:
-        measured = Measured(
+        inputs = MetricInputs(
             values=context[name], real=real, conditioner=pipeline.model.conditioner.parts[name],
             classify=None if classifier is None else lambda x: classifier.read(x)[0],
         )  # fmt: skip
-        found |= CONTEXTS[name].metrics(measured)
+        found |= CONTEXTS[name].metrics(inputs)
     return found
 
 
-def own_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
+def retrieval_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
     """Return the share of the other real images that are less like each image than its own, (n,).
 
     `own` numbers the real image that belongs to each; 1 is best, 1/2 is chance. Images are compared

@@ -92,7 +92,7 @@ def train_classifier(
         on_progress: called with the share of the steps that are done.
     """
     positions, held_out = (
-        labelled(dataset, part) for part in (positions, dataset.usual(dataset.holdout))
+        labelled(dataset, part) for part in (positions, dataset.with_common_shape(dataset.holdout))
     )
     batch_size = min(batch_size, max(SMALLEST_BATCH, len(positions)))
     steps = min(steps, max(FEWEST_STEPS, VIEWS * len(positions) // batch_size))

@@ -61,7 +61,7 @@ def composition(
     Of more than LARGEST images, that many are evenly chosen. The last row is of the real images.
     """
     held = spread(held, LARGEST)
-    seen = dataset.usual(dataset.training)
+    seen = dataset.with_common_shape(dataset.training)
     seen = seen[[bool(dataset.entries[i].captions) for i in seen]]
     captions = {int(i): dataset.entries[i].captions[0] for i in (*seen, *held)}
     family = _family(seen, held, captions)

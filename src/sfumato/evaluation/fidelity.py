@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.contexts import values_in_turn
+from sfumato.contexts import enumerate_values
 from sfumato.data import Dataset, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation.adherence import wilson
@@ -96,7 +96,7 @@ def compared(dataset: Dataset) -> Compared:
         DataError: if fewer than two held-out or four training images are left. This is known before
             anything is trained.
     """
-    training, holdout = dataset.usual(dataset.training), dataset.usual(dataset.holdout)
+    training, holdout = dataset.with_common_shape(dataset.training), dataset.with_common_shape(dataset.holdout)
     which = "held out"
     if len(dataset.categories) > 1:
         training, holdout = labelled(dataset, training), labelled(dataset, holdout)
@@ -226,12 +226,12 @@ def _asked(
 
     They are each category in turn, or those of held-out images.
     """
-    listed = values_in_turn(pipeline.reads, num, pipeline.facts)
+    listed = enumerate_values(pipeline.reads, num, pipeline.info)
     if listed is not None:
         each = torch.arange(num) % max(1, len(dataset.categories))
         return listed, each
     pixels, _, chosen = dataset.images(np.resize(holdout, num))
-    context = pipeline.model.conditioner.derive(
+    context = pipeline.model.conditioner.training_context(
         to_float(pixels), dataset.context(chosen), seed=0, first=0
     )
     return context, _kinds(dataset, chosen)

@@ -123,11 +123,11 @@ def evaluate_pipeline(
 
     def keep_pairs(scale: float, samples: Tensor, neighbours: Neighbours) -> None:
         images[f"nearest-guidance-{scale:g}.png"] = _pairs(
-            dataset, samples, neighbours, pipeline.facts.alpha
+            dataset, samples, neighbours, pipeline.info.alpha
         )
 
     def keep_gallery(name: str, asked: Mapping[str, Any], samples: Tensor, real: Tensor) -> None:
-        images[f"asked-by-{name}.png"] = gallery(asked, samples, real, facts=pipeline.facts)
+        images[f"asked-by-{name}.png"] = gallery(asked, samples, real, info=pipeline.info)
 
     fidelity = evaluate(
         pipeline,
@@ -161,7 +161,7 @@ def _classifier(dataset: Dataset, tell: Tell) -> Classifier:
     """Train the classifier of samples on the run's training images."""
     return train_classifier(
         dataset,
-        dataset.usual(dataset.training),
+        dataset.with_common_shape(dataset.training),
         on_progress=lambda fraction: tell(fraction, "training a classifier on the real images"),
     )
 
@@ -178,7 +178,7 @@ def _composed(
 
     The list is empty unless the model reads text and at least two of the images have captions.
     """
-    held = dataset.usual(held)
+    held = dataset.with_common_shape(held)
     captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
     if part_of(pipeline.model.conditioner, Text) is None or len(captioned) < 2:
         return []
@@ -190,7 +190,7 @@ def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alp
     closest = neighbours.first.argsort()[:PAIRS]
     real = (
         to_float(
-            dataset.images(dataset.usual(dataset.training)[neighbours.index[closest].numpy()])[0]
+            dataset.images(dataset.with_common_shape(dataset.training)[neighbours.index[closest].numpy()])[0]
         )
         + 1
     ) / 2

@@ -33,7 +33,7 @@ from sfumato.autoencoders import (
 from sfumato.autoencoders import io as autoencoder_files
 from sfumato.autoencoders.discriminator import PatchDiscriminator
 from sfumato.config.bounds import Count
-from sfumato.data import Dataset, Encoded, to_float
+from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
 from sfumato.evaluation.extractors import extractor
@@ -43,10 +43,10 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     LossesConfig,
     MuonConfig,
+    OptimizerConfig,
     PreviewConfig,
     Reconstruction,
     Reconstructor,
@@ -126,7 +126,9 @@ class TrainedAutoencoder(TrainingConfig):
     augmented_copies: Count = 8
     batch_size: Count = 16
     budget: Budget = Budget(minutes=10)
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig())
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()
+    )
     preview: PreviewConfig = PreviewConfig(num=16)
 
     def __post_init__(self) -> None:
@@ -236,7 +238,11 @@ class TrainedAutoencoder(TrainingConfig):
             directory=stage,
         )
         return Trainer(
-            self, task=task, dataset=dataset, directory=stage, pinned=configuration.plain(self)
+            self,
+            task=task,
+            dataset=dataset,
+            directory=stage,
+            saved_config=configuration.plain(self),
         )
 
     def _train(self, dataset: Dataset, stage: RunDirectory, final: Path) -> None:
@@ -408,7 +414,7 @@ def _reconstructed_distance(
 
     The images and the features that it was measured with are given too; {} if too few are held out.
     """
-    held = dataset.usual(dataset.holdout)[:MEASURED]
+    held = dataset.with_common_shape(dataset.holdout)[:MEASURED]
     if len(held) < FEWEST:
         return {}
     found: list[tuple[Tensor, Tensor]] = []
@@ -443,11 +449,11 @@ def _rehearsed(
     latents = LatentAutoencoder(codec, torch.zeros(size), torch.ones(size))
     _, height, width = dataset.image_shape
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
-    gather = partial(_repeated, blank)
+    read_rows = partial(_repeated, blank)
     return latents, replace(
         dataset,
-        encoded=Encoded(
-            gather=gather, numbers=dataset.training_numbers, variants=variants, pixels=pixels
+        latents=PrecomputedLatents(
+            read_rows=read_rows, numbers=dataset.training_numbers, variants=variants, pixels=pixels
         ),
     )
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sfumato.data import Listing
-from sfumato.data.decoding import Look, PixelFormat, RejectedImage, decode, look, quiet
+from sfumato.data.decoding import (
+    ImageHeader,
+    PixelFormat,
+    RejectedImage,
+    decode,
+    quiet,
+    read_header,
+)
 from sfumato.data.listing import Entry
 from sfumato.recipes.caption_statistics import CaptionSurvey
 
@@ -67,14 +74,14 @@ class Survey:
         )
 
 
-def _look(entry: Entry) -> Look | None:
+def _look(entry: Entry) -> ImageHeader | None:
     try:
-        return look(entry.image.read())
+        return read_header(entry.image.read())
     except (RejectedImage, OSError):  # what is wrong with it is said when it is indexed
         return None
 
 
-def _channels(pairs: Sequence[tuple[Entry, Look]]) -> tuple[int, str]:
+def _channels(pairs: Sequence[tuple[Entry, ImageHeader]]) -> tuple[int, str]:
     """Choose the channels that fit most images, and say why."""
     if not pairs:
         return 3, "no image could be looked at"
@@ -98,12 +105,12 @@ def _channels(pairs: Sequence[tuple[Entry, Look]]) -> tuple[int, str]:
     )
 
 
-def _unusual(found: Look) -> int:
+def _unusual(found: ImageHeader) -> int:
     """Return the channels of an image that is neither gray nor in colour, and 0 for any other."""
     return 0 if found.bands - found.alpha in (1, 3) else found.bands
 
 
-def _transparent(pairs: Sequence[tuple[Entry, Look]]) -> float:
+def _transparent(pairs: Sequence[tuple[Entry, ImageHeader]]) -> float:
     """Estimate the share of images with a pixel that is not opaque.
 
     Only some of those whose container has alpha are decoded.

@@ -12,7 +12,7 @@ import torch
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset, Listing, files, index
-from sfumato.data.holdout import ROUGH
+from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
 from sfumato.data.ledger import change
 from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.evaluation.extractors import extractor
@@ -39,13 +39,13 @@ class PreparedRun:
     Attributes:
         run: the configuration.
         dataset: what it names, indexed.
-        facts: what the model's conditioner knows of the training set.
+        info: what the model's conditioner knows of the training set.
         model: untrained, on the CPU; whoever trains it takes a copy.
     """
 
     run: Run
     dataset: Dataset
-    facts: ConditioningInfo
+    info: ConditioningInfo
     model: Model
 
     def trainable_model(self) -> Model:
@@ -69,14 +69,14 @@ def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = No
         ConfigError, DataError: naming what is wrong.
     """
     dataset = open_data(run, listing)
-    facts = facts_of(run, dataset, place)
-    model = build_model(run, facts, place)
+    info = conditioning_info(run, dataset, place)
+    model = build_model(run, info, place)
     require_trainable(model)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
     if run.compile == "on":
         require_compiler()
-    return PreparedRun(run=run, dataset=dataset, facts=facts, model=model)
+    return PreparedRun(run=run, dataset=dataset, info=info, model=model)
 
 
 def open_data(run: Run, listing: Listing | None = None) -> Dataset:
@@ -88,7 +88,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
     with ProgressBar("reading images") as bar:
         dataset = index(
             run.data,
-            layers=run.conditioner.names,
+            annotations=run.conditioner.names,
             listing=listing,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
@@ -111,16 +111,16 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
             )
         for remark in dataset.remarks:
             bar.say(remark)
-        if len(dataset.holdout) < ROUGH:
+        if len(dataset.holdout) < MIN_RELIABLE_HOLDOUT_IMAGES:
             bar.say(
                 f"only {len(dataset.holdout)} held out: figures on them are rough, and copying "
                 "is hard to notice; more images help"
             )
         if run.conditioner.attributes is not None and (
-            left_out := dataset.layers.attributes.left_out
+            left_out := dataset.annotations.attributes.left_out
         ):
             bar.say(
-                f"attributes: the {len(dataset.layers.attributes.names)} most frequent are read, "
+                f"attributes: the {len(dataset.annotations.attributes.names)} most frequent are read, "
                 f"{left_out} rarer ones are not"
             )
         if dataset.crop_loss > 0.1:
@@ -131,7 +131,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
     return dataset
 
 
-def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
+def conditioning_info(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
     """Return what the run's conditioner must know about its training set.
 
     `place` is the run's directory, if it has one.
@@ -144,7 +144,7 @@ def facts_of(run: Run, dataset: Dataset, place: Path | None = None) -> Condition
         untrained=untrained(dataset),
         value_range=dataset.scale.range,
         alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
-        **run.conditioner.facts(dataset),
+        **run.conditioner.info_fields(dataset),
     )
 
 
@@ -159,15 +159,15 @@ def untrained(dataset: Dataset) -> tuple[str, ...]:
     )
 
 
-def build_model(run: Run, facts: ConditioningInfo, place: Path | None = None) -> Model:
-    """Build the untrained model; its initial weights depend on `run.seed` and the facts only.
+def build_model(run: Run, info: ConditioningInfo, place: Path | None = None) -> Model:
+    """Build the untrained model; its initial weights depend on `run.seed` and the info only.
 
     `place` is the run's directory, if it has one.
     """
     channels = run.autoencoder.layout(run.data.channels, place).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        conditioner = run.conditioner.build(facts, encoder=text_encoder)
+        conditioner = run.conditioner.build(info, encoder=text_encoder)
         network = run.network.build(image_channels=channels, context=conditioner.sizes)
         return Model(network, conditioner, run.denoiser)
 

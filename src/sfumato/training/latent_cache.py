@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sfumato.autoencoders import LatentAutoencoder
-from sfumato.data import Dataset, Encoded, to_float
-from sfumato.data.array_cache import ArrayCache, Gather, Writer
+from sfumato.data import Dataset, PrecomputedLatents, to_float
+from sfumato.data.array_cache import ArrayCache, RowReader, Writer
 from sfumato.data.augment import augment
 from sfumato.data.indexing import DECODER
 from sfumato.data.loader import variant_draws
@@ -79,8 +79,8 @@ def with_latents(
     ]
     return replace(
         dataset,
-        encoded=Encoded(
-            gather=Gather(cache, places),
+        latents=PrecomputedLatents(
+            read_rows=RowReader(cache, places),
             numbers=dataset.training_numbers,
             variants=count,
             pixels=pixels,

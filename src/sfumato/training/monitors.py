@@ -1,4 +1,4 @@
-"""What is observed while a model trains: its error on held-out images, and samples from it."""
+"""Validation and previews during training: the error on held-out images, and samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.condition import ContextValues, reorder, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
-from sfumato.contexts import CONTEXTS, values_in_turn
+from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
 from sfumato.generation.diffusion_model import Model, SamplingConfig
@@ -42,6 +42,7 @@ class Validator:
 
     def __init__(
         self,
+        *,
         config: TrainingConfig,
         dataset: Dataset,
         schedule: Schedule,
@@ -62,7 +63,7 @@ class Validator:
             triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
             context = to_device(dataset.context(chosen), device)
             self._sets.append(
-                (triples, conditioner.derive(images, context, seed=config.seed, first=0))
+                (triples, conditioner.training_context(images, context, seed=config.seed, first=0))
             )
         self.second_moment = float(self._sets[0][0].x0.double().square().mean())
 
@@ -118,7 +119,7 @@ class Validator:
 
 def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the positions whose images have the usual shape, or the first one if none has."""
-    usual = dataset.usual(part)
+    usual = dataset.with_common_shape(part)
     return usual if len(usual) else part[:1]
 
 
@@ -126,14 +127,14 @@ def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int
 def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: int) -> Tensor:
     """Draw one latent for each image (N, C, H, W), the same at every call."""
 
-    def some(first: int) -> Tensor:
+    def draw_batch(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
         return autoencoder.draw(
             moments,
             lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape),
         )
 
-    return torch.cat([some(first) for first in range(0, len(images), batch_size)])
+    return torch.cat([draw_batch(first) for first in range(0, len(images), batch_size)])
 
 
 class Previewer:
@@ -144,41 +145,44 @@ class Previewer:
 
     def __init__(
         self,
+        *,
         config: TrainingConfig,
         dataset: Dataset,
         sampling: SamplingConfig,
         conditioner: CompositeConditioner,
         autoencoder: Autoencoder,
         directory: RunDirectory,
-        facts: ConditioningInfo,
+        info: ConditioningInfo,
     ) -> None:
-        self.seed, self.sampling, self.directory, self.facts = (
+        self.seed, self.sampling, self.directory, self.info = (
             config.seed,
             sampling,
             directory,
-            facts,
+            info,
         )
         self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
         reads = conditioner.steering
-        listed = values_in_turn(reads, config.preview.num, facts) is not None
+        enumerable = enumerate_values(reads, config.preview.num, info) is not None
         chosen = (
-            _of_each_category(dataset, config.preview.num) if listed else _held_out(dataset, config)
+            _of_each_category(dataset, config.preview.num) if enumerable else _held_out(dataset, config)
         )
         pixels, _, chosen = dataset.images(chosen)
         images = to_float(pixels)
-        context = conditioner.derive(images, dataset.context(chosen), seed=config.seed, first=0)
+        context = conditioner.training_context(
+            images, dataset.context(chosen), seed=config.seed, first=0
+        )
         self.context = {name: value for name, value in context.items() if name in reads}
-        words = {name: CONTEXTS[name].words(values, facts) for name, values in self.context.items()}
+        words = {name: CONTEXTS[name].words(values, info) for name, values in self.context.items()}
         self.num, self.words = (
             len(chosen),
             {name: texts for name, texts in words.items() if texts is not None},
         )
-        kinds = len(dataset.categories)
-        self.columns = kinds if reads and listed and 2 <= kinds <= 12 else None
+        categories = len(dataset.categories)
+        self.columns = categories if reads and enumerable and 2 <= categories <= 12 else None
         path = directory.samples / "real.png"
         if not path.exists():
-            save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=facts.alpha), path)
+            save_png(grid_image((images + 1) / 2, columns=self.columns, alpha=info.alpha), path)
 
     def show(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:
         """Write samples/step-.../grid.png and samples.json."""
@@ -186,7 +190,7 @@ class Previewer:
             model=average,
             autoencoder=self.autoencoder,
             sampling=self.sampling,
-            facts=self.facts,
+            info=self.info,
             image_shape=self.image_shape,
         )
         request = ResolvedRequest.of(self.context, self.image_shape, self.num)
@@ -199,7 +203,7 @@ class Previewer:
             "weights": "ema",
             "guidance": self.sampling.guidance,
         }
-        sheet = grid_image(images, columns=self.columns, alpha=self.facts.alpha)
+        sheet = grid_image(images, columns=self.columns, alpha=self.info.alpha)
         save_png(
             sheet,
             folder / "grid.png",
@@ -223,7 +227,7 @@ def _of_each_category(dataset: Dataset, num: int) -> NDArray[np.int64]:
 
 def _held_out(dataset: Dataset, config: TrainingConfig) -> NDArray[np.int64]:
     """Choose held-out images, whose context is unseen; training images if none are held out."""
-    held_out = dataset.usual(dataset.holdout)
+    held_out = dataset.with_common_shape(dataset.holdout)
     positions = held_out if len(held_out) else _usual_or_first(dataset, dataset.training)
     order = randomness.permutation(config.seed, "preview", index=0, size=len(positions))
     return positions[order[[i % len(order) for i in range(config.preview.num)]]]

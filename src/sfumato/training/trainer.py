@@ -23,31 +23,29 @@ from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.observability.sinks import open_sinks
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import hooks as between
-from sfumato.training import post_hoc_ema
-from sfumato.training.autotune import precision_of, settle_compiling, settle_precision
+from sfumato.training import ema, post_hoc_ema
+from sfumato.training.autotune import precision_of, resolve_compile, resolve_precision
 from sfumato.training.config import TrainingConfig
-from sfumato.training.ema import follow
-from sfumato.training.hooks import HOOKS, Hook, Session
+from sfumato.training.hooks import HOOKS, SNAPSHOTS, Hook, Session
 from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.signals import Interrupted, Interruption
-from sfumato.training.state import TrainingState, kept_name
+from sfumato.training.state import TrainingState, average_name
 from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
-LONG_S = 2.0  # of a trial, after which warming up does not count and a measured step is enough
-LOST_SHARE = 0.05  # of the set: more images lost while training than this stop the run
+LONG_S = 2.0  # seconds of measured steps, after which no further step is measured
+LOST_SHARE = 0.05  # of the dataset: more unreadable images than this stop the run
 
 
 class StepResult(NamedTuple):
     """The result of one optimizer step: the mean loss, the losses of its samples, the gradient norm
-    of each learner, and whether the weights were updated.
+    of each optimized part, and whether the weights were updated.
     """
 
     loss: float
-    outcome: SampleLosses
+    losses: SampleLosses
     gradient_norms: list[float]
     applied: bool
 
@@ -65,25 +63,28 @@ class Trainer:
         task: Task[Any],
         dataset: Dataset,
         directory: RunDirectory,
-        pinned: Mapping[str, Any],
+        saved_config: Mapping[str, Any],
         hooks: Sequence[Hook] = HOOKS,
     ) -> None:
         """Create the state and the order of the batches; nothing is trained or written yet.
 
         Args:
-            pinned: the configuration as plain data, kept in checkpoints with the task's facts.
+            saved_config: the configuration as plain data, saved in checkpoints with the task's
+                facts.
             hooks: run in this order.
         """
         self.hooks = tuple(hooks)
         self.device = next(task.model.parameters()).device
-        self.config, self.task, self.dataset, self.directory, self.pinned = (
+        self.config, self.task, self.dataset, self.directory, self.saved_config = (
             config,
             task,
             dataset,
             directory,
-            pinned,
+            saved_config,
         )
-        self.state = TrainingState.new(task.model, task.learners, config.post_hoc_ema.profiles)
+        self.state = TrainingState.new(
+            task.model, task.optimized_parts, config.post_hoc_ema.profiles
+        )
         self.plan = BatchPlan(
             seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size
         )
@@ -107,7 +108,7 @@ class Trainer:
         loaded, warnings = checkpoint.load_newest(self.directory.checkpoints)
         if loaded.state["data"] != self.dataset.fingerprint:
             before = self.directory.data_record()
-            found = (
+            data_changes = (
                 changes(before, self.dataset)
                 if before.get("fingerprint") == loaded.state["data"]
                 else []
@@ -115,7 +116,7 @@ class Trainer:
             raise CheckpointError(
                 "the data are not what this run was trained on: "
                 + (
-                    "; ".join(found)
+                    "; ".join(data_changes)
                     or "images, their order, captions, categories, the split or the pixel format "
                     "changed"
                 ),
@@ -132,7 +133,7 @@ class Trainer:
         checkpoint.require_frozen(loaded, self.state.frozen_tensors())
         self.state.restore(loaded.tensors, loaded.state["counters"])
         counters = self.state.counters
-        counters.kept = min(counters.kept, self._spent())  # the budget may have been raised
+        counters.kept = min(counters.kept, self._progress())  # the budget may have been raised
         post_hoc_ema.forget(self.directory.averages, after=counters.step)
         self._new = False
         return warnings
@@ -140,7 +141,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the budget is spent."""
-        return self._spent() >= 1
+        return self._progress() >= 1
 
     def run(self) -> None:
         """Train to the end of the budget.
@@ -176,14 +177,21 @@ class Trainer:
 
     def _session(self, bar: ProgressBar, interruption: Interruption) -> Session:
         metrics = MetricsFile(self.directory.metrics, after_step=self.state.counters.step)
-        name, folder = str(self.pinned.get("name", self.directory.path.name)), self.directory.path
-        others = open_sinks(self.config.log.sinks, folder=folder, name=name, config=self.pinned)
+        name, folder = (
+            str(self.saved_config.get("name", self.directory.path.name)),
+            self.directory.path,
+        )
+        others = open_sinks(
+            self.config.log.sinks, folder=folder, name=name, config=self.saved_config
+        )
         return Session(bar=bar, sinks=[metrics, *others], interruption=interruption)
 
     def _prepare(self, bar: ProgressBar) -> None:
-        """Settle how to compute, check the disk, and save a first checkpoint if the run is new."""
-        counters, network = self.state.counters, self._settle(bar.say)
-        if settle_compiling(
+        """Choose precision and compilation, check the disk, and save a first checkpoint if the run
+        is new.
+        """
+        counters, network = self.state.counters, self._resolve_precision(bar.say)
+        if resolve_compile(
             self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
         ):
             self._uncompiled = partial(torch.compiler.set_stance, "force_eager")
@@ -198,7 +206,7 @@ class Trainer:
         The first step warms up; if it is long, it is the only one. The trainer cannot be used
         afterwards.
         """
-        self._settle(lambda line: None)
+        self._resolve_precision(lambda line: None)
         supply = batches(self.dataset, self.plan, start=0)
         seconds: list[float] = []
         while len(seconds) <= steps and sum(seconds) < LONG_S:
@@ -208,20 +216,18 @@ class Trainer:
         return statistics.median(seconds[1:] or seconds)
 
     def disk_bytes(self) -> int:
-        """Return the bytes that checkpoints still to be written need, and a little for the rest.
+        """Return the bytes that checkpoints still to be written need, and a little for other files.
 
-        A checkpoint holds the weights, their averages and two moments, in float32. There is one
-        more than are kept until the oldest has been removed. Snapshots are counted if the budget
-        limits the steps.
+        A checkpoint holds the weights, their averages and two moments, in float32. One checkpoint
+        more than `checkpoint.keep` exists until the oldest is removed. Snapshots are counted if the
+        budget limits the steps.
         """
         config, counters = self.config, self.state.counters
         size = 4 * count(trainable(self.state.model))
         frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
-        widths, kept = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
-        averages = math.ceil(widths * kept * (1 - counters.kept))
-        snapshots = sum(
-            counters.step < step <= (config.budget.steps or 0) for step in between.SNAPSHOTS
-        )
+        widths, num = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
+        averages = math.ceil(widths * num * (1 - counters.kept))
+        snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
         checkpoints = max(
             1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints))
         )
@@ -230,17 +236,17 @@ class Trainer:
         )
         return result
 
-    def _settle(self, say: Callable[[str], None]) -> Accelerable:
-        """Settle the precision, and return the part of the model that is computed in it."""
+    def _resolve_precision(self, say: Callable[[str], None]) -> Accelerable:
+        """Choose the precision, and return the part of the model that is computed in it."""
         network = self.task.compiled_part(self.state.model)
-        settle_precision(self.config, self.state.counters, network, say=say)
+        resolve_precision(self.config, self.state.counters, network, say=say)
         return network
 
     def _loop(self, session: Session) -> None:
         counters, bar = self.state.counters, session.bar
         clock = Clock(counters.seconds, counters.step)
         supply = batches(self.dataset, self.plan, start=counters.step)
-        bar.start_at(self._spent())
+        bar.start_at(self._progress())
         while True:
             session.interruption.raise_if_requested()
             finished = self.finished
@@ -251,7 +257,7 @@ class Trainer:
             waited = time.perf_counter()
             batch = self._next(supply, session.interruption)
             clock.wait(time.perf_counter() - waited)
-            self._note_bad(batch, bar)
+            self._record_unreadable(batch, bar)
             result = self.train_step(batch)
             counters.seconds = clock.seconds()
             if counters.step % self.config.log.every_steps == 0 or counters.step == 1:
@@ -260,7 +266,7 @@ class Trainer:
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
                 figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(
-                    min(self._spent(), 1.0),
+                    min(self._progress(), 1.0),
                     f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB",
                 )
                 self._try(bar, partial(self.directory.heartbeat, counters.step))
@@ -310,29 +316,29 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on a global batch.
 
-        Gradients are summed over micro-batches and clipped, the weights are updated, and the
-        averages follow. A non-finite loss or gradient leaves weights, averages and the
-        learning-rate schedule as they are.
+        Gradients are summed over micro-batches and clipped, then the weights and their averages are
+        updated. A non-finite loss or gradient leaves weights, averages and the learning-rate
+        schedule as they are.
 
         Raises:
             DivergedError: after SKIPS_IN_A_ROW such steps in a row.
         """
         state, config = self.state, self.config
         counters = state.counters
-        outcome = self._backward(batch, self._dtype)
+        losses = self._backward(batch, self._dtype)
         # The step's only wait for the device: whether the weights may move is decided here, on the
         # host.
         loss, *norms = torch.stack(
-            [outcome.per_sample.mean(), *(learner.clip() for learner in state.learners)]
+            [losses.per_sample.mean(), *(part.clip() for part in state.optimized_parts)]
         ).tolist()
         applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
-            for learner in state.learners:
-                learner.step(counters.updates, self._spent())
-            counters.follow_loss(loss)
-            follow(state.average, state.model, config.ema, counters.updates)
-            for profile, kept in state.kept.items():
-                follow(kept, state.model, profile, counters.updates)
+            for part in state.optimized_parts:
+                part.step(counters.updates, self._progress())
+            counters.record_update(loss)
+            ema.update(state.average, state.model, config.ema, counters.updates)
+            for profile, average in state.tracked_averages.items():
+                ema.update(average, state.model, profile, counters.updates)
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
@@ -341,12 +347,13 @@ class Trainer:
         counters.samples_seen += config.batch_size
         if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
             self._give_up()
-        return StepResult(loss, outcome, norms, applied)
+        return StepResult(loss, losses, norms, applied)
 
     def _give_up(self) -> None:
         """Raise DivergedError, after setting aside all checkpoints after the newest sound one.
 
-        In a sound one, the loss was not far above its smallest value. Resuming begins there.
+        A checkpoint is sound if its loss is not far above the least loss of the run. `sfumato
+        resume` begins at the newest sound one.
         """
         sound = checkpoint.set_diverged_aside(self.directory.checkpoints)
         start = (
@@ -364,27 +371,29 @@ class Trainer:
     def _backward(self, batch: Batch, dtype: torch.dtype) -> SampleLosses:
         """Accumulate the gradient of the batch's mean loss, and return the losses.
 
-        The batch is split into parts of one shape, and these into micro-batches.
+        The batch is split into groups of one shape, and these into micro-batches.
         """
         self.state.model.train()
-        size, spent = self.config.at_once, self._spent()
-        found = []
-        for part in batch.parts:
-            for begin in range(0, len(part), size):
-                chosen = slice(begin, min(begin + size, len(part)))
-                outcome = self.task.loss(
-                    self.state.model, batch, part, chosen, spent=spent, dtype=dtype
+        size, progress = self.config.effective_micro_batch, self._progress()
+        micro_batches = []
+        for group in batch.groups:
+            for begin in range(0, len(group), size):
+                chosen = slice(begin, min(begin + size, len(group)))
+                losses = self.task.loss(
+                    self.state.model, batch, group, chosen, progress=progress, dtype=dtype
                 )
-                (outcome.per_sample.sum() / len(batch)).backward()
-                found.append(outcome)
+                (losses.per_sample.sum() / len(batch)).backward()
+                micro_batches.append(losses)
         notes = {
-            name: torch.cat([outcome.notes[name].detach() for outcome in found])
-            for name in found[0].notes
+            name: torch.cat([losses.notes[name].detach() for losses in micro_batches])
+            for name in micro_batches[0].notes
         }
-        return SampleLosses(torch.cat([outcome.per_sample.detach() for outcome in found]), notes)
+        return SampleLosses(
+            torch.cat([losses.per_sample.detach() for losses in micro_batches]), notes
+        )
 
     def _trial(self) -> Callable[[torch.dtype], None]:
-        """Return a forward and backward pass that can be timed and leaves no trace."""
+        """Return a function that runs one forward and backward pass, and changes nothing."""
         batch = next(batches(self.dataset, self.plan, start=0))
 
         def work(dtype: torch.dtype) -> None:
@@ -397,10 +406,10 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         return DTYPES[precision_of(self.config, self.state.counters)]
 
-    def _spent(self) -> float:
+    def _progress(self) -> float:
         counters = self.state.counters
         epochs = counters.samples_seen / self.plan.size
-        return self.config.budget.spent(
+        return self.config.budget.progress(
             steps=counters.step,
             samples=counters.samples_seen,
             epochs=epochs,
@@ -408,31 +417,31 @@ class Trainer:
         )
 
     def save_snapshot(self) -> Path:
-        """Keep the averaged weights of this step for good."""
+        """Save the averaged weights of this step to a file that is never removed."""
         return checkpoint.save_snapshot(
             self.directory.snapshots,
             step=self.state.counters.step,
             weights=self.state.trained(self.state.average),
         )
 
-    def keep_averages(self) -> None:
+    def save_averages(self) -> None:
         """Save the tracked averages if the next of the equal parts of the budget is over.
 
         Other averages are reconstructed from them after training.
 
         Raises:
-            CheckpointError: if one could not be written; the others are, and training goes on to
-                the next part.
+            CheckpointError: if one could not be written; the others are written, and training
+                continues.
         """
         counters, config = self.state.counters, self.config.post_hoc_ema
-        fraction = min(self._spent(), 1.0)
+        fraction = min(self._progress(), 1.0)
         if not counters.updates or int(fraction * config.num) <= int(counters.kept * config.num):
             return
         counters.kept = fraction
         failed: list[CheckpointError] = []
-        for profile, average in self.state.kept.items():
+        for profile, average in self.state.tracked_averages.items():
             place, facts = (
-                self.directory.averages / kept_name(profile),
+                self.directory.averages / average_name(profile),
                 {post_hoc_ema.UPDATES: str(counters.updates)},
             )
             try:
@@ -457,7 +466,7 @@ class Trainer:
                 **self.task.facts,
                 "plan": self.plan.hash,
                 "frozen": self._frozen,
-                "config": self.pinned,
+                "config": self.saved_config,
             },
             tensors=self.state.tensors(),
             keep=self.config.checkpoint.keep,
@@ -473,13 +482,13 @@ class Trainer:
             "epoch": counters.samples_seen / self.plan.size,
             "time": counters.seconds,
             "train/loss": result.loss,
-            **self.task.record(result.outcome.on_host()),
+            **self.task.log_metrics(result.losses.on_host()),
             "train/grad_norm": result.gradient_norms[0],
-            "train/lr": self.state.learners[0].rate,
+            "train/lr": self.state.optimized_parts[0].rate,
             **{
-                f"train/{learner.name}/grad_norm": norm
-                for learner, norm in zip(
-                    self.state.learners[1:], result.gradient_norms[1:], strict=True
+                f"train/{part.name}/grad_norm": norm
+                for part, norm in zip(
+                    self.state.optimized_parts[1:], result.gradient_norms[1:], strict=True
                 )
             },
             "train/skipped": counters.skipped,
@@ -488,7 +497,7 @@ class Trainer:
             "memory/peak_gib": peak_gib(self.device),
         }
 
-    def _note_bad(self, batch: Batch, bar: ProgressBar) -> None:
+    def _record_unreadable(self, batch: Batch, bar: ProgressBar) -> None:
         if batch.bad:
             self._lost.update(bad.name for bad in batch.bad)
             if len(self._lost) > max(20, LOST_SHARE * len(self.dataset.entries)):
@@ -505,8 +514,7 @@ class Trainer:
             )
 
     def _write_bad(self, batch: Batch) -> None:
-        # opened once: lines of steps that are trained again are dropped, the others stay as they
-        # are
+        # opened once: it removes the lines of steps that are trained again
         if self._bad is None:
             self._bad = MetricsFile(
                 self.directory.path / "bad_samples.jsonl", after_step=self._began

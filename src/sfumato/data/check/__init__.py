@@ -3,7 +3,7 @@ here changes or deletes a file.
 """
 
 from sfumato.data.check.findings import KINDS
-from sfumato.data.check.inspect import Examination, IntendedModel, examine
+from sfumato.data.check.inspect import Inspection, IntendedModel, inspect_data
 from sfumato.data.check.report import write
 
-__all__ = ["KINDS", "Examination", "IntendedModel", "examine", "write"]
+__all__ = ["KINDS", "Inspection", "IntendedModel", "inspect_data", "write"]

@@ -25,33 +25,34 @@ KINDS = {
     ),
     "unnamed": Kind(
         "Not named in the metadata",
-        "They are not trained on, since nothing is said of them.",
+        "Skipped in training because the metadata does not list them.",
         "Name them in the metadata, or set data.source.unnamed=use to train them without a "
         "caption.",
     ),
     "left_out": Kind(
         "Not used",
         "These files are neither images nor texts that belong to one; training does not read them.",
-        "Each has its reason below, with what would let it in.",
+        "The reason for each is below, with how to include it.",
     ),
     "duplicate": Kind(
         "Exact duplicates",
         "An image that appears k times gets k times the weight, and is memorized first.",
-        "Keep one of each; the reject list names those that are called the same.",
+        "Keep one of each; the reject list contains the duplicates with the same label and caption.",
         True,
     ),
     "near_duplicate": Kind(
         "Near-duplicates",
         "They count almost like exact ones, and would leak from training into validation; splits "
         "keep them together.",
-        "Keep the best of each group; the reject list names those that are called the same.",
+        "Keep the best of each group; the reject list contains the duplicates with the same label "
+        "and caption.",
         True,
     ),
     "look_alike": Kind(
-        "Alike, but called differently",
+        "Similar images with different labels",
         "Nearly the same image under different captions or categories: the model cannot learn "
         "the difference.",
-        "Check the names; raise the resolution if the difference is small.",
+        "Check the labels and captions; raise the resolution if the difference is small.",
     ),
     "dark": Kind(
         "Dark",
@@ -68,7 +69,7 @@ KINDS = {
         "The model learns blur as a style and mixes it into sharp subjects.",
         "Remove them, or caption them as blurred.",
     ),
-    "low_information": Kind("Empty", "They hold almost nothing to learn.", "Remove them.", True),
+    "low_information": Kind("Empty", "They contain almost no information.", "Remove them.", True),
     "odd_aspect": Kind(
         "Odd aspect ratio",
         "A centre crop keeps only a small part of them, often not the subject.",
@@ -76,7 +77,7 @@ KINDS = {
     ),
     "odd_size": Kind(
         "Odd size",
-        "Their detail and noise differ from the others', which the model may take for content.",
+        "Their detail and noise differ from those of the others, and the model may learn that.",
         "Check where they come from.",
     ),
     "upscaled": Kind(
@@ -85,8 +86,8 @@ KINDS = {
         "Lower data.resolution, or find larger originals.",
     ),
     "outlier": Kind(
-        "Unlike the rest",
-        "Rare kinds are learned poorly or memorized.",
+        "Outliers",
+        "Rare kinds of images are learned poorly or memorized.",
         "Check whether they belong; if so, add more like them.",
     ),
     "grayscale": Kind(
@@ -96,7 +97,7 @@ KINDS = {
     ),
     "transparent": Kind(
         "Transparent",
-        "What is clear is filled with data.background.",
+        "Transparent pixels are filled with data.background.",
         "Choose the colour; keep it with data.channels=4.",
     ),
     "converted": Kind(
@@ -119,13 +120,13 @@ KINDS = {
         "Put what matters first, or raise conditioner.text.length.",
     ),
     "caption_damaged": Kind(
-        "Caption with broken letters",
-        "The text was decoded wrongly; such words cannot be prompted.",
+        "Caption with encoding errors (mojibake)",
+        "The text was decoded with the wrong encoding; such words cannot be prompted.",
         "Save the captions as UTF-8.",
     ),
     "caption_placeholder": Kind(
-        "Caption says nothing",
-        "File numbers and 'untitled' teach the text nothing.",
+        "Placeholder caption",
+        "Placeholder captions carry no information for text conditioning.",
         "Describe the image.",
     ),
 }

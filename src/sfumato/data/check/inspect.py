@@ -53,7 +53,7 @@ class IntendedModel:
 
 
 @dataclass(kw_only=True)
-class Examination:
+class Inspection:
     """Everything that was found.
 
     Attributes:
@@ -118,15 +118,15 @@ class Examination:
         return found
 
 
-def examine(
+def inspect_data(
     listing: Listing,
     *,
     source: str,
     plan: IntendedModel,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Examination:
+) -> Inspection:
     """Measure every image and collect the findings; the same data give the same findings."""
-    result = Examination(
+    result = Inspection(
         source=source, entries=listing.entries, form=plan.form, remarks=list(plan.remarks)
     )
     for reject in listing.rejects:
@@ -168,7 +168,7 @@ def examine(
 
 
 def _single(
-    result: Examination, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel
+    result: Inspection, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel
 ) -> None:
     """Find what each image shows by itself, or in comparison with the usual one."""
 
@@ -229,7 +229,7 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
     return result
 
 
-def _copies(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
+def _copies(result: Inspection, places: NDArray[np.int64], found: list[Measurement]) -> None:
     """Find groups of equal and of nearly equal images.
 
     Look-alikes under different names are kept apart from copies.
@@ -309,7 +309,7 @@ def vendi(features: NDArray[np.floating]) -> float:
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
-def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measurement]) -> None:
+def _diversity(result: Inspection, places: NDArray[np.int64], found: list[Measurement]) -> None:
     """Compute Vendi scores, kinds of images, and outliers far from all others.
 
     They are judged by hand-made features of a sample, spread evenly over the set.
@@ -339,9 +339,7 @@ def _diversity(result: Examination, places: NDArray[np.int64], found: list[Measu
     _clusters(result, places[chosen], features)
 
 
-def _clusters(
-    result: Examination, places: NDArray[np.int64], features: NDArray[np.float32]
-) -> None:
+def _clusters(result: Inspection, places: NDArray[np.int64], features: NDArray[np.float32]) -> None:
     from scipy.spatial import cKDTree
     from sklearn.cluster import MiniBatchKMeans
 
@@ -369,7 +367,7 @@ def _clusters(
             ].tolist()
 
 
-def _captions(result: Examination, plan: IntendedModel) -> None:
+def _captions(result: Inspection, plan: IntendedModel) -> None:
     """Find captions that are missing, shared, too long or damaged, and summarize their words.
 
     Captions are missing only if some images have one.
@@ -423,7 +421,7 @@ def _captions(result: Examination, plan: IntendedModel) -> None:
         )
 
 
-def _categories(result: Examination, readable: set[int]) -> None:
+def _categories(result: Inspection, readable: set[int]) -> None:
     counts = Counter(
         e.category for i, e in enumerate(result.entries) if e.category and i in readable
     )
@@ -438,17 +436,17 @@ def _categories(result: Examination, readable: set[int]) -> None:
     name, least = min(counts.items(), key=lambda pair: (pair[1], pair[0]))
     if effective < 0.7 * len(counts):
         result.remarks.append(
-            f"The {len(counts)} categories are as uneven as {effective:.1f} equal ones; “{name}” "
-            f"has {least} image(s) "
-            "and will be drawn worst."
+            f"The categories are imbalanced: the effective number of categories is {effective:.1f} "
+            f"of {len(counts)}; “{name}” ({least} image(s)) will be generated worst."
         )
     if least < 20:
         result.remarks.append(
-            f"“{name}” has only {least} image(s): too few to learn a kind from; expect copies."
+            f"“{name}” has only {least} image(s): too few to learn this category; expect memorized "
+            "samples."
         )
 
 
-def _size(result: Examination, plan: IntendedModel) -> None:
+def _size(result: Inspection, plan: IntendedModel) -> None:
     """Remark on whether there are enough images for the model that would be trained."""
     distinct = result.figures.get("distinct", 0)
     if not distinct:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, fitted
+from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, decode, fit_within
 from sfumato.data.duplicates import thumbnail
 from sfumato.data.listing import Entry
 
@@ -69,7 +69,7 @@ def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
     """Measure an image as training sees it, in RGB by default; return why if it cannot be read."""
     try:
         data = entry.image.read()
-        form = fitted(data, SIDE, form)
+        form = fit_within(data, SIDE, form)
         decoded = decode(data, form, identify=True)
     except (RejectedImage, OSError) as error:
         return str(error)

@@ -15,16 +15,16 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from sfumato.data.check.findings import KINDS
-from sfumato.data.check.inspect import Examination
+from sfumato.data.check.inspect import Inspection
 from sfumato.data.check.measure import shown
-from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fitted
+from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fit_within
 from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
 SHOWN, GROUPS_SHOWN, THUMBNAIL = 24, 12, 96
 
 
-def write(found: Examination, folder: Path) -> list[Path]:
+def write(found: Inspection, folder: Path) -> list[Path]:
     """Write data_report.html, data.json and rejects.txt to `folder`, and return their paths.
 
     Raises:
@@ -52,7 +52,7 @@ def write(found: Examination, folder: Path) -> list[Path]:
     return [folder / name for name in paths]
 
 
-def plain(found: Examination) -> dict[str, Any]:
+def plain(found: Inspection) -> dict[str, Any]:
     """Return the contents of data.json."""
     files = found.files()
     return {
@@ -73,7 +73,7 @@ def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
     """Return a small image, as training sees it, as a data: URL; "" if it cannot be read."""
     try:
         data = entry.image.read()
-        form = fitted(data, THUMBNAIL, form)
+        form = fit_within(data, THUMBNAIL, form)
         decoded = decode(data, form)
     except (RejectedImage, OSError):
         return ""
@@ -85,7 +85,7 @@ def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _page(found: Examination, rejects: dict[str, str]) -> str:
+def _page(found: Inspection, rejects: dict[str, str]) -> str:
     files = found.files()
     sections = []
     for kind, names in files.items():
@@ -120,13 +120,13 @@ def _page(found: Examination, rejects: dict[str, str]) -> str:
         clusters=clusters,
         rejects=rejects,
         reasons=found.why(),
-        account=found.ledger,
+        ledger=found.ledger,
         sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found, i))["src"]],
         categories=_bars(found.figures.get("categories", {}).get("counts", {})),
     )
 
 
-def _tile(found: Examination, position: int) -> dict[str, str]:
+def _tile(found: Inspection, position: int) -> dict[str, str]:
     entry = found.entries[position]
     words = " · ".join([*([entry.category] if entry.category else []), *entry.captions[:1]])
     return {"src": thumbnail(entry, found.form), "name": entry.name, "words": words[:120]}

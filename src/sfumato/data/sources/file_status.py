@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sfumato.data.file_types import SUFFIXES
 from sfumato.data.listing import Reject, printable_name
 
-LAYERS = {"doodle": SUFFIXES, "mask": SUFFIXES, "points": (".npy", ".ply", ".xyz", ".csv")}
 KINDS = {
     "captions": "captions",
     "json": "JSON files",
@@ -23,20 +21,20 @@ KINDS = {
 
 
 @dataclass(kw_only=True)
-class Account:
+class FileStatus:
     """What is known so far; the first fate of a file is final.
 
     Attributes:
         shown: a name as people see it.
         rejects: what is left out; remarks: how the set is read.
-        beside: files that say something about images, by kind.
+        sidecars: files that say something about images, by kind.
         settled: files whose fate is known.
     """
 
     shown: Callable[[str], str] = printable_name
     rejects: list[Reject] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    beside: Counter[str] = field(default_factory=Counter)
+    sidecars: Counter[str] = field(default_factory=Counter)
     settled: set[str] = field(default_factory=set)
 
     def use(self, name: str) -> None:
@@ -53,4 +51,4 @@ class Account:
         """Record that a file of some `kind` describes images, unless its fate is known."""
         if name not in self.settled:
             self.settled.add(name)
-            self.beside[kind] += 1
+            self.sidecars[kind] += 1

@@ -1,7 +1,7 @@
 """A folder of images, and everything that people put beside them.
 
 cat.png  cat.txt | cat.caption | cat.png.txt | cat.json   a caption, or captions and category
-cat.doodle.png  cat.mask.png  cat.points.npy              further layers
+cat.doodle.png  cat.mask.png  cat.points.npy              annotations that lie over the image
 cats/cat.png                                              the category is the top folder's name
 train/cats/cat.png  test/cats/dog.png                     folders named like splits: all but the
                                                           training ones are held out
@@ -22,7 +22,7 @@ from typing import Literal
 from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
 from sfumato.data.listing import File, Listing, Reject, Source, printable_name, read
-from sfumato.data.sources.image_folder import Tree
+from sfumato.data.sources.image_folder import ImageFolderReader
 from sfumato.errors import DataError
 
 
@@ -63,7 +63,7 @@ class Folder(Source):
         found = files.explore(root)
         names = outside_runs(found.names)
         runs = len(found.names) - len(names)
-        return Tree(
+        return ImageFolderReader(
             where=self.path, names=names,
             blob=lambda name: File(f"{root}/{name}"),
             head=lambda name: read(f"{root}/{name}", 0, HEAD_BYTES),

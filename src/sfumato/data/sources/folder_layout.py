@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class FolderLayout:
     """The folders of a set.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layout:
     remark: str = ""
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Layout:
+    def of(cls, names: Sequence[str]) -> FolderLayout:
         """Derive the layout from the paths of images. A stray image decides nothing."""
         wrapper, names = _unwrapped(names)
         tops = sorted({name.partition("/")[0] for name in names if "/" in name})

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sfumato.data.file_types import MAPS
 from sfumato.data.listing import (
     CATEGORY_KEYS,
     MAX_BYTES,
@@ -17,8 +18,8 @@ from sfumato.data.listing import (
     Listing,
     Reject,
     Source,
-    described,
     is_known_column,
+    parse_annotations,
     printable_name,
     read,
 )
@@ -107,7 +108,7 @@ class HuggingFace(Source):
             for key in CATEGORY_KEYS
             if hasattr(data.features.get(key), "names")
         }
-        layers = [column for column in ("doodle", "mask") if column in images]
+        annotations = [column for column in MAPS if column in images]
         known = data.select_columns(
             [name for name in data.column_names if is_known_column(name) and name not in images]
         )
@@ -120,7 +121,8 @@ class HuggingFace(Source):
                     record[key] = labels[record[key]]
             name = printable_name(f"{self.split}-{row:0{width}d}")
             blobs: dict[str, Any] = {
-                layer: Item(self.path, self.split, row, layer) for layer in layers
+                annotation: Item(self.path, self.split, row, annotation)
+                for annotation in annotations
             }
             try:
                 entries.append(
@@ -128,7 +130,7 @@ class HuggingFace(Source):
                         name=name,
                         image=Item(self.path, self.split, row, image),
                         **blobs,
-                        **described(record),
+                        **parse_annotations(record),
                     )
                 )
             except ValueError as error:
@@ -140,7 +142,7 @@ class HuggingFace(Source):
         unused = [
             name
             for name in data.column_names
-            if name != image and name not in layers and not is_known_column(name)
+            if name != image and name not in annotations and not is_known_column(name)
         ]
         remarks = (
             [f"columns that are not used: {', '.join(map(printable_name, unused[:12]))[:300]}"]

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from sfumato.data import files
 from sfumato.data.file_types import (
+    ANNOTATION_FILES,
     SUFFIXES,
     SYSTEM,
     ending_of,
@@ -24,11 +25,11 @@ from sfumato.data.file_types import (
     why_left_out,
 )
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import Blob, Entry, Listing, Reject, described, printable_name
-from sfumato.data.sources.file_status import KINDS, LAYERS, Account
-from sfumato.data.sources.folder_layout import BESIDE_CATEGORIES, Layout
+from sfumato.data.listing import Blob, Entry, Listing, Reject, parse_annotations, printable_name
+from sfumato.data.sources.file_status import KINDS, FileStatus
+from sfumato.data.sources.folder_layout import BESIDE_CATEGORIES, FolderLayout
 from sfumato.data.sources.metadata import is_authoritative
-from sfumato.data.sources.metadata_join import Metadata, Told
+from sfumato.data.sources.metadata_join import Metadata, MetadataFacts
 from sfumato.data.text_encoding import Texts
 from sfumato.errors import DataError
 
@@ -36,7 +37,7 @@ CAPTIONS = (".txt", ".caption", ".captions", ".cap", ".prompt")
 TEXTS = (*CAPTIONS, ".cls", ".json")
 
 
-class Beside(NamedTuple):
+class Sidecar(NamedTuple):
     """A file that describes an image: what it holds, and its name."""
 
     kind: str
@@ -61,7 +62,7 @@ class _Owners:
 
 
 @dataclass(kw_only=True)
-class Tree:
+class ImageFolderReader:
     """The files of a folder or archive.
 
     Attributes:
@@ -95,14 +96,14 @@ class Tree:
     rejects: Sequence[Reject] = ()
     remarks: Sequence[str] = ()
     aside: Mapping[str, int] = field(default_factory=dict)
-    account: Account = field(init=False)
+    status: FileStatus = field(init=False)
 
     def __post_init__(self) -> None:
-        self.account = Account(
+        self.status = FileStatus(
             shown=self.shown,
             rejects=list(self.rejects),
             remarks=list(self.remarks),
-            beside=Counter(self.aside),
+            sidecars=Counter(self.aside),
         )
 
     def listing(self) -> Listing:
@@ -116,32 +117,32 @@ class Tree:
             + sum(self.aside.values())
             + sum(not reject.part for reject in self.rejects)
         )
-        images, layers = self._images()
+        images, annotations = self._images()
         if not images:
             raise self._nothing()
-        beside = self._assigned(images, layers)
+        sidecars = self._assigned(images, annotations)
         told = (
-            self._metadata().read(images, layers)
+            self._metadata().read(images, annotations)
             if self.metadata == "auto"
-            else Told({}, categories=False)
+            else MetadataFacts({}, categories=False)
         )
-        layout = Layout.of([self.inside(name) for name in images])
-        texts = self._texts(beside)
-        entries = list(self._entries(images, layout, told, beside, texts))
+        layout = FolderLayout.of([self.inside(name) for name in images])
+        texts = self._texts(sidecars)
+        entries = list(self._entries(images, layout, told, sidecars, texts))
         if not entries:
             raise self._nothing()
         self._rest()
-        account = self.account
-        account.remarks += [
+        status = self.status
+        status.remarks += [
             line for line in (_layout_line(layout, entries), layout.remark, texts.note) if line
         ]
         return Listing(
             entries=entries,
-            rejects=account.rejects,
-            beside=dict(sorted(account.beside.items())),
+            rejects=status.rejects,
+            sidecars=dict(sorted(status.sidecars.items())),
             unit=self.unit,
             found=found,
-            remarks=tuple(account.remarks),
+            remarks=tuple(status.remarks),
         )
 
     def _metadata(self) -> Metadata:
@@ -152,13 +153,13 @@ class Tree:
             check=self.check,
             check_text=self.check_text,
             unnamed=self.unnamed,
-            account=self.account,
+            status=self.status,
         )
 
     def _nothing(self) -> DataError:
         """Return the error for a tree without images, with the most common reasons first."""
         self._rest()
-        counts = Counter(reject.reason for reject in self.account.rejects)
+        counts = Counter(reject.reason for reject in self.status.rejects)
         reasons = "; ".join(
             f"{count} {self.unit}: {reason}" for reason, count in counts.most_common(3)
         )
@@ -169,17 +170,19 @@ class Tree:
         )
 
     def _images(self) -> tuple[list[str], dict[str, str]]:
-        """Find the images, and the layers (`cat.mask.png`) with the stems of their images."""
+        """Find the images, and the annotations (`cat.mask.png`) with the stems of their images."""
         found = [
             name
             for name in self.names
             if is_image(name) or (not has_known_ending(name) and self._looks_like_image(name))
         ]
         stems = {stem_of(name) for name in found}
-        layers = {
-            name: owner for name in self.names if (owner := _layer_of(name, stems)) is not None
+        annotations = {
+            name: owner
+            for name in self.names
+            if (owner := _annotated_stem(name, stems)) is not None
         }
-        return [name for name in found if name not in layers], layers
+        return [name for name in found if name not in annotations], annotations
 
     def _looks_like_image(self, name: str) -> bool:
         try:
@@ -187,60 +190,67 @@ class Tree:
         except OSError:
             return False
 
-    def _assigned(self, images: Sequence[str], layers: dict[str, str]) -> dict[str, list[Beside]]:
+    def _assigned(
+        self, images: Sequence[str], annotations: dict[str, str]
+    ) -> dict[str, list[Sidecar]]:
         """Return what lies beside each image, by the image's name."""
         owners = _Owners(images)
-        beside: dict[str, list[Beside]] = {}
-        for name, stem in layers.items():
+        sidecars: dict[str, list[Sidecar]] = {}
+        for name, stem in annotations.items():
             kind = stem_of(name).rpartition(".")[2].lower()
             for owner in owners.of(stem):
-                beside.setdefault(owner, []).append(Beside(kind, name))
+                sidecars.setdefault(owner, []).append(Sidecar(kind, name))
         for name in self.names:
             ending = ending_of(name)
             if ending in TEXTS and not is_authoritative(name):
                 for owner in owners.of(stem_of(name)):
-                    beside.setdefault(owner, []).append(
-                        Beside("captions" if ending in CAPTIONS else ending[1:], name)
+                    sidecars.setdefault(owner, []).append(
+                        Sidecar("captions" if ending in CAPTIONS else ending[1:], name)
                     )
-        return beside
+        return sidecars
 
-    def _texts(self, beside: dict[str, list[Beside]]) -> Texts:
+    def _texts(self, sidecars: dict[str, list[Sidecar]]) -> Texts:
         """Read all texts that lie beside images, in the set's encoding.
 
         Those that cannot be read are left out.
         """
         texts = Texts()
         for name in dict.fromkeys(
-            side.name for sides in beside.values() for side in sides if side.kind not in LAYERS
+            sidecar.name
+            for sidecars_ in sidecars.values()
+            for sidecar in sidecars_
+            if sidecar.kind not in ANNOTATION_FILES
         ):
             try:
                 texts.add(name, self.blob(self.check_text(name)).read())
             except (OSError, ValueError, UnsafePath) as error:
                 what = "JSON" if name.lower().endswith(".json") else "caption"
-                self.account.leave_out(name, f"{what} left out: {error}")
+                self.status.leave_out(name, f"{what} left out: {error}")
         texts.settle()
         return texts
 
     def _entries(
         self,
         images: Sequence[str],
-        layout: Layout,
-        told: Told,
-        beside: dict[str, list[Beside]],
+        layout: FolderLayout,
+        told: MetadataFacts,
+        sidecars: dict[str, list[Sidecar]],
         texts: Texts,
     ) -> Iterator[Entry]:
         """Yield the images that are used, each with what is known of it.
 
         A .json or .cls beside an image overrides metadata, a caption beside it is added, and a
-        layer beside it counts if metadata name none. Folders give the category and hold-out that
+        annotation file beside it counts if metadata name none. Folders give the category and hold-out that
         nothing else gives; their categories count only if metadata have none.
         """
         known: dict[str, dict[str, Any]] = {}
         for name in images:
-            if name not in self.account.settled:  # metadata made a layer of it, or do not name it
+            if (
+                name not in self.status.settled
+            ):  # metadata made an annotation of it, or do not name it
                 known[name] = dict(told.facts.get(name, {}))
-                for side in sorted(beside.get(name, ()), key=_order):
-                    self._lay_over(known[name], side, texts)
+                for sidecar in sorted(sidecars.get(name, ()), key=_order):
+                    self._lay_over(known[name], sidecar, texts)
         labelled = told.categories or any("category" in found for found in known.values())
         for name, found in known.items():
             place = layout.place(self.inside(name))
@@ -249,73 +259,77 @@ class Tree:
                 and name not in told.facts
                 and not (labelled and place.stray == BESIDE_CATEGORIES)
             ):
-                self.account.leave_out(name, place.stray)
+                self.status.leave_out(name, place.stray)
                 continue
             if place.category is not None and not told.categories:
                 found.setdefault("category", place.category)
             if (holdout := place.holdout or self.holdout(name)) is not None:
                 found.setdefault("holdout", holdout)
-            self.account.use(name)
+            self.status.use(name)
             yield Entry(name=self.shown(name), image=self.blob(name), **found)
 
-    def _lay_over(self, found: dict[str, Any], side: Beside, texts: Texts) -> None:
+    def _lay_over(self, found: dict[str, Any], sidecar: Sidecar, texts: Texts) -> None:
         """Add what one file beside an image says to what is known of the image."""
-        if side.kind in LAYERS:
-            found.setdefault(side.kind, self.blob(side.name))
-        elif side.name not in texts:
+        if sidecar.kind in ANNOTATION_FILES:
+            found.setdefault(sidecar.kind, self.blob(sidecar.name))
+        elif sidecar.name not in texts:
             return  # left out
-        elif side.kind == "captions":
-            if text := texts[side.name].strip():
+        elif sidecar.kind == "captions":
+            if text := texts[sidecar.name].strip():
                 found["captions"] = (*found.get("captions", ()), text)
         else:
             try:
-                found.update(_record(side.kind, texts[side.name]))
+                found.update(_record(sidecar.kind, texts[sidecar.name]))
             except (ValueError, RecursionError) as error:
-                self.account.leave_out(side.name, f"JSON left out: {str(error)[:100]}")
+                self.status.leave_out(sidecar.name, f"JSON left out: {str(error)[:100]}")
                 return
-        self.account.count(side.name, KINDS[side.kind])
+        self.status.count(sidecar.name, KINDS[sidecar.kind])
 
     def _rest(self) -> None:
         """Leave out whatever has no fate yet, for the reason that its name gives."""
         for name in self.names:
-            if name in self.account.settled:
+            if name in self.status.settled:
                 continue
             if name.rpartition("/")[2].lower() in SYSTEM:
-                self.account.count(name, "files of the system")
-            elif _layer_of(name, None) is not None or name.lower().endswith(TEXTS):
-                self.account.leave_out(name, "belongs to none of the images that are used")
+                self.status.count(name, "files of the system")
+            elif _annotated_stem(name, None) is not None or name.lower().endswith(TEXTS):
+                self.status.leave_out(name, "belongs to none of the images that are used")
             else:
-                self.account.leave_out(name, why_left_out(name))
+                self.status.leave_out(name, why_left_out(name))
 
 
-def _order(side: Beside) -> tuple[int, str]:
+def _order(sidecar: Sidecar) -> tuple[int, str]:
     """Return a sort key: texts before JSON, which overrides them, and `.txt` before `.caption`."""
-    ending = ending_of(side.name)
-    return (TEXTS.index(ending) if ending in TEXTS else len(TEXTS), side.name)
+    ending = ending_of(sidecar.name)
+    return (TEXTS.index(ending) if ending in TEXTS else len(TEXTS), sidecar.name)
 
 
 def _record(kind: str, text: str) -> dict[str, Any]:
     """Parse what a .json or .cls beside an image says."""
     if kind == "cls":
-        return described({"cls": text.strip()})
+        return parse_annotations({"cls": text.strip()})
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    return described(record)
+    return parse_annotations(record)
 
 
-def _layer_of(name: str, stems: set[str] | None) -> str | None:
-    """Return the stem of the image that a file such as `cat.mask.png` is a layer of.
+def _annotated_stem(name: str, stems: set[str] | None) -> str | None:
+    """Return the stem of the image that a file such as `cat.mask.png` annotates.
 
-    None if it is not a layer of any of `stems`.
+    None if it annotates none of `stems`.
     """
     stem, dot, kind = stem_of(name).rpartition(".")
-    if not dot or kind.lower() not in LAYERS or ending_of(name) not in LAYERS[kind.lower()]:
+    if (
+        not dot
+        or kind.lower() not in ANNOTATION_FILES
+        or ending_of(name) not in ANNOTATION_FILES[kind.lower()]
+    ):
         return None
     return stem if stems is None or stem in stems else None
 
 
-def _layout_line(layout: Layout, entries: Sequence[Entry]) -> str:
+def _layout_line(layout: FolderLayout, entries: Sequence[Entry]) -> str:
     """Describe how the folders were read, with counts; "" if there are no splits."""
     if not layout.splits:
         return ""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sfumato.data.file_types import SUFFIXES
+from sfumato.data.file_types import ANNOTATION_FILES, SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
-from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_BYTES, is_known_column, normalized_key
+from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_CHARACTERS, is_known_column, normalized_key
 from sfumato.data.text_encoding import readable
 
 # What the column of file names is called, in order of preference.
@@ -147,11 +147,11 @@ def read_table(name: str, data: bytes) -> Table:
 def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
     columns = list(dict.fromkeys(columns))
     file_column = file_column_of(columns)
-    layers = ("doodle_file_name", "mask_file_name", "points_file_name")
+    annotations = {f"{name}_file_name" for name in ANNOTATION_FILES}
     unused = [
         column
         for column in columns
-        if column != file_column and not is_known_column(column) and column not in layers
+        if column != file_column and not is_known_column(column) and column not in annotations
     ]
     return Table(name=name, rows=rows, file_column=file_column, unused=tuple(unused))
 
@@ -189,7 +189,7 @@ def _separated(name: str, text: str) -> Table:
 
     The separator is the one that gives the header the most known columns.
     """
-    csv.field_size_limit(min(sys.maxsize, MAX_TEXT_BYTES))
+    csv.field_size_limit(min(sys.maxsize, MAX_TEXT_CHARACTERS))
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
     if first is None:
@@ -246,7 +246,7 @@ def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str]
         return next(
             iter(csv.reader([lines[first]], delimiter=delimiter, quoting=csv.QUOTE_NONE)), []
         ), 1
-    except csv.Error:  # a field of more than MAX_TEXT_BYTES
+    except csv.Error:  # a field of more than MAX_TEXT_CHARACTERS
         return [], 1
 
 
@@ -257,7 +257,7 @@ def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimite
     again.
     """
     if not fields:
-        return Row(place, {}, f"a text of more than {MAX_TEXT_BYTES >> 10} KiB")
+        return Row(place, {}, f"a text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
     extra = len(fields) - len(header)
     if extra > 0:
         if not header or normalized_key(header[at]) not in CAPTION_KEYS:

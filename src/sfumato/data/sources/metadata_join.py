@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from sfumato.data.file_types import stem_of
+from sfumato.data.file_types import ANNOTATION_FILES, stem_of
 from sfumato.data.files import UnsafePath
-from sfumato.data.listing import MAX_BYTES, Blob, Reject, described, printable_name
-from sfumato.data.sources.file_status import KINDS, LAYERS, Account
+from sfumato.data.listing import MAX_BYTES, Blob, Reject, parse_annotations, printable_name
+from sfumato.data.sources.file_status import KINDS, FileStatus
 from sfumato.data.sources.metadata import (
     Finder,
     Row,
@@ -29,7 +29,7 @@ UNNAMED = "not named in the metadata"
 ROWS_TRIED, MOST_TABLES = 50, 100
 
 
-class Told(NamedTuple):
+class MetadataFacts(NamedTuple):
     """What metadata say of images, by the image's name, and whether they include categories."""
 
     facts: dict[str, dict[str, Any]]
@@ -41,8 +41,8 @@ class Metadata:
     """The metadata of a set.
 
     Attributes:
-        where, names, blob, check, check_text, unnamed: as of the `Tree` that they lie in.
-        account: of the tree's files.
+        where, names, blob, check, check_text, unnamed: as of the `ImageFolderReader` of the set.
+        status: of the tree's files.
     """
 
     where: str
@@ -51,19 +51,21 @@ class Metadata:
     check: Callable[[str], str]
     check_text: Callable[[str], str]
     unnamed: Literal["leave_out", "use"]
-    account: Account
+    status: FileStatus
     _facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _drawn: dict[str, str] = field(default_factory=dict)  # layers that tables name, with their kind
+    _drawn: dict[str, str] = field(
+        default_factory=dict
+    )  # annotation files that tables name, by kind
 
     @cached_property
     def _finder(self) -> Finder:
         return Finder(self.names, self.check)
 
-    def read(self, images: Sequence[str], layers: Mapping[str, str]) -> Told:
+    def read(self, images: Sequence[str], annotations: Mapping[str, str]) -> MetadataFacts:
         """Return what the metadata say of `images`.
 
         Args:
-            layers: files that are known to belong to an image, with the image's stem.
+            annotations: files that are known to belong to an image, with the image's stem.
         Raises:
             DataError: if files that are called metadata are damaged, of several kinds, or name no
                 image that exists, or if dataset.json is damaged.
@@ -72,7 +74,7 @@ class Metadata:
         candidates = [
             name
             for name in self.names
-            if may_be_table(name) and name not in layers and stem_of(name) not in stems
+            if may_be_table(name) and name not in annotations and stem_of(name) not in stems
         ]
         decisive = [name for name in self.names if is_authoritative(name)]
         if len({name.rpartition(".")[2].lower() for name in decisive}) > 1:
@@ -84,12 +86,12 @@ class Metadata:
         for name in decisive or candidates[:MOST_TABLES]:
             self._by_table(name, decisive=bool(decisive))
         for name in self._drawn.keys() - self._facts.keys():
-            self.account.count(name, KINDS[self._drawn[name]])
+            self.status.count(name, KINDS[self._drawn[name]])
         if decisive:
             self._leave_out_unnamed(images, UNNAMED)
         for name in [name for name in self.names if name.rpartition("/")[2] == "dataset.json"][:1]:
             self._by_dataset_json(name, images)
-        return Told(
+        return MetadataFacts(
             self._facts, categories=any("category" in found for found in self._facts.values())
         )
 
@@ -108,19 +110,19 @@ class Metadata:
                     f"{name} cannot be read: {str(error)[:200]}", where=self.where,
                     hint="repair or remove that file, or set data.source.metadata=off",
                 ) from None  # fmt: skip
-            self.account.leave_out(name, f"a table that cannot be read: {str(error)[:100]}")
+            self.status.leave_out(name, f"a table that cannot be read: {str(error)[:100]}")
             return
         folder = name.rpartition("/")[0]
         if not decisive and not _names_some(table, self._finder, folder):
             return  # its fate is that of any other file
-        before, faults = len(self._facts), len(self.account.rejects)
+        before, faults = len(self._facts), len(self.status.rejects)
         for row in table.rows:
             self._row(row, table.file_column, folder)
         if decisive and len(self._facts) == before:
-            self._refuse(table, self.account.rejects[faults:])
-        self.account.count(name, "metadata")
+            self._refuse(table, self.status.rejects[faults:])
+        self.status.count(name, "metadata")
         if table.unused:
-            self.account.remarks.append(
+            self.status.remarks.append(
                 f"{name}: columns that are not used: "
                 f"{', '.join(map(printable_name, table.unused[:12]))[:300]}"
             )
@@ -151,11 +153,11 @@ class Metadata:
                     f"has no file_name; its columns are {', '.join(map(str, row.record))[:200]}"
                 )
             name = find(value, folder)
-            told = described(row.record)
-            layers = {
-                layer: find(other, folder)
-                for layer in LAYERS
-                if (other := row.record.get(f"{layer}_file_name")) not in (None, "")
+            told = parse_annotations(row.record)
+            annotations = {
+                annotation: find(other, folder)
+                for annotation in ANNOTATION_FILES
+                if (other := row.record.get(f"{annotation}_file_name")) not in (None, "")
             }
             if name in facts:
                 # several rows for an image are several captions
@@ -164,26 +166,26 @@ class Metadata:
                     return
                 raise UnsafePath(f"{name[:80]!r} is named twice")
         except (UnsafePath, ValueError) as reason:
-            self.account.rejects.append(Reject(printable_name(row.place), str(reason), part=True))
+            self.status.rejects.append(Reject(printable_name(row.place), str(reason), part=True))
             return
-        for layer, other in layers.items():
-            self._drawn[other] = layer
-            told[layer] = self.blob(other)
+        for annotation, other in annotations.items():
+            self._drawn[other] = annotation
+            told[annotation] = self.blob(other)
         facts[name] = told
 
     def _leave_out_unnamed(self, images: Sequence[str], reason: str) -> None:
         unnamed = [
-            name for name in images if name not in self._facts and name not in self.account.settled
+            name for name in images if name not in self._facts and name not in self.status.settled
         ]
         if not unnamed:
             return
         said = f"{len(unnamed)} images are not named in the metadata and are "
         if self.unnamed == "use":
-            self.account.remarks.append(f"{said}trained without a caption")
+            self.status.remarks.append(f"{said}trained without a caption")
             return
         for name in unnamed:
-            self.account.leave_out(name, reason)
-        self.account.remarks.append(
+            self.status.leave_out(name, reason)
+        self.status.remarks.append(
             f"{said}left out; data.source.unnamed=use trains them without a caption"
         )
 
@@ -198,7 +200,7 @@ class Metadata:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
             record = json.loads(data)
             if not isinstance(record, dict) or "labels" not in record:
-                self.account.leave_out(
+                self.status.leave_out(
                     file,
                     'not a label file, which holds {"labels": [["00000/img00000000.png", 6], ...]}',
                 )
@@ -212,7 +214,7 @@ class Metadata:
                 hint='it holds {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": '
                 "null}; or set data.source.metadata=off",
             ) from None
-        self.account.count(file, "metadata")
+        self.status.count(file, "metadata")
         for name in images:
             if name in categories:
                 self._facts.setdefault(name, {})["category"] = printable_name(categories[name])
@@ -227,7 +229,7 @@ def _names_some(table: Table, finder: Finder, folder: str) -> bool:
     for row in table.rows[:ROWS_TRIED]:
         try:
             finder.find(row.record.get(table.file_column), folder)
-            if described(row.record):
+            if parse_annotations(row.record):
                 return True
         except (UnsafePath, ValueError):
             continue

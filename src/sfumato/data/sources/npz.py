@@ -54,7 +54,7 @@ class Row:
         return buffer.getvalue()
 
 
-class Part(NamedTuple):
+class SplitArrays(NamedTuple):
     """A pair of arrays of an .npz: its hold-out, None for the images that are trained on, and the
     names of the arrays of images and labels.
     """
@@ -128,7 +128,11 @@ class Npz(Source):
         return Listing(entries=entries, rejects=rejects, unit="images", remarks=remarks)
 
     def _entries(
-        self, archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], part: Part, parts: int
+        self,
+        archive: zipfile.ZipFile,
+        infos: dict[str, zipfile.ZipInfo],
+        part: SplitArrays,
+        parts: int,
     ) -> list[Entry]:
         """List the images of one part."""
         place, start = _plain(self.path, archive, infos[part.images])
@@ -170,7 +174,7 @@ class Npz(Source):
         ]
 
 
-def _parts(names: Sequence[str]) -> list[Part]:
+def _parts(names: Sequence[str]) -> list[SplitArrays]:
     """Find which arrays are images, which are their labels, and which are held out."""
     found: dict[str | None, tuple[str, str | None]] = {}
     for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
@@ -183,13 +187,13 @@ def _parts(names: Sequence[str]) -> list[Part]:
     trained = [split for split in found if split_of(str(split)) == TRAIN]
     if trained:
         return [
-            Part(None if split in trained else split, *pair)
+            SplitArrays(None if split in trained else split, *pair)
             for split, pair in sorted(found.items(), key=lambda item: item[0] not in trained)
         ]
     image, label = (
         next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS)
     )
-    return [] if image is None else [Part(None, image, label)]
+    return [] if image is None else [SplitArrays(None, image, label)]
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.data import files
+from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import (
     Entry,
     Listing,
     Reject,
     Source,
-    described,
     is_known_column,
     normalized_key,
+    parse_annotations,
     printable_name,
 )
 from sfumato.data.sources.metadata import FILE_KEYS
@@ -35,7 +36,6 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "image_bytes")
 CACHE_BYTES = 512 << 20  # of row groups kept in memory by each process
 MAX_GROUP_BYTES, MAX_ROWS = 2 << 30, 5_000_000  # of one file
 BATCH, MAX_RATIO = 100, 200
-LAYERS = ("doodle", "mask", "points")
 
 
 def arrow() -> Any:
@@ -229,7 +229,7 @@ def _list(
         room = max(64 << 20, MAX_RATIO * files.local(path).stat().st_size)
         for group in range(file.num_row_groups):
             _check_group(file.metadata, group, path)
-            for row, record in enumerate(_records(file, group, columns.described)):
+            for row, record in enumerate(_records(file, group, columns.metadata)):
                 name = prefix + columns.name(record)
                 if name == prefix or name in entries:
                     name += ("" if name == prefix else "#") + f"{group:05d}-{row:05d}"
@@ -278,16 +278,16 @@ class _Columns:
 
     Attributes:
         image: the images.
-        layers: other images and points that are there.
+        annotations: columns of other images and of points.
         structs: those of them that are structs of bytes and path.
-        described: all that say something of an image, in the words of `read_row_group`.
+        metadata: all that describe images, as `read_row_group` names them.
         labels: names of ClassLabel columns.
     """
 
     image: str
-    layers: list[str]
+    annotations: list[str]
     structs: list[str]
-    described: list[str]
+    metadata: list[str]
     labels: dict[str, list[str]]
 
     @classmethod
@@ -300,21 +300,27 @@ class _Columns:
                 hint="give each column a name of its own",
             )
         image = _image_column(schema, path)
-        layers = [
-            name for name in LAYERS if name in schema.names and _is_bytes(schema.field(name).type)
+        annotations = [
+            name
+            for name in ANNOTATION_FILES
+            if name in schema.names and _is_bytes(schema.field(name).type)
         ]
         structs = [
-            name for name in (image, *layers) if arrow().types.is_struct(schema.field(name).type)
+            name
+            for name in (image, *annotations)
+            if arrow().types.is_struct(schema.field(name).type)
         ]
         texts = [
-            name for name in schema.names if is_known_column(name) and name not in (image, *layers)
+            name
+            for name in schema.names
+            if is_known_column(name) and name not in (image, *annotations)
         ]
-        described = [*texts, *(f"{name}.path" for name in structs)]
+        metadata = [*texts, *(f"{name}.path" for name in structs)]
         return cls(
             image=image,
-            layers=layers,
+            annotations=annotations,
             structs=structs,
-            described=described,
+            metadata=metadata,
             labels=_label_names(schema),
         )
 
@@ -323,8 +329,8 @@ class _Columns:
         """The names of the columns that are read."""
         return {
             self.image,
-            *self.layers,
-            *(name for name in self.described if not name.endswith(".path")),
+            *self.annotations,
+            *(name for name in self.metadata if not name.endswith(".path")),
         }
 
     def name(self, record: dict[str, Any]) -> str:
@@ -336,10 +342,10 @@ class _Columns:
         for key, labels in self.labels.items():
             if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
                 record[key] = labels[record[key]]
-        layers: dict[str, Any] = {
-            layer: Cell(path, group, row, layer)
-            for layer in self.layers
-            if layer not in self.structs or record.get(layer) is not None
+        annotations: dict[str, Any] = {
+            annotation: Cell(path, group, row, annotation)
+            for annotation in self.annotations
+            if annotation not in self.structs or record.get(annotation) is not None
         }
         texts = {
             key: value
@@ -347,7 +353,10 @@ class _Columns:
             if is_known_column(key) and key != self.image
         }
         return Entry(
-            name=name, image=Cell(path, group, row, self.image), **layers, **described(texts)
+            name=name,
+            image=Cell(path, group, row, self.image),
+            **annotations,
+            **parse_annotations(texts),
         )
 
 
@@ -361,7 +370,7 @@ def _is_bytes(kind: Any) -> bool:
 def _image_column(schema: Any, path: str) -> str:
     candidates = [name for name in schema.names if _is_bytes(schema.field(name).type)]
     named = [name for name in IMAGE_COLUMNS if name in candidates]
-    rest = [name for name in candidates if name not in LAYERS]
+    rest = [name for name in candidates if name not in ANNOTATION_FILES]
     if not named and len(rest) != 1:
         columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
         wrong = next(

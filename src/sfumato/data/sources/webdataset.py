@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, NamedTuple
 
 from sfumato.data import files
-from sfumato.data.file_types import HEAD_BYTES, is_image
+from sfumato.data.file_types import ANNOTATION_FILES, HEAD_BYTES, is_image
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Listing, Reject, Slice, Source, printable_name, read
-from sfumato.data.sources.file_status import LAYERS
-from sfumato.data.sources.image_folder import Tree
+from sfumato.data.sources.image_folder import ImageFolderReader
 from sfumato.data.split_names import held_out_files
 from sfumato.errors import DataError
 from sfumato.storage.atomic import write_text
@@ -84,7 +83,7 @@ class WebDataset(Source):
 
     def _tree(
         self, shards: Sequence[str], members: dict[str, tuple[str, Member]], rejects: list[Reject]
-    ) -> Tree:
+    ) -> ImageFolderReader:
         held = (
             {}
             if shards == [self.path]
@@ -102,7 +101,7 @@ class WebDataset(Source):
             shard, member = members[name]
             return read(shard, member.offset, min(HEAD_BYTES, member.size))
 
-        return Tree(
+        return ImageFolderReader(
             where=self.path,
             names=list(members),
             blob=blob,
@@ -169,7 +168,7 @@ def _shown(prefix: str) -> Callable[[str], str]:
 def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
     """Return images such as `0.seg.png` of a WebDataset sample `0` whose image is `0.jpg`.
 
-    Layers that models read are not among them.
+    Annotations that models read are not among them.
     """
     plain = {
         _key(name) for name in members if is_image(name) and "." not in name[len(_key(name)) + 1 :]
@@ -179,7 +178,7 @@ def _further_images(members: dict[str, tuple[str, Member]]) -> list[str]:
         for name in members
         if is_image(name)
         and "." in (fields := name[len(_key(name)) + 1 :])
-        and fields.partition(".")[0].lower() not in LAYERS
+        and fields.partition(".")[0].lower() not in ANNOTATION_FILES
         and _key(name) in plain
     ]
 

@@ -23,7 +23,7 @@ from sfumato.data.listing import (
     ZipMember,
     printable_name,
 )
-from sfumato.data.sources.image_folder import Tree
+from sfumato.data.sources.image_folder import ImageFolderReader
 from sfumato.data.text_encoding import Texts
 from sfumato.errors import DataError
 
@@ -51,7 +51,7 @@ class Zip(Source):
             DataError: if the archive is missing, damaged or too large, or holds no images.
         """
         members, rejects, remarks = _members(self.path)
-        return Tree(
+        return ImageFolderReader(
             where=self.path,
             names=sorted(members),
             blob=members.__getitem__,

@@ -13,7 +13,7 @@ from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
 from sfumato.condition import select_rows, to_device
 from sfumato.conditioners import ConditioningInfo
-from sfumato.data import Batch, Dataset, Part
+from sfumato.data import Batch, Dataset, ShapeGroup
 from sfumato.diffusion import NoiseLevel, Objective
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
@@ -44,7 +44,7 @@ class Diffusion:
         dataset: Dataset,
         sampling: SamplingConfig,
         directory: RunDirectory,
-        facts: ConditioningInfo,
+        info: ConditioningInfo,
     ) -> None:
         self.config, self.model, self.autoencoder, self.objective = (
             config,
@@ -52,13 +52,24 @@ class Diffusion:
             autoencoder,
             objective,
         )
-        self.facts = {"facts": asdict(facts), "image_shape": list(dataset.image_shape)}
+        self.facts = {"facts": asdict(info), "image_shape": list(dataset.image_shape)}
         self._device, self._sampling = next(model.parameters()).device, sampling
         self._validator = Validator(
-            config, dataset, objective.schedule, model.conditioner, autoencoder, self._device
+            config=config,
+            dataset=dataset,
+            schedule=objective.schedule,
+            conditioner=model.conditioner,
+            autoencoder=autoencoder,
+            device=self._device,
         )
         self._previewer = Previewer(
-            config, dataset, sampling, model.conditioner, autoencoder, directory, facts
+            config=config,
+            dataset=dataset,
+            sampling=sampling,
+            conditioner=model.conditioner,
+            autoencoder=autoencoder,
+            directory=directory,
+            info=info,
         )
 
     def optimized_parts(self, model: Model) -> list[OptimizedPart]:
@@ -69,7 +80,7 @@ class Diffusion:
         self,
         model: Model,
         batch: Batch,
-        part: Part,
+        group: ShapeGroup,
         chosen: slice,
         *,
         progress: float,
@@ -81,12 +92,14 @@ class Diffusion:
         """
         device = self._device
         images, first, seed = (
-            part.images[chosen].to(device),
-            part.first + chosen.start,
+            group.images[chosen].to(device),
+            group.first + chosen.start,
             self.config.seed,
         )
-        count, offset = len(images), part.first - batch.parts[0].first + chosen.start
-        times = randomness.uniform(seed, "time", first=batch.parts[0].first, count=len(batch))[:, 0]
+        count, offset = len(images), group.first - batch.groups[0].first + chosen.start
+        times = randomness.uniform(seed, "time", first=batch.groups[0].first, count=len(batch))[
+            :, 0
+        ]
         levels = self.objective.levels(times)
         level = NoiseLevel(*(value[offset : offset + count].float().to(device) for value in levels))
         draws = randomness.uniform(
@@ -96,37 +109,36 @@ class Diffusion:
             count=count,
             per_item=max(1, len(model.conditioner.parts)),
         )
-        context = to_device(select_rows(part.context, chosen), device)
-        context = model.conditioner.derive(images, context, seed=seed, first=first)
+        context = to_device(select_rows(group.context, chosen), device)
+        context = model.conditioner.training_context(images, context, seed=seed, first=first)
         # dropout inside networks has no other handle
         torch.manual_seed(((seed << 40) + first) % 2**63)
         x0 = self._encoded(
-            images, None if part.moments is None else part.moments[chosen].to(device), first
+            images, None if group.moments is None else group.moments[chosen].to(device), first
         )
         noise = randomness.normal(seed, "noise", first=first, shape=tuple(x0.shape), device=device)
         condition = model.conditioner(context, count, draws=draws)
         auxiliary = cast(Auxiliary, model.auxiliary)
-        found = self.objective(
+        denoising_loss = self.objective(
             model.denoiser(dtype), x0, condition, level=level, noise=noise
         ).per_sample
-        total = uncertainty_weighted(found, auxiliary.uncertainty(level.logsnr()))
-        beside = auxiliary.losses(images, progress=progress)
-        for weight, value in beside.values():
+        total = uncertainty_weighted(denoising_loss, auxiliary.uncertainty(level.logsnr()))
+        auxiliary_losses = auxiliary.losses(images, progress=progress)
+        for weight, value in auxiliary_losses.values():
             total = total + weight * value
         return SampleLosses(
             total,
             {
                 "logsnr": level.logsnr(),
-                "loss": found,
-                **{name: value for name, (_, value) in beside.items()},
+                "loss": denoising_loss,
+                **{name: value for name, (_, value) in auxiliary_losses.items()},
             },
         )
 
     @torch.no_grad()
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
-        known = self.autoencoder.moments(images) if moments is None else moments
         return self.autoencoder.draw(
-            known,
+            self.autoencoder.moments(images) if moments is None else moments,
             lambda shape: randomness.normal(
                 self.config.seed, "latent", first=first, shape=shape, device=self._device
             ),

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.data import Batch, Part
+from sfumato.data import Batch, ShapeGroup
 from sfumato.nn.accelerable import Accelerable
 from sfumato.sampling import StepInfo
 from sfumato.training.config import TrainingConfig
-from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.optimizers import OptimizerConfig
 from sfumato.training.parameters import trainable
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,14 +40,14 @@ class OptimizedPart:
     """A part of the model that has its own optimizer, clipping and learning rate.
 
     Attributes:
-        name: in metrics.
-        module: whose parameters it steps.
-        optimizers: that share them.
+        name: prefix of its metrics.
+        module: the module that holds its parameters.
+        optimizers: optimizers of these parameters, each of its own share of them.
     """
 
     name: str
     module: nn.Module
-    config: AdamWConfig
+    config: OptimizerConfig
     optimizers: list[torch.optim.Optimizer] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,12 +62,12 @@ class OptimizedPart:
         """Scale down a gradient that is too large; return its former norm, still on the device."""
         return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.max_grad_norm)
 
-    def step(self, updates: int, spent: float) -> None:
-        """Update the weights, after `updates` updates and a share `spent` of the budget."""
-        rate = self.config.rate(updates, spent)
+    def step(self, updates: int, progress: float) -> None:
+        """Update the weights, after `updates` updates, at the fraction `progress` of the budget."""
+        rate = self.config.rate(updates, progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("share", 1.0)
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             optimizer.step()
 
 
@@ -82,29 +82,29 @@ class Task(Protocol[M]):
     model: M
     facts: Any
 
-    def learners(self, model: M) -> list[OptimizedPart]:
-        """Return the parts of the model that are stepped; they hold each trained parameter once."""
+    def optimized_parts(self, model: M) -> list[OptimizedPart]:
+        """Return the parts of the model, which together hold each trained parameter once."""
         ...
 
     def loss(
         self,
         model: M,
         batch: Batch,
-        part: Part,
+        group: ShapeGroup,
         chosen: slice,
         *,
-        spent: float,
+        progress: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
-        """Return the losses of the chosen samples of a part of a batch.
+        """Return the losses of the chosen samples of a group of a batch.
 
-        One backward pass through their sum reaches every learner. All randomness is keyed by the
-        samples' numbers.
+        One backward pass through their sum reaches every optimized part. All randomness is keyed by
+        the samples' numbers.
         """
         ...
 
-    def record(self, outcome: SampleLosses) -> dict[str, float]:
-        """Return what metrics.jsonl keeps of a step's samples, besides their mean loss."""
+    def log_metrics(self, losses: SampleLosses) -> dict[str, float]:
+        """Return the metrics of a step for metrics.jsonl, besides the mean loss."""
         ...
 
     def validate(self, model: M, average: M) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Task(Protocol[M]):
         """Write images that the averaged model makes."""
         ...
 
-    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+    def forward_images(self, config: TrainingConfig) -> tuple[int, int]:
         """Return how many images pass through the model in one `preview` and in one `validate`.
 
         An image counts once for each forward pass.

@@ -20,7 +20,7 @@ from sfumato.autoencoders.discriminator import (
 )
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.config.bounds import Fraction, NonNegative, Positive, Size
-from sfumato.data import Batch, Dataset, Part, to_float
+from sfumato.data import Batch, Dataset, ShapeGroup, to_float
 from sfumato.errors import ConfigError
 from sfumato.networks.perceptual import Features, distance
 from sfumato.nn.accelerable import Accelerable
@@ -28,7 +28,7 @@ from sfumato.observability.images import grid_image, save_png
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.config import TrainingConfig
-from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.optimizers import OptimizerConfig
 from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
 SMALLEST = 0.25  # of a latent's side that the equivariance regularizer shrinks it to
@@ -51,7 +51,9 @@ class AdversarialConfig:
     start: Fraction = 0.5
     channels: Size = 32
     layers: Size = 2
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=2e-4, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=2e-4, betas=(0.5, 0.9), weight_decay=0.0
+    )
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and 0 <= self.start <= 1):
@@ -128,15 +130,15 @@ class Reconstruction:
         self.facts = {"features": features.name, "image_shape": list(dataset.image_shape)}
         self._device = next(model.parameters()).device
         held = (
-            dataset.usual(dataset.holdout)
-            if len(dataset.usual(dataset.holdout))
-            else dataset.usual(dataset.training)
+            dataset.with_common_shape(dataset.holdout)
+            if len(dataset.with_common_shape(dataset.holdout))
+            else dataset.with_common_shape(dataset.training)
         )
         order = randomness.permutation(config.seed, "validation", index=0, size=len(held))
         shown = held[order[: max(config.validation.samples, config.preview.num)]]
         self._real = to_float(dataset.images(shown)[0])
 
-    def learners(self, model: Reconstructor) -> list[OptimizedPart]:
+    def optimized_parts(self, model: Reconstructor) -> list[OptimizedPart]:
         """Return the autoencoder, and its adversary if it has one; both step on every batch."""
         found = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
         if model.adversary is not None and self.losses.adversarial is not None:
@@ -149,23 +151,23 @@ class Reconstruction:
         self,
         model: Reconstructor,
         batch: Batch,
-        part: Part,
+        group: ShapeGroup,
         chosen: slice,
         *,
-        spent: float,
+        progress: float,
         dtype: torch.dtype,
     ) -> SampleLosses:
         """Return the sum of all losses of each sample, (n,); the notes hold each loss by name."""
         images, first, seed = (
-            part.images[chosen].to(self._device),
-            part.first + chosen.start,
+            group.images[chosen].to(self._device),
+            group.first + chosen.start,
             self.config.seed,
         )
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not torch.float32):
             mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
             noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
             z = mean + (0.5 * log_variance).exp() * noise
-            z, target = self._moved(z, images, batch.parts[0].first)
+            z, target = self._moved(z, images, batch.groups[0].first)
             made = model.codec.decode(z).float()
             notes = {
                 self.losses.pixels: self._pixels(made, target),
@@ -180,7 +182,7 @@ class Reconstruction:
             )
             if model.adversary is not None and self.losses.adversarial is not None:
                 notes["adversary"] = discriminator_loss(model.adversary, target, made).float()
-                if spent >= self.losses.adversarial.start:
+                if progress >= self.losses.adversarial.start:
                     notes["pleasing"] = generator_loss(model.adversary, made).float()
                     weight = adaptive_weight(
                         total,
@@ -228,9 +230,9 @@ class Reconstruction:
         )
         return values.flatten(1).mean(1)
 
-    def record(self, outcome: SampleLosses) -> dict[str, float]:
+    def log_metrics(self, losses: SampleLosses) -> dict[str, float]:
         """Return the mean of each loss."""
-        return {f"train/{name}": float(values.mean()) for name, values in outcome.notes.items()}
+        return {f"train/{name}": float(values.mean()) for name, values in losses.notes.items()}
 
     @torch.no_grad()
     def validate(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
@@ -246,7 +248,7 @@ class Reconstruction:
 
     def _fidelity(self, codec: KLAutoencoder) -> dict[str, float]:
         rows = []
-        size = self.config.at_once
+        size = self.config.effective_micro_batch
         for first in range(0, len(self._real), size):
             real = self._real[first : first + size].to(self._device)
             made = reconstructed(codec, real)
@@ -286,7 +288,7 @@ class Reconstruction:
             {"step": step, "weights": "ema"},
         )
 
-    def passes(self, config: TrainingConfig) -> tuple[int, int]:
+    def forward_images(self, config: TrainingConfig) -> tuple[int, int]:
         """Return `preview.num`, and `validation.samples` twice: for the weights and
         their average.
         """
