@@ -63,15 +63,15 @@ from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.recipes import Run, resolve
 from sfumato.runs import train
 from sfumato.runs.loading import load
-from sfumato.runs.preparation import build_model, facts_of, open_data
+from sfumato.runs.preparation import build_model, conditioning_info, open_data
 from sfumato.training import (
-    AdamWConfig,
     AlignmentConfig,
     AuxiliaryConfig,
     Budget,
     CheckpointConfig,
     DispersiveConfig,
     MuonConfig,
+    OptimizerConfig,
     PowerEMA,
     PreviewConfig,
     ValidationConfig,
@@ -81,8 +81,8 @@ from sfumato.training.precision import default_device
 
 STEPS = 20
 GUIDANCE = 1.5
-ADAMW = AdamWConfig(learning_rate=1e-3, warmup_steps=50)
-MUON = AdamWConfig(learning_rate=4e-3, warmup_steps=50, muon=MuonConfig())
+ADAMW = OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+MUON = OptimizerConfig(learning_rate=4e-3, warmup_steps=50, muon=MuonConfig())
 Change = Callable[[Run], Run]
 
 
@@ -123,7 +123,7 @@ def shifted(factor: float) -> Change:
     )
 
 
-def stepped_by(optimizer: AdamWConfig, rate: float) -> Change:
+def stepped_by(optimizer: OptimizerConfig, rate: float) -> Change:
     """Another optimizer, or another rate."""
     return lambda run: replace(run, optimizer=replace(optimizer, learning_rate=rate))
 
@@ -282,9 +282,14 @@ def main() -> None:
     dataset = open_data(start)
     judge = Judge(dataset, most=5000)
     # The same images, noises and levels for all, whatever schedule they were trained on.
-    conditioner = build_model(start, facts_of(start, dataset)).conditioner
+    conditioner = build_model(start, conditioning_info(start, dataset)).conditioner
     validator = Validator(
-        start, dataset, start.objective.schedule, conditioner, Pixels(3), default_device()
+        config=start,
+        dataset=dataset,
+        schedule=start.objective.schedule,
+        conditioner=conditioner,
+        autoencoder=Pixels(3),
+        device=default_device(),
     )
     settings = {
         "extractor": judge.features.name,

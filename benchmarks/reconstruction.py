@@ -31,7 +31,7 @@ from sfumato.networks.perceptual import Features
 from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import resolve
 from sfumato.runs.preparation import open_data
-from sfumato.training import reconstructed
+from sfumato.training import reconstruct
 
 SHOWN = 10
 
@@ -74,7 +74,7 @@ def main() -> None:
 def through(autoencoder: LatentAutoencoder, real: Tensor) -> Tensor:
     """Images in batches through the means of their latents, and back."""
     with torch.no_grad():
-        return torch.cat([reconstructed(autoencoder.codec, part) for part in real.split(64)])
+        return torch.cat([reconstruct(autoencoder.codec, part) for part in real.split(64)])
 
 
 def shape(autoencoder: LatentAutoencoder) -> dict[str, Any]:

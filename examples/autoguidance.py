@@ -18,14 +18,14 @@ import sfumato
 from sfumato.networks import UNetConfig
 from sfumato.observability.images import grid_image, save_png
 from sfumato.runs import snapshot
-from sfumato.training import AdamWConfig, Budget, PreviewConfig, ValidationConfig
+from sfumato.training import Budget, OptimizerConfig, PreviewConfig, ValidationConfig
 
 run = replace(
     sfumato.recipe("digits"),
     name="autoguidance",
     network=UNetConfig(channels=8, multipliers=(1,), blocks=1, attention_depths=()),
     batch_size=8,
-    optimizer=AdamWConfig(learning_rate=2e-3, schedule="constant"),
+    optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant"),
     budget=Budget(steps=300),
     preview=PreviewConfig(num=4),
     validation=ValidationConfig(samples=20),

@@ -77,7 +77,7 @@ def test_the_walk_reaches_what_it_should() -> None:
     assert {
         "DDIM.eta",
         "Churn.gamma",
-        "AdamWConfig.final_fraction",
+        "OptimizerConfig.final_fraction",
         "SamplingConfig.interval",
         "Tabulated.alphas",
         "Budget.minutes",

@@ -18,10 +18,10 @@ from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.storage import checkpoint
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     CheckpointConfig,
     LogConfig,
+    OptimizerConfig,
     PreviewConfig,
     ValidationConfig,
 )
@@ -56,7 +56,7 @@ def tiny_run(folder: Path, **changes) -> Run:
             dropout=0.1,
         ),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
-        "optimizer": AdamWConfig(learning_rate=1e-3, warmup_steps=3),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=3),
         "batch_size": 12,
         "micro_batch": 5,
         "precision": "float32",

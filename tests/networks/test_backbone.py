@@ -221,7 +221,7 @@ def test_a_loss_on_hidden_maps_hears_those_of_the_last_call(
     network = built(config)
     auxiliary = LOSSES[where].build(network, encoder=encoder)
     called(network, 8, 8, batch=4)
-    ((_, value),) = auxiliary.losses(torch.randn(4, CHANNELS, 8, 8), spent=0.0).values()
+    ((_, value),) = auxiliary.losses(torch.randn(4, CHANNELS, 8, 8), progress=0.0).values()
     assert value.shape == (4,)
     assert value.isfinite().all()
     value.sum().backward()
@@ -232,5 +232,5 @@ def test_without_a_loss_on_hidden_maps_nothing_listens() -> None:
     network = built(UNET)
     auxiliary = AuxiliaryConfig(uncertainty=True).build(network, encoder=encoder)
     assert not network.probe._forward_hooks
-    assert auxiliary.losses(torch.zeros(1), spent=0.0) == {}
+    assert auxiliary.losses(torch.zeros(1), progress=0.0) == {}
     AuxiliaryConfig(uncertainty=True).build(built(ToyConfig()), encoder=encoder)

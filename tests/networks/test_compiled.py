@@ -72,7 +72,7 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
         found.append(
             {
                 name: value.detach().clone()
-                for name, (_, value) in auxiliary.losses(images, spent=0.0).items()
+                for name, (_, value) in auxiliary.losses(images, progress=0.0).items()
             }
         )
         network.compile()

@@ -25,7 +25,7 @@ def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkCo
     """Whatever steers it, and in pixels or latents."""
     run = replace(recipe(name), network=network)
     layout = run.autoencoder.layout(run.data.channels, None)
-    facts = ConditioningInfo(
+    info = ConditioningInfo(
         channels=run.data.channels,
         categories=("a", "b"),
         words=("a", "word"),
@@ -34,6 +34,6 @@ def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkCo
         factor=layout.factor,
     )
     side = run.data.resolution // layout.factor
-    model = build_model(run, facts)
+    model = build_model(run, info)
     x = torch.randn(2, layout.channels, side, side)
     assert model.network(x, torch.tensor([10.0, 900.0]), model.conditioner.null(2)).shape == x.shape

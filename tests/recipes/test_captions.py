@@ -76,7 +76,7 @@ def test_captions_are_used_where_enough_images_have_different_ones_and_the_fract
 def test_the_length_holds_95_percent_of_captions_and_one_spelled_word(counts: list[int]) -> None:
     captions = [" ".join(["red"] * count) for count in counts]
     length = fitting_length(captions)
-    words = WordTokenizer.fitted(captions, most=20_000)
+    words = WordTokenizer.fit(captions, most=20_000)
     assert length % 8 == 0
     assert 16 <= length <= 128
     if length < 128:

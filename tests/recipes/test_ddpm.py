@@ -25,8 +25,8 @@ def made(*overrides: str) -> Pipeline:
     """The recipe's model with random weights, strong enough for clipping to matter."""
     small = ["network.channels=32", "network.multipliers=[1]", "network.attention_depths=[]"]
     run = resolve("ddpm", [*small, *overrides])
-    facts = ConditioningInfo(channels=1)
-    model = build_model(run, facts).eval().requires_grad_(False)
+    info = ConditioningInfo(channels=1)
+    model = build_model(run, info).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -34,7 +34,7 @@ def made(*overrides: str) -> Pipeline:
         model=model,
         autoencoder=Pixels(1),
         sampling=run.sampling,
-        facts=facts,
+        info=info,
         image_shape=(1, 8, 8),
     )
 

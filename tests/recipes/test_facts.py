@@ -62,10 +62,10 @@ def folder(
     return Folder(str(root))
 
 
-def facts_of(source: Folder, contexts: dict[str, Any], **options: Any) -> ConditioningInfo:
+def conditioning_info(source: Folder, contexts: dict[str, Any], **options: Any) -> ConditioningInfo:
     data = DataConfig(source=source, resolution=8, channels=1, cache="off", **options)
     run = Run(name="x", data=data, conditioner=ContextConfig(**contexts))
-    return preparation.facts_of(run, open_data(run))
+    return preparation.conditioning_info(run, open_data(run))
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +95,25 @@ def learned(source: Folder) -> list[int]:
 
 
 def test_words_are_those_of_the_captions_that_are_learned_from(told: Folder) -> None:
-    words = facts_of(told, ALL).words
+    words = conditioning_info(told, ALL).words
     assert words[0] == "red"
     assert set(words) == {"red", *map(str, learned(told))}
 
 
 def test_attributes_are_described_by_the_images_that_have_them(told: Folder) -> None:
-    facts = facts_of(told, ALL)
+    info = conditioning_info(told, ALL)
     ages = np.array([i for i in learned(told) if i < 4])
-    assert facts.attributes == ("age", "odd", "tall")
-    assert facts.means[0] == pytest.approx(ages.mean())
-    assert facts.deviations[0] == pytest.approx(ages.std())
+    assert info.attributes == ("age", "odd", "tall")
+    assert info.means[0] == pytest.approx(ages.mean())
+    assert info.deviations[0] == pytest.approx(ages.std())
     # a label: 0 where it is not given
-    assert facts.means[2] == pytest.approx(len(ages) / len(learned(told)))
-    assert math.isnan(facts.means[1])  # only images that are held out have it
+    assert info.means[2] == pytest.approx(len(ages) / len(learned(told)))
+    assert math.isnan(info.means[1])  # only images that are held out have it
 
 
 def test_categories_dimensions_and_augmentation(told: Folder) -> None:
-    facts = facts_of(told, ALL, augment=AugmentConfig(karras=0.1))
-    assert (facts.categories, facts.dimensions, facts.channels, facts.augmentation) == (
+    info = conditioning_info(told, ALL, augment=AugmentConfig(karras=0.1))
+    assert (info.categories, info.dimensions, info.channels, info.augmentation) == (
         ("a", "b"),
         3,
         1,
@@ -122,15 +122,15 @@ def test_categories_dimensions_and_augmentation(told: Folder) -> None:
 
 
 def test_what_is_not_read_is_not_told(told: Folder) -> None:
-    facts = facts_of(told, {"category": CategoryConfig()})
-    assert (facts.words, facts.dimensions, facts.augmentation) == ((), 0, 0)
+    info = conditioning_info(told, {"category": CategoryConfig()})
+    assert (info.words, info.dimensions, info.augmentation) == ((), 0, 0)
 
 
 def test_facts_survive_a_checkpoint(told: Folder) -> None:
-    facts = facts_of(told, ALL)
-    stored = json.loads(json.dumps(config.plain(facts)))
+    info = conditioning_info(told, ALL)
+    stored = json.loads(json.dumps(config.plain(info)))
     again = config.parse(ConditioningInfo, stored, where="checkpoint")
-    assert str(again) == str(facts)  # NaN included
+    assert str(again) == str(info)  # NaN included
 
 
 @pytest.mark.parametrize("name", ["category", "text", "attributes", "points"])
@@ -143,9 +143,9 @@ def test_contexts_that_the_data_do_not_hold_are_refused(tmp_path: Path, name: st
         conditioner=ContextConfig(**{name: ALL[name]}),
     )
     with pytest.raises(
-        ConfigError, match=rf"conditioner\.{name}: asks for .*, and the data have none"
+        ConfigError, match=rf"conditioner\.{name}: needs .*, but the dataset has none"
     ):
-        build_model(run, preparation.facts_of(run, open_data(run)))
+        build_model(run, preparation.conditioning_info(run, open_data(run)))
 
 
 def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(
@@ -153,7 +153,7 @@ def test_categories_that_no_training_image_has_are_told_and_keep_their_numbers(
 ) -> None:
     facts: dict[str, dict[str, Any]] = {f"{'ac'[i % 2]}/{i}": {} for i in range(8)}
     facts |= {f"b/{i}": {"holdout": "set"} for i in range(2)}
-    found = facts_of(folder(tmp_path, facts), {"category": CategoryConfig()})
+    found = conditioning_info(folder(tmp_path, facts), {"category": CategoryConfig()})
     assert (found.categories, found.untrained) == (("a", "b", "c"), ("b",))
 
 

@@ -150,5 +150,5 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_sample(
     before = sorted(str(path) for path in run.rglob("*"))
     result = sfumato("sample", run, "--num", 1, "--steps", 1, "--out", tmp_path / "made")
     assert result.code == 0
-    assert "passed over; step 0 is used" in result.err
+    assert "skipped; step 0 is used" in result.err
     assert sorted(str(path) for path in run.rglob("*")) == before

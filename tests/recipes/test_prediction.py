@@ -24,10 +24,10 @@ from sfumato.runs import prepare
 from sfumato.runs.cost import Prediction, predict, times, trial_trainer
 from sfumato.runs.preparation import network_parameters
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     CheckpointConfig,
     LogConfig,
+    OptimizerConfig,
     PreviewConfig,
     ValidationConfig,
 )
@@ -60,7 +60,7 @@ def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
             channels=channels, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
         ),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
-        "optimizer": AdamWConfig(warmup_steps=2),
+        "optimizer": OptimizerConfig(warmup_steps=2),
         "batch_size": 8,
         "precision": "float32",
         "budget": Budget(steps=5),
@@ -95,7 +95,7 @@ def test_the_steps_are_those_that_the_budget_allows(root: Path, budget: Budget) 
     taken = next(
         n
         for n in range(1, 1000)
-        if budget.spent(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1
+        if budget.progress(steps=n, samples=8 * n, epochs=8 * n / size, seconds=0) >= 1
     )
     assert found.steps == taken
     assert found.epochs == pytest.approx(8 * taken / size)

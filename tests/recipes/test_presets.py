@@ -141,11 +141,11 @@ def test_large_images_are_diffused_in_latents(
     assert run.autoencoder.layout(3, None).factor == factor
     assert ("of an autoencoder of its own" in said(choice)) == (factor > 1)
     channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
-    facts = ConditioningInfo(
+    info = ConditioningInfo(
         channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor
     )
     with torch.device("meta"):
-        model = build_model(run, facts)
+        model = build_model(run, info)
         shape = (2, channels, side, side)
         assert (
             model.network(torch.empty(shape), torch.empty(2), model.conditioner.null(2)).shape

@@ -18,7 +18,7 @@ from sfumato.data import index
 from sfumato.recipes import resolve
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.resolver import resolved
-from sfumato.runs.preparation import facts_of
+from sfumato.runs.preparation import conditioning_info
 
 SIDE, COUNT = 28, 12
 KINDS = {  # bands, type, alpha, channels and bits that fit
@@ -189,7 +189,7 @@ def test_what_was_decided_about_values_is_a_fact_of_the_run(
 ) -> None:
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     run = resolve(written(tmp_path, container, kind), settings)
-    facts = facts_of(run, index(run.data))
-    assert facts.value_range == value_range
-    assert facts.alpha == alpha
-    assert facts.bits == KINDS[kind][4]
+    info = conditioning_info(run, index(run.data))
+    assert info.value_range == value_range
+    assert info.alpha == alpha
+    assert info.bits == KINDS[kind][4]

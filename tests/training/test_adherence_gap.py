@@ -29,10 +29,10 @@ from sfumato.runs.preparation import open_data
 from sfumato.runs.training import trainer_of
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     CheckpointConfig,
     FixedEMA,
+    OptimizerConfig,
     PreviewConfig,
     ValidationConfig,
 )
@@ -71,7 +71,7 @@ def settings(root: Path, steps: int = STEPS, **contexts: Any) -> Run:
         root,
         data=data,
         conditioner=ContextConfig(**contexts),
-        optimizer=AdamWConfig(learning_rate=3e-3, warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3),
         ema=FixedEMA(0.8),
         batch_size=16,
         micro_batch=None,

@@ -21,7 +21,7 @@ from sfumato.networks.perceptual import RandomFeatures
 from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty, uncertainty_weighted
 from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
-from sfumato.training.auxiliary import dispersion, enlarged, misalignment
+from sfumato.training.auxiliary import cosine_alignment_loss, dispersive_loss, upsample_to
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 NETWORKS = [
@@ -63,10 +63,10 @@ def test_dispersion_is_the_log_mean_over_pairs() -> None:
     flat = maps.flatten(1).float()
     pairs = [torch.exp(-((a - b) ** 2).mean() / 0.5) for a in flat for b in flat]
     torch.testing.assert_close(
-        dispersion(maps, 0.5), torch.log(torch.stack(pairs).mean()).expand(4)
+        dispersive_loss(maps, 0.5), torch.log(torch.stack(pairs).mean()).expand(4)
     )
     apart = maps * 3
-    assert dispersion(apart, 0.5)[0] < dispersion(maps, 0.5)[0] <= 0
+    assert dispersive_loss(apart, 0.5)[0] < dispersive_loss(maps, 0.5)[0] <= 0
 
 
 def test_misalignment_is_one_less_the_cosine() -> None:
@@ -74,8 +74,8 @@ def test_misalignment_is_one_less_the_cosine() -> None:
     pooled = F.avg_pool2d(wanted, 2)
     centred = pooled - pooled.mean((2, 3), keepdim=True)
     expected = (1 - (made * centred).sum(1) / made.norm(dim=1) / centred.norm(dim=1)).mean((1, 2))
-    torch.testing.assert_close(misalignment(made, wanted), expected)
-    assert misalignment(centred, wanted).abs().max() < 1e-6
+    torch.testing.assert_close(cosine_alignment_loss(made, wanted), expected)
+    assert cosine_alignment_loss(centred, wanted).abs().max() < 1e-6
 
 
 def test_contrast_takes_the_distance_to_the_next_target_off() -> None:
@@ -103,7 +103,7 @@ def test_hidden_maps_reach_both_losses_and_their_gradients_the_network(network) 
     auxiliary = config.build(built, encoder=lambda name: RandomFeatures())
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     built(torch.randn(2, 3, 8, 8), torch.rand(2), Condition())
-    early, late = auxiliary.losses(images, spent=0.4), auxiliary.losses(images, spent=0.5)
+    early, late = auxiliary.losses(images, progress=0.4), auxiliary.losses(images, progress=0.5)
     assert set(early) == {"dispersive", "alignment"}
     assert set(late) == {"dispersive"}
     sum(weight * value.sum() for weight, value in early.values()).backward()
@@ -173,15 +173,15 @@ def test_alignment_trains_in_bfloat16_too(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", [8, 32, 64, 96])
 def test_small_images_are_enlarged_until_an_encoder_sees_places(side: int) -> None:
-    shape = enlarged(torch.zeros(1, 3, side, 2 * side)).shape
+    shape = upsample_to(torch.zeros(1, 3, side, 2 * side), 64).shape
     assert shape == (1, 3, max(64, side), 2 * max(64, side))
 
 
 def test_an_encoder_of_one_place_still_has_something_to_say() -> None:
     """Its mean over places would be all there is of it."""
     wanted = torch.randn(2, 5, 1, 1)
-    assert misalignment(wanted.expand(2, 5, 4, 4), wanted).abs().max() < 1e-6
-    assert misalignment(torch.randn(2, 5, 1, 1), torch.randn(2, 5, 4, 4)).isfinite().all()
+    assert cosine_alignment_loss(wanted.expand(2, 5, 4, 4), wanted).abs().max() < 1e-6
+    assert cosine_alignment_loss(torch.randn(2, 5, 1, 1), torch.randn(2, 5, 4, 4)).isfinite().all()
 
 
 def test_uncertainty_and_contrast_are_refused_together(folder: Path) -> None:
@@ -237,6 +237,6 @@ def test_dispersion_of_maps_that_share_nearly_everything_has_the_gradient_of_flo
             squared = (flat[:, None] - flat[None]).square().sum(2) / flat.shape[1]
             loss = torch.logsumexp(-squared.flatten() / 1e-7, 0)
         else:
-            loss = dispersion(leaf, 1e-7)[0]
+            loss = dispersive_loss(leaf, 1e-7)[0]
         gradients.append(torch.autograd.grad(loss, leaf)[0].double())
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.01

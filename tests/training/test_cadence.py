@@ -24,7 +24,7 @@ from sfumato.training import (
     TrainingConfig,
     ValidationConfig,
 )
-from sfumato.training.config import FIRST_LOOK_S, PATIENCE
+from sfumato.training.config import FIRST_EVALUATION_S, INTERVAL_PER_COST
 from tests.helpers.runs import fingerprint, images, tiny_run
 
 KINDS = [CheckpointConfig, PreviewConfig, ValidationConfig]
@@ -96,22 +96,22 @@ def test_whichever_is_sooner(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", [PreviewConfig, ValidationConfig])
 def test_the_first_look_comes_within_a_minute_and_earlier_where_that_is_set(kind: type) -> None:
-    assert FIRST_LOOK_S < 60
-    assert not kind().due(step=3, seconds=FIRST_LOOK_S - 1, last_s=0.0)
-    assert kind().due(step=3, seconds=FIRST_LOOK_S, last_s=0.0)
+    assert FIRST_EVALUATION_S < 60
+    assert not kind().due(step=3, seconds=FIRST_EVALUATION_S - 1, last_s=0.0)
+    assert kind().due(step=3, seconds=FIRST_EVALUATION_S, last_s=0.0)
     assert kind(every_minutes=0.1).due(step=3, seconds=6.0, last_s=0.0)
 
 
 @pytest.mark.parametrize("kind", [PreviewConfig, ValidationConfig])
 def test_a_slow_look_before_the_first_step_does_not_put_off_the_next(kind: type) -> None:
-    assert not kind().due(step=1, seconds=30.0 + FIRST_LOOK_S - 1, last_s=0.0, cost_s=30.0)
-    assert kind().due(step=9, seconds=30.0 + FIRST_LOOK_S, last_s=0.0, cost_s=30.0)
+    assert not kind().due(step=1, seconds=30.0 + FIRST_EVALUATION_S - 1, last_s=0.0, cost_s=30.0)
+    assert kind().due(step=9, seconds=30.0 + FIRST_EVALUATION_S, last_s=0.0, cost_s=30.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_takes_long_waits_longer(kind: type) -> None:
     assert not kind().due(step=1, seconds=302.0, last_s=2.0, cost_s=60.0)
-    assert kind().due(step=1, seconds=2.0 + 60 * PATIENCE, last_s=2.0, cost_s=60.0)
+    assert kind().due(step=1, seconds=2.0 + 60 * INTERVAL_PER_COST, last_s=2.0, cost_s=60.0)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "preview", "validation"])

@@ -173,7 +173,7 @@ def test_a_reader_passes_over_damage_and_changes_nothing(tmp_path, damage) -> No
     assert loaded.state["at"] == 1
     (warning,) = warnings
     assert "step-000000002" in warning
-    assert warning.endswith("passed over; step 1 is used")
+    assert warning.endswith("skipped; step 1 is used")
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
@@ -271,7 +271,7 @@ def test_pruning_leaves_the_newest_sound_checkpoint(tmp_path) -> None:
 def test_a_loss_far_above_its_least_is_not_sound(losses: tuple[float, ...], sound: bool) -> None:
     counters = Counters()
     for loss in losses:
-        counters.follow_loss(loss)
+        counters.record_update(loss)
     assert counters.sound == sound
     counters.skipped_in_a_row = 1
     assert not counters.sound

@@ -14,8 +14,8 @@ from sfumato.errors import ConfigError
 from sfumato.networks import DiT, DiTConfig
 from sfumato.runs import load, resume, train
 from sfumato.training import (
-    AdamWConfig,
     Budget,
+    OptimizerConfig,
     Trainer,
     TrainingConfig,
     ValidationConfig,
@@ -156,7 +156,7 @@ def test_compiled_and_resumed_it_ends_as_if_left_alone(
     others.
     """
     # whatever the budget
-    constant = AdamWConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant")
+    constant = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant")
     changed = {
         "optimizer": constant,
         "compile": "on",

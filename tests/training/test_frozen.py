@@ -26,8 +26,15 @@ from sfumato.runs import prepare, resume, train
 from sfumato.runs.training import trainer_of
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training import AdamWConfig, Budget, MuonConfig, PostHocEMAConfig, PowerEMA, Trainer
-from sfumato.training.ema import follow
+from sfumato.training import (
+    Budget,
+    MuonConfig,
+    OptimizerConfig,
+    PostHocEMAConfig,
+    PowerEMA,
+    Trainer,
+    ema,
+)
 from sfumato.training.parameters import count, describe, trainable
 from sfumato.training.state import TrainingState
 from sfumato.training.tasks.protocol import OptimizedPart
@@ -140,10 +147,11 @@ def frozen_files(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "config", [AdamWConfig(), AdamWConfig(muon=MuonConfig()), AdamWConfig(mup_base_width=16)]
+    "config",
+    [OptimizerConfig(), OptimizerConfig(muon=MuonConfig()), OptimizerConfig(mup_base_width=16)],
 )
 def test_optimizers_hold_the_trainable_parameters_each_once(
-    model: Model, config: AdamWConfig
+    model: Model, config: OptimizerConfig
 ) -> None:
     optimizers = config.build(model)
     held = [
@@ -161,15 +169,15 @@ def test_optimizers_hold_the_trainable_parameters_each_once(
 def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -> None:
     profile = PowerEMA(0.2)
     state = TrainingState.new(
-        model, lambda m: [OptimizedPart("model", m, AdamWConfig())], [profile]
+        model, lambda m: [OptimizedPart("model", m, OptimizerConfig())], [profile]
     )
     assert state.frozen == FROZEN
     before = {name: value.clone() for name, value in state.average.state_dict().items()}
     with torch.no_grad():
         for parameter in trainable(model):
             parameter.add_(1.0)
-    for average in (state.average, state.kept[profile]):
-        follow(average, model, profile, 2)
+    for average in (state.average, state.tracked_averages[profile]):
+        ema.update(average, model, profile, 2)
         found = dict(average.named_parameters())
         for name, parameter in model.named_parameters():
             assert (
@@ -181,9 +189,9 @@ def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -
 
 def test_averages_take_over_buffers_such_as_a_batch_norm_s_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    state = TrainingState.new(model, lambda m: [OptimizedPart("model", m, AdamWConfig())])
+    state = TrainingState.new(model, lambda m: [OptimizedPart("model", m, OptimizerConfig())])
     model(torch.randn(8, 1, 4, 4) + 3)
-    follow(state.average, model, PowerEMA(0.2), 5)
+    ema.update(state.average, model, PowerEMA(0.2), 5)
     assert model[1].num_batches_tracked == 1
     for kept, buffer in zip(state.average.buffers(), model.buffers(), strict=True):
         assert torch.equal(kept, buffer)
@@ -335,7 +343,7 @@ def test_what_is_printed_says_how_many_are_trained(
 
 def test_a_model_that_is_all_frozen_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all parameters of Linear are frozen"):
-        AdamWConfig().build(nn.Linear(2, 2).requires_grad_(False))
+        OptimizerConfig().build(nn.Linear(2, 2).requires_grad_(False))
     run = half_frozen(
         folder, network=HalfFrozenConfig(everything=True), conditioner=ContextConfig()
     )

@@ -18,8 +18,8 @@ from sfumato.conditioners.tokenizer import WordTokenizer
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNet, UNetConfig
 from sfumato.runs import resume, train
-from sfumato.training import AdamWConfig, MuonConfig
-from sfumato.training.optimizers import Muon, hidden_weights, iterated, orthogonal
+from sfumato.training import MuonConfig, OptimizerConfig
+from sfumato.training.optimizers import Muon, hidden_weights, newton_schulz, orthogonalize
 from tests.helpers.runs import fingerprint, images, tiny_run
 from tests.training.test_resume import interrupted
 
@@ -38,7 +38,7 @@ def quintic(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def test_orthogonal_equals_the_published_iteration(shape: tuple[int, int], decades: int) -> None:
     matrix = torch.randn(shape) * torch.logspace(0, -decades, shape[1])
     exact = quintic(matrix.double())
-    assert (orthogonal(matrix).double() - exact).norm() < 1e-3 * exact.norm()
+    assert (orthogonalize(matrix).double() - exact).norm() < 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (24, 24), (96, 288)])
@@ -46,18 +46,20 @@ def test_a_gpus_iteration_is_the_published_one_rounded(shape: tuple[int, int]) -
     x = torch.randn(shape)
     x /= x.norm()
     exact = quintic(x.double())
-    assert (iterated(x).double() - exact).norm() < 1e-3 * exact.norm()
-    assert (iterated(x.bfloat16()).double() - exact).norm() < 5e-2 * exact.norm()
+    assert (newton_schulz(x).double() - exact).norm() < 1e-3 * exact.norm()
+    assert (newton_schulz(x.bfloat16()).double() - exact).norm() < 5e-2 * exact.norm()
 
 
-@pytest.mark.parametrize("how", [orthogonal, lambda x: iterated((x / x.norm()).bfloat16()).float()])
+@pytest.mark.parametrize(
+    "how", [orthogonalize, lambda x: newton_schulz((x / x.norm()).bfloat16()).float()]
+)
 def test_singular_values_come_near_one(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
     values = torch.linalg.svdvals(how(torch.randn(32, 288)))
     assert 0.6 < values.min() < values.max() < 1.3
 
 
 def test_a_gradient_of_zero_moves_nothing() -> None:
-    assert torch.equal(orthogonal(torch.zeros(4, 8)), torch.zeros(4, 8))
+    assert torch.equal(orthogonalize(torch.zeros(4, 8)), torch.zeros(4, 8))
 
 
 def test_steps_equal_pytorchs_own_on_matrices() -> None:
@@ -112,7 +114,7 @@ def test_hidden_layers_are_muons_and_everything_is_stepped_once() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, muon = (
         [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        for optimizer in AdamWConfig(muon=MuonConfig()).build(model)
+        for optimizer in OptimizerConfig(muon=MuonConfig()).build(model)
     )
     assert sorted(name for group in (*adamw, *muon) for name in group) == sorted(names.values())
     for name in (
@@ -153,7 +155,7 @@ def test_first_and_last_layers_are_adamws_however_large(network: DiTConfig | UNe
 def test_a_model_without_hidden_layers_is_adamws() -> None:
     small = nn.Linear(8, 8)
     assert hidden_weights(small) == []
-    assert len(AdamWConfig(muon=MuonConfig()).build(small)) == 1
+    assert len(OptimizerConfig(muon=MuonConfig()).build(small)) == 1
 
 
 def test_impossible_momentum_is_refused() -> None:
@@ -167,7 +169,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     settings = tiny_run(
         images(tmp_path / "images"),
-        optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig()),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=3, muon=MuonConfig()),
     )
     whole = fingerprint(train(settings, run=tmp_path / "whole"))
     assert fingerprint(resume(interrupted(settings, tmp_path / "run", monkeypatch, after))) == whole

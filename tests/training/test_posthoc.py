@@ -11,7 +11,7 @@ from sfumato.cli.ema import ema
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.runs import resume, train
 from sfumato.training import Budget, CheckpointConfig, PostHocEMAConfig, PowerEMA
-from sfumato.training.post_hoc_ema import Profile, overlap, shares
+from sfumato.training.post_hoc_ema import Profile, overlap, solve_weights
 from tests.helpers.runs import images, tiny_run
 
 
@@ -37,7 +37,7 @@ def test_an_average_that_was_kept_is_itself() -> None:
     kept = [
         Profile(step, PowerEMA(sigma).gamma) for step in (250, 500, 1000) for sigma in (0.05, 0.1)
     ]
-    assert np.allclose(shares(kept, kept[3]), np.eye(6)[3], atol=1e-6)
+    assert np.allclose(solve_weights(kept, kept[3]), np.eye(6)[3], atol=1e-6)
 
 
 @pytest.mark.parametrize("widths", [(0.1,), (0.1, 0.25)])
@@ -48,7 +48,9 @@ def test_shares_sum_to_one_however_little_was_kept(
 ) -> None:
     """Or all weights would be made larger or smaller: what never changed stays as it is."""
     kept = [Profile(step, PowerEMA(width).gamma) for step in steps for width in widths]
-    assert shares(kept, Profile(1000, PowerEMA(wanted).gamma)).sum() == pytest.approx(1, abs=1e-9)
+    assert solve_weights(kept, Profile(1000, PowerEMA(wanted).gamma)).sum() == pytest.approx(
+        1, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.06, 0.08, 0.15, 0.2])
@@ -72,7 +74,7 @@ def test_a_reconstructed_average_is_the_tracked_one(sigma: float) -> None:
             for width in (0.05, 0.1):
                 kept.append(Profile(step, profiles[width].gamma))
                 values.append(averages[width].copy())
-    made = shares(kept, Profile(steps, profiles[sigma].gamma)) @ np.array(values)
+    made = solve_weights(kept, Profile(steps, profiles[sigma].gamma)) @ np.array(values)
     scale = np.sqrt((averages[sigma] ** 2).mean())
     assert np.sqrt(((made - averages[sigma]) ** 2).mean()) / scale < 1e-2
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sfumato.training import Budget, Trainer, TrainingConfig, precision
-from sfumato.training.autotune import settle_precision
+from sfumato.training.autotune import resolve_precision
 from sfumato.training.precision import choose, faster, has_bfloat16
 from sfumato.training.state import Counters
 from tests.helpers.runs import images, tiny_run
@@ -116,12 +116,12 @@ def test_no_pass_of_the_model_is_taken_and_what_was_settled_stays(
     )
     said: list[str] = []
     config, counters = TrainingConfig(precision="auto"), Counters()
-    settle_precision(config, counters, nn.Linear(4, 4), say=said.append)
+    resolve_precision(config, counters, nn.Linear(4, 4), say=said.append)
     assert counters.precision in precision.CHOICES
     assert len(said) == 1
     # as an older checkpoint, or another machine, settled it
     resumed = Counters(precision="bfloat16")
-    settle_precision(config, resumed, nn.Linear(4, 4), say=said.append)
+    resolve_precision(config, resumed, nn.Linear(4, 4), say=said.append)
     assert resumed.precision == "bfloat16"
     assert len(said) == 1
     from sfumato.runs import train

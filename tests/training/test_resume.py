@@ -192,7 +192,10 @@ def described(run: Path) -> list[str]:
     [
         ("network.channels=64", "does not fit the model"),
         ("seed=1", "seed or batch_size"),
-        ("optimizer.muon={}", "was not stepped by Muon, now otherwise"),
+        (
+            "optimizer.muon={}",
+            "was not optimized by Muon in the checkpoint, but is with the current configuration",
+        ),
         ("network.multipliers=[1,1,1,1,1]", "does not fit the model"),
         ("checkpoint.keep=1000000000", "GiB needed for checkpoints"),
     ],
@@ -277,7 +280,10 @@ def test_muon_cannot_be_left_on_resume(folder, tmp_path, monkeypatch) -> None:
     settings = tiny_run(folder)
     settings = replace(settings, optimizer=replace(settings.optimizer, muon=MuonConfig()))
     run = interrupted(settings, tmp_path / "run", monkeypatch, 6)
-    with pytest.raises(CheckpointError, match="was stepped by Muon, now otherwise"):
+    with pytest.raises(
+        CheckpointError,
+        match="was optimized by Muon in the checkpoint, but not with the current configuration",
+    ):
         resume(run, overrides=["optimizer.muon=null"])
 
 

@@ -44,7 +44,7 @@ FORMER_KINDS = {
 
 # Keys by the dataclass that has them: former -> present.
 FORMER_KEYS: dict[str, dict[str, str]] = {
-    "AdamWConfig": {
+    "OptimizerConfig": {
         "base_width": "mup_base_width",
         "clip": "max_grad_norm",
         "decay": "schedule",

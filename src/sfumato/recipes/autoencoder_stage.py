@@ -53,7 +53,7 @@ from sfumato.training import (
     Trainer,
     TrainingConfig,
     ValidationConfig,
-    reconstructed,
+    reconstruct,
     with_latents,
 )
 from sfumato.training.parameters import describe
@@ -420,9 +420,7 @@ def _reconstructed_distance(
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(held), BATCH):
         real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
-        found.append(
-            (features.pooled(real).cpu(), features.pooled(reconstructed(codec, real)).cpu())
-        )
+        found.append((features.pooled(real).cpu(), features.pooled(reconstruct(codec, real)).cpu()))
     real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
     return {
         "rfd": frechet_distance(real, made),

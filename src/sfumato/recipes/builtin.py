@@ -26,11 +26,11 @@ from sfumato.recipes.early_checks import unknown
 from sfumato.recipes.run import Run
 from sfumato.sampling import DDIM
 from sfumato.training import (
-    AdamWConfig,
     Budget,
     CheckpointConfig,
     FixedEMA,
     MuonConfig,
+    OptimizerConfig,
     PowerEMA,
     PreviewConfig,
     ValidationConfig,
@@ -47,7 +47,7 @@ def digits() -> Run:
         ),
         conditioner=ContextConfig(category=CategoryConfig(size=64)),
         denoiser=DenoiserConfig(input_scale=UnitVariance(0.75)),
-        optimizer=AdamWConfig(learning_rate=2e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
         batch_size=64,
         budget=Budget(minutes=1),
         validation=ValidationConfig(every_steps=400),
@@ -75,7 +75,7 @@ def ddpm() -> Run:
         # 1: x enters the network as it is
         denoiser=DenoiserConfig(parameterization=Epsilon(), input_scale=UnitVariance(1.0)),
         objective=Objective(schedule=betas, weighting=UniformEpsilon()),
-        optimizer=AdamWConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         ema=FixedEMA(0.9999),
         batch_size=64,
         budget=Budget(minutes=3),
@@ -95,7 +95,7 @@ def emoji() -> Run:
             channels=32, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,), dropout=0.1
         ),
         conditioner=ContextConfig(category=CategoryConfig()),
-        optimizer=AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
         ema=PowerEMA(0.1),
         batch_size=64,
         budget=Budget(minutes=45),

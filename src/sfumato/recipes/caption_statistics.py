@@ -41,14 +41,14 @@ class Reader(Protocol):
         """The number of tokens that are read of a text."""
         ...
 
-    def seen(self, text: str) -> tuple[int, ...]:
+    def token_ids(self, text: str) -> tuple[int, ...]:
         """Return the numbers of the tokens that are read of a text.
 
         They are equal for texts that the model cannot tell apart.
         """
         ...
 
-    def cuts(self, text: str) -> bool:
+    def is_truncated(self, text: str) -> bool:
         """Return whether a text has more tokens than are read."""
         ...
 
@@ -152,11 +152,11 @@ class Cut:
     def of(cls, captions: Iterable[str], reader: Reader) -> Cut:
         """Read every caption; captions that differ only in capitals or spaces count as one."""
         different = {" ".join(text.casefold().split()) for text in captions}
-        long = {text for text in different if reader.cuts(text)}
-        alike = Counter(reader.seen(text) for text in long)
+        long = {text for text in different if reader.is_truncated(text)}
+        alike = Counter(reader.token_ids(text) for text in long)
         if long:
             alike.update(
-                seen for text in different - long if (seen := reader.seen(text)) in alike
+                seen for text in different - long if (seen := reader.token_ids(text)) in alike
             )  # what ends where others go on
         confused = sum(count for count in alike.values() if count > 1)
         return cls(different=len(different), cut=len(long), confused=confused, length=reader.length)

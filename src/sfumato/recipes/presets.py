@@ -20,7 +20,7 @@ from sfumato.networks import UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig, TrainedAutoencoder
 from sfumato.recipes.run import Run
 from sfumato.recipes.survey import MOST, Survey
-from sfumato.training import AdamWConfig, Budget, MuonConfig, PowerEMA
+from sfumato.training import Budget, MuonConfig, OptimizerConfig, PowerEMA
 
 SMALL, LARGE = 5_000, 500_000  # images
 MANY_CATEGORIES = 1_000
@@ -111,7 +111,7 @@ def choose(
     return Choice(run=run, reasons=tuple(reasons))
 
 
-def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamWConfig, str]:
+def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, OptimizerConfig, str]:
     """Choose the network and its optimizer; `room` widens the network for latents.
 
     A CPU gets a narrow network and Muon, which pay off in an hour (docs/ablations.md, "What each
@@ -121,14 +121,18 @@ def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, AdamW
         width = 32 * room
         network = UNetConfig(channels=width, multipliers=(1, 2, 4), blocks=1, attention_depths=(2,))
         why = f"a narrow U-Net of {width} channels, trained with Muon: best measured in an hour of CPU training"
-        return network, AdamWConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()), why
+        return (
+            network,
+            OptimizerConfig(learning_rate=4e-3, warmup_steps=100, muon=MuonConfig()),
+            why,
+        )
     width = room * (96 if survey.count < SMALL else 128 if survey.count < LARGE else 192)
     network = UNetConfig(
         channels=width, multipliers=(1, 2, 3), attention_depths=(2,), head_channels=32
     )
     return (
         network,
-        AdamWConfig(learning_rate=5e-4, warmup_steps=100),
+        OptimizerConfig(learning_rate=5e-4, warmup_steps=100),
         f"a U-Net of {width} channels",
     )
 
@@ -209,7 +213,7 @@ def _run(
     source: Source,
     survey: Survey,
     network: UNetConfig,
-    optimizer: AdamWConfig,
+    optimizer: OptimizerConfig,
     resolution: int,
     space: AutoencoderConfig,
     channels: int,

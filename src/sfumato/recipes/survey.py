@@ -101,7 +101,9 @@ def _channels(pairs: Sequence[tuple[Entry, ImageHeader]]) -> tuple[int, str]:
     if clear >= MOST:
         return (2 if gray else 4), f"{colours}, and {clear:.0%} of them are transparent somewhere"
     return (1 if gray else 3), colours + (
-        f"; {clear:.0%} are transparent somewhere and laid on data.background" if clear else ""
+        f"; {clear:.0%} are transparent somewhere and composited over data.background"
+        if clear
+        else ""
     )
 
 

@@ -22,8 +22,8 @@ def diffusion_trainer(
     autoencoder: Autoencoder,
     dataset: Dataset,
     directory: RunDirectory,
-    facts: ConditioningInfo,
-    pinned: Mapping[str, Any],
+    info: ConditioningInfo,
+    saved_config: Mapping[str, Any],
 ) -> Trainer:
     """Build the trainer of a diffusion model.
 
@@ -39,6 +39,6 @@ def diffusion_trainer(
         dataset=dataset,
         sampling=run.sampling,
         directory=directory,
-        facts=facts,
+        info=info,
     )
-    return Trainer(run, task=task, dataset=dataset, directory=directory, pinned=pinned)
+    return Trainer(run, task=task, dataset=dataset, directory=directory, saved_config=saved_config)

@@ -102,7 +102,7 @@ def _predicted(stage: str, trainer: Trainer, config: TrainingConfig, begun: floa
     step_s = trainer.measure_step()
     size, batch = len(trainer.dataset.training), config.batch_size
     preview, validation = (
-        step_s * passes / (PASSES * batch) for passes in trainer.task.passes(config)
+        step_s * passes / (PASSES * batch) for passes in trainer.task.forward_images(config)
     )
     steps, looks_s = config.budget.steps_of(step_s, batch_size=batch, images=size), 0.0
     # what is looked at takes time from the steps, and the fewer steps, the less is looked at
@@ -166,6 +166,6 @@ def trial_trainer(prepared: PreparedRun, place: Path) -> Trainer:
         autoencoder=autoencoder,
         dataset=dataset,
         directory=directory,
-        facts=prepared.facts,
-        pinned={},
+        info=prepared.info,
+        saved_config={},
     )

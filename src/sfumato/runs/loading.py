@@ -22,7 +22,7 @@ from sfumato.training import post_hoc_ema
 from sfumato.training.monitors import Validator
 from sfumato.training.precision import CHOICES, DTYPES, default_device
 
-KEPT = {"ema": "ema", "raw": "model"}  # weights of a checkpoint -> its file
+WEIGHT_FILES = {"ema": "ema", "raw": "model"}  # weights -> the file of a checkpoint
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -31,14 +31,14 @@ def newest_run(root: Path = Path("runs")) -> Path:
     Raises:
         RunError: if there is none.
     """
-    found = [path.parent for path in root.glob("*/config.yaml")]
-    if not found:
+    runs = [path.parent for path in root.glob("*/config.yaml")]
+    if not runs:
         raise RunError(
             "no run to sample from",
             where=str(root),
             hint="name a run directory, or train one: sfumato train digits",
         )
-    return max(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
 
 def snapshot(path: str | Path, step: int) -> Model:
@@ -60,37 +60,37 @@ def width_errors(
     """Yield the held-out errors of reconstructed averages of several widths.
 
     Raises:
-        CheckpointError: if the run kept no averages to reconstruct them from.
+        CheckpointError: if the run stored no averages to reconstruct them from.
     """
     directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
-    model, device = pipeline.model, default_device()
+    model = pipeline.model
     validator = Validator(
-        settings,
-        open_data(settings),
-        settings.objective.schedule,
-        model.conditioner,
-        pipeline.autoencoder,
-        device,
+        config=settings,
+        dataset=open_data(settings),
+        schedule=settings.objective.schedule,
+        conditioner=model.conditioner,
+        autoencoder=pipeline.autoencoder,
+        device=default_device(),
     )
     for width in widths:
         _load_weights(
-            model, post_hoc_ema.reconstructed(directory.averages, width=width), _frozen(directory)
+            model, post_hoc_ema.reconstruct(directory.averages, width=width), _frozen(directory)
         )
         yield width, validator.error(model)
 
 
 def _weights(
-    which: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory
+    weights: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory
 ) -> dict[str, Tensor]:
-    if isinstance(which, float):
-        return post_hoc_ema.reconstructed(directory.averages, width=which)
-    if which not in KEPT:
+    if isinstance(weights, float):
+        return post_hoc_ema.reconstruct(directory.averages, width=weights)
+    if weights not in WEIGHT_FILES:
         raise ConfigError(
-            f"weights = {which!r}",
+            f"weights = {weights!r}",
             where="load",
             hint="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
         )
-    return loaded.tensors[KEPT[which]]
+    return loaded.tensors[WEIGHT_FILES[weights]]
 
 
 def _load_weights(
@@ -124,7 +124,7 @@ def load(
 
     Args:
         weights: `ema`, the averaged ones; `raw`, those of the last step; or the width of an
-            average, if the run kept what it takes to reconstruct it (`post_hoc_ema.widths`).
+            average, if the run stored averages to reconstruct it from (`post_hoc_ema.widths`).
         precision: precision inside the network.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
@@ -139,8 +139,8 @@ def load(
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
-    facts = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
-    model = build_model(settings, facts, directory.path).eval().requires_grad_(False)
+    info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
+    model = build_model(settings, info, directory.path).eval().requires_grad_(False)
     _load_weights(
         model,
         _weights(weights, loaded, directory),
@@ -151,7 +151,7 @@ def load(
         model=model.to(default_device()),
         autoencoder=settings.autoencoder.load(directory.path, channels).to(default_device()),
         sampling=settings.sampling,
-        facts=facts,
+        info=info,
         image_shape=(channels, height, width),
         compute_dtype=DTYPES[precision],
     )

@@ -125,7 +125,7 @@ def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     Finished stages are not repeated.
     """
     run, screen = prepared.run, console()
-    say_margins(prepared.model.network, prepared.dataset, prepared.facts.factor)
+    say_margins(prepared.model.network, prepared.dataset, prepared.info.factor)
     for line in cut_captions(prepared.dataset, prepared.model.conditioner):
         screen.print(line, markup=False)
     model = prepared.trainable_model()
@@ -145,8 +145,8 @@ def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
         autoencoder=autoencoder,
         dataset=dataset,
         directory=directory,
-        facts=prepared.facts,
-        pinned=configuration.plain(run),
+        info=prepared.info,
+        saved_config=configuration.plain(run),
     )
 
 

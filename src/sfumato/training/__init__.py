@@ -15,19 +15,18 @@ from sfumato.training.config import (
 )
 from sfumato.training.ema import FixedEMA, PowerEMA
 from sfumato.training.latent_cache import with_latents
-from sfumato.training.optimizers import AdamWConfig, MuonConfig
+from sfumato.training.optimizers import MuonConfig, OptimizerConfig
 from sfumato.training.tasks.diffusion import Diffusion
 from sfumato.training.tasks.reconstruction import (
     AdversarialConfig,
     LossesConfig,
     Reconstruction,
     Reconstructor,
-    reconstructed,
+    reconstruct,
 )
 from sfumato.training.trainer import Trainer
 
 __all__ = [
-    "AdamWConfig",
     "AdversarialConfig",
     "AlignmentConfig",
     "AuxiliaryConfig",
@@ -39,6 +38,7 @@ __all__ = [
     "LogConfig",
     "LossesConfig",
     "MuonConfig",
+    "OptimizerConfig",
     "PostHocEMAConfig",
     "PowerEMA",
     "PreviewConfig",
@@ -47,6 +47,6 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "ValidationConfig",
-    "reconstructed",
+    "reconstruct",
     "with_latents",
 ]

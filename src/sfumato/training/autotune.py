@@ -1,7 +1,7 @@
 """Choices that are made once, when a run starts: the precision, and whether to compile the network.
 
-The counters keep what was chosen and measured, so that a resumed run continues as it began, however
-busy the machine is by then.
+The choice and its measurement are saved in the counters, so that a resumed run continues as it
+began, however busy the machine is by then.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sfumato.training import precision
 from sfumato.training.config import TrainingConfig
 from sfumato.training.state import Counters
 
-# of training: compiling takes a minute or two of it, which a short run had better use
+# seconds of training from which on compiling pays on a GPU: it takes a minute or two
 GPU_AFTER_S = 600.0
-LONG_S = 5.0  # of a pass, beside which warming up does not count
-Pass = Callable[[torch.dtype], None]  # forward and backward, in that precision, leaving no trace
+LONG_S = 5.0  # seconds of a pass, from which on warm-up hardly counts
+Pass = Callable[[torch.dtype], None]  # a forward and backward pass that changes nothing
 Say = Callable[[str], None]
 
 
-def settle_precision(
+def resolve_precision(
     config: TrainingConfig, counters: Counters, network: Accelerable, *, say: Say
 ) -> None:
     """Choose the precision if it is `auto`, and prepare the network for it."""
@@ -40,7 +40,7 @@ def precision_of(config: TrainingConfig, counters: Counters) -> str:
     return counters.precision if config.precision == "auto" else config.precision
 
 
-def settle_compiling(
+def resolve_compile(
     config: TrainingConfig,
     counters: Counters,
     network: Accelerable,
@@ -53,14 +53,16 @@ def settle_compiling(
 
     Args:
         images: number of images in the training set.
-        trial: returns the pass that is timed, to decide whether compiling pays.
+        trial: returns the pass that is timed to decide whether compiling pays.
     Raises:
         ConfigError: if `compile` is `on` and the machine lacks what compiling needs.
     """
-    asked = config.compile
-    if asked == "off" or (asked == "auto" and not _pays(config, counters, network, images, trial)):
+    setting = config.compile
+    if setting == "off" or (
+        setting == "auto" and not _pays(config, counters, network, images, trial)
+    ):
         return False
-    if asked == "auto" and not can_compile():
+    if setting == "auto" and not can_compile():
         say(f"not compiling the network, which would be faster: it {NEEDED}")
         return False
     say("the network is compiled: the first steps take a minute or more")

@@ -21,8 +21,9 @@ from sfumato.networks.perceptual import Features
 from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty
 
 T = TypeVar("T")
-# side of images that encoders see: of smaller ones, trained ones have a last map of a single place
-SMALLEST = 64
+# least side of the images that encoders get: of smaller ones, the last feature map of most encoders
+# has a single position
+MIN_SIDE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class AuxiliaryConfig:
     """Training components that are not part of the model.
 
     Attributes:
-        uncertainty: how hard each noise level is, is learned, and divided out of the loss.
+        uncertainty: learned uncertainty weighting for each noise level (EDM2).
         dispersive: pushes the hidden maps of different images apart.
         alignment: aligns hidden feature maps with those of a frozen encoder of the clean image
             (REPA).
@@ -114,10 +115,10 @@ class AuxiliaryConfig:
             terms["alignment"] = Alignment(
                 self.alignment, network.hidden_channels, encoder(self.alignment.encoder)
             )
-        built = Auxiliary(LearnedUncertainty() if self.uncertainty else NoUncertainty(), terms)
+        auxiliary = Auxiliary(LearnedUncertainty() if self.uncertainty else NoUncertainty(), terms)
         if terms:
-            network.probe.register_forward_hook(built.hear)
-        return built
+            network.probe.register_forward_hook(auxiliary.capture_hidden)
+        return auxiliary
 
 
 class Auxiliary(nn.Module):
@@ -129,23 +130,23 @@ class Auxiliary(nn.Module):
     def __init__(self, uncertainty: nn.Module, terms: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.uncertainty, self.terms = uncertainty, nn.ModuleDict(terms)
-        self._heard: Shared[dict[str, Tensor]] = Shared({})
+        self._captured: Shared[dict[str, Tensor]] = Shared({})
 
-    def hear(self, probe: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def capture_hidden(self, probe: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Store the hidden map of the network's last call."""
-        self._heard.value["hidden"] = output
+        self._captured.value["hidden"] = output
 
-    def losses(self, images: Tensor, *, spent: float) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, images: Tensor, *, progress: float) -> dict[str, tuple[float, Tensor]]:
         """Return the weight and the value (B,) of each loss that is still active, by name.
 
-        A loss is active while `spent`, the used share of the budget, is below its `stop_at`.
+        A loss is active while `progress`, the used fraction of the budget, is below its `stop_at`.
         """
-        lasting = ((name, cast(Any, term)) for name, term in self.terms.items())
-        hidden = self._heard.value
+        terms = ((name, cast(Any, term)) for name, term in self.terms.items())
+        captured = self._captured.value
         return {
-            name: (term.config.weight, term(hidden["hidden"], images))
-            for name, term in lasting
-            if spent < term.config.stop_at
+            name: (term.config.weight, term(captured["hidden"], images))
+            for name, term in terms
+            if progress < term.config.stop_at
         }
 
 
@@ -157,8 +158,8 @@ class Dispersive(nn.Module):
         self.config = config
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
-        """Return the dispersion of hidden (B, ...), (B,); the images are not used."""
-        return dispersion(hidden, self.config.temperature)
+        """Return the loss of hidden (B, ...), (B,); the images are not used."""
+        return dispersive_loss(hidden, self.config.temperature)
 
 
 class Alignment(nn.Module):
@@ -168,14 +169,14 @@ class Alignment(nn.Module):
         super().__init__()
         self.config, self._frozen = config, Shared(encoder)
         device = next(encoder.parameters()).device if isinstance(encoder, nn.Module) else None
-        channels = encoder.maps(torch.zeros(1, 3, SMALLEST, SMALLEST, device=device))[-1].shape[1]
+        channels = encoder.maps(torch.zeros(1, 3, MIN_SIDE, MIN_SIDE, device=device))[-1].shape[1]
         self.project = nn.Conv2d(hidden_channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
-        """Return the misalignment (B,) of hidden (B, D, h, w) with the encoder's last map."""
+        """Return the loss (B,) of hidden (B, D, h, w) against the encoder's last feature map."""
         with torch.no_grad():
-            seen = self._frozen.value.maps(enlarged(images))[-1]
-        return misalignment(self.project(hidden.float()), seen)
+            target = self._frozen.value.maps(upsample_to(images, MIN_SIDE))[-1]
+        return cosine_alignment_loss(self.project(hidden.float()), target)
 
 
 class Shared(Generic[T]):
@@ -188,23 +189,23 @@ class Shared(Generic[T]):
         return self
 
 
-def _check(weight: float, until: float) -> None:
-    if not (weight >= 0 and 0 < until <= 1):
+def _check(weight: float, stop_at: float) -> None:
+    if not (weight >= 0 and 0 < stop_at <= 1):
         raise ConfigError(
-            f"weight = {weight}, stop_at = {until}",
+            f"weight = {weight}, stop_at = {stop_at}",
             where="auxiliary",
             hint="a weight of at least 0, stop_at a fraction up to 1",
         )
 
 
-def dispersion(hidden: Tensor, temperature: float) -> Tensor:
+def dispersive_loss(hidden: Tensor, temperature: float) -> Tensor:
     """Return log mean exp(-d / temperature) over all pairs of samples: (B, ...) -> (B,), all equal.
 
     d is the mean squared difference of two hidden maps. Each map is also paired with itself.
     """
     flat = hidden.float().flatten(1)
-    # What all maps share would cancel in the products that distances are computed from, and with it
-    # most of their digits.
+    # cdist computes distances from products. A mean that all maps share would cancel in them, and
+    # take most of the significant digits with it.
     flat = flat - flat.mean(0, keepdim=True)
     squared = torch.cdist(flat, flat).square() / flat.shape[1]
     return (
@@ -214,10 +215,10 @@ def dispersion(hidden: Tensor, temperature: float) -> Tensor:
     )
 
 
-def enlarged(images: Tensor) -> Tensor:
-    """Enlarge images (B, C, H, W) whose shorter side is below `SMALLEST` to that length."""
+def upsample_to(images: Tensor, side: int) -> Tensor:
+    """Upsample images (B, C, H, W) whose shorter side is below `side` to that length."""
     height, width = images.shape[2:]
-    factor = max(1.0, SMALLEST / min(height, width))
+    factor = max(1.0, side / min(height, width))
     size = (round(height * factor), round(width * factor))
     return (
         images
@@ -226,13 +227,13 @@ def enlarged(images: Tensor) -> Tensor:
     )
 
 
-def misalignment(made: Tensor, wanted: Tensor) -> Tensor:
+def cosine_alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
     """Return 1 - cosine similarity of maps (B, D, h, w) and (B, D, H, W), averaged to (B,).
 
-    `wanted` is averaged, or repeated, to the size of `made`. If both have several places, the mean
-    of `wanted` over places is subtracted first, since it says little about where things are.
+    `target` is averaged, or repeated, to the size of `projected`. If both have several positions,
+    the spatial mean of `target` is subtracted first, since it says little about where things are.
     """
-    several = min(wanted[0, 0].numel(), made[0, 0].numel()) > 1
-    wanted = F.adaptive_avg_pool2d(wanted, (made.shape[2], made.shape[3]))
-    wanted = wanted - wanted.mean((2, 3), keepdim=True) * several
-    return 1 - F.cosine_similarity(made.float(), wanted.float(), dim=1).flatten(1).mean(1)
+    several = min(target[0, 0].numel(), projected[0, 0].numel()) > 1
+    target = F.adaptive_avg_pool2d(target, (projected.shape[2], projected.shape[3]))
+    target = target - target.mean((2, 3), keepdim=True) * several
+    return 1 - F.cosine_similarity(projected.float(), target.float(), dim=1).flatten(1).mean(1)

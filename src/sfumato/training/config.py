@@ -10,12 +10,14 @@ from sfumato.config.bounds import Count, InnerFraction, Positive, Seed
 from sfumato.errors import ConfigError
 from sfumato.observability.sinks import SinkName
 from sfumato.training.ema import EMAConfig, PowerEMA
-from sfumato.training.optimizers import AdamWConfig
+from sfumato.training.optimizers import OptimizerConfig
 
-FIRST_LOOK_S = 45.0  # of training, so that the first figures and samples are there within a minute
-# times as long as something took, before it is done again by the clock: a twentieth of the time at
-# most
-PATIENCE = 19
+# seconds of training before the first validation and preview, so that both are there within a
+# minute
+FIRST_EVALUATION_S = 45.0
+# Least interval between two runs of an action, over the seconds that its last run took. With 19, an
+# action takes at most 1 / (1 + 19) = 5 % of the time.
+INTERVAL_PER_COST = 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class Budget:
                 hint="set budget.minutes (or steps, samples, epochs) above 0",
             )
 
-    def spent(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
-        """Return the share of the budget that is used up; training stops at 1."""
+    def progress(self, *, steps: int, samples: int, epochs: float, seconds: float) -> float:
+        """Return the fraction of the budget that is used; training stops at 1."""
         pairs = (
             (steps, self.steps),
             (samples, self.samples),
@@ -58,43 +60,46 @@ class Budget:
 
     def steps_of(self, seconds: float, *, batch_size: int, images: int) -> int:
         """Return how many steps of `seconds` each the budget allows on a set of `images` images."""
-        share = self.spent(steps=1, samples=batch_size, epochs=batch_size / images, seconds=seconds)
-        return math.ceil(1 / share - 1e-9)
+        per_step = self.progress(
+            steps=1, samples=batch_size, epochs=batch_size / images, seconds=seconds
+        )
+        return math.ceil(1 / per_step - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often something is done during training, by steps or by the clock, whichever comes first.
+    """How often an action is run during training, by steps or by time, whichever comes first.
 
     Attributes:
-        every_steps: optimizer steps from one time to the next; None for the clock alone.
-        every_minutes: of training since the last time; None for steps alone. What takes long is
-            done less often: it waits for 19 times as long as it took the last time.
+        every_steps: optimizer steps from one run to the next; None for time alone.
+        every_minutes: minutes of training from one run to the next; None for steps alone. It runs
+            at most 5 % of the time: waits 19 times its last duration.
     """
 
     every_steps: Count | None = None
     every_minutes: Positive | None = 5.0
 
     def due(self, *, step: int, seconds: float, last_s: float, cost_s: float = 0.0) -> bool:
-        """Return whether it is time, at `step` and after `seconds` of training.
+        """Return whether the action is due at `step`, after `seconds` of training.
 
         Args:
-            last_s: the second of training at which it was last done; 0 if it has not been done yet.
-            cost_s: the seconds that it took the last time.
+            last_s: the second of training at which it was last run; 0 before the first run.
+            cost_s: the seconds that its last run took.
         """
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
         return seconds - last_s >= self.wait_s(first=last_s == 0, cost_s=cost_s)
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
-        """Return the seconds of training between two times by the clock.
+        """Return the seconds of training between two runs, apart from `every_steps`.
 
-        They are max(60 every_minutes, PATIENCE cost_s), and infinite if `every_minutes` is None.
+        They are max(60 every_minutes, INTERVAL_PER_COST cost_s), and infinite if `every_minutes` is
+        None.
         """
         return (
             math.inf
             if self.every_minutes is None
-            else max(60 * self.every_minutes, PATIENCE * cost_s)
+            else max(60 * self.every_minutes, INTERVAL_PER_COST * cost_s)
         )
 
 
@@ -111,24 +116,24 @@ class CheckpointConfig(Cadence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(Cadence):
+class EvaluationCadence(Cadence):
     """A cadence that is first due within a minute of training."""
 
     def wait_s(self, *, first: bool, cost_s: float) -> float:
-        """Return the wait of `Cadence`, but at most FIRST_LOOK_S + cost_s the first time.
+        """Return the wait of `Cadence`, but at most FIRST_EVALUATION_S + cost_s the first time.
 
-        `cost_s` is then the time of what was done before the first step.
+        `cost_s` is then the duration of the run before the first step.
         """
         wait_s = super().wait_s(first=first, cost_s=cost_s)
         return (
-            min(wait_s, FIRST_LOOK_S + cost_s)
+            min(wait_s, FIRST_EVALUATION_S + cost_s)
             if first and self.every_minutes is not None
             else wait_s
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig(Look):
+class ValidationConfig(EvaluationCadence):
     """The error on fixed held-out triples (image, noise, level) is measured within the first
     minute, and every `every_minutes` or `every_steps`.
 
@@ -142,7 +147,7 @@ class ValidationConfig(Look):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig(Look):
+class PreviewConfig(EvaluationCadence):
     """A grid of samples from the averaged weights is drawn at step 0, within the first minute, and
     every `every_minutes` or `every_steps`, with the same noise and categories each time.
 
@@ -161,7 +166,7 @@ class PostHocEMAConfig:
     Attributes:
         widths: of the tracked averages, as `ema.sigma_rel`; [] tracks none. Each takes as much
             memory as the weights.
-        num: how often they are kept, evenly over the budget; each time takes as much disk as the
+        num: how often they are saved, evenly over the budget; each time takes as much disk as the
             weights, for each width.
 
     Source: Karras et al. 2024 (arXiv:2312.02696), sec. 3.1.
@@ -175,7 +180,7 @@ class PostHocEMAConfig:
             raise ConfigError(
                 f"widths = {self.widths}, num = {self.num}",
                 where="post_hoc_ema",
-                hint="different widths, kept at least once; [0.1, 0.25] is best",
+                hint="use different widths and num of at least 1; [0.1, 0.25] is best",
             )
 
     @property
@@ -231,7 +236,7 @@ class TrainingConfig:
     batch_size: Count = 64
     micro_batch: Count | None = None
     budget: Budget = Budget(minutes=10)
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = PowerEMA()
     post_hoc_ema: PostHocEMAConfig = PostHocEMAConfig()
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
@@ -242,8 +247,10 @@ class TrainingConfig:
     preview: PreviewConfig = PreviewConfig()
 
     @property
-    def at_once(self) -> int:
-        """Images in one pass through the network, in training and in validation."""
+    def effective_micro_batch(self) -> int:
+        """Images in one pass through the network, in training and in validation: `micro_batch`, or
+        else `batch_size`.
+        """
         return self.batch_size if self.micro_batch is None else self.micro_batch
 
     def __post_init__(self) -> None:
@@ -254,7 +261,7 @@ class TrainingConfig:
         }
         counts = {
             "batch_size": self.batch_size,
-            "micro_batch": self.at_once,
+            "micro_batch": self.effective_micro_batch,
             "log.every_steps": self.log.every_steps,
             "checkpoint.keep": self.checkpoint.keep,
             "validation.samples": self.validation.samples,

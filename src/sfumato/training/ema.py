@@ -23,7 +23,7 @@ class EMA(Protocol):
     """
 
     def decay(self, step: int) -> float:
-        """Return the weight of the old average, in [0, 1); the new weights get the rest."""
+        """Return the weight of the old average, in [0, 1); that of the new weights is 1 - decay."""
         ...
 
 
@@ -80,39 +80,39 @@ class FixedEMA:
 
 EMAConfig = PowerEMA | FixedEMA
 
-# that an average moves towards the weights at once: float32 would round much less away
+# least 1 - decay of an averaging step: float32 would round a much smaller one away
 LEAST_STEP = 2.5e-4
 
 
-def follow(average: nn.Module, model: nn.Module, profile: EMA, update: int) -> None:
-    """Update `average` with the weights after their `update`-th change, counted from 1.
+def update(average: nn.Module, model: nn.Module, profile: EMA, step: int) -> None:
+    """Update `average` with the weights after their `step`-th change, counted from 1.
 
-    If the profile's step is so small that float32 would lose it, 1 - decay <= LEAST_STEP / 2, only
-    every second, fourth, ... update is averaged, with the product of the decays since the last one.
-    Which updates are averaged depends on the profile and on `update` only.
+    If 1 - decay is so small that float32 would lose it, 1 - decay <= LEAST_STEP / 2, only every
+    second, fourth, ... change is averaged, with the product of the decays since the last one. Which
+    changes are averaged depends on the profile and on `step` only.
     """
-    if update % stride(profile, update):
+    if step % stride(profile, step):
         return
-    before = update - 1
-    while before and before % stride(profile, before):
-        before -= 1
-    update_average(
-        average, model, math.prod(profile.decay(step) for step in range(before + 1, update + 1))
+    last = step - 1
+    while last and last % stride(profile, last):
+        last -= 1
+    lerp_average(
+        average, model, math.prod(profile.decay(number) for number in range(last + 1, step + 1))
     )
 
 
-def stride(profile: EMA, update: int) -> int:
-    """Return how many updates one averaging step covers.
+def stride(profile: EMA, step: int) -> int:
+    """Return how many changes of the weights one averaging step covers.
 
     It is the largest 2^k with 2^k (1 - decay) <= LEAST_STEP, and 1 in short runs, where 1 - decay
     is larger.
     """
-    step = 1 - profile.decay(update)
-    return 1 if step * 2 > LEAST_STEP or step <= 0 else 2 ** int(math.log2(LEAST_STEP / step))
+    rate = 1 - profile.decay(step)
+    return 1 if rate * 2 > LEAST_STEP or rate <= 0 else 2 ** int(math.log2(LEAST_STEP / rate))
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+def lerp_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Set average <- decay * average + (1 - decay) * model, in place.
 
     Frozen parameters are the same objects in both and stay as they are. Buffers, such as the
@@ -122,5 +122,5 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         (a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p
     ]
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
-    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(buffer)
+    for target, source in zip(average.buffers(), model.buffers(), strict=True):
+        target.copy_(source)

@@ -15,7 +15,7 @@ from sfumato.training.signals import Interruption
 if TYPE_CHECKING:
     from sfumato.training.trainer import Trainer
 
-# steps whose averaged weights are kept for good
+# steps whose averaged weights are saved and never removed
 SNAPSHOTS = frozenset(2**power for power in range(8, 40))
 
 
@@ -25,7 +25,7 @@ class Session:
 
     Attributes:
         sinks: that metrics are written to.
-        interruption: raises Interrupted where a signal has asked the run to stop.
+        interruption: raises Interrupted after a signal that stops the run.
     """
 
     bar: ProgressBar
@@ -81,7 +81,7 @@ class Preview(Hook):
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Write a preview of the averaged model; a signal is raised between its denoising steps."""
-        with trainer.timetable.doing(self.name):
+        with trainer.timetable.recording(self.name):
             step = trainer.state.counters.step
             trainer.task.preview(
                 trainer.state.average, step, lambda _: session.interruption.raise_if_requested()
@@ -89,7 +89,7 @@ class Preview(Hook):
 
 
 class Snapshot(Hook):
-    """Snapshots of the averaged weights at powers of two, kept for good."""
+    """Snapshots of the averaged weights at powers of two, which are never removed."""
 
     name = "snapshot"
 
@@ -102,18 +102,18 @@ class Snapshot(Hook):
         trainer.save_snapshot()
 
 
-class Averages(Hook):
+class SaveAverages(Hook):
     """The averages from which others are reconstructed after training."""
 
     name = "averages"
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        """Return True; the trainer decides by the share of the budget."""
-        return True  # the trainer counts the parts of the budget
+        """Return True; the trainer decides by its progress through the budget."""
+        return True
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Save the tracked averages if the next part of the budget is over."""
-        trainer.keep_averages()
+        trainer.save_averages()
 
 
 class Validation(Hook):
@@ -131,11 +131,11 @@ class Validation(Hook):
 
     def run(self, trainer: Trainer, session: Session) -> None:
         """Validate, write the figures to the sinks, and print their summary."""
-        with trainer.timetable.doing(self.name):
+        with trainer.timetable.recording(self.name):
             figures = trainer.validate()
         counters = trainer.state.counters
         session.write({"step": counters.step, "samples_seen": counters.samples_seen, **figures})
         session.bar.say(f"step {counters.step}: {trainer.task.summary(figures)}")
 
 
-HOOKS: tuple[Hook, ...] = (Preview(), Snapshot(), Averages(), Validation())
+HOOKS: tuple[Hook, ...] = (Preview(), Snapshot(), SaveAverages(), Validation())

@@ -165,7 +165,9 @@ class Previewer:
         reads = conditioner.steering
         enumerable = enumerate_values(reads, config.preview.num, info) is not None
         chosen = (
-            _of_each_category(dataset, config.preview.num) if enumerable else _held_out(dataset, config)
+            _of_each_category(dataset, config.preview.num)
+            if enumerable
+            else _held_out(dataset, config)
         )
         pixels, _, chosen = dataset.images(chosen)
         images = to_float(pixels)

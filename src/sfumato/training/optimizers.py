@@ -22,7 +22,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks import Backbone
 from sfumato.training.parameters import require_trainable, trainable
 
-WARM_SHARE = 0.1  # of the budget, by which the learning rate has risen
+WARMUP_FRACTION = 0.1  # of the budget: the longest warm-up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class MuonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
+class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); weight decay acts on matrices and kernels
     only.
 
@@ -61,10 +61,9 @@ class AdamWConfig:
             of the peak.
         max_grad_norm: largest gradient norm; larger gradients are scaled down.
         muon: Muon for the weights of hidden layers, AdamW for the rest; None for AdamW alone.
-        mup_base_width: inputs of a hidden or last layer that `learning_rate` was found for; AdamW
-            steps wider ones by less, in proportion,
-            so that what was found on a narrow network is near the best for a wide one; Muon's steps
-            fit every width. 0 steps all alike.
+        mup_base_width: muP: fan-in at which learning_rate was tuned; the rate is scaled by
+            base/fan_in in wider hidden and last layers that AdamW optimizes. Muon needs no scaling.
+            0 scales none.
         betas: decay of the running means of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: weight decay of matrices and kernels.
@@ -116,11 +115,11 @@ class AdamWConfig:
         wide = [*([] if hidden else hidden_weights(model)), *last_weights(model)]
         scaled = wide if self.mup_base_width else []
         chosen = {id(weight) for weight in (*hidden, *scaled)}
-        rest = [p for p in trainable(model) if id(p) not in chosen]
+        others = [p for p in trainable(model) if id(p) not in chosen]
         kernels = {id(weight) for weight in weights_of_layers(model)}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if id(p) in kernels], "weight_decay": self.weight_decay},
-            {"params": [p for p in rest if id(p) not in kernels], "weight_decay": 0.0},
+            {"params": [p for p in others if id(p) in kernels], "weight_decay": self.weight_decay},
+            {"params": [p for p in others if id(p) not in kernels], "weight_decay": 0.0},
         ]
         for width in sorted({weight.shape[1] for weight in scaled}):
             weights = [weight for weight in scaled if weight.shape[1] == width]
@@ -128,16 +127,16 @@ class AdamWConfig:
                 {
                     "params": weights,
                     "weight_decay": self.weight_decay,
-                    "share": min(1.0, self.mup_base_width / width),
+                    "lr_scale": min(1.0, self.mup_base_width / width),
                 }
             )
-        found: list[torch.optim.Optimizer] = [
+        optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True
             )
         ]
         if self.muon is not None and hidden:
-            found.append(
+            optimizers.append(
                 Muon(
                     hidden,
                     lr=self.learning_rate,
@@ -145,21 +144,24 @@ class AdamWConfig:
                     weight_decay=self.weight_decay,
                 )
             )
-        return found
+        return optimizers
 
-    def rate(self, step: int, spent: float) -> float:
-        """Return the learning rate of `step`, from 0, at the share `spent` of the budget.
+    def rate(self, step: int, progress: float) -> float:
+        """Return the learning rate of `step`, from 0, when the fraction `progress` of the budget is
+        used.
 
-        The share is squared in the warm-up, so that time spent before the first steps (a preview,
-        compiling) does not end it.
+        The fraction is squared in the warm-up, so that time spent before the first steps (a
+        preview, compiling) does not end it.
         """
-        warm = min(1.0, max((step + 1) / (self.warmup_steps + 1), (spent / WARM_SHARE) ** 2))
-        left = max(0.0, 1 - spent)
-        course = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
+        warmup = min(
+            1.0, max((step + 1) / (self.warmup_steps + 1), (progress / WARMUP_FRACTION) ** 2)
+        )
+        left = max(0.0, 1 - progress)
+        decay = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
             self.schedule
         ]
         return (
-            self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * course)
+            self.learning_rate * warmup * (self.final_fraction + (1 - self.final_fraction) * decay)
         )
 
 
@@ -169,7 +171,7 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonal matrix nearest to the running mean of the gradient.
+    """Updates along the orthogonal matrix nearest to the running mean of the gradient.
 
     A kernel (O, I, h, w) is treated as the matrix (O, I h w). PyTorch's own Muon takes matrices
     only; the two agree on those.
@@ -213,23 +215,23 @@ class Muon(torch.optim.Optimizer):
         matrix = gradient.lerp(mean, momentum).flatten(1)  # Nesterov's momentum
         size = 0.2 * math.sqrt(max(matrix.shape))
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(orthogonal(matrix).view(parameter.shape), alpha=-lr * size)
+        parameter.add_(orthogonalize(matrix).view(parameter.shape), alpha=-lr * size)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """Bring the singular values of a matrix (N, M) near 1 (0.7 to 1.2) by Newton-Schulz iteration.
 
     Source: Jordan et al. 2024 (the coefficients of the quintic).
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonal(matrix.T).T.contiguous()
+        return orthogonalize(matrix.T).T.contiguous()
     x = matrix / (matrix.norm() + 1e-7)
     # A GPU multiplies float32 ten times slower; rounding as coarse as bfloat16's the iteration
     # forgives, but not a Gram matrix rounded so.
-    return iterated(x.bfloat16()).to(x.dtype) if x.is_cuda else iterated_by_gram(x)
+    return newton_schulz(x.bfloat16()).to(x.dtype) if x.is_cuda else newton_schulz_gram(x)
 
 
-def iterated(x: Tensor) -> Tensor:
+def newton_schulz(x: Tensor) -> Tensor:
     """Iterate X <- (a + b G + c G^2) X with G = X X^T, as published."""
     for _ in range(ITERATIONS):
         gram = x @ x.T
@@ -237,10 +239,10 @@ def iterated(x: Tensor) -> Tensor:
     return x
 
 
-def iterated_by_gram(x: Tensor) -> Tensor:
+def newton_schulz_gram(x: Tensor) -> Tensor:
     """Iterate on the Gram matrix alone, and multiply its polynomials by X once at the end.
 
-    The result is that of `iterated`, with a fraction of the products if M is several times N, as in
+    The result is that of `newton_schulz`, with a fraction of the products if M is several times N, as in
     kernels.
     """
     gram = x @ x.T
@@ -254,9 +256,9 @@ def iterated_by_gram(x: Tensor) -> Tensor:
 
 
 def _polynomial(gram: Tensor) -> Tensor:
-    found = torch.addmm(gram, gram, gram, beta=B, alpha=C)
-    found.diagonal().add_(A)
-    return found
+    polynomial = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    polynomial.diagonal().add_(A)
+    return polynomial
 
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
@@ -320,7 +322,7 @@ def load_optimizer_tensors(
     """Restore the state that `optimizer_tensors` returned.
 
     Raises:
-        RuntimeError: if a parameter was stepped by another kind of optimizer.
+        RuntimeError: if a parameter was optimized by another kind of optimizer.
     """
     parameters = dict(model.named_parameters())
     owners = {
@@ -336,10 +338,12 @@ def load_optimizer_tensors(
         target = parameters[parameter]
         if (slot in MUON_SLOTS) != isinstance(owners[id(target)], Muon):
             raise RuntimeError(
-                f"optimizer: {parameter} was {'' if slot in MUON_SLOTS else 'not '}stepped by "
-                "Muon, now otherwise"
+                f"optimizer: {parameter} was {'' if slot in MUON_SLOTS else 'not '}optimized by "
+                "Muon in the checkpoint, but "
+                f"{'not' if slot in MUON_SLOTS else 'is'} with the current configuration"
             )
-        # AdamW's step counter is a scalar; the moments live where, and laid out as, the parameter
-        # does.
-        kept = value.to(target.device) if value.ndim == 0 else torch.empty_like(target).copy_(value)
-        owners[id(target)].state[target][slot] = kept
+        # AdamW's step counter is a scalar; the moments have the parameter's device and layout.
+        restored = (
+            value.to(target.device) if value.ndim == 0 else torch.empty_like(target).copy_(value)
+        )
+        owners[id(target)].state[target][slot] = restored

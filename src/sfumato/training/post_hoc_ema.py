@@ -1,8 +1,8 @@
 """Averages of the weights that were not stored, reconstructed from some that were.
 
 An average over a power-function profile is nearly a weighted sum of other such averages, taken at
-other times and with other widths. The shares are those whose summed profiles come closest to the
-wanted profile.
+other steps and with other widths. The weights are those whose weighted sum of profiles comes
+closest to the target profile.
 
 Source: Karras et al. 2024 (arXiv:2312.02696), appendix C.3.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
 
-UPDATES = "updates"  # how many had changed the weights, in a file's head
+UPDATES = "updates"  # key in a file's metadata: number of updates of the weights
 
 
 class Profile(NamedTuple):
@@ -33,17 +33,18 @@ class Profile(NamedTuple):
     gamma: float
 
 
-def shares(kept: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
-    """Return the share of each kept average in the wanted one, (n,); they sum to 1.
+def solve_weights(stored: Sequence[Profile], target: Profile) -> NDArray[np.float64]:
+    """Return the weight of each stored average in the target average, (n,); they sum to 1.
 
     They are a least-squares fit over all t: the solution of A x = b, where A holds the overlaps of
-    the kept profiles, and b their overlaps with the wanted one. If little was kept, the best fit
-    has another sum, which would make all weights larger or smaller, so it is divided by that sum.
+    the stored profiles, and b their overlaps with the target profile. If few averages are stored,
+    the best fit has another sum, which would scale all parameters of the model, so it is divided by
+    that sum.
     """
-    matrix = np.array([[overlap(a, b) for b in kept] for a in kept])
-    target = np.array([overlap(a, wanted) for a in kept])
-    found: NDArray[np.float64] = np.linalg.lstsq(matrix, target, rcond=1e-14)[0]
-    result: NDArray[np.float64] = found / found.sum()
+    matrix = np.array([[overlap(a, b) for b in stored] for a in stored])
+    overlaps = np.array([overlap(a, target) for a in stored])
+    solution: NDArray[np.float64] = np.linalg.lstsq(matrix, overlaps, rcond=1e-14)[0]
+    result: NDArray[np.float64] = solution / solution.sum()
     return result
 
 
@@ -56,50 +57,51 @@ def overlap(a: Profile, b: Profile) -> float:
     return result
 
 
-def reconstructed(averages: Path, *, width: float) -> dict[str, Tensor]:
-    """Reconstruct the average of a width at the last kept step, from all averages that a run kept.
+def reconstruct(averages: Path, *, width: float) -> dict[str, Tensor]:
+    """Reconstruct the average of a width at the last stored step, from all that a run stored.
 
     Raises:
-        CheckpointError: if none were kept, or they cannot be read.
+        CheckpointError: if none are stored, or they cannot be read.
         ConfigError: for an impossible width.
     """
-    wanted, kept = PowerEMA(width), _kept(averages)
-    if not kept:
+    target, stored = PowerEMA(width), _stored_profiles(averages)
+    if not stored:
         raise CheckpointError(
             "holds no averages to reconstruct from",
             where=str(averages),
             hint="train with post_hoc_ema.widths=[0.1,0.25]; a run's own average is there in any "
             "case",
         )
-    profiles = list(kept.values())
-    amounts = shares(profiles, Profile(max(profile.step for profile in profiles), wanted.gamma))
+    profiles = list(stored.values())
+    last_step = max(profile.step for profile in profiles)
+    weights = solve_weights(profiles, Profile(last_step, target.gamma))
     total: dict[str, Tensor] = {}
-    for path, amount in zip(kept, amounts.tolist(), strict=True):
+    for path, weight in zip(stored, weights.tolist(), strict=True):
         for name, tensor in _read(path).items():
             total[name] = (
-                total.get(name, torch.zeros((), dtype=torch.float64)) + amount * tensor.double()
+                total.get(name, torch.zeros((), dtype=torch.float64)) + weight * tensor.double()
             )
     return {name: tensor.float() for name, tensor in total.items()}
 
 
 def forget(averages: Path, *, after: int) -> None:
-    """Remove the averages of steps after `after`, which are about to be taken again."""
+    """Remove the averages of steps after `after`, since training repeats those steps."""
     for path in averages.glob("ema-*/step-*.safetensors"):
         if int(path.stem[5:]) > after:
             path.unlink()
 
 
-def _kept(averages: Path) -> dict[Path, Profile]:
+def _stored_profiles(averages: Path) -> dict[Path, Profile]:
     """Return the averages in a folder, each with its profile over updates of the weights.
 
     They are the files ema-WIDTH/step-N.safetensors.
     """
-    found = {}
+    profiles = {}
     for folder in sorted(averages.glob("ema-*")):
         gamma = PowerEMA(float(folder.name[4:])).gamma
         for path in sorted(folder.glob("step-*.safetensors")):
-            found[path] = Profile(_updates(path), gamma)
-    return found
+            profiles[path] = Profile(_updates(path), gamma)
+    return profiles
 
 
 def _updates(path: Path) -> int:

@@ -25,10 +25,10 @@ CHOICES = ("float32", "bfloat16")
 # compute capability of the first NVIDIA GPUs that multiply bfloat16 (CUDA C++ programming guide,
 # table 5)
 GPU_FROM = (8, 0)
-# as torch and Linux name them, x86 and ARM
+# names of bfloat16 instructions in torch and Linux, for x86 and ARM
 FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")
 FLOPS, REPEATS = 2**26, 3  # of the measured product: 10 ms at the 6 GFLOP/s of emulated bfloat16
-HOPELESS = 2.0  # times as slow, warming up included
+HOPELESS = 2.0  # time of bfloat16 over that of float32, from which on it is not measured again
 
 
 def default_device() -> torch.device:
@@ -40,8 +40,8 @@ def has_bfloat16(device: torch.device) -> bool | None:
     """Return whether a device has bfloat16 multiplication; None if only a measurement can tell."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= GPU_FROM
-    known = _capabilities()
-    return any(known.get(name, False) for name in FLAGS) if known else None
+    capabilities = _capabilities()
+    return any(capabilities.get(name, False) for name in FLAGS) if capabilities else None
 
 
 def _capabilities() -> Mapping[str, Any]:
@@ -70,11 +70,11 @@ def choose(network: nn.Module, device: torch.device) -> tuple[str, str]:
 
     This takes well under a second.
     """
-    found = has_bfloat16(device)
-    if found is False:
-        return "float32", f"precision float32: {_named(device)} has no bfloat16 instructions"
-    if found is True and device.type == "cuda":
-        return "bfloat16", f"precision bfloat16: {_named(device)} multiplies it directly"
+    supported = has_bfloat16(device)
+    if supported is False:
+        return "float32", f"precision float32: {_device_name(device)} has no bfloat16 instructions"
+    if supported is True and device.type == "cuda":
+        return "bfloat16", f"precision bfloat16: {_device_name(device)} multiplies it directly"
     return faster(_widest(network), device)
 
 
@@ -123,7 +123,7 @@ def _widest(network: nn.Module) -> Tensor:
     return max(matrices, key=torch.numel, default=torch.ones(256, 256))
 
 
-def _named(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
 
 

@@ -17,7 +17,8 @@ from sfumato.training.parameters import frozen_names, without
 from sfumato.training.tasks.protocol import OptimizedPart
 
 LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
-FAR = 10.0  # times the least loss of a run, above which its weights may have diverged
+# loss, over the least loss of a run, above which its weights may have diverged
+DIVERGED_RATIO = 10.0
 
 
 @dataclass
@@ -25,10 +26,10 @@ class Counters:
     """Progress of a run, and what was decided at its start.
 
     `step` counts the batches drawn, and `updates` those that changed the weights. `watched` is the
-    last step at which the hooks were run, `kept` the share of the budget at which averages were
-    last kept, and `done_s` the second at which each action that goes by the clock was last done.
+    last step at which the hooks were run, `kept` the fraction of the budget at which averages were
+    last saved, and `done_s` the second at which each action of the timetable was last run.
 
-    `precision`, and `pass_s`, the seconds of a pass, are settled at the start, so that a run
+    `precision`, and `pass_s`, the seconds of a pass, are determined at the start, so that a run
     continues as it began. `loss` is the moving average of the steps' losses, and `least_loss` the
     smallest value that it has had since the first step.
     """
@@ -54,10 +55,10 @@ class Counters:
         If not, the weights may have diverged.
         """
         return not self.skipped_in_a_row and (
-            self.least_loss <= 0 or self.loss <= FAR * self.least_loss
+            self.least_loss <= 0 or self.loss <= DIVERGED_RATIO * self.least_loss
         )
 
-    def follow_loss(self, loss: float) -> None:
+    def record_update(self, loss: float) -> None:
         """Count an update, and add the loss of its step to the moving average."""
         self.loss = self.loss + LOSS_RATE * (loss - self.loss) if self.updates else loss
         self.least_loss = min(self.loss, self.least_loss) if self.updates else loss
@@ -67,21 +68,22 @@ class Counters:
 
 @dataclass
 class TrainingState:
-    """The model, its averages, the learners that share its weights, and the counters.
+    """The model, its averages, its parts with their optimizers, and the counters.
 
     Frozen parameters are the same tensors in the model and in all averages, and are not written
     into checkpoints.
 
     Attributes:
-        average: that samples are made with.
-        kept: averages from which others are made after training.
+        average: the averaged weights that samples are generated with.
+        optimized_parts: parts of `model`, each with its own optimizers.
+        tracked_averages: averages from which others are reconstructed after training.
         frozen: names of the parameters that are not trained.
     """
 
     model: nn.Module
     average: nn.Module
-    learners: list[OptimizedPart]
-    kept: dict[PowerEMA, nn.Module] = field(default_factory=dict)
+    optimized_parts: list[OptimizedPart]
+    tracked_averages: dict[PowerEMA, nn.Module] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     frozen: frozenset[str] = frozenset()
 
@@ -89,23 +91,23 @@ class TrainingState:
     def new(
         cls,
         model: nn.Module,
-        learners: Callable[[nn.Module], list[OptimizedPart]],
+        optimized_parts: Callable[[nn.Module], list[OptimizedPart]],
         profiles: Sequence[PowerEMA] = (),
     ) -> TrainingState:
         """Create the state before the first step."""
-        average, *kept = (_average(model) for _ in range(1 + len(profiles)))
+        average, *tracked = (_average(model) for _ in range(1 + len(profiles)))
         return cls(
             model=model,
             average=average,
-            learners=learners(model),
-            kept=dict(zip(profiles, kept, strict=True)),
+            optimized_parts=optimized_parts(model),
+            tracked_averages=dict(zip(profiles, tracked, strict=True)),
             frozen=frozen_names(model),
         )
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers of all learners."""
-        return [optimizer for learner in self.learners for optimizer in learner.optimizers]
+        """The optimizers of all parts."""
+        return [optimizer for part in self.optimized_parts for optimizer in part.optimizers]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all tensors except frozen parameters, by checkpoint file."""
@@ -113,7 +115,10 @@ class TrainingState:
             "model": self.trained(self.model),
             "ema": self.trained(self.average),
             "optimizer": optimizer_tensors(self.optimizers, self.model),
-            **{kept_name(profile): self.trained(module) for profile, module in self.kept.items()},
+            **{
+                average_name(profile): self.trained(module)
+                for profile, module in self.tracked_averages.items()
+            },
         }
 
     def trained(self, module: nn.Module) -> dict[str, Tensor]:
@@ -139,8 +144,8 @@ class TrainingState:
             self.model.load_state_dict({**frozen, **tensors["model"]})
             self.average.load_state_dict({**frozen, **tensors["ema"]})
             load_optimizer_tensors(self.optimizers, self.model, tensors.get("optimizer", {}))
-            for profile, module in self.kept.items():
-                module.load_state_dict({**frozen, **tensors[kept_name(profile)]})
+            for profile, module in self.tracked_averages.items():
+                module.load_state_dict({**frozen, **tensors[average_name(profile)]})
             self.counters = Counters(**counters)
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -157,6 +162,6 @@ def _average(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
-def kept_name(profile: PowerEMA) -> str:
+def average_name(profile: PowerEMA) -> str:
     """Return the name of an average's files, ema-WIDTH."""
     return f"ema-{profile.sigma_rel:g}"

@@ -11,10 +11,10 @@ from sfumato.training.state import TrainingState
 
 
 class Timetable:
-    """Times of the actions that go by the clock of a run.
+    """When the actions of a run are due by its training time.
 
-    When an action was last done belongs to the run, and checkpoints keep it. How long it took
-    belongs to this machine, and they do not.
+    The time at which an action was last run is part of the run and saved in checkpoints. The
+    duration of an action depends on the machine and is not saved.
     """
 
     def __init__(self, state: TrainingState) -> None:
@@ -29,10 +29,11 @@ class Timetable:
         )
 
     @contextmanager
-    def doing(self, name: str) -> Iterator[None]:
-        """Record that something is done now, and measure how long it takes.
+    def recording(self, name: str) -> Iterator[None]:
+        """Record that an action is run now, and measure its duration.
 
-        The time is recorded before the work, so that a checkpoint holds that of its own saving.
+        The time is recorded before the action, so that a checkpoint holds the time of its own
+        saving.
         """
         self._state.counters.done_s[name] = self._state.counters.seconds
         begun = time.perf_counter()

@@ -298,7 +298,7 @@ class Trainer:
                     session.bar.say(f"warning: {hook.name} at step {counters.step} failed: {error}")
         counters.watched = counters.step
         if finished or self.timetable.due("checkpoint", self.config.checkpoint):
-            with self.timetable.doing("checkpoint"):
+            with self.timetable.recording("checkpoint"):
                 self._try(session.bar, self._save)
 
     def validate(self) -> dict[str, Any]:
@@ -505,7 +505,7 @@ class Trainer:
                     f"{len(self._lost)} images could not be read any more, e.g. "
                     f"{batch.bad[0].name}: {batch.bad[0].reason}",
                     where=str(self.directory.path / "bad_samples.jsonl"),
-                    hint="is the disk still there? restore the images, then `sfumato resume`",
+                    hint="check that the disk is still mounted restore the images, then `sfumato resume`",
                 )
             self._try(bar, partial(self._write_bad, batch))
             bar.say(

@@ -31,20 +31,20 @@ from sfumato.training.config import TrainingConfig
 from sfumato.training.optimizers import OptimizerConfig
 from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
-SMALLEST = 0.25  # of a latent's side that the equivariance regularizer shrinks it to
+MIN_SCALE = 0.25  # least factor by which the equivariance regularizer scales the sides of latents
 CHARBONNIER = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """An adversary that tells real patches from reconstructed ones, which brings out texture.
+    """A patch discriminator, whose adversarial loss brings out texture.
 
     Attributes:
-        weight: of its say, times the weight at which it pulls on the decoder as hard as the other
-            losses do.
-        start: share of the budget after which it is heard; it learns from the beginning.
-        channels, layers: of its network.
-        optimizer: its own.
+        weight: multiplier on the adaptive adversarial weight (VQGAN).
+        start: fraction of the budget after which the adversarial loss is enabled; the discriminator
+            is trained from the beginning.
+        channels, layers: of the discriminator.
+        optimizer: of the discriminator.
     """
 
     weight: Positive = 0.5
@@ -66,18 +66,18 @@ class AdversarialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossesConfig:
-    """What a reconstruction is judged by.
+    """The losses of an autoencoder.
 
     Attributes:
         pixels: `l1`, or `charbonnier`, which is smooth at 0.
-        perceptual: weight of the distance in a frozen network's features; more looks sharper, and
-            is further from the pixels' values.
-        kl: weight of each latent value's divergence from the standard normal; small, it only keeps
-            them from running away.
-        equivariance: share of batches in which the latents are shrunk or turned, and must decode to
-            the image shrunk or turned:
-            smoother latents, which are easier to generate.
-        adversarial: None for no adversary.
+        perceptual: weight of the perceptual loss, a distance in a frozen network's features; a
+            larger weight gives sharper images that are further from the pixel values.
+        kl: weight of the KL divergence of each latent value from the standard normal; a small one
+            only bounds the latents.
+        equivariance: fraction of batches in which the latents are downscaled or rotated, and must
+            decode to the image downscaled or rotated: smoother latents, which are easier to
+            generate.
+        adversarial: the adversarial loss; None for none.
 
     Source: Rombach et al. 2022 (arXiv:2112.10752), appendix G; Kouzelis et al. 2025
         (arXiv:2502.09509) for the equivariance.
@@ -100,7 +100,7 @@ class LossesConfig:
 
 
 class Reconstructor(nn.Module):
-    """An autoencoder and its adversary, if there is one."""
+    """An autoencoder and its discriminator, if there is one."""
 
     def __init__(self, codec: KLAutoencoder, adversary: PatchDiscriminator | None) -> None:
         super().__init__()
@@ -129,23 +129,23 @@ class Reconstruction:
         )
         self.facts = {"features": features.name, "image_shape": list(dataset.image_shape)}
         self._device = next(model.parameters()).device
-        held = (
+        positions = (
             dataset.with_common_shape(dataset.holdout)
             if len(dataset.with_common_shape(dataset.holdout))
             else dataset.with_common_shape(dataset.training)
         )
-        order = randomness.permutation(config.seed, "validation", index=0, size=len(held))
-        shown = held[order[: max(config.validation.samples, config.preview.num)]]
-        self._real = to_float(dataset.images(shown)[0])
+        order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
+        chosen = positions[order[: max(config.validation.samples, config.preview.num)]]
+        self._real = to_float(dataset.images(chosen)[0])
 
     def optimized_parts(self, model: Reconstructor) -> list[OptimizedPart]:
-        """Return the autoencoder, and its adversary if it has one; both step on every batch."""
-        found = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
+        """Return the autoencoder, and its discriminator if it has one; every batch trains both."""
+        parts = [OptimizedPart("autoencoder", model.codec, self.config.optimizer)]
         if model.adversary is not None and self.losses.adversarial is not None:
-            found.append(
+            parts.append(
                 OptimizedPart("adversary", model.adversary, self.losses.adversarial.optimizer)
             )
-        return found
+        return parts
 
     def loss(
         self,
@@ -167,11 +167,11 @@ class Reconstruction:
             mean, log_variance = model.codec.moments(images).float().chunk(2, dim=1)
             noise = randomness.normal(seed, "latent", first=first, shape=tuple(mean.shape)).to(mean)
             z = mean + (0.5 * log_variance).exp() * noise
-            z, target = self._moved(z, images, batch.groups[0].first)
-            made = model.codec.decode(z).float()
+            z, target = self._transform(z, images, batch.groups[0].first)
+            reconstruction = model.codec.decode(z).float()
             notes = {
-                self.losses.pixels: self._pixels(made, target),
-                "perceptual": self._alike(made, target),
+                self.losses.pixels: self._pixel_loss(reconstruction, target),
+                "perceptual": self._perceptual(reconstruction, target),
                 "kl": 0.5
                 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1),
             }
@@ -181,9 +181,11 @@ class Reconstruction:
                 + self.losses.kl * notes["kl"]
             )
             if model.adversary is not None and self.losses.adversarial is not None:
-                notes["adversary"] = discriminator_loss(model.adversary, target, made).float()
+                notes["adversary"] = discriminator_loss(
+                    model.adversary, target, reconstruction
+                ).float()
                 if progress >= self.losses.adversarial.start:
-                    notes["pleasing"] = generator_loss(model.adversary, made).float()
+                    notes["pleasing"] = generator_loss(model.adversary, reconstruction).float()
                     weight = adaptive_weight(
                         total,
                         notes["pleasing"],
@@ -193,8 +195,8 @@ class Reconstruction:
                 total = total + notes["adversary"]
         return SampleLosses(total, notes)
 
-    def _moved(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Shrink and turn latents and images together, or leave them as they are.
+    def _transform(self, z: Tensor, images: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Downscale and rotate latents and images together, or return them as they are.
 
         `first` is the number of the batch's first sample.
         """
@@ -206,25 +208,25 @@ class Reconstruction:
         factor = images.shape[-1] // z.shape[-1]
         least = 1 if self.model.adversary is None else -(-self.model.adversary.smallest // factor)
         sides = [
-            max(least, round(side * (SMALLEST + (1 - SMALLEST) * size))) for side in z.shape[2:]
+            max(least, round(side * (MIN_SCALE + (1 - MIN_SCALE) * size))) for side in z.shape[2:]
         ]
         turns = int(turn * 4) if sides[0] == sides[1] else 0
-        moved = F.interpolate(z, size=sides, mode="bilinear", antialias=True).rot90(turns, (2, 3))
+        latents = F.interpolate(z, size=sides, mode="bilinear", antialias=True).rot90(turns, (2, 3))
         target = F.interpolate(
             images, size=[side * factor for side in sides], mode="bilinear", antialias=True
         )
-        return moved, target.rot90(turns, (2, 3))
+        return latents, target.rot90(turns, (2, 3))
 
-    def _alike(self, made: Tensor, target: Tensor) -> Tensor:
+    def _perceptual(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Return the perceptual distance (B,), computed in float32.
 
         The features of similar images differ by less than bfloat16 resolves.
         """
         with torch.autocast(self._device.type, enabled=False):
-            return distance(self.features, made, target)
+            return distance(self.features, reconstruction, target)
 
-    def _pixels(self, made: Tensor, target: Tensor) -> Tensor:
-        error = made - target
+    def _pixel_loss(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        error = reconstruction - target
         values = (
             error.abs() if self.losses.pixels == "l1" else (error.square() + CHARBONNIER**2).sqrt()
         )
@@ -251,12 +253,12 @@ class Reconstruction:
         size = self.config.effective_micro_batch
         for first in range(0, len(self._real), size):
             real = self._real[first : first + size].to(self._device)
-            made = reconstructed(codec, real)
+            reconstructions = reconstruct(codec, real)
             figures = [
-                psnr(made, real),
-                ssim(made, real),
-                (made - real).abs().flatten(1).mean(1),
-                distance(self.features, made, real),
+                psnr(reconstructions, real),
+                ssim(reconstructions, real),
+                (reconstructions - real).abs().flatten(1).mean(1),
+                distance(self.features, reconstructions, real),
             ]
             rows.append(torch.stack([figure.cpu() for figure in figures], dim=1))
         means = torch.cat(rows).mean(0).tolist()
@@ -274,13 +276,13 @@ class Reconstruction:
         """Write samples/step-.../grid.png: real images, each with its reconstruction below it."""
         count = min(self.config.preview.num, len(self._real))
         real = self._real[:count]
-        made = reconstructed(average.codec, real.to(self._device)).cpu()
+        reconstructions = reconstruct(average.codec, real.to(self._device)).cpu()
         columns = next(number for number in range(min(8, count), 0, -1) if count % number == 0)
         rows = [
-            torch.cat([real[i : i + columns], made[i : i + columns]])
+            torch.cat([real[i : i + columns], reconstructions[i : i + columns]])
             for i in range(0, count, columns)
         ]
-        labels = ["real", "made"] * len(rows)
+        labels = ["real", "reconstructed"] * len(rows)
         sheet = grid_image((torch.cat(rows) + 1) / 2, columns=columns, row_labels=labels)
         save_png(
             sheet,
@@ -303,6 +305,6 @@ class Reconstruction:
         return model.codec.encoder
 
 
-def reconstructed(codec: KLAutoencoder, images: Tensor) -> Tensor:
+def reconstruct(codec: KLAutoencoder, images: Tensor) -> Tensor:
     """Reconstruct images (B, C, H, W) from the means of their latents, clamped to [-1, 1]."""
     return codec.decode(codec.moments(images).chunk(2, dim=1)[0]).clamp(-1, 1)
