@@ -32,15 +32,15 @@ from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
 
 def guided(resolution: int, steps: int, device: torch.device) -> Pipeline:
     """An untrained model steered by two categories, with guidance."""
-    facts = ConditioningInfo(channels=3, categories=("a", "b"))
-    conditioner = ContextConfig(category=CategoryConfig()).build(facts, encoder=lambda config: None)
+    info = ConditioningInfo(channels=3, categories=("a", "b"))
+    conditioner = ContextConfig(category=CategoryConfig()).build(info, encoder=lambda config: None)
     network = NETWORK.build(image_channels=3, context=conditioner.sizes)
     model = Model(network, conditioner, DenoiserConfig()).to(device).eval().requires_grad_(False)
     return Pipeline(
         model=model,
         autoencoder=Pixels(3),
         sampling=SamplingConfig(guidance=1.5, steps=steps),
-        facts=facts,
+        info=info,
         image_shape=(3, resolution, resolution),
         compute_dtype=torch.bfloat16,
     )

@@ -48,25 +48,25 @@ class BrightnessConditioner(Conditioner):
     def null(self, batch_size):
         return Condition(vector=self.embedding(self.embedding.weight.new_zeros(batch_size, 2)))
 
-    def derive(self, images, context, *, seed, first):
+    def training_context(self, images, context, *, seed, first):
         return {"brightness": brightness(images)}
 
 
 class Brightness(Context):
-    name, config, from_images = "brightness", BrightnessConfig, True
+    name, config, derived_from_images = "brightness", BrightnessConfig, True
 
-    def build(self, config, facts, encoder):
+    def build(self, config, info, encoder):
         return BrightnessConditioner(config)
 
-    def parse(self, value, asked):  # what `sample` is given, for all images that it makes
-        return torch.full((asked.num,), value)
+    def parse(self, value, request):  # what `sample` is given, for all images that it makes
+        return torch.full((request.num,), value)
 
-    def words(self, values, facts):  # in samples.json beside a preview
+    def words(self, values, info):  # in samples.json beside a preview
         return [f"{value:.2f}" for value in values.tolist()]
 
-    def metrics(self, measured):
-        asked = measured.values
-        return {"error": ("lower", lambda images, i: (brightness(images) - asked[i]).abs())}
+    def metrics(self, inputs):
+        target = inputs.values
+        return {"error": ("lower", lambda images, i: (brightness(images) - target[i]).abs())}
 
 
 register(Brightness())  # `conditioner.brightness` and `pipeline.sample(brightness=...)` exist now
@@ -76,5 +76,5 @@ short = ["batch_size=16", "budget.steps=100", "preview.num=10", "validation.samp
 run = sfumato.resolve("digits", [*changes, *small, *short])
 pipeline = sfumato.load(sfumato.train(run))
 dark, bright = (brightness(2 * pipeline.sample(16, brightness=b) - 1).mean() for b in (0.2, 0.8))
-print(f"brightness of samples: {dark:.2f} where 0.2 is asked for, {bright:.2f} where it is 0.8")
+print(f"brightness of samples: {dark:.2f} where 0.2 is requested, {bright:.2f} where it is 0.8")
 print(adherence_table(measure_adherence(pipeline, index(run.data), classifier=None, num=100)))

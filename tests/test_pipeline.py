@@ -23,8 +23,8 @@ def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", 
             *overrides,
         ],
     )
-    facts = ConditioningInfo(channels=1, categories=categories)
-    model = build_model(run, facts).eval().requires_grad_(False)
+    info = ConditioningInfo(channels=1, categories=categories)
+    model = build_model(run, info).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -32,7 +32,7 @@ def made(*overrides: str, categories: tuple[str, ...] = ("0", "1", "two words", 
         model=model,
         autoencoder=Pixels(1),
         sampling=run.sampling,
-        facts=facts,
+        info=info,
         image_shape=(1, 8, 8),
     )
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import CompositeConditioner, Grayscale, Shrink
+from sfumato.conditioners import CompositeConditioner, Downsample, Grayscale
 from sfumato.contexts import Truncated, Unfamiliar
 from sfumato.contexts.points import MOST_POINTS
 from sfumato.errors import ConfigError, SfumatoError, ShapeError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest, SampleRequest, resolve_request
-from tests.helpers.pipelines import CONFIGS, FACTS, REQUESTS, SIDE, cloud, image, tiny_pipeline
+from tests.helpers.pipelines import CONFIGS, INFO, REQUESTS, SIDE, cloud, image, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def request_of(pipeline: Pipeline, num: int = 5, **asked: Any) -> ResolvedReques
     return resolve_request(
         SampleRequest.of(**asked),
         pipeline.model.conditioner,
-        pipeline.facts,
+        pipeline.info,
         pipeline.image_shape,
         num,
     )
@@ -198,10 +198,10 @@ def test_a_model_that_fills_holes_is_shown_the_image_without_them(everything: Pi
     assert request.start.isfinite().all()
 
 
-@pytest.mark.parametrize("lost", [Shrink(factor=4), Grayscale()])
+@pytest.mark.parametrize("lost", [Downsample(factor=4), Grayscale()])
 def test_a_model_that_restores_is_shown_what_has_lost_it(lost: Any) -> None:
     request = request_of(tiny_pipeline("image", lost=lost), image=image(0))
-    assert torch.equal(request.context["image"], lost.given(request.start))
+    assert torch.equal(request.context["image"], lost.degrade_input(request.start))
 
 
 def test_a_model_that_reads_no_images_is_shown_none() -> None:
@@ -405,7 +405,7 @@ def test_a_text_that_is_cut_is_said_to_be_with_what_is_read(
     with pytest.warns(Truncated) as caught:
         request_of(pipeline, **mine)
     (warning,) = [str(w.message) for w in caught if w.category is Truncated]
-    assert f"of a prompt of {len(long)} characters the model reads " in warning
+    assert f"a prompt has {len(long)} characters, of which the model reads the first " in warning
     assert len(warning) < 200
 
 
@@ -428,11 +428,11 @@ def test_nothing_is_said_of_a_text_that_fits() -> None:
     [
         (
             {"prompt": "a red guitar"},
-            'the captions never contained: "guitar"; it is read letter by letter',
+            'the training captions never contained: "guitar"; it is encoded as bytes',
         ),
         (
             {"prompt": ["a red guitar", "two owls"], "negative": "owls"},
-            '"guitar", "owls"; they are read letter by letter',
+            '"guitar", "owls"; they are encoded as bytes',
         ),
         ({"prompt": "红猫"}, '"红", "猫"; they are'),
         ({"prompt": "a \u202e \x1b"}, r'"\u202e", "\x1b"; they are'),
@@ -447,32 +447,33 @@ def test_words_that_no_caption_contained_are_named(asked: dict[str, Any], said: 
 
 def test_of_many_unknown_words_ten_are_named() -> None:
     run = replace(CONFIGS["text"], length=60)
-    part = run.build(FACTS.words, None)
-    with pytest.warns(Unfamiliar, match='"j" and 2 more; they are read'):
+    part = run.build(INFO.words, None)
+    with pytest.warns(Unfamiliar, match='"j" and 2 more; they are encoded'):
         resolve_request(
             SampleRequest.of(prompt="b c d e f g h i k j l m"),
             CompositeConditioner({"text": part}),
-            FACTS,
+            INFO,
             (1, 8, 8),
             1,
         )
 
 
 def test_a_model_that_never_learned_letters_says_so() -> None:
-    part = replace(CONFIGS["text"], spelled=0.0).build(FACTS.words, None)
+    part = replace(CONFIGS["text"], spelled=0.0).build(INFO.words, None)
     with pytest.warns(
         Unfamiliar,
-        match="letters mean nothing to this model, which was trained without spelled words",
+        match=r"encoded as bytes, which this model was not trained on "
+        r"\(conditioner\.text\.spelled=0\)$",
     ):
         resolve_request(
             SampleRequest.of(prompt="a guitar"),
             CompositeConditioner({"text": part}),
-            FACTS,
+            INFO,
             (1, 8, 8),
             1,
         )
 
 
 def test_the_facts_above_are_what_the_model_knows(everything: Pipeline) -> None:
-    assert everything.facts == FACTS
+    assert everything.info == INFO
     assert set(everything.reads) == set(REQUESTS)

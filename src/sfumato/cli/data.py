@@ -93,7 +93,7 @@ def check(
         form=run.data.pixel_format(chosen.scale),
         remarks=chosen.lines,
         length=reader.length,
-        cuts=reader.cuts,
+        cuts=reader.is_truncated,
     )
     with ProgressBar("checking") as bar:
         inspection = inspect_data(

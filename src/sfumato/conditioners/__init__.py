@@ -11,13 +11,13 @@ from sfumato.conditioners.composite import CompositeConditioner
 from sfumato.conditioners.conditioning_info import ConditioningInfo
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
 from sfumato.conditioners.image import (
+    Downsample,
     Grayscale,
     Holes,
     ImageConditioner,
     ImageConfig,
     ReferenceConditioner,
     ReferenceConfig,
-    Shrink,
 )
 from sfumato.conditioners.learned_text import LearnedTextConditioner, LearnedTextConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
@@ -40,6 +40,7 @@ __all__ = [
     "ConditioningInfo",
     "DoodleConditioner",
     "DoodleConfig",
+    "Downsample",
     "Grayscale",
     "Holes",
     "ImageConditioner",
@@ -52,7 +53,6 @@ __all__ = [
     "PretrainedTextConfig",
     "ReferenceConditioner",
     "ReferenceConfig",
-    "Shrink",
     "SplatConfig",
     "TextEncoder",
     "WordTokenizer",

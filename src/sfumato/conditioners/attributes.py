@@ -81,7 +81,7 @@ class AttributesConditioner(Conditioner):
             vector=self.embedding(self.mean.new_zeros(batch_size, 2 * len(self.names)))
         )
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
         """Hide some of the training attributes at random, keyed by the samples' numbers."""

@@ -21,8 +21,8 @@ class AugmentationConditioner(Conditioner):
     """
 
     nothing: Tensor
-    steers = False
-    dropout = 0.0  # a changed image whose change is not told would leak it
+    is_user_input = False
+    dropout = 0.0  # without its label, an augmentation would leak into the samples
 
     def __init__(self, *, labels: int) -> None:
         super().__init__()

@@ -37,42 +37,44 @@ class CompositeConditioner(nn.Module):
         """Return the condition of a batch.
 
         Args:
-            context: what is known of each image, by name; a part whose context is missing gives its
-                null condition.
+            context: values of each image, by the name of the context; a part whose context is
+                missing gives its null condition.
             draws: uniform in [0, 1), (B, parts): a part gives its null condition where its draw is
-                below its `dropout`; a draw above it decides how captions are varied. None drops and
-                varies nothing.
+                below its `dropout`; a draw above it decides how captions are augmented. None drops
+                and augments nothing.
         """
         conditions = []
         for number, part in enumerate(self._parts):
             condition = part(
-                context if draws is None else part.varied(context, draws[:, number]), batch_size
+                context if draws is None else part.augmented(context, draws[:, number]), batch_size
             )
             if draws is not None:
                 dropped = (draws[:, number] < part.dropout).to(
                     next(iter(condition.slots().values())).device
                 )
                 condition = condition.replace_where(dropped, part.null(batch_size))
-            # each by itself: its places are the same whatever lies beside it
+            # one by one, so that a part's channels do not depend on the other parts
             conditions.append(condition.pixel_unshuffle(self.factor))
         return reduce(Condition.concat_features, conditions, NO_CONDITION)
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Return the context that training uses: what the data hold, and what is made from images.
+        """Return the context that training uses: that of the data, and what is derived from images.
 
         The images are (B, C, H, W). Draws are keyed by the samples' numbers, `first` and following.
         """
-        made = dict(context)
+        values = dict(context)
         for part in self._parts:
-            made |= part.derive(images, context, seed=seed, first=first)
-        return made
+            values |= part.training_context(images, context, seed=seed, first=first)
+        return values
 
     @property
     def steering(self) -> list[str]:
         """Names of the contexts that a request may set."""
-        return [name for name, part in zip(self.parts, self._parts, strict=True) if part.steers]
+        return [
+            name for name, part in zip(self.parts, self._parts, strict=True) if part.is_user_input
+        ]
 
     def null(self, batch_size: int) -> Condition:
         """Return the null conditions of all parts, joined."""

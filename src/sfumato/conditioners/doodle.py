@@ -76,7 +76,7 @@ class DoodleConditioner(Conditioner):
         """Return maps of zeros, (B, 2, 1, 1): no doodle is given."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
         """Return a doodle for each training image: its own, or lines made from it.
@@ -87,21 +87,21 @@ class DoodleConditioner(Conditioner):
         draws = randomness.uniform(
             seed, "doodle", first=first, count=len(images), per_item=4 + 3 * _GRID**2
         ).to(images)
-        made = lines(
+        synthetic = extract_lines(
             images, draws[:, 1:], wobble=self.config.wobble, dropped=self.config.missing_lines
         )
         if "doodle" not in context:
-            return {"doodle": made}
-        own = context["doodle"].to(images)
-        replaced = own.isnan().flatten(1).any(1) | (draws[:, 0] < self.config.synthetic)
-        return {"doodle": torch.where(replaced[:, None, None, None], made, own)}
+            return {"doodle": synthetic}
+        doodles = context["doodle"].to(images)
+        replaced = doodles.isnan().flatten(1).any(1) | (draws[:, 0] < self.config.synthetic)
+        return {"doodle": torch.where(replaced[:, None, None, None], synthetic, doodles)}
 
 
 _GRID = 4  # of the random fields that bend and drop lines
 
 
-def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
-    """Draw the lines of images (B, C, H, W) in [-1, 1]: (B, 1, H, W), 1 paper to -1 ink.
+def extract_lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Tensor:
+    """Extract the lines of images (B, C, H, W) in [-1, 1]: (B, 1, H, W), 1 paper to -1 ink.
 
     A soft threshold on a difference of Gaussians, with a random width and strength, puts ink where
     the image is darker than its surroundings: dark strokes, and the dark side of every edge. Lines
@@ -121,10 +121,10 @@ def lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: float) -> Te
     threshold = 0.1 + 0.15 * draws[:, 1].view(-1, 1, 1, 1)
     ink = torch.sigmoid((strength - threshold) * 40)
     fields = draws[:, 3:].view(-1, 3, _GRID, _GRID)
-    ink = _bent(ink, (2 * fields[:, :2] - 1) * 2 * wobble)
-    kept = F.interpolate(fields[:, 2:], size=images.shape[-2:], mode="bicubic", align_corners=False)
+    ink = _warp(ink, (2 * fields[:, :2] - 1) * 2 * wobble)
+    mask = F.interpolate(fields[:, 2:], size=images.shape[-2:], mode="bicubic", align_corners=False)
     missing = dropped * draws[:, 2].view(-1, 1, 1, 1)
-    return 1 - 2 * (ink * torch.sigmoid((kept - missing) * 20)).clamp(0, 1)
+    return 1 - 2 * (ink * torch.sigmoid((mask - missing) * 20)).clamp(0, 1)
 
 
 def _edges(images: Tensor, width: float) -> Tensor:
@@ -132,11 +132,11 @@ def _edges(images: Tensor, width: float) -> Tensor:
 
     The channel in which the difference is largest counts.
     """
-    near, far = _blurred(images, width), _blurred(images, 1.6 * width)
+    near, far = _gaussian_blur(images, width), _gaussian_blur(images, 1.6 * width)
     return (far - near).amax(1, keepdim=True).clamp(min=0)
 
 
-def _blurred(images: Tensor, width: float) -> Tensor:
+def _gaussian_blur(images: Tensor, width: float) -> Tensor:
     reach = max(1, math.ceil(3 * width))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.softmax(-(offsets**2) / (2 * width**2), dim=0)
@@ -148,7 +148,7 @@ def _blurred(images: Tensor, width: float) -> Tensor:
     return F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
 
 
-def _bent(maps: Tensor, offsets: Tensor) -> Tensor:
+def _warp(maps: Tensor, offsets: Tensor) -> Tensor:
     """Displace maps (B, 1, H, W) by smooth fields (B, 2, g, g), given as shares of the side."""
     identity = torch.eye(2, 3, device=maps.device, dtype=maps.dtype).expand(len(maps), -1, -1)
     grid = F.affine_grid(identity, list(maps.shape), align_corners=False)

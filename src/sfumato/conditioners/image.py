@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,18 @@ class Degradation(Protocol):
         """Degrade training images (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
         ...
 
-    def given(self, images: Tensor) -> Tensor:
-        """Degrade images that a user provides, which may be degraded already."""
+    def degrade_input(self, images: Tensor) -> Tensor:
+        """Degrade a user's images (B, C, H, W) in [-1, 1], which may be degraded already."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shrink:
+class Downsample:
     """Reduce detail: the image at 1/factor of the resolution (super-resolution).
 
     Attributes:
         factor: side of an image over that of the small one.
     """
-
-    kind: ClassVar[str] = "downsample"
 
     factor: Size = 4
 
@@ -52,11 +50,11 @@ class Shrink:
             )
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Return `given(images)`, the same for every draw."""
-        return self.given(images)
+        """Return `degrade_input(images)`, the same for every draw."""
+        return self.degrade_input(images)
 
-    def given(self, images: Tensor) -> Tensor:
-        """Average over blocks of factor x factor pixels, and enlarge the result bilinearly."""
+    def degrade_input(self, images: Tensor) -> Tensor:
+        """Average over blocks of factor x factor pixels, and upsample the result bilinearly."""
         height, width = images.shape[-2:]
         small = F.adaptive_avg_pool2d(
             images, (max(1, height // self.factor), max(1, width // self.factor))
@@ -69,10 +67,10 @@ class Grayscale:
     """Remove colour (colourization)."""
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Return `given(images)`, the same for every draw."""
-        return self.given(images)
+        """Return `degrade_input(images)`, the same for every draw."""
+        return self.degrade_input(images)
 
-    def given(self, images: Tensor) -> Tensor:
+    def degrade_input(self, images: Tensor) -> Tensor:
         """Replace each colour by the mean of all.
 
         A second or fourth channel, which is alpha or infrared, stays.
@@ -113,12 +111,12 @@ class Holes:
         hole = hole ^ (draws[:, 4] < self.outside).view(-1, 1, 1)
         return images.masked_fill(hole[:, None], torch.nan)
 
-    def given(self, images: Tensor) -> Tensor:
-        """Return the images as they are: the user's mask has cut them already."""
+    def degrade_input(self, images: Tensor) -> Tensor:
+        """Return the images unchanged: the user's mask was applied already."""
         return images
 
 
-DegradationConfig = Shrink | Grayscale | Holes
+DegradationConfig = Downsample | Grayscale | Holes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,7 @@ class ImageConfig:
         dropout: share of training samples that are shown nothing.
     """
 
-    degradation: DegradationConfig = Shrink()
+    degradation: DegradationConfig = Downsample()
     dropout: Fraction = 0.1
 
 
@@ -160,7 +158,7 @@ class ImageConditioner(Conditioner):
         """Return maps of zeros, (B, C + 1, 1, 1): no pixel is known."""
         return Condition(spatial=self.nothing.expand(batch_size, -1, -1, -1))
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
         """Return the training images degraded; draws are keyed by the samples' numbers."""
@@ -221,14 +219,14 @@ class ReferenceConditioner(Conditioner):
             return self.null(batch_size)
         reference = context["reference"].to(self.nothing.device)
         missing = reference.isnan().flatten(1).any(1)
-        seen = self.see(reference.nan_to_num(0.0)).flatten(2).transpose(1, 2) + self.positions
-        return self._condition(seen).replace_where(missing, self.null(batch_size))
+        tokens = self.see(reference.nan_to_num(0.0)).flatten(2).transpose(1, 2) + self.positions
+        return self._condition(tokens).replace_where(missing, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
         """Return the learned tokens of no image, and their summary."""
         return self._condition(self.nothing.expand(batch_size, -1, -1))
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
         """Return the training images themselves."""

@@ -36,8 +36,8 @@ class LearnedTextConfig:
     Attributes:
         size: channels of tokens and of their summary.
         layers, heads: of the transformer.
-        length: tokens that are read of a text, the one that marks its start included; what is
-            longer is cut, and said to be.
+        length: maximum number of tokens of a text, including the one that marks its start; longer
+            texts are truncated with a warning.
         vocabulary: most words with a number of their own; others are spelled in bytes.
         dropout: share of training samples whose caption is hidden, which is what guidance
             extrapolates from.
@@ -80,7 +80,7 @@ class LearnedTextConfig:
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """Return the words of captions, the most frequent first, at most 50,000."""
-        return WordTokenizer.fitted(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
+        return WordTokenizer.fit(captions, most=MOST_WORDS, splitting=self.splitting).vocabulary
 
     def build(self, words: Sequence[str], encoder: object) -> LearnedTextConditioner:
         """Build the untrained conditioner for captions of these words."""
@@ -114,7 +114,7 @@ class LearnedTextConditioner(Conditioner):
         self.learns_letters = config.spelled > 0 or bool(rare)
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.embedding = nn.Embedding(len(words), config.size, padding_idx=PAD)
-        # what no caption spells must not sound like a word
+        # bytes that no caption spells must not resemble a word
         nn.init.zeros_(self.embedding.weight.data[BYTES:FIRST_WORD])
         self.positions = nn.Parameter(torch.randn(config.length, config.size) * 0.02)
         layer = nn.TransformerEncoderLayer(
@@ -133,11 +133,11 @@ class LearnedTextConditioner(Conditioner):
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """Encode the texts; a missing context is B empty texts."""
-        return self._read(
+        return self._encode(
             context.get("text", [""] * batch_size), context.get("spelled", [None] * batch_size)
         )
 
-    def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
+    def augmented(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
         """Add to the context which word of each caption training spells in bytes.
 
         Each of the first 1 / `config.spelled` words is spelled with a probability of
@@ -159,36 +159,36 @@ class LearnedTextConditioner(Conditioner):
 
     def null(self, batch_size: int) -> Condition:
         """Return the condition of empty texts."""
-        return self._read([""], [None]).expand(batch_size)
+        return self._encode([""], [None]).expand(batch_size)
 
-    def read(self, text: str) -> str:
-        """Return the part of a text that is not cut off."""
-        return self.words.read(text, length=self.config.length)
+    def truncate(self, text: str) -> str:
+        """Return the part of a text that is not truncated."""
+        return self.words.truncate(text, length=self.config.length)
 
-    def seen(self, text: str) -> tuple[int, ...]:
-        """Return the numbers of the part of a text that is read.
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a text, truncated.
 
-        Texts that the model cannot tell apart have the same numbers.
+        Texts that the model cannot tell apart have the same ids.
         """
         return tuple(self.words.encode(text, length=self.config.length))
 
-    def cuts(self, text: str) -> bool:
-        """Return whether a text is longer than what is read of it."""
+    def is_truncated(self, text: str) -> bool:
+        """Return whether a text has more than `length` tokens."""
         return self.words.count(text) > self.config.length
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text that no training caption contains, each once.
 
         Punctuation does not count.
         """
-        found = dict.fromkeys(self.words.splitting.pieces(text))
+        different = dict.fromkeys(self.words.splitting.pieces(text))
         return [
             word
-            for word in found
+            for word in different
             if word not in self._known and not all(unicodedata.category(c)[0] == "P" for c in word)
         ]
 
-    def _read(self, texts: Sequence[str], spelled: Sequence[int | None]) -> Condition:
+    def _encode(self, texts: Sequence[str], spelled: Sequence[int | None]) -> Condition:
         length = self.config.length
         numbers = torch.tensor(
             [

@@ -119,8 +119,8 @@ class PointsConditioner(Conditioner):
         absent = points.isnan().any(2)
         missing = absent.all(1)
         absent = absent & ~missing[:, None]  # attention over nothing has no value
-        points = framed(points, self.config.frame).nan_to_num(0.0)
-        features = self.point(self._encoded(points))
+        points = normalize_frame(points, self.config.frame).nan_to_num(0.0)
+        features = self.point(self._fourier_features(points))
         gathered, _ = self.gather(
             self.latents.expand(len(points), -1, -1),
             features,
@@ -133,7 +133,7 @@ class PointsConditioner(Conditioner):
         slots = Condition(
             vector=self.summary(torch.cat([tokens.mean(1), highest], dim=1)),
             tokens=tokens,
-            spatial=self._splatted(points, absent),
+            spatial=self._splat(points, absent),
         )
         return slots.replace_where(missing, self.null(batch_size))
 
@@ -146,7 +146,7 @@ class PointsConditioner(Conditioner):
             vector=self.summary(torch.cat([mean, mean], dim=1)), tokens=tokens, spatial=spatial
         )
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
         """Thin each training cloud (B, N, D) to a random number of points, `min_points` or more.
@@ -162,18 +162,18 @@ class PointsConditioner(Conditioner):
             points
         )
         absent = points.isnan().any(2)
-        own = (~absent).sum(1, keepdim=True)
-        least = own.clamp(max=self.config.min_points)
-        kept = least + (own - least) * draws[:, :1]
+        num_points = (~absent).sum(1, keepdim=True)
+        least = num_points.clamp(max=self.config.min_points)
+        num_kept = least + (num_points - least) * draws[:, :1]
         rank = draws[:, 1:].masked_fill(absent, 2.0).argsort(1).argsort(1)
-        return {"points": points.masked_fill((rank >= kept)[..., None], torch.nan)}
+        return {"points": points.masked_fill((rank >= num_kept)[..., None], torch.nan)}
 
-    def _encoded(self, points: Tensor) -> Tensor:
+    def _fourier_features(self, points: Tensor) -> Tensor:
         """Append sines and cosines to the coordinates: (B, N, D) -> (B, N, 13 D)."""
         angles = (points[..., None] * self.frequencies).flatten(2)
         return torch.cat([points, angles.sin(), angles.cos()], dim=2)
 
-    def _splatted(self, points: Tensor, absent: Tensor) -> Tensor | None:
+    def _splat(self, points: Tensor, absent: Tensor) -> Tensor | None:
         """Return maps (B, 2, side, side): the sum of the points' spots, at most 1, and ones.
 
         A spot is 1 on its point and falls to 0 far away.
@@ -191,7 +191,7 @@ class PointsConditioner(Conditioner):
         return torch.cat([spots, torch.ones_like(spots)], dim=1)
 
 
-def framed(points: Tensor, frame: str) -> Tensor:
+def normalize_frame(points: Tensor, frame: str) -> Tensor:
     """Return points (B, N, D) in the frame that the model was trained on.
 
     Coordinates beyond the third are features, and stay.

@@ -50,8 +50,8 @@ class PretrainedTextConfig:
         encoder: a folder, `package:NAME` of an installed package that ships a model, or a name on
             the hub.
         revision: on the hub; None is the newest.
-        length: tokens read of a text; what is longer is cut, and said to be. At most the encoder's
-            own limit.
+        length: maximum number of tokens of a text, at most the encoder's own limit; longer texts
+            are truncated with a warning.
         size: channels of tokens and of their summary, after a learned projection.
         dropout: share of training samples whose caption is hidden.
     """
@@ -66,7 +66,7 @@ class PretrainedTextConfig:
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """Return the words of captions, the most frequent first, at most 50,000."""
-        return WordTokenizer.fitted(captions, most=MOST_WORDS).vocabulary
+        return WordTokenizer.fit(captions, most=MOST_WORDS).vocabulary
 
     def build(
         self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
@@ -76,7 +76,7 @@ class PretrainedTextConfig:
 
 
 class Embedded(NamedTuple):
-    """A text as its encoder sees it: a summary (D,), and a vector for each token without padding,
+    """The embeddings of a text: a summary (D,), and a vector for each token without padding,
     (n, D).
     """
 
@@ -116,7 +116,7 @@ class TextEncoder:
     def place(self) -> str:
         """The folder, or the name on the hub, that the encoder is loaded from."""
         scheme, _, name = self.config.encoder.partition(":")
-        return str(unpacked(name, self.folder)) if scheme == "package" else self.config.encoder
+        return str(unpack(name, self.folder)) if scheme == "package" else self.config.encoder
 
     @cached_property
     def identity(self) -> str:
@@ -142,7 +142,7 @@ class TextEncoder:
 
     @cached_property
     def length(self) -> int:
-        """Number of tokens that are read of a text."""
+        """Maximum number of tokens of a text."""
         settings = getattr(self._settings, "text_config", self._settings)
         limit = min(
             self._tokenizer.model_max_length,
@@ -152,21 +152,21 @@ class TextEncoder:
         result: int = max(1, min(self.config.length, limit))
         return result
 
-    def read(self, text: str) -> str:
-        """Return the part of a text that is not cut off."""
-        if not self.cuts(text):
+    def truncate(self, text: str) -> str:
+        """Return the part of a text that is not truncated."""
+        if not self.is_truncated(text):
             return text
-        found = self._tokenizer(
+        encoding = self._tokenizer(
             text, truncation=True, max_length=self.length, return_offsets_mapping=True
         )
-        return text[: max((end for _, end in found["offset_mapping"]), default=0)]
+        return text[: max((end for _, end in encoding["offset_mapping"]), default=0)]
 
-    def seen(self, text: str) -> tuple[int, ...]:
-        """Return the tokens that are read of a text."""
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a text, truncated."""
         return tuple(self._tokenizer(text, truncation=True, max_length=self.length)["input_ids"])
 
-    def cuts(self, text: str) -> bool:
-        """Return whether a text is longer than what is read of it."""
+    def is_truncated(self, text: str) -> bool:
+        """Return whether a text has more than `length` tokens."""
         return (
             len(self._tokenizer(text, truncation=True, max_length=self.length + 1)["input_ids"])
             > self.length
@@ -174,23 +174,21 @@ class TextEncoder:
 
     @cached_property
     def _settings(self) -> Any:
-        return self._loaded("AutoConfig")
+        return self._load("AutoConfig")
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return self._loaded("AutoTokenizer")
+        return self._load("AutoTokenizer")
 
     @cached_property
     def _model(self) -> nn.Module:
         kind = TEXT_MODELS.get(self._settings.model_type, "AutoModel")
         result: nn.Module = (
-            self._loaded(kind, use_safetensors=True, dtype=torch.float32)
-            .eval()
-            .requires_grad_(False)
+            self._load(kind, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
         )
         return result
 
-    def _loaded(self, kind: str, **settings: Any) -> Any:
+    def _load(self, kind: str, **settings: Any) -> Any:
         return from_transformers(
             kind,
             self.place,
@@ -202,15 +200,15 @@ class TextEncoder:
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
         model = self._model.to(device)
-        found = self._tokenizer(
+        encoding = self._tokenizer(
             list(texts),
             padding="max_length",
             truncation=True,
             max_length=self.length,
             return_tensors="pt",
         ).to(device)
-        mask = found.get("attention_mask", torch.ones_like(found["input_ids"])).bool()
-        output = model(**found)
+        mask = encoding.get("attention_mask", torch.ones_like(encoding["input_ids"])).bool()
+        output = model(**encoding)
         hidden = output.last_hidden_state
         # Encoders without a summary of their own are summed up by the mean of their tokens, as
         # sentence encoders are.
@@ -220,8 +218,8 @@ class TextEncoder:
             else (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]
         )
         return [
-            Embedded(vector.cpu(), tokens[kept].cpu())
-            for vector, tokens, kept in zip(pooled, hidden, mask, strict=True)
+            Embedded(vector.cpu(), tokens[valid].cpu())
+            for vector, tokens, valid in zip(pooled, hidden, mask, strict=True)
         ]
 
 
@@ -255,19 +253,19 @@ class PretrainedTextConditioner(Conditioner):
         if "text" not in context:
             return self.null(batch_size)
         device, encoder = self.nothing.device, self._encoder[0]
-        found = encoder(context["text"], device)
-        tokens = torch.zeros(len(found), encoder.length, encoder.size, device=device)
-        mask = torch.zeros(len(found), encoder.length, dtype=torch.bool, device=device)
-        for row, embedded in enumerate(found):
+        embeddings = encoder(context["text"], device)
+        tokens = torch.zeros(len(embeddings), encoder.length, encoder.size, device=device)
+        mask = torch.zeros(len(embeddings), encoder.length, dtype=torch.bool, device=device)
+        for row, embedded in enumerate(embeddings):
             tokens[row, : len(embedded.tokens)] = embedded.tokens
             mask[row, : len(embedded.tokens)] = True
-        given = Condition(
-            vector=self.summary(torch.stack([embedded.vector for embedded in found])),
+        condition = Condition(
+            vector=self.summary(torch.stack([embedded.vector for embedded in embeddings])),
             tokens=self.tokens(tokens) * mask[..., None],
             token_mask=mask,
         )
         empty = torch.tensor([not text.strip() for text in context["text"]], device=device)
-        return given.replace_where(empty, self.null(batch_size))
+        return condition.replace_where(empty, self.null(batch_size))
 
     def null(self, batch_size: int) -> Condition:
         """Return a learned vector and one learned token; the mask hides all other tokens."""
@@ -282,30 +280,30 @@ class PretrainedTextConditioner(Conditioner):
 
     @property
     def length(self) -> int:
-        """Number of tokens that are read of a text."""
+        """Maximum number of tokens of a text."""
         return self._encoder[0].length
 
-    def read(self, text: str) -> str:
-        """Return the part of a text that is not cut off."""
-        return self._encoder[0].read(text)
+    def truncate(self, text: str) -> str:
+        """Return the part of a text that is not truncated."""
+        return self._encoder[0].truncate(text)
 
-    def seen(self, text: str) -> tuple[int, ...]:
-        """Return the tokens that are read of a text.
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a text, truncated.
 
-        Texts that the model cannot tell apart have the same tokens.
+        Texts that the model cannot tell apart have the same ids.
         """
-        return self._encoder[0].seen(text)
+        return self._encoder[0].token_ids(text)
 
-    def cuts(self, text: str) -> bool:
-        """Return whether a text is longer than what is read of it."""
-        return self._encoder[0].cuts(text)
+    def is_truncated(self, text: str) -> bool:
+        """Return whether a text has more than `length` tokens."""
+        return self._encoder[0].is_truncated(text)
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown_words(self, text: str) -> list[str]:
         """Return no words: the encoder knows more than the captions contain."""
         return []
 
 
-def unpacked(package: str, root: Path) -> Path:
+def unpack(package: str, root: Path) -> Path:
     """Return the folder of a model that an installed package ships, as files or in one zip.
 
     None of the package's code is run.
@@ -327,17 +325,17 @@ def unpacked(package: str, root: Path) -> Path:
     if configs:
         return configs[0].parent
     for archive in (path for path in files if path.suffix == ".zip"):
-        found = _unzipped(archive, root)
-        if found is not None:
-            return found
+        folder = _unzip(archive, root)
+        if folder is not None:
+            return folder
     raise ConfigError(
         f"the package {package} ships no model",
         where="conditioner.text.encoder",
-        hint="config.json and model.safetensors are looked for",
+        hint="a model is a config.json next to a model.safetensors",
     )
 
 
-def _unzipped(archive: Path, root: Path) -> Path | None:
+def _unzip(archive: Path, root: Path) -> Path | None:
     """Return the folder of a zip with config.json and model.safetensors; None if it has none.
 
     It is unpacked once, below `root`.
@@ -353,29 +351,31 @@ def _unzipped(archive: Path, root: Path) -> Path | None:
         folder = next((f for f in folders if f"{f}/model.safetensors".lstrip("/") in members), None)
         if folder is None:
             return None
-        wanted = [
+        model_files = [
             m
             for name, m in members.items()
             if name.rpartition("/")[0] == folder and not name.endswith((".py", ".bin", ".pkl"))
         ]
-        if sum(member.file_size for member in wanted) > MAX_UNPACKED_BYTES:
+        if sum(member.file_size for member in model_files) > MAX_UNPACKED_BYTES:
             raise ConfigError(
                 f"{archive} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB",
                 where="conditioner.text.encoder",
             )
-        mark = "\n".join(f"{member.filename} {member.CRC} {member.file_size}" for member in wanted)
+        mark = "\n".join(
+            f"{member.filename} {member.CRC} {member.file_size}" for member in model_files
+        )
         target = root / hashlib.sha256(mark.encode()).hexdigest()[:24]
         if not target.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as place:
-                made = Path(place, "model")
-                made.mkdir()
-                for member in wanted:
+                temporary = Path(place, "model")
+                temporary.mkdir()
+                for member in model_files:
                     with (
                         source.open(member) as inside,
-                        (made / member.filename.rpartition("/")[2]).open("wb") as outside,
+                        (temporary / member.filename.rpartition("/")[2]).open("wb") as outside,
                     ):
                         shutil.copyfileobj(inside, outside)
                 if not target.is_dir():
-                    made.rename(target)
+                    temporary.rename(target)
     return target

@@ -12,18 +12,18 @@ from sfumato.condition import Condition, ContextSizes
 
 
 class Conditioner(nn.Module, ABC):
-    """Turns what is known of each image of a batch, by name, into a `Condition`.
+    """Turns the values of a batch, by the name of the context, into a `Condition`.
 
     Attributes:
         sizes: of the slots that it fills.
-        dropout: fraction of training samples that see `null` instead.
-        steers: whether a request may ask for it; if not, it only describes what was done to
+        dropout: fraction of training samples that get `null` instead.
+        is_user_input: whether a request may set it; if not, it only describes what was done to
             training images.
     """
 
     sizes: ContextSizes
     dropout: float
-    steers: bool = True
+    is_user_input: bool = True
 
     @abstractmethod
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
@@ -31,19 +31,19 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def null(self, batch_size: int) -> Condition:
-        """Return the condition of a batch of which nothing is known."""
+        """Return the unconditional condition of a batch."""
 
-    def derive(
+    def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Return what training sees beyond the data, made from the images (B, C, H, W).
+        """Return the values that training derives from the images (B, C, H, W) or changes.
 
         Draws are keyed by the samples' numbers, `first` and following.
         """
         return {}
 
-    def varied(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
-        """Return the context as training varies it.
+    def augmented(self, context: Mapping[str, Any], draws: Tensor) -> Mapping[str, Any]:
+        """Return the context as training augments it.
 
         Args:
             draws: (B,), uniform from `dropout` to 1 where the context is not hidden.

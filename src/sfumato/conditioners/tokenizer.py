@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from sfumato import unicode_scripts
 
-# what numbers mean; a byte b is BYTES + b, then come the words
+# special token ids; a byte b is BYTES + b, then come the words
 PAD, START, EMPTY, BYTES = 0, 1, 2, 3
 FIRST_WORD = BYTES + 256
-MOST_WORDS = 50_000  # that are kept of a set
+MOST_WORDS = 50_000  # of a dataset that are stored
 _RUN = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"[w_][w_m]*|om*|[.'m]")  # of `unicode_scripts.kinds`
 
@@ -27,7 +27,7 @@ class ByScript:
     with their letters.
     """
 
-    def normalized(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         """Fold compatibility forms and case; composed and decomposed letters become the same."""
         if text.isascii():
             return text.lower()
@@ -35,8 +35,8 @@ class ByScript:
 
     def pieces(self, text: str) -> list[str]:
         """Split a text into words and signs, normalized."""
-        plain = self.normalized(text)
-        if plain.isascii():  # where both patterns find the same
+        plain = self.normalize(text)
+        if plain.isascii():  # where both patterns match the same
             return _RUN.findall(plain)
         return [plain[first:last] for first, last in unicode_scripts.spans(plain, _WORD)]
 
@@ -51,17 +51,17 @@ class ByRuns:
     before `ByScript`.
     """
 
-    def normalized(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         """Fold compatibility forms and case."""
         return unicodedata.normalize("NFKC", text).casefold()
 
     def pieces(self, text: str) -> list[str]:
         """Split a text into words and signs, normalized."""
-        return _RUN.findall(self.normalized(text))
+        return _RUN.findall(self.normalize(text))
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """Yield where words and signs begin and end in the text as given."""
-        return (found.span() for found in _RUN.finditer(text))
+        return (match.span() for match in _RUN.finditer(text))
 
 
 Splitting = ByScript | ByRuns
@@ -69,7 +69,7 @@ Splitting = ByScript | ByRuns
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """A tokenizer that can read any text in any script; case and width of letters do not matter.
+    """A tokenizer that can encode any text in any script; case and width of letters do not matter.
 
     Attributes:
         vocabulary: the words that have a number of their own.
@@ -86,7 +86,7 @@ class WordTokenizer:
         )
 
     @classmethod
-    def fitted(
+    def fit(
         cls, captions: Iterable[str], *, most: int, splitting: Splitting = ByScript()
     ) -> WordTokenizer:
         """Return a tokenizer of the `most` most frequent words of the captions."""
@@ -120,8 +120,8 @@ class WordTokenizer:
         """Return how many numbers a text takes, START included."""
         return 1 + len(self._of(self.splitting.pieces(text)))
 
-    def read(self, text: str, *, length: int) -> str:
-        """Return the part of a text that `encode` does not cut off."""
+    def truncate(self, text: str, *, length: int) -> str:
+        """Return the part of a text that `encode` does not truncate."""
         if self.count(text) <= length:
             return text
         end, room = 0, length - 1
@@ -136,9 +136,9 @@ class WordTokenizer:
         """Return the numbers of words and signs, up to the word that makes them `most` or more."""
         numbers: list[int] = []
         for piece in pieces:
-            known = self._numbers.get(piece)
-            if known is not None:
-                numbers.append(known)
+            token_id = self._numbers.get(piece)
+            if token_id is not None:
+                numbers.append(token_id)
             else:
                 numbers += _bytes(piece)
             if len(numbers) >= most:

@@ -4,8 +4,8 @@ metrics.
 
 from sfumato.contexts.category import Category, trained_categories
 from sfumato.contexts.config import ContextConfig, register, unregister
-from sfumato.contexts.protocol import Context, Measured, Metric, RequestInfo
-from sfumato.contexts.registry import CONTEXTS, by_keyword, part_of, steering, values_in_turn
+from sfumato.contexts.protocol import Context, Metric, MetricInputs, RequestInfo
+from sfumato.contexts.registry import CONTEXTS, by_keyword, enumerate_values, part_of, steering
 from sfumato.contexts.text import PromptNote, Text, Truncated, Unfamiliar
 
 __all__ = [
@@ -13,18 +13,18 @@ __all__ = [
     "Category",
     "Context",
     "ContextConfig",
-    "Measured",
     "Metric",
+    "MetricInputs",
     "PromptNote",
     "RequestInfo",
     "Text",
     "Truncated",
     "Unfamiliar",
     "by_keyword",
+    "enumerate_values",
     "part_of",
     "register",
     "steering",
     "trained_categories",
     "unregister",
-    "values_in_turn",
 ]  # fmt: skip

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.conditioners.doodle import lines
+from sfumato.conditioners.doodle import extract_lines
 
 INK = 0.25  # above which a pixel of a drawing counts as drawn
-FIELD_DRAWS = 51  # uniform draws that `lines` takes for each image
+FIELD_DRAWS = 51  # uniform draws that `extract_lines` takes for each image
 
 
-def drawn(images: Tensor) -> Tensor:
+def line_mask(images: Tensor) -> Tensor:
     """Return where an image's lines are, (n, 1, H, W) bool.
 
-    They are found with the line drawing that makes doodles, nothing bent and nothing dropped.
+    They are those of `extract_lines`, without distortion and with none dropped.
     """
     draws = torch.full((len(images), FIELD_DRAWS), 0.5, dtype=images.dtype)
-    return (1 - lines(images, draws, wobble=0.0, dropped=0.0)) / 2 > INK
+    return (1 - extract_lines(images, draws, wobble=0.0, dropped=0.0)) / 2 > INK
 
 
 def line_f1(images: Tensor, ink: Tensor) -> Tensor:
@@ -28,13 +28,13 @@ def line_f1(images: Tensor, ink: Tensor) -> Tensor:
 
     It is the harmonic mean of the shares of each that lie on the other.
     """
-    mine, asked = drawn(images), ink.nan_to_num(0.0) > INK
+    predicted, target = line_mask(images), ink.nan_to_num(0.0) > INK
 
-    def share(of: Tensor, on: Tensor) -> Tensor:
-        near = F.max_pool2d(on.float(), 3, stride=1, padding=1) > 0
-        return (of & near).flatten(1).sum(1) / of.flatten(1).sum(1).clamp(min=1)
+    def share(mask: Tensor, reference: Tensor) -> Tensor:
+        near = F.max_pool2d(reference.float(), 3, stride=1, padding=1) > 0
+        return (mask & near).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
-    precision, recall = share(mine, asked), share(asked, mine)
+    precision, recall = share(predicted, target), share(target, predicted)
     return (2 * precision * recall / (precision + recall).clamp(min=1e-9)).double()
 
 
@@ -47,18 +47,18 @@ def chamfer(images: Tensor, points: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     scale = points.new_tensor([width / 2, -height / 2])
     values = []
-    for lined, cloud in zip(drawn(images)[:, 0], points, strict=True):
-        at = torch.nonzero(lined).flip(1).float() + 0.5
-        wanted = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor(
+    for mask, cloud in zip(line_mask(images)[:, 0], points, strict=True):
+        line_pixels = torch.nonzero(mask).flip(1).float() + 0.5
+        targets = cloud[~cloud.isnan().any(1)][:, :2] * scale + points.new_tensor(
             [width / 2, height / 2]
         )
-        if not len(wanted):
+        if not len(targets):
             values.append(math.nan)
-        elif not len(at):
+        elif not len(line_pixels):
             values.append(float(max(height, width)))
         else:
-            away = torch.cdist(wanted, at)
-            values.append(float(away.amin(0).mean() + away.amin(1).mean()) / 2)
+            distances = torch.cdist(targets, line_pixels)
+            values.append(float(distances.amin(0).mean() + distances.amin(1).mean()) / 2)
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -70,6 +70,6 @@ def silhouette(images: Tensor) -> Tensor:
 
 def silhouette_iou(images: Tensor, real: Tensor) -> Tensor:
     """Return the intersection of the silhouettes over their union, (n,)."""
-    mine, theirs = silhouette(images), silhouette(real)
-    union = (mine | theirs).flatten(1).sum(1)
-    return ((mine & theirs).flatten(1).sum(1) / union.clamp(min=1)).double()
+    generated, target = silhouette(images), silhouette(real)
+    union = (generated | target).flatten(1).sum(1)
+    return ((generated & target).flatten(1).sum(1) / union.clamp(min=1)).double()

@@ -16,11 +16,11 @@ class Augmentation(Context):
     name = "augmentation"
 
     def build(
-        self, config: None, facts: ConditioningInfo, encoder: Encoder
+        self, config: None, info: ConditioningInfo, encoder: Encoder
     ) -> AugmentationConditioner | None:
         """Build the conditioner; None if the augmentation makes no labels."""
-        return AugmentationConditioner(labels=facts.augmentation) if facts.augmentation else None
+        return AugmentationConditioner(labels=info.augmentation) if info.augmentation else None
 
-    def facts(self, config: None, dataset: Dataset) -> Mapping[str, Any]:
+    def info_fields(self, config: None, dataset: Dataset) -> Mapping[str, Any]:
         """Return the number of labels that describe an augmentation, 0 for none."""
         return {"augmentation": dataset.config.augment.labels}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.conditioners import CategoryConditioner, CategoryConfig, ConditioningInfo
-from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo, cycled
+from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
 from sfumato.errors import ConfigError, closest
 
 
@@ -17,54 +17,54 @@ class Category(Context):
 
     name = "category"
     config = CategoryConfig
-    lacking = ("categories", "sort the images into one sub-folder for each category")
+    missing_data_hint = ("categories", "sort the images into one sub-folder for each category")
 
     def build(
-        self, config: CategoryConfig, facts: ConditioningInfo, encoder: Encoder
+        self, config: CategoryConfig, info: ConditioningInfo, encoder: Encoder
     ) -> CategoryConditioner:
         """Build the conditioner; raise ConfigError if the training set has no categories."""
-        self.require(facts.categories)
-        return CategoryConditioner(config, categories=len(facts.categories))
+        self.require(info.categories)
+        return CategoryConditioner(config, categories=len(info.categories))
 
-    def parse(self, value: str | int | Sequence[str | int], asked: RequestInfo) -> Tensor:
+    def parse(self, value: str | int | Sequence[str | int], request: RequestInfo) -> Tensor:
         """Return the indices (num,) of one or several names; an integer is taken as a name.
 
         Raises:
             ConfigError: for a category that is unknown or was never trained.
         """
-        facts = asked.facts
+        info = request.info
         names = [str(value)] if isinstance(value, str | int) else [str(name) for name in value]
         for name in names:
-            _require_known(name, facts)
+            _require_known(name, info)
         return torch.tensor(
-            cycled([facts.categories.index(name) for name in names], asked.num, "categories")
+            cycle([info.categories.index(name) for name in names], request.num, "categories")
         )
 
-    def words(self, values: Tensor, facts: ConditioningInfo) -> list[str]:
+    def words(self, values: Tensor, info: ConditioningInfo) -> list[str]:
         """Return the name of each category, "" for an index out of range such as -1."""
-        known = facts.categories
+        known = info.categories
         return [known[number] if 0 <= number < len(known) else "" for number in values.tolist()]
 
-    def in_turn(self, num: int, facts: ConditioningInfo) -> Tensor:
-        """Return the indices 0, 1, ... of all categories in turn, (num,)."""
-        return torch.arange(num) % max(1, len(facts.categories))
+    def enumerate_values(self, num: int, info: ConditioningInfo) -> Tensor:
+        """Return the indices 0, 1, ... of all categories, repeated in order, (num,)."""
+        return torch.arange(num) % max(1, len(info.categories))
 
-    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+    def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the category accuracy, or nothing if there is no classifier."""
-        classify, labels = measured.classify, measured.values
+        classify, labels = inputs.classify, inputs.values
         if classify is None:
             return {}
         return {"category accuracy": ("higher", lambda x, i: (classify(x) == labels[i]).double())}
 
 
-def trained_categories(facts: ConditioningInfo) -> tuple[str, ...]:
-    """Return the categories that the model has seen."""
-    return tuple(name for name in facts.categories if name not in facts.untrained)
+def trained_categories(info: ConditioningInfo) -> tuple[str, ...]:
+    """Return the categories that the model was trained on."""
+    return tuple(name for name in info.categories if name not in info.untrained)
 
 
-def _require_known(name: str, facts: ConditioningInfo) -> None:
-    known = trained_categories(facts)
-    if name in facts.untrained:
+def _require_known(name: str, info: ConditioningInfo) -> None:
+    known = trained_categories(info)
+    if name in info.untrained:
         raise ConfigError(
             f"category {name!r} was never trained: all of its images are held out",
             where="sample",
@@ -74,10 +74,10 @@ def _require_known(name: str, facts: ConditioningInfo) -> None:
         raise unknown("category", name, known)
 
 
-def unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
-    """Return the error for a name that the model does not know."""
+def unknown(kind: str, name: str, known: Sequence[str]) -> ConfigError:
+    """Return the error for a name of this kind that the model does not know."""
     return ConfigError(
-        f"no {what} {name!r}",
+        f"no {kind} {name!r}",
         where="sample",
         hint=f"{closest(name, known)}the model knows {', '.join(known[:20])}",
     )

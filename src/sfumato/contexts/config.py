@@ -48,18 +48,18 @@ class ContextConfig:
 
         Latents alone are then not enough.
         """
-        return any(CONTEXTS[name].from_images for name in self.names)
+        return any(CONTEXTS[name].derived_from_images for name in self.names)
 
-    def facts(self, dataset: Dataset) -> dict[str, Any]:
+    def info_fields(self, dataset: Dataset) -> dict[str, Any]:
         """Return the fields of `ConditioningInfo` that the contexts need, from the training set."""
-        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for name, config in self._used():
-            facts = dict(CONTEXTS[name].facts(config, dataset))
-            more = {**found.get("more", {}), **facts.get("more", {})}
-            found |= {**facts, "more": more}
-        return found
+            fields = dict(CONTEXTS[name].info_fields(config, dataset))
+            more = {**merged.get("more", {}), **fields.get("more", {})}
+            merged |= {**fields, "more": more}
+        return merged
 
-    def build(self, facts: ConditioningInfo, *, encoder: Encoder) -> CompositeConditioner:
+    def build(self, info: ConditioningInfo, *, encoder: Encoder) -> CompositeConditioner:
         """Build the untrained conditioner for a training set.
 
         Args:
@@ -68,10 +68,10 @@ class ContextConfig:
             ConfigError: if the set lacks what the configuration needs.
         """
         built = (
-            (name, CONTEXTS[name].build(config, facts, encoder)) for name, config in self._used()
+            (name, CONTEXTS[name].build(config, info, encoder)) for name, config in self._used()
         )
         parts: Mapping[str, Conditioner] = {name: part for name, part in built if part is not None}
-        return CompositeConditioner(parts, factor=facts.factor)
+        return CompositeConditioner(parts, factor=info.factor)
 
     def _used(self) -> list[tuple[str, Any]]:
         """Return name and configuration of each context that is configured or needs none.

@@ -7,7 +7,7 @@ from torch import Tensor
 from sfumato.conditioners import ConditioningInfo, DoodleConditioner, DoodleConfig
 from sfumato.contexts.adherence_metrics import line_f1, silhouette_iou
 from sfumato.contexts.image_inputs import batch_of_images
-from sfumato.contexts.protocol import Context, Encoder, Measured, Metric, RequestInfo
+from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo
 from sfumato.data.user_inputs import load_user_image
 
 
@@ -16,36 +16,36 @@ class Doodle(Context):
 
     name = "doodle"
     config = DoodleConfig
-    from_images = True
+    derived_from_images = True
 
     def build(
-        self, config: DoodleConfig, facts: ConditioningInfo, encoder: Encoder
+        self, config: DoodleConfig, info: ConditioningInfo, encoder: Encoder
     ) -> DoodleConditioner:
         """Build the conditioner; every training set will do, since lines are made from images."""
         return DoodleConditioner(config)
 
-    def parse(self, value: Tensor, asked: RequestInfo) -> Tensor:
+    def parse(self, value: Tensor, request: RequestInfo) -> Tensor:
         """Return drawings (num, 1, H, W) in [-1, 1], from one or several in [0, 1]."""
-        return batch_of_images(value, (1, *asked.size), asked.num, self.name)
+        return batch_of_images(value, (1, *request.size), request.num, self.name)
 
-    def read(self, text: str, asked: RequestInfo) -> Tensor:
+    def read(self, text: str, request: RequestInfo) -> Tensor:
         """Load an image file as a drawing, (1, H, W) in [0, 1]."""
-        height, width = asked.size
+        height, width = request.size
         return load_user_image(
-            text, channels=1, height=height, width=width, alpha=asked.facts.alpha
+            text, channels=1, height=height, width=width, alpha=request.info.alpha
         )
 
-    def shown(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+    def preview(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the drawing as it is."""
         return value
 
-    def draw(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+    def to_images(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the drawings, (n, 1, H, W), 0 where none is given."""
         return values.nan_to_num(0.0)
 
-    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+    def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the F1 of lines and the IoU of silhouettes, of which higher is better."""
-        ink, real = (1 - measured.values) / 2, measured.real
+        ink, real = (1 - inputs.values) / 2, inputs.real
         return {
             "F1 of lines": ("higher", lambda x, i: line_f1(x, ink[i])),
             "IoU of silhouettes": ("higher", lambda x, i: silhouette_iou(x, real[i])),

@@ -19,30 +19,30 @@ Encoder = Callable[[PretrainedTextConfig], TextEncoder]
 
 @dataclass(frozen=True, kw_only=True)
 class RequestInfo:
-    """A request for a number of images, as a context sees it.
+    """What a context needs to parse its value in a request for images.
 
     Attributes:
-        facts: what the model knows of its training set.
+        info: what the model knows about its training set.
         conditioner: the context's own part of the model.
         size: height and width of the images.
-        num: how many there are.
+        num: number of images.
     """
 
-    facts: ConditioningInfo
+    info: ConditioningInfo
     conditioner: Any
     size: tuple[int, int]
     num: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Images on which a context may be measured.
+class MetricInputs:
+    """What a context's metrics are computed from.
 
     Attributes:
-        values: the context's own, of n images.
+        values: the context's values for n images.
         real: the images that they belong to, (n, C, H, W) in [-1, 1].
         conditioner: the context's own part of the model.
-        classify: reads the categories (n,) of images; None where there are none.
+        classify: predicts the categories (n,) of images; None if there are no categories.
     """
 
     values: Any
@@ -62,56 +62,58 @@ class Context(ABC):
         negative: keyword of a value that guidance leads away from; "" if there is none.
         config: the dataclass, or union of dataclasses, that configures it; None where data alone
             decide.
-        from_image: whether it is made from the image that sampling starts from: see `from_start`.
-        from_images: whether training makes it from the images themselves, so that latents alone do
-            not do.
-        lacking: what the data must hold, in the plural, and how to give it; "" if nothing.
+        uses_init_image: whether it is derived from the image that sampling starts from: see
+            `from_start`.
+        derived_from_images: whether training derives it from the images themselves, so that
+            latents alone are not enough.
+        missing_data_hint: what the dataset must have, in the plural, and how to provide it; "" if
+            nothing.
     """
 
     name: ClassVar[str]
     keyword: ClassVar[str] = ""
     negative: ClassVar[str] = ""
     config: ClassVar[Any] = None
-    from_image: ClassVar[bool] = False
-    from_images: ClassVar[bool] = False
-    lacking: ClassVar[tuple[str, str]] = ("", "")
+    uses_init_image: ClassVar[bool] = False
+    derived_from_images: ClassVar[bool] = False
+    missing_data_hint: ClassVar[tuple[str, str]] = ("", "")
 
     @abstractmethod
-    def build(self, config: Any, facts: ConditioningInfo, encoder: Encoder) -> Conditioner | None:
+    def build(self, config: Any, info: ConditioningInfo, encoder: Encoder) -> Conditioner | None:
         """Build the untrained conditioner for a training set; None if it would have nothing to do.
 
         Args:
             encoder: where a pretrained text encoder comes from.
         """
 
-    def facts(self, config: Any, dataset: Dataset) -> Mapping[str, Any]:
+    def info_fields(self, config: Any, dataset: Dataset) -> Mapping[str, Any]:
         """Return the fields of `ConditioningInfo` that it needs, from the training set."""
         return {}
 
-    def parse(self, value: Any, asked: RequestInfo) -> Any:
-        """Return a batch of `asked.num` from the value given to `Pipeline.sample`.
+    def parse(self, value: Any, request: RequestInfo) -> Any:
+        """Return a batch of `request.num` from the value given to `Pipeline.sample`.
 
         Raises:
             ConfigError, ShapeError: naming what the model does not know.
         """
         raise ConfigError(f"{self.name} cannot be requested", where="sample", hint="leave it out")
 
-    def parse_negative(self, value: Any, asked: RequestInfo) -> Any:
-        """Return a batch of `asked.num` to lead away from, from the value given.
+    def parse_negative(self, value: Any, request: RequestInfo) -> Any:
+        """Return a batch of `request.num` to lead away from, from the value given.
 
         Raises:
             ConfigError: if the context has no negative.
         """
         raise ConfigError(f"{self.name} has no negative", where="sample", hint="leave it out")
 
-    def from_start(self, start: Tensor, known: Tensor | None, asked: RequestInfo) -> Any:
+    def from_start(self, start: Tensor, known: Tensor | None, request: RequestInfo) -> Any:
         """Return a batch from the images (n, C, H, W) that sampling starts from.
 
-        `known` is 1 where they are kept. The result is None if the context has no use for them.
+        `known` is 1 where they are kept. The result is None if the context does not use them.
         """
         return None
 
-    def read(self, text: str, asked: RequestInfo) -> Any:
+    def read(self, text: str, request: RequestInfo) -> Any:
         """Return the value that `parse` takes, from a command line's text or the path of a file.
 
         Raises:
@@ -119,23 +121,23 @@ class Context(ABC):
         """
         return text
 
-    def shown(self, value: Any, size: tuple[int, int]) -> Tensor | None:
+    def preview(self, value: Any, size: tuple[int, int]) -> Tensor | None:
         """Return a value given to `Pipeline.sample` as images in [0, 1]; None for words."""
         return None
 
-    def draw(self, values: Any, size: tuple[int, int]) -> Tensor | None:
+    def to_images(self, values: Any, size: tuple[int, int]) -> Tensor | None:
         """Return a batch as images (n, C, h, w) in [-1, 1]; None for words."""
         return None
 
-    def words(self, values: Any, facts: ConditioningInfo) -> list[str] | None:
+    def words(self, values: Any, info: ConditioningInfo) -> list[str] | None:
         """Return a batch in words, one text each; None for what is drawn."""
         return None
 
-    def in_turn(self, num: int, facts: ConditioningInfo) -> Any:
-        """Return a batch of all values in turn; None if the values cannot be listed."""
+    def enumerate_values(self, num: int, info: ConditioningInfo) -> Any:
+        """Return a batch of all values, repeated in order; None if they cannot be listed."""
         return None
 
-    def metrics(self, measured: Measured) -> dict[str, tuple[str, Metric]]:
+    def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return metrics of how well images follow the context, by name.
 
         Each comes after the direction that is better, "higher" or "lower".
@@ -147,25 +149,27 @@ class Context(ABC):
         """Keywords of `Pipeline.sample` that the context accepts."""
         return tuple(filter(None, (self.keyword or self.name, self.negative)))
 
-    def require(self, found: object) -> None:
-        """Raise ConfigError if the training set lacks what the configuration needs."""
-        if not found:
-            what, how = self.lacking
+    def require(self, values: object) -> None:
+        """Raise ConfigError if `values`, those of the training set, are empty."""
+        if not values:
+            kind, remedy = self.missing_data_hint
             raise ConfigError(
-                f"asks for {what}, and the data have none",
+                f"needs {kind}, but the dataset has none",
                 where=f"conditioner.{self.name}",
-                hint=f"set conditioner.{self.name}=null, or {how}",
+                hint=f"set conditioner.{self.name}=null, or {remedy}",
             )
 
 
-def cycled(values: Sequence[Any], num: int, what: str) -> list[Any]:
-    """Return `num` values, taken in turn.
+def cycle(values: Sequence[Any], num: int, name: str) -> list[Any]:
+    """Repeat the values in order until there are `num` of them.
 
+    Args:
+        name: of the values, in errors.
     Raises:
         ConfigError: if there are none.
     """
     if not values:
         raise ConfigError(
-            f"an empty list of {what}", where="sample", hint="name at least one, or None for none"
+            f"an empty list of {name}", where="sample", hint="name at least one, or None for none"
         )
     return [values[i % len(values)] for i in range(num)]

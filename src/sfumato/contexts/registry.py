@@ -37,15 +37,15 @@ def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
     return {name: CONTEXTS[name] for name in conditioner.steering}
 
 
-def values_in_turn(
-    reads: Iterable[str], num: int, facts: ConditioningInfo
+def enumerate_values(
+    reads: Iterable[str], num: int, info: ConditioningInfo
 ) -> dict[str, Any] | None:
-    """Return a batch of all values in turn, for a model that reads at most one context.
+    """Return a batch of all values, repeated in order, for a model that reads at most one context.
 
     None if it reads several, or one whose values cannot be listed.
     """
-    found = {name: CONTEXTS[name].in_turn(num, facts) for name in reads}
-    return None if len(found) > 1 or any(values is None for values in found.values()) else found
+    batch = {name: CONTEXTS[name].enumerate_values(num, info) for name in reads}
+    return None if len(batch) > 1 or any(values is None for values in batch.values()) else batch
 
 
 def part_of(conditioner: CompositeConditioner, kind: type[Context]) -> Any:

@@ -12,7 +12,7 @@ from sfumato.conditioners import (
     LearnedTextConfig,
     PretrainedTextConfig,
 )
-from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycled
+from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycle
 from sfumato.data import Dataset
 
 NAMED = 10  # words in one message
@@ -23,7 +23,7 @@ class PromptNote(UserWarning):
 
 
 class Truncated(PromptNote):
-    """A prompt is longer than the model reads; the message says which part it sees."""
+    """A prompt is longer than the model reads; the message says which part it reads."""
 
 
 class Unfamiliar(PromptNote):
@@ -37,19 +37,19 @@ class Text(Context):
     keyword = "prompt"
     negative = "negative"
     config = LearnedTextConfig | PretrainedTextConfig
-    lacking = ("captions", "put a .txt beside each image")
+    missing_data_hint = ("captions", "put a .txt beside each image")
 
     def build(
         self,
         config: LearnedTextConfig | PretrainedTextConfig,
-        facts: ConditioningInfo,
+        info: ConditioningInfo,
         encoder: Encoder,
     ) -> Conditioner:
         """Build the conditioner; raise ConfigError if the training set has no captions."""
-        self.require(facts.words)
-        return config.build(facts.words, encoder)
+        self.require(info.words)
+        return config.build(info.words, encoder)
 
-    def facts(
+    def info_fields(
         self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset
     ) -> Mapping[str, Any]:
         """Return the words of the training captions, the most frequent first."""
@@ -59,54 +59,59 @@ class Text(Context):
             )
         }
 
-    def parse(self, value: str | Sequence[str], asked: RequestInfo) -> list[str]:
-        """Return `asked.num` prompts, taken in turn; warn of parts cut off and unknown words."""
-        texts = cycled([value] if isinstance(value, str) else list(value), asked.num, "prompt")
-        _note(texts, asked.conditioner)
+    def parse(self, value: str | Sequence[str], request: RequestInfo) -> list[str]:
+        """Return `request.num` prompts, repeated in order; warn of truncation and unknown words."""
+        texts = cycle([value] if isinstance(value, str) else list(value), request.num, "prompt")
+        _note(texts, request.conditioner)
         return texts
 
-    def parse_negative(self, value: str, asked: RequestInfo) -> list[str]:
-        """Return the negative prompt `asked.num` times, with the warnings of `parse`."""
-        _note([value], asked.conditioner)
-        return [value] * asked.num
+    def parse_negative(self, value: str, request: RequestInfo) -> list[str]:
+        """Return the negative prompt `request.num` times, with the warnings of `parse`."""
+        _note([value], request.conditioner)
+        return [value] * request.num
 
-    def words(self, values: Sequence[str], facts: ConditioningInfo) -> list[str]:
+    def words(self, values: Sequence[str], info: ConditioningInfo) -> list[str]:
         """Return the texts themselves."""
         return list(values)
 
 
 def _note(texts: Sequence[str], conditioner: Any) -> None:
-    """Warn of what is cut off and of words that no caption contains, each once."""
+    """Warn of truncated texts and of words that no training caption contains, each once."""
     different = list(dict.fromkeys(texts))
     for text in different:
-        if conditioner.cuts(text):
-            read = conditioner.read(text)
-            shown = read if len(read) <= 60 else f"{read[:40]} ... {read[-15:]}"
+        if conditioner.is_truncated(text):
+            kept_text = conditioner.truncate(text)
+            excerpt = (
+                kept_text if len(kept_text) <= 60 else f"{kept_text[:40]} ... {kept_text[-15:]}"
+            )
             warnings.warn(
-                f"of a prompt of {len(text)} characters the model reads {len(read)}: {shown!r}",
+                f"a prompt has {len(text)} characters, of which the model reads the first "
+                f"{len(kept_text)}: {excerpt!r}",
                 Truncated,
                 stacklevel=6,
             )
     unknown = list(
         dict.fromkeys(
-            word for text in different for word in conditioner.unknown(conditioner.read(text))
+            word
+            for text in different
+            for word in conditioner.unknown_words(conditioner.truncate(text))
         )
     )
     if not unknown:
         return
-    shown = ", ".join(
+    listed = ", ".join(
         f'"{_printable(word if len(word) <= 40 else word[:37] + "...")}"'
         for word in unknown[:NAMED]
     )
     more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
-    how = "it is" if len(unknown) == 1 else "they are"
-    meaning = (
-        ""
+    pronoun = "it is" if len(unknown) == 1 else "they are"
+    encoding = (
+        "encoded as bytes"
         if conditioner.learns_letters
-        else ", and letters mean nothing to this model, which was trained without spelled words"
+        else "encoded as bytes, which this model was not trained on (conditioner.text.spelled=0)"
     )
     warnings.warn(
-        f"the captions never contained: {shown}{more}; {how} read letter by letter{meaning}",
+        f"the training captions never contained: {listed}{more}; {pronoun} {encoding}",
         Unfamiliar,
         stacklevel=6,
     )

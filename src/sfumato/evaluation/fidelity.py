@@ -96,7 +96,10 @@ def compared(dataset: Dataset) -> Compared:
         DataError: if fewer than two held-out or four training images are left. This is known before
             anything is trained.
     """
-    training, holdout = dataset.with_common_shape(dataset.training), dataset.with_common_shape(dataset.holdout)
+    training, holdout = (
+        dataset.with_common_shape(dataset.training),
+        dataset.with_common_shape(dataset.holdout),
+    )
     which = "held out"
     if len(dataset.categories) > 1:
         training, holdout = labelled(dataset, training), labelled(dataset, holdout)

@@ -22,7 +22,7 @@ TILE = 96  # pixels on screen that a small image is enlarged to
 
 
 def gallery(
-    context: Mapping[str, Any], samples: Tensor, real: Tensor, *, facts: ConditioningInfo
+    context: Mapping[str, Any], samples: Tensor, real: Tensor, *, info: ConditioningInfo
 ) -> Image.Image:
     """Draw a sheet of up to ten conditions, evenly chosen, each in a column.
 
@@ -32,31 +32,33 @@ def gallery(
     Args:
         context: the conditions of the samples, batched, by the names of contexts.
         samples, real: (n, C, H, W) in [-1, 1].
-        facts: what the model knows about its training set.
+        info: what the model knows about its training set.
     """
     chosen = spread(np.arange(len(samples)), COLUMNS)
     factor = max(1, math.ceil(TILE / max(samples.shape[2:])))
     height, width = (factor * side for side in samples.shape[2:])
-    drawn = {name: CONTEXTS[name].draw(values, (height, width)) for name, values in context.items()}
+    drawn = {
+        name: CONTEXTS[name].to_images(values, (height, width)) for name, values in context.items()
+    }
     rows = {name: images[chosen] for name, images in drawn.items() if images is not None}
     rows |= {"sample": samples[chosen], "real": real[chosen]}
     tiles = [
-        F.interpolate(shown((row + 1) / 2, facts.alpha), size=(height, width), mode="nearest")
+        F.interpolate(shown((row + 1) / 2, info.alpha), size=(height, width), mode="nearest")
         for row in rows.values()
     ]
     return grid_image(
         torch.cat(tiles),
         columns=len(chosen),
         row_labels=list(rows),
-        labels=_words(context, chosen.tolist(), facts),
+        labels=_words(context, chosen.tolist(), info),
     )
 
 
-def _words(context: Mapping[str, Any], chosen: list[int], facts: ConditioningInfo) -> list[str]:
+def _words(context: Mapping[str, Any], chosen: list[int], info: ConditioningInfo) -> list[str]:
     """Return the words of each chosen condition; [] if no context has words."""
     said = [
         words
         for name, values in context.items()
-        if (words := CONTEXTS[name].words(values, facts)) is not None
+        if (words := CONTEXTS[name].words(values, info)) is not None
     ]
     return [", ".join(filter(None, (words[i] for words in said))) for i in chosen] if said else []
