@@ -380,7 +380,7 @@ def test_a_folder_gets_a_recipe_of_its_own(tmp_path: Path) -> None:
     ("source", "said"),
     [
         ("empty", "empty: holds no images"),
-        ("note.txt", "note.txt: is a file of no kind that holds images"),
+        ("note.txt", "note.txt: is not a file type that holds images"),
         ("no.yaml", "no.yaml: cannot be read"),
     ],
 )

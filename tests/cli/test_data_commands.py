@@ -364,7 +364,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, way: list[str]) -> None:
     ("name", "what"),
     [
         ("empty", "holds no images"),
-        ("note.txt", "is a file of no kind that holds images"),
+        ("note.txt", "is not a file type that holds images"),
         ("fake.zip", ""),
         ("fake.npz", ""),
         ("fake.tar", ""),

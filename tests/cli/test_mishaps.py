@@ -203,7 +203,7 @@ def test_a_taken_run_is_refused_before_the_data_are_read(
     monkeypatch.setattr("sfumato.runs.training.resolved", work)
     result = sfumato("train", folder, "--run", run)
     assert result.code == 2
-    assert f"{run}: there is a run here already" in result.err
+    assert f"{run}: there is already a run here" in result.err
 
 
 def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(
@@ -232,7 +232,7 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
     assert require_writable(place) == place
     assert list(tmp_path.iterdir()) == []
     (place / "x.json").mkdir(parents=True)
-    with pytest.raises(RunError, match="a folder of that name is there"):
+    with pytest.raises(RunError, match="a folder of that name exists"):
         require_writable(place, place / "x.json")
 
 

@@ -97,7 +97,7 @@ def test_a_run_is_not_trained_over(run: Path) -> None:
     before = (run / "status.json").read_bytes()
     result = sfumato("train", "digits", *TINY, "--run", run)
     assert result.code == 2
-    assert f"{run}: there is a run here already\n  hint: `sfumato resume {run}`" in result.err
+    assert f"{run}: there is already a run here\n  hint: `sfumato resume {run}`" in result.err
     assert (run / "status.json").read_bytes() == before
 
 

@@ -194,7 +194,7 @@ def test_damaged_annotations_are_noted_and_count_as_missing(dataset: Dataset) ->
 def test_an_annotation_that_disappears_later_counts_as_missing(tmp_path: Path) -> None:
     root = put(tmp_path, files())
     dataset = opened(root)
-    dataset.annotations._kept.clear()
+    dataset.annotations._cache.clear()
     for name in ("1.doodle.png", "1.points.npy"):
         (root / name).unlink()
     context = dataset.context(ALL)
@@ -217,9 +217,9 @@ def test_annotations_are_examined_without_warnings(
 def test_what_is_kept_decoded_changes_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", most)
+    monkeypatch.setattr(module, "MAX_CACHE_BYTES", most)
     dataset = opened(root)
-    sizes = [0 if array is None else array.nbytes for array in dataset.annotations._kept.values()]
+    sizes = [0 if array is None else array.nbytes for array in dataset.annotations._cache.values()]
     assert sum(sizes) <= 2 * most  # an estimate: annotations differ in size
     for _ in range(2):
         context = dataset.context(ALL)

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from sfumato import randomness
 from sfumato.data import AugmentConfig
-from sfumato.data.augment import LABELS, Augmented, augmentation_draws, non_leaking, warped
+from sfumato.data.augment import LABELS, Augmented, augmentation_draws, non_leaking, warp
 from sfumato.data.augment import augment as augment_by
 from sfumato.errors import ConfigError
 
@@ -30,11 +30,14 @@ EVERYTHING = AugmentConfig(
 
 
 def augment(
-    config: AugmentConfig, images: torch.Tensor, *, seed: int, first: int, along=None
+    config: AugmentConfig, images: torch.Tensor, *, seed: int, first: int, annotations=None
 ) -> Augmented:
     """Samples `first`, `first + 1`, ... of a seed."""
     return augment_by(
-        config, images, augmentation_draws(seed, first=first, count=len(images)), along=along
+        config,
+        images,
+        augmentation_draws(seed, first=first, count=len(images)),
+        annotations=annotations,
     )
 
 
@@ -490,7 +493,7 @@ def gaussian(value: float) -> float:
 
 def moved(image: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     maps, labels = non_leaking(0.12, draws)
-    return warped(image, maps), labels[0].tolist()
+    return warp(image, maps), labels[0].tolist()
 
 
 def test_draws_of_nothing_give_no_map_and_no_labels() -> None:
@@ -498,7 +501,7 @@ def test_draws_of_nothing_give_no_map_and_no_labels() -> None:
     assert torch.equal(maps, torch.eye(3, dtype=torch.float64)[None])
     assert torch.equal(labels, torch.zeros(1, LABELS, dtype=torch.float64))
     image = noise(1, 3, 12, 8)
-    assert (warped(image, maps) - image).abs().max() < 1e-4
+    assert (warp(image, maps) - image).abs().max() < 1e-4
 
 
 def test_how_often_each_change_is_made() -> None:
@@ -609,10 +612,10 @@ def test_a_stretch_label_points_along_the_stretch(axis: float, stretch: float) -
     )
     assert torch.count_nonzero(told[:STRETCH_X]) == torch.count_nonzero(told[SHIFT_X:]) == 0
     forward = torch.linalg.inv(maps[0])[:2, :2]
-    along = torch.tensor([math.cos(direction), math.sin(direction)], dtype=torch.float64)
-    across = torch.tensor([-along[1], along[0]], dtype=torch.float64)
-    assert (forward @ along).tolist() == pytest.approx(
-        (along * 2 ** (0.2 * stretch)).tolist(), abs=1e-6
+    annotations = torch.tensor([math.cos(direction), math.sin(direction)], dtype=torch.float64)
+    across = torch.tensor([-annotations[1], annotations[0]], dtype=torch.float64)
+    assert (forward @ annotations).tolist() == pytest.approx(
+        (annotations * 2 ** (0.2 * stretch)).tolist(), abs=1e-6
     )
     assert (forward @ across).tolist() == pytest.approx(
         (across * 2 ** (-0.2 * stretch)).tolist(), abs=1e-6
@@ -712,14 +715,16 @@ def test_what_lies_over_a_image_moves_with_it(config: AugmentConfig) -> None:
     ) ** 2
     images = torch.exp(-away / 8)[:, None] * 2 - 1
     features = torch.cat([places, torch.ones(count, 1)], dim=1)[:, None]
-    changed = augment(config, images, seed=0, first=0, along={"points": features, "doodle": images})
-    assert torch.equal(changed.moved["doodle"], changed.images)
+    changed = augment(
+        config, images, seed=0, first=0, annotations={"points": features, "doodle": images}
+    )
+    assert torch.equal(changed.annotations["doodle"], changed.images)
     weight = (changed.images[:, 0] + 1).clamp(min=0) ** 2
     centre = (
         torch.stack([(weight * x).sum((1, 2)), -(weight * y).sum((1, 2))], 1)
         / weight.sum((1, 2))[:, None]
     )
-    moved = changed.moved["points"][:, 0]
+    moved = changed.annotations["points"][:, 0]
     inside = (moved[:, :2].abs() < 0.7).all(1)
     assert inside.sum() > 50
     error = ((centre - moved[:, :2]) * torch.tensor([width / 2, height / 2]))[inside].norm(dim=1)
@@ -736,9 +741,9 @@ def test_points_follow_quarter_turns_exactly() -> None:
         images,
         seed=0,
         first=0,
-        along={"points": point},
+        annotations={"points": point},
     )
     found = changed.images.flatten(1).argmax(1)
     expected = torch.stack([(found % 9 + 0.5) / 9 * 2 - 1, 1 - (found // 9 + 0.5) / 9 * 2], dim=1)
-    torch.testing.assert_close(changed.moved["points"][:, 0], expected)
+    torch.testing.assert_close(changed.annotations["points"][:, 0], expected)
     assert len({tuple(place) for place in expected.tolist()}) == 8

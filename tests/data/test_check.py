@@ -590,7 +590,7 @@ def test_a_folder_without_images_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
     """12 bits of a camera that fill a sixteenth of 16: not black, not empty, not all the same."""
-    from sfumato.data.frames import framed
+    from sfumato.data.frames import expand_frames
     from sfumato.data.value_range import choose_scale
 
     (tmp_path / "set").mkdir()
@@ -605,7 +605,7 @@ def test_a_dim_set_is_measured_as_training_sees_it(tmp_path: Path) -> None:
             tmp_path / "set" / f"{number}.npy",
             (100 + 700 * spots + r.normal(0, 3, (64, 64))).astype(np.uint16),
         )
-    listing = framed(Folder(str(tmp_path / "set")).listing(), "first")
+    listing = expand_frames(Folder(str(tmp_path / "set")).listing(), "first")
     chosen = choose_scale("auto", listing.entries)
     form = PixelFormat(shapes=((32, 32),), channels=1, bits=16, scale=chosen.scale)
     found = inspect_data(

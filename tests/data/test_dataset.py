@@ -109,7 +109,7 @@ def test_a_image_beside_the_category_folders_is_left_out(tmp_path: Path) -> None
     dataset = opened(tmp_path)
     assert dataset.categories == ("cat", "dog")
     assert [(reject.name, reject.reason) for reject in dataset.rejects] == [
-        ("0007.png", "lies beside the category folders, in none of them")
+        ("0007.png", "is outside the category folders")
     ]
 
 
@@ -233,7 +233,7 @@ def test_when_nothing_can_be_read_any_more_it_says_so(tmp_path: Path) -> None:
     dataset = opened(fill(tmp_path, 5), **ON_USE)
     for path in tmp_path.iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"can be read any more"):
+    with pytest.raises(DataError, match=r"can no longer be read, and neither can any substitute"):
         dataset.images([0])
 
 

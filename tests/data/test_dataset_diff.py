@@ -117,7 +117,7 @@ def test_of_very_large_sets_single_files_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = images(tmp_path / "set", count=20)
-    monkeypatch.setattr(dataset_diff, "LISTED", 19)
+    monkeypatch.setattr(dataset_diff, "MAX_LISTED_IMAGES", 19)
     before = opened(folder).summary()
     assert "files" not in before
     edited(folder)

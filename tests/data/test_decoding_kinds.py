@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from sfumato.data.decoding import Decoded, PixelFormat, RejectedImage, decode, fit_within
-from sfumato.data.pixel_format import covering as _covering
+from sfumato.data.pixel_format import covering_box as _covering
 from tests.helpers.image_bytes import chunk, encode, noise, png, smooth
 
 H, W = 6, 10

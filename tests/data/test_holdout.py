@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.data.duplicates import clusters, difference, stretched, thumbnail
-from sfumato.data.holdout import MAX_GROUP_SHARE, grouped, parts
+from sfumato.data.duplicates import clusters, difference, stretch_contrast, thumbnail
+from sfumato.data.holdout import MAX_GROUP_SHARE, assign_splits, merge_groups
 from sfumato.data.listing import Entry, Inline
 
 
@@ -41,7 +41,7 @@ def test_every_split_keeps_its_promises(
     categories = [category for _, category in rows]
     if len(set(groups)) < 2:
         return
-    found = parts(entries(categories), ids(len(rows), seed), groups, share)
+    found = assign_splits(entries(categories), ids(len(rows), seed), groups, share)
     held = found == "holdout"
     assert 0 < held.sum() < len(rows)
     assert all(len(set(held[groups == group])) == 1 for group in set(groups))
@@ -62,7 +62,8 @@ def test_small_sets_hold_out_about_25_images_or_a_fifth(count: int, fewest: int,
     sizes = [
         int(
             (
-                parts(entries(["a"] * count), ids(count, seed), np.arange(count), 0.1) == "holdout"
+                assign_splits(entries(["a"] * count), ids(count, seed), np.arange(count), 0.1)
+                == "holdout"
             ).sum()
         )
         for seed in range(20)
@@ -74,19 +75,19 @@ def test_small_sets_hold_out_about_25_images_or_a_fifth(count: int, fewest: int,
 def test_the_only_image_of_a_category_is_learned_from() -> None:
     categories = [*["common"] * 30, *(f"rare{i}" for i in range(7))]
     for seed in range(30):
-        found = parts(entries(categories), ids(37, seed), np.arange(37), 0.1)
+        found = assign_splits(entries(categories), ids(37, seed), np.arange(37), 0.1)
         assert (found[30:] == "training").all()
 
 
 def test_frames_of_one_file_are_never_split() -> None:
     stacks = [f"stack-{i // 6}" for i in range(120)]
-    found = grouped(entries(["a"] * 120, stacks), ids(120), np.arange(120))
+    found = merge_groups(entries(["a"] * 120, stacks), ids(120), np.arange(120))
     assert found.remarks == ()
-    split = parts(entries(["a"] * 120, stacks), ids(120), found.groups, 0.1)
+    split = assign_splits(entries(["a"] * 120, stacks), ids(120), found.groups, 0.1)
     assert all(len(set(split[i : i + 6])) == 1 for i in range(0, 120, 6))
-    only = grouped(entries(["a"] * 50, ["one"] * 50), ids(50), np.arange(50))
+    only = merge_groups(entries(["a"] * 50, ["one"] * 50), ids(50), np.arange(50))
     assert "all images are of one file" in only.remarks[0]
-    assert set(parts(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {
+    assert set(assign_splits(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {
         "training",
         "holdout",
     }
@@ -96,11 +97,11 @@ def test_a_group_above_a_tenth_of_the_set_is_split_and_said_but_copies_stay_toge
     alike = np.array([0] * 40 + list(range(1, 61)))
     names = ids(100)
     names[1] = names[0]
-    found = grouped(entries(["a"] * 100), names, alike)
+    found = merge_groups(entries(["a"] * 100), names, alike)
     assert found.remarks[0].startswith("40 images are alike")
     assert len(set(found.groups)) == 99
     assert found.groups[0] == found.groups[1]
-    small = grouped(entries(["a"] * 12), ids(12), np.array([0, 0, 0, *range(1, 10)]))
+    small = merge_groups(entries(["a"] * 12), ids(12), np.array([0, 0, 0, *range(1, 10)]))
     assert small.remarks == ()  # three copies in a small set are still copies
 
 
@@ -144,7 +145,7 @@ def test_dim_and_sparse_images_are_told_apart() -> None:
             field[0, y - 1 : y + 2, x - 1 : x + 2] = generator.integers(120, 255)
     for images in (dim, list(stars)):
         small = np.array([thumbnail(image) for image in images])
-        assert stretched(small).max() > 200
+        assert stretch_contrast(small).max() > 200
         assert len(set(clusters(ids(20), small, resolution=64))) == 20
     bright = np.array([thumbnail(frame) for frame in frames(3)])
-    assert stretched(bright) is bright  # a set that uses its range is compared as it is
+    assert stretch_contrast(bright) is bright  # a set that uses its range is compared as it is

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import sfumato
 from sfumato.data import DataConfig, Folder, Listing, index, source_at
-from sfumato.data.ledger import CHANGES, Ledger, change
+from sfumato.data.ledger import NOTES, Ledger, describe_note
 from sfumato.data.sources.folder_layout import FolderLayout
 from sfumato.data.split_names import HELD_OUT, TRAIN, held_out_files, split_of
 from sfumato.data.text_encoding import Texts
@@ -155,7 +155,7 @@ def test_the_same_tree_gives_the_same_listing_in_every_container_bare_and_wrappe
     assert found.sidecars == {"captions": 3, "files of the system": 1, "masks": 1}
     assert found.found == len(SET)
     (layout,) = [remark for remark in found.remarks if "learn from" in remark]
-    assert layout == "Train/ and test_set/: 6 to learn from, 2 held out by name, 2 categories"
+    assert layout == "Train/ and test_set/: 6 to train on, 2 held out by name, 2 categories"
 
 
 NAMES = st.lists(
@@ -311,7 +311,7 @@ def test_a_bad_row_costs_that_row_and_says_where_it_is(tmp_path: Path) -> None:
         ("0.png", ("x",)), ("1.png", ("c,d,e",)), ("2.png", ("one, two, three",)),
     ]  # fmt: skip
     assert {r.name: r.reason for r in found.rejects} == {
-        "metadata.csv, line 6": "'none.png' is not there"
+        "metadata.csv, line 6": "'none.png' does not exist"
     }
 
 
@@ -592,9 +592,9 @@ def test_everything_that_decoding_notes_is_said_in_words() -> None:
     )
     noted = set(re.findall(r'notes\.append\("(\w+)"\)', source))
     assert len(noted) > 8
-    assert noted <= set(CHANGES)
+    assert noted <= set(NOTES)
     assert (
-        change("upscaled", ["a.png"])
-        == "smaller than what is trained, and enlarged: 1 image, e.g. a.png"
+        describe_note("upscaled", ["a.png"])
+        == "smaller than the training resolution, and upscaled: 1 image, e.g. a.png"
     )
-    assert change("upscaled", ["a.png", "b.png"]).endswith(": 2 images, e.g. a.png")
+    assert describe_note("upscaled", ["a.png", "b.png"]).endswith(": 2 images, e.g. a.png")

@@ -66,7 +66,7 @@ def test_sub_folders_are_categories_and_the_top_most_one_counts(tmp_path: Path) 
 def test_an_image_beside_category_folders_is_left_out_and_said_to_be(tmp_path: Path) -> None:
     put(tmp_path, "cat/1.png", "dog/1.png", "stray.png")
     assert listed(tmp_path) == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
-    assert left_out(tmp_path) == {"stray.png": "lies beside the category folders, in none of them"}
+    assert left_out(tmp_path) == {"stray.png": "is outside the category folders"}
 
 
 def test_hidden_files_folders_and_other_files_are_left_out(tmp_path: Path) -> None:

@@ -895,7 +895,7 @@ def test_pipes_loops_and_folders_among_the_files_are_passed_over(kind: str, tmp_
     (root / "around").symlink_to(root, target_is_directory=True)
     (root / f"zero{suffix}").symlink_to("/dev/zero")
     assert rejected(source_at(str(root))) == {
-        "around": "a link to a folder that is read in its own place",
+        "around": "a link to a folder that is read under its own path",
         f"pipe{suffix}": "a pipe or device",
         f"zero{suffix}": "a pipe or device",
     }

@@ -339,7 +339,7 @@ def test_dim_signed_and_unbounded_values_get_the_range_of_the_set() -> None:
     low, high = chosen.scale.integers
     assert 85 <= low <= 95
     assert 480 <= high <= 495
-    assert "1 of which are brighter and cut off" in chosen.lines[0]
+    assert "1 of which are brighter and clipped" in chosen.lines[0]
     scan = [array - 1000 for array in of(3000, np.int16)]
     low, high = choose_scale("auto", entries(*scan)).scale.integers
     assert -1000 <= low < -950

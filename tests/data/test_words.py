@@ -58,14 +58,14 @@ def test_the_counts_say_how_often_each_word_and_each_pair_stands_in_a_caption(
     found = known.coverage("a red apple and a fox")
     assert found.counts == {"red": 2, "apple": 2, "fox": 3}
     assert found.together == {("red", "apple"): 1, ("red", "fox"): 1, ("apple", "fox"): 0}
-    assert found.whole == 0
-    assert known.coverage("red fox").whole == 1
+    assert found.with_all_words == 0
+    assert known.coverage("red fox").with_all_words == 1
 
 
 def test_pairs_that_stand_together_do_not_make_a_whole() -> None:
     found = Vocabulary(["red fox", "fox hat", "red hat"]).coverage("red fox hat")
     assert min(found.together.values()) == 1
-    assert (found.whole, found.verdict) == (0, "never together")
+    assert (found.with_all_words, found.verdict) == (0, "never together")
 
 
 def test_a_word_said_twice_counts_once(known: Vocabulary) -> None:
@@ -116,12 +116,12 @@ def test_whatever_is_said_the_answer_is_consistent(captions: list[str], prompt: 
     held = [set(words(caption)) for caption in captions]
     asked = set(words(prompt))
     assert found.counts == {word: sum(word in caption for caption in held) for word in asked}
-    assert found.whole == (sum(asked <= caption for caption in held) if asked else 0)
+    assert found.with_all_words == (sum(asked <= caption for caption in held) if asked else 0)
     expected = (
         "unseen words"
         if not asked or 0 in found.counts.values()
         else "seen"
-        if found.whole
+        if found.with_all_words
         else "never together"
     )
     assert found.verdict == expected
@@ -173,7 +173,12 @@ def test_prompts_without_any_word_say_that_nothing_teaches_them(
     known: Vocabulary, prompt: str
 ) -> None:
     found = known.coverage(prompt)
-    assert (found.verdict, found.counts, found.nearest, found.whole) == ("unseen words", {}, [], 0)
+    assert (found.verdict, found.counts, found.nearest, found.with_all_words) == (
+        "unseen words",
+        {},
+        [],
+        0,
+    )
 
 
 @pytest.mark.parametrize("captions", [[], [""], ["", "  ", "!"]])

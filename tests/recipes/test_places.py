@@ -13,7 +13,7 @@ from sfumato.config import load_yaml_file
 from sfumato.errors import CheckpointError, DataError
 from sfumato.generation.diffusion_model import SamplingConfig
 from sfumato.recipes import resolve
-from sfumato.recipes.paths import from_run, with_whole_paths
+from sfumato.recipes.paths import paths_relative_to_run, with_absolute_paths
 from sfumato.runs import resume, train
 from sfumato.runs.preparation import open_data
 from sfumato.training import Budget
@@ -115,10 +115,12 @@ def test_paths_of_encoders_are_kept_whole_too_and_names_stay_names(
         "conditioner.text={kind: pretrained, encoder: encoder}",
         "autoencoder={kind: trained, features: auto}",
     ]
-    run = with_whole_paths(resolve("digits", settings))
+    run = with_absolute_paths(resolve("digits", settings))
     assert run.conditioner.text.encoder == str(tmp_path / "encoder")
     assert run.autoencoder.features == "auto"
-    assert from_run(run, tmp_path / "runs" / "x") == {"conditioner.text.encoder": "../../encoder"}
+    assert paths_relative_to_run(run, tmp_path / "runs" / "x") == {
+        "conditioner.text.encoder": "../../encoder"
+    }
 
 
 def test_what_is_no_path_here_is_left_as_it_is() -> None:

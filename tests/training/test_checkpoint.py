@@ -186,7 +186,7 @@ def test_a_reader_of_nothing_whole_is_told_what_to_do(tmp_path) -> None:
         flip(save(tmp_path, step))
     with pytest.raises(
         CheckpointError,
-        match=r"none of 2 checkpoint\(s\) is whole; .*step-000000002.*\n  hint: copy a whole one",
+        match=r"none of 2 checkpoint\(s\) is intact; .*step-000000002.*\n  hint: copy an intact one",
     ) as caught:
         checkpoint.read_newest(tmp_path)
     assert all(f"step-00000000{step}" in str(caught.value) for step in (1, 2))

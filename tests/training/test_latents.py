@@ -317,7 +317,7 @@ def test_latents_and_images_are_shrunk_and_turned_alike(folder: Path, tmp_path: 
     task = trainer_of(folder, tmp_path / "moved", losses=LossesConfig(equivariance=1.0)).task
     sides, turned = set(), set()
     for first in range(60):
-        moved, target = task._moved(z, images, first)
+        moved, target = task._transform(z, images, first)
         assert target.shape[2] == 2 * moved.shape[2]
         assert (moved - F.avg_pool2d(target, 2)).abs().max() < 0.2
         sides.add(moved.shape[2])
@@ -326,7 +326,7 @@ def test_latents_and_images_are_shrunk_and_turned_alike(folder: Path, tmp_path: 
     assert len(sides) > 2
     assert len(turned) == 4
     still = trainer_of(folder, tmp_path / "still", losses=LossesConfig(equivariance=0.0)).task
-    assert all(torch.equal(still._moved(z, images, first)[1], images) for first in range(20))
+    assert all(torch.equal(still._transform(z, images, first)[1], images) for first in range(20))
 
 
 def encoded(folder: Path, **changes):

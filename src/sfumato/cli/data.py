@@ -72,7 +72,7 @@ def check(
     """Measure every image and report what the set can and cannot teach; changes nothing."""
     from sfumato.data.check import KINDS, IntendedModel, inspect_data, write
     from sfumato.data.check.report import plain
-    from sfumato.data.frames import framed
+    from sfumato.data.frames import expand_frames
     from sfumato.data.value_range import choose_scale
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.caption_statistics import Cut, reader_of
@@ -85,7 +85,7 @@ def check(
     run = preset(source, overrides or (), listing)
     captions = [text for entry in listing.entries for text in entry.captions]
     reader = reader_of(run, captions, text_encoder)
-    listing = framed(listing, run.data.frames)
+    listing = expand_frames(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
     plan = IntendedModel(
         resolution=resolution or run.data.resolution,
@@ -200,7 +200,7 @@ def _plain(result: Coverage, entries: list[Entry]) -> dict[str, Any]:
         "prompt": result.prompt,
         "verdict": result.verdict,
         "captions": len(entries),
-        "whole": result.whole,
+        "whole": result.with_all_words,
         "counts": result.counts,
         "together": pairs,
         "similar": result.similar,
@@ -210,7 +210,7 @@ def _plain(result: Coverage, entries: list[Entry]) -> dict[str, Any]:
 
 def _lines(result: Coverage, total: int) -> list[str]:
     verdicts = {
-        "seen": f"seen: {result.whole} of {total} captions hold all of its words; the model can "
+        "seen": f"seen: {result.with_all_words} of {total} captions hold all of its words; the model can "
         "learn it.",
         "never together": "every part seen, but never together: the model has to compose it from "
         "what it learned apart.",

@@ -21,7 +21,7 @@ from sfumato.data.listing import Blob, Entry, Reject
 from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
 
-KEPT_BYTES = 1 << 30  # of what was decoded already
+MAX_CACHE_BYTES = 1 << 30  # of decoded annotations in memory
 Loaded = TypeVar("Loaded", bound=NDArray[Any])
 
 
@@ -39,12 +39,12 @@ class Annotations:
     form: PixelFormat
     shapes: NDArray[np.int64]
     names: frozenset[str]
-    _kept: dict[tuple[str, int], NDArray[Any] | None] = field(
+    _cache: dict[tuple[str, int], NDArray[Any] | None] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}  # worker processes decode for themselves
+        return {**self.__dict__, "_cache": {}}  # worker processes decode for themselves
 
     @cached_property
     def attributes(self) -> AttributeTable:
@@ -54,8 +54,8 @@ class Annotations:
     @cached_property
     def dimensions(self) -> int:
         """The number of dimensions of most of the first hundred clouds; 0 if there are none."""
-        found = [cloud.shape[1] for cloud in self._some_clouds()]
-        return max(set(found), key=found.count) if found else 0
+        sizes = [cloud.shape[1] for cloud in self._some_clouds()]
+        return max(set(sizes), key=sizes.count) if sizes else 0
 
     def context(
         self, positions: NDArray[np.int64], draws: Sequence[float] | None = None
@@ -66,13 +66,13 @@ class Annotations:
         `draws` in [0, 1) choose. "doodle" and "mask" are (n, 1, H, W) from -1 black to 1 white;
         "points" is (n, most, D); "attributes" is (n, D). NaN marks what is not given.
         """
-        made: dict[str, Callable[[], Any]] = {
+        readers: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
             "attributes": lambda: self.attributes.rows(np.asarray(positions)),
             "points": lambda: self._points(positions),
             **{name: lambda name=name: self._maps(name, positions) for name in MAPS},  # type: ignore[misc]
         }
-        return {name: make() for name, make in made.items() if name in self.names}
+        return {name: read() for name, read in readers.items() if name in self.names}
 
     def find_unreadable(self) -> Iterator[tuple[str, Reject]]:
         """Read all maps and point clouds once, and yield the unusable ones with the annotation's name.
@@ -81,11 +81,11 @@ class Annotations:
         """
         for name in ANNOTATION_FILES:
             if name in self.names:
-                given = [
+                positions = [
                     i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None
                 ]
-                reasons = ordered_map(lambda i, name=name: self._reason(name, i), given)  # type: ignore[misc]
-                for i, reason in zip(given, reasons, strict=True):
+                reasons = ordered_map(lambda i, name=name: self._reason(name, i), positions)  # type: ignore[misc]
+                for i, reason in zip(positions, reasons, strict=True):
                     if reason:
                         yield name, Reject(self.entries[i].name, reason)
 
@@ -109,7 +109,7 @@ class Annotations:
             self.form.shapes[self.shapes[positions[0]]] if len(positions) else self.form.shapes[0]
         )
         maps = torch.full((len(positions), 1, height, width), torch.nan)
-        for row, pixels in enumerate(self._loaded(name, positions)):
+        for row, pixels in enumerate(self._read_all(name, positions)):
             if pixels is not None:
                 maps[row] = torch.from_numpy(pixels).to(torch.float32) / 127.5 - 1
         return maps
@@ -117,7 +117,7 @@ class Annotations:
     def _points(self, positions: NDArray[np.int64]) -> Tensor:
         clouds = [
             None if cloud is None or cloud.shape[1] != self.dimensions else cloud
-            for cloud in self._loaded("points", positions)
+            for cloud in self._read_all("points", positions)
         ]
         most = max((len(cloud) for cloud in clouds if cloud is not None), default=1)
         points = torch.full((len(positions), most, self.dimensions), torch.nan)
@@ -127,14 +127,14 @@ class Annotations:
         return points
 
     def _some_clouds(self) -> Iterator[NDArray[np.float32]]:
-        given = [i for i, entry in enumerate(self.entries) if entry.points is not None][:100]
+        positions = [i for i, entry in enumerate(self.entries) if entry.points is not None][:100]
         yield from (
             cloud
-            for cloud in self._loaded("points", np.array(given, np.int64))
+            for cloud in self._read_all("points", np.array(positions, np.int64))
             if cloud is not None
         )
 
-    def _loaded(self, name: str, positions: NDArray[np.int64]) -> Iterator[NDArray[Any] | None]:
+    def _read_all(self, name: str, positions: NDArray[np.int64]) -> Iterator[NDArray[Any] | None]:
         with quiet():
             for position in positions.tolist():
                 try:
@@ -146,15 +146,15 @@ class Annotations:
         blob: Blob | None = getattr(self.entries[position], name)
         if blob is None:
             return None
-        if (name, position) not in self._kept:
-            array = self._decoded(name, position, blob.read())
+        if (name, position) not in self._cache:
+            array = self._decode(name, position, blob.read())
             # as if all were as large as this one
-            if (len(self._kept) + 1) * array.nbytes > KEPT_BYTES:
+            if (len(self._cache) + 1) * array.nbytes > MAX_CACHE_BYTES:
                 return array
-            self._kept[name, position] = array
-        return self._kept[name, position]
+            self._cache[name, position] = array
+        return self._cache[name, position]
 
-    def _decoded(self, name: str, position: int, data: bytes) -> NDArray[Any]:
+    def _decode(self, name: str, position: int, data: bytes) -> NDArray[Any]:
         if name == "points":
             return read_points(data)
         form = PixelFormat(shapes=(self.form.shapes[self.shapes[position]],), channels=1)

@@ -62,11 +62,11 @@ class ArrayCache:
     def _read(self, segment: Path) -> None:
         try:
             with (segment / "records.jsonl").open() as lines:
-                found = {}
+                records = {}
                 rows: dict[str, int] = {}
                 for line in lines:
                     key, facts, arrays = json.loads(line)
-                    found[key] = Record(
+                    records[key] = Record(
                         dict(facts),
                         {
                             name: (f"{segment.name}/{file}", row)
@@ -83,7 +83,7 @@ class ArrayCache:
                     return
         except (OSError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
             return  # damaged: its keys are missed, and made again
-        self.records.update(found)
+        self.records.update(records)
 
     def map(self, file: str) -> NDArray[Any]:
         """Memory-map one file of arrays, (rows, ...); its shape and dtype are in its name."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.data.listing import Entry
 
-MOST = 1024  # attributes that are read: the network has two inputs for each
+MAX_ATTRIBUTES_READ = 1024  # attributes that are read: the network has two inputs for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +36,20 @@ class AttributeTable:
     left_out: int
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], *, most: int = MOST) -> AttributeTable:
+    def of(cls, entries: Sequence[Entry], *, most: int = MAX_ATTRIBUTES_READ) -> AttributeTable:
         """Collect the attributes of images; of more than `most`, keep the most frequent."""
         times = Counter(name for entry in entries for name, _ in entry.attributes)
         names = tuple(sorted(sorted(times, key=lambda name: (-times[name], name))[:most]))
         numbers = {name: number for number, name in enumerate(names)}
-        known = [
+        pairs = [
             [(numbers[name], value) for name, value in entry.attributes if name in numbers]
             for entry in entries
         ]
         starts = np.concatenate(
-            [[0], np.cumsum([len(row) for row in known], dtype=np.int64)]
+            [[0], np.cumsum([len(row) for row in pairs], dtype=np.int64)]
         ).astype(np.int64)
-        columns = np.array([column for row in known for column, _ in row], np.int64)
-        values = np.array([value for row in known for _, value in row], np.float32)
+        columns = np.array([column for row in pairs for column, _ in row], np.int64)
+        values = np.array([value for row in pairs for _, value in row], np.float32)
         labels = np.ones(len(names), bool)
         labels[columns[values != 1]] = False
         return cls(
@@ -67,11 +67,11 @@ class AttributeTable:
         What is not given is NaN, or 0 for a label.
         """
         empty = np.where(self.labels, np.float32(0), np.float32(np.nan))
-        found = np.repeat(empty[None], len(positions), axis=0)
+        table = np.repeat(empty[None], len(positions), axis=0)
         for row, position in enumerate(positions.tolist()):
             chosen = slice(self.starts[position], self.starts[position + 1])
-            found[row, self.columns[chosen]] = self.values[chosen]
-        return torch.from_numpy(found)
+            table[row, self.columns[chosen]] = self.values[chosen]
+        return torch.from_numpy(table)
 
     def moments(self, positions: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the mean and standard deviation of each attribute over the images at `positions`.
@@ -83,12 +83,12 @@ class AttributeTable:
         owners = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         chosen = np.isin(owners, positions)
         columns, values = self.columns[chosen], self.values[chosen].astype(np.float64)
-        known = np.bincount(columns, minlength=size)
-        count = np.where(self.labels, len(positions), known)
+        present = np.bincount(columns, minlength=size)
+        count = np.where(self.labels, len(positions), present)
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.bincount(columns, values, minlength=size) / count
             squares = np.bincount(columns, (values - mean[columns]) ** 2, minlength=size)
             deviation = np.sqrt(
-                (squares + (count - known) * np.where(self.labels, mean, 0) ** 2) / count
+                (squares + (count - present) * np.where(self.labels, mean, 0) ** 2) / count
             )
         return tuple(mean.tolist()), tuple(deviation.tolist())

@@ -81,12 +81,12 @@ class AugmentConfig:
 
 class Augmented(NamedTuple):
     """Augmented images (B, C, H, W), the labels that tell the network what was done (B, 0 or 9),
-    and the maps and points that moved along.
+    and the maps and points, moved along with the images.
     """
 
     images: Tensor
     labels: Tensor
-    moved: dict[str, Tensor]
+    annotations: dict[str, Tensor]
 
 
 def augmentation_draws(seed: int | str, *, first: int, count: int) -> Tensor:
@@ -99,49 +99,55 @@ def augment(
     images: Tensor,
     draws: Tensor,
     *,
-    along: Mapping[str, Tensor] | None = None,
+    annotations: Mapping[str, Tensor] | None = None,
 ) -> Augmented:
     """Augment images (B, C, H, W) in [-1, 1], each by its own draws (B, 24).
 
     C may be 0 where only what lies over the images is needed.
 
     Args:
-        along: what lies over the images and keeps its place on them: maps (B, c, H, W), or points
+        annotations: what lies over the images and keeps its place on them: maps (B, c, H, W), or points
             (B, N, D) whose first two coordinates are x to the right and y upwards, with the image
             from -1 to 1.
     Raises:
         ConfigError: for quarter turns of images that are not square.
     """
-    along = along or {}
+    annotations = annotations or {}
     if config.is_off:
-        return Augmented(images, images.new_zeros(len(images), 0), dict(along))
-    plane = _compose(_rotation(config, draws[:, 3]), _crop(config, draws[:, 4:7], *_sides(images)))
+        return Augmented(images, images.new_zeros(len(images), 0), dict(annotations))
+    plane = _compose(
+        _draw_rotation(config, draws[:, 3]), _draw_crop(config, draws[:, 4:7], *_sides(images))
+    )
     labels = images.new_zeros(len(images), 0)
     if config.karras:
         map_, labels = non_leaking(config.karras, draws[:, 11:24])
         plane, labels = _compose(plane, map_), labels.to(images.dtype)
 
-    def placed(maps: Tensor) -> Tensor:
+    def transform(maps: Tensor) -> Tensor:
         if not maps.shape[1]:
             return maps
-        maps = _exact(config, maps, draws[:, :3])
+        maps = _flip_and_turn(config, maps, draws[:, :3])
         return (
-            warped(maps, plane) if config.rotation_degrees or config.crop or config.karras else maps
+            warp(maps, plane) if config.rotation_degrees or config.crop or config.karras else maps
         )
 
     sides = _sides(images)
-    moved = {
-        name: placed(value)
+    annotations = {
+        name: transform(value)
         if value.ndim == 4
-        else _carried(value, plane, _exact_plane(config, draws[:, :3]), *sides)
-        for name, value in along.items()
+        else _move_points(value, plane, _flip_and_turn_matrix(config, draws[:, :3]), *sides)
+        for name, value in annotations.items()
     }
-    colours = _colours(config, draws[:, 7:11], images.shape[1])
-    images = placed(images)
-    return Augmented(images if colours is None else _recoloured(images, colours), labels, moved)
+    colours = _draw_colour_matrix(config, draws[:, 7:11], images.shape[1])
+    images = transform(images)
+    return Augmented(
+        images if colours is None else _apply_colour_matrix(images, colours), labels, annotations
+    )
 
 
-def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float) -> Tensor:
+def _move_points(
+    points: Tensor, plane: Tensor, exact: Tensor, width: float, height: float
+) -> Tensor:
     """Move points (B, N, D) to where the image's pixels went.
 
     `plane` maps output to input coordinates; `exact`, applied before it, maps input to output.
@@ -153,20 +159,20 @@ def _carried(points: Tensor, plane: Tensor, exact: Tensor, width: float, height:
     return torch.cat([at, points[..., 2:]], dim=2)
 
 
-def _exact_plane(config: AugmentConfig, draws: Tensor) -> Tensor:
-    """Return the maps (B, 3, 3) that `_exact` applies, from input to output; y points down."""
+def _flip_and_turn_matrix(config: AugmentConfig, draws: Tensor) -> Tensor:
+    """Return the maps (B, 3, 3) that `_flip_and_turn` applies, from input to output; y points down."""
 
     def sign(flips: tuple[str, str], draw: Tensor) -> Tensor:
         return torch.where((draw < 0.5) & (config.flip in flips), -1.0, 1.0).to(torch.float64)
 
     turns = (draws[:, 2] * 4).long() * (config.quarter_turns == "all")
-    mirrored = _scaled(
+    mirrored = _scale_matrix(
         sign(("horizontal", "both"), draws[:, 0]), sign(("vertical", "both"), draws[:, 1])
     )
-    return _compose(_turned(-turns * (math.pi / 2)), mirrored)
+    return _compose(_rotation_matrix(-turns * (math.pi / 2)), mirrored)
 
 
-def _exact(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
+def _flip_and_turn(config: AugmentConfig, images: Tensor, draws: Tensor) -> Tensor:
     """Flip and quarter-turn images: pixels move, and keep their values."""
 
     def where(mask: Tensor, changed: Tensor, images: Tensor) -> Tensor:
@@ -204,27 +210,27 @@ def _compose(*maps: Tensor) -> Tensor:
     return result
 
 
-def _turned(angle: Tensor) -> Tensor:
+def _rotation_matrix(angle: Tensor) -> Tensor:
     matrix = _identity(len(angle))
     cos, sin = torch.cos(angle), torch.sin(angle)
     matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1] = cos, -sin, sin, cos
     return matrix
 
 
-def _scaled(x: Tensor, y: Tensor) -> Tensor:
+def _scale_matrix(x: Tensor, y: Tensor) -> Tensor:
     matrix = _identity(len(x))
     matrix[:, 0, 0], matrix[:, 1, 1] = x, y
     return matrix
 
 
-def _shifted(x: Tensor, y: Tensor) -> Tensor:
+def _translation_matrix(x: Tensor, y: Tensor) -> Tensor:
     matrix = _identity(len(x))
     matrix[:, 0, 2], matrix[:, 1, 2] = x, y
     return matrix
 
 
-def _rotation(config: AugmentConfig, draw: Tensor) -> Tensor:
-    return _turned((2 * draw - 1) * math.radians(config.rotation_degrees))
+def _draw_rotation(config: AugmentConfig, draw: Tensor) -> Tensor:
+    return _rotation_matrix((2 * draw - 1) * math.radians(config.rotation_degrees))
 
 
 def _sides(images: Tensor) -> tuple[float, float]:
@@ -233,11 +239,11 @@ def _sides(images: Tensor) -> tuple[float, float]:
     return width / min(height, width), height / min(height, width)
 
 
-def _crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> Tensor:
-    kept = 1 - config.crop * draws[:, 0]
-    room = 1 - kept
-    x, y = (width * room * (2 * draws[:, 1] - 1), height * room * (2 * draws[:, 2] - 1))
-    return _compose(_shifted(x, y), _scaled(kept, kept))
+def _draw_crop(config: AugmentConfig, draws: Tensor, width: float, height: float) -> Tensor:
+    scale = 1 - config.crop * draws[:, 0]
+    margin = 1 - scale
+    x, y = (width * margin * (2 * draws[:, 1] - 1), height * margin * (2 * draws[:, 2] - 1))
+    return _compose(_translation_matrix(x, y), _scale_matrix(scale, scale))
 
 
 def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,11 +261,11 @@ def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
     axis, stretch = on[:, 4] * (2 * draws[:, 9] - 1) * math.pi, on[:, 4] * _normal(draws[:, 10])
     x, y = on[:, 5] * _normal(draws[:, 11]), on[:, 5] * _normal(draws[:, 12])
     forward = _compose(
-        _shifted(2 * _TRANSLATION * x, 2 * _TRANSLATION * y),
-        _turned(axis), _scaled(_SCALE**stretch, _SCALE**-stretch), _turned(-axis),
-        _turned(-angle),
-        _scaled(_SCALE**zoom, _SCALE**zoom),
-        _scaled(1 - 2 * mirrored, 1 - 2 * upside_down),
+        _translation_matrix(2 * _TRANSLATION * x, 2 * _TRANSLATION * y),
+        _rotation_matrix(axis), _scale_matrix(_SCALE**stretch, _SCALE**-stretch), _rotation_matrix(-axis),
+        _rotation_matrix(-angle),
+        _scale_matrix(_SCALE**zoom, _SCALE**zoom),
+        _scale_matrix(1 - 2 * mirrored, 1 - 2 * upside_down),
     )  # fmt: skip
     labels = [mirrored, upside_down, zoom, torch.cos(angle) - 1, torch.sin(angle)]
     labels += [stretch * torch.cos(axis), stretch * torch.sin(axis), x, y]
@@ -271,7 +277,7 @@ def _normal(uniform: Tensor) -> Tensor:
     return result
 
 
-def warped(images: Tensor, maps: Tensor) -> Tensor:
+def warp(images: Tensor, maps: Tensor) -> Tensor:
     """Resample images (B, C, H, W) in [-1, 1] by maps (B, 3, 3), bicubically.
 
     Outside of the image, its reflection is sampled; values are clamped to [-1, 1].
@@ -287,7 +293,9 @@ def warped(images: Tensor, maps: Tensor) -> Tensor:
     return sampled.clamp(-1, 1)
 
 
-def _colours(config: AugmentConfig, draws: Tensor, channels: int) -> tuple[Tensor, Tensor] | None:
+def _draw_colour_matrix(
+    config: AugmentConfig, draws: Tensor, channels: int
+) -> tuple[Tensor, Tensor] | None:
     """Return matrices (B, c, c) and offsets (B, c) for c colour channels; None for no change."""
     if not channels or not (
         config.brightness or config.contrast or config.saturation or config.hue_degrees
@@ -319,7 +327,7 @@ def _hue(angle: Tensor) -> Tensor:
     )
 
 
-def _recoloured(images: Tensor, colours: tuple[Tensor, Tensor]) -> Tensor:
+def _apply_colour_matrix(images: Tensor, colours: tuple[Tensor, Tensor]) -> Tensor:
     matrix, offset = (value.to(images.dtype) for value in colours)
     count = matrix.shape[1]
     changed = torch.einsum("bij,bjhw->bihw", matrix, images[:, :count]) + offset[:, :, None, None]

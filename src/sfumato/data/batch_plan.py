@@ -91,11 +91,11 @@ def _order(plan: BatchPlan, epoch: int) -> NDArray[np.int64]:
         for group in groups
         for chunk in np.split(group, range(plan.batch_size, len(group), plan.batch_size))
     ]
-    whole = [chunk for chunk in chunks if len(chunk) == plan.batch_size]
-    rest = [chunk for chunk in chunks if len(chunk) < plan.batch_size]
+    full_batches = [chunk for chunk in chunks if len(chunk) == plan.batch_size]
+    remainders = [chunk for chunk in chunks if len(chunk) < plan.batch_size]
     rank = np.argsort(permuted)
-    whole.sort(key=lambda chunk: rank[chunk[0]])
-    return np.concatenate([*head, *whole, *rest])
+    full_batches.sort(key=lambda chunk: rank[chunk[0]])
+    return np.concatenate([*head, *full_batches, *remainders])
 
 
 def _head(

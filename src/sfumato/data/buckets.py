@@ -54,8 +54,13 @@ class BucketConfig:
             height = area // width // self.step * self.step
             if height and width / height <= self.max_ratio:
                 wide[math.log(width / height)] = (height, width)
-        beside = (self.count - 1) // 2
-        wanted = [math.log(self.max_ratio) * i / max(1, beside) for i in range(beside + 1)]
-        chosen = sorted({min(wide, key=lambda aspect: abs(aspect - want)) for want in wanted})
+        per_orientation = (self.count - 1) // 2
+        target_aspects = [
+            math.log(self.max_ratio) * i / max(1, per_orientation)
+            for i in range(per_orientation + 1)
+        ]
+        chosen = sorted(
+            {min(wide, key=lambda aspect: abs(aspect - target)) for target in target_aspects}
+        )
         tall = [wide[aspect][::-1] for aspect in reversed(chosen) if aspect]
         return (*tall, *(wide[aspect] for aspect in chosen))

@@ -24,7 +24,7 @@ from sfumato.storage.atomic import commit
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
 TEXTS = ("captions", "category", "attributes", "holdout")
-Packed = dict[str, Any]
+PackedSample = dict[str, Any]
 
 
 def convert(
@@ -63,8 +63,8 @@ def convert(
     columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
-        samples = _packed(listing.entries, rejects, on_progress)
-        paths = _written(samples, dest, kind, columns, None if single else shard_mib << 20)
+        samples = _pack(listing.entries, rejects, on_progress)
+        paths = _write_files(samples, dest, kind, columns, None if single else shard_mib << 20)
     except OSError as error:
         raise DataError(
             f"cannot be written: {error}",
@@ -91,8 +91,8 @@ class TableColumns:
         return cls(annotations=used(tuple(ANNOTATION_FILES)), texts=used(TEXTS))
 
 
-def _written(
-    samples: Iterator[Packed], dest: Path, kind: str, columns: TableColumns, limit: int | None
+def _write_files(
+    samples: Iterator[PackedSample], dest: Path, kind: str, columns: TableColumns, limit: int | None
 ) -> list[Path]:
     """Write samples to one file, or to files of at most `limit` bytes of images each.
 
@@ -131,9 +131,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}")
 
 
-def _packed(
+def _pack(
     entries: list[Entry], rejects: list[Reject], on_progress: Callable[[int, int], None] | None
-) -> Iterator[Packed]:
+) -> Iterator[PackedSample]:
     """Yield samples as plain data: encoded bytes as they are, 8-bit gray or RGB arrays as PNG.
 
     Samples that cannot be read are added to `rejects`.
@@ -181,7 +181,7 @@ def _as_image(data: bytes) -> bytes:
 class Writer(Protocol):
     """A writer of samples to one file."""
 
-    def add(self, sample: Packed) -> None:
+    def add(self, sample: PackedSample) -> None:
         """Append a sample: its name, encoded image and annotations as bytes, and texts."""
         ...
 
@@ -197,7 +197,7 @@ class _Tar:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._keys: set[str] = set()
 
-    def add(self, sample: Packed) -> None:
+    def add(self, sample: PackedSample) -> None:
         key = _key(sample["name"], len(self._keys), self._keys)
         members = [(suffix_of(sample["image"]), sample["image"])]
         members += [
@@ -240,10 +240,10 @@ class _Parquet:
         from sfumato.data.sources.parquet import TableWriter
 
         self._table = TableWriter(path, images=("image", *columns.annotations), texts=columns.texts)
-        self._rows: list[Packed] = []
+        self._rows: list[PackedSample] = []
         self._size = 0
 
-    def add(self, sample: Packed) -> None:
+    def add(self, sample: PackedSample) -> None:
         self._rows.append(sample)
         self._size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
         if len(self._rows) >= ROWS or self._size >= ROW_BYTES:

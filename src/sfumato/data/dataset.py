@@ -20,10 +20,10 @@ from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, Size
 from sfumato.data.annotations import Annotations
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
-from sfumato.data.dataset_diff import recorded
+from sfumato.data.dataset_diff import record_contents
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.frames import Frames
-from sfumato.data.holdout import parts
+from sfumato.data.holdout import assign_splits
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Reject, Source
 from sfumato.data.sources import Digits
@@ -87,9 +87,9 @@ class DataConfig:
     workers: SizeOrZero = 0
 
     def __post_init__(self) -> None:
-        colour = all(0 <= level <= 255 for level in self.background)
-        whole = self.resolution >= 1 and self.workers >= 0 and 1 <= self.channels <= 64
-        if not whole or not 0 < self.holdout < 1 or not colour:
+        colour_valid = all(0 <= level <= 255 for level in self.background)
+        counts_valid = self.resolution >= 1 and self.workers >= 0 and 1 <= self.channels <= 64
+        if not counts_valid or not 0 < self.holdout < 1 or not colour_valid:
             raise ConfigError(
                 f"resolution = {self.resolution}, channels = {self.channels}, holdout = "
                 f"{self.holdout}, workers = {self.workers}, "
@@ -100,9 +100,10 @@ class DataConfig:
             )
         if self.size is not None and (min(self.size) < 1 or self.buckets is not None):
             raise ConfigError(
-                f"size = {self.size}" + (" beside buckets" if self.buckets is not None else ""),
+                f"size = {self.size}"
+                + (" together with buckets" if self.buckets is not None else ""),
                 where="data.size",
-                hint="a height and a width of at least 1, and no data.buckets beside it",
+                hint="a height and a width of at least 1, without data.buckets",
             )
         if self.range != "auto" and not (
             self.range[0] < self.range[1] and all(map(math.isfinite, self.range))
@@ -205,14 +206,14 @@ class Dataset:
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
 
     def __post_init__(self) -> None:
-        part = parts(self.entries, self.ids, self.clusters, self.config.holdout)
-        object.__setattr__(self, "holdout", np.flatnonzero(part == "holdout"))
-        object.__setattr__(self, "training", np.flatnonzero(part == "training"))
-        names = sorted(set(part) - {"holdout", "training"})
+        splits = assign_splits(self.entries, self.ids, self.clusters, self.config.holdout)
+        object.__setattr__(self, "holdout", np.flatnonzero(splits == "holdout"))
+        object.__setattr__(self, "training", np.flatnonzero(splits == "training"))
+        names = sorted(set(splits) - {"holdout", "training"})
         object.__setattr__(
             self,
             "named_holdouts",
-            {name.removeprefix(":"): np.flatnonzero(part == name) for name in names},
+            {name.removeprefix(":"): np.flatnonzero(splits == name) for name in names},
         )
 
     @property
@@ -254,9 +255,9 @@ class Dataset:
     @property
     def training_numbers(self) -> NDArray[np.int64]:
         """The number of each image within the training part, or -1; shape (N,)."""
-        found = np.full(len(self.ids), -1)
-        found[self.training] = np.arange(len(self.training))
-        return found
+        numbers = np.full(len(self.ids), -1)
+        numbers[self.training] = np.arange(len(self.training))
+        return numbers
 
     @property
     def _common_shape(self) -> int:
@@ -280,14 +281,14 @@ class Dataset:
         positions = np.asarray(positions, np.int64)
         if self.read_rows is not None:
             return Images(torch.from_numpy(self.read_rows(positions)), [], positions)
-        decoded, bad, found = [], [], []
+        decoded, bad, read_positions = [], [], []
         with quiet():
             for position in positions:
-                pixels, failed, read = self._read(int(position))
+                pixels, rejects, read = self._read(int(position))
                 decoded.append(pixels)
-                found.append(read)
-                bad += failed
-        return Images(torch.from_numpy(np.stack(decoded)), bad, np.array(found, np.int64))
+                read_positions.append(read)
+                bad += rejects
+        return Images(torch.from_numpy(np.stack(decoded)), bad, np.array(read_positions, np.int64))
 
     def context(
         self, positions: NDArray[np.int64], *, draws: Sequence[float] | None = None
@@ -311,13 +312,13 @@ class Dataset:
                 decoded = decode(entry.image.read(), form)
                 if decoded.shape == shape:
                     return decoded.pixels, bad, candidate
-                bad.append(Reject(entry.name, "has another shape than when it was indexed"))
+                bad.append(Reject(entry.name, "has a different shape than when it was indexed"))
             except (RejectedImage, OSError) as error:
                 bad.append(Reject(entry.name, str(error)))
         raise DataError(
-            "neither it nor any image like it can be read any more",
+            "can no longer be read, and neither can any substitute",
             where=bad[0].name,
-            hint="is the disk still there?",
+            hint="check that the disk is still mounted",
         )
 
     def _substitutes(self, position: int) -> Iterator[int]:
@@ -348,7 +349,7 @@ class Dataset:
         ]
         counts = Counter(self.labels.tolist())
         shapes = self.config.pixel_format().shapes
-        found = {"duplicate": duplicates, "near_duplicate": similar}
+        copies = {"duplicate": duplicates, "near_duplicate": similar}
         return {
             "fingerprint": self.fingerprint,
             "source": type(self.config.source).__name__,
@@ -373,7 +374,7 @@ class Dataset:
             "remarks": list(self.remarks),
             "ledger": self.ledger.plain(),
             "rejects": [{"file": reject.name, "reason": reject.reason} for reject in self.rejects],
-            "notes": {**self.notes, **{kind: names for kind, names in found.items() if names}},
-            **recorded(self),
+            "notes": {**self.notes, **{kind: names for kind, names in copies.items() if names}},
+            **record_contents(self),
             "holdout_files": [self.entries[i].name for i in self.holdout],
         }

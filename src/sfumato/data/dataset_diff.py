@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfumato.data.dataset import Dataset
 
-SHOWN = 5  # names in a message
+MAX_EXAMPLES = 5  # names in a message
 # images in a set, above which single ones are not recorded: the list would take 20 MB
-LISTED = 200_000
+MAX_LISTED_IMAGES = 200_000
 WIDTH = 16  # hexadecimal digits of a hash: enough to tell the images of one set apart
 WORDS = {
     "captions": "captions differ",
@@ -25,10 +25,10 @@ WORDS = {
 }
 
 
-def recorded(dataset: Dataset) -> dict[str, Any]:
+def record_contents(dataset: Dataset) -> dict[str, Any]:
     """Return what data.json keeps for `changes`: a hash of each part of the contents.
 
-    In sets of up to LISTED images, it also keeps hashes of each image, and of its texts, attributes
+    In sets of up to MAX_LISTED_IMAGES images, it also keeps hashes of each image, and of its texts, attributes
     and category, by name.
     """
     entries = dataset.entries
@@ -47,13 +47,16 @@ def recorded(dataset: Dataset) -> dict[str, Any]:
         "order": _hash(dataset.ids),
         "format": repr(dataset.config.pixel_format()),
     }
-    if len(entries) > LISTED:
+    if len(entries) > MAX_LISTED_IMAGES:
         return {"parts": parts}
-    told = (_hash((e.captions, e.attributes, name)) for e, name in zip(entries, names, strict=True))
+    text_hashes = (
+        _hash((e.captions, e.attributes, name)) for e, name in zip(entries, names, strict=True)
+    )
     return {
         "parts": parts,
         "files": {
-            e.name: [i[:WIDTH], t] for e, i, t in zip(entries, dataset.ids, told, strict=True)
+            e.name: [i[:WIDTH], t]
+            for e, i, t in zip(entries, dataset.ids, text_hashes, strict=True)
         },
     }
 
@@ -63,16 +66,16 @@ def _hash(value: object) -> str:
 
 
 def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
-    """Return sentences on what differs from what `recorded` returned before.
+    """Return sentences on what differs from what `record_contents` returned before.
 
     [] if nothing was recorded, or nothing differs.
     """
     if "parts" not in before:
         return []
-    now = recorded(dataset)
+    now = record_contents(dataset)
     old, new = (set_.get("files", {}) for set_ in (before, now))
     differing = [part for part, was in before["parts"].items() if was != now["parts"].get(part)]
-    found = (
+    sentences = (
         list(_of_files(old, new))
         if old and new
         else ["other images"]
@@ -82,36 +85,40 @@ def changes(before: Mapping[str, Any], dataset: Dataset) -> list[str]:
     same_images = "images" not in differing
     for part in differing:
         if part == "format":
-            found.append(f"{WORDS[part]}: {before['parts'][part]} before, {now['parts'][part]} now")
+            sentences.append(
+                f"{WORDS[part]}: {before['parts'][part]} before, {now['parts'][part]} now"
+            )
         elif part in WORDS and same_images:  # of other images, these differ anyhow
             edited = [
                 name
                 for name in old
                 if name in new and old[name][0] == new[name][0] and old[name][1] != new[name][1]
             ]
-            found.append(f"{WORDS[part]}{_of(edited) if edited and part != 'split' else ''}")
-    return found or (["the order of the images differs"] if "order" in differing else [])
+            sentences.append(
+                f"{WORDS[part]}{_examples(edited) if edited and part != 'split' else ''}"
+            )
+    return sentences or (["the order of the images differs"] if "order" in differing else [])
 
 
 def _of_files(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    gone, come = (
+    gone, added = (
         [name for name in old if name not in new],
         [name for name in new if name not in old],
     )
-    by_content = {new[name][0]: name for name in come}
+    by_content = {new[name][0]: name for name in added}
     renamed = {name: by_content[old[name][0]] for name in gone if old[name][0] in by_content}
     groups = {
         "edited": [name for name in old if name in new and old[name][0] != new[name][0]],
         "gone": [name for name in gone if name not in renamed],
-        "new": [name for name in come if name not in renamed.values()],
+        "new": [name for name in added if name not in renamed.values()],
         "renamed, which changes their order": [
             f"{name} -> {later}" for name, later in renamed.items()
         ],
     }
-    for what, names in groups.items():
+    for change, names in groups.items():
         if names:
-            yield f"{len(names)} image(s) {what}{_of(names)}"
+            yield f"{len(names)} image(s) {change}{_examples(names)}"
 
 
-def _of(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+def _examples(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:MAX_EXAMPLES])}{', ...' if len(names) > MAX_EXAMPLES else ''})"

@@ -34,11 +34,11 @@ from sfumato.data.pixel_format import (
     Scale,
     array_id,
     check_size,
-    covering,
-    premultiplied,
+    covering_box,
+    premultiply,
     quiet,
-    resampled,
-    transposed,
+    resample,
+    transpose,
 )
 from sfumato.data.png16 import is_deep_colour, read_deep_colour
 
@@ -252,11 +252,11 @@ def _decode_raw(
     height, width, bands = raw.array.shape
     shape = form.nearest(width, height)
     target = form.shapes[shape]
-    if _upscaled((width, height), target):
+    if _needs_upscaling((width, height), target):
         notes.append("upscaled")
     if frames > 1:
         notes.append("animated_first_frame_used")
-    box = covering(width, height, target)
+    box = covering_box(width, height, target)
     if (
         raw.kind == "bytes"
         and form.scale.bytes is None
@@ -264,11 +264,11 @@ def _decode_raw(
         and form.channels in MODES
     ):
         array = np.ascontiguousarray(raw.array)
-        pixels = _resampled(
+        pixels = _resample_with_pillow(
             Image.fromarray(array[..., 0] if bands == 1 else array), box, target, form, notes
         )
     else:
-        pixels = resampled(raw, box, target, form, notes)
+        pixels = resample(raw, box, target, form, notes)
     return Decoded(
         np.ascontiguousarray(pixels.transpose(2, 0, 1)),
         shape,
@@ -296,7 +296,7 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     target = form.shapes[shape]
     # the shape before the image is turned upright
     stored = (target[1], target[0]) if turned else target
-    if _upscaled(upright, target):
+    if _needs_upscaling(upright, target):
         notes.append("upscaled")
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 size; twice the target leaves the resampling filter
     # room to work in.
@@ -307,15 +307,15 @@ def _decode_image(image: Image.Image, data: bytes, form: PixelFormat, identify: 
     image.load()
     image = _without_palette(image, notes)
     name = _identity(image, data, orientation) if identify else ""
-    box = covering(right, bottom, stored)
+    box = covering_box(right, bottom, stored)
     ranged = form.scale.bytes is not None or (form.alpha == "off" and image.mode in WITH_ALPHA)
     if image.mode.startswith("I;16") or ranged:
-        pixels = resampled(_raw_of(_in_srgb(image, notes), depths), box, stored, form, notes)
+        pixels = resample(_raw_of(_in_srgb(image, notes), depths), box, stored, form, notes)
     else:
-        pixels = _resampled(image, box, stored, form, notes)
+        pixels = _resample_with_pillow(image, box, stored, form, notes)
     if orientation in UPRIGHT:
         notes.append("exif_rotated")
-        pixels = transposed(pixels, UPRIGHT[orientation])
+        pixels = transpose(pixels, UPRIGHT[orientation])
     return Decoded(
         np.ascontiguousarray(pixels.transpose(2, 0, 1)), shape, upright, tuple(notes), name, frames
     )
@@ -346,7 +346,7 @@ def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image if image.mode in (*MODES.values(), "I;16", "I;16B") else image.convert("RGB")
 
 
-def _upscaled(size: tuple[int, int], target: tuple[int, int]) -> bool:
+def _needs_upscaling(size: tuple[int, int], target: tuple[int, int]) -> bool:
     return max(target[1] / size[0], target[0] / size[1]) > 1
 
 
@@ -402,7 +402,7 @@ def _identity(image: Image.Image, data: bytes, orientation: int) -> str:
     return array_id(np.asarray(image), orientation)
 
 
-def _resampled(
+def _resample_with_pillow(
     image: Image.Image, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
     """Crop an image to `box`, scale it with antialiasing and convert its colours: (H, W, C)."""
@@ -428,5 +428,5 @@ def _resampled(
         *target, form.channels
     )
     if form.channels in (2, 4):
-        pixels = premultiplied(pixels)
+        pixels = premultiply(pixels)
     return pixels.astype(np.uint16) * np.uint16(257) if form.bits == 16 else pixels

@@ -19,14 +19,14 @@ from PIL import Image
 
 ALGORITHM = 4  # raised when a change regroups images
 SIDE = 32
-SMALLEST = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
+MIN_SIDE = 16  # pixels along the shorter side, under which a copy cannot be told from a look-alike
 NEIGHBOURS, DIMENSIONS = 8, 12
 FLAT = 6.0  # of 255: below this contrast, noise is not stretched
 BLANK = 2.0  # of 255: deviation of a thumbnail's pixels, below which it shows nothing
 # Measured on 20,000 CIFAR-10 images and 4,495 emoji with planted copies (docs/benchmarks.md).
 # of signatures, for a closer look, and for one after alignment
-LEAST_CORRELATION, LEAST_TO_ALIGN = 0.8, 0.87
-LARGEST_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
+MIN_CORRELATION, MIN_CORRELATION_TO_ALIGN = 0.8, 0.87
+MAX_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
 CHUNK = 4_000
@@ -59,7 +59,7 @@ def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def stretched(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
+def stretch_contrast(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
     """Convert thumbnails (N, 32, 32, 3) to 8 bits.
 
     A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
@@ -86,26 +86,26 @@ def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -
     the next, do not all form one group.
 
     Args:
-        resolution: pixels along the shortest side; below SMALLEST, only exact copies are grouped.
+        resolution: pixels along the shortest side; below MIN_SIDE, only exact copies are grouped.
     """
     firsts: dict[str, int] = {}
     same = np.array([firsts.setdefault(id_, number) for number, id_ in enumerate(ids)], np.int64)
     distinct = np.unique(same)
     small = (
-        stretched(thumbnails)[distinct]
-        if resolution >= SMALLEST
+        stretch_contrast(thumbnails)[distinct]
+        if resolution >= MIN_SIDE
         else np.empty((0, SIDE, SIDE, 3), np.uint8)
     )
     leaders = np.arange(len(distinct))
     pairs = near_pairs(small)
     if len(pairs):
-        leaders = _led(small, pairs, [ids[number] for number in distinct])
+        leaders = _choose_leaders(small, pairs, [ids[number] for number in distinct])
     groups = np.arange(len(ids))
     groups[distinct] = distinct[leaders]
     return np.unique(groups[same], return_inverse=True)[1].astype(np.int64)
 
 
-def _led(
+def _choose_leaders(
     thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], ids: Sequence[str]
 ) -> NDArray[np.int64]:
     """Return the leader of each thumbnail: among connected ones, the one with the most copies.
@@ -113,25 +113,27 @@ def _led(
     A copy of a follower is compared with the leader itself, so that chains end where the likeness
     does.
     """
-    beside: dict[int, set[int]] = {}
+    neighbours: dict[int, set[int]] = {}
     for first, second in pairs.tolist():
-        beside.setdefault(first, set()).add(second)
-        beside.setdefault(second, set()).add(first)
+        neighbours.setdefault(first, set()).add(second)
+        neighbours.setdefault(second, set()).add(first)
     leader = np.arange(len(thumbnails))
-    free = set(beside)
-    for chosen in sorted(beside, key=lambda number: (-len(beside[number]), ids[number])):
+    free = set(neighbours)
+    for chosen in sorted(neighbours, key=lambda number: (-len(neighbours[number]), ids[number])):
         if chosen not in free:
             continue
         free.discard(chosen)
-        met, frontier = {chosen}, [chosen]
+        visited, frontier = {chosen}, [chosen]
         while frontier:
             candidates = sorted(
-                {other for number in frontier for other in beside[number] if other in free} - met
+                {other for number in frontier for other in neighbours[number] if other in free}
+                - visited
             )
-            met.update(candidates)
-            direct = [other for other in candidates if other in beside[chosen]]
+            visited.update(candidates)
+            direct = [other for other in candidates if other in neighbours[chosen]]
             further = np.array(
-                [(chosen, other) for other in candidates if other not in beside[chosen]], np.int64
+                [(chosen, other) for other in candidates if other not in neighbours[chosen]],
+                np.int64,
             ).reshape(-1, 2)
             frontier = [
                 *direct,
@@ -167,27 +169,27 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
     if len(thumbnails) < 2:
         return pairs
     values = signatures(thumbnails)
-    kept = asked = np.arange(len(thumbnails))
-    while len(asked):
-        near = kept[_neighbours(values[kept], np.searchsorted(kept, asked))]
-        found = [
+    candidates = queries = np.arange(len(thumbnails))
+    while len(queries):
+        near = candidates[_neighbours(values[candidates], np.searchsorted(candidates, queries))]
+        new_pairs = [
             part[_alike(thumbnails, part, correlation)]
-            for part, correlation in _related(thumbnails, values, near)
+            for part, correlation in _candidate_pairs(thumbnails, values, near)
         ]
-        pairs = np.concatenate([pairs, *found])
-        kept, asked = _crowded(components(len(thumbnails), pairs), kept)
+        pairs = np.concatenate([pairs, *new_pairs])
+        candidates, queries = _crowded(components(len(thumbnails), pairs), candidates)
     return pairs
 
 
 def _crowded(
-    groups: NDArray[np.int64], kept: NDArray[np.int64]
+    groups: NDArray[np.int64], candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return one of the `kept` images for each group, and those of groups that are searched again.
+    """Return one of the `candidates` images for each group, and those of groups that are searched again.
 
     These groups are so large that their own members may have hidden other copies.
     """
-    _, firsts, sizes = np.unique(groups[kept], return_index=True, return_counts=True)
-    return np.sort(kept[firsts]), kept[firsts[sizes > NEIGHBOURS // 2]]
+    _, firsts, sizes = np.unique(groups[candidates], return_index=True, return_counts=True)
+    return np.sort(candidates[firsts]), candidates[firsts[sizes > NEIGHBOURS // 2]]
 
 
 def signatures(thumbnails: NDArray[np.uint8]) -> Floats:
@@ -213,8 +215,8 @@ def _means(images: NDArray[Any], size: int) -> Floats:
     return result
 
 
-def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pair the images at `asked` with their nearest neighbours in a few principal components.
+def _neighbours(signatures: Floats, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pair the images at `queries` with their nearest neighbours in a few principal components.
 
     Pairs are (P, 2) with first < second.
     """
@@ -225,12 +227,12 @@ def _neighbours(signatures: Floats, asked: NDArray[np.int64]) -> NDArray[np.int6
     axes = np.linalg.eigh((sample - centre).T @ (sample - centre))[1][:, -DIMENSIONS:]
     points = (signatures - centre) @ axes.astype(np.float32)
     count = min(NEIGHBOURS + 1, len(points))
-    _, found = cKDTree(points).query(points[asked], k=count, workers=-1)
-    pairs = np.stack([np.repeat(asked, count), found.reshape(-1)], axis=1)
+    _, nearest = cKDTree(points).query(points[queries], k=count, workers=-1)
+    pairs = np.stack([np.repeat(queries, count), nearest.reshape(-1)], axis=1)
     return np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)
 
 
-def _related(
+def _candidate_pairs(
     thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
@@ -243,7 +245,7 @@ def _related(
         correlation[flat] = _fine_correlation(
             *(thumbnails[part[flat, column]] for column in (0, 1))
         )
-        chosen = correlation > LEAST_CORRELATION
+        chosen = correlation > MIN_CORRELATION
         yield part[chosen], correlation[chosen]
 
 
@@ -253,7 +255,7 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
     It is for images that coarse means do not tell apart, such as fields of many small things; 1
     where both are blank.
     """
-    a, b = _centred(first), _centred(second)
+    a, b = _centre(first), _centre(second)
     powers = _power(a)[:, 0, 0, 0], _power(b)[:, 0, 0, 0]
     correlation: Floats = (a * b).mean((1, 2, 3)) / np.sqrt(powers[0] * powers[1] + 1e-6)
     correlation[np.maximum(*powers) < BLANK**2] = 1
@@ -266,12 +268,12 @@ def _alike(
     """Return whether the thumbnails of each pair show the same, as they are or after alignment."""
     alike = np.zeros(len(pairs), bool)
     if len(pairs):
-        alike[:] = difference(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]]) < LARGEST_DIFFERENCE
+        alike[:] = difference(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]]) < MAX_DIFFERENCE
     for columns in ((0, 1), (1, 0)):
-        rest = np.flatnonzero(~alike & (correlation > LEAST_TO_ALIGN))
-        if len(rest):
-            fixed, moving = (thumbnails[pairs[rest, column]] for column in columns)
-            alike[rest] = difference(fixed, _aligned(fixed, moving)) < LARGEST_DIFFERENCE
+        undecided = np.flatnonzero(~alike & (correlation > MIN_CORRELATION_TO_ALIGN))
+        if len(undecided):
+            fixed, moving = (thumbnails[pairs[undecided, column]] for column in columns)
+            alike[undecided] = difference(fixed, _align(fixed, moving)) < MAX_DIFFERENCE
     return alike
 
 
@@ -281,7 +283,7 @@ def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
     One gain and offset are fitted for all channels; what a small misplacement of edges explains is
     left out; the rest is averaged over 4 x 4 pixels, and the largest value is taken.
     """
-    a, b = (_centred(images) for images in (first, second))
+    a, b = (_centre(images) for images in (first, second))
     gain = np.sqrt((_power(a) + 1) / (_power(b) + 1)).clip(0.6, 1.6)
     b = b * gain
     inside = slice(MARGIN, SIDE - MARGIN)
@@ -292,7 +294,7 @@ def difference(first: NDArray[Any], second: NDArray[Any]) -> Floats:
     return result
 
 
-def _centred(images: NDArray[Any]) -> Floats:
+def _centre(images: NDArray[Any]) -> Floats:
     values = images.astype(np.float32)
     result: Floats = values - values.mean((1, 2, 3), keepdims=True)
     return result
@@ -315,20 +317,20 @@ def _range(images: Floats) -> Floats:
     return over(np.maximum) - over(np.minimum)
 
 
-def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
+def _align(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
     """Enlarge and shift `moving` (n, 32, 32, 3) so that it lies best over `fixed`.
 
     The fit is judged by every second pixel.
     """
     places = np.arange(MARGIN, SIDE - MARGIN, 2)
-    target = _centred(_gray(fixed)[:, places][:, :, places])
+    target = _centre(_gray(fixed)[:, places][:, :, places])
     source, gray = moving.astype(np.float32), _gray(moving)
     best = np.full(len(fixed), np.inf, np.float32)
     choice = np.zeros((len(fixed), 3))
     for zoom, dy in product(ZOOMS, SHIFTS):
-        rows = _along(gray, 1, zoom, dy, places)
+        rows = _resample_axis(gray, 1, zoom, dy, places)
         for dx in SHIFTS:
-            distance = np.square(_centred(_along(rows, 2, zoom, dx, places)) - target).mean(
+            distance = np.square(_centre(_resample_axis(rows, 2, zoom, dx, places)) - target).mean(
                 (1, 2, 3)
             )
             nearer = distance < best
@@ -337,7 +339,9 @@ def _aligned(fixed: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Floats:
     for zoom, dy, dx in np.unique(choice, axis=0):
         here = (choice == (zoom, dy, dx)).all(1)
         every = np.arange(SIDE)
-        result[here] = _along(_along(source[here], 1, zoom, dy, every), 2, zoom, dx, every)
+        result[here] = _resample_axis(
+            _resample_axis(source[here], 1, zoom, dy, every), 2, zoom, dx, every
+        )
     return result
 
 
@@ -346,7 +350,7 @@ def _gray(images: NDArray[np.uint8]) -> Floats:
     return result
 
 
-def _along(
+def _resample_axis(
     images: Floats, axis: int, zoom: float, shift: float, places: NDArray[np.int64]
 ) -> Floats:
     """Resample (n, H, W, C) linearly along one axis, enlarged about the centre and then shifted.

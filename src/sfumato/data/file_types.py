@@ -61,8 +61,8 @@ _CONVERT = {
     "JPEG XL": ((".jxl",), "convert it to PNG, for example with djxl"),
     "JPEG 2000": ((".jp2", ".j2k", ".jpx"), _WITH_MAGICK),
     "Photoshop": ((".psd", ".psb"), "export it as PNG"),
-    "SVG": ((".svg",), "draw it as PNG, for example with rsvg-convert"),
-    "EPS or PDF": ((".eps", ".ps", ".pdf", ".ai"), "draw it as PNG, for example with pdftoppm"),
+    "SVG": ((".svg",), "render it as PNG, for example with rsvg-convert"),
+    "EPS or PDF": ((".eps", ".ps", ".pdf", ".ai"), "render it as PNG, for example with pdftoppm"),
     "camera raw": (
         (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
         "develop it to TIFF or JPEG, for example with dcraw",
@@ -118,9 +118,9 @@ def why_left_out(name: str) -> str:
         if lowered.endswith(suffixes):
             return f"{kind} is not supported: {advice}"
     if lowered.endswith(ARCHIVES):
-        return "an archive or table beside images: name it by itself to train on what it holds"
+        return "an archive or table next to images: give its own path to train on its contents"
     if lowered.endswith((".txt", ".caption", ".captions", ".cap", ".prompt", ".json", ".cls")):
-        return "a text that belongs to none of the images"
+        return "a text file that matches no image"
     return "not an image"
 
 

@@ -43,21 +43,21 @@ def check_relative(path: str) -> str:
         UnsafePath: if it may lead elsewhere, is not printable, is too long, or has a name that some
             systems reserve.
     """
-    shown = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
+    printable = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", path)[:80]
     for form in (path, unquote(path)):
         parts = form.split("/")
         if not form or UNPRINTABLE.search(form):
-            raise UnsafePath(f"{shown!r} is not a printable path")
+            raise UnsafePath(f"{printable!r} is not a printable path")
         if form.startswith(("/", "~")) or "\\" in form or ":" in parts[0] or is_url(form):
-            raise UnsafePath(f"{shown!r} does not lie below the folder")
+            raise UnsafePath(f"{printable!r} is not below the folder")
         if any(part in ("", ".", "..") for part in parts[:-1]) or parts[-1] in ("", ".", ".."):
-            raise UnsafePath(f"{shown!r} does not lie below the folder")
+            raise UnsafePath(f"{printable!r} is not below the folder")
         if any(is_reserved(part) for part in parts):
-            raise UnsafePath(f"{shown!r} is reserved by some systems")
+            raise UnsafePath(f"{printable!r} is reserved by some systems")
         if len(form.encode(errors="replace")) > MAX_PATH_BYTES or any(
             len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in parts
         ):
-            raise UnsafePath(f"{shown!r}... is too long")
+            raise UnsafePath(f"{printable!r}... is too long")
     return path
 
 
@@ -66,7 +66,7 @@ def is_reserved(name: str) -> bool:
     return _RESERVED.fullmatch(name) is not None
 
 
-def contained(root: str, relative: str) -> str:
+def check_contained(root: str, relative: str) -> str:
     """Return `relative`, a name from an untrusted file, if it lies below `root`.
 
     See `check_relative` and `check_link`.
@@ -135,7 +135,7 @@ def explore(root: str) -> Walk:
         target = os.path.realpath(place)
         if prefix and target in entered:
             passed_over.append(
-                (prefix.rstrip("/"), "a link to a folder that is read in its own place")
+                (prefix.rstrip("/"), "a link to a folder that is read under its own path")
             )
             continue
         if prefix and os.path.realpath(os.path.dirname(place)).startswith(target.rstrip("/") + "/"):
@@ -147,14 +147,14 @@ def explore(root: str) -> Walk:
             )
             real = os.path.realpath(folder)
             if real in entered:
-                passed_over.append((relative.rstrip("/"), "is read already, through a link"))
+                passed_over.append((relative.rstrip("/"), "has already been read through a link"))
                 folders.clear()
                 continue
             entered.add(real)
-            shown = sorted(name for name in folders if not is_hidden([name]))
-            linked = [name for name in shown if os.path.islink(os.path.join(folder, name))]
+            visible = sorted(name for name in folders if not is_hidden([name]))
+            linked = [name for name in visible if os.path.islink(os.path.join(folder, name))]
             queue.extend((os.path.join(folder, name), f"{relative}{name}/") for name in linked)
-            folders[:] = [name for name in shown if name not in linked]
+            folders[:] = [name for name in visible if name not in linked]
             for name in files:
                 path = os.path.join(folder, name)
                 if name.startswith("."):
@@ -168,12 +168,12 @@ def explore(root: str) -> Walk:
 
 def exists(path: str) -> bool:
     """Return whether there is a file or folder at a path or URL."""
-    return bool(_asked(path, "exists")) if is_url(path) else os.path.exists(path)
+    return bool(_query(path, "exists")) if is_url(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
     """Return whether there is a folder at a path or URL."""
-    return bool(_asked(path, "isdir")) if is_url(path) else os.path.isdir(path)
+    return bool(_query(path, "isdir")) if is_url(path) else os.path.isdir(path)
 
 
 def local(path: str) -> Path:
@@ -183,7 +183,7 @@ def local(path: str) -> Path:
         OSError: if it cannot be fetched, or is not a regular file (reading a pipe would block).
     """
     if is_url(path):
-        return _fetched(path)
+        return _fetch(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("a folder, pipe or device, not a file")
     return Path(path)
@@ -218,12 +218,12 @@ def remote_limit_bytes() -> int:
     Raises:
         DataError: if the variable is not a number.
     """
-    said = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
+    setting = os.environ.get("SFUMATO_REMOTE_GIB") or "20"
     try:
-        return int(float(said) * 2**30)
+        return int(float(setting) * 2**30)
     except (ValueError, OverflowError):
         raise DataError(
-            f"{said!r} is not a number of GiB",
+            f"{setting!r} is not a number of GiB",
             where="SFUMATO_REMOTE_GIB",
             hint="set it to one, such as 20",
         ) from None
@@ -257,7 +257,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
     )
 
 
-def _asked(url: str, question: str) -> Any:
+def _query(url: str, question: str) -> Any:
     """Ask remote storage a question; turn whatever exception it raises into a DataError."""
     system, path = _system(url)
     try:
@@ -268,11 +268,11 @@ def _asked(url: str, question: str) -> Any:
 
 def _remote_walk(root: str) -> list[str]:
     base = _system(root)[1].rstrip("/")
-    names = (name[len(base) + 1 :] for name in _asked(root, "find"))
+    names = (name[len(base) + 1 :] for name in _query(root, "find"))
     return [name for name in names if name and not is_hidden(name.split("/"))]
 
 
-def _fetched(url: str) -> Path:
+def _fetch(url: str) -> Path:
     folder = cache_folder() / "remote"
     target = folder / hashlib.sha256(url.encode()).hexdigest()
     with contextlib.suppress(FileNotFoundError):
@@ -295,13 +295,13 @@ def _fetched(url: str) -> Path:
 
 def _make_room(folder: Path, size: int) -> None:
     """Remove the least recently used files until `size` more bytes fit."""
-    kept = []
+    cached = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process makes room too
             if path.name[0] != ".":
-                kept.append((path.stat().st_atime_ns, path.stat().st_size, path))
-    excess = sum(entry[1] for entry in kept) + size - remote_limit_bytes()
-    for _, freed, path in sorted(kept):
+                cached.append((path.stat().st_atime_ns, path.stat().st_size, path))
+    excess = sum(entry[1] for entry in cached) + size - remote_limit_bytes()
+    for _, freed, path in sorted(cached):
         if excess <= 0:
             return
         path.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class Frame:
             OSError: if the file is gone or damaged.
         """
         with _refused():
-            return _Several.of(self.file.read()).frame(self.number)
+            return _ImageStack.of(self.file.read()).frame(self.number)
         raise AssertionError
 
 
@@ -59,8 +59,8 @@ class Brightest:
         """
         data = self.file.read()
         with _refused():
-            several = _Several.of(data)
-            return data if several.count < 2 else _maximum(several)
+            stack = _ImageStack.of(data)
+            return data if stack.count < 2 else _maximum(stack)
         raise AssertionError
 
 
@@ -76,30 +76,32 @@ class _refused:
 
 
 @dataclass(frozen=True)
-class _Several:
+class _ImageStack:
     """The number of images in a file, and a function that returns the bytes of each."""
 
     count: int
     frame: Callable[[int], bytes]
 
     @classmethod
-    def of(cls, data: bytes) -> _Several:
+    def of(cls, data: bytes) -> _ImageStack:
         if len(data) > MAX_BYTES:
             return cls(1, lambda number: data)
         if tiff.is_tiff(data):
             pages = tiff.frames(data)
-            return cls(len(pages), lambda number: tiff.alone(data, pages[number]))
+            return cls(len(pages), lambda number: tiff.single_page(data, pages[number]))
         if data.startswith(NUMPY):
             return cls._of_array(data)
         if data[:3] == b"GIF":
-            return cls(gif.frames(data), lambda number: _still(data, number))
+            return cls(gif.frames(data), lambda number: _frame_as_png(data, number))
         if data[8:12] == b"WEBP" or data.startswith(b"\x89PNG"):
             with quiet(), Image.open(io.BytesIO(data), formats=ANIMATED) as image:
-                return cls(int(getattr(image, "n_frames", 1)), lambda number: _still(data, number))
+                return cls(
+                    int(getattr(image, "n_frames", 1)), lambda number: _frame_as_png(data, number)
+                )
         return cls(1, lambda number: data)
 
     @classmethod
-    def _of_array(cls, data: bytes) -> _Several:
+    def _of_array(cls, data: bytes) -> _ImageStack:
         header = ArrayHeader.of(data)
         if len(header.shape) != 4 or header.fortran or header.dtype.hasobject:
             return cls(1, lambda number: data)
@@ -118,7 +120,7 @@ class _Several:
         return cls(header.shape[0], frame)
 
 
-def _still(data: bytes, number: int) -> bytes:
+def _frame_as_png(data: bytes, number: int) -> bytes:
     """Return a frame of an animation, composited over those before it, as PNG."""
     with quiet(), Image.open(io.BytesIO(data), formats=ANIMATED) as image:
         check_size(*image.size)
@@ -130,14 +132,13 @@ def _still(data: bytes, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def _maximum(several: _Several) -> bytes:
+def _maximum(stack: _ImageStack) -> bytes:
     best: RawImage | None = None
-    for number in range(min(several.count, MAX_FRAMES)):
-        raw = read_raw(several.frame(number))
+    for number in range(min(stack.count, MAX_FRAMES)):
+        raw = read_raw(stack.frame(number))
         if best is not None and raw.array.shape != best.array.shape:
             raise RejectedImage(
-                "its frames have several shapes, so that they have no maximum: data.frames=first "
-                "or all"
+                "its frames differ in shape, so they have no maximum: data.frames=first or all"
             )
         best = raw if best is None else best._replace(array=np.maximum(best.array, raw.array))
     assert best is not None
@@ -153,7 +154,7 @@ def _maximum(several: _Several) -> bytes:
     return buffer.getvalue()
 
 
-def framed(listing: Listing, frames: Frames) -> Listing:
+def expand_frames(listing: Listing, frames: Frames) -> Listing:
     """Return a listing of frames (`all`) or of the maximum of each file (`max`).
 
     For `first`, the listing is unchanged. Frames are called `file#0003`, keep what is known of the
@@ -191,7 +192,7 @@ def framed(listing: Listing, frames: Frames) -> Listing:
 def _count(entry: Entry) -> int:
     try:
         with _refused():
-            return _Several.of(entry.image.read()).count
+            return _ImageStack.of(entry.image.read()).count
     except OSError:  # said when it is decoded
         pass
     return 1
@@ -211,17 +212,17 @@ def _split(entry: Entry, count: int) -> Sequence[Entry]:
     ]
 
 
-def left_out(counts: Sequence[int]) -> list[str]:
+def unused_frames(counts: Sequence[int]) -> list[str]:
     """Return a remark on files of which only the first image is used; [] if there are none.
 
     Args:
         counts: the number of images in each file.
     """
-    several = [count for count in counts if count > 1]
-    if not several:
+    stacks = [count for count in counts if count > 1]
+    if not stacks:
         return []
     return [
-        f"{sum(several) - len(several):,} frames left out: {len(several)} files hold several and "
+        f"{sum(stacks) - len(stacks):,} frames left out: {len(stacks)} files hold several and "
         "the first is used; "
         "data.frames=all takes all, max their maximum"
     ]

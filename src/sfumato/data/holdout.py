@@ -30,41 +30,43 @@ MIN_RELIABLE_HOLDOUT_IMAGES = (
 LARGE_SHARE, NEVER_LARGE = 0.1, 4
 
 
-class Grouped(NamedTuple):
+class Groups(NamedTuple):
     """Groups of images that stay together, (N,), and remarks on them."""
 
     groups: NDArray[np.int64]
     remarks: tuple[str, ...]
 
 
-def grouped(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int64]) -> Grouped:
+def merge_groups(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np.int64]) -> Groups:
     """Join the groups of images that are alike with those of `Entry.group`, and split large ones.
 
     A group above a tenth of the set would be learned from or held out as a whole, so each of its
     images becomes a separate group, together with its exact copies. If `Entry.group` would join all
     images into one group, it is ignored.
     """
-    own = [entry.group for entry in entries]
-    names = {name: number for number, name in enumerate(dict.fromkeys(own)) if name is not None}
-    split, remarks = _without_large(alike, ids, "images are alike, such as frames of one video")
+    stack_names = [entry.group for entry in entries]
+    names = {
+        name: number for number, name in enumerate(dict.fromkeys(stack_names)) if name is not None
+    }
+    split, remarks = _split_large(alike, ids, "images are alike, such as frames of one video")
     if not names:
-        return Grouped(split, remarks)
+        return Groups(split, remarks)
     stacks = np.array(
         [
             len(ids) + names[name] if name is not None else number
-            for name, number in zip(own, range(len(own)), strict=True)
+            for name, number in zip(stack_names, range(len(stack_names)), strict=True)
         ]
     )
-    together = _joined(split, stacks)
-    if len(np.unique(together)) > 1:
-        return Grouped(together, remarks)
-    return Grouped(
-        split, (*remarks, "all images are of one file, so that training and hold-out share it")
+    merged = _join(split, stacks)
+    if len(np.unique(merged)) > 1:
+        return Groups(merged, remarks)
+    return Groups(
+        split, (*remarks, "all images come from one file, so training and hold-out share it")
     )
 
 
-def _without_large(
-    groups: NDArray[np.int64], ids: Sequence[str], what: str
+def _split_large(
+    groups: NDArray[np.int64], ids: Sequence[str], description: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     sizes = np.bincount(groups)[groups]
     large = sizes > max(LARGE_SHARE * len(groups), NEVER_LARGE)
@@ -77,15 +79,15 @@ def _without_large(
         return groups, ()
     result = np.where(large, len(ids) + same, groups)
     largest = int(sizes.max())
-    said = (
-        f"{int(large.sum())} {what} (the largest group has {largest} of {len(ids)}): they are "
+    remark = (
+        f"{int(large.sum())} {description} (the largest group has {largest} of {len(ids)}): they are "
         "split over training and hold-out one by one, so held-out metrics will be optimistic "
         "(leakage); to hold out a group by hand, put it into a folder called test/"
     )
-    return np.unique(result, return_inverse=True)[1].astype(np.int64), (said,)
+    return np.unique(result, return_inverse=True)[1].astype(np.int64), (remark,)
 
 
-def _joined(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+def _join(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return groups in which images that share a group in either stay together."""
     from sfumato.data.duplicates import components
 
@@ -96,7 +98,7 @@ def _joined(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.i
     ]
 
 
-def parts(
+def assign_splits(
     entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float
 ) -> NDArray[np.str_]:
     """Return the part of each image: "training", "holdout", or ":name" of a hold-out of the source.
@@ -128,17 +130,17 @@ def parts(
         raise DataError(
             f"{len(keys)} different image(s) to learn from, near-duplicates counted as one",
             where="data",
-            hint="at least two are needed: one to learn from, one to validate on; thousands make "
-            "a good model",
+            hint="at least two are needed: one to train on, one to validate on; a good model "
+            "needs thousands",
         )
-    held = _held(keys, sizes, kinds, share)
+    held = _choose_holdout(keys, sizes, kinds, share)
     pairs = zip(ids, groups.tolist(), strict=True)
     return np.array(
         [named.get(id_, "holdout" if group in held else "training") for id_, group in pairs]
     )
 
 
-def _held(
+def _choose_holdout(
     keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float
 ) -> set[int]:
     total = sizes.total()

@@ -24,8 +24,8 @@ from sfumato.data.dataset import DataConfig, Dataset
 from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, decode, quiet
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
 from sfumato.data.files import cache_folder
-from sfumato.data.frames import framed, left_out
-from sfumato.data.holdout import grouped
+from sfumato.data.frames import expand_frames, unused_frames
+from sfumato.data.holdout import merge_groups
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
 from sfumato.data.parallel import ordered_map
@@ -54,29 +54,29 @@ def index(
         DataError: if the source is missing; if fewer than two different images can be read, with
             the first reasons; or if the last channel is alpha in some images only.
     """
-    listing = framed(listing or config.source.listing(), config.frames)
-    excluded = _excluded(config)
-    wanted = [entry for entry in listing.entries if entry.name not in excluded]
+    listing = expand_frames(listing or config.source.listing(), config.frames)
+    excluded = _excluded_names(config)
+    entries = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [
         Reject(e.name, f"listed in {config.exclude}") for e in listing.entries if e.name in excluded
     ]
-    chosen = choose_scale(config.range, wanted)
-    form = config.pixel_format(chosen.scale)
-    shelf = _shelf(config, form, len(wanted))
+    chosen_scale = choose_scale(config.range, entries)
+    form = config.pixel_format(chosen_scale.scale)
+    store = _pixel_store(config, form, len(entries))
     good: list[Entry] = []
     facts: list[dict[str, Any]] = []
-    with quiet(), shelf:
-        for number, (entry, found) in enumerate(_examined(wanted, shelf)):
-            if "reject" in found:
-                unused.append(Reject(entry.name, found["reject"]))
+    with quiet(), store:
+        for number, (entry, fact) in enumerate(_read_images(entries, store)):
+            if "reject" in fact:
+                unused.append(Reject(entry.name, fact["reject"]))
             else:
                 good.append(entry)
-                facts.append(found)
+                facts.append(fact)
             if on_progress is not None:
-                on_progress(number + 1, len(wanted))
+                on_progress(number + 1, len(entries))
     rejects = [*listing.rejects, *unused]
-    read_rows, thumbnails = shelf.finish()
-    together = grouped(
+    read_rows, thumbnails = store.finish()
+    merged = merge_groups(
         good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails)
     )
     ids = [str(fact["id"]) for fact in facts]
@@ -86,8 +86,8 @@ def index(
             f"{len(set(ids))} different readable images among {len(listing.entries)} files"
             + (f" ({reasons})" if reasons else ""),
             where=str(getattr(config.source, "path", type(config.source).__name__)),
-            hint="at least two are needed: one to learn from, one to validate on; thousands make "
-            "a good model",
+            hint="at least two are needed: one to train on, one to validate on; a good model "
+            "needs thousands",
         )
     categories = tuple(
         sorted({entry.category for entry in good if entry.category is not None}, key=_natural)
@@ -116,18 +116,18 @@ def index(
         shapes=shapes,
         annotations=annotation_data,
         read_rows=read_rows,
-        clusters=together.groups,
+        clusters=merged.groups,
         rejects=rejects,
         ledger=Ledger.of(listing, unused),
         notes=notes,
         crop_loss=float(
-            np.mean([_lost(fact["size"], form.shapes[fact["shape"]]) for fact in facts])
+            np.mean([_crop_loss(fact["size"], form.shapes[fact["shape"]]) for fact in facts])
         ),
-        scale=chosen.scale,
+        scale=chosen_scale.scale,
         remarks=(
-            *chosen.lines,
-            *together.remarks,
-            *left_out([int(fact.get("frames", 1)) for fact in facts]),
+            *chosen_scale.lines,
+            *merged.remarks,
+            *unused_frames([int(fact.get("frames", 1)) for fact in facts]),
         ),
     )
 
@@ -162,24 +162,24 @@ def _clusters(
     identity = hashlib.sha256(
         f"{DECODER} {ALGORITHM} {form!r} {' '.join(ids)}".encode()
     ).hexdigest()
-    kept = cache_folder() / "clusters" / f"{identity}.npy"
-    if config.cache == "auto" and kept.is_file():
+    file = cache_folder() / "clusters" / f"{identity}.npy"
+    if config.cache == "auto" and file.is_file():
         with contextlib.suppress(OSError, ValueError, EOFError):
-            stored = np.load(kept, allow_pickle=False)
+            stored = np.load(file, allow_pickle=False)
             if stored.shape == (len(ids),):
                 result: NDArray[np.int64] = stored.astype(np.int64)
                 return result
-    found = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in form.shapes))
+    groups = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
         with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(f".{uuid.uuid4().hex}.npy")
-            np.save(temporary, found)
-            temporary.replace(kept)
-    return found
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{uuid.uuid4().hex}.npy")
+            np.save(temporary, groups)
+            temporary.replace(file)
+    return groups
 
 
-def _excluded(config: DataConfig) -> set[str]:
+def _excluded_names(config: DataConfig) -> set[str]:
     """Read the names in the file of rejects.
 
     What follows a tab is the reason; a line that begins with # and has no tab is a comment.
@@ -201,7 +201,7 @@ def _excluded(config: DataConfig) -> set[str]:
     }
 
 
-def _lost(size: Sequence[int], target: tuple[int, int]) -> float:
+def _crop_loss(size: Sequence[int], target: tuple[int, int]) -> float:
     """Return the share of an image's area that cropping to the target's aspect ratio cuts away."""
     ratio = (size[0] / size[1]) / (target[1] / target[0])
     return 1 - min(ratio, 1 / ratio)
@@ -212,18 +212,18 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
-def _examined(
-    entries: Sequence[Entry], shelf: PixelStore
+def _read_images(
+    entries: Sequence[Entry], store: PixelStore
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Yield each entry with the facts about its image, in order."""
-    for entry, found in zip(
-        entries, ordered_map(lambda entry: _look(entry, shelf), entries), strict=True
+    for entry, image in zip(
+        entries, ordered_map(lambda entry: _read_image(entry, store), entries), strict=True
     ):
-        yield entry, shelf.keep(found)
+        yield entry, store.add(image)
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _ReadImage:
     """One image as read: the key of its bytes, and what the decoder returned unless the cache has
     it.
     """
@@ -234,19 +234,19 @@ class _Look:
     reject: str | None = None
 
 
-def _look(entry: Entry, shelf: PixelStore) -> _Look:
+def _read_image(entry: Entry, store: PixelStore) -> _ReadImage:
     try:
         data = entry.image.read()
     except (RejectedImage, OSError) as error:
-        return _Look("", reject=str(error))
+        return _ReadImage("", reject=str(error))
     key = hashlib.sha256(data).hexdigest()[:32]
-    if shelf.knows(key):
-        return _Look(key)
+    if store.is_cached(key):
+        return _ReadImage(key)
     try:
-        decoded = decode(data, shelf.form, identify=True)
+        decoded = decode(data, store.form, identify=True)
     except RejectedImage as error:
-        return _Look(key, reject=str(error))
-    return _Look(key, decoded, thumbnail(decoded.pixels))
+        return _ReadImage(key, reject=str(error))
+    return _ReadImage(key, decoded, thumbnail(decoded.pixels))
 
 
 class PixelStore:
@@ -267,19 +267,19 @@ class PixelStore:
         if self._writer is not None:
             self._writer.commit()
 
-    def knows(self, key: str) -> bool:
+    def is_cached(self, key: str) -> bool:
         """Return whether the cache holds the image whose bytes have the hash `key`."""
         return self.cache is not None and key in self.cache.records
 
-    def keep(self, look: _Look) -> dict[str, Any]:
+    def add(self, image: _ReadImage) -> dict[str, Any]:
         """Store one image; return its facts, or {"reject": reason}."""
-        if look.decoded is None:
-            if look.reject is not None:
-                return {"reject": look.reject}
+        if image.decoded is None:
+            if image.reject is not None:
+                return {"reject": image.reject}
             assert self.cache is not None
-            self._keys.append(look.key)
-            return dict(self.cache.records[look.key].facts)
-        decoded, small = look.decoded, look.thumbnail
+            self._keys.append(image.key)
+            return dict(self.cache.records[image.key].facts)
+        decoded, small = image.decoded, image.thumbnail
         assert small is not None
         facts = {
             "id": decoded.id,
@@ -290,8 +290,8 @@ class PixelStore:
         if decoded.frames > 1:
             facts["frames"] = decoded.frames
         if self._writer is not None and self.cache is not None:
-            self._keys.append(look.key)
-            self._writer.add(look.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
+            self._keys.append(image.key)
+            self._writer.add(image.key, facts, {"pixels": decoded.pixels, "thumbnail": small})
             # what is decoded stays, if the rest is interrupted
             if len(self._writer) >= COMMIT_EVERY:
                 self._writer.commit()
@@ -338,7 +338,7 @@ class _InMemory:
         return self.arrays[self.shapes[positions[0]]][self.row[positions]]
 
 
-def _shelf(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
+def _pixel_store(config: DataConfig, form: PixelFormat, count: int) -> PixelStore:
     height, width = max(form.shapes, key=lambda shape: shape[0] * shape[1])
     size = form.channels * height * width * form.bits // 8
     cache = _cache(form, count, size) if config.cache == "auto" else None

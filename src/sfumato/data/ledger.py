@@ -9,8 +9,8 @@ from typing import Any
 
 from sfumato.data.listing import Listing, Reject
 
-REASONS_SHOWN, NAMES_KEPT = 3, 1000
-CHANGES = {
+MAX_REASONS, MAX_NAMES = 3, 1000
+NOTES = {
     "animated_first_frame_used": "several frames, of which the first is used",
     "cmyk_converted": "converted from CMYK to RGB",
     "exif_damaged": "damaged EXIF data, so that the orientation is not known",
@@ -20,22 +20,22 @@ CHANGES = {
     "no_alpha": "2 or 4 channels, none of which is alpha",
     "palette_converted": "converted from a palette",
     "sixteen_bit_reduced": "reduced from 16 bits to 8",
-    "transparency_filled": "transparent somewhere, and laid on data.background",
-    "upscaled": "smaller than what is trained, and enlarged",
-    "values_outside_range": "values outside data.range, which are cut off",
+    "transparency_filled": "transparent somewhere, and composited over data.background",
+    "upscaled": "smaller than the training resolution, and upscaled",
+    "values_outside_range": "values outside data.range, which are clipped",
 }  # what decoding does to images, by note
 
 
 def _singular(kind: str) -> str:
     """Return the singular of a kind: "files of the system" becomes "file of the system"."""
-    first, *rest = kind.split(" ")
-    return " ".join([first.removesuffix("s"), *rest])
+    first, *words = kind.split(" ")
+    return " ".join([first.removesuffix("s"), *words])
 
 
-def change(note: str, names: Sequence[str]) -> str:
+def describe_note(note: str, names: Sequence[str]) -> str:
     """Describe what decoding did to images, with their number and an example."""
     count = f"{len(names):,} image{'s' if len(names) > 1 else ''}"
-    return f"{CHANGES.get(note, note.replace('_', ' '))}: {count}, e.g. {names[0]}"
+    return f"{NOTES.get(note, note.replace('_', ' '))}: {count}, e.g. {names[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +84,14 @@ class Ledger:
 
     def line(self) -> str:
         """Summarize the account in one line."""
-        said = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
-        said += [
+        parts = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
+        parts += [
             f"{count:,} {_singular(kind) if count == 1 else kind}"
             for kind, count in self.sidecars.items()
         ]
         if self.left_out:
-            said.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
-        return ", ".join(said)
+            parts.append(f"{sum(map(len, self.left_out.values())):,} left out ({self._reasons()})")
+        return ", ".join(parts)
 
     def _reasons(self) -> str:
         """Summarize the most common reasons.
@@ -101,24 +101,24 @@ class Ledger:
         counts: Counter[str] = Counter()
         for reason, names in self.left_out.items():
             counts[reason.partition(":")[0]] += len(names)
-        shown = [f"{count:,} {reason}" for reason, count in counts.most_common(REASONS_SHOWN)]
-        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(REASONS_SHOWN))
-        return "; ".join([*shown, *([f"{rest:,} for other reasons"] if rest else [])])
+        common = [f"{count:,} {reason}" for reason, count in counts.most_common(MAX_REASONS)]
+        others = sum(counts.values()) - sum(count for _, count in counts.most_common(MAX_REASONS))
+        return "; ".join([*common, *([f"{others:,} for other reasons"] if others else [])])
 
     def lines(self) -> list[str]:
         """Return the whole account, one line per reason, each with the first names."""
-        said = [self.line(), *self.remarks]
+        lines = [self.line(), *self.remarks]
         for reason, names in sorted(self.left_out.items(), key=lambda item: -len(item[1])):
-            said.append(
+            lines.append(
                 f"  {len(names):,} left out: {reason} "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             )
-        return said
+        return lines
 
     def plain(self) -> dict[str, Any]:
-        """Return the account for data.json, with at most NAMES_KEPT names for each reason."""
+        """Return the account for data.json, with at most MAX_NAMES names for each reason."""
         left_out = {
-            reason: {"count": len(names), "names": list(names[:NAMES_KEPT])}
+            reason: {"count": len(names), "names": list(names[:MAX_NAMES])}
             for reason, names in self.left_out.items()
         }
         return {

@@ -80,18 +80,18 @@ class _Batches(TorchDataset[Batch]):
         draws = randomness.uniform(self.plan.seed, "caption", first=first, count=len(positions))[
             :, 0
         ].tolist()
-        for begin, end in _stretches(self.dataset.shapes[positions]):
+        for begin, end in _runs_of_one_shape(self.dataset.shapes[positions]):
             samples = read(positions[begin:end], first + begin)
             context = self.dataset.context(samples.positions, draws=draws[begin:end])
-            along = {name: context[name] for name in SPATIAL_ANNOTATIONS if name in context}
-            changed = augment(
-                self.dataset.config.augment, samples.images, samples.draws, along=along
+            annotations = {name: context[name] for name in SPATIAL_ANNOTATIONS if name in context}
+            augmented = augment(
+                self.dataset.config.augment, samples.images, samples.draws, annotations=annotations
             )
-            context |= {**changed.moved, "augmentation": changed.labels}
+            context |= {**augmented.annotations, "augmentation": augmented.labels}
             groups.append(
                 ShapeGroup(
                     first=first + begin,
-                    images=changed.images,
+                    images=augmented.images,
                     context=context,
                     moments=samples.moments,
                 )
@@ -149,7 +149,7 @@ def variant_draws(id_: str, variant: int) -> Tensor:
     return augmentation_draws(id_, first=variant, count=1)
 
 
-def _stretches(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def _runs_of_one_shape(shapes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield where each run of equal shapes begins and ends."""
     begin = 0
     for _, run in groupby(shapes.tolist()):
@@ -173,12 +173,12 @@ def batches(dataset: Dataset, plan: BatchPlan, *, start: int) -> Iterator[Batch]
         sampler=_CountFrom(start),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        collate_fn=_itself,
+        collate_fn=_identity,
     )
     yield from loader
 
 
-def _itself(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     """Return the batch as it is: a step is a batch already, and needs no collation."""
     return batch
 

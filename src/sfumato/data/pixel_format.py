@@ -73,12 +73,12 @@ class Scale:
         return self.bytes or self.integers or self.floats
 
     def __repr__(self) -> str:
-        given = (
-            f"{field.name}={found}"
+        ranges = (
+            f"{field.name}={limits}"
             for field in fields(self)
-            if (found := getattr(self, field.name)) is not None
+            if (limits := getattr(self, field.name)) is not None
         )
-        return f"Scale({', '.join(given)})"
+        return f"Scale({', '.join(ranges)})"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -178,7 +178,7 @@ def check_size(width: int, height: int) -> None:
         )
 
 
-def covering(width: float, height: float, target: tuple[int, int]) -> Box:
+def covering_box(width: float, height: float, target: tuple[int, int]) -> Box:
     """Return the largest centred box with the aspect ratio of `target` (height, width)."""
     scale = min(width / target[1], height / target[0])
     left, top = (width - scale * target[1]) / 2, (height - scale * target[0]) / 2
@@ -195,7 +195,7 @@ def array_id(values: NDArray[Any], orientation: int = 1) -> str:
     ).hexdigest()[:32]
 
 
-def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
+def transpose(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
     """Apply one of Pillow's transpositions to any number of channels."""
     turns = {
         Image.Transpose.ROTATE_90: 1,
@@ -212,7 +212,7 @@ def transposed(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
     return swapped if method == Image.Transpose.TRANSPOSE else swapped[::-1, ::-1]
 
 
-def resampled(
+def resample(
     raw: RawImage, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
     """Crop `raw` to `box` and scale them with antialiasing to `target`: (H, W, C).
@@ -224,17 +224,17 @@ def resampled(
         RejectedImage: if the channels do not fit the format, values are not finite, or nothing
             determines which values are black and white.
     """
-    raw = _labelled(raw, form, notes)
+    raw = _mark_alpha(raw, form, notes)
     if raw.array.dtype.kind == "f" and not (finite := np.isfinite(raw.array)).all():
         raise RejectedImage(
             f"{finite.size - np.count_nonzero(finite)} of its values are not finite (NaN or "
             "infinity)"
         )
-    low, high = _ends(raw, form.scale)
+    low, high = _black_and_white(raw, form.scale)
     if raw.kind == "integers" and form.bits == 8:
         notes.append("sixteen_bit_reduced")
-    named = getattr(form.scale, raw.kind) is not None
-    if named and ((raw.colours() < low) | (raw.colours() > high)).mean() > CUT_SHARE:
+    explicit = getattr(form.scale, raw.kind) is not None
+    if explicit and ((raw.colours() < low) | (raw.colours() > high)).mean() > CUT_SHARE:
         notes.append("values_outside_range")
     opacity = _opacity(raw)
     size = (target[1], target[0])
@@ -245,12 +245,12 @@ def resampled(
     planes = []
     for band in range(raw.colours().shape[2]):
         plane = _from_black(raw.array[..., band], low)
-        plane = plane.clip(0, high - low) if named else plane
+        plane = plane.clip(0, high - low) if explicit else plane
         planes.append(scaled(plane if opacity is None else plane * opacity))
     top = 2**form.bits - 1
     colours = np.stack(planes, axis=2) * (top / (high - low))
     alpha = None if opacity is None else scaled(opacity) * top
-    pixels = _arranged(
+    pixels = _arrange_channels(
         colours.clip(0, top), None if alpha is None else alpha.clip(0, top), form, notes
     )
     return np.rint(pixels).astype(np.uint8 if form.bits == 8 else np.uint16)
@@ -269,7 +269,7 @@ def _from_black(plane: NDArray[Any], low: float) -> NDArray[np.float32]:
         return (plane - np.float64(low)).clip(-1e30, 1e30).astype(np.float32)
 
 
-def _labelled(raw: RawImage, form: PixelFormat, notes: list[str]) -> RawImage:
+def _mark_alpha(raw: RawImage, form: PixelFormat, notes: list[str]) -> RawImage:
     """Mark the last channel as alpha, or drop it, as the settings say.
 
     Noted if 2 or 4 channels are kept and none of them is alpha.
@@ -286,9 +286,9 @@ def _labelled(raw: RawImage, form: PixelFormat, notes: list[str]) -> RawImage:
         raw = raw._replace(alpha=True)
     if bands == form.channels and bands in (2, 4) and not raw.alpha:
         notes.append("no_alpha")
-    found = raw.colours().shape[2]
-    direct = found == form.channels and not raw.alpha
-    if not direct and (found not in (1, 3) or form.channels > 4):
+    num_colours = raw.colours().shape[2]
+    direct = num_colours == form.channels and not raw.alpha
+    if not direct and (num_colours not in (1, 3) or form.channels > 4):
         hint = (
             "; data.alpha=on if the last is alpha" if bands in (2, 4) and form.channels <= 4 else ""
         )
@@ -296,17 +296,17 @@ def _labelled(raw: RawImage, form: PixelFormat, notes: list[str]) -> RawImage:
     return raw
 
 
-def _ends(raw: RawImage, scale: Scale) -> Range:
+def _black_and_white(raw: RawImage, scale: Scale) -> Range:
     """Return the values of black and white."""
-    named: Range | None = getattr(scale, raw.kind)
+    explicit: Range | None = getattr(scale, raw.kind)
     dtype = raw.array.dtype
-    if named is not None:
-        return named
+    if explicit is not None:
+        return explicit
     if dtype.kind == "u" and dtype.itemsize <= 2:
         return 0, raw.white or float(np.iinfo(dtype).max)
-    found = raw.colours()
+    colours = raw.colours()
     with np.errstate(invalid="ignore"):
-        low, high = float(np.nanmin(found)), float(np.nanmax(found))
+        low, high = float(np.nanmin(colours)), float(np.nanmax(colours))
     if dtype.kind == "f" and not (low < 0 or high > 1):
         return 0, 1
     name = "floating-point" if dtype.kind == "f" else f"{8 * dtype.itemsize}-bit integer"
@@ -325,7 +325,7 @@ def _opacity(raw: RawImage) -> NDArray[np.float32] | None:
     return (alpha.astype(np.float32) / np.float32(top)).clip(0, 1)
 
 
-def _arranged(
+def _arrange_channels(
     colours: NDArray[np.float32],
     alpha: NDArray[np.float32] | None,
     form: PixelFormat,
@@ -333,35 +333,35 @@ def _arranged(
 ) -> NDArray[np.float32]:
     """Arrange premultiplied colours and alpha, in [0, largest value], as the format's channels."""
     top = 2**form.bits - 1
-    found, wanted = colours.shape[2], form.channels
-    if found == wanted and alpha is None:
+    num_colours, channels = colours.shape[2], form.channels
+    if num_colours == channels and alpha is None:
         return colours
-    if alpha is not None and wanted in (1, 3):
+    if alpha is not None and channels in (1, 3):
         if alpha.min() < top:
             notes.append("transparency_filled")
         background = np.array(form.background, np.float32) * (top / 255)
         background = (
             background
-            if found == 3
+            if num_colours == 3
             else background[None]
-            if wanted == 3
+            if channels == 3
             else background @ np.array(LUMA, np.float32)
         )
         colours = colours + (1 - alpha[..., None] / top) * background
-        found = colours.shape[2]
-    plain = 3 if wanted >= 3 else 1
-    if found == 3 and plain == 1:
+        num_colours = colours.shape[2]
+    plain = 3 if channels >= 3 else 1
+    if num_colours == 3 and plain == 1:
         colours = (colours @ np.array(LUMA, np.float32))[..., None]
-    elif found == 1 and plain == 3:
+    elif num_colours == 1 and plain == 3:
         colours = np.repeat(colours, 3, axis=2)
-    if wanted in (1, 3):
+    if channels in (1, 3):
         return colours
     # an image without alpha is opaque
     alpha = np.full(colours.shape[:2], top, np.float32) if alpha is None else alpha
     return np.concatenate([np.minimum(colours, alpha[..., None]), alpha[..., None]], axis=2)
 
 
-def premultiplied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def premultiply(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Multiply 8-bit colours (H, W, C) by the last channel, rounded."""
     alpha = pixels[..., -1:].astype(np.uint16)
     colours = (pixels[..., :-1] * alpha + np.uint16(127)) // np.uint16(255)

@@ -79,7 +79,7 @@ def thinned(points: Cloud) -> Cloud:
 def _checked(points: NDArray[Any]) -> Cloud:
     if points.ndim != 2 or not 2 <= points.shape[1] <= MAX_DIMENSIONS:
         raise RejectedPoints(
-            f"an array of {points.shape}; a cloud is N x 2 or N x 3, features behind"
+            f"an array of {points.shape}; a cloud is N x 2 or N x 3, plus feature columns"
         )
     if not len(points):
         raise RejectedPoints("no points")

@@ -76,7 +76,7 @@ class Texts:
             damaged += "\N{REPLACEMENT CHARACTER}" in text
         of = f"{len(self._raw)} of {len(self._texts)} texts are not Unicode and were read as {encoding}, which is a guess"
         self.note = of + (
-            f"; {damaged} of them hold bytes that it does not have" if damaged else ""
+            f"; {damaged} of them contain bytes that are invalid in it" if damaged else ""
         )
         self._raw.clear()
 

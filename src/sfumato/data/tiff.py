@@ -28,7 +28,7 @@ from sfumato.data.pixel_format import (
     RawImage,
     RejectedImage,
     check_size,
-    transposed,
+    transpose,
 )
 
 CLASSIC, BIG = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
@@ -213,7 +213,7 @@ def pages(data: bytes) -> Iterator[Page]:
     seen: set[int] = set()
     while offset:
         if offset in seen or len(seen) >= MAX_PAGES:
-            raise ValueError("directories that run in a circle, or too many")
+            raise ValueError("circular directories, or too many")
         seen.add(offset)
         page, offset = _directory(data, offset, order, big)
         yield page
@@ -262,7 +262,7 @@ def frames(data: bytes) -> list[Page]:
     return [page for page in found if page.is_frame] or found[:1]
 
 
-def alone(data: bytes, page: Page) -> bytes:
+def single_page(data: bytes, page: Page) -> bytes:
     """Return the same file with `page` as its first and last image."""
     big = data[:4] in BIG
     form, place = page.order + ("Q" if big else "I"), 8 if big else 4
@@ -283,7 +283,7 @@ def read_page(data: bytes, page: Page) -> RawImage:
     array = _assembled(data, page)
     orientation = page.one(ORIENTATION, 1)
     if orientation in UPRIGHT:
-        array = transposed(array, UPRIGHT[orientation])
+        array = transpose(array, UPRIGHT[orientation])
     if page.one(PHOTOMETRIC, BLACK_IS_ZERO) == WHITE_IS_ZERO:
         array = np.concatenate(
             [_inverted(array[..., : page.colours]), array[..., page.colours :]], axis=2

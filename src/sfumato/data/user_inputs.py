@@ -53,11 +53,11 @@ def load_user_image(
         alpha="off" if alpha == "none" else "auto",
         scale=Scale(bytes=of_bytes, integers=value_range, floats=value_range),
     )
-    pixels = _decoded(path, form)
-    return _straight(pixels) if alpha == "straight" and channels in (2, 4) else pixels
+    pixels = _decode(path, form)
+    return _unpremultiply(pixels) if alpha == "straight" and channels in (2, 4) else pixels
 
 
-def _straight(pixels: Tensor) -> Tensor:
+def _unpremultiply(pixels: Tensor) -> Tensor:
     """Divide the colours of premultiplied pixels (C, H, W) by alpha, the last channel.
 
     They are 0 where alpha is 0.
@@ -79,7 +79,7 @@ def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
         DataError: if it cannot be read.
     """
     shapes = ((height, width),)
-    colours = _straight(_decoded(path, PixelFormat(shapes=shapes, channels=4)))
+    colours = _unpremultiply(_decode(path, PixelFormat(shapes=shapes, channels=4)))
     alpha = colours[3:]
     visible = colours[:3, alpha[0] >= 0.5]
     if (
@@ -88,10 +88,10 @@ def load_user_mask(path: str | Path, *, height: int, width: int) -> Tensor:
         and float((visible.amax(1) - visible.amin(1)).max()) <= ONE_COLOUR
     ):
         return alpha
-    return _decoded(path, PixelFormat(shapes=shapes, channels=1, background=(0, 0, 0)))
+    return _decode(path, PixelFormat(shapes=shapes, channels=1, background=(0, 0, 0)))
 
 
-def _decoded(path: str | Path, form: PixelFormat) -> Tensor:
+def _decode(path: str | Path, form: PixelFormat) -> Tensor:
     """Decode an image file to a new tensor (C, H, W) in [0, 1]."""
     try:
         with quiet():

@@ -214,7 +214,7 @@ class Lossy8:
         """Raise ConfigError for 16 bits, other than 1 or 3 colours, or unsupported alpha."""
         if values.bits != 8:
             raise _refuse(
-                f"{self.name} holds 8 bits a value, and the model makes {values.bits}",
+                f"{self.name} holds 8 bits a value, and the model generates {values.bits}",
                 "use png, tiff or npy",
             )
         if values.colours not in (1, 3):
@@ -223,7 +223,7 @@ class Lossy8:
             )
         if values.has_alpha and not self.alpha:
             raise _refuse(
-                f"{self.name} cannot hold alpha, which the model makes",
+                f"{self.name} cannot hold alpha, which the model generates",
                 "use png, webp, tiff or npy",
             )
 

@@ -59,15 +59,15 @@ from sfumato.training import (
 from sfumato.training.parameters import describe
 from sfumato.training.precision import default_device
 
-# in a run: the autoencoder's own training, and what came of it
+# folders in a run: of the autoencoder's own training, and of the trained autoencoder in it
 FOLDER, FINAL = "autoencoder", "final"
-MEASURED = 10_000  # images that statistics are taken from, at most
+MAX_MEASURED = 10_000  # images that the statistics of latents are measured on
 BATCH = 64
-SHARE_OF_DISK = 0.25  # that cached latents may take of what is free
+DISK_FRACTION = 0.25  # of the free disk space that cached latents may take
 
 
-class Layout(NamedTuple):
-    """Channels of what a diffusion model generates, and the side of an image over its side."""
+class LatentShape(NamedTuple):
+    """The channels of latents, and the factor by which their sides are smaller than the image's."""
 
     channels: int
     factor: int
@@ -222,7 +222,8 @@ class TrainedAutoencoder(TrainingConfig):
                 )
         if adversary is not None and min(dataset.image_shape[1:]) < adversary.smallest:
             raise ConfigError(
-                f"an adversary of that many layers for images of {min(dataset.image_shape[1:])} px",
+                "the discriminator has too many layers for "
+                f"{min(dataset.image_shape[1:])} px images",
                 where="autoencoder.losses.adversarial.layers",
                 hint=f"it needs {adversary.smallest} px; use fewer layers, or no adversary",
             )
@@ -432,11 +433,14 @@ def _reconstructed_distance(
 def _described(statistics: Statistics) -> str:
     low, high = float(statistics.deviation.min()), float(statistics.deviation.max())
     dead = (
-        f"channels {', '.join(map(str, statistics.dead))} tell nothing"
+        f"latent channels {', '.join(map(str, statistics.dead))} are dead (near-zero variance)"
         if statistics.dead
         else "no dead channel"
     )
-    return f"latents' deviation by channel from {low:.3g} to {high:.3g}, brought to 1; {dead}"
+    return (
+        f"per-channel standard deviation of latents from {low:.3g} to {high:.3g}, normalized to 1; "
+        f"{dead}"
+    )
 
 
 def _rehearsed(

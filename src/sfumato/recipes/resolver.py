@@ -10,13 +10,13 @@ from typing import Any
 
 from sfumato import config as configuration
 from sfumato.data import Listing, files, source_at
-from sfumato.data.frames import framed
+from sfumato.data.frames import expand_frames
 from sfumato.data.pixel_format import MAX_BANDS
 from sfumato.data.sources.detect import BUILT_IN
 from sfumato.foreign_models import refuse_diffusers
-from sfumato.recipes.budget_overrides import replaced
+from sfumato.recipes.budget_overrides import replace_limits
 from sfumato.recipes.builtin import RECIPES, recipe
-from sfumato.recipes.paths import found_again
+from sfumato.recipes.paths import relocate_paths
 from sfumato.recipes.presets import Choice, choose
 from sfumato.recipes.run import Run
 
@@ -25,7 +25,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolved:
+class ResolvedConfig:
     """A configuration and how it came about.
 
     Attributes:
@@ -62,10 +62,10 @@ def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
     Raises:
         ConfigError, DataError: naming the key, file or folder that is wrong.
     """
-    return resolved(source, overrides).run
+    return resolve_config(source, overrides).run
 
 
-def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
+def resolve_config(source: str | Path | Run, overrides: Overrides = ()) -> ResolvedConfig:
     """Resolve a configuration, and say how it came about; a source of images is listed once.
 
     Raises:
@@ -79,9 +79,9 @@ def resolved(source: str | Path | Run, overrides: Overrides = ()) -> Resolved:
     base, where = (
         (configuration.plain(choice.run), str(source)) if choice else _plain(source, given)
     )
-    base, notes = replaced(base, given)
+    base, notes = replace_limits(base, given)
     run = configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
-    return Resolved(run=run, notes=tuple(notes), choice=choice, listing=listing)
+    return ResolvedConfig(run=run, notes=tuple(notes), choice=choice, listing=listing)
 
 
 def is_preset(source: str | Path | Run) -> bool:
@@ -113,14 +113,14 @@ def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str
     refuse_diffusers(path)
     if (path / "config.yaml").is_file():
         written = configuration.as_before(Run, configuration.load_yaml_file(path / "config.yaml"))
-        return found_again(written, path), str(path / "config.yaml")
+        return relocate_paths(written, path), str(path / "config.yaml")
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
         below = {} if name is None else _plain(str(name), configuration.merged(data, given))[0]
-        return configuration.merged(replaced(below, data)[0], data), str(path)
+        return configuration.merged(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(
             _chosen(source, given, source_at(str(source)).listing()).run
@@ -148,7 +148,7 @@ def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing
         if isinstance(data.get(name), int) and data[name] in legal
     }
     if data.get("frames") in ("all", "max"):
-        listing = framed(listing, data["frames"])
+        listing = expand_frames(listing, data["frames"])
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
     if "autoencoder" not in given:
         return chosen()

@@ -1,4 +1,4 @@
-"""The preparation of a run: its data, what the model must know of them, the untrained model."""
+"""The preparation of a run: its dataset, conditioning information and untrained model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo, PretrainedTextConfig, TextEncoder
 from sfumato.data import Dataset, Listing, files, index
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
-from sfumato.data.ledger import change
+from sfumato.data.ledger import describe_note
 from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.evaluation.extractors import extractor
 from sfumato.generation.diffusion_model import Model
@@ -29,7 +29,7 @@ from sfumato.training.parameters import count, require_trainable
 from sfumato.training.precision import default_device, require
 
 REJECTS_SHOWN = 5
-MARGIN_SAID = 0.1  # more work than the pixels need
+MIN_PADDING = 0.1  # extra work for padding, as a fraction, above which it is reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class PreparedRun:
 
     Attributes:
         run: the configuration.
-        dataset: what it names, indexed.
-        info: what the model's conditioner knows of the training set.
-        model: untrained, on the CPU; whoever trains it takes a copy.
+        dataset: the indexed dataset.
+        info: what the model's conditioner must know about the training set.
+        model: the untrained model, on the CPU; training uses a copy.
     """
 
     run: Run
@@ -49,7 +49,7 @@ class PreparedRun:
     model: Model
 
     def trainable_model(self) -> Model:
-        """Copy the untrained model to the default device, and add what is trained beside it.
+        """Copy the untrained model to the default device, and add the auxiliary modules.
 
         Raises:
             ConfigError: if the encoder of an alignment loss is missing.
@@ -57,20 +57,22 @@ class PreparedRun:
         return with_auxiliary(self.run, copy.deepcopy(self.model))
 
 
-def prepare(run: Run, *, listing: Listing | None = None, place: Path | None = None) -> PreparedRun:
+def prepare(
+    run: Run, *, listing: Listing | None = None, directory: Path | None = None
+) -> PreparedRun:
     """Index the data and build the model.
 
-    What cannot work is refused here, before anything is done.
+    A run that cannot work is refused here, before training begins.
 
     Args:
         listing: the listing of the run's source, if it was already made.
-        place: the run's directory, if it has one.
+        directory: the run's directory, if it has one.
     Raises:
         ConfigError, DataError: naming what is wrong.
     """
     dataset = open_data(run, listing)
-    info = conditioning_info(run, dataset, place)
-    model = build_model(run, info, place)
+    info = conditioning_info(run, dataset, directory)
+    model = build_model(run, info, directory)
     require_trainable(model)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
@@ -102,7 +104,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
                 f"  and {len(dataset.rejects) - REJECTS_SHOWN} more, all of which are in data.json"
             )
         for kind, names in dataset.notes.items():
-            bar.say(change(kind, names))
+            bar.say(describe_note(kind, names))
         groups = np.bincount(dataset.clusters)
         if (groups > 1).any():
             bar.say(
@@ -131,24 +133,26 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
     return dataset
 
 
-def conditioning_info(run: Run, dataset: Dataset, place: Path | None = None) -> ConditioningInfo:
+def conditioning_info(
+    run: Run, dataset: Dataset, directory: Path | None = None
+) -> ConditioningInfo:
     """Return what the run's conditioner must know about its training set.
 
-    `place` is the run's directory, if it has one.
+    `directory` is the run's directory, if it has one.
     """
     return ConditioningInfo(
         channels=run.data.channels,
         categories=dataset.categories,
-        factor=run.autoencoder.layout(run.data.channels, place).factor,
+        factor=run.autoencoder.layout(run.data.channels, directory).factor,
         bits=run.data.bits,
-        untrained=untrained(dataset),
+        untrained=categories_without_training_images(dataset),
         value_range=dataset.scale.range,
         alpha=dataset.alpha if run.data.channels in (2, 4) else "straight",
         **run.conditioner.info_fields(dataset),
     )
 
 
-def untrained(dataset: Dataset) -> tuple[str, ...]:
+def categories_without_training_images(dataset: Dataset) -> tuple[str, ...]:
     """Return the categories that no training image has."""
     counts = np.bincount(
         dataset.labels.numpy()[dataset.training].clip(min=-1) + 1,
@@ -159,12 +163,12 @@ def untrained(dataset: Dataset) -> tuple[str, ...]:
     )
 
 
-def build_model(run: Run, info: ConditioningInfo, place: Path | None = None) -> Model:
+def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None) -> Model:
     """Build the untrained model; its initial weights depend on `run.seed` and the info only.
 
-    `place` is the run's directory, if it has one.
+    `directory` is the run's directory, if it has one.
     """
-    channels = run.autoencoder.layout(run.data.channels, place).channels
+    channels = run.autoencoder.layout(run.data.channels, directory).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(info, encoder=text_encoder)
@@ -179,7 +183,7 @@ def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
 
 
 def with_auxiliary(run: Run, model: Model) -> Model:
-    """Move the model to the default device, and add what is trained beside it.
+    """Move the model to the default device, and add the auxiliary modules.
 
     Raises:
         ConfigError: if the encoder of an alignment loss is missing.
@@ -187,8 +191,8 @@ def with_auxiliary(run: Run, model: Model) -> Model:
     device = default_device()
 
     def encoder(name: str) -> Features:
-        found = extractor(name)
-        return found.to(device) if isinstance(found, torch.nn.Module) else found
+        features = extractor(name)
+        return features.to(device) if isinstance(features, torch.nn.Module) else features
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -204,14 +208,14 @@ def network_parameters(run: Run) -> int:
     return count(network.parameters())
 
 
-def say_margins(network: Backbone, dataset: Dataset, factor: int) -> None:
+def print_padding_costs(network: Backbone, dataset: Dataset, factor: int) -> None:
     """Print which sizes of images cost the network much more than a size nearby."""
     shapes = dataset.config.pixel_format().shapes
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
         multiple = network.multiple * factor
         if (
             more := margin(-(-height // factor), -(-width // factor), network.multiple)
-        ) > MARGIN_SAID:
+        ) > MIN_PADDING:
             console().print(
                 f"images of {height} x {width} are padded to multiples of {multiple} inside the "
                 f"network, {more:.0%} more work than at "

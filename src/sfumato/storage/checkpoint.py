@@ -322,13 +322,13 @@ def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
         )
     if loaded is None:
         raise CheckpointError(
-            f"none of {len(damaged)} checkpoint(s) is whole; "
+            f"none of {len(damaged)} checkpoint(s) is intact; "
             f"{'; '.join(error.args[0] for _, error in damaged)}",
             where=str(root),
-            hint="copy a whole one here from a backup, or train a new run",
+            hint="copy an intact one here from a backup, or train a new run",
         )
     return loaded, [
-        f"{error} -- passed over; step {loaded.path.name[5:].lstrip('0') or 0} is used"
+        f"{error} -- skipped; step {loaded.path.name[5:].lstrip('0') or 0} is used"
         for _, error in damaged
     ]
 

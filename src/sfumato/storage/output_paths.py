@@ -29,7 +29,7 @@ def require_writable(folder: Path, target: Path | None = None, *, option: str = 
                 with contextlib.suppress(OSError):
                     path.rmdir()
         if target is not None and target.is_dir():
-            raise IsADirectoryError("a folder of that name is there")
+            raise IsADirectoryError("a folder of that name exists")
     except OSError as error:
         raise RunError(
             f"cannot be written to: {error.strerror or error}",

@@ -50,7 +50,7 @@ class RunDirectory:
         """
         if os.path.lexists(path / "config.yaml"):
             raise RunError(
-                "there is a run here already",
+                "there is already a run here",
                 where=str(path),
                 hint=f"`sfumato resume {path}`, or choose another --run",
             )

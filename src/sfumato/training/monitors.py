@@ -129,7 +129,7 @@ def latents(autoencoder: Autoencoder, images: Tensor, *, seed: int, batch_size: 
 
     def draw_batch(first: int) -> Tensor:
         moments = autoencoder.moments(images[first : first + batch_size])
-        return autoencoder.draw(
+        return autoencoder.sample_posterior(
             moments,
             lambda shape: randomness.normal(seed, "validation/latent", first=first, shape=shape),
         )

@@ -83,10 +83,12 @@ def words(text: str) -> list[str]:
         "’", "'"
     )
     if plain.isascii():
-        found = _WORD.findall(plain)
+        matches = _WORD.findall(plain)
     else:
-        found = [plain[first:last] for first, last in unicode_scripts.spans(plain, _WORD_OF_KINDS)]
-    return [_stem(word) for word in found if word not in STOP_WORDS]
+        matches = [
+            plain[first:last] for first, last in unicode_scripts.spans(plain, _WORD_OF_KINDS)
+        ]
+    return [_stem(word) for word in matches if word not in STOP_WORDS]
 
 
 def _stem(word: str) -> str:
@@ -118,7 +120,7 @@ def templates(texts: Sequence[str], *, size: int = 3, top: int = 5) -> list[tupl
     At most `top` of them are returned, each shared by at least a twentieth of the captions.
     """
     openings = Counter(
-        " ".join(found[:size]) for text in texts if len(found := text.lower().split()) > size
+        " ".join(spaced[:size]) for text in texts if len(spaced := text.lower().split()) > size
     )
     return [
         (opening, count / len(texts))
@@ -135,7 +137,7 @@ class Coverage:
         verdict: "seen", "never together" or "unseen words".
         counts: captions that hold each word of the prompt.
         together: for each pair of its first 40 words, captions that hold both.
-        whole: captions that hold all of its words.
+        with_all_words: captions that hold all of its words.
         similar: for the first 40 words that no caption holds, words that they do hold and that
             contain it or are spelt alike.
         nearest: positions of the captions most like the prompt, best first, with their likeness
@@ -146,7 +148,7 @@ class Coverage:
     verdict: str
     counts: dict[str, int]
     together: dict[tuple[str, str], int]
-    whole: int
+    with_all_words: int
     similar: dict[str, list[str]]
     nearest: list[tuple[int, float]]
 
@@ -170,22 +172,24 @@ class Vocabulary:
         Args:
             nearest: the number of captions most like the prompt to return.
         """
-        asked = list(dict.fromkeys(words(prompt)))
-        counts = {word: len(self.places.get(word, ())) for word in asked}
-        pairs = combinations(asked[:COMPARED], 2)
+        prompt_words = list(dict.fromkeys(words(prompt)))
+        counts = {word: len(self.places.get(word, ())) for word in prompt_words}
+        pairs = combinations(prompt_words[:COMPARED], 2)
         together = {
             (a, b): len(self.places.get(a, set()) & self.places.get(b, set())) for a, b in pairs
         }
-        whole = (
-            len(set.intersection(*(self.places.get(word, set()) for word in asked))) if asked else 0
+        with_all = (
+            len(set.intersection(*(self.places.get(word, set()) for word in prompt_words)))
+            if prompt_words
+            else 0
         )
         unseen = [word for word, count in counts.items() if not count]
         similar = {word: self._similar(word) for word in unseen[:COMPARED]}
         verdict = (
             "unseen words"
-            if not asked or 0 in counts.values()
+            if not prompt_words or 0 in counts.values()
             else "seen"
-            if whole
+            if with_all
             else "never together"
         )
         return Coverage(
@@ -193,35 +197,35 @@ class Vocabulary:
             verdict=verdict,
             counts=counts,
             together=together,
-            whole=whole,
+            with_all_words=with_all,
             similar=similar,
-            nearest=self._nearest(asked, nearest),
+            nearest=self._nearest(prompt_words, nearest),
         )
 
     def _similar(self, word: str) -> list[str]:
-        containing = [known for known in self.places if len(word) > 3 and word in known]
-        containing.sort(key=lambda known: (-len(self.places[known]), known))
+        containing = [other for other in self.places if len(word) > 3 and word in other]
+        containing.sort(key=lambda other: (-len(self.places[other]), other))
         return list(
             dict.fromkeys(
                 [*containing, *difflib.get_close_matches(word, self.places, n=3, cutoff=0.8)]
             )
         )[:4]
 
-    def _nearest(self, asked: Sequence[str], count: int) -> list[tuple[int, float]]:
+    def _nearest(self, prompt_words: Sequence[str], count: int) -> list[tuple[int, float]]:
         """Rank captions by weighted Jaccard similarity of their words with a prompt's.
 
         Rare words weigh more.
         """
         scores: dict[int, float] = {}
-        for word in asked:
+        for word in prompt_words:
             for number in self.places.get(word, ()):
                 scores[number] = scores.get(number, 0.0) + self._weights[word]
         unknown = math.log(1 + len(self.texts))
-        whole = sum(self._weights.get(word, unknown) for word in asked)
+        total = sum(self._weights.get(word, unknown) for word in prompt_words)
 
         def likeness(number: int, shared: float) -> float:
             return shared / (
-                whole + sum(self._weights[word] for word in set(words(self.texts[number]))) - shared
+                total + sum(self._weights[word] for word in set(words(self.texts[number]))) - shared
             )
 
         best = _best(scores, 50 * count)

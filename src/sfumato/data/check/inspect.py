@@ -17,8 +17,8 @@ from sfumato.data.check import captions as text
 from sfumato.data.check.findings import KINDS
 from sfumato.data.check.measure import Measurement, measure
 from sfumato.data.decoding import PixelFormat, quiet
-from sfumato.data.duplicates import SMALLEST, components, near_pairs, signatures
-from sfumato.data.frames import left_out
+from sfumato.data.duplicates import MIN_SIDE, components, near_pairs, signatures
+from sfumato.data.frames import unused_frames
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
 from sfumato.data.parallel import ordered_map
@@ -27,7 +27,9 @@ DARK, BRIGHT, BLURRED, FLAT = 0.36, 0.8, 0.25, 2.0
 FLAT_SHARE = 0.1  # of the contrast that the more lively images have, where all have little
 WHITE_SHARE = 0.6
 ASPECT = 1 / 0.35
-UNNAMED = "not named in"  # how the reason begins why an image is left out that metadata do not name
+UNNAMED = (
+    "not named in"  # beginning of the reason why images that metadata do not name are left out
+)
 SAMPLE = 20_000  # images that diversity, clusters and outliers are judged by, spread evenly
 EXTRACTOR = "thumbnails-8x8-and-gradients-4x4x8"
 
@@ -61,7 +63,7 @@ class Inspection:
         form: what they were decoded to, but for the size; in RGB by default.
         measured: positions of readable images, in the order of the arrays.
         issues: positions by kind; names of what was left out are in `reasons`.
-        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
+        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `unused_frames`) and name.
         ledger: the account of all that the source holds.
         groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
         clusters: positions of typical images of each kind of image found, and the kind's share.
@@ -83,12 +85,15 @@ class Inspection:
     def files(self) -> dict[str, list[str]]:
         """Return names by kind, in the order of the report."""
         named = {
-            **{kind: sorted(found) for kind, found in self.reasons.items()},
-            **{kind: [self.entries[i].name for i in found] for kind, found in self.issues.items()},
+            **{kind: sorted(positions) for kind, positions in self.reasons.items()},
+            **{
+                kind: [self.entries[i].name for i in positions]
+                for kind, positions in self.issues.items()
+            },
         }
         return {kind: named[kind] for kind in KINDS if named.get(kind)}
 
-    def why(self) -> dict[str, str]:
+    def reasons_by_name(self) -> dict[str, str]:
         """Return the reason for each name that was left out."""
         return {
             name: reason for reasons in self.reasons.values() for name, reason in reasons.items()
@@ -100,22 +105,25 @@ class Inspection:
         They are all but one of each group of copies, and what cannot be learned from. Copies under
         another caption or category stay: leaving them out is for a person to decide.
         """
-        found = dict(self.reasons.get("unreadable", {}))
+        reasons = dict(self.reasons.get("unreadable", {}))
         for kind in ("low_information",):
-            found.update(
+            reasons.update(
                 {self.entries[i].name: KINDS[kind].title.lower() for i in self.issues.get(kind, [])}
             )
         for kind in ("duplicate", "near_duplicate"):
-            for kept, *others in self.groups.get(kind, []):
+            for original, *others in self.groups.get(kind, []):
                 copies = [
                     i
                     for i in others
-                    if _agree(_called(self.entries[kept]), _called(self.entries[i]))
+                    if _same_label(_label(self.entries[original]), _label(self.entries[i]))
                 ]
-                found.update(
-                    {self.entries[i].name: f"{kind} of {self.entries[kept].name}" for i in copies}
+                reasons.update(
+                    {
+                        self.entries[i].name: f"{kind} of {self.entries[original].name}"
+                        for i in copies
+                    }
                 )
-        return found
+        return reasons
 
 
 def inspect_data(
@@ -134,16 +142,16 @@ def inspect_data(
         result.reasons.setdefault(kind, {})[reject.name] = reject.reason
     unreadable: list[Reject] = []
     positions: list[int] = []
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     with quiet():
-        for number, looked in enumerate(
+        for number, measurement in enumerate(
             ordered_map(lambda entry: measure(entry, plan.form), listing.entries)
         ):
-            if isinstance(looked, str):
-                unreadable.append(Reject(listing.entries[number].name, looked))
+            if isinstance(measurement, str):
+                unreadable.append(Reject(listing.entries[number].name, measurement))
             else:
                 positions.append(number)
-                found.append(looked)
+                measurements.append(measurement)
             if on_progress is not None:
                 on_progress(number + 1, len(listing.entries))
     if unreadable:
@@ -152,50 +160,53 @@ def inspect_data(
     places = np.array(positions, np.int64)
     result.figures.update(
         images=len(listing.entries),
-        readable=len(found),
+        readable=len(measurements),
         unreadable=len(unreadable),
         ledger=result.ledger.plain(),
     )
-    if found:
-        result.remarks += left_out([m.frames for m in found])
-        _single(result, places, found, plan)
-        _copies(result, places, found)
-        _diversity(result, places, found)
+    if measurements:
+        result.remarks += unused_frames([m.frames for m in measurements])
+        _image_findings(result, places, measurements, plan)
+        _copies(result, places, measurements)
+        _diversity(result, places, measurements)
     _captions(result, plan)
     _categories(result, set(positions))
     _size(result, plan)
     return result
 
 
-def _single(
-    result: Inspection, places: NDArray[np.int64], found: list[Measurement], plan: IntendedModel
+def _image_findings(
+    result: Inspection,
+    places: NDArray[np.int64],
+    measurements: list[Measurement],
+    plan: IntendedModel,
 ) -> None:
     """Find what each image shows by itself, or in comparison with the usual one."""
 
-    def of(name: str) -> NDArray[Any]:
-        return np.array([getattr(m, name) for m in found])
+    def column(name: str) -> NDArray[Any]:
+        return np.array([getattr(m, name) for m in measurements])
 
-    size = of("size")
+    size = column("size")
     longer, shorter = size.max(1), size.min(1)
-    white = of("white")
-    colour = of("colourful") > 2
-    notes = [set(m.notes) for m in found]
+    white = column("white")
+    colour = column("colourful") > 2
+    notes = [set(m.notes) for m in measurements]
     kinds = {
-        "dark": of("dark_end") < DARK,
-        "bright": (of("bright_end") > BRIGHT)
+        "dark": column("dark_end") < DARK,
+        "bright": (column("bright_end") > BRIGHT)
         | ((white > WHITE_SHARE) & bool(np.median(white) < 0.2)),
-        "low_information": of("contrast")
-        < min(FLAT, FLAT_SHARE * float(np.quantile(of("contrast"), 0.9))),
+        "low_information": column("contrast")
+        < min(FLAT, FLAT_SHARE * float(np.quantile(column("contrast"), 0.9))),
         "odd_aspect": _odd_aspect(longer / shorter),
         "odd_size": _odd_size(np.sqrt(longer * shorter)),
         "upscaled": shorter < plan.resolution,
-        "grayscale": ~colour if 0.5 < colour.mean() < 1 else np.zeros(len(found), bool),
+        "grayscale": ~colour if 0.5 < colour.mean() < 1 else np.zeros(len(measurements), bool),
         "transparent": np.array(["transparency_filled" in note for note in notes]),
         "converted": np.array([bool(note - {"transparency_filled"}) for note in notes]),
     }
-    sharp = of("sharpness")
-    usual = float(np.median(sharp))
-    kinds["blurry"] = (sharp < max(BLURRED, 0.3 * usual)) & ~kinds["low_information"]
+    sharp = column("sharpness")
+    median_sharpness = float(np.median(sharp))
+    kinds["blurry"] = (sharp < max(BLURRED, 0.3 * median_sharpness)) & ~kinds["low_information"]
     kinds["bright"] &= ~kinds["low_information"]
     kinds["dark"] &= ~kinds["low_information"]
     result.issues.update(
@@ -205,9 +216,9 @@ def _single(
         median_size=[int(v) for v in np.median(size, axis=0)],
         smallest_side=int(shorter.min()),
         largest_side=int(longer.max()),
-        median_sharpness=round(usual, 3),
+        median_sharpness=round(median_sharpness, 3),
         resolution=plan.resolution,
-        notes=dict(sorted(Counter(note for noted in notes for note in noted).items())),
+        notes=dict(sorted(Counter(note for names in notes for note in names).items())),
     )
 
 
@@ -229,28 +240,28 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
     return result
 
 
-def _copies(result: Inspection, places: NDArray[np.int64], found: list[Measurement]) -> None:
+def _copies(result: Inspection, places: NDArray[np.int64], measurements: list[Measurement]) -> None:
     """Find groups of equal and of nearly equal images.
 
     Look-alikes under different names are kept apart from copies.
     """
     same: dict[str, list[int]] = {}
-    for number, measurement in enumerate(found):
+    for number, measurement in enumerate(measurements):
         same.setdefault(measurement.id, []).append(number)
-    groups = [group for group in same.values() if min(found[group[0]].size) >= SMALLEST]
-    called = [_called(result.entries[place]) for place in places]
+    groups = [group for group in same.values() if min(measurements[group[0]].size) >= MIN_SIDE]
+    labels = [_label(result.entries[place]) for place in places]
     near: list[tuple[int, int]] = []
     alike: list[tuple[int, int]] = []
-    for one, other in near_pairs(np.array([found[group[0]].thumbnail for group in groups])):
+    for one, other in near_pairs(np.array([measurements[group[0]].thumbnail for group in groups])):
         # Of equal images under several names, those count that are called like the other.
         matches = [
             pair
             for pair in product(groups[one], groups[other])
-            if _agree(called[pair[0]], called[pair[1]])
+            if _same_label(labels[pair[0]], labels[pair[1]])
         ]
         near += matches
         alike += [] if matches else [(groups[one][0], groups[other][0])]
-    area = np.array([m.size[0] * m.size[1] for m in found])
+    area = np.array([m.size[0] * m.size[1] for m in measurements])
     copies = {
         "duplicate": [group for group in same.values() if len(group) > 1],
         "near_duplicate": _groups(near, area),
@@ -266,18 +277,20 @@ def _copies(result: Inspection, places: NDArray[np.int64], found: list[Measureme
         for group in copies[kind]
         for other in group[1:]
     ]
-    distinct = len(np.unique(components(len(found), np.array(links, np.int64).reshape(-1, 2))))
-    result.figures.update(copies=len(found) - distinct, distinct=distinct)
+    distinct = len(
+        np.unique(components(len(measurements), np.array(links, np.int64).reshape(-1, 2)))
+    )
+    result.figures.update(copies=len(measurements) - distinct, distinct=distinct)
 
 
-def _called(entry: Entry) -> tuple[str | None, frozenset[str]]:
+def _label(entry: Entry) -> tuple[str | None, frozenset[str]]:
     return entry.category, frozenset(entry.captions)
 
 
-def _agree(
+def _same_label(
     first: tuple[str | None, frozenset[str]], second: tuple[str | None, frozenset[str]]
 ) -> bool:
-    """Return whether two images are called the same, as far as both are called anything."""
+    """Return whether two images have the same category and captions, where both have them."""
     return all(not (a and b) or a == b for a, b in zip(first, second, strict=True))
 
 
@@ -309,16 +322,20 @@ def vendi(features: NDArray[np.floating]) -> float:
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
-def _diversity(result: Inspection, places: NDArray[np.int64], found: list[Measurement]) -> None:
+def _diversity(
+    result: Inspection, places: NDArray[np.int64], measurements: list[Measurement]
+) -> None:
     """Compute Vendi scores, kinds of images, and outliers far from all others.
 
     They are judged by hand-made features of a sample, spread evenly over the set.
     """
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), SAMPLE)).round().astype(int))
-    small = signatures(np.stack([found[i].thumbnail for i in chosen]))
+    chosen = np.unique(
+        np.linspace(0, len(measurements) - 1, min(len(measurements), SAMPLE)).round().astype(int)
+    )
+    small = signatures(np.stack([measurements[i].thumbnail for i in chosen]))
     small /= np.sqrt(small.shape[1])
     features = np.concatenate(
-        [small, np.stack([found[i].gradients for i in chosen]).astype(np.float32)], axis=1
+        [small, np.stack([measurements[i].gradients for i in chosen]).astype(np.float32)], axis=1
     )
     by_category: dict[str, list[int]] = {}
     for row, i in enumerate(chosen):
@@ -386,14 +403,14 @@ def _captions(result: Inspection, plan: IntendedModel) -> None:
     def having(test: Callable[[str], bool]) -> list[int]:
         return [i for i in captioned if any(test(caption) for caption in entries[i].captions)]
 
-    found = {
+    findings = {
         "caption_missing": [i for i, entry in enumerate(entries) if not entry.captions],
         "caption_duplicate": [i for i in captioned if entries[i].captions[0] in shared],
         "caption_truncated": having(plan.cuts),
         "caption_damaged": having(text.is_damaged),
         "caption_placeholder": having(text.is_placeholder),
     }
-    result.issues.update({kind: positions for kind, positions in found.items() if positions})
+    result.issues.update({kind: positions for kind, positions in findings.items() if positions})
     lengths = np.array([text.tokens(caption) for caption in everyone])
     common = Counter(word for caption in everyone for word in set(text.words(caption)))
     openings = text.templates(everyone)
@@ -412,7 +429,7 @@ def _captions(result: Inspection, plan: IntendedModel) -> None:
     if openings and openings[0][1] > 0.5:
         result.remarks.append(
             f"{openings[0][1]:.0%} of the captions begin “{openings[0][0]} …”: the model will "
-            "want that opening in every prompt."
+            "expect that opening in every prompt."
         )
     if lengths.size and np.quantile(lengths, 0.95) < 12:
         result.remarks.append(
@@ -471,5 +488,5 @@ def _size(result: Inspection, plan: IntendedModel) -> None:
         result.remarks.append(
             f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more "
             f"than the {values / 1e6:.1f}M values in all "
-            "images: it could store them, so watch the gap to held-out images."
+            "images: it could memorize them, so watch the gap to held-out images."
         )

@@ -50,7 +50,7 @@ class Measurement(NamedTuple):
     frames: int = 1
 
 
-def shown(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float32]:
+def to_display_rgb(pixels: Pixels, form: PixelFormat, *, alpha: bool) -> NDArray[np.float32]:
     """Convert pixels (C, H, W) to what a person sees: RGB from 0 to 255, (H, W, 3).
 
     Transparent images lie on the background; of many channels, the first three are used.
@@ -73,7 +73,7 @@ def measure(entry: Entry, form: PixelFormat | None = None) -> Measurement | str:
         decoded = decode(data, form, identify=True)
     except (RejectedImage, OSError) as error:
         return str(error)
-    pixels = shown(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
+    pixels = to_display_rgb(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
     brightness = np.sqrt(np.square(pixels) @ np.array([0.241, 0.691, 0.068], np.float32)) / 255
     bright_end, dark_end = np.quantile(brightness, [0.05, 0.99])
     gray = pixels @ np.array([0.299, 0.587, 0.114], np.float32)

@@ -16,28 +16,28 @@ from PIL import Image
 
 from sfumato.data.check.findings import KINDS
 from sfumato.data.check.inspect import Inspection
-from sfumato.data.check.measure import shown
+from sfumato.data.check.measure import to_display_rgb
 from sfumato.data.decoding import PixelFormat, RejectedImage, decode, fit_within
 from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
-SHOWN, GROUPS_SHOWN, THUMBNAIL = 24, 12, 96
+MAX_TILES, MAX_GROUPS, THUMBNAIL = 24, 12, 96
 
 
-def write(found: Inspection, folder: Path) -> list[Path]:
+def write(inspection: Inspection, folder: Path) -> list[Path]:
     """Write data_report.html, data.json and rejects.txt to `folder`, and return their paths.
 
     Raises:
         DataError: if the folder cannot be written to.
     """
-    rejects = found.rejects()
+    rejects = inspection.rejects()
     lines = [
         "# pass this file to training as data.exclude; a name, a tab, and why",
-        *(f"{name}\t{why}" for name, why in rejects.items()),
+        *(f"{name}\t{reason}" for name, reason in rejects.items()),
     ]
     paths = {
-        "data_report.html": _page(found, rejects),
-        "data.json": json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n",
+        "data_report.html": _page(inspection, rejects),
+        "data.json": json.dumps(plain(inspection), indent=1, ensure_ascii=False) + "\n",
         "rejects.txt": "\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines)
         + "\n",
     }
@@ -52,20 +52,20 @@ def write(found: Inspection, folder: Path) -> list[Path]:
     return [folder / name for name in paths]
 
 
-def plain(found: Inspection) -> dict[str, Any]:
+def plain(inspection: Inspection) -> dict[str, Any]:
     """Return the contents of data.json."""
-    files = found.files()
+    files = inspection.files()
     return {
-        "source": found.source,
-        **found.figures,
+        "source": inspection.source,
+        **inspection.figures,
         "counts": {kind: len(names) for kind, names in files.items()},
         "issues": files,
-        "reasons": found.why(),
+        "reasons": inspection.reasons_by_name(),
         "groups": {
-            kind: [[found.entries[i].name for i in group] for group in groups]
-            for kind, groups in found.groups.items()
+            kind: [[inspection.entries[i].name for i in group] for group in groups]
+            for kind, groups in inspection.groups.items()
         },
-        "remarks": found.remarks,
+        "remarks": inspection.remarks,
     }
 
 
@@ -77,7 +77,7 @@ def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
         decoded = decode(data, form)
     except (RejectedImage, OSError):
         return ""
-    pixels = shown(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
+    pixels = to_display_rgb(decoded.pixels, form, alpha="no_alpha" not in decoded.notes)
     image = Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
     image.thumbnail((3 * THUMBNAIL, 3 * THUMBNAIL))
     buffer = io.BytesIO()
@@ -85,51 +85,51 @@ def thumbnail(entry: Entry, form: PixelFormat | None = None) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _page(found: Inspection, rejects: dict[str, str]) -> str:
-    files = found.files()
+def _page(inspection: Inspection, rejects: dict[str, str]) -> str:
+    files = inspection.files()
     sections = []
     for kind, names in files.items():
-        groups = found.groups.get(kind, [])[:GROUPS_SHOWN]
-        shown = [[_tile(found, i) for i in group[:6]] for group in groups]
-        if not shown and kind in found.issues:
-            shown = [[_tile(found, i) for i in found.issues[kind][:SHOWN]]]
+        groups = inspection.groups.get(kind, [])[:MAX_GROUPS]
+        rows = [[_tile(inspection, i) for i in group[:6]] for group in groups]
+        if not rows and kind in inspection.issues:
+            rows = [[_tile(inspection, i) for i in inspection.issues[kind][:MAX_TILES]]]
         sections.append(
             {
                 "kind": kind,
                 "about": KINDS[kind],
                 "names": names,
-                "rows": shown,
-                "share": len(names) / max(1, found.figures["images"]),
+                "rows": rows,
+                "share": len(names) / max(1, inspection.figures["images"]),
             }
         )
     clusters = [
-        {"share": share, "row": [_tile(found, i) for i in typical]}
-        for typical, share in found.clusters
+        {"share": share, "row": [_tile(inspection, i) for i in typical]}
+        for typical, share in inspection.clusters
     ]
-    spread = range(0, len(found.entries), max(1, len(found.entries) // SHOWN))
+    spread = range(0, len(inspection.entries), max(1, len(inspection.entries) // MAX_TILES))
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     ).render(
-        source=found.source,
-        figures=found.figures,
-        remarks=found.remarks,
+        source=inspection.source,
+        figures=inspection.figures,
+        remarks=inspection.remarks,
         sections=sections,
         clusters=clusters,
         rejects=rejects,
-        reasons=found.why(),
-        ledger=found.ledger,
-        sample=[tile for i in list(spread)[:SHOWN] if (tile := _tile(found, i))["src"]],
-        categories=_bars(found.figures.get("categories", {}).get("counts", {})),
+        reasons=inspection.reasons_by_name(),
+        ledger=inspection.ledger,
+        sample=[tile for i in list(spread)[:MAX_TILES] if (tile := _tile(inspection, i))["src"]],
+        categories=_bars(inspection.figures.get("categories", {}).get("counts", {})),
     )
 
 
-def _tile(found: Inspection, position: int) -> dict[str, str]:
-    entry = found.entries[position]
+def _tile(inspection: Inspection, position: int) -> dict[str, str]:
+    entry = inspection.entries[position]
     words = " · ".join([*([entry.category] if entry.category else []), *entry.captions[:1]])
-    return {"src": thumbnail(entry, found.form), "name": entry.name, "words": words[:120]}
+    return {"src": thumbnail(entry, inspection.form), "name": entry.name, "words": words[:120]}
 
 
 def _bars(counts: dict[str, int]) -> list[tuple[str, int, float]]:

@@ -53,7 +53,7 @@ def source_at(
         return BUILT_IN[place]()
     if files.exists(place):
         raise DataError(
-            "is a file of no kind that holds images",
+            "is not a file type that holds images",
             where=place,
             hint=f"name a folder, or a file ending in {', '.join(BY_SUFFIX)}",
         )

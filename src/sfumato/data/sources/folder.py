@@ -67,7 +67,7 @@ class Folder(Source):
             where=self.path, names=names,
             blob=lambda name: File(f"{root}/{name}"),
             head=lambda name: read(f"{root}/{name}", 0, HEAD_BYTES),
-            check=lambda name: files.contained(root, name),
+            check=lambda name: files.check_contained(root, name),
             check_text=lambda name: files.check_link(root, name),
             metadata=self.metadata, unnamed=self.unnamed,
             rejects=[Reject(printable_name(name), reason) for name, reason in found.passed_over],

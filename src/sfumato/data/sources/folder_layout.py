@@ -10,9 +10,9 @@ from typing import NamedTuple
 from sfumato.data.listing import printable_name
 from sfumato.data.split_names import HELD_OUT, TRAIN, split_of
 
-BESIDE_CATEGORIES = "lies beside the category folders, in none of them"
-BESIDE_SPLITS = "lies beside the folders of the splits, in none of them"
-BESIDE_WRAPPER = "lies beside the one folder that holds the set"
+BESIDE_CATEGORIES = "is outside the category folders"
+BESIDE_SPLITS = "is outside the split folders"
+BESIDE_WRAPPER = "is outside the one top folder that holds the set"
 _SHARD_NUMBERS = re.compile(r"\d{5,}")
 
 
@@ -126,6 +126,6 @@ def _categories(tops: Sequence[str], loose: bool) -> tuple[bool, str]:
     if len(tops) == 1 and loose:
         return (
             False,
-            f"one folder beside the images, {printable_name(tops[0])}/, does not make a category",
+            f"one folder next to the images, {printable_name(tops[0])}/, is not taken for a category",
         )
     return True, ""

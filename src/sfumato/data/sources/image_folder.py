@@ -293,7 +293,7 @@ class ImageFolderReader:
             if name.rpartition("/")[2].lower() in SYSTEM:
                 self.status.count(name, "files of the system")
             elif _annotated_stem(name, None) is not None or name.lower().endswith(TEXTS):
-                self.status.leave_out(name, "belongs to none of the images that are used")
+                self.status.leave_out(name, "matches no image that is used")
             else:
                 self.status.leave_out(name, why_left_out(name))
 
@@ -337,6 +337,6 @@ def _layout_line(layout: FolderLayout, entries: Sequence[Entry]) -> str:
     trained = held.pop(None, 0)
     categories = len({entry.category for entry in entries if entry.category is not None})
     parts = " and ".join(f"{printable_name(name)}/" for name in layout.splits)
-    return f"{parts}: {trained:,} to learn from, {sum(held.values()):,} held out by name" + (
+    return f"{parts}: {trained:,} to train on, {sum(held.values()):,} held out by name" + (
         f", {categories} categories" if categories else ""
     )

@@ -303,7 +303,7 @@ class Finder:
         for candidate in self._candidates(plain, folder):
             if candidate in self._known:
                 return self._check(candidate)
-        raise UnsafePath(f"{value[:80]!r} is not there")
+        raise UnsafePath(f"{value[:80]!r} does not exist")
 
     def _candidates(self, plain: str, folder: str) -> Iterator[str]:
         below = f"{folder}/{plain}" if folder else plain

@@ -138,7 +138,7 @@ class Metadata:
             else "check the names"
         )
         raise DataError(
-            f"its metadata name no image that is there ({reasons})", where=self.where,
+            f"its metadata name no existing image ({reasons})", where=self.where,
             hint=f"{column}, or set data.source.metadata=off",
         )  # fmt: skip
 

@@ -174,7 +174,7 @@ class Parquet(Source):
         held = held_out_files(tables)
         entries: dict[str, Entry] = {}
         rejects = [
-            Reject(printable_name(name), "a file beside the tables")
+            Reject(printable_name(name), "a file next to the tables")
             for name in names
             if name not in set(tables)
         ]

@@ -70,7 +70,7 @@ class WebDataset(Source):
                     rejects.append(
                         Reject(
                             shown(prefix + member.name),
-                            "appears twice in the tar: the first one counts",
+                            "appears twice in the tar: the first one is used",
                         )
                     )
                 else:
@@ -149,7 +149,7 @@ class WebDataset(Source):
                 hint="name a .tar file or the folder that holds them",
             )
         others = [self._below(name) for name in found if name not in set(shards)]
-        rejects = [Reject(printable_name(name), "a file beside the shards") for name in others]
+        rejects = [Reject(printable_name(name), "a file next to the shards") for name in others]
         return shards, [
             *rejects,
             *(Reject(printable_name(name), reason) for name, reason in walked.passed_over),

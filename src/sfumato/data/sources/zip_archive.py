@@ -95,7 +95,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
         try:
             _check(info, name)
             if name in members:
-                raise UnsafePath("appears twice in the archive: the first one counts")
+                raise UnsafePath("appears twice in the archive: the first one is used")
         except UnsafePath as reason:
             rejects.append(Reject(printable_name(name)[:200], str(reason)))
         else:

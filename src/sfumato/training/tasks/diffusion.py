@@ -137,7 +137,7 @@ class Diffusion:
 
     @torch.no_grad()
     def _encoded(self, images: Tensor, moments: Tensor | None, first: int) -> Tensor:
-        return self.autoencoder.draw(
+        return self.autoencoder.sample_posterior(
             self.autoencoder.moments(images) if moments is None else moments,
             lambda shape: randomness.normal(
                 self.config.seed, "latent", first=first, shape=shape, device=self._device
