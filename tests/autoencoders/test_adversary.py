@@ -74,5 +74,5 @@ def test_balanced_losses_pull_alike() -> None:
 
 def test_impossible_adversaries_are_refused() -> None:
     for settings in ({"channels": 8, "layers": 2}, {"channels": 16, "layers": 0}):
-        with pytest.raises(ConfigError, match="adversary"):
+        with pytest.raises(ConfigError, match="discriminator"):
             PatchDiscriminator(3, **settings)

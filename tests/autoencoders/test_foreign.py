@@ -46,7 +46,9 @@ def test_a_deep_compression_autoencoder_gives_its_own_numbers(theirs) -> None:
         assert (ours.decode(0.5 * z) - theirs.decode(z).sample).abs().max() < 1e-5
     assert (ours.factor, ours.latent_channels, ours.image_channels) == (4, 4, 3)
     drawn = [
-        ours.draw(ours.moments(x), lambda shape, s=seed: torch.randn(shape, generator=s))
+        ours.sample_posterior(
+            ours.moments(x), lambda shape, s=seed: torch.randn(shape, generator=s)
+        )
         for seed in map(generator, (0, 1))
     ]
     assert (drawn[0] - drawn[1]).abs().max() < 1e-5  # there is nothing to draw

@@ -114,7 +114,9 @@ def test_latents_have_zero_mean_and_unit_variance_over_what_was_measured() -> No
     found = measure(codec, x.split(20))
     latents = LatentAutoencoder(codec, found.mean, found.deviation)
     generator = torch.Generator().manual_seed(0)
-    draws = latents.draw(latents.moments(x), lambda shape: torch.randn(shape, generator=generator))
+    draws = latents.sample_posterior(
+        latents.moments(x), lambda shape: torch.randn(shape, generator=generator)
+    )
     values = draws.transpose(0, 1).flatten(1)
     assert values.mean(1).abs().max() < 0.05
     assert (values.std(1) - 1).abs().max() < 0.05
@@ -197,7 +199,7 @@ def test_saving_replaces_whole_folders_only(
             folder,
             {},
         )
-    assert io.identity(io.load(folder)) == io.identity(io.folded(first))
+    assert io.identity(io.load(folder)) == io.identity(io.fold_statistics(first))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 

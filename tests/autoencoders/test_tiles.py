@@ -32,12 +32,12 @@ def test_norms_of_each_tile_alone_would_show() -> None:
     )
     z = torch.randn(1, 4, 20, 26) + torch.linspace(-3, 3, 26)
     with torch.no_grad():
-        whole, x = codec.decode(z), codec.head(z)
+        whole, x = codec.decode(z), codec.decode_low_res(z)
         out = torch.empty_like(whole)
         for tile in tiles(*x.shape[2:], 16):
-            part = tile.cut(x)
-            out[(..., *(slice(2 * s.start, 2 * s.stop) for s in tile.inner))] = tile.kept(
-                codec.tail(part), part
+            part = tile.crop(x)
+            out[(..., *(slice(2 * s.start, 2 * s.stop) for s in tile.inner))] = tile.crop_core(
+                codec.high_res_decoder(part), part
             )
     assert (out - whole).abs().max() > 2 / 255
 

@@ -58,7 +58,7 @@ def test_a_folder_of_diffusers_gives_its_numbers(theirs, tmp_path: Path) -> None
     assert (ours.factor, ours.latent_channels, ours.image_channels) == (8, 5, 3)
     noise = torch.randn(2, 5, 4, 4)
     # there is nothing to draw
-    assert (ours.draw(ours.moments(x), lambda shape: noise) - z).abs().max() < 1e-5
+    assert (ours.sample_posterior(ours.moments(x), lambda shape: noise) - z).abs().max() < 1e-5
 
 
 def test_the_two_files_of_taesd_give_the_same(theirs, tmp_path: Path) -> None:
@@ -144,5 +144,5 @@ def test_a_block_gathers_context_by_its_normed_branch() -> None:
 )
 def test_other_tensors_are_refused(wrong: dict[str, torch.Tensor]) -> None:
     right = {"0.weight": torch.zeros(8, 3, 3, 3), "0.bias": torch.zeros(8)}
-    with pytest.raises(CheckpointError, match="no tiny autoencoder"):
+    with pytest.raises(CheckpointError, match="not the tensors of a tiny autoencoder"):
         TinyAutoencoder(wrong, right)

@@ -11,18 +11,19 @@ from sfumato.condition import NO_CONDITION, Condition
 from sfumato.diffusion import (
     Angle,
     AutoGuidance,
+    ClampX0,
     ClassifierFree,
-    Clip,
     Cosine,
     Denoised,
+    DynamicThresholding,
     EmpiricalDenoiser,
     Epsilon,
     Flow,
     FlowTime,
+    GuidanceInterval,
     GuidanceTerm,
     Independent,
     IndependentTimes,
-    Interval,
     Linear,
     LogSNR,
     MinibatchOptimalTransport,
@@ -32,7 +33,6 @@ from sfumato.diffusion import (
     Objective,
     Sample,
     Stratified,
-    Threshold,
     UnitSum,
     UnitVariance,
     Velocity,
@@ -138,7 +138,7 @@ def test_autoguidance_extrapolates_between_two_denoisers() -> None:
 def test_interval_chooses_by_logsnr() -> None:
     inside = lambda x, level, condition: Denoised(x * 0 + 1, x)  # noqa: E731
     outside = lambda x, level, condition: Denoised(x * 0, x)  # noqa: E731
-    both = Interval(inside=inside, outside=outside, low=-2.0, high=2.0)
+    both = GuidanceInterval(inside=inside, outside=outside, low=-2.0, high=2.0)
     for logsnr, value in ((-3.0, 0.0), (-1.9, 1.0), (1.9, 1.0), (2.1, 0.0)):
         ratio = torch.tensor(logsnr / 2).exp()
         assert (
@@ -147,7 +147,7 @@ def test_interval_chooses_by_logsnr() -> None:
         )
 
 
-@pytest.mark.parametrize("wrap", [Clip, Threshold])
+@pytest.mark.parametrize("wrap", [ClampX0, DynamicThresholding])
 def test_clipping_bounds_x0_and_still_explains_x(wrap) -> None:
     wild = lambda x, level, condition: Sample().solve(3 * x, x, level)  # noqa: E731
     denoised = wrap(denoiser=wild)(noisy(), LEVEL, NO_CONDITION)
@@ -159,7 +159,7 @@ def test_dynamic_threshold_rescales_by_the_quantile() -> None:
     wild = lambda x, level, condition: Sample().solve(3 * x, x, level)  # noqa: E731
     x0 = 3 * noisy()
     limit = torch.quantile(x0.flatten(1).abs(), 0.9, dim=1).clamp(min=1).view(-1, 1, 1, 1)
-    found = Threshold(denoiser=wild, quantile=0.9)(noisy(), LEVEL, NO_CONDITION).x0
+    found = DynamicThresholding(denoiser=wild, quantile=0.9)(noisy(), LEVEL, NO_CONDITION).x0
     torch.testing.assert_close(found, x0.clamp(-limit, limit) / limit, atol=1e-6, rtol=1e-6)
 
 

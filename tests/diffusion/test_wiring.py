@@ -9,13 +9,14 @@ import torch
 from sfumato.condition import NO_CONDITION, Condition
 from sfumato.diffusion import (
     Angle,
-    Clip,
+    ClampX0,
     Cosine,
     Denoised,
+    DynamicThresholding,
     EmpiricalDenoiser,
     Flow,
     FlowTime,
-    Interval,
+    GuidanceInterval,
     Linear,
     LinearBetas,
     LogitNormal,
@@ -29,7 +30,6 @@ from sfumato.diffusion import (
     Sample,
     ScaledLinear,
     Stratified,
-    Threshold,
     UniformLogSNR,
     UnitSum,
     UnitVariance,
@@ -127,7 +127,7 @@ def test_zero_terminal_snr_keeps_a_start_that_is_not_clean() -> None:
 def test_clip_clamps_to_its_own_bounds() -> None:
     level, x = Linear()(torch.tensor(0.5, dtype=torch.float64)), 4 * images(0)
     plain = Gaussian(mean=0.0, variance=4.0)
-    clipped = Clip(denoiser=plain, low=-0.5, high=2.0)(x, level, NO_CONDITION)
+    clipped = ClampX0(denoiser=plain, low=-0.5, high=2.0)(x, level, NO_CONDITION)
     torch.testing.assert_close(clipped.x0, plain(x, level).x0.clamp(-0.5, 2.0))
     torch.testing.assert_close(level.mix(*clipped), x)
 
@@ -136,7 +136,9 @@ def test_threshold_leaves_a_guess_within_range_alone() -> None:
     level, x = Linear()(torch.tensor(0.5, dtype=torch.float64)), 0.1 * images(0)
     plain = Gaussian(mean=0.0, variance=0.5)
     assert plain(x, level).x0.abs().max() < 1
-    torch.testing.assert_close(Threshold(denoiser=plain)(x, level, NO_CONDITION), plain(x, level))
+    torch.testing.assert_close(
+        DynamicThresholding(denoiser=plain)(x, level, NO_CONDITION), plain(x, level)
+    )
 
 
 def test_interval_calls_only_the_one_it_chooses_and_passes_the_condition() -> None:
@@ -145,7 +147,7 @@ def test_interval_calls_only_the_one_it_chooses_and_passes_the_condition() -> No
     def named(name: str):
         return lambda x, level, condition: called.append((name, condition)) or Denoised(x, x)
 
-    both = Interval(inside=named("in"), outside=named("out"), low=-1.0, high=2.0)
+    both = GuidanceInterval(inside=named("in"), outside=named("out"), low=-1.0, high=2.0)
     for logsnr in (-1.5, 0.0, 2.5):
         level = UniformLogSNR(logsnr_min=logsnr, logsnr_max=logsnr + 1)(torch.ones(()))
         both(images(0), level, condition)
@@ -226,7 +228,7 @@ def test_threshold_never_brightens(quiet: float) -> None:
         Linear()(torch.tensor(0.5, dtype=torch.float64)),
         images(0)[:1, :1].repeat(1, 1, 4, 4)[..., :10, :10],
     )
-    found = Threshold(
+    found = DynamicThresholding(
         denoiser=lambda x, level, condition: Sample().solve(guess, x, level), quantile=0.95
     )(x, level, NO_CONDITION)
     torch.testing.assert_close(found.x0, guess.clamp(max=1))

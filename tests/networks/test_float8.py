@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
-from sfumato.nn.float8 import in_float8
+from sfumato.nn.float8 import convert_to_float8
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import load, resume, train
 from sfumato.training import Budget
@@ -39,7 +39,7 @@ def test_products_are_those_of_rounded_tensors() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(64, 128)
     within = nn.ModuleList([copy.deepcopy(plain)])
-    in_float8(within, [within[0]])
+    convert_to_float8(within, [within[0]])
     network = within[0]
     x, given = torch.randn(32, 64, requires_grad=True), torch.randn(32, 128)
     found = network(x)
@@ -56,7 +56,7 @@ def test_products_are_those_of_rounded_tensors() -> None:
 def test_weights_stay_what_they_are() -> None:
     network = DiTConfig(hidden_size=64, depth=2, head_dim=32).build(image_channels=3)
     before, names = dict(network.named_parameters()), list(network.state_dict())
-    in_float8(network, network.float8_layers())
+    convert_to_float8(network, network.float8_layers())
     after = dict(network.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
@@ -75,14 +75,14 @@ def test_it_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
 def test_a_network_without_such_layers_is_refused() -> None:
     network = UNetConfig(channels=64).build(image_channels=3)
     with pytest.raises(ConfigError, match="precision=bfloat16"):
-        in_float8(network, network.float8_layers())
+        convert_to_float8(network, network.float8_layers())
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     network = DiTConfig(hidden_size=64, depth=1).build(image_channels=3)
     with pytest.raises(ConfigError, match=r"sfumato\[float8\]"):
-        in_float8(network, network.float8_layers())
+        convert_to_float8(network, network.float8_layers())
 
 
 def losses(run: Path) -> list[float]:

@@ -180,7 +180,7 @@ def compared(scheduler, sampler: Sampler, to_levels, predicts: str, **options) -
 
 
 # DDPM and DDIM.
-# clip_sample=True (default) clamps x0, which is `Clip` here and no part of a solver.
+# clip_sample=True (default) clamps x0, which is `ClampX0` here and no part of a solver.
 # timestep_spacing="trailing" starts at t = 999; the default, "leading", starts below the noisiest
 # level.
 # set_alpha_to_one=True (default) ends on clean data.

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Codec(nn.Module, ABC):
-    """An autoencoder: images to latents of whatever mean and scale, and back.
+    """An autoencoder: images to latents of any mean and scale, and back.
 
     Attributes:
         factor: side of an image over the side of its latents.
-        latent_channels, image_channels: of either.
+        latent_channels, image_channels: channels of latents and of images.
     """
 
     factor: int
@@ -29,14 +29,14 @@ class Codec(nn.Module, ABC):
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to images (B, C, f h, f w), not clamped."""
-        result: Tensor = self.tail(self.head(z))
+        result: Tensor = self.high_res_decoder(self.decode_low_res(z))
         return result
 
     @abstractmethod
-    def head(self, z: Tensor) -> Tensor:
-        """Decode latents to the input of `tail`, (B, _, H/2, W/2) or finer."""
+    def decode_low_res(self, z: Tensor) -> Tensor:
+        """Decode latents to feature maps, the input of `high_res_decoder`: (B, _, H/2, W/2) or finer."""
 
     @property
     @abstractmethod
-    def tail(self) -> nn.Module:
+    def high_res_decoder(self) -> nn.Module:
         """The part of the decoder that needs the most memory; it shares the decoder's layers."""

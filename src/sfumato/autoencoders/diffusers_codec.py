@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.autoencoders.codec import Codec
-from sfumato.autoencoders.tiny import CERTAIN
+from sfumato.autoencoders.tiny import DETERMINISTIC_LOGVAR
 from sfumato.errors import CheckpointError, ConfigError
 
 KNOWN = ("AutoencoderDC",)
@@ -34,9 +34,9 @@ class ForeignCodec(Codec):
         """
         if kind not in KNOWN:
             raise CheckpointError(
-                f"an autoencoder of the kind {kind}",
+                f"unsupported autoencoder class {kind}",
                 where=str(folder),
-                hint=f"AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)} are read",
+                hint=f"supported are AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)}",
             )
         try:
             import diffusers
@@ -54,8 +54,7 @@ class ForeignCodec(Codec):
             raise CheckpointError(
                 f"cannot be read: {str(error)[:300]}", where=str(folder)
             ) from None
-        # What diffusers notes beside the sizes, such as where the model was read from, is nobody's
-        # concern.
+        # Keys with an underscore, such as the path that the model was loaded from, are left out.
         sizes = {
             name: value for name, value in dict(model.config).items() if not name.startswith("_")
         }
@@ -64,14 +63,14 @@ class ForeignCodec(Codec):
     def moments(self, x: Tensor) -> Tensor:
         """Return the latents and a log-variance of -30, (B, 2 c, H/f, W/f)."""
         z = self.model.encode(x).latent
-        return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
+        return torch.cat([z, torch.full_like(z, DETERMINISTIC_LOGVAR)], dim=1)
 
-    def head(self, z: Tensor) -> Tensor:
-        """Decode latents to images: diffusers' models are not taken apart."""
+    def decode_low_res(self, z: Tensor) -> Tensor:
+        """Decode latents to images: diffusers' decoders are used as a whole."""
         result: Tensor = self.model.decode(z).sample
         return result
 
     @property
-    def tail(self) -> nn.Module:
-        """The identity, since `head` does everything."""
+    def high_res_decoder(self) -> nn.Module:
+        """The identity, since `decode_low_res` does everything."""
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""The adversary of an autoencoder: it distinguishes real patches from reconstructed ones."""
+"""The discriminator of an autoencoder: it distinguishes real patches from reconstructed ones."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if min(channels, layers) < 1 or channels % GROUP_CHANNELS:
             raise ConfigError(
-                f"an adversary of {channels} channels and {layers} layers",
+                f"a discriminator of {channels} channels and {layers} layers",
                 where="autoencoder.losses.adversarial",
                 hint=f"at least one layer, and channels that are a multiple of {GROUP_CHANNELS}",
             )
         self.smallest = 3 * 2**layers  # side of an image that still has a patch
-        found: list[nn.Module] = [
+        modules: list[nn.Module] = [
             nn.Conv2d(image_channels, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
         ]
         width = channels
         for depth in range(1, layers + 1):
             inputs, width = width, channels * min(2**depth, 8)
-            found += [
+            modules += [
                 nn.Conv2d(
                     inputs, width, 4, stride=2 if depth < layers else 1, padding=1, bias=False
                 ),
                 nn.GroupNorm(width // GROUP_CHANNELS, width),
                 nn.LeakyReLU(0.2),
             ]
-        self.layers = nn.Sequential(*found, nn.Conv2d(width, 1, 4, padding=1))
+        self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Score each patch: (B, C, H, W) -> (B, h, w)."""
@@ -52,24 +52,24 @@ class PatchDiscriminator(nn.Module):
         return result
 
 
-def discriminator_loss(adversary: PatchDiscriminator, real: Tensor, made: Tensor) -> Tensor:
-    """Return the adversary's loss, (B,): the hinge loss, averaged over real and generated images.
+def discriminator_loss(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor) -> Tensor:
+    """Return the discriminator's loss, (B,): the hinge loss, averaged over real and generated images.
 
     The generated images get no gradient from it.
 
     Source: Lim & Ye 2017 (arXiv:1705.02894).
     """
-    losses = F.relu(1 - adversary(real)), F.relu(1 + adversary(made.detach()))
+    losses = F.relu(1 - discriminator(real)), F.relu(1 + discriminator(fake.detach()))
     return torch.stack([loss.flatten(1).mean(1) for loss in losses]).mean(0)
 
 
-def generator_loss(adversary: PatchDiscriminator, made: Tensor) -> Tensor:
-    """Return the autoencoder's loss, (B,): minus the mean score of the images that it makes.
+def generator_loss(discriminator: PatchDiscriminator, fake: Tensor) -> Tensor:
+    """Return the autoencoder's loss, (B,): minus the mean score of its reconstructions.
 
-    The adversary gets no gradient from it.
+    The discriminator gets no gradient from it.
     """
-    frozen = {name: parameter.detach() for name, parameter in adversary.named_parameters()}
-    result: Tensor = -functional_call(adversary, frozen, (made,)).flatten(1).mean(1)
+    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    result: Tensor = -functional_call(discriminator, frozen, (fake,)).flatten(1).mean(1)
     return result
 
 

@@ -31,15 +31,19 @@ WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.jso
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def save(latents: LatentAutoencoder, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Write an autoencoder to a folder, whole or not at all; `facts` go into latents.json.
+def save(latents: LatentAutoencoder, folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write an autoencoder to a folder, atomically; `metadata` goes into latents.json.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
-    settled = folded(latents) if isinstance(latents.codec, KLAutoencoder) else latents
-    config, tensors = _plain(settled.codec)
-    statistics = {"mean": settled.mean.tolist(), "deviation": settled.deviation.tolist(), **facts}
+    normalized = fold_statistics(latents) if isinstance(latents.codec, KLAutoencoder) else latents
+    config, tensors = _plain(normalized.codec)
+    statistics = {
+        "mean": normalized.mean.tolist(),
+        "deviation": normalized.deviation.tolist(),
+        **metadata,
+    }
     try:
         with atomic_folder(folder) as temporary:
             save_file(
@@ -63,7 +67,7 @@ def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencod
     deviations).
 
     Raises:
-        CheckpointError: naming what is missing or not understood.
+        CheckpointError: naming what is missing or not supported.
     """
     path = Path(path)
     if path.is_file() and decoder is not None:
@@ -89,12 +93,12 @@ def identity(latents: LatentAutoencoder) -> str:
 
 
 @torch.no_grad()
-def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
+def fold_statistics(latents: LatentAutoencoder) -> LatentAutoencoder:
     """Fold the statistics into the weights: mean 0 and deviation 1 are left to apply."""
     codec = latents.codec
     assert isinstance(codec, KLAutoencoder)
     mean, deviation, size = latents.mean, latents.deviation, codec.latent_channels
-    made = KLAutoencoder(
+    folded = KLAutoencoder(
         replace(codec.config, projections="quant"), image_channels=codec.image_channels
     ).to(mean.device)
     state = dict(codec.state_dict())
@@ -111,9 +115,9 @@ def folded(latents: LatentAutoencoder) -> LatentAutoencoder:
     state["post_quant_conv.weight"] = (
         state["post_quant_conv.weight"] * deviation[None, :, None, None]
     )
-    made.load_state_dict(state)
+    folded.load_state_dict(state)
     return LatentAutoencoder(
-        made.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation)
+        folded.eval().requires_grad_(False), torch.zeros_like(mean), torch.ones_like(deviation)
     )
 
 
@@ -188,16 +192,17 @@ def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
 def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
     try:
         widths = tuple(config["block_out_channels"])
-        known = (
+        supported = (
             set(config["down_block_types"]) == {"DownEncoderBlock2D"}
             and set(config["up_block_types"]) == {"UpDecoderBlock2D"}
             and config.get("act_fn", "silu") == "silu"
             and config["in_channels"] == config["out_channels"]
             and config.get("use_quant_conv", True) == config.get("use_post_quant_conv", True)
         )
-        if not known:
+        if not supported:
             raise CheckpointError(
-                "an AutoencoderKL of blocks that are not known here", where=str(folder / CONFIG)
+                "unsupported block types in the AutoencoderKL configuration",
+                where=str(folder / CONFIG),
             )
         shape = KLConfig(
             channels=widths,
@@ -209,7 +214,10 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
         )
         codec = KLAutoencoder(shape, image_channels=config["in_channels"])
         codec.load_state_dict(
-            {_renamed(name): tensor.float() for name, tensor in _tensors(folder / WEIGHTS).items()}
+            {
+                _current_name(name): tensor.float()
+                for name, tensor in _tensors(folder / WEIGHTS).items()
+            }
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
@@ -218,7 +226,7 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
     return codec
 
 
-def _renamed(name: str) -> str:
+def _current_name(name: str) -> str:
     """Return a tensor's current name; attention layers once had other names."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in _OLD_ATTENTION:
@@ -229,10 +237,10 @@ def _renamed(name: str) -> str:
 def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple[Tensor, Tensor]:
     """Read the mean and deviation of a folder's latents, (c,) each, from its files."""
     if (folder / STATISTICS).is_file():
-        said = _json(folder / STATISTICS)
+        statistics = _json(folder / STATISTICS)
         mean, deviation = (
-            torch.tensor(said.get("mean", [])),
-            torch.tensor(said.get("deviation", [])),
+            torch.tensor(statistics.get("mean", [])),
+            torch.tensor(statistics.get("deviation", [])),
         )
     elif config.get("latents_mean") and config.get("latents_std"):
         mean, deviation = (
@@ -243,7 +251,9 @@ def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple
         mean = torch.full((channels,), float(config.get("shift_factor") or 0.0))
         deviation = torch.full((channels,), 1 / float(config.get("scaling_factor") or 1.0))
     if len(mean) != channels or len(deviation) != channels or not bool((deviation > 0).all()):
-        raise CheckpointError("statistics that do not fit its channels", where=str(folder))
+        raise CheckpointError(
+            "the number of latent statistics does not match the latent channels", where=str(folder)
+        )
     return mean, deviation
 
 
@@ -254,7 +264,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"cannot be read: {error}",
             where=str(path),
-            hint="only .safetensors are read; convert others, they can run code",
+            hint="only .safetensors are read: convert other formats, which can run code",
         ) from None
 
 

@@ -22,7 +22,7 @@ from sfumato.errors import ConfigError
 from sfumato.nn.accelerable import Accelerable
 
 EPS = 1e-6  # of group norms
-BRANCH = 0.1  # of what an untrained layer would else do, where it mostly passes on what it is given
+RESIDUAL_INIT_SCALE = 0.1  # factor on random weights where a layer starts near the identity
 LOG_VARIANCE = (-30.0, 20.0)  # what log-variances are clamped to, as everywhere else
 
 
@@ -88,16 +88,16 @@ class KLAutoencoder(Codec):
         has = config.projections == "quant"
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if has else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if has else nn.Identity()
-        self.apply(passing)
+        self.apply(init_as_identity)
 
     def moments(self, x: Tensor) -> Tensor:
         """Return the mean and log-variance of the latents, (B, 2 c, H/f, W/f)."""
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1)
 
-    def head(self, z: Tensor) -> Tensor:
+    def decode_low_res(self, z: Tensor) -> Tensor:
         """Decode latents up to half the image's resolution."""
-        return self.decoder.head(self.post_quant_conv(z))
+        return self.decoder.decode_low_res(self.post_quant_conv(z))
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
@@ -105,9 +105,9 @@ class KLAutoencoder(Codec):
         return self.encoder.conv_in, self.decoder.conv_out
 
     @property
-    def tail(self) -> nn.Module:
+    def high_res_decoder(self) -> nn.Module:
         """The decoder from half the image's resolution to the image."""
-        return self.decoder.tail
+        return self.decoder.high_res_decoder
 
 
 class Encoder(Accelerable):
@@ -155,26 +155,26 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latents (B, c, h, w) to images (B, C, f h, f w)."""
-        result: Tensor = self.tail(self.head(z))
+        result: Tensor = self.high_res_decoder(self.decode_low_res(z))
         return result
 
-    def head(self, z: Tensor) -> Tensor:
+    def decode_low_res(self, z: Tensor) -> Tensor:
         """Run the layers that work below the full resolution."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks[:-2]:
             x = block(x)
         for block in self.up_blocks[-2:-1]:
-            x = cast(UpBlock, block).refined(x)
+            x = cast(UpBlock, block).apply_blocks(x)
         result: Tensor = x
         return result
 
     @property
-    def tail(self) -> Tail:
+    def high_res_decoder(self) -> HighResDecoder:
         """The layers from the last doubling of the resolution on."""
-        return Tail(self.up_blocks[-2:], self.conv_norm_out, self.conv_out)
+        return HighResDecoder(self.up_blocks[-2:], self.conv_norm_out, self.conv_out)
 
 
-class Tail(nn.Module):
+class HighResDecoder(nn.Module):
     """The end of a decoder, which takes most of its memory.
 
     It shares the decoder's layers, and is not a part of it.
@@ -283,12 +283,12 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, 2 H, 2 W), or (H, W) if it does not double."""
-        x = self.refined(x)
+        x = self.apply_blocks(x)
         for upsample in self.upsamplers:
             x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
-    def refined(self, x: Tensor) -> Tensor:
+    def apply_blocks(self, x: Tensor) -> Tensor:
         """Apply the residual blocks, without the change of resolution."""
         for block in self.resnets:
             x = block(x)
@@ -309,22 +309,24 @@ class Resample(nn.Module):
 
 
 @torch.no_grad()
-def passing(module: nn.Module) -> None:
-    """Initialize a layer to pass on its input.
+def init_as_identity(module: nn.Module) -> None:
+    """Initialize a layer near the identity.
 
-    Residual branches begin near zero, changes of resolution and width as averages. So shapes and
-    colours reach the latents from the first step on (docs/ablations.md shows what that is worth).
+    Residual branches start near zero, changes of resolution and width as averages. So shapes and
+    colours reach the latents from the first step on (docs/ablations.md shows the effect).
     """
     if isinstance(module, ResidualBlock):
-        module.conv2.weight.mul_(BRANCH)
+        module.conv2.weight.mul_(RESIDUAL_INIT_SCALE)
         if isinstance(module.conv_shortcut, nn.Conv2d):
-            carry(module.conv_shortcut, slice(0, 1))
+            set_identity_kernel(module.conv_shortcut, slice(0, 1))
     if isinstance(module, Resample):
-        carry(module.conv, slice(0, 2) if module.conv.stride == (2, 2) else slice(1, 2))
+        set_identity_kernel(
+            module.conv, slice(0, 2) if module.conv.stride == (2, 2) else slice(1, 2)
+        )
 
 
-def carry(layer: nn.Conv2d, window: slice) -> None:
-    """Initialize a convolution to average a window of its kernel and copy channels.
+def set_identity_kernel(layer: nn.Conv2d, window: slice) -> None:
+    """Initialize a convolution to average a window of its kernel and to copy channels.
 
     Channels are repeated where there are more outputs than inputs, and averaged where there are
     fewer; the random weights that are left make copies differ.
@@ -333,5 +335,5 @@ def carry(layer: nn.Conv2d, window: slice) -> None:
     middle = layer.weight[:, :, window, window]
     share = min(1.0, outputs / inputs) / middle[0, 0].numel()
     channels = torch.arange(max(inputs, outputs))
-    layer.weight.mul_(BRANCH)
+    layer.weight.mul_(RESIDUAL_INIT_SCALE)
     middle[channels % outputs, channels % inputs] += share

@@ -15,8 +15,7 @@ from sfumato.autoencoders.tiling import decode_in_tiles
 from sfumato.errors import DataError, ShapeError
 
 WHOLE = 1024 * 1024  # pixels up to which images are decoded whole
-# share of a latent channel's variance that lies between images, below which it tells nothing of
-# them
+# share of a latent channel's variance that lies between images, below which the channel is dead
 DEAD = 0.01
 
 Gaussian = Callable[[tuple[int, ...]], Tensor]
@@ -39,17 +38,17 @@ class Pixels(nn.Module):
         """Return the images as they are."""
         return x
 
-    def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
-        """Return the images as they are: there is nothing to draw."""
+    def sample_posterior(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
+        """Return the images as they are: pixels have no posterior."""
         return moments
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the images as they are."""
         return z
 
-    def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
+    def paste_known(self, generated: Tensor, image: Tensor, known: Tensor) -> Tensor:
         """Return the generated images: without a decoder, what was known has not changed."""
-        return made
+        return generated
 
 
 class LatentAutoencoder(nn.Module):
@@ -106,7 +105,7 @@ class LatentAutoencoder(nn.Module):
         """Return the means of the latents, (B, c, h, w)."""
         return self.moments(x).chunk(2, dim=1)[0]
 
-    def draw(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
+    def sample_posterior(self, moments: Tensor, gaussian: Gaussian) -> Tensor:
         """Draw latents (B, c, h, w) from their moments (B, 2 c, h, w), one for each image."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + (0.5 * log_variance).exp() * gaussian(tuple(mean.shape)).to(mean)
@@ -117,17 +116,20 @@ class LatentAutoencoder(nn.Module):
         Without gradients, images of more than 1024 x 1024 pixels are decoded a tile at a time, to
         the same result.
         """
-        own = z * self.deviation[:, None, None] + self.mean[:, None, None]
-        if own.shape[-2] * own.shape[-1] * self.factor**2 > WHOLE and not torch.is_grad_enabled():
-            return decode_in_tiles(self.codec, own)
-        return self.codec.decode(own)
+        unscaled = z * self.deviation[:, None, None] + self.mean[:, None, None]
+        if (
+            unscaled.shape[-2] * unscaled.shape[-1] * self.factor**2 > WHOLE
+            and not torch.is_grad_enabled()
+        ):
+            return decode_in_tiles(self.codec, unscaled)
+        return self.codec.decode(unscaled)
 
-    def paste_known(self, made: Tensor, image: Tensor, known: Tensor) -> Tensor:
+    def paste_known(self, generated: Tensor, image: Tensor, known: Tensor) -> Tensor:
         """Return the generated images with what was known as it was given, not as it was decoded.
 
         `known` is 1 where the image is known; shares blend.
         """
-        return torch.lerp(made, image, known)
+        return torch.lerp(generated, image, known)
 
 
 Autoencoder = Pixels | LatentAutoencoder
@@ -140,7 +142,7 @@ class Statistics:
     Attributes:
         mean, deviation: of a draw.
         informative: share of the variance that lies between images and places, rather than in the
-            draw: near 0 for a channel that tells nothing.
+            draw: near 0 for a dead channel.
     """
 
     mean: Tensor
@@ -173,7 +175,7 @@ def measure(codec: Codec, images: Iterable[Tensor]) -> Statistics:
     variance = between + drawn
     if not bool((variance > 1e-12).all()):
         raise DataError(
-            "latents of no variance",
+            "a latent channel has zero variance (the encoder collapsed)",
             where="autoencoder",
             hint="train it longer, or on images that differ",
         )

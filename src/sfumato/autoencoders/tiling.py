@@ -15,23 +15,26 @@ from torch import Tensor, nn
 
 from sfumato.autoencoders.codec import Codec
 
-RIM = 16  # places around a tile, at the tail's input, that its convolutions may see
+RIM = 16  # positions around a tile, at the decoder's input, within its receptive field
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of the tail's input with its rim, and the place of its core; rows, then columns."""
+    """A part of the high-resolution decoder's input with its rim, and the position of its core.
+
+    Slices are rows, then columns.
+    """
 
     outer: tuple[slice, slice]
     core: tuple[slice, slice]
     inner: tuple[slice, slice]
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Cut the tile, with its rim, out of `x`."""
+    def crop(self, x: Tensor) -> Tensor:
+        """Crop the tile, with its rim, out of `x`."""
         return x[..., self.outer[0], self.outer[1]]
 
-    def kept(self, x: Tensor, like: Tensor) -> Tensor:
-        """Cut the core out of feature maps made from the tile `like`, at their resolution."""
+    def crop_core(self, x: Tensor, like: Tensor) -> Tensor:
+        """Crop the core out of feature maps computed from the tile `like`, at their resolution."""
         scale = x.shape[-1] // like.shape[-1]
         rows, columns = (slice(s.start * scale, s.stop * scale) for s in self.core)
         return x[..., rows, columns]
@@ -65,28 +68,30 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
-    """Decode latents to images in tiles of `size` places of the tail's input.
+    """Decode latents to images in tiles of `size` positions of the high-resolution decoder's input.
 
     The result equals that of decoding the whole, except for rounding.
     """
-    x = decoder.head(z)
-    cut = list(tiles(x.shape[2], x.shape[3], size))
+    x = decoder.decode_low_res(z)
+    all_tiles = list(tiles(x.shape[2], x.shape[3], size))
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for norm in [
-            module for module in decoder.tail.modules() if isinstance(module, nn.GroupNorm)
+            module
+            for module in decoder.high_res_decoder.modules()
+            if isinstance(module, nn.GroupNorm)
         ]:
-            statistics = _gathered(decoder.tail, norm, x, cut)
-            hooks.append(norm.register_forward_hook(_fixed(*statistics)))
+            statistics = _gather_statistics(decoder.high_res_decoder, norm, x, all_tiles)
+            hooks.append(norm.register_forward_hook(_fixed_statistics_hook(*statistics)))
         out: Tensor | None = None
-        for tile in cut:
-            part = tile.cut(x)
-            made = tile.kept(decoder.tail(part), part)
+        for tile in all_tiles:
+            part = tile.crop(x)
+            core = tile.crop_core(decoder.high_res_decoder(part), part)
             if out is None:
-                scale = made.shape[-1] // (tile.inner[1].stop - tile.inner[1].start)
-                out = made.new_empty(len(x), made.shape[1], scale * x.shape[2], scale * x.shape[3])
+                scale = core.shape[-1] // (tile.inner[1].stop - tile.inner[1].start)
+                out = core.new_empty(len(x), core.shape[1], scale * x.shape[2], scale * x.shape[3])
             rows, columns = (slice(s.start * scale, s.stop * scale) for s in tile.inner)
-            out[..., rows, columns] = made
+            out[..., rows, columns] = core
         assert out is not None
         return out
     finally:
@@ -94,8 +99,8 @@ def decode_in_tiles(decoder: Codec, z: Tensor, *, size: int = 256) -> Tensor:
             hook.remove()
 
 
-def _gathered(
-    tail: nn.Module, norm: nn.GroupNorm, x: Tensor, cut: list[Tile]
+def _gather_statistics(
+    decoder: nn.Module, norm: nn.GroupNorm, x: Tensor, all_tiles: list[Tile]
 ) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of each group of a norm's input, (B, groups, 1).
 
@@ -109,12 +114,16 @@ def _gathered(
 
     hook = norm.register_forward_pre_hook(reached)
     try:
-        for tile in cut:
-            part = tile.cut(x)
+        for tile in all_tiles:
+            part = tile.crop(x)
             try:
-                tail(part)
-            except _Reached as found:
-                values = tile.kept(found.x, part).double().reshape(len(x), norm.num_groups, -1)
+                decoder(part)
+            except _Reached as reached_norm:
+                values = (
+                    tile.crop_core(reached_norm.x, part)
+                    .double()
+                    .reshape(len(x), norm.num_groups, -1)
+                )
                 count += values.shape[2]
                 total, squares = (
                     total + values.sum(2, keepdim=True),
@@ -126,7 +135,7 @@ def _gathered(
     return mean, (squares / count - mean.square()).clamp(min=0)
 
 
-def _fixed(
+def _fixed_statistics_hook(
     mean: Tensor, variance: Tensor
 ) -> Callable[[nn.GroupNorm, tuple[Tensor, ...], Tensor], Tensor]:
     """Return a hook that makes a group norm use given statistics."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sfumato.autoencoders.codec import Codec
 from sfumato.errors import CheckpointError
 
-CERTAIN = -30.0  # log-variance of latents that are one value
+DETERMINISTIC_LOGVAR = -30.0  # log-variance of latents that are one value
 GROUPS = 4  # of the norm in blocks that gather context
 _NAME = re.compile(r"(?:(?:encoder|decoder)\.layers\.)?(\d+)\.(.+)")
 
-Annotations = dict[int, dict[str, Tensor]]
+LayerTensors = dict[int, dict[str, Tensor]]
 
 
 class TinyAutoencoder(Codec):
@@ -37,13 +37,13 @@ class TinyAutoencoder(Codec):
         super().__init__()
         try:
             self.encoder, self.decoder = _encoder(_by_layer(encoder)), _decoder(_by_layer(decoder))
-            self.encoder.load_state_dict(_named(self.encoder, _by_layer(encoder)))
-            self.decoder.load_state_dict(_named(self.decoder, _by_layer(decoder)))
+            self.encoder.load_state_dict(_rename_for(self.encoder, _by_layer(encoder)))
+            self.decoder.load_state_dict(_rename_for(self.decoder, _by_layer(decoder)))
             first, last = (cast(nn.Conv2d, self.encoder[place]) for place in (0, -1))
             self.image_channels, self.latent_channels = first.in_channels, last.out_channels
         except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"no tiny autoencoder's tensors ({str(error)[:200]})",
+                f"not the tensors of a tiny autoencoder ({str(error)[:200]})",
                 where="autoencoder",
                 hint="give the encoder and the decoder of TAESD or a similar one",
             ) from None
@@ -52,20 +52,20 @@ class TinyAutoencoder(Codec):
     def moments(self, x: Tensor) -> Tensor:
         """Return the latents and a log-variance of -30, (B, 2 c, H/f, W/f)."""
         z = self.encoder((x + 1) / 2)
-        return torch.cat([z, torch.full_like(z, CERTAIN)], dim=1)
+        return torch.cat([z, torch.full_like(z, DETERMINISTIC_LOGVAR)], dim=1)
 
-    def head(self, z: Tensor) -> Tensor:
-        """Decode latents up to the last doubling of the resolution."""
-        result: Tensor = self.decoder[: self._last_doubling](z)
+    def decode_low_res(self, z: Tensor) -> Tensor:
+        """Decode latents up to the last upsampling."""
+        result: Tensor = self.decoder[: self._last_upsample](z)
         return result
 
     @property
-    def tail(self) -> nn.Sequential:
+    def high_res_decoder(self) -> nn.Sequential:
         """The rest of the decoder, which shares its layers."""
-        return nn.Sequential(*list(self.decoder)[self._last_doubling :], Signed())
+        return nn.Sequential(*list(self.decoder)[self._last_upsample :], Signed())
 
     @property
-    def _last_doubling(self) -> int:
+    def _last_upsample(self) -> int:
         return max(
             (place for place, layer in enumerate(self.decoder) if isinstance(layer, nn.Upsample)),
             default=0,
@@ -84,9 +84,9 @@ class TinyAutoencoder(Codec):
         # diffusers has no layer for the squashing
         halves = (("encoder", self.encoder, 0), ("decoder", self.decoder, 1))
         return {
-            f"{half}.layers.{int(place) - gone}.{rest}": tensor
-            for half, layers, gone in halves
-            for place, _, rest, tensor in (
+            f"{half}.layers.{int(place) - offset}.{parameter}": tensor
+            for half, layers, offset in halves
+            for place, _, parameter, tensor in (
                 (*name.partition("."), tensor) for name, tensor in layers.state_dict().items()
             )
         }
@@ -94,13 +94,13 @@ class TinyAutoencoder(Codec):
 
 def _depths(layers: Iterable[nn.Module]) -> list[tuple[int, int]]:
     """Return, for each convolution, the number of blocks that follow it and their channels."""
-    found: list[tuple[int, int]] = []
+    depths: list[tuple[int, int]] = []
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
-            found.append((0, max(layer.in_channels, layer.out_channels)))
+            depths.append((0, max(layer.in_channels, layer.out_channels)))
         else:
-            found[-1] = (found[-1][0] + 1, found[-1][1])
-    return found
+            depths[-1] = (depths[-1][0] + 1, depths[-1][1])
+    return depths
 
 
 class Block(nn.Module):
@@ -152,15 +152,15 @@ class Squash(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def _by_layer(tensors: Mapping[str, Tensor]) -> Annotations:
+def _by_layer(tensors: Mapping[str, Tensor]) -> LayerTensors:
     """Group tensors by the number of their layer, in order."""
-    found: Annotations = defaultdict(dict)
+    layers: LayerTensors = defaultdict(dict)
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"a tensor called {name}")
-        found[int(match[1])][match[2]] = tensor.float()
-    return dict(sorted(found.items()))
+        layers[int(match[1])][match[2]] = tensor.float()
+    return dict(sorted(layers.items()))
 
 
 def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
@@ -170,7 +170,7 @@ def _layer(tensors: Mapping[str, Tensor], *, stride: int = 1) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias="bias" in tensors)
 
 
-def _encoder(layers: Annotations) -> nn.Sequential:
+def _encoder(layers: LayerTensors) -> nn.Sequential:
     """Build the encoder, whose convolutions without a bias halve the resolution."""
     return nn.Sequential(
         *(
@@ -180,22 +180,22 @@ def _encoder(layers: Annotations) -> nn.Sequential:
     )
 
 
-def _decoder(layers: Annotations) -> nn.Sequential:
+def _decoder(layers: LayerTensors) -> nn.Sequential:
     """Build the decoder, whose convolutions without a bias follow a doubling of the resolution.
 
     The first layer comes after `Squash` and before a ReLU.
     """
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for number, tensors in enumerate(layers.values()):
         if set(tensors) == {"weight"}:
-            found.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
-        found.append(_layer(tensors))
+            modules.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
+        modules.append(_layer(tensors))
         if number == 0:
-            found = [Squash(), *found, nn.ReLU()]
-    return nn.Sequential(*found)
+            modules = [Squash(), *modules, nn.ReLU()]
+    return nn.Sequential(*modules)
 
 
-def _named(half: nn.Sequential, layers: Annotations) -> dict[str, Tensor]:
+def _rename_for(half: nn.Sequential, layers: LayerTensors) -> dict[str, Tensor]:
     """Return the tensors under the names that they have in `half`."""
     places = [place for place, layer in enumerate(half) if any(True for _ in layer.parameters())]
     return {

@@ -117,8 +117,8 @@ class NetworkDenoiser:
         parameterization: what the output means.
         input_scale: level -> factor on x, homogeneous of degree -1 so that the result depends on
             the log-SNR alone.
-        noise_input: level -> what the network is told of the level, a function of the log-SNR from
-            0 (data) to 1 (noise).
+        noise_input: level -> the network's noise-level input, a function of the log-SNR from 0
+            (data) to 1 (noise).
         compute_dtype: precision inside the network; x, the solve and the result stay in x's own.
     """
 

@@ -59,23 +59,23 @@ class ClassifierFree:
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         """Return the guided pair, from one call of the denoiser on B (terms + 1) images."""
         count = len(self.terms) + 1
-        below = [rung.condition.expand(len(x)) for rung in self.terms]
-        together = self.denoiser(
+        negatives = [term.condition.expand(len(x)) for term in self.terms]
+        denoised = self.denoiser(
             torch.cat([x] * count),
             level
             if level.alpha.ndim == 0
             else NoiseLevel(torch.cat([level.alpha] * count), torch.cat([level.sigma] * count)),
-            reduce(Condition.concat_batch, [condition, *below]),
+            reduce(Condition.concat_batch, [condition, *negatives]),
         )
-        goal, *found = (
+        target, *references = (
             Denoised(x0, eps)
-            for x0, eps in zip(together.x0.chunk(count), together.eps.chunk(count), strict=True)
+            for x0, eps in zip(denoised.x0.chunk(count), denoised.eps.chunk(count), strict=True)
         )
-        guided = found[0]
-        for rung, (x0, eps), (next_x0, next_eps) in zip(
-            self.terms, found, [*found[1:], goal], strict=True
+        guided = references[0]
+        for term, (x0, eps), (next_x0, next_eps) in zip(
+            self.terms, references, [*references[1:], target], strict=True
         ):
-            weight = broadcast(rung.scale(level), x0) if callable(rung.scale) else rung.scale
+            weight = broadcast(term.scale(level), x0) if callable(term.scale) else term.scale
             guided = Denoised(
                 guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps)
             )
@@ -112,7 +112,7 @@ class AutoGuidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
+class GuidanceInterval:
     """One denoiser (guided) for log-SNR in [low, high], another (plain) outside: Kynkäänniemi et
     al. 2024 (arXiv:2404.07724).
 
@@ -136,7 +136,7 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class ClampX0:
     """Clamp the guess of x0 to the data's range; eps follows, so that the pair still explains x."""
 
     denoiser: Denoiser
@@ -174,7 +174,7 @@ class Inpaint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threshold:
+class DynamicThresholding:
     """Dynamic thresholding: clamp x0 to a quantile of its own |x0|, at least 1, and rescale it to
     [-1, 1] (Saharia et al. 2022, arXiv:2205.11487).
     """

@@ -78,14 +78,14 @@ class Objective:
     """E_t w(lambda) |T^ - T|^2, averaged over each sample's elements.
 
     Attributes:
-        schedule: with uniform t, the density of noise levels seen in training; its path need not be
+        schedule: with uniform t, the density of noise levels in training; its path need not be
             the sampler's.
         weighting: how much each level counts.
         coupling: which noise meets which image.
         times: how the batch's times are drawn.
-        contrastive_weight: how much the distance to another image's target counts as a gain; 0.05
-            is usual. The other is the next one of the
-            micro-batch.
+        contrastive_weight: weight at which the distance to another image's target is subtracted
+            from the loss (contrastive flow matching); 0.05 is usual. The other image is the
+            previous one of the micro-batch.
 
     Source: contrast: Stoica et al. 2025 (arXiv:2506.05350), eq. 6.
     """
@@ -101,7 +101,7 @@ class Objective:
             raise ConfigError(
                 f"contrastive_weight = {self.contrastive_weight}",
                 where="objective",
-                hint="use 0 to 0.1; from 1 on there is no minimum",
+                hint="use 0 to 0.1; at 1 or above the loss is unbounded below",
             )
         require_schedule(self.schedule, where="objective.schedule")
 

@@ -56,7 +56,8 @@ class MinSNR(Weighting):
     """w = min(1, gamma e^-lambda) (Hang et al. 2023, arXiv:2303.09556).
 
     Attributes:
-        gamma: SNR above which the weight no longer grows.
+        gamma: in x0 space, the SNR above which the weight no longer grows; in eps space, the weight
+            falls above it.
     """
 
     gamma: Positive = 5.0

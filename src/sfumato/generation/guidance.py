@@ -13,7 +13,7 @@ from sfumato.diffusion import (
     ClassifierFree,
     Denoiser,
     GuidanceTerm,
-    Interval,
+    GuidanceInterval,
 )
 from sfumato.errors import ConfigError
 from sfumato.generation.request import ResolvedRequest
@@ -123,4 +123,4 @@ def guided(
             hint="name the lower one first",
         )
     inside = ClassifierFree(denoiser=plain, terms=terms)
-    return Interval(inside=inside, outside=plain, low=interval[0], high=interval[1])
+    return GuidanceInterval(inside=inside, outside=plain, low=interval[0], high=interval[1])

@@ -16,7 +16,7 @@ from sfumato.conditioners import ConditioningInfo
 from sfumato.contexts import Category, part_of, trained_categories
 from sfumato.diffusion import (
     AutoGuidance,
-    Clip,
+    ClampX0,
     Denoiser,
     GuidanceTerm,
     Inpaint,
@@ -335,7 +335,7 @@ class Pipeline:
             bad = WithCondition(denoiser=weaker.denoiser(self.compute_dtype), condition=condition)
             denoiser = AutoGuidance(good=denoiser, bad=bad, scale=scale)
         if settings.clip:
-            denoiser = Clip(denoiser=denoiser)
+            denoiser = ClampX0(denoiser=denoiser)
         if part.known is not None:
             # a cell of latents is known where all of its pixels are
             cells = -F.max_pool2d(-part.known, self.autoencoder.factor)

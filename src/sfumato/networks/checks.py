@@ -15,12 +15,12 @@ def check_inputs(
     x: Tensor, condition: Condition, *, image_channels: int, context: ContextSizes, where: str
 ) -> None:
     """Raise ShapeError unless x has the channels and the condition the slots of the network."""
-    given = ContextSizes.of(condition)
+    actual = ContextSizes.of(condition)
     # numbers, which a compiler may have symbols for
-    sizes = (x.shape[1], given.vector, given.tokens, given.spatial)
+    sizes = (x.shape[1], actual.vector, actual.tokens, actual.spatial)
     if sizes != (image_channels, context.vector, context.tokens, context.spatial):
         raise ShapeError(
-            f"got {x.shape[1]} image channels and context {given}, built for {image_channels} "
+            f"got {x.shape[1]} image channels and context {actual}, but the network was built for {image_channels} "
             f"and {context}",
             where=where,
             hint="make the condition with the model's own conditioner",
@@ -28,7 +28,7 @@ def check_inputs(
 
 
 def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
-    """Pad x (B, C, H, W) and the maps beside it with zeros, to multiples of `multiple`.
+    """Pad x (B, C, H, W) and the spatial maps with zeros, to multiples of `multiple`.
 
     Zeros are added below and at the right; if the sides of x fit, both are returned as they are.
     The network's output in the margin is to be cropped away.
@@ -37,7 +37,7 @@ def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Cond
     if not below and not right:
         return x, condition
     maps = condition.spatial
-    if maps is not None and max(maps.shape[2:]) > 1:  # a map of one place is the same everywhere
+    if maps is not None and max(maps.shape[2:]) > 1:  # a 1 x 1 map is the same everywhere
         condition = replace(condition, spatial=F.pad(resized(maps, x), (0, right, 0, below)))
     return F.pad(x, (0, right, 0, below)), condition
 

@@ -30,7 +30,7 @@ from sfumato.nn.rotary import apply_rotary, rotary_angles
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256
 SUMMARY_TOKENS = 4  # that a vector becomes where it enters as tokens
-UNROUTED = 2  # blocks at either end that see every token, where tokens are dropped
+UNROUTED = 2  # blocks at either end that process every token, where tokens are dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class DiTConfig(NetworkConfig):
     Attributes:
         patch_size: side of the square of pixels, or of latents' places, that is one token.
         hidden_size, depth: width, and number of blocks.
-        head_dim: channels of one attention head; 64 runs best. The multiple of four that rotary
-            positions need.
+        head_dim: channels of one attention head; must be a multiple of 4 (rotary positions). 64
+            runs best.
         mlp_ratio: width of the feed-forward part as a multiple of `hidden_size`; 8/3 has as many
             weights as an ungated one of 4.
         bottleneck: width that patches are squeezed through first; for large patches, of which most
@@ -52,12 +52,12 @@ class DiTConfig(NetworkConfig):
         token_conditioning: how its tokens enter: each block attends to them (`cross`); they go
             along with the patches, through weights of their own
             (`joint`, as in Stable Diffusion 3), or through the same ones (`sequence`).
-        registers: learned tokens that stand for nothing, which attention may use as scratch paper.
+        registers: number of register tokens: learned, discarded at the output.
         dropout: of the residual branches.
         token_drop: share of the patches that skip all but the outer blocks while training; meant
             for 1,024 tokens and more.
-        activation_checkpointing: whether blocks' inner values are computed again on the way back,
-            instead of kept: one more forward pass, less memory.
+        activation_checkpointing: whether activations inside blocks are recomputed in the backward
+            pass, instead of stored: one more forward pass, less memory.
 
     Source: joint attention: Esser et al. 2024 (arXiv:2403.03206), sec. 4; registers: Darcet et al.
         2024 (arXiv:2309.16588); dropped tokens:
@@ -104,9 +104,9 @@ class DiTConfig(NetworkConfig):
             )
         if self.token_drop and self.depth <= 2 * UNROUTED:
             raise ConfigError(
-                f"tokens that skip the inner ones of {self.depth} layers",
+                f"token_drop > 0 needs more than {2 * UNROUTED} blocks, and depth = {self.depth}",
                 where="network.token_drop",
-                hint=f"set it to 0, or use more than {2 * UNROUTED} layers",
+                hint=f"set it to 0, or use a depth of more than {2 * UNROUTED}",
             )
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> DiT:
@@ -154,9 +154,11 @@ class DiT(Backbone):
             if vector and config.vector_conditioning == "tokens"
             else None
         )
-        along = tokens and config.token_conditioning != "cross"
+        tokens_in_sequence = tokens and config.token_conditioning != "cross"
         self.token_embedding = (
-            nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size)) if along else None
+            nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, size))
+            if tokens_in_sequence
+            else None
         )
         self.registers = (
             nn.Parameter(0.02 * torch.randn(config.registers, size)) if config.registers else None
@@ -164,13 +166,13 @@ class DiT(Backbone):
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
         self.modulation = zero_init(nn.Linear(size, MODULATIONS * size))
         streams = 2 if tokens and config.token_conditioning == "joint" else 1
-        beside = tokens if config.token_conditioning == "cross" else 0
+        cross_token_size = tokens if config.token_conditioning == "cross" else 0
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                reading=streams,
-                writing=streams if number < config.depth - 1 else 1,
-                token_size=beside,
+                num_read=streams,
+                num_updated=streams if number < config.depth - 1 else 1,
+                token_size=cross_token_size,
             )
             for number in range(config.depth)
         )
@@ -206,26 +208,26 @@ class DiT(Backbone):
         )
         parts = self._sequence(patches, condition)
         places = rotary_angles(rows, columns, self.config.head_dim, like=patches)
-        # what goes along lies nowhere
+        # tokens other than patches have no position
         places = F.pad(places, (0, 0, 0, parts[0].shape[1] - len(places)))
         shared = (self.modulation(embedding).unflatten(1, (MODULATIONS, 1, -1)), condition)
-        made = self._through(parts, places, (rows, columns), shared)[:, : rows * columns]
+        hidden = self._run_blocks(parts, places, (rows, columns), shared)[:, : rows * columns]
         shift, scale = self.output_modulation(embedding)[:, None].chunk(2, dim=2)
-        made = self.output(rms_norm(made) * (1 + scale) + shift)
-        return F.pixel_shuffle(made.transpose(1, 2).unflatten(2, (rows, columns)), patch)[
+        output = self.output(rms_norm(hidden) * (1 + scale) + shift)
+        return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), patch)[
             ..., :height, :width
         ]
 
     def _sequence(self, patches: Tensor, condition: Condition) -> list[Tensor]:
-        """Return what goes through the blocks, one part for each stream.
+        """Return the sequences that go through the blocks, one part for each stream.
 
         Context tokens come last, where their mask is applied.
         """
-        along = [patches]
+        sequence = [patches]
         if self.registers is not None:
-            along.append(self.registers.to(patches.dtype).expand(len(patches), -1, -1))
+            sequence.append(self.registers.to(patches.dtype).expand(len(patches), -1, -1))
         if self.vector_tokens is not None:
-            along.append(
+            sequence.append(
                 self.vector_tokens(condition.vector)
                 .unflatten(1, (SUMMARY_TOKENS, -1))
                 .to(patches.dtype)
@@ -236,10 +238,10 @@ class DiT(Backbone):
             else [self.token_embedding(condition.tokens).to(patches.dtype)]
         )
         if self.config.token_conditioning == "joint":
-            return [joined(along, dim=1), *tokens]
-        return [joined([*along, *tokens], dim=1)]
+            return [concat(sequence, dim=1), *tokens]
+        return [concat([*sequence, *tokens], dim=1)]
 
-    def _through(
+    def _run_blocks(
         self,
         parts: list[Tensor],
         places: Tensor,
@@ -258,15 +260,15 @@ class DiT(Backbone):
         self.probe(parts[0][:, :count].transpose(1, 2).unflatten(2, shape))
         if not (self.training and self.config.token_drop):
             return self._blocks(self.blocks[first:], parts, places, shared)[0]
-        kept = self._kept(parts[0], count)
-        wide = kept[..., None].expand(-1, -1, parts[0].shape[2])
-        fewer = [parts[0].gather(1, wide), *parts[1:]]
-        fewer = self._blocks(self.blocks[first:-UNROUTED], fewer, places[kept][:, None], shared)
-        parts = [parts[0].scatter(1, wide, fewer[0]), *fewer[1:]]
+        selected = self._select_tokens(parts[0], count)
+        index = selected[..., None].expand(-1, -1, parts[0].shape[2])
+        fewer = [parts[0].gather(1, index), *parts[1:]]
+        fewer = self._blocks(self.blocks[first:-UNROUTED], fewer, places[selected][:, None], shared)
+        parts = [parts[0].scatter(1, index, fewer[0]), *fewer[1:]]
         return self._blocks(self.blocks[-UNROUTED:], parts, places, shared)[0]
 
-    def _kept(self, x: Tensor, count: int) -> Tensor:
-        """Return the places (B, K) of the tokens that go through the inner blocks.
+    def _select_tokens(self, x: Tensor, count: int) -> Tensor:
+        """Return the indices (B, K) of the tokens that go through the inner blocks.
 
         They are some of the first `count`, drawn for each sample, and all others.
         """
@@ -314,17 +316,19 @@ class Block(nn.Module):
     Context tokens that are not in the sequence are read by cross-attention.
 
     Args:
-        reading, writing: number of streams that are read, and that are updated: the last block
+        num_read, num_updated: number of streams that are read, and that are updated: the last block
             updates only the one with the patches.
         token_size: channels of the context tokens for cross-attention; 0 for none.
     """
 
-    def __init__(self, config: DiTConfig, *, reading: int, writing: int, token_size: int) -> None:
+    def __init__(
+        self, config: DiTConfig, *, num_read: int, num_updated: int, token_size: int
+    ) -> None:
         super().__init__()
         self.readers = nn.ModuleList(
-            Reader(config, asking=number < writing) for number in range(reading)
+            StreamProjection(config, has_queries=number < num_updated) for number in range(num_read)
         )
-        self.writers = nn.ModuleList(Writer(config) for _ in range(writing))
+        self.writers = nn.ModuleList(StreamUpdate(config) for _ in range(num_updated))
         self.cross = CrossAttention(config, token_size) if token_size else None
 
     def forward(
@@ -338,24 +342,28 @@ class Block(nn.Module):
                 dropped.
             modulation: (B, 6, 1, C).
         """
-        read = [reader(part, modulation) for reader, part in zip(self.readers, parts, strict=True)]
-        read[0] = (apply_rotary(read[0][0], places), apply_rotary(read[0][1], places), read[0][2])
+        projected = [
+            project(part, modulation) for project, part in zip(self.readers, parts, strict=True)
+        ]
+        q, k, v = projected[0]
+        projected[0] = (apply_rotary(q, places), apply_rotary(k, places), v)
         q, k, v = (
-            joined([x for x in heads if x is not None], dim=2) for heads in zip(*read, strict=True)
+            concat([x for x in heads if x is not None], dim=2)
+            for heads in zip(*projected, strict=True)
         )
         attended = attend(q, k, v, self._mask(condition, k.shape[2])).transpose(1, 2).flatten(2)
         parts = parts[: len(self.writers)]
         pieces = attended.split([part.shape[1] for part in parts], dim=1)
-        made = []
+        updated = []
         for number, (module, part, piece) in enumerate(
             zip(self.writers, parts, pieces, strict=True)
         ):
-            writer = cast(Writer, module)
-            part = writer.attended(part, piece, modulation)
+            update = cast(StreamUpdate, module)
+            part = update.add_attention(part, piece, modulation)
             if self.cross is not None and number == 0:
                 part = self.cross(part, condition.tokens, condition.token_mask)
-            made.append(writer.fed(part, modulation))
-        return made
+            updated.append(update.add_mlp(part, modulation))
+        return updated
 
     def _mask(self, condition: Condition, length: int) -> Tensor | None:
         """Return a mask (B, 1, 1, length), True where attention may look; None for no mask.
@@ -369,21 +377,21 @@ class Block(nn.Module):
         ]
 
 
-class Reader(nn.Module):
-    """Keys and values of a stream, and its queries if `asking`.
+class StreamProjection(nn.Module):
+    """Projects a stream to keys and values, and to queries if `has_queries`.
 
     Queries and keys are RMS-normalized, which keeps bfloat16 attention stable.
 
     Source: Henry et al. 2020 (arXiv:2010.04245); Dehghani et al. 2023 (arXiv:2302.05442), sec. 2.
     """
 
-    def __init__(self, config: DiTConfig, *, asking: bool) -> None:
+    def __init__(self, config: DiTConfig, *, has_queries: bool) -> None:
         super().__init__()
         size, head = config.hidden_size, config.head_dim
         self.heads = size // head
         self.offset = nn.Parameter(torch.zeros(2, 1, size))
-        self.q = nn.Linear(size, size) if asking else None
-        self.q_norm = RMSNorm(head) if asking else None
+        self.q = nn.Linear(size, size) if has_queries else None
+        self.q_norm = RMSNorm(head) if has_queries else None
         self.k, self.k_norm, self.v = nn.Linear(size, size), RMSNorm(head), nn.Linear(size, size)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -399,7 +407,7 @@ class Reader(nn.Module):
         return q, self.k_norm(split_heads(self.k(h), self.heads)), v
 
 
-class Writer(nn.Module):
+class StreamUpdate(nn.Module):
     """Adds the output of attention, and then a gated feed-forward layer, to a stream.
 
     Both gates start at zero.
@@ -419,13 +427,13 @@ class Writer(nn.Module):
             nn.Linear(hidden, size),
         )
 
-    def attended(self, x: Tensor, found: Tensor, modulation: Tensor) -> Tensor:
-        """Return x + gate * out(found)."""
+    def add_attention(self, x: Tensor, attention: Tensor, modulation: Tensor) -> Tensor:
+        """Return x + gate * out(attention)."""
         gate = (modulation[:, 2] + self.offset[0]).to(x.dtype)
-        result: Tensor = x + gate * self.dropout(self.out(found))
+        result: Tensor = x + gate * self.dropout(self.out(attention))
         return result
 
-    def fed(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def add_mlp(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Return x + gate * feed-forward(x)."""
         shift, scale, gate = (modulation[:, 3:] + self.offset[1:]).to(x.dtype).unbind(1)
         h = rms_norm(x) * (1 + scale) + shift
@@ -463,6 +471,6 @@ class CrossAttention(nn.Module):
         return result
 
 
-def joined(parts: list[Tensor], dim: int) -> Tensor:
+def concat(parts: list[Tensor], dim: int) -> Tensor:
     """Concatenate the parts; a single one is returned as it is, which `torch.cat` would copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

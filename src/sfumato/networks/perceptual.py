@@ -1,4 +1,4 @@
-"""Frozen networks whose feature maps say how alike two images look.
+"""Frozen networks whose feature maps measure perceptual similarity.
 
 Each takes images (B, C, H, W) in [-1, 1], gray or RGB, and returns feature maps from fine to
 coarse.
@@ -20,7 +20,7 @@ class Features(Protocol):
     """A frozen network that extracts features of images.
 
     Attributes:
-        name: the name that is given with figures.
+        name: the name that is reported with metrics.
     """
 
     name: str
@@ -71,11 +71,11 @@ class RandomFeatures(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Return one map for each halving of the resolution."""
-        found, x = [], rgb(x)
+        maps, x = [], rgb(x)
         for layer in self.layers:
             x = F.relu(layer(x))
-            found.append(F.normalize(x, dim=1))
-        return found
+            maps.append(F.normalize(x, dim=1))
+        return maps
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return the last map's mean over places, before normalization, (B, 128)."""
@@ -139,7 +139,7 @@ class EfficientNetLite0(nn.Module):
 
         Their strides are 2, 4, 8, 16 and 32.
         """
-        return [F.normalize(found, dim=1) for found in self._maps(x)]
+        return [F.normalize(feature_map, dim=1) for feature_map in self._maps(x)]
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return features of whole images, (B, 1280)."""
@@ -151,15 +151,15 @@ class EfficientNetLite0(nn.Module):
         return result
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
-        x = F.relu6(self.stem(self._scaled(x)))
+        maps: list[Tensor] = []
+        x = F.relu6(self.stem(self._preprocess(x)))
         for block in self.blocks:
             if block.stride == 2:
-                found.append(x)
+                maps.append(x)
             x = block(x)
-        return [*found, x]
+        return [*maps, x]
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _preprocess(self, x: Tensor) -> Tensor:
         return (rgb(x) * 127.5 + 0.5) / 128  # 8-bit values less 127, over 128
 
 
@@ -261,13 +261,13 @@ class Lpips(nn.Module):
 
         Channels are weighted as LPIPS learned.
         """
-        found: list[Tensor] = []
+        maps: list[Tensor] = []
         x = (rgb(x) - self.shift) / self.scale
         for number, layer in zip(self._LAYERS, self.layers, strict=True):
             x = F.relu(layer(F.max_pool2d(x, 2) if number in self._AFTER_POOL else x))
             if number in self._MAPPED:
-                found.append(F.normalize(x, dim=1) * self.weights[len(found)][:, None, None])
-        return found
+                maps.append(F.normalize(x, dim=1) * self.weights[len(maps)][:, None, None])
+        return maps
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return the last map's mean over places, (B, 512)."""
@@ -281,7 +281,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         model: returns a `last_hidden_state` whose last tokens are the patches, row by row.
-        name: the name that is given with figures.
+        name: the name that is reported with metrics.
     """
 
     shift: Tensor
@@ -308,8 +308,8 @@ class VisionTransformer(nn.Module):
         return self._tokens(x)[:, -self.rows * self.rows :].mean(1)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        whole = F.interpolate(rgb(x), size=(self.side, self.side), mode="bicubic", antialias=True)
+        resized = F.interpolate(rgb(x), size=(self.side, self.side), mode="bicubic", antialias=True)
         result: Tensor = self.model(
-            pixel_values=((whole + 1) / 2 - self.shift) / self.scale
+            pixel_values=((resized + 1) / 2 - self.shift) / self.scale
         ).last_hidden_state
         return result

@@ -174,13 +174,13 @@ class UNet(Backbone):
         height, width = x.shape[-2:]
         x, condition = padded(x, condition, self.multiple)
         level = self.level_embedding(noise_input)
-        steered = (
+        conditioned_level = (
             level
             if self.vector_embedding is None
             else level + self.vector_embedding(condition.vector)
         )
-        on_the_way_up = self.embedding(steered)
-        embedding = on_the_way_up if self.config.vector_at == "all" else self.embedding(level)
+        decoder_embedding = self.embedding(conditioned_level)
+        embedding = decoder_embedding if self.config.vector_at == "all" else self.embedding(level)
         if condition.spatial is not None and self.config.maps_at == "all":
             x = torch.cat([x, resized(condition.spatial, x)], dim=1)
         x = self.input(x.contiguous(memory_format=torch.channels_last))
@@ -189,7 +189,7 @@ class UNet(Backbone):
             x = down(x, embedding, condition, skips)
         x = self.middle_out(self.probe(self.middle(x, embedding, condition)), embedding)
         for up in self.up:
-            x = up(x, on_the_way_up, condition, skips)
+            x = up(x, decoder_embedding, condition, skips)
         result: Tensor = self.output(F.silu(self.output_norm(x)))[..., :height, :width]
         return result
 
@@ -265,7 +265,7 @@ class Stage(nn.Module):
 class DownLevel(nn.Module):
     """The stages of one depth on the way down, then a down-sampling except at the last depth.
 
-    Every output is kept as a skip.
+    Every output is stored as a skip.
     """
 
     def __init__(self, stages: list[Stage], downsample: Downsample | None) -> None:
@@ -286,7 +286,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one depth on the way up; each takes the skip that was kept last.
+    """The stages of one depth on the way up; each takes the most recent skip.
 
     Maps that enter here are added first.
     """

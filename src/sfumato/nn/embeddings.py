@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-TIMESTEPS = 1000.0  # that a noise level from 0 to 1 is told apart by, as many as DDPM has
+TIMESTEPS = 1000.0  # that noise levels from 0 to 1 are scaled to, as in DDPM
 
 
 class SinusoidalEmbedding(nn.Module):

@@ -9,11 +9,11 @@ from torch import nn
 
 from sfumato.errors import ConfigError
 
-MULTIPLE = 16  # of a matrix's sides, which the hardware asks for
+MULTIPLE = 16  # of a matrix's sides, which the hardware requires
 
 
-def in_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    """Have some of a network's layers multiply in float8, forward and backward, in place.
+def convert_to_float8(network: nn.Module, layers: Sequence[nn.Linear]) -> None:
+    """Convert some of a network's layers to float8 products, forward and backward, in place.
 
     Weights keep their names and values. Each tensor is scaled by its largest magnitude, and rounded
     to four bits of exponent and three of mantissa; in the backward pass, to five and two. A machine

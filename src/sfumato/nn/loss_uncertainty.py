@@ -1,4 +1,4 @@
-"""The difficulty of each noise level, learned beside the network."""
+"""The difficulty of each noise level, learned along with the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfumato.nn.init import zero_init
 
 FREQUENCIES = 128
 LIMIT = 20.0  # of the log-SNR, which is infinite at both ends
-# of the log-SNR, before its sinusoids: so that levels half a unit apart can be told apart
+# scale of the log-SNR before its sinusoids, so that levels half a unit apart are distinguishable
 STRETCH = 10.0
 
 

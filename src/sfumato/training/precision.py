@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.nn.accelerable import Accelerable
-from sfumato.nn.float8 import in_float8, require_float8
+from sfumato.nn.float8 import convert_to_float8, require_float8
 
 # float8 is of matrix products only
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
@@ -142,4 +142,4 @@ def require(network: Accelerable, name: str) -> None:
 def prepare(network: Accelerable, name: str) -> None:
     """Change a network's layers in place if a precision is more than the dtype of autocast."""
     if name == "float8":
-        in_float8(network, network.float8_layers())
+        convert_to_float8(network, network.float8_layers())
