@@ -12,8 +12,8 @@ from sfumato.conditioners import CompositeConditioner
 from sfumato.diffusion import (
     ClassifierFree,
     Denoiser,
-    GuidanceTerm,
     GuidanceInterval,
+    GuidanceTerm,
 )
 from sfumato.errors import ConfigError
 from sfumato.generation.request import ResolvedRequest
