@@ -294,14 +294,14 @@ def test_without_spelled_words_training_is_told_the_captions_as_they_are() -> No
     part = LearnedTextConfig(size=16, heads=2, spelled=0.0).build(WORDS.vocabulary, None)
     context = {"text": ["a red cat"]}
     assert part.augmented(context, torch.tensor([0.5])) is context
-    assert not part.learns_letters
+    assert not part.learns_bytes
 
 
 def test_unknown_words_are_named_once_and_punctuation_is_not() -> None:
     part = LearnedTextConfig(size=16, heads=2, vocabulary=2).build(WORDS.vocabulary, None)
     assert part.unknown_words("A red Guitar; and a guitar: 猫狗!") == ["guitar", "and", "猫", "狗"]
     assert part.unknown_words("a dog asleep") == []  # beyond the vocabulary, and yet in captions
-    assert part.learns_letters
+    assert part.learns_bytes
 
 
 @settings(max_examples=30)

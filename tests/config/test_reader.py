@@ -277,7 +277,7 @@ def test_differences_name_each_key_with_both_values() -> None:
 
 def test_merging_lays_one_mapping_over_another_and_changes_neither() -> None:
     changes = {"budget": {"steps": 3}, "schedule": {"kind": "karras"}}
-    result = config.merged(BASE, changes)
+    result = config.merge(BASE, changes)
     assert result["budget"] == {"steps": 3, "minutes": 1}
     assert result["schedule"] == {"kind": "karras"}
     result["budget"]["steps"] = 99

@@ -223,7 +223,7 @@ def test_an_unknown_kind_is_named_with_the_nearest_and_all_others() -> None:
         "`objective.weighting` = 'MinSRN' is not one of native, uniform-epsilon, min-snr, "
         "sigmoid, edm, target-space" in said
     )
-    assert "did you mean `min-snr`?" in said
+    assert "did you mean 'min-snr'?" in said
 
 
 def test_without_a_kind_it_is_the_defaults() -> None:

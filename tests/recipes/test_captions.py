@@ -21,7 +21,12 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig, Entry, Folder
 from sfumato.data.listing import Inline
 from sfumato.recipes import Run, recipe, resolve
-from sfumato.recipes.caption_statistics import CaptionSurvey, Cut, fitting_length, reader_of
+from sfumato.recipes.caption_statistics import (
+    CaptionSurvey,
+    Truncation,
+    fitting_length,
+    build_tokenizer,
+)
 from sfumato.runs import train
 from sfumato.runs.preparation import text_encoder
 
@@ -91,25 +96,25 @@ def test_the_length_counts_letters_where_a_script_has_no_spaces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "cut", "confused"),
+    ("length", "cut", "collisions"),
     # START, 20 words, the animal; 21: "... a" itself is whole, and reads like both
     [(21, 2, 3), (22, 0, 0), (2, 4, 4)],
 )
 def test_captions_that_are_cut_and_that_differ_only_there_are_counted(
-    length: int, cut: int, confused: int
+    length: int, cut: int, collisions: int
 ) -> None:
     captions = [f"{LONG} cat", f"{LONG} dog", LONG, "an apple", f"{LONG.upper()}  Cat"]
     part: Any = LearnedTextConfig(length=length).build(LearnedTextConfig().words(captions), None)
-    found = Cut.of(captions, part)
-    assert (found.different, found.cut, found.confused) == (4, cut, confused)
+    found = Truncation.of(captions, part)
+    assert (found.different, found.truncated, found.collisions) == (4, cut, collisions)
     said = "\n".join(found.lines)
     assert (
-        f"{cut} of 4 different ones are cut, since the model reads {length} tokens" in said
+        f"{cut} of 4 distinct captions are truncated, since the model reads {length} tokens" in said
     ) == (cut > 0)
-    assert (f"warning: {confused} captions differ only in what is cut off" in said) == (
-        confused > 0
+    assert (f"warning: {collisions} captions are equal after truncation" in said) == (
+        collisions > 0
     )
-    assert ("none of 4 different ones is cut" in said) == (cut == 0)
+    assert ("none of 4 distinct captions is truncated" in said) == (cut == 0)
 
 
 # --- by the commands ------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def place(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("length", "said"),
     [
-        ("16", "captions: 2 of 2 different ones are cut, since the model reads 16 tokens"),
+        ("16", "captions: 2 of 2 distinct captions are truncated, since the model reads 16 tokens"),
         ("32", "none of 2"),
     ],
 )
@@ -154,18 +159,19 @@ def test_train_says_how_many_captions_are_cut(
     train(run, run=tmp_path / "run")
     output = "".join(capsys.readouterr())
     assert said in output
-    assert ("warning: 2 captions differ only in what is cut off" in output) == (length == "16")
+    assert ("warning: 2 captions are equal after truncation" in output) == (length == "16")
 
 
 def test_what_would_read_a_set_is_what_the_run_reads_with(place: Path) -> None:
     captions = [path.read_text() for path in sorted(place.glob("*.txt"))]
     run = resolve(str(place))
     assert run.conditioner.text is not None
-    assert reader_of(run, captions, text_encoder).length == run.conditioner.text.length == 32
+    assert build_tokenizer(run, captions, text_encoder).length == run.conditioner.text.length == 32
     silent = resolve(run, ["conditioner.text=null"])
-    assert reader_of(silent, captions, text_encoder).length == 32
+    assert build_tokenizer(silent, captions, text_encoder).length == 32
     assert (
-        reader_of(resolve(run, ["conditioner.text.length=9"]), captions, text_encoder).length == 9
+        build_tokenizer(resolve(run, ["conditioner.text.length=9"]), captions, text_encoder).length
+        == 9
     )
 
 
@@ -200,5 +206,5 @@ def test_a_run_made_before_reads_as_it_did_and_a_new_one_as_new_ones_do(tmp_path
 def test_other_parts_of_a_run_made_before_are_left_as_they_are(text: Any) -> None:
     plain = configuration.plain(recipe("digits"))
     plain["conditioner"]["text"] = text
-    assert configuration.as_before(Run, plain) == plain
-    assert configuration.as_before(Run, "damaged") == "damaged"
+    assert configuration.fill_former_defaults(Run, plain) == plain
+    assert configuration.fill_former_defaults(Run, "damaged") == "damaged"

@@ -18,7 +18,7 @@ from sfumato.diffusion import Denoised, Flow, Linear, NetworkDenoiser, NoiseLeve
 from sfumato.errors import ConfigError
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
-from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty, uncertainty_weighted
+from sfumato.nn.loss_uncertainty import LearnedUncertainty, NoUncertainty, weight_by_uncertainty
 from sfumato.runs import train
 from sfumato.training import AlignmentConfig, AuxiliaryConfig, Budget, DispersiveConfig
 from sfumato.training.auxiliary import cosine_alignment_loss, dispersive_loss, upsample_to
@@ -45,7 +45,7 @@ def test_learned_uncertainty_finds_the_loss_of_each_level() -> None:
         logsnr = torch.rand(64) * 12 - 6
         loss = torch.exp(logsnr / 4) * (0.8 + 0.4 * torch.rand(64))
         optimizer.zero_grad()
-        uncertainty_weighted(loss, uncertainty(logsnr)).mean().backward()
+        weight_by_uncertainty(loss, uncertainty(logsnr)).mean().backward()
         optimizer.step()
     asked = torch.tensor([-5.0, 0.0, 5.0])
     torch.testing.assert_close(uncertainty(asked).exp(), torch.exp(asked / 4), rtol=0.15, atol=0)
@@ -55,7 +55,7 @@ def test_before_training_it_changes_nothing() -> None:
     loss, logsnr = torch.rand(5), torch.randn(5)
     logsnr[0] = float("inf")
     for kind in (LearnedUncertainty(), NoUncertainty()):
-        assert torch.equal(uncertainty_weighted(loss, kind(logsnr)), loss)
+        assert torch.equal(weight_by_uncertainty(loss, kind(logsnr)), loss)
 
 
 def test_dispersion_is_the_log_mean_over_pairs() -> None:

@@ -125,7 +125,7 @@ class LatentAutoencoder(nn.Module):
         return self.codec.decode(unscaled)
 
     def paste_known(self, generated: Tensor, image: Tensor, known: Tensor) -> Tensor:
-        """Return the generated images with what was known as it was given, not as it was decoded.
+        """Return the generated images with the known pixels taken from `image`, not decoded.
 
         `known` is 1 where the image is known; shares blend.
         """

@@ -258,13 +258,13 @@ def _make(
 
     The interpolation is to another prompt or seed.
     """
-    from sfumato.contexts import steering
+    from sfumato.contexts import user_contexts
     from sfumato.generation.request import require_context
 
     num, seed, to_prompt, to_seed = (
         options[name] for name in ("num", "seed", "to_prompt", "to_seed")
     )
-    contexts = steering(pipeline.model.conditioner)
+    contexts = user_contexts(pipeline.model.conditioner)
     if to_prompt is None and to_seed is None:
         from sfumato.runs import snapshot
 

@@ -23,8 +23,8 @@ class AttributesConfig:
     Attributes:
         size: of the summary.
         dropout: share of training samples whose attributes are all hidden.
-        hidden: share of the single attributes that are hidden besides, so that any subset can be
-            requested.
+        hidden: share of single attributes that are also hidden one by one, so that any subset can
+            be requested.
     """
 
     size: Size = 128

@@ -1,4 +1,4 @@
-"""What was done to a training image, given to the network so that it is not learned as part of the
+"""The augmentation of a training image as a condition, so that it is not learned as part of the
 data.
 """
 
@@ -17,7 +17,7 @@ from sfumato.conditioners.protocol import Conditioner
 class AugmentationConditioner(Conditioner):
     """context["augmentation"] (B, D) -> Condition.vector (B, D).
 
-    Zeros mean that nothing was done, and so does a missing context.
+    Zeros, or a missing context, mean no augmentation.
     """
 
     nothing: Tensor
@@ -34,5 +34,5 @@ class AugmentationConditioner(Conditioner):
         return Condition(vector=context.get("augmentation", self.nothing.expand(batch_size, -1)))
 
     def null(self, batch_size: int) -> Condition:
-        """Return zeros: nothing was done."""
+        """Return zeros: no augmentation."""
         return Condition(vector=self.nothing.expand(batch_size, -1))

@@ -19,7 +19,7 @@ class CompositeConditioner(nn.Module):
         """Hold `parts` by the name of the context that each reads.
 
         Args:
-            factor: side of an image over that of what the network sees.
+            factor: side of an image over that of the network's input.
         """
         super().__init__()
         self.factor = factor
@@ -70,7 +70,7 @@ class CompositeConditioner(nn.Module):
         return values
 
     @property
-    def steering(self) -> list[str]:
+    def user_inputs(self) -> list[str]:
         """Names of the contexts that a request may set."""
         return [
             name for name, part in zip(self.parts, self._parts, strict=True) if part.is_user_input

@@ -1,4 +1,4 @@
-"""Facts of the training set that conditioners need."""
+"""What conditioners must know about the training set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfumato.config.bounds import AnyFloat
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningInfo:
-    """What conditioners must know of the training set; stored in checkpoints.
+    """What conditioners must know about the training set; stored in checkpoints.
 
     Attributes:
         channels: of images.
@@ -18,8 +18,8 @@ class ConditioningInfo:
         words: that captions use, for a tokenizer fitted to them.
         attributes, means, deviations: name, mean and standard deviation of each.
         dimensions: of points, features included; 0 where there are none.
-        augmentation: numbers that tell what was done to an image.
-        factor: side of an image over the side of what the network sees of it.
+        augmentation: number of values that describe the augmentation of an image.
+        factor: side of an image over the side of the network's input.
         bits: of each value in an image, 8 or 16.
         value_range: values of the source that 0 and 1 of an image stand for, [low, high]; None
             where they are those of its integers.

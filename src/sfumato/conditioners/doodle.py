@@ -1,5 +1,5 @@
-"""Doodles: line drawings aligned with the image. Where the data have none, lines are made from the
-image itself.
+"""Doodles: line drawings aligned with the image. Where the data have none, lines are extracted from
+the image itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class DoodleConfig:
     """Steer by line drawings.
 
     Attributes:
-        synthetic: share of training samples whose own doodle is replaced by lines made from the
-            image; those without one always are.
-        wobble: how far made lines stray, as a share of the side.
-        missing_lines: most of the lines that may be missing, as a share.
+        synthetic: share of training samples whose doodle is replaced by lines extracted from the
+            image; samples without a doodle always get such lines.
+        wobble: displacement of extracted lines, as a share of the side.
+        missing_lines: largest share of the extracted lines that is removed.
         dropout: share of training samples whose doodle is hidden.
     """
 
@@ -79,9 +79,9 @@ class DoodleConditioner(Conditioner):
     def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Return a doodle for each training image: its own, or lines made from it.
+        """Return a doodle for each training image: that of the data, or lines extracted from the image.
 
-        Lines replace a doodle that is missing or, for a share `synthetic` of images, that is given.
+        Lines replace missing doodles and, for a share `synthetic` of images, those of the data.
         Draws are keyed by the samples' numbers.
         """
         draws = randomness.uniform(

@@ -1,5 +1,5 @@
-"""Images as context: aligned with the image to make (super-resolution, colourization, inpainting),
-or looked at as a whole (variations).
+"""Images as context: aligned with the image to generate (super-resolution, colourization,
+inpainting), or encoded as tokens (variations).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sfumato.errors import ConfigError
 
 
 class Degradation(Protocol):
-    """What an image has lost and the model must restore; NaN where a pixel is unknown."""
+    """How images are degraded, which the model learns to undo; NaN where a pixel is unknown."""
 
     def degrade(self, images: Tensor, draws: Tensor) -> Tensor:
         """Degrade training images (B, C, H, W) in [-1, 1]; draws (B, 8) are uniform in [0, 1)."""
@@ -86,8 +86,8 @@ class Holes:
 
     Attributes:
         smallest, largest: sides of the rectangle that is cut out, as shares of the image's.
-        outside: share of samples of which only the rectangle is left, and its surroundings are to
-            be made.
+        outside: share of samples in which only the rectangle is kept, and its surroundings are to
+            be generated (outpainting).
     """
 
     smallest: Fraction = 0.2
@@ -121,11 +121,11 @@ DegradationConfig = Downsample | Grayscale | Holes
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """Restore what images have lost.
+    """Steer by a degraded image, which the model restores.
 
     Attributes:
-        degradation: what is taken from training images.
-        dropout: share of training samples that are shown nothing.
+        degradation: how training images are degraded.
+        dropout: share of training samples whose degraded image is hidden.
     """
 
     degradation: DegradationConfig = Downsample()
@@ -170,12 +170,12 @@ class ImageConditioner(Conditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """Make variations of an image, which is seen only through a few tokens.
+    """Make variations of a reference image, which is encoded as a few tokens.
 
     Attributes:
         size: channels of tokens and of their summary.
-        side: the image is looked at as side x side tokens; fewer leave more to the model.
-        dropout: share of training samples that are shown nothing.
+        side: the image is encoded as side x side tokens; fewer allow more variation.
+        dropout: share of training samples whose reference is hidden.
     """
 
     size: Size = 128
@@ -193,7 +193,7 @@ class ReferenceConditioner(Conditioner):
     """context["reference"] (B, C, H, W) in [-1, 1] -> Condition.vector (B, size), tokens (B,
     side^2, size).
 
-    An image with NaN, which means that none is given, gets the null condition.
+    An image with NaN stands for no reference, and gets the null condition.
     """
 
     def __init__(self, config: ReferenceConfig, *, channels: int) -> None:

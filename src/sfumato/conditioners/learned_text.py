@@ -38,7 +38,7 @@ class LearnedTextConfig:
         layers, heads: of the transformer.
         length: maximum number of tokens of a text, including the one that marks its start; longer
             texts are truncated with a warning.
-        vocabulary: most words with a number of their own; others are spelled in bytes.
+        vocabulary: maximum number of words with a token of their own; others are encoded as bytes.
         dropout: share of training samples whose caption is hidden, which is what guidance
             extrapolates from.
         spelled: fraction of the words in training captions that are spelled in bytes although they
@@ -46,7 +46,7 @@ class LearnedTextConfig:
             unknown word in a prompt are not meaningless; at most one word of a caption, of its
             first 1 / `spelled`. Validation and
             sampling spell none of them.
-        splitting: what counts as a word.
+        splitting: how texts are split into words.
     """
 
     kind: ClassVar[str] = "learned"
@@ -111,7 +111,7 @@ class LearnedTextConditioner(Conditioner):
         self.config, self.words, self.dropout = config, words, config.dropout
         self._known = frozenset([*words.vocabulary, *rare])
         self.length = config.length
-        self.learns_letters = config.spelled > 0 or bool(rare)
+        self.learns_bytes = config.spelled > 0 or bool(rare)
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.embedding = nn.Embedding(len(words), config.size, padding_idx=PAD)
         # bytes that no caption spells must not resemble a word

@@ -39,13 +39,13 @@ class PointsConfig:
 
     Attributes:
         size: channels of tokens and of their summary.
-        tokens: how many the cloud is read into, whatever its number of points.
+        tokens: number of tokens that a cloud is encoded as, however many points it has.
         layers, heads: of the transformer between the tokens.
         frame: `image` takes coordinates as they are, `normalized` centres each cloud and scales it to fit
             from -1 to 1.
-        min_points: points that a training cloud is thinned to at the least, so that any number
-            works.
-        splat: a map of the points beside the tokens; None for none.
+        min_points: smallest number of points that training clouds are randomly subsampled to, so
+            that the model works with any number.
+        splat: a map of the points in addition to the tokens; None for none.
         dropout: share of training samples whose points are hidden.
     """
 
@@ -149,9 +149,9 @@ class PointsConditioner(Conditioner):
     def training_context(
         self, images: Tensor, context: Mapping[str, Any], *, seed: int, first: int
     ) -> dict[str, Any]:
-        """Thin each training cloud (B, N, D) to a random number of points, `min_points` or more.
+        """Subsample each training cloud (B, N, D) to a random number of points, `min_points` or more.
 
-        Smaller clouds stay whole. What is removed becomes NaN, as after a cloud with fewer points.
+        Smaller clouds stay complete. Removed points become NaN, as after a cloud with fewer points.
         Draws are keyed by the samples' numbers.
         """
         if "points" not in context:

@@ -75,7 +75,7 @@ class PretrainedTextConfig:
         return PretrainedTextConditioner(self, encoder=encoder(self))
 
 
-class Embedded(NamedTuple):
+class TextEmbedding(NamedTuple):
     """The embeddings of a text: a summary (D,), and a vector for each token without padding,
     (n, D).
     """
@@ -86,31 +86,31 @@ class Embedded(NamedTuple):
 
 @dataclass
 class TextEncoder:
-    """A frozen encoder, loaded for the first text that `known` does not hold.
+    """A frozen encoder, loaded for the first text that `cache` does not hold.
 
     Attributes:
         config: where it is, and how much it reads.
         folder: where models are unpacked that packages ship.
-        known: embeddings by text; a mapping on disk keeps them for later runs.
+        cache: embeddings by text; a mapping on disk keeps them for later runs.
     """
 
     config: PretrainedTextConfig
     folder: Path
-    known: MutableMapping[str, Any] = field(default_factory=dict)
+    cache: MutableMapping[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
         """Return the encoder itself: it is frozen and large, and a model's average shares it."""
         return self
 
-    def __call__(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
-        """Return the embeddings of texts, float32, on `device`; new ones are added to `known`."""
-        new = sorted({text for text in texts if text not in self.known})
+    def __call__(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
+        """Return the embeddings of texts, float32, on `device`; new ones are added to `cache`."""
+        new = sorted({text for text in texts if text not in self.cache})
         for first in range(0, len(new), 64):
             for text, embedded in zip(
                 new[first : first + 64], self._encode(new[first : first + 64], device), strict=True
             ):
-                self.known[text] = embedded
-        return [Embedded(*(part.to(device) for part in self.known[text])) for text in texts]
+                self.cache[text] = embedded
+        return [TextEmbedding(*(part.to(device) for part in self.cache[text])) for text in texts]
 
     @cached_property
     def place(self) -> str:
@@ -198,7 +198,7 @@ class TextEncoder:
         )
 
     @torch.no_grad()
-    def _encode(self, texts: Sequence[str], device: torch.device) -> list[Embedded]:
+    def _encode(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
         model = self._model.to(device)
         encoding = self._tokenizer(
             list(texts),
@@ -218,7 +218,7 @@ class TextEncoder:
             else (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None]
         )
         return [
-            Embedded(vector.cpu(), tokens[valid].cpu())
+            TextEmbedding(vector.cpu(), tokens[valid].cpu())
             for vector, tokens, valid in zip(pooled, hidden, mask, strict=True)
         ]
 
@@ -237,7 +237,7 @@ class PretrainedTextConditioner(Conditioner):
     def __init__(self, config: PretrainedTextConfig, *, encoder: TextEncoder) -> None:
         super().__init__()
         self.config, self.dropout = config, config.dropout
-        self.learns_letters = True
+        self.learns_bytes = True
         self._encoder = (encoder,)  # in a tuple, so that it is no module's child
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.tokens = nn.Sequential(

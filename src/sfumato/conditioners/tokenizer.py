@@ -1,5 +1,5 @@
-"""Texts as numbers, with a vocabulary fitted to the captions: known words whole, anything else
-spelled in bytes.
+"""Texts as token ids, with a vocabulary fitted to the captions: one token for a known word, bytes for
+anything else.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class WordTokenizer:
     """A tokenizer that can encode any text in any script; case and width of letters do not matter.
 
     Attributes:
-        vocabulary: the words that have a number of their own.
-        splitting: what counts as a word.
+        vocabulary: the words that have a token of their own.
+        splitting: how texts are split into words.
     """
 
     vocabulary: tuple[str, ...]
@@ -98,7 +98,7 @@ class WordTokenizer:
         return FIRST_WORD + len(self.vocabulary)
 
     def encode(self, text: str, *, length: int, spelled: int | None = None) -> list[int]:
-        """Return the numbers of a text, `length` of them: START, what fits of the text, then PAD.
+        """Return the token ids of a text, `length` of them: START, the text truncated, then PAD.
 
         An empty text is EMPTY, then PAD.
 
@@ -117,7 +117,7 @@ class WordTokenizer:
         return ([START, *numbers] + [PAD] * length)[:length]
 
     def count(self, text: str) -> int:
-        """Return how many numbers a text takes, START included."""
+        """Return the number of tokens of a text, START included."""
         return 1 + len(self._of(self.splitting.pieces(text)))
 
     def truncate(self, text: str, *, length: int) -> str:

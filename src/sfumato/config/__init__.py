@@ -5,34 +5,41 @@ The dataclasses are the one schema: the parser, `config show`, `config schema` a
 it from them. Nothing is ever built from a name outside of their unions.
 """
 
-from sfumato.config.kinds import Extensible, kind_of, members, named
+from sfumato.config.kinds import Extensible, kind_of, members, with_shorthands
 from sfumato.config.reader import (
     differences,
     dump_commented,
     dump_yaml,
     load_yaml,
     load_yaml_file,
-    merged,
+    merge,
     with_overrides,
 )
-from sfumato.config.schema import as_before, forget_models, json_schema, parse, plain, since
+from sfumato.config.schema import (
+    clear_model_cache,
+    fill_former_defaults,
+    json_schema,
+    parse,
+    plain,
+    since,
+)
 
 __all__ = [
     "Extensible",
-    "as_before",
+    "clear_model_cache",
     "differences",
     "dump_commented",
     "dump_yaml",
-    "forget_models",
+    "fill_former_defaults",
     "json_schema",
     "kind_of",
     "load_yaml",
     "load_yaml_file",
     "members",
-    "merged",
-    "named",
+    "merge",
     "parse",
     "plain",
     "since",
     "with_overrides",
+    "with_shorthands",
 ]

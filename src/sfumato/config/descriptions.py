@@ -15,22 +15,22 @@ def attribute_docs(cls: type) -> dict[str, str]:
     "a, b: text" describes several attributes at once, and a line that is indented further continues
     the one above. A class's own text replaces its base's.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        found |= _section(inspect.cleandoc(base.__dict__.get("__doc__") or ""))
-    return found
+        texts |= _section(inspect.cleandoc(base.__dict__.get("__doc__") or ""))
+    return texts
 
 
 def _section(docstring: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     names: list[str] = []
     _, _, below = docstring.partition("Attributes:\n")
     for line in below.splitlines():
         if entry := _ENTRY.fullmatch(line):
             names = entry["names"].split(", ")
-            found |= dict.fromkeys(names, entry["text"])
+            texts |= dict.fromkeys(names, entry["text"])
         elif line.startswith(_CONTINUED) and names:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
         else:  # a blank line, or the next section
             break
-    return found
+    return texts

@@ -47,7 +47,7 @@ def _members(option: type) -> list[type]:
     if not _is_family(option):
         return [option] if is_dataclass(option) else []
     latest = {
-        kind_of(member): member for member in _derived(option) if is_dataclass(member)
+        kind_of(member): member for member in _subclasses(option) if is_dataclass(member)
     }  # a reloaded module defines them again
     return list(latest.values())
 
@@ -56,9 +56,9 @@ def _is_family(option: type) -> bool:
     return Extensible in option.__bases__
 
 
-def _derived(option: type) -> list[type]:
+def _subclasses(option: type) -> list[type]:
     classes: list[type] = option.__subclasses__()
-    return [found for derived in classes for found in (derived, *_derived(derived))]
+    return [cls for derived in classes for cls in (derived, *_subclasses(derived))]
 
 
 def kind_of(cls: type) -> str:
@@ -66,14 +66,14 @@ def kind_of(cls: type) -> str:
 
     The name without `Config` in lower case, its words joined by hyphens.
     """
-    own = cls.__dict__.get(TAG)
-    if isinstance(own, str):
-        return own
+    kind = cls.__dict__.get(TAG)
+    if isinstance(kind, str):
+        return kind
     name = cls.__name__.removesuffix("Config") or cls.__name__
     return "-".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[A-Z]", name)).lower()
 
 
-def named(default: T, shorthands: Mapping[str, Any]) -> T:
+def with_shorthands(default: T, shorthands: Mapping[str, Any]) -> T:
     """Declare a field whose values also have short names: `sampler=heun`.
 
     Each short name stands for a member with its settings.

@@ -41,17 +41,17 @@ class _StricterSafeLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.YAMLError(
                     f"a key that is not a single word, line {key.start_mark.line + 1}"
                 )
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.YAMLError(
                     f"the key {key.value!r} appears twice, line {key.start_mark.line + 1}"
                 )
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -163,7 +163,7 @@ def with_overrides(
             keys.
     """
     result = _copy(data)
-    for path, value in sorted(_parsed(overrides), key=_wholeness):
+    for path, value in sorted(_parse_overrides(overrides), key=_set_order):
         *parents, last = path.split(".")
         target = result
         for depth, key in enumerate(parents):
@@ -183,29 +183,29 @@ def with_overrides(
         current = target.get(last)
         if isinstance(current, dict) and TAG in current and isinstance(value, str):
             value = {TAG: value}
-        target[last] = _merged(current, value)
+        target[last] = _merge(current, value)
     output: dict[str, Any] = result
     return output
 
 
-def _wholeness(setting: tuple[str, Any]) -> tuple[int, bool]:
+def _set_order(setting: tuple[str, Any]) -> tuple[int, bool]:
     """Return a sort key: what is set whole comes before its parts, and of those the kind first."""
     path = setting[0]
     return path.removesuffix(f".{TAG}").count("."), not path.endswith(f".{TAG}")
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with the nested mapping `changes` laid over it."""
-    result: dict[str, Any] = _merged(_copy(base), _copy(changes))
+    result: dict[str, Any] = _merge(_copy(base), _copy(changes))
     return result
 
 
-def _merged(base: Any, changes: Any) -> Any:
+def _merge(base: Any, changes: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     if TAG in changes and not _same_kind(changes[TAG], base.get(TAG)):
         return changes
-    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
+    return {**base, **{key: _merge(base.get(key), value) for key, value in changes.items()}}
 
 
 def _same_kind(one: Any, other: Any) -> bool:
@@ -214,7 +214,7 @@ def _same_kind(one: Any, other: Any) -> bool:
     )
 
 
-def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(overrides, Mapping):
         yield from overrides.items()
         return

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from sfumato.config.aliases import FORMER_KEYS, FORMER_VALUES, current_kind
 from sfumato.config.descriptions import attribute_docs
 from sfumato.config.kinds import SHORTHANDS, TAG, is_tagged, kind_of, members
-from sfumato.errors import ConfigError, SfumatoError
+from sfumato.errors import ConfigError, SfumatoError, closest
 
 T = TypeVar("T")
 _BEFORE = "before"
@@ -85,7 +85,7 @@ def modern(cls: type, data: Any) -> Any:
     result = {
         former.get(key, key): value
         for key, value in data.items()
-        if key not in former.values() or not _old(key, former, data)
+        if key not in former.values() or not _former_key_given(key, former, data)
     }
     for name, values in FORMER_VALUES.get(cls.__name__, {}).items():
         if isinstance(result.get(name), str):
@@ -96,7 +96,7 @@ def modern(cls: type, data: Any) -> Any:
     return result
 
 
-def _old(key: str, former: Mapping[str, str], data: Mapping[str, Any]) -> bool:
+def _former_key_given(key: str, former: Mapping[str, str], data: Mapping[str, Any]) -> bool:
     """Return whether a key's former spelling is given too.
 
     It then decides, since it was written on top of a whole configuration.
@@ -114,8 +114,8 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
         value = {TAG: value}
     if not isinstance(value, Mapping):
         return value
-    usual = _usual_kind(entry, hint)
-    name = value.get(TAG, usual)
+    default = _default_kind(entry, hint)
+    name = value.get(TAG, default)
     if not isinstance(name, str):
         return dict(value)
     kind = current_kind(name)
@@ -124,8 +124,8 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
         (option for option in options if kind_of(option) == kind or option.__name__ == name), None
     )
     if member is None and kind in shorthands:
-        whole = plain(shorthands[kind], hint)
-        return {**whole, **{key: item for key, item in value.items() if key != TAG}}
+        settings = plain(shorthands[kind], hint)
+        return {**settings, **{key: item for key, item in value.items() if key != TAG}}
     if member is None:  # as it was written, for the error
         return {**value, TAG: name}
     return {
@@ -134,7 +134,7 @@ def _modern_value(entry: Field[Any], hint: Any, value: Any) -> Any:
     }
 
 
-def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
+def _default_kind(entry: Field[Any], hint: Any) -> str | None:
     """Return the kind that is meant where none is given: the default's, or the first for None.
 
     The result is None if the field has no default.
@@ -148,15 +148,15 @@ def _usual_kind(entry: Field[Any], hint: Any) -> str | None:
 def since(default: T, *, before: Any) -> T:
     """Declare a field that was added later: `default` is for new runs.
 
-    `before` is what earlier runs did, for `as_before`.
+    `before` is what earlier runs did, for `fill_former_defaults`.
     """
     return dataclass_field(default=default, metadata={_BEFORE: before})
 
 
-def as_before(cls: type, data: Any) -> Any:
-    """Complete the plain data of a run's own configuration.
+def fill_former_defaults(cls: type, data: Any) -> Any:
+    """Fill in the keys that were added after a run's configuration was written.
 
-    They were whole when written: a key that is absent means what the run did then.
+    They get the values that describe what the run did then.
     """
     if not isinstance(data, dict):
         return data
@@ -170,13 +170,13 @@ def as_before(cls: type, data: Any) -> Any:
                 (option for option in options if kind_of(option) == name or not is_tagged(hint)),
                 None,
             )
-            result[entry.name] = chosen if option is None else as_before(option, chosen)
+            result[entry.name] = chosen if option is None else fill_former_defaults(option, chosen)
         elif _BEFORE in entry.metadata:
             result[entry.name] = plain(entry.metadata[_BEFORE], hint)
     return result
 
 
-def forget_models() -> None:
+def clear_model_cache() -> None:
     """Discard all derived models, after the fields of a dataclass have changed."""
     config_fields.cache_clear()
     _models.cache_clear()
@@ -190,7 +190,7 @@ def json_schema(cls: type) -> dict[str, Any]:
     schema = _model(cls).model_json_schema()
     described = {
         f"{_identifier(reached)}_{suffix}": reached
-        for reached in _reachable(cls)
+        for reached in _reachable_classes(cls)
         for suffix in ("plain", "tagged")
     }
     for name, part in {**schema.get("$defs", {}), f"{_identifier(cls)}_plain": schema}.items():
@@ -216,7 +216,7 @@ def _build(annotation: Any, value: Any, path: str = "") -> Any:
         try:
             return cls(**below)
         except SfumatoError as error:
-            raise _located(error, path) from None
+            raise _with_key(error, path) from None
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -224,7 +224,7 @@ def _key(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _located(error: SfumatoError, path: str) -> SfumatoError:
+def _with_key(error: SfumatoError, path: str) -> SfumatoError:
     """Return a dataclass's own error with the key of that dataclass, where it names none.
 
     A dataclass does not know what holds it.
@@ -263,7 +263,7 @@ def _default(field: Field[Any], hint: Any) -> Any:
 
 def _model(cls: Any) -> type[BaseModel]:
     """Return the pydantic model of `cls`, made with those of all dataclasses that it reaches."""
-    return _models(cls, tuple(_reachable(cls)))
+    return _models(cls, tuple(_reachable_classes(cls)))
 
 
 @lru_cache
@@ -293,15 +293,15 @@ def _models(cls: Any, reachable: tuple[type, ...]) -> type[BaseModel]:
     return root
 
 
-def _reachable(cls: type) -> list[type]:
-    found: dict[type, None] = {}
+def _reachable_classes(cls: type) -> list[type]:
+    reached: dict[type, None] = {}
     queue = [cls]
     while queue:
         current = queue.pop()
-        if current not in found:
-            found[current] = None
+        if current not in reached:
+            reached[current] = None
             queue += [option for _, hint in config_fields(current) for option in members(hint)]
-    return list(found)
+    return list(reached)
 
 
 def _legal_keys(cls: type, data: Any, prefix: str = "") -> list[str]:
@@ -335,7 +335,7 @@ def _nearest(key: str, legal: list[str]) -> str | None:
     return close[0] if close else min(same, key=lambda path: path.count("."), default=None)
 
 
-def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
+def _locate(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
     """Return the dotted path of an error's location, and the last field.
 
     The location also names the kind after each key whose value has one; the path does not.
@@ -356,7 +356,7 @@ def _located_at(cls: type, location: Sequence[int | str]) -> tuple[str, Field[An
 
 
 def _explain(error: Any, cls: type, legal: list[str]) -> str:
-    key, entry = _located_at(cls, error["loc"])
+    key, entry = _locate(cls, error["loc"])
     if error["type"] == "extra_forbidden":
         nearest = _nearest(key, legal)
         return f"unknown key `{key}`" + (f" (did you mean `{nearest}`?)" if nearest else "")
@@ -376,9 +376,9 @@ def _explain(error: Any, cls: type, legal: list[str]) -> str:
             for name in (entry.metadata.get(SHORTHANDS, {}) if entry else ())
             if name not in options
         ]
-        close = difflib.get_close_matches(current_kind(context["tag"]), options, n=1, cutoff=0.5)
-        guess = f"; did you mean `{close[0]}`?" if close else ""
-        return f"`{key}` = {context['tag']!r} is not one of {', '.join(options)}{guess}"
+        guess = closest(current_kind(context["tag"]), options, cutoff=0.5).strip()
+        listed = ", ".join(options) + (f"; {guess}" if guess else "")
+        return f"`{key}` = {context['tag']!r} is not one of {listed}"
     if error["type"] == "union_tag_not_found":
         return f"`{key}` needs a `{TAG}`"
     return f"`{key}` = {error['input']!r}: {error['msg'].lower()}"

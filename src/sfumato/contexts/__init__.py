@@ -5,7 +5,7 @@ metrics.
 from sfumato.contexts.category import Category, trained_categories
 from sfumato.contexts.config import ContextConfig, register, unregister
 from sfumato.contexts.protocol import Context, Metric, MetricInputs, RequestInfo
-from sfumato.contexts.registry import CONTEXTS, by_keyword, enumerate_values, part_of, steering
+from sfumato.contexts.registry import CONTEXTS, by_keyword, enumerate_values, part_of, user_contexts
 from sfumato.contexts.text import PromptNote, Text, Truncated, Unfamiliar
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "enumerate_values",
     "part_of",
     "register",
-    "steering",
     "trained_categories",
     "unregister",
+    "user_contexts",
 ]  # fmt: skip

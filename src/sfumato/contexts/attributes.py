@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.conditioners import AttributesConditioner, AttributesConfig, ConditioningInfo
-from sfumato.contexts.category import unknown
+from sfumato.contexts.category import unknown_name_error
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycle
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError
@@ -55,7 +55,7 @@ def _row(attributes: Mapping[str, float], known: tuple[str, ...]) -> Tensor:
     values = torch.full((len(known),), math.nan)
     for name, value in attributes.items():
         if name not in known:
-            raise unknown("attribute", name, known)
+            raise unknown_name_error("attribute", name, known)
         if not math.isfinite(value):
             raise ConfigError(
                 f"attribute {name} = {value}", where="sample", hint="use a finite number"

@@ -71,10 +71,10 @@ def _require_known(name: str, info: ConditioningInfo) -> None:
             hint=f"choose among {', '.join(known[:20])}; or train with more images of it",
         )
     if name not in known:
-        raise unknown("category", name, known)
+        raise unknown_name_error("category", name, known)
 
 
-def unknown(kind: str, name: str, known: Sequence[str]) -> ConfigError:
+def unknown_name_error(kind: str, name: str, known: Sequence[str]) -> ConfigError:
     """Return the error for a name of this kind that the model does not know."""
     return ConfigError(
         f"no {kind} {name!r}",

@@ -124,7 +124,7 @@ def _declare() -> None:
     for name in configured:
         setattr(ContextConfig, name, None)
     dataclass(frozen=True, kw_only=True)(ContextConfig)
-    configuration.forget_models()
+    configuration.clear_model_cache()
 
 
 _declare()

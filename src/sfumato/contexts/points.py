@@ -15,7 +15,7 @@ from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, Re
 from sfumato.data import Dataset
 from sfumato.data.user_inputs import load_user_points
 from sfumato.errors import ShapeError
-from sfumato.observability.images import scattered
+from sfumato.observability.images import draw_points
 
 MOST_POINTS = 100_000
 
@@ -80,11 +80,11 @@ class Points(Context):
 
     def preview(self, value: Tensor, size: tuple[int, int]) -> Tensor:
         """Draw a cloud as dark dots on white, (1, H, W) in [0, 1]."""
-        return scattered(value, size)
+        return draw_points(value, size)
 
     def to_images(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Draw the clouds as dark dots on white, (n, 1, H, W) in [-1, 1]."""
-        return torch.stack([scattered(cloud, size) for cloud in values]) * 2 - 1
+        return torch.stack([draw_points(cloud, size) for cloud in values]) * 2 - 1
 
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the chamfer distance (lower is better) and the IoU of silhouettes (higher is)."""

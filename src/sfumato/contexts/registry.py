@@ -32,9 +32,9 @@ CONTEXTS: dict[str, Context] = {
 }
 
 
-def steering(conditioner: CompositeConditioner) -> dict[str, Context]:
+def user_contexts(conditioner: CompositeConditioner) -> dict[str, Context]:
     """Return the contexts that a request to a model may set, by name."""
-    return {name: CONTEXTS[name] for name in conditioner.steering}
+    return {name: CONTEXTS[name] for name in conditioner.user_inputs}
 
 
 def enumerate_values(

@@ -107,7 +107,7 @@ def _note(texts: Sequence[str], conditioner: Any) -> None:
     pronoun = "it is" if len(unknown) == 1 else "they are"
     encoding = (
         "encoded as bytes"
-        if conditioner.learns_letters
+        if conditioner.learns_bytes
         else "encoded as bytes, which this model was not trained on (conditioner.text.spelled=0)"
     )
     warnings.warn(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sfumato.conditioners import CompositeConditioner
-from sfumato.config import named
+from sfumato.config import with_shorthands
 from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.diffusion import (
     Angle,
@@ -62,7 +62,7 @@ class SamplingConfig:
             of pixels.
     """
 
-    sampler: SamplerConfig = named(DPMSolverPP2M(), SAMPLERS)
+    sampler: SamplerConfig = with_shorthands(DPMSolverPP2M(), SAMPLERS)
     schedule: Schedule = Linear()
     steps: Count = 25
     guidance: Finite = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import ConfigError
-from sfumato.observability.image_formats import FORMATS, Values, usual_format
+from sfumato.observability.image_formats import FORMATS, PixelEncoding, usual_format
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +25,7 @@ class Generated:
 
     images: Tensor
     settings: Mapping[str, Any]
-    values: Values
+    values: PixelEncoding
 
     def save(self, folder: str | Path, *, format: str | None = None) -> list[Path]:
         """Write each image to a file with the settings and the image's number; return the paths.

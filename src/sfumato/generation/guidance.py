@@ -83,8 +83,8 @@ def _require_trained_absence(
     *,
     negative: Collection[str],
 ) -> None:
-    """Raise ConfigError if guidance leads away from the absence of a context that training
-    never hid.
+    """Raise ConfigError if guidance needs an unconditional prediction that was never trained, since
+    the dropout of a context is 0.
     """
     steps = [1.0, *(scales[name] for name in names)]
     first = next(
@@ -96,11 +96,11 @@ def _require_trained_absence(
     never = [name for name in hidden if conditioner.parts[name].dropout == 0]
     if never:
         raise ConfigError(
-            f"guidance leads away from samples without {' and '.join(never)}, which training "
-            "never saw: it was trained with "
-            f"{', '.join(f'conditioner.{name}.dropout=0' for name in never)}",
+            f"guidance needs an unconditional prediction for {' and '.join(never)}, but "
+            f"{'its' if len(never) == 1 else 'their'} dropout is 0, so it was never trained",
             where="sample",
-            hint="leave guidance at 1, or train with a dropout such as 0.1",
+            hint="leave guidance at 1, or train with "
+            f"{', '.join(f'conditioner.{name}.dropout=0.1' for name in never)}",
         )
 
 

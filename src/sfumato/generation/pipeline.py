@@ -35,7 +35,7 @@ from sfumato.generation.request import (
     resolve_request,
 )
 from sfumato.nn.compiling import compile_in_place
-from sfumato.observability.image_formats import Values
+from sfumato.observability.image_formats import PixelEncoding
 from sfumato.sampling import (
     InterpolatedNoise,
     KeyedNoise,
@@ -89,10 +89,10 @@ class Pipeline:
         )
 
     @property
-    def values(self) -> Values:
+    def values(self) -> PixelEncoding:
         """What the values of the generated images mean: channels, bits, alpha and value range."""
         info = self.info
-        return Values(
+        return PixelEncoding(
             channels=self.image_shape[0],
             bits=info.bits,
             alpha=info.alpha,
@@ -102,7 +102,7 @@ class Pipeline:
     @property
     def reads(self) -> tuple[str, ...]:
         """Names of the contexts that steer the model."""
-        return tuple(self.model.conditioner.steering)
+        return tuple(self.model.conditioner.user_inputs)
 
     def sample(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.condition import ContextValues, select_rows, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
-from sfumato.contexts import CONTEXTS, Context, by_keyword, steering
+from sfumato.contexts import CONTEXTS, Context, by_keyword, user_contexts
 from sfumato.contexts.image_inputs import batch_of_images
 from sfumato.contexts.protocol import RequestInfo
 from sfumato.errors import ConfigError, ShapeError, closest
@@ -177,7 +177,7 @@ def resolve_request(
     Raises:
         ConfigError, ShapeError: naming what the model does not read or know, or what cannot be.
     """
-    contexts = steering(conditioner)
+    contexts = user_contexts(conditioner)
     _check_read(request, contexts)
     height, width = image_shape[1:]
     start, known = torch.zeros(num, *image_shape), None

@@ -27,28 +27,28 @@ def check_inputs(
         )
 
 
-def padded(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
+def pad_inputs(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, Condition]:
     """Pad x (B, C, H, W) and the spatial maps with zeros, to multiples of `multiple`.
 
     Zeros are added below and at the right; if the sides of x fit, both are returned as they are.
-    The network's output in the margin is to be cropped away.
+    The network's output in the padding must be cropped.
     """
     below, right = -x.shape[2] % multiple, -x.shape[3] % multiple
     if not below and not right:
         return x, condition
     maps = condition.spatial
     if maps is not None and max(maps.shape[2:]) > 1:  # a 1 x 1 map is the same everywhere
-        condition = replace(condition, spatial=F.pad(resized(maps, x), (0, right, 0, below)))
+        condition = replace(condition, spatial=F.pad(resize_maps(maps, x), (0, right, 0, below)))
     return F.pad(x, (0, right, 0, below)), condition
 
 
-def margin(height: int, width: int, multiple: int) -> float:
+def padding_overhead(height: int, width: int, multiple: int) -> float:
     """Return the extra work that padding to multiples causes, as a share of the unpadded work."""
     area = (height + -height % multiple) * (width + -width % multiple)
     return area / (height * width) - 1
 
 
-def resized(maps: Tensor, like: Tensor) -> Tensor:
+def resize_maps(maps: Tensor, like: Tensor) -> Tensor:
     """Bring maps (B, C, h, w) to the height and width of `like`, by averaging or repeating."""
     return (
         maps

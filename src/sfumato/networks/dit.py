@@ -20,7 +20,7 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import check_inputs, padded, resized
+from sfumato.networks.checks import check_inputs, pad_inputs, resize_maps
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
@@ -193,7 +193,7 @@ class DiT(Backbone):
             x, condition, image_channels=self.image_channels, context=self.context, where="DiT"
         )
         height, width = x.shape[-2:]
-        x, condition = padded(x, condition, self.multiple)
+        x, condition = pad_inputs(x, condition, self.multiple)
         patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         level = self.level_embedding(noise_input)
@@ -202,7 +202,7 @@ class DiT(Backbone):
             if self.vector_embedding is None
             else level + self.vector_embedding(condition.vector)
         )
-        maps = [] if condition.spatial is None else [resized(condition.spatial, x)]
+        maps = [] if condition.spatial is None else [resize_maps(condition.spatial, x)]
         patches = self.patches(
             F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2)
         )

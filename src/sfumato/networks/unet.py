@@ -18,7 +18,7 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import check_inputs, padded, resized
+from sfumato.networks.checks import check_inputs, pad_inputs, resize_maps
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
@@ -172,7 +172,7 @@ class UNet(Backbone):
             x, condition, image_channels=self.image_channels, context=self.context, where="UNet"
         )
         height, width = x.shape[-2:]
-        x, condition = padded(x, condition, self.multiple)
+        x, condition = pad_inputs(x, condition, self.multiple)
         level = self.level_embedding(noise_input)
         conditioned_level = (
             level
@@ -182,7 +182,7 @@ class UNet(Backbone):
         decoder_embedding = self.embedding(conditioned_level)
         embedding = decoder_embedding if self.config.vector_at == "all" else self.embedding(level)
         if condition.spatial is not None and self.config.maps_at == "all":
-            x = torch.cat([x, resized(condition.spatial, x)], dim=1)
+            x = torch.cat([x, resize_maps(condition.spatial, x)], dim=1)
         x = self.input(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for down in self.down:
@@ -305,7 +305,7 @@ class UpLevel(nn.Module):
         It is up-sampled except at depth 0.
         """
         if self.maps is not None and condition.spatial is not None:
-            x = x + self.maps(resized(condition.spatial, x))
+            x = x + self.maps(resize_maps(condition.spatial, x))
         for stage in self.stages:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, condition)
         return x if self.upsample is None else self.upsample(x)

@@ -45,6 +45,6 @@ class LearnedUncertainty(nn.Module):
         return result
 
 
-def uncertainty_weighted(loss: Tensor, uncertainty: Tensor) -> Tensor:
+def weight_by_uncertainty(loss: Tensor, uncertainty: Tensor) -> Tensor:
     """Return loss / e^u + u of each sample, whose minimum over u is at u = log loss."""
     return loss * torch.exp(-uncertainty) + uncertainty

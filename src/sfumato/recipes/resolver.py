@@ -112,15 +112,17 @@ def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str
     path = Path(source)
     refuse_diffusers(path)
     if (path / "config.yaml").is_file():
-        written = configuration.as_before(Run, configuration.load_yaml_file(path / "config.yaml"))
+        written = configuration.fill_former_defaults(
+            Run, configuration.load_yaml_file(path / "config.yaml")
+        )
         return relocate_paths(written, path), str(path / "config.yaml")
     if str(source) in RECIPES:
         return configuration.plain(recipe(str(source))), str(source)
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
-        below = {} if name is None else _plain(str(name), configuration.merged(data, given))[0]
-        return configuration.merged(replace_limits(below, data)[0], data), str(path)
+        below = {} if name is None else _plain(str(name), configuration.merge(data, given))[0]
+        return configuration.merge(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(
             _chosen(source, given, source_at(str(source)).listing()).run
@@ -152,7 +154,7 @@ def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
     if "autoencoder" not in given:
         return chosen()
-    plain = configuration.merged(
+    plain = configuration.merge(
         configuration.plain(chosen().run), {"autoencoder": given["autoencoder"]}
     )
     return chosen(space=configuration.parse(Run, plain, where=str(source)).autoencoder)

@@ -18,7 +18,7 @@ from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.evaluation.extractors import extractor
 from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone
-from sfumato.networks.checks import margin
+from sfumato.networks.checks import padding_overhead
 from sfumato.networks.perceptual import Features
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
@@ -143,7 +143,7 @@ def conditioning_info(
     return ConditioningInfo(
         channels=run.data.channels,
         categories=dataset.categories,
-        factor=run.autoencoder.layout(run.data.channels, directory).factor,
+        factor=run.autoencoder.latent_shape(run.data.channels, directory).factor,
         bits=run.data.bits,
         untrained=categories_without_training_images(dataset),
         value_range=dataset.scale.range,
@@ -168,7 +168,7 @@ def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None)
 
     `directory` is the run's directory, if it has one.
     """
-    channels = run.autoencoder.layout(run.data.channels, directory).channels
+    channels = run.autoencoder.latent_shape(run.data.channels, directory).channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(info, encoder=text_encoder)
@@ -179,7 +179,7 @@ def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None)
 def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
     """Build a pretrained text encoder whose embeddings are kept on disk."""
     encoder = TextEncoder(config, files.cache_folder() / "encoders")
-    return replace(encoder, known=EmbeddingStore(encoder.identity))
+    return replace(encoder, cache=EmbeddingStore(encoder.identity))
 
 
 def with_auxiliary(run: Run, model: Model) -> Model:
@@ -202,7 +202,7 @@ def with_auxiliary(run: Run, model: Model) -> Model:
 
 def network_parameters(run: Run) -> int:
     """Count the parameters of a run's network, its conditioner aside, without allocating them."""
-    channels = run.autoencoder.layout(run.data.channels, None).channels
+    channels = run.autoencoder.latent_shape(run.data.channels, None).channels
     with torch.device("meta"):
         network = run.network.build(image_channels=channels, context=NO_CONTEXT)
     return count(network.parameters())
@@ -214,7 +214,7 @@ def print_padding_costs(network: Backbone, dataset: Dataset, factor: int) -> Non
     for height, width in (shapes[number] for number in np.unique(dataset.shapes)):
         multiple = network.multiple * factor
         if (
-            more := margin(-(-height // factor), -(-width // factor), network.multiple)
+            more := padding_overhead(-(-height // factor), -(-width // factor), network.multiple)
         ) > MIN_PADDING:
             console().print(
                 f"images of {height} x {width} are padded to multiples of {multiple} inside the "

@@ -91,7 +91,7 @@ class Validator:
             **{f"validation/gap/{key}": value for key, value in gap.items()},
             **{
                 f"validation/adherence/{name}/{key}": value
-                for name in average.conditioner.steering
+                for name in average.conditioner.user_inputs
                 if name in context
                 for key, value in difference(
                     self._errors(average, 0, shuffled=name), averaged, triples
@@ -162,7 +162,7 @@ class Previewer:
         )
         self.autoencoder = autoencoder
         self.image_shape = dataset.image_shape
-        reads = conditioner.steering
+        reads = conditioner.user_inputs
         enumerable = enumerate_values(reads, config.preview.num, info) is not None
         chosen = (
             _of_each_category(dataset, config.preview.num)

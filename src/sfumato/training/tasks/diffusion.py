@@ -17,7 +17,7 @@ from sfumato.data import Batch, Dataset, ShapeGroup
 from sfumato.diffusion import NoiseLevel, Objective
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
-from sfumato.nn.loss_uncertainty import uncertainty_weighted
+from sfumato.nn.loss_uncertainty import weight_by_uncertainty
 from sfumato.sampling import StepInfo
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary
@@ -122,7 +122,7 @@ class Diffusion:
         denoising_loss = self.objective(
             model.denoiser(dtype), x0, condition, level=level, noise=noise
         ).per_sample
-        total = uncertainty_weighted(denoising_loss, auxiliary.uncertainty(level.logsnr()))
+        total = weight_by_uncertainty(denoising_loss, auxiliary.uncertainty(level.logsnr()))
         auxiliary_losses = auxiliary.losses(images, progress=progress)
         for weight, value in auxiliary_losses.values():
             total = total + weight * value
@@ -184,7 +184,7 @@ class Diffusion:
         Guidance doubles those of a preview. A validation takes one pass for the weights, two for
         their average, and one for each shuffled context.
         """
-        contexts = self.model.conditioner.steering
+        contexts = self.model.conditioner.user_inputs
         guided = 2 if contexts and self._sampling.guidance != 1 else 1
         return config.preview.num * self._sampling.steps * guided, config.validation.samples * (
             3 + len(contexts)
