@@ -192,9 +192,9 @@ def test_check_counts_the_captions_that_the_run_would_cut(
     assert found["captions"]["tokens_read"] == (4 if settings else 16)
     assert len(found["issues"].get("caption_truncated", [])) == (12 if cut else 0)
     said = (
-        "captions: 4 of 4 different ones are cut, since the model reads 4 tokens"
+        "captions: 4 of 4 distinct captions are truncated, since the model reads 4 tokens"
         if cut
-        else "none of 4 different ones is cut"
+        else "none of 4 distinct captions is truncated"
     )
     assert said in result.out
     assert any(said in remark for remark in found["remarks"])

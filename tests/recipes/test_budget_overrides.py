@@ -57,7 +57,7 @@ def test_files_folders_runs_and_configurations_are_no_different(tmp_path: Path) 
 
 def test_a_replaced_limit_is_said_and_nothing_else_is() -> None:
     base = config.plain(Run(name="x", budget=Budget(minutes=1)))
-    changed, lines = budget_overrides.replaced(base, {"budget": {"steps": 1200}})
+    changed, lines = budget_overrides.replace_limits(base, {"budget": {"steps": 1200}})
     assert lines == [
         "budget: steps=1200 replaces minutes=1; set both to stop at whichever comes first"
     ]
@@ -70,7 +70,7 @@ def test_a_replaced_limit_is_said_and_nothing_else_is() -> None:
         {"budget": {"minutes": None}},
         {"autoencoder": "PixelsConfig"},
     ):
-        assert budget_overrides.replaced(base, asked) == (base, [])
+        assert budget_overrides.replace_limits(base, asked) == (base, [])
 
 
 def test_training_says_which_limit_holds(

@@ -24,16 +24,16 @@ NETWORKS = [
 def test_u_net_and_transformer_are_interchangeable(name: str, network: NetworkConfig) -> None:
     """Whatever steers it, and in pixels or latents."""
     run = replace(recipe(name), network=network)
-    layout = run.autoencoder.layout(run.data.channels, None)
+    shape = run.autoencoder.latent_shape(run.data.channels, None)
     info = ConditioningInfo(
         channels=run.data.channels,
         categories=("a", "b"),
         words=("a", "word"),
         dimensions=3 if "solids" in name else 2,
         augmentation=run.data.augment.labels,
-        factor=layout.factor,
+        factor=shape.factor,
     )
-    side = run.data.resolution // layout.factor
+    side = run.data.resolution // shape.factor
     model = build_model(run, info)
-    x = torch.randn(2, layout.channels, side, side)
+    x = torch.randn(2, shape.channels, side, side)
     assert model.network(x, torch.tensor([10.0, 900.0]), model.conditioner.null(2)).shape == x.shape

@@ -24,8 +24,8 @@ from sfumato.recipes import Run, recipe, resolve
 from sfumato.recipes.caption_statistics import (
     CaptionSurvey,
     Truncation,
-    fitting_length,
     build_tokenizer,
+    fitting_length,
 )
 from sfumato.runs import train
 from sfumato.runs.preparation import text_encoder

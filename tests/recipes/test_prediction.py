@@ -21,7 +21,7 @@ from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.recipes.autoencoder_stage import TrainedAutoencoder
 from sfumato.runs import prepare
-from sfumato.runs.cost import Prediction, predict, times, trial_trainer
+from sfumato.runs.cost import CostEstimate, count_due, estimate_cost, trial_trainer
 from sfumato.runs.preparation import network_parameters
 from sfumato.training import (
     Budget,
@@ -72,10 +72,10 @@ def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
     return Run(**{**settings, **changes})
 
 
-def predicted(run: Run) -> tuple[Prediction, int]:
+def predicted(run: Run) -> tuple[CostEstimate, int]:
     """The prediction, and how many images there are to learn from."""
     prepared = prepare(run)
-    return predict(prepared)[-1], len(prepared.dataset.training)
+    return estimate_cost(prepared)[-1], len(prepared.dataset.training)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_predicting_leaves_nothing_behind(
 
 # --- in words -------------------------------------------------------------------------------------
 
-HOUR = Prediction(
+HOUR = CostEstimate(
     stage="diffusion model",
     step_s=0.5,
     steps=7200,
@@ -167,12 +167,12 @@ HOUR = Prediction(
 
 def test_a_person_is_told_steps_time_views_memory_and_disk() -> None:
     assert HOUR.lines() == [
-        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 in all; each image is seen "
+        "predicted: diffusion model, 7200 steps of 0.5 s, 1:00:00 total; each image is seen "
         "12.3 times",
         "predicted: diffusion model, 1.2 GiB of memory, 0.12 GiB of disk",
     ]
     assert (
-        "1:00:00 in all, 5:00 of it for previews and validation; "
+        "1:00:00 total, including 5:00 for previews and validation; "
         in replace(HOUR, looks_s=300.0).lines()[0]
     )
 
@@ -195,7 +195,7 @@ def test_how_often_something_comes_due(
 ) -> None:
     """As often as by going through the training second by second."""
     steps, last_s, found = 100, 0.0, 0
-    assert times(cadence, steps, seconds, cost_s) == expected
+    assert count_due(cadence, steps, seconds, cost_s) == expected
     for second in range(1, round(10 * seconds)):
         step = second * steps / (10 * seconds)
         if cadence.due(
@@ -247,7 +247,7 @@ def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> N
         preview=PreviewConfig(num=1),
     )
     run = tiny(root, autoencoder=own)
-    found = predict(prepare(run))
+    found = estimate_cost(prepare(run))
     assert [(stage.stage, stage.steps) for stage in found] == [
         ("autoencoder", 7),
         ("diffusion model", 5),

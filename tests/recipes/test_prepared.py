@@ -27,17 +27,17 @@ def test_train_folder_lists_once_and_builds_once(
 
 def test_another_source_in_the_settings_is_listed_again(tmp_path: Path) -> None:
     first, other = images(tmp_path / "first", count=12), images(tmp_path / "other", count=16)
-    chosen = recipes.resolver.resolved(str(first), [f"data.source.path={other}"])
+    chosen = recipes.resolver.resolve_config(str(first), [f"data.source.path={other}"])
     assert chosen.listing_of(chosen.run) is None
     assert len(prepare(chosen.run, listing=chosen.listing_of(chosen.run)).dataset.entries) == 16
 
 
 def test_predicting_leaves_the_model_as_it_was_built(tmp_path: Path) -> None:
-    from sfumato.runs.cost import predict
+    from sfumato.runs.cost import estimate_cost
 
     prepared = prepare(tiny_run(images(tmp_path / "set")))
     before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
-    predict(prepared)
+    estimate_cost(prepared)
     after = prepared.model.state_dict()
     assert all(bool((after[name] == value).all()) for name, value in before.items())
 

@@ -138,9 +138,9 @@ def test_large_images_are_diffused_in_latents(
     choice = choose(place, listing(10, categories=2), resolution=resolution)
     run = choice.run
     assert run.data.resolution == resolution
-    assert run.autoencoder.layout(3, None).factor == factor
+    assert run.autoencoder.latent_shape(3, None).factor == factor
     assert ("of an autoencoder of its own" in said(choice)) == (factor > 1)
-    channels, side = run.autoencoder.layout(3, None).channels, resolution // factor
+    channels, side = run.autoencoder.latent_shape(3, None).channels, resolution // factor
     info = ConditioningInfo(
         channels=3, categories=("a", "b"), augmentation=run.data.augment.labels, factor=factor
     )
@@ -191,8 +191,11 @@ def small(tmp_path: Path) -> Path:
 
 def test_a_resolution_that_is_asked_for_decides_on_latents(small: Path, tmp_path: Path) -> None:
     settings = resolve(str(small), ["data.resolution=128"])
-    assert settings.autoencoder.layout(3, None).factor == 8
-    assert resolve(str(small), {"data": {"resolution": 64}}).autoencoder.layout(3, None).factor == 1
+    assert settings.autoencoder.latent_shape(3, None).factor == 8
+    assert (
+        resolve(str(small), {"data": {"resolution": 64}}).autoencoder.latent_shape(3, None).factor
+        == 1
+    )
     (tmp_path / "mine.yaml").write_text(
         f"recipe: {small}\ndata: {{resolution: 128}}\nbatch_size: 5\n"
     )
@@ -220,7 +223,7 @@ def test_an_autoencoder_that_is_asked_for_decides_how_much_noise_and_how_deep(
     small: Path, settings: list[str], factor: int, values: int
 ) -> None:
     run = resolve(str(small), ["data.resolution=128", *settings])
-    assert run.autoencoder.layout(3, None).factor == factor
+    assert run.autoencoder.latent_shape(3, None).factor == factor
     t = torch.tensor([0.3], dtype=torch.float64)
     moved = (Linear()(t).logsnr() - run.sampling.schedule(t).logsnr()) / 2
     assert float(moved) == pytest.approx(np.log(max(1, values / 4096) ** 0.5), abs=0.01)
@@ -273,7 +276,7 @@ def test_gray_sets_have_one_channel(place: str, mode: str, channels: int) -> Non
     assert choice.run.data.channels == channels
     assert (
         f"{channels} channel(s): "
-        f"{'all images looked at are gray' if channels == 1 else 'the images are in colour'}"
+        f"{'all sampled images are gray' if channels == 1 else 'the images are in colour'}"
         in said(choice)
     )
 
@@ -332,7 +335,7 @@ def test_captions_are_mentioned_whether_they_are_read_or_not(place: str) -> None
 
 def test_images_that_cannot_be_looked_at_leave_a_preset_all_the_same(place: str) -> None:
     choice = choose(place, listing(5, image=b"damaged"))
-    assert "no image could be looked at" in said(choice)
+    assert "no image could be read" in said(choice)
     assert choice.run.data.resolution == (64 if torch.cuda.is_available() else 32)
 
 

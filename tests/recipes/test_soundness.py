@@ -112,7 +112,10 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_share_of_levels() -> None
 def test_guidance_away_from_what_training_never_sees_is_refused() -> None:
     error = refusal("sampling.guidance=3", "conditioner.category.dropout=0")
     assert error.where == "sampling.guidance"
-    assert "without category, which training never sees: dropout is 0" in error.what
+    assert (
+        "needs an unconditional prediction for category, but its dropout is 0, so it was never "
+        "trained" in error.what
+    )
     assert error.hint == "set conditioner.category.dropout=0.1, or sampling.guidance=1"
     resolve("digits", ["sampling.guidance=1", "conditioner.category.dropout=0"])
     resolve("digits", ["sampling.guidance=3", "conditioner.category.dropout=0.05"])

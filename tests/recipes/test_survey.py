@@ -17,7 +17,7 @@ from PIL import Image
 from sfumato.data import index
 from sfumato.recipes import resolve
 from sfumato.recipes.presets import Choice, choose
-from sfumato.recipes.resolver import resolved
+from sfumato.recipes.resolver import resolve_config
 from sfumato.runs.preparation import conditioning_info
 
 SIDE, COUNT = 28, 12
@@ -120,7 +120,7 @@ def test_the_preset_fits_the_files_and_its_reasons_are_true_of_them(
     assert ("in colour" in said) == (channels in (3, 4))
     assert ("transparent" in said) == (channels in (2, 4))
     assert (f"have {bands} channels" in said) == (channels > 4)
-    assert ("100% of the images looked at have more than 8" in line(choice, "bits a value")) == (
+    assert ("100% of the sampled images have more than 8" in line(choice, "bits a value")) == (
         dtype != np.uint8
     )
 
@@ -148,7 +148,7 @@ def test_a_few_transparent_images_are_laid_on_the_background_and_said(tmp_path: 
 @pytest.mark.parametrize(("key", "value"), [("channels", 3), ("bits", 8), ("resolution", 16)])
 def test_what_is_set_is_said_to_be_set(key: str, value: int, tmp_path: Path) -> None:
     place = written(tmp_path, "png", "deep gray")
-    reasons = resolved(place, [f"data.{key}={value}"]).reasons
+    reasons = resolve_config(place, [f"data.{key}={value}"]).reasons
     said = [reason for reason in reasons if reason.endswith("as set")]
     assert len(said) == 1
     assert re.search(rf"\b{value} (channel|bits|px)", said[0])
@@ -161,11 +161,11 @@ def test_frames_that_are_taken_count(tmp_path: Path) -> None:
         stack = np.stack([values("deep gray", 10 * seed + page)[..., 0] for page in range(4)])
         tifffile.imwrite(tmp_path / "set" / f"{seed}.tif", stack, photometric="minisblack")
     assert (
-        resolved(str(tmp_path / "set"), ["data.frames=all"])
+        resolve_config(str(tmp_path / "set"), ["data.frames=all"])
         .reasons[0]
         .startswith("chosen: 12 images")
     )
-    assert resolved(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 images")
+    assert resolve_config(str(tmp_path / "set"), []).reasons[0].startswith("chosen: 3 images")
 
 
 @pytest.mark.parametrize(

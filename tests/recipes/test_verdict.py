@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato.runs.cost import Prediction
+from sfumato.runs.cost import CostEstimate
 from sfumato.runs.plan_check import (
     AUTOENCODER_STEPS,
     ENOUGH,
@@ -19,7 +19,7 @@ from sfumato.runs.plan_check import (
 )
 
 ROOMY = Machine(memory_gib=16.0, disk_gib=100.0)
-GOOD = Prediction(
+GOOD = CostEstimate(
     stage="diffusion model",
     step_s=0.5,
     steps=7200,
@@ -38,7 +38,7 @@ OWN = replace(
 )
 
 
-def said(*stages: Prediction, images: int = 10_000, machine: Machine = ROOMY) -> list[str]:
+def said(*stages: CostEstimate, images: int = 10_000, machine: Machine = ROOMY) -> list[str]:
     return [finding.line() for finding in findings(stages, images=images, machine=machine)]
 
 

@@ -26,7 +26,7 @@ from sfumato.data.decoding import PixelFormat, decode
 from sfumato.recipes import Run
 from sfumato.runs import prepare, train
 from sfumato.runs.preparation import open_data
-from sfumato.runs.training import trainer_of
+from sfumato.runs.training import build_trainer
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
     Budget,
@@ -100,7 +100,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
-    trainer = trainer_of(prepare(config), RunDirectory.create(run))
+    trainer = build_trainer(prepare(config), RunDirectory.create(run))
     return trainer.task.validate(trainer.state.model, trainer.state.average)
 
 

@@ -23,7 +23,7 @@ from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone, NetworkConfig
 from sfumato.recipes import Run
 from sfumato.runs import prepare, resume, train
-from sfumato.runs.training import trainer_of
+from sfumato.runs.training import build_trainer
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
@@ -312,7 +312,7 @@ def test_disk_space_counts_frozen_parameters_once(folder: Path, tmp_path: Path) 
             post_hoc_ema=post_hoc,
             budget=Budget(steps=300),
         )
-        return trainer_of(prepare(run), RunDirectory.create(tmp_path / str(width)))
+        return build_trainer(prepare(run), RunDirectory.create(tmp_path / str(width)))
 
     small, large = trainer(8), trainer(64)
     numbers = [count(one.state.frozen_tensors().values()) for one in (small, large)]
@@ -335,9 +335,9 @@ def test_what_is_printed_says_how_many_are_trained(
     assert describe(model) == "4.00M parameters"
     model[0].requires_grad_(False)
     assert describe(model) == "4.00M parameters, 3.00M of them trained"
-    trainer_of(prepare(half_frozen(folder)), RunDirectory.create(tmp_path / "half"))
+    build_trainer(prepare(half_frozen(folder)), RunDirectory.create(tmp_path / "half"))
     assert "0.01M parameters, 0.01M of them trained" in " ".join(capsys.readouterr().err.split())
-    trainer_of(prepare(tiny_run(folder)), RunDirectory.create(tmp_path / "none"))
+    build_trainer(prepare(tiny_run(folder)), RunDirectory.create(tmp_path / "none"))
     assert "of them trained" not in " ".join(capsys.readouterr().err.split())
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from sfumato.runs import prepare, train
-from sfumato.runs.training import trainer_of
+from sfumato.runs.training import build_trainer
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Budget, LogConfig
 from sfumato.training.hooks import HOOKS, Hook, Session
@@ -45,7 +45,7 @@ def test_an_own_hook_runs_when_due_and_its_failure_is_a_warning(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note, prepared = Note(), prepare(tiny_run(folder, budget=Budget(steps=4)))
-    trainer = trainer_of(prepared, RunDirectory.create(tmp_path / "run"))
+    trainer = build_trainer(prepared, RunDirectory.create(tmp_path / "run"))
     trainer.hooks = (*HOOKS, note)
     trainer.run()
     assert note.steps == [1, 3, 4]

@@ -75,7 +75,7 @@ def check(
     from sfumato.data.frames import expand_frames
     from sfumato.data.value_range import choose_scale
     from sfumato.observability.progress import ProgressBar
-    from sfumato.recipes.caption_statistics import Cut, reader_of
+    from sfumato.recipes.caption_statistics import Truncation, build_tokenizer
     from sfumato.recipes.resolver import preset
     from sfumato.runs.preparation import network_parameters, text_encoder
     from sfumato.storage.output_paths import require_writable
@@ -84,7 +84,7 @@ def check(
     folder = require_writable(out or Path("data-check") / _slug(source))
     run = preset(source, overrides or (), listing)
     captions = [text for entry in listing.entries for text in entry.captions]
-    reader = reader_of(run, captions, text_encoder)
+    tokenizer = build_tokenizer(run, captions, text_encoder)
     listing = expand_frames(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
     plan = IntendedModel(
@@ -92,8 +92,8 @@ def check(
         parameters=network_parameters(run),
         form=run.data.pixel_format(chosen.scale),
         remarks=chosen.lines,
-        length=reader.length,
-        cuts=reader.is_truncated,
+        length=tokenizer.length,
+        cuts=tokenizer.is_truncated,
     )
     with ProgressBar("checking") as bar:
         inspection = inspect_data(
@@ -102,7 +102,7 @@ def check(
             plan=plan,
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
-    inspection.remarks += Cut.of(captions, reader).lines
+    inspection.remarks += Truncation.of(captions, tokenizer).lines
     paths = write(inspection, folder)
     figures = inspection.figures
     if as_json:

@@ -79,19 +79,19 @@ class PixelsConfig:
 
     kind: ClassVar[str] = "pixels"
 
-    def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Return the layout of the images themselves."""
-        return Layout(image_channels, 1)
+    def latent_shape(self, image_channels: int, run: Path | None) -> LatentShape:
+        """Return the channels of the images, and the factor 1."""
+        return LatentShape(image_channels, 1)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
-        """Return `Pixels`, which stands in for the autoencoder of a trained run."""
+        """Return `Pixels`, the identity, as the autoencoder of a trained run."""
         return Pixels(image_channels)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """Return `Pixels` and the dataset as it is, for a trial."""
+        """Return `Pixels` and the dataset as it is, to measure training steps."""
         return Pixels(dataset.config.channels), dataset
 
-    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+    def trial_trainers(self, dataset: Dataset, folder: Path) -> dict[str, Trainer]:
         """Return {}: nothing is trained before the diffusion model."""
         return {}
 
@@ -106,16 +106,16 @@ class PixelsConfig:
 class TrainedAutoencoder(TrainingConfig):
     """An autoencoder trained on the run's own images before the diffusion model is.
 
-    The statistics of its latents are measured and kept inside it, so there is no scaling factor to
+    The statistics of its latents are measured and saved with it, so there is no scaling factor to
     choose.
 
     Attributes:
-        network: its size and shape.
-        losses: what its reconstructions are judged by.
+        network: size and shape of the autoencoder.
+        losses: the losses that it is trained with.
         features: the frozen network of the perceptual loss: `auto`, `efficientnet-lite0`, `random`,
             or a file: see `evaluation.extractors.extractor`.
-        augmented_copies: latents kept of each image, each augmented in its own way, where images
-            are augmented.
+        augmented_copies: latents stored of each image, each of another augmentation, if images are
+            augmented.
     """
 
     kind: ClassVar[str] = "trained"
@@ -133,7 +133,7 @@ class TrainedAutoencoder(TrainingConfig):
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
-        _require_variants(self.augmented_copies)
+        _require_copies(self.augmented_copies)
         if self.precision == "float8":
             raise ConfigError(
                 "an autoencoder is convolutions, which have no float8",
@@ -141,9 +141,9 @@ class TrainedAutoencoder(TrainingConfig):
                 hint="use auto or bfloat16",
             )
 
-    def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Return the layout of the latents."""
-        return Layout(self.network.latent_channels, self.network.factor)
+    def latent_shape(self, image_channels: int, run: Path | None) -> LatentShape:
+        """Return the shape of the latents."""
+        return LatentShape(self.network.latent_channels, self.network.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
         """Load the autoencoder of a trained run.
@@ -154,30 +154,32 @@ class TrainedAutoencoder(TrainingConfig):
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """Return an untrained autoencoder and the dataset with latents of zeros, for a trial."""
+        """Return an untrained autoencoder and the dataset with latents of zeros, to measure training
+        steps.
+        """
         codec = KLAutoencoder(self.network, image_channels=dataset.config.channels)
-        return _rehearsed(codec, dataset, self.augmented_copies, pixels=pixels)
+        return _with_zero_latents(codec, dataset, self.augmented_copies, pixels=pixels)
 
-    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
-        """Return the autoencoder's trainer in a scratch folder, with hardly any validation."""
-        short = replace(
+    def trial_trainers(self, dataset: Dataset, folder: Path) -> dict[str, Trainer]:
+        """Return the autoencoder's trainer in a temporary folder, with minimal validation."""
+        config = replace(
             self, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)
         )
-        return {"autoencoder": short.trainer(dataset, RunDirectory.create(place))}
+        return {"autoencoder": config.trainer(dataset, RunDirectory.create(folder))}
 
     def prepare(
         self, dataset: Dataset, directory: RunDirectory, *, pixels: bool
     ) -> tuple[Autoencoder, Dataset]:
         """Return the trained autoencoder and the dataset with its latents.
 
-        What is already done is not done again.
+        Finished parts are not repeated.
         """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
             self._train(dataset, directory.stage(FOLDER), final)
         else:
             self._require_unchanged(directory.stage(FOLDER))
-        return _encoded(
+        return _encode(
             autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
         )
 
@@ -190,7 +192,7 @@ class TrainedAutoencoder(TrainingConfig):
             before = configuration.parse(
                 TrainedAutoencoder, checkpoint.configuration_of(newest), where=str(newest)
             )
-            # which is of encoding alone
+            # affects encoding alone
             before = replace(before, augmented_copies=self.augmented_copies)
             changed = configuration.differences(
                 configuration.plain(before), configuration.plain(self)
@@ -209,7 +211,7 @@ class TrainedAutoencoder(TrainingConfig):
         Raises:
             ConfigError: if the images do not fit the autoencoder or its adversary.
         """
-        _require_fit(self.network.factor, dataset)
+        _require_divisible(self.network.factor, dataset)
         device = default_device()
         adversarial, channels = self.losses.adversarial, dataset.config.channels
         with torch.random.fork_rng(devices=[]):
@@ -260,13 +262,13 @@ class TrainedAutoencoder(TrainingConfig):
         if not (trainer.finished and stage.status().get("state") == "finished"):
             trainer.run()
         codec = cast(Reconstructor, trainer.state.average).codec
-        statistics = _measured(codec, dataset)
+        statistics = _measure_latents(codec, dataset)
         figures = trainer.validate()
         facts = {
-            **_reconstructed_distance(codec, dataset, cast(Reconstruction, trainer.task).features),
+            **_reconstruction_frechet(codec, dataset, cast(Reconstruction, trainer.task).features),
             "informative": statistics.informative.tolist(),
             "dead_channels": statistics.dead,
-            "images_measured": min(MEASURED, len(dataset.training)),
+            "images_measured": min(MAX_MEASURED, len(dataset.training)),
             **{
                 name.removeprefix("validation/ema/"): value
                 for name, value in figures.items()
@@ -282,7 +284,7 @@ class TrainedAutoencoder(TrainingConfig):
             else ""
         )
         say(
-            f"autoencoder: {trainer.task.summary(figures)}{distance}; {_described(statistics)}",
+            f"autoencoder: {trainer.task.summary(figures)}{distance}; {_describe_latents(statistics)}",
             markup=False,
         )
 
@@ -296,8 +298,8 @@ class PretrainedAutoencoder:
             file of a tiny one's encoder.
         decoder: the file of its decoder, in the second case.
         statistics: `measured` on the training set, or its `own` scaling factor.
-        augmented_copies: latents kept of each image, each augmented in its own way, where images
-            are augmented.
+        augmented_copies: latents stored of each image, each of another augmentation, if images are
+            augmented.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -308,36 +310,35 @@ class PretrainedAutoencoder:
     augmented_copies: Count = 8
 
     def __post_init__(self) -> None:
-        _require_variants(self.augmented_copies)
+        _require_copies(self.augmented_copies)
 
-    def layout(self, image_channels: int, run: Path | None) -> Layout:
-        """Return the layout of the latents.
+    def latent_shape(self, image_channels: int, run: Path | None) -> LatentShape:
+        """Return the shape of the latents.
 
         It is read from the run's own copy, if there is one, since the original may be gone.
         """
-        own = None if run is None else run / FOLDER / FINAL
-        kept = own is not None and (own / autoencoder_files.CONFIG).is_file()
-        found = (
-            autoencoder_files.load(own)
-            if own and kept
+        copy = None if run is None else run / FOLDER / FINAL
+        autoencoder = (
+            autoencoder_files.load(copy)
+            if copy is not None and (copy / autoencoder_files.CONFIG).is_file()
             else autoencoder_files.load(self.path, self.decoder)
         )
-        return Layout(found.latent_channels, found.factor)
+        return LatentShape(autoencoder.latent_channels, autoencoder.factor)
 
     def load(self, run: Path, image_channels: int) -> Autoencoder:
         """Load the autoencoder of a trained run, which holds its own copy."""
         return autoencoder_files.load(run / FOLDER / FINAL)
 
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
-        """Return the autoencoder and the dataset with latents of zeros, for a trial."""
-        return _rehearsed(
+        """Return the autoencoder and the dataset with latents of zeros, to measure training steps."""
+        return _with_zero_latents(
             autoencoder_files.load(self.path, self.decoder).codec,
             dataset,
             self.augmented_copies,
             pixels=pixels,
         )
 
-    def trial_trainers(self, dataset: Dataset, place: Path) -> dict[str, Trainer]:
+    def trial_trainers(self, dataset: Dataset, folder: Path) -> dict[str, Trainer]:
         """Return {}: nothing is trained before the diffusion model."""
         return {}
 
@@ -350,20 +351,24 @@ class PretrainedAutoencoder:
         """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
-            given = autoencoder_files.load(self.path, self.decoder).to(default_device())
-            _require_fit(given.factor, dataset)
+            autoencoder = autoencoder_files.load(self.path, self.decoder).to(default_device())
+            _require_divisible(autoencoder.factor, dataset)
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":
-                statistics = _measured(given.codec, dataset)
-                given = LatentAutoencoder(given.codec, statistics.mean, statistics.deviation)
+                statistics = _measure_latents(autoencoder.codec, dataset)
+                autoencoder = LatentAutoencoder(
+                    autoencoder.codec, statistics.mean, statistics.deviation
+                )
                 facts |= {
                     "informative": statistics.informative.tolist(),
                     "dead_channels": statistics.dead,
                 }
-                console().print(f"autoencoder {self.path}: {_described(statistics)}", markup=False)
+                console().print(
+                    f"autoencoder {self.path}: {_describe_latents(statistics)}", markup=False
+                )
             final.parent.mkdir(parents=True, exist_ok=True)
-            autoencoder_files.save(given, final, facts)
-        return _encoded(
+            autoencoder_files.save(autoencoder, final, facts)
+        return _encode(
             autoencoder_files.load(final), dataset, self.augmented_copies, directory, pixels=pixels
         )
 
@@ -371,14 +376,12 @@ class PretrainedAutoencoder:
 AutoencoderConfig = PixelsConfig | TrainedAutoencoder | PretrainedAutoencoder
 
 
-def _require_variants(variants: int) -> None:
-    if variants < 1:
-        raise ConfigError(
-            f"augmented_copies = {variants}", where="autoencoder", hint="use 1 or more"
-        )
+def _require_copies(copies: int) -> None:
+    if copies < 1:
+        raise ConfigError(f"augmented_copies = {copies}", where="autoencoder", hint="use 1 or more")
 
 
-def _require_fit(factor: int, dataset: Dataset) -> None:
+def _require_divisible(factor: int, dataset: Dataset) -> None:
     """Raise ConfigError unless the sides of every shape of the images are multiples of `factor`."""
     for height, width in dataset.config.pixel_format().shapes:
         if height % factor or width % factor:
@@ -391,10 +394,12 @@ def _require_fit(factor: int, dataset: Dataset) -> None:
             )
 
 
-def _measured(codec: Codec, dataset: Dataset) -> Statistics:
-    """Measure the latents of up to MEASURED training images, spread over the set."""
+def _measure_latents(codec: Codec, dataset: Dataset) -> Statistics:
+    """Measure the latents of up to MAX_MEASURED training images, spread over the set."""
     positions = dataset.training[
-        np.linspace(0, len(dataset.training) - 1, min(MEASURED, len(dataset.training))).astype(int)
+        np.linspace(0, len(dataset.training) - 1, min(MAX_MEASURED, len(dataset.training))).astype(
+            int
+        )
     ]
     device = next(codec.parameters()).device
 
@@ -408,29 +413,30 @@ def _measured(codec: Codec, dataset: Dataset) -> Statistics:
 
 
 @torch.no_grad()
-def _reconstructed_distance(
+def _reconstruction_frechet(
     codec: KLAutoencoder, dataset: Dataset, features: Features
 ) -> dict[str, Any]:
     """Return the Fréchet distance between held-out images and their reconstructions.
 
-    The images and the features that it was measured with are given too; {} if too few are held out.
+    The number of images and the name of the features are returned with it; {} if too few are held
+    out.
     """
-    held = dataset.with_common_shape(dataset.holdout)[:MEASURED]
-    if len(held) < FEWEST:
+    positions = dataset.with_common_shape(dataset.holdout)[:MAX_MEASURED]
+    if len(positions) < FEWEST:
         return {}
-    found: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(held), BATCH):
-        real = to_float(dataset.images(held[first : first + BATCH])[0]).to(default_device())
-        found.append((features.pooled(real).cpu(), features.pooled(reconstruct(codec, real)).cpu()))
-    real, made = (torch.cat(parts) for parts in zip(*found, strict=True))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(positions), BATCH):
+        real = to_float(dataset.images(positions[first : first + BATCH])[0]).to(default_device())
+        pairs.append((features.pooled(real).cpu(), features.pooled(reconstruct(codec, real)).cpu()))
+    real, reconstructions = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return {
-        "rfd": frechet_distance(real, made),
-        "rfd_images": len(held),
+        "rfd": frechet_distance(real, reconstructions),
+        "rfd_images": len(positions),
         "rfd_features": features.name,
     }
 
 
-def _described(statistics: Statistics) -> str:
+def _describe_latents(statistics: Statistics) -> str:
     low, high = float(statistics.deviation.min()), float(statistics.deviation.max())
     dead = (
         f"latent channels {', '.join(map(str, statistics.dead))} are dead (near-zero variance)"
@@ -443,15 +449,15 @@ def _described(statistics: Statistics) -> str:
     )
 
 
-def _rehearsed(
+def _with_zero_latents(
     codec: Codec, dataset: Dataset, variants: int, *, pixels: bool
 ) -> tuple[Autoencoder, Dataset]:
-    _require_fit(codec.factor, dataset)
+    _require_divisible(codec.factor, dataset)
     size = codec.latent_channels
     latents = LatentAutoencoder(codec, torch.zeros(size), torch.ones(size))
     _, height, width = dataset.image_shape
     blank = np.zeros((2 * size, height // codec.factor, width // codec.factor), np.float16)
-    read_rows = partial(_repeated, blank)
+    read_rows = partial(_repeat, blank)
     return latents, replace(
         dataset,
         latents=PrecomputedLatents(
@@ -460,7 +466,7 @@ def _rehearsed(
     )
 
 
-def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
+def _repeat(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
     """Return `blank` once for each row.
 
     A function with a name can be passed to the processes that read ahead.
@@ -468,7 +474,7 @@ def _repeated(blank: NDArray[np.float16], rows: Sized) -> NDArray[np.float16]:
     return np.broadcast_to(blank, (len(rows), *blank.shape)).copy()
 
 
-def _encoded(
+def _encode(
     autoencoder: LatentAutoencoder,
     dataset: Dataset,
     variants: int,
@@ -478,7 +484,7 @@ def _encoded(
 ) -> tuple[Autoencoder, Dataset]:
     """Return the autoencoder on its device, and the dataset with its latents if there is room."""
     autoencoder = autoencoder.to(default_device())
-    if not _kept(autoencoder, dataset, variants, directory):
+    if not _stores_latents(autoencoder, dataset, variants, directory):
         console().print(
             "latents are computed again for every batch: there is no room to store them, or "
             "data.cache is off",
@@ -496,12 +502,12 @@ def _encoded(
         )
 
 
-def _kept(
+def _stores_latents(
     autoencoder: LatentAutoencoder, dataset: Dataset, variants: int, directory: RunDirectory
 ) -> bool:
-    """Return whether latents are kept on disk.
+    """Return whether latents are stored on disk.
 
-    This is decided once in a run's life, since kept latents are rounded and fresh ones are not.
+    This is decided once for a run, since stored latents are rounded and others are not.
     """
     decision = directory.path / FOLDER / "kept.json"
     if decision.is_file():
@@ -516,7 +522,7 @@ def _kept(
         * (width // autoencoder.factor)
     )
     cache_folder().mkdir(parents=True, exist_ok=True)
-    room = SHARE_OF_DISK * shutil.disk_usage(cache_folder()).free
-    kept = dataset.config.cache != "off" and each * count * len(dataset.training) <= room
-    directory.write_json(f"{FOLDER}/kept.json", {"kept": kept})
-    return kept
+    room = DISK_FRACTION * shutil.disk_usage(cache_folder()).free
+    store = dataset.config.cache != "off" and each * count * len(dataset.training) <= room
+    directory.write_json(f"{FOLDER}/kept.json", {"kept": store})
+    return store

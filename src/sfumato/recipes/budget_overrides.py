@@ -1,4 +1,4 @@
-"""Budgets in which a limit that is set replaces the others.
+"""Budget overrides: a limit that is set replaces the other limits of the budget.
 
 `budget.steps=1200` on a recipe of one minute means 1,200 steps.
 """
@@ -14,31 +14,36 @@ from sfumato.training import Budget
 LIMITS = tuple(field.name for field in fields(Budget))
 
 
-def replaced(base: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `base` without the limits that `asked` replaces, and a line for each changed budget.
+def replace_limits(
+    base: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return `base` without the limits that `overrides` replaces, and a line for each changed
+    budget.
 
     Several limits that are set together all hold: the first one reached ends the training.
     """
     result, lines = dict(base), []
     for stage in ("autoencoder",):
-        if isinstance(base.get(stage), Mapping) and isinstance(asked.get(stage), Mapping):
-            result[stage], said = _without(base[stage], asked[stage], f"{stage}.budget")
-            lines += said
-    result, said = _without(result, asked, "budget")
-    return result, [*said, *lines]
+        if isinstance(base.get(stage), Mapping) and isinstance(overrides.get(stage), Mapping):
+            result[stage], stage_lines = _drop_limits(
+                base[stage], overrides[stage], f"{stage}.budget"
+            )
+            lines += stage_lines
+    result, run_lines = _drop_limits(result, overrides, "budget")
+    return result, [*run_lines, *lines]
 
 
-def _without(
-    base: Mapping[str, Any], asked: Mapping[str, Any], name: str
+def _drop_limits(
+    base: Mapping[str, Any], overrides: Mapping[str, Any], name: str
 ) -> tuple[dict[str, Any], list[str]]:
-    before, wanted = base.get("budget"), asked.get("budget")
-    if not (isinstance(before, Mapping) and isinstance(wanted, Mapping)):
+    before, override = base.get("budget"), overrides.get("budget")
+    if not (isinstance(before, Mapping) and isinstance(override, Mapping)):
         return dict(base), []
-    new = {limit: wanted[limit] for limit in LIMITS if wanted.get(limit) is not None}
+    new = {limit: override[limit] for limit in LIMITS if override.get(limit) is not None}
     old = {
         limit: before[limit]
         for limit in LIMITS
-        if before.get(limit) is not None and limit not in wanted
+        if before.get(limit) is not None and limit not in override
     }
     if not (new and old):
         return dict(base), []

@@ -1,6 +1,5 @@
-"""The captions of a dataset.
-
-They decide whether text steers a model and how many tokens it reads; what is cut off is counted.
+"""The captions of a dataset: whether a model is conditioned on them, how many tokens it reads, and
+how many captions that truncates.
 """
 
 from __future__ import annotations
@@ -26,40 +25,39 @@ from sfumato.data.check.captions import is_placeholder
 from sfumato.recipes.run import Run
 
 FEWEST = 8  # images with a caption: of fewer, the hold-out may take all
-LOOKED_AT = 20_000  # captions that decide on the length, spread evenly over the set
+SAMPLED = 20_000  # some 20,000 captions, spread evenly over the set, determine the length
 SHORTEST, LONGEST, STEP = 16, 128, 8  # tokens
-# tokens for one word of eight letters that is spelled: a slip in a prompt, or a word that training
-# spells
-ROOM = 7
+# additional tokens for one spelled word of eight letters: one that is rare, or mistyped in a prompt
+SPELLED_WORD = 7
 
 
-class Reader(Protocol):
-    """A conditioner that reads `length` tokens of a text."""
+class TruncatingTokenizer(Protocol):
+    """A tokenizer that truncates a text to `length` tokens."""
 
     @property
     def length(self) -> int:
-        """The number of tokens that are read of a text."""
+        """The largest number of tokens of a text."""
         ...
 
     def token_ids(self, text: str) -> tuple[int, ...]:
-        """Return the numbers of the tokens that are read of a text.
+        """Return the token ids of a text, truncated to `length`.
 
         They are equal for texts that the model cannot tell apart.
         """
         ...
 
     def is_truncated(self, text: str) -> bool:
-        """Return whether a text has more tokens than are read."""
+        """Return whether a text has more than `length` tokens."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSurvey:
-    """What the captions of a dataset are good for.
+    """Whether the captions of a dataset can condition a model, and with how many tokens.
 
     Attributes:
-        images, captioned: images in all, and those with a caption that says something.
-        different: different captions.
+        images, captioned: number of images, and of those with a caption that is no placeholder.
+        different: number of distinct captions.
         length: tokens that hold 95 % of the captions, with room for one spelled word; a multiple of
             8 from 16 to 128.
     """
@@ -125,85 +123,87 @@ def fitting_length(captions: Sequence[str]) -> int:
     """
     if not captions:
         return SHORTEST
-    spread = captions[:: max(1, len(captions) // LOOKED_AT)]
+    spread = captions[:: max(1, len(captions) // SAMPLED)]
     config = LearnedTextConfig()
     words = WordTokenizer(config.words(spread)[: config.vocabulary], config.splitting)
     most = int(np.quantile([words.count(text) for text in spread], 0.95, method="higher"))
-    return min(LONGEST, max(SHORTEST, -(-(most + ROOM) // STEP) * STEP))
+    return min(LONGEST, max(SHORTEST, -(-(most + SPELLED_WORD) // STEP) * STEP))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How many captions a model reads only in part.
+class Truncation:
+    """How many captions are truncated.
 
     Attributes:
-        different: captions, equal ones counted once.
-        cut: how many of them are longer than what is read.
-        confused: how many of them differ only in what is cut off, so that the model takes them for
-            the same.
+        different: number of distinct captions.
+        truncated: number of distinct captions that are longer than `length` tokens.
+        collisions: number of distinct captions whose truncated tokens equal those of another, so
+            that the model cannot tell them apart.
     """
 
     different: int
-    cut: int
-    confused: int
+    truncated: int
+    collisions: int
     length: int
 
     @classmethod
-    def of(cls, captions: Iterable[str], reader: Reader) -> Cut:
-        """Read every caption; captions that differ only in capitals or spaces count as one."""
+    def of(cls, captions: Iterable[str], tokenizer: TruncatingTokenizer) -> Truncation:
+        """Tokenize every caption; those that differ only in case or spaces count as one."""
         different = {" ".join(text.casefold().split()) for text in captions}
-        long = {text for text in different if reader.is_truncated(text)}
-        alike = Counter(reader.token_ids(text) for text in long)
-        if long:
-            alike.update(
-                seen for text in different - long if (seen := reader.token_ids(text)) in alike
-            )  # what ends where others go on
-        confused = sum(count for count in alike.values() if count > 1)
-        return cls(different=len(different), cut=len(long), confused=confused, length=reader.length)
+        long = {text for text in different if tokenizer.is_truncated(text)}
+        counts = Counter(tokenizer.token_ids(text) for text in long)
+        if long:  # a short caption may equal the truncated tokens of a long one
+            counts.update(
+                ids for text in different - long if (ids := tokenizer.token_ids(text)) in counts
+            )
+        collisions = sum(count for count in counts.values() if count > 1)
+        return cls(
+            different=len(different),
+            truncated=len(long),
+            collisions=collisions,
+            length=tokenizer.length,
+        )
 
     @property
     def lines(self) -> list[str]:
-        """What a user should know about cut captions before training; [] without captions."""
+        """What a user should know about truncated captions before training; [] without captions."""
         if not self.different:
             return []
-        if not self.cut:
+        if not self.truncated:
             return [
-                f"captions: none of {self.different} different ones is cut; the model reads "
-                f"{self.length} tokens"
+                f"captions: none of {self.different} distinct captions is truncated; the model "
+                f"reads {self.length} tokens"
             ]
-        found = [
-            f"captions: {self.cut} of {self.different} different ones are cut, since the model "
-            f"reads {self.length} tokens "
-            "(conditioner.text.length)"
+        lines = [
+            f"captions: {self.truncated} of {self.different} distinct captions are truncated, "
+            f"since the model reads {self.length} tokens (conditioner.text.length)"
         ]
-        if self.confused:
-            found.append(
-                f"warning: {self.confused} captions differ only in what is cut off, so the model "
-                "cannot tell them apart; "
-                "raise conditioner.text.length"
+        if self.collisions:
+            lines.append(
+                f"warning: {self.collisions} captions are equal after truncation, so the model "
+                "cannot tell them apart; raise conditioner.text.length"
             )
-        return found
+        return lines
 
 
-def cut_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[str]:
-    """Return lines on the training captions that are cut; [] if the model reads no text."""
+def truncated_captions(dataset: Dataset, conditioner: CompositeConditioner) -> list[str]:
+    """Return lines on truncated training captions; [] if the model reads no text."""
     part = part_of(conditioner, Text)
     if part is None:
         return []
     captions = (
         text for position in dataset.training for text in dataset.entries[position].captions
     )
-    return Cut.of(captions, part).lines
+    return Truncation.of(captions, part).lines
 
 
-def reader_of(
+def build_tokenizer(
     run: Run, captions: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
-) -> Reader:
-    """Build the text conditioner that would read the captions in a run.
+) -> TruncatingTokenizer:
+    """Build the text conditioner of a run on the meta device, since it only counts tokens.
 
-    If the run reads no text, its length is chosen for the captions. It is built on the meta device,
-    since it only counts tokens.
+    If the run reads no text, the length is chosen for the captions.
     """
     config = run.conditioner.text or LearnedTextConfig(length=fitting_length(captions))
-    with torch.device("meta"):  # it only counts
+    with torch.device("meta"):
         return config.build(config.words(captions), encoder)

@@ -1,6 +1,6 @@
 """Checks of a run's parts in combination, before any data are read.
 
-Can it be sampled, is its loss finite, and was what guidance leads away from ever trained?
+Can it be sampled, is its loss finite, and are the unconditional predictions of guidance trained?
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from sfumato.sampling import DDIM, DPMSolverPP2M, grid, sample
 if TYPE_CHECKING:
     from sfumato.recipes.run import Run
 
-WALKED = 8  # steps at either end of a trajectory: what is infinite is so at an end
-# times at which the loss's weight is looked at, each in the middle of as many equal parts of [0, 1]
+CHECKED_STEPS = 8  # at either end of a trajectory, where infinite values occur
+# times at which the loss's weight is checked, each in the middle of as many equal parts of [0, 1]
 LEVELS = 1024
 
 
@@ -98,10 +98,14 @@ def _obstacle(denoiser: DenoiserConfig, sampling: SamplingConfig) -> str | None:
     try:
         levels = _ends(grid(sampling.schedule, sampling.steps))
         x = torch.full((1, 1, 2, 2), float(levels.sigma[0]))
-        made = sample(sampling.sampler, network, x, levels)
+        sampled = sample(sampling.sampler, network, x, levels)
     except ScheduleError as error:
         return error.what
-    return None if bool(made.isfinite().all()) else "numbers on the way are not finite"
+    return (
+        None
+        if bool(sampled.isfinite().all())
+        else "sampling with these settings produces NaN or infinity"
+    )
 
 
 def _zeros(x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
@@ -111,10 +115,13 @@ def _zeros(x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
 def _ends(levels: NoiseLevel) -> NoiseLevel:
     """Return the first and last levels of a grid."""
     alpha, sigma = levels
-    if len(alpha) <= 2 * WALKED + 2:
+    if len(alpha) <= 2 * CHECKED_STEPS + 2:
         return levels
     return NoiseLevel(
-        *(torch.cat([part[: WALKED + 1], part[-WALKED - 1 :]]) for part in (alpha, sigma))
+        *(
+            torch.cat([part[: CHECKED_STEPS + 1], part[-CHECKED_STEPS - 1 :]])
+            for part in (alpha, sigma)
+        )
     )
 
 
@@ -126,15 +133,15 @@ def require_finite_loss(run: Run) -> None:
     times = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     drawn = NoiseLevel(*(part.float() for part in run.objective.schedule(times)))
     weight = target_weight(run.objective.weighting, drawn, run.denoiser.parameterization)
-    told = run.denoiser.noise_input(drawn) + run.denoiser.input_scale(drawn)
-    lost = ~(weight.isfinite() & told.isfinite())
-    if bool(lost.any()):
-        first = int(torch.nonzero(lost)[0])
+    inputs = run.denoiser.noise_input(drawn) + run.denoiser.input_scale(drawn)
+    infinite = ~(weight.isfinite() & inputs.isfinite())
+    if bool(infinite.any()):
+        first = int(torch.nonzero(infinite)[0])
         schedule, weighting, predicted = map(
             _name, (run.objective.schedule, run.objective.weighting, run.denoiser.parameterization)
         )
         raise ConfigError(
-            f"the loss is not finite at {float(lost.double().mean()):.2%} of the noise levels of "
+            f"the loss is not finite at {float(infinite.double().mean()):.2%} of the noise levels of "
             f"{schedule}, such as "
             f"alpha = {float(drawn.alpha[first]):.3g}, sigma = {float(drawn.sigma[first]):.3g}: "
             f"{weighting} with a network that "
@@ -147,16 +154,16 @@ def require_finite_loss(run: Run) -> None:
 
 
 def require_guidable(run: Run) -> None:
-    """Raise ConfigError if samples are guided away from the absence of a context that training
-    never hides.
+    """Raise ConfigError if guidance needs an unconditional prediction that is never trained, since
+    the dropout of a context is 0.
     """
     never = [name for name in run.conditioner.names if getattr(run.conditioner, name).dropout == 0]
     if run.sampling.guidance != 1 and never:
         keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
         raise ConfigError(
-            f"guidance {run.sampling.guidance:g} leads away from samples without "
-            f"{' and '.join(never)}, which training never sees: "
-            "dropout is 0",
+            f"guidance {run.sampling.guidance:g} needs an unconditional prediction for "
+            f"{' and '.join(never)}, but {'its' if len(never) == 1 else 'their'} dropout is 0, so "
+            "it was never trained",
             where="sampling.guidance",
             hint=f"set {keys}, or sampling.guidance=1",
         )

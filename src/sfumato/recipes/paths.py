@@ -32,7 +32,7 @@ DATA = KEYS[:2]
 NAMES = {"auto", "random", "efficientnet-lite0"}  # of what needs no file, whatever files there are
 
 
-def with_whole_paths(run: Run) -> Run:
+def with_absolute_paths(run: Run) -> Run:
     """Return the run with the paths of what is on this machine made absolute.
 
     They then mean the same in every folder.
@@ -44,7 +44,7 @@ def with_whole_paths(run: Run) -> Run:
     return configuration.parse(Run, plain, where=run.name)
 
 
-def from_run(run: Run, directory: Path) -> dict[str, str]:
+def paths_relative_to_run(run: Run, directory: Path) -> dict[str, str]:
     """Return those paths as they are seen from the run's own folder.
 
     data.json keeps them, for when both are moved together.
@@ -53,7 +53,7 @@ def from_run(run: Run, directory: Path) -> dict[str, str]:
     return {key: os.path.relpath(path, directory) for key, path in found if os.path.exists(path)}
 
 
-def found_again(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
+def relocate_paths(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Replace the paths in a run's configuration, as plain data, by where things are now.
 
     A path that does not exist is looked for where it was as seen from the run. The mapping is

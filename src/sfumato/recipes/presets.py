@@ -85,12 +85,12 @@ def choose(
     channels = survey.channels if channels is None else channels
     reasons.append(f"{channels} channel(s){why_channels}")
     why_bits = (
-        f": {survey.deep:.0%} of the images looked at have more than 8"
+        f": {survey.high_bit_depth:.0%} of the sampled images have more than 8"
         if bits is None
         else ", as set"
     )
-    bits = (16 if survey.deep >= MOST else 8) if bits is None else bits
-    if survey.deep or "set" in why_bits:
+    bits = (16 if survey.high_bit_depth >= MOST else 8) if bits is None else bits
+    if survey.high_bit_depth or "set" in why_bits:
         reasons.append(f"{bits} bits a value{why_bits}")
     if small:
         reasons.append(
@@ -101,13 +101,11 @@ def choose(
     run = _run(
         place, source, survey, network, optimizer, resolution, space, channels, bits, categories
     )
-    layout = space.layout(channels, None)
-    factor = shift(layout.channels * (resolution // layout.factor) ** 2)
+    latent_shape = space.latent_shape(channels, None)
+    factor = shift(latent_shape.channels * (resolution // latent_shape.factor) ** 2)
     if factor > 1:
         run = _shifted(run, factor)
-        reasons.append(
-            f"noise levels shifted by {factor:g}: so many values need more noise to be hidden"
-        )
+        reasons.append(f"timestep shift {factor:g}: higher resolutions need higher noise levels")
     return Choice(run=run, reasons=tuple(reasons))
 
 
@@ -140,7 +138,7 @@ def _network(survey: Survey, *, gpu: bool, room: int) -> tuple[UNetConfig, Optim
 def _resolution(survey: Survey, *, gpu: bool) -> tuple[int, str]:
     largest = 64 if gpu else 32
     if not survey.side:
-        return largest, f"{largest} px: no image could be looked at"
+        return largest, f"{largest} px: no image could be read"
     resolution = max(8, min(largest, survey.side // 8 * 8))
     if resolution == largest < survey.side:
         reason = "what this machine trains in reasonable time"
@@ -178,7 +176,7 @@ def _space(sides: tuple[int, int], *, gpu: bool) -> tuple[AutoencoderConfig, lis
     height, width = (side // network.factor for side in sides)
     return TrainedAutoencoder(network=network, budget=Budget(minutes=20)), [
         f"in latents of {height} x {width} of an autoencoder of its own, which is trained first: "
-        f"{resolution} px are too many to diffuse"
+        f"{resolution} px is too large for pixel-space diffusion"
     ]
 
 
@@ -221,7 +219,7 @@ def _run(
     categories: CategoryConfig | None,
 ) -> Run:
     small = survey.count < SMALL
-    factor = space.layout(channels, None).factor
+    factor = space.latent_shape(channels, None).factor
     side = resolution // factor
     multipliers = _multipliers(network.multipliers, side)
     depth = len(multipliers) - 1

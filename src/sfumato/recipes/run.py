@@ -18,8 +18,7 @@ from sfumato.training import AuxiliaryConfig, TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Run(TrainingConfig):
-    """All that is needed to repeat a training: what to learn from, what to train, how, and how to
-    sample from it.
+    """All that is needed to repeat a training: data, model, objective, training and sampling.
 
     Attributes:
         name: of the recipe; the run directory is called after it.
@@ -48,7 +47,7 @@ class Run(TrainingConfig):
         TrainingConfig.__post_init__(self)
         if self.auxiliary.uncertainty and self.objective.contrastive_weight:
             raise ConfigError(
-                "learned uncertainty divides by the expected loss, which a contrast makes negative",
+                "cannot be combined with objective.contrastive_weight: the loss can become negative",
                 where="auxiliary.uncertainty",
                 hint="use one of the two: auxiliary.uncertainty=false, or "
                 "objective.contrastive_weight=0",

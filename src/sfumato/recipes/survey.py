@@ -21,25 +21,25 @@ from sfumato.data.decoding import (
 from sfumato.data.listing import Entry
 from sfumato.recipes.caption_statistics import CaptionSurvey
 
-LOOKED_AT = 200  # images whose header is read
-DECODED = 32  # those of them that are decoded, to see whether anything is transparent
-MOST = 0.5  # share of the images from which on the preset follows them
+SAMPLED = 200  # some 200 images, spread evenly over the set, have their headers read
+DECODED = 32  # some 32 of them are decoded, to find transparent pixels
+MOST = 0.5  # fraction of the images from which on the preset adopts their property
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a source holds, as far as a few images tell.
+    """The contents of a source, estimated from a sample of its images.
 
     Images that training would leave out do not count.
 
     Attributes:
-        count: images listed.
-        categories: how many images each has, named hold-outs aside; {} where there are none.
-        captions: how many images have captions, and what these are good for.
-        side: median length of the shorter side in pixels; 0 if none could be looked at.
-        channels: that fit most of the images; 3 if none could be looked at.
+        count: number of listed images.
+        categories: number of images of each, named hold-outs excluded; {} without categories.
+        captions: statistics of the captions.
+        side: median length of the shorter side in pixels; 0 if no image could be read.
+        channels: channels that fit most of the images; 3 if no image could be read.
         why: the reason for the channels, as half a sentence.
-        deep: share of images with more than 8 bits a value.
+        high_bit_depth: fraction of images with more than 8 bits per value.
     """
 
     count: int
@@ -48,17 +48,17 @@ class Survey:
     side: int
     channels: int
     why: str
-    deep: float
+    high_bit_depth: float
 
     @classmethod
     def of(cls, listing: Listing) -> Survey:
         """Survey a source by its entries, and by the headers of some 200 images spread over it."""
         entries = listing.entries
-        spread = entries[:: max(1, len(entries) // LOOKED_AT)]
+        spread = entries[:: max(1, len(entries) // SAMPLED)]
         with quiet():
-            pairs = [(entry, found) for entry in spread if (found := _look(entry)) is not None]
+            pairs = [(entry, head) for entry in spread if (head := _header(entry)) is not None]
             channels, why = _channels(pairs)
-        looks = [found for _, found in pairs]
+        headers = [header for _, header in pairs]
         return cls(
             count=len(entries),
             categories=dict(
@@ -67,36 +67,38 @@ class Survey:
                 )
             ),
             captions=CaptionSurvey.of(entries),
-            side=int(statistics.median(min(found.size) for found in looks)) if looks else 0,
+            side=int(statistics.median(min(head.size) for head in headers)) if headers else 0,
             channels=channels,
             why=why,
-            deep=sum(found.dtype != np.uint8 for found in looks) / max(1, len(looks)),
+            high_bit_depth=sum(head.dtype != np.uint8 for head in headers) / max(1, len(headers)),
         )
 
 
-def _look(entry: Entry) -> ImageHeader | None:
+def _header(entry: Entry) -> ImageHeader | None:
     try:
         return read_header(entry.image.read())
-    except (RejectedImage, OSError):  # what is wrong with it is said when it is indexed
+    except (RejectedImage, OSError):  # indexing reports the reason
         return None
 
 
 def _channels(pairs: Sequence[tuple[Entry, ImageHeader]]) -> tuple[int, str]:
     """Choose the channels that fit most images, and say why."""
     if not pairs:
-        return 3, "no image could be looked at"
-    usual, count = Counter(_unusual(found) for _, found in pairs).most_common(1)[0]
-    if usual:
+        return 3, "no image could be read"
+    multichannel, count = Counter(_multichannel(header) for _, header in pairs).most_common(1)[0]
+    if multichannel:
         others = len(pairs) - count
-        rest = (
-            f"; the other {others} of {len(pairs)} looked at cannot be used with them"
+        excluded = (
+            f"; the other {others} of {len(pairs)} sampled images cannot be used with them"
             if others
             else ""
         )
-        return usual, f"the images have {usual} channels, none of which is marked as alpha{rest}"
-    ordinary = [(entry, found) for entry, found in pairs if not _unusual(found)]
-    gray = all(found.bands - found.alpha == 1 for _, found in ordinary)
-    colours = "all images looked at are gray" if gray else "the images are in colour"
+        return multichannel, (
+            f"the images have {multichannel} channels, none of which is marked as alpha{excluded}"
+        )
+    ordinary = [(entry, header) for entry, header in pairs if not _multichannel(header)]
+    gray = all(header.bands - header.alpha == 1 for _, header in ordinary)
+    colours = "all sampled images are gray" if gray else "the images are in colour"
     clear = _transparent(ordinary)
     if clear >= MOST:
         return (2 if gray else 4), f"{colours}, and {clear:.0%} of them are transparent somewhere"
@@ -107,17 +109,17 @@ def _channels(pairs: Sequence[tuple[Entry, ImageHeader]]) -> tuple[int, str]:
     )
 
 
-def _unusual(found: ImageHeader) -> int:
+def _multichannel(header: ImageHeader) -> int:
     """Return the channels of an image that is neither gray nor in colour, and 0 for any other."""
-    return 0 if found.bands - found.alpha in (1, 3) else found.bands
+    return 0 if header.bands - header.alpha in (1, 3) else header.bands
 
 
 def _transparent(pairs: Sequence[tuple[Entry, ImageHeader]]) -> float:
-    """Estimate the share of images with a pixel that is not opaque.
+    """Estimate the fraction of images with a pixel that is not opaque.
 
     Only some of those whose container has alpha are decoded.
     """
-    marked = [entry for entry, found in pairs if found.alpha]
+    marked = [entry for entry, header in pairs if header.alpha]
     if not marked:
         return 0.0
     chosen = marked[:: max(1, len(marked) // DECODED)]

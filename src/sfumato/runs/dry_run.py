@@ -1,7 +1,5 @@
-"""The plan that `train --dry-run` prints.
-
-It says what would be trained and why, what it takes on this machine, and whether that is long
-enough.
+"""The plan that `train --dry-run` prints: the configuration and the reasons for it, the estimated
+cost on this machine, and whether training would be long enough.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
-from sfumato.recipes.caption_statistics import cut_captions
-from sfumato.recipes.resolver import Overrides, resolved
+from sfumato.recipes.caption_statistics import truncated_captions
+from sfumato.recipes.resolver import Overrides, resolve_config
 from sfumato.recipes.run import Run
-from sfumato.runs.cost import Prediction, predict
+from sfumato.runs.cost import CostEstimate, estimate_cost
 from sfumato.runs.plan_check import Finding, Machine, findings
 from sfumato.runs.preparation import prepare
 from sfumato.training.parameters import describe
@@ -27,41 +25,41 @@ class TrainingPlan:
     """A training that has not begun.
 
     Attributes:
-        notes: why it is so, and what it is of, a sentence a line.
-        stages: what each will take, the diffusion model's last.
-        findings: what speaks against it; () for a plan that is long enough and fits.
+        notes: the reasons for the configuration, and remarks on the dataset, one sentence a line.
+        stages: the estimated cost of each stage, the diffusion model's last.
+        findings: problems of the plan; () for a plan that is long enough and fits.
     """
 
     run: Run
     images: int
     notes: tuple[str, ...]
-    stages: tuple[Prediction, ...]
+    stages: tuple[CostEstimate, ...]
     findings: tuple[Finding, ...]
 
     @property
     def total_s(self) -> float:
-        """Seconds of all stages, and of what comes before and between them."""
+        """Seconds of all stages, with the estimates before them and encoding between them."""
         return sum(stage.seconds + stage.encoding_s + stage.trial_s for stage in self.stages)
 
     def lines(self) -> list[str]:
         """Return the plan as lines of text; the summary and the verdict come last."""
-        predicted = [line for stage in self.stages for line in stage.lines()]
-        return [*self.notes, *predicted, self._summary(), *self._verdict()]
+        estimates = [line for stage in self.stages for line in stage.lines()]
+        return [*self.notes, *estimates, self._summary(), *self._verdict()]
 
     def _summary(self) -> str:
         model, size = self.stages[-1], self.run.data.resolution
-        looks, encoding = (
+        evaluation_s, encoding_s = (
             sum(stage.looks_s for stage in self.stages),
             sum(stage.encoding_s for stage in self.stages),
         )
         parts = [
-            f"{duration(looks)} previews and validation",
-            *([f"{duration(encoding)} encoding"] if encoding else []),
+            f"{duration(evaluation_s)} for previews and validation",
+            *([f"{duration(encoding_s)} for encoding"] if encoding_s else []),
             f"{duration(sum(stage.trial_s for stage in self.stages))} for this prediction",
         ]
         return (
             f"summary: {self.images} images at {size} px, {model.precision}, {model.steps} steps; "
-            f"about {duration(self.total_s)} in all, of it {', '.join(parts)}"
+            f"about {duration(self.total_s)} total, including {', '.join(parts)}"
         )
 
     def _verdict(self) -> list[str]:
@@ -89,26 +87,26 @@ class TrainingPlan:
 
 
 def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan:
-    """Plan a training from a few real steps of it; nothing is kept."""
-    chosen = resolved(source, overrides)
+    """Plan a training from a few real steps of it, which leave no files."""
+    chosen = resolve_config(source, overrides)
     run = chosen.run
     prepared = prepare(run, listing=chosen.listing_of(run))
     dataset, images = prepared.dataset, len(prepared.dataset.training)
-    said = [
-        *_of(dataset, describe(prepared.model)),
-        *cut_captions(dataset, prepared.model.conditioner),
+    dataset_notes = [
+        *_dataset_lines(dataset, describe(prepared.model)),
+        *truncated_captions(dataset, prepared.model.conditioner),
     ]
-    stages = predict(prepared)
+    stages = estimate_cost(prepared)
     return TrainingPlan(
         run=run,
         images=images,
-        notes=(*chosen.reasons, *chosen.notes, *said),
+        notes=(*chosen.reasons, *chosen.notes, *dataset_notes),
         stages=tuple(stages),
         findings=tuple(findings(stages, images=images, machine=Machine.here())),
     )
 
 
-def _of(dataset: Dataset, parameters: str) -> list[str]:
+def _dataset_lines(dataset: Dataset, parameters: str) -> list[str]:
     return [
         f"{len(dataset.training)} training images, {len(dataset.holdout)} held out, "
         f"{len(dataset.rejects)} left out",

@@ -8,14 +8,14 @@ from pathlib import Path
 from sfumato import __version__
 from sfumato import config as configuration
 from sfumato.observability.progress import console
-from sfumato.recipes.caption_statistics import cut_captions
-from sfumato.recipes.paths import FROM_RUN, from_run, with_whole_paths
-from sfumato.recipes.resolver import Overrides, resolve, resolved
+from sfumato.recipes.caption_statistics import truncated_captions
+from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
+from sfumato.recipes.resolver import Overrides, resolve, resolve_config
 from sfumato.recipes.run import Run
-from sfumato.runs.assembly import diffusion_trainer
-from sfumato.runs.cost import predict
+from sfumato.runs.cost import estimate_cost
 from sfumato.runs.plan_check import Machine, findings
-from sfumato.runs.preparation import PreparedRun, prepare, say_margins
+from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
+from sfumato.runs.trainer_assembly import diffusion_trainer
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
 from sfumato.training.parameters import describe
@@ -32,27 +32,27 @@ def train(
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    chosen = resolved(source, overrides)
-    settings = with_whole_paths(chosen.run)
+    chosen = resolve_config(source, overrides)
+    settings = with_absolute_paths(chosen.run)
     if run is None:
-        RunDirectory.require_free(_free(Path("runs") / settings.name))
+        RunDirectory.require_free(_unused_path(Path("runs") / settings.name))
     for line in chosen.notes:
         console().print(line, markup=False)
     prepared = prepare(settings, listing=chosen.listing_of(settings))
     if chosen.choice is not None:
         lines = [
             *chosen.reasons,
-            *_predicted(prepared),
+            *_cost_lines(prepared),
             f"for a data report: sfumato data check {source}",
         ]
         console().print("\n".join(lines), markup=False)
     directory = RunDirectory.create(
-        Path(run) if run is not None else _free(Path("runs") / settings.name)
+        Path(run) if run is not None else _unused_path(Path("runs") / settings.name)
     )
     with directory.locked():
         directory.write_status("preparing", 0)
-        _describe(prepared, directory)
-        trainer_of(prepared, directory).run()
+        _write_description(prepared, directory)
+        build_trainer(prepared, directory).run()
     return directory.path
 
 
@@ -63,7 +63,7 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     """
     directory = RunDirectory.existing(Path(path))
     with directory.locked():
-        trainer = _resumed(directory, overrides)
+        trainer = _restore_trainer(directory, overrides)
         step = trainer.state.counters.step
         if trainer.finished and directory.status().get("state") == "finished":
             console().print(
@@ -76,57 +76,60 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     return directory.path
 
 
-def _resumed(directory: RunDirectory, overrides: Overrides) -> Trainer:
+def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
     """Return the trainer as its newest checkpoint left it.
 
     What cannot go on is refused before the run's description is touched.
     """
-    before = with_whole_paths(resolve(directory.path))
-    settings = with_whole_paths(resolve(directory.path, overrides))
+    before = with_absolute_paths(resolve(directory.path))
+    settings = with_absolute_paths(resolve(directory.path, overrides))
     screen = console()
     for line in configuration.differences(
         configuration.plain(before), configuration.plain(settings)
     ):
         screen.print(f"changed on resume: {line}", markup=False)
-    prepared = prepare(settings, place=directory.path)
+    prepared = prepare(settings, directory=directory.path)
     if directory.status().get("state") == "preparing":
         with directory.unchanged_if_refused():
-            _describe(prepared, directory)
-            return trainer_of(prepared, directory)
-    trainer = trainer_of(prepared, directory)
+            _write_description(prepared, directory)
+            return build_trainer(prepared, directory)
+    trainer = build_trainer(prepared, directory)
     for warning in trainer.resume():
         screen.print(f"warning: {warning}", markup=False)
     directory.require_space(trainer.disk_bytes())
-    _describe(prepared, directory)
+    _write_description(prepared, directory)
     return trainer
 
 
-def _predicted(prepared: PreparedRun) -> list[str]:
-    stages, images = predict(prepared), len(prepared.dataset.training)
+def _cost_lines(prepared: PreparedRun) -> list[str]:
+    stages, images = estimate_cost(prepared), len(prepared.dataset.training)
     verdict = [
         finding.line() for finding in findings(stages, images=images, machine=Machine.here())
     ]
     return [*(line for stage in stages for line in stage.lines()), *verdict]
 
 
-def _describe(prepared: PreparedRun, directory: RunDirectory) -> None:
+def _write_description(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Write the run's configuration, data record and environment into its directory."""
     directory.config.write_text(configuration.dump_yaml(configuration.plain(prepared.run)))
     directory.write_json(
         "data.json",
-        {**prepared.dataset.summary(), FROM_RUN: from_run(prepared.run, directory.path)},
+        {
+            **prepared.dataset.summary(),
+            FROM_RUN: paths_relative_to_run(prepared.run, directory.path),
+        },
     )
     directory.write_environment(sfumato=__version__, commit=commit())
 
 
-def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
+def build_trainer(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     """Build the diffusion model's trainer, once there is an autoencoder to work with.
 
     Finished stages are not repeated.
     """
     run, screen = prepared.run, console()
-    say_margins(prepared.model.network, prepared.dataset, prepared.info.factor)
-    for line in cut_captions(prepared.dataset, prepared.model.conditioner):
+    print_padding_costs(prepared.model.network, prepared.dataset, prepared.info.factor)
+    for line in truncated_captions(prepared.dataset, prepared.model.conditioner):
         screen.print(line, markup=False)
     model = prepared.trainable_model()
     autoencoder, dataset = run.autoencoder.prepare(
@@ -150,7 +153,7 @@ def trainer_of(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     )
 
 
-def _free(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(
         candidate for candidate in itertools.chain([path], numbered) if not candidate.exists()
