@@ -31,8 +31,8 @@ from torch import Tensor
 
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import train_classifier
+from sfumato.evaluation.distances import frechet_distance, frechet_interval
 from sfumato.evaluation.extractors import extractor
-from sfumato.evaluation.frechet import frechet_distance, frechet_interval
 from sfumato.networks import UNetConfig
 from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import Run, recipe
@@ -132,7 +132,7 @@ def two_judges(dataset: Dataset) -> list[Judge]:
             return torch.cat([features.pooled(part) for part in images.split(64)])
 
     def read(images: Tensor) -> Tensor:
-        return classifier.read(images)[1]
+        return classifier.predict(images)[1]
 
     return [
         Judge(features.name, pooled, pooled(real(dataset, training))),

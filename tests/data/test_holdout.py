@@ -86,7 +86,7 @@ def test_frames_of_one_file_are_never_split() -> None:
     split = assign_splits(entries(["a"] * 120, stacks), ids(120), found.groups, 0.1)
     assert all(len(set(split[i : i + 6])) == 1 for i in range(0, 120, 6))
     only = merge_groups(entries(["a"] * 50, ["one"] * 50), ids(50), np.arange(50))
-    assert "all images are of one file" in only.remarks[0]
+    assert "all images come from one file" in only.remarks[0]
     assert set(assign_splits(entries(["a"] * 50, ["one"] * 50), ids(50), only.groups, 0.1)) == {
         "training",
         "holdout",

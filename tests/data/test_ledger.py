@@ -149,12 +149,13 @@ def test_the_same_tree_gives_the_same_listing_in_every_container_bare_and_wrappe
         "Train/dogs/broken.bin",
     }
     assert (
-        "in none of them" in why["overview.png"] or "one folder that holds" in why["overview.png"]
+        "outside the split folders" in why["overview.png"]
+        or "outside the one top folder" in why["overview.png"]
     )
     assert "HEIC is not supported: convert it" in why["Train/cats/photo.heic"]
     assert found.sidecars == {"captions": 3, "files of the system": 1, "masks": 1}
     assert found.found == len(SET)
-    (layout,) = [remark for remark in found.remarks if "learn from" in remark]
+    (layout,) = [remark for remark in found.remarks if "to train on" in remark]
     assert layout == "Train/ and test_set/: 6 to train on, 2 held out by name, 2 categories"
 
 

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.data import points as module
-from sfumato.data.points import KEPT, MAX_DIMENSIONS, MAX_POINTS, RejectedPoints, read_points
+from sfumato.data.points import (
+    MAX_DIMENSIONS,
+    MAX_POINTS,
+    MAX_POINTS_READ,
+    RejectedPoints,
+    read_points,
+)
 
 CLOUD = np.array([[0.5, -1, 2.25], [3, 0, -0.125], [-7, 1e-3, 1e6]], np.float32)
 STRUCT = {
@@ -148,12 +154,12 @@ def test_text_may_have_words_above_comments_blank_lines_and_a_byte_order_mark() 
 
 
 def test_more_points_than_are_kept_are_thinned_evenly_ends_included() -> None:
-    count = 3 * KEPT + 5
+    count = 3 * MAX_POINTS_READ + 5
     cloud = read_points(npy(np.stack([np.arange(count), np.zeros(count)], 1)))
-    assert len(cloud) == KEPT
+    assert len(cloud) == MAX_POINTS_READ
     assert (cloud[0, 0], cloud[-1, 0]) == (0, count - 1)
     assert set(np.diff(cloud[:, 0])) <= {3, 4}
-    assert len(read_points(npy(np.zeros((KEPT, 2))))) == KEPT
+    assert len(read_points(npy(np.zeros((MAX_POINTS_READ, 2))))) == MAX_POINTS_READ
 
 
 # --- reasons --------------------------------------------------------------------------------------
@@ -337,7 +343,7 @@ def assert_points_or_a_reason(data: bytes) -> None:
         return
     assert cloud.dtype == np.float32
     assert cloud.ndim == 2
-    assert 1 <= len(cloud) <= KEPT
+    assert 1 <= len(cloud) <= MAX_POINTS_READ
     assert 2 <= cloud.shape[1] <= MAX_DIMENSIONS
     assert np.isfinite(cloud).all()
 

@@ -20,7 +20,7 @@ BALL = Solid(
 
 
 def some(shape: str) -> Solid:
-    return Solid.drawn(np.random.default_rng(3), shape, "blue")
+    return Solid.draw(np.random.default_rng(3), shape, "blue")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

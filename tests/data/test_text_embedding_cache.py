@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sfumato.data import text_embedding_cache
-from sfumato.data.text_embedding_cache import COMMIT_EVERY, EmbeddingStore, Kept
+from sfumato.data.text_embedding_cache import COMMIT_EVERY, Embedding, EmbeddingStore
 
 TEXTS = ["", "a cat", "eine Katze", "猫 🐈", "x" * 100_000, "\ud800", "a\0b\n\x1b[2J"]
 
@@ -23,11 +23,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "embeddings"
 
 
-def embedded(text: str) -> Kept:
+def embedded(text: str) -> Embedding:
     """Numbers that depend on the text; as many tokens as it has letters, up to five."""
     seed = int(hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8], 16)
     generator = torch.Generator().manual_seed(seed)
-    return Kept(
+    return Embedding(
         torch.randn(4, generator=generator),
         torch.randn(min(5, len(text) + 1), 4, generator=generator),
     )

@@ -21,7 +21,7 @@ from sfumato.contexts import ContextConfig
 from sfumato.contexts.adherence_metrics import chamfer, line_f1, line_mask, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
-from sfumato.evaluation.adherence import Figure, retrieval_rank
+from sfumato.evaluation.adherence import Estimate, retrieval_rank
 from sfumato.evaluation.composition import overlap
 from sfumato.generation.request import ResolvedRequest
 
@@ -105,7 +105,7 @@ def real_of(dataset: Dataset, positions: Any) -> Tensor:
 
 def test_a_figure_has_the_interval_of_a_mean() -> None:
     values = torch.tensor([0.25, 0.75] * 50 + [math.nan])
-    figure = Figure.of(values)
+    figure = Estimate.of(values)
     assert figure.mean == pytest.approx(0.5)
     assert figure.high - figure.mean == pytest.approx(1.96 * 0.25126 / 10, abs=1e-4)
 

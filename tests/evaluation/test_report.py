@@ -13,7 +13,7 @@ from sfumato.conditioners import ConditioningInfo
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
 from sfumato.errors import DataError
 from sfumato.evaluation import evaluate, extractors, fidelity
-from sfumato.evaluation.adherence import Figure, wilson
+from sfumato.evaluation.adherence import Estimate, wilson
 from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.generation.request import ResolvedRequest
 
@@ -68,7 +68,7 @@ def test_the_classifier_learns_and_is_the_same_every_time(
 ) -> None:
     assert classifier.held_out_accuracy > 0.9
     images = to_float(digits.images(digits.holdout)[0])
-    read, features = classifier.read(images)
+    read, features = classifier.predict(images)
     labels = digits.context(digits.holdout)["category"]
     assert float((read == labels).double().mean()) == classifier.held_out_accuracy
     assert features.shape == (len(images), 64)
@@ -94,8 +94,8 @@ def test_a_image_reads_the_same_alone_and_in_company(
     digits: Dataset, classifier: Classifier
 ) -> None:
     images = to_float(digits.images(digits.training[:300])[0])
-    labels, features = classifier.read(images)
-    alone, their_features = classifier.read(images[299:])
+    labels, features = classifier.predict(images)
+    alone, their_features = classifier.predict(images[299:])
     assert alone[0] == labels[299]
     torch.testing.assert_close(their_features[0], features[299], rtol=1e-4, atol=1e-5)
 
@@ -140,13 +140,13 @@ def test_categories_are_asked_for_in_turn_with_the_seed_given(
     digits: Dataset, classifier: Classifier, monkeypatch
 ) -> None:
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    fake, kept, told = Fake(digits, noisy(0.1)), [], []
+    fake, calls, told = Fake(digits, noisy(0.1)), [], []
     result = evaluate(
-        fake, digits, num=30, seed=9, guidances=(1.5,), keep=lambda *given: kept.append(given),
+        fake, digits, num=30, seed=9, guidances=(1.5,), on_samples=lambda *call: calls.append(call),
         on_progress=lambda fraction, text: told.append(fraction),
     )  # fmt: skip
     assert fake.asked == [(30, tuple(range(10)) * 3, 9, 1.5)]
-    (scale, images, neighbours), *rest = kept
+    (scale, images, neighbours), *rest = calls
     assert (scale, len(images), len(neighbours.index), rest) == (1.5, 30, 30, [])
     assert told == sorted(told)
     assert told[-1] == 1
@@ -240,7 +240,7 @@ def test_a_missing_distance_of_samples_alone_is_said_too(
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]
     assert result.remarks[-1].startswith(
-        "a Fréchet distance is not given for samples, guidance 1: it would be taken of 5 images"
+        "a Fréchet distance is not given for samples, guidance 1: it would be computed from 5 images"
     )
 
 
@@ -269,12 +269,12 @@ def test_wilsons_interval(successes: int, n: int, low: float, high: float) -> No
 
 
 def test_proportions_have_wilsons_interval_and_other_means_the_normal_one() -> None:
-    none = Figure.of(torch.zeros(30))
+    none = Estimate.of(torch.zeros(30))
     assert (none.mean, none.low, none.high) == (0.0, *wilson(0.0, 30))
     assert none.high > 0.1
-    half = Figure.of(torch.tensor([0.0, 1.0, torch.nan, 1.0, 0.0]))
+    half = Estimate.of(torch.tensor([0.0, 1.0, torch.nan, 1.0, 0.0]))
     assert (half.low, half.high) == wilson(0.5, 4)
-    other = Figure.of(torch.tensor([0.0, 0.5, 1.0]))
+    other = Estimate.of(torch.tensor([0.0, 0.5, 1.0]))
     assert (other.mean, other.high - other.mean) == pytest.approx((0.5, 1.96 * 0.5 / 3**0.5))
 
 
@@ -282,8 +282,8 @@ def test_a_small_set_is_not_shown_to_the_classifier_thousands_of_times(digits: D
     """It took five minutes for twelve images."""
     shares: list[float] = []
     few = digits.training[:20]
-    read = train_classifier(digits, few, on_progress=shares.append)
+    classifier = train_classifier(digits, few, on_progress=shares.append)
     assert len(shares) == 200 * 20 // 20
     assert shares[-1] == 1
-    own, _ = read.read(to_float(digits.images(few)[0]))
+    own, _ = classifier.predict(to_float(digits.images(few)[0]))
     assert (own == digits.labels[torch.from_numpy(few)]).double().mean() > 0.9

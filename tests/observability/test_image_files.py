@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from sfumato.errors import ConfigError
-from sfumato.observability.image_formats import FORMATS, Values, settings_of, usual_format
-from sfumato.observability.images import shown
+from sfumato.observability.image_formats import FORMATS, PixelEncoding, settings_of, usual_format
+from sfumato.observability.images import to_display_rgb
 from sfumato.observability.png_tiff_encoders import png16
 from sfumato.storage.atomic import atomic_file
 
 SETTINGS = {"seed": 3, "prompt": ["ü", "\udcff"], "index": 1}
 KINDS = [
-    Values(channels=channels, bits=bits, alpha=alpha, value_range=value_range)
+    PixelEncoding(channels=channels, bits=bits, alpha=alpha, value_range=value_range)
     for channels in (1, 2, 3, 4, 5)
     for bits in (8, 16)
     for alpha in ("none", "straight", "premultiplied")
@@ -31,7 +31,7 @@ KINDS = [
 ]
 
 
-def image(values: Values, side: int = 6) -> torch.Tensor:
+def image(values: PixelEncoding, side: int = 6) -> torch.Tensor:
     """Random, premultiplied where the model's images are; transparent on the left and opaque on the
     right.
     """
@@ -42,7 +42,7 @@ def image(values: Values, side: int = 6) -> torch.Tensor:
     return made
 
 
-def expected(values: Values, made: torch.Tensor, levels: int) -> np.ndarray:
+def expected(values: PixelEncoding, made: torch.Tensor, levels: int) -> np.ndarray:
     """Colours and alpha in [0, 1], straight, the colour of what cannot be seen 0; written from the
     definition, pixel by pixel.
     """
@@ -78,7 +78,7 @@ def unpacked(data: bytes) -> np.ndarray:
     return rows.view(">u2").reshape(height, width, channels).astype(int)
 
 
-def fits(name: str, values: Values) -> bool:
+def fits(name: str, values: PixelEncoding) -> bool:
     """Whether a format can hold such images, said without its code."""
     in_pillow = values.channels <= 4 and not (values.channels in (2, 4) and values.alpha == "none")
     return {
@@ -109,7 +109,7 @@ def test_each_format_holds_an_image_or_says_why_not(name: str, tmp_path: Path) -
             0.06
             if name == "jpg"
             else 0.51 / (2**values.bits - 1)
-            if not form.holds_units(values)
+            if not form.holds_source_values(values)
             else 0.51 / 147
         )
         wanted = torch.from_numpy(expected(values, made, 2**values.bits - 1)).float()
@@ -121,7 +121,7 @@ def test_each_format_holds_an_image_or_says_why_not(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_png_keeps_alpha_and_depth(channels: int, mode: str, bits: int, tmp_path: Path) -> None:
-    values = Values(channels=channels, bits=bits)
+    values = PixelEncoding(channels=channels, bits=bits)
     path = FORMATS["png"].write(image(values), tmp_path / "a.png", values, SETTINGS)
     wanted = np.rint(expected(values, image(values), 2**bits - 1) * (2**bits - 1)).transpose(
         1, 2, 0
@@ -154,7 +154,9 @@ def test_a_png_of_16_bits_is_that_of_pillow_where_it_writes_one() -> None:
 )
 def test_tiff_opens_elsewhere(channels: int, kind: type, tmp_path: Path) -> None:
     value_range = (-1.5, 2.5) if kind is np.float32 else None
-    values = Values(channels=channels, bits=16 if kind is np.uint16 else 8, value_range=value_range)
+    values = PixelEncoding(
+        channels=channels, bits=16 if kind is np.uint16 else 8, value_range=value_range
+    )
     path = FORMATS["tiff"].write(image(values), tmp_path / "a.tiff", values, SETTINGS)
     with Image.open(path) as opened:
         assert opened.size == (8, 6)
@@ -171,7 +173,8 @@ def test_tiff_opens_elsewhere(channels: int, kind: type, tmp_path: Path) -> None
 def test_values_of_the_source_are_restored_where_a_format_can_hold_them(tmp_path: Path) -> None:
     made = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3)
     twelve, real = (
-        Values(channels=1, bits=16, value_range=found) for found in ((100.0, 4100.0), (-1.0, 3.0))
+        PixelEncoding(channels=1, bits=16, value_range=found)
+        for found in ((100.0, 4100.0), (-1.0, 3.0))
     )
     for name, wanted in (
         ("png", [100, 2100, 4100]),
@@ -181,13 +184,13 @@ def test_values_of_the_source_are_restored_where_a_format_can_hold_them(tmp_path
         path = FORMATS[name].write(made, tmp_path / f"a.{name}", twelve, {})
         found = np.load(path) if name == "npy" else np.asarray(Image.open(path))
         assert found.ravel().tolist() == wanted
-        assert FORMATS[name].holds_units(twelve)
+        assert FORMATS[name].holds_source_values(twelve)
     for name, wanted in (("tiff", [-1, 1, 3]), ("npy", [-1, 1, 3])):
         path = FORMATS[name].write(made, tmp_path / f"b.{name}", real, {})
         found = np.load(path) if name == "npy" else np.asarray(Image.open(path))
         assert found.dtype == np.float32
         assert found.ravel().tolist() == wanted
-    assert not FORMATS["png"].holds_units(real)
+    assert not FORMATS["png"].holds_source_values(real)
 
 
 def test_the_usual_format_is_png_where_it_can_be() -> None:
@@ -200,7 +203,7 @@ def test_the_usual_format_is_png_where_it_can_be() -> None:
         4: "png",
         5: "tiff",
     }
-    assert usual_format(Values(channels=4, alpha="none")) == "tiff"
+    assert usual_format(PixelEncoding(channels=4, alpha="none")) == "tiff"
 
 
 def test_a_file_of_anything_else_carries_no_settings(tmp_path: Path) -> None:
@@ -226,21 +229,21 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
 
 def test_alpha_is_shown_over_a_checkerboard_and_other_channels_as_colours() -> None:
     clear = torch.zeros(1, 4, 16, 16)
-    board = shown(clear)
+    board = to_display_rgb(clear)
     assert set(board.unique().tolist()) == {0.800000011920929, 1.0}
     opaque = clear.clone()
     opaque[:, 0], opaque[:, 3] = 1.0, 1.0
     assert torch.equal(
-        shown(opaque), torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+        to_display_rgb(opaque), torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
     )
     half = torch.full((1, 2, 16, 16), 0.5)
-    torch.testing.assert_close(shown(half), 0.25 + 0.5 * board)
-    torch.testing.assert_close(shown(half, "premultiplied"), 0.5 + 0.5 * board)
+    torch.testing.assert_close(to_display_rgb(half), 0.25 + 0.5 * board)
+    torch.testing.assert_close(to_display_rgb(half, "premultiplied"), 0.5 + 0.5 * board)
     half[:, 0] = 0.9  # more than its alpha, which no premultiplied colour can be
-    torch.testing.assert_close(shown(half, "premultiplied"), 0.5 + 0.5 * board)
+    torch.testing.assert_close(to_display_rgb(half, "premultiplied"), 0.5 + 0.5 * board)
     five = torch.rand(1, 5, 4, 4)
-    assert torch.equal(shown(five), five[:, :3])
-    assert torch.equal(shown(five[:, :4], "none"), five[:, :3])
+    assert torch.equal(to_display_rgb(five), five[:, :3])
+    assert torch.equal(to_display_rgb(five[:, :4], "none"), five[:, :3])
     assert torch.equal(
-        shown(five[:, :2], "none"), torch.cat([five[:, :2], torch.zeros(1, 1, 4, 4)], 1)
+        to_display_rgb(five[:, :2], "none"), torch.cat([five[:, :2], torch.zeros(1, 1, 4, 4)], 1)
     )

@@ -226,7 +226,8 @@ def _way_back(
         to_float(dataset.images(dataset.with_common_shape(dataset.training)[:2000])[0])
     )
     noise = KeyedNoise(settings.seed)
-    levels = grid(settings.sampling.schedule, settings.sampling.steps)
+    sampling = settings.sampling
+    levels = grid(sampling.schedule, sampling.steps, spacing=sampling.spacing)
     x = levels.at(0).sigma * noise(torch.empty(IMAGES, *dataset.image_shape))
     sample(settings.sampling.sampler, ideal, x, levels, noise=noise, on_step=recorded.append)
     return (

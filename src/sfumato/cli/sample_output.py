@@ -25,7 +25,13 @@ from sfumato.errors import OutputError
 from sfumato.generation.options import SamplingOptions
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import SampleRequest, keeps_a_part
-from sfumato.observability.image_formats import FORMATS, SETTINGS, ImageFormat, Values, settings_of
+from sfumato.observability.image_formats import (
+    FORMATS,
+    SETTINGS,
+    ImageFormat,
+    PixelEncoding,
+    settings_of,
+)
 
 GRID, TRAJECTORY = "grid.png", "trajectory.png"
 NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")
@@ -111,7 +117,7 @@ def recorded_settings(
     if pipeline.values.value_range is not None:
         recorded |= {
             "value_range": pipeline.values.value_range,
-            "in_values_of_the_source": FORMATS[kind].holds_units(pipeline.values),
+            "in_values_of_the_source": FORMATS[kind].holds_source_values(pipeline.values),
         }
     interpolates = options["to_prompt"] is not None or options["to_seed"] is not None
     deciding = {
@@ -163,7 +169,7 @@ class Generated:
 
     folder: Path
     kind: str
-    values: Values
+    values: PixelEncoding
     settings: Mapping[str, Any]
     fresh: bool = False
 

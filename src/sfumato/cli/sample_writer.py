@@ -19,7 +19,7 @@ from sfumato.cli.trajectory_images import trajectory_image
 from sfumato.errors import NonFiniteError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.image_formats import SETTINGS
-from sfumato.observability.images import grid_image, save_png, shown
+from sfumato.observability.images import grid_image, save_png, to_display_rgb
 from sfumato.observability.progress import ProgressBar, printable
 from sfumato.sampling import StepInfo
 from sfumato.storage.atomic import atomic_file
@@ -143,14 +143,14 @@ class SampleWriter:
     def _keep_tiles(self, first: int, images: Tensor) -> None:
         few = images[: max(0, self._in_grid - first)]
         if len(few):
-            self._tiles |= dict(enumerate(shown(few, self.pipeline.values.alpha), first))
+            self._tiles |= dict(enumerate(to_display_rgb(few, self.pipeline.values.alpha), first))
 
     def _tile(self, number: int) -> Tensor:
         """Return an image as the grid shows it: just made, or read back."""
         if number in self._tiles:
             return self._tiles[number]
         values = self.pipeline.values
-        return shown(
+        return to_display_rgb(
             self.target.form.read(self.target.path(number), values)[None],
             "straight" if values.has_alpha else "none",
         )[0]
@@ -172,7 +172,9 @@ class SampleWriter:
         count = self._in_grid
         if count < self.num:
             _say(f"note: {GRID} shows the first {count} of {self.num} images")
-        inputs = {name: shown(image[None], alpha)[0] for name, image in self.inputs.items()}
+        inputs = {
+            name: to_display_rgb(image[None], alpha)[0] for name, image in self.inputs.items()
+        }
         tiles = torch.stack([self._tile(number) for number in range(count)])
         sheet = grid_image(tiles, labels=self.labels[:count], inputs=inputs)
         return sheets | {"grid": save_png(sheet, self.target.folder / GRID, settings)}

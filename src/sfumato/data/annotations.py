@@ -1,5 +1,5 @@
-"""Annotations of images, which condition models: captions, doodles, masks, point clouds and attributes,
-read as they are used.
+"""Annotations of images, which condition models: captions, doodles, masks, point clouds and
+attributes, read as they are used.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Annotations:
     def context(
         self, positions: NDArray[np.int64], draws: Sequence[float] | None = None
     ) -> dict[str, Any]:
-        """Return, by name, the annotations of the images at `positions`, which must share one shape.
+        """Return, by name, the annotations of the images at `positions`, all of one shape.
 
         "text" is n captions, "" where an image has none: the first of each image, or the one that
         `draws` in [0, 1) choose. "doodle" and "mask" are (n, 1, H, W) from -1 black to 1 white;
@@ -75,7 +75,7 @@ class Annotations:
         return {name: read() for name, read in readers.items() if name in self.names}
 
     def find_unreadable(self) -> Iterator[tuple[str, Reject]]:
-        """Read all maps and point clouds once, and yield the unusable ones with the annotation's name.
+        """Read all maps and point clouds once, and yield the unusable ones, with their kind.
 
         They count as not given.
         """

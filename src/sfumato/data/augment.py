@@ -106,9 +106,9 @@ def augment(
     C may be 0 where only what lies over the images is needed.
 
     Args:
-        annotations: what lies over the images and keeps its place on them: maps (B, c, H, W), or points
-            (B, N, D) whose first two coordinates are x to the right and y upwards, with the image
-            from -1 to 1.
+        annotations: what lies over the images and keeps its place on them: maps (B, c, H, W), or
+            points (B, N, D) whose first two coordinates are x to the right and y upwards, with the
+            image from -1 to 1.
     Raises:
         ConfigError: for quarter turns of images that are not square.
     """
@@ -160,7 +160,7 @@ def _move_points(
 
 
 def _flip_and_turn_matrix(config: AugmentConfig, draws: Tensor) -> Tensor:
-    """Return the maps (B, 3, 3) that `_flip_and_turn` applies, from input to output; y points down."""
+    """Return what `_flip_and_turn` does, (B, 3, 3) from input to output; y points down."""
 
     def sign(flips: tuple[str, str], draw: Tensor) -> Tensor:
         return torch.where((draw < 0.5) & (config.flip in flips), -1.0, 1.0).to(torch.float64)
@@ -262,7 +262,9 @@ def non_leaking(probability: float, draws: Tensor) -> tuple[Tensor, Tensor]:
     x, y = on[:, 5] * _normal(draws[:, 11]), on[:, 5] * _normal(draws[:, 12])
     forward = _compose(
         _translation_matrix(2 * _TRANSLATION * x, 2 * _TRANSLATION * y),
-        _rotation_matrix(axis), _scale_matrix(_SCALE**stretch, _SCALE**-stretch), _rotation_matrix(-axis),
+        _rotation_matrix(axis),
+        _scale_matrix(_SCALE**stretch, _SCALE**-stretch),
+        _rotation_matrix(-axis),
         _rotation_matrix(-angle),
         _scale_matrix(_SCALE**zoom, _SCALE**zoom),
         _scale_matrix(1 - 2 * mirrored, 1 - 2 * upside_down),

@@ -28,8 +28,8 @@ WORDS = {
 def record_contents(dataset: Dataset) -> dict[str, Any]:
     """Return what data.json keeps for `changes`: a hash of each part of the contents.
 
-    In sets of up to MAX_LISTED_IMAGES images, it also keeps hashes of each image, and of its texts, attributes
-    and category, by name.
+    In sets of up to MAX_LISTED_IMAGES images, it also keeps hashes of each image, and of its
+    texts, attributes and category, by name.
     """
     entries = dataset.entries
     labels = dataset.labels.tolist()

@@ -184,7 +184,7 @@ def near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _crowded(
     groups: NDArray[np.int64], candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return one of the `candidates` images for each group, and those of groups that are searched again.
+    """Return one of the candidates for each group, and those of groups that are searched again.
 
     These groups are so large that their own members may have hidden other copies.
     """

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from sfumato.data.listing import Entry
 from sfumato.errors import DataError
 
-MIN_EXPECTED_HOLDOUT_IMAGES, SMALL_SHARE = (
-    25,
-    0.2,
-)  # images to hold out, if they are no more than a fifth of the set
+SMALL_SHARE = 0.2  # of a set: the most that the two numbers below may hold out
+MIN_EXPECTED_HOLDOUT_IMAGES = 25  # that the share of a small set amounts to
 MAX_GROUP_SHARE = 0.25  # of a set, above which a group of images that stay together is not held out
-MIN_HOLDOUT_IMAGES = 4  # images that are held out in any case, if they are no more than a fifth
+MIN_HOLDOUT_IMAGES = 4  # held out in any case
 MIN_RELIABLE_HOLDOUT_IMAGES = (
-    # images, below which figures on held-out ones are too rough to rely on: at 12, a share's 95 %
+    # below which metrics on held-out images are too rough to rely on: at 12, a share's 95 %
     # interval spans 50 points
     12
 )
@@ -80,8 +78,8 @@ def _split_large(
     result = np.where(large, len(ids) + same, groups)
     largest = int(sizes.max())
     remark = (
-        f"{int(large.sum())} {description} (the largest group has {largest} of {len(ids)}): they are "
-        "split over training and hold-out one by one, so held-out metrics will be optimistic "
+        f"{int(large.sum())} {description} (the largest group has {largest} of {len(ids)}): they "
+        "are split over training and hold-out one by one, so held-out metrics will be optimistic "
         "(leakage); to hold out a group by hand, put it into a folder called test/"
     )
     return np.unique(result, return_inverse=True)[1].astype(np.int64), (remark,)

@@ -44,7 +44,7 @@ class Blob(Protocol):
 
 def read(path: str, offset: int, most: int) -> bytes:
     """Read up to `most` bytes of a file from `offset` on; reserve no more than the file holds."""
-    handle = _opened(path)
+    handle = _open(path)
     try:
         size = min(most, os.fstat(handle).st_size - offset)
         data = read_at(handle, size, offset) if size > 0 else b""
@@ -55,7 +55,7 @@ def read(path: str, offset: int, most: int) -> bytes:
         os.close(handle)
 
 
-def _opened(path: str) -> int:
+def _open(path: str) -> int:
     if not files.is_url(path):
         return os.open(path, os.O_RDONLY)
     for _ in range(3):  # what is fetched may have to make room before it is opened
@@ -220,12 +220,12 @@ class Listing:
 
     def __post_init__(self) -> None:
         if self.found < 0:
-            found = (
+            count = (
                 len(self.entries)
                 + sum(self.sidecars.values())
                 + sum(not reject.part for reject in self.rejects)
             )
-            object.__setattr__(self, "found", found)
+            object.__setattr__(self, "found", count)
 
 
 class Source(Extensible, ABC):
@@ -293,10 +293,10 @@ def parse_annotations(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the captions have more than MAX_TEXT_CHARACTERS characters.
     """
-    known = {normalized_key(key): value for key, value in reversed(record.items())} | record
+    fields = {normalized_key(key): value for key, value in reversed(record.items())} | record
 
     def first(keys: tuple[str, ...]) -> Any:
-        return next((known[key] for key in keys if known.get(key) is not None), None)
+        return next((fields[key] for key in keys if fields.get(key) is not None), None)
 
     captions, category, holdout, split = (
         first(CAPTION_KEYS),
@@ -305,21 +305,21 @@ def parse_annotations(record: dict[str, Any]) -> dict[str, Any]:
         first(SPLIT_KEYS),
     )
     texts = captions if isinstance(captions, list | tuple) else [captions]
-    said = [_writable(str(text)).strip() for text in texts if isinstance(text, str | int)]
-    if sum(map(len, said)) > MAX_TEXT_CHARACTERS:
+    cleaned = [_encodable(str(text)).strip() for text in texts if isinstance(text, str | int)]
+    if sum(map(len, cleaned)) > MAX_TEXT_CHARACTERS:
         raise ValueError(f"text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
-    found: dict[str, Any] = {"captions": tuple(filter(None, said))} if any(said) else {}
+    annotations: dict[str, Any] = {"captions": tuple(filter(None, cleaned))} if any(cleaned) else {}
     if isinstance(category, float) and category.is_integer():
         category = int(category)  # as a column of whole numbers with gaps is stored
     if isinstance(category, str | int) and str(category):
-        found["category"] = printable_name(str(category))
+        annotations["category"] = printable_name(str(category))
     if isinstance(holdout, str) and holdout:
-        found["holdout"] = printable_name(holdout)
+        annotations["holdout"] = printable_name(holdout)
     elif isinstance(split, str) and split_of(split) == HELD_OUT:
-        found["holdout"] = printable_name(split)
+        annotations["holdout"] = printable_name(split)
     if attributes := _attributes(record):
-        found["attributes"] = attributes
-    return found
+        annotations["attributes"] = attributes
+    return annotations
 
 
 def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -327,11 +327,13 @@ def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
 
     Tags are `["cat", "asleep"]` or "cat, asleep"; each of them is an attribute of value 1.
     """
-    given, tags = record.get("attributes"), record.get("tags")
-    if isinstance(given, str):  # as a table keeps it
+    values, tags = record.get("attributes"), record.get("tags")
+    if isinstance(values, str):  # as a table keeps it
         with contextlib.suppress(ValueError, RecursionError):
-            given = json.loads(given)
-    numbers = {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
+            values = json.loads(values)
+    numbers = (
+        {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
+    )
     numbers |= {
         name.removeprefix("attributes."): value
         for name, value in record.items()
@@ -341,12 +343,12 @@ def _attributes(record: dict[str, Any]) -> tuple[tuple[str, float], ...]:
         tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list | tuple) else []
     )
     numbers |= {word.strip(): 1.0 for word in words if isinstance(word, str) and word.strip()}
-    found = {}
+    attributes = {}
     for name, value in numbers.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             if math.isfinite(number := float(value)):
-                found[printable_name(name)] = number
-    return tuple(sorted(found.items())[:MAX_ATTRIBUTES])
+                attributes[printable_name(name)] = number
+    return tuple(sorted(attributes.items())[:MAX_ATTRIBUTES])
 
 
 def printable_name(name: str) -> str:
@@ -354,10 +356,10 @@ def printable_name(name: str) -> str:
 
     File systems, archives and JSON allow names that cannot.
     """
-    return _writable(
-        files.UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), name)
+    return _encodable(
+        files.UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), name)
     )
 
 
-def _writable(text: str) -> str:
+def _encodable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()

@@ -1,8 +1,8 @@
 """The values of an image file as its container holds them, and the only conversion from those to
 the pixels that training sees.
 
-Readers of containers return `RawImage`; nothing here knows where they come from, so that equal values
-give equal pixels.
+Readers of containers return a `RawImage`; nothing here knows where it comes from, so that equal
+values give equal pixels.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def transpose(pixels: NDArray[Any], method: Image.Transpose) -> NDArray[Any]:
 def resample(
     raw: RawImage, box: Box, target: tuple[int, int], form: PixelFormat, notes: list[str]
 ) -> Pixels:
-    """Crop `raw` to `box` and scale them with antialiasing to `target`: (H, W, C).
+    """Crop `raw` to `box` and scale it with antialiasing to `target`: (H, W, C).
 
     Black and white become the ends of the format's integers. Each channel is scaled by itself in
     floating point, with colours multiplied by alpha before.

@@ -26,8 +26,8 @@ LEFT_TO_PILLOW = {b"tRNS", b"iCCP", b"acTL"}  # one clear colour, other colours,
 def is_deep_colour(data: bytes) -> bool:
     """Return whether bytes are a plain PNG of 16-bit colour, or of 16-bit gray with alpha."""
     head = data[:33]
-    whole = len(head) == 33 and head.startswith(PNG) and head[12:16] == b"IHDR"
-    if not whole or head[24] != 16 or head[25] not in BANDS or head[28] != 0:
+    is_complete = len(head) == 33 and head.startswith(PNG) and head[12:16] == b"IHDR"
+    if not is_complete or head[24] != 16 or head[25] not in BANDS or head[28] != 0:
         return False
     kinds = {kind for kind, _ in _chunks(data, bodies=False)}
     return not kinds & LEFT_TO_PILLOW
@@ -43,11 +43,11 @@ def read_deep_colour(data: bytes) -> RawImage:
     check_size(width, height)
     bands = BANDS[data[25]]
     stride = 1 + 2 * bands * width
-    rows = _inflated(data, height * stride)
+    rows = _inflate(data, height * stride)
     filters, filtered = rows[:, 0], rows[:, 1:].reshape(height, width, 2 * bands)
-    planes = [_unfiltered(filters, filtered[..., number]) for number in range(2 * bands)]
-    whole = np.stack(planes, axis=2).view(">u2").astype(np.uint16)
-    return RawImage(whole, alpha=bands in (2, 4))
+    planes = [_unfilter(filters, filtered[..., number]) for number in range(2 * bands)]
+    pixels = np.stack(planes, axis=2).view(">u2").astype(np.uint16)
+    return RawImage(pixels, alpha=bands in (2, 4))
 
 
 def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]]:
@@ -73,7 +73,7 @@ def _chunks(data: bytes, *, bodies: bool = True) -> Iterator[tuple[bytes, bytes]
         raise RejectedImage("damaged: the PNG is cut short")
 
 
-def _inflated(data: bytes, size: int) -> np.ndarray:
+def _inflate(data: bytes, size: int) -> np.ndarray:
     """Unpack the rows (H, 1 + bytes of a row), and never more than `size` bytes."""
     stream = zlib.decompressobj()
     out = stream.decompress(b"".join(body for kind, body in _chunks(data) if kind == b"IDAT"), size)
@@ -83,15 +83,15 @@ def _inflated(data: bytes, size: int) -> np.ndarray:
     return np.frombuffer(out, np.uint8).reshape(height, -1)
 
 
-def _unfiltered(filters: np.ndarray, plane: np.ndarray) -> np.ndarray:
+def _unfilter(filters: np.ndarray, plane: np.ndarray) -> np.ndarray:
     """Undo the filters of a plane that holds one byte of each pixel, (H, W)."""
     height, width = plane.shape
     packed = zlib.compress(np.concatenate([filters[:, None], plane], axis=1).tobytes(), 0)
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [(b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")]
-    made = PNG + b"".join(
+    png = PNG + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in parts
     )
-    with Image.open(io.BytesIO(made), formats=("PNG",)) as image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return np.asarray(image)

@@ -19,7 +19,7 @@ from sfumato.data.npy import ArrayHeader
 MAX_POINTS = 10_000_000
 MAX_DIMENSIONS = 16
 MAX_HEADER_BYTES = 1 << 16
-KEPT = 2048  # points of a larger cloud, evenly chosen
+MAX_POINTS_READ = 2048  # points of a larger cloud, evenly chosen
 Cloud = NDArray[np.float32]  # (N, D): coordinates, then features
 
 _PLY_TYPES = {
@@ -48,7 +48,7 @@ class RejectedPoints(Exception):
 
 
 def read_points(data: bytes) -> Cloud:
-    """Decode a point cloud (N, D) in the order of the file; a large one is thinned to KEPT points.
+    """Decode a point cloud (N, D) in the order of the file, at most MAX_POINTS_READ points of it.
 
     Raises:
         RejectedPoints: with the reason.
@@ -66,17 +66,17 @@ def read_points(data: bytes) -> Cloud:
         raise
     except Exception as error:  # whatever numpy raises on damaged bytes
         raise RejectedPoints(f"damaged: {str(error) or type(error).__name__}"[:200]) from None
-    return thinned(_checked(points))
+    return subsample(_check(points))
 
 
-def thinned(points: Cloud) -> Cloud:
-    """Return at most KEPT of the points, spread evenly over the file."""
-    if len(points) <= KEPT:
+def subsample(points: Cloud) -> Cloud:
+    """Return at most MAX_POINTS_READ of the points, spread evenly over the file."""
+    if len(points) <= MAX_POINTS_READ:
         return points
-    return points[np.linspace(0, len(points) - 1, KEPT).round().astype(np.int64)]
+    return points[np.linspace(0, len(points) - 1, MAX_POINTS_READ).round().astype(np.int64)]
 
 
-def _checked(points: NDArray[Any]) -> Cloud:
+def _check(points: NDArray[Any]) -> Cloud:
     if points.ndim != 2 or not 2 <= points.shape[1] <= MAX_DIMENSIONS:
         raise RejectedPoints(
             f"an array of {points.shape}; a cloud is N x 2 or N x 3, plus feature columns"

@@ -32,8 +32,8 @@ def held_out_files(names: Sequence[str]) -> dict[str, str]:
     Such names are `test-00000-of-00002.parquet` and `val/0.tar`. Nothing is held out if all files
     have them.
     """
-    found = {name: part for name in names if (part := _split_part(name)) is not None}
-    held = {name: _word(part) for name, part in found.items() if split_of(part) == HELD_OUT}
+    split_parts = {name: part for name in names if (part := _split_part(name)) is not None}
+    held = {name: _word(part) for name, part in split_parts.items() if split_of(part) == HELD_OUT}
     return held if len(held) < len(names) else {}
 
 

@@ -21,14 +21,14 @@ COMMIT_EVERY = 256
 RECENT_BYTES = 256 << 20  # of embeddings held in memory, beside those that are not on disk yet
 
 
-class Kept(NamedTuple):
+class Embedding(NamedTuple):
     """A text's summary vector (D,) and its token embeddings (n, D), float32."""
 
     vector: Tensor
     tokens: Tensor
 
 
-class EmbeddingStore(MutableMapping[str, Kept]):
+class EmbeddingStore(MutableMapping[str, Embedding]):
     """Embeddings by text. Every COMMIT_EVERY new ones become a segment on disk; any that are not
     committed at the end are computed again the next time.
     """
@@ -36,7 +36,7 @@ class EmbeddingStore(MutableMapping[str, Kept]):
     def __init__(self, encoder: str) -> None:
         """Open the store of `encoder`, a hash of what an embedding depends on besides the text."""
         self.encoder = encoder
-        self._recent: OrderedDict[str, Kept] = OrderedDict()
+        self._recent: OrderedDict[str, Embedding] = OrderedDict()
         self._held = 0
         self._maps: dict[str, Any] = {}
         self._new: list[str] = []
@@ -45,16 +45,16 @@ class EmbeddingStore(MutableMapping[str, Kept]):
     def _cache(self) -> ArrayCache:
         return ArrayCache.open("embeddings", self.encoder)
 
-    def __getitem__(self, text: str) -> Kept:
+    def __getitem__(self, text: str) -> Embedding:
         if text in self._recent:
             return self._recent[text]
         record = self._cache.records[_key(text)]
         vector, tokens = (self._array(*record.arrays[name]) for name in ("vector", "tokens"))
-        self._hold(text, Kept(vector, tokens))
-        return Kept(vector, tokens)
+        self._hold(text, Embedding(vector, tokens))
+        return Embedding(vector, tokens)
 
-    def __setitem__(self, text: str, embedded: Kept) -> None:
-        self._hold(text, embedded)
+    def __setitem__(self, text: str, embedding: Embedding) -> None:
+        self._hold(text, embedding)
         self._new.append(text)
         if len(self._new) >= COMMIT_EVERY:
             self.commit()
@@ -92,11 +92,11 @@ class EmbeddingStore(MutableMapping[str, Kept]):
             self._maps[file] = self._cache.map(file)
         return torch.from_numpy(self._maps[file][row].copy())
 
-    def _hold(self, text: str, embedded: Kept) -> None:
+    def _hold(self, text: str, embedding: Embedding) -> None:
         """Keep an embedding in memory; if there are too many, drop the oldest that are on disk."""
         if text not in self._recent:
-            self._held += _size(embedded)
-        self._recent[text] = embedded
+            self._held += _size(embedding)
+        self._recent[text] = embedding
         while (
             self._held > RECENT_BYTES
             and _key(old := next(iter(self._recent))) in self._cache.records
@@ -104,8 +104,8 @@ class EmbeddingStore(MutableMapping[str, Kept]):
             self._held -= _size(self._recent.pop(old))
 
 
-def _size(embedded: Kept) -> int:
-    return embedded.vector.nbytes + embedded.tokens.nbytes
+def _size(embedding: Embedding) -> int:
+    return embedding.vector.nbytes + embedding.tokens.nbytes
 
 
 def _key(text: str) -> str:

@@ -26,7 +26,7 @@ LATIN = frozenset(
         "mac_latin2",
     }
 )
-USUAL = (
+COMMON_BLOCKS = (
     ("\t", "~"),
     ("\xa0", "\u06ff"),
     ("\u0900", "\u0e7f"),
@@ -69,13 +69,13 @@ class Texts:
         """
         if not self._raw:
             return
-        encoding = guess(self._raw)
+        encoding = guess_encoding(self._raw)
         damaged = 0
         for name, data in self._raw.items():
             self._texts[name] = text = data.decode(encoding, errors="replace")
             damaged += "\N{REPLACEMENT CHARACTER}" in text
-        of = f"{len(self._raw)} of {len(self._texts)} texts are not Unicode and were read as {encoding}, which is a guess"
-        self.note = of + (
+        note = f"{len(self._raw)} of {len(self._texts)} texts are not Unicode and were read as {encoding}, which is a guess"
+        self.note = note + (
             f"; {damaged} of them contain bytes that are invalid in it" if damaged else ""
         )
         self._raw.clear()
@@ -106,19 +106,19 @@ def unicode_text(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str | None:
         return None
 
 
-def readable(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
+def decode_text(data: bytes, *, limit: int = MAX_TEXT_BYTES) -> str:
     """Decode one text by itself, in whatever encoding it is.
 
     Raises:
         ValueError: if it is longer than `limit` bytes.
     """
     text = unicode_text(data, limit=limit)
-    return text if text is not None else data.decode(guess({"": data}), errors="replace")
+    return text if text is not None else data.decode(guess_encoding({"": data}), errors="replace")
 
 
-def guess(raw: Mapping[str, bytes]) -> str:
+def guess_encoding(raw: Mapping[str, bytes]) -> str:
     """Return the one encoding that byte strings, none of them UTF-8, are most likely in."""
-    wide = _wide(raw)
+    wide = _utf16_order(raw)
     if wide:
         return wide
     chosen: list[bytes] = []
@@ -129,7 +129,7 @@ def guess(raw: Mapping[str, bytes]) -> str:
         if size > GUESSED_FROM_BYTES:
             break
     sample = b"\n".join(chosen)[:GUESSED_FROM_BYTES]
-    western = _western(sample)
+    western = _western_encoding(sample)
     beyond = sum(byte > 127 for byte in sample)
     if beyond < TOO_FEW_BYTES or (beyond < FEW_BYTES and western is not None):
         return western or WESTERN[0]
@@ -141,7 +141,7 @@ def guess(raw: Mapping[str, bytes]) -> str:
     return best.encoding
 
 
-def _wide(raw: Mapping[str, bytes]) -> str:
+def _utf16_order(raw: Mapping[str, bytes]) -> str:
     """Return the byte order of UTF-16 without a mark; "" if there are no zero bytes.
 
     Of the two orders, it is the one that gives more letters of common blocks.
@@ -150,20 +150,20 @@ def _wide(raw: Mapping[str, bytes]) -> str:
         return ""
     return max(
         ("utf-16-le", "utf-16-be"),
-        key=lambda encoding: sum(_usual(data, encoding) for data in raw.values()),
+        key=lambda encoding: sum(_count_common_letters(data, encoding) for data in raw.values()),
     )
 
 
-def _usual(data: bytes, encoding: str) -> int:
+def _count_common_letters(data: bytes, encoding: str) -> int:
     """Count the letters in blocks that people write in.
 
     Bytes in the wrong order give letters that are spread over all of Unicode.
     """
     text = data[:GUESSED_FROM_BYTES].decode(encoding, errors="replace")
-    return sum(any(low <= letter <= high for low, high in USUAL) for letter in text)
+    return sum(any(low <= letter <= high for low, high in COMMON_BLOCKS) for letter in text)
 
 
-def _western(sample: bytes) -> str | None:
+def _western_encoding(sample: bytes) -> str | None:
     """Return the first Latin code page in which all of the sample beyond ASCII makes sense.
 
     Letters, quotation marks, dashes and a few other signs do. None if there is none.

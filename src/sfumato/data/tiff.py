@@ -152,8 +152,8 @@ class Page:
     @property
     def kind(self) -> str:
         """The kind of numbers: "u", "i" or "f", or "" for others and where bands differ."""
-        found = {KINDS.get(code, "") for code in self.tags.get(SAMPLES) or (1,)}
-        return found.pop() if len(found) == 1 else ""
+        kinds = {KINDS.get(code, "") for code in self.tags.get(SAMPLES) or (1,)}
+        return kinds.pop() if len(kinds) == 1 else ""
 
     @property
     def dtype(self) -> np.dtype:
@@ -210,11 +210,11 @@ def pages(data: bytes) -> Iterator[Page]:
     """
     order, big = "<" if data[:1] == b"I" else ">", data[:4] in BIG
     (offset,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
-    seen: set[int] = set()
+    visited: set[int] = set()
     while offset:
-        if offset in seen or len(seen) >= MAX_PAGES:
+        if offset in visited or len(visited) >= MAX_PAGES:
             raise ValueError("circular directories, or too many")
-        seen.add(offset)
+        visited.add(offset)
         page, offset = _directory(data, offset, order, big)
         yield page
 
@@ -256,10 +256,10 @@ def frames(data: bytes) -> list[Page]:
 
     If there are only thumbnails and masks, the first page is returned.
     """
-    found: list[Page] = []
+    all_pages: list[Page] = []
     with contextlib.suppress(ValueError, struct.error, OverflowError):
-        found.extend(pages(data))
-    return [page for page in found if page.is_frame] or found[:1]
+        all_pages.extend(pages(data))
+    return [page for page in all_pages if page.is_frame] or all_pages[:1]
 
 
 def single_page(data: bytes, page: Page) -> bytes:
@@ -280,16 +280,16 @@ def read_page(data: bytes, page: Page) -> RawImage:
     """
     check_size(page.width, page.height)
     require_readable(page)
-    array = _assembled(data, page)
+    array = _assemble(data, page)
     orientation = page.one(ORIENTATION, 1)
     if orientation in UPRIGHT:
         array = transpose(array, UPRIGHT[orientation])
     if page.one(PHOTOMETRIC, BLACK_IS_ZERO) == WHITE_IS_ZERO:
         array = np.concatenate(
-            [_inverted(array[..., : page.colours]), array[..., page.colours :]], axis=2
+            [_invert(array[..., : page.colours]), array[..., page.colours :]], axis=2
         )
     if page.alpha and page.tags[EXTRA][0] == 1:
-        array = _unmultiplied(array)
+        array = _unpremultiply(array)
     return RawImage(array, page.alpha)
 
 
@@ -299,14 +299,14 @@ def require_readable(page: Page) -> None:
     readable = page.bits in {"u": (8, 16, 32, 64), "i": (8, 16, 32, 64), "f": (16, 32, 64)}.get(
         page.kind, ()
     )
-    known = (
+    supported = (
         photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
         and page.one(COMPRESSION, 1) in UNPACKED
         and page.one(FILL, 1) == 1
     )
     if (
         not readable
-        or not known
+        or not supported
         or predictor not in (1, 2, 3)
         or not page.colours <= page.bands <= MAX_BANDS
     ):
@@ -320,14 +320,14 @@ def require_readable(page: Page) -> None:
         )
 
 
-def _inverted(values: NDArray[Any]) -> NDArray[Any]:
+def _invert(values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind == "f":
         return (1 - values).astype(values.dtype)
     result: NDArray[Any] = np.invert(values)
     return result
 
 
-def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
+def _unpremultiply(values: NDArray[Any]) -> NDArray[Any]:
     """Divide colours by the alpha that was multiplied into them."""
     top = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
     alpha = values[..., -1:].astype(np.float64)
@@ -338,7 +338,7 @@ def _unmultiplied(values: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([colours.astype(values.dtype), values[..., -1:]], axis=2)
 
 
-def _assembled(data: bytes, page: Page) -> NDArray[Any]:
+def _assemble(data: bytes, page: Page) -> NDArray[Any]:
     """Assemble strips or tiles to (H, W, C) in this machine's byte order."""
     tiled = TILES in page.tags
     offsets = page.tags.get(TILES if tiled else OFFSETS, ())
@@ -370,10 +370,10 @@ def _assembled(data: bytes, page: Page) -> NDArray[Any]:
     for plane in range(planes):
         part = slice(plane * each, (plane + 1) * each)
         total = each * rows if tiled else height
-        raw = _unpacked(
+        raw = _unpack(
             data, page, offsets[part], counts[part], rows, total, width * bands * page.bits // 8
         )
-        values = _without_predictor(raw, page, width, bands)
+        values = _undo_predictor(raw, page, width, bands)
         if tiled:
             values = (
                 values.reshape(down, across, rows, width, bands)
@@ -384,7 +384,7 @@ def _assembled(data: bytes, page: Page) -> NDArray[Any]:
     return result[0] if planes == 1 else np.concatenate(result, axis=2)
 
 
-def _unpacked(
+def _unpack(
     data: bytes,
     page: Page,
     offsets: Sequence[int],
@@ -408,16 +408,16 @@ def _unpacked(
             )
         ]
         if compression == 1:
-            found = np.frombuffer(strips[0][: (bottom - top) * stride], np.uint8)
-            if found.size < (bottom - top) * stride:
+            strip = np.frombuffer(strips[0][: (bottom - top) * stride], np.uint8)
+            if strip.size < (bottom - top) * stride:
                 raise RejectedImage("damaged: the image is cut short")
-            out[top:bottom] = found.reshape(-1, stride)
+            out[top:bottom] = strip.reshape(-1, stride)
         else:
-            out[top:bottom] = _by_libtiff(strips, compression, rows, bottom - top, stride)
+            out[top:bottom] = _unpack_with_libtiff(strips, compression, rows, bottom - top, stride)
     return out
 
 
-def _by_libtiff(
+def _unpack_with_libtiff(
     strips: Sequence[bytes], compression: int, rows: int, total: int, stride: int
 ) -> NDArray[np.uint8]:
     """Unpack strips as those of an 8-bit image of `total` rows of `stride` bytes."""
@@ -456,7 +456,7 @@ def _by_libtiff(
         return np.asarray(image)
 
 
-def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: int) -> NDArray[Any]:
+def _undo_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: int) -> NDArray[Any]:
     """Undo the predictor, and return (rows, width, bands) in this machine's byte order."""
     predictor, rows, itemsize = page.one(PREDICTOR, 1), len(raw), page.bits // 8
     if predictor == 3 and page.one(COMPRESSION, 1) != 1:
@@ -470,6 +470,6 @@ def _without_predictor(raw: NDArray[np.uint8], page: Page, width: int, bands: in
     stored = np.dtype(f"{page.order}{page.kind}{itemsize}")
     values = raw.view(stored).reshape(rows, width, bands).astype(page.dtype, copy=False)
     if predictor == 2 and page.one(COMPRESSION, 1) != 1:
-        whole = np.dtype(f"u{itemsize}")
-        values = np.cumsum(values.view(whole), axis=1, dtype=whole).view(page.dtype)
+        unsigned = np.dtype(f"u{itemsize}")
+        values = np.cumsum(values.view(unsigned), axis=1, dtype=unsigned).view(page.dtype)
     return values

@@ -1,8 +1,8 @@
-"""Whether the condition works: samples are compared with their own condition and with others.
+"""Adherence: whether samples follow their condition.
 
-Every figure is taken three times: for samples and their own condition; for the same samples and
-another sample's condition (the shuffled baseline: what a model that ignores its condition would
-get); and for the real images that the conditions belong to (the ceiling). Conditions come from
+Every metric is computed three times: for samples and their own condition; for the same samples and
+another sample's condition (the shuffled baseline, which a model that ignores its condition gets);
+and for the real images that the conditions belong to (the upper bound). Conditions come from
 held-out images.
 """
 
@@ -27,19 +27,19 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.tables import format_table
 
-LARGEST = 500  # samples of each context
+MAX_SAMPLES = 500  # of each context
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion `successes` in [0, 1] of n trials (Wilson 1927)."""
+def wilson(proportion: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion in [0, 1] of n trials (Wilson 1927)."""
     z = 1.96
-    centre = (successes + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(successes * (1 - successes) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class Estimate:
     """A mean with its 95 % interval: normal, or Wilson's for a proportion."""
 
     mean: float
@@ -47,17 +47,17 @@ class Figure:
     high: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Figure:
+    def of(cls, values: Tensor) -> Estimate:
         """Average one value for each sample, without NaN.
 
         Values that are all 0 or 1 are a proportion.
         """
-        known = values[~values.isnan()].double()
-        if len(known) and bool(((known == 0) | (known == 1)).all()):
-            low, high = wilson(float(known.mean()), len(known))
-            return cls(mean=float(known.mean()), low=low, high=high)
-        mean = float(known.mean()) if len(known) else math.nan
-        half = 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.inf
+        valid = values[~values.isnan()].double()
+        if len(valid) and bool(((valid == 0) | (valid == 1)).all()):
+            low, high = wilson(float(valid.mean()), len(valid))
+            return cls(mean=float(valid.mean()), low=low, high=high)
+        mean = float(valid.mean()) if len(valid) else math.nan
+        half = 1.96 * float(valid.std()) / math.sqrt(len(valid)) if len(valid) > 1 else math.inf
         return cls(mean=mean, low=mean - half, high=mean + half)
 
     def __str__(self) -> str:
@@ -66,12 +66,13 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Adherence:
-    """One figure of one context.
+    """One metric of one context.
 
     Attributes:
-        context: that alone was asked for; "all" for all that the model reads together.
-        figure: what was measured; `better` says whether higher or lower is.
-        own, shuffled, real: see the module.
+        context: name of the only context of the condition; "all" for all contexts together.
+        figure: name of the metric; `better` is `higher` or `lower`.
+        own, shuffled, real: estimates for samples with their own and with shuffled conditions, and
+            for real images; see the module.
         works: whether samples follow their condition: the intervals of own and shuffled do not
             overlap.
     """
@@ -80,9 +81,9 @@ class Adherence:
     figure: str
     better: str
     n: int
-    own: Figure
-    shuffled: Figure
-    real: Figure
+    own: Estimate
+    shuffled: Estimate
+    real: Estimate
 
     @property
     def works(self) -> bool:
@@ -100,40 +101,40 @@ def measure_adherence(
     num: int = 200,
     seed: int = 1,
     guidance: float | None = None,
-    keep: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
+    on_samples: Callable[[str, Mapping[str, Any], Tensor, Tensor], object] | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Adherence]:
     """Measure each context that the model reads, then all together, on held-out conditions.
 
     Args:
-        num: samples of each context, at most LARGEST.
-        keep: called with each context's name, the condition, the samples and the real images (n, C,
-            H, W) in [-1, 1].
-        on_progress: called with the fraction that is done, and what is being done.
+        num: samples of each context, at most MAX_SAMPLES.
+        on_samples: called with each context's name, the condition, the samples and the real images
+            (n, C, H, W) in [-1, 1].
+        on_progress: called with the fraction that is done, and a description of the current part.
     """
-    tell = on_progress or (lambda fraction, text: None)
-    positions = spread(dataset.with_common_shape(dataset.holdout), min(num, LARGEST))
+    report = on_progress or (lambda fraction, text: None)
+    positions = spread(dataset.with_common_shape(dataset.holdout), min(num, MAX_SAMPLES))
     pixels, _, positions = dataset.images(positions)
     real = to_float(pixels)
     context = pipeline.model.conditioner.training_context(
         real, dataset.context(positions), seed=seed, first=0
     )
     reads = [name for name in pipeline.reads if name in context]
-    asked = {name: [name] for name in reads}
+    conditions = {name: [name] for name in reads}
     if len(reads) > 1:
-        asked["all"] = reads
+        conditions["all"] = reads
     rows = []
-    for number, (name, together) in enumerate(asked.items()):
+    for number, (name, together) in enumerate(conditions.items()):
         part = {read: context[read] for read in together}
-        tell(number / len(asked), f"{len(real)} samples by {name}")
+        report(number / len(conditions), f"{len(real)} samples by {name}")
         request = ResolvedRequest.of(part, pipeline.image_shape, len(real))
         samples = pipeline.sample_request(request, seed=seed, guidance=guidance) * 2 - 1
-        if keep is not None:
-            keep(name, part, samples, real)
+        if on_samples is not None:
+            on_samples(name, part, samples, real)
         for figure, (better, metric) in _metrics(
             together, context, real, pipeline, classifier
         ).items():
-            rows.append(_row(name, figure, better, metric, samples, real))
+            rows.append(_adherence(name, figure, better, metric, samples, real))
     return rows
 
 
@@ -144,7 +145,7 @@ def spread(positions: NDArray[np.int64], num: int) -> NDArray[np.int64]:
     ]
 
 
-def _row(
+def _adherence(
     context: str, figure: str, better: str, metric: Metric, samples: Tensor, real: Tensor
 ) -> Adherence:
     own = torch.arange(len(samples))
@@ -154,9 +155,9 @@ def _row(
         figure=figure,
         better=better,
         n=len(samples),
-        own=Figure.of(metric(samples, own)),
-        shuffled=Figure.of(metric(samples, others)),
-        real=Figure.of(metric(real, own)),
+        own=Estimate.of(metric(samples, own)),
+        shuffled=Estimate.of(metric(samples, others)),
+        real=Estimate.of(metric(real, own)),
     )
 
 
@@ -167,54 +168,54 @@ def _metrics(
     pipeline: Pipeline,
     classifier: Classifier | None,
 ) -> dict[str, tuple[str, Metric]]:
-    """Return what can be measured of some contexts together, with the direction that is better."""
-    found: dict[str, tuple[str, Metric]] = {
+    """Return the metrics of some contexts together, each with the direction that is better."""
+    metrics: dict[str, tuple[str, Metric]] = {
         "rank of its own image": ("higher", lambda x, i: retrieval_rank(x, real, i))
     }
     if len(names) > 1:
-        found["IoU of silhouettes"] = ("higher", lambda x, i: silhouette_iou(x, real[i]))
+        metrics["IoU of silhouettes"] = ("higher", lambda x, i: silhouette_iou(x, real[i]))
     for name in names:
         inputs = MetricInputs(
             values=context[name], real=real, conditioner=pipeline.model.conditioner.parts[name],
-            classify=None if classifier is None else lambda x: classifier.read(x)[0],
+            classify=None if classifier is None else lambda x: classifier.predict(x)[0],
         )  # fmt: skip
-        found |= CONTEXTS[name].metrics(inputs)
-    return found
+        metrics |= CONTEXTS[name].metrics(inputs)
+    return metrics
 
 
 def retrieval_rank(images: Tensor, real: Tensor, own: Tensor) -> Tensor:
-    """Return the share of the other real images that are less like each image than its own, (n,).
+    """Return the fraction of other real images that are farther from each image than its own, (n,).
 
-    `own` numbers the real image that belongs to each; 1 is best, 1/2 is chance. Images are compared
-    by the distance between their averages to 8 x 8, which depends on colours and masses but not on
-    small shifts.
+    `own` is the index of the real image that belongs to each; 1 is best, 1/2 is chance. Images are
+    compared by the L2 distance between their averages to 8 x 8, which depends on colours and masses
+    but not on small shifts.
     """
     small, others = (
         F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1) for x in (images, real)
     )
     distances = torch.cdist(small, others)
-    mine = distances.gather(1, own[:, None])
-    farther = (distances > mine).sum(1) + 0.5 * ((distances == mine).sum(1) - 1)
+    own_distances = distances.gather(1, own[:, None])
+    farther = (distances > own_distances).sum(1) + 0.5 * ((distances == own_distances).sum(1) - 1)
     return farther.double() / max(1, len(real) - 1)
 
 
 def adherence_table(rows: list[Adherence]) -> str:
-    """Format the figures as a table."""
-    head = ("context", "figure", "n", "samples", "shuffled conditions", "real images", "follows")
+    """Format adherence as a table."""
+    head = ("context", "metric", "n", "samples", "shuffled conditions", "real images", "follows")
     return format_table(
         [
             head,
             *(
                 (
-                    r.context,
-                    f"{r.figure} ({r.better} is better)",
-                    str(r.n),
-                    str(r.own),
-                    str(r.shuffled),
-                    str(r.real),
-                    "yes" if r.works else "no",
+                    row.context,
+                    f"{row.figure} ({row.better} is better)",
+                    str(row.n),
+                    str(row.own),
+                    str(row.shuffled),
+                    str(row.real),
+                    "yes" if row.works else "no",
                 )
-                for r in rows
+                for row in rows
             ),
         ]
     )

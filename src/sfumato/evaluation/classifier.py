@@ -1,6 +1,6 @@
-"""A small classifier trained on the run's own labelled images.
+"""A small classifier trained on the labelled images of the run.
 
-It classifies samples, and its last hidden layer is the feature space.
+It classifies samples, and its last hidden layer is a feature space.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.data import Dataset, to_float
 
-VIEWS = 200  # of each image, enough for a small set
-FEWEST_STEPS, SMALLEST_BATCH = 100, 16
+EPOCHS = 200  # enough for a small set
+MIN_STEPS, MIN_BATCH_SIZE = 100, 16
 
 
 class _Network(nn.Module):
@@ -29,14 +29,14 @@ class _Network(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
         width, side = 32, resolution
-        # nearly all of the time would go into the largest layers, for nothing in accuracy
+        # convolutions at high resolution would take most of the time without improving accuracy
         while side > 16:
             layers.append(nn.MaxPool2d(2))
             side //= 2
         while side > 2:
-            wider = min(2 * width, 128)
-            layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            width, side = wider, side // 2
+            next_width = min(2 * width, 128)
+            layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            width, side = next_width, side // 2
         self.features = nn.Sequential(
             *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, 64), nn.ReLU()
         )
@@ -49,14 +49,14 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A trained classifier, and its accuracy on images that it has not seen."""
+    """A trained classifier with its accuracy on held-out images."""
 
     network: nn.Module
     held_out_accuracy: float
     name: str
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the category (N,) and the features (N, 64), in float64, of images in [-1, 1]."""
         network: Any = self.network
         parts = [(network(part).argmax(1), network.features(part)) for part in images.split(256)]
@@ -65,7 +65,7 @@ class Classifier:
         ).double()
 
 
-def labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+def select_labelled(dataset: Dataset, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return those of `positions` whose images have a category."""
     result: NDArray[np.int64] = positions[
         (dataset.labels[torch.from_numpy(positions)] >= 0).numpy()
@@ -87,15 +87,16 @@ def train_classifier(
     Noise and label smoothing keep it from becoming overconfident.
 
     Args:
-        steps, batch_size: upper limits; a small set gets fewer, so that each image is seen about
-            200 times.
-        on_progress: called with the share of the steps that are done.
+        steps, batch_size: upper limits; both are smaller for a small set, to train for about 200
+            epochs.
+        on_progress: called with the fraction of the steps that are done.
     """
     positions, held_out = (
-        labelled(dataset, part) for part in (positions, dataset.with_common_shape(dataset.holdout))
+        select_labelled(dataset, part)
+        for part in (positions, dataset.with_common_shape(dataset.holdout))
     )
-    batch_size = min(batch_size, max(SMALLEST_BATCH, len(positions)))
-    steps = min(steps, max(FEWEST_STEPS, VIEWS * len(positions) // batch_size))
+    batch_size = min(batch_size, max(MIN_BATCH_SIZE, len(positions)))
+    steps = min(steps, max(MIN_STEPS, EPOCHS * len(positions) // batch_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(*dataset.image_shape[:2], len(dataset.categories))
@@ -121,6 +122,6 @@ def train_classifier(
     classifier = Classifier(
         network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}"
     )
-    read, _ = classifier.read(to_float(dataset.images(held_out)[0]))
-    accuracy = float((read == dataset.context(held_out)["category"]).double().mean())
+    predicted, _ = classifier.predict(to_float(dataset.images(held_out)[0]))
+    accuracy = float((predicted == dataset.context(held_out)["category"]).double().mean())
     return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)

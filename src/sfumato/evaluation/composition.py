@@ -1,11 +1,10 @@
-"""Combinations that the model has not seen.
+"""Composition: samples of combinations of words that training excluded, compared with real images
+of these combinations.
 
-Samples of their prompts are compared with the real images that were kept from training.
-
-Three makers are compared: the model; a copyist, which returns the training image whose caption is
-most like the prompt (the nearest-neighbour baseline); and the model's samples for other prompts
-(shuffled). A model that only remembers does no better than the copyist; one that ignores its prompt
-does no better than shuffled.
+Three methods are compared: the model; the nearest-neighbour baseline, which returns the training
+image whose caption is most similar to the prompt; and the model's samples for other prompts
+(shuffled). A model that memorizes is no better than the nearest-neighbour baseline; one that ignores
+its prompt is no better than shuffled.
 """
 
 from __future__ import annotations
@@ -21,146 +20,148 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.data import Dataset, to_float
-from sfumato.evaluation.adherence import Figure, spread
+from sfumato.evaluation.adherence import Estimate, spread
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.tables import format_table
 
-LARGEST = 120  # held-out images that are requested
-EACH = 4  # samples of each held-out prompt
+MAX_HELD_OUT = 120  # held-out images whose captions are prompts
+SAMPLES_PER_PROMPT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """Figures of one maker on held-out combinations.
+    """Metrics of one method on held-out combinations.
 
     Attributes:
-        own: share of images whose nearest real image, held-out ones among them, has the caption
-            that was requested.
-        words: overlap (Jaccard) of that nearest image's caption with the prompt.
+        maker: name of the method.
+        prompts: number of distinct prompts.
+        own: fraction of images whose nearest real image, among training and held-out images, has
+            the requested caption.
+        words: overlap (Jaccard index) of that nearest image's caption with the prompt.
         distance: root mean squared distance in [-1, 1] to the real image of the prompt.
     """
 
     maker: str
     prompts: int
     n: int
-    own: Figure
-    words: Figure
-    distance: Figure
+    own: Estimate
+    words: Estimate
+    distance: Estimate
 
 
 def composition(
     pipeline: Pipeline,
     dataset: Dataset,
-    held: NDArray[np.int64],
+    held_out: NDArray[np.int64],
     *,
     seed: int = 1,
     guidance: float | None = None,
 ) -> list[Composition]:
-    """Return figures for the held-out images at positions `held`, which must have captions.
+    """Return metrics for the held-out images at some positions, which must have captions.
 
-    Of more than LARGEST images, that many are evenly chosen. The last row is of the real images.
+    Of more than MAX_HELD_OUT images, that many are evenly chosen. The last row is of the real
+    images.
     """
-    held = spread(held, LARGEST)
-    seen = dataset.with_common_shape(dataset.training)
-    seen = seen[[bool(dataset.entries[i].captions) for i in seen]]
-    captions = {int(i): dataset.entries[i].captions[0] for i in (*seen, *held)}
-    family = _family(seen, held, captions)
-    real = to_float(dataset.images(held)[0])
-    gallery_positions = np.concatenate([family, held])
+    held_out = spread(held_out, MAX_HELD_OUT)
+    training = dataset.with_common_shape(dataset.training)
+    training = training[[bool(dataset.entries[i].captions) for i in training]]
+    captions = {int(i): dataset.entries[i].captions[0] for i in (*training, *held_out)}
+    related = _related(training, held_out, captions)
+    real = to_float(dataset.images(held_out)[0])
+    gallery_positions = np.concatenate([related, held_out])
     gallery = to_float(dataset.images(gallery_positions)[0])
     texts = [captions[int(i)] for i in gallery_positions]
-    prompts = [captions[int(i)] for i in held]
-    asked = torch.arange(len(held)).repeat(EACH)
+    prompts = [captions[int(i)] for i in held_out]
+    prompt_of = torch.arange(len(held_out)).repeat(SAMPLES_PER_PROMPT)
     samples = (
         pipeline.sample(
-            len(asked), prompt=[prompts[i] for i in asked], seed=seed, guidance=guidance
+            len(prompt_of), prompt=[prompts[i] for i in prompt_of], seed=seed, guidance=guidance
         )
         * 2
         - 1
     )
-    copies = gallery[
-        torch.tensor([_most_alike(prompt, texts[: len(family)]) for prompt in prompts])
+    neighbours = gallery[
+        torch.tensor([_most_similar(prompt, texts[: len(related)]) for prompt in prompts])
     ]
-    others = (asked + len(held) // 2) % len(held)
-    everyone = torch.arange(len(held))
+    shuffled = (prompt_of + len(held_out) // 2) % len(held_out)
+    identity = torch.arange(len(held_out))
     return [
-        _figures("the model", samples, asked, prompts, real, gallery, texts),
-        _figures(
-            "a copyist: the training image of the nearest caption",
-            copies,
-            everyone,
+        _metrics("the model", samples, prompt_of, prompts, real, gallery, texts),
+        _metrics(
+            "nearest-neighbour baseline: the training image of the nearest caption",
+            neighbours,
+            identity,
             prompts,
             real,
             gallery,
             texts,
         ),
-        _figures("the model, other prompts", samples, others, prompts, real, gallery, texts),
-        _figures("the real image", real, everyone, prompts, real, gallery, texts),
+        _metrics("the model, other prompts", samples, shuffled, prompts, real, gallery, texts),
+        _metrics("the real image", real, identity, prompts, real, gallery, texts),
     ]
 
 
-def _family(
-    seen: NDArray[np.int64], held: NDArray[np.int64], captions: dict[int, str]
+def _related(
+    training: NDArray[np.int64], held_out: NDArray[np.int64], captions: dict[int, str]
 ) -> NDArray[np.int64]:
-    """Return the training images that could be mistaken for the held-out ones.
+    """Return the training images whose captions are similar to those of the held-out images.
 
     More than half of the words in their captions also appear in captions of held-out images. If
     there are none, all training images are returned.
     """
-    combined = set().union(*(words(captions[int(i)]) for i in held))
+    combined = set().union(*(words(captions[int(i)]) for i in held_out))
     chosen = [
         i
-        for i in seen
+        for i in training
         if len(words(captions[int(i)]) & combined) * 2 > len(words(captions[int(i)]))
     ]
-    return np.array(chosen or list(seen), np.int64)
+    return np.array(chosen or list(training), np.int64)
 
 
 def words(caption: str) -> frozenset[str]:
-    """Return the different words of a caption, in lower case."""
+    """Return the distinct words of a caption, in lower case."""
     return frozenset(re.findall(r"\w+", caption.casefold()))
 
 
 def overlap(a: str, b: str) -> float:
-    """Return the number of words in both captions over that of words in either."""
-    mine, theirs = words(a), words(b)
-    return len(mine & theirs) / max(1, len(mine | theirs))
+    """Return the Jaccard index of the words of two captions."""
+    first, second = words(a), words(b)
+    return len(first & second) / max(1, len(first | second))
 
 
-def _most_alike(prompt: str, texts: Sequence[str]) -> int:
+def _most_similar(prompt: str, texts: Sequence[str]) -> int:
     return max(range(len(texts)), key=lambda i: overlap(prompt, texts[i]))
 
 
-def _figures(
-    maker: str,
+def _metrics(
+    method: str,
     images: Tensor,
-    asked: Tensor,
+    prompt_of: Tensor,
     prompts: Sequence[str],
     real: Tensor,
     gallery: Tensor,
     texts: Sequence[str],
 ) -> Composition:
     half = max(1, images.shape[-1] // 2)
-    small, theirs = (F.adaptive_avg_pool2d(x, half).flatten(1) for x in (images, gallery))
-    nearest = torch.cdist(small, theirs).argmin(1).tolist()
-    wanted = [prompts[i] for i in asked.tolist()]
-    found = [texts[i] for i in nearest]
+    small, references = (F.adaptive_avg_pool2d(x, half).flatten(1) for x in (images, gallery))
+    nearest = torch.cdist(small, references).argmin(1).tolist()
+    requested = [prompts[i] for i in prompt_of.tolist()]
+    retrieved = [texts[i] for i in nearest]
+    pairs = list(zip(retrieved, requested, strict=True))
     return Composition(
-        maker=maker,
+        maker=method,
         prompts=len(set(prompts)),
         n=len(images),
-        own=Figure.of(
-            torch.tensor([float(words(a) == words(b)) for a, b in zip(found, wanted, strict=True)])
-        ),
-        words=Figure.of(torch.tensor([overlap(a, b) for a, b in zip(found, wanted, strict=True)])),
-        distance=Figure.of((images - real[asked]).square().flatten(1).mean(1).sqrt()),
+        own=Estimate.of(torch.tensor([float(words(a) == words(b)) for a, b in pairs])),
+        words=Estimate.of(torch.tensor([overlap(a, b) for a, b in pairs])),
+        distance=Estimate.of((images - real[prompt_of]).square().flatten(1).mean(1).sqrt()),
     )
 
 
 def composition_table(rows: Sequence[Composition]) -> str:
-    """Format the figures as a table."""
+    """Format the metrics as a table."""
     head = (
-        "maker",
+        "method",
         "n",
         "nearest real image is the requested one",
         "overlap of its caption",

@@ -1,5 +1,5 @@
-"""The whole evaluation of a pipeline: fidelity, memorization, adherence and composition, as
-figures, tables and images.
+"""The complete evaluation of a pipeline: fidelity, memorization, adherence and composition, as
+metrics, tables and images.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from sfumato.data import Dataset, to_float
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.classifier import Classifier, train_classifier
 from sfumato.evaluation.composition import Composition, composition, composition_table
-from sfumato.evaluation.fidelity import Evaluation, compared, evaluate
+from sfumato.evaluation.fidelity import Evaluation, evaluate, evaluation_split
 from sfumato.evaluation.gallery import gallery
 from sfumato.evaluation.memorization import Neighbours
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.images import Alpha, grid_image, save_png
 from sfumato.observability.tables import format_table
 
-PAIRS = 10
-Tell = Callable[[float, str], None]
+NUM_PAIRS = 10  # of samples with their nearest training images
+ProgressCallback = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationReport:
-    """Everything that was measured.
+    """All metrics of a pipeline.
 
     Attributes:
         fidelity: distances, copies and category accuracy, for each guidance scale and for held-out
             images.
-        adherence: whether each context works.
-        composition: by the name of a hold-out, figures of its combinations.
-        guidance: scale at which contexts were judged.
-        images: sheets by the name of their file.
+        adherence: whether samples follow each context.
+        composition: metrics of the combinations of each named hold-out.
+        guidance: guidance scale of adherence and composition.
+        images: sheets of images by file name.
     """
 
     fidelity: Evaluation
@@ -51,7 +51,7 @@ class EvaluationReport:
     images: Mapping[str, Image.Image]
 
     def plain(self) -> dict[str, Any]:
-        """Return all figures as plain data."""
+        """Return all metrics as plain data."""
         return {
             **self.fidelity.plain(),
             "adherence_guidance": self.guidance,
@@ -62,32 +62,31 @@ class EvaluationReport:
         }
 
     def json(self) -> str:
-        """Return all figures as JSON."""
+        """Return all metrics as JSON."""
         return json.dumps(self.plain(), indent=1)
 
     def table(self) -> str:
-        """Format all figures as tables, with remarks."""
+        """Format all metrics as tables, with remarks."""
         parts = [
             fidelity_table(self.fidelity),
             *(f"note: {remark}" for remark in self.fidelity.remarks),
         ]
         if self.adherence:
             parts += [
-                f"\ndoes the condition work? (guidance {self.guidance:g}; each context alone, on "
-                "held-out ones; then all together)",
+                f"\nadherence to the condition (guidance {self.guidance:g}; contexts of held-out images, "
+                "each alone, then all together)",
                 adherence_table(list(self.adherence)),
             ]
         for name, rows in self.composition.items():
             if rows:
                 parts += [
-                    f"\ncombinations that were kept from training: {name}, {rows[0].prompts} "
-                    "prompts"
+                    f"\ncombinations excluded from training: {name}, {rows[0].prompts} prompts"
                 ]
                 parts += [composition_table(list(rows))]
         return "\n".join(parts)
 
     def save(self, path: Path) -> None:
-        """Write the figures to a JSON file, and the images into its folder."""
+        """Write the metrics to a JSON file, and the images into its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, image in self.images.items():
             save_png(image, path.parent / name)
@@ -101,33 +100,35 @@ def evaluate_pipeline(
     num: int = 500,
     guidance: Sequence[float] = (),
     seed: int = 1,
-    on_progress: Tell = lambda fraction, text: None,
+    on_progress: ProgressCallback = lambda fraction, text: None,
 ) -> EvaluationReport:
     """Compare samples with held-out images of the dataset that a pipeline was trained on.
 
     Args:
         num: images to generate for each guidance scale.
-        guidance: scales to compare, by default 1 and the pipeline's own; contexts are judged at the
-            largest.
+        guidance: scales to compare, by default 1 and the pipeline's default; adherence and
+            composition are measured at the largest.
         seed: seed of the generated images.
-        on_progress: called with the fraction that is done, and what is being done.
+        on_progress: called with the fraction that is done, and a description of the current part.
     Raises:
         DataError: if too few images are held out.
     """
-    compared(dataset)  # refuses what is too small before a classifier is trained
+    evaluation_split(dataset)  # refuses a small dataset before a classifier is trained
     scales = list(guidance) or sorted({1.0, pipeline.sampling.guidance})
     strongest, images = max(scales), dict[str, Image.Image]()
     classifier = (
         _classifier(dataset, _part(on_progress, 0.0, 0.1)) if len(dataset.categories) > 1 else None
     )
 
-    def keep_pairs(scale: float, samples: Tensor, neighbours: Neighbours) -> None:
+    def draw_pairs(scale: float, samples: Tensor, neighbours: Neighbours) -> None:
         images[f"nearest-guidance-{scale:g}.png"] = _pairs(
             dataset, samples, neighbours, pipeline.info.alpha
         )
 
-    def keep_gallery(name: str, asked: Mapping[str, Any], samples: Tensor, real: Tensor) -> None:
-        images[f"asked-by-{name}.png"] = gallery(asked, samples, real, info=pipeline.info)
+    def draw_gallery(
+        name: str, condition: Mapping[str, Any], samples: Tensor, real: Tensor
+    ) -> None:
+        images[f"asked-by-{name}.png"] = gallery(condition, samples, real, info=pipeline.info)
 
     fidelity = evaluate(
         pipeline,
@@ -136,17 +137,17 @@ def evaluate_pipeline(
         guidances=scales,
         seed=seed,
         on_progress=_part(on_progress, 0.1, 0.5),
-        reader=classifier,
-        keep=keep_pairs,
+        classifier=classifier,
+        on_samples=draw_pairs,
     )
     adherence = measure_adherence(
         pipeline, dataset, classifier=classifier, num=num, seed=seed, guidance=strongest,
-        on_progress=_part(on_progress, 0.5, 0.85), keep=keep_gallery,
+        on_progress=_part(on_progress, 0.5, 0.85), on_samples=draw_gallery,
     )  # fmt: skip
-    on_progress(0.85, "combinations that were kept from training")
+    on_progress(0.85, "combinations excluded from training")
     composed = {
-        name: _composed(pipeline, dataset, held, seed, strongest)
-        for name, held in dataset.named_holdouts.items()
+        name: _composition(pipeline, dataset, positions, seed, strongest)
+        for name, positions in dataset.named_holdouts.items()
     }
     return EvaluationReport(
         fidelity=fidelity,
@@ -157,29 +158,33 @@ def evaluate_pipeline(
     )
 
 
-def _classifier(dataset: Dataset, tell: Tell) -> Classifier:
+def _classifier(dataset: Dataset, report: ProgressCallback) -> Classifier:
     """Train the classifier of samples on the run's training images."""
     return train_classifier(
         dataset,
         dataset.with_common_shape(dataset.training),
-        on_progress=lambda fraction: tell(fraction, "training a classifier on the real images"),
+        on_progress=lambda fraction: report(fraction, "training a classifier on the real images"),
     )
 
 
-def _part(tell: Tell, start: float, stop: float) -> Tell:
-    """Return a progress callback for one measurement, which takes a part of the whole."""
-    return lambda fraction, text: tell(start + (stop - start) * fraction, text)
+def _part(report: ProgressCallback, start: float, stop: float) -> ProgressCallback:
+    """Return a progress callback for a part of the evaluation, from `start` to `stop`."""
+    return lambda fraction, text: report(start + (stop - start) * fraction, text)
 
 
-def _composed(
-    pipeline: Pipeline, dataset: Dataset, held: NDArray[Any], seed: int, guidance: float
+def _composition(
+    pipeline: Pipeline, dataset: Dataset, positions: NDArray[Any], seed: int, guidance: float
 ) -> list[Composition]:
-    """Return the figures of a hold-out's combinations.
+    """Return the composition metrics of a named hold-out.
 
     The list is empty unless the model reads text and at least two of the images have captions.
     """
-    held = dataset.with_common_shape(held)
-    captioned = held[[bool(dataset.entries[i].captions) for i in held]] if len(held) else held
+    positions = dataset.with_common_shape(positions)
+    captioned = (
+        positions[[bool(dataset.entries[i].captions) for i in positions]]
+        if len(positions)
+        else positions
+    )
     if part_of(pipeline.model.conditioner, Text) is None or len(captioned) < 2:
         return []
     return composition(pipeline, dataset, captioned, seed=seed, guidance=guidance)
@@ -187,7 +192,7 @@ def _composed(
 
 def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alpha) -> Image.Image:
     """Draw the samples closest to a training image, each above that image."""
-    closest = neighbours.first.argsort()[:PAIRS]
+    closest = neighbours.first.argsort()[:NUM_PAIRS]
     real = (
         to_float(
             dataset.images(
@@ -203,7 +208,7 @@ def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alp
 
 
 def fidelity_table(result: Evaluation) -> str:
-    """Format the figures as a table, whose first row is that of real held-out images."""
+    """Format fidelity as a table, whose first row is that of real held-out images."""
     columns = (
         "",
         "n",
@@ -227,14 +232,14 @@ def fidelity_table(result: Evaluation) -> str:
     ]
     accuracy = result.classifier_accuracy
     head = (
-        f"classifier trained on the run's real images: {accuracy:.1%} right on "
-        f"{result.rows[0].n} held-out ones; "
+        f"classifier trained on the run's real images: accuracy {accuracy:.1%} on "
+        f"{result.rows[0].n} held-out images; "
         if accuracy is not None
-        else "no categories, so that samples are not classified; "
+        else "no categories, so samples are not classified; "
     ) + (
-        f"Fréchet distances to {result.reference} training images in the features of "
+        f"Fréchet distance to {result.reference} training images, features of "
         f"{result.extractor}"
-        f"{', which saw the others' if accuracy is not None else ''}; "
+        f"{', trained on the other half of the training set' if accuracy is not None else ''}; "
         f"nearest of {result.training} training images by distance in pixels"
     )
     return f"{head}\n{format_table([columns, *rows])}"

@@ -28,7 +28,9 @@ from sfumato.networks import Backbone
 from sfumato.sampling import (
     SAMPLERS,
     DPMSolverPP2M,
+    Even,
     SamplerConfig,
+    Spacing,
 )
 
 
@@ -56,6 +58,7 @@ class SamplingConfig:
         sampler: the solver.
         schedule: where its grid of levels comes from; need not be the one trained on.
         steps: denoising steps.
+        spacing: where on the schedule the levels of the grid lie.
         guidance: classifier-free guidance scale; 1 is off.
         interval: log-SNR from where to where guidance acts; outside, the condition alone does.
         clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models
@@ -65,6 +68,7 @@ class SamplingConfig:
     sampler: SamplerConfig = with_shorthands(DPMSolverPP2M(), SAMPLERS)
     schedule: Schedule = Linear()
     steps: Count = 25
+    spacing: Spacing = Even()
     guidance: Finite = 1.0
     interval: tuple[Limit, Limit] = (-math.inf, math.inf)
     clip: bool = False

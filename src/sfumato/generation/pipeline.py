@@ -20,6 +20,7 @@ from sfumato.diffusion import (
     Denoiser,
     GuidanceTerm,
     Inpaint,
+    NoiseLevel,
     WithCondition,
 )
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
@@ -276,9 +277,14 @@ class Pipeline:
         )
         spans = _spans(num, skip, batch_size)
         scales = self._scales(settings)
-        levels = grid(self.sampling.schedule, settings.steps, strength=resolved.strength)
         if resolved.strength == 0:
             return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
+        levels = grid(
+            self.sampling.schedule,
+            settings.steps,
+            strength=resolved.strength,
+            spacing=self.sampling.spacing,
+        )
 
         def images(span: slice) -> Tensor:
             part = resolved.rows(span, self._device)
@@ -290,7 +296,7 @@ class Pipeline:
                 x = sample(
                     solver,
                     self._denoiser(part, start, terms, settings, options.autoguidance),
-                    levels.at(0).like(start).mix(start, noise(start)),
+                    self._first_state(part, start, noise(start), levels.at(0)),
                     levels,
                     condition=condition,
                     noise=noise,
@@ -318,6 +324,18 @@ class Pipeline:
             return self._zeros(part.start)
         with torch.no_grad():
             return self.autoencoder.encode(part.start)
+
+    def _first_state(
+        self, part: ResolvedRequest, start: Tensor, noise: Tensor, level: NoiseLevel
+    ) -> Tensor:
+        """Return the noisy latents that a trajectory begins with, (B, C, H, W).
+
+        Pure noise has the deviation of noisy data at this level, so that it fits schedules that
+        stop short of it; where alpha = 0, that is sigma.
+        """
+        if part.is_image_to_image:
+            return level.mix(start, noise)
+        return noise / self.model.config.input_scale(level.like(noise))
 
     def _denoiser(
         self,
@@ -382,9 +400,10 @@ class Pipeline:
         scales = self._scales(settings)
         names = {name for request in requests for name in request.names}
         fractions = torch.linspace(0, 1, num, device=self._device)
-        levels = grid(self.sampling.schedule, settings.steps)
+        levels = grid(self.sampling.schedule, settings.steps, spacing=self.sampling.spacing)
         noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), fractions.tolist())
-        x = levels.at(0).sigma * noise(self._zeros(requests[0].start.expand(num, -1, -1, -1)))
+        zeros = self._zeros(requests[0].start.expand(num, -1, -1, -1))
+        x = self._first_state(requests[0], zeros, noise(zeros), levels.at(0))
 
         def mixed(a: Condition, b: Condition) -> Condition:
             return a.expand(num).lerp(b.expand(num), fractions)

@@ -28,7 +28,7 @@ SQUARES, SHADE = 8, 0.8
 POINT = 3  # pixels of a point's side
 
 
-def shown(images: Tensor, alpha: Alpha = "straight") -> Tensor:
+def to_display_rgb(images: Tensor, alpha: Alpha = "straight") -> Tensor:
     """Convert images (N, C, H, W) in [0, 1] to RGB (N, 3, H, W) for display.
 
     Images with alpha are composited over a checkerboard. Of more than three colours the first three
@@ -56,8 +56,15 @@ def _checkerboard(height: int, width: int) -> Tensor:
 
 
 def to_uint8(images: Tensor, alpha: Alpha = "straight") -> NDArray[np.uint8]:
-    """Convert images (N, C, H, W) in [0, 1] to RGB (N, H, W, 3), as `shown` does."""
-    return (shown(images, alpha) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Convert images (N, C, H, W) in [0, 1] to RGB (N, H, W, 3), as `to_display_rgb` does."""
+    return (
+        (to_display_rgb(images, alpha) * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -66,16 +73,16 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def scattered(points: Tensor, size: tuple[int, int]) -> Tensor:
+def draw_points(points: Tensor, size: tuple[int, int]) -> Tensor:
     """Draw points (N, D) in [-1, 1] as dark dots on white, (1, H, W) in [0, 1].
 
     The view is along the third axis, with y upwards. Points with a NaN are left out.
     """
     height, width = size
     sheet = torch.ones(1, 1, height, width)
-    known = points[~points.isnan().any(1), :2].clamp(-1, 1)
-    columns = ((known[:, 0] + 1) / 2 * (width - 1)).round().long()
-    rows = ((1 - known[:, 1]) / 2 * (height - 1)).round().long()
+    visible = points[~points.isnan().any(1), :2].clamp(-1, 1)
+    columns = ((visible[:, 0] + 1) / 2 * (width - 1)).round().long()
+    rows = ((1 - visible[:, 1]) / 2 * (height - 1)).round().long()
     sheet[0, 0, rows, columns] = 0.0
     return -F.max_pool2d(-sheet, POINT, stride=1, padding=POINT // 2)[0]
 

@@ -21,8 +21,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        kept = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        records = [line for line in read_lines(path) if line.get("step", 0) <= after_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in records))
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:

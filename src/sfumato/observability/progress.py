@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 PLAIN_EVERY_S = 5.0
-TELLS_AFTER_S, TELLS_FROM, TELLS_SAMPLES = (
+ETA_AFTER_S, ETA_FROM, ETA_UPDATES = (
     5.0,
     0.01,
     20,
@@ -29,9 +29,9 @@ def console() -> Console:
 
 def duration(seconds: float) -> str:
     """Format seconds as "1:05:09", or as "5:09" below an hour."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    total = max(0, round(seconds))
+    hours, minutes = divmod(total // 60, 60)
+    return f"{hours}:{minutes:02d}:{total % 60:02d}" if hours else f"{minutes}:{total % 60:02d}"
 
 
 def printable(text: str) -> str:
@@ -106,7 +106,7 @@ class TimeLeft:
     def __init__(self, begun: float) -> None:
         self._begun = self._last = begun
         self._from = self._last_fraction = 0.0
-        self._seen, self._speed = 0, 0.0
+        self._updates, self._speed = 0, 0.0
 
     def start_at(self, fraction: float) -> None:
         """Set the fraction at which the work begins, if not at 0."""
@@ -114,19 +114,19 @@ class TimeLeft:
 
     def at(self, now: float, fraction: float) -> float | None:
         """Estimate the seconds left at time `now`; None until enough is done to tell."""
-        self._seen += 1
+        self._updates += 1
         gained, passed = fraction - self._last_fraction, now - self._last
         if gained > 0 and passed > 0:
             # the mean of all while there are few
-            share = max(1 - math.exp(-passed / MEMORY_S), 1 / self._seen)
+            share = max(1 - math.exp(-passed / MEMORY_S), 1 / self._updates)
             self._speed += share * (gained / passed - self._speed)
             self._last, self._last_fraction = now, fraction
         if fraction >= 1:
             return 0.0
-        told = now - self._begun >= TELLS_AFTER_S and (
-            fraction - self._from >= TELLS_FROM or self._seen >= TELLS_SAMPLES
+        reliable = now - self._begun >= ETA_AFTER_S and (
+            fraction - self._from >= ETA_FROM or self._updates >= ETA_UPDATES
         )
-        return (1 - fraction) / self._speed if told and self._speed > 0 else None
+        return (1 - fraction) / self._speed if reliable and self._speed > 0 else None
 
 
 class Clock:

@@ -50,17 +50,17 @@ def require_sinks(
     Raises:
         ConfigError: naming the extra that is not installed.
     """
-    found = []
+    openers = []
     for name in names:
         try:
-            found.append(import_module(f"sfumato.observability.{name}_sink").open_sink)
+            openers.append(import_module(f"sfumato.observability.{name}_sink").open_sink)
         except ImportError:
             raise ConfigError(
                 f"{name} is not installed",
                 where="log.sinks",
                 hint=f"pip install 'sfumato[{name}]', or leave it out",
             ) from None
-    return found
+    return openers
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

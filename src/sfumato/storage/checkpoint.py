@@ -98,9 +98,9 @@ def save(
 
 def _prune(root: Path, keep: int) -> None:
     """Remove all checkpoints except the newest `keep` and the newest sound one."""
-    found = paths(root)
-    newest_sound = next(filter(_is_sound, found), None)
-    for old in found[keep:]:
+    checkpoints = paths(root)
+    newest_sound = next(filter(_is_sound, checkpoints), None)
+    for old in checkpoints[keep:]:
         if old != newest_sound:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -258,7 +258,7 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
     steps = sorted(
         int(path.stem[5:]) for path in root.glob("step-*.safetensors") if NAME.fullmatch(path.stem)
     )
-    earlier = [found for found in steps if found <= step]
+    earlier = [snapshot for snapshot in steps if snapshot <= step]
     if not earlier:
         listed = ", ".join(map(str, steps)) or "none yet"
         raise CheckpointError(
@@ -273,8 +273,10 @@ def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:
 
 def paths(root: Path) -> list[Path]:
     """Return the committed checkpoints under `root`, newest first."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    checkpoints = [
+        path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(checkpoints, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def sweep(root: Path) -> None:
@@ -292,7 +294,7 @@ def load_newest(root: Path) -> tuple[Checkpoint, list[str]]:
         CheckpointError: if there is none, or if another version wrote it. A run never silently
             starts over.
     """
-    loaded, damaged = _newest_whole(root)
+    loaded, damaged = _newest_intact(root)
     warnings: list[str] = []
     for path, error in damaged:
         warnings.append(
@@ -315,7 +317,7 @@ def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: if there is none, or if another version wrote it.
     """
-    loaded, damaged = _newest_whole(root)
+    loaded, damaged = _newest_intact(root)
     if loaded is None and not damaged:
         raise CheckpointError(
             "holds no checkpoint yet", where=str(root), hint="wait for the first one, or train"
@@ -333,7 +335,7 @@ def read_newest(root: Path) -> tuple[Checkpoint, list[str]]:
     ]
 
 
-def _newest_whole(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
+def _newest_intact(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, CheckpointError]]]:
     """Load the newest intact checkpoint, None if there is none; list the newer, damaged ones.
 
     Each of these comes with the error that it raised.

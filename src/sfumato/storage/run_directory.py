@@ -25,7 +25,7 @@ from sfumato.storage.output_paths import require_writable
 
 HEARTBEAT_S = 5.0
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-DESCRIPTIONS = ("config.yaml", "data.json", "environment.json")
+DESCRIPTION_FILES = ("config.yaml", "data.json", "environment.json")
 
 
 class RunDirectory:
@@ -96,10 +96,10 @@ class RunDirectory:
 
         A stage has no configuration file.
         """
-        made = RunDirectory(self.path / name, root=self.root)
-        for folder in (made.checkpoints, made.samples):
+        stage = RunDirectory(self.path / name, root=self.root)
+        for folder in (stage.checkpoints, stage.samples):
             folder.mkdir(parents=True, exist_ok=True)
-        return made
+        return stage
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class RunDirectory:
         """
         before = {
             path: path.read_bytes()
-            for path in map(self.path.joinpath, DESCRIPTIONS)
+            for path in map(self.path.joinpath, DESCRIPTION_FILES)
             if path.is_file()
         }
         try:
@@ -237,14 +237,14 @@ def commit(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
             if (folder / "commondir").is_file()
             else folder
         )
-        found = (folder / "HEAD").read_text().strip()
-        if found.startswith("ref: "):
-            found = _resolved(found.removeprefix("ref: "), folder, shared)
-        return found if HASH.fullmatch(found) else None
+        head = (folder / "HEAD").read_text().strip()
+        if head.startswith("ref: "):
+            head = _resolve_ref(head.removeprefix("ref: "), folder, shared)
+        return head if HASH.fullmatch(head) else None
     return None
 
 
-def _resolved(name: str, *folders: Path) -> str:
+def _resolve_ref(name: str, *folders: Path) -> str:
     """Return the hash that a branch points to, read from its own file or from packed-refs.
 
     "" if there is none yet.

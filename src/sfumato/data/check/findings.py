@@ -37,7 +37,8 @@ KINDS = {
     "duplicate": Kind(
         "Exact duplicates",
         "An image that appears k times gets k times the weight, and is memorized first.",
-        "Keep one of each; the reject list contains the duplicates with the same label and caption.",
+        "Keep one of each; the reject list contains the duplicates with the same label "
+        "and caption.",
         True,
     ),
     "near_duplicate": Kind(

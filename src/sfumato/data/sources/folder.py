@@ -60,9 +60,9 @@ class Folder(Source):
                 hint="name the folder that holds the images",
             )
         root = self.path.rstrip("/") or "/"
-        found = files.explore(root)
-        names = outside_runs(found.names)
-        runs = len(found.names) - len(names)
+        walk = files.explore(root)
+        names = outside_runs(walk.names)
+        runs = len(walk.names) - len(names)
         return ImageFolderReader(
             where=self.path, names=names,
             blob=lambda name: File(f"{root}/{name}"),
@@ -70,8 +70,8 @@ class Folder(Source):
             check=lambda name: files.check_contained(root, name),
             check_text=lambda name: files.check_link(root, name),
             metadata=self.metadata, unnamed=self.unnamed,
-            rejects=[Reject(printable_name(name), reason) for name, reason in found.passed_over],
-            aside={"files of runs": runs} if runs else {},
+            rejects=[Reject(printable_name(name), reason) for name, reason in walk.passed_over],
+            other_files={"files of runs": runs} if runs else {},
         ).listing()  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def outside_runs(names: Sequence[str]) -> Sequence[str]:
 
     `sfumato train .` puts runs among the images, and their samples must not be trained on.
     """
-    known = set(names)
+    all_names = set(names)
     places = {name.rpartition("/")[0] for name in names if name.endswith("/status.json")}
-    runs = tuple(f"{place}/" for place in places if f"{place}/config.yaml" in known)
+    runs = tuple(f"{place}/" for place in places if f"{place}/config.yaml" in all_names)
     return [name for name in names if not name.startswith(runs)]

@@ -50,7 +50,7 @@ class FolderLayout:
     @classmethod
     def of(cls, names: Sequence[str]) -> FolderLayout:
         """Derive the layout from the paths of images. A stray image decides nothing."""
-        wrapper, names = _unwrapped(names)
+        wrapper, names = _strip_wrapper(names)
         tops = sorted({name.partition("/")[0] for name in names if "/" in name})
         kinds = {top: split_of(top) for top in tops}
         trained = [top for top in tops if kinds[top] == TRAIN]
@@ -66,7 +66,7 @@ class FolderLayout:
             for name in names
             if name.partition("/")[0] in splits and "/" in name
         ]
-        inner, below = _unwrapped(below)
+        inner, below = _strip_wrapper(below)
         nested, remark = _categories(
             sorted({name.partition("/")[0] for name in below if "/" in name}),
             any("/" not in n for n in below),
@@ -79,20 +79,20 @@ class FolderLayout:
         """Return what the folders say of one image."""
         if not name.startswith(self.wrapper):
             return Place(stray=BESIDE_WRAPPER)
-        rest, holdout = name[len(self.wrapper) :], None
+        path, holdout = name[len(self.wrapper) :], None
         if self.splits:
-            top, slash, below = rest.partition("/")
+            top, slash, below = path.partition("/")
             if not slash and self.rooted:
                 return Place()
             if not slash or top not in self.splits:
                 return Place(stray=BESIDE_SPLITS)
-            holdout, rest = self.splits[top], below
-            if not rest.startswith(self.inner):
+            holdout, path = self.splits[top], below
+            if not path.startswith(self.inner):
                 return Place(holdout=holdout, stray=BESIDE_SPLITS)
-            rest = rest[len(self.inner) :]
+            path = path[len(self.inner) :]
         if not self.nested:
             return Place(holdout=holdout)
-        category, slash, _ = rest.partition("/")
+        category, slash, _ = path.partition("/")
         return (
             Place(printable_name(category), holdout)
             if slash
@@ -100,7 +100,7 @@ class FolderLayout:
         )
 
 
-def _unwrapped(names: Sequence[str]) -> tuple[str, list[str]]:
+def _strip_wrapper(names: Sequence[str]) -> tuple[str, list[str]]:
     """Return the folders that hold all images, and the paths below them.
 
     Strays beside a folder with folders in it are ignored.

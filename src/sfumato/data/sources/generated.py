@@ -22,12 +22,12 @@ def build_once(folder: str, name: str, write: Callable[[BinaryIO], None]) -> Pat
     If the cache cannot be written to, the file is written for this process alone.
     """
     try:
-        return _made(files.cache_folder() / folder / name, write)
+        return _write_once(files.cache_folder() / folder / name, write)
     except OSError:
-        return _made(Path(_spare_folder().name, name), write)
+        return _write_once(Path(_spare_folder().name, name), write)
 
 
-def _made(target: Path, write: Callable[[BinaryIO], None]) -> Path:
+def _write_once(target: Path, write: Callable[[BinaryIO], None]) -> Path:
     """Return `target`, written atomically if it does not exist.
 
     Two processes may do so at once: either file is complete.

@@ -109,13 +109,13 @@ class HuggingFace(Source):
             if hasattr(data.features.get(key), "names")
         }
         annotations = [column for column in MAPS if column in images]
-        known = data.select_columns(
+        annotation_columns = data.select_columns(
             [name for name in data.column_names if is_known_column(name) and name not in images]
         )
         width = len(str(max(0, len(data) - 1)))
         entries, rejects = [], []
         for row in range(len(data)):
-            record = _record(known, row, self.path)
+            record = _record(annotation_columns, row, self.path)
             for key, labels in names.items():
                 if isinstance(record.get(key), int) and 0 <= record[key] < len(labels):
                     record[key] = labels[record[key]]

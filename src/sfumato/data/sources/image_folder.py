@@ -44,7 +44,7 @@ class Sidecar(NamedTuple):
     name: str
 
 
-class _Owners:
+class _ImagesByStem:
     """Images by the names of what lies beside them: `0.txt`, `0.TXT` and `0.png.txt` are all beside
     `0.png`.
     """
@@ -74,11 +74,11 @@ class ImageFolderReader:
         head: the first bytes of a file.
         metadata: "off" reads neither tables nor dataset.json.
         unnamed: whether images that metadata do not name are left out, or used without a caption.
-        inside: the path of a file as the layout sees it; shown: as people do.
+        inside: the path of a file as the layout sees it; display_name: as people do.
         holdout: the hold-out of a file by the archive that it is in, where its folders name none.
         unit: what the files are called.
-        rejects, remarks: what was left out, and said, before; aside: files that are known not to be
-            of the set, by kind.
+        rejects, remarks: what was already left out and noted; other_files: files that are known not
+            to be of the set, by kind.
     """
 
     where: str
@@ -90,20 +90,20 @@ class ImageFolderReader:
     metadata: Literal["auto", "off"] = "auto"
     unnamed: Literal["leave_out", "use"] = "leave_out"
     inside: Callable[[str], str] = str
-    shown: Callable[[str], str] = printable_name
+    display_name: Callable[[str], str] = printable_name
     holdout: Callable[[str], str | None] = lambda name: None
     unit: str = "files"
     rejects: Sequence[Reject] = ()
     remarks: Sequence[str] = ()
-    aside: Mapping[str, int] = field(default_factory=dict)
+    other_files: Mapping[str, int] = field(default_factory=dict)
     status: FileStatus = field(init=False)
 
     def __post_init__(self) -> None:
         self.status = FileStatus(
-            shown=self.shown,
+            display_name=self.display_name,
             rejects=list(self.rejects),
             remarks=list(self.remarks),
-            sidecars=Counter(self.aside),
+            sidecars=Counter(self.other_files),
         )
 
     def listing(self) -> Listing:
@@ -112,26 +112,26 @@ class ImageFolderReader:
         Raises:
             DataError: if there are none, or the metadata name none of them.
         """
-        found = (
+        count = (
             len(self.names)
-            + sum(self.aside.values())
+            + sum(self.other_files.values())
             + sum(not reject.part for reject in self.rejects)
         )
         images, annotations = self._images()
         if not images:
-            raise self._nothing()
-        sidecars = self._assigned(images, annotations)
-        told = (
+            raise self._no_images_error()
+        sidecars = self._assign_sidecars(images, annotations)
+        metadata = (
             self._metadata().read(images, annotations)
             if self.metadata == "auto"
             else MetadataFacts({}, categories=False)
         )
         layout = FolderLayout.of([self.inside(name) for name in images])
         texts = self._texts(sidecars)
-        entries = list(self._entries(images, layout, told, sidecars, texts))
+        entries = list(self._entries(images, layout, metadata, sidecars, texts))
         if not entries:
-            raise self._nothing()
-        self._rest()
+            raise self._no_images_error()
+        self._leave_out_rest()
         status = self.status
         status.remarks += [
             line for line in (_layout_line(layout, entries), layout.remark, texts.note) if line
@@ -141,7 +141,7 @@ class ImageFolderReader:
             rejects=status.rejects,
             sidecars=dict(sorted(status.sidecars.items())),
             unit=self.unit,
-            found=found,
+            found=count,
             remarks=tuple(status.remarks),
         )
 
@@ -156,9 +156,9 @@ class ImageFolderReader:
             status=self.status,
         )
 
-    def _nothing(self) -> DataError:
+    def _no_images_error(self) -> DataError:
         """Return the error for a tree without images, with the most common reasons first."""
-        self._rest()
+        self._leave_out_rest()
         counts = Counter(reject.reason for reject in self.status.rejects)
         reasons = "; ".join(
             f"{count} {self.unit}: {reason}" for reason, count in counts.most_common(3)
@@ -171,18 +171,18 @@ class ImageFolderReader:
 
     def _images(self) -> tuple[list[str], dict[str, str]]:
         """Find the images, and the annotations (`cat.mask.png`) with the stems of their images."""
-        found = [
+        images = [
             name
             for name in self.names
             if is_image(name) or (not has_known_ending(name) and self._looks_like_image(name))
         ]
-        stems = {stem_of(name) for name in found}
+        stems = {stem_of(name) for name in images}
         annotations = {
             name: owner
             for name in self.names
             if (owner := _annotated_stem(name, stems)) is not None
         }
-        return [name for name in found if name not in annotations], annotations
+        return [name for name in images if name not in annotations], annotations
 
     def _looks_like_image(self, name: str) -> bool:
         try:
@@ -190,11 +190,11 @@ class ImageFolderReader:
         except OSError:
             return False
 
-    def _assigned(
+    def _assign_sidecars(
         self, images: Sequence[str], annotations: dict[str, str]
     ) -> dict[str, list[Sidecar]]:
         """Return what lies beside each image, by the image's name."""
-        owners = _Owners(images)
+        owners = _ImagesByStem(images)
         sidecars: dict[str, list[Sidecar]] = {}
         for name, stem in annotations.items():
             kind = stem_of(name).rpartition(".")[2].lower()
@@ -224,8 +224,8 @@ class ImageFolderReader:
             try:
                 texts.add(name, self.blob(self.check_text(name)).read())
             except (OSError, ValueError, UnsafePath) as error:
-                what = "JSON" if name.lower().endswith(".json") else "caption"
-                self.status.leave_out(name, f"{what} left out: {error}")
+                kind = "JSON" if name.lower().endswith(".json") else "caption"
+                self.status.leave_out(name, f"{kind} left out: {error}")
         texts.settle()
         return texts
 
@@ -233,62 +233,62 @@ class ImageFolderReader:
         self,
         images: Sequence[str],
         layout: FolderLayout,
-        told: MetadataFacts,
+        metadata: MetadataFacts,
         sidecars: dict[str, list[Sidecar]],
         texts: Texts,
     ) -> Iterator[Entry]:
         """Yield the images that are used, each with what is known of it.
 
-        A .json or .cls beside an image overrides metadata, a caption beside it is added, and a
-        annotation file beside it counts if metadata name none. Folders give the category and hold-out that
-        nothing else gives; their categories count only if metadata have none.
+        A .json or .cls sidecar overrides metadata, a caption sidecar is added, and a doodle, mask
+        or point cloud sidecar counts if metadata name none. Folders give the category and hold-out
+        that nothing else gives; their categories count only if metadata have none.
         """
-        known: dict[str, dict[str, Any]] = {}
+        facts: dict[str, dict[str, Any]] = {}
         for name in images:
             if (
-                name not in self.status.settled
+                name not in self.status.resolved
             ):  # metadata made an annotation of it, or do not name it
-                known[name] = dict(told.facts.get(name, {}))
+                facts[name] = dict(metadata.facts.get(name, {}))
                 for sidecar in sorted(sidecars.get(name, ()), key=_order):
-                    self._lay_over(known[name], sidecar, texts)
-        labelled = told.categories or any("category" in found for found in known.values())
-        for name, found in known.items():
+                    self._apply_sidecar(facts[name], sidecar, texts)
+        labelled = metadata.categories or any("category" in fields for fields in facts.values())
+        for name, fields in facts.items():
             place = layout.place(self.inside(name))
             if (
                 place.stray
-                and name not in told.facts
+                and name not in metadata.facts
                 and not (labelled and place.stray == BESIDE_CATEGORIES)
             ):
                 self.status.leave_out(name, place.stray)
                 continue
-            if place.category is not None and not told.categories:
-                found.setdefault("category", place.category)
+            if place.category is not None and not metadata.categories:
+                fields.setdefault("category", place.category)
             if (holdout := place.holdout or self.holdout(name)) is not None:
-                found.setdefault("holdout", holdout)
+                fields.setdefault("holdout", holdout)
             self.status.use(name)
-            yield Entry(name=self.shown(name), image=self.blob(name), **found)
+            yield Entry(name=self.display_name(name), image=self.blob(name), **fields)
 
-    def _lay_over(self, found: dict[str, Any], sidecar: Sidecar, texts: Texts) -> None:
+    def _apply_sidecar(self, fields: dict[str, Any], sidecar: Sidecar, texts: Texts) -> None:
         """Add what one file beside an image says to what is known of the image."""
         if sidecar.kind in ANNOTATION_FILES:
-            found.setdefault(sidecar.kind, self.blob(sidecar.name))
+            fields.setdefault(sidecar.kind, self.blob(sidecar.name))
         elif sidecar.name not in texts:
             return  # left out
         elif sidecar.kind == "captions":
             if text := texts[sidecar.name].strip():
-                found["captions"] = (*found.get("captions", ()), text)
+                fields["captions"] = (*fields.get("captions", ()), text)
         else:
             try:
-                found.update(_record(sidecar.kind, texts[sidecar.name]))
+                fields.update(_record(sidecar.kind, texts[sidecar.name]))
             except (ValueError, RecursionError) as error:
                 self.status.leave_out(sidecar.name, f"JSON left out: {str(error)[:100]}")
                 return
         self.status.count(sidecar.name, KINDS[sidecar.kind])
 
-    def _rest(self) -> None:
+    def _leave_out_rest(self) -> None:
         """Leave out whatever has no fate yet, for the reason that its name gives."""
         for name in self.names:
-            if name in self.status.settled:
+            if name in self.status.resolved:
                 continue
             if name.rpartition("/")[2].lower() in SYSTEM:
                 self.status.count(name, "files of the system")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sfumato.data.file_types import ANNOTATION_FILES, SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
 from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_CHARACTERS, is_known_column, normalized_key
-from sfumato.data.text_encoding import readable
+from sfumato.data.text_encoding import decode_text
 
 # What the column of file names is called, in order of preference.
 FILE_KEYS = (
@@ -125,22 +125,24 @@ def read_table(name: str, data: bytes) -> Table:
         from sfumato.data.sources.parquet import rows
 
         records = list(rows(data))
-        found = [Row(f"{name}, row {number}", record) for number, record in enumerate(records, 1)]
-        return _table(name, found, list(records[0]) if records else [])
-    text = readable(data, limit=MAX_METADATA_BYTES)
+        table_rows = [
+            Row(f"{name}, row {number}", record) for number, record in enumerate(records, 1)
+        ]
+        return _table(name, table_rows, list(records[0]) if records else [])
+    text = decode_text(data, limit=MAX_METADATA_BYTES)
     if ending in ("jsonl", "ndjson"):
-        found = [
+        table_rows = [
             _json_row(f"{name}, line {number}", line)
             for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
-        return _table(name, found, [key for row in found[:100] for key in row.record])
+        return _table(name, table_rows, [key for row in table_rows[:100] for key in row.record])
     if ending == "json":
-        found = [
+        table_rows = [
             Row(f"{name}, item {number}", record)
             for number, record in enumerate(_json_records(json.loads(text)), 1)
         ]
-        return _table(name, found, [key for row in found[:100] for key in row.record])
+        return _table(name, table_rows, [key for row in table_rows[:100] for key in row.record])
     return _separated(name, text)
 
 
@@ -206,7 +208,7 @@ def _separated(name: str, text: str) -> Table:
         ),
     )
     header = [column.strip() for column in headers[delimiter]]
-    at = next(
+    caption_index = next(
         (i for i, column in enumerate(header) if normalized_key(column) in CAPTION_KEYS),
         len(header) - 1,
     )
@@ -215,7 +217,7 @@ def _separated(name: str, text: str) -> Table:
         place = f"{name}, line {number + 1}"
         if lines[number].strip():
             fields, taken = _fields(lines, number, delimiter)
-            rows.append(_row(place, header, at, fields, delimiter))
+            rows.append(_row(place, header, caption_index, fields, delimiter))
         else:
             taken = 1
         number += taken
@@ -250,7 +252,9 @@ def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str]
         return [], 1
 
 
-def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimiter: str) -> Row:
+def _row(
+    place: str, header: Sequence[str], caption_index: int, fields: list[str], delimiter: str
+) -> Row:
     """Return a row by column.
 
     If there are more fields than columns, the caption held unquoted delimiters, and is joined
@@ -260,14 +264,14 @@ def _row(place: str, header: Sequence[str], at: int, fields: list[str], delimite
         return Row(place, {}, f"a text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
     extra = len(fields) - len(header)
     if extra > 0:
-        if not header or normalized_key(header[at]) not in CAPTION_KEYS:
+        if not header or normalized_key(header[caption_index]) not in CAPTION_KEYS:
             return Row(
                 place, {}, f"{len(fields)} fields where the header has {len(header)} columns"
             )
         fields = [
-            *fields[:at],
-            delimiter.join(fields[at : at + extra + 1]),
-            *fields[at + extra + 1 :],
+            *fields[:caption_index],
+            delimiter.join(fields[caption_index : caption_index + extra + 1]),
+            *fields[caption_index + extra + 1 :],
         ]
     return Row(place, dict(zip(header, fields, strict=False)))
 
@@ -312,7 +316,5 @@ class Finder:
         yield from (below + suffix for suffix in SUFFIXES)
         if "/" not in plain:
             yield from (
-                found
-                for end in ("", *SUFFIXES)
-                if (found := self._bare.get(plain + end)) is not None
+                name for end in ("", *SUFFIXES) if (name := self._bare.get(plain + end)) is not None
             )

@@ -53,7 +53,7 @@ class Metadata:
     unnamed: Literal["leave_out", "use"]
     status: FileStatus
     _facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _drawn: dict[str, str] = field(
+    _annotation_files: dict[str, str] = field(
         default_factory=dict
     )  # annotation files that tables name, by kind
 
@@ -85,14 +85,14 @@ class Metadata:
             )
         for name in decisive or candidates[:MOST_TABLES]:
             self._by_table(name, decisive=bool(decisive))
-        for name in self._drawn.keys() - self._facts.keys():
-            self.status.count(name, KINDS[self._drawn[name]])
+        for name in self._annotation_files.keys() - self._facts.keys():
+            self.status.count(name, KINDS[self._annotation_files[name]])
         if decisive:
             self._leave_out_unnamed(images, UNNAMED)
         for name in [name for name in self.names if name.rpartition("/")[2] == "dataset.json"][:1]:
             self._by_dataset_json(name, images)
         return MetadataFacts(
-            self._facts, categories=any("category" in found for found in self._facts.values())
+            self._facts, categories=any("category" in facts for facts in self._facts.values())
         )
 
     def _by_table(self, name: str, *, decisive: bool) -> None:
@@ -153,7 +153,7 @@ class Metadata:
                     f"has no file_name; its columns are {', '.join(map(str, row.record))[:200]}"
                 )
             name = find(value, folder)
-            told = parse_annotations(row.record)
+            row_facts = parse_annotations(row.record)
             annotations = {
                 annotation: find(other, folder)
                 for annotation in ANNOTATION_FILES
@@ -161,32 +161,32 @@ class Metadata:
             }
             if name in facts:
                 # several rows for an image are several captions
-                if facts[name].get("captions") and told.get("captions"):
-                    facts[name]["captions"] = (*facts[name]["captions"], *told["captions"])
+                if facts[name].get("captions") and row_facts.get("captions"):
+                    facts[name]["captions"] = (*facts[name]["captions"], *row_facts["captions"])
                     return
                 raise UnsafePath(f"{name[:80]!r} is named twice")
         except (UnsafePath, ValueError) as reason:
             self.status.rejects.append(Reject(printable_name(row.place), str(reason), part=True))
             return
         for annotation, other in annotations.items():
-            self._drawn[other] = annotation
-            told[annotation] = self.blob(other)
-        facts[name] = told
+            self._annotation_files[other] = annotation
+            row_facts[annotation] = self.blob(other)
+        facts[name] = row_facts
 
     def _leave_out_unnamed(self, images: Sequence[str], reason: str) -> None:
         unnamed = [
-            name for name in images if name not in self._facts and name not in self.status.settled
+            name for name in images if name not in self._facts and name not in self.status.resolved
         ]
         if not unnamed:
             return
-        said = f"{len(unnamed)} images are not named in the metadata and are "
+        sentence = f"{len(unnamed)} images are not named in the metadata and are "
         if self.unnamed == "use":
-            self.status.remarks.append(f"{said}trained without a caption")
+            self.status.remarks.append(f"{sentence}trained without a caption")
             return
         for name in unnamed:
             self.status.leave_out(name, reason)
         self.status.remarks.append(
-            f"{said}left out; data.source.unnamed=use trains them without a caption"
+            f"{sentence}left out; data.source.unnamed=use trains them without a caption"
         )
 
     def _by_dataset_json(self, file: str, images: Sequence[str]) -> None:

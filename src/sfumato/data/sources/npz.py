@@ -176,19 +176,19 @@ class Npz(Source):
 
 def _parts(names: Sequence[str]) -> list[SplitArrays]:
     """Find which arrays are images, which are their labels, and which are held out."""
-    found: dict[str | None, tuple[str, str | None]] = {}
+    splits: dict[str | None, tuple[str, str | None]] = {}
     for split in sorted({split for name in names if (split := _split(name)[0]) is not None}):
-        own = {_split(name)[1]: name for name in names if _split(name)[0] == split}
+        arrays = {_split(name)[1]: name for name in names if _split(name)[0] == split}
         image, label = (
-            next((own[key] for key in keys if key in own), None) for keys in (IMAGES, LABELS)
+            next((arrays[key] for key in keys if key in arrays), None) for keys in (IMAGES, LABELS)
         )
         if image is not None:
-            found[split] = (image, label)
-    trained = [split for split in found if split_of(str(split)) == TRAIN]
+            splits[split] = (image, label)
+    trained = [split for split in splits if split_of(str(split)) == TRAIN]
     if trained:
         return [
             SplitArrays(None if split in trained else split, *pair)
-            for split, pair in sorted(found.items(), key=lambda item: item[0] not in trained)
+            for split, pair in sorted(splits.items(), key=lambda item: item[0] not in trained)
         ]
     image, label = (
         next((name for name in keys if name in names), None) for keys in (IMAGES, LABELS)
@@ -201,10 +201,10 @@ def _split(name: str) -> tuple[str | None, str]:
 
     Likewise `test` and `x` of `x_test`; None and the name itself if it belongs to no split.
     """
-    first, _, rest = name.lower().partition("_")
+    first, _, remainder = name.lower().partition("_")
     start, _, last = name.lower().rpartition("_")
-    if rest and split_of(first) is not None:
-        return first, rest
+    if remainder and split_of(first) is not None:
+        return first, remainder
     return (last, start) if start and split_of(last) is not None else (None, name)
 
 

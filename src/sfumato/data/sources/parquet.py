@@ -85,15 +85,15 @@ class _Place(NamedTuple):
     column: str
 
 
-_kept: OrderedDict[_Place, Any] = OrderedDict()
+_column_cache: OrderedDict[_Place, Any] = OrderedDict()
 _lock = threading.Lock()
 
 
 def _column(place: _Place) -> Any:
     with _lock:
-        if place in _kept:
-            _kept.move_to_end(place)
-            return _kept[place]
+        if place in _column_cache:
+            _column_cache.move_to_end(place)
+            return _column_cache[place]
         return _read_column(place)
 
 
@@ -110,9 +110,12 @@ def _read_column(place: _Place) -> Any:
     # Hugging Face's bytes and path: null where either the struct or its bytes are
     if arrow().types.is_struct(values.type):
         values = values.flatten()[values.type.get_field_index("bytes")]
-    _kept[place] = values
-    while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > CACHE_BYTES:
-        _kept.popitem(last=False)
+    _column_cache[place] = values
+    while (
+        len(_column_cache) > 1
+        and sum(column.nbytes for column in _column_cache.values()) > CACHE_BYTES
+    ):
+        _column_cache.popitem(last=False)
     return values
 
 
@@ -179,13 +182,13 @@ class Parquet(Source):
             if name not in set(tables)
         ]
         rejects += [Reject(printable_name(name), reason) for name, reason in passed_over]
-        found, unused = len(rejects), set[str]()
+        count, unused = len(rejects), set[str]()
         for table in tables:
             prefix = f"{printable_name(table)}:" if table else ""
             rows, columns = _list(
                 f"{root}/{table}" if table else self.path, prefix, held.get(table), entries, rejects
             )
-            found, unused = found + rows, unused | columns
+            count, unused = count + rows, unused | columns
         if not entries:
             reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
             raise DataError(
@@ -210,7 +213,7 @@ class Parquet(Source):
             entries=list(entries.values()),
             rejects=rejects,
             unit="rows",
-            found=found,
+            found=count,
             remarks=tuple(remarks),
         )
 
@@ -255,14 +258,14 @@ def _list(
 
 
 def _check_group(metadata: Any, group: int, path: str) -> None:
-    found = metadata.row_group(group)
-    if found.total_byte_size > MAX_GROUP_BYTES:
+    row_group = metadata.row_group(group)
+    if row_group.total_byte_size > MAX_GROUP_BYTES:
         raise DataError(
             f"row group {group} is over 2 GiB",
             where=path,
             hint="write it with row groups of at most 1,000 rows",
         )
-    if metadata.num_rows > MAX_ROWS or not 0 <= found.num_rows <= MAX_ROWS:
+    if metadata.num_rows > MAX_ROWS or not 0 <= row_group.num_rows <= MAX_ROWS:
         raise DataError(f"over {MAX_ROWS} rows", where=path, hint="split it into several files")
 
 
@@ -292,10 +295,10 @@ class _Columns:
 
     @classmethod
     def of(cls, schema: Any, path: str) -> _Columns:
-        twice = [name for name, count in Counter(schema.names).items() if count > 1]
-        if twice:
+        repeated = [name for name, count in Counter(schema.names).items() if count > 1]
+        if repeated:
             raise DataError(
-                f"has two columns {twice[0][:80]!r}",
+                f"has two columns {repeated[0][:80]!r}",
                 where=path,
                 hint="give each column a name of its own",
             )
@@ -370,8 +373,8 @@ def _is_bytes(kind: Any) -> bool:
 def _image_column(schema: Any, path: str) -> str:
     candidates = [name for name in schema.names if _is_bytes(schema.field(name).type)]
     named = [name for name in IMAGE_COLUMNS if name in candidates]
-    rest = [name for name in candidates if name not in ANNOTATION_FILES]
-    if not named and len(rest) != 1:
+    others = [name for name in candidates if name not in ANNOTATION_FILES]
+    if not named and len(others) != 1:
         columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
         wrong = next(
             (name for name in IMAGE_COLUMNS if name in schema.names and name not in candidates),
@@ -382,7 +385,7 @@ def _image_column(schema: Any, path: str) -> str:
             kind = schema.field(wrong).type
             advice = f"column {wrong} must hold encoded images (bytes, or a struct of bytes and path), not {kind}"
         raise DataError(f"its columns are {columns[:300]}", where=path, hint=advice)
-    return (named or rest)[0]
+    return (named or others)[0]
 
 
 def _label_names(schema: Any) -> dict[str, list[str]]:
@@ -411,14 +414,14 @@ def rows(data: bytes) -> Iterator[dict[str, Any]]:
     try:
         file = arrow().parquet.ParquetFile(io.BytesIO(data))
         schema = file.schema_arrow
-        known = [
+        columns = [
             name
             for name in schema.names
             if is_known_column(name) or _names_files(name, schema.field(name).type)
         ]
         for group in range(file.num_row_groups):
             _check_group(file.metadata, group, "metadata.parquet")
-            yield from _records(file, group, known)
+            yield from _records(file, group, columns)
     except (arrow().ArrowException, KeyError, OverflowError) as error:
         raise ValueError(str(error)[:200]) from None
 

@@ -96,15 +96,15 @@ class Solids(Source):
             f"form{_FORM}_{self.count}_{self.size}px.tar",
             partial(_write, count=self.count, size=self.size),
         )
-        found = WebDataset(str(place)).listing()
+        listing = WebDataset(str(place)).listing()
         if self.holdout == "none":
-            return found
+            return listing
         held = {f"a {colour} {shape}" for shape, colour in HELD_OUT}
         entries = [
             replace(entry, holdout=self.holdout) if entry.captions[0] in held else entry
-            for entry in found.entries
+            for entry in listing.entries
         ]
-        return replace(found, entries=entries)
+        return replace(listing, entries=entries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class Solid:
     colour: Array
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator, shape: str, colour: str) -> Solid:
+    def draw(cls, rng: np.random.Generator, shape: str, colour: str) -> Solid:
         """Draw random proportions, a random orientation, and a shade of the colour."""
         q = rng.normal(size=4)
         w, x, y, z = q / np.linalg.norm(q)
@@ -193,15 +193,15 @@ class Solid:
         )
         # rays that pass the solid's ball
         near = np.linalg.norm(np.cross(rays, -camera), axis=-1) < np.linalg.norm(self.axes)
-        hit, points = self._met(camera, rays[near])
+        hit, points = self._intersect(camera, rays[near])
         lit = image[near]
-        lit[hit] = self._shaded(points, camera)
+        lit[hit] = self._shade(points, camera)
         image[near] = lit
         averaged = image.reshape(size, _FINER, size, _FINER, 3).mean((1, 3))
         result: NDArray[np.uint8] = (averaged.clip(0, 1) * 255).round().astype(np.uint8)
         return result
 
-    def _met(self, camera: Array, rays: Array) -> tuple[NDArray[np.bool_], Array]:
+    def _intersect(self, camera: Array, rays: Array) -> tuple[NDArray[np.bool_], Array]:
         """Return which rays meet the surface, and where they first do."""
         reach = float(np.linalg.norm(self.axes))
         steps = np.linspace(DISTANCE - reach, DISTANCE + reach, _STEPS)
@@ -216,7 +216,7 @@ class Solid:
             low, high = np.where(out, middle, low), np.where(out, high, middle)
         return hit, camera + rays * high[:, None]
 
-    def _shaded(self, points: Array, camera: Array) -> Array:
+    def _shade(self, points: Array, camera: Array) -> Array:
         """Return colours (n, 3): ambient, diffuse and a highlight (Blinn-Phong)."""
         normals = self.normals(points)
         light = _LIGHT / np.linalg.norm(_LIGHT)
@@ -249,7 +249,7 @@ def _members(number: int, *, size: int) -> dict[str, bytes]:
         list(SHAPES)[number % len(SHAPES)],
         list(COLOURS)[number // len(SHAPES) % len(COLOURS)],
     )
-    solid = Solid.drawn(rng, shape, colour)
+    solid = Solid.draw(rng, shape, colour)
     note = {"captions": [f"a {colour} {shape}"], "category": shape}
     image, points = io.BytesIO(), io.BytesIO()
     Image.fromarray(solid.render(size)).save(image, format="PNG")

@@ -59,17 +59,17 @@ class WebDataset(Source):
         members: dict[str, tuple[str, Member]] = {}
         for shard in shards:
             prefix = "" if shard == self.path else f"{self._below(shard)}/"
-            found, refused = indexed(shard)
-            shown = _shown(prefix)
+            shard_members, refused = index_members(shard)
+            display = _display_name(prefix)
             rejects += [
-                Reject(shown(prefix + reject.name), reject.reason, reject.part)
+                Reject(display(prefix + reject.name), reject.reason, reject.part)
                 for reject in refused
             ]
-            for member in found:
+            for member in shard_members:
                 if prefix + member.name in members:
                     rejects.append(
                         Reject(
-                            shown(prefix + member.name),
+                            display(prefix + member.name),
                             "appears twice in the tar: the first one is used",
                         )
                     )
@@ -77,7 +77,7 @@ class WebDataset(Source):
                     members[prefix + member.name] = (shard, member)
         for name in _further_images(members):
             prefix = name[: len(name) - len(members[name][1].name)]
-            rejects.append(Reject(_shown(prefix)(name), "another image of the same sample"))
+            rejects.append(Reject(_display_name(prefix)(name), "another image of the same sample"))
             del members[name]
         return self._tree(shards, members, rejects).listing()
 
@@ -110,7 +110,7 @@ class WebDataset(Source):
             unnamed=self.unnamed,
             rejects=rejects,
             inside=lambda name: members[name][1].name,
-            shown=lambda name: _shown(prefixes.get(name, ""))(name),
+            display_name=lambda name: _display_name(prefixes.get(name, ""))(name),
             holdout=lambda name: held.get(prefixes[name].rstrip("/")),
             unit="members",
         )
@@ -129,10 +129,10 @@ class WebDataset(Source):
             )
         root = self.path.rstrip("/")
         walked = files.explore(root) if files.is_folder(self.path) else files.Walk([], [])
-        found = [f"{root}/{name}" for name in walked.names] or [self.path]
+        paths = [f"{root}/{name}" for name in walked.names] or [self.path]
         packed = [
             name
-            for name in found
+            for name in paths
             if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
         ]
         if packed:
@@ -141,14 +141,14 @@ class WebDataset(Source):
                 where=packed[0],
                 hint="unpack it to .tar; images are compressed already",
             )
-        shards = [name for name in found if name.lower().endswith(".tar")]
+        shards = [name for name in paths if name.lower().endswith(".tar")]
         if not shards:
             raise DataError(
                 "holds no .tar shards",
                 where=self.path,
                 hint="name a .tar file or the folder that holds them",
             )
-        others = [self._below(name) for name in found if name not in set(shards)]
+        others = [self._below(name) for name in paths if name not in set(shards)]
         rejects = [Reject(printable_name(name), "a file next to the shards") for name in others]
         return shards, [
             *rejects,
@@ -156,7 +156,7 @@ class WebDataset(Source):
         ]
 
 
-def _shown(prefix: str) -> Callable[[str], str]:
+def _display_name(prefix: str) -> Callable[[str], str]:
     """Return a function from a member's name to its name for people: `shard.tar:cats/0.png`."""
     return lambda name: (
         f"{printable_name(prefix[:-1])}:{printable_name(name[len(prefix) :])}"
@@ -189,7 +189,7 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
+def index_members(shard: str) -> tuple[list[Member], list[Reject]]:
     """Return the regular members of a tar, from the cache if this very file was indexed before.
 
     Raises:
@@ -199,13 +199,13 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
         path = files.local(shard)
         state = path.stat()
         identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} 2"
-        kept = (
+        index_file = (
             files.cache_folder()
             / "tar-index"
             / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
         )
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-            stored = json.loads(kept.read_text())
+            stored = json.loads(index_file.read_text())
             return [Member(*member) for member in stored["members"]], [
                 Reject(*reject) for reject in stored["rejects"]
             ]
@@ -214,8 +214,8 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
         raise DataError(
             f"is not a complete tar: {error}", where=shard, hint="download or recreate it"
         ) from None
-    _keep(
-        kept,
+    _write_to_cache(
+        index_file,
         json.dumps(
             {
                 "members": members,
@@ -226,7 +226,7 @@ def indexed(shard: str) -> tuple[list[Member], list[Reject]]:
     return members, rejects
 
 
-def _keep(target: Path, text: str) -> None:
+def _write_to_cache(target: Path, text: str) -> None:
     """Write to the cache if that is possible; if it is not, only time is lost."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
