@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sfumato.conditioners import ConditioningInfo
 from sfumato.contexts import CONTEXTS
 from sfumato.evaluation.adherence import spread
-from sfumato.observability.images import grid_image, shown
+from sfumato.observability.images import grid_image, to_display_rgb
 
 COLUMNS = 10
 TILE = 96  # pixels on screen that a small image is enlarged to
@@ -43,7 +43,9 @@ def gallery(
     rows = {name: images[chosen] for name, images in drawn.items() if images is not None}
     rows |= {"sample": samples[chosen], "real": real[chosen]}
     tiles = [
-        F.interpolate(shown((row + 1) / 2, info.alpha), size=(height, width), mode="nearest")
+        F.interpolate(
+            to_display_rgb((row + 1) / 2, info.alpha), size=(height, width), mode="nearest"
+        )
         for row in rows.values()
     ]
     return grid_image(
