@@ -192,3 +192,15 @@ def test_an_interval_from_high_to_low_is_refused(pipeline: Pipeline) -> None:
     assert "name the lower one first" in said(
         pipeline, ConfigError, category="1", guidance=2.0, interval=(5.0, 1.0)
     )
+
+
+@pytest.mark.parametrize(
+    "schedule", ["Linear", "scaled-linear", "linear-betas", "karras", "uniform-log-snr"]
+)
+def test_noise_to_start_from_has_the_deviation_of_noisy_data_at_its_level(schedule: str) -> None:
+    model = made(f"sampling.schedule={schedule}", "denoiser.input_scale.sigma_data=0.5")
+    first = []
+    model.sample(64, steps=2, sampler="ddim", on_step=lambda info: first.append(info))
+    level = first[0].start
+    expected = torch.hypot(0.5 * level.alpha, level.sigma) * KeyedNoise(0)(first[0].before)
+    assert torch.allclose(first[0].before, expected.to(torch.float32), rtol=1e-6)

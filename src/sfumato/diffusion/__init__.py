@@ -15,6 +15,7 @@ from sfumato.diffusion.denoiser import (
     Network,
     NetworkDenoiser,
     NoiseInputConfig,
+    Timestep,
     UnitSum,
     UnitVariance,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "TargetSpace",
     "Times",
     "TimesConfig",
+    "Timestep",
     "UniformEpsilon",
     "UniformLogSNR",
     "UnitSum",

@@ -7,15 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONDITION, Condition
-from sfumato.config.bounds import Positive
+from sfumato.config.bounds import Positive, Size
 from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Parameterization
+from sfumato.diffusion.schedules import Schedule
+
+QUARTER_TURN = math.pi / 2 - 1e-9  # at which alpha is 0 but for rounding
 
 
 class Denoiser(Protocol):
@@ -30,8 +34,8 @@ class Network(Protocol):
     """What a network must be: it knows tensors and `Condition`, nothing of diffusion.
 
     It is called with x (B, ...) of about unit variance, `noise_input` (B,) from 0 (data) to 1
-    (noise) and a condition, and returns a tensor of x's shape. A network whose embedding expects
-    timesteps multiplies `noise_input` by their number.
+    (noise) and a condition, and returns a tensor of x's shape. With `Timestep`, `noise_input` is
+    the index of a timestep instead.
     """
 
     def __call__(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
@@ -103,7 +107,46 @@ class FlowTime:
         return level.sigma / (level.alpha + level.sigma)
 
 
-NoiseInputConfig = Angle | LogSNR | FlowTime
+@dataclass(frozen=True, kw_only=True)
+class Timestep:
+    """The level as the index of an entry in a table of T levels, 0 (data) to T - 1 (noise): what
+    networks trained on discrete timesteps expect (DDPM, Stable Diffusion).
+
+    Between two entries the index is linear in log(sigma / alpha), or in atan2(sigma, alpha) where
+    that is infinite; beyond the table it is clamped.
+
+    Attributes:
+        schedule: entry i of the table is its level at t = (i + 1) / T.
+        table_size: T.
+    """
+
+    schedule: Schedule
+    table_size: Size = 1000
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """Angles of the entries, (T,), float64, rising."""
+        times = torch.arange(1, self.table_size + 1, dtype=torch.float64) / self.table_size
+        alpha, sigma = self.schedule(times)
+        return torch.atan2(sigma, alpha)
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        """Return the index of the level, in [0, T - 1], of the level's shape, in float64."""
+        table = self._table.to(level.alpha.device)
+        if len(table) == 1:
+            return torch.zeros_like(level.alpha, dtype=torch.float64)
+        angle = torch.atan2(level.sigma.to(torch.float64), level.alpha.to(torch.float64))
+        angle = angle.clamp(table[0], table[-1])
+        upper = torch.searchsorted(table, angle).clamp(1, len(table) - 1)
+        below, above = table[upper - 1], table[upper]
+        by_angle = (angle - below) / (above - below)
+        log = torch.log(torch.tan(torch.stack([angle, below, above])))
+        by_log = (log[0] - log[1]) / (log[2] - log[1])
+        infinite = (below <= 0) | (above >= QUARTER_TURN)
+        return upper - 1 + torch.where(infinite, by_angle, by_log)
+
+
+NoiseInputConfig = Angle | LogSNR | FlowTime | Timestep
 InputScaleConfig = UnitVariance | UnitSum
 
 

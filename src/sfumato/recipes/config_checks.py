@@ -96,7 +96,7 @@ def _obstacle(denoiser: DenoiserConfig, sampling: SamplingConfig) -> str | None:
         noise_input=denoiser.noise_input,
     )
     try:
-        levels = _ends(grid(sampling.schedule, sampling.steps))
+        levels = _ends(grid(sampling.schedule, sampling.steps, spacing=sampling.spacing))
         x = torch.full((1, 1, 2, 2), float(levels.sigma[0]))
         sampled = sample(sampling.sampler, network, x, levels)
     except ScheduleError as error:

@@ -21,6 +21,7 @@ from sfumato.sampling.registry import (
 )
 from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
+from sfumato.sampling.spacing import Even, Leading, Spacing
 from sfumato.sampling.unipc import UniPC
 
 __all__ = [
@@ -32,9 +33,11 @@ __all__ = [
     "Churn",
     "DPMSolverPP2M",
     "Denoise",
+    "Even",
     "History",
     "InterpolatedNoise",
     "KeyedNoise",
+    "Leading",
     "Multistep",
     "Noise",
     "PlainSamplerConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "RungeKutta",
     "Sampler",
     "SamplerConfig",
+    "Spacing",
     "StepInfo",
     "Tableau",
     "UniPC",

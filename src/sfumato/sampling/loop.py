@@ -17,6 +17,7 @@ from sfumato.errors import ScheduleError
 from sfumato.sampling.multistep import HISTORY
 from sfumato.sampling.noise import KeyedNoise
 from sfumato.sampling.protocol import History, Noise, Sampler
+from sfumato.sampling.spacing import Even, Spacing
 
 
 class StepInfo(NamedTuple):
@@ -39,15 +40,17 @@ class StepInfo(NamedTuple):
     x0: Tensor
 
 
-def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel:
+def grid(
+    schedule: Schedule, steps: int, *, strength: float = 1.0, spacing: Spacing = Even()
+) -> NoiseLevel:
     """Return the `steps + 1` levels of a trajectory, noisiest first and clean last.
 
-    They are float64 on the host. A schedule that stops short of clean data (Karras, Geometric)
-    reaches its t = 0 one step earlier, as EDM does.
+    They are float64 on the host.
 
     Args:
         strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the
             steps that are taken.
+        spacing: where on the schedule the levels lie.
     Raises:
         ScheduleError: for fewer than one step, or a strength out of range.
     """
@@ -57,19 +60,7 @@ def grid(schedule: Schedule, steps: int, *, strength: float = 1.0) -> NoiseLevel
             where="grid",
             hint="take at least 1 step, and a strength above 0, up to 1",
         )
-    steps = max(1, round(steps * strength))
-    levels = schedule(torch.linspace(strength, 0, steps + 1, dtype=torch.float64))
-    if levels.sigma[-1] == 0:
-        return levels
-    levels = (
-        schedule(torch.linspace(strength, 0, steps, dtype=torch.float64))
-        if steps > 1
-        else levels.at(slice(0, 1))
-    )
-    clean = NoiseLevel(levels.alpha[-1:], torch.zeros(1, dtype=torch.float64))
-    return NoiseLevel(
-        torch.cat([levels.alpha, clean.alpha]), torch.cat([levels.sigma, clean.sigma])
-    )
+    return spacing.levels(schedule, steps, strength=strength)
 
 
 def sample(

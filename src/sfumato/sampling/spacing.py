@@ -1,0 +1,99 @@
+"""Spacings: where on a schedule the levels of a sampling grid lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sfumato.config import Extensible
+from sfumato.config.bounds import CountOrZero, Size
+from sfumato.diffusion.noise_level import NoiseLevel
+from sfumato.diffusion.schedules import Schedule
+from sfumato.errors import ScheduleError
+
+
+class Spacing(Extensible, ABC):
+    """A rule that picks the levels of a grid from a schedule.
+
+    A dataclass derived from this class is a kind of spacing.
+    """
+
+    @abstractmethod
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return `steps` levels and the last one, noisiest first, float64 on the host.
+
+        Args:
+            strength: how much of the way to pure noise the grid starts at, in (0, 1], and the share
+                of the steps that it has.
+        """
+
+
+@dataclass(frozen=True)
+class Even(Spacing):
+    """Even times from `strength` to 0: "trailing" in diffusers.
+
+    A schedule that stops short of clean data (Karras, Geometric) reaches its t = 0 one step
+    earlier, and the last step leads to clean data, as in EDM.
+    """
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels at times strength (1 - k/n), k = 0 ... n."""
+        steps = max(1, round(steps * strength))
+        levels = schedule(torch.linspace(strength, 0, steps + 1, dtype=torch.float64))
+        if levels.sigma[-1] == 0:
+            return levels
+        if steps == 1:
+            return _with_clean_end(levels.at(slice(0, 1)))
+        return _with_clean_end(schedule(torch.linspace(strength, 0, steps, dtype=torch.float64)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading(Spacing):
+    """Every (T // n)-th entry of a table of T levels, counted from its clean end: "leading" in
+    diffusers, the spacing of Stable Diffusion's folders.
+
+    The noisiest entries of the table are not visited, so that sampling starts short of t = 1.
+
+    Attributes:
+        table_size: T; entry i of the table is the schedule at t = (i + 1) / T.
+        offset: added to the index of each entry.
+        end: the last level: clean data, or the first entry of the table.
+    Source: Lin et al. 2024 (arXiv:2305.08891), table 2, which names the three spacings in use.
+    """
+
+    table_size: Size = 1000
+    offset: CountOrZero = 0
+    end: Literal["clean", "first"] = "clean"
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels of entries k (T // n) + offset, k = n - 1 ... 0, and the last one.
+
+        Raises:
+            ScheduleError: for more steps than the table has entries.
+        """
+        if steps > self.table_size or self.offset >= self.table_size:
+            raise ScheduleError(
+                f"{steps} steps, offset {self.offset}, in a table of {self.table_size} levels",
+                where="sampling.spacing",
+                hint=f"take at most {self.table_size} steps",
+            )
+        count = max(1, round(steps * strength))
+        entries = torch.arange(count - 1, -1, -1) * (self.table_size // steps) + self.offset
+        entries = entries.clamp(max=self.table_size - 1).to(torch.float64)
+        levels = schedule((entries + 1) / self.table_size)
+        if self.end == "clean":
+            one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+            return _joined(levels, NoiseLevel(one, zero))
+        return _joined(levels, schedule(torch.tensor([1 / self.table_size], dtype=torch.float64)))
+
+
+def _with_clean_end(levels: NoiseLevel) -> NoiseLevel:
+    """Append clean data at the scale of the last level."""
+    return _joined(levels, NoiseLevel(levels.alpha[-1:], torch.zeros(1, dtype=torch.float64)))
+
+
+def _joined(levels: NoiseLevel, last: NoiseLevel) -> NoiseLevel:
+    return NoiseLevel(torch.cat([levels.alpha, last.alpha]), torch.cat([levels.sigma, last.sigma]))
