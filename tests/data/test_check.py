@@ -244,8 +244,12 @@ def test_a_model_that_could_store_the_set_is_remarked_on(tmp_path: Path) -> None
     root = clean(tmp_path / "set", count=5)
     values = 5 * RESOLUTION**2 * 3
     assert inspected(root, parameters=values).figures["model"]["values_in_images"] == values
-    assert not any("could memorize" in remark for remark in inspected(root, parameters=values).remarks)
-    assert any("could memorize" in remark for remark in inspected(root, parameters=values + 1).remarks)
+    assert not any(
+        "could memorize" in remark for remark in inspected(root, parameters=values).remarks
+    )
+    assert any(
+        "could memorize" in remark for remark in inspected(root, parameters=values + 1).remarks
+    )
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_the_same_tree_gives_the_same_listing_in_every_container_bare_and_wrappe
     )
     assert "HEIC is not supported: convert it" in why["Train/cats/photo.heic"]
     assert found.sidecars == {"captions": 3, "files of the system": 1, "masks": 1}
-    assert found.found == len(SET)
+    assert found.total == len(SET)
     (layout,) = [remark for remark in found.remarks if "to train on" in remark]
     assert layout == "Train/ and test_set/: 6 to train on, 2 held out by name, 2 categories"
 
@@ -230,7 +230,7 @@ def test_every_file_has_one_fate(
             name.lower().endswith((".png", ".jpg")) and "mask" not in name for name in names
         ) or metadata_refuse(names)
         return
-    assert found.found == len(names)
+    assert found.total == len(names)
     assert {entry.name for entry in found.entries} | {
         r.name for r in found.rejects if not r.part
     } <= set(names)

@@ -749,7 +749,9 @@ def test_a_file_name_that_is_no_text_is_left_out(value: object, tmp_path: Path) 
 def test_damaged_descriptions_of_a_whole_set_are_refused(
     kind: str, name: str, data: bytes, tmp_path: Path
 ) -> None:
-    assert_refused(PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no existing image")
+    assert_refused(
+        PACKED[kind](tmp_path, GOOD | {name: data}), "cannot be read|name no existing image"
+    )
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{}", b'{"name": "mine", "version": 1}'])

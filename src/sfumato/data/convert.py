@@ -85,10 +85,10 @@ class TableColumns:
     def of(cls, entries: Sequence[Entry]) -> TableColumns:
         """Return the annotations and texts that any of the entries has."""
 
-        def used(names: Sequence[str]) -> tuple[str, ...]:
+        def present(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(name for name in names if any(getattr(entry, name) for entry in entries))
 
-        return cls(annotations=used(tuple(ANNOTATION_FILES)), texts=used(TEXTS))
+        return cls(annotations=present(tuple(ANNOTATION_FILES)), texts=present(TEXTS))
 
 
 def _write_files(

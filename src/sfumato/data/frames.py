@@ -184,7 +184,7 @@ def expand_frames(listing: Listing, frames: Frames) -> Listing:
         listing,
         entries=entries,
         rejects=rejects,
-        found=listing.found + more,
+        total=listing.total + more,
         unit=f"{listing.unit} and frames",
     )
 

@@ -1,4 +1,4 @@
-"""The account of everything that a source holds: found = used + sidecars + left out."""
+"""The account of everything that a source holds: total = used + sidecars + left out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ledger:
     Attributes:
         unit: what is counted: "files", "members" of an archive, "rows" of a table or "images" of an
             array.
-        found: how many there are.
+        total: how many there are.
         used: those that became images.
         sidecars: those that say something about images, by kind.
         left_out: names by reason.
@@ -53,7 +53,7 @@ class Ledger:
     """
 
     unit: str
-    found: int
+    total: int
     used: int
     sidecars: Mapping[str, int]
     left_out: Mapping[str, Sequence[str]]
@@ -68,7 +68,7 @@ class Ledger:
         used = len(listing.entries) - len(unreadable)
         return cls(
             unit=listing.unit,
-            found=listing.found,
+            total=listing.total,
             used=used,
             sidecars=listing.sidecars,
             left_out=left_out,
@@ -78,13 +78,13 @@ class Ledger:
     @property
     def balanced(self) -> bool:
         """Whether nothing is unaccounted for."""
-        return self.found == self.used + sum(self.sidecars.values()) + sum(
+        return self.total == self.used + sum(self.sidecars.values()) + sum(
             map(len, self.left_out.values())
         )
 
     def line(self) -> str:
         """Summarize the account in one line."""
-        parts = [f"{self.found:,} {self.unit}: {self.used:,} images used"]
+        parts = [f"{self.total:,} {self.unit}: {self.used:,} images used"]
         parts += [
             f"{count:,} {_singular(kind) if count == 1 else kind}"
             for kind, count in self.sidecars.items()
@@ -123,7 +123,7 @@ class Ledger:
         }
         return {
             "unit": self.unit,
-            "found": self.found,
+            "found": self.total,
             "used": self.used,
             "beside": dict(self.sidecars),
             "left_out": left_out,

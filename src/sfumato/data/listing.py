@@ -206,8 +206,8 @@ class Listing:
         rejects: what was left out already.
         sidecars: files that say something about images, counted by kind, such as {"captions": 40,
             "metadata": 1}.
-        unit: what `found` counts.
-        found: all that there is; -1 stands for what the entries and rejects come to.
+        unit: what `total` counts.
+        total: all that there is; -1 stands for what the entries and rejects come to.
         remarks: how it was read, in whole sentences, where a person might expect something else.
     """
 
@@ -215,17 +215,17 @@ class Listing:
     rejects: list[Reject] = field(default_factory=list)
     sidecars: dict[str, int] = field(default_factory=dict)
     unit: str = "files"
-    found: int = -1
+    total: int = -1
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.found < 0:
+        if self.total < 0:
             count = (
                 len(self.entries)
                 + sum(self.sidecars.values())
                 + sum(not reject.part for reject in self.rejects)
             )
-            object.__setattr__(self, "found", count)
+            object.__setattr__(self, "total", count)
 
 
 class Source(Extensible, ABC):

@@ -239,17 +239,17 @@ def resample(
     opacity = _opacity(raw)
     size = (target[1], target[0])
 
-    def scaled(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    def scale(plane: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.LANCZOS, box=box))
 
     planes = []
     for band in range(raw.colours().shape[2]):
         plane = _from_black(raw.array[..., band], low)
         plane = plane.clip(0, high - low) if explicit else plane
-        planes.append(scaled(plane if opacity is None else plane * opacity))
+        planes.append(scale(plane if opacity is None else plane * opacity))
     top = 2**form.bits - 1
     colours = np.stack(planes, axis=2) * (top / (high - low))
-    alpha = None if opacity is None else scaled(opacity) * top
+    alpha = None if opacity is None else scale(opacity) * top
     pixels = _arrange_channels(
         colours.clip(0, top), None if alpha is None else alpha.clip(0, top), form, notes
     )

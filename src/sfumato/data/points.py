@@ -159,14 +159,14 @@ def _header(text: str) -> _Header:
                 if count < 0 and element != "vertex":
                     raise RejectedPoints("elements before the vertices")
                 count = int(number) if element == "vertex" else count
-            case ["property", kind, *rest] if element == "vertex":
-                if kind not in _PLY_TYPES or len(rest) != 1:
+            case ["property", kind, *fields] if element == "vertex":
+                if kind not in _PLY_TYPES or len(fields) != 1:
                     raise RejectedPoints(
                         "vertices with lists"
                         if kind == "list"
                         else f"a property of no known type: {line[:40]!r}"
                     )
-                names.append(rest[0])
+                names.append(fields[0])
                 types.append(_PLY_TYPES[kind])
     if order is None or "x" not in names or "y" not in names:
         raise RejectedPoints("no vertices with x and y in a known format")

@@ -49,11 +49,11 @@ class Item:
             data: bytes = value["bytes"]
             return data
         if value and value.get("path"):
-            return read(_contained(str(value["path"]), self.path), 0, MAX_BYTES + 1)
+            return read(_check_contained(str(value["path"]), self.path), 0, MAX_BYTES + 1)
         raise OSError("the cell holds no image")
 
 
-def _contained(path: str, dataset: str) -> str:
+def _check_contained(path: str, dataset: str) -> str:
     """Return `path` if it is a file of the dataset's folder, or one that the library fetched.
 
     Raises:
@@ -154,7 +154,7 @@ class HuggingFace(Source):
             [f"split {self.split!r} is read; not read are {', '.join(others)}"] if others else []
         )
         return Listing(
-            entries=entries, rejects=rejects, unit="rows", found=len(data), remarks=tuple(remarks)
+            entries=entries, rejects=rejects, unit="rows", total=len(data), remarks=tuple(remarks)
         )
 
 

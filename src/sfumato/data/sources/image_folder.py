@@ -141,7 +141,7 @@ class ImageFolderReader:
             rejects=status.rejects,
             sidecars=dict(sorted(status.sidecars.items())),
             unit=self.unit,
-            found=count,
+            total=count,
             remarks=tuple(status.remarks),
         )
 

@@ -143,7 +143,7 @@ def read_table(name: str, data: bytes) -> Table:
             for number, record in enumerate(_json_records(json.loads(text)), 1)
         ]
         return _table(name, table_rows, [key for row in table_rows[:100] for key in row.record])
-    return _separated(name, text)
+    return _read_separated(name, text)
 
 
 def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
@@ -186,7 +186,7 @@ def _json_records(value: Any) -> Iterator[dict[str, Any]]:
                 yield {"file_name": name} | item
 
 
-def _separated(name: str, text: str) -> Table:
+def _read_separated(name: str, text: str) -> Table:
     """Read a table whose columns are separated by commas, semicolons, tabs or bars.
 
     The separator is the one that gives the header the most known columns.

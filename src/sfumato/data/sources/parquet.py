@@ -213,7 +213,7 @@ class Parquet(Source):
             entries=list(entries.values()),
             rejects=rejects,
             unit="rows",
-            found=count,
+            total=count,
             remarks=tuple(remarks),
         )
 

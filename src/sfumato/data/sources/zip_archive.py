@@ -101,7 +101,7 @@ def _members(path: str) -> tuple[dict[str, Blob], list[Reject], list[str]]:
         else:
             members[name] = ZipMember(path, info.filename)
             stored[name] = info
-    return members | _stored(path, stored), rejects, remarks
+    return members | _slices_of_stored(path, stored), rejects, remarks
 
 
 def _names(infos: list[zipfile.ZipInfo]) -> tuple[list[str], list[str]]:
@@ -140,7 +140,7 @@ def _check(info: zipfile.ZipInfo, name: str) -> None:
         raise UnsafePath(f"unpacks to over {MAX_RATIO} times its size")
 
 
-def _stored(path: str, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, Blob]:
+def _slices_of_stored(path: str, infos: Mapping[str, zipfile.ZipInfo]) -> dict[str, Blob]:
     """Return uncompressed members as slices of the file: no lock, checksum or open archive."""
     result: dict[str, Blob] = {}
     with files.local(path).open("rb") as file:
