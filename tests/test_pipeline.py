@@ -174,7 +174,7 @@ def test_a_model_without_categories_says_so() -> None:
 
 def test_an_unknown_sampler_names_the_nearest(pipeline: Pipeline) -> None:
     assert said(pipeline, ConfigError, sampler="huen").startswith(
-        "sample: no sampler 'huen'\n  hint: did you mean 'heun'? there are ddim, ddpm, euler, "
+        "sample: unknown sampler 'huen'\n  hint: did you mean 'heun'? there are ddim, ddpm, euler, "
     )
 
 

@@ -1,5 +1,5 @@
 """Nothing is unpickled but by the converter, which knows its files by their hash and runs apart.
-Rule S1 of the security design.
+Rule S1 of docs/threat-model.md.
 """
 
 from __future__ import annotations

@@ -21,8 +21,14 @@ def redact_secrets(text: str) -> str:
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return the beginning of a hint that names the nearest known name; "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, known, cutoff=cutoff)
+    return "" if near is None else f"did you mean {near!r}? "
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name that is spelled most similarly; None if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 class SfumatoError(Exception):

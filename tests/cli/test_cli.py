@@ -115,7 +115,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert result.out == ""
     assert result.err == (
         "error: train: 'digit' is not a recipe, YAML file or folder\n"
-        "  hint: did you mean `digits`? `sfumato recipes` lists the built-in ones; a folder or "
+        "  hint: did you mean 'digits'? `sfumato recipes` lists the built-in ones; a folder or "
         "file must exist\n"
     )
 

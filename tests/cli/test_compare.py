@@ -165,7 +165,7 @@ def test_a_table_names_the_reference_and_ends_in_the_path(run: Path) -> None:
         ("ddim:", "must be 1 or more"),
         ("ddim:ten", "must be 1 or more"),
         ("ddim:-3", "must be 1 or more"),
-        ("", "no sampler ''"),
+        ("", "unknown sampler ''"),
     ],
 )
 def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_loaded(

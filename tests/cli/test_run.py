@@ -278,7 +278,7 @@ def test_a_trajectory_shows_noisy_images_and_guesses(run: Path, tmp_path: Path) 
         (["--category", "seven"], "no category 'seven'\n  hint: the model knows 0, 1, 2, 3"),
         (
             ["--sampler", "dpm-solver++"],
-            "no sampler 'dpm-solver++'\n  hint: did you mean 'dpm-solver++2m'? there are ddim, "
+            "unknown sampler 'dpm-solver++'\n  hint: did you mean 'dpm-solver++2m'? there are ddim, "
             "ddpm",
         ),
     ],

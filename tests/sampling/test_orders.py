@@ -1,4 +1,4 @@
-"""Invariant 3: every sampler's measured order is the one that it declares, on two exact
+"""Every sampler's measured order is the one that it declares, on two exact
 denoisers.
 """
 

@@ -46,7 +46,7 @@ ALL = {
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_path_does_not_matter_only_its_logsnr(name: str) -> None:
-    """Invariant 4 in all coordinates, and for stochastic samplers given the same noise."""
+    """The same log-SNR grid gives the same samples in all coordinates, and for stochastic samplers given the same noise."""
     linear = Linear()(torch.linspace(0.95, 0.05, 25, dtype=torch.float64))
     results = []
     for scale in (torch.ones_like(linear.alpha), 1 / torch.hypot(*linear), 1 / linear.alpha):

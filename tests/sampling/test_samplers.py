@@ -46,7 +46,7 @@ DETERMINISTIC = {
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_schedule_does_not_matter_only_its_logsnr(name: str) -> None:
-    """Invariant 4: the same log-SNR grid on the linear, a variance-preserving and a
+    """The same log-SNR grid on the linear, a variance-preserving and a
     variance-exploding path.
     """
     linear = Linear()(torch.linspace(0.95, 0.05, 41, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Invariant 3 where steps differ in length, in log-SNR too: rules that look back must know by how
+"""The order of samplers where steps differ in length, in log-SNR too: rules that look back must know by how
 much.
 
 On a grid that is even in log-SNR every ratio of steps is 1, and a wrong power of it cannot be seen.
@@ -152,7 +152,7 @@ def test_dpm_solver_2m_is_the_published_formula_on_the_karras_grid(eta: float) -
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_sde_dpm_solver_keeps_the_marginal_in_the_limit(eta: float) -> None:
-    """Invariant 7: on Gaussian data a step is affine in (x, the last guess, the noise); mean and
+    """On Gaussian data a step is affine in (x, the last guess, the noise); mean and
     covariance follow it.
     """
     oracle = Gaussian()

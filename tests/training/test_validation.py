@@ -1,4 +1,4 @@
-"""Invariant 8: on linear-Gaussian data the optimal R^2 of a denoiser has a closed form."""
+"""On linear-Gaussian data the optimal R^2 of a denoiser has a closed form."""
 
 import torch
 

@@ -8,7 +8,6 @@ Former kinds and keys are read as their current ones.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from dataclasses import field as dataclass_field
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from sfumato.config.aliases import FORMER_KEYS, FORMER_VALUES, current_kind
 from sfumato.config.descriptions import attribute_docs
 from sfumato.config.kinds import SHORTHANDS, TAG, is_tagged, kind_of, members
-from sfumato.errors import ConfigError, SfumatoError, closest
+from sfumato.errors import ConfigError, SfumatoError, closest, nearest
 
 T = TypeVar("T")
 _BEFORE = "before"
@@ -330,9 +329,9 @@ def _nearest(key: str, legal: list[str]) -> str | None:
 
     It is spelled similarly, or else is the outermost key that ends with the same word.
     """
-    close = difflib.get_close_matches(key, legal, n=1, cutoff=NEAR)
+    similar = nearest(key, legal, cutoff=NEAR)
     same = [path for path in legal if path.rpartition(".")[2] == key]
-    return close[0] if close else min(same, key=lambda path: path.count("."), default=None)
+    return similar or min(same, key=lambda path: path.count("."), default=None)
 
 
 def _locate(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] | None]:
@@ -358,8 +357,8 @@ def _locate(cls: type, location: Sequence[int | str]) -> tuple[str, Field[Any] |
 def _explain(error: Any, cls: type, legal: list[str]) -> str:
     key, entry = _locate(cls, error["loc"])
     if error["type"] == "extra_forbidden":
-        nearest = _nearest(key, legal)
-        return f"unknown key `{key}`" + (f" (did you mean `{nearest}`?)" if nearest else "")
+        legal_key = _nearest(key, legal)
+        return f"unknown key `{key}`" + (f" (did you mean `{legal_key}`?)" if legal_key else "")
     if error["type"] in ("model_type", "model_attributes_type"):
         return (
             f"`{key}` = {error['input']!r}: must be a mapping of keys to values"

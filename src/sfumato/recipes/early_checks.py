@@ -6,11 +6,10 @@ tables equal to the recipes, sources and configurations that they describe.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, closest, nearest
 from sfumato.foreign_models import refuse_diffusers
 
 SUMMARIES = {
@@ -79,12 +78,10 @@ KEYS = (
 
 def unknown(name: str) -> ConfigError:
     """Return the error for a name that refers to nothing, with the nearest recipe."""
-    close = difflib.get_close_matches(name, SUMMARIES, n=1, cutoff=0.6)
-    hint = f"did you mean `{close[0]}`? " if close else ""
     return ConfigError(
         f"{name!r} is not a recipe, YAML file or folder",
         where="train",
-        hint=f"{hint}`sfumato recipes` lists the built-in ones; a folder or file must exist",
+        hint=f"{closest(name, SUMMARIES)}`sfumato recipes` lists the built-in ones; a folder or file must exist",
     )
 
 
@@ -120,11 +117,11 @@ def _require_key(override: str, source: str) -> None:
             where="overrides",
             hint="write key=value, e.g. budget.minutes=5",
         )
-    close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
+    near = nearest(key, KEYS, cutoff=0.75)
     # what is near none of these may be near a key inside one, which the schema knows
-    if key not in KEYS and close:
+    if key not in KEYS and near:
         raise ConfigError(
-            f"unknown key `{key}` (did you mean `{close[0]}`?)",
+            f"unknown key `{key}` (did you mean `{near}`?)",
             where=source,
             hint="`sfumato config show RECIPE` prints every key, `config schema` their types",
         )
