@@ -55,8 +55,7 @@ from sfumato.diffusion import (
     Velocity,
     Warped,
 )
-from sfumato.evaluation.frechet import frechet_distance
-from sfumato.evaluation.kernel import kernel_distance
+from sfumato.evaluation.distances import frechet_distance, kernel_distance
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.networks import DiTConfig, UNetConfig
@@ -299,7 +298,7 @@ def main() -> None:
         "guidance": GUIDANCE,
     }
     sheet = continued(asked.json, settings, rows="runs") | {
-        "classifier_accuracy": judge.reader.held_out_accuracy
+        "classifier_accuracy": judge.classifier.held_out_accuracy
     }
     names = [name for name in CHANGES if not asked.only or name in asked.only.split(";")]
     for seed in range(asked.seeds):  # seeds outermost: a table that is cut short has every row

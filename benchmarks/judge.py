@@ -21,7 +21,7 @@ class Judge:
 
     def __init__(self, dataset: Dataset, *, most: int) -> None:
         self.features, self.categories = extractor("auto"), len(dataset.categories)
-        self.reader = train_classifier(dataset, dataset.training)
+        self.classifier = train_classifier(dataset, dataset.training)
         spread = dataset.training[:: max(1, len(dataset.training) // most)]
         self.reference = self.read(to_float(dataset.images(spread)[0]))
 
@@ -32,4 +32,4 @@ class Judge:
     def category_accuracy(self, images: Tensor) -> float:
         """The share that the classifier reads as what was asked for: the categories in turn."""
         labels = torch.arange(len(images)) % self.categories
-        return float((self.reader.read(images)[0] == labels).double().mean())
+        return float((self.classifier.predict(images)[0] == labels).double().mean())

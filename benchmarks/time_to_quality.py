@@ -51,8 +51,7 @@ from torch import Tensor, nn
 
 from sfumato import config as configuration
 from sfumato.data import AugmentConfig, to_float
-from sfumato.evaluation.frechet import frechet_interval
-from sfumato.evaluation.kernel import kernel_distance_interval
+from sfumato.evaluation.distances import frechet_interval, kernel_distance_interval
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.images import grid_image, save_png
 from sfumato.recipes import Run, resolve
@@ -352,7 +351,7 @@ def main() -> None:
     sheet |= {
         "peak": peak,
         "reference": len(judge.reference),
-        "classifier_accuracy": judge.reader.held_out_accuracy,
+        "classifier_accuracy": judge.classifier.held_out_accuracy,
     }
     for name, curve in contestants.items():
         if name in sheet["curves"] or (asked.only and asked.only not in name):

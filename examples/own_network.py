@@ -74,5 +74,5 @@ images = pipeline.sample(10, category=list("0123456789"))
 print(f"samples of {type(pipeline.model.network).__name__}: {tuple(images.shape)}")
 
 dataset = index(run.data)
-reader = train_classifier(dataset, dataset.training, steps=80)
-print(adherence_table(measure_adherence(pipeline, dataset, classifier=reader, num=50)))
+classifier = train_classifier(dataset, dataset.training, steps=80)
+print(adherence_table(measure_adherence(pipeline, dataset, classifier=classifier, num=50)))

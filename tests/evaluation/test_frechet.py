@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from sfumato.evaluation.frechet import frechet_distance, frechet_interval
+from sfumato.evaluation.distances import frechet_distance, frechet_interval
 
 
 def normal(count: int, size: int, *, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from sfumato.evaluation.kernel import kernel_distance, kernel_distance_interval
+from sfumato.evaluation.distances import kernel_distance, kernel_distance_interval
 
 
 def normal(count: int, size: int, *, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

@@ -221,7 +221,7 @@ def test_no_frechet_distance_is_given_of_few_images(
     assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
     assert result.remarks == [
         "a Fréchet distance is not given for held-out real images and samples, guidance 1: it "
-        "would be taken of 20 images, "
+        "would be computed from 20 images, "
         "and below 30 it mostly measures their number"
     ]
     copies = result.rows[1]
@@ -235,7 +235,7 @@ def test_a_missing_distance_of_samples_alone_is_said_too(
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     zeros = torch.zeros(50, dtype=torch.long)
     monkeypatch.setattr(
-        fidelity, "_asked", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros)
+        fidelity, "_conditions", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros)
     )
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]

@@ -176,7 +176,7 @@ def test_many_values_are_given_more_noise(place: str, side: int, factor: float) 
     for found, unshifted in ((sampled, plain), (trained, middle)):
         moved = (unshifted.logsnr() - found.logsnr()) / 2
         assert float(moved) == pytest.approx(np.log(factor), abs=0.01)
-    assert any("shifted" in reason for reason in choice.reasons) == (factor > 1)
+    assert any("timestep shift" in reason for reason in choice.reasons) == (factor > 1)
 
 
 @pytest.fixture

@@ -123,7 +123,10 @@ def test_guidance_away_from_what_training_never_sees_is_refused() -> None:
 
 def test_a_run_made_in_python_is_refused_as_one_that_is_parsed() -> None:
     both = ContextConfig(category=CategoryConfig(dropout=0.0), doodle=DoodleConfig(dropout=0.0))
-    with pytest.raises(ConfigError, match="without category and doodle"):
+    with pytest.raises(
+        ConfigError,
+        match="unconditional prediction for category and doodle, but their dropout is 0",
+    ):
         Run(name="x", conditioner=both, sampling=SamplingConfig(guidance=2.0))
     with pytest.raises(ConfigError, match=r"^sampling\.schedule"):
         Run(name="x", denoiser=DenoiserConfig(parameterization=Epsilon()))

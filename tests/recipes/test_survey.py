@@ -140,8 +140,8 @@ def test_a_few_transparent_images_are_laid_on_the_background_and_said(tmp_path: 
     written(tmp_path, "png", "colour")
     said = line(choose(written(tmp_path, "png", "clear", count=4)), "channel(s)")
     assert (
-        said == "3 channel(s): the images are in colour; 25% are transparent somewhere and laid on "
-        "data.background"
+        said == "3 channel(s): the images are in colour; 25% are transparent somewhere and "
+        "composited over data.background"
     )
 
 

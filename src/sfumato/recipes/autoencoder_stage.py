@@ -36,8 +36,8 @@ from sfumato.config.bounds import Count
 from sfumato.data import Dataset, PrecomputedLatents, to_float
 from sfumato.data.files import cache_folder
 from sfumato.errors import ConfigError
-from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.distances import FEWEST, frechet_distance
+from sfumato.evaluation.extractors import extractor
 from sfumato.networks.perceptual import Features
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.storage import checkpoint
