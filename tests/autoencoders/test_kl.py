@@ -143,7 +143,7 @@ def test_latents_without_any_variance_are_refused() -> None:
     codec = random_autoencoder(SHAPES[0])
     codec.quant_conv.weight.data.zero_()
     codec.quant_conv.bias.data.fill_(-30.0)
-    with pytest.raises(DataError, match="no variance"):
+    with pytest.raises(DataError, match="a latent channel has zero variance"):
         measure(codec, [images(8)])
 
 
