@@ -1,4 +1,4 @@
-"""What steers a denoiser: three optional slots, the same for all networks and conditioners.
+"""What conditions a denoiser: three optional slots, the same for all networks and conditioners.
 
 A `Condition` whose slots are all `None` is the unconditional one; nothing else marks
 "unconditional".
@@ -24,7 +24,7 @@ class Condition:
     Attributes:
         vector: one summary per image, shape (B, D).
         tokens: a sequence per image, shape (B, L, D).
-        token_mask: True where a token counts, shape (B, L); None when all of them do.
+        token_mask: True for valid tokens, shape (B, L); None if all are valid.
         spatial: maps aligned with the image, shape (B, C, H, W); 1 x 1 maps are the same
             everywhere.
     """
@@ -105,17 +105,17 @@ class Condition:
         padded = F.pad(self.spatial, (0, -width % factor, 0, -height % factor), mode="replicate")
         return replace(self, spatial=F.pixel_unshuffle(padded, factor))
 
-    def lerp(self, other: Condition, shares: Tensor) -> Condition:
-        """Interpolate towards `other`, whose share is `shares` (B,).
+    def lerp(self, other: Condition, weights: Tensor) -> Condition:
+        """Interpolate towards `other`, whose weights are `weights` (B,).
 
-        A token counts if it counts in either condition that has a share.
+        A token is valid if it is valid in either condition of nonzero weight.
         """
 
         def interpolate(a: Tensor, b: Tensor) -> Tensor:
-            share = shares.view(-1, *[1] * (a.ndim - 1))
+            weight = weights.view(-1, *[1] * (a.ndim - 1))
             if a.dtype == torch.bool:
-                return (a & (share < 1)) | (b & (share > 0))
-            return torch.lerp(a, b.to(a.dtype), share.to(a))
+                return (a & (weight < 1)) | (b & (weight > 0))
+            return torch.lerp(a, b.to(a.dtype), weight.to(a))
 
         return self.combine(other, interpolate)
 

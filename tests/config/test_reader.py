@@ -109,8 +109,8 @@ def test_overrides_as_mapping_and_as_text_agree() -> None:
         ("budget.minutes.x=3", "budget.minutes.x=3: `budget.minutes` has no keys to set"),
         ("seed.x=3", "seed.x=3: `seed` has no keys to set"),
         ("sizes.0=3", "`sizes` has no keys to set"),
-        ("seed", "'seed' sets nothing"),
-        ("=3", "'=3' sets nothing"),
+        ("seed", "'seed' is not an override"),
+        ("=3", "'=3' is not an override"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_named(override: str, said: str) -> None:
@@ -250,7 +250,9 @@ def test_any_text_is_data_or_a_config_error(text: str) -> None:
 def test_a_file_must_hold_a_mapping_of_utf8(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("[1, 2]")
-    with pytest.raises(ConfigError, match=r"run.yaml: holds no mapping of keys to values"):
+    with pytest.raises(
+        ConfigError, match=r"run.yaml: does not contain a mapping of keys to values"
+    ):
         config.load_yaml_file(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"run.yaml: cannot be read"):

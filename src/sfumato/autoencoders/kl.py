@@ -64,7 +64,7 @@ class KLConfig:
             )
         if any(width % self.groups for width in self.channels):
             raise ConfigError(
-                f"channels {self.channels} in {self.groups} groups",
+                f"groups = {self.groups} does not divide all of channels = {self.channels}",
                 where="autoencoder.network.groups",
                 hint="choose groups that divide all channels",
             )
@@ -163,8 +163,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks[:-2]:
             x = block(x)
-        for block in self.up_blocks[-2:-1]:
-            x = cast(UpBlock, block).apply_blocks(x)
+        if len(self.up_blocks) > 1:
+            x = cast(UpBlock, self.up_blocks[-2]).apply_blocks(x)
         result: Tensor = x
         return result
 

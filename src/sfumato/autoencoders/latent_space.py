@@ -88,9 +88,8 @@ class LatentAutoencoder(nn.Module):
             or x.shape[-1] % self.factor
         ):
             raise ShapeError(
-                f"images of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels, for "
-                "an autoencoder of "
-                f"{self.image_channels} channels that makes sides {self.factor} times smaller",
+                f"images of {x.shape[1]} channels and {x.shape[-2]} x {x.shape[-1]} pixels do not "
+                f"fit an autoencoder of {self.image_channels} channels and factor {self.factor}",
                 where="autoencoder",
                 hint=f"use {self.image_channels} channels, and sides that are multiples of "
                 f"{self.factor}",

@@ -43,7 +43,7 @@ class DoodleConfig:
             for share in (self.synthetic, self.wobble, self.missing_lines, self.dropout)
         ):
             raise ConfigError(
-                f"{self}", where="conditioner.doodle", hint="all of them are shares, from 0 to 1"
+                f"{self}", where="conditioner.doodle", hint="all values are fractions from 0 to 1"
             )
 
 

@@ -104,7 +104,7 @@ def load_yaml_file(path: Path) -> dict[str, Any]:
     data = load_yaml(text, where=str(path))
     if not isinstance(data, dict):
         raise ConfigError(
-            "holds no mapping of keys to values",
+            "does not contain a mapping of keys to values",
             where=str(path),
             hint="begin with e.g. `recipe: digits`",
         )
@@ -222,7 +222,7 @@ def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[t
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise ConfigError(
-                f"{item!r} sets nothing",
+                f"{item!r} is not an override",
                 where="overrides",
                 hint="write key=value, e.g. budget.minutes=5",
             )

@@ -30,7 +30,7 @@ class Category(Context):
         """Return the indices (num,) of one or several names; an integer is taken as a name.
 
         Raises:
-            ConfigError: for a category that is unknown or was never trained.
+            ConfigError: for a category that is unknown or has no training images.
         """
         info = request.info
         names = [str(value)] if isinstance(value, str | int) else [str(name) for name in value]
@@ -66,7 +66,7 @@ def _require_known(name: str, info: ConditioningInfo) -> None:
     known = trained_categories(info)
     if name in info.untrained:
         raise ConfigError(
-            f"category {name!r} was never trained: all of its images are held out",
+            f"category {name!r} has no training images: all of its images are held out",
             where="sample",
             hint=f"choose among {', '.join(known[:20])}; or train with more images of it",
         )

@@ -53,7 +53,7 @@ class Parameterization(ABC):
                 f"no solver can integrate in the coordinate of {type(self).__name__} from or to "
                 "a level where it is infinite",
                 where="sampler",
-                hint="use parameterization=Flow() or Velocity(), or keep off that end: "
+                hint="use parameterization=Flow() or Velocity(), or avoid that end: "
                 "Warped(schedule=..., warp=Span(high=0.999))",
             )
         return coordinate
@@ -93,7 +93,7 @@ class Parameterization(ABC):
                 "only one of them "
                 "(Epsilon at alpha = 0, Sample at sigma = 0)",
                 where="Parameterization.solve",
-                hint="predict Velocity or Flow, or keep off that end, e.g. "
+                hint="predict Velocity or Flow, or avoid that end, e.g. "
                 "Warped(schedule=schedule, warp=Span(high=0.999))",
             )
         return Denoised(

@@ -92,9 +92,9 @@ class DiTConfig(NetworkConfig):
             )
         if self.hidden_size % self.head_dim or self.head_dim % 4:
             raise ConfigError(
-                f"{self.hidden_size} hidden_size in heads of {self.head_dim}",
+                f"hidden_size = {self.hidden_size} with head_dim = {self.head_dim}",
                 where="network.head_dim",
-                hint="choose 32 or 64, and a hidden_size that is a multiple of it",
+                hint="choose a head_dim of 32 or 64, and a hidden_size that is a multiple of it",
             )
         if not 0 <= self.token_drop < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(

@@ -73,8 +73,8 @@ class UNetConfig(NetworkConfig):
             )
         if self.channels % 2:
             raise ConfigError(
-                f"{self.channels} channels are odd, and sines and cosines of the noise level "
-                "come in pairs",
+                f"channels = {self.channels} is odd, and the noise-level embedding has as many sines "
+                "as cosines",
                 where="network.channels",
                 hint="choose an even number; multiples of 32 run best",
             )
