@@ -238,7 +238,7 @@ def test_points_lie_on_the_doodles_lines(listed: list[Entry]) -> None:
     ],
 )
 def test_outlines_follow_arcs_and_transforms(shape: str) -> None:
-    found = emoji.outline(drawing(shape))
+    found = emoji.outline(drawing(shape), emoji.POINTS)
     assert np.abs(np.hypot(*found.T) - 0.5).max() < 0.003
     steps = np.hypot(*np.diff(found, axis=0, append=found[:1]).T)
     assert steps.max() / steps.min() < 1.02
@@ -246,7 +246,9 @@ def test_outlines_follow_arcs_and_transforms(shape: str) -> None:
 
 def test_flags_of_an_arc_may_touch_the_number_after_them() -> None:
     # three quarters of a circle
-    found = emoji.outline(drawing('<path d="M36 36a18 18 0 1118 18" fill="none" stroke="#000"/>'))
+    found = emoji.outline(
+        drawing('<path d="M36 36a18 18 0 1118 18" fill="none" stroke="#000"/>'), emoji.POINTS
+    )
     assert np.abs(np.hypot(found[:, 0] - 0.5, found[:, 1]) - 0.5).max() < 0.01
     assert found.max(axis=0) == pytest.approx([1, 0.5], abs=0.01)
     assert found.min(axis=0) == pytest.approx([0, -0.5], abs=0.01)
@@ -263,7 +265,7 @@ def test_flags_of_an_arc_may_touch_the_number_after_them() -> None:
 )
 def test_commands_of_paths_mean_what_svg_says(relative: str, absolute: str) -> None:
     found, expected = (
-        emoji.outline(drawing(f'<path d="{path}"/>')) for path in (relative, absolute)
+        emoji.outline(drawing(f'<path d="{path}"/>'), emoji.POINTS) for path in (relative, absolute)
     )
     assert np.allclose(found, expected, atol=1e-6)
 
@@ -271,10 +273,12 @@ def test_commands_of_paths_mean_what_svg_says(relative: str, absolute: str) -> N
 def test_what_cannot_be_seen_has_no_outline() -> None:
     seen = '<line x1="0" y1="36" x2="72" y2="36" stroke="#000"/>'
     hidden = '<g fill="none"><path d="M0 0h72"/><path fill="#fff" stroke="none" d="M0 72h72"/></g>'
-    assert np.abs(emoji.outline(drawing(hidden + seen))[:, 1]).max() == 0
+    assert np.abs(emoji.outline(drawing(hidden + seen), emoji.POINTS)[:, 1]).max() == 0
     assert (
         np.abs(
-            emoji.outline(drawing(hidden.replace('fill="none"', 'fill="#000"') + seen))[:, 1]
+            emoji.outline(
+                drawing(hidden.replace('fill="none"', 'fill="#000"') + seen), emoji.POINTS
+            )[:, 1]
         ).max()
         == 1
     )
@@ -410,7 +414,7 @@ def test_an_interrupted_rendering_leaves_nothing(
 ) -> None:
     few(monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(emoji, "outline", lambda svg: 1 / 0)
+        patch.setattr(emoji, "outline", lambda svg, count: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Emoji(size=16).listing()
     assert list(tmp_path.glob("emoji/*")) == []
