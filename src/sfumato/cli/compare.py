@@ -36,7 +36,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """The result of one setup.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
     calls: float
     seconds: float
 
-    def plain(self, reference: Row) -> dict[str, Any]:
+    def plain(self, reference: ComparisonRow) -> dict[str, Any]:
         """Return the figures of the row as plain data, for JSON.
 
         `difference` is the mean absolute difference of values in [0, 1] to the reference.
@@ -216,7 +216,7 @@ def _carried(path: Path) -> Any:
 
 def _sampled(
     pipeline: Pipeline, setups: Sequence[Setup], num: int, seed: int, wanted: dict[str, Any]
-) -> list[Row]:
+) -> list[ComparisonRow]:
     from sfumato.observability.progress import ProgressBar
 
     def sample(
@@ -235,7 +235,7 @@ def _sampled(
     # an impossible row fails before the others take their time, and the first call warms up
     for setup in setups:
         sample(setup, 1, min(2, setup.steps))
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     total, done = sum(setup.steps for setup in setups), 0
     with ProgressBar("comparing") as bar:
         for setup in setups:
@@ -244,7 +244,7 @@ def _sampled(
                 begun = time.perf_counter()
                 images = sample(setup, num, setup.steps, tell)
                 seconds = time.perf_counter() - begun
-            rows.append(Row(setup, images, sum(evaluated) / num, seconds))
+            rows.append(ComparisonRow(setup, images, sum(evaluated) / num, seconds))
             done += setup.steps
     return rows
 
@@ -260,7 +260,7 @@ def _counted(network: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _figure(rows: Sequence[Row], wanted: dict[str, Any], num: int) -> Any:
+def _figure(rows: Sequence[ComparisonRow], wanted: dict[str, Any], num: int) -> Any:
     import torch
 
     from sfumato.observability.images import grid_image

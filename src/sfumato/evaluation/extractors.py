@@ -97,11 +97,11 @@ def efficientnet() -> EfficientNetLite0:
             where="features",
             hint="pip install 'sfumato[features]', or set random",
         )
-    kept = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        safe_unpickle.convert(package / FILE, kept, sha256=SHA256)
-    return efficientnet_lite0(_read(kept))
+    converted = cache_folder() / "features" / f"{Path(FILE).stem}.safetensors"
+    if not converted.is_file():
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        safe_unpickle.convert(package / FILE, converted, sha256=SHA256)
+    return efficientnet_lite0(_read(converted))
 
 
 def _package() -> Path | None:

@@ -41,10 +41,10 @@ def nearest(images: Tensor, training: Tensor, *, chunk: int = 2048) -> Neighbour
     Memory grows with n x chunk, not with the training set. Equal training images count as one: a
     copy of an image that appears there twice is still a copy.
     """
-    flat, kept = images.flatten(1).float(), _distinct(training)
+    flat, distinct = images.flatten(1).float(), _distinct(training)
     distances = torch.full((len(flat), 0), 0.0)
     indices = torch.zeros((len(flat), 0), dtype=torch.long)
-    for numbers in kept.split(chunk):
+    for numbers in distinct.split(chunk):
         part = torch.cdist(flat, training[numbers].flatten(1).float())
         distances, indices = (
             torch.cat([distances, part], 1),

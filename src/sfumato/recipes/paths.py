@@ -49,8 +49,8 @@ def paths_relative_to_run(run: Run, directory: Path) -> dict[str, str]:
 
     data.json keeps them, for when both are moved together.
     """
-    found = ((key, holder[name]) for key, holder, name in _paths(configuration.plain(run)))
-    return {key: os.path.relpath(path, directory) for key, path in found if os.path.exists(path)}
+    local = ((key, holder[name]) for key, holder, name in _paths(configuration.plain(run)))
+    return {key: os.path.relpath(path, directory) for key, path in local if os.path.exists(path)}
 
 
 def relocate_paths(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def relocate_paths(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
     A path that does not exist is looked for where it was as seen from the run. The mapping is
     changed in place and returned.
     """
-    known = _known(directory)
+    relative = _relative_paths(directory)
     for key, holder, name in _paths(plain):
         if not os.path.exists(holder[name]):
             near = next(
                 (
                     place
-                    for place in _candidates(key, holder[name], known, directory)
+                    for place in _candidates(key, holder[name], relative, directory)
                     if os.path.exists(place)
                 ),
                 None,
@@ -90,21 +90,21 @@ def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]
             yield key, holder, name
 
 
-def _candidates(key: str, path: str, known: Mapping[str, Any], directory: Path) -> Iterator[str]:
+def _candidates(key: str, path: str, relative: Mapping[str, Any], directory: Path) -> Iterator[str]:
     """Yield where something may be that is not where a run says.
 
     It may be at the same place as seen from the run. In older runs, which do not record that, data
     may be below a folder that holds the run.
     """
-    if isinstance(known.get(key), str):
-        yield os.path.join(directory, known[key])
-    elif key in DATA and not known and not os.path.isabs(path):
+    if isinstance(relative.get(key), str):
+        yield os.path.join(directory, relative[key])
+    elif key in DATA and not relative and not os.path.isabs(path):
         yield from (os.path.join(parent, path) for parent in directory.absolute().parents)
 
 
-def _known(directory: Path) -> Mapping[str, Any]:
-    found = RunDirectory(directory).data_record().get(FROM_RUN)
-    return found if isinstance(found, dict) else {}
+def _relative_paths(directory: Path) -> Mapping[str, Any]:
+    relative = RunDirectory(directory).data_record().get(FROM_RUN)
+    return relative if isinstance(relative, dict) else {}
 
 
 def require_there(run: Run) -> None:

@@ -99,12 +99,21 @@ def choose(
         )
     reasons += survey.captions.reasons
     run = _run(
-        place, source, survey, network, optimizer, resolution, space, channels, bits, categories
+        place=place,
+        source=source,
+        survey=survey,
+        network=network,
+        optimizer=optimizer,
+        resolution=resolution,
+        space=space,
+        channels=channels,
+        bits=bits,
+        categories=categories,
     )
     latent_shape = space.latent_shape(channels, None)
     factor = shift(latent_shape.channels * (resolution // latent_shape.factor) ** 2)
     if factor > 1:
-        run = _shifted(run, factor)
+        run = _shift_schedules(run, factor)
         reasons.append(f"timestep shift {factor:g}: higher resolutions need higher noise levels")
     return Choice(run=run, reasons=tuple(reasons))
 
@@ -207,6 +216,7 @@ def _name(place: str) -> str:
 
 
 def _run(
+    *,
     place: str,
     source: Source,
     survey: Survey,
@@ -283,11 +293,11 @@ def shift(values: int) -> float:
     return round(max(1.0, math.sqrt(values / 4096)), 2)
 
 
-def _shifted(run: Run, factor: float) -> Run:
+def _shift_schedules(run: Run, factor: float) -> Run:
     """Return the run with training and sampling moved to more noise."""
-    moved = Warped(schedule=Linear(), warp=Shift(factor))
+    schedule = Warped(schedule=Linear(), warp=Shift(factor))
     return replace(
         run,
-        objective=replace(run.objective, schedule=Warped(schedule=moved, warp=LogitNormal())),
-        sampling=replace(run.sampling, schedule=moved),
+        objective=replace(run.objective, schedule=Warped(schedule=schedule, warp=LogitNormal())),
+        sampling=replace(run.sampling, schedule=schedule),
     )

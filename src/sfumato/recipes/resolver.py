@@ -71,15 +71,15 @@ def resolve_config(source: str | Path | Run, overrides: Overrides = ()) -> Resol
     Raises:
         ConfigError, DataError: see `resolve`.
     """
-    given = configuration.with_overrides({}, overrides)
+    settings = configuration.with_overrides({}, overrides)
     if not isinstance(source, Run):
         refuse_diffusers(Path(source))
     listing = source_at(str(source)).listing() if is_preset(source) and _is_source(source) else None
-    choice = None if listing is None else _chosen(source, given, listing)
+    choice = None if listing is None else _choose_preset(source, settings, listing)
     base, where = (
-        (configuration.plain(choice.run), str(source)) if choice else _plain(source, given)
+        (configuration.plain(choice.run), str(source)) if choice else _plain(source, settings)
     )
-    base, notes = replace_limits(base, given)
+    base, notes = replace_limits(base, settings)
     run = configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
     return ResolvedConfig(run=run, notes=tuple(notes), choice=choice, listing=listing)
 
@@ -102,7 +102,7 @@ def _is_source(source: str | Path | Run) -> bool:
     return files.exists(str(source)) or str(source).startswith("hub:") or str(source) in BUILT_IN
 
 
-def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _plain(source: str | Path | Run, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the configuration of `source` as plain data, and where it is written.
 
     If it is images, some of the given settings decide about other settings too.
@@ -121,28 +121,30 @@ def _plain(source: str | Path | Run, given: Mapping[str, Any]) -> tuple[dict[str
     if path.suffix in (".yaml", ".yml"):
         data = configuration.load_yaml_file(path)
         name = data.pop("recipe", None)
-        below = {} if name is None else _plain(str(name), configuration.merge(data, given))[0]
+        below = {} if name is None else _plain(str(name), configuration.merge(data, settings))[0]
         return configuration.merge(replace_limits(below, data)[0], data), str(path)
     if _is_source(source):
         return configuration.plain(
-            _chosen(source, given, source_at(str(source)).listing()).run
+            _choose_preset(source, settings, source_at(str(source)).listing()).run
         ), str(source)
     return configuration.plain(recipe(str(source))), str(source)
 
 
 def preset(place: str, overrides: Overrides, listing: Listing) -> Run:
     """Return the configuration chosen for a listed source, with the overrides applied."""
-    given = configuration.with_overrides({}, overrides)
-    base = configuration.plain(_chosen(place, given, listing).run)
+    settings = configuration.with_overrides({}, overrides)
+    base = configuration.plain(_choose_preset(place, settings, listing).run)
     return configuration.parse(Run, configuration.with_overrides(base, overrides), where=place)
 
 
-def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing) -> Choice:
+def _choose_preset(
+    source: str | Path | Run, settings: Mapping[str, Any], listing: Listing
+) -> Choice:
     """Choose the preset of a source.
 
     Settings of its images, or of an autoencoder, decide about other settings too.
     """
-    data: Any = given.get("data")
+    data: Any = settings.get("data")
     data = data if isinstance(data, dict) else {}
     known: dict[str, Any] = {
         name: data[name]
@@ -152,10 +154,10 @@ def _chosen(source: str | Path | Run, given: Mapping[str, Any], listing: Listing
     if data.get("frames") in ("all", "max"):
         listing = expand_frames(listing, data["frames"])
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)
-    if "autoencoder" not in given:
+    if "autoencoder" not in settings:
         return chosen()
     plain = configuration.merge(
-        configuration.plain(chosen().run), {"autoencoder": given["autoencoder"]}
+        configuration.plain(chosen().run), {"autoencoder": settings["autoencoder"]}
     )
     return chosen(space=configuration.parse(Run, plain, where=str(source)).autoencoder)
 

@@ -60,7 +60,7 @@ MAX_COLUMNS = 4096
 LINES_OF_A_ROW = 50  # that a quoted text may span
 
 
-class Row(NamedTuple):
+class MetadataRow(NamedTuple):
     """A row of a table: its place, its columns by name, and what is wrong with it, "" if nothing
     is.
     """
@@ -82,7 +82,7 @@ class Table:
     """
 
     name: str
-    rows: list[Row]
+    rows: list[MetadataRow]
     file_column: str | None
     unused: tuple[str, ...]
 
@@ -126,7 +126,7 @@ def read_table(name: str, data: bytes) -> Table:
 
         records = list(rows(data))
         table_rows = [
-            Row(f"{name}, row {number}", record) for number, record in enumerate(records, 1)
+            MetadataRow(f"{name}, row {number}", record) for number, record in enumerate(records, 1)
         ]
         return _table(name, table_rows, list(records[0]) if records else [])
     text = decode_text(data, limit=MAX_METADATA_BYTES)
@@ -139,14 +139,14 @@ def read_table(name: str, data: bytes) -> Table:
         return _table(name, table_rows, [key for row in table_rows[:100] for key in row.record])
     if ending == "json":
         table_rows = [
-            Row(f"{name}, item {number}", record)
+            MetadataRow(f"{name}, item {number}", record)
             for number, record in enumerate(_json_records(json.loads(text)), 1)
         ]
         return _table(name, table_rows, [key for row in table_rows[:100] for key in row.record])
     return _read_separated(name, text)
 
 
-def _table(name: str, rows: list[Row], columns: Sequence[str]) -> Table:
+def _table(name: str, rows: list[MetadataRow], columns: Sequence[str]) -> Table:
     columns = list(dict.fromkeys(columns))
     file_column = file_column_of(columns)
     annotations = {f"{name}_file_name" for name in ANNOTATION_FILES}
@@ -164,12 +164,16 @@ def file_column_of(columns: Sequence[str]) -> str | None:
     return next((by_key[key] for key in FILE_KEYS if key in by_key), None)
 
 
-def _json_row(place: str, line: str) -> Row:
+def _json_row(place: str, line: str) -> MetadataRow:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(place, {}, f"not JSON: {str(error)[:100]}")
-    return Row(place, record) if isinstance(record, dict) else Row(place, {}, "not a JSON object")
+        return MetadataRow(place, {}, f"not JSON: {str(error)[:100]}")
+    return (
+        MetadataRow(place, record)
+        if isinstance(record, dict)
+        else MetadataRow(place, {}, "not a JSON object")
+    )
 
 
 def _json_records(value: Any) -> Iterator[dict[str, Any]]:
@@ -254,18 +258,18 @@ def _fields(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str]
 
 def _row(
     place: str, header: Sequence[str], caption_index: int, fields: list[str], delimiter: str
-) -> Row:
+) -> MetadataRow:
     """Return a row by column.
 
     If there are more fields than columns, the caption held unquoted delimiters, and is joined
     again.
     """
     if not fields:
-        return Row(place, {}, f"a text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
+        return MetadataRow(place, {}, f"a text of more than {MAX_TEXT_CHARACTERS >> 10} KiB")
     extra = len(fields) - len(header)
     if extra > 0:
         if not header or normalized_key(header[caption_index]) not in CAPTION_KEYS:
-            return Row(
+            return MetadataRow(
                 place, {}, f"{len(fields)} fields where the header has {len(header)} columns"
             )
         fields = [
@@ -273,7 +277,7 @@ def _row(
             delimiter.join(fields[caption_index : caption_index + extra + 1]),
             *fields[caption_index + extra + 1 :],
         ]
-    return Row(place, dict(zip(header, fields, strict=False)))
+    return MetadataRow(place, dict(zip(header, fields, strict=False)))
 
 
 class Finder:

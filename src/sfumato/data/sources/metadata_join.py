@@ -16,7 +16,7 @@ from sfumato.data.listing import MAX_BYTES, Blob, Reject, parse_annotations, pri
 from sfumato.data.sources.file_status import KINDS, FileStatus
 from sfumato.data.sources.metadata import (
     Finder,
-    Row,
+    MetadataRow,
     Table,
     is_authoritative,
     may_be_table,
@@ -142,7 +142,7 @@ class Metadata:
             hint=f"{column}, or set data.source.metadata=off",
         )  # fmt: skip
 
-    def _row(self, row: Row, column: str | None, folder: str) -> None:
+    def _row(self, row: MetadataRow, column: str | None, folder: str) -> None:
         facts, find = self._facts, self._finder.find
         try:
             if row.fault:

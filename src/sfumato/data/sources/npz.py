@@ -30,7 +30,7 @@ MAX_UNPACKED_BYTES, MAX_LABEL_BYTES, MAX_RATIO, MAX_IMAGES = 64 << 30, 1 << 30, 
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ArrayImage:
     """One image of an array on disk, as the bytes of a .npy."""
 
     path: str
@@ -166,7 +166,7 @@ class Npz(Source):
         return [
             Entry(
                 name=f"{prefix}{i:0{width}d}",
-                image=Row(place, offset + i * size, shape[1:], dtype.str),
+                image=ArrayImage(place, offset + i * size, shape[1:], dtype.str),
                 category=None if categories is None else categories[i],
                 holdout=part.holdout,
             )
