@@ -4,9 +4,7 @@ full disk.
 
 import errno
 import functools
-import importlib.util
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,7 +198,7 @@ def test_a_taken_run_is_refused_before_the_data_are_read(
         raise AssertionError("the data were read")
 
     monkeypatch.setattr("sfumato.runs.preparation.open_data", work)
-    monkeypatch.setattr("sfumato.runs.training.resolved", work)
+    monkeypatch.setattr("sfumato.runs.training.resolve_config", work)
     result = sfumato("train", folder, "--run", run)
     assert result.code == 2
     assert f"{run}: there is already a run here" in result.err
@@ -236,16 +234,11 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
         require_writable(place, place / "x.json")
 
 
-def test_a_system_without_file_locks_can_load_and_says_that_it_cannot_train(
+def test_a_system_without_file_locks_says_that_it_cannot_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    spec = importlib.util.spec_from_file_location("without_fcntl", run_directory.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    assert copy.fcntl is None
-    monkeypatch.setattr(run_directory, "fcntl", None)
+    """As on Windows; tests/test_platform.py has the whole package there."""
+    monkeypatch.setattr(run_directory, "HAS_FILE_LOCKS", False)
     with (
         pytest.raises(RunError, match=r"lacks the file locks .*(\n.*)*on Windows inside WSL"),
         RunDirectory(tmp_path).locked(),

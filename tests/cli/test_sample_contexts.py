@@ -330,7 +330,9 @@ def test_images_are_led_away_from_a_snapshot(run: Path, given: Path) -> None:
 def test_a_prompt_that_is_cut_is_said_to_be(run: Path, given: Path) -> None:
     result = sampled(run, "--prompt", "a dark square " * 100)
     assert result.code == 0
-    assert result.err.startswith("note: a prompt has 1400 characters, of which the model reads the first ")
+    assert result.err.startswith(
+        "note: a prompt has 1400 characters, of which the model reads the first "
+    )
     assert sampled(run, "--prompt", "noise", out="another").err == ""
 
 
