@@ -235,7 +235,9 @@ def test_a_missing_distance_of_samples_alone_is_said_too(
     monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
     zeros = torch.zeros(50, dtype=torch.long)
     monkeypatch.setattr(
-        fidelity, "_conditions", lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros)
+        fidelity,
+        "_conditions",
+        lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros),
     )
     result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
     assert [row.frechet is None for row in result.rows] == [False, True]
