@@ -41,11 +41,12 @@ main()
 """
 
 
-def without(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def without(
+    code: str, *arguments: str, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of that kind."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT + code, *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", WITHOUT + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_every_module_is_imported_there() -> None:
@@ -58,10 +59,12 @@ def test_data_are_read_there_and_training_is_refused_before_it_begins(
     tmp_path: Path,
 ) -> None:
     photos = images(tmp_path / "photos")
-    checked = without(CHECK_AND_TRAIN, "data", "check", str(photos))
+    checked = without(CHECK_AND_TRAIN, "data", "check", str(photos), cwd=tmp_path)
     assert (checked.returncode, "40 images" in checked.stdout) == (0, True), checked.stderr
     run = tmp_path / "run"
-    trained = without(CHECK_AND_TRAIN, "train", str(photos), "budget.steps=1", "--run", str(run))
+    trained = without(
+        CHECK_AND_TRAIN, "train", str(photos), "budget.steps=1", "--run", str(run), cwd=tmp_path
+    )
     assert trained.returncode == 2
     assert "file locks" in trained.stderr
     assert "WSL" in trained.stderr

@@ -29,14 +29,19 @@ def diffusers_class(folder: Path) -> str | None:
     return None
 
 
+def is_pipeline_folder(folder: Path) -> bool:
+    """Return whether a folder holds a whole pipeline of diffusers (model_index.json)."""
+    return (folder / PIPELINE).is_file()
+
+
 def refuse_diffusers(folder: Path) -> None:
     """Raise RunError, naming its class, if a folder holds a model of diffusers."""
     name = diffusers_class(folder)
     if name is not None:
         raise RunError(
-            f"holds a diffusers model ({name}), which sfumato cannot train or sample yet",
+            f"holds a diffusers model ({name}), which sfumato cannot train yet",
             where=str(folder),
-            hint="use diffusers for it until a later version of sfumato loads such folders; "
-            "its autoencoder can be used today: autoencoder.kind=pretrained "
+            hint="sample it with `sfumato sample FOLDER`, if it is a pipeline of a network and a "
+            "scheduler; its autoencoder can be used with autoencoder.kind=pretrained "
             "autoencoder.path=FOLDER/vae",
         )

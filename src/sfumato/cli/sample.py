@@ -165,11 +165,12 @@ def sample(
     from sfumato.cli.sample_output import writable
     from sfumato.generation.options import SamplingOptions
     from sfumato.runs import load, newest_run
-    from sfumato.storage.run_directory import RunDirectory
+    from sfumato.runs.loading import generated_folder
 
     begun = time.monotonic()
-    run = RunDirectory.existing(newest_run() if run is None else run).path
-    with writable(out or run / "generated"):
+    run = newest_run() if run is None else run
+    folder = generated_folder(run)
+    with writable(out or folder):
         pipeline = load(run, weights=parse_weights(weights), precision=precision)
         if compile:
             pipeline.compile()
@@ -200,7 +201,8 @@ def sample(
             clip=clip or None,
             resample=resample,
         )
-        options = {**context.params, "num": number_of_images(num, prompt, category), "run": run}
+        options = {**context.params, "num": number_of_images(num, prompt, category)}
+        options |= {"run": run, "folder": folder}
         report = _generate(pipeline, request, settings, options)
     _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 
@@ -228,7 +230,7 @@ def _generate(
     make = _make(pipeline, request, settings, options)
     recorded = recorded_settings(options, pipeline, request, settings, kind)
     target = Generated(
-        options["out"] or run / "generated" / f"seed-{options['seed']}", kind, values, recorded
+        options["out"] or options["folder"] / f"seed-{options['seed']}", kind, values, recorded
     )
     if options["out"] is None:
         target = target.in_free_folder()

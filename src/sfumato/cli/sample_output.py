@@ -37,7 +37,7 @@ GRID, TRAJECTORY = "grid.png", "trajectory.png"
 NUMBERED = re.compile(rf"(\d{{5,}})\.(?:{'|'.join(FORMATS)})")
 MOST_FOLDERS = 10_000
 # options that decide nothing in an image
-WITHOUT_EFFECT = ("out", "trajectory", "compile", "as_json", "format")
+WITHOUT_EFFECT = ("out", "folder", "trajectory", "compile", "as_json", "format")
 BLOCK = 4096  # bytes: a full disk may still create a file, but not fill a block of it
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
 from sfumato.errors import ConfigError, RunError
+from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
+from sfumato.interop.diffusers_folder import read_folder
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve
 from sfumato.runs.preparation import build_model, open_data
@@ -23,6 +25,19 @@ from sfumato.training.monitors import Validator
 from sfumato.training.precision import CHOICES, DTYPES, default_device
 
 WEIGHT_FILES = {"ema": "ema", "raw": "model"}  # weights -> the file of a checkpoint
+
+
+def generated_folder(path: Path) -> Path:
+    """Return the folder for the images of a model: inside a run, else in the working directory.
+
+    A model folder of another program is never written to.
+
+    Raises:
+        RunError: if it is neither.
+    """
+    if is_pipeline_folder(path):
+        return Path("generated") / path.resolve().name
+    return RunDirectory.existing(path).path / "generated"
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -118,7 +133,7 @@ def load(
     weights: Literal["ema", "raw"] | float = "ema",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Pipeline:
-    """Load the pipeline of a run's newest whole checkpoint.
+    """Load the pipeline of a run's newest whole checkpoint, or of a model folder of diffusers.
 
     Newer checkpoints that are damaged cause a warning, and are left as they are.
 
@@ -128,13 +143,16 @@ def load(
         precision: precision inside the network.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
-        ConfigError: for unknown weights or an unknown precision.
+        ConfigError: for unknown weights or an unknown precision, or a part of a diffusers model
+            that is not supported.
     """
-    directory = RunDirectory.existing(Path(path))
     if precision not in CHOICES:
         raise ConfigError(
             f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}"
         )
+    if is_pipeline_folder(Path(path)):
+        return _load_folder(Path(path), weights=weights, precision=precision)
+    directory = RunDirectory.existing(Path(path))
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
@@ -153,5 +171,33 @@ def load(
         sampling=settings.sampling,
         info=info,
         image_shape=(channels, height, width),
+        compute_dtype=DTYPES[precision],
+    )
+
+
+def _load_folder(
+    folder: Path,
+    *,
+    weights: Literal["ema", "raw"] | float,
+    precision: Literal["float32", "bfloat16"],
+) -> Pipeline:
+    """Load the pipeline of a model folder in diffusers' layout."""
+    if weights != "ema":
+        raise ConfigError(
+            f"weights = {weights!r}",
+            where=str(folder),
+            hint="leave it out: a model folder of diffusers holds one set of weights",
+        )
+    content = read_folder(folder)
+    for remark in content.remarks:
+        console().print(f"note: {remark}", markup=False)
+    run = content.run
+    model = build_model(run, content.info).eval().requires_grad_(False)
+    return Pipeline(
+        model=model.to(default_device()),
+        autoencoder=run.autoencoder.load(folder, run.data.channels).to(default_device()),
+        sampling=run.sampling,
+        info=content.info,
+        image_shape=(run.data.channels, run.data.resolution, run.data.resolution),
         compute_dtype=DTYPES[precision],
     )

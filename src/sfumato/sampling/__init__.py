@@ -21,7 +21,7 @@ from sfumato.sampling.registry import (
 )
 from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
-from sfumato.sampling.spacing import Even, Leading, Spacing
+from sfumato.sampling.spacing import Even, Leading, Linspace, Spacing
 from sfumato.sampling.unipc import UniPC
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "InterpolatedNoise",
     "KeyedNoise",
     "Leading",
+    "Linspace",
     "Multistep",
     "Noise",
     "PlainSamplerConfig",

@@ -14,6 +14,8 @@ from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import ScheduleError
 
+CLEAN = NoiseLevel(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
 
 class Spacing(Extensible, ABC):
     """A rule that picks the levels of a grid from a schedule.
@@ -85,9 +87,32 @@ class Leading(Spacing):
         entries = entries.clamp(max=self.table_size - 1).to(torch.float64)
         levels = schedule((entries + 1) / self.table_size)
         if self.end == "clean":
-            one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-            return _joined(levels, NoiseLevel(one, zero))
+            return _joined(levels, CLEAN)
         return _joined(levels, schedule(torch.tensor([1 / self.table_size], dtype=torch.float64)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linspace(Spacing):
+    """Even entries of a table of T levels from its noisiest one on, then clean data: "linspace" in
+    diffusers.
+
+    Attributes:
+        table_size: T; entry i of the table is the schedule at t = (i + 1) / T.
+        last_entry: whether entry 0 is the last noisy level, as in diffusers' Euler schedulers; if
+            not, entries are rounded and entry 0 is replaced by clean data, as in its DPM-Solver.
+    """
+
+    table_size: Size = 1000
+    last_entry: bool = True
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels of `steps` even entries from T - 1 down, and clean data."""
+        top, count = self.table_size - 1, max(1, round(steps * strength))
+        if self.last_entry:
+            entries = torch.linspace(top, 0, steps, dtype=torch.float64)
+        else:
+            entries = torch.linspace(top, 0, steps + 1, dtype=torch.float64)[:-1].round()
+        return _joined(schedule((entries[-count:] + 1) / self.table_size), CLEAN)
 
 
 def _with_clean_end(levels: NoiseLevel) -> NoiseLevel:
