@@ -38,7 +38,14 @@ of several kinds, `network.kind=dit` chooses one, or `network=dit` if no key of 
 Written by `docs/reference.py`.
 """
 BOUNDS = {"ge": "from {:g}", "gt": "above {:g}", "le": "up to {:g}", "lt": "below {:g}"}
-NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+NAMES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    dict[str, Any]: "mapping",
+}
 
 
 def wrapped(text: str, first: str = "", other: str = "") -> str:

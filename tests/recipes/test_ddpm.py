@@ -69,7 +69,7 @@ def test_its_samples_are_those_of_algorithm_2_with_clipped_guesses(clip: bool) -
     alpha, bar = 1 - beta, (1 - beta).cumprod(0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
     noise, denoiser = KeyedNoise(3), pipeline.model.denoiser()
-    x = bar[-1].sqrt() * 0 + (1 - bar[-1]).sqrt().float() * noise(torch.empty(4, 1, 8, 8))
+    x = noise(torch.empty(4, 1, 8, 8))  # line 1: x_T ~ N(0, I)
     for i in range(19, -1, -1):
         eps = denoiser.predict(x, NoiseLevel(bar[i].sqrt(), (1 - bar[i]).sqrt()), NO_CONDITION)
         x0 = (x - (1 - bar[i]).sqrt() * eps) / bar[i].sqrt()

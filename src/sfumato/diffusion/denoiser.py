@@ -17,7 +17,7 @@ from sfumato.condition import NO_CONDITION, Condition
 from sfumato.config.bounds import Positive, Size
 from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.parameterizations import Parameterization
-from sfumato.diffusion.schedules import Schedule
+from sfumato.diffusion.schedules import LinearBetas, Schedule
 
 QUARTER_TURN = math.pi / 2 - 1e-9  # at which alpha is 0 but for rounding
 
@@ -120,7 +120,7 @@ class Timestep:
         table_size: T.
     """
 
-    schedule: Schedule
+    schedule: Schedule = LinearBetas()
     table_size: Size = 1000
 
     @cached_property
