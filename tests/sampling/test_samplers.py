@@ -33,6 +33,7 @@ from sfumato.sampling import (
     Multistep,
     RungeKutta,
     UniPC,
+    count_evaluations,
     grid,
     sample,
 )
@@ -304,3 +305,12 @@ def test_denoised_pairs_are_all_a_sampler_sees() -> None:
         torch.testing.assert_close(
             sample(sampler, denoise, torch.tensor([5.0, 1.0]).double(), grid(Linear(), 7)), known
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("ddim", 10), ("ddpm", 10), ("heun", 19), ("rk4", 37), ("unipc", 10), ("churn", 19)],
+)
+def test_evaluations_of_a_trajectory_are_counted(name: str, expected: int) -> None:
+    """The last step onto clean data takes one."""
+    assert count_evaluations(SAMPLERS[name], grid(Linear(), 10)) == expected

@@ -46,8 +46,9 @@ class Category(Context):
         return [known[number] if 0 <= number < len(known) else "" for number in values.tolist()]
 
     def enumerate_values(self, num: int, info: ConditioningInfo) -> Tensor:
-        """Return the indices 0, 1, ... of all categories, repeated in order, (num,)."""
-        return torch.arange(num) % max(1, len(info.categories))
+        """Return the indices of all trained categories, repeated in order, (num,)."""
+        trained = [info.categories.index(name) for name in trained_categories(info)] or [0]
+        return torch.tensor(trained)[torch.arange(num) % len(trained)]
 
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the category accuracy, or nothing if there is no classifier."""

@@ -106,8 +106,9 @@ def unregister(name: str) -> None:
 
 
 def _summary(context: Context) -> str:
-    """Return the first line of a context's docstring."""
-    return (inspect.getdoc(type(context)) or context.name).partition("\n")[0]
+    """Return the first paragraph of a context's docstring, on one line."""
+    paragraph = (inspect.getdoc(type(context)) or context.name).partition("\n\n")[0]
+    return " ".join(paragraph.split())
 
 
 def _declare() -> None:

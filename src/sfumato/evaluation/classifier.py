@@ -5,6 +5,7 @@ It classifies samples, and its last hidden layer is a feature space.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,26 +26,37 @@ MIN_STEPS, MIN_BATCH_SIZE = 100, 16
 class _Network(nn.Module):
     """Convolutions down to at most 2 x 2, then 64 features."""
 
-    def __init__(self, channels: int, resolution: int, categories: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], categories: int) -> None:
         super().__init__()
+        channels, *sides = image_shape
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
-        width, side = 32, resolution
+        width = 32
         # convolutions at high resolution would take most of the time without improving accuracy
-        while side > 16:
-            layers.append(nn.MaxPool2d(2))
-            side //= 2
-        while side > 2:
+        while max(sides) > 16:
+            layers.append(_halve(sides))
+        while max(sides) > 2:
             next_width = min(2 * width, 128)
-            layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            width, side = next_width, side // 2
+            layers += [nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU(), _halve(sides)]
+            width = next_width
         self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, 64), nn.ReLU()
+            *layers,
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(width * math.prod(sides), 64),
+            nn.ReLU(),
         )
         self.head = nn.Linear(64, categories)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.head(self.features(x))
         return result
+
+
+def _halve(sides: list[int]) -> nn.Module:
+    """Return a layer that halves sides longer than 2, and replace `sides` by what it leaves."""
+    factors = tuple(2 if side > 2 else 1 for side in sides)
+    sides[:] = [side // factor for side, factor in zip(sides, factors, strict=True)]
+    return nn.MaxPool2d(factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,7 @@ def train_classifier(
     steps = min(steps, max(MIN_STEPS, EPOCHS * len(positions) // batch_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(*dataset.image_shape[:2], len(dataset.categories))
+        network = _Network(dataset.image_shape, len(dataset.categories))
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         for step in range(steps):

@@ -195,9 +195,7 @@ def _pairs(dataset: Dataset, samples: Tensor, neighbours: Neighbours, alpha: Alp
     closest = neighbours.first.argsort()[:NUM_PAIRS]
     real = (
         to_float(
-            dataset.images(
-                dataset.with_common_shape(dataset.training)[neighbours.index[closest].numpy()]
-            )[0]
+            dataset.images(evaluation_split(dataset).training[neighbours.index[closest].numpy()])[0]
         )
         + 1
     ) / 2

@@ -6,7 +6,7 @@ A sampler sees a denoiser and levels, never a network, a schedule or a guidance 
 from sfumato.sampling.churn import Churn, PlainSamplerConfig
 from sfumato.sampling.ddim import DDIM
 from sfumato.sampling.dpm_solver import DPMSolverPP2M
-from sfumato.sampling.loop import StepInfo, grid, sample
+from sfumato.sampling.loop import StepInfo, count_evaluations, grid, sample
 from sfumato.sampling.multistep import Multistep
 from sfumato.sampling.noise import InterpolatedNoise, KeyedNoise
 from sfumato.sampling.protocol import Denoise, History, Noise, Point, Sampler
@@ -52,6 +52,7 @@ __all__ = [
     "Tableau",
     "UniPC",
     "chosen_sampler",
+    "count_evaluations",
     "grid",
     "repeated",
     "sample",

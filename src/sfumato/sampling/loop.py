@@ -117,6 +117,19 @@ def sample(
     return x
 
 
+def count_evaluations(sampler: Sampler, levels: NoiseLevel) -> int:
+    """Return how often a trajectory over `levels` calls its denoiser."""
+    count = 0
+
+    def denoiser(x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        nonlocal count
+        count += 1
+        return Denoised(torch.zeros_like(x), x / level.sigma)
+
+    sample(sampler, denoiser, torch.zeros(1, 1, 1, 1), levels)
+    return count
+
+
 def _check_grid(levels: NoiseLevel) -> None:
     alpha, sigma = levels.alpha, levels.sigma
     if alpha.ndim != 1 or alpha.shape != sigma.shape or len(alpha) < 2:

@@ -18,7 +18,7 @@ from sfumato.diffusion import NoiseLevel, Objective
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.nn.accelerable import Accelerable
 from sfumato.nn.loss_uncertainty import weight_by_uncertainty
-from sfumato.sampling import StepInfo
+from sfumato.sampling import StepInfo, count_evaluations, grid
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
@@ -184,11 +184,11 @@ class Diffusion:
         Guidance doubles those of a preview. A validation takes one pass for the weights, two for
         their average, and one for each shuffled context.
         """
-        contexts = self.model.conditioner.user_inputs
-        guided = 2 if contexts and self._sampling.guidance != 1 else 1
-        return config.preview.num * self._sampling.steps * guided, config.validation.samples * (
-            3 + len(contexts)
-        )
+        contexts, sampling = self.model.conditioner.user_inputs, self._sampling
+        guided = 2 if contexts and sampling.guidance != 1 else 1
+        levels = grid(sampling.schedule, sampling.steps, spacing=sampling.spacing)
+        evaluations = guided * count_evaluations(sampling.sampler, levels)
+        return config.preview.num * evaluations, config.validation.samples * (3 + len(contexts))
 
     def compiled_part(self, model: Model) -> Accelerable:
         """Return the network; conditioners are small."""

@@ -1,0 +1,70 @@
+"""Evaluation of sets with images without a category, images that are not square, and categories
+that were never trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.conditioners import ConditioningInfo
+from sfumato.contexts import enumerate_values
+from sfumato.data import DataConfig, Dataset, Folder, index, to_float
+from sfumato.evaluation import report
+from sfumato.evaluation.classifier import train_classifier
+from sfumato.evaluation.fidelity import evaluation_split
+from sfumato.evaluation.memorization import Neighbours
+
+
+def photos(root: Path, *, height: int, width: int) -> Path:
+    """Twenty dark, twenty bright and twenty uncategorized images, which sort first."""
+    rng = np.random.default_rng(0)
+    lines = ["file_name,category"]
+    for category, low in (("", 100), ("dark", 0), ("bright", 180)):
+        for number in range(20):
+            name = f"{low:03d}-{number:02d}.png" if category else f"0-{number:02d}.png"
+            pixels = rng.integers(low, low + 60, (height, width), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name)
+            lines.append(f"{name},{category}")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return root
+
+
+def opened(root: Path, **settings: object) -> Dataset:
+    return index(DataConfig(source=Folder(str(root)), channels=1, **settings))
+
+
+def test_a_sample_is_shown_above_its_nearest_image_where_some_have_no_category(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(photos(tmp_path, height=8, width=8), resolution=8)
+    compared = evaluation_split(dataset).training
+    assert 4 < len(compared) < len(dataset.training)
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(report, "grid_image", lambda images, **options: drawn.append(images))
+    samples = (to_float(dataset.images(compared)[0]) + 1) / 2
+    own = torch.arange(len(compared))
+    neighbours = Neighbours(first=own.double(), second=own + 1.0, index=own)
+    report._pairs(dataset, samples, neighbours, "none")
+    upper, lower = drawn[0].chunk(2)
+    assert len(upper) > 4
+    assert torch.equal(upper, lower)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (40, 20), (3, 9), (64, 8)])
+def test_a_classifier_learns_from_images_that_are_not_square(
+    tmp_path: Path, height: int, width: int
+) -> None:
+    dataset = opened(photos(tmp_path, height=height, width=width), size=(height, width))
+    classifier = train_classifier(dataset, dataset.training, steps=100)
+    assert classifier.held_out_accuracy == 1.0
+
+
+def test_categories_without_training_images_are_not_enumerated() -> None:
+    info = ConditioningInfo(channels=1, categories=("a", "b", "c"), untrained=("b",))
+    batch = enumerate_values(["category"], 5, info)
+    assert batch["category"].tolist() == [0, 2, 0, 2, 0]
