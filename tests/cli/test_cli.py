@@ -181,7 +181,7 @@ def test_errors_have_their_exit_codes_and_no_control_characters(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("sfumato.runs.training.resolved", fail)
+    monkeypatch.setattr("sfumato.runs.training.resolve_config", fail)
     assert sfumato("train", "digits") == (code, "", said)
 
 

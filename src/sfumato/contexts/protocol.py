@@ -9,12 +9,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sfumato.conditioners import Conditioner, ConditioningInfo, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners import (
+    Conditioner,
+    ConditioningInfo,
+    PipelineTextConfig,
+    PretrainedTextConfig,
+    TextEncoder,
+)
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # of images, for the conditions of these numbers: (n,)
-Encoder = Callable[[PretrainedTextConfig], TextEncoder]
+Encoder = Callable[[PretrainedTextConfig | PipelineTextConfig], TextEncoder]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ from sfumato.conditioners import (
     Conditioner,
     ConditioningInfo,
     LearnedTextConfig,
+    PipelineTextConfig,
     PretrainedTextConfig,
 )
 from sfumato.contexts.protocol import Context, Encoder, RequestInfo, cycle
 from sfumato.data import Dataset
 
+TextConfig = LearnedTextConfig | PretrainedTextConfig | PipelineTextConfig
 NAMED = 10  # words in one message
 
 
@@ -36,22 +38,21 @@ class Text(Context):
     name = "text"
     keyword = "prompt"
     negative = "negative"
-    config = LearnedTextConfig | PretrainedTextConfig
+    config = TextConfig
     missing_data_hint = ("captions", "put a .txt beside each image")
 
     def build(
         self,
-        config: LearnedTextConfig | PretrainedTextConfig,
+        config: TextConfig,
         info: ConditioningInfo,
         encoder: Encoder,
     ) -> Conditioner:
         """Build the conditioner; raise ConfigError if the training set has no captions."""
-        self.require(info.words)
+        if config.needs_captions:
+            self.require(info.words)
         return config.build(info.words, encoder)
 
-    def info_fields(
-        self, config: LearnedTextConfig | PretrainedTextConfig, dataset: Dataset
-    ) -> Mapping[str, Any]:
+    def info_fields(self, config: TextConfig, dataset: Dataset) -> Mapping[str, Any]:
         """Return the words of the training captions, the most frequent first."""
         return {
             "words": config.words(

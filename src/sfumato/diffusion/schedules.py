@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from sfumato.config import Extensible
-from sfumato.config.bounds import Finite, Fraction, InnerFraction, NonNegative, Positive, Size
+from sfumato.config.bounds import (
+    Finite,
+    Fraction,
+    FractionBelowOne,
+    InnerFraction,
+    NonNegative,
+    Positive,
+    Size,
+)
 from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.errors import ScheduleError
 
@@ -465,20 +473,22 @@ class Warped(Schedule):
 @dataclass(frozen=True)
 class ZeroTerminalSNR(Schedule):
     """A variance-preserving schedule stretched so that t = 1 is pure noise: alpha' = (alpha -
-    alpha_1) alpha_0/(alpha_0 - alpha_1).
+    alpha_1) alpha_f/(alpha_f - alpha_1), f the fixed time.
 
     Attributes:
         schedule: the variance-preserving schedule that is stretched.
+        fixed: the time whose level stays as it is; the first entry of a table of T levels is 1/T.
     Raises:
         ScheduleError: when called, if the schedule does not preserve variance.
     Source: Lin et al. 2024 (arXiv:2305.08891), algorithm 1.
     """
 
     schedule: Schedule
+    fixed: FractionBelowOne = 0.0
 
     def __call__(self, t: Tensor) -> NoiseLevel:
-        """Return the stretched alpha', and sigma' = sqrt(1 - alpha'^2)."""
-        ends = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        """Return the stretched alpha', at most 1, and sigma' = sqrt(1 - alpha'^2)."""
+        ends = self.schedule(torch.tensor([self.fixed, 1.0], dtype=torch.float64))
         if not torch.allclose(torch.hypot(*ends), torch.ones(2, dtype=torch.float64)):
             raise ScheduleError(
                 f"{type(self.schedule).__name__} does not preserve variance",
@@ -486,5 +496,5 @@ class ZeroTerminalSNR(Schedule):
                 hint="Linear and Cosine end at pure noise already; variance-exploding ones cannot",
             )
         first, last = ends.alpha.to(t)
-        alpha = (self.schedule(t).alpha - last) * first / (first - last)
+        alpha = ((self.schedule(t).alpha - last) * first / (first - last)).clamp(max=1)
         return NoiseLevel(alpha, torch.sqrt(1 - alpha**2))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.conditioners import ConditioningInfo
+from sfumato.autoencoders import Autoencoder, Pixels, io
+from sfumato.conditioners import ConditioningInfo, PipelineTextConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Objective
@@ -16,8 +17,14 @@ from sfumato.errors import CheckpointError, ConfigError
 from sfumato.foreign_models import CONFIG, PIPELINE
 from sfumato.interop.schedulers import read_scheduler
 from sfumato.networks.diffusers_models import DiffusersConfig, require_family
+from sfumato.recipes.autoencoder_stage import (
+    AutoencoderConfig,
+    PixelsConfig,
+    PretrainedAutoencoder,
+)
 from sfumato.recipes.run import Run
 
+TEXT_PIPELINES = ("StableDiffusionPipeline",)
 NETWORKS = ("unet", "transformer")
 SCHEDULER = "scheduler/scheduler_config.json"
 # of a pipeline, and not needed to sample
@@ -38,6 +45,13 @@ class ReadFolder:
     info: ConditioningInfo
     remarks: tuple[str, ...]
 
+    def load_autoencoder(self) -> Autoencoder:
+        """Load the folder's autoencoder, whose latents are scaled as it says itself."""
+        config = self.run.autoencoder
+        if isinstance(config, PretrainedAutoencoder):
+            return io.load(config.path)
+        return Pixels(self.run.data.channels)
+
 
 def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
     """Read the configuration of a pipeline's folder (model_index.json); no weights are read.
@@ -56,22 +70,33 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         )
     architecture = _class(index, part)
     require_family(architecture)
+    textual = index.get("_class_name") in TEXT_PIPELINES and bool(_class(index, "text_encoder"))
+    reads = (part, "scheduler", "vae", *(("text_encoder", "tokenizer") if textual else ()))
     unread = [
         name
         for name in index
-        if not name.startswith("_")
-        and _class(index, name)
-        and name not in (part, "scheduler", *OPTIONAL)
+        if not name.startswith("_") and _class(index, name) and name not in (*reads, *OPTIONAL)
     ]
     if unread:
         raise ConfigError(
             f"{index.get('_class_name')} has parts that cannot be read yet: {', '.join(unread)}",
             where=str(folder / PIPELINE),
-            hint="supported are pipelines of a network and a scheduler, such as DDPMPipeline",
+            hint=f"supported are {', '.join(TEXT_PIPELINES)}, and pipelines without text",
         )
     settings = _json(folder / part / CONFIG)
     scheduler = read_scheduler(_json(folder / SCHEDULER), where=str(folder / SCHEDULER))
-    side, channels = _sides(settings), int(settings.get("in_channels", 3))
+    side, channels = _side(settings), int(settings.get("in_channels", 3))
+    autoencoder: AutoencoderConfig = PixelsConfig()
+    if _class(index, "vae"):
+        autoencoder = PretrainedAutoencoder(path=str(folder / "vae"), statistics="own")
+        shape = autoencoder.latent_shape(3, None)
+        if shape.channels != channels:
+            raise ConfigError(
+                f"the network reads {channels} channels, and the latents have {shape.channels}",
+                where=str(folder),
+                hint="networks for inpainting and editing are not supported",
+            )
+        side, channels = side * shape.factor, 3
     run = Run(
         name=folder.resolve().name,
         data=DataConfig(resolution=side, channels=channels),
@@ -81,14 +106,19 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
             path=str(folder / part),
             variant=variant,
         ),
-        conditioner=ContextConfig(),
+        autoencoder=autoencoder,
+        conditioner=ContextConfig(text=PipelineTextConfig(path=str(folder)) if textual else None),
         denoiser=scheduler.denoiser,
         objective=Objective(schedule=scheduler.schedule),
         sampling=scheduler.sampling,
     )
     skipped = [name for name in OPTIONAL if _class(index, name)]
     remarks = scheduler.remarks + tuple(f"{name} is not used" for name in skipped)
-    return ReadFolder(run=run, info=ConditioningInfo(channels=channels), remarks=remarks)
+    return ReadFolder(
+        run=run,
+        info=ConditioningInfo(channels=channels, factor=side // _side(settings)),
+        remarks=remarks,
+    )
 
 
 def _class(index: Mapping[str, Any], name: str) -> str:
@@ -97,7 +127,7 @@ def _class(index: Mapping[str, Any], name: str) -> str:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else ""
 
 
-def _sides(settings: Mapping[str, Any]) -> int:
+def _side(settings: Mapping[str, Any]) -> int:
     size = settings.get("sample_size")
     if isinstance(size, int):
         return size

@@ -60,6 +60,7 @@ REPLACED = (
     "LMSDiscreteScheduler",
     "HeunDiscreteScheduler",
 )
+CLIPPING = ("DDPMScheduler", "DDIMScheduler")
 # classes whose default spacing is `linspace`; that of others is `leading`
 LINSPACE = (
     "EulerDiscreteScheduler",
@@ -142,7 +143,7 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
     size = int(config.get("num_train_timesteps", 1000))
     schedule = _betas(config, size, where)
     if config.get("rescale_betas_zero_snr"):
-        schedule = ZeroTerminalSNR(schedule)
+        schedule = ZeroTerminalSNR(schedule, fixed=1 / size)
     prediction = str(config.get("prediction_type", "epsilon"))
     if prediction not in PREDICTIONS:
         raise ConfigError(
@@ -150,11 +151,21 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
             where=where,
             hint=f"supported are {', '.join(PREDICTIONS)}",
         )
-    remarks = (
-        (f"{name} is replaced by the sampler dpm-solver++2m on the same levels",)
-        if name in REPLACED
-        else ()
-    )
+    remarks = []
+    if name in REPLACED:
+        remarks.append(f"{name} is replaced by the sampler dpm-solver++2m on the same levels")
+    clip = name in CLIPPING and bool(config.get("clip_sample", True))
+    if clip and float(config.get("clip_sample_range", 1.0)) != 1:
+        raise ConfigError(
+            f"clip_sample_range = {config['clip_sample_range']} is not supported",
+            where=where,
+            hint="set clip_sample=false, or a range of 1",
+        )
+    if clip and name == "DDIMScheduler":
+        remarks.append(
+            "guesses of the clean image are clamped, and the noise follows from them, as with "
+            "use_clipped_model_output in diffusers"
+        )
     return ReadScheduler(
         schedule=schedule,
         denoiser=DenoiserConfig(
@@ -163,9 +174,12 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
             noise_input=Timestep(schedule=schedule, table_size=size),
         ),
         sampling=SamplingConfig(
-            sampler=SAMPLERS[name], schedule=schedule, spacing=_spacing(name, config, size)
+            sampler=SAMPLERS[name],
+            schedule=schedule,
+            spacing=_spacing(name, config, size),
+            clip=clip,
         ),
-        remarks=remarks,
+        remarks=tuple(remarks),
     )
 
 

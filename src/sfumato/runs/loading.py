@@ -195,7 +195,7 @@ def _load_folder(
     model = build_model(run, content.info).eval().requires_grad_(False)
     return Pipeline(
         model=model.to(default_device()),
-        autoencoder=run.autoencoder.load(folder, run.data.channels).to(default_device()),
+        autoencoder=content.load_autoencoder().to(default_device()),
         sampling=run.sampling,
         info=content.info,
         image_shape=(run.data.channels, run.data.resolution, run.data.resolution),

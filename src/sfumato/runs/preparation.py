@@ -10,7 +10,12 @@ import numpy as np
 import torch
 
 from sfumato.condition import NO_CONTEXT
-from sfumato.conditioners import ConditioningInfo, PretrainedTextConfig, TextEncoder
+from sfumato.conditioners import (
+    ConditioningInfo,
+    PipelineTextConfig,
+    PretrainedTextConfig,
+    TextEncoder,
+)
 from sfumato.data import Dataset, Listing, files, index
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
 from sfumato.data.ledger import describe_note
@@ -176,9 +181,9 @@ def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None)
         return Model(network, conditioner, run.denoiser)
 
 
-def text_encoder(config: PretrainedTextConfig) -> TextEncoder:
+def text_encoder(config: PretrainedTextConfig | PipelineTextConfig) -> TextEncoder:
     """Build a pretrained text encoder whose embeddings are kept on disk."""
-    encoder = TextEncoder(config, files.cache_folder() / "encoders")
+    encoder = config.text_encoder(files.cache_folder() / "encoders")
     return replace(encoder, cache=EmbeddingStore(encoder.identity))
 
 
