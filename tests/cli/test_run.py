@@ -47,7 +47,7 @@ def train_classifiers_briefly(monkeypatch: pytest.MonkeyPatch, steps: int) -> No
     """
     quick = functools.partial(train_classifier, steps=steps)
     monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
-    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
 
 
 def settings(path: Path) -> dict:
