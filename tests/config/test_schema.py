@@ -22,6 +22,7 @@ NEEDED = {
         for kind in ("Folder", "HuggingFace", "Npz", "Parquet", "WebDataset", "Zip")
     },
     "PretrainedAutoencoder": {"path": "somewhere"},
+    "PipelineTextConfig": {"path": "somewhere"},
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
     "ZeroTerminalSNR": {"schedule": "ScaledLinear"},

@@ -12,6 +12,7 @@ import sfumato
 from sfumato.errors import ConfigError
 from sfumato.networks import DiffusersConfig
 from tests.helpers.runs import fingerprint, images, tiny_run
+from tests.training.test_resume import interrupted
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,12 +35,13 @@ def run(folder: Path, **changes: object):
     return dataclasses.replace(settings, network=network, conditioner=type(settings.conditioner)())
 
 
-def test_a_network_of_diffusers_trains_from_scratch_resumes_and_samples(tmp_path: Path) -> None:
+def test_a_network_of_diffusers_trains_from_scratch_resumes_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = run(images(tmp_path / "set"))
     whole = sfumato.train(settings, run=tmp_path / "whole")
-    first = sfumato.train(settings, run=tmp_path / "first", overrides={"budget.steps": 3})
-    sfumato.resume(first, overrides={"budget.steps": settings.budget.steps})
-    assert fingerprint(first) == fingerprint(whole)
+    first = interrupted(settings, tmp_path / "first", monkeypatch, after=6)
+    assert fingerprint(sfumato.resume(first)) == fingerprint(whole)
     samples = sfumato.load(whole).sample(2, steps=2)
     assert samples.shape == (2, 1, 8, 8)
 

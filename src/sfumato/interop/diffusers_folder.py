@@ -10,6 +10,7 @@ from typing import Any
 
 from sfumato.autoencoders import Autoencoder, Pixels, io
 from sfumato.conditioners import ConditioningInfo, PipelineTextConfig
+from sfumato.conditioners.pipeline_text import PARTS, PIPELINES
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Objective
@@ -24,7 +25,6 @@ from sfumato.recipes.autoencoder_stage import (
 )
 from sfumato.recipes.run import Run
 
-TEXT_PIPELINES = ("StableDiffusionPipeline",)
 NETWORKS = ("unet", "transformer")
 SCHEDULER = "scheduler/scheduler_config.json"
 # of a pipeline, and not needed to sample
@@ -70,8 +70,9 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         )
     architecture = _class(index, part)
     require_family(architecture)
-    textual = index.get("_class_name") in TEXT_PIPELINES and bool(_class(index, "text_encoder"))
-    reads = (part, "scheduler", "vae", *(("text_encoder", "tokenizer") if textual else ()))
+    textual = index.get("_class_name") in PIPELINES and bool(_class(index, "text_encoder"))
+    texts = [name for name in index if textual and name.startswith(PARTS)]
+    reads = (part, "scheduler", "vae", *texts)
     unread = [
         name
         for name in index
@@ -81,12 +82,13 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         raise ConfigError(
             f"{index.get('_class_name')} has parts that cannot be read yet: {', '.join(unread)}",
             where=str(folder / PIPELINE),
-            hint=f"supported are {', '.join(TEXT_PIPELINES)}, and pipelines without text",
+            hint=f"supported are {', '.join(PIPELINES)}, and pipelines without text",
         )
     settings = _json(folder / part / CONFIG)
     scheduler = read_scheduler(_json(folder / SCHEDULER), where=str(folder / SCHEDULER))
     side, channels = _side(settings), int(settings.get("in_channels", 3))
     autoencoder: AutoencoderConfig = PixelsConfig()
+    factor = 1
     if _class(index, "vae"):
         autoencoder = PretrainedAutoencoder(path=str(folder / "vae"), statistics="own")
         shape = autoencoder.latent_shape(3, None)
@@ -96,7 +98,8 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
                 where=str(folder),
                 hint="networks for inpainting and editing are not supported",
             )
-        side, channels = side * shape.factor, 3
+        factor, channels = shape.factor, 3
+    side *= factor
     run = Run(
         name=folder.resolve().name,
         data=DataConfig(resolution=side, channels=channels),
@@ -104,6 +107,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
             architecture=architecture,
             settings={key: value for key, value in settings.items() if not key.startswith("_")},
             path=str(folder / part),
+            image_factor=factor,
             variant=variant,
         ),
         autoencoder=autoencoder,
@@ -116,7 +120,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
     remarks = scheduler.remarks + tuple(f"{name} is not used" for name in skipped)
     return ReadFolder(
         run=run,
-        info=ConditioningInfo(channels=channels, factor=side // _side(settings)),
+        info=ConditioningInfo(channels=channels, factor=factor),
         remarks=remarks,
     )
 

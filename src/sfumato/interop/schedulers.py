@@ -34,14 +34,23 @@ from sfumato.diffusion import (
 )
 from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
-from sfumato.sampling import DDIM, DPMSolverPP2M, Even, Leading, Linspace, SamplerConfig, Spacing
+from sfumato.sampling import (
+    DDIM,
+    DPMSolverPP2M,
+    Even,
+    Leading,
+    Linspace,
+    RoundedLinspace,
+    SamplerConfig,
+    Spacing,
+)
 
 PREDICTIONS: dict[str, ParameterizationConfig] = {
     "epsilon": Epsilon(),
     "v_prediction": Velocity(),
     "sample": Sample(),
 }
-FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW = ("FlowMatchEulerDiscreteScheduler",)
 # their sampler, or the one used in its place
 SAMPLERS: dict[str, SamplerConfig] = {
     "DDPMScheduler": DDIM(eta=1.0),
@@ -128,14 +137,20 @@ def read_scheduler(config: Mapping[str, Any], *, where: str) -> ReadScheduler:
 
 
 def _flow(config: Mapping[str, Any]) -> ReadScheduler:
-    shift = float(config.get("shift", 1.0))
+    """Read a flow-matching scheduler with a constant shift.
+
+    Its grid is even from 1 to its smallest level, which is shifted already, and is then shifted
+    once more, as diffusers does.
+    """
+    shift, size = float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000))
     schedule: Schedule = Linear() if shift == 1 else Warped(schedule=Linear(), warp=Shift(shift))
+    smallest = float(schedule(torch.tensor(1 / size, dtype=torch.float64)).sigma)
     return ReadScheduler(
         schedule=schedule,
         denoiser=DenoiserConfig(
             parameterization=Flow(), input_scale=UnitSum(), noise_input=FlowTime()
         ),
-        sampling=SamplingConfig(sampler=DDIM(), schedule=schedule),
+        sampling=SamplingConfig(sampler=DDIM(), schedule=schedule, spacing=Linspace(last=smallest)),
     )
 
 
@@ -215,7 +230,11 @@ def _spacing(name: str, config: Mapping[str, Any], size: int) -> Spacing:
     if spacing == "trailing":
         return Even()
     if spacing == "linspace":
-        return Linspace(table_size=size, last_entry=name.startswith("Euler"))
+        return (
+            Linspace(last=1 / size)
+            if name.startswith("Euler")
+            else RoundedLinspace(table_size=size)
+        )
     stops_at_first = name in ("DDIMScheduler", "PNDMScheduler") and not config.get(
         "set_alpha_to_one", name == "DDIMScheduler"
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.config.bounds import Size
 from sfumato.errors import CheckpointError, ConfigError, closest
 from sfumato.networks.backbone import Backbone, NetworkConfig
 from sfumato.networks.checks import check_inputs, pad_inputs
@@ -27,11 +28,19 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 class DiffusersBackbone(Backbone):
-    """A network of diffusers. Subclasses translate `Condition` into its arguments."""
+    """A network of diffusers. Subclasses translate `Condition` into its arguments.
 
-    def __init__(self, model: Any, *, image_channels: int, context: ContextSizes) -> None:
+    Attributes:
+        model: the network itself.
+        settings: its configuration.
+        image_factor: side of an image over that of the network's input.
+    """
+
+    def __init__(
+        self, model: Any, *, image_channels: int, context: ContextSizes, image_factor: int = 1
+    ) -> None:
         super().__init__(image_channels=image_channels, context=context)
-        self.model = model
+        self.model, self.image_factor = model, image_factor
         self.settings: Mapping[str, Any] = dict(model.config)
 
     @property
@@ -85,8 +94,11 @@ class UNet2D(DiffusersBackbone):
 
 
 class UNet2DCondition(DiffusersBackbone):
-    """UNet2DConditionModel, of Stable Diffusion: tokens of the text; for SDXL the vector is the
-    pooled text, then six numbers of the image's sizes.
+    """UNet2DConditionModel, of Stable Diffusion: tokens of the text; for SDXL also a vector, the
+    pooled text.
+
+    SDXL reads six numbers more: original height and width, top and left of the crop, and target
+    height and width, in pixels. They are those of an image that is not cropped.
     """
 
     SIZES = 6
@@ -95,10 +107,9 @@ class UNet2DCondition(DiffusersBackbone):
         """Call the network with x, the timestep, the text and the sizes."""
         added = None
         if condition.vector is not None:
-            pooled, sizes = condition.vector.split(
-                [condition.vector.shape[1] - self.SIZES, self.SIZES], dim=1
-            )
-            added = {"text_embeds": pooled, "time_ids": sizes}
+            height, width = (side * self.image_factor for side in x.shape[2:])
+            sizes = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1)
+            added = {"text_embeds": condition.vector, "time_ids": sizes}
         result: Tensor = self.model(
             x,
             noise_input,
@@ -110,7 +121,7 @@ class UNet2DCondition(DiffusersBackbone):
 
     @classmethod
     def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
-        """Return the channels of the text, and of the pooled text with the six sizes."""
+        """Return the channels of the text, and of the pooled text."""
         unsupported = {
             "class_embed_type": (None,),
             "num_class_embeds": (None,),
@@ -127,13 +138,69 @@ class UNet2DCondition(DiffusersBackbone):
         vector = 0
         if settings.get("addition_embed_type") == "text_time":
             numbers = cls.SIZES * settings["addition_time_embed_dim"]
-            vector = settings["projection_class_embeddings_input_dim"] - numbers + cls.SIZES
+            vector = settings["projection_class_embeddings_input_dim"] - numbers
         return ContextSizes(tokens=settings["cross_attention_dim"], vector=vector)
+
+
+class SD3Transformer(DiffusersBackbone):
+    """SD3Transformer2DModel, of Stable Diffusion 3: tokens, and a vector of the pooled text; the
+    noise input is the time of the linear path.
+    """
+
+    def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Call the network with x, 1000 times the time, and the text."""
+        result: Tensor = self.model(
+            hidden_states=x,
+            timestep=1000 * noise_input,
+            encoder_hidden_states=condition.tokens,
+            pooled_projections=condition.vector,
+            return_dict=False,
+        )[0]
+        return result
+
+    @classmethod
+    def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
+        """Return the channels of the text and of the pooled text."""
+        return ContextSizes(
+            tokens=settings["joint_attention_dim"], vector=settings["pooled_projection_dim"]
+        )
+
+
+class PixArtTransformer(DiffusersBackbone):
+    """PixArtTransformer2DModel, of PixArt-Sigma: tokens with a mask; its learned variance is left
+    out.
+    """
+
+    def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Call the network with x, the timestep, the text and its mask."""
+        assert condition.token_mask is not None
+        result: Tensor = self.model(
+            x,
+            encoder_hidden_states=condition.tokens,
+            encoder_attention_mask=condition.token_mask.to(x.dtype),
+            timestep=noise_input,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return result
+
+    @classmethod
+    def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
+        """Return the channels of the text."""
+        if settings.get("use_additional_conditions"):
+            raise ConfigError(
+                "PixArtTransformer2DModel with use_additional_conditions is not supported",
+                where="network",
+                hint="supported is PixArt-Sigma",
+            )
+        return ContextSizes(tokens=settings["caption_channels"])
 
 
 FAMILIES: dict[str, type[DiffusersBackbone]] = {
     "UNet2DModel": UNet2D,
     "UNet2DConditionModel": UNet2DCondition,
+    "SD3Transformer2DModel": SD3Transformer,
+    "PixArtTransformer2DModel": PixArtTransformer,
 }
 
 
@@ -146,6 +213,8 @@ class DiffusersConfig(NetworkConfig):
         settings: configuration of the class, as in its config.json; keys that are missing have the
             class's defaults.
         path: folder with the weights to start from; "" for random ones.
+        image_factor: side of an image over that of the network's input, for networks that are told
+            the image's size.
         variant: which weights, where the folder has several: "fp16" for *.fp16.safetensors.
     """
 
@@ -154,6 +223,7 @@ class DiffusersConfig(NetworkConfig):
     architecture: str = "UNet2DModel"
     settings: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    image_factor: Size = 1
     variant: str = ""
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
@@ -183,7 +253,9 @@ class DiffusersConfig(NetworkConfig):
             )
         if self.path:
             load_weights(model, Path(self.path), variant=self.variant)
-        return family(model, image_channels=image_channels, context=sizes)
+        return family(
+            model, image_channels=image_channels, context=sizes, image_factor=self.image_factor
+        )
 
 
 def require_family(architecture: str) -> type[DiffusersBackbone]:

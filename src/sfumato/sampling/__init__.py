@@ -21,7 +21,7 @@ from sfumato.sampling.registry import (
 )
 from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
-from sfumato.sampling.spacing import Even, Leading, Linspace, Spacing
+from sfumato.sampling.spacing import Even, Leading, Linspace, RoundedLinspace, Spacing
 from sfumato.sampling.unipc import UniPC
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "PlainSamplerConfig",
     "Point",
     "RePaint",
+    "RoundedLinspace",
     "RungeKutta",
     "Sampler",
     "SamplerConfig",

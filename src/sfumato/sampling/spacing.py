@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from sfumato.config import Extensible
-from sfumato.config.bounds import CountOrZero, Size
+from sfumato.config.bounds import CountOrZero, InnerFraction, Size
 from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import ScheduleError
@@ -93,26 +93,38 @@ class Leading(Spacing):
 
 @dataclass(frozen=True, kw_only=True)
 class Linspace(Spacing):
-    """Even entries of a table of T levels from its noisiest one on, then clean data: "linspace" in
-    diffusers.
+    """Even times from 1 to `last`, then clean data: the spacing of diffusers' Euler and
+    flow-matching schedulers.
+
+    Attributes:
+        last: time of the last noisy level; 1/T is the first entry of a table of T levels.
+    """
+
+    last: InnerFraction = 1e-3
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels at `steps` even times from 1 to `last`, and clean data."""
+        count = max(1, round(steps * strength))
+        times = torch.linspace(1, self.last, steps, dtype=torch.float64)
+        return _joined(schedule(times[-count:]), CLEAN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedLinspace(Spacing):
+    """Even entries of a table of T levels, rounded, from its noisiest one on, with clean data in
+    the place of entry 0: "linspace" in diffusers' DPM-Solver.
 
     Attributes:
         table_size: T; entry i of the table is the schedule at t = (i + 1) / T.
-        last_entry: whether entry 0 is the last noisy level, as in diffusers' Euler schedulers; if
-            not, entries are rounded and entry 0 is replaced by clean data, as in its DPM-Solver.
     """
 
     table_size: Size = 1000
-    last_entry: bool = True
 
     def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
-        """Return the levels of `steps` even entries from T - 1 down, and clean data."""
-        top, count = self.table_size - 1, max(1, round(steps * strength))
-        if self.last_entry:
-            entries = torch.linspace(top, 0, steps, dtype=torch.float64)
-        else:
-            entries = torch.linspace(top, 0, steps + 1, dtype=torch.float64)[:-1].round()
-        return _joined(schedule((entries[-count:] + 1) / self.table_size), CLEAN)
+        """Return the levels of `steps` rounded entries from T - 1 down, and clean data."""
+        count = max(1, round(steps * strength))
+        entries = torch.linspace(self.table_size - 1, 0, steps + 1, dtype=torch.float64).round()
+        return _joined(schedule((entries[:-1][-count:] + 1) / self.table_size), CLEAN)
 
 
 def _with_clean_end(levels: NoiseLevel) -> NoiseLevel:

@@ -1,8 +1,9 @@
-"""A pipeline of Stable Diffusion's layout, sampled by us and by diffusers from the same noise."""
+"""Text-to-image pipelines of several families, sampled by us and by diffusers from the same noise."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,12 @@ from sfumato.contexts.text import Truncated
 from sfumato.errors import CheckpointError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.sampling import KeyedNoise, StepInfo
-from tests.helpers.diffusers_models import stable_diffusion
+from tests.helpers.diffusers_models import (
+    pixart,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -23,20 +29,29 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 PROMPT = "a red cat on a mat"
-CASES = {
-    "DDIM leading": {"steps_offset": 1, "set_alpha_to_one": False},
-    "v, zero terminal SNR, trailing": {
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-    },
+MODELS = {
+    "SD, DDIM leading": partial(stable_diffusion, steps_offset=1, set_alpha_to_one=False),
+    "SD, v, zero terminal SNR, trailing": partial(
+        stable_diffusion,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
+    "SDXL": stable_diffusion_xl,
+    "SD3": stable_diffusion_3,
+    "PixArt": pixart,
 }
+CALLS = {"PixArt": {"use_resolution_binning": False, "clean_caption": False}}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("pipeline")
-    return stable_diffusion(place / "model", **CASES[request.param])
+@pytest.fixture(scope="module", params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MODELS[name](tmp_path_factory.mktemp("pipeline") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +60,10 @@ def ours(folder: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path):
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+def theirs(folder: Path, name: str):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return partial(pipeline, **CALLS.get(name, {}))
 
 
 def latents_of(ours: Pipeline, *, guidance: float, **prompts: str) -> torch.Tensor:
@@ -97,9 +112,17 @@ def test_other_guidance_and_another_prompt_are_seen(ours: Pipeline, theirs) -> N
     assert difference(latents_of(ours, prompt="a blue cat", guidance=7.5), own) > 1e-3
 
 
+def test_without_a_negative_prompt_sdxl_leads_away_from_zeros(tmp_path: Path) -> None:
+    """Not from the encoded empty text, which is what a negative prompt of "" means."""
+    ours = load(stable_diffusion_xl(tmp_path / "model"))
+    zeros = latents_of(ours, prompt=PROMPT, guidance=5.0)
+    empty = latents_of(ours, prompt=PROMPT, negative="", guidance=5.0)
+    assert difference(zeros, empty) > 1e-2
+
+
 def test_a_long_prompt_is_truncated_and_said(ours: Pipeline) -> None:
     with pytest.warns(Truncated, match="of which the model reads the first"):
-        ours.sample(1, prompt="word " * 100, seed=3, steps=1)
+        ours.sample(1, prompt="word " * 400, seed=3, steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Truncated)
         ours.sample(1, prompt=PROMPT, seed=3, steps=1)
@@ -110,5 +133,5 @@ def test_a_folder_without_its_tokenizer_is_refused(folder: Path, tmp_path: Path)
 
     shutil.copytree(folder, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "tokenizer")
-    with pytest.raises(CheckpointError, match="has no folder `tokenizer`"):
+    with pytest.raises(CheckpointError, match="has no folder tokenizer"):
         load(tmp_path / "model")
