@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sfumato.autoencoders.codec import Codec
 from sfumato.autoencoders.tiny import DETERMINISTIC_LOGVAR
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.diffusers_library import import_diffusers
+from sfumato.errors import CheckpointError
 
 KNOWN = ("AutoencoderDC",)
 
@@ -38,14 +39,7 @@ class ForeignCodec(Codec):
                 where=str(folder),
                 hint=f"supported are AutoencoderKL, AutoencoderTiny and {', '.join(KNOWN)}",
             )
-        try:
-            import diffusers
-        except ImportError:
-            raise ConfigError(
-                f"{kind} needs diffusers",
-                where="autoencoder",
-                hint="pip install 'sfumato[diffusers]'",
-            ) from None
+        diffusers = import_diffusers(kind, where="autoencoder")
         try:
             model = getattr(diffusers, kind).from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True

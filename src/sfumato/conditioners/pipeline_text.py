@@ -22,6 +22,7 @@ from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction
+from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
 
 INDEX = "model_index.json"
@@ -205,14 +206,9 @@ class PipelineTextEncoder(TextEncoder):
                 where=self.place,
                 hint="download the whole pipeline",
             )
-        try:
-            import diffusers
-        except ImportError:
-            raise ConfigError(
-                "needs the package diffusers",
-                where="conditioner.text",
-                hint="pip install 'sfumato[diffusers,text]'",
-            ) from None
+        diffusers = import_diffusers(
+            "conditioner.text.kind=pipeline", where="conditioner.text", extras="diffusers,text"
+        )
         others = {
             name: None
             for name, entry in self.index.items()
@@ -220,9 +216,14 @@ class PipelineTextEncoder(TextEncoder):
         }
         name = str(self.index["_class_name"])
         try:
-            return getattr(diffusers, name).from_pretrained(
-                self.place, local_files_only=True, use_safetensors=True, **others
-            )
+            with quiet():
+                return getattr(diffusers, name).from_pretrained(
+                    self.place,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    low_cpu_mem_usage=False,
+                    **others,
+                )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(
                 f"cannot be loaded: {' '.join(str(error).split())[:300]}",

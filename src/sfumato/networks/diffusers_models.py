@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import Size
+from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
 from sfumato.networks.backbone import Backbone, NetworkConfig
 from sfumato.networks.checks import check_inputs, pad_inputs
@@ -275,18 +276,12 @@ def require_family(architecture: str) -> type[DiffusersBackbone]:
 
 def _model(architecture: str, settings: Mapping[str, Any], image_channels: int) -> Any:
     """Build the untrained network."""
-    try:
-        import diffusers
-    except ImportError:
-        raise ConfigError(
-            f"{architecture} needs diffusers",
-            where="network",
-            hint="pip install 'sfumato[diffusers]'",
-        ) from None
+    diffusers = import_diffusers(architecture, where="network")
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     known = {key: value for key, value in settings.items() if not key.startswith("_")}
     try:
-        return getattr(diffusers, architecture)(**{**channels, **known})
+        with quiet():
+            return getattr(diffusers, architecture)(**{**channels, **known})
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         raise ConfigError(
             f"{architecture} cannot be built: {str(error)[:300]}",
