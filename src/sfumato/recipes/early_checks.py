@@ -58,6 +58,7 @@ KEYS = (
     "optimizer",
     "ema",
     "post_hoc_ema",
+    "adapter",
     "precision",
     "compile",
     "log",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sfumato.adapters import Adapter, WholeNetwork
 from sfumato.config.bounds import require_bounds
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
@@ -27,6 +28,7 @@ class Run(TrainingConfig):
         auxiliary: losses and weights that are trained beside the model; none by default.
         data: images to train on.
         network: the network.
+        adapter: what of the network is trained; all of it by default.
         denoiser: how the network is read as a denoiser.
         objective: the training loss.
         sampling: defaults of sampling.
@@ -36,6 +38,7 @@ class Run(TrainingConfig):
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderConfig = PixelsConfig()
     network: NetworkConfig = UNetConfig()
+    adapter: Adapter = WholeNetwork()
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()

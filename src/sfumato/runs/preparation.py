@@ -178,6 +178,7 @@ def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None)
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(info, encoder=text_encoder)
         network = run.network.build(image_channels=channels, context=conditioner.sizes)
+        run.adapter.apply(network)
         return Model(network, conditioner, run.denoiser)
 
 
