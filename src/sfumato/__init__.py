@@ -9,10 +9,20 @@ if TYPE_CHECKING:
     from sfumato.recipes.resolver import resolve
     from sfumato.recipes.run import Run
     from sfumato.runs.loading import load
-    from sfumato.runs.training import resume, train
+    from sfumato.runs.training import finetune, resume, train
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Run", "__version__", "load", "recipe", "resolve", "resume", "train"]
+__all__ = [
+    "Pipeline",
+    "Run",
+    "__version__",
+    "finetune",
+    "load",
+    "recipe",
+    "resolve",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "Pipeline": "sfumato.generation.pipeline",
@@ -20,6 +30,7 @@ _HOMES = {
     "load": "sfumato.runs.loading",
     "recipe": "sfumato.recipes.builtin",
     "resolve": "sfumato.recipes.resolver",
+    "finetune": "sfumato.runs.training",
     "resume": "sfumato.runs.training",
     "train": "sfumato.runs.training",
 }

@@ -75,12 +75,14 @@ class TextPipeline:
         tokenizer: the one that reads the longest texts.
         length: tokens that it reads; 0 for the tokenizer's own limit.
         pooled: whether the condition has a vector.
+        guidance: scale that the pipeline's call has by default.
         masked: whether texts differ in length, which a mask says; other pipelines pad them, and
             padding counts.
         zero_null: whether the null condition is zeros, unless model_index.json says otherwise.
     """
 
     encode: Encode
+    guidance: float
     tokenizer: str = "tokenizer"
     length: int = 0
     pooled: bool = False
@@ -118,12 +120,12 @@ def _encode_pixart(pipeline: Any, texts: list[str], device: torch.device) -> lis
 
 
 PIPELINES = {
-    "StableDiffusionPipeline": TextPipeline(_encode_sd),
-    "StableDiffusionXLPipeline": TextPipeline(_encode_sdxl, pooled=True, zero_null=True),
+    "StableDiffusionPipeline": TextPipeline(_encode_sd, 7.5),
+    "StableDiffusionXLPipeline": TextPipeline(_encode_sdxl, 5.0, pooled=True, zero_null=True),
     "StableDiffusion3Pipeline": TextPipeline(
-        _encode_sd3, tokenizer="tokenizer_3", length=256, pooled=True
+        _encode_sd3, 7.0, tokenizer="tokenizer_3", length=256, pooled=True
     ),
-    "PixArtSigmaPipeline": TextPipeline(_encode_pixart, length=300, masked=True),
+    "PixArtSigmaPipeline": TextPipeline(_encode_pixart, 4.5, length=300, masked=True),
 }
 
 

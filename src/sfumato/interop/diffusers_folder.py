@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
     architecture = _class(index, part)
     require_family(architecture)
     textual = index.get("_class_name") in PIPELINES and bool(_class(index, "text_encoder"))
+    guidance = PIPELINES[index["_class_name"]].guidance if textual else 1.0
     texts = [name for name in index if textual and name.startswith(PARTS)]
     reads = (part, "scheduler", "vae", *texts)
     unread = [
@@ -114,7 +115,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         conditioner=ContextConfig(text=PipelineTextConfig(path=str(folder)) if textual else None),
         denoiser=scheduler.denoiser,
         objective=Objective(schedule=scheduler.schedule),
-        sampling=scheduler.sampling,
+        sampling=replace(scheduler.sampling, guidance=guidance),
     )
     skipped = [name for name in OPTIONAL if _class(index, name)]
     remarks = scheduler.remarks + tuple(f"{name} is not used" for name in skipped)

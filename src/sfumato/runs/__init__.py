@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from sfumato.runs.evaluation import evaluate_run
     from sfumato.runs.loading import load, newest_run, snapshot
     from sfumato.runs.preparation import PreparedRun, prepare
-    from sfumato.runs.training import resume, train
+    from sfumato.runs.training import finetune, resume, train
 
 __all__ = [
     "PreparedRun",
     "evaluate_run",
+    "finetune",
     "load",
     "newest_run",
     "prepare",
@@ -26,6 +27,7 @@ __all__ = [
 _HOMES = {
     "PreparedRun": "preparation",
     "evaluate_run": "evaluation",
+    "finetune": "training",
     "load": "loading",
     "newest_run": "loading",
     "prepare": "preparation",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
+from sfumato.interop.finetuning import finetuning_run
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
@@ -54,6 +55,22 @@ def train(
         _write_description(prepared, directory)
         build_trainer(prepared, directory).run()
     return directory.path
+
+
+def finetune(
+    model: str | Path, source: str, *, overrides: Overrides = (), run: str | Path | None = None
+) -> Path:
+    """Fine-tune a model folder of diffusers on images; return the run directory.
+
+    Args:
+        overrides: settings as a mapping or as "a.b=c" strings.
+        run: the new run's directory; by default runs/<source>-<model>, numbered if taken.
+    """
+    if run is not None:
+        RunDirectory.require_free(Path(run))
+    settings, lines = finetuning_run(Path(model), source)
+    console().print("\n".join(lines), markup=False)
+    return train(settings, overrides=overrides, run=run)
 
 
 def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
