@@ -256,7 +256,7 @@ class PipelineTextConditioner(Conditioner):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.learns_bytes = True
-        self._encoder = (encoder,)  # in a tuple, so that it is no module's child
+        self._encoder = (encoder,)  # nn.Module does not register what a tuple holds
         self.sizes = ContextSizes(
             tokens=encoder.size, vector=len(encoder.empty.vector) if encoder.family.pooled else 0
         )

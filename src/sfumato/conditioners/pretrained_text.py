@@ -247,7 +247,7 @@ class PretrainedTextConditioner(Conditioner):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.learns_bytes = True
-        self._encoder = (encoder,)  # in a tuple, so that it is no module's child
+        self._encoder = (encoder,)  # nn.Module does not register what a tuple holds
         self.sizes = ContextSizes(vector=config.size, tokens=config.size)
         self.tokens = nn.Sequential(
             nn.LayerNorm(encoder.size), nn.Linear(encoder.size, config.size)
