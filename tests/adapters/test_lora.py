@@ -58,7 +58,7 @@ def test_it_begins_as_the_base_and_is_a_change_of_its_weights(
 ) -> None:
     base = network(name)
     adapted = copy.deepcopy(base)
-    LoRA(rank=4, alpha=2.0, convolutions=convolutions).apply(adapted)
+    LoRA(rank=4, alpha=2.0, convolutions=convolutions).apply(adapted, nn.Identity())
     assert torch.equal(call(adapted), call(base))
     disturb(adapted)
     moved = call(adapted)
@@ -79,7 +79,7 @@ def test_it_begins_as_the_base_and_is_a_change_of_its_weights(
 def test_the_base_keeps_its_names_and_values_and_only_the_adapter_is_trained(name: str) -> None:
     base = network(name)
     adapted = copy.deepcopy(base)
-    LoRA(rank=2, layers=("attention", "readers"), convolutions=True).apply(adapted)
+    LoRA(rank=2, layers=("attention", "readers"), convolutions=True).apply(adapted, nn.Identity())
     own = {key: value for key, value in adapted.state_dict().items() if "lora_" not in key}
     assert own.keys() == base.state_dict().keys()
     assert all(torch.equal(own[key], value) for key, value in base.state_dict().items())
@@ -98,7 +98,7 @@ def test_the_base_keeps_its_names_and_values_and_only_the_adapter_is_trained(nam
 )
 def test_what_fits_no_layer_is_refused(settings: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        LoRA(**settings).apply(network("unet"))
+        LoRA(**settings).apply(network("unet"), nn.Identity())
 
 
 def test_a_run_trains_the_adapter_alone_resumes_and_samples(

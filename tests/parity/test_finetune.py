@@ -42,7 +42,7 @@ def test_a_folder_is_tuned_by_lora_and_its_base_stays_as_it_was(tmp_path: Path, 
     assert result.code == 0, result.err
     assert result.out == f"{tmp_path / 'run'}\n"
     assert "chosen: 8 images, 8 with a caption" in result.err
-    assert "LoRA of rank 16 on all linear layers" in result.err
+    assert "LoRA of rank 16, learning rate" in result.err
     base, tuned = sfumato.load(model), sfumato.load(tmp_path / "run")
     own = tuned.model.network.state_dict()
     assert all(
@@ -81,8 +81,8 @@ def test_all_weights_are_trained_if_that_is_set(tmp_path: Path) -> None:
     ("captions", "place", "sentence"),
     [
         (False, "model", "none of 8 images has a caption"),
-        (True, "photos", "has no model_index.json"),
-        (True, "nowhere", "has no model_index.json"),
+        (True, "photos", "is neither a run, since it has no config.yaml"),
+        (True, "nowhere", "is neither a run, since it has no config.yaml"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_before_work(

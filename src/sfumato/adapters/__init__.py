@@ -1,6 +1,22 @@
-"""Adapters: small trainable parts inside a frozen network."""
+"""Adapters: small trainable parts inside a frozen model."""
 
-from sfumato.adapters.adapter import Adapter, WholeNetwork
-from sfumato.adapters.lora import LoRA, adapted_layers, without_adapters
+from sfumato.adapters.adapter import (
+    Adapter,
+    Addition,
+    BaseOf,
+    WholeNetwork,
+    freeze_base,
+    without_adapters,
+)
+from sfumato.adapters.lora import LoRA, adapted_layers
 
-__all__ = ["Adapter", "LoRA", "WholeNetwork", "adapted_layers", "without_adapters"]
+__all__ = [
+    "Adapter",
+    "Addition",
+    "BaseOf",
+    "LoRA",
+    "WholeNetwork",
+    "adapted_layers",
+    "freeze_base",
+    "without_adapters",
+]

@@ -1,8 +1,11 @@
-"""What of a network is trained."""
+"""What of a model is trained, and what is left of its base."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,19 +14,81 @@ from torch import nn
 from sfumato.config import Extensible
 
 
+class Addition(nn.Module):
+    """A trainable part that was added to a frozen base, and can be switched off.
+
+    Attributes:
+        adapted: whether it acts; without it, the base is left.
+    """
+
+    adapted: bool = True
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Use the frozen base alone within the block."""
+    additions = [part for part in module.modules() if isinstance(part, Addition)]
+    before = [part.adapted for part in additions]
+    try:
+        for part in additions:
+            part.adapted = False
+        yield
+    finally:
+        for part, adapted in zip(additions, before, strict=True):
+            part.adapted = adapted
+
+
+# Returns the block in which a model, or another one in its place, is the base.
+BaseOf = Callable[[nn.Module], AbstractContextManager[nn.Module]]
+
+
 class Adapter(Extensible, ABC):
-    """A choice of what is trained. A dataclass derived from this class is a kind of adapter."""
+    """A choice of what is trained. A dataclass derived from this class is a kind of adapter.
+
+    Attributes:
+        needs_base: whether the trained weights are of no use without the base.
+    """
+
+    needs_base: ClassVar[bool] = True
 
     @abstractmethod
-    def apply(self, network: nn.Module) -> None:
+    def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
         """Freeze what is not trained, and add what is."""
+
+    def base_of(self, model: nn.Module) -> BaseOf:
+        """Return how the base is had back from a model that is trained.
+
+        Args:
+            model: before its first step.
+        """
+        return _switched_off
+
+
+@contextmanager
+def _switched_off(model: nn.Module) -> Iterator[nn.Module]:
+    with without_adapters(model):
+        yield model
+
+
+def freeze_base(conditioner: nn.Module) -> None:
+    """Freeze all parameters of a conditioner but its additions."""
+    conditioner.requires_grad_(False)
+    for part in conditioner.modules():
+        if isinstance(part, Addition):
+            part.requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class WholeNetwork(Adapter):
-    """All weights of the network are trained."""
+    """All weights of the model are trained."""
 
     kind: ClassVar[str] = "none"
+    needs_base: ClassVar[bool] = False
 
-    def apply(self, network: nn.Module) -> None:
+    def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
         """Change nothing."""
+
+    def base_of(self, model: nn.Module) -> BaseOf:
+        """Keep a copy of the model."""
+        base = copy.deepcopy(model).eval().requires_grad_(False)
+        return lambda model: nullcontext(base)

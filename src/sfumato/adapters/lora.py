@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,24 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.adapters.adapter import Adapter
+from sfumato.adapters.adapter import Adapter, Addition, freeze_base
 from sfumato.config.bounds import Positive, Size
 from sfumato.errors import ConfigError
 
 
-class LowRank(nn.Module):
+class LowRank(Addition):
     """The part that a layer of any type gets.
 
     Attributes:
         lora_A, lora_B: the factors; B begins at zero, so that an adapted layer begins as it was.
         scale: alpha / rank.
-        adapted: whether the product is added; without it, the layer is the frozen one.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
-    adapted: bool
 
     def delta(self) -> Tensor:
         """Return the change of the layer's weight, of its shape."""
@@ -97,13 +93,14 @@ class LoRA(Adapter):
                     hint="write a part of a layer's name, such as attention or to_q",
                 ) from None
 
-    def apply(self, network: nn.Module) -> None:
-        """Freeze the network, and adapt its layers.
+    def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
+        """Freeze the network and the conditioner, and adapt the network's layers.
 
         Raises:
             ConfigError: if no layer's name fits.
         """
         network.requires_grad_(False)
+        freeze_base(conditioner)
         kinds = (nn.Linear, nn.Conv2d) if self.convolutions else (nn.Linear,)
         # subclasses compute something else, or are adapted already
         layers = [(name, layer) for name, layer in network.named_modules() if type(layer) in kinds]
@@ -136,23 +133,9 @@ def _adapt(layer: Any, rank: int, scale: float) -> None:
         torch.zeros((outputs, rank, *[1] * len(kernel)), dtype=torch.float32, device=weight.device)
     )
     nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
-    layer.scale, layer.adapted = scale, True
+    layer.scale = scale
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LowRank]:
     """Return the adapted layers of a module, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LowRank)}
-
-
-@contextmanager
-def without_adapters(module: nn.Module) -> Iterator[None]:
-    """Use the frozen base alone within the block."""
-    layers = list(adapted_layers(module).values())
-    before = [layer.adapted for layer in layers]
-    try:
-        for layer in layers:
-            layer.adapted = False
-        yield
-    finally:
-        for layer, adapted in zip(layers, before, strict=True):
-            layer.adapted = adapted

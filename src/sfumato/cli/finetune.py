@@ -10,7 +10,10 @@ import typer
 
 def finetune(
     model: Annotated[
-        Path, typer.Argument(help="Folder of a diffusers pipeline (model_index.json).")
+        Path,
+        typer.Argument(
+            help="Directory of a run, or folder of a diffusers pipeline (model_index.json)."
+        ),
     ],
     source: Annotated[str, typer.Argument(help="A folder of images, an archive or a table.")],
     overrides: Annotated[
@@ -25,8 +28,8 @@ def finetune(
         Path | None, typer.Option(help="Directory of the new run; by default runs/SOURCE-MODEL.")
     ] = None,
 ) -> None:
-    """Fine-tune a model of diffusers on images, by LoRA unless adapter.kind=none is set. The
-    model's folder is only read.
+    """Fine-tune a run, or a model of diffusers, on images, by LoRA unless adapter.kind=none is
+    set. The model is only read.
     """
     from sfumato import runs
 

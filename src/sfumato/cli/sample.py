@@ -127,10 +127,11 @@ def sample(
     weights: Annotated[
         str,
         typer.Option(
-            help="ema: averaged weights; raw: the last step's; or the width of an average to "
-            "reconstruct."
+            help="ema: averaged weights; raw: the last step's; best: those that the verdict of a "
+            "fine-tuning names; auto: best where there is a verdict, else ema; or the width of an "
+            "average to reconstruct."
         ),
-    ] = "ema",
+    ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16"],
         typer.Option(help="Precision inside the network; bfloat16 is faster."),

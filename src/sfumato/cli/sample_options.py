@@ -31,17 +31,23 @@ def parse_contexts(pairs: Sequence[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in split}
 
 
-def parse_weights(text: str) -> Literal["ema", "raw"] | float:
-    """Parse `ema`, `raw` or the width of a post-hoc average."""
-    if text == "ema":
-        return "ema"
-    if text == "raw":
-        return "raw"
+NAMED_WEIGHTS: dict[str, Literal["auto", "best", "ema", "raw"]] = {
+    "auto": "auto",
+    "best": "best",
+    "ema": "ema",
+    "raw": "raw",
+}
+
+
+def parse_weights(text: str) -> Literal["auto", "best", "ema", "raw"] | float:
+    """Parse a name of weights, or the width of a post-hoc average."""
+    if text in NAMED_WEIGHTS:
+        return NAMED_WEIGHTS[text]
     try:
         return float(text)
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is neither ema, raw nor a number", param_hint="--weights"
+            f"{text!r} is neither {', '.join(NAMED_WEIGHTS)} nor a number", param_hint="--weights"
         ) from None
 
 

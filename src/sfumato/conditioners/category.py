@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sfumato.adapters import Addition
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, Size
@@ -34,23 +35,51 @@ class CategoryConditioner(Conditioner):
     Index -1, or no category at all, gives the null vector.
     """
 
-    def __init__(self, config: CategoryConfig, *, categories: int) -> None:
+    def __init__(self, config: CategoryConfig, *, categories: int, added: int = 0) -> None:
+        """Build the table.
+
+        Args:
+            added: number of categories that the model's base does not know, the last ones.
+        """
         super().__init__()
         self.dropout = config.dropout
         self.sizes = ContextSizes(vector=config.size)
-        self.embedding = nn.Embedding(categories + 1, config.size)
+        self.embedding = nn.Embedding(categories - added + 1, config.size)
+        self.added = AddedRows(added, config.size) if added else None
 
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
         """Look up each category's learned vector; without a context, return `null`."""
         if "category" not in context:
             return self.null(batch_size)
-        category = context["category"].to(self.embedding.weight.device)
-        null = self.embedding.num_embeddings - 1
-        return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
+        category, null = context["category"].to(self._device), self.embedding.num_embeddings - 1
+        if self.added is None:
+            return Condition(vector=self.embedding(torch.where(category < 0, null, category)))
+        known = (category >= 0) & (category < null)
+        vector = self.embedding(torch.where(known, category, null))
+        return Condition(vector=vector + self.added(category - null))
 
     def null(self, batch_size: int) -> Condition:
         """Return the learned vector for "none"."""
-        none = torch.full(
-            (batch_size,), self.embedding.num_embeddings - 1, device=self.embedding.weight.device
-        )
+        none = torch.full((batch_size,), self.embedding.num_embeddings - 1, device=self._device)
         return Condition(vector=self.embedding(none))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.embedding.weight.device
+
+
+class AddedRows(Addition):
+    """Vectors of categories that the base does not know: what is added to the vector for "none",
+    zero at first.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(count, size))
+
+    def forward(self, number: Tensor) -> Tensor:
+        """Return the row of each number (B,), and zero for negative ones, (B, size)."""
+        if not self.adapted:
+            return self.rows.new_zeros(len(number), self.rows.shape[1])
+        rows: Tensor = self.rows[number.clamp(min=0)]
+        return rows * (number >= 0)[:, None]

@@ -28,6 +28,8 @@ class ConditioningInfo:
         more: what other contexts need, by their names.
         untrained: those of `categories` that no training image has, since all of their images are
             held out.
+        added_categories: how many of `categories`, the last ones, the model that was fine-tuned
+            did not know.
     """
 
     channels: int
@@ -43,4 +45,5 @@ class ConditioningInfo:
     value_range: tuple[float, float] | None = None
     alpha: Literal["none", "straight", "premultiplied"] = "straight"
     untrained: tuple[str, ...] = ()
+    added_categories: int = 0
     more: dict[str, Any] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sfumato.conditioners import CategoryConditioner, CategoryConfig, ConditioningInfo
 from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
+from sfumato.data import Dataset
 from sfumato.errors import ConfigError, closest
 
 
@@ -24,7 +25,9 @@ class Category(Context):
     ) -> CategoryConditioner:
         """Build the conditioner; raise ConfigError if the training set has no categories."""
         self.require(info.categories)
-        return CategoryConditioner(config, categories=len(info.categories))
+        return CategoryConditioner(
+            config, categories=len(info.categories), added=info.added_categories
+        )
 
     def parse(self, value: str | int | Sequence[str | int], request: RequestInfo) -> Tensor:
         """Return the indices (num,) of one or several names; an integer is taken as a name.
@@ -49,6 +52,19 @@ class Category(Context):
         """Return the indices of all trained categories, repeated in order, (num,)."""
         trained = [info.categories.index(name) for name in trained_categories(info)] or [0]
         return torch.tensor(trained)[torch.arange(num) % len(trained)]
+
+    def known_values(
+        self, info: ConditioningInfo, dataset: Dataset, prompts: Sequence[str]
+    ) -> Tensor | None:
+        """Return the indices of the base's categories that no new image has."""
+        present = set(dataset.labels.tolist())
+        known = range(len(info.categories) - info.added_categories)
+        numbers = [
+            number
+            for number in known
+            if number not in present and info.categories[number] not in info.untrained
+        ]
+        return torch.tensor(numbers) if numbers else None
 
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return the category accuracy, or nothing if there is no classifier."""

@@ -143,6 +143,18 @@ class Context(ABC):
         """Return a batch of all values, repeated in order; None if they cannot be listed."""
         return None
 
+    def known_values(self, info: ConditioningInfo, dataset: Dataset, prompts: Sequence[str]) -> Any:
+        """Return a batch of values that the base of a fine-tuning knows and no new image has.
+
+        None if they cannot be listed.
+
+        Args:
+            info: of the fine-tuned model.
+            dataset: the new images.
+            prompts: texts to use instead of the built-in ones; [] for those.
+        """
+        return None
+
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
         """Return metrics of how well images follow the context, by name.
 

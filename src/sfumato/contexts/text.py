@@ -18,6 +18,33 @@ from sfumato.data import Dataset
 
 TextConfig = LearnedTextConfig | PretrainedTextConfig | PipelineTextConfig
 NAMED = 10  # words in one message
+# What a model of images and text knows: things, people, places, styles and counts, each once.
+KNOWN_PROMPTS = (
+    "a photo of a dog",
+    "a photo of a cat on a sofa",
+    "a bird on a branch",
+    "a horse in a field",
+    "a portrait of a woman",
+    "a portrait of an old man",
+    "two children playing on a beach",
+    "a crowd in a street",
+    "a red car",
+    "a bicycle against a wall",
+    "a wooden house in the snow",
+    "a city at night",
+    "a mountain lake",
+    "a forest path in autumn",
+    "waves on a rocky shore",
+    "a bowl of fruit on a table",
+    "a cup of coffee",
+    "a vase with flowers",
+    "a stack of books",
+    "an oil painting of a ship",
+    "a pencil drawing of a hand",
+    "a watercolour of a garden",
+    "a map of an island",
+    "a blue chair",
+)
 
 
 class PromptNote(UserWarning):
@@ -70,6 +97,12 @@ class Text(Context):
         """Return the negative prompt `request.num` times, with the warnings of `parse`."""
         _note([value], request.conditioner)
         return [value] * request.num
+
+    def known_values(
+        self, info: ConditioningInfo, dataset: Dataset, prompts: Sequence[str]
+    ) -> list[str]:
+        """Return the prompts, or 24 that most models of text know."""
+        return list(prompts or KNOWN_PROMPTS)
 
     def words(self, values: Sequence[str], info: ConditioningInfo) -> list[str]:
         """Return the texts themselves."""

@@ -59,6 +59,8 @@ class DataConfig:
         near_duplicates: what stays together in training or hold-out: images that are nearly the
             same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
+        categories: names that have the first numbers, in this order, whether or not an image has
+            them: those of a model that is fine-tuned.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of
             images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
@@ -81,6 +83,7 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     holdout: InnerFraction = 0.1
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
+    categories: tuple[str, ...] = ()
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
     memory_gib: NonNegative = 4.0

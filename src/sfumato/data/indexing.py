@@ -89,8 +89,10 @@ def index(
             hint="at least two are needed: one to train on, one to validate on; a good model "
             "needs thousands",
         )
-    categories = tuple(
-        sorted({entry.category for entry in good if entry.category is not None}, key=_natural)
+    others = {entry.category for entry in good if entry.category is not None}
+    categories = (
+        *config.categories,
+        *sorted(others.difference(config.categories), key=_natural),
     )
     numbers = {name: number for number, name in enumerate(categories)}
     notes: dict[str, list[str]] = {}

@@ -24,6 +24,15 @@ class NetworkConfig(Extensible, ABC):
             context: sizes of the condition's slots.
         """
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether `build` loads weights of a model that was trained before."""
+        return False
+
+    def from_scratch(self) -> NetworkConfig:
+        """Return the same network with random weights."""
+        return self
+
 
 class Backbone(Accelerable, ABC):
     """A network of any architecture. Subclasses define `forward`; all other members have defaults.

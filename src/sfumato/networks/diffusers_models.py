@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -226,6 +226,15 @@ class DiffusersConfig(NetworkConfig):
     path: str = ""
     image_factor: Size = 1
     variant: str = ""
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether `path` is set."""
+        return bool(self.path)
+
+    def from_scratch(self) -> DiffusersConfig:
+        """Return the same network with random weights."""
+        return replace(self, path="")
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the network, and load its weights if `path` is set.

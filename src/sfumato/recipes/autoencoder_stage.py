@@ -66,6 +66,11 @@ BATCH = 64
 DISK_FRACTION = 0.25  # of the free disk space that cached latents may take
 
 
+def trained_folder(run: Path) -> Path:
+    """Return the folder of a run's autoencoder."""
+    return run / FOLDER / FINAL
+
+
 class LatentShape(NamedTuple):
     """The channels of latents, and the factor by which their sides are smaller than the image's."""
 

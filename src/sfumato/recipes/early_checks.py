@@ -59,6 +59,8 @@ KEYS = (
     "ema",
     "post_hoc_ema",
     "adapter",
+    "preservation",
+    "base",
     "precision",
     "compile",
     "log",

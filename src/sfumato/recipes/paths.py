@@ -25,7 +25,10 @@ KEYS = (
     "autoencoder.path",
     "autoencoder.decoder",
     "autoencoder.features",
+    "base",
+    "network.path",
     "conditioner.text.encoder",
+    "conditioner.text.path",
     "auxiliary.alignment.encoder",
 )
 DATA = KEYS[:2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfumato.adapters import Adapter, WholeNetwork
 from sfumato.config.bounds import require_bounds
@@ -14,7 +14,7 @@ from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig
 from sfumato.recipes.config_checks import require_finite_loss, require_guidable, require_sampled
-from sfumato.training import AuxiliaryConfig, TrainingConfig
+from sfumato.training import AuxiliaryConfig, PreservationConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,10 @@ class Run(TrainingConfig):
         auxiliary: losses and weights that are trained beside the model; none by default.
         data: images to train on.
         network: the network.
+        base: directory of a run whose averaged weights training starts from; "" for random ones. A
+            network of diffusers names its own folder.
         adapter: what of the network is trained; all of it by default.
+        preservation: keeps what the base of a fine-tuning knew; null for not.
         denoiser: how the network is read as a denoiser.
         objective: the training loss.
         sampling: defaults of sampling.
@@ -38,7 +41,9 @@ class Run(TrainingConfig):
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderConfig = PixelsConfig()
     network: NetworkConfig = UNetConfig()
+    base: str = ""
     adapter: Adapter = WholeNetwork()
+    preservation: PreservationConfig | None = None
     conditioner: ContextConfig = ContextConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -63,9 +68,24 @@ class Run(TrainingConfig):
                 where="sampling.clip",
                 hint="set sampling.clip=false, or autoencoder.kind=pixels",
             )
+        if self.preservation is not None and not self.has_base:
+            raise ConfigError(
+                "keeps what a base knows, and this run has none",
+                where="preservation",
+                hint="set it to null, or fine-tune a model: sfumato finetune MODEL SOURCE",
+            )
         require_sampled(self.denoiser, self.sampling, self.objective.schedule)
         require_finite_loss(self)
         require_guidable(self)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether training starts from weights that lie outside of the run."""
+        return bool(self.base) or self.network.is_pretrained
+
+    def from_scratch(self) -> Run:
+        """Return the run with random initial weights."""
+        return replace(self, base="", preservation=None, network=self.network.from_scratch())
 
     @property
     def needs_images(self) -> bool:

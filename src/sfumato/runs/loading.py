@@ -10,20 +10,25 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
-from sfumato.errors import ConfigError, RunError
+from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.diffusers_folder import read_folder
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve
+from sfumato.recipes.run import Run
+from sfumato.runs.base import read_base, require_base
 from sfumato.runs.preparation import build_model, open_data
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import post_hoc_ema
 from sfumato.training.monitors import Validator
+from sfumato.training.parameters import frozen_tensors
 from sfumato.training.precision import CHOICES, DTYPES, default_device
+from sfumato.training.verdict import Verdict
 
+Weights = Literal["auto", "best", "ema", "raw"] | float
 WEIGHT_FILES = {"ema": "ema", "raw": "model"}  # weights -> the file of a checkpoint
 
 
@@ -64,7 +69,7 @@ def snapshot(path: str | Path, step: int) -> Model:
     directory = RunDirectory.existing(Path(path))
     model = load(path).model
     _load_weights(
-        model, checkpoint.load_snapshot(directory.snapshots, step=step), _frozen(directory)
+        model, checkpoint.load_snapshot(directory.snapshots, step=step), model.state_dict()
     )
     return model
 
@@ -89,21 +94,39 @@ def width_errors(
     )
     for width in widths:
         _load_weights(
-            model, post_hoc_ema.reconstruct(directory.averages, width=width), _frozen(directory)
+            model, post_hoc_ema.reconstruct(directory.averages, width=width), model.state_dict()
         )
         yield width, validator.error(model)
 
 
 def _weights(
-    weights: Literal["ema", "raw"] | float, loaded: checkpoint.Checkpoint, directory: RunDirectory
+    weights: Weights, loaded: checkpoint.Checkpoint, directory: RunDirectory
 ) -> dict[str, Tensor]:
+    """Return the trained parameters; "auto" says so where they are not those of the last step."""
+    verdict = Verdict.read(directory.verdict)
+    if weights == "auto" and verdict.chosen is not None:
+        weights = "best"
+        if verdict.stop:
+            console().print(
+                f"weights of step {verdict.chosen.step}: {verdict.sentence()}", markup=False
+            )
+    if weights == "best":
+        if verdict.chosen is None:
+            raise CheckpointError(
+                "has no best weights: only a fine-tuning compares them",
+                where=str(directory.path),
+                hint="use ema or raw",
+            )
+        return checkpoint.load_snapshot(directory.best, step=verdict.chosen.step)
+    weights = "ema" if weights == "auto" else weights
     if isinstance(weights, float):
         return post_hoc_ema.reconstruct(directory.averages, width=weights)
     if weights not in WEIGHT_FILES:
         raise ConfigError(
             f"weights = {weights!r}",
             where="load",
-            hint="`ema` (the averaged ones), `raw`, or the width of an average such as 0.1",
+            hint="`auto`, `best` (those that the verdict of a fine-tuning names), `ema` (the "
+            "averaged ones of the last step), `raw`, or the width of an average such as 0.1",
         )
     return loaded.tensors[WEIGHT_FILES[weights]]
 
@@ -121,16 +144,36 @@ def _load_weights(
     )
 
 
-def _frozen(directory: RunDirectory) -> dict[str, Tensor]:
-    """Load the frozen parameters of a run's newest checkpoint."""
-    newest = checkpoint.read_newest(directory.checkpoints)[0]
-    return checkpoint.load_frozen(newest.path, newest.state)
+def _rebuild(
+    settings: Run, info: ConditioningInfo, directory: RunDirectory, loaded: checkpoint.Checkpoint
+) -> tuple[Model, dict[str, Tensor]]:
+    """Build the model of a run, and return its frozen parameters with it.
+
+    Raises:
+        CheckpointError: if the base of an adapter is missing, or not the one that it was trained
+            with.
+    """
+    if not settings.adapter.needs_base:
+        model = build_model(settings.from_scratch(), info, directory.path)
+        return _for_sampling(model), checkpoint.load_frozen(loaded.path, loaded.state)
+    require_base(settings)
+    base = read_base(settings.base) if settings.base else None
+    model = build_model(settings, info, directory.path, base=base)
+    frozen = frozen_tensors(model)
+    if not settings.has_base:
+        frozen = checkpoint.load_frozen(loaded.path, loaded.state)
+    checkpoint.require_frozen(loaded, frozen)
+    return _for_sampling(model), frozen
+
+
+def _for_sampling(model: Model) -> Model:
+    return model.eval().requires_grad_(False)
 
 
 def load(
     path: str | Path,
     *,
-    weights: Literal["ema", "raw"] | float = "ema",
+    weights: Weights = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Pipeline:
     """Load the pipeline of a run's newest whole checkpoint, or of a model folder of diffusers.
@@ -138,8 +181,10 @@ def load(
     Newer checkpoints that are damaged cause a warning, and are left as they are.
 
     Args:
-        weights: `ema`, the averaged ones; `raw`, those of the last step; or the width of an
-            average, if the run stored averages to reconstruct it from (`post_hoc_ema.widths`).
+        weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those of the
+            step that the verdict of a fine-tuning names; `auto`, `best` where there is such a
+            verdict, else `ema`; or the width of an average, if the run stored averages to
+            reconstruct it from (`post_hoc_ema.widths`).
         precision: precision inside the network.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
@@ -158,12 +203,8 @@ def load(
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
     info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
-    model = build_model(settings, info, directory.path).eval().requires_grad_(False)
-    _load_weights(
-        model,
-        _weights(weights, loaded, directory),
-        checkpoint.load_frozen(loaded.path, loaded.state),
-    )
+    model, frozen = _rebuild(settings, info, directory, loaded)
+    _load_weights(model, _weights(weights, loaded, directory), frozen)
     channels, height, width = loaded.state["image_shape"]
     return Pipeline(
         model=model.to(default_device()),
@@ -178,11 +219,11 @@ def load(
 def _load_folder(
     folder: Path,
     *,
-    weights: Literal["ema", "raw"] | float,
+    weights: Weights,
     precision: Literal["float32", "bfloat16"],
 ) -> Pipeline:
     """Load the pipeline of a model folder in diffusers' layout."""
-    if weights != "ema":
+    if weights not in ("auto", "ema"):
         raise ConfigError(
             f"weights = {weights!r}",
             where=str(folder),

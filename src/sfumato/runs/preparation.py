@@ -30,6 +30,7 @@ from sfumato.observability.progress import ProgressBar, console
 from sfumato.observability.sinks import require_sinks
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
+from sfumato.runs.base import Base, inherited_info, load_base, read_base, require_base
 from sfumato.training.parameters import count, require_trainable
 from sfumato.training.precision import default_device, require
 
@@ -76,8 +77,12 @@ def prepare(
         ConfigError, DataError: naming what is wrong.
     """
     dataset = open_data(run, listing)
+    require_base(run)
+    base = read_base(run.base) if run.base else None
     info = conditioning_info(run, dataset, directory)
-    model = build_model(run, info, directory)
+    if base is not None:
+        info = inherited_info(info, base.info)
+    model = build_model(run, info, directory, base=base)
     require_trainable(model)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
@@ -168,8 +173,10 @@ def categories_without_training_images(dataset: Dataset) -> tuple[str, ...]:
     )
 
 
-def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None) -> Model:
-    """Build the untrained model; its initial weights depend on `run.seed` and the info only.
+def build_model(
+    run: Run, info: ConditioningInfo, directory: Path | None = None, *, base: Base | None = None
+) -> Model:
+    """Build the untrained model; its initial weights depend on `run.seed`, the info and the base.
 
     `directory` is the run's directory, if it has one.
     """
@@ -178,8 +185,11 @@ def build_model(run: Run, info: ConditioningInfo, directory: Path | None = None)
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(info, encoder=text_encoder)
         network = run.network.build(image_channels=channels, context=conditioner.sizes)
-        run.adapter.apply(network)
-        return Model(network, conditioner, run.denoiser)
+        model = Model(network, conditioner, run.denoiser)
+        if base is not None:
+            load_base(model, base)
+        run.adapter.apply(network, conditioner)
+        return model
 
 
 def text_encoder(config: PretrainedTextConfig | PipelineTextConfig) -> TextEncoder:

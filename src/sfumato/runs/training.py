@@ -7,13 +7,13 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
-from sfumato.interop.finetuning import finetuning_run
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
 from sfumato.recipes.resolver import Overrides, resolve, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.runs.cost import estimate_cost
+from sfumato.runs.finetuning import finetuning_run
 from sfumato.runs.plan_check import Machine, findings
 from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
 from sfumato.runs.trainer_assembly import diffusion_trainer
@@ -60,9 +60,10 @@ def train(
 def finetune(
     model: str | Path, source: str, *, overrides: Overrides = (), run: str | Path | None = None
 ) -> Path:
-    """Fine-tune a model folder of diffusers on images; return the run directory.
+    """Fine-tune a run, or a model folder of diffusers, on images; return the run directory.
 
     Args:
+        model: directory of a run, or a folder with model_index.json. It is only read.
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<source>-<model>, numbered if taken.
     """

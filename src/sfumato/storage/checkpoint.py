@@ -239,10 +239,11 @@ def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the frozen parameters are those that a run was trained with."""
-    if loaded.state.get("frozen", "") != digest(tensors):
+    before, now = loaded.state.get("frozen", ""), digest(tensors)
+    if before != now:
         raise CheckpointError(
             f"the {len(tensors)} frozen parameters of the model are not those that this run was "
-            "trained with",
+            f"trained with: their hash is {now[:12] or 'empty'}, and was {before[:12] or 'empty'}",
             where=str(loaded.path),
             hint="use the pretrained weights that the run began with, or train a new run",
         )

@@ -38,6 +38,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
         self.averages = path / "averages"
+        self.best = path / "best"
+        self.verdict = self.best / "verdict.json"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self._last_heartbeat = 0.0

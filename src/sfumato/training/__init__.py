@@ -16,6 +16,7 @@ from sfumato.training.config import (
 from sfumato.training.ema import FixedEMA, PowerEMA
 from sfumato.training.latent_cache import with_latents
 from sfumato.training.optimizers import MuonConfig, OptimizerConfig
+from sfumato.training.preservation import PreservationConfig
 from sfumato.training.tasks.diffusion import Diffusion
 from sfumato.training.tasks.reconstruction import (
     AdversarialConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "PostHocEMAConfig",
     "PowerEMA",
+    "PreservationConfig",
     "PreviewConfig",
     "Reconstruction",
     "Reconstructor",

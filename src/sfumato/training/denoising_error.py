@@ -85,6 +85,21 @@ def measure(
     )
 
 
+@torch.no_grad()
+def predicted_noise(
+    denoiser: Denoiser, triples: Triples, condition: Condition, *, batch_size: int
+) -> Tensor:
+    """Run the denoiser on all triples, and return the predicted noise on the CPU, (n, C, H, W)."""
+    predictions = []
+    for first in range(0, len(triples.x0), batch_size):
+        part = slice(first, first + batch_size)
+        level = triples.level.at(part)
+        x = level.mix(triples.x0[part], triples.noise[part])
+        denoised = denoiser(x, level, condition.map(operator.itemgetter(part)))
+        predictions.append(denoised.eps.float().cpu())
+    return torch.cat(predictions)
+
+
 def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[str, Any]:
     """Return MSE, RMSE and MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
 

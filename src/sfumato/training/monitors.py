@@ -101,7 +101,16 @@ class Validator:
 
     def error(self, model: Model) -> dict[str, Any]:
         """Return the errors of one model on held-out images."""
-        return summarize(self._errors(model, 0), self._sets[0][0], self.second_moment)
+        return summarize(self.errors(model), self.triples, self.second_moment)
+
+    @property
+    def triples(self) -> Triples:
+        """The triples of held-out images."""
+        return self._sets[0][0]
+
+    def errors(self, model: Model) -> Errors:
+        """Return the errors of one model on the triples of held-out images."""
+        return self._errors(model, 0)
 
     def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
         triples, context = self._sets[which]

@@ -33,6 +33,15 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     )
 
 
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that are not trained, by name."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+
+
 def count(parameters: Iterable[Tensor]) -> int:
     """Return the total number of elements of some parameters."""
     return sum(parameter.numel() for parameter in parameters)

@@ -65,6 +65,7 @@ class Trainer:
         directory: RunDirectory,
         saved_config: Mapping[str, Any],
         hooks: Sequence[Hook] = HOOKS,
+        writes_frozen: bool = True,
     ) -> None:
         """Create the state and the order of the batches; nothing is trained or written yet.
 
@@ -72,6 +73,8 @@ class Trainer:
             saved_config: the configuration as plain data, saved in checkpoints with the task's
                 facts.
             hooks: run in this order.
+            writes_frozen: whether the frozen parameters are written beside the checkpoints; if
+                not, checkpoints name their hash only.
         """
         self.hooks = tuple(hooks)
         self.device = next(task.model.parameters()).device
@@ -89,7 +92,7 @@ class Trainer:
             seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size
         )
         self._new = True
-        self._frozen = ""
+        self._frozen, self._writes_frozen = "", writes_frozen
         self._lost: set[str] = set()
         self._bad: MetricsFile | None = None
         self._began = 0
@@ -224,7 +227,8 @@ class Trainer:
         """
         config, counters = self.config, self.state.counters
         size = 4 * count(trainable(self.state.model))
-        frozen = 4 * count(self.state.frozen_tensors().values()) if self._new else 0
+        written = self._new and self._writes_frozen
+        frozen = 4 * count(self.state.frozen_tensors().values()) if written else 0
         widths, num = len(config.post_hoc_ema.widths), config.post_hoc_ema.num
         averages = math.ceil(widths * num * (1 - counters.kept))
         snapshots = sum(counters.step < step <= (config.budget.steps or 0) for step in SNAPSHOTS)
@@ -454,9 +458,7 @@ class Trainer:
             raise failed[0]
 
     def _save(self) -> Path:
-        self._frozen = self._frozen or checkpoint.save_frozen(
-            self.directory.checkpoints, self.state.frozen_tensors()
-        )
+        self._frozen = self._frozen or self._save_frozen()
         return checkpoint.save(
             self.directory.checkpoints,
             step=self.state.counters.step,
@@ -472,6 +474,13 @@ class Trainer:
             keep=self.config.checkpoint.keep,
             sound=self.state.counters.sound,
         )
+
+    def _save_frozen(self) -> str:
+        """Return the hash of the frozen parameters, and write them if the run keeps them."""
+        tensors = self.state.frozen_tensors()
+        if not self._writes_frozen:
+            return checkpoint.digest(tensors)
+        return checkpoint.save_frozen(self.directory.checkpoints, tensors)
 
     def _record(self, result: StepResult, clock: Clock) -> dict[str, Any]:
         counters = self.state.counters

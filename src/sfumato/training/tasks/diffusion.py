@@ -23,6 +23,7 @@ from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
 from sfumato.training.monitors import Previewer, Validator
+from sfumato.training.preservation import Preservation
 from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
 LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
@@ -45,7 +46,13 @@ class Diffusion:
         sampling: SamplingConfig,
         directory: RunDirectory,
         info: ConditioningInfo,
+        preservation: Preservation | None = None,
     ) -> None:
+        """Prepare validation and previews.
+
+        Args:
+            preservation: the loss that keeps what the base of a fine-tuning knew.
+        """
         self.config, self.model, self.autoencoder, self.objective = (
             config,
             model,
@@ -53,6 +60,7 @@ class Diffusion:
             objective,
         )
         self.facts = {"facts": asdict(info), "image_shape": list(dataset.image_shape)}
+        self._preservation = preservation
         self._device, self._sampling = next(model.parameters()).device, sampling
         self._validator = Validator(
             config=config,
@@ -124,6 +132,9 @@ class Diffusion:
         ).per_sample
         total = weight_by_uncertainty(denoising_loss, auxiliary.uncertainty(level.logsnr()))
         auxiliary_losses = auxiliary.losses(images, progress=progress)
+        if self._preservation is not None:
+            kept = self._preservation.loss(model, x0, first=first, dtype=dtype)
+            auxiliary_losses["preservation"] = (self._preservation.weight, kept)
         for weight, value in auxiliary_losses.values():
             total = total + weight * value
         return SampleLosses(

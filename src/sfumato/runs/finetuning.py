@@ -1,0 +1,186 @@
+"""The run that fine-tunes a model on images: settings, and why they are so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sfumato.adapters import LoRA
+from sfumato.contexts import ContextConfig, Text
+from sfumato.data import Listing, source_at
+from sfumato.errors import ConfigError
+from sfumato.foreign_models import is_pipeline_folder
+from sfumato.interop.diffusers_folder import read_folder
+from sfumato.recipes.autoencoder_stage import PixelsConfig, PretrainedAutoencoder, trained_folder
+from sfumato.recipes.run import Run
+from sfumato.runs.base import read_base
+from sfumato.training import (
+    AuxiliaryConfig,
+    Budget,
+    OptimizerConfig,
+    PowerEMA,
+    PreservationConfig,
+    PreviewConfig,
+    ValidationConfig,
+)
+
+SMALL_SET, RANK, LARGE_RANK = 30, 16, 32
+VIEWS = 100  # of each image, at which small sets are learned
+MAX_STEPS = 5000
+LOOKS = 12  # comparisons with the base
+DROPOUT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingPoint:
+    """What a fine-tuning starts from.
+
+    Attributes:
+        run: the model's configuration; its data and its training are replaced.
+        adapter: that is proposed.
+        learning_rate: that suits it.
+        batch_size: largest one that is proposed.
+        remarks: lines that say what was replaced or left out.
+    """
+
+    run: Run
+    adapter: LoRA
+    learning_rate: float
+    batch_size: int
+    remarks: tuple[str, ...] = ()
+
+
+def starting_point(model: Path) -> StartingPoint:
+    """Read a run, or a pipeline's folder in diffusers' layout.
+
+    Raises:
+        ConfigError: if it is neither, or cannot be fine-tuned.
+        CheckpointError: if it is not whole.
+    """
+    if is_pipeline_folder(model):
+        content = read_folder(model)
+        return StartingPoint(
+            run=content.run,
+            adapter=LoRA(),
+            learning_rate=1e-4,
+            batch_size=4,
+            remarks=content.remarks,
+        )
+    if not (model / "config.yaml").is_file():
+        raise ConfigError(
+            "is neither a run, since it has no config.yaml, nor a pipeline's folder, since it has "
+            "no model_index.json",
+            where=str(model),
+            hint="name a run, or a folder that diffusers wrote with save_pretrained",
+        )
+    base = read_base(model)
+    folder, space = trained_folder(model), base.run.autoencoder
+    run = replace(
+        base.run,
+        base=str(model),
+        data=replace(base.run.data, categories=base.info.categories),
+        autoencoder=space
+        if isinstance(space, PixelsConfig)
+        else PretrainedAutoencoder(path=str(folder), statistics="own"),
+        auxiliary=AuxiliaryConfig(),
+    )
+    return StartingPoint(
+        run=run,
+        adapter=LoRA(convolutions=True),
+        learning_rate=1e-3,
+        batch_size=min(16, base.run.batch_size),
+    )
+
+
+def finetuning_run(model: Path, source: str) -> tuple[Run, list[str]]:
+    """Return the run, and a line for each choice.
+
+    Args:
+        model: a run's directory, or a pipeline's folder in diffusers' layout.
+        source: images, as `train` takes them.
+    Raises:
+        ConfigError: if the model is neither, or needs captions that the images lack.
+        DataError: if there are no images.
+    """
+    start = starting_point(model)
+    images = source_at(source)
+    listing = images.listing()
+    count = len(listing.entries)
+    captioned = sum(bool(entry.captions) for entry in listing.entries)
+    _require_contexts(start.run, model, source, listing)
+    small = count <= SMALL_SET
+    rank = RANK if small else LARGE_RANK
+    batch_size = min(start.batch_size, count)
+    steps = min(MAX_STEPS, max(100, VIEWS * count // batch_size))
+    run = replace(
+        start.run,
+        name=f"{Path(source).resolve().stem or 'images'}-{start.run.name}",
+        data=replace(start.run.data, source=images),
+        adapter=replace(start.adapter, rank=rank),
+        preservation=PreservationConfig() if small else None,
+        conditioner=_with_dropout(start.run.conditioner),
+        optimizer=OptimizerConfig(
+            learning_rate=start.learning_rate,
+            weight_decay=0.0,
+            schedule="constant",
+            warmup_steps=steps // 20,
+        ),
+        ema=PowerEMA(0.1),
+        batch_size=batch_size,
+        micro_batch=None,
+        budget=Budget(steps=steps),
+        preview=PreviewConfig(num=4),
+        validation=ValidationConfig(
+            samples=min(128, 8 * count), every_steps=max(1, steps // LOOKS)
+        ),
+    )
+    reasons = [
+        f"{count} images, {captioned} with a caption",
+        f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, constant: the base stays as "
+        "it is (adapter.kind=none trains all weights)",
+        f"{steps} steps of {batch_size}: each image is seen {steps * batch_size // count} times, "
+        f"and the model is compared with its base {LOOKS} times",
+        "preservation: what the base predicts for other contexts is kept (preservation=null "
+        "does not)"
+        if small
+        else f"no preservation, since there are more than {SMALL_SET} images "
+        "(preservation.weight=1 keeps what the base knows)",
+        *(
+            [f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"]
+            if captioned
+            else []
+        ),
+    ]
+    return run, [*start.remarks, *(f"chosen: {reason}" for reason in reasons)]
+
+
+def _require_contexts(run: Run, model: Path, source: str, listing: Listing) -> None:
+    """Raise ConfigError if the images lack what the model is conditioned on."""
+    count = len(listing.entries)
+    captioned = any(entry.captions for entry in listing.entries)
+    if run.conditioner.text is not None and not captioned:
+        raise ConfigError(
+            f"{model.name} is conditioned on text, and none of {count} images has a caption",
+            where=source,
+            hint="put a .txt with a caption beside each image",
+        )
+    if run.conditioner.category is not None and not any(e.category for e in listing.entries):
+        raise ConfigError(
+            f"{model.name} is conditioned on categories, and none of {count} images has one",
+            where=source,
+            hint="put them into a sub-folder with the name of their category, new or known: "
+            f"{source}/NAME",
+        )
+
+
+def _with_dropout(conditioner: ContextConfig) -> ContextConfig:
+    """Return the conditioner with the dropout of fine-tuning, for text."""
+    return ContextConfig(
+        **{
+            name: replace(config, dropout=min(DROPOUT, config.dropout))
+            if name == Text.name
+            else config
+            for name in conditioner.names
+            if (config := getattr(conditioner, name)) is not None
+        }
+    )

@@ -1,0 +1,224 @@
+"""A fine-tuned model beside its base: what was gained on new images, and what was lost of the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.autoencoders import Autoencoder
+from sfumato.condition import reorder, to_device
+from sfumato.conditioners import ConditioningInfo
+from sfumato.diffusion import Schedule
+from sfumato.generation.diffusion_model import Model, SamplingConfig
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import ResolvedRequest
+from sfumato.storage import checkpoint
+from sfumato.storage.atomic import atomic_path
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.config import TrainingConfig
+from sfumato.training.denoising_error import (
+    Errors,
+    Triples,
+    difference,
+    make_triples,
+    predicted_noise,
+)
+from sfumato.training.hooks import Hook, Session
+from sfumato.training.monitors import Validator, latents
+from sfumato.training.preservation import KnownContexts
+from sfumato.training.verdict import Look, Verdict
+
+if TYPE_CHECKING:
+    from sfumato.training.trainer import Trainer
+
+MAX_BASE_SAMPLES = 48
+
+
+class CompareWithBase(Hook):
+    """Compares a model with its base, on held-out new images and on images that the base makes.
+
+    The images of the base are sampled once, from noises that are the same afterwards. The weights
+    of the look that the verdict chooses are kept in `best/`.
+    """
+
+    name = "comparison"
+    tolerated = ()
+
+    def __init__(
+        self,
+        *,
+        config: TrainingConfig,
+        known: KnownContexts,
+        validator: Validator,
+        schedule: Schedule,
+        sampling: SamplingConfig,
+        autoencoder: Autoencoder,
+        directory: RunDirectory,
+        info: ConditioningInfo,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        self.config, self.known, self.validator, self.schedule = config, known, validator, schedule
+        self.sampling, self.autoencoder, self.directory = sampling, autoencoder, directory
+        self.info, self.image_shape = info, image_shape
+        repeats = MAX_BASE_SAMPLES // known.count if known.count else 0
+        numbers = list(range(min(known.count, MAX_BASE_SAMPLES))) * max(1, repeats)
+        self.count = len(numbers)
+        self.context = reorder(known.values, numbers)
+        self._base_errors: Errors | None = None
+        self._known_triples: Triples | None = None
+        self._base_prediction: Tensor | None = None
+
+    def figures(self, average: Model) -> dict[str, Any]:
+        """Return `validation/gain/*` and `validation/drift/*`, as metrics.jsonl keeps them.
+
+        The gain is the base's squared noise error minus the model's, on the same held-out images,
+        noises and levels; the drift is the squared change of the predicted noise.
+        """
+        average.eval()
+        if self._base_errors is None:
+            with self.known.base_of(average) as base:
+                self._base_errors = self.validator.errors(cast(Model, base))
+        triples = self.validator.triples
+        gain = difference(self._base_errors, self.validator.errors(average), triples)
+        drift = self._drift(average) if self.count else {}
+        base_error = float(self._base_errors.eps_square.mean())
+        return {
+            "validation/base/eps_mse": base_error,
+            **{f"validation/gain/{key}": value for key, value in gain.items()},
+            **{f"validation/drift/{key}": value for key, value in drift.items()},
+        }
+
+    def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return True when a validation is due."""
+        step = trainer.state.counters.step
+        return step > 0 and (
+            finished or trainer.timetable.due(self.name, trainer.config.validation)
+        )
+
+    def run(self, trainer: Trainer, session: Session) -> None:
+        """Compare, write the figures to the sinks, and print the verdict."""
+        step = trainer.state.counters.step
+        with trainer.timetable.recording(self.name):
+            figures = self.figures(cast(Model, trainer.state.average))
+        session.write({"step": step, **figures})
+        look = _look(figures, step)
+        verdict = Verdict.read(self.directory.verdict).after(look)
+        if verdict.chosen == look:
+            keep_best(trainer, self.directory)
+        verdict.write(self.directory.verdict)
+        drift = "" if look.drift is None else f", change of what the base knew {look.drift:.1%}"
+        session.bar.say(
+            f"step {step}: gain on new images {look.gain:+.1%} [{look.gain_low:+.1%}, "
+            f"{look.gain_high:+.1%}]{drift}; {verdict.sentence()}"
+        )
+
+    def _drift(self, average: Model) -> dict[str, Any]:
+        triples = self._triples(average)
+        if self._base_prediction is None:
+            with self.known.base_of(average) as base:
+                self._base_prediction = self._prediction(cast(Model, base))
+        before = self._base_prediction
+        change = _squared(self._prediction(average) - before)
+        bins = []
+        for number in range(len(triples.edges) - 1):
+            chosen = triples.bin == number
+            if chosen.any():
+                low, high = float(triples.edges[number]), float(triples.edges[number + 1])
+                bins.append(
+                    {"logsnr_low": low, "logsnr_high": high, "mean": float(change[chosen].mean())}
+                )
+        scale = float(_squared(triples.noise.cpu() - before).mean())
+        mean = float(change.mean())
+        return {"mean": mean, "relative": mean / scale, "bins": bins}
+
+    def _triples(self, average: Model) -> Triples:
+        if self._known_triples is None:
+            images = self.base_images(average) * 2 - 1
+            x0 = latents(
+                self.autoencoder,
+                images.to(next(average.parameters()).device),
+                seed=self.config.seed,
+                batch_size=self.config.effective_micro_batch,
+            )
+            # each image at several levels
+            repeats = max(1, math.ceil(self.config.validation.samples / len(x0)))
+            self._known_triples = make_triples(
+                x0.repeat(repeats, 1, 1, 1),
+                self.schedule,
+                seed=self.config.seed,
+                bins=self.config.validation.bins,
+            )
+        return self._known_triples
+
+    @torch.no_grad()
+    def _prediction(self, model: Model) -> Tensor:
+        """Return the predicted noise on noisy images of the base, on the CPU."""
+        triples = self._triples(model)
+        numbers = [number % self.count for number in range(len(triples.x0))]
+        context = to_device(reorder(self.context, numbers), triples.x0.device)
+        model.eval()
+        return predicted_noise(
+            model.denoiser(),
+            triples,
+            model.conditioner(context, len(numbers)),
+            batch_size=self.config.effective_micro_batch,
+        )
+
+    def base_images(self, average: Model) -> Tensor:
+        """Return images of the base under contexts that it knows, (n, C, H, W) in [0, 1].
+
+        They are sampled once, and kept in the run's directory.
+        """
+        path = self.directory.path / "base_samples.safetensors"
+        if not path.is_file():
+            with self.known.base_of(average) as base:
+                images = self.images(cast(Model, base))
+            with atomic_path(path) as temporary:
+                save_file({"images": images.contiguous()}, temporary)
+        return load_file(path)["images"]
+
+    def images(self, model: Model) -> Tensor:
+        """Return images of a model under the same contexts and from the same noises."""
+        pipeline = Pipeline(
+            model=model,
+            autoencoder=self.autoencoder,
+            sampling=self.sampling,
+            info=self.info,
+            image_shape=self.image_shape,
+        )
+        request = ResolvedRequest.of(self.context, self.image_shape, self.count)
+        return pipeline.sample_request(request, seed=self.config.seed)
+
+
+def _squared(values: Tensor) -> Tensor:
+    return values.double().square().flatten(1).mean(1)
+
+
+def _look(figures: Mapping[str, Any], step: int) -> Look:
+    """Return the figures of one comparison as a look."""
+    scale = figures["validation/base/eps_mse"]
+    return Look(
+        step=step,
+        gain=figures["validation/gain/mean"] / scale,
+        gain_low=figures["validation/gain/low"] / scale,
+        gain_high=figures["validation/gain/high"] / scale,
+        drift=figures.get("validation/drift/relative"),
+    )
+
+
+def keep_best(trainer: Trainer, directory: RunDirectory) -> None:
+    """Keep the averaged weights of this step in `best/`, and remove those kept before."""
+    before = list(directory.best.glob("step-*.safetensors"))
+    written = checkpoint.save_snapshot(
+        directory.best,
+        step=trainer.state.counters.step,
+        weights=trainer.state.trained(trainer.state.average),
+    )
+    for path in before:
+        if path != written:
+            path.unlink()

@@ -1,0 +1,113 @@
+"""The verdict on a fine-tuning: which step to use, and whether training longer is of use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.storage.atomic import write_text
+
+# Change of the predicted noise, over the base's own error on the same images, above which the model
+# has forgotten. Measured on digits without 7, tuned on ten 7s: docs/fine-tuning.md.
+DRIFT_LIMIT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One comparison with the base.
+
+    Attributes:
+        step: of training.
+        gain, gain_low, gain_high: error of the base minus that of the model on held-out new
+            images, with its 95 % interval, over the error of the base; above 0 where the model is
+            better.
+        drift: mean squared change of the predicted noise on images of what the base knew, over
+            the base's error on them; None where nothing of the kind is known.
+    """
+
+    step: int
+    gain: float
+    gain_low: float
+    gain_high: float
+    drift: float | None
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the drift is above its limit."""
+        return self.drift is not None and self.drift > DRIFT_LIMIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Which look is recommended, and whether training longer is of use.
+
+    Attributes:
+        best: the look with the largest gain that does not forget; None if all forget.
+        chosen: the latest look whose gain lies within the interval of the best, and that does not
+            forget; None if all forget.
+        last: the last look.
+    """
+
+    best: Look | None = None
+    chosen: Look | None = None
+    last: Look | None = None
+
+    def after(self, look: Look) -> Verdict:
+        """Return the verdict after one more look."""
+        if look.forgets:
+            return Verdict(best=self.best, chosen=self.chosen, last=look)
+        best = look if self.best is None or look.gain > self.best.gain else self.best
+        chosen = look if look.gain >= best.gain_low else self.chosen
+        return Verdict(best=best, chosen=chosen, last=look)
+
+    @property
+    def stop(self) -> bool:
+        """Whether the last look is worse than the chosen one."""
+        return self.last is not None and self.last != self.chosen
+
+    def sentence(self) -> str:
+        """Return the verdict in words."""
+        if self.last is None:
+            return "not compared with the base yet"
+        if self.chosen is None:
+            return (
+                f"stop: the model has forgotten what its base knew at every look (change "
+                f"{self.last.drift:.0%} of the base's error, limit {DRIFT_LIMIT:.0%}); use a lower "
+                "learning rate, fewer steps or preservation"
+            )
+        use = f"use step {self.chosen.step}"
+        if not self.stop:
+            return f"keep on: the last look is as good as the best; {use}"
+        if self.last.forgets:
+            return (
+                f"stop: the model forgets what its base knew (change {self.last.drift:.0%} of the "
+                f"base's error, limit {DRIFT_LIMIT:.0%}); {use}"
+            )
+        return (
+            f"stop: held-out new images are predicted worse than at step {self.chosen.step} (gain "
+            f"{self.last.gain:+.1%}, best {self.best.gain if self.best else 0:+.1%}); {use}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the verdict as plain data."""
+        return {**asdict(self), "stop": self.stop, "sentence": self.sentence()}
+
+    @classmethod
+    def read(cls, path: Path) -> Verdict:
+        """Read what `plain` returned from a JSON file; a new verdict if there is none."""
+        try:
+            plain = json.loads(path.read_text())
+        except OSError:
+            return cls()
+        looks = {
+            name: None if plain[name] is None else Look(**plain[name])
+            for name in ("best", "chosen", "last")
+        }
+        return cls(**looks)
+
+    def write(self, path: Path) -> None:
+        """Write the verdict to a JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.plain(), indent=1))
