@@ -14,9 +14,12 @@ _SIGNATURE = re.compile(
 )  # of a signed URL
 
 
+_TOKEN = re.compile(r"\b(hf_|Bearer\s+)[\w.-]{8,}")  # of the Hugging Face hub, and of headers
+
+
 def redact_secrets(text: str) -> str:
-    """Replace passwords and signatures in URLs by ***."""
-    return _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text))
+    """Replace passwords and signatures in URLs, and access tokens, by ***."""
+    return _TOKEN.sub(r"\1***", _SIGNATURE.sub(r"\1***", _PASSWORD.sub("***@", text)))
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

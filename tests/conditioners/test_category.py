@@ -1,7 +1,14 @@
+import pytest
 import torch
 
 from sfumato.condition import NO_CONDITION, NO_CONTEXT
-from sfumato.conditioners import CategoryConditioner, CategoryConfig, CompositeConditioner
+from sfumato.conditioners import (
+    CategoryConditioner,
+    CategoryConfig,
+    ClassLabelsConfig,
+    CompositeConditioner,
+)
+from sfumato.errors import ConfigError
 
 
 def made(*, dropout: float = 0.1) -> CategoryConditioner:
@@ -54,3 +61,20 @@ def test_without_parts_no_slot_is_filled() -> None:
     )
     assert nothing.null(3) is NO_CONDITION
     assert NO_CONDITION.replace_where(torch.tensor([True]), nothing.null(1)).slots() == {}
+
+
+def test_class_labels_are_the_numbers_of_the_network() -> None:
+    """Categories of a training set have other numbers; -1 and nothing at all mean "none"."""
+    config = ClassLabelsConfig(names=("tench", "goldfish", "shark"))
+    conditioner = config.build(["shark", "tench"])
+    condition = conditioner({"category": torch.tensor([0, 1, -1])}, 3)
+    assert condition.vector is not None
+    assert condition.vector.tolist() == [[2.0], [0.0], [3.0]]
+    assert conditioner({}, 2).vector.tolist() == conditioner.null(2).vector.tolist() == [[3.0]] * 2
+    assert not list(conditioner.parameters())
+    assert not conditioner.state_dict()
+
+
+def test_a_category_that_is_no_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no class 'sharks'\n.*did you mean 'shark'"):
+        ClassLabelsConfig(names=("tench", "shark")).build(["sharks"])

@@ -23,6 +23,7 @@ NEEDED = {
     },
     "PretrainedAutoencoder": {"path": "somewhere"},
     "PipelineTextConfig": {"path": "somewhere"},
+    "ClassLabelsConfig": {"names": ["a", "b"]},
     "Tabulated": {"alphas": [1.0, 0.5, 0.0], "sigmas": [0.0, 0.5, 1.0]},
     "Warped": {"schedule": "Karras", "warp": "Shift"},
     "ZeroTerminalSNR": {"schedule": "ScaledLinear"},

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler(**UNCLIPPED),
     "DDIM, offset 1, to the first entry": diffusers.DDIMScheduler(
@@ -124,6 +126,9 @@ SCHEDULERS = {
         beta_start=0.00085,
         beta_schedule="scaled_linear",
     ),
+    "Euler Karras": diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, **LEADING),
+    "Euler exponential": diffusers.EulerDiscreteScheduler(use_exponential_sigmas=True, **LEADING),
+    "Euler beta": diffusers.EulerDiscreteScheduler(use_beta_sigmas=True, **LEADING),
     "DPM-Solver++": diffusers.DPMSolverMultistepScheduler(),
     "DPM-Solver++ trailing": diffusers.DPMSolverMultistepScheduler(timestep_spacing="trailing"),
 }
@@ -137,6 +142,54 @@ def test_a_trajectory_is_that_of_diffusers(folder: Path, tmp_path: Path, name: s
     first = float(SCHEDULERS[name].init_noise_sigma) if name == "Euler" else None
     assert difference(ours(path, 10, first=first), x) < TOLERANCE
     assert difference(ours(path, 10, first=first, off_by=1.0), x) > 1e-3
+
+
+class Unrounded:
+    """A scheduler whose timesteps are those of its levels, which it rounds otherwise."""
+
+    def __init__(self, scheduler: object) -> None:
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, steps: int) -> None:
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps)
+        levels = scheduler.sigmas[:-1].double().numpy()
+        if scheduler.config.use_flow_sigmas:
+            times = levels * scheduler.config.num_train_timesteps
+        else:
+            bars = scheduler.alphas_cumprod.double()
+            table = torch.log(((1 - bars) / bars).sqrt()).numpy()
+            times = np.array([scheduler._sigma_to_t(level, table) for level in levels])
+        scheduler.timesteps = torch.from_numpy(times)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_levels_whose_timesteps_diffusers_rounds_are_visited(
+    folder: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(**changes)
+    path = with_scheduler(folder, tmp_path / "model", scheduler)
+    assert any("which diffusers rounds" in remark for remark in read_folder(path).remarks)
+    model = unet()
+    if "use_flow_sigmas" in changes:  # our network of a flow is told times from 0 to 1
+        inner = model
+        model = lambda x, time: inner(x, time / 1000)  # noqa: E731
+    x = theirs(model, Unrounded(scheduler), 10)
+    assert difference(ours(path, 10), x) < TOLERANCE
+    off_by = 0.2 if "use_flow_sigmas" in changes else 1.0  # of times from 0 to 1, or timesteps
+    assert difference(ours(path, 10, off_by=off_by), x) > 1e-3
 
 
 def test_the_pipeline_samples_from_the_folder_as_diffusers_does(
@@ -204,6 +257,8 @@ def broken(folder: Path, target: Path, change: str) -> Path:
             "scheduler": ("scheduler/scheduler_config.json", "_class_name", "TCDScheduler"),
             "prediction": ("scheduler/scheduler_config.json", "prediction_type", "score"),
             "classes": ("unet/config.json", "num_class_embeds", 10),
+            "nine channels": ("unet/config.json", "in_channels", 9),
+            "last level": ("scheduler/scheduler_config.json", "final_sigmas_type", "sigma_min"),
             "setting": ("unet/config.json", "down_block_types", ["DownBlock3D", "DownBlock2D"]),
         }[change]
         content = json.loads((target / file).read_text())
@@ -226,7 +281,9 @@ def broken(folder: Path, target: Path, change: str) -> Path:
         ("karras", "use_karras_sigmas = True is not supported"),
         ("scheduler", "unsupported scheduler class 'TCDScheduler'"),
         ("prediction", "prediction_type = 'score' is not supported"),
-        ("classes", "class embeddings is not supported"),
+        ("classes", "num_class_embeds = 10 is not supported"),
+        ("nine channels", r"conv_in.weight has shape \(16, 3, 3, 3\)"),
+        ("last level", "final_sigmas_type = 'sigma_min' is not supported"),
         ("setting", "UNet2DModel cannot be built"),
     ],
 )
@@ -247,3 +304,31 @@ def test_the_only_variant_is_taken(folder: Path, tmp_path: Path) -> None:
         load(tmp_path / "model").model.network.state_dict()[name],
         load(folder).model.network.state_dict()[name],
     )
+
+
+def test_weights_are_loaded_without_a_random_initialization(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialized: list[torch.Tensor] = []
+    fill = torch.nn.init.kaiming_uniform_
+    monkeypatch.setattr(
+        torch.nn.init, "kaiming_uniform_", lambda x, *a, **k: initialized.append(x) or fill(x)
+    )
+    network = load(folder).model.network
+    assert initialized
+    assert all(tensor.is_meta for tensor in initialized)
+    assert not any(tensor.is_meta for tensor in network.state_dict().values())
+    initialized.clear()
+    unet()
+    assert not any(tensor.is_meta for tensor in initialized)
+
+
+def test_changes_of_the_file_do_not_reach_loaded_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    network = load(tmp_path / "model").model.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with weights.open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(bytes(1000))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from sfumato import load
 from sfumato.contexts.text import Truncated
+from sfumato.diffusion import MatchDeviation
 from sfumato.errors import CheckpointError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.sampling import KeyedNoise, StepInfo
@@ -104,6 +106,20 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(ours: Pipeline, thei
     same = expected(theirs, prompt=PROMPT, negative_prompt="dogs", guidance=5.0)
     assert difference(own, same) < 1e-5
     assert difference(own, expected(theirs, prompt=PROMPT, guidance=5.0)) > 1e-3
+
+
+def test_guidance_is_rescaled_as_diffusers_does(ours: Pipeline, theirs, name: str) -> None:
+    if not name.startswith("SD, ") and name != "SDXL":
+        pytest.skip("its pipeline has no guidance_rescale")
+    same = expected(partial(theirs, guidance_rescale=0.7), prompt=PROMPT, guidance=7.5)
+    assert difference(rescaled(ours, 0.7), same) < 1e-5
+    assert difference(rescaled(ours, 0.6), same) > 1e-3
+    assert difference(latents_of(ours, prompt=PROMPT, guidance=7.5), same) > 1e-2
+
+
+def rescaled(ours: Pipeline, share: float) -> torch.Tensor:
+    sampling = replace(ours.sampling, guidance_rescale=MatchDeviation(share=share))
+    return latents_of(replace(ours, sampling=sampling), prompt=PROMPT, guidance=7.5)
 
 
 def test_other_guidance_and_another_prompt_are_seen(ours: Pipeline, theirs) -> None:

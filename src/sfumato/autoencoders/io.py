@@ -25,6 +25,7 @@ from sfumato.autoencoders.kl import KLAutoencoder, KLConfig
 from sfumato.autoencoders.latent_space import LatentAutoencoder
 from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
+from sfumato.networks.diffusers_weights import weight_files
 from sfumato.storage.atomic import atomic_folder
 
 WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.json", "latents.json"
@@ -59,13 +60,18 @@ def save(latents: LatentAutoencoder, folder: Path, metadata: Mapping[str, Any]) 
     return folder
 
 
-def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencoder:
+def load(
+    path: str | Path, decoder: str | Path | None = None, *, variant: str = ""
+) -> LatentAutoencoder:
     """Load an autoencoder from a folder in diffusers' layout, or a tiny one from two files.
 
     The files hold the tensors of its encoder and decoder. A folder's latents are scaled as
     latents.json says, else as its own configuration does (scaling and shift factor, or means and
     deviations).
 
+    Args:
+        variant: of a folder's weights, e.g. "fp16"; without it, a variant is taken where it is the
+            only one.
     Raises:
         CheckpointError: naming what is missing or not supported.
     """
@@ -78,7 +84,7 @@ def load(path: str | Path, decoder: str | Path | None = None) -> LatentAutoencod
             torch.ones(tiny.latent_channels),
         )
     config = _json(path / CONFIG)
-    codec = _codec(config, path)
+    codec = _codec(config, path, variant)
     mean, deviation = _statistics(config, path, codec.latent_channels)
     return LatentAutoencoder(codec.eval().requires_grad_(False), mean, deviation)
 
@@ -170,7 +176,7 @@ def _tiny_config(codec: TinyAutoencoder) -> dict[str, Any]:
     }
 
 
-def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
+def _codec(config: Mapping[str, Any], folder: Path, variant: str) -> Codec:
     """Build the codec of a folder.
 
     Raises:
@@ -178,18 +184,18 @@ def _codec(config: Mapping[str, Any], folder: Path) -> Codec:
     """
     kind = config.get("_class_name")
     if kind == "AutoencoderKL":
-        return _kl(config, folder)
+        return _kl(config, folder, variant)
     if kind == "AutoencoderTiny":
-        tensors = _tensors(folder / WEIGHTS)
+        tensors = _all_tensors(folder, variant)
         halves = [
             {name: value for name, value in tensors.items() if name.startswith(half)}
             for half in ("encoder.", "decoder.")
         ]
         return TinyAutoencoder(*halves)
-    return ForeignCodec.load(str(kind), folder)
+    return ForeignCodec.load(str(kind), folder, variant=variant)
 
 
-def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
+def _kl(config: Mapping[str, Any], folder: Path, variant: str) -> KLAutoencoder:
     try:
         widths = tuple(config["block_out_channels"])
         supported = (
@@ -216,7 +222,7 @@ def _kl(config: Mapping[str, Any], folder: Path) -> KLAutoencoder:
         codec.load_state_dict(
             {
                 _current_name(name): tensor.float()
-                for name, tensor in _tensors(folder / WEIGHTS).items()
+                for name, tensor in _all_tensors(folder, variant).items()
             }
         )
     except (KeyError, TypeError, RuntimeError) as error:
@@ -255,6 +261,15 @@ def _statistics(config: Mapping[str, Any], folder: Path, channels: int) -> tuple
             "the number of latent statistics does not match the latent channels", where=str(folder)
         )
     return mean, deviation
+
+
+def _all_tensors(folder: Path, variant: str) -> dict[str, Tensor]:
+    """Read the tensors of all shards of a folder."""
+    return {
+        name: tensor
+        for file in weight_files(folder, variant=variant)
+        for name, tensor in _tensors(file).items()
+    }
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

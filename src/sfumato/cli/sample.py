@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 def sample(
     context: typer.Context,
     run: Annotated[
-        Path | None, typer.Argument(help="Directory of the run; by default the newest in runs/.")
+        Path | None,
+        typer.Argument(
+            help="Directory of the run, by default the newest in runs/; or a model of diffusers, a "
+            "folder or OWNER/NAME on the Hugging Face hub."
+        ),
     ] = None,
     num: Annotated[
         int | None,
@@ -132,6 +136,12 @@ def sample(
             "average to reconstruct."
         ),
     ] = "auto",
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
+        ),
+    ] = "",
     precision: Annotated[
         Literal["float32", "bfloat16"],
         typer.Option(help="Precision inside the network; bfloat16 is faster."),
@@ -172,7 +182,7 @@ def sample(
     run = newest_run() if run is None else run
     folder = generated_folder(run)
     with writable(out or folder):
-        pipeline = load(run, weights=parse_weights(weights), precision=precision)
+        pipeline = load(run, weights=parse_weights(weights), precision=precision, variant=variant)
         if compile:
             pipeline.compile()
         request = _request(

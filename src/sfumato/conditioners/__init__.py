@@ -6,7 +6,12 @@ from __future__ import annotations
 
 from sfumato.conditioners.attributes import AttributesConditioner, AttributesConfig
 from sfumato.conditioners.augmentation import AugmentationConditioner
-from sfumato.conditioners.category import CategoryConditioner, CategoryConfig
+from sfumato.conditioners.category import (
+    CategoryConditioner,
+    CategoryConfig,
+    ClassLabelsConditioner,
+    ClassLabelsConfig,
+)
 from sfumato.conditioners.composite import CompositeConditioner
 from sfumato.conditioners.conditioning_info import ConditioningInfo
 from sfumato.conditioners.doodle import DoodleConditioner, DoodleConfig
@@ -36,6 +41,8 @@ __all__ = [
     "AugmentationConditioner",
     "CategoryConditioner",
     "CategoryConfig",
+    "ClassLabelsConditioner",
+    "ClassLabelsConfig",
     "CompositeConditioner",
     "Conditioner",
     "ConditioningInfo",

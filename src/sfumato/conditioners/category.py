@@ -1,10 +1,12 @@
-"""Categories: a learned vector for each, and one more for "none"."""
+"""Categories: a learned vector for each, and one more for "none"; or numbers, for networks that learn
+their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from sfumato.adapters import Addition
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction, Size
+from sfumato.errors import ConfigError, closest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,18 @@ class CategoryConfig:
             guidance extrapolates from.
     """
 
+    kind: ClassVar[str] = "learned"
+
     size: Size = 128
     dropout: Fraction = 0.1
+
+    def build(self, categories: Sequence[str], *, added: int = 0) -> CategoryConditioner:
+        """Build the untrained vectors.
+
+        Args:
+            added: number of categories that the model's base does not know, the last ones.
+        """
+        return CategoryConditioner(self, categories=len(categories), added=added)
 
 
 class CategoryConditioner(Conditioner):
@@ -83,3 +96,65 @@ class AddedRows(Addition):
             return self.rows.new_zeros(len(number), self.rows.shape[1])
         rows: Tensor = self.rows[number.clamp(min=0)]
         return rows * (number >= 0)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLabelsConfig:
+    """Steer by the image's category as the number of a class, which the network itself embeds: DiT
+    of diffusers.
+
+    Attributes:
+        names: of the network's classes, in the order of their numbers; the number after the last
+            one stands for "none".
+        dropout: share of training samples whose category is replaced by "none".
+    """
+
+    kind: ClassVar[str] = "class-labels"
+
+    names: tuple[str, ...]
+    dropout: Fraction = 0.1
+
+    def build(self, categories: Sequence[str], *, added: int = 0) -> ClassLabelsConditioner:
+        """Build the conditioner; nothing in it is trained, and no class can be added.
+
+        Raises:
+            ConfigError: for a category that is not the name of a class.
+        """
+        for name in categories:
+            if name not in self.names:
+                raise ConfigError(
+                    f"the network has no class {name!r}",
+                    where="conditioner.category",
+                    hint=f"{closest(name, self.names)}name the folders of images like its classes: "
+                    f"{', '.join(self.names[:20])}, ...",
+                )
+        numbers = [self.names.index(name) for name in categories]
+        return ClassLabelsConditioner(self, numbers=numbers)
+
+
+class ClassLabelsConditioner(Conditioner):
+    """context["category"] (B,) -> Condition.vector (B, 1), the number of a class.
+
+    Index -1, or no category at all, gives the number of "none".
+    """
+
+    numbers: Tensor
+
+    def __init__(self, config: ClassLabelsConfig, *, numbers: Sequence[int]) -> None:
+        """Hold the number of the class of each category."""
+        super().__init__()
+        self.config, self.dropout = config, config.dropout
+        self.sizes = ContextSizes(vector=1)
+        self.register_buffer(
+            "numbers", torch.tensor([*numbers, len(config.names)]).float(), persistent=False
+        )
+
+    def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:
+        """Look up each category's number; without a context, return `null`."""
+        if "category" not in context:
+            return self.null(batch_size)
+        return Condition(vector=self.numbers[context["category"].to(self.numbers.device)][:, None])
+
+    def null(self, batch_size: int) -> Condition:
+        """Return the number of "none"."""
+        return Condition(vector=self.numbers[-1:].expand(batch_size, 1))

@@ -162,6 +162,10 @@ class LearnedTextConditioner(Conditioner):
         """Return the condition of empty texts."""
         return self._encode([""], [None]).expand(batch_size)
 
+    def as_negative(self, text: str) -> str:
+        """Return a text as `forward` takes it where guidance leads away from it."""
+        return text
+
     def truncate(self, text: str) -> str:
         """Return the part of a text that is not truncated."""
         return self.words.truncate(text, length=self.config.length)

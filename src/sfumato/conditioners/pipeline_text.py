@@ -1,8 +1,5 @@
 """The text encoders of a text-to-image pipeline of diffusers, used as the pipeline uses them (extras
 `diffusers` and `text`).
-
-A table names every pipeline that can be used. Classes are looked up in it, so that a file never
-chooses what is imported.
 """
 
 from __future__ import annotations
@@ -19,15 +16,19 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.pipeline_prompts import PIPELINES, TextPipeline
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction
 from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
+from sfumato.networks.diffusers_weights import only_variant
 
 INDEX = "model_index.json"
 PARTS = ("text_encoder", "tokenizer")  # and those with a number after it
-HASHED = (".json", ".safetensors", ".txt", ".model")
+# before a text that is encoded as one to lead away from, which some pipelines do in another way
+NEGATIVE = "\x00"
+HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class PipelineTextConfig:
     Attributes:
         path: the pipeline's folder.
         dropout: share of training samples whose caption is replaced by the null condition.
+        variant: which weights, where the folder has several: "fp16" for *.fp16.safetensors.
     """
 
     kind: ClassVar[str] = "pipeline"
@@ -45,6 +47,7 @@ class PipelineTextConfig:
 
     path: str
     dropout: Fraction = 0.1
+    variant: str = ""
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """Return no words: the tokenizers are the pipeline's own."""
@@ -61,72 +64,6 @@ class PipelineTextConfig:
     def text_encoder(self, folder: Path) -> PipelineTextEncoder:
         """Return the encoder, which is loaded for the first text."""
         return PipelineTextEncoder(self, folder)
-
-
-Encode = Callable[[Any, list[str], torch.device], list[TextEmbedding]]
-
-
-@dataclass(frozen=True)
-class TextPipeline:
-    """How one class of pipelines encodes text.
-
-    Attributes:
-        encode: (pipeline, texts, device) -> embeddings.
-        tokenizer: the one that reads the longest texts.
-        length: tokens that it reads; 0 for the tokenizer's own limit.
-        pooled: whether the condition has a vector.
-        guidance: scale that the pipeline's call has by default.
-        masked: whether texts differ in length, which a mask says; other pipelines pad them, and
-            padding counts.
-        zero_null: whether the null condition is zeros, unless model_index.json says otherwise.
-    """
-
-    encode: Encode
-    guidance: float
-    tokenizer: str = "tokenizer"
-    length: int = 0
-    pooled: bool = False
-    masked: bool = False
-    zero_null: bool = False
-
-
-def _encode_sd(pipeline: Any, texts: list[str], device: torch.device) -> list[TextEmbedding]:
-    tokens = pipeline.encode_prompt(texts, device, 1, False)[0]
-    return [TextEmbedding(part.mean(0), part) for part in tokens]
-
-
-def _encode_sdxl(pipeline: Any, texts: list[str], device: torch.device) -> list[TextEmbedding]:
-    tokens, _, pooled, _ = pipeline.encode_prompt(
-        texts, device=device, do_classifier_free_guidance=False
-    )
-    return [TextEmbedding(*pair) for pair in zip(pooled, tokens, strict=True)]
-
-
-def _encode_sd3(pipeline: Any, texts: list[str], device: torch.device) -> list[TextEmbedding]:
-    tokens, _, pooled, _ = pipeline.encode_prompt(
-        texts, texts, texts, device=device, do_classifier_free_guidance=False,
-        max_sequence_length=PIPELINES["StableDiffusion3Pipeline"].length,
-    )  # fmt: skip
-    return [TextEmbedding(*pair) for pair in zip(pooled, tokens, strict=True)]
-
-
-def _encode_pixart(pipeline: Any, texts: list[str], device: torch.device) -> list[TextEmbedding]:
-    tokens, mask, _, _ = pipeline.encode_prompt(
-        texts, do_classifier_free_guidance=False, device=device, clean_caption=False,
-        max_sequence_length=PIPELINES["PixArtSigmaPipeline"].length,
-    )  # fmt: skip
-    valid = [part[counts.bool()] for part, counts in zip(tokens, mask, strict=True)]
-    return [TextEmbedding(part.mean(0), part) for part in valid]
-
-
-PIPELINES = {
-    "StableDiffusionPipeline": TextPipeline(_encode_sd, 7.5),
-    "StableDiffusionXLPipeline": TextPipeline(_encode_sdxl, 5.0, pooled=True, zero_null=True),
-    "StableDiffusion3Pipeline": TextPipeline(
-        _encode_sd3, 7.0, tokenizer="tokenizer_3", length=256, pooled=True
-    ),
-    "PixArtSigmaPipeline": TextPipeline(_encode_pixart, 4.5, length=300, masked=True),
-}
 
 
 class PipelineTextEncoder(TextEncoder):
@@ -164,7 +101,7 @@ class PipelineTextEncoder(TextEncoder):
     @cached_property
     def identity(self) -> str:
         """A hash of the pipeline's class and the files of its encoders and tokenizers."""
-        parts = [str(self.index.get("_class_name"))]
+        parts = [str(self.index.get("_class_name")), str(self.family.length), self.config.variant]
         for folder in sorted(Path(self.place).iterdir()):
             if folder.is_dir() and folder.name.startswith(PARTS):
                 for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED):
@@ -185,13 +122,18 @@ class PipelineTextEncoder(TextEncoder):
 
     @cached_property
     def empty(self) -> TextEmbedding:
-        """The embedding of the empty text."""
-        return self([""], torch.device("cpu"))[0]
+        """The embedding of the text that stands for none."""
+        return self([NEGATIVE + self.family.nothing], torch.device("cpu"))[0]
+
+    @cached_property
+    def capacity(self) -> int:
+        """Maximum number of tokens of an embedding."""
+        return self.family.length or int(self._tokenizer.model_max_length)
 
     @cached_property
     def length(self) -> int:
-        """Maximum number of tokens of a text."""
-        return self.family.length or int(self._tokenizer.model_max_length)
+        """Maximum number of tokens of a text, without those that the pipeline adds."""
+        return self.capacity - self.family.added_tokens(self._pipeline)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -224,6 +166,8 @@ class PipelineTextEncoder(TextEncoder):
                     local_files_only=True,
                     use_safetensors=True,
                     low_cpu_mem_usage=False,
+                    torch_dtype=torch.float32,
+                    variant=self._variant(needed),
                     **others,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -233,13 +177,22 @@ class PipelineTextEncoder(TextEncoder):
                 hint="download the whole pipeline with its safetensors files",
             ) from None
 
+    def _variant(self, needed: Sequence[str]) -> str | None:
+        """Return the variant of the encoders' weights: the one that is set, or the only one."""
+        folders = [Path(self.place, name) for name in needed if name.startswith(PARTS[0])]
+        found = {only_variant(folder, stem="model") for folder in folders} - {""}
+        return self.config.variant or (found.pop() if len(found) == 1 else None)
+
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
-        embeddings = self.family.encode(self._pipeline.to(device), list(texts), device)
-        return [
-            TextEmbedding(vector.float().cpu(), tokens.float().cpu())
-            for vector, tokens in embeddings
-        ]
+        pipeline, family = self._pipeline.to(device), self.family
+        result: dict[str, TextEmbedding] = {}
+        for mark, encode in (("", family.encode), (NEGATIVE, family.encode_negative)):
+            chosen = [text for text in texts if text.startswith(NEGATIVE) == bool(mark)]
+            if chosen:
+                plain = [text.removeprefix(NEGATIVE) for text in chosen]
+                result |= zip(chosen, encode(pipeline, plain, device), strict=True)
+        return [TextEmbedding(*(part.float().cpu() for part in result[text])) for text in texts]
 
 
 class PipelineTextConditioner(Conditioner):
@@ -287,13 +240,17 @@ class PipelineTextConditioner(Conditioner):
         if not self._encoder[0].family.masked:
             tokens = torch.stack([embedding.tokens for embedding in embeddings])
             return Condition(tokens=tokens, vector=vector)
-        shape = (len(embeddings), self.length, self.sizes.tokens)
+        shape = (len(embeddings), self._encoder[0].capacity, self.sizes.tokens)
         tokens = torch.zeros(shape, device=self.device_marker.device)
         mask = torch.zeros(shape[:2], dtype=torch.bool, device=self.device_marker.device)
         for row, embedding in enumerate(embeddings):
             tokens[row, : len(embedding.tokens)] = embedding.tokens
             mask[row, : len(embedding.tokens)] = True
         return Condition(tokens=tokens, token_mask=mask, vector=vector)
+
+    def as_negative(self, text: str) -> str:
+        """Return a text as `forward` takes it where guidance leads away from it."""
+        return NEGATIVE + text
 
     @property
     def length(self) -> int:

@@ -292,6 +292,10 @@ class PretrainedTextConditioner(Conditioner):
         """Maximum number of tokens of a text."""
         return self._encoder[0].length
 
+    def as_negative(self, text: str) -> str:
+        """Return a text as `forward` takes it where guidance leads away from it."""
+        return text
+
     def truncate(self, text: str) -> str:
         """Return the part of a text that is not truncated."""
         return self._encoder[0].truncate(text)

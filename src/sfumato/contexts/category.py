@@ -7,27 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.conditioners import CategoryConditioner, CategoryConfig, ConditioningInfo
+from sfumato.conditioners import (
+    CategoryConfig,
+    ClassLabelsConfig,
+    Conditioner,
+    ConditioningInfo,
+)
 from sfumato.contexts.protocol import Context, Encoder, Metric, MetricInputs, RequestInfo, cycle
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError, closest
+
+AnyCategoryConfig = CategoryConfig | ClassLabelsConfig
 
 
 class Category(Context):
     """One of the set's categories."""
 
     name = "category"
-    config = CategoryConfig
+    config = AnyCategoryConfig
     missing_data_hint = ("categories", "sort the images into one sub-folder for each category")
 
     def build(
-        self, config: CategoryConfig, info: ConditioningInfo, encoder: Encoder
-    ) -> CategoryConditioner:
+        self, config: AnyCategoryConfig, info: ConditioningInfo, encoder: Encoder
+    ) -> Conditioner:
         """Build the conditioner; raise ConfigError if the training set has no categories."""
         self.require(info.categories)
-        return CategoryConditioner(
-            config, categories=len(info.categories), added=info.added_categories
-        )
+        return config.build(info.categories, added=info.added_categories)
 
     def parse(self, value: str | int | Sequence[str | int], request: RequestInfo) -> Tensor:
         """Return the indices (num,) of one or several names; an integer is taken as a name.

@@ -96,7 +96,7 @@ class Text(Context):
     def parse_negative(self, value: str, request: RequestInfo) -> list[str]:
         """Return the negative prompt `request.num` times, with the warnings of `parse`."""
         _note([value], request.conditioner)
-        return [value] * request.num
+        return [request.conditioner.as_negative(value)] * request.num
 
     def known_values(
         self, info: ConditioningInfo, dataset: Dataset, prompts: Sequence[str]

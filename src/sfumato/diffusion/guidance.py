@@ -4,18 +4,22 @@ written once, on the denoised pair.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sfumato.condition import Condition
+from sfumato.config import Extensible
+from sfumato.config.bounds import Fraction
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.noise_level import Denoised, NoiseLevel, broadcast
-from sfumato.diffusion.parameterizations import Sample
+from sfumato.diffusion.parameterizations import Parameterization, Sample
 
 GuidanceScale = float | Callable[[NoiseLevel], Tensor]
 
@@ -58,6 +62,10 @@ class ClassifierFree:
 
     def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
         """Return the guided pair, from one call of the denoiser on B (terms + 1) images."""
+        return self.both(x, level, condition)[0]
+
+    def both(self, x: Tensor, level: NoiseLevel, condition: Condition) -> tuple[Denoised, Denoised]:
+        """Return the guided pair, and that of the requested condition alone."""
         count = len(self.terms) + 1
         negatives = [term.condition.expand(len(x)) for term in self.terms]
         denoised = self.denoiser(
@@ -79,7 +87,99 @@ class ClassifierFree:
             guided = Denoised(
                 guided.x0 + weight * (next_x0 - x0), guided.eps + weight * (next_eps - eps)
             )
-        return guided
+        return guided, target
+
+
+class GuidanceRescale(Extensible, ABC):
+    """A rule that gives guided predictions, which are larger than others, the size of unguided ones.
+
+    A dataclass derived from this class is a kind of rescaling.
+    """
+
+    @abstractmethod
+    def __call__(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """Return the guided prediction, rescaled.
+
+        Args:
+            guided: what the network predicts, with guidance, (B, C, H, W).
+            conditional: the same under the requested condition alone.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchDeviation(GuidanceRescale):
+    """Give each image's prediction the standard deviation of the conditional one, in part:
+    `guidance_rescale` in diffusers.
+
+    Attributes:
+        share: phi, from 0 (nothing is rescaled) to 1.
+    Source: Lin et al. 2023 (arXiv:2305.08891), eq. 15-16.
+    """
+
+    kind: ClassVar[str] = "deviation"
+
+    share: Fraction = 0.7
+
+    def __call__(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """Return guided (phi std(conditional) / std(guided) + 1 - phi)."""
+        dims = tuple(range(1, guided.ndim))
+        ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+        return guided * (self.share * ratio + (1 - self.share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchNorm(GuidanceRescale):
+    """Give each part of the prediction the length of the same part of the conditional one.
+
+    Attributes:
+        parts: "rows" of each channel (Lumina 2), or "cells" of 2 x 2 latents with all channels
+            (Qwen-Image).
+    """
+
+    kind: ClassVar[str] = "norm"
+
+    parts: Literal["rows", "cells"] = "cells"
+
+    def __call__(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """Return guided |conditional| / |guided|, part by part."""
+        square = _ROWS_OR_CELLS[self.parts]
+        return guided * (square(conditional) / square(guided)).sqrt()
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Return the squared length of each row, (B, C, H, 1)."""
+    return x.square().sum(-1, keepdim=True)
+
+
+def _in_cells(x: Tensor) -> Tensor:
+    """Return the mean square of the cell that each place is in, (B, 1, H, W)."""
+    means = F.avg_pool2d(x.square().sum(1, keepdim=True), 2, ceil_mode=True)
+    return F.interpolate(means, scale_factor=2, mode="nearest")[..., : x.shape[2], : x.shape[3]]
+
+
+_ROWS_OR_CELLS = {"rows": _in_rows, "cells": _in_cells}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescaledGuidance:
+    """Guidance whose prediction is rescaled, as the network's own target.
+
+    Attributes:
+        guidance: what is rescaled.
+        parameterization: the network's target.
+        rescale: the rule.
+    """
+
+    guidance: ClassifierFree
+    parameterization: Parameterization
+    rescale: GuidanceRescale
+
+    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Denoised:
+        """Return the pair of the rescaled prediction."""
+        target = self.parameterization.target
+        both = self.guidance.both(x, level, condition)
+        output = self.rescale(*(target(denoised, level) for denoised in both))
+        return self.parameterization.solve(output, x, level)
 
 
 @dataclass(frozen=True, kw_only=True)

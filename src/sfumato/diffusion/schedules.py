@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,6 +41,10 @@ class Schedule(Extensible, ABC):
     @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:
         """Return the levels at times `t` in [0, 1], any shape; use float64 for a sampling grid."""
+
+    def at_size(self, height: int, width: int) -> Schedule:
+        """Return the schedule for images, or latents, of this size; most do not depend on it."""
+        return self
 
 
 def require_schedule(schedule: Schedule, *, where: str) -> None:
@@ -371,6 +375,10 @@ class Warp(Extensible, ABC):
     def __call__(self, t: Tensor) -> Tensor:
         """Return the warped times, of t's shape."""
 
+    def at_size(self, height: int, width: int) -> Warp:
+        """Return the warp for images, or latents, of this size; most do not depend on it."""
+        return self
+
 
 @dataclass(frozen=True)
 class Shift(Warp):
@@ -386,6 +394,45 @@ class Shift(Warp):
     def __call__(self, t: Tensor) -> Tensor:
         """Return s t / (1 + (s - 1) t), exact at both ends."""
         return t / (t + (1 - t) / self.factor)  # this form is exact at both ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionShift(Warp):
+    """`Shift` by exp(mu), where mu is a linear function of the number of image tokens: the more of
+    them, the more noise it takes to hide an image.
+
+    Attributes:
+        base_tokens, max_tokens: two numbers of tokens.
+        base_mu, max_mu: mu at these numbers.
+        patch_size: side of the cell of latents that is one token.
+        tokens: the number that it is read at; `at_size` sets that of a size.
+    Source: Esser et al. 2024 (arXiv:2403.03206), sec. 5.3.2; the linear function is FLUX.1's.
+    """
+
+    base_tokens: Size = 256
+    max_tokens: Size = 4096
+    base_mu: Finite = 0.5
+    max_mu: Finite = 1.15
+    patch_size: Size = 2
+    tokens: Size = 4096
+
+    def __post_init__(self) -> None:
+        if self.base_tokens == self.max_tokens:
+            raise ScheduleError(
+                f"base_tokens = max_tokens = {self.max_tokens}",
+                where="ResolutionShift",
+                hint="give mu at two different numbers of tokens",
+            )
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Return t / (t + (1 - t) exp(-mu)), exact at both ends."""
+        slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
+        return Shift(math.exp(self.base_mu + slope * (self.tokens - self.base_tokens)))(t)
+
+    def at_size(self, height: int, width: int) -> ResolutionShift:
+        """Return the shift for latents of this size."""
+        rows, columns = -(-height // self.patch_size), -(-width // self.patch_size)
+        return replace(self, tokens=rows * columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +515,14 @@ class Warped(Schedule):
     def __call__(self, t: Tensor) -> NoiseLevel:
         """Return the schedule's levels at the warped times."""
         return self.schedule(self.warp(t))
+
+    def at_size(self, height: int, width: int) -> Warped:
+        """Return both for images, or latents, of this size."""
+        return replace(
+            self,
+            schedule=self.schedule.at_size(height, width),
+            warp=self.warp.at_size(height, width),
+        )
 
 
 @dataclass(frozen=True)

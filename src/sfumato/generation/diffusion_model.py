@@ -14,6 +14,7 @@ from sfumato.config.bounds import Count, Finite, Limit
 from sfumato.diffusion import (
     Angle,
     Flow,
+    GuidanceRescale,
     InputScaleConfig,
     Linear,
     NetworkDenoiser,
@@ -61,6 +62,8 @@ class SamplingConfig:
         spacing: where on the schedule the levels of the grid lie.
         guidance: classifier-free guidance scale; 1 is off.
         interval: log-SNR from where to where guidance acts; outside, the condition alone does.
+        guidance_rescale: what is done to guided predictions, which are larger than others; none by
+            default.
         clip: whether each guess of the clean image is clamped to [-1, 1], as DDPM does; for models
             of pixels.
     """
@@ -71,6 +74,7 @@ class SamplingConfig:
     spacing: Spacing = Even()
     guidance: Finite = 1.0
     interval: tuple[Limit, Limit] = (-math.inf, math.inf)
+    guidance_rescale: GuidanceRescale | None = None
     clip: bool = False
 
     def __post_init__(self) -> None:

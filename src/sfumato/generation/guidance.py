@@ -13,7 +13,10 @@ from sfumato.diffusion import (
     ClassifierFree,
     Denoiser,
     GuidanceInterval,
+    GuidanceRescale,
     GuidanceTerm,
+    NetworkDenoiser,
+    RescaledGuidance,
 )
 from sfumato.errors import ConfigError
 from sfumato.generation.request import ResolvedRequest
@@ -105,12 +108,17 @@ def _require_trained_absence(
 
 
 def guided(
-    plain: Denoiser, terms: tuple[GuidanceTerm, ...], interval: tuple[float, float]
+    plain: NetworkDenoiser,
+    terms: tuple[GuidanceTerm, ...],
+    interval: tuple[float, float],
+    rescale: GuidanceRescale | None = None,
 ) -> Denoiser:
     """Return the denoiser with classifier-free guidance inside an interval (low, high) of log-SNR.
 
     Without terms, it is the plain denoiser.
 
+    Args:
+        rescale: what is done to guided predictions; None leaves them as they are.
     Raises:
         ConfigError: for an empty interval.
     """
@@ -122,5 +130,12 @@ def guided(
             where="sample",
             hint="name the lower one first",
         )
-    inside = ClassifierFree(denoiser=plain, terms=terms)
+    guidance = ClassifierFree(denoiser=plain, terms=terms)
+    inside: Denoiser = (
+        guidance
+        if rescale is None
+        else RescaledGuidance(
+            guidance=guidance, parameterization=plain.parameterization, rescale=rescale
+        )
+    )
     return GuidanceInterval(inside=inside, outside=plain, low=interval[0], high=interval[1])

@@ -279,12 +279,7 @@ class Pipeline:
         scales = self._scales(settings)
         if resolved.strength == 0:
             return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
-        levels = grid(
-            self.sampling.schedule,
-            settings.steps,
-            strength=resolved.strength,
-            spacing=self.sampling.spacing,
-        )
+        levels = self._levels(resolved.start, settings.steps, strength=resolved.strength)
 
         def images(span: slice) -> Tensor:
             part = resolved.rows(span, self._device)
@@ -346,7 +341,12 @@ class Pipeline:
         autoguidance: tuple[Model, float] | None,
     ) -> Denoiser:
         """Return the denoiser of one batch: the network, guided, clipped and told what is kept."""
-        denoiser = guided(self.model.denoiser(self.compute_dtype), terms, settings.interval)
+        denoiser = guided(
+            self.model.denoiser(self.compute_dtype),
+            terms,
+            settings.interval,
+            self.sampling.guidance_rescale,
+        )
         if autoguidance is not None:
             weaker, scale = autoguidance
             condition = weaker.conditioner(part.context, len(part.start))
@@ -400,7 +400,7 @@ class Pipeline:
         scales = self._scales(settings)
         names = {name for request in requests for name in request.names}
         fractions = torch.linspace(0, 1, num, device=self._device)
-        levels = grid(self.sampling.schedule, settings.steps, spacing=self.sampling.spacing)
+        levels = self._levels(requests[0].start, settings.steps)
         noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), fractions.tolist())
         zeros = self._zeros(requests[0].start.expand(num, -1, -1, -1))
         x = self._first_state(requests[0], zeros, noise(zeros), levels.at(0))
@@ -430,6 +430,16 @@ class Pipeline:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _levels(self, images: Tensor, steps: int, *, strength: float = 1.0) -> NoiseLevel:
+        """Return the grid for images of this size, (B, C, H, W)."""
+        height, width = (side // self.autoencoder.factor for side in images.shape[2:])
+        return grid(
+            self.sampling.schedule.at_size(height, width),
+            steps,
+            strength=strength,
+            spacing=self.sampling.spacing,
+        )
 
     def _zeros(self, images: Tensor) -> Tensor:
         """Return zeros in the shape of the latents of images (B, C, H, W)."""

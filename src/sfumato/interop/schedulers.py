@@ -7,9 +7,9 @@ known to change nothing on the way, or refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,10 +20,12 @@ from sfumato.diffusion import (
     Linear,
     LinearBetas,
     ParameterizationConfig,
+    ResolutionShift,
     Sample,
     ScaledLinear,
     Schedule,
     Shift,
+    Span,
     Tabulated,
     Timestep,
     UnitSum,
@@ -36,6 +38,7 @@ from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.sampling import (
     DDIM,
+    BetweenEnds,
     DPMSolverPP2M,
     Even,
     Leading,
@@ -43,6 +46,7 @@ from sfumato.sampling import (
     RoundedLinspace,
     SamplerConfig,
     Spacing,
+    Terminal,
 )
 
 PREDICTIONS: dict[str, ParameterizationConfig] = {
@@ -79,18 +83,27 @@ LINSPACE = (
     "LMSDiscreteScheduler",
     "HeunDiscreteScheduler",
 )
+# they may be used for flow matching; and with one of RULES, they visit the ends of the whole table
+WHOLE_TABLE = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+RULED = (*WHOLE_TABLE, "EulerDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
+RULES: dict[str, Literal["karras", "exponential", "beta"]] = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+}
 # keys that would change the path of the levels, and the values that do not
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
     "thresholding": (False, None),
     "snr_shift_scale": (1.0, None),
-    "use_dynamic_shifting": (False, None),
     "invert_sigmas": (False, None),
-    "shift_terminal": (None,),
+    "stochastic_sampling": (False, None),
+    "time_shift_type": ("exponential", None),
+    "final_sigmas_type": ("zero", None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "timestep_type": ("discrete", None),
+    "interpolation_type": ("linear", None),
 }
 
 
@@ -111,47 +124,131 @@ class ReadScheduler:
     remarks: tuple[str, ...] = ()
 
 
-def read_scheduler(config: Mapping[str, Any], *, where: str) -> ReadScheduler:
+def read_scheduler(
+    config: Mapping[str, Any],
+    *,
+    where: str,
+    even_times: bool = False,
+    unsupported: Collection[str] = (),
+) -> ReadScheduler:
     """Read the configuration of a scheduler (scheduler_config.json).
 
+    Args:
+        even_times: whether the pipeline gives a flow-matching scheduler its times, from 1 to 1/n
+            in n even steps; otherwise those are the scheduler's own.
+        unsupported: further keys that must not be set.
     Raises:
         ConfigError: for a class or a key that is not supported.
     """
     name = str(config.get("_class_name", ""))
     for key, harmless in REFUSED.items():
         if key in config and config[key] not in harmless:
-            raise ConfigError(
-                f"{key} = {config[key]!r} is not supported",
-                where=where,
-                hint="set it to its default in scheduler_config.json, or use another scheduler",
-            )
+            raise _unsupported(key, config, where)
+    for key in unsupported:
+        if config.get(key):
+            raise _unsupported(key, config, where)
     if name in FLOW:
-        return _flow(config)
+        return _flow(config, even_times=even_times)
     if name not in SAMPLERS:
         raise ConfigError(
             f"unsupported scheduler class {name!r}",
             where=where,
             hint=f"supported are {', '.join([*SAMPLERS, *FLOW])}",
         )
+    for key in ("use_dynamic_shifting", "shift_terminal", *RULES):
+        if config.get(key) and not (key in RULES and name in RULED):
+            raise _unsupported(key, config, where)
+    if config.get("use_flow_sigmas"):
+        return _flow_table(name, config, where)
     return _table(name, config, where)
 
 
-def _flow(config: Mapping[str, Any]) -> ReadScheduler:
-    """Read a flow-matching scheduler with a constant shift.
+def _unsupported(key: str, config: Mapping[str, Any], where: str) -> ConfigError:
+    return ConfigError(
+        f"{key} = {config[key]!r} is not supported",
+        where=where,
+        hint="set it to its default in scheduler_config.json, or use another scheduler",
+    )
 
-    Its grid is even from 1 to its smallest level, which is shifted already, and is then shifted
-    once more, as diffusers does.
+
+LINEAR_PATH = DenoiserConfig(parameterization=Flow(), input_scale=UnitSum(), noise_input=FlowTime())
+
+
+def _flow(config: Mapping[str, Any], *, even_times: bool) -> ReadScheduler:
+    """Read a flow-matching scheduler.
+
+    Its own times are even from 1 to its smallest level, which is shifted already if the shift is
+    constant, and is then shifted once more, as diffusers does.
     """
-    shift, size = float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000))
+    size, shift = int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0))
     schedule: Schedule = Linear() if shift == 1 else Warped(schedule=Linear(), warp=Shift(shift))
     smallest = float(schedule(torch.tensor(1 / size, dtype=torch.float64)).sigma)
+    if config.get("use_dynamic_shifting"):
+        schedule, smallest = Warped(schedule=Linear(), warp=_resolution_shift(config)), 1 / size
+    spacing: Spacing = Even() if even_times else Linspace(last=smallest)
+    if config.get("shift_terminal"):
+        spacing = Terminal(spacing=spacing, noise=float(config["shift_terminal"]))
     return ReadScheduler(
         schedule=schedule,
-        denoiser=DenoiserConfig(
-            parameterization=Flow(), input_scale=UnitSum(), noise_input=FlowTime()
+        denoiser=LINEAR_PATH,
+        sampling=SamplingConfig(
+            sampler=DDIM(), schedule=schedule, spacing=_ruled(config, spacing, Flow())
         ),
-        sampling=SamplingConfig(sampler=DDIM(), schedule=schedule, spacing=Linspace(last=smallest)),
     )
+
+
+def _resolution_shift(config: Mapping[str, Any]) -> ResolutionShift:
+    return ResolutionShift(
+        base_tokens=int(config.get("base_image_seq_len", 256)),
+        max_tokens=int(config.get("max_image_seq_len", 4096)),
+        base_mu=float(config.get("base_shift", 0.5)),
+        max_mu=float(config.get("max_shift", 1.15)),
+    )
+
+
+def _ruled(
+    config: Mapping[str, Any], spacing: Spacing, coordinate: ParameterizationConfig
+) -> Spacing:
+    """Return the spacing, or the one that a rule spreads between its ends."""
+    rule = next((rule for key, rule in RULES.items() if config.get(key)), None)
+    if rule is None:
+        return spacing
+    return BetweenEnds(spacing=spacing, rule=rule, coordinate=coordinate)
+
+
+def _flow_table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
+    """Read another scheduler's version for flow matching (`use_flow_sigmas`).
+
+    Its times are even from 1 - 1/T to 0, and then shifted.
+    """
+    if name not in WHOLE_TABLE or any(config.get(key) for key in RULES):
+        raise _unsupported("use_flow_sigmas", config, where)
+    if config.get("prediction_type") != "flow_prediction":
+        raise _unsupported("prediction_type", {"prediction_type": "epsilon", **config}, where)
+    size = int(config.get("num_train_timesteps", 1000))
+    schedule: Schedule = Warped(schedule=Linear(), warp=Shift(float(config.get("flow_shift", 1.0))))
+    return ReadScheduler(
+        schedule=schedule,
+        denoiser=LINEAR_PATH,
+        sampling=SamplingConfig(
+            sampler=SAMPLERS[name],
+            schedule=Warped(schedule=schedule, warp=Span(high=1 - 1 / size)),
+        ),
+        remarks=(*_replaced(name), ROUNDED),
+    )
+
+
+ROUNDED = (
+    "the network is told the time of each level, which diffusers rounds to a whole number of "
+    "timesteps"
+)
+
+
+def _replaced(name: str) -> list[str]:
+    """Return a line about the sampler that is used in the place of a scheduler's own."""
+    if name not in REPLACED:
+        return []
+    return [f"{name} is replaced by the sampler dpm-solver++2m on the same levels"]
 
 
 def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
@@ -166,9 +263,10 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
             where=where,
             hint=f"supported are {', '.join(PREDICTIONS)}",
         )
-    remarks = []
-    if name in REPLACED:
-        remarks.append(f"{name} is replaced by the sampler dpm-solver++2m on the same levels")
+    remarks = _replaced(name)
+    ruled = any(config.get(key) for key in RULES)
+    if ruled and name in WHOLE_TABLE:
+        remarks.append(ROUNDED)
     clip = name in CLIPPING and bool(config.get("clip_sample", True))
     if clip and float(config.get("clip_sample_range", 1.0)) != 1:
         raise ConfigError(
@@ -191,7 +289,13 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
         sampling=SamplingConfig(
             sampler=SAMPLERS[name],
             schedule=schedule,
-            spacing=_spacing(name, config, size),
+            spacing=_ruled(
+                config,
+                Linspace(last=1 / size)
+                if ruled and name in WHOLE_TABLE
+                else _spacing(name, config, size),
+                Epsilon(),
+            ),
             clip=clip,
         ),
         remarks=tuple(remarks),

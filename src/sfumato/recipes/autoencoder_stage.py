@@ -305,6 +305,7 @@ class PretrainedAutoencoder:
         statistics: `measured` on the training set, or its `own` scaling factor.
         augmented_copies: latents stored of each image, each of another augmentation, if images are
             augmented.
+        variant: which weights of the folder, where it has several: "fp16" for *.fp16.safetensors.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -313,6 +314,7 @@ class PretrainedAutoencoder:
     decoder: str | None = None
     statistics: Literal["measured", "own"] = "measured"
     augmented_copies: Count = 8
+    variant: str = ""
 
     def __post_init__(self) -> None:
         _require_copies(self.augmented_copies)
@@ -326,7 +328,7 @@ class PretrainedAutoencoder:
         autoencoder = (
             autoencoder_files.load(copy)
             if copy is not None and (copy / autoencoder_files.CONFIG).is_file()
-            else autoencoder_files.load(self.path, self.decoder)
+            else autoencoder_files.load(self.path, self.decoder, variant=self.variant)
         )
         return LatentShape(autoencoder.latent_channels, autoencoder.factor)
 
@@ -337,7 +339,7 @@ class PretrainedAutoencoder:
     def placeholder(self, dataset: Dataset, *, pixels: bool) -> tuple[Autoencoder, Dataset]:
         """Return the autoencoder and the dataset with latents of zeros, to measure training steps."""
         return _with_zero_latents(
-            autoencoder_files.load(self.path, self.decoder).codec,
+            autoencoder_files.load(self.path, self.decoder, variant=self.variant).codec,
             dataset,
             self.augmented_copies,
             pixels=pixels,
@@ -356,7 +358,9 @@ class PretrainedAutoencoder:
         """
         final = directory.path / FOLDER / FINAL
         if not (final / autoencoder_files.CONFIG).is_file():
-            autoencoder = autoencoder_files.load(self.path, self.decoder).to(default_device())
+            autoencoder = autoencoder_files.load(self.path, self.decoder, variant=self.variant).to(
+                default_device()
+            )
             _require_divisible(autoencoder.factor, dataset)
             facts: dict[str, Any] = {"from": str(self.path)}
             if self.statistics == "measured":

@@ -15,6 +15,7 @@ from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.diffusers_folder import read_folder
+from sfumato.interop.hub import is_model_name, local_model
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
@@ -40,7 +41,7 @@ def generated_folder(path: Path) -> Path:
     Raises:
         RunError: if it is neither.
     """
-    if is_pipeline_folder(path):
+    if is_pipeline_folder(path) or is_model_name(path):
         return Path("generated") / path.resolve().name
     return RunDirectory.existing(path).path / "generated"
 
@@ -175,17 +176,21 @@ def load(
     *,
     weights: Weights = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
+    variant: str = "",
 ) -> Pipeline:
-    """Load the pipeline of a run's newest whole checkpoint, or of a model folder of diffusers.
+    """Load the pipeline of a run's newest whole checkpoint, or of a model of diffusers.
 
     Newer checkpoints that are damaged cause a warning, and are left as they are.
 
     Args:
+        path: a run directory, a model folder of diffusers, or the name of one on the Hugging Face
+            hub, "owner/name".
         weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those of the
             step that the verdict of a fine-tuning names; `auto`, `best` where there is such a
             verdict, else `ema`; or the width of an average, if the run stored averages to
             reconstruct it from (`post_hoc_ema.widths`).
         precision: precision inside the network.
+        variant: which weights of a model folder, where it has several: "fp16" for *.fp16.safetensors.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
         ConfigError: for unknown weights or an unknown precision, or a part of a diffusers model
@@ -195,8 +200,16 @@ def load(
         raise ConfigError(
             f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}"
         )
-    if is_pipeline_folder(Path(path)):
-        return _load_folder(Path(path), weights=weights, precision=precision)
+    folder = local_model(path, variant=variant)
+    if is_pipeline_folder(folder):
+        return _load_folder(folder, weights=weights, precision=precision, variant=variant)
+    if variant:
+        raise ConfigError(
+            f"variant = {variant!r}",
+            where=str(path),
+            hint="leave it out: only model folders of diffusers have variants; for a run, see "
+            "`weights`",
+        )
     directory = RunDirectory.existing(Path(path))
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
@@ -221,6 +234,7 @@ def _load_folder(
     *,
     weights: Weights,
     precision: Literal["float32", "bfloat16"],
+    variant: str,
 ) -> Pipeline:
     """Load the pipeline of a model folder in diffusers' layout."""
     if weights not in ("auto", "ema"):
@@ -229,7 +243,7 @@ def _load_folder(
             where=str(folder),
             hint="leave it out: a model folder of diffusers holds one set of weights",
         )
-    content = read_folder(folder)
+    content = read_folder(folder, variant=variant)
     for remark in content.remarks:
         console().print(f"note: {remark}", markup=False)
     run = content.run

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
+from sfumato.interop.hub import local_model
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
@@ -63,13 +64,14 @@ def finetune(
     """Fine-tune a run, or a model folder of diffusers, on images; return the run directory.
 
     Args:
-        model: directory of a run, or a folder with model_index.json. It is only read.
+        model: directory of a run, a folder with model_index.json, or the name of a model on the
+            Hugging Face hub, "owner/name". It is only read.
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<source>-<model>, numbered if taken.
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings, lines = finetuning_run(Path(model), source)
+    settings, lines = finetuning_run(local_model(model), source)
     console().print("\n".join(lines), markup=False)
     return train(settings, overrides=overrides, run=run)
 

@@ -21,7 +21,15 @@ from sfumato.sampling.registry import (
 )
 from sfumato.sampling.repaint import RePaint
 from sfumato.sampling.runge_kutta import TABLEAUS, RungeKutta, Tableau
-from sfumato.sampling.spacing import Even, Leading, Linspace, RoundedLinspace, Spacing
+from sfumato.sampling.spacing import (
+    BetweenEnds,
+    Even,
+    Leading,
+    Linspace,
+    RoundedLinspace,
+    Spacing,
+    Terminal,
+)
 from sfumato.sampling.unipc import UniPC
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "REPAINT_SAMPLER",
     "SAMPLERS",
     "TABLEAUS",
+    "BetweenEnds",
     "Churn",
     "DPMSolverPP2M",
     "Denoise",
@@ -51,6 +60,7 @@ __all__ = [
     "Spacing",
     "StepInfo",
     "Tableau",
+    "Terminal",
     "UniPC",
     "chosen_sampler",
     "count_evaluations",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sfumato.config import Extensible
 from sfumato.config.bounds import CountOrZero, InnerFraction, Size
 from sfumato.diffusion.noise_level import NoiseLevel
+from sfumato.diffusion.parameterizations import Flow, ParameterizationConfig
 from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import ScheduleError
 
@@ -125,6 +127,83 @@ class RoundedLinspace(Spacing):
         count = max(1, round(steps * strength))
         entries = torch.linspace(self.table_size - 1, 0, steps + 1, dtype=torch.float64).round()
         return _joined(schedule((entries[:-1][-count:] + 1) / self.table_size), CLEAN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal(Spacing):
+    """The levels of another spacing, their shares of data stretched so that the last noisy level has
+    a given share of noise: `shift_terminal` in diffusers, for the linear path.
+
+    Attributes:
+        spacing: what is stretched.
+        noise: share of noise of the last noisy level, sigma / (alpha + sigma).
+    """
+
+    spacing: Spacing = Even()
+    noise: InnerFraction = 0.02
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return alpha' = alpha (1 - noise) / alpha_last, sigma' = 1 - alpha', and clean data."""
+        data = 1 - Flow().coordinate(self.spacing.levels(schedule, steps, strength=1.0))[:-1]
+        data = data * (1 - self.noise) / data[-1] if data[-1] > 0 else data
+        count = max(1, round(steps * strength))
+        return _joined(Flow().level(1 - data[-count:]), CLEAN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetweenEnds(Spacing):
+    """As many levels as another spacing has, between the ends of its noisy levels, then clean data:
+    `use_karras_sigmas` and its likes in diffusers.
+
+    Attributes:
+        spacing: where the ends come from.
+        rule: what is even: "karras" c^(1/7), "exponential" log c, or "beta", quantiles of the beta
+            distribution with both parameters 0.6.
+        coordinate: c as a function of the level: sigma/(alpha + sigma) is `Flow`, sigma/alpha is
+            `Epsilon`.
+    Source: Karras et al. 2022 (arXiv:2206.00364), eq. 5; Lee et al. 2024 (arXiv:2407.12173).
+    """
+
+    spacing: Spacing = Even()
+    rule: Literal["karras", "exponential", "beta"] = "karras"
+    coordinate: ParameterizationConfig = Flow()
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels at coordinates that the rule spreads from the first to the last.
+
+        Raises:
+            ScheduleError: if the first coordinate is infinite.
+        """
+        noisy = self.spacing.levels(schedule, steps, strength=1.0).at(slice(0, -1))
+        ends = self.coordinate.finite_coordinate(noisy)
+        count = max(1, round(steps * strength))
+        levels = self.coordinate.level(_RULES[self.rule](ends[0], ends[-1], len(ends))[-count:])
+        return _joined(levels, CLEAN)
+
+
+def _karras(first: Tensor, last: Tensor, count: int) -> Tensor:
+    rho = 7.0
+    first, last = first ** (1 / rho), last ** (1 / rho)
+    return (first + _ramp(count) * (last - first)) ** rho
+
+
+def _exponential(first: Tensor, last: Tensor, count: int) -> Tensor:
+    first, last = first.log(), last.log()
+    return (first + _ramp(count) * (last - first)).exp()
+
+
+def _beta(first: Tensor, last: Tensor, count: int) -> Tensor:
+    from scipy.stats import beta
+
+    quantiles = torch.from_numpy(beta.ppf(1 - _ramp(count).numpy(), 0.6, 0.6))
+    return last + quantiles * (first - last)
+
+
+def _ramp(count: int) -> Tensor:
+    return torch.linspace(0, 1, count, dtype=torch.float64)
+
+
+_RULES = {"karras": _karras, "exponential": _exponential, "beta": _beta}
 
 
 def _with_clean_end(levels: NoiseLevel) -> NoiseLevel:

@@ -1,0 +1,79 @@
+"""U-Nets of diffusers as backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
+from sfumato.networks.diffusers_backbone import DiffusersBackbone
+
+
+class DiffusersUNet(DiffusersBackbone):
+    """A U-Net, which downsamples between its blocks."""
+
+    @property
+    def multiple(self) -> int:
+        """The factor by which the network downsamples."""
+        return int(2 ** (len(self.settings["down_block_types"]) - 1))
+
+
+class UNet2D(DiffusersUNet):
+    """UNet2DModel, of DDPM: unconditional."""
+
+    legal: ClassVar = {"class_embed_type": (None,), "num_class_embeds": (None,)}
+
+    def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Call the network with x and the timestep."""
+        result: Tensor = self.model(x, noise_input, return_dict=False)[0]
+        return result
+
+    @classmethod
+    def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
+        """Return no context."""
+        return NO_CONTEXT
+
+
+class UNet2DCondition(DiffusersUNet):
+    """UNet2DConditionModel, of Stable Diffusion: tokens of the text; for SDXL also a vector, the
+    pooled text.
+
+    SDXL reads six numbers more: original height and width, top and left of the crop, and target
+    height and width, in pixels. They are those of an image that is not cropped.
+    """
+
+    SIZES = 6
+    legal: ClassVar = {
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim_type": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "time_cond_proj_dim": (None,),
+    }
+
+    def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
+        """Call the network with x, the timestep, the text and the sizes."""
+        added = None
+        if condition.vector is not None:
+            height, width = (side * self.image_factor for side in x.shape[2:])
+            sizes = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1)
+            added = {"text_embeds": condition.vector, "time_ids": sizes}
+        result: Tensor = self.model(
+            x,
+            noise_input,
+            encoder_hidden_states=condition.tokens,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return result
+
+    @classmethod
+    def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
+        """Return the channels of the text, and of the pooled text."""
+        vector = 0
+        if settings.get("addition_embed_type") == "text_time":
+            numbers = cls.SIZES * settings["addition_time_embed_dim"]
+            vector = settings["projection_class_embeddings_input_dim"] - numbers
+        return ContextSizes(tokens=settings["cross_attention_dim"], vector=vector)
