@@ -27,6 +27,7 @@ from sfumato.autoencoders.tiny import TinyAutoencoder
 from sfumato.errors import CheckpointError
 from sfumato.networks.diffusers_weights import weight_files
 from sfumato.storage.atomic import atomic_folder
+from sfumato.storage.weight_files import unreadable
 
 WEIGHTS, CONFIG, STATISTICS = "diffusion_pytorch_model.safetensors", "config.json", "latents.json"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -227,7 +228,9 @@ def _kl(config: Mapping[str, Any], folder: Path, variant: str) -> KLAutoencoder:
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"does not fit an AutoencoderKL ({str(error)[:300]})", where=str(folder)
+            f"does not fit an AutoencoderKL ({' '.join(str(error).split())[:300]})",
+            where=str(folder),
+            hint="download it again; the weights may belong to another config.json",
         ) from None
     return codec
 
@@ -274,13 +277,15 @@ def _all_tensors(folder: Path, variant: str) -> dict[str, Tensor]:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot be read: {error}",
-            where=str(path),
-            hint="only .safetensors are read: convert other formats, which can run code",
-        ) from None
+        raise unreadable(path, error) from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} has values that are not finite", where=str(path), hint="download it again"
+            )
+    return tensors
 
 
 def _json(path: Path) -> dict[str, Any]:

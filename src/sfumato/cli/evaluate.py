@@ -9,7 +9,17 @@ import typer
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of the run, or folder of a diffusers pipeline.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images to compare with, with captions if the model reads text; by default those "
+            "that the run was trained on.",
+        ),
+    ] = None,
     num: Annotated[
         int, typer.Option(min=2, help="Images to generate for each guidance scale.")
     ] = 500,
@@ -28,7 +38,11 @@ def evaluate(
         bool, typer.Option("--compile", help="Compile the network first: pays for many images.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file; by default RUN/evaluation/evaluation.json.")
+        Path | None,
+        typer.Option(
+            help="JSON file; by default RUN/evaluation/evaluation.json, or for a diffusers "
+            "pipeline in generated/NAME/evaluation/."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what the file holds instead of tables.")
@@ -38,13 +52,14 @@ def evaluate(
     contexts work.
     """
     from sfumato.observability.progress import ProgressBar
-    from sfumato.runs import evaluate_run
+    from sfumato.runs.evaluation import evaluate_run, evaluation_folder
     from sfumato.storage.output_paths import require_writable
 
-    target = out or run / "evaluation" / "evaluation.json"
+    target = out or evaluation_folder(run, reference) / "evaluation.json"
     with ProgressBar("evaluating") as bar:
         report, remarks = evaluate_run(
             run,
+            reference=reference,
             num=num,
             guidance=guidance or (),
             seed=seed,

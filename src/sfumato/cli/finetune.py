@@ -31,6 +31,9 @@ def finetune(
     """Fine-tune a run, or a model of diffusers, on images, by LoRA unless adapter.kind=none is
     set. The model is only read.
     """
+    from sfumato.recipes import early_checks
+
+    early_checks.require_keys(overrides or (), source)
     from sfumato import runs
 
     typer.echo(runs.finetune(model, source, overrides=overrides or (), run=run))

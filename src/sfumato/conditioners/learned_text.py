@@ -181,6 +181,10 @@ class LearnedTextConditioner(Conditioner):
         """Return whether a text has more than `length` tokens."""
         return self.words.count(text) > self.config.length
 
+    def pieces(self, word: str) -> list[str]:
+        """Return the word itself: how it is read is learned along with the model."""
+        return [word]
+
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text that no training caption contains, each once.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import Condition, ContextSizes
+from sfumato.conditioners.pipeline_parts import load_encoders, require_known
 from sfumato.conditioners.pipeline_prompts import PIPELINES, TextPipeline
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
@@ -150,6 +151,7 @@ class PipelineTextEncoder(TextEncoder):
                 where=self.place,
                 hint="download the whole pipeline",
             )
+        require_known(self.index, needed, self.place)
         diffusers = import_diffusers(
             "conditioner.text.kind=pipeline", where="conditioner.text", extras="diffusers,text"
         )
@@ -159,6 +161,8 @@ class PipelineTextEncoder(TextEncoder):
             if isinstance(entry, list) and name not in needed
         }
         name = str(self.index["_class_name"])
+        variant = self._variant(needed)
+        encoders = load_encoders(self.index, needed, self.place, variant=variant)
         try:
             with quiet():
                 return getattr(diffusers, name).from_pretrained(
@@ -167,7 +171,8 @@ class PipelineTextEncoder(TextEncoder):
                     use_safetensors=True,
                     low_cpu_mem_usage=False,
                     torch_dtype=torch.float32,
-                    variant=self._variant(needed),
+                    variant=variant,
+                    **encoders,
                     **others,
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -268,6 +273,10 @@ class PipelineTextConditioner(Conditioner):
     def is_truncated(self, text: str) -> bool:
         """Return whether a text has more tokens than the encoders read."""
         return self._encoder[0].is_truncated(text)
+
+    def pieces(self, word: str) -> list[str]:
+        """Return the pieces that the tokenizer splits a word into."""
+        return self._encoder[0].pieces(word)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return no words: the encoders know more than the captions contain."""

@@ -39,6 +39,7 @@ TEXT_MODELS = {
     "umt5": "UMT5EncoderModel",
 }
 LONGEST = 512
+SPACE_MARKS = "\u0120\u2581#"  # that tokenizers write before a piece
 MAX_UNPACKED_BYTES = 4 << 30
 
 
@@ -181,6 +182,14 @@ class TextEncoder:
             > self.length
         )
 
+    def pieces(self, word: str) -> list[str]:
+        """Return the pieces that the tokenizer splits a word into."""
+        pieces = [
+            piece.removesuffix("</w>").lstrip(SPACE_MARKS)
+            for piece in self._tokenizer.tokenize(word)
+        ]
+        return [piece for piece in pieces if piece]
+
     @cached_property
     def _settings(self) -> Any:
         return self._load("AutoConfig")
@@ -310,6 +319,10 @@ class PretrainedTextConditioner(Conditioner):
     def is_truncated(self, text: str) -> bool:
         """Return whether a text has more than `length` tokens."""
         return self._encoder[0].is_truncated(text)
+
+    def pieces(self, word: str) -> list[str]:
+        """Return the pieces that the encoder's tokenizer splits a word into."""
+        return self._encoder[0].pieces(word)
 
     def unknown_words(self, text: str) -> list[str]:
         """Return no words: the encoder knows more than the captions contain."""

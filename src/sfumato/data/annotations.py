@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from sfumato.data.file_types import ANNOTATION_FILES, MAPS
 from sfumato.data.listing import Blob, Entry, Reject
 from sfumato.data.parallel import ordered_map
 from sfumato.data.points import RejectedPoints, read_points
+from sfumato.errors import DataError
 
 MAX_CACHE_BYTES = 1 << 30  # of decoded annotations in memory
+LossMask = Literal["none", "alpha", "files"]
+# where the map comes from: the image's own alpha, or the annotation of that name
+LOSS_MASKS: dict[LossMask, str] = {"none": "", "alpha": "alpha", "files": "mask"}
 Loaded = TypeVar("Loaded", bound=NDArray[Any])
 
 
@@ -33,12 +37,14 @@ class Annotations:
         entries: the images, in the dataset's order.
         form: that images are decoded to; shapes: index into its shapes, (N,).
         names: of the annotations that a model reads.
+        loss_mask: what says where errors count.
     """
 
     entries: Sequence[Entry]
     form: PixelFormat
     shapes: NDArray[np.int64]
     names: frozenset[str]
+    loss_mask: LossMask = "none"
     _cache: dict[tuple[str, int], NDArray[Any] | None] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -63,8 +69,8 @@ class Annotations:
         """Return, by name, the annotations of the images at `positions`, all of one shape.
 
         "text" is n captions, "" where an image has none: the first of each image, or the one that
-        `draws` in [0, 1) choose. "doodle" and "mask" are (n, 1, H, W) from -1 black to 1 white;
-        "points" is (n, most, D); "attributes" is (n, D). NaN marks what is not given.
+        `draws` in [0, 1) choose. "doodle", "mask" and "loss_mask" are (n, 1, H, W) from -1 black to
+        1 white; "points" is (n, most, D); "attributes" is (n, D). NaN marks what is not given.
         """
         readers: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
@@ -72,7 +78,38 @@ class Annotations:
             "points": lambda: self._points(positions),
             **{name: lambda name=name: self._maps(name, positions) for name in MAPS},  # type: ignore[misc]
         }
-        return {name: read() for name, read in readers.items() if name in self.names}
+        context = {name: read() for name, read in readers.items() if name in self.names}
+        if source := LOSS_MASKS[self.loss_mask]:
+            context["loss_mask"] = self._maps(source, positions)
+        return context
+
+    def loss_mask_lines(self) -> list[str]:
+        """Describe the masks of the loss; [] without them.
+
+        Raises:
+            DataError: if they are asked for, and no image has one.
+        """
+        if self.loss_mask == "none":
+            return []
+        count = len(self.entries)
+        maps = self._read_all(LOSS_MASKS[self.loss_mask], np.arange(count))
+        shares = [float(pixels.mean()) / 255 for pixels in maps if pixels is not None]
+        if not shares or (self.loss_mask == "alpha" and min(shares) == 1):
+            found = "is transparent anywhere" if shares else "has a mask"
+            raise DataError(
+                f"none of {count} images {found}",
+                where=f"data.loss_mask={self.loss_mask}",
+                hint="put NAME.mask.png, white where errors count, beside NAME.png, and set "
+                "data.loss_mask=files; or set data.loss_mask=none",
+            )
+        others = "" if len(shares) == count else ", and everywhere in the others"
+        line = (
+            f"data.loss_mask: {len(shares)} of {count} images have a mask; errors count in "
+            f"{np.mean(shares):.0%} of their area{others}"
+        )
+        black = shares.count(0)
+        warning = f"warning: {black} masks are black: nothing is learned from their images"
+        return [line, *([warning] if black else [])]
 
     def find_unreadable(self) -> Iterator[tuple[str, Reject]]:
         """Read all maps and point clouds once, and yield the unusable ones, with their kind.
@@ -80,7 +117,7 @@ class Annotations:
         They count as not given.
         """
         for name in ANNOTATION_FILES:
-            if name in self.names:
+            if name in (*self.names, LOSS_MASKS[self.loss_mask]):
                 positions = [
                     i for i, entry in enumerate(self.entries) if getattr(entry, name) is not None
                 ]
@@ -143,7 +180,8 @@ class Annotations:
                     yield None  # said when the data were examined
 
     def _read(self, name: str, position: int) -> NDArray[Any] | None:
-        blob: Blob | None = getattr(self.entries[position], name)
+        entry = self.entries[position]
+        blob: Blob | None = entry.image if name == "alpha" else getattr(entry, name)
         if blob is None:
             return None
         if (name, position) not in self._cache:
@@ -157,5 +195,7 @@ class Annotations:
     def _decode(self, name: str, position: int, data: bytes) -> NDArray[Any]:
         if name == "points":
             return read_points(data)
-        form = PixelFormat(shapes=(self.form.shapes[self.shapes[position]],), channels=1)
-        return decode(data, form).pixels
+        shapes = (self.form.shapes[self.shapes[position]],)
+        if name == "alpha":
+            return decode(data, PixelFormat(shapes=shapes, channels=4)).pixels[3:]
+        return decode(data, PixelFormat(shapes=shapes, channels=1)).pixels

@@ -27,7 +27,8 @@ class BatchPlan:
     B.
 
     Attributes:
-        shapes: of each image of the set, an index into the format's shapes, (size,).
+        shapes: of each image of the set, an index into the format's shapes, (size,); an image
+            with repeats stands for itself several times.
         batch_size: B, the global one.
     """
 

@@ -60,6 +60,8 @@ def convert(
             "exists already", where=str(dest), hint="name a new file or an empty folder"
         )
     rejects = list(listing.rejects)
+    if any(entry.repeats != 1 for entry in listing.entries):
+        rejects.append(Reject("repeats of kohya folders", "cannot be kept in this container"))
     columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, SizeOrZero
-from sfumato.data.annotations import Annotations
+from sfumato.data.annotations import Annotations, LossMask
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset_diff import record_contents
@@ -61,6 +61,12 @@ class DataConfig:
             (`exact`); `off` compares nothing.
         categories: names that have the first numbers, in this order, whether or not an image has
             them: those of a model that is fine-tuned.
+        caption: caption of images that have none; captions of an image's own, among them the words
+            of a kohya folder, stay as they are.
+        category: category of images that have none.
+        loss_mask: where training counts errors of an image: where its file `NAME.mask.png` is
+            white (`files`), or where it is opaque (`alpha`); `none`: everywhere. Gray counts in
+            part; an image without a mask counts everywhere. Validation and autoencoders count all.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of
             images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
@@ -84,6 +90,9 @@ class DataConfig:
     holdout: InnerFraction = 0.1
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     categories: tuple[str, ...] = ()
+    caption: str | None = None
+    category: str | None = None
+    loss_mask: LossMask = "none"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"
     memory_gib: NonNegative = 4.0
@@ -185,6 +194,8 @@ class Dataset:
         latents: their latents, where training works on those.
         scale: the values that are black and white.
         training, holdout: positions of the two parts, which share no image and no near-duplicate.
+        epoch: the positions of the training part, each as often as an epoch holds it: as its
+            repeats say, over their greatest common divisor.
         named_holdouts: further parts that the source keeps from training, by name.
     """
 
@@ -205,6 +216,7 @@ class Dataset:
     latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)
+    epoch: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
 
@@ -212,6 +224,9 @@ class Dataset:
         splits = assign_splits(self.entries, self.ids, self.clusters, self.config.holdout)
         object.__setattr__(self, "holdout", np.flatnonzero(splits == "holdout"))
         object.__setattr__(self, "training", np.flatnonzero(splits == "training"))
+        repeats = np.array([self.entries[i].repeats for i in self.training], np.int64)
+        times = repeats // max(1, np.gcd.reduce(repeats))
+        object.__setattr__(self, "epoch", np.repeat(self.training, times))
         names = sorted(set(splits) - {"holdout", "training"})
         object.__setattr__(
             self,
@@ -221,7 +236,8 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what training sees: images, order, pixel format, categories, texts and split.
+        """A hash of what training sees: images, order, pixel format, categories, texts, repeats and
+        split.
 
         It is equal exactly if these are. The texts are captions and attributes; doodles, masks and
         point clouds are not part of it.
@@ -230,6 +246,8 @@ class Dataset:
             "\0".join("\1".join(entry.captions) for entry in self.entries).encode()
         ).hexdigest()
         texts += repr([entry.attributes for entry in self.entries if entry.attributes])
+        if len(self.epoch) > len(self.training):
+            texts += repr([entry.repeats for entry in self.entries])
         lines = [
             repr(self.pixel_format),
             *self.ids,

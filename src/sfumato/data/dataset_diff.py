@@ -18,6 +18,7 @@ WIDTH = 16  # hexadecimal digits of a hash: enough to tell the images of one set
 WORDS = {
     "captions": "captions differ",
     "attributes": "attributes differ",
+    "repeats": "repeats differ",
     "categories": "categories differ",
     "split": "the split into training and hold-out differs (data.holdout, or a hold-out that the "
     "source names)",
@@ -41,6 +42,9 @@ def record_contents(dataset: Dataset) -> dict[str, Any]:
         ),
         "attributes": _hash(
             sorted(zip(dataset.ids, (repr(entry.attributes) for entry in entries), strict=True))
+        ),
+        "repeats": _hash(
+            sorted(zip(dataset.ids, (entry.repeats for entry in entries), strict=True))
         ),
         "categories": _hash(sorted(zip(dataset.ids, names, strict=True))),
         "split": _hash(sorted(dataset.ids[position] for position in dataset.training)),

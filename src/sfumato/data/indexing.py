@@ -28,6 +28,7 @@ from sfumato.data.frames import expand_frames, unused_frames
 from sfumato.data.holdout import merge_groups
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
+from sfumato.data.missing_labels import fill_missing
 from sfumato.data.parallel import ordered_map
 from sfumato.data.value_range import choose_scale
 from sfumato.errors import DataError
@@ -54,7 +55,10 @@ def index(
         DataError: if the source is missing; if fewer than two different images can be read, with
             the first reasons; or if the last channel is alpha in some images only.
     """
-    listing = expand_frames(listing or config.source.listing(), config.frames)
+    listing = fill_missing(
+        listing or config.source.listing(), caption=config.caption, category=config.category
+    )
+    listing = expand_frames(listing, config.frames)
     excluded = _excluded_names(config)
     entries = [entry for entry in listing.entries if entry.name not in excluded]
     unused = [
@@ -102,11 +106,16 @@ def index(
     _require_one_kind_of_alpha(notes, len(good))
     shapes = np.array([fact["shape"] for fact in facts], np.int64)
     annotation_data = Annotations(
-        entries=good, form=form, shapes=shapes, names=frozenset(annotations)
+        entries=good,
+        form=form,
+        shapes=shapes,
+        names=frozenset(annotations),
+        loss_mask=config.loss_mask,
     )
     with quiet():
         for name, reject in annotation_data.find_unreadable():
             notes.setdefault(f"{name}_unreadable", []).append(reject.name)
+        mask_lines = annotation_data.loss_mask_lines()
     return Dataset(
         config=config,
         entries=good,
@@ -130,6 +139,7 @@ def index(
             *chosen_scale.lines,
             *merged.remarks,
             *unused_frames([int(fact.get("frames", 1)) for fact in facts]),
+            *mask_lines,
         ),
     )
 

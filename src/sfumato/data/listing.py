@@ -169,6 +169,7 @@ class Entry:
             trains on.
         group: entries of one group are never split over training and hold-out; None where the entry
             stands for itself.
+        repeats: how often it is seen in training, beside the other entries' repeats.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Entry:
     points: Blob | None = None
     holdout: str | None = None
     group: str | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)

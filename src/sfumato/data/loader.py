@@ -21,7 +21,8 @@ from sfumato.data.dataset import Dataset
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import Reject
 
-SPATIAL_ANNOTATIONS = tuple(ANNOTATION_FILES)  # they lie over the image, and move along with it
+# they lie over the image, and move along with it
+SPATIAL_ANNOTATIONS = (*ANNOTATION_FILES, "loss_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class _Batches(TorchDataset[Batch]):
         self.dataset, self.plan = dataset, plan
 
     def __getitem__(self, step: int) -> Batch:
-        positions = self.dataset.training[self.plan.batch(step)]
+        positions = self.dataset.epoch[self.plan.batch(step)]
         first = step * self.plan.batch_size
         groups: list[ShapeGroup] = []
         bad: list[Reject] = []

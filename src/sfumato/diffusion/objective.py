@@ -18,6 +18,8 @@ from sfumato.diffusion.schedules import Linear, Schedule, require_schedule
 from sfumato.diffusion.weighting import Native, Weighting, target_weight
 from sfumato.errors import ConfigError
 
+SMALLEST_SHARE = 1e-3  # of a sample's area, below which weights lower its loss
+
 
 class Times(Protocol):
     """Turn uniform draws (B,) in [0, 1) into the batch's times."""
@@ -120,6 +122,7 @@ class Objective:
         *,
         level: NoiseLevel,
         noise: Tensor,
+        weights: Tensor | None = None,
     ) -> Losses:
         """Return the loss of each sample, (B,), with its level.
 
@@ -127,19 +130,23 @@ class Objective:
             x0: clean data (B, C, H, W), in the space the network works in.
             level: one noise level per sample, (B,).
             noise: standard normal draws, shape of `x0`.
+            weights: of elements, (B, 1, H, W) from 0 to 1; None for 1. A sample's loss is the
+                weighted mean of its errors.
         """
         parameterization = denoiser.parameterization
         pair = Denoised(x0, self.coupling(x0, noise))
         output = denoiser.predict(level.mix(*pair), level, condition)
-        error = _distance(output, parameterization.target(pair, level))
+        weights = x0.new_ones(1, 1, 1, 1) if weights is None else weights
+        error = _distance(output, parameterization.target(pair, level), weights)
         if self.contrastive_weight and len(x0) > 1:
             another = Denoised(pair.x0.roll(1, 0), pair.eps.roll(1, 0))
             error = error - self.contrastive_weight * _distance(
-                output, parameterization.target(another, level)
+                output, parameterization.target(another, level), weights
             )
         weight = target_weight(self.weighting, level, parameterization)
         return Losses(weight.to(error) * error, level)
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().flatten(1).mean(1)
+def _distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    total = weights.flatten(1).mean(1).clamp(min=SMALLEST_SHARE)
+    return ((a - b).square() * weights).flatten(1).mean(1) / total

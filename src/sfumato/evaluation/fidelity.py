@@ -65,6 +65,7 @@ class Evaluation:
             without categories.
         training: number of training images among which the nearest are searched.
         remarks: sentences on the reliability of the metrics.
+        compared_with: what the training images are called, if they are not those of the model.
     """
 
     extractor: str
@@ -73,6 +74,7 @@ class Evaluation:
     training: int
     rows: Sequence[FidelityRow]
     remarks: Sequence[str] = ()
+    compared_with: str = "training"
 
     def plain(self) -> dict[str, Any]:
         """Return the metrics as plain data, for JSON."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class EvaluationReport:
                 name: [asdict(row) for row in rows] for name, rows in self.composition.items()
             },
         }
+
+    def against(self, name: str) -> EvaluationReport:
+        """Return the report of images that were compared with others than the training images."""
+        return replace(self, fidelity=replace(self.fidelity, compared_with=name))
 
     def json(self) -> str:
         """Return all metrics as JSON."""
@@ -212,7 +216,7 @@ def fidelity_table(result: Evaluation) -> str:
         "n",
         "category accuracy",
         f"Fréchet (n={result.rows[0].frechet_n}, balanced)",
-        "nearest training image",
+        f"nearest {result.compared_with} image",
         "copies",
     )
     rows = [
@@ -235,9 +239,9 @@ def fidelity_table(result: Evaluation) -> str:
         if accuracy is not None
         else "no categories, so samples are not classified; "
     ) + (
-        f"Fréchet distance to {result.reference} training images, features of "
+        f"Fréchet distance to {result.reference} {result.compared_with} images, features of "
         f"{result.extractor}"
         f"{', trained on the other half of the training set' if accuracy is not None else ''}; "
-        f"nearest of {result.training} training images by distance in pixels"
+        f"nearest of {result.training} {result.compared_with} images by distance in pixels"
     )
     return f"{head}\n{format_table([columns, *rows])}"

@@ -17,7 +17,7 @@ from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Objective
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.foreign_models import CONFIG, PIPELINE
+from sfumato.foreign_models import CONFIG, PIPELINE, code_remark, refuse_code
 from sfumato.interop.hub import name_of
 from sfumato.interop.pipeline_calls import pipeline_call
 from sfumato.interop.schedulers import read_scheduler
@@ -69,6 +69,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         ConfigError: for a class or a setting that is not supported.
     """
     index = _json(folder / PIPELINE)
+    refuse_code(index, OPTIONAL, where=str(folder / PIPELINE))
     part = next((name for name in NETWORKS if _class(index, name)), None)
     if part is None:
         raise CheckpointError(
@@ -128,7 +129,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
     return ReadFolder(
         run=run,
         info=ConditioningInfo(channels=image_channels, factor=factor, categories=names),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *code_remark(folder)),
     )
 
 

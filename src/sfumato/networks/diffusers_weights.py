@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sfumato.errors import CheckpointError
+from sfumato.storage.weight_files import unreadable
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -89,9 +90,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as content:
             yield content
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"cannot be read: {error}", where=str(file), hint="download it again"
-        ) from None
+        raise unreadable(file, error) from None
 
 
 def _names(file: Path) -> list[str]:

@@ -107,6 +107,11 @@ def require(source: str, overrides: Sequence[str] = ()) -> None:
         or path.exists()
     ):
         raise unknown(source)
+    require_keys(overrides, source)
+
+
+def require_keys(overrides: Sequence[str], source: str) -> None:
+    """Raise ConfigError for an override that sets nothing or misspells a key."""
     for override in overrides:
         _require_key(override, source)
 

@@ -11,6 +11,7 @@ from typing import Any
 from sfumato import config as configuration
 from sfumato.data import Listing, files, source_at
 from sfumato.data.frames import expand_frames
+from sfumato.data.missing_labels import fill_missing
 from sfumato.data.pixel_format import MAX_BANDS
 from sfumato.data.sources.detect import BUILT_IN
 from sfumato.foreign_models import refuse_diffusers
@@ -151,6 +152,10 @@ def _choose_preset(
         for name, legal in SETTLED.items()
         if isinstance(data.get(name), int) and data[name] in legal
     }
+    labels = {
+        name: data[name] for name in ("caption", "category") if isinstance(data.get(name), str)
+    }
+    listing = fill_missing(listing, **labels)
     if data.get("frames") in ("all", "max"):
         listing = expand_frames(listing, data["frames"])
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)

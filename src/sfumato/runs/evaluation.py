@@ -1,22 +1,35 @@
-"""The evaluation of a run: its newest checkpoint against the data that it was trained on."""
+"""The evaluation of a model: a run against the data that it was trained on, or any model against
+images that are given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from sfumato.data import Dataset, source_at
 from sfumato.data.dataset_diff import changes
+from sfumato.errors import DataError, RunError
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
+from sfumato.foreign_models import is_pipeline_folder
+from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import require_context
+from sfumato.interop.diffusers_folder import read_folder
 from sfumato.recipes.resolver import resolve
+from sfumato.recipes.run import Run
 from sfumato.runs import loading, preparation
 from sfumato.storage.run_directory import RunDirectory
+
+REFERENCE_HOLDOUT = 0.5  # of reference images: as many to compare with as give the prompts
+FEWEST_COMPARED, FEWEST_PROMPTS = 4, 2
 
 
 def evaluate_run(
     path: str | Path,
     *,
+    reference: str | None = None,
     num: int = 500,
     guidance: Sequence[float] = (),
     seed: int = 1,
@@ -25,19 +38,23 @@ def evaluate_run(
     on_progress: Callable[[float, str], None] = lambda fraction, text: None,
     before_work: Callable[[], object] = lambda: None,
 ) -> tuple[EvaluationReport, list[str]]:
-    """Evaluate the newest checkpoint of a run.
+    """Evaluate the newest checkpoint of a run, or a model folder of diffusers.
 
     Args:
+        reference: images to compare with, as `train` takes them; by default those that the run was
+            trained on. They are read in the model's size and channels; half of them are compared
+            with, and the other half gives the prompts and the row of real images.
         num, guidance, seed, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
         precision: precision inside the network.
         compile: whether to compile the network first.
-        before_work: called once the run is known to exist.
+        before_work: called once the model is known to exist.
     Returns:
-        The report, and remarks on the data: what has changed in them since the run began.
+        The report, and remarks on the data: what has changed in them since the run began, or how
+        the reference was used.
     Raises:
         RunError, CheckpointError, DataError, ConfigError: naming what is wrong.
     """
-    directory = RunDirectory.existing(Path(path))
+    settings = _settings(Path(path), reference)
     before_work()
     pipeline = loading.load(path, precision=precision)
     if compile:
@@ -45,11 +62,99 @@ def evaluate_run(
     if not pipeline.reads:
         for scale in guidance:
             require_context(scale, {})
-    dataset = preparation.open_data(resolve(path))
-    changed = changes(directory.data_record(), dataset)
+    dataset = preparation.open_data(settings)
+    remarks = (
+        _changed(Path(path), dataset)
+        if reference is None
+        else _require_fitting(pipeline, dataset, reference)
+    )
     report = evaluate_pipeline(
         pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress
     )
-    return report, [
-        f"the data are not what this run was trained on: {'; '.join(changed)}"
-    ] if changed else []
+    return report if reference is None else report.against("reference"), remarks
+
+
+def evaluation_folder(path: Path, reference: str | None = None) -> Path:
+    """Return the folder of a model's evaluation: inside a run, else in the working directory.
+
+    A model folder of another program is never written to.
+    """
+    root = Path("generated") / path.resolve().name if is_pipeline_folder(path) else path
+    folder = root / "evaluation"
+    return folder if reference is None else folder / (Path(reference).resolve().stem or "images")
+
+
+def _settings(path: Path, reference: str | None) -> Run:
+    """Return the model's configuration, whose data are the reference if there is one.
+
+    Raises:
+        RunError: if it is neither a run nor a model folder, or the latter without a reference.
+    """
+    if not is_pipeline_folder(path):
+        RunDirectory.existing(path)
+        run = resolve(path)
+    elif reference is None:
+        raise RunError(
+            "is a model folder of diffusers, which does not say what it was trained on",
+            where=str(path),
+            hint="name images to compare it with: --reference FOLDER",
+        )
+    else:
+        run = read_folder(path).run
+    if reference is None:
+        return run
+    source = source_at(reference)
+    return replace(
+        run, data=replace(run.data, source=source, holdout=REFERENCE_HOLDOUT, exclude=None)
+    )
+
+
+def _changed(path: Path, dataset: Dataset) -> list[str]:
+    changed = changes(RunDirectory.existing(path).data_record(), dataset)
+    return (
+        [f"the data are not what this run was trained on: {'; '.join(changed)}"] if changed else []
+    )
+
+
+def _require_fitting(pipeline: Pipeline, dataset: Dataset, reference: str) -> list[str]:
+    """Return remarks on how the reference is used.
+
+    Raises:
+        DataError: if the model reads what the reference lacks or numbers otherwise.
+    """
+    if len(dataset.training) < FEWEST_COMPARED or len(dataset.holdout) < FEWEST_PROMPTS:
+        raise DataError(
+            f"{len(dataset.entries)} images, too few to compare with",
+            where=reference,
+            hint="give at least 8 different ones; reliable figures need hundreds",
+        )
+    known = {
+        "category": (dataset.categories, pipeline.info.categories),
+        "attributes": (dataset.annotations.attributes.names, pipeline.info.attributes),
+    }
+    for name, (there, learned) in known.items():
+        if name in pipeline.reads and tuple(there) != tuple(learned):
+            raise DataError(
+                f"has {name} {', '.join(there) or '(none)'}, and the model knows "
+                f"{', '.join(learned)}",
+                where=reference,
+                hint="give a reference with the same ones",
+            )
+    lines = [
+        f"compared with {len(dataset.training)} images of {reference}; the conditions and the row "
+        f"of real images come from {len(dataset.holdout)} others"
+    ]
+    if "text" in pipeline.reads:
+        captioned = sum(bool(dataset.entries[i].captions) for i in dataset.holdout)
+        if not captioned:
+            raise DataError(
+                "has no captions, and the model reads text",
+                where=reference,
+                hint="put a .txt with a caption beside each image: they are the prompts",
+            )
+        if captioned < len(dataset.holdout):
+            lines.append(
+                f"{len(dataset.holdout) - captioned} of {len(dataset.holdout)} prompts are empty: "
+                "their images have no caption"
+            )
+    return lines

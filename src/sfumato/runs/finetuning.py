@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sfumato import config as configuration
 from sfumato.adapters import LoRA
 from sfumato.contexts import ContextConfig, Text
-from sfumato.data import Listing, source_at
+from sfumato.data import DataConfig, Listing, source_at
+from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.interop.diffusers_folder import read_folder
 from sfumato.recipes.autoencoder_stage import PixelsConfig, PretrainedAutoencoder, trained_folder
+from sfumato.recipes.resolver import Overrides
 from sfumato.recipes.run import Run
+from sfumato.recipes.survey import Survey
 from sfumato.runs.base import read_base
+from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import (
     AuxiliaryConfig,
     Budget,
@@ -40,6 +45,8 @@ class StartingPoint:
         adapter: that is proposed.
         learning_rate: that suits it.
         batch_size: largest one that is proposed.
+        multiple: what sides of images must be a multiple of: the factor of the autoencoder, times
+            the side of the network's patches if it has any.
         remarks: lines that say what was replaced or left out.
     """
 
@@ -47,6 +54,7 @@ class StartingPoint:
     adapter: LoRA
     learning_rate: float
     batch_size: int
+    multiple: int = 1
     remarks: tuple[str, ...] = ()
 
 
@@ -57,13 +65,16 @@ def starting_point(model: Path) -> StartingPoint:
         ConfigError: if it is neither, or cannot be fine-tuned.
         CheckpointError: if it is not whole.
     """
+    refuse_pickle(model)
     if is_pipeline_folder(model):
         content = read_folder(model)
+        patch = configuration.plain(content.run.network)["settings"].get("patch_size")
         return StartingPoint(
             run=content.run,
             adapter=LoRA(),
             learning_rate=1e-4,
             batch_size=4,
+            multiple=content.info.factor * int(patch or 1),
             remarks=content.remarks,
         )
     if not (model / "config.yaml").is_file():
@@ -92,19 +103,22 @@ def starting_point(model: Path) -> StartingPoint:
     )
 
 
-def finetuning_run(model: Path, source: str) -> tuple[Run, list[str]]:
+def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple[Run, list[str]]:
     """Return the run, and a line for each choice.
 
     Args:
         model: a run's directory, or a pipeline's folder in diffusers' layout.
         source: images, as `train` takes them.
+        overrides: settings that will be applied to the run; those of `data` decide what is there.
     Raises:
         ConfigError: if the model is neither, or needs captions that the images lack.
         DataError: if there are no images.
     """
     start = starting_point(model)
     images = source_at(source)
-    listing = images.listing()
+    data = _data(replace(start.run.data, source=images), overrides)
+    _require_legal_sizes(data, start.multiple)
+    listing = fill_missing(data.source.listing(), caption=data.caption, category=data.category)
     count = len(listing.entries)
     captioned = sum(bool(entry.captions) for entry in listing.entries)
     _require_contexts(start.run, model, source, listing)
@@ -136,6 +150,7 @@ def finetuning_run(model: Path, source: str) -> tuple[Run, list[str]]:
     )
     reasons = [
         f"{count} images, {captioned} with a caption",
+        *_conversion(listing, data.channels),
         f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, constant: the base stays as "
         "it is (adapter.kind=none trains all weights)",
         f"{steps} steps of {batch_size}: each image is seen {steps * batch_size // count} times, "
@@ -160,16 +175,18 @@ def _require_contexts(run: Run, model: Path, source: str, listing: Listing) -> N
     captioned = any(entry.captions for entry in listing.entries)
     if run.conditioner.text is not None and not captioned:
         raise ConfigError(
-            f"{model.name} is conditioned on text, and none of {count} images has a caption",
+            f"{model.name} is conditioned on text, and none of {count} images has a caption"
+            + "".join(f"\n  note: {remark}" for remark in listing.remarks),
             where=source,
-            hint="put a .txt with a caption beside each image",
+            hint='give all of them one: data.caption="a photo of NAME", where NAME is a word for '
+            "what they show; or put a .txt with a caption beside each image",
         )
     if run.conditioner.category is not None and not any(e.category for e in listing.entries):
         raise ConfigError(
             f"{model.name} is conditioned on categories, and none of {count} images has one",
             where=source,
-            hint="put them into a sub-folder with the name of their category, new or known: "
-            f"{source}/NAME",
+            hint="give all of them one, new or known: data.category=NAME; or sort them into one "
+            "sub-folder for each category",
         )
 
 
@@ -184,3 +201,30 @@ def _with_dropout(conditioner: ContextConfig) -> ContextConfig:
             if (config := getattr(conditioner, name)) is not None
         }
     )
+
+
+def _data(data: DataConfig, overrides: Overrides) -> DataConfig:
+    """Return the data's settings with those of the overrides that concern them."""
+    settings = configuration.with_overrides({"data": configuration.plain(data)}, overrides)
+    return configuration.parse(DataConfig, settings["data"], where="data")
+
+
+def _require_legal_sizes(data: DataConfig, multiple: int) -> None:
+    """Raise ConfigError unless the images' sides are multiples of what the model works in."""
+    for side in sorted({side for shape in data.pixel_format().shapes for side in shape}):
+        if side % multiple:
+            below = side // multiple * multiple
+            raise ConfigError(
+                f"images of {side} pixels a side, and the model needs multiples of {multiple}",
+                where="data.resolution",
+                hint=f"use {f'{below} or ' if below else ''}{below + multiple}",
+            )
+
+
+def _conversion(listing: Listing, channels: int) -> list[str]:
+    """Return a line on images that have other channels than the model, [] if none have."""
+    survey = Survey.of(listing)
+    if survey.channels == channels or not survey.side:
+        return []
+    names = {1: "gray", 2: "gray with alpha", 3: "RGB", 4: "RGB with alpha"}
+    return [f"{survey.why}: they are converted to {names.get(channels, f'{channels} channels')}"]

@@ -23,6 +23,7 @@ from sfumato.runs.base import read_base, require_base
 from sfumato.runs.preparation import build_model, open_data
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import post_hoc_ema
 from sfumato.training.monitors import Validator
 from sfumato.training.parameters import frozen_tensors
@@ -40,7 +41,9 @@ def generated_folder(path: Path) -> Path:
 
     Raises:
         RunError: if it is neither.
+        CheckpointError: for a pickle, which can run code.
     """
+    refuse_pickle(path)
     if is_pipeline_folder(path) or is_model_name(path):
         return Path("generated") / path.resolve().name
     return RunDirectory.existing(path).path / "generated"

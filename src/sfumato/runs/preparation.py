@@ -35,6 +35,7 @@ from sfumato.training.parameters import count, require_trainable
 from sfumato.training.precision import default_device, require
 
 REJECTS_SHOWN = 5
+GROUPS_SHOWN, GROUP_NAMES = 3, 4  # of near-duplicates
 MIN_PADDING = 0.1  # extra work for padding, as a fraction, above which it is reported
 
 
@@ -119,7 +120,7 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
         if (groups > 1).any():
             bar.say(
                 f"{groups[groups > 1].sum()} images have duplicates or near-duplicates; training "
-                "and hold-out share none of them"
+                f"and hold-out share none of them: {_named_groups(dataset)}"
             )
         for remark in dataset.remarks:
             bar.say(remark)
@@ -141,6 +142,19 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
                 "keeps more of it"
             )
     return dataset
+
+
+def _named_groups(dataset: Dataset) -> str:
+    """Name the images of the first groups of near-duplicates."""
+    groups = [np.flatnonzero(dataset.clusters == group) for group in np.unique(dataset.clusters)]
+    alike = [group for group in groups if len(group) > 1]
+    names = [
+        ", ".join(dataset.entries[i].name for i in group[:GROUP_NAMES])
+        + (", ..." if len(group) > GROUP_NAMES else "")
+        for group in alike[:GROUPS_SHOWN]
+    ]
+    more = len(alike) - len(names)
+    return "; ".join(names) + (f"; and {more} more groups" if more else "")
 
 
 def conditioning_info(

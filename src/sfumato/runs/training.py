@@ -13,6 +13,7 @@ from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
 from sfumato.recipes.resolver import Overrides, resolve, resolve_config
 from sfumato.recipes.run import Run
+from sfumato.recipes.trigger_words import split_words
 from sfumato.runs.cost import estimate_cost
 from sfumato.runs.finetuning import finetuning_run
 from sfumato.runs.plan_check import Machine, findings
@@ -71,7 +72,7 @@ def finetune(
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings, lines = finetuning_run(local_model(model), source)
+    settings, lines = finetuning_run(local_model(model), source, overrides)
     console().print("\n".join(lines), markup=False)
     return train(settings, overrides=overrides, run=run)
 
@@ -149,7 +150,10 @@ def build_trainer(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
     """
     run, screen = prepared.run, console()
     print_padding_costs(prepared.model.network, prepared.dataset, prepared.info.factor)
-    for line in truncated_captions(prepared.dataset, prepared.model.conditioner):
+    for line in (
+        *truncated_captions(prepared.dataset, prepared.model.conditioner),
+        *split_words(prepared.dataset, prepared.model.conditioner),
+    ):
         screen.print(line, markup=False)
     model = prepared.trainable_model()
     autoencoder, dataset = run.autoencoder.prepare(

@@ -89,7 +89,7 @@ class Trainer:
             task.model, task.optimized_parts, config.post_hoc_ema.profiles
         )
         self.plan = BatchPlan(
-            seed=config.seed, shapes=dataset.shapes[dataset.training], batch_size=config.batch_size
+            seed=config.seed, shapes=dataset.shapes[dataset.epoch], batch_size=config.batch_size
         )
         self._new = True
         self._frozen, self._writes_frozen = "", writes_frozen

@@ -3,6 +3,7 @@
 cat.png  cat.txt | cat.caption | cat.png.txt | cat.json   a caption, or captions and category
 cat.doodle.png  cat.mask.png  cat.points.npy              annotations that lie over the image
 cats/cat.png                                              the category is the top folder's name
+10_sks dog/1.png                                          kohya's: repeats and caption
 train/cats/cat.png  test/cats/dog.png                     folders named like splits: all but the
                                                           training ones are held out
 metadata.csv | .tsv | .jsonl | .json | .parquet           Hugging Face's ImageFolder:
@@ -23,6 +24,7 @@ from sfumato.data import files
 from sfumato.data.file_types import HEAD_BYTES
 from sfumato.data.listing import File, Listing, Reject, Source, printable_name, read
 from sfumato.data.sources.image_folder import ImageFolderReader
+from sfumato.data.sources.kohya import Folders
 from sfumato.errors import DataError
 
 
@@ -35,11 +37,14 @@ class Folder(Source):
         path: of the folder.
         metadata: `auto` reads metadata files and tables that name images; `off` reads neither.
         unnamed: images that the metadata do not name: `leave_out`, or `use` without a caption.
+        folders: `categories`, or those of `kohya`, named REPEATS_CAPTION; `auto` takes them for
+            kohya's if all are named so and are not merely numbered one after another.
     """
 
     path: str
     metadata: Literal["auto", "off"] = "auto"
     unnamed: Literal["leave_out", "use"] = "leave_out"
+    folders: Folders = "auto"
 
     def listing(self) -> Listing:
         """List the images below the folder, with what lies beside them.
@@ -69,7 +74,7 @@ class Folder(Source):
             head=lambda name: read(f"{root}/{name}", 0, HEAD_BYTES),
             check=lambda name: files.check_contained(root, name),
             check_text=lambda name: files.check_link(root, name),
-            metadata=self.metadata, unnamed=self.unnamed,
+            metadata=self.metadata, unnamed=self.unnamed, folders=self.folders,
             rejects=[Reject(printable_name(name), reason) for name, reason in walk.passed_over],
             other_files={"files of runs": runs} if runs else {},
         ).listing()  # fmt: skip

@@ -27,7 +27,8 @@ from sfumato.data.file_types import (
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import Blob, Entry, Listing, Reject, parse_annotations, printable_name
 from sfumato.data.sources.file_status import KINDS, FileStatus
-from sfumato.data.sources.folder_layout import BESIDE_CATEGORIES, FolderLayout
+from sfumato.data.sources.folder_layout import BESIDE_CATEGORIES, FolderLayout, Place
+from sfumato.data.sources.kohya import Folders, folder_lines
 from sfumato.data.sources.metadata import is_authoritative
 from sfumato.data.sources.metadata_join import Metadata, MetadataFacts
 from sfumato.data.text_encoding import Texts
@@ -74,6 +75,7 @@ class ImageFolderReader:
         head: the first bytes of a file.
         metadata: "off" reads neither tables nor dataset.json.
         unnamed: whether images that metadata do not name are left out, or used without a caption.
+        folders: what the folders of images are; `auto` decides by their names.
         inside: the path of a file as the layout sees it; display_name: as people do.
         holdout: the hold-out of a file by the archive that it is in, where its folders name none.
         unit: what the files are called.
@@ -89,6 +91,7 @@ class ImageFolderReader:
     check_text: Callable[[str], str] = str
     metadata: Literal["auto", "off"] = "auto"
     unnamed: Literal["leave_out", "use"] = "leave_out"
+    folders: Folders = "auto"
     inside: Callable[[str], str] = str
     display_name: Callable[[str], str] = printable_name
     holdout: Callable[[str], str | None] = lambda name: None
@@ -126,15 +129,23 @@ class ImageFolderReader:
             if self.metadata == "auto"
             else MetadataFacts({}, categories=False)
         )
-        layout = FolderLayout.of([self.inside(name) for name in images])
+        layout = FolderLayout.of([self.inside(name) for name in images], self.folders)
         texts = self._texts(sidecars)
-        entries = list(self._entries(images, layout, metadata, sidecars, texts))
+        placed = list(self._entries(images, layout, metadata, sidecars, texts))
+        entries = [entry for _, entry in placed]
         if not entries:
             raise self._no_images_error()
         self._leave_out_rest()
         status = self.status
         status.remarks += [
-            line for line in (_layout_line(layout, entries), layout.remark, texts.note) if line
+            line
+            for line in (
+                layout.line(entries),
+                layout.remark,
+                *folder_lines((place.kohya, entry) for place, entry in placed),
+                texts.note,
+            )
+            if line
         ]
         return Listing(
             entries=entries,
@@ -236,12 +247,13 @@ class ImageFolderReader:
         metadata: MetadataFacts,
         sidecars: dict[str, list[Sidecar]],
         texts: Texts,
-    ) -> Iterator[Entry]:
-        """Yield the images that are used, each with what is known of it.
+    ) -> Iterator[tuple[Place, Entry]]:
+        """Yield the images that are used, each with its place and what is known of it.
 
         A .json or .cls sidecar overrides metadata, a caption sidecar is added, and a doodle, mask
         or point cloud sidecar counts if metadata name none. Folders give the category and hold-out
-        that nothing else gives; their categories count only if metadata have none.
+        that nothing else gives; their categories count only if metadata have none, and a kohya
+        folder's caption only where the image has none.
         """
         facts: dict[str, dict[str, Any]] = {}
         for name in images:
@@ -265,8 +277,11 @@ class ImageFolderReader:
                 fields.setdefault("category", place.category)
             if (holdout := place.holdout or self.holdout(name)) is not None:
                 fields.setdefault("holdout", holdout)
+            if place.kohya is not None:
+                fields["captions"] = fields.get("captions") or (place.kohya.words,)
+                fields["repeats"] = place.kohya.repeats
             self.status.use(name)
-            yield Entry(name=self.display_name(name), image=self.blob(name), **fields)
+            yield place, Entry(name=self.display_name(name), image=self.blob(name), **fields)
 
     def _apply_sidecar(self, fields: dict[str, Any], sidecar: Sidecar, texts: Texts) -> None:
         """Add what one file beside an image says to what is known of the image."""
@@ -327,16 +342,3 @@ def _annotated_stem(name: str, stems: set[str] | None) -> str | None:
     ):
         return None
     return stem if stems is None or stem in stems else None
-
-
-def _layout_line(layout: FolderLayout, entries: Sequence[Entry]) -> str:
-    """Describe how the folders were read, with counts; "" if there are no splits."""
-    if not layout.splits:
-        return ""
-    held = Counter(entry.holdout for entry in entries)
-    trained = held.pop(None, 0)
-    categories = len({entry.category for entry in entries if entry.category is not None})
-    parts = " and ".join(f"{printable_name(name)}/" for name in layout.splits)
-    return f"{parts}: {trained:,} to train on, {sum(held.values()):,} held out by name" + (
-        f", {categories} categories" if categories else ""
-    )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sfumato.data.file_types import ANNOTATION_FILES, SUFFIXES
 from sfumato.data.files import UnsafePath, check_relative
 from sfumato.data.listing import CAPTION_KEYS, MAX_TEXT_CHARACTERS, is_known_column, normalized_key
+from sfumato.data.sources import kohya
 from sfumato.data.text_encoding import decode_text
 
 # What the column of file names is called, in order of preference.
@@ -52,6 +53,7 @@ NAMES = frozenset(
         "dataset",
         "index",
         "results_20130124",
+        *kohya.METADATA,
     }
 )
 SUFFIXES_OF_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from sfumato.data.file_types import ANNOTATION_FILES, stem_of
 from sfumato.data.files import UnsafePath
 from sfumato.data.listing import MAX_BYTES, Blob, Reject, parse_annotations, printable_name
+from sfumato.data.sources import kohya
 from sfumato.data.sources.file_status import KINDS, FileStatus
 from sfumato.data.sources.metadata import (
     Finder,
@@ -112,6 +113,10 @@ class Metadata:
                 ) from None  # fmt: skip
             self.status.leave_out(name, f"a table that cannot be read: {str(error)[:100]}")
             return
+        if kohya.is_metadata(name):
+            names = frozenset(self.names)
+            rows = [row._replace(record=kohya.read_record(row.record, names)) for row in table.rows]
+            table = replace(table, rows=rows)
         folder = name.rpartition("/")[0]
         if not decisive and not _names_some(table, self._finder, folder):
             return  # its fate is that of any other file

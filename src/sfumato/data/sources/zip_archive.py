@@ -24,6 +24,7 @@ from sfumato.data.listing import (
     printable_name,
 )
 from sfumato.data.sources.image_folder import ImageFolderReader
+from sfumato.data.sources.kohya import Folders
 from sfumato.data.text_encoding import Texts
 from sfumato.errors import DataError
 
@@ -37,12 +38,13 @@ class Zip(Source):
     """A .zip of images: with EDM's `dataset.json`, or laid out like a folder.
 
     Attributes:
-        path, metadata, unnamed: as of a folder.
+        path, metadata, unnamed, folders: as of a folder.
     """
 
     path: str
     metadata: Literal["auto", "off"] = "auto"
     unnamed: Literal["leave_out", "use"] = "leave_out"
+    folders: Folders = "auto"
 
     def listing(self) -> Listing:
         """List the images of the archive, read like a folder.
@@ -58,6 +60,7 @@ class Zip(Source):
             head=lambda name: members[name].read()[:HEAD_BYTES],
             metadata=self.metadata,
             unnamed=self.unnamed,
+            folders=self.folders,
             rejects=rejects,
             remarks=remarks,
         ).listing()

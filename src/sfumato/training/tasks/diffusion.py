@@ -22,6 +22,7 @@ from sfumato.sampling import StepInfo, count_evaluations, grid
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
+from sfumato.training.loss_mask import loss_weights
 from sfumato.training.monitors import Previewer, Validator
 from sfumato.training.preservation import Preservation
 from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
@@ -128,7 +129,12 @@ class Diffusion:
         condition = model.conditioner(context, count, draws=draws)
         auxiliary = cast(Auxiliary, model.auxiliary)
         denoising_loss = self.objective(
-            model.denoiser(dtype), x0, condition, level=level, noise=noise
+            model.denoiser(dtype),
+            x0,
+            condition,
+            level=level,
+            noise=noise,
+            weights=loss_weights(group.context, chosen, like=x0),
         ).per_sample
         total = weight_by_uncertainty(denoising_loss, auxiliary.uncertainty(level.logsnr()))
         auxiliary_losses = auxiliary.losses(images, progress=progress)

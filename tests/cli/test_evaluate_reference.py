@@ -1,0 +1,132 @@
+"""`sfumato evaluate MODEL --reference IMAGES`: a model against images that it need not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data import DataConfig, Folder, index
+from sfumato.generation.pipeline import Pipeline
+from tests.helpers import cli, corrupt
+from tests.helpers.diffusers_models import stable_diffusion
+from tests.helpers.runs import images as category_images
+from tests.helpers.runs import tiny_run
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+FEW = ("--num", 5, "--guidance", 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stable_diffusion(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def photos(folder: Path, *, num: int = 14, captions: bool = True) -> Path:
+    folder.mkdir()
+    for number in range(num):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        if captions:
+            (folder / f"{number}.txt").write_text(f"a thing number {number}")
+    return folder
+
+
+def test_a_model_folder_is_compared_with_the_reference_and_left_as_it_was(
+    place: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, before = photos(place / "photos"), corrupt.snapshot(model)
+    prompts: list[list[str]] = []
+    sample = Pipeline.sample_request
+
+    def noted(self: Pipeline, request: Any, **options: Any) -> torch.Tensor:
+        prompts.append(list(request.context["text"]))
+        return sample(self, request, **options)
+
+    monkeypatch.setattr(Pipeline, "sample_request", noted)
+    result = cli.sfumato("evaluate", model, "--reference", reference, *FEW)
+    assert result.code == 0, result.err
+    assert corrupt.snapshot(model) == before
+    target = place / "generated" / "base" / "evaluation" / "photos" / "evaluation.json"
+    assert f"figures: {target.relative_to(place)}" in result.out
+    assert "nearest reference image" in result.out
+    assert "training images" not in result.out
+
+    # the same split, read here: half is compared with, the other half gives prompts and real images
+    dataset = index(DataConfig(source=Folder(str(reference)), resolution=32, holdout=0.5))
+    names = [dataset.entries[i].name for i in dataset.holdout]
+    captions = [f"a thing number {name.removesuffix('.png')}" for name in names]
+    assert prompts[0] == (captions * 5)[:5]
+    assert set(map(str, prompts[1])) <= set(captions)
+    assert f"compared with {len(dataset.training)} images" in result.out
+
+    def pixels(positions: np.ndarray) -> np.ndarray:
+        files = [reference / dataset.entries[i].name for i in positions]
+        return np.stack([np.asarray(Image.open(file), float).ravel() / 127.5 - 1 for file in files])
+
+    known, real = pixels(dataset.training), pixels(dataset.holdout)
+    distances = np.linalg.norm(real[:, None] - known[None], axis=2).min(1)
+    rows = json.loads(target.read_text())["rows"]
+    assert rows[0]["nearest"] == pytest.approx(distances.mean(), rel=1e-5)
+    assert [row["n"] for row in rows] == [len(real), 5]
+
+
+def test_a_model_folder_needs_a_reference_and_says_so(place: Path, model: Path) -> None:
+    result = cli.sfumato("evaluate", model)
+    assert result.code == 2
+    assert "base: is a model folder of diffusers" in result.err
+    assert "--reference FOLDER" in result.err
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"captions": False}, "has no captions, and the model reads text"),
+        ({"num": 5}, "5 images, too few to compare with"),
+    ],
+)
+def test_a_reference_that_does_not_do_is_refused(
+    place: Path, model: Path, options: dict[str, Any], sentence: str
+) -> None:
+    result = cli.sfumato("evaluate", model, "--reference", photos(place / "x", **options), *FEW)
+    assert result.code == 2
+    assert f"x: {sentence}" in result.err
+    assert "hint: " in result.err
+    assert not (place / "generated").exists()
+
+
+def test_a_run_is_compared_with_other_images_of_its_categories(place: Path) -> None:
+    import sfumato
+    from sfumato.training import Budget
+
+    own = category_images(place / "own", count=24)
+    run = sfumato.train(tiny_run(own, budget=Budget(steps=1)), run=place / "run")
+    others = category_images(place / "others", count=30)
+    result = cli.sfumato("evaluate", run, "--reference", others, *FEW)
+    assert result.code == 0, result.err
+    assert (run / "evaluation" / "others" / "evaluation.json").is_file()
+    assert not (run / "evaluation" / "evaluation.json").exists()
+    first = next(path for path in others.iterdir() if path.is_dir())
+    first.rename(others / "unheard of")
+    result = cli.sfumato("evaluate", run, "--reference", others, *FEW)
+    assert result.code == 2
+    assert "others: has category" in result.err
+    assert "unheard of" in result.err
