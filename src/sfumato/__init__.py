@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.generation.pipeline import Pipeline
+    from sfumato.interop.lora import with_lora
     from sfumato.recipes.builtin import recipe
     from sfumato.recipes.resolver import resolve
     from sfumato.recipes.run import Run
+    from sfumato.runs.export import export
     from sfumato.runs.loading import load
     from sfumato.runs.training import finetune, resume, train
 
@@ -16,23 +18,27 @@ __all__ = [
     "Pipeline",
     "Run",
     "__version__",
+    "export",
     "finetune",
     "load",
     "recipe",
     "resolve",
     "resume",
     "train",
+    "with_lora",
 ]
 
 _HOMES = {
     "Pipeline": "sfumato.generation.pipeline",
     "Run": "sfumato.recipes.run",
+    "export": "sfumato.runs.export",
     "load": "sfumato.runs.loading",
     "recipe": "sfumato.recipes.builtin",
     "resolve": "sfumato.recipes.resolver",
     "finetune": "sfumato.runs.training",
     "resume": "sfumato.runs.training",
     "train": "sfumato.runs.training",
+    "with_lora": "sfumato.interop.lora",
 }
 
 

@@ -97,6 +97,7 @@ def verbs(folder: Path, run: Path, at: Path) -> dict[str, list[object]]:
     return {
         "train": ["train", folder, "budget.steps=1", "precision=float32", "--run", at],
         "sample": ["sample", run, "--num", 1, "--steps", 1, "--out", at],
+        "export": ["export", run, "--format", "lora-kohya", "--out", at],
         "evaluate": ["evaluate", run, "--num", 2, "--out", at / "evaluation.json"],
         "explain": ["explain", run, "--out", at],
         "data check": ["data", "check", folder, "--out", at],

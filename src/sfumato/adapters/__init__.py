@@ -8,15 +8,26 @@ from sfumato.adapters.adapter import (
     freeze_base,
     without_adapters,
 )
-from sfumato.adapters.lora import LoRA, adapted_layers
+from sfumato.adapters.lora import (
+    Factors,
+    LoRA,
+    adaptable_layers,
+    adapted_layers,
+    add_product,
+    sharing_tensors,
+)
 
 __all__ = [
     "Adapter",
     "Addition",
     "BaseOf",
+    "Factors",
     "LoRA",
     "WholeNetwork",
+    "adaptable_layers",
     "adapted_layers",
+    "add_product",
     "freeze_base",
+    "sharing_tensors",
     "without_adapters",
 ]

@@ -1,17 +1,21 @@
 """LoRA: a frozen layer W plus a trained product of low rank, W + (alpha / rank) B A.
 
 Layers are adapted in place: their own parameters keep their names and values, so that the frozen
-base has the state dict that it had before.
+base has the state dict that it had before. Products add up: several are one of the sum of their
+ranks, with their factors side by side.
 
 Source: Hu et al. 2022 (arXiv:2106.09685).
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +23,52 @@ from torch.nn import functional as F
 
 from sfumato.adapters.adapter import Adapter, Addition, freeze_base
 from sfumato.config.bounds import Positive, Size
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, ShapeError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of a layer's weight, up @ down, with all scales multiplied in.
+
+    Attributes:
+        down: (rank, inputs) of a linear layer, (rank, inputs, k, k) of a convolution.
+        up: (outputs, rank), (outputs, rank, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rank of the change at most."""
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return the change, of the shape of the layer's weight."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return product.view(len(self.up), *self.down.shape[1:])
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Return whether a weight of this shape can be changed; 1 x 1 kernels are linear layers."""
+        outputs, *inputs = shape
+        plain = (*inputs, *[1] * (4 - len(shape)))
+        own = (*self.down.shape[1:], *[1] * (4 - self.down.ndim))
+        return plain == own and self.up.flatten(1).shape == (outputs, self.rank)
+
+    def shaped(self, shape: torch.Size) -> Factors:
+        """Return the factors in the shapes that belong to a weight of this shape, which they fit."""
+        down = self.down.reshape(self.rank, *shape[1:])
+        return Factors(down, self.up.reshape(shape[0], self.rank, *[1] * (len(shape) - 2)))
+
+    def times(self, strength: float) -> Factors:
+        """Return the factors of `strength` times the change."""
+        return Factors(self.down, strength * self.up)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """Return the factors with a function applied to both."""
+        return Factors(function(self.down), function(self.up))
 
 
 class LowRank(Addition):
@@ -34,11 +83,13 @@ class LowRank(Addition):
     lora_B: nn.Parameter
     scale: float
 
+    def factors(self) -> Factors:
+        """Return the change as factors; the scale is multiplied into the second."""
+        return Factors(self.lora_A.detach(), self.scale * self.lora_B.detach())
+
     def delta(self) -> Tensor:
         """Return the change of the layer's weight, of its shape."""
-        product = self.lora_B.flatten(1) @ self.lora_A.flatten(1)
-        shape: torch.Size = self.weight.shape  # type: ignore[assignment]
-        return self.scale * product.view(shape)
+        return self.factors().delta()
 
 
 class LoRALinear(nn.Linear, LowRank):
@@ -102,13 +153,15 @@ class LoRA(Adapter):
         network.requires_grad_(False)
         freeze_base(conditioner)
         kinds = (nn.Linear, nn.Conv2d) if self.convolutions else (nn.Linear,)
-        # subclasses compute something else, or are adapted already
-        layers = [(name, layer) for name, layer in network.named_modules() if type(layer) in kinds]
+        layers = [
+            (name, layer)
+            for name, layer in adaptable_layers(network).items()
+            if type(layer) in kinds  # the others are adapted already
+        ]
         chosen = [
             (name, layer)
             for name, layer in layers
             if any(re.search(pattern, name) for pattern in self.layers)
-            and not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
         ]
         if not chosen:
             raise ConfigError(
@@ -118,22 +171,67 @@ class LoRA(Adapter):
                 + ", ".join(name for name, _ in layers[:: max(1, len(layers) // 4)][:4]),
             )
         for _, layer in chosen:
-            _adapt(layer, self.rank, 1.0 if self.alpha is None else self.alpha / self.rank)
+            scale = 1.0 if self.alpha is None else self.alpha / self.rank
+            _adapt(layer, _initial(layer.weight, self.rank), scale)
 
 
-def _adapt(layer: Any, rank: int, scale: float) -> None:
+def _adapt(layer: Any, factors: Factors, scale: float) -> None:
     """Turn a layer into an adapted one, in place."""
-    weight: Tensor = layer.weight
-    outputs, inputs, *kernel = weight.shape
     layer.__class__ = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
-    layer.lora_A = nn.Parameter(
-        torch.empty((rank, inputs, *kernel), dtype=torch.float32, device=weight.device)
-    )
-    layer.lora_B = nn.Parameter(
-        torch.zeros((outputs, rank, *[1] * len(kernel)), dtype=torch.float32, device=weight.device)
-    )
-    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+    layer.lora_A, layer.lora_B = nn.Parameter(factors.down), nn.Parameter(factors.up)
     layer.scale = scale
+
+
+def _initial(weight: Tensor, rank: int) -> Factors:
+    """Return the factors that training begins with; their product is zero."""
+    outputs, inputs, *kernel = weight.shape
+    options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
+    down = torch.empty((rank, inputs, *kernel), **options)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    return Factors(down, torch.zeros((outputs, rank, *[1] * len(kernel)), **options))
+
+
+def adaptable_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers of a module that a product can be added to, by name; some may have one."""
+    kinds = (nn.Linear, nn.Conv2d, LoRALinear, LoRAConv2d)  # subclasses compute something else
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) in kinds and not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+    }
+
+
+def add_product(layer: Any, factors: Factors) -> None:
+    """Add a change to what a layer computes, in place; its weight stays as it is.
+
+    Raises:
+        ShapeError: if the factors do not fit the layer.
+    """
+    weight: Tensor = layer.weight
+    if not factors.fits(weight.shape):
+        raise ShapeError(
+            f"factors {tuple(factors.down.shape)} and {tuple(factors.up.shape)} do not fit a weight "
+            f"of {tuple(weight.shape)}",
+            where="LoRA",
+            hint="it was made for another model",
+        )
+    added = factors.shaped(weight.shape).map(
+        lambda factor: factor.to(device=weight.device, dtype=torch.float32)
+    )
+    if isinstance(layer, LowRank):
+        own = layer.factors()
+        added = Factors(torch.cat([own.down, added.down]), torch.cat([own.up, added.up], dim=1))
+    _adapt(layer, added, 1.0)
+    layer.requires_grad_(False)
+
+
+def sharing_tensors(module: M) -> M:
+    """Copy a module; the copy shares all parameters and buffers with it.
+
+    What is added to a layer of the copy changes nothing in the original.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LowRank]:

@@ -24,6 +24,7 @@ from sfumato.cli.doctor import doctor
 from sfumato.cli.ema import ema
 from sfumato.cli.evaluate import evaluate
 from sfumato.cli.explain import explain
+from sfumato.cli.export import export
 from sfumato.cli.finetune import finetune
 from sfumato.cli.metavars import explain_values
 from sfumato.cli.sample import sample
@@ -40,7 +41,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (train, resume, finetune, sample, compare, evaluate, ema, explain, recipes, doctor):
+for verb in (
+    train, resume, finetune, sample, export, compare, evaluate, ema, explain, recipes, doctor,
+):  # fmt: skip
     app.command()(verb)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")

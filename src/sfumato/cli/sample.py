@@ -18,6 +18,7 @@ from sfumato.cli.sample_options import (
     number_of_images,
     parse_contexts,
     parse_guidance,
+    parse_loras,
     parse_numbers,
     parse_size,
     parse_weights,
@@ -142,6 +143,17 @@ def sample(
             help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
         ),
     ] = "",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA to add, of diffusers, kohya or peft; may be repeated.",
+        ),
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Use what fits of a LoRA, and leave out the rest."),
+    ] = False,
     precision: Annotated[
         Literal["float32", "bfloat16"],
         typer.Option(help="Precision inside the network; bfloat16 is faster."),
@@ -173,16 +185,20 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
-    from sfumato.cli.sample_output import writable
+    from sfumato.cli.sample_output import recorded_loras, writable
     from sfumato.generation.options import SamplingOptions
+    from sfumato.interop.lora import with_lora
     from sfumato.runs import load, newest_run
     from sfumato.runs.loading import generated_folder
 
     begun = time.monotonic()
+    loras = parse_loras(lora)
     run = newest_run() if run is None else run
     folder = generated_folder(run)
     with writable(out or folder):
         pipeline = load(run, weights=parse_weights(weights), precision=precision, variant=variant)
+        for file, factor in loras:
+            pipeline = with_lora(pipeline, file, factor, partial=partial)
         if compile:
             pipeline.compile()
         request = _request(
@@ -213,7 +229,7 @@ def sample(
             resample=resample,
         )
         options = {**context.params, "num": number_of_images(num, prompt, category)}
-        options |= {"run": run, "folder": folder}
+        options |= {"run": run, "folder": folder, "lora": recorded_loras(loras)}
         report = _generate(pipeline, request, settings, options)
     _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -58,6 +59,18 @@ def parse_guidance(texts: list[str] | None) -> float | dict[str, float] | None:
     if len(texts) == 1 and "=" not in texts[0]:
         return _number(texts[0], "--guidance")
     return parse_numbers(texts, "--guidance")
+
+
+def parse_loras(texts: list[str] | None) -> list[tuple[Path, float]]:
+    """Parse repeated FILE[:STRENGTH] into paths and strengths, 1 by default."""
+    found = []
+    for text in texts or ():
+        name, _, strength = text.rpartition(":")
+        try:
+            found.append((Path(name), float(strength)) if name else (Path(text), 1.0))
+        except ValueError:  # a colon in the path
+            found.append((Path(text), 1.0))
+    return found
 
 
 def parse_numbers(texts: list[str] | None, option: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,6 +128,22 @@ def recorded_settings(
     model = weights_id(pipeline.model, pipeline.autoencoder)
     parts = {"files": files, "model": model, "of": repr(pipeline.sampling), "by": __version__}
     return recorded | {"request": request_id(deciding | parts)}
+
+
+def recorded_loras(loras: Sequence[tuple[Path, float]]) -> list[dict[str, Any]] | None:
+    """Return what images say of the LoRA files that made them; None without one."""
+    return [
+        {"file": path.name, "strength": strength, "sha256": folder_id(path)}
+        for path, strength in loras
+    ] or None
+
+
+def folder_id(path: Path) -> str:
+    """Hash the content of a file, or of the files in a folder and below."""
+    if path.is_file():
+        return file_id(path)
+    parts = [f"{file.relative_to(path)} {file_id(file)}" for file in sorted(path.rglob("*.*"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def request_id(deciding: Mapping[str, Any]) -> str:

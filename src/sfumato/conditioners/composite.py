@@ -76,6 +76,17 @@ class CompositeConditioner(nn.Module):
             name for name, part in zip(self.parts, self._parts, strict=True) if part.is_user_input
         ]
 
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Return the text encoders of all parts, by name."""
+        return {
+            name: encoder for part in self._parts for name, encoder in part.text_encoders().items()
+        }
+
+    def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Use other text encoders in the place of some."""
+        for part in self._parts:
+            part.replace_text_encoders(encoders)
+
     def null(self, batch_size: int) -> Condition:
         """Return the null conditions of all parts, joined."""
         return reduce(

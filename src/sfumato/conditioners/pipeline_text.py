@@ -7,13 +7,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.pipeline_parts import load_encoders, require_known
@@ -67,8 +67,15 @@ class PipelineTextConfig:
         return PipelineTextEncoder(self, folder)
 
 
+@dataclass
 class PipelineTextEncoder(TextEncoder):
-    """The encoders of a pipeline."""
+    """The encoders of a pipeline.
+
+    Attributes:
+        replacements: encoders in the place of those in the folder, by name.
+    """
+
+    replacements: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @cached_property
     def place(self) -> str:
@@ -172,8 +179,7 @@ class PipelineTextEncoder(TextEncoder):
                     low_cpu_mem_usage=False,
                     torch_dtype=torch.float32,
                     variant=variant,
-                    **encoders,
-                    **others,
+                    **{**encoders, **others, **self.replacements},
                 )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise CheckpointError(
@@ -187,6 +193,16 @@ class PipelineTextEncoder(TextEncoder):
         folders = [Path(self.place, name) for name in needed if name.startswith(PARTS[0])]
         found = {only_variant(folder, stem="model") for folder in folders} - {""}
         return self.config.variant or (found.pop() if len(found) == 1 else None)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the encoders by their names in the pipeline."""
+        names = [name for name in self.index if name.startswith(PARTS[0])]
+        found = {name: getattr(self._pipeline, name) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def with_replacements(self, encoders: Mapping[str, nn.Module]) -> PipelineTextEncoder:
+        """Return one that uses other encoders; its embeddings are kept in memory only."""
+        return replace(self, cache={}, replacements={**self.modules(), **encoders})
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
@@ -256,6 +272,14 @@ class PipelineTextConditioner(Conditioner):
     def as_negative(self, text: str) -> str:
         """Return a text as `forward` takes it where guidance leads away from it."""
         return NEGATIVE + text
+
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """Return the pipeline's encoders, which are loaded for this."""
+        return self._encoder[0].modules()
+
+    def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Use other encoders in the place of some of the pipeline's."""
+        self._encoder = (self._encoder[0].with_replacements(encoders),)
 
     @property
     def length(self) -> int:

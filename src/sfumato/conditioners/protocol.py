@@ -49,3 +49,14 @@ class Conditioner(nn.Module, ABC):
             draws: (B,), uniform from `dropout` to 1 where the context is not hidden.
         """
         return context
+
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """Return the encoders whose layers a LoRA can change, by name; they are no child modules.
+
+        Names are those of a pipeline of diffusers: text_encoder, text_encoder_2, ...
+        """
+        return {}
+
+    def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Use other encoders in the place of some of `text_encoders`."""
+        return

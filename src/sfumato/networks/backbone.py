@@ -15,6 +15,11 @@ from sfumato.nn.accelerable import Accelerable
 class NetworkConfig(Extensible, ABC):
     """Size and shape of a network. A frozen dataclass derived from it defines a kind of network."""
 
+    @property
+    def origin(self) -> str:
+        """Folder of the weights that training starts from; "" for random ones."""
+        return ""
+
     @abstractmethod
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the untrained network.
@@ -23,11 +28,6 @@ class NetworkConfig(Extensible, ABC):
             image_channels: channels of x and of the prediction.
             context: sizes of the condition's slots.
         """
-
-    @property
-    def is_pretrained(self) -> bool:
-        """Whether `build` loads weights of a model that was trained before."""
-        return False
 
     def from_scratch(self) -> NetworkConfig:
         """Return the same network with random weights."""
@@ -73,6 +73,11 @@ class Backbone(Accelerable, ABC):
     def multiple(self) -> int:
         """The number that sides of x are padded to a multiple of; with 1, nothing is padded."""
         return 1
+
+    @property
+    def implementation(self) -> nn.Module:
+        """The module whose names other programs know: the wrapped one, if this is a wrapper."""
+        return self
 
     def input_layers(self) -> Sequence[nn.Module]:
         """Return the layers whose input has a fixed size, however wide the network is.

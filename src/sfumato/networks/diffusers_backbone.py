@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.condition import Condition, ContextSizes
@@ -50,6 +50,12 @@ class DiffusersBackbone(Backbone):
     def multiple(self) -> int:
         """The number that sides of x are padded to a multiple of."""
         return int(self.settings.get("patch_size") or 1)
+
+    @property
+    def implementation(self) -> nn.Module:
+        """The network of diffusers."""
+        model: nn.Module = self.model
+        return model
 
     def forward(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """Predict the target; x is padded to multiples of `multiple`."""

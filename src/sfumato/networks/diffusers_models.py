@@ -70,14 +70,14 @@ class DiffusersConfig(NetworkConfig):
     variant: str = ""
     embedded_guidance: Finite = 3.5
 
-    @property
-    def is_pretrained(self) -> bool:
-        """Whether `path` is set."""
-        return bool(self.path)
-
     def from_scratch(self) -> DiffusersConfig:
         """Return the same network with random weights."""
         return replace(self, path="")
+
+    @property
+    def origin(self) -> str:
+        """The folder of the weights."""
+        return self.path
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the network, and load its weights if `path` is set.

@@ -81,7 +81,7 @@ class Run(TrainingConfig):
     @property
     def has_base(self) -> bool:
         """Whether training starts from weights that lie outside of the run."""
-        return bool(self.base) or self.network.is_pretrained
+        return bool(self.base or self.network.origin)
 
     def from_scratch(self) -> Run:
         """Return the run with random initial weights."""

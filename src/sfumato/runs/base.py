@@ -40,9 +40,7 @@ class Base:
 
 def require_base(run: Run) -> None:
     """Raise CheckpointError, naming the key, if the weights that a run starts from are gone."""
-    places = {"base": run.base}
-    network = configuration.plain(run.network)
-    places["network.path"] = network.get("path", "") if run.network.is_pretrained else ""
+    places = {"base": run.base, "network.path": run.network.origin}
     for key, place in places.items():
         if place and not Path(place).exists():
             raise CheckpointError(

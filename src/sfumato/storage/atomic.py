@@ -67,6 +67,26 @@ def atomic_folder(target: Path, *, durable: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_output(target: Path) -> Iterator[Path]:
+    """Yield a path for a file or folder named as `target`, and rename what is there to `target` at
+    the end.
+
+    It lies in a temporary folder beside `target`, and does not exist yet.
+    """
+    folder = temporary_beside(target)
+    created = [path for path in folder.parents if not path.exists()]
+    try:
+        folder.mkdir(parents=True)
+        yield folder / target.name
+        commit(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in created:
+            with contextlib.suppress(OSError):  # the target is in it
+                path.rmdir()
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace a file's text atomically."""
     with atomic_path(target) as temporary:
