@@ -12,7 +12,12 @@ def export(
     run: Annotated[Path, typer.Argument(help="Directory of the run.")],
     format: Annotated[
         str,
-        typer.Option(help="lora-diffusers, lora-kohya (also for ComfyUI) or lora-peft."),
+        typer.Option(
+            help="lora-diffusers, lora-kohya (also for ComfyUI), lora-peft: a LoRA alone; "
+            "diffusers: a pipeline's folder, a LoRA merged; single-file: one file of Stable "
+            "Diffusion's layout; bundle: a folder that sfumato.load opens anywhere; onnx: the "
+            "network with a runner on onnxruntime."
+        ),
     ],
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"],
@@ -23,9 +28,12 @@ def export(
         typer.Option(help="File or folder to write; by default RUN/exports/FORMAT-STEP."),
     ] = None,
     weights: Annotated[
-        Literal["ema", "raw"],
-        typer.Option(help="ema: averaged weights; raw: the last step's."),
-    ] = "ema",
+        Literal["auto", "best", "ema", "raw"],
+        typer.Option(
+            help="ema: averaged weights; raw: the last step's; best: those that the verdict of a "
+            "fine-tuning names; auto: best where there is a verdict, else ema."
+        ),
+    ] = "auto",
 ) -> None:
     """Write what a run has learned for other programs, and compare it with the run; prints the
     path.

@@ -39,8 +39,15 @@ def sample(
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="Directory of the run, by default the newest in runs/; or a model of diffusers, a "
-            "folder or OWNER/NAME on the Hugging Face hub."
+            help="Directory of the run, by default the newest in runs/; a model of diffusers, as a "
+            "folder or OWNER/NAME on the Hugging Face hub; or a single file (see --like)."
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a single .safetensors file: a pipeline's folder of the same family, with its "
+            "configurations and tokenizers."
         ),
     ] = None,
     num: Annotated[
@@ -196,7 +203,9 @@ def sample(
     run = newest_run() if run is None else run
     folder = generated_folder(run)
     with writable(out or folder):
-        pipeline = load(run, weights=parse_weights(weights), precision=precision, variant=variant)
+        pipeline = load(
+            run, weights=parse_weights(weights), precision=precision, variant=variant, like=like
+        )
         for file, factor in loras:
             pipeline = with_lora(pipeline, file, factor, partial=partial)
         if compile:

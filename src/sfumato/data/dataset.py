@@ -91,7 +91,7 @@ class DataConfig:
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     categories: tuple[str, ...] = ()
     caption: str | None = None
-    category: str | None = None
+    category: str | int | None = None
     loss_mask: LossMask = "none"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"

@@ -8,14 +8,15 @@ from sfumato.data.listing import Listing
 
 
 def fill_missing(
-    listing: Listing, *, caption: str | None = None, category: str | None = None
+    listing: Listing, *, caption: str | None = None, category: str | int | None = None
 ) -> Listing:
     """Return a listing whose images without a caption or a category have these.
 
     What an image has of its own is left as it is, and so is the listing if both are None or blank.
     Remarks say how many images got one.
     """
-    text, name = (caption or "").strip(), (category or "").strip()
+    text = (caption or "").strip()
+    name = "" if category is None else str(category).strip()
     if not text and not name:
         return listing
     entries, remarks = list(listing.entries), list(listing.remarks)

@@ -68,7 +68,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
         CheckpointError: for a folder that is not whole.
         ConfigError: for a class or a setting that is not supported.
     """
-    index = _json(folder / PIPELINE)
+    index = read_json(folder / PIPELINE)
     refuse_code(index, OPTIONAL, where=str(folder / PIPELINE))
     part = next((name for name in NETWORKS if _class(index, name)), None)
     if part is None:
@@ -80,10 +80,10 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
     architecture, pipeline = _class(index, part), str(index.get("_class_name"))
     family, call = require_family(architecture), pipeline_call(pipeline)
     _require_read(index, part, folder)
-    settings = _json(folder / part / CONFIG)
+    settings = read_json(folder / part / CONFIG)
     family.require_supported({"_class_name": architecture, **settings})
     scheduler = read_scheduler(
-        _json(folder / SCHEDULER),
+        read_json(folder / SCHEDULER),
         where=str(folder / SCHEDULER),
         even_times=call.even_times,
         unsupported=call.unsupported,
@@ -213,7 +213,12 @@ def _side(settings: Mapping[str, Any], usual: int) -> tuple[int, bool]:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -91,6 +91,12 @@ RULES: dict[str, Literal["karras", "exponential", "beta"]] = {
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
+# spacings of the same name that have other levels in diffusers than here: (class, spacing)
+OTHER_LEVELS = (
+    ("DDPMScheduler", "linspace"),
+    ("DDIMScheduler", "linspace"),
+    ("DPMSolverMultistepScheduler", "leading"),
+)
 # keys that would change the path of the levels, and the values that do not
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_lu_lambdas": (False, None),
@@ -267,6 +273,11 @@ def _table(name: str, config: Mapping[str, Any], where: str) -> ReadScheduler:
     ruled = any(config.get(key) for key in RULES)
     if ruled and name in WHOLE_TABLE:
         remarks.append(ROUNDED)
+    if (name, _spacing_name(name, config)) in OTHER_LEVELS and not ruled:
+        remarks.append(
+            f"timestep_spacing={_spacing_name(name, config)} has other levels in diffusers' {name} "
+            "than here, so that its images differ"
+        )
     clip = name in CLIPPING and bool(config.get("clip_sample", True))
     if clip and float(config.get("clip_sample_range", 1.0)) != 1:
         raise ConfigError(
@@ -329,8 +340,12 @@ def _tabulated(betas: torch.Tensor) -> Tabulated:
     return Tabulated(alphas=tuple(bars.sqrt().tolist()), sigmas=tuple((1 - bars).sqrt().tolist()))
 
 
+def _spacing_name(name: str, config: Mapping[str, Any]) -> str:
+    return str(config.get("timestep_spacing", "linspace" if name in LINSPACE else "leading"))
+
+
 def _spacing(name: str, config: Mapping[str, Any], size: int) -> Spacing:
-    spacing = config.get("timestep_spacing", "linspace" if name in LINSPACE else "leading")
+    spacing = _spacing_name(name, config)
     if spacing == "trailing":
         return Even()
     if spacing == "linspace":

@@ -68,6 +68,20 @@ def load_weights(model: nn.Module, folder: Path, *, variant: str = "") -> None:
     model.load_state_dict(loaded, assign=True)
 
 
+def read_weights(folder: Path, *, variant: str = "") -> dict[str, Tensor]:
+    """Read the tensors of a folder in diffusers' layout, in the precision that they are stored in.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder, variant=variant):
+        with _opened(file) as content:
+            names: list[str] = content.keys()
+            tensors |= {name: content.get_tensor(name) for name in names}
+    return tensors
+
+
 def _require_fitting(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> None:
     if tensor.shape != expected.shape:
         raise CheckpointError(

@@ -41,7 +41,7 @@ def with_absolute_paths(run: Run) -> Run:
     They then mean the same in every folder.
     """
     plain = configuration.plain(run)
-    for _, holder, name in _paths(plain):
+    for _, holder, name in path_entries(plain):
         if os.path.exists(holder[name]):
             holder[name] = os.path.abspath(holder[name])
     return configuration.parse(Run, plain, where=run.name)
@@ -52,7 +52,7 @@ def paths_relative_to_run(run: Run, directory: Path) -> dict[str, str]:
 
     data.json keeps them, for when both are moved together.
     """
-    local = ((key, holder[name]) for key, holder, name in _paths(configuration.plain(run)))
+    local = ((key, holder[name]) for key, holder, name in path_entries(configuration.plain(run)))
     return {key: os.path.relpath(path, directory) for key, path in local if os.path.exists(path)}
 
 
@@ -63,7 +63,7 @@ def relocate_paths(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
     changed in place and returned.
     """
     relative = _relative_paths(directory)
-    for key, holder, name in _paths(plain):
+    for key, holder, name in path_entries(plain):
         if not os.path.exists(holder[name]):
             near = next(
                 (
@@ -77,7 +77,7 @@ def relocate_paths(plain: dict[str, Any], directory: Path) -> dict[str, Any]:
     return plain
 
 
-def _paths(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def path_entries(plain: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield (key, mapping that holds it, name there) of every path that may be on this machine."""
     for key in KEYS:
         *parents, name = key.split(".")

@@ -152,10 +152,12 @@ def _choose_preset(
         for name, legal in SETTLED.items()
         if isinstance(data.get(name), int) and data[name] in legal
     }
-    labels = {
-        name: data[name] for name in ("caption", "category") if isinstance(data.get(name), str)
-    }
-    listing = fill_missing(listing, **labels)
+    caption, category = data.get("caption"), data.get("category")
+    listing = fill_missing(
+        listing,
+        caption=caption if isinstance(caption, str) else None,
+        category=category if isinstance(category, str | int) else None,
+    )
     if data.get("frames") in ("all", "max"):
         listing = expand_frames(listing, data["frames"])
     chosen = partial(choose, str(source), listing, resolution=_sides(data), **known)

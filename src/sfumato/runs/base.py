@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -84,6 +85,17 @@ def read_base(path: str | Path) -> Base:
         if not name.startswith("auxiliary.")
     }
     return Base(run=run, info=info, tensors=tensors)
+
+
+def base_loader(run: Run, base: Base | None = None) -> Callable[[Model], None]:
+    """Return what loads the base of a run into a model; it does nothing for a run without one.
+
+    Args:
+        base: of the run, if it was read already.
+    """
+    if not run.base:
+        return lambda model: None
+    return partial(load_base, base=base or read_base(run.base))
 
 
 def load_base(model: nn.Module, base: Base) -> None:

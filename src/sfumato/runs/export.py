@@ -12,6 +12,7 @@ import torch
 
 from sfumato.adapters import adapted_layers
 from sfumato.errors import ConfigError, OutputError, closest
+from sfumato.interop.model_card import write_card
 from sfumato.interop.trained_model import Exporter, TrainedModel
 from sfumato.observability.progress import console
 from sfumato.recipes.resolver import resolve
@@ -20,6 +21,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.atomic import atomic_output
 from sfumato.storage.output_paths import require_writable
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.verdict import Verdict
 
 FOLDER = "exports"  # of a run
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,12 +36,14 @@ class Format:
         function: in the module, an `Exporter`.
         suffix: of the file; "" for a folder.
         of_lora: whether it holds a LoRA alone, without its base.
+        how_to_run: lines of Python for its model card; "" if the function writes the card itself.
     """
 
     module: str
     function: str
     suffix: str = ""
     of_lora: bool = False
+    how_to_run: str = ""
 
     def exporter(self) -> Exporter:
         """Import the function that writes it."""
@@ -47,10 +51,30 @@ class Format:
         return found
 
 
+LORA_IN_DIFFUSERS = """from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
+pipeline.load_lora_weights("PATH OF THIS LORA")"""
+LORA_IN_PEFT = """from diffusers import DiffusionPipeline
+from peft import PeftModel
+pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
+pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "FOLDER OF THIS LORA")"""
+
 FORMATS: Mapping[str, Format] = {
-    "lora-diffusers": Format("lora_export", "lora_diffusers", of_lora=True),
-    "lora-kohya": Format("lora_export", "lora_kohya", suffix=".safetensors", of_lora=True),
-    "lora-peft": Format("lora_export", "lora_peft", of_lora=True),
+    "lora-diffusers": Format(
+        "lora_export", "lora_diffusers", of_lora=True, how_to_run=LORA_IN_DIFFUSERS
+    ),
+    "lora-kohya": Format(
+        "lora_export",
+        "lora_kohya",
+        suffix=".safetensors",
+        of_lora=True,
+        how_to_run=LORA_IN_DIFFUSERS,
+    ),
+    "lora-peft": Format("lora_export", "lora_peft", of_lora=True, how_to_run=LORA_IN_PEFT),
+    "diffusers": Format("diffusers_export", "write_diffusers"),
+    "single-file": Format("single_file", "write_single_file", suffix=".safetensors"),
+    "bundle": Format("bundle", "write_bundle"),
+    "onnx": Format("onnx_export", "write_onnx"),
 }
 
 
@@ -60,7 +84,7 @@ def export(
     out: str | Path | None = None,
     dtype: str = "float32",
     *,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: Literal["auto", "best", "ema", "raw"] = "auto",
 ) -> Path:
     """Write a run's model for other programs; return the path of what was written.
 
@@ -71,7 +95,8 @@ def export(
         format: a key of `FORMATS`.
         out: a path that does not exist yet; by default RUN/exports/FORMAT-STEP.
         dtype: float32, float16 or bfloat16.
-        weights: `ema`, the averaged ones, or `raw`, those of the last step.
+        weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those that the
+            verdict of a fine-tuning names; `auto`, `best` where there is a verdict, else `ema`.
     Raises:
         ConfigError: for an unknown format or precision, or a model that cannot be written so.
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
@@ -81,7 +106,7 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}", where="export", hint=f"one of {', '.join(DTYPES)}")
     directory = RunDirectory.existing(Path(run))
-    step = int(checkpoint.read_newest(directory.checkpoints)[0].state["counters"]["step"])
+    step = _step(directory, weights)
     target = Path(out) if out is not None else default_path(directory.path, format, step)
     if target.exists():
         raise OutputError(
@@ -101,6 +126,8 @@ def export(
     try:
         with atomic_output(target) as path:
             lines = chosen.exporter()(trained, path, DTYPES[dtype])
+            if chosen.how_to_run:
+                _write_card(trained, path, chosen)
     except OSError as error:
         raise OutputError(
             f"could not be written: {error.strerror or error}",
@@ -117,7 +144,26 @@ def default_path(run: Path, format: str, step: int) -> Path:
     return run / FOLDER / f"{format}-{step}{_format(format).suffix}"
 
 
-def trained_model(run: Path, *, weights: Literal["ema", "raw"], step: int) -> TrainedModel:
+def _write_card(trained: TrainedModel, path: Path, chosen: Format) -> None:
+    """Write the model card into a folder, or beside a file."""
+    if path.is_dir():
+        write_card(trained, path, chosen.how_to_run)
+    else:
+        names = {"name": f"{path.stem}.md", "samples": f"{path.stem}.png"}
+        write_card(trained, path.parent, chosen.how_to_run, **names)
+
+
+def _step(directory: RunDirectory, weights: str) -> int:
+    """Return the step that weights of this name are from."""
+    chosen = Verdict.read(directory.verdict).chosen
+    if weights in ("auto", "best") and chosen is not None:
+        return chosen.step
+    return int(checkpoint.read_newest(directory.checkpoints)[0].state["counters"]["step"])
+
+
+def trained_model(
+    run: Path, *, weights: Literal["auto", "best", "ema", "raw"], step: int
+) -> TrainedModel:
     """Load a run's model for an export: on the CPU, in float32."""
     pipeline = load(run, weights=weights)
     return TrainedModel(

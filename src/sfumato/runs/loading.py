@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ from sfumato.errors import CheckpointError, ConfigError, RunError
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
-from sfumato.interop.diffusers_folder import read_folder
 from sfumato.interop.hub import is_model_name, local_model
+from sfumato.interop.opening import open_folder
+from sfumato.interop.single_file_reader import read_single_file
 from sfumato.observability.progress import console
+from sfumato.recipes.model import build_model
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
-from sfumato.runs.base import read_base, require_base
-from sfumato.runs.preparation import build_model, open_data
+from sfumato.runs.base import base_loader, require_base
+from sfumato.runs.preparation import open_data
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.storage.weight_files import refuse_pickle
@@ -37,13 +40,15 @@ WEIGHT_FILES = {"ema": "ema", "raw": "model"}  # weights -> the file of a checkp
 def generated_folder(path: Path) -> Path:
     """Return the folder for the images of a model: inside a run, else in the working directory.
 
-    A model folder of another program is never written to.
+    A model folder of another program is never written to, nor is that of a single file.
 
     Raises:
         RunError: if it is neither.
         CheckpointError: for a pickle, which can run code.
     """
     refuse_pickle(path)
+    if path.is_file():
+        return Path("generated") / path.stem
     if is_pipeline_folder(path) or is_model_name(path):
         return Path("generated") / path.resolve().name
     return RunDirectory.existing(path).path / "generated"
@@ -132,6 +137,10 @@ def _weights(
             hint="`auto`, `best` (those that the verdict of a fine-tuning names), `ema` (the "
             "averaged ones of the last step), `raw`, or the width of an average such as 0.1",
         )
+    if WEIGHT_FILES[weights] not in loaded.tensors:
+        raise ConfigError(
+            f"has no {weights} weights", where=str(directory.path), hint="a bundle has ema alone"
+        )
     return loaded.tensors[WEIGHT_FILES[weights]]
 
 
@@ -161,8 +170,7 @@ def _rebuild(
         model = build_model(settings.from_scratch(), info, directory.path)
         return _for_sampling(model), checkpoint.load_frozen(loaded.path, loaded.state)
     require_base(settings)
-    base = read_base(settings.base) if settings.base else None
-    model = build_model(settings, info, directory.path, base=base)
+    model = build_model(settings, info, directory.path, load_base=base_loader(settings))
     frozen = frozen_tensors(model)
     if not settings.has_base:
         frozen = checkpoint.load_frozen(loaded.path, loaded.state)
@@ -180,8 +188,10 @@ def load(
     weights: Weights = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     variant: str = "",
+    like: str | Path | None = None,
 ) -> Pipeline:
-    """Load the pipeline of a run's newest whole checkpoint, or of a model of diffusers.
+    """Load the pipeline of a run's newest whole checkpoint, of a model of diffusers, or of a single
+    file of Stable Diffusion's layout.
 
     Newer checkpoints that are damaged cause a warning, and are left as they are.
 
@@ -194,6 +204,8 @@ def load(
             reconstruct it from (`post_hoc_ema.widths`).
         precision: precision inside the network.
         variant: which weights of a model folder, where it has several: "fp16" for *.fp16.safetensors.
+        like: for a single file, a pipeline's folder of the same family, of which configurations,
+            tokenizers and parts that the file lacks are used.
     Raises:
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
         ConfigError: for unknown weights or an unknown precision, or a part of a diffusers model
@@ -203,7 +215,17 @@ def load(
         raise ConfigError(
             f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}"
         )
-    folder = local_model(path, variant=variant)
+    folder = (
+        local_model(path, variant=variant)
+        if like is None
+        else _convert_file(Path(path), Path(like))
+    )
+    if folder.is_file():
+        raise ConfigError(
+            "is a single file, which lacks its configuration",
+            where=str(path),
+            hint="name a pipeline's folder of the same family: --like FOLDER, or like=FOLDER",
+        )
     if is_pipeline_folder(folder):
         return _load_folder(folder, weights=weights, precision=precision, variant=variant)
     if variant:
@@ -222,12 +244,40 @@ def load(
     model, frozen = _rebuild(settings, info, directory, loaded)
     _load_weights(model, _weights(weights, loaded, directory), frozen)
     channels, height, width = loaded.state["image_shape"]
-    return Pipeline(
-        model=model.to(default_device()),
-        autoencoder=settings.autoencoder.load(directory.path, channels).to(default_device()),
+    pipeline = Pipeline(
+        model=model,
+        autoencoder=settings.autoencoder.load(directory.path, channels),
         sampling=settings.sampling,
         info=info,
         image_shape=(channels, height, width),
+    )
+    return _placed(pipeline, precision)
+
+
+def _convert_file(path: Path, like: Path) -> Path:
+    """Return the folder of a single file, and print what was taken from where.
+
+    Raises:
+        ConfigError: if it is not a file.
+    """
+    if path.is_dir():
+        raise ConfigError(
+            "is a folder, and `like` is for single files",
+            where=str(path),
+            hint="leave --like out",
+        )
+    converted = read_single_file(path, like)
+    for note in converted.notes:
+        console().print(f"note: {note}", markup=False)
+    return converted.folder
+
+
+def _placed(pipeline: Pipeline, precision: Literal["float32", "bfloat16"]) -> Pipeline:
+    """Return a pipeline on the default device."""
+    return replace(
+        pipeline,
+        model=pipeline.model.to(default_device()),
+        autoencoder=pipeline.autoencoder.to(default_device()),
         compute_dtype=DTYPES[precision],
     )
 
@@ -246,16 +296,7 @@ def _load_folder(
             where=str(folder),
             hint="leave it out: a model folder of diffusers holds one set of weights",
         )
-    content = read_folder(folder, variant=variant)
+    pipeline, content = open_folder(folder, variant=variant)
     for remark in content.remarks:
         console().print(f"note: {remark}", markup=False)
-    run = content.run
-    model = build_model(run, content.info).eval().requires_grad_(False)
-    return Pipeline(
-        model=model.to(default_device()),
-        autoencoder=content.load_autoencoder().to(default_device()),
-        sampling=run.sampling,
-        info=content.info,
-        image_shape=(run.data.channels, run.data.resolution, run.data.resolution),
-        compute_dtype=DTYPES[precision],
-    )
+    return _placed(pipeline, precision)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sfumato.condition import NO_CONTEXT
-from sfumato.conditioners import (
-    ConditioningInfo,
-    PipelineTextConfig,
-    PretrainedTextConfig,
-    TextEncoder,
-)
-from sfumato.data import Dataset, Listing, files, index
+from sfumato.conditioners import ConditioningInfo
+from sfumato.data import Dataset, Listing, index
 from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
 from sfumato.data.ledger import describe_note
-from sfumato.data.text_embedding_cache import EmbeddingStore
 from sfumato.evaluation.extractors import extractor
 from sfumato.generation.diffusion_model import Model
 from sfumato.networks import Backbone
@@ -28,9 +22,11 @@ from sfumato.networks.perceptual import Features
 from sfumato.nn.compiling import require_compiler
 from sfumato.observability.progress import ProgressBar, console
 from sfumato.observability.sinks import require_sinks
+from sfumato.recipes.model import build_model as build_model
+from sfumato.recipes.model import text_encoder as text_encoder
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
-from sfumato.runs.base import Base, inherited_info, load_base, read_base, require_base
+from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
 from sfumato.training.parameters import count, require_trainable
 from sfumato.training.precision import default_device, require
 
@@ -83,7 +79,7 @@ def prepare(
     info = conditioning_info(run, dataset, directory)
     if base is not None:
         info = inherited_info(info, base.info)
-    model = build_model(run, info, directory, base=base)
+    model = build_model(run, info, directory, load_base=base_loader(run, base))
     require_trainable(model)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
@@ -185,31 +181,6 @@ def categories_without_training_images(dataset: Dataset) -> tuple[str, ...]:
     return tuple(
         name for name, count in zip(dataset.categories, counts[1:], strict=True) if not count
     )
-
-
-def build_model(
-    run: Run, info: ConditioningInfo, directory: Path | None = None, *, base: Base | None = None
-) -> Model:
-    """Build the untrained model; its initial weights depend on `run.seed`, the info and the base.
-
-    `directory` is the run's directory, if it has one.
-    """
-    channels = run.autoencoder.latent_shape(run.data.channels, directory).channels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        conditioner = run.conditioner.build(info, encoder=text_encoder)
-        network = run.network.build(image_channels=channels, context=conditioner.sizes)
-        model = Model(network, conditioner, run.denoiser)
-        if base is not None:
-            load_base(model, base)
-        run.adapter.apply(network, conditioner)
-        return model
-
-
-def text_encoder(config: PretrainedTextConfig | PipelineTextConfig) -> TextEncoder:
-    """Build a pretrained text encoder whose embeddings are kept on disk."""
-    encoder = config.text_encoder(files.cache_folder() / "encoders")
-    return replace(encoder, cache=EmbeddingStore(encoder.identity))
 
 
 def with_auxiliary(run: Run, model: Model) -> Model:

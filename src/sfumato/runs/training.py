@@ -16,6 +16,8 @@ from sfumato.recipes.run import Run
 from sfumato.recipes.trigger_words import split_words
 from sfumato.runs.cost import estimate_cost
 from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning_report import FOLDER as REPORT
+from sfumato.runs.finetuning_report import finetuning_report
 from sfumato.runs.plan_check import Machine, findings
 from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
 from sfumato.runs.trainer_assembly import diffusion_trainer
@@ -74,7 +76,12 @@ def finetune(
         RunDirectory.require_free(Path(run))
     settings, lines = finetuning_run(local_model(model), source, overrides)
     console().print("\n".join(lines), markup=False)
-    return train(settings, overrides=overrides, run=run)
+    path = train(settings, overrides=overrides, run=run)
+    report = finetuning_report(path)
+    report.save(path / REPORT)
+    console().print(report.table(), markup=False)
+    console().print(f"report and images: {path / REPORT}", markup=False)
+    return path
 
 
 def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
@@ -83,6 +90,7 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
     What the overrides change is printed.
     """
     directory = RunDirectory.existing(Path(path))
+    directory.require_trainable()
     with directory.locked():
         trainer = _restore_trainer(directory, overrides)
         step = trainer.state.counters.step

@@ -72,13 +72,17 @@ def atomic_output(target: Path) -> Iterator[Path]:
     """Yield a path for a file or folder named as `target`, and rename what is there to `target` at
     the end.
 
-    It lies in a temporary folder beside `target`, and does not exist yet.
+    It lies in a temporary folder beside `target`, and does not exist yet. Files that are written
+    beside it, such as a description, are moved with it.
     """
     folder = temporary_beside(target)
     created = [path for path in folder.parents if not path.exists()]
     try:
         folder.mkdir(parents=True)
         yield folder / target.name
+        for path in folder.iterdir():
+            if path.name != target.name:
+                commit(path, target.with_name(path.name))
         commit(folder / target.name, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

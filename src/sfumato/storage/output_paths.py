@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-from sfumato.errors import RunError
+from sfumato.errors import OutputError, RunError
 
 
 def require_writable(folder: Path, target: Path | None = None, *, option: str = "--out") -> Path:
@@ -37,3 +37,18 @@ def require_writable(folder: Path, target: Path | None = None, *, option: str = 
             hint=f"choose another place with {option}, or change its permissions",
         ) from None
     return folder
+
+
+def require_free(path: Path) -> Path:
+    """Return `path` if there is nothing there yet and it can be created.
+
+    Raises:
+        OutputError: if there is a file or folder of that name.
+        RunError: if its folder cannot be written to.
+    """
+    if path.exists() or path.is_symlink():
+        raise OutputError(
+            "exists already", where=str(path), hint="choose another place with --out, or remove it"
+        )
+    require_writable(path.parent)
+    return path

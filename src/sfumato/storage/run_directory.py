@@ -25,6 +25,7 @@ from sfumato.storage.output_paths import require_writable
 
 HEARTBEAT_S = 5.0
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+BUNDLE = "bundle.json"  # in a run that was exported without its optimizer
 DESCRIPTION_FILES = ("config.yaml", "data.json", "environment.json")
 
 
@@ -40,6 +41,7 @@ class RunDirectory:
         self.averages = path / "averages"
         self.best = path / "best"
         self.verdict = self.best / "verdict.json"
+        self.base_samples = path / "base_samples.safetensors"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self._last_heartbeat = 0.0
@@ -143,6 +145,15 @@ class RunDirectory:
                     "it there",
                 ) from None
             yield
+
+    def require_trainable(self) -> None:
+        """Raise RunError for a bundle, which has no optimizer to continue with."""
+        if (self.path / BUNDLE).is_file():
+            raise RunError(
+                "is a bundle: it has the averaged weights only, so that training cannot continue",
+                where=str(self.path),
+                hint="resume the run that it was exported from",
+            )
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:

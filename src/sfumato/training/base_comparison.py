@@ -65,10 +65,7 @@ class CompareWithBase(Hook):
         self.config, self.known, self.validator, self.schedule = config, known, validator, schedule
         self.sampling, self.autoencoder, self.directory = sampling, autoencoder, directory
         self.info, self.image_shape = info, image_shape
-        repeats = MAX_BASE_SAMPLES // known.count if known.count else 0
-        numbers = list(range(min(known.count, MAX_BASE_SAMPLES))) * max(1, repeats)
-        self.count = len(numbers)
-        self.context = reorder(known.values, numbers)
+        self.context, self.count = known_batch(known)
         self._base_errors: Errors | None = None
         self._known_triples: Triples | None = None
         self._base_prediction: Tensor | None = None
@@ -174,7 +171,7 @@ class CompareWithBase(Hook):
 
         They are sampled once, and kept in the run's directory.
         """
-        path = self.directory.path / "base_samples.safetensors"
+        path = self.directory.base_samples
         if not path.is_file():
             with self.known.base_of(average) as base:
                 images = self.images(cast(Model, base))
@@ -193,6 +190,15 @@ class CompareWithBase(Hook):
         )
         request = ResolvedRequest.of(self.context, self.image_shape, self.count)
         return pipeline.sample_request(request, seed=self.config.seed)
+
+
+def known_batch(known: KnownContexts) -> tuple[dict[str, Any], int]:
+    """Return the contexts of the images that a base makes, and their number."""
+    if not known.count:
+        return {}, 0
+    numbers = list(range(min(known.count, MAX_BASE_SAMPLES)))
+    numbers *= max(1, MAX_BASE_SAMPLES // known.count)
+    return reorder(known.values, numbers), len(numbers)
 
 
 def _squared(values: Tensor) -> Tensor:

@@ -154,5 +154,12 @@ def difference(first: Errors, second: Errors, triples: Triples) -> dict[str, Any
     numbers = [number for number in range(len(triples.edges) - 1) if (triples.bin == number).any()]
     return {
         **interval(values),
-        "bins": [interval(values[triples.bin == number]) for number in numbers],
+        "bins": [
+            {
+                "logsnr_low": float(triples.edges[number]),
+                "logsnr_high": float(triples.edges[number + 1]),
+                **interval(values[triples.bin == number]),
+            }
+            for number in numbers
+        ],
     }

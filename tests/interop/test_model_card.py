@@ -1,0 +1,112 @@
+"""The card of an exported model: what the run knows, and an honest "not measured" for the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from sfumato.adapters import LoRA
+from sfumato.interop.model_card import write_card
+from sfumato.interop.trained_model import TrainedModel
+from sfumato.recipes.builtin import recipe
+from tests.helpers.pipelines import tiny_pipeline
+
+FIGURES = {
+    "extractor": "random features",
+    "reference": 30,
+    "training": 36,
+    "classifier_accuracy": 0.9,
+    "remarks": ["the distance is rough"],
+    "rows": [
+        {
+            "name": "held out", "n": 12, "category_accuracy": 0.9, "interval": [0.6, 0.99],
+            "frechet": None, "frechet_n": 12, "nearest": 3.25, "copies": 0.0,
+            "copies_interval": [0.0, 0.2],
+        },
+        {
+            "name": "guidance 2", "n": 50, "category_accuracy": 0.5, "interval": [0.37, 0.63],
+            "frechet": 7.891, "frechet_n": 48, "nearest": 2.5, "copies": 0.04,
+            "copies_interval": [0.01, 0.13],
+        },
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> TrainedModel:
+    run = replace(recipe("digits"), name="numbers", adapter=LoRA(rank=3))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "out").mkdir()
+    pipeline = tiny_pipeline("category")
+    return TrainedModel(pipeline=pipeline, run=run, directory=tmp_path / "run", step=50)
+
+
+def card(model: TrainedModel) -> str:
+    write_card(model, model.directory.parent / "out", "sfumato sample FOLDER")
+    return (model.directory.parent / "out" / "README.md").read_text()
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_what_was_not_measured_is_called_so(model: TrainedModel) -> None:
+    text = card(model)
+    for title in ("Evaluation", "Memorization", "Limits"):
+        assert "not measured" in section(text, title)
+    assert section(text, "Training data").strip() == "- number of images: unknown"
+    assert "The run has drawn no samples." in text
+    assert not (model.directory.parent / "out" / "samples.png").exists()
+    assert "sfumato sample FOLDER" in section(text, "How to run it")
+
+
+def test_figures_of_the_run_are_given_with_their_n_and_interval(model: TrainedModel) -> None:
+    (model.directory / "evaluation").mkdir()
+    (model.directory / "evaluation" / "evaluation.json").write_text(json.dumps(FIGURES))
+    record = {
+        "images": 40, "training": 36, "holdout": 4, "captioned": 0, "categories": {"a": 1, "b": 2},
+        "attribution": "CC BY-SA 4.0", "notes": {"duplicate": ["x", "y"]},
+    }  # fmt: skip
+    (model.directory / "data.json").write_text(json.dumps(record))
+    text = card(model)
+    evaluation = section(text, "Evaluation")
+    assert "| held out | 12 | not measured | 12 | 90.0% [60.0%, 99.0%] |" in evaluation
+    assert "| guidance 2 | 50 | 7.89 | 48 | 50.0% [37.0%, 63.0%] |" in evaluation
+    assert "random features; reference: 30 training images" in evaluation
+    assert "the distance is rough" in evaluation
+    copies = "guidance 2: 4.0% [1.0%, 13.0%] of 50 are copies of one of 36 training images"
+    assert copies in section(text, "Memorization")
+    data = section(text, "Training data")
+    assert "images: 40, of which 36 for training and 4 held out" in data
+    assert "license of the images: CC BY-SA 4.0" in data
+    assert "among them: 2 duplicates" in data
+    training = section(text, "Training")
+    batch = model.run.batch_size
+    assert f"steps: 50 of {batch} images, each image seen {50 * batch / 36:.1f} times" in training
+    assert "LoRA of rank 3" in training
+    assert "learning rate: 0.002" in training
+
+
+def test_the_newest_samples_of_the_run_are_shown(model: TrainedModel) -> None:
+    for step, colour in ((10, "red"), (50, "blue")):
+        folder = model.directory / "samples" / f"step-{step:09d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4), colour).save(folder / "grid.png")
+    assert "![Samples of the run at step 50](samples.png)" in card(model)
+    shown = Image.open(model.directory.parent / "out" / "samples.png")
+    assert shown.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_hubs_can_read_its_head(model: TrainedModel) -> None:
+    name = 'no: "name" # here'
+    text = card(replace(model, run=replace(model.run, name=name)))
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "unknown"
+    assert head["library_name"] == "sfumato"
+    assert head["tags"] == ["diffusion", "sfumato", "lora"]
+    assert f"# {name}" in text
