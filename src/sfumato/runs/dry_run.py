@@ -4,17 +4,19 @@ cost on this machine, and whether training would be long enough.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
 from sfumato.data import Dataset
+from sfumato.interop.hub import local_model
 from sfumato.observability.progress import duration
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.resolver import Overrides, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.runs.cost import CostEstimate, estimate_cost
+from sfumato.runs.finetuning import finetuning_run
 from sfumato.runs.plan_check import Finding, Machine, findings
 from sfumato.runs.preparation import prepare
 from sfumato.training.parameters import describe
@@ -65,6 +67,8 @@ class TrainingPlan:
     def _verdict(self) -> list[str]:
         if self.findings:
             return [finding.line() for finding in self.findings]
+        if self.run.has_base:
+            return ["verdict: fits this machine; comparisons with the base will say when to stop"]
         return ["verdict: long enough for this set and size on this machine"]
 
     def as_yaml(self) -> str:
@@ -102,8 +106,17 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan
         images=images,
         notes=(*chosen.reasons, *chosen.notes, *dataset_notes),
         stages=tuple(stages),
-        findings=tuple(findings(stages, images=images, machine=Machine.here())),
+        findings=tuple(
+            findings(stages, images=images, machine=Machine.here(), from_scratch=not run.has_base)
+        ),
     )
+
+
+def plan_finetuning(model: str | Path, source: str, *, overrides: Overrides = ()) -> TrainingPlan:
+    """Plan a fine-tuning as `plan` does; see `sfumato.finetune` for the arguments."""
+    run, reasons = finetuning_run(local_model(model), source, overrides)
+    planned = plan(run, overrides=overrides)
+    return replace(planned, notes=(*reasons, *planned.notes))
 
 
 def _dataset_lines(dataset: Dataset, parameters: str) -> list[str]:

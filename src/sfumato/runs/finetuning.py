@@ -148,13 +148,15 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
             samples=min(128, 8 * count), every_steps=max(1, steps // LOOKS)
         ),
     )
+    held_out = max(count // 10, min(25, count // 5))
+    views = round(steps * batch_size / max(1, count - held_out))
     reasons = [
         f"{count} images, {captioned} with a caption",
         *_conversion(listing, data.channels),
         f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, constant: the base stays as "
         "it is (adapter.kind=none trains all weights)",
-        f"{steps} steps of {batch_size}: each image is seen {steps * batch_size // count} times, "
-        f"and the model is compared with its base {LOOKS} times",
+        f"{steps} steps of {batch_size}: each image is seen about {views} times, and the model is "
+        f"compared with its base {LOOKS} times",
         "preservation: what the base predicts for other contexts is kept (preservation=null "
         "does not)"
         if small

@@ -56,13 +56,19 @@ class Machine:
         return cls(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)
 
 
-def findings(stages: Sequence[CostEstimate], *, images: int, machine: Machine) -> list[Finding]:
+def findings(
+    stages: Sequence[CostEstimate], *, images: int, machine: Machine, from_scratch: bool = True
+) -> list[Finding]:
     """Return the problems of a plan, the most serious first; [] if it is long enough and fits.
 
     Args:
         stages: the cost estimates, the diffusion model's last.
         images: number of training images.
+        from_scratch: whether the model begins with random weights; how long a fine-tuning takes is
+            said by its comparisons with the base.
     """
+    if not from_scratch:
+        return _resource_findings(stages, machine)
     *autoencoders, model = stages
     problems = [
         *_resource_findings(stages, machine),

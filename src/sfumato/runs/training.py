@@ -133,7 +133,13 @@ def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
 def _cost_lines(prepared: PreparedRun) -> list[str]:
     stages, images = estimate_cost(prepared), len(prepared.dataset.training)
     verdict = [
-        finding.line() for finding in findings(stages, images=images, machine=Machine.here())
+        finding.line()
+        for finding in findings(
+            stages,
+            images=images,
+            machine=Machine.here(),
+            from_scratch=not prepared.run.has_base,
+        )
     ]
     return [*(line for stage in stages for line in stage.lines()), *verdict]
 
