@@ -14,6 +14,7 @@ from sfumato.adapters import LoRA
 from sfumato.interop.model_card import write_card
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.recipes.builtin import recipe
+from sfumato.training.verdict import Look, Verdict
 from tests.helpers.pipelines import tiny_pipeline
 
 FIGURES = {
@@ -90,6 +91,15 @@ def test_figures_of_the_run_are_given_with_their_n_and_interval(model: TrainedMo
     assert f"steps: 50 of {batch} images, each image seen {50 * batch / 36:.1f} times" in training
     assert "LoRA of rank 3" in training
     assert "learning rate: 0.002" in training
+
+
+def test_a_fine_tuned_model_is_compared_with_its_base(model: TrainedModel) -> None:
+    assert "Compared with its base" not in card(model)
+    look = Look(step=40, gain=0.25, gain_low=0.2, gain_high=0.3, drift=0.047)
+    Verdict().after(look).write(model.directory / "best" / "verdict.json")
+    text = section(card(model), "Compared with its base")
+    assert "25.0% below the base's, 95 % interval [20.0%, 30.0%]" in text
+    assert "over the base's own error there: 4.7%" in text
 
 
 def test_the_newest_samples_of_the_run_are_shown(model: TrainedModel) -> None:

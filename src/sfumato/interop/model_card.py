@@ -18,6 +18,7 @@ from sfumato.sampling import sampler_name
 
 NAME, SAMPLES = "README.md", "samples.png"
 EVALUATION = "evaluation/evaluation.json"  # in a run's directory
+VERDICT = "best/verdict.json"
 UNKNOWN = "unknown"
 NOT_MEASURED = "not measured"
 
@@ -52,6 +53,7 @@ def write_card(
         f"## How to run it\n\n```\n{how_to_run.strip()}\n```",
         "## Training data\n\n" + _list(_data(model)),
         "## Training\n\n" + _list(_training(model)),
+        *_compared_with_base(model.directory),
         "## Evaluation\n\n" + _evaluation(model.directory),
         "## Memorization\n\n" + _memorization(model.directory),
         "## Limits\n\n" + _list(_limits(model)),
@@ -142,6 +144,22 @@ def _training(model: TrainedModel) -> list[str]:
         f"sampling by default: {sampler_name(sampling.sampler)}, {sampling.steps} steps, guidance "
         f"{sampling.guidance:g}",
     ]
+
+
+def _compared_with_base(directory: Path) -> list[str]:
+    """Return the section on gain and drift of a fine-tuning; [] for other runs."""
+    chosen = _record(directory, VERDICT).get("chosen")
+    if not isinstance(chosen, dict):
+        return []
+    gain, low, high = (chosen[name] for name in ("gain", "gain_low", "gain_high"))
+    drift = chosen["drift"]
+    lines = [
+        f"error on held-out new images (squared noise): {gain:.1%} below the base's, 95 % interval "
+        f"[{low:.1%}, {high:.1%}]",
+        "change of what the base knew, over the base's own error there: "
+        + (NOT_MEASURED if drift is None else f"{drift:.1%}"),
+    ]
+    return ["## Compared with its base\n\n" + _list(lines)]
 
 
 def _kind(value: object) -> str:
