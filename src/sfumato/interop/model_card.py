@@ -18,7 +18,7 @@ from sfumato.sampling import sampler_name
 
 NAME, SAMPLES = "README.md", "samples.png"
 EVALUATION = "evaluation/evaluation.json"  # in a run's directory
-VERDICT = "best/verdict.json"
+VERDICT, REPORT = "best/verdict.json", "finetuning/report.json"
 UNKNOWN = "unknown"
 NOT_MEASURED = "not measured"
 
@@ -202,6 +202,12 @@ def _interval(bounds: tuple[float, float]) -> str:
 def _memorization(directory: Path) -> str:
     figures = _record(directory, EVALUATION)
     rows = figures.get("rows") or []
+    report = _record(directory, REPORT)
+    if not rows and report:
+        return (
+            f"{report['copies']:.1%} of {report['samples']} samples are far closer to one training "
+            "image than to any other, by distance in pixels."
+        )
     if not rows:
         return f"Copies of training images: {NOT_MEASURED}."
     lines = [
@@ -220,7 +226,7 @@ def _limits(model: TrainedModel) -> list[str]:
         "It knows what its training images show, with their gaps and biases; these were "
         f"{NOT_MEASURED}.",
     ]
-    if base_of(model.run) is not None:
+    if base_of(model.run) is not None and not _compared_with_base(model.directory):
         limits.append(f"What it has forgotten of its base was {NOT_MEASURED} here.")
     return limits
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.condition import reorder
-from sfumato.data import Dataset, to_float
+from sfumato.data import Dataset, index, to_float
 from sfumato.errors import RunError
 from sfumato.evaluation.memorization import nearest
 from sfumato.generation.pipeline import Pipeline
@@ -26,7 +26,6 @@ from sfumato.observability.tables import format_table
 from sfumato.recipes.resolver import resolve
 from sfumato.runs.base import known_contexts
 from sfumato.runs.loading import load
-from sfumato.runs.preparation import open_data
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import known_batch
 from sfumato.training.verdict import DRIFT_LIMIT, Verdict
@@ -153,7 +152,7 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
             hint="only runs of `sfumato finetune` are, at every validation",
         )
     run, pipeline = resolve(directory.path), load(path)
-    dataset = open_data(run)
+    dataset = index(run.data, annotations=run.conditioner.names)
     known = known_contexts(run, pipeline.model, pipeline.info, dataset)
     context, count = known_batch(known)
     training = dataset.with_common_shape(dataset.training)
