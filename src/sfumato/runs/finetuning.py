@@ -150,23 +150,26 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
     )
     held_out = max(count // 10, min(25, count // 5))
     views = round(steps * batch_size / max(1, count - held_out))
-    reasons = [
-        f"{count} images, {captioned} with a caption",
-        *_conversion(listing, data.channels),
-        f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, constant: the base stays as "
-        "it is (adapter.kind=none trains all weights)",
-        f"{steps} steps of {batch_size}: each image is seen about {views} times, and the model is "
-        f"compared with its base {LOOKS} times",
-        "preservation: what the base predicts for other contexts is kept (preservation=null "
-        "does not)"
+    choices = {
+        "adapter optimizer": f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, "
+        "constant: the base stays as it is (adapter.kind=none trains all weights)",
+        "budget batch_size": f"{steps} steps of {batch_size}: each image is seen about {views} "
+        f"times, and the model is compared with its base {LOOKS} times",
+        "preservation": "preservation: what the base predicts for other contexts is kept "
+        "(preservation=null does not)"
         if small
         else f"no preservation, since there are more than {SMALL_SET} images "
         "(preservation.weight=1 keeps what the base knows)",
-        *(
-            [f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"]
-            if captioned
-            else []
-        ),
+        "conditioner": f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"
+        if captioned
+        else "",
+    }
+    settings = configuration.with_overrides({}, overrides)
+    reasons = [
+        f"{count} images, {captioned} with a caption",
+        *_conversion(listing, data.channels),
+        # what an override decides was not chosen
+        *(text for keys, text in choices.items() if text and not settings.keys() & keys.split()),
     ]
     return run, [*start.remarks, *(f"chosen: {reason}" for reason in reasons)]
 
