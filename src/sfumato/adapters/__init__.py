@@ -16,13 +16,17 @@ from sfumato.adapters.lora import (
     add_product,
     sharing_tensors,
 )
+from sfumato.adapters.textual_inversion import LearnedTokens, TextualInversion, TokenLearner
 
 __all__ = [
     "Adapter",
     "Addition",
     "BaseOf",
     "Factors",
+    "LearnedTokens",
     "LoRA",
+    "TextualInversion",
+    "TokenLearner",
     "WholeNetwork",
     "adaptable_layers",
     "adapted_layers",

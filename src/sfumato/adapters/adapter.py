@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -47,9 +47,28 @@ class Adapter(Extensible, ABC):
 
     Attributes:
         needs_base: whether the trained weights are of no use without the base.
+        learning_rate: that suits it; None for one that depends on the model.
+        keeps_known: whether the model gives what its base gives for all that the base can read,
+            whatever is learned.
     """
 
     needs_base: ClassVar[bool] = True
+    learning_rate: ClassVar[float | None] = None
+    keeps_known: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """What is trained, in words."""
+
+    def require_data(self, conditioner: nn.Module, captions: Sequence[Sequence[str]]) -> None:
+        """Raise ConfigError if nothing can be learned from the training images.
+
+        Args:
+            conditioner: that `apply` was given.
+            captions: those of each image.
+        """
+        return
 
     @abstractmethod
     def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
@@ -84,6 +103,11 @@ class WholeNetwork(Adapter):
 
     kind: ClassVar[str] = "none"
     needs_base: ClassVar[bool] = False
+
+    @property
+    def described(self) -> str:
+        """What is trained, in words."""
+        return "all weights of the network"
 
     def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
         """Change nothing."""

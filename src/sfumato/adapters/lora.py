@@ -144,6 +144,11 @@ class LoRA(Adapter):
                     hint="write a part of a layer's name, such as attention or to_q",
                 ) from None
 
+    @property
+    def described(self) -> str:
+        """What is trained, in words."""
+        return f"LoRA of rank {self.rank}"
+
     def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
         """Freeze the network and the conditioner, and adapt the network's layers.
 

@@ -16,7 +16,8 @@ def export(
             help="lora-diffusers, lora-kohya (also for ComfyUI), lora-peft: a LoRA alone; "
             "diffusers: a pipeline's folder, a LoRA merged; single-file: one file of Stable "
             "Diffusion's layout; bundle: a folder that sfumato.load opens anywhere; onnx: the "
-            "network with a runner on onnxruntime."
+            "network with a runner on onnxruntime; embedding: the vectors of a textual inversion; "
+            "controlnet: a ControlNet of diffusers."
         ),
     ],
     dtype: Annotated[

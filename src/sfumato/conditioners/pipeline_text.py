@@ -1,35 +1,24 @@
-"""The text encoders of a text-to-image pipeline of diffusers, used as the pipeline uses them (extras
+"""Conditioning on captions by the text encoders of a text-to-image pipeline of diffusers (extras
 `diffusers` and `text`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.adapters import LearnedTokens, TokenLearner
 from sfumato.condition import Condition, ContextSizes
-from sfumato.conditioners.pipeline_parts import load_encoders, require_known
-from sfumato.conditioners.pipeline_prompts import PIPELINES, TextPipeline
+from sfumato.conditioners.pipeline_encoder import NEGATIVE, PipelineTextEncoder
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
 from sfumato.config.bounds import Fraction
-from sfumato.diffusers_library import import_diffusers, quiet
-from sfumato.errors import CheckpointError, ConfigError, closest
-from sfumato.networks.diffusers_weights import only_variant
-
-INDEX = "model_index.json"
-PARTS = ("text_encoder", "tokenizer")  # and those with a number after it
-# before a text that is encoded as one to lead away from, which some pipelines do in another way
-NEGATIVE = "\x00"
-HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+from sfumato.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,161 +56,15 @@ class PipelineTextConfig:
         return PipelineTextEncoder(self, folder)
 
 
-@dataclass
-class PipelineTextEncoder(TextEncoder):
-    """The encoders of a pipeline.
-
-    Attributes:
-        replacements: encoders in the place of those in the folder, by name.
-    """
-
-    replacements: Mapping[str, nn.Module] = field(default_factory=dict)
-
-    @cached_property
-    def place(self) -> str:
-        """The folder of the pipeline."""
-        return str(self.config.path)
-
-    @cached_property
-    def index(self) -> dict[str, Any]:
-        """The content of model_index.json."""
-        path = Path(self.place, INDEX)
-        try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot be read: {error}", where=str(path), hint="download the whole pipeline"
-            ) from None
-        return result
-
-    @cached_property
-    def family(self) -> TextPipeline:
-        """How the pipeline encodes text."""
-        name = str(self.index.get("_class_name"))
-        if name not in PIPELINES:
-            raise ConfigError(
-                f"unsupported pipeline class {name!r}",
-                where=self.place,
-                hint=f"{closest(name, PIPELINES)}supported are {', '.join(PIPELINES)}",
-            )
-        return PIPELINES[name]
-
-    @cached_property
-    def identity(self) -> str:
-        """A hash of the pipeline's class and the files of its encoders and tokenizers."""
-        parts = [str(self.index.get("_class_name")), str(self.family.length), self.config.variant]
-        for folder in sorted(Path(self.place).iterdir()):
-            if folder.is_dir() and folder.name.startswith(PARTS):
-                for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED):
-                    with path.open("rb") as file:
-                        digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    parts.append(f"{folder.name}/{path.name} {digest}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-    @cached_property
-    def null_is_zero(self) -> bool:
-        """Whether the null condition is zeros instead of the empty text."""
-        return bool(self.family.zero_null and self.index.get("force_zeros_for_empty_prompt", True))
-
-    @property
-    def size(self) -> int:
-        """Channels of a token."""
-        return self.empty.tokens.shape[1]
-
-    @cached_property
-    def empty(self) -> TextEmbedding:
-        """The embedding of the text that stands for none."""
-        return self([NEGATIVE + self.family.nothing], torch.device("cpu"))[0]
-
-    @cached_property
-    def capacity(self) -> int:
-        """Maximum number of tokens of an embedding."""
-        return self.family.length or int(self._tokenizer.model_max_length)
-
-    @cached_property
-    def length(self) -> int:
-        """Maximum number of tokens of a text, without those that the pipeline adds."""
-        return self.capacity - self.family.added_tokens(self._pipeline)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return getattr(self._pipeline, self.family.tokenizer)
-
-    @cached_property
-    def _pipeline(self) -> Any:
-        """The pipeline without its network, scheduler and autoencoder."""
-        needed = [name for name, entry in self.index.items() if name.startswith(PARTS) and entry[0]]
-        missing = [name for name in needed if not Path(self.place, name).is_dir()]
-        if missing:
-            raise CheckpointError(
-                f"has no folder {', '.join(missing)}",
-                where=self.place,
-                hint="download the whole pipeline",
-            )
-        require_known(self.index, needed, self.place)
-        diffusers = import_diffusers(
-            "conditioner.text.kind=pipeline", where="conditioner.text", extras="diffusers,text"
-        )
-        others = {
-            name: None
-            for name, entry in self.index.items()
-            if isinstance(entry, list) and name not in needed
-        }
-        name = str(self.index["_class_name"])
-        variant = self._variant(needed)
-        encoders = load_encoders(self.index, needed, self.place, variant=variant)
-        try:
-            with quiet():
-                return getattr(diffusers, name).from_pretrained(
-                    self.place,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    low_cpu_mem_usage=False,
-                    torch_dtype=torch.float32,
-                    variant=variant,
-                    **{**encoders, **others, **self.replacements},
-                )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise CheckpointError(
-                f"cannot be loaded: {' '.join(str(error).split())[:300]}",
-                where=self.place,
-                hint="download the whole pipeline with its safetensors files",
-            ) from None
-
-    def _variant(self, needed: Sequence[str]) -> str | None:
-        """Return the variant of the encoders' weights: the one that is set, or the only one."""
-        folders = [Path(self.place, name) for name in needed if name.startswith(PARTS[0])]
-        found = {only_variant(folder, stem="model") for folder in folders} - {""}
-        return self.config.variant or (found.pop() if len(found) == 1 else None)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the encoders by their names in the pipeline."""
-        names = [name for name in self.index if name.startswith(PARTS[0])]
-        found = {name: getattr(self._pipeline, name) for name in names}
-        return {name: module for name, module in found.items() if module is not None}
-
-    def with_replacements(self, encoders: Mapping[str, nn.Module]) -> PipelineTextEncoder:
-        """Return one that uses other encoders; its embeddings are kept in memory only."""
-        return replace(self, cache={}, replacements={**self.modules(), **encoders})
-
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
-        pipeline, family = self._pipeline.to(device), self.family
-        result: dict[str, TextEmbedding] = {}
-        for mark, encode in (("", family.encode), (NEGATIVE, family.encode_negative)):
-            chosen = [text for text in texts if text.startswith(NEGATIVE) == bool(mark)]
-            if chosen:
-                plain = [text.removeprefix(NEGATIVE) for text in chosen]
-                result |= zip(chosen, encode(pipeline, plain, device), strict=True)
-        return [TextEmbedding(*(part.float().cpu() for part in result[text])) for text in texts]
-
-
-class PipelineTextConditioner(Conditioner):
+class PipelineTextConditioner(Conditioner, TokenLearner):
     """context["text"], B texts -> Condition.tokens (B, length, D), perhaps a vector (B, V), and a
     mask where texts differ in length.
 
     The null condition is what the pipeline uses without a prompt: the empty text, or zeros. The
     encoders are not part of the model's weights: they are loaded from their folder.
+
+    Attributes:
+        learned: new tokens that the encoders read; None for none.
     """
 
     device_marker: Tensor
@@ -231,6 +74,7 @@ class PipelineTextConditioner(Conditioner):
         self.config, self.dropout = config, config.dropout
         self.learns_bytes = True
         self._encoder = (encoder,)  # nn.Module does not register what a tuple holds
+        self.learned: LearnedTokens | None = None
         self.sizes = ContextSizes(
             tokens=encoder.size, vector=len(encoder.empty.vector) if encoder.family.pooled else 0
         )
@@ -241,7 +85,18 @@ class PipelineTextConditioner(Conditioner):
         """Return the encoded texts; a missing context gives `null`."""
         if "text" not in context:
             return self.null(batch_size)
-        return self._condition(self._encoder[0](context["text"], self.device_marker.device))
+        return self._condition(self._embeddings(context["text"]))
+
+    def _embeddings(self, texts: Sequence[str]) -> list[TextEmbedding]:
+        """Return the embeddings of texts; those with learned tokens are never kept."""
+        encoder, device = self._encoder[0], self.device_marker.device
+        if self.learned is None:
+            return encoder(texts, device)
+        new = sorted({text for text in texts if encoder.reads_new(text)})
+        others = [text for text in texts if text not in new]
+        found = dict(zip(others, encoder(others, device), strict=True))
+        found |= zip(new, encoder.encode_new(new, self.learned.vectors(), device), strict=True)
+        return [found[text] for text in texts]
 
     def null(self, batch_size: int) -> Condition:
         """Return the condition of an image without a prompt."""
@@ -281,6 +136,35 @@ class PipelineTextConditioner(Conditioner):
         """Use other encoders in the place of some of the pipeline's."""
         self._encoder = (self._encoder[0].with_replacements(encoders),)
 
+    def word_vectors(self, word: str, count: int) -> dict[str, Tensor]:
+        """Return the vectors of a word's pieces, repeated in turn, (count, D) for each encoder."""
+        return self._encoder[0].word_vectors(word, count)
+
+    def learn_tokens(self, names: Sequence[str], vectors: Mapping[str, Tensor]) -> None:
+        """Let the encoders read tokens whose vectors begin as these, and are trained."""
+        encoder = self._encoder[0]
+        if self.learned is not None:
+            raise ConfigError(
+                f"the model has learned {self.learned.names[0]}, and cannot learn another token",
+                where=names[0],
+                hint="use one embedding at a time",
+            )
+        sizes = {name: (len(names), size) for name, size in encoder.widths().items()}
+        if sizes != {name: tuple(rows.shape) for name, rows in vectors.items()}:
+            raise ConfigError(
+                f"vectors of {_sizes(vectors)} do not fit the text encoders, whose tokens have "
+                f"{', '.join(f'{size} numbers ({name})' for name, size in encoder.widths().items())}",
+                where=names[0],
+                hint="they were learned with another model",
+            )
+        self._encoder = (encoder.with_tokens(names),)
+        learned = LearnedTokens(names, vectors, encoder.digest())
+        self.learned = learned.to(self.device_marker.device)
+
+    def reads_learned(self, text: str) -> bool:
+        """Return whether a text, as far as it is read, has one of the learned tokens."""
+        return self._encoder[0].reads_new(text)
+
     @property
     def length(self) -> int:
         """Maximum number of tokens of a text."""
@@ -305,3 +189,7 @@ class PipelineTextConditioner(Conditioner):
     def unknown_words(self, text: str) -> list[str]:
         """Return no words: the encoders know more than the captions contain."""
         return []
+
+
+def _sizes(vectors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{tuple(rows.shape)} ({name})" for name, rows in vectors.items())

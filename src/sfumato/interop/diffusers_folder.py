@@ -11,8 +11,8 @@ from typing import Any
 
 from sfumato.autoencoders import Autoencoder, Pixels, io
 from sfumato.conditioners import ClassLabelsConfig, ConditioningInfo, PipelineTextConfig
+from sfumato.conditioners.pipeline_encoder import PARTS
 from sfumato.conditioners.pipeline_prompts import PIPELINES
-from sfumato.conditioners.pipeline_text import PARTS
 from sfumato.contexts import ContextConfig
 from sfumato.data import DataConfig
 from sfumato.diffusion import Objective

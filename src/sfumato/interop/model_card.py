@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sfumato.adapters import LoRA
 from sfumato.config import kind_of
 from sfumato.foreign_models import PIPELINE
 from sfumato.interop.base_folder import base_of, license_of
@@ -71,7 +70,7 @@ def front_matter(model: TrainedModel, folder: Path) -> str:
         "library_name": "diffusers" if (folder / PIPELINE).is_file() else "sfumato",
         "pipeline_tag": "text-to-image" if textual else "unconditional-image-generation",
         "tags": ["diffusion", "sfumato", kind_of(type(run.adapter))]
-        if isinstance(run.adapter, LoRA)
+        if run.adapter.needs_base
         else ["diffusion", "sfumato"],
     }
     if base is not None:
@@ -128,15 +127,9 @@ def _data(model: TrainedModel) -> list[str]:
 def _training(model: TrainedModel) -> list[str]:
     run, images = model.run, _record(model.directory, "data.json").get("training")
     views = f", each image seen {model.step * run.batch_size / images:.1f} times" if images else ""
-    adapter = run.adapter
-    trained = (
-        f"LoRA of rank {adapter.rank}"
-        if isinstance(adapter, LoRA)
-        else "all weights of the network"
-    )
     sampling = run.sampling
     return [
-        f"trained: {trained}",
+        f"trained: {run.adapter.described}",
         f"steps: {model.step} of {run.batch_size} images{views}",
         f"learning rate: {run.optimizer.learning_rate:g}",
         f"weights: averaged ({kind_of(type(run.ema))})",

@@ -67,18 +67,25 @@ def open_run(
     )
 
 
-def largest_difference(ours: Pipeline, theirs: Pipeline) -> float:
+def largest_difference(
+    ours: Pipeline, theirs: Pipeline, *, prompt: str = PROMPT, **contexts: Any
+) -> float:
     """Return the largest difference between the images of two pipelines from the same noise.
 
     One image of few steps is made by each, in [0, 1], of the request that the first one reads.
+
+    Args:
+        prompt: of the image, for models that read text.
+        contexts: further arguments of `Pipeline.sample`.
     """
-    asked: dict[str, Any] = {"prompt": PROMPT} if "text" in ours.reads else {}
+    asked: dict[str, Any] = {"prompt": prompt} if "text" in ours.reads else {}
     if "category" in ours.reads:
         asked["category"] = ours.categories[0]
     steps = min(COMPARED_STEPS, ours.sampling.steps)
     height, width = ours.image_shape[1:]
     images = [
-        one.sample(1, seed=0, steps=steps, size=(height, width), **asked) for one in (ours, theirs)
+        one.sample(1, seed=0, steps=steps, size=(height, width), **asked, **contexts)
+        for one in (ours, theirs)
     ]
     return float((images[0] - images[1]).abs().max())
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sfumato.adapters import adapted_layers
+from sfumato.config import kind_of
 from sfumato.errors import ConfigError, OutputError, closest
 from sfumato.interop.model_card import write_card
 from sfumato.interop.trained_model import Exporter, TrainedModel
@@ -35,14 +35,14 @@ class Format:
         module: in sfumato.interop, imported when it is needed.
         function: in the module, an `Exporter`.
         suffix: of the file; "" for a folder.
-        of_lora: whether it holds a LoRA alone, without its base.
+        kinds: of adapters whose runs it can hold; () for all.
         how_to_run: lines of Python for its model card; "" if the function writes the card itself.
     """
 
     module: str
     function: str
     suffix: str = ""
-    of_lora: bool = False
+    kinds: tuple[str, ...] = ()
     how_to_run: str = ""
 
     def exporter(self) -> Exporter:
@@ -51,6 +51,7 @@ class Format:
         return found
 
 
+MERGED = ("none", "lora")  # whose changes are in the network's own weights
 LORA_IN_DIFFUSERS = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
 pipeline.load_lora_weights("PATH OF THIS LORA")"""
@@ -58,23 +59,41 @@ LORA_IN_PEFT = """from diffusers import DiffusionPipeline
 from peft import PeftModel
 pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
 pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "FOLDER OF THIS LORA")"""
+EMBEDDING_IN_DIFFUSERS = """from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
+for part, vectors in load_file("PATH OF THIS FILE").items():
+    second = "_2" if part == "clip_g" else ""
+    pipeline.load_textual_inversion(
+        vectors,
+        token="THE TOKEN",
+        text_encoder=getattr(pipeline, f"text_encoder{second}"),
+        tokenizer=getattr(pipeline, f"tokenizer{second}"),
+    )"""
 
 FORMATS: Mapping[str, Format] = {
     "lora-diffusers": Format(
-        "lora_export", "lora_diffusers", of_lora=True, how_to_run=LORA_IN_DIFFUSERS
+        "lora_export", "lora_diffusers", kinds=("lora",), how_to_run=LORA_IN_DIFFUSERS
     ),
     "lora-kohya": Format(
         "lora_export",
         "lora_kohya",
         suffix=".safetensors",
-        of_lora=True,
+        kinds=("lora",),
         how_to_run=LORA_IN_DIFFUSERS,
     ),
-    "lora-peft": Format("lora_export", "lora_peft", of_lora=True, how_to_run=LORA_IN_PEFT),
-    "diffusers": Format("diffusers_export", "write_diffusers"),
-    "single-file": Format("single_file", "write_single_file", suffix=".safetensors"),
+    "lora-peft": Format("lora_export", "lora_peft", kinds=("lora",), how_to_run=LORA_IN_PEFT),
+    "diffusers": Format("diffusers_export", "write_diffusers", kinds=MERGED),
+    "single-file": Format("single_file", "write_single_file", suffix=".safetensors", kinds=MERGED),
     "bundle": Format("bundle", "write_bundle"),
-    "onnx": Format("onnx_export", "write_onnx"),
+    "onnx": Format("onnx_export", "write_onnx", kinds=MERGED),
+    "embedding": Format(
+        "embedding_export",
+        "write_embedding",
+        suffix=".safetensors",
+        kinds=("textual-inversion",),
+        how_to_run=EMBEDDING_IN_DIFFUSERS,
+    ),
 }
 
 
@@ -106,6 +125,7 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}", where="export", hint=f"one of {', '.join(DTYPES)}")
     directory = RunDirectory.existing(Path(run))
+    _require_kind(directory.path, format)
     step = _step(directory, weights)
     target = Path(out) if out is not None else default_path(directory.path, format, step)
     if target.exists():
@@ -116,13 +136,6 @@ def export(
         )
     require_writable(target.parent)
     trained = trained_model(directory.path, weights=weights, step=step)
-    if chosen.of_lora and not adapted_layers(trained.pipeline.model.network):
-        others = [name for name, other in FORMATS.items() if not other.of_lora]
-        raise ConfigError(
-            f"has no LoRA to write as {format}: all weights of its network were trained",
-            where=str(run),
-            hint=f"use {' or '.join(others) or 'the whole model'}, or train with adapter.kind=lora",
-        )
     try:
         with atomic_output(target) as path:
             lines = chosen.exporter()(trained, path, DTYPES[dtype])
@@ -142,6 +155,22 @@ def export(
 def default_path(run: Path, format: str, step: int) -> Path:
     """Return where a run is exported to unless another place is named."""
     return run / FOLDER / f"{format}-{step}{_format(format).suffix}"
+
+
+def _require_kind(run: Path, format: str) -> None:
+    """Raise ConfigError if a format cannot hold what a run has trained."""
+    adapter, kinds = resolve(run).adapter, FORMATS[format].kinds
+    kind = kind_of(type(adapter))
+    if kinds and kind not in kinds:
+        fitting = [
+            name for name, other in FORMATS.items() if not other.kinds or kind in other.kinds
+        ]
+        raise ConfigError(
+            f"cannot be written as {format}, which is for adapter.kind={' or '.join(kinds)}: "
+            f"trained was {adapter.described}",
+            where=str(run),
+            hint=f"use {' or '.join(fitting)}; or train with adapter.kind={kinds[-1]}",
+        )
 
 
 def _write_card(trained: TrainedModel, path: Path, chosen: Format) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfumato import config as configuration
-from sfumato.adapters import LoRA
+from sfumato.adapters import Adapter, LoRA
 from sfumato.contexts import ContextConfig, Text
 from sfumato.data import DataConfig, Listing, source_at
 from sfumato.data.missing_labels import fill_missing
@@ -124,17 +124,20 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
     _require_contexts(start.run, model, source, listing)
     small = count <= SMALL_SET
     rank = RANK if small else LARGE_RANK
+    adapter = _adapter(replace(start.run, adapter=replace(start.adapter, rank=rank)), overrides)
+    learning_rate = adapter.learning_rate or start.learning_rate
+    preserved = small and not adapter.keeps_known
     batch_size = min(start.batch_size, count)
     steps = min(MAX_STEPS, max(100, VIEWS * count // batch_size))
     run = replace(
         start.run,
         name=f"{Path(source).resolve().stem or 'images'}-{start.run.name}",
         data=replace(start.run.data, source=images),
-        adapter=replace(start.adapter, rank=rank),
-        preservation=PreservationConfig() if small else None,
+        adapter=adapter,
+        preservation=PreservationConfig() if preserved else None,
         conditioner=_with_dropout(start.run.conditioner),
         optimizer=OptimizerConfig(
-            learning_rate=start.learning_rate,
+            learning_rate=learning_rate,
             weight_decay=0.0,
             schedule="constant",
             warmup_steps=steps // 20,
@@ -151,13 +154,19 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
     held_out = max(count // 10, min(25, count // 5))
     views = round(steps * batch_size / max(1, count - held_out))
     choices = {
-        "adapter optimizer": f"LoRA of rank {rank}, learning rate {start.learning_rate:g}, "
-        "constant: the base stays as it is (adapter.kind=none trains all weights)",
+        "adapter optimizer": f"{adapter.described}, learning rate {learning_rate:g}, constant"
+        + (
+            ": the base stays as it is (adapter.kind=none trains all weights)"
+            if adapter.needs_base
+            else ""
+        ),
         "budget batch_size": f"{steps} steps of {batch_size}: each image is seen about {views} "
         f"times, and the model is compared with its base {LOOKS} times",
         "preservation": "preservation: what the base predicts for other contexts is kept "
         "(preservation=null does not)"
-        if small
+        if preserved
+        else "no preservation, since nothing that the base knows can change"
+        if adapter.keeps_known
         else f"no preservation, since there are more than {SMALL_SET} images "
         "(preservation.weight=1 keeps what the base knows)",
         "conditioner": f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"
@@ -212,6 +221,13 @@ def _data(data: DataConfig, overrides: Overrides) -> DataConfig:
     """Return the data's settings with those of the overrides that concern them."""
     settings = configuration.with_overrides({"data": configuration.plain(data)}, overrides)
     return configuration.parse(DataConfig, settings["data"], where="data")
+
+
+def _adapter(run: Run, overrides: Overrides) -> Adapter:
+    """Return the run's adapter with the overrides that concern it; perhaps of another kind."""
+    plain = configuration.plain(run)
+    settings = configuration.with_overrides({"adapter": plain["adapter"]}, overrides)
+    return configuration.parse(Run, {**plain, "adapter": settings["adapter"]}).adapter
 
 
 def _require_legal_sizes(data: DataConfig, multiple: int) -> None:

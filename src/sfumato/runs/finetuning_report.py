@@ -43,7 +43,7 @@ class Level:
     Attributes:
         logsnr_low, logsnr_high: its ends.
         gain: error of the base minus that of the model on held-out new images, squared noise.
-        gain_low, gain_high: 95 % interval of the gain.
+        gain_low, gain_high: 95 % interval of the gain; None where one image alone was measured.
         drift: mean squared change of the predicted noise on images of what the base knew; None
             where nothing of the kind is known.
     """
@@ -51,9 +51,15 @@ class Level:
     logsnr_low: float
     logsnr_high: float
     gain: float
-    gain_low: float
-    gain_high: float
+    gain_low: float | None
+    gain_high: float | None
     drift: float | None
+
+    def gain_with_interval(self) -> str:
+        """Format the gain with its interval, if it has one."""
+        if self.gain_low is None or self.gain_high is None:
+            return f"{self.gain:+.4f}"
+        return f"{self.gain:+.4f} [{self.gain_low:+.4f}, {self.gain_high:+.4f}]"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +104,7 @@ class FinetuningReport:
         rows = [
             (
                 f"{level.logsnr_low:+.1f} to {level.logsnr_high:+.1f}",
-                f"{level.gain:+.4f} [{level.gain_low:+.4f}, {level.gain_high:+.4f}]",
+                level.gain_with_interval(),
                 "" if level.drift is None else f"{level.drift:.4f}",
             )
             for level in self.levels

@@ -81,6 +81,8 @@ def prepare(
         info = inherited_info(info, base.info)
     model = build_model(run, info, directory, load_base=base_loader(run, base))
     require_trainable(model)
+    captions = [dataset.entries[position].captions for position in dataset.training]
+    run.adapter.require_data(model.conditioner, captions)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
     if run.compile == "on":

@@ -56,5 +56,9 @@ def without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Te
 def describe(model: nn.Module) -> str:
     """Describe the number of parameters, and how many of them are trained if some are frozen."""
     total, trained = count(model.parameters()), count(trainable(model))
-    parameters = f"{total / 1e6:.2f}M parameters"
-    return parameters if trained == total else f"{parameters}, {trained / 1e6:.2f}M of them trained"
+    parameters = f"{_short(total)} parameters"
+    return parameters if trained == total else f"{parameters}, {_short(trained)} of them trained"
+
+
+def _short(number: int) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 5_000 else str(number)
