@@ -24,7 +24,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-SHORT = ("budget.steps=1", "validation.samples=4", "preview.num=1", "precision=float32")
+SHORT = (
+    "budget.steps=1",
+    "validation.samples=4",
+    "preview.num=1",
+    "precision=float32",
+    "sampling.steps=2",
+)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

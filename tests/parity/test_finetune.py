@@ -22,7 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-SHORT = ("budget.steps=4", "validation.samples=8", "preview.num=2", "precision=float32")
+SHORT = (
+    "budget.steps=4",
+    "validation.samples=8",
+    "preview.num=2",
+    "precision=float32",
+    "sampling.steps=2",
+)
 
 
 def photos(folder: Path, *, captions: bool = True) -> Path:

@@ -196,12 +196,13 @@ def sample(
     from sfumato.generation.options import SamplingOptions
     from sfumato.interop.lora import with_lora
     from sfumato.runs import load, newest_run
-    from sfumato.runs.loading import generated_folder
+    from sfumato.runs.loading import generated_folder, resolved_weights
 
     begun = time.monotonic()
     loras = parse_loras(lora)
     run = newest_run() if run is None else run
     folder = generated_folder(run)
+    weights = resolved_weights(run, weights)
     with writable(out or folder):
         pipeline = load(
             run, weights=parse_weights(weights), precision=precision, variant=variant, like=like
@@ -239,6 +240,7 @@ def sample(
         )
         options = {**context.params, "num": number_of_images(num, prompt, category)}
         options |= {"run": run, "folder": folder, "lora": recorded_loras(loras)}
+        options |= {"weights": weights}
         report = _generate(pipeline, request, settings, options)
     _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 

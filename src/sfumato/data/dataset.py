@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfumato.config.bounds import Finite, InnerFraction, NonNegative, Size, SizeOrZero
+from sfumato.config.bounds import CountOrZero, Finite, InnerFraction, NonNegative, Size, SizeOrZero
 from sfumato.data.annotations import Annotations, LossMask
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
@@ -91,7 +91,7 @@ class DataConfig:
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     categories: tuple[str, ...] = ()
     caption: str | None = None
-    category: str | int | None = None
+    category: str | CountOrZero | None = None
     loss_mask: LossMask = "none"
     exclude: str | None = None
     cache: Literal["auto", "off"] = "auto"

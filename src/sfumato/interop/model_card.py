@@ -146,9 +146,10 @@ def _compared_with_base(directory: Path) -> list[str]:
         return []
     gain, low, high = (chosen[name] for name in ("gain", "gain_low", "gain_high"))
     drift = chosen["drift"]
+    interval = NOT_MEASURED if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
     lines = [
         f"error on held-out new images (squared noise): {gain:.1%} below the base's, 95 % interval "
-        f"[{low:.1%}, {high:.1%}]",
+        f"{interval}",
         "change of what the base knew, over the base's own error there: "
         + (NOT_MEASURED if drift is None else f"{drift:.1%}"),
     ]

@@ -108,17 +108,20 @@ def width_errors(
         yield width, validator.error(model)
 
 
+def resolved_weights(path: Path, weights: str) -> str:
+    """Return the name of the weights that "auto" stands for in a run or a model's folder."""
+    if weights != "auto":
+        return weights
+    return "ema" if Verdict.read(RunDirectory(path).verdict).chosen is None else "best"
+
+
 def _weights(
     weights: Weights, loaded: checkpoint.Checkpoint, directory: RunDirectory
 ) -> dict[str, Tensor]:
     """Return the trained parameters; "auto" says so where they are not those of the last step."""
     verdict = Verdict.read(directory.verdict)
-    if weights == "auto" and verdict.chosen is not None:
-        weights = "best"
-        if verdict.stop:
-            console().print(
-                f"weights of step {verdict.chosen.step}: {verdict.sentence()}", markup=False
-            )
+    if weights == "auto":
+        weights = "ema" if verdict.chosen is None else "best"
     if weights == "best":
         if verdict.chosen is None:
             raise CheckpointError(
@@ -126,8 +129,11 @@ def _weights(
                 where=str(directory.path),
                 hint="use ema or raw",
             )
+        if verdict.stop:
+            console().print(
+                f"weights of step {verdict.chosen.step}: {verdict.sentence()}", markup=False
+            )
         return checkpoint.load_snapshot(directory.best, step=verdict.chosen.step)
-    weights = "ema" if weights == "auto" else weights
     if isinstance(weights, float):
         return post_hoc_ema.reconstruct(directory.averages, width=weights)
     if weights not in WEIGHT_FILES:

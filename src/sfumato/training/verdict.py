@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from sfumato.storage.atomic import write_text
 # Change of the predicted noise, over the base's own error on the same images, above which the model
 # has forgotten. Measured on digits without 7, tuned on ten 7s: docs/fine-tuning.md.
 DRIFT_LIMIT = 0.1
+# what null stands for in a file: a single image gives no interval
+UNBOUNDED = {"gain_low": -math.inf, "gain_high": math.inf, "drift": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,8 @@ class Verdict:
 
     def plain(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
-        return {**asdict(self), "stop": self.stop, "sentence": self.sentence()}
+        looks = {name: _finite(look) for name, look in asdict(self).items()}
+        return {**looks, "stop": self.stop, "sentence": self.sentence()}
 
     @classmethod
     def read(cls, path: Path) -> Verdict:
@@ -102,7 +106,7 @@ class Verdict:
         except OSError:
             return cls()
         looks = {
-            name: None if plain[name] is None else Look(**plain[name])
+            name: None if plain[name] is None else Look(**{**UNBOUNDED, **_given(plain[name])})
             for name in ("best", "chosen", "last")
         }
         return cls(**looks)
@@ -111,3 +115,18 @@ class Verdict:
         """Write the verdict to a JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(self.plain(), indent=1))
+
+
+def _finite(look: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a look without infinite ends of an interval, which JSON lacks."""
+    if look is None:
+        return None
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in look.items()
+    }
+
+
+def _given(look: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a look that are not null."""
+    return {key: value for key, value in look.items() if value is not None}

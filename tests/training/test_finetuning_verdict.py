@@ -59,7 +59,13 @@ def test_a_base_of_which_nothing_is_known_cannot_be_forgotten() -> None:
 
 
 @pytest.mark.parametrize(
-    "verdict", [Verdict(), after(look(1, 0.3), look(2, 0.1)), after(look(1, 0.1, drift=0.9))]
+    "verdict",
+    [
+        Verdict(),
+        after(look(1, 0.3), look(2, 0.1)),
+        after(look(1, 0.1, drift=0.9)),
+        after(look(1, 0.1, half=float("inf"), drift=None)),
+    ],
 )
 def test_a_verdict_is_read_as_it_was_written(tmp_path: Path, verdict: Verdict) -> None:
     assert Verdict.read(tmp_path / "none.json") == Verdict()
