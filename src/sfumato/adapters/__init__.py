@@ -1,6 +1,7 @@
 """Adapters: small trainable parts inside a frozen model."""
 
 from sfumato.adapters.adapter import (
+    AdaptableConditioner,
     Adapter,
     Addition,
     BaseOf,
@@ -8,6 +9,7 @@ from sfumato.adapters.adapter import (
     freeze_base,
     without_adapters,
 )
+from sfumato.adapters.controlnet import Control, ControlNet
 from sfumato.adapters.lora import (
     Factors,
     LoRA,
@@ -19,9 +21,12 @@ from sfumato.adapters.lora import (
 from sfumato.adapters.textual_inversion import LearnedTokens, TextualInversion, TokenLearner
 
 __all__ = [
+    "AdaptableConditioner",
     "Adapter",
     "Addition",
     "BaseOf",
+    "Control",
+    "ControlNet",
     "Factors",
     "LearnedTokens",
     "LoRA",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
+from sfumato.condition import ContextSizes
 from sfumato.config import Extensible
 
 
@@ -42,6 +43,18 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
 BaseOf = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 
 
+class AdaptableConditioner(nn.Module):
+    """What adapters know of a model's conditioner.
+
+    Attributes:
+        sizes: of the condition's slots.
+        factor: side of an image over that of the network's input.
+    """
+
+    sizes: ContextSizes
+    factor: int
+
+
 class Adapter(Extensible, ABC):
     """A choice of what is trained. A dataclass derived from this class is a kind of adapter.
 
@@ -50,11 +63,13 @@ class Adapter(Extensible, ABC):
         learning_rate: that suits it; None for one that depends on the model.
         keeps_known: whether the model gives what its base gives for all that the base can read,
             whatever is learned.
+        contexts: that it needs beside those of the base, by name, and their settings.
     """
 
     needs_base: ClassVar[bool] = True
     learning_rate: ClassVar[float | None] = None
     keeps_known: ClassVar[bool] = False
+    contexts: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
     @abstractmethod
@@ -70,8 +85,12 @@ class Adapter(Extensible, ABC):
         """
         return
 
+    def base_sizes(self, sizes: ContextSizes) -> ContextSizes:
+        """Return the sizes of the condition that the base reads, of those of the conditioner."""
+        return sizes
+
     @abstractmethod
-    def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
+    def apply(self, network: nn.Module, conditioner: AdaptableConditioner) -> None:
         """Freeze what is not trained, and add what is."""
 
     def base_of(self, model: nn.Module) -> BaseOf:

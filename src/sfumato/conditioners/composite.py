@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfumato.adapters import AdaptableConditioner
 from sfumato.condition import NO_CONDITION, NO_CONTEXT, Condition, ContextSizes
 from sfumato.conditioners.protocol import Conditioner
 
 
-class CompositeConditioner(nn.Module):
+class CompositeConditioner(AdaptableConditioner):
     """Joins the conditions of its parts: vectors and maps along channels, tokens in sequence."""
 
     def __init__(self, parts: Mapping[str, Conditioner], *, factor: int = 1) -> None:
@@ -75,6 +76,11 @@ class CompositeConditioner(nn.Module):
         return [
             name for name, part in zip(self.parts, self._parts, strict=True) if part.is_user_input
         ]
+
+    @property
+    def unguided(self) -> list[str]:
+        """Names of the contexts that guidance keeps in all predictions."""
+        return [name for name, part in zip(self.parts, self._parts, strict=True) if not part.guided]
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders of all parts, by name."""

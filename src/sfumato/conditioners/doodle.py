@@ -30,12 +30,15 @@ class DoodleConfig:
         wobble: displacement of extracted lines, as a share of the side.
         missing_lines: largest share of the extracted lines that is removed.
         dropout: share of training samples whose doodle is hidden.
+        guided: whether guidance leads away from images without the doodle; if not, the doodle is
+            in all predictions, as in the control pipelines of diffusers.
     """
 
     synthetic: Fraction = 0.0
     wobble: Fraction = 0.01
     missing_lines: Fraction = 0.3
     dropout: Fraction = 0.1
+    guided: bool = True
 
     def __post_init__(self) -> None:
         if not all(
@@ -57,7 +60,7 @@ class DoodleConditioner(Conditioner):
 
     def __init__(self, config: DoodleConfig) -> None:
         super().__init__()
-        self.config, self.dropout = config, config.dropout
+        self.config, self.dropout, self.guided = config, config.dropout, config.guided
         self.sizes = ContextSizes(spatial=2)
         self.register_buffer("nothing", torch.zeros(1, 2, 1, 1), persistent=False)
 

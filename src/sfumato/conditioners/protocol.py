@@ -19,11 +19,13 @@ class Conditioner(nn.Module, ABC):
         dropout: fraction of training samples that get `null` instead.
         is_user_input: whether a request may set it; if not, it only describes what was done to
             training images.
+        guided: whether guidance leads away from its absence; if not, it is in all predictions.
     """
 
     sizes: ContextSizes
     dropout: float
     is_user_input: bool = True
+    guided: bool = True
 
     @abstractmethod
     def forward(self, context: Mapping[str, Any], batch_size: int) -> Condition:

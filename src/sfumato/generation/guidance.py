@@ -49,8 +49,8 @@ def guidance_terms(
 ) -> tuple[GuidanceTerm, ...]:
     """Return the conditions that guidance leads away from, with scales; () if all scales are 1.
 
-    Each condition holds only the contexts before its own, and negative values for the others.
-    Successive contexts with the same scale share a term.
+    Each condition holds only the contexts before its own, and negative values for the others;
+    contexts that guidance does not act on are in all of them. Successive contexts with the same scale share a term.
 
     Raises:
         ConfigError: for a negative prompt without guidance, or the absence of a context that
@@ -67,6 +67,7 @@ def guidance_terms(
         return ()
     _require_trained_absence(conditioner, names, scales, negative=part.negative)
     count = len(part.start)
+    always = {name: part.context[name] for name in conditioner.unguided if name in part.context}
     terms: list[GuidanceTerm] = []
     for number, name in enumerate(names):
         if not terms or scales[name] != scales[names[number - 1]]:
@@ -75,7 +76,8 @@ def guidance_terms(
             instead = {
                 known: values for known, values in part.negative.items() if known not in before
             }
-            terms.append(GuidanceTerm(conditioner(instead | less, count), scales[name]))
+            context = always | instead | less
+            terms.append(GuidanceTerm(conditioner(context, count), scales[name]))
     return tuple(terms)
 
 

@@ -453,7 +453,9 @@ class Pipeline:
             return self.autoencoder.decode(x)
 
     def _scales(self, settings: ResolvedOptions) -> dict[str, float]:
-        return guidance_scales(settings.guidance, self.reads, self.sampling.guidance)
+        unguided = self.model.conditioner.unguided
+        names = [name for name in self.reads if name not in unguided]
+        return guidance_scales(settings.guidance, names, self.sampling.guidance)
 
     def _require_possible(self, settings: ResolvedOptions) -> ResolvedOptions:
         """Return the settings, or refuse clipping in latents."""

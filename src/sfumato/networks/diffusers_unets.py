@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.networks.diffusers_backbone import DiffusersBackbone
+from sfumato.networks.diffusers_control import UNetControl, new_branch
+from sfumato.nn.controllable import Controllable, NoControl
 
 
 class DiffusersUNet(DiffusersBackbone):
@@ -36,7 +38,7 @@ class UNet2D(DiffusersUNet):
         return NO_CONTEXT
 
 
-class UNet2DCondition(DiffusersUNet):
+class UNet2DCondition(DiffusersUNet, Controllable):
     """UNet2DConditionModel, of Stable Diffusion: tokens of the text; for SDXL also a vector, the
     pooled text.
 
@@ -53,6 +55,14 @@ class UNet2DCondition(DiffusersUNet):
         "time_cond_proj_dim": (None,),
     }
 
+    def __init__(self, model: Any, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.control = NoControl()
+
+    def new_control(self, channels: int, factor: int) -> UNetControl:
+        """Return a ControlNetModel with the weights of the network's first half."""
+        return new_branch(self.model, channels, factor)
+
     def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """Call the network with x, the timestep, the text and the sizes."""
         added = None
@@ -60,13 +70,9 @@ class UNet2DCondition(DiffusersUNet):
             height, width = (side * self.image_factor for side in x.shape[2:])
             sizes = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1)
             added = {"text_embeds": condition.vector, "time_ids": sizes}
-        result: Tensor = self.model(
-            x,
-            noise_input,
-            encoder_hidden_states=condition.tokens,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        arguments = {"encoder_hidden_states": condition.tokens, "added_cond_kwargs": added}
+        control = self.control(x, noise_input, condition.spatial, arguments)
+        result: Tensor = self.model(x, noise_input, return_dict=False, **arguments, **control)[0]
         return result
 
     @classmethod

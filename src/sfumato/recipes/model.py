@@ -37,7 +37,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         conditioner = run.conditioner.build(info, encoder=text_encoder)
-        network = run.network.build(image_channels=channels, context=conditioner.sizes)
+        sizes = run.adapter.base_sizes(conditioner.sizes)
+        network = run.network.build(image_channels=channels, context=sizes)
         model = Model(network, conditioner, run.denoiser)
         load_base(model)
         run.adapter.apply(network, conditioner)

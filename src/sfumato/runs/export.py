@@ -70,6 +70,15 @@ for part, vectors in load_file("PATH OF THIS FILE").items():
         text_encoder=getattr(pipeline, f"text_encoder{second}"),
         tokenizer=getattr(pipeline, f"tokenizer{second}"),
     )"""
+CONTROLNET_IN_DIFFUSERS = """from diffusers import ControlNetModel
+from diffusers import StableDiffusionControlNetPipeline as Pipeline  # ...XLControlNetPipeline
+from PIL import Image, ImageOps
+control = ControlNetModel.from_pretrained("THIS FOLDER")
+pipeline = Pipeline.from_pretrained("FOLDER OF THE BASE", controlnet=control)
+doodle = Image.open("doodle.png").convert("L").resize((512, 512))  # dark lines on light
+ink, given, none = ImageOps.invert(doodle), doodle.point(lambda _: 255), doodle.point(lambda _: 0)
+image = Image.merge("RGB", (ink, given, none))
+pipeline("a photo", image=image).images[0].save("image.png")"""
 
 FORMATS: Mapping[str, Format] = {
     "lora-diffusers": Format(
@@ -87,6 +96,12 @@ FORMATS: Mapping[str, Format] = {
     "single-file": Format("single_file", "write_single_file", suffix=".safetensors", kinds=MERGED),
     "bundle": Format("bundle", "write_bundle"),
     "onnx": Format("onnx_export", "write_onnx", kinds=MERGED),
+    "controlnet": Format(
+        "controlnet_export",
+        "write_controlnet",
+        kinds=("controlnet",),
+        how_to_run=CONTROLNET_IN_DIFFUSERS,
+    ),
     "embedding": Format(
         "embedding_export",
         "write_embedding",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sfumato import config as configuration
 from sfumato.adapters import Adapter, LoRA
-from sfumato.contexts import ContextConfig, Text
+from sfumato.contexts import CONTEXTS, ContextConfig, Text
 from sfumato.data import DataConfig, Listing, source_at
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
@@ -135,7 +135,7 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
         data=replace(start.run.data, source=images),
         adapter=adapter,
         preservation=PreservationConfig() if preserved else None,
-        conditioner=_with_dropout(start.run.conditioner),
+        conditioner=_with_contexts(_with_dropout(start.run.conditioner), adapter),
         optimizer=OptimizerConfig(
             learning_rate=learning_rate,
             weight_decay=0.0,
@@ -179,6 +179,11 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
         *_conversion(listing, data.channels),
         # what an override decides was not chosen
         *(text for keys, text in choices.items() if text and not settings.keys() & keys.split()),
+        *(
+            f"{name}s steer the model too (conditioner.{name}): made from images that have none"
+            for name in adapter.contexts
+            if name not in start.run.conditioner.names
+        ),
     ]
     return run, [*start.remarks, *(f"chosen: {reason}" for reason in reasons)]
 
@@ -215,6 +220,15 @@ def _with_dropout(conditioner: ContextConfig) -> ContextConfig:
             if (config := getattr(conditioner, name)) is not None
         }
     )
+
+
+def _with_contexts(conditioner: ContextConfig, adapter: Adapter) -> ContextConfig:
+    """Return the conditioner with the contexts that an adapter needs, where they are missing."""
+    configured = {name: getattr(conditioner, name) for name in conditioner.names}
+    needed = {
+        name: CONTEXTS[name].config(**settings) for name, settings in adapter.contexts.items()
+    }
+    return ContextConfig(**{**needed, **configured})
 
 
 def _data(data: DataConfig, overrides: Overrides) -> DataConfig:
