@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.generation.pipeline import Pipeline
+    from sfumato.interop.embedding import with_embedding
     from sfumato.interop.lora import with_lora
     from sfumato.recipes.builtin import recipe
     from sfumato.recipes.resolver import resolve
@@ -25,6 +26,7 @@ __all__ = [
     "resolve",
     "resume",
     "train",
+    "with_embedding",
     "with_lora",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "finetune": "sfumato.runs.training",
     "resume": "sfumato.runs.training",
     "train": "sfumato.runs.training",
+    "with_embedding": "sfumato.interop.embedding",
     "with_lora": "sfumato.interop.lora",
 }
 

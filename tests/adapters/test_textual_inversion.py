@@ -21,6 +21,7 @@ from sfumato.interop.diffusers_folder import read_folder
 from sfumato.interop.embedding import with_embedding
 from sfumato.interop.embedding_export import write_embedding
 from sfumato.interop.trained_model import TrainedModel
+from sfumato.observability.image_formats import settings_of
 from sfumato.recipes import Run
 from sfumato.recipes.model import build_model
 from sfumato.runs.finetuning import finetuning_run
@@ -317,6 +318,23 @@ def test_the_command_writes_the_embedding_and_refuses_what_would_lose_it(
     borrowed = with_embedding(sfumato.load(folders["sd"]), file)
     # the run holds its own copy of the autoencoder, with the statistics inside its weights
     assert float((borrowed.sample(1, **asked) - tuned.sample(1, **asked)).abs().max()) < 1e-5
+
+
+def test_the_command_line_uses_an_embedding(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "my-dog.safetensors"
+    save_file({"emb_params": rows}, file)
+    asked = ("--prompt", "a my-dog", "--num", 1, "--steps", STEPS, "--seed", 2)
+    found = []
+    for name, more in (("with", ("--embedding", file)), ("without", ())):
+        result = cli("sample", folders["sd"], *asked, *more, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+        found.append(settings_of(tmp_path / name / "00000.png"))
+    assert found[0]["embedding"]["file"] == "my-dog.safetensors"
+    assert found[1]["embedding"] is None
+    assert found[0]["request"] != found[1]["request"]
+    images = [(tmp_path / name / "00000.png").read_bytes() for name in ("with", "without")]
+    assert images[0] != images[1]
 
 
 def test_embeddings_of_others_are_read_or_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -150,6 +150,13 @@ def sample(
             help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
         ),
     ] = "",
+    embedding: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embedding (textual inversion) whose token prompts may use: its name in the file, "
+            "or the file's own."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -192,8 +199,9 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
-    from sfumato.cli.sample_output import recorded_loras, writable
+    from sfumato.cli.sample_output import recorded_embedding, recorded_loras, writable
     from sfumato.generation.options import SamplingOptions
+    from sfumato.interop.embedding import with_embedding
     from sfumato.interop.lora import with_lora
     from sfumato.runs import load, newest_run
     from sfumato.runs.loading import generated_folder, resolved_weights
@@ -207,6 +215,8 @@ def sample(
         pipeline = load(
             run, weights=parse_weights(weights), precision=precision, variant=variant, like=like
         )
+        if embedding is not None:
+            pipeline = with_embedding(pipeline, embedding)
         for file, factor in loras:
             pipeline = with_lora(pipeline, file, factor, partial=partial)
         if compile:
@@ -240,7 +250,7 @@ def sample(
         )
         options = {**context.params, "num": number_of_images(num, prompt, category)}
         options |= {"run": run, "folder": folder, "lora": recorded_loras(loras)}
-        options |= {"weights": weights}
+        options |= {"weights": weights, "embedding": recorded_embedding(embedding)}
         report = _generate(pipeline, request, settings, options)
     _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 

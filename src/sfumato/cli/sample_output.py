@@ -139,6 +139,11 @@ def recorded_loras(loras: Sequence[tuple[Path, float]]) -> list[dict[str, Any]] 
     ] or None
 
 
+def recorded_embedding(path: Path | None) -> dict[str, Any] | None:
+    """Return what images say of the embedding that their prompts may use; None without one."""
+    return None if path is None else {"file": path.name, "sha256": folder_id(path)}
+
+
 def folder_id(path: Path) -> str:
     """Hash the content of a file, or of the files in a folder and below."""
     if path.is_file():

@@ -66,7 +66,7 @@ def require_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 "is an embedding (textual inversion), not a LoRA",
                 where=str(path),
-                hint="embeddings cannot be used here: it gives no layer a change",
+                hint="give it as one: sfumato sample --embedding FILE, or sfumato.with_embedding",
             )
         raise CheckpointError(
             f"holds no LoRA; its {len(tensors)} tensors are such as {_some(tensors)}",
