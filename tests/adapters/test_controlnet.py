@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 PROMPT, STEPS, GUIDANCE = "a cat", 3, 5.0
-TUNED = (*SHORT, "adapter.kind=controlnet", "optimizer.learning_rate=0.01")
+TUNED = (*SHORT, "sampling.steps=4", "adapter.kind=controlnet", "optimizer.learning_rate=0.01")
 FAMILIES = {
     "sd": partial(stable_diffusion, steps_offset=1, set_alpha_to_one=False),
     "sdxl": stable_diffusion_xl,
