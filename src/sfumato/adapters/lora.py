@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from sfumato.adapters.adapter import Adapter, Addition, freeze_base
 from sfumato.config.bounds import Positive, Size
 from sfumato.errors import ConfigError, ShapeError
+from sfumato.nn.frozen_layers import FrozenConv2d, FrozenLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,6 +115,22 @@ class LoRAConv2d(nn.Conv2d, LowRank):
         return base + self.scale * F.conv2d(self._conv_forward(x, self.lora_A, None), self.lora_B)
 
 
+class LoRAFrozenLinear(LoRALinear, FrozenLinear):
+    """The same for a weight that is stored in fewer bits; the factors are float32."""
+
+
+class LoRAFrozenConv2d(LoRAConv2d, FrozenConv2d):
+    """The same for a weight that is stored in fewer bits; the factors are float32."""
+
+
+# the class of a layer after it was adapted, by that before; other subclasses compute something else
+LINEAR: dict[type[nn.Module], type[LowRank]] = {
+    nn.Linear: LoRALinear,
+    FrozenLinear: LoRAFrozenLinear,
+}
+ADAPTED = LINEAR | {nn.Conv2d: LoRAConv2d, FrozenConv2d: LoRAFrozenConv2d}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Adapter):
     """Low-rank changes of chosen layers; everything else in the network is frozen.
@@ -157,7 +174,7 @@ class LoRA(Adapter):
         """
         network.requires_grad_(False)
         freeze_base(conditioner)
-        kinds = (nn.Linear, nn.Conv2d) if self.convolutions else (nn.Linear,)
+        kinds = ADAPTED if self.convolutions else LINEAR
         layers = [
             (name, layer)
             for name, layer in adaptable_layers(network).items()
@@ -182,7 +199,7 @@ class LoRA(Adapter):
 
 def _adapt(layer: Any, factors: Factors, scale: float) -> None:
     """Turn a layer into an adapted one, in place."""
-    layer.__class__ = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
+    layer.__class__ = ADAPTED.get(type(layer), type(layer))
     layer.lora_A, layer.lora_B = nn.Parameter(factors.down), nn.Parameter(factors.up)
     layer.scale = scale
 
@@ -198,7 +215,7 @@ def _initial(weight: Tensor, rank: int) -> Factors:
 
 def adaptable_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers of a module that a product can be added to, by name; some may have one."""
-    kinds = (nn.Linear, nn.Conv2d, LoRALinear, LoRAConv2d)  # subclasses compute something else
+    kinds = (*ADAPTED, *ADAPTED.values())
     return {
         name: layer
         for name, layer in module.named_modules()

@@ -19,6 +19,7 @@ from sfumato.errors import ConfigError
 from sfumato.networks.diffusers_backbone import DiffusersBackbone
 from sfumato.networks.diffusers_models import DiffusersConfig
 from sfumato.networks.diffusers_weights import read_weights
+from sfumato.nn.frozen_layers import dense_state
 from sfumato.recipes.run import Run
 
 MUCH = 0.05  # of a change, that should not be lost
@@ -54,6 +55,10 @@ def merge(run: Run, network: DiffusersBackbone, dtype: torch.dtype) -> Merged:
     base, merged = _merged(network.model)
     adapted = len(adapted_layers(network.model))
     lines = [f"{adapted} adapted layers merged in float32"] if adapted else []
+    if run.network.frozen_in:
+        lines.append(
+            f"merged into the base as it was trained with, rounded to {run.network.frozen_in}"
+        )
     if not adapted:
         base, remark = _before(run, merged)
         lines += [remark] if remark else []
@@ -80,7 +85,7 @@ def _merged(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights of the adapted layers before and all weights after merging."""
     merged = {
         name: tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in dense_state(model).items()
         if name.rpartition(".")[2] not in ("lora_A", "lora_B")
     }
     base: dict[str, Tensor] = {}

@@ -20,6 +20,11 @@ class NetworkConfig(Extensible, ABC):
         """Folder of the weights that training starts from; "" for random ones."""
         return ""
 
+    @property
+    def frozen_in(self) -> str:
+        """What weights are stored in that cannot be trained; "" if all can be."""
+        return ""
+
     @abstractmethod
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the untrained network.

@@ -30,6 +30,7 @@ from sfumato.networks.diffusers_transformers import (
 )
 from sfumato.networks.diffusers_unets import UNet2D, UNet2DCondition
 from sfumato.networks.diffusers_weights import load_weights, parameters_on_meta
+from sfumato.nn.frozen_layers import Storage, pack_layers
 
 FAMILIES: dict[str, type[DiffusersBackbone]] = {
     "UNet2DModel": UNet2D,
@@ -43,6 +44,10 @@ FAMILIES: dict[str, type[DiffusersBackbone]] = {
     "ZImageTransformer2DModel": ZImageTransformer,
     "QwenImageTransformer2DModel": QwenImageTransformer,
 }
+
+# names of layers that are never stored in fewer bits: they are small, the noise level passes
+# through some, and diffusers reads the precision of a network from others
+PRECISE = ("embed", "conv_in", "conv_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,12 @@ class DiffusersConfig(NetworkConfig):
         variant: which weights, where the folder has several: "fp16" for *.fp16.safetensors.
         embedded_guidance: guidance scale that distilled networks are told (FLUX.1 dev); it costs
             nothing, unlike that of sampling.
+        activation_checkpointing: whether activations inside blocks are recomputed in the backward
+            pass, instead of stored: one more forward pass, less memory.
+        base_dtype: what the frozen weights under an adapter are stored in; what is trained is
+            float32, and products are computed in `precision`. bfloat16 takes half of the memory.
+            int8 takes a quarter for linear layers and half for convolutions. Norms, embeddings
+            and the layers of input and output stay in float32.
     """
 
     kind: ClassVar[str] = "diffusers"
@@ -69,6 +80,8 @@ class DiffusersConfig(NetworkConfig):
     image_factor: Size = 1
     variant: str = ""
     embedded_guidance: Finite = 3.5
+    activation_checkpointing: bool = False
+    base_dtype: Storage = "float32"
 
     def from_scratch(self) -> DiffusersConfig:
         """Return the same network with random weights."""
@@ -78,6 +91,11 @@ class DiffusersConfig(NetworkConfig):
     def origin(self) -> str:
         """The folder of the weights."""
         return self.path
+
+    @property
+    def frozen_in(self) -> str:
+        """What weights are stored in that cannot be trained."""
+        return "" if self.base_dtype == "float32" else self.base_dtype
 
     def build(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> Backbone:
         """Build the network, and load its weights if `path` is set.
@@ -107,8 +125,11 @@ class DiffusersConfig(NetworkConfig):
                 where="conditioner",
                 hint="use the conditioner that belongs to the network",
             )
+        pack_layers(model, self.base_dtype, precise=PRECISE)
         if self.path:
             load_weights(model, Path(self.path), variant=self.variant)
+        if self.activation_checkpointing:
+            model.enable_gradient_checkpointing()
         return family(
             model,
             image_channels=image_channels,

@@ -4,7 +4,7 @@ copy in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sfumato.errors import CheckpointError
+from sfumato.nn.frozen_layers import PackedWeight, pack, packed_layers, without_scales
 from sfumato.storage.weight_files import unreadable
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -38,16 +39,18 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, folder: Path, *, variant: str = "") -> None:
-    """Load the weights of a folder in diffusers' layout into a model, in float32.
+    """Load the weights of a folder in diffusers' layout into a model.
 
-    The model's own tensors are replaced, so that they need no values and no memory before.
+    They become float32, or what their layers store them in (`sfumato.nn.frozen_layers`). The
+    model's own tensors are replaced, so that they need no values and no memory before.
 
     Raises:
         CheckpointError: naming the file or the tensor that is missing, damaged or does not fit.
     """
     files = weight_files(folder, variant=variant)
     places = {name: file for file in files for name in _names(file)}
-    expected = model.state_dict()
+    packed = packed_layers(model)
+    expected = without_scales(model.state_dict(), packed)
     missing, unknown = expected.keys() - places.keys(), places.keys() - expected.keys()
     if missing or unknown:
         raise CheckpointError(
@@ -63,9 +66,17 @@ def load_weights(model: nn.Module, folder: Path, *, variant: str = "") -> None:
             for name in names:
                 tensor = content.get_tensor(name)
                 _require_fitting(name, tensor, expected[name], folder)
-                # a copy, since tensors of safetensors are views of the file
-                loaded[name] = tensor.to(torch.float32, copy=True)
+                loaded |= _stored(name, tensor, packed)
     model.load_state_dict(loaded, assign=True)
+
+
+def _stored(name: str, tensor: Tensor, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    """Return a tensor as a model stores it, by name: a copy, since that of the file is a view."""
+    layer, _, kind = name.rpartition(".")
+    if kind != "weight" or layer not in packed:
+        return {name: tensor.to(torch.float32, copy=True)}
+    weight, scale = pack(tensor, packed[layer].weight.dtype)
+    return {name: weight} if scale is None else {name: weight, f"{layer}.weight_scale": scale}
 
 
 def read_weights(folder: Path, *, variant: str = "") -> dict[str, Tensor]:

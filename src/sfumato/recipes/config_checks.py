@@ -167,3 +167,24 @@ def require_guidable(run: Run) -> None:
             where="sampling.guidance",
             hint=f"set {keys}, or sampling.guidance=1",
         )
+
+
+def require_storage(run: Run) -> None:
+    """Raise ConfigError if weights would be trained, or taken over from a run, that are stored in
+    fewer bits.
+    """
+    stored = run.network.frozen_in
+    if stored and not run.adapter.needs_base:
+        raise ConfigError(
+            f"{stored} is for frozen weights: steps of training are smaller than what it rounds "
+            "off, and adapter.kind=none trains all weights",
+            where="network.base_dtype",
+            hint="set network.base_dtype=float32 (precision=bfloat16 computes in bfloat16), or "
+            "adapter.kind=lora",
+        )
+    if stored and run.base:
+        raise ConfigError(
+            f"{stored} is for the weights of a folder, and the base is a run",
+            where="network.base_dtype",
+            hint="fine-tune a folder of it: sfumato export RUN --format diffusers",
+        )

@@ -13,7 +13,12 @@ from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import DenoiserConfig, SamplingConfig
 from sfumato.networks import NetworkConfig, UNetConfig
 from sfumato.recipes.autoencoder_stage import AutoencoderConfig, PixelsConfig
-from sfumato.recipes.config_checks import require_finite_loss, require_guidable, require_sampled
+from sfumato.recipes.config_checks import (
+    require_finite_loss,
+    require_guidable,
+    require_sampled,
+    require_storage,
+)
 from sfumato.training import AuxiliaryConfig, PreservationConfig, TrainingConfig
 
 
@@ -77,6 +82,7 @@ class Run(TrainingConfig):
         require_sampled(self.denoiser, self.sampling, self.objective.schedule)
         require_finite_loss(self)
         require_guidable(self)
+        require_storage(self)
 
     @property
     def has_base(self) -> bool:

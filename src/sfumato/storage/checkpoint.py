@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()
         hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        hashed.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        hashed.update(memoryview(values.flatten().view(torch.uint8).numpy()))
     return hashed.hexdigest()
+
+
+def storage_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many of some tensors are stored in each precision."""
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()))
 
 
 def save_frozen(root: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -240,13 +246,26 @@ def load_frozen(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 def require_frozen(loaded: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the frozen parameters are those that a run was trained with."""
     before, now = loaded.state.get("frozen", ""), digest(tensors)
-    if before != now:
+    if before == now:
+        return
+    then, stored = loaded.state.get("frozen_storage", {}), storage_of(tensors)
+    if then and then.keys() != stored.keys():
         raise CheckpointError(
-            f"the {len(tensors)} frozen parameters of the model are not those that this run was "
-            f"trained with: their hash is {now[:12] or 'empty'}, and was {before[:12] or 'empty'}",
+            f"the frozen parameters are stored as {_counted(stored)}, and were stored as "
+            f"{_counted(then)} when this run was trained",
             where=str(loaded.path),
-            hint="use the pretrained weights that the run began with, or train a new run",
+            hint="leave network.base_dtype as it was, or train a new run",
         )
+    raise CheckpointError(
+        f"the {len(tensors)} frozen parameters of the model are not those that this run was "
+        f"trained with: their hash is {now[:12] or 'empty'}, and was {before[:12] or 'empty'}",
+        where=str(loaded.path),
+        hint="use the pretrained weights that the run began with, or train a new run",
+    )
+
+
+def _counted(storage: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(storage.items())) or "nothing"
 
 
 def load_snapshot(root: Path, *, step: int) -> dict[str, Tensor]:

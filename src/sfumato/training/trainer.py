@@ -468,6 +468,7 @@ class Trainer:
                 **self.task.facts,
                 "plan": self.plan.hash,
                 "frozen": self._frozen,
+                "frozen_storage": checkpoint.storage_of(self.state.frozen_tensors()),
                 "config": self.saved_config,
             },
             tensors=self.state.tensors(),
