@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from sfumato.recipes.model import text_encoder as text_encoder
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
 from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
-from sfumato.training.parameters import count, require_trainable
+from sfumato.training.parameters import copy_sharing_frozen, count, require_trainable
 from sfumato.training.precision import default_device, require
 
 REJECTS_SHOWN = 5
@@ -43,7 +42,7 @@ class PreparedRun:
         run: the configuration.
         dataset: the indexed dataset.
         info: what the model's conditioner must know about the training set.
-        model: the untrained model, on the CPU; training uses a copy.
+        model: the untrained model, on the CPU; training uses a copy, which shares frozen parameters.
     """
 
     run: Run
@@ -54,10 +53,12 @@ class PreparedRun:
     def trainable_model(self) -> Model:
         """Copy the untrained model to the default device, and add the auxiliary modules.
 
+        Frozen parameters are not copied: they move to the device, and are the model's own.
+
         Raises:
             ConfigError: if the encoder of an alignment loss is missing.
         """
-        return with_auxiliary(self.run, copy.deepcopy(self.model))
+        return with_auxiliary(self.run, copy_sharing_frozen(self.model))
 
 
 def prepare(

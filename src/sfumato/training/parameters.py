@@ -4,11 +4,15 @@ training begins.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -40,6 +44,14 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     }
+
+
+def copy_sharing_frozen(model: M) -> M:
+    """Copy a model; the copy shares the frozen parameters, which may be most of it."""
+    shared: dict[int, Any] = {
+        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+    }
+    return copy.deepcopy(model, shared)
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.errors import CheckpointError
 from sfumato.training.ema import PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
-from sfumato.training.parameters import frozen_names, without
+from sfumato.training.parameters import copy_sharing_frozen, frozen_names, without
 from sfumato.training.tasks.protocol import OptimizedPart
 
 LOSS_RATE = 0.1  # of the moving average of losses: about ten steps
@@ -156,10 +155,7 @@ class TrainingState:
 
 def _average(model: nn.Module) -> nn.Module:
     """Copy a model; the copy is never trained and shares the frozen parameters."""
-    shared: dict[int, Any] = {
-        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
-    }
-    return copy.deepcopy(model, shared).eval().requires_grad_(False)
+    return copy_sharing_frozen(model).eval().requires_grad_(False)
 
 
 def average_name(profile: PowerEMA) -> str:
