@@ -114,7 +114,6 @@ def test_a_run_of_lora_needs_little_beside_its_base(
     folder: Path, storage: str, share: float
 ) -> None:
     found = measured(folder, storage)
-    print(storage, json.dumps(found))  # shown by -s
     whole = 4 * found["parameters"] / 2**20
     assert found["parameters"] > 45e6
     assert found["bytes"] < share * whole + 10
