@@ -166,7 +166,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()
         hashed.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        hashed.update(memoryview(values.flatten().view(torch.uint8).numpy()))
+        hashed.update(values.flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
