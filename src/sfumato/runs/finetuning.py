@@ -154,12 +154,6 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
     held_out = max(count // 10, min(25, count // 5))
     views = round(steps * batch_size / max(1, count - held_out))
     choices = {
-        "adapter optimizer": f"{adapter.described}, learning rate {learning_rate:g}, constant"
-        + (
-            ": the base stays as it is (adapter.kind=none trains all weights)"
-            if adapter.needs_base
-            else ""
-        ),
         "budget batch_size": f"{steps} steps of {batch_size}: each image is seen about {views} "
         f"times, and the model is compared with its base {LOOKS} times",
         "preservation": "preservation: what the base predicts for other contexts is kept "
@@ -174,9 +168,17 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
         else "",
     }
     settings = configuration.with_overrides({}, overrides)
+    rates = settings.get("optimizer") or {}
     reasons = [
         f"{count} images, {captioned} with a caption",
         *_conversion(listing, data.channels),
+        adapter.described  # with the overrides that concern it
+        + ("" if "learning_rate" in rates else f", learning rate {learning_rate:g}, constant")
+        + (
+            ": the base stays as it is (adapter.kind=none trains all weights)"
+            if adapter.needs_base
+            else ""
+        ),
         # what an override decides was not chosen
         *(text for keys, text in choices.items() if text and not settings.keys() & keys.split()),
         *(
