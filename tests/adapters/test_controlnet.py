@@ -184,7 +184,7 @@ def run(folders: dict[str, Path], captioned: Path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tuned") / "run"
     result = cli("finetune", folders["sd"], captioned, *TUNED, "--run", path)
     assert result.code == 0, result.err
-    assert "ControlNet: a control branch beside the network, learning rate 5e-05" in result.err
+    assert "ControlNet: a control branch beside the network" in result.err
     assert "doodles steer the model too (conditioner.doodle)" in result.err
     return path
 
