@@ -80,7 +80,7 @@ class TokenLearner(nn.Module, ABC):
 
     @abstractmethod
     def reads_learned(self, text: str) -> bool:
-        """Return whether a text, as far as it is read, has one of the learned tokens."""
+        """Return whether a text, once truncated, contains one of the learned tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

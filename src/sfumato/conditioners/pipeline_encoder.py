@@ -225,7 +225,7 @@ class PipelineTextEncoder(TextEncoder):
         return digest(own)
 
     def reads_new(self, text: str) -> bool:
-        """Return whether a text, as far as it is read, has one of the new tokens."""
+        """Return whether a text, once truncated, contains one of the new tokens."""
         numbers = self._tokenizer.convert_tokens_to_ids(list(self.tokens))
         return not set(numbers).isdisjoint(self.token_ids(text.removeprefix(NEGATIVE)))
 

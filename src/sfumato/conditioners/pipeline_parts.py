@@ -100,7 +100,7 @@ def _load(kind: str, folder: Path, **settings: Any) -> Any:
 
 
 def _require_readable(folder: Path) -> None:
-    """Raise CheckpointError if there are no weights, or a file that should hold some does not."""
+    """Raise CheckpointError for a folder without weights, or with an unreadable weight file."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path.name for path in folder.glob("*"))

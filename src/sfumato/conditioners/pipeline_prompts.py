@@ -135,7 +135,7 @@ def _encode_qwen(pipeline: Any, texts: list[str], device: torch.device) -> list[
 
 
 def _without_padding(tokens: Tensor, mask: Tensor | None) -> list[TextEmbedding]:
-    """Return the valid tokens of each text; all of them if there is no mask."""
+    """Return the tokens of each text that the mask keeps; without a mask, all tokens."""
     if mask is None:
         mask = tokens.new_ones(tokens.shape[:2])
     valid = [part[counts.bool()] for part, counts in zip(tokens, mask, strict=True)]

@@ -162,7 +162,7 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         self.learned = learned.to(self.device_marker.device)
 
     def reads_learned(self, text: str) -> bool:
-        """Return whether a text, as far as it is read, has one of the learned tokens."""
+        """Return whether a text, once truncated, contains one of the learned tokens."""
         return self._encoder[0].reads_new(text)
 
     @property

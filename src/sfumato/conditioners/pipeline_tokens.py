@@ -18,7 +18,7 @@ LEARNING = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 class TokenTable(nn.Module):
-    """The table of token vectors of an encoder, with further rows that are no parameters of it.
+    """An encoder's table of token vectors, extended by rows that another module owns.
 
     Attributes:
         first: number of the first new token.

@@ -53,7 +53,7 @@ class Conditioner(nn.Module, ABC):
         return context
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
-        """Return the encoders whose layers a LoRA can change, by name; they are no child modules.
+        """Return the encoders whose layers a LoRA can change, by name; child modules do not include them.
 
         Names are those of a pipeline of diffusers: text_encoder, text_encoder_2, ...
         """

@@ -87,7 +87,7 @@ class Annotations:
         """Describe the masks of the loss; [] without them.
 
         Raises:
-            DataError: if they are asked for, and no image has one.
+            DataError: if loss masks are configured, and all images lack one.
         """
         if self.loss_mask == "none":
             return []

@@ -53,7 +53,7 @@ EMBEDDING_NAMES = {"emb_params", "string_to_param", "clip_l", "clip_g", "*"}
 
 
 def require_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what is no LoRA at all, and what is no LoRA that can be read, by name."""
+    """Raise an error that names the kind of a file which is not a LoRA, or not a supported one."""
     kinds: dict[str, list[str]] = {}
     for key in tensors:
         if kind := kind_of(key):

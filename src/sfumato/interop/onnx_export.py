@@ -50,7 +50,7 @@ def write_onnx(
     Args:
         out: the new folder.
         dtype: float32, the only one.
-        prompts: that the runner can be asked for, if the run reads text; by default those of the
+        prompts: texts that the runner offers, if the run is conditioned on text; by default those of the
             run's newest preview.
     Raises:
         ConfigError: if onnx or onnxruntime is missing, for another dtype, or a condition that
@@ -123,7 +123,7 @@ def _require_possible(model: TrainedModel, dtype: torch.dtype) -> None:
 
 
 def _asked(pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, list[str]]:
-    """Return what the runner can be asked for, by keyword of `Pipeline.sample`."""
+    """Return the values that the runner offers, by keyword of `Pipeline.sample`."""
     asked = {"category": list(pipeline.categories)} if "category" in pipeline.reads else {}
     return asked | ({"prompt": list(prompts)} if "text" in pipeline.reads and prompts else {})
 

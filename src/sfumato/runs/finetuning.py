@@ -151,36 +151,10 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
             samples=min(128, 8 * count), every_steps=max(1, steps // LOOKS)
         ),
     )
-    held_out = max(count // 10, min(25, count // 5))
-    views = round(steps * batch_size / max(1, count - held_out))
-    choices = {
-        "budget batch_size": f"{steps} steps of {batch_size}: each image is seen about {views} "
-        f"times, and the model is compared with its base {LOOKS} times",
-        "preservation": "preservation: what the base predicts for other contexts is kept "
-        "(preservation=null does not)"
-        if preserved
-        else "no preservation, since nothing that the base knows can change"
-        if adapter.keeps_known
-        else f"no preservation, since there are more than {SMALL_SET} images "
-        "(preservation.weight=1 keeps what the base knows)",
-        "conditioner": f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"
-        if captioned
-        else "",
-    }
-    settings = configuration.with_overrides({}, overrides)
-    rates = settings.get("optimizer") or {}
     reasons = [
         f"{count} images, {captioned} with a caption",
         *_conversion(listing, data.channels),
-        adapter.described  # with the overrides that concern it
-        + ("" if "learning_rate" in rates else f", learning rate {learning_rate:g}, constant")
-        + (
-            ": the base stays as it is (adapter.kind=none trains all weights)"
-            if adapter.needs_base
-            else ""
-        ),
-        # what an override decides was not chosen
-        *(text for keys, text in choices.items() if text and not settings.keys() & keys.split()),
+        *_choices(run, count=count, captioned=bool(captioned), overrides=overrides),
         *(
             f"{name}s steer the model too (conditioner.{name}): made from images that have none"
             for name in adapter.contexts
@@ -188,6 +162,48 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
         ),
     ]
     return run, [*start.remarks, *(f"chosen: {reason}" for reason in reasons)]
+
+
+def _choices(run: Run, *, count: int, captioned: bool, overrides: Overrides) -> list[str]:
+    """Return a line for each choice that no override replaces.
+
+    Args:
+        count: number of images.
+    """
+    settings = configuration.with_overrides({}, overrides)
+    steps, rates = run.budget.steps or 0, settings.get("optimizer") or {}
+    views = round(steps * run.batch_size / max(1, count - max(count // 10, min(25, count // 5))))
+    rate = f", learning rate {run.optimizer.learning_rate:g}, constant"
+    kept = ": the base stays as it is (adapter.kind=none trains all weights)"
+    choices = {
+        "budget batch_size": f"{steps} steps of {run.batch_size}: each image is seen about {views} "
+        f"times, and the model is compared with its base {LOOKS} times",
+        "preservation": _preservation_line(run),
+        "conditioner": f"{DROPOUT:.0%} of captions are replaced by the null condition, for guidance"
+        if captioned
+        else "",
+    }
+    return [
+        # the adapter has the overrides in it already
+        run.adapter.described
+        + ("" if "learning_rate" in rates else rate)
+        + (kept if run.adapter.needs_base else ""),
+        *(text for keys, text in choices.items() if text and not settings.keys() & keys.split()),
+    ]
+
+
+def _preservation_line(run: Run) -> str:
+    if run.preservation is not None:
+        return (
+            "preservation: what the base predicts for other contexts is kept (preservation=null "
+            "does not)"
+        )
+    if run.adapter.keeps_known:
+        return "no preservation, since nothing that the base knows can change"
+    return (
+        f"no preservation, since there are more than {SMALL_SET} images (preservation.weight=1 "
+        "keeps what the base knows)"
+    )
 
 
 def _require_contexts(run: Run, model: Path, source: str, listing: Listing) -> None:

@@ -113,7 +113,7 @@ class FolderLayout:
         )
 
     def line(self, entries: Sequence[Entry]) -> str:
-        """Describe how the folders were read, with counts; "" if there are no splits."""
+        """Describe how the folders were read, with counts; "" for a set without splits."""
         if not self.splits:
             return ""
         held = Counter(entry.holdout for entry in entries)
