@@ -19,6 +19,7 @@ from sfumato.nn.frozen_layers import PackedWeight, pack, packed_layers, without_
 from sfumato.storage.weight_files import unreadable
 
 WEIGHTS = "diffusion_pytorch_model"
+MAPPED_BYTES = 32 << 20  # of a file, after which it is opened anew
 
 
 @contextmanager
@@ -61,13 +62,27 @@ def load_weights(model: nn.Module, folder: Path, *, variant: str = "") -> None:
         )
     loaded: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as content:
-            names: list[str] = content.keys()
-            for name in names:
-                tensor = content.get_tensor(name)
-                _require_fitting(name, tensor, expected[name], folder)
-                loaded |= _stored(name, tensor, packed)
+        for name, tensor in _views(file):
+            _require_fitting(name, tensor, expected[name], folder)
+            loaded |= _stored(name, tensor, packed)
     model.load_state_dict(loaded, assign=True)
+
+
+def _views(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file by name, each a view of the file that is to be dropped.
+
+    Pages of a mapped file stay in memory while it is open; so it is opened anew now and then.
+    """
+    names = _names(file)
+    while names:
+        with _opened(file) as content:
+            size = 0
+            while names and size < MAPPED_BYTES:
+                name = names.pop()
+                tensor: Tensor = content.get_tensor(name)
+                size += tensor.nbytes
+                yield name, tensor
+                del tensor
 
 
 def _stored(name: str, tensor: Tensor, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
