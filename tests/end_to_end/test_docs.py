@@ -18,7 +18,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # defines networks, contexts and sources, which other tests of the same process would see
 APART = ("extending.md",)
 BLOCKS = [
-    pytest.param(page.name, block, id=f"{page.name}-{number}")
+    pytest.param(
+        page.name,
+        block,
+        id=f"{page.name}-{number}",
+        marks=pytest.mark.slow if page.name in APART and number > 1 else (),
+    )
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]

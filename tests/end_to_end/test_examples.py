@@ -142,6 +142,7 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
         latent_training,
     )
 }
+QUICK = ("minimal_training", "own_network", "own_context")
 Outcomes = dict[str, tuple[Path, "Future[subprocess.CompletedProcess[str]]"]]
 
 
@@ -173,7 +174,13 @@ def started(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name in CHECKS
+    ],
+)
 def test_example(name: str, outcomes: Outcomes) -> None:
     folder, future = outcomes[name]
     outcome = future.result()

@@ -81,8 +81,15 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
 
 @pytest.mark.parametrize(
     "config",
-    [DIT, UNET, replace(DIT, activation_checkpointing=True)],
-    ids=["dit", "unet", "dit-recomputed"],
+    [
+        pytest.param(DIT, id="dit", marks=pytest.mark.slow),
+        pytest.param(UNET, id="unet"),
+        pytest.param(
+            replace(DIT, activation_checkpointing=True),
+            id="dit-recomputed",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -> None:
     """A second shape makes sides symbols, whatever shapes come then."""
@@ -101,7 +108,10 @@ def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -
     assert set(counts[1:]) == {counts[1]}
 
 
-@pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(DIT, id="dit", marks=pytest.mark.slow), pytest.param(UNET, id="unet")],
+)
 def test_networks_of_several_sizes_are_compiled_in_one_process(config: NetworkConfig) -> None:
     """Sizes that were seen to change are symbols from then on."""
     for channels, vector in ((3, 6), (1, 8), (4, 10)):

@@ -41,7 +41,9 @@ def photos(folder: Path, *, captions: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_xl])
+@pytest.mark.parametrize(
+    "make", [stable_diffusion, pytest.param(stable_diffusion_xl, marks=pytest.mark.slow)]
+)
 def test_a_folder_is_tuned_by_lora_and_its_base_stays_as_it_was(tmp_path: Path, make) -> None:
     model, images = make(tmp_path / "model"), photos(tmp_path / "photos")
     result = cli.sfumato("finetune", model, images, *SHORT, "--run", tmp_path / "run")

@@ -138,7 +138,9 @@ def test_contexts_made_from_the_images_are_measured_too(told: Path, tmp_path: Pa
     }
 
 
-@pytest.mark.parametrize("times", [1, 2])  # that each held-out image is looked at
+@pytest.mark.parametrize(
+    "times", [1, pytest.param(2, marks=pytest.mark.slow)]
+)  # that each held-out image is looked at
 def test_a_category_that_tells_the_image_steers_after_a_few_steps(
     told: Path, tmp_path: Path, times: int
 ) -> None:

@@ -203,7 +203,16 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["training 0", "training 5", "measuring", "encoding", "training 8", "training 11"]
+    "stage",
+    [
+        "training 5",
+        "measuring",
+        "training 11",
+        *(
+            pytest.param(stage, marks=pytest.mark.slow)
+            for stage in ("training 0", "encoding", "training 8")
+        ),
+    ],
 )
 def test_killed_in_any_stage_and_resumed_it_ends_as_if_left_alone(
     stage: str, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

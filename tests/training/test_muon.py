@@ -163,7 +163,7 @@ def test_impossible_momentum_is_refused() -> None:
         MuonConfig(momentum=1)
 
 
-@pytest.mark.parametrize("after", [3, 8])
+@pytest.mark.parametrize("after", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

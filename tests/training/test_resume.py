@@ -60,7 +60,9 @@ def interrupted(settings, run: Path, monkeypatch: pytest.MonkeyPatch, after: int
     return run
 
 
-@pytest.mark.parametrize("after", [3, 5, 8, 13])
+@pytest.mark.parametrize(
+    "after", [3, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 13))]
+)
 def test_resumed_run_equals_the_uninterrupted_one(
     folder, whole, tmp_path, monkeypatch, after
 ) -> None:
@@ -78,7 +80,7 @@ def test_interrupted_twice_still_equals(folder, whole, tmp_path, monkeypatch) ->
     assert fingerprint(resume(run)) == whole
 
 
-@pytest.mark.parametrize("step", [7, 8])
+@pytest.mark.parametrize("step", [7, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(
     folder, whole, tmp_path, monkeypatch, step
 ) -> None:
