@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.generation.pipeline import Pipeline
+    from sfumato.interop.control_files import with_control
     from sfumato.interop.embedding import with_embedding
     from sfumato.interop.lora import with_lora
     from sfumato.recipes.builtin import recipe
@@ -26,6 +27,7 @@ __all__ = [
     "resolve",
     "resume",
     "train",
+    "with_control",
     "with_embedding",
     "with_lora",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "finetune": "sfumato.runs.training",
     "resume": "sfumato.runs.training",
     "train": "sfumato.runs.training",
+    "with_control": "sfumato.interop.control_files",
     "with_embedding": "sfumato.interop.embedding",
     "with_lora": "sfumato.interop.lora",
 }

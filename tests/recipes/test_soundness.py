@@ -128,5 +128,7 @@ def test_a_run_made_in_python_is_refused_as_one_that_is_parsed() -> None:
         match="unconditional prediction for category and doodle, but their dropout is 0",
     ):
         Run(name="x", conditioner=both, sampling=SamplingConfig(guidance=2.0))
+    unguided = ContextConfig(doodle=DoodleConfig(dropout=0.0, guided=False))
+    assert Run(name="x", conditioner=unguided, sampling=SamplingConfig(guidance=2.0)).name == "x"
     with pytest.raises(ConfigError, match=r"^sampling\.schedule"):
         Run(name="x", denoiser=DenoiserConfig(parameterization=Epsilon()))

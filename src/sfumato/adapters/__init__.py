@@ -9,6 +9,12 @@ from sfumato.adapters.adapter import (
     freeze_base,
     without_adapters,
 )
+from sfumato.adapters.control_lora import (
+    Controlled,
+    ControlLoRA,
+    Widened,
+    added_parameters,
+)
 from sfumato.adapters.controlnet import Control, ControlNet
 from sfumato.adapters.lora import (
     Factors,
@@ -26,16 +32,20 @@ __all__ = [
     "Addition",
     "BaseOf",
     "Control",
+    "ControlLoRA",
     "ControlNet",
+    "Controlled",
     "Factors",
     "LearnedTokens",
     "LoRA",
     "TextualInversion",
     "TokenLearner",
     "WholeNetwork",
+    "Widened",
     "adaptable_layers",
     "adapted_layers",
     "add_product",
+    "added_parameters",
     "freeze_base",
     "sharing_tensors",
     "without_adapters",

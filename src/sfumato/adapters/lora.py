@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.adapters.adapter import Adapter, Addition, freeze_base
+from sfumato.adapters.adapter import AdaptableConditioner, Adapter, Addition, freeze_base
 from sfumato.config.bounds import Positive, Size
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.nn.frozen_layers import FrozenConv2d, FrozenLinear
@@ -166,7 +166,7 @@ class LoRA(Adapter):
         """What is trained, in words."""
         return f"LoRA of rank {self.rank}"
 
-    def apply(self, network: nn.Module, conditioner: nn.Module) -> None:
+    def apply(self, network: nn.Module, conditioner: AdaptableConditioner) -> None:
         """Freeze the network and the conditioner, and adapt the network's layers.
 
         Raises:

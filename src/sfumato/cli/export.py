@@ -17,7 +17,7 @@ def export(
             "diffusers: a pipeline's folder, a LoRA merged; single-file: one file of Stable "
             "Diffusion's layout; bundle: a folder that sfumato.load opens anywhere; onnx: the "
             "network with a runner on onnxruntime; embedding: the vectors of a textual inversion; "
-            "controlnet: a ControlNet of diffusers."
+            "controlnet: a ControlNet of diffusers; control-lora: a file that sample --control reads."
         ),
     ],
     dtype: Annotated[

@@ -157,6 +157,13 @@ def sample(
             "or the file's own."
         ),
     ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            help="Control file of sfumato (export --format control-lora), for --doodle to steer "
+            "the model that it was trained on."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -199,8 +206,9 @@ def sample(
     """Generate images with a trained model; prints the path of the grid. The same command again
     completes what was interrupted.
     """
-    from sfumato.cli.sample_output import recorded_embedding, recorded_loras, writable
+    from sfumato.cli.sample_output import recorded_file, recorded_loras, writable
     from sfumato.generation.options import SamplingOptions
+    from sfumato.interop.control_files import with_control
     from sfumato.interop.embedding import with_embedding
     from sfumato.interop.lora import with_lora
     from sfumato.runs import load, newest_run
@@ -215,6 +223,8 @@ def sample(
         pipeline = load(
             run, weights=parse_weights(weights), precision=precision, variant=variant, like=like
         )
+        if control is not None:
+            pipeline = with_control(pipeline, control)
         if embedding is not None:
             pipeline = with_embedding(pipeline, embedding)
         for file, factor in loras:
@@ -250,7 +260,8 @@ def sample(
         )
         options = {**context.params, "num": number_of_images(num, prompt, category)}
         options |= {"run": run, "folder": folder, "lora": recorded_loras(loras)}
-        options |= {"weights": weights, "embedding": recorded_embedding(embedding)}
+        options |= {"weights": weights, "embedding": recorded_file(embedding)}
+        options |= {"control": recorded_file(control)}
         report = _generate(pipeline, request, settings, options)
     _report(report | {"seed": seed, "seconds": round(time.monotonic() - begun, 3)}, as_json=as_json)
 

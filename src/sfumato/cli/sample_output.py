@@ -139,8 +139,8 @@ def recorded_loras(loras: Sequence[tuple[Path, float]]) -> list[dict[str, Any]] 
     ] or None
 
 
-def recorded_embedding(path: Path | None) -> dict[str, Any] | None:
-    """Return what images say of the embedding that their prompts may use; None without one."""
+def recorded_file(path: Path | None) -> dict[str, Any] | None:
+    """Return what images say of a file that changed the model that made them; None without one."""
     return None if path is None else {"file": path.name, "sha256": folder_id(path)}
 
 

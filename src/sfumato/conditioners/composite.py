@@ -78,6 +78,12 @@ class CompositeConditioner(AdaptableConditioner):
         ]
 
     @property
+    def over_image(self) -> list[str]:
+        """Names of the contexts that give maps over the image."""
+        parts = zip(self.parts, self._parts, strict=True)
+        return [name for name, part in parts if part.sizes.spatial]
+
+    @property
     def unguided(self) -> list[str]:
         """Names of the contexts that guidance keeps in all predictions."""
         return [name for name, part in zip(self.parts, self._parts, strict=True) if not part.guided]

@@ -117,7 +117,7 @@ def extract_lines(images: Tensor, draws: Tensor, *, wobble: float, dropped: floa
     """
     side = min(images.shape[-2:])
     colours = images[:, : {2: 1, 4: 3}.get(images.shape[1], images.shape[1])]
-    unit = side / 32
+    unit = max(1.0, side / 32)  # finer than pixels, there is nothing to see
     fine, coarse = (_edges(colours, width * unit) for width in (0.5, 0.6))
     share = draws[:, 0].view(-1, 1, 1, 1)
     strength = fine + share * (coarse - fine)

@@ -20,7 +20,7 @@ from sfumato.foreign_models import PIPELINE
 from sfumato.interop.base_folder import BaseFolder, copy_files
 from sfumato.interop.merging import NAMES, require_dtype, round_tensor
 from sfumato.interop.model_card import write_card
-from sfumato.interop.opening import largest_difference, open_run
+from sfumato.interop.opening import drawings, largest_difference, open_run
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.networks.diffusers_models import DiffusersConfig
 from sfumato.recipes.autoencoder_stage import FINAL, FOLDER, PixelsConfig
@@ -176,7 +176,7 @@ def _compared(model: TrainedModel, folder: Path, dtype: torch.dtype, out: Path) 
     """
     loaded, _ = checkpoint.read_newest(folder / "checkpoints")
     pipeline = open_run(resolve(folder), folder, loaded.state, loaded.tensors["ema"])
-    difference = largest_difference(model.pipeline, pipeline)
+    difference = largest_difference(model.pipeline, pipeline, **drawings(model.pipeline))
     if dtype is torch.float32 and difference != 0:
         raise OutputError(
             f"the bundle gives other images than the run ({difference:.1e} of 0 to 1)",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sfumato.adapters import Control, sharing_tensors
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.merging import NAMES, require_dtype, round_tensor
-from sfumato.interop.opening import largest_difference, require_same
+from sfumato.interop.opening import drawings, largest_difference, require_same
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.networks.diffusers_control import UNetControl, read_branch
 from sfumato.networks.diffusers_weights import WEIGHTS
@@ -43,7 +41,7 @@ def write_controlnet(trained: TrainedModel, path: Path, dtype: torch.dtype) -> l
     reopened = replace(trained.pipeline, model=model)
     control, _ = _branch(reopened)
     control.branch = read_branch(path, branch.factor).eval().requires_grad_(False)
-    difference = largest_difference(trained.pipeline, reopened, **_over_image(trained.pipeline))
+    difference = largest_difference(trained.pipeline, reopened, **drawings(trained.pipeline))
     channels = branch.model.config.conditioning_channels
     return [
         f"control branch of {count(branch.parameters())} parameters, {NAMES[dtype]}, for images of "
@@ -62,17 +60,6 @@ def _branch(pipeline: Pipeline) -> tuple[Control, UNetControl]:
             hint="train with adapter.kind=controlnet",
         )
     return control, control.branch
-
-
-def _over_image(pipeline: Pipeline) -> dict[str, Any]:
-    """Return something to read for the contexts that lie over the image."""
-    channels, height, width = pipeline.image_shape
-    generator = torch.Generator().manual_seed(0)
-    drawn: dict[str, Tensor] = {
-        "doodle": (torch.rand(1, height, width, generator=generator) > 0.2).float(),
-        "image": torch.rand(channels, height, width, generator=generator),
-    }
-    return {name: value for name, value in drawn.items() if name in pipeline.reads}
 
 
 def _read(pipeline: Pipeline) -> str:

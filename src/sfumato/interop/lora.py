@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from sfumato.adapters import adaptable_layers, add_product, sharing_tensors
+from sfumato.adapters import Controlled, adaptable_layers, add_product, sharing_tensors
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.lora_files import read_lora
@@ -29,10 +29,17 @@ def with_lora(
             refused.
     Raises:
         CheckpointError: if it cannot be read, is of a kind that is not supported, or does not fit.
+        ConfigError: for a model of adapter.kind=control-lora.
     """
     if not math.isfinite(strength):
         raise ConfigError(f"strength = {strength}", where=str(path), hint="use a finite number")
     network, conditioner = pipeline.model.network, pipeline.model.conditioner
+    if isinstance(network, Controlled):
+        raise ConfigError(
+            "cannot be added to this model, whose own LoRA acts on images with a doodle alone",
+            where=str(path),
+            hint="add it to the base of the model, or control it by adapter.kind=controlnet",
+        )
     names = LayerNames(network.implementation, conditioner.text_encoders)
     read = read_lora(Path(path), names, partial=partial)
     for remark in read.remarks:

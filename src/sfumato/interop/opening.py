@@ -90,6 +90,17 @@ def largest_difference(
     return float((images[0] - images[1]).abs().max())
 
 
+def drawings(pipeline: Pipeline) -> dict[str, Any]:
+    """Return something to read for the contexts of a pipeline that lie over the image."""
+    channels, height, width = pipeline.image_shape
+    generator = torch.Generator().manual_seed(0)
+    drawn: dict[str, Tensor] = {
+        "doodle": (torch.rand(1, height, width, generator=generator) > 0.2).float(),
+        "image": torch.rand(channels, height, width, generator=generator),
+    }
+    return {name: value for name, value in drawn.items() if name in pipeline.reads}
+
+
 def require_same(difference: float, dtype: torch.dtype, *, where: Path) -> str:
     """Return a line that says how far the images of a written model are from the run's.
 

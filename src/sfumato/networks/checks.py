@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +41,13 @@ def pad_inputs(x: Tensor, condition: Condition, multiple: int) -> tuple[Tensor, 
     if maps is not None and max(maps.shape[2:]) > 1:  # a 1 x 1 map is the same everywhere
         condition = replace(condition, spatial=F.pad(resize_maps(maps, x), (0, right, 0, below)))
     return F.pad(x, (0, right, 0, below)), condition
+
+
+def join_maps(x: Tensor, condition: Condition) -> Tensor:
+    """Concatenate the condition's maps, if it has any, to x (B, C, H, W) along channels."""
+    if condition.spatial is None:
+        return x
+    return torch.cat([x, resize_maps(condition.spatial, x)], dim=1)
 
 
 def padding_overhead(height: int, width: int, multiple: int) -> float:

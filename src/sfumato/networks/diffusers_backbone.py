@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone
-from sfumato.networks.checks import check_inputs, pad_inputs
+from sfumato.networks.checks import check_inputs, join_maps, pad_inputs
+from sfumato.nn.widenable import InputLayer, Widenable
 
 
-class DiffusersBackbone(Backbone):
+class DiffusersBackbone(Backbone, Widenable):
     """A network of diffusers. Subclasses translate `Condition` into its arguments.
 
     Attributes:
@@ -27,8 +28,10 @@ class DiffusersBackbone(Backbone):
         embedded_guidance: guidance scale that distilled networks are told.
         legal: values of settings that are supported, where others are not.
         usual_side: side of the input where the configuration names none; 0 if it always does.
+        input_name: name of the layer that reads x.
     """
 
+    input_name: ClassVar[str] = "pos_embed.proj"
     legal: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     usual_side: ClassVar[int] = 0
 
@@ -68,12 +71,18 @@ class DiffusersBackbone(Backbone):
         )
         height, width = x.shape[2:]
         padded, condition = pad_inputs(x, condition, self.multiple)
+        if self.reads_maps:
+            padded = join_maps(padded, condition)
         output = self.call(padded, noise_input, condition)
         return output[:, : self.image_channels, :height, :width]  # a learned variance is left out
 
     @abstractmethod
     def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
-        """Call the network with its own arguments."""
+        """Call the network with its own arguments; x has its maps concatenated if it reads any."""
+
+    def input_layer(self) -> InputLayer:
+        """Return the layer that reads x."""
+        return InputLayer(self.model.get_submodule(self.input_name))
 
     @classmethod
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
 from sfumato.networks.diffusers_backbone import DiffusersBackbone, cut_padding, pack, unpack
+from sfumato.nn.widenable import InputLayer
 
 
 class SD3Transformer(DiffusersBackbone):
@@ -105,6 +107,7 @@ class FluxTransformer(DiffusersBackbone):
     latents are tokens of the image, and distilled networks are told a guidance scale.
     """
 
+    input_name = "x_embedder"
     usual_side = 128
 
     @property
@@ -160,6 +163,7 @@ class SanaTransformer(DiffusersBackbone):
     linear path.
     """
 
+    input_name = "patch_embed.proj"
     legal: ClassVar = {"guidance_embeds": (False, None)}
 
     def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
@@ -185,6 +189,12 @@ class Lumina2Transformer(DiffusersBackbone):
     and predicts data minus noise.
     """
 
+    input_name = "x_embedder"
+
+    def input_layer(self) -> InputLayer:
+        """Return the layer that reads x; its tokens are pixels, each with all its channels."""
+        return replace(super().input_layer(), pixels=self.multiple**2)
+
     def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """Call the network with x, one minus the time, the text and its mask; negate the output."""
         condition = cut_padding(condition)
@@ -208,6 +218,7 @@ class ZImageTransformer(DiffusersBackbone):
     data and predicts data minus noise.
     """
 
+    input_name = "all_x_embedder.2-1"
     legal: ClassVar = {
         "siglip_feat_dim": (None,),
         "all_patch_size": ([2], (2,)),
@@ -219,6 +230,10 @@ class ZImageTransformer(DiffusersBackbone):
     def multiple(self) -> int:
         """2, the side of a patch."""
         return 2
+
+    def input_layer(self) -> InputLayer:
+        """Return the layer that reads x; its tokens are pixels, each with all its channels."""
+        return replace(super().input_layer(), pixels=self.multiple**2)
 
     def call(self, x: Tensor, noise_input: Tensor, condition: Condition) -> Tensor:
         """Call the network with images and texts one by one; negate the output."""
@@ -247,6 +262,7 @@ class QwenImageTransformer(DiffusersBackbone):
     tokens of the image.
     """
 
+    input_name = "img_in"
     legal: ClassVar = {
         "guidance_embeds": (False, None),
         "zero_cond_t": (False, None),

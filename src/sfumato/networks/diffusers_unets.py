@@ -16,6 +16,8 @@ from sfumato.nn.controllable import Controllable, NoControl
 class DiffusersUNet(DiffusersBackbone):
     """A U-Net, which downsamples between its blocks."""
 
+    input_name: ClassVar[str] = "conv_in"
+
     @property
     def multiple(self) -> int:
         """The factor by which the network downsamples."""

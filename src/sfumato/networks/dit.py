@@ -20,12 +20,13 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Positive, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import check_inputs, pad_inputs, resize_maps
+from sfumato.networks.checks import check_inputs, join_maps, pad_inputs
 from sfumato.nn.attention import attend, split_heads
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
 from sfumato.nn.norms import RMSNorm, rms_norm
 from sfumato.nn.rotary import apply_rotary, rotary_angles
+from sfumato.nn.widenable import InputLayer, Widenable
 
 MODULATIONS = 6  # of a block: shift, scale and gate, of attention and of the feed-forward
 LEVEL_SIZE = 256
@@ -114,7 +115,7 @@ class DiTConfig(NetworkConfig):
         return DiT(self, image_channels=image_channels, context=context)
 
 
-class DiT(Backbone):
+class DiT(Backbone, Widenable):
     """network(x, noise_input, condition) -> prediction of x's shape.
 
     All residual branches and the output start at zero.
@@ -202,9 +203,8 @@ class DiT(Backbone):
             if self.vector_embedding is None
             else level + self.vector_embedding(condition.vector)
         )
-        maps = [] if condition.spatial is None else [resize_maps(condition.spatial, x)]
         patches = self.patches(
-            F.pixel_unshuffle(torch.cat([x, *maps], dim=1), patch).flatten(2).transpose(1, 2)
+            F.pixel_unshuffle(join_maps(x, condition), patch).flatten(2).transpose(1, 2)
         )
         parts = self._sequence(patches, condition)
         places = rotary_angles(rows, columns, self.config.head_dim, like=patches)
@@ -295,6 +295,10 @@ class DiT(Backbone):
     def input_layers(self) -> list[nn.Module]:
         """Return the embeddings of patches and of the noise level."""
         return [self.patches, self.level_embedding]
+
+    def input_layer(self) -> InputLayer:
+        """Return the first layer of the embedding of patches, as the one that reads x."""
+        return InputLayer(cast(nn.Linear, self.patches[0]))
 
     def output_layers(self) -> list[nn.Module]:
         """Return the projection back to pixels."""

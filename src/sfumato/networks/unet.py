@@ -18,11 +18,12 @@ from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
 from sfumato.config.bounds import FractionBelowOne, Size, SizeOrZero
 from sfumato.errors import ConfigError
 from sfumato.networks.backbone import Backbone, NetworkConfig
-from sfumato.networks.checks import check_inputs, pad_inputs, resize_maps
+from sfumato.networks.checks import check_inputs, join_maps, pad_inputs, resize_maps
 from sfumato.nn.attention import CrossAttention, SelfAttention
 from sfumato.nn.embeddings import TIMESTEPS, SinusoidalEmbedding
 from sfumato.nn.init import zero_init
 from sfumato.nn.norms import ModulatedGroupNorm, num_groups
+from sfumato.nn.widenable import InputLayer, Widenable
 
 Place = Literal["all", "decoder"]
 GROUP_CHANNELS = 16  # channels that share a group norm's statistics
@@ -95,7 +96,7 @@ class UNetConfig(NetworkConfig):
         return UNet(self, image_channels=image_channels, context=context)
 
 
-class UNet(Backbone):
+class UNet(Backbone, Widenable):
     """network(x, noise_input, condition) -> prediction of x's shape.
 
     All residual branches and the output start at zero.
@@ -113,6 +114,7 @@ class UNet(Backbone):
     ) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.config = config
+        self.reads_maps = config.maps_at == "all"
         size = 4 * config.channels
         self.level_embedding = nn.Sequential(
             SinusoidalEmbedding(config.channels, scale=TIMESTEPS),
@@ -123,9 +125,7 @@ class UNet(Backbone):
         self.embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU())
 
         encoder_tokens = context.tokens if config.tokens_at == "all" else 0
-        input_maps, decoder_maps = (
-            (context.spatial, 0) if config.maps_at == "all" else (0, context.spatial)
-        )
+        input_maps, decoder_maps = (context.spatial, 0) if self.reads_maps else (0, context.spatial)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         last = len(widths) - 1
         self.input = nn.Conv2d(image_channels + input_maps, widths[0], 3, padding=1)
@@ -181,8 +181,8 @@ class UNet(Backbone):
         )
         decoder_embedding = self.embedding(conditioned_level)
         embedding = decoder_embedding if self.config.vector_at == "all" else self.embedding(level)
-        if condition.spatial is not None and self.config.maps_at == "all":
-            x = torch.cat([x, resize_maps(condition.spatial, x)], dim=1)
+        if self.reads_maps:
+            x = join_maps(x, condition)
         x = self.input(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for down in self.down:
@@ -196,6 +196,10 @@ class UNet(Backbone):
     def input_layers(self) -> list[nn.Module]:
         """Return the first convolution."""
         return [self.input]
+
+    def input_layer(self) -> InputLayer:
+        """Return the first convolution, as the layer that reads x."""
+        return InputLayer(self.input)
 
     def output_layers(self) -> list[nn.Module]:
         """Return the last convolution."""

@@ -155,9 +155,14 @@ def require_finite_loss(run: Run) -> None:
 
 def require_guidable(run: Run) -> None:
     """Raise ConfigError if guidance needs an unconditional prediction that is never trained, since
-    the dropout of a context is 0.
+    the dropout of a context is 0. Contexts that guidance keeps in all predictions need none.
     """
-    never = [name for name in run.conditioner.names if getattr(run.conditioner, name).dropout == 0]
+    configs = {name: getattr(run.conditioner, name) for name in run.conditioner.names}
+    never = [
+        name
+        for name, config in configs.items()
+        if config.dropout == 0 and getattr(config, "guided", True)
+    ]
     if run.sampling.guidance != 1 and never:
         keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
         raise ConfigError(

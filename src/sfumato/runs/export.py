@@ -79,6 +79,11 @@ doodle = Image.open("doodle.png").convert("L").resize((512, 512))  # dark lines 
 ink, given, none = ImageOps.invert(doodle), doodle.point(lambda _: 255), doodle.point(lambda _: 0)
 image = Image.merge("RGB", (ink, given, none))
 pipeline("a photo", image=image).images[0].save("image.png")"""
+CONTROL_IN_SFUMATO = """import numpy, sfumato, torch
+from PIL import Image
+pipeline = sfumato.with_control(sfumato.load("FOLDER OF THE BASE"), "PATH OF THIS FILE")
+doodle = numpy.array(Image.open("doodle.png").convert("L"))  # dark lines on light
+images = pipeline.sample(4, doodle=torch.from_numpy(doodle)[None] / 255)  # and prompt="..." """
 
 FORMATS: Mapping[str, Format] = {
     "lora-diffusers": Format(
@@ -101,6 +106,13 @@ FORMATS: Mapping[str, Format] = {
         "write_controlnet",
         kinds=("controlnet",),
         how_to_run=CONTROLNET_IN_DIFFUSERS,
+    ),
+    "control-lora": Format(
+        "control_files",
+        "write_control",
+        suffix=".safetensors",
+        kinds=("control-lora",),
+        how_to_run=CONTROL_IN_SFUMATO,
     ),
     "embedding": Format(
         "embedding_export",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from sfumato import config as configuration
 from sfumato.adapters import Adapter, LoRA
@@ -125,6 +126,7 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
     small = count <= SMALL_SET
     rank = RANK if small else LARGE_RANK
     adapter = _adapter(replace(start.run, adapter=replace(start.adapter, rank=rank)), overrides)
+    _require_new_contexts(start.run, model, adapter)
     learning_rate = adapter.learning_rate or start.learning_rate
     preserved = small and not adapter.keeps_known
     batch_size = min(start.batch_size, count)
@@ -227,6 +229,17 @@ def _require_contexts(run: Run, model: Path, source: str, listing: Listing) -> N
         )
 
 
+def _require_new_contexts(run: Run, model: Path, adapter: Adapter) -> None:
+    """Raise ConfigError if a base reads already what an adapter would let it read."""
+    for name in adapter.contexts:
+        if name in run.conditioner.names:
+            raise ConfigError(
+                f"{model.name} is steered by {name}s already, and the adapter would add them",
+                where="adapter.kind",
+                hint="tune it with adapter.kind=lora or none",
+            )
+
+
 def _with_dropout(conditioner: ContextConfig) -> ContextConfig:
     """Return the conditioner with the dropout of fine-tuning, for text."""
     return ContextConfig(
@@ -256,10 +269,18 @@ def _data(data: DataConfig, overrides: Overrides) -> DataConfig:
 
 
 def _adapter(run: Run, overrides: Overrides) -> Adapter:
-    """Return the run's adapter with the overrides that concern it; perhaps of another kind."""
+    """Return the run's adapter with the overrides that concern it.
+
+    Another kind keeps the settings that it shares with the proposed one.
+    """
     plain = configuration.plain(run)
-    settings = configuration.with_overrides({"adapter": plain["adapter"]}, overrides)
-    return configuration.parse(Run, {**plain, "adapter": settings["adapter"]}).adapter
+    chosen = configuration.with_overrides({"adapter": plain["adapter"]}, overrides)["adapter"]
+    parsed: Any = configuration.parse(Run, {**plain, "adapter": chosen}).adapter
+    names = {field.name for field in fields(parsed)} & plain["adapter"].keys()
+    settings = chosen if isinstance(chosen, dict) else {}
+    shared = {name: getattr(run.adapter, name) for name in names - settings.keys()}
+    adapter: Adapter = replace(parsed, **shared)
+    return adapter
 
 
 def _require_legal_sizes(data: DataConfig, multiple: int) -> None:
