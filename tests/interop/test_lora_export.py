@@ -230,7 +230,10 @@ def test_a_run_without_a_lora_is_refused_with_what_it_can_have(tmp_path: Path) -
     run = sfumato.train(settings, run=tmp_path / "run")
     with pytest.raises(ConfigError) as error:
         sfumato.export(run, "lora-peft")
-    assert "lora-peft, which is for adapter.kind=lora: trained was all weights" in str(error.value)
+    assert (
+        "lora-peft, which is for adapter.kind=oft or lokr or dora or lora: trained was all"
+        in str(error.value)
+    )
     assert "train with adapter.kind=lora" in str(error.value)
     assert not (run / "exports").exists()
 

@@ -5,9 +5,12 @@ from sfumato.adapters.adapter import (
     Adapter,
     Addition,
     BaseOf,
+    ChangedLayer,
     WholeNetwork,
+    changed_layers,
     freeze_base,
     without_adapters,
+    without_added,
 )
 from sfumato.adapters.control_lora import (
     Controlled,
@@ -24,20 +27,36 @@ from sfumato.adapters.lora import (
     add_product,
     sharing_tensors,
 )
+from sfumato.adapters.peft_adapters import (
+    PeftLayer,
+    bare,
+    load_into_peft,
+    opened_by_peft,
+    peft_layers,
+    peft_tensors,
+    remove_peft,
+)
+from sfumato.adapters.peft_kinds import OFT, DoRA, LoKr, PeftAdapter
 from sfumato.adapters.textual_inversion import LearnedTokens, TextualInversion, TokenLearner
 
 __all__ = [
+    "OFT",
     "AdaptableConditioner",
     "Adapter",
     "Addition",
     "BaseOf",
+    "ChangedLayer",
     "Control",
     "ControlLoRA",
     "ControlNet",
     "Controlled",
+    "DoRA",
     "Factors",
     "LearnedTokens",
+    "LoKr",
     "LoRA",
+    "PeftAdapter",
+    "PeftLayer",
     "TextualInversion",
     "TokenLearner",
     "WholeNetwork",
@@ -46,7 +65,15 @@ __all__ = [
     "adapted_layers",
     "add_product",
     "added_parameters",
+    "bare",
+    "changed_layers",
     "freeze_base",
+    "load_into_peft",
+    "opened_by_peft",
+    "peft_layers",
+    "peft_tensors",
+    "remove_peft",
     "sharing_tensors",
     "without_adapters",
+    "without_added",
 ]

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.condition import ContextSizes
 from sfumato.config import Extensible
@@ -23,6 +23,40 @@ class Addition(nn.Module):
     """
 
     adapted: bool = True
+
+
+class ChangedLayer(Addition, ABC):
+    """A layer of a base, with a trained change of its weight.
+
+    Attributes:
+        added: names of the parameters and modules that the layer has beside its own.
+        weight: the layer's own, frozen.
+    """
+
+    added: ClassVar[tuple[str, ...]] = ()
+    weight: Tensor
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """Return the change of the layer's weight, of its shape, in float32."""
+
+
+def changed_layers(module: nn.Module) -> dict[str, ChangedLayer]:
+    """Return the layers of a module whose weights are changed, by name."""
+    return {
+        name: layer for name, layer in module.named_modules() if isinstance(layer, ChangedLayer)
+    }
+
+
+def without_added(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict without what its changed layers have beside their own."""
+    added = {
+        f"{path}.{name}"
+        for path, layer in changed_layers(module).items()
+        for name, _ in layer.named_parameters()
+        if name.partition(".")[0] in layer.added
+    }
+    return {name: tensor for name, tensor in state.items() if name not in added}
 
 
 @contextmanager
@@ -84,6 +118,18 @@ class Adapter(Extensible, ABC):
             captions: those of each image.
         """
         return
+
+    def require_packages(self) -> None:
+        """Raise ConfigError, naming the extra, if a package is missing that the adapter needs."""
+        return
+
+    def remarks(self, network: nn.Module) -> Sequence[str]:
+        """Return lines on what of the settings does not fit a network, after `apply`.
+
+        Raises:
+            ConfigError: if the network's weights are such that it cannot be trained so.
+        """
+        return ()
 
     def base_sizes(self, sizes: ContextSizes) -> ContextSizes:
         """Return the sizes of the condition that the base reads, of those of the conditioner."""

@@ -13,7 +13,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.adapters.adapter import AdaptableConditioner, Adapter, Addition, freeze_base
+from sfumato.adapters.adapter import AdaptableConditioner, Adapter, ChangedLayer, freeze_base
 from sfumato.config.bounds import Positive, Size
 from sfumato.errors import ConfigError, ShapeError
 from sfumato.nn.frozen_layers import FrozenConv2d, FrozenLinear
@@ -72,7 +72,7 @@ class Factors:
         return Factors(function(self.down), function(self.up))
 
 
-class LowRank(Addition):
+class LowRank(ChangedLayer):
     """The part that a layer of any type gets.
 
     Attributes:
@@ -80,6 +80,7 @@ class LowRank(Addition):
         scale: alpha / rank.
     """
 
+    added: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
@@ -89,7 +90,7 @@ class LowRank(Addition):
         return Factors(self.lora_A.detach(), self.scale * self.lora_B.detach())
 
     def delta(self) -> Tensor:
-        """Return the change of the layer's weight, of its shape."""
+        """Return the change of the layer's weight, of its shape, in float32."""
         return self.factors().delta()
 
 
@@ -151,15 +152,7 @@ class LoRA(Adapter):
     convolutions: bool = False
 
     def __post_init__(self) -> None:
-        for pattern in self.layers:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{pattern!r} is not a regular expression: {error}",
-                    where="adapter.layers",
-                    hint="write a part of a layer's name, such as attention or to_q",
-                ) from None
+        require_patterns(self.layers)
 
     @property
     def described(self) -> str:
@@ -175,26 +168,49 @@ class LoRA(Adapter):
         network.requires_grad_(False)
         freeze_base(conditioner)
         kinds = ADAPTED if self.convolutions else LINEAR
-        layers = [
-            (name, layer)
-            for name, layer in adaptable_layers(network).items()
-            if type(layer) in kinds  # the others are adapted already
-        ]
-        chosen = [
-            (name, layer)
-            for name, layer in layers
-            if any(re.search(pattern, name) for pattern in self.layers)
-        ]
-        if not chosen:
-            raise ConfigError(
-                f"none of {len(layers)} layers fits {', '.join(map(repr, self.layers))}",
-                where="adapter.layers",
-                hint="names are such as "
-                + ", ".join(name for name, _ in layers[:: max(1, len(layers) // 4)][:4]),
-            )
-        for _, layer in chosen:
-            scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        for layer in chosen_layers(network, self.layers, kinds).values():
             _adapt(layer, _initial(layer.weight, self.rank), scale)
+
+
+def require_patterns(patterns: Sequence[str]) -> None:
+    """Raise ConfigError unless all are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{pattern!r} is not a regular expression: {error}",
+                where="adapter.layers",
+                hint="write a part of a layer's name, such as attention or to_q",
+            ) from None
+
+
+def chosen_layers(
+    network: nn.Module, patterns: Sequence[str], kinds: Collection[type[nn.Module]]
+) -> dict[str, Any]:
+    """Return the layers of some types in whose names a pattern is found, by name.
+
+    Raises:
+        ConfigError: if no layer's name fits.
+    """
+    layers = {
+        name: layer
+        for name, layer in adaptable_layers(network).items()
+        if type(layer) in kinds  # the others are adapted already
+    }
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if any(re.search(pattern, name) for pattern in patterns)
+    }
+    if not chosen:
+        raise ConfigError(
+            f"none of {len(layers)} layers fits {', '.join(map(repr, patterns))}",
+            where="adapter.layers",
+            hint=f"names are such as {', '.join(list(layers)[:: max(1, len(layers) // 4)][:4])}",
+        )
+    return chosen
 
 
 def _adapt(layer: Any, factors: Factors, scale: float) -> None:

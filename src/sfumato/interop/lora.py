@@ -6,18 +6,26 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from sfumato.adapters import Controlled, adaptable_layers, add_product, sharing_tensors
+from sfumato.adapters import (
+    Controlled,
+    adaptable_layers,
+    add_product,
+    bare,
+    sharing_tensors,
+)
 from sfumato.errors import ConfigError
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.lora_files import read_lora
 from sfumato.interop.lora_names import LayerNames
+from sfumato.interop.peft_import import as_products_in_place, read_kind
 from sfumato.observability.progress import console
 
 
 def with_lora(
     pipeline: Pipeline, path: str | Path, strength: float = 1.0, *, partial: bool = False
 ) -> Pipeline:
-    """Return a pipeline whose layers are changed by a LoRA file of diffusers, kohya or peft.
+    """Return a pipeline whose layers are changed by a LoRA file of diffusers, kohya or peft, or by
+    a folder of peft with OFT, LoKr or DoRA.
 
     The pipeline that is given stays as it is, and shares its weights with the new one. Several add
     up: `with_lora(with_lora(pipeline, a), b, 0.5)`.
@@ -40,11 +48,13 @@ def with_lora(
             where=str(path),
             hint="add it to the base of the model, or control it by adapter.kind=controlnet",
         )
-    names = LayerNames(network.implementation, conditioner.text_encoders)
-    read = read_lora(Path(path), names, partial=partial)
+    plain = bare(network.implementation)
+    names = LayerNames(plain, conditioner.text_encoders)
+    read = read_kind(Path(path), plain, names) or read_lora(Path(path), names, partial=partial)
     for remark in read.remarks:
         console().print(f"note: {remark}", markup=False)
     model = sharing_tensors(pipeline.model)
+    as_products_in_place(model.network.implementation)
     changed = {names.network: model.network.implementation}
     if texts := read.changes.keys() - changed:
         # the encoders are not part of the model, and are copied here

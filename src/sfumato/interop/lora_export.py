@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato.adapters import Factors, adapted_layers
+from sfumato.adapters import Factors, PeftAdapter, bare, without_added
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.interop.lora_conversion import as_products, ranks_in_words
 from sfumato.interop.lora_files import DIFFUSERS_FILE, PEFT_FILE, Changes
 from sfumato.interop.lora_names import LayerNames, is_sdxl
 from sfumato.interop.lora_writing import SUFFIXES, write_diffusers, write_kohya, write_peft
+from sfumato.interop.peft_export import write_kind
 from sfumato.interop.schedulers import PREDICTIONS
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.storage.checkpoint import digest
@@ -71,31 +73,25 @@ class RunLoRA:
         Raises:
             ConfigError: if there are none.
         """
-        network = trained.pipeline.model.network.implementation
-        layers = {name: layer.factors() for name, layer in adapted_layers(network).items()}
+        adapted = trained.pipeline.model.network.implementation
+        converted = as_products(adapted, trained.run.adapter.described)
+        layers = converted.layers
         if not layers:
             raise ConfigError(
                 "has no LoRA: all weights of the network were trained",
                 where=str(trained.directory),
                 hint="export the whole model, or train with adapter.kind=lora",
             )
+        network = bare(adapted)
         names = LayerNames(network)
-        origin = trained.run.network.origin
-        base = Path(origin).resolve().parent.name if origin else trained.run.name
         architecture = _architecture(network, names)
-        parameters = sum(p.numel() for p in trained.pipeline.model.conditioner.parameters())
-        notes = (
-            [f"note: the {parameters} parameters of the conditioner are not part of a LoRA file"]
-            if parameters
-            else []
-        )
         return cls(
             changes={names.network: layers},
             names=names,
-            header=_header(trained, base, network, architecture, layers),
-            base=base,
+            header=_header(trained, architecture, layers),
+            base=_base_name(trained),
             architecture=architecture,
-            notes=tuple(notes),
+            notes=(*converted.lines, *_notes(trained)),
         )
 
 
@@ -135,11 +131,41 @@ def lora_kohya(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[st
 
 
 def lora_peft(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[str]:
-    """Write the LoRA as a folder for peft's `PeftModel.from_pretrained(network, folder)`."""
+    """Write what was learned as a folder for peft's `PeftModel.from_pretrained(network, folder)`.
+
+    OFT, LoKr and DoRA are written as what they are.
+    """
+    if isinstance(trained.run.adapter, PeftAdapter):
+        network = trained.pipeline.model.network.implementation
+        names = LayerNames(bare(network))
+        lines = write_kind(
+            path,
+            network,
+            trained.run.adapter,
+            names.shapes(names.network),
+            dtype=dtype,
+            header=_origin(trained),
+            base=_base_name(trained),
+        )
+        return [*lines, *_notes(trained)]
     lora = RunLoRA.of(trained)
     header = _described(lora, "diffusers")
-    names = write_peft(path, lora.changes, lora.names, dtype=dtype, header=header, base=lora.base)
-    return _report(lora, path / PEFT_FILE, names, "diffusers", dtype)
+    names_in_file = write_peft(
+        path, lora.changes, lora.names, dtype=dtype, header=header, base=lora.base
+    )
+    return _report(lora, path / PEFT_FILE, names_in_file, "diffusers", dtype)
+
+
+def _base_name(trained: TrainedModel) -> str:
+    origin = trained.run.network.origin
+    return Path(origin).resolve().parent.name if origin else trained.run.name
+
+
+def _notes(trained: TrainedModel) -> list[str]:
+    """Return what other programs will not get."""
+    parameters = sum(p.numel() for p in trained.pipeline.model.conditioner.parameters())
+    note = f"note: the {parameters} parameters of the conditioner are not part of a LoRA file"
+    return [note] if parameters else []
 
 
 def _architecture(network: torch.nn.Module, names: LayerNames) -> str:
@@ -155,14 +181,9 @@ def _architecture(network: torch.nn.Module, names: LayerNames) -> str:
 
 
 def _header(
-    trained: TrainedModel,
-    base: str,
-    network: torch.nn.Module,
-    architecture: str,
-    layers: Mapping[str, Factors],
+    trained: TrainedModel, architecture: str, layers: Mapping[str, Factors]
 ) -> dict[str, str]:
     size = f"{trained.pipeline.image_shape[2]}x{trained.pipeline.image_shape[1]}"
-    own = {name: t for name, t in network.state_dict().items() if ".lora_" not in name}
     ranks = sorted({factors.rank for factors in layers.values()})
     predicted = [
         ("modelspec.prediction_type", name)
@@ -171,15 +192,24 @@ def _header(
     ]
     return {
         **dict(predicted),
-        "format": "pt",
+        **_origin(trained),
         "modelspec.sai_model_spec": MODELSPEC,
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.title": trained.run.name,
         "modelspec.resolution": size,
-        "sfumato.base": base,
-        "sfumato.base_sha256": digest(own),
         "sfumato.rank": ",".join(map(str, ranks)),
+    }
+
+
+def _origin(trained: TrainedModel) -> dict[str, str]:
+    """Return texts that say what was trained, from what."""
+    network = trained.pipeline.model.network.implementation
+    return {
+        "format": "pt",
+        "sfumato.base": _base_name(trained),
+        "sfumato.base_sha256": digest(without_added(network.state_dict(), network)),
         "sfumato.step": str(trained.step),
+        "sfumato.trained": trained.run.adapter.described,
     }
 
 
@@ -230,21 +260,23 @@ def _report(lora: RunLoRA, file: Path, names: Names, form: str, dtype: torch.dty
         lost = float(difference.norm() / own.norm().clamp(min=torch.finfo(torch.float32).tiny))
         if lost >= worst:
             worst, place = lost, layer
-    layers = len(read)
-    if layers != len(names) or (dtype == LOSSLESS and largest > 0):
+    count = len(read)
+    if count != len(names) or (dtype == LOSSLESS and largest > 0):
         raise CheckpointError(
-            f"what was written is not what the run has: {layers} of {len(names)} layers, largest "
+            f"what was written is not what the run has: {count} of {len(names)} layers, largest "
             f"difference of a weight's change {largest:g}, in {place}",
             where=str(file),
             hint="report this with the run's config.yaml",
         )
-    ranks = lora.header["sfumato.rank"]
+    ranks = ranks_in_words(
+        [factors.rank for layers in lora.changes.values() for factors in layers.values()]
+    )
     megabytes = file.stat().st_size / 1e6
     precision = str(dtype).removeprefix("torch.")
     lines = [
-        f"LoRA of rank {ranks} on {layers} layers of {lora.base}, {precision}, "
+        f"LoRA of rank {ranks} on {count} layers of {lora.base}, {precision}, "
         f"{megabytes:.1f} MB, alpha = rank",
-        f"read back by the readers' rule (alpha / rank): {layers} of {len(names)} layers, largest "
+        f"read back by the readers' rule (alpha / rank): {count} of {len(names)} layers, largest "
         f"difference of a weight's change {largest:g}",
     ]
     if dtype != LOSSLESS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -190,8 +190,7 @@ def peft_settings(
     """Return rank, alpha and layers as peft's configuration says them; alpha is the rank.
 
     Args:
-        among: all layers of the part. A list names all layers that end so; where that would be more
-            than these, a regular expression names them.
+        among: all layers of the part.
         anchored: whether names are whole paths; those in a text encoder are not, since some
             versions of transformers have `text_model.` before them.
     """
@@ -199,17 +198,29 @@ def peft_settings(
     usual = Counter(ranks.values()).most_common(1)[0][0]
     start = "^" if anchored else ""
     others = {f"{start}{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
-    ambiguous = any(
-        other not in layers and any(other.endswith(f".{layer}") for layer in layers)
-        for other in among
-    )
     return {
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": "|".join(map(re.escape, layers)) if ambiguous else sorted(layers),
+        "target_modules": target_modules(layers, among),
     }
+
+
+def target_modules(layers: Iterable[str], among: Iterable[str]) -> str | list[str]:
+    """Return layers as peft's configuration names them.
+
+    A list names all layers that end so; where that would be more than these, a regular expression
+    names them.
+
+    Args:
+        among: all layers of the part.
+    """
+    named = sorted(layers)
+    own = set(named)
+    ends = tuple(f".{layer}" for layer in named)
+    ambiguous = any(other not in own and other.endswith(ends) for other in among)
+    return "|".join(map(re.escape, named)) if ambiguous else named
 
 
 def rounded(factors: Factors, dtype: torch.dtype, layer: str) -> Factors:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters import adapted_layers
+from sfumato.adapters import changed_layers, without_added
 from sfumato.errors import ConfigError
 from sfumato.networks.diffusers_backbone import DiffusersBackbone
 from sfumato.networks.diffusers_models import DiffusersConfig
@@ -53,7 +53,7 @@ def merge(run: Run, network: DiffusersBackbone, dtype: torch.dtype) -> Merged:
     """
     require_dtype(dtype)
     base, merged = _merged(network.model)
-    adapted = len(adapted_layers(network.model))
+    adapted = len(changed_layers(network.model))
     lines = [f"{adapted} adapted layers merged in float32"] if adapted else []
     if run.network.frozen_in:
         lines.append(
@@ -85,12 +85,11 @@ def _merged(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights of the adapted layers before and all weights after merging."""
     merged = {
         name: tensor.detach().cpu()
-        for name, tensor in dense_state(model).items()
-        if name.rpartition(".")[2] not in ("lora_A", "lora_B")
+        for name, tensor in without_added(dense_state(model), model).items()
     }
     base: dict[str, Tensor] = {}
     with torch.no_grad():
-        for layer, adapted in adapted_layers(model).items():
+        for layer, adapted in changed_layers(model).items():
             name = f"{layer}.weight"
             base[name] = merged[name].float()
             merged[name] = base[name] + adapted.delta().cpu().float()

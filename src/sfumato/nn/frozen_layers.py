@@ -43,7 +43,7 @@ class FrozenLinear(nn.Linear, PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b in the precision of x, or that of autocast."""
-        x = x.to(_product_dtype(x))
+        x = x.to(product_dtype(x))
         if not (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, self.dense(x.dtype), _like(self.bias, x))
         result: Tensor = _Linear.apply(x, self.weight, self.weight_scale, _like(self.bias, x))  # type: ignore[no-untyped-call]
@@ -55,7 +55,7 @@ class FrozenConv2d(nn.Conv2d, PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in the precision of x, or that of autocast."""
-        x = x.to(_product_dtype(x))
+        x = x.to(product_dtype(x))
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return F.conv2d(x, self.dense(x.dtype), _like(self.bias, x), *geometry)
@@ -107,7 +107,7 @@ class _Convolution(torch.autograd.Function):
         return before, None, None, None, None
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Return the precision that autocast would give a product of x."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)

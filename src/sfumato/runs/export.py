@@ -51,7 +51,8 @@ class Format:
         return found
 
 
-MERGED = ("none", "lora")  # whose changes are in the network's own weights
+PRODUCTS = ("oft", "lokr", "dora", "lora")  # changes of layers, which a LoRA can be made of
+MERGED = ("none", *PRODUCTS)  # whose changes are in the network's own weights
 LORA_IN_DIFFUSERS = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("FOLDER OF THE BASE")
 pipeline.load_lora_weights("PATH OF THIS LORA")"""
@@ -87,20 +88,20 @@ images = pipeline.sample(4, doodle=torch.from_numpy(doodle)[None] / 255)  # and 
 
 FORMATS: Mapping[str, Format] = {
     "lora-diffusers": Format(
-        "lora_export", "lora_diffusers", kinds=("lora",), how_to_run=LORA_IN_DIFFUSERS
+        "lora_export", "lora_diffusers", kinds=PRODUCTS, how_to_run=LORA_IN_DIFFUSERS
     ),
     "lora-kohya": Format(
         "lora_export",
         "lora_kohya",
         suffix=".safetensors",
-        kinds=("lora",),
+        kinds=PRODUCTS,
         how_to_run=LORA_IN_DIFFUSERS,
     ),
-    "lora-peft": Format("lora_export", "lora_peft", kinds=("lora",), how_to_run=LORA_IN_PEFT),
+    "lora-peft": Format("lora_export", "lora_peft", kinds=PRODUCTS, how_to_run=LORA_IN_PEFT),
     "diffusers": Format("diffusers_export", "write_diffusers", kinds=MERGED),
     "single-file": Format("single_file", "write_single_file", suffix=".safetensors", kinds=MERGED),
     "bundle": Format("bundle", "write_bundle"),
-    "onnx": Format("onnx_export", "write_onnx", kinds=MERGED),
+    "onnx": Format("onnx_export", "write_onnx", kinds=("none", "lora")),
     "controlnet": Format(
         "controlnet_export",
         "write_controlnet",

@@ -74,6 +74,7 @@ def prepare(
     Raises:
         ConfigError, DataError: naming what is wrong.
     """
+    run.adapter.require_packages()
     dataset = open_data(run, listing)
     require_base(run)
     base = read_base(run.base) if run.base else None
@@ -84,6 +85,8 @@ def prepare(
     require_trainable(model)
     captions = [dataset.entries[position].captions for position in dataset.training]
     run.adapter.require_data(model.conditioner, captions)
+    for remark in run.adapter.remarks(model.network):
+        console().print(remark, markup=False)
     require(model.network, run.precision)
     require_sinks(run.log.sinks)
     if run.compile == "on":
