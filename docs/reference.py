@@ -184,6 +184,8 @@ def value_type(hint: Any, places: dict[Any, str]) -> str:
     if origin is tuple:
         several = [value_type(part, places) for part in parts if part is not Ellipsis]
         return f"list of {several[0]}" if Ellipsis in parts else f"[{', '.join(several)}]"
+    if origin is dict and hint not in NAMES:
+        return f"mapping of {value_type(parts[0], places)} to {value_type(parts[1], places)}"
     return NAMES[hint]
 
 

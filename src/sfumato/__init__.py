@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sfumato.generation.adjusted import with_clip_skip, with_embedded_guidance
     from sfumato.generation.pipeline import Pipeline
     from sfumato.interop.control_files import with_control
     from sfumato.interop.embedding import with_embedding
@@ -27,7 +28,9 @@ __all__ = [
     "resolve",
     "resume",
     "train",
+    "with_clip_skip",
     "with_control",
+    "with_embedded_guidance",
     "with_embedding",
     "with_lora",
 ]
@@ -43,6 +46,8 @@ _HOMES = {
     "resume": "sfumato.runs.training",
     "train": "sfumato.runs.training",
     "with_control": "sfumato.interop.control_files",
+    "with_clip_skip": "sfumato.generation.adjusted",
+    "with_embedded_guidance": "sfumato.generation.adjusted",
     "with_embedding": "sfumato.interop.embedding",
     "with_lora": "sfumato.interop.lora",
 }

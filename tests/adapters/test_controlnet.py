@@ -58,7 +58,8 @@ def controlled(folder: Path, *, disturbed: float = 0.0, **doodle: Any) -> Traine
     """A base with a control branch, all of whose weights are moved at random by `disturbed`."""
     content = read_folder(folder)
     settings = DoodleConfig(**{"guided": False, **doodle})
-    conditioner = ContextConfig(text=content.run.conditioner.text, doodle=settings)
+    own = content.run.conditioner
+    conditioner = ContextConfig(text=own.text, resizing=own.resizing, doodle=settings)
     run = replace(content.run, adapter=ControlNet(), conditioner=conditioner)
     model = build_model(run, content.info).eval()
     generator = torch.Generator().manual_seed(4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from sfumato.adapters import adapted_layers
 from sfumato.data import DataConfig, Folder, index
 from sfumato.generation.pipeline import Pipeline
+from sfumato.interop.lora_names import LayerNames
+from sfumato.interop.lora_writing import write_diffusers
+from sfumato.interop.single_file import file_tensors
+from sfumato.networks import DiffusersConfig
+from sfumato.runs import evaluate_run
+from sfumato.runs.finetuning import finetuning_run
 from tests.helpers import cli, corrupt
-from tests.helpers.diffusers_models import stable_diffusion
+from tests.helpers.diffusers_models import stable_diffusion, unet
+from tests.helpers.lora import random_changes, theirs
 from tests.helpers.runs import images as category_images
 from tests.helpers.runs import tiny_run
 
@@ -130,3 +141,75 @@ def test_a_run_is_compared_with_other_images_of_its_categories(place: Path) -> N
     assert result.code == 2
     assert "others: has category" in result.err
     assert "unheard of" in result.err
+
+
+def test_loras_are_added_and_recorded_apart_from_the_model_alone(
+    place: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = place / "style.safetensors"
+    network = unet(32)
+    changes = {"unet": random_changes(network)}
+    write_diffusers(lora, changes, LayerNames(network), dtype=torch.float32, header={})
+    scales: set[float] = set()
+    sample = Pipeline.sample_request
+
+    def noted(self: Pipeline, request: Any, **options: Any) -> torch.Tensor:
+        scales.update(layer.scale for layer in adapted_layers(self.model).values())
+        return sample(self, request, **options)
+
+    monkeypatch.setattr(Pipeline, "sample_request", noted)
+    given = ("evaluate", model, "--reference", photos(place / "photos"), *FEW)
+    result = cli.sfumato(*given, "--lora", f"{lora}:0.5")
+    assert result.code == 0, result.err
+    assert scales == {0.5}
+    target = place / "generated/base/evaluation/photos/with-style-0.5/evaluation.json"
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    said = f"with the LoRA style.safetensors (SHA-256 {digest[:12]}) at strength 0.5"
+    assert said in json.loads(target.read_text())["remarks"]
+    assert f"note: {said}" in result.out
+    assert not (target.parents[1] / "evaluation.json").exists()
+    refused = cli.sfumato(*given, "--lora", model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert refused.code == 2
+    assert "holds no LoRA" in refused.err
+
+
+def test_a_single_file_is_evaluated_and_fine_tuned_like_a_folder(place: Path, model: Path) -> None:
+    file = place / "one.safetensors"
+    save_file(file_tensors(model), file)
+    reference = photos(place / "photos")
+    for command in (
+        ["evaluate", file, "--reference", reference, *FEW],
+        ["finetune", file, reference],
+    ):
+        refused = cli.sfumato(*command)
+        assert refused.code == 2
+        assert "is a single file, which lacks its configuration" in refused.err
+    result = cli.sfumato("evaluate", file, "--reference", reference, *FEW, "--like", model)
+    assert result.code == 0, result.err
+    assert (place / "generated/one/evaluation/photos/evaluation.json").is_file()
+    run, lines = finetuning_run(file, str(reference), like=model)
+    assert run.name == "photos-one"
+    assert any("one.safetensors was converted to" in line for line in lines)
+    weights = "diffusion_pytorch_model.safetensors"
+    own, before = (load_file(f / weights) for f in (Path(run.network.origin), model / "unet"))
+    assert own.keys() == before.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in before.items())
+    refused = cli.sfumato("finetune", model, reference, "--like", model)
+    assert "is a folder, and `like` is for single files" in refused.err
+
+
+def test_a_variant_is_evaluated_and_fine_tuned_if_it_is_named(place: Path, model: Path) -> None:
+    copy = Path(shutil.copytree(model, place / "copy"))
+    theirs(copy).to(torch.float16).save_pretrained(copy, variant="fp16")
+    reference = photos(place / "photos")
+    run, _ = finetuning_run(copy, str(reference), variant="fp16")
+    assert isinstance(run.network, DiffusersConfig)
+    assert run.network.variant == run.conditioner.text.variant == "fp16"
+    told = {"variant": "", "num": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sfumato.runs.loading.load", lambda path, **options: told.update(options) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            evaluate_run(copy, reference=str(reference), variant="fp16")
+    assert told["variant"] == "fp16"

@@ -29,6 +29,7 @@ from sfumato.conditioners import (
     PointsConfig,
     ReferenceConditioner,
     ReferenceConfig,
+    ResizingConditioner,
     SplatConfig,
     WordTokenizer,
 )
@@ -69,6 +70,14 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "doodle": lambda: (
         DoodleConditioner(DoodleConfig()),
         {"doodle": with_missing(torch.rand(B, 1, SIDE, SIDE) * 2 - 1)},
+    ),
+    "resizing": lambda: (
+        ResizingConditioner(),
+        {
+            "resizing": torch.tensor(
+                [[16.0, 32, 0, 5], [0, 0, 0, 0], [0, 0, 0, 0], [-4, -4, 0, 0], [0, 9, 0, 4]]
+            )
+        },
     ),
     "image": lambda: (
         ImageConditioner(ImageConfig(), channels=3),

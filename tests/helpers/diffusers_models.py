@@ -49,13 +49,13 @@ def t5_tokenizer(length: int = 32) -> Any:
     return tokenizer
 
 
-def clip_text(kind: str = "CLIPTextModel", act: str = "quick_gelu") -> Any:
-    """A CLIP text model of two layers."""
+def clip_text(kind: str = "CLIPTextModel", act: str = "quick_gelu", layers: int = 2) -> Any:
+    """A CLIP text model of few layers."""
     import transformers
 
     torch.manual_seed(1)
     config = transformers.CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2,
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=layers,
         vocab_size=514, bos_token_id=512, eos_token_id=513, pad_token_id=513,
         max_position_embeddings=77, projection_dim=32, hidden_act=act,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 import sfumato
 from sfumato.adapters import without_adapters
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError
 from sfumato.runs.finetuning import finetuning_run
 from sfumato.storage import checkpoint
 from sfumato.training import PreservationConfig
@@ -159,11 +159,6 @@ def test_what_does_not_fit_the_base_is_refused_before_work(
     assert result.code == 2
     assert sentence in result.err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_with_a_lora_is_no_base(tuned: Path, new: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is itself fine-tuned by adapter\.kind=lora"):
-        finetuning_run(tuned, str(new), ["data.category=prime"])
 
 
 def test_the_report_names_a_step_and_shows_images(tuned: Path) -> None:

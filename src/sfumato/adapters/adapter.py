@@ -110,6 +110,11 @@ class Adapter(Extensible, ABC):
     def described(self) -> str:
         """What is trained, in words."""
 
+    @property
+    def begins_with(self) -> str:
+        """Path of a file or a run whose values the trained parts begin with; "" for none."""
+        return ""
+
     def require_data(self, conditioner: nn.Module, captions: Sequence[Sequence[str]]) -> None:
         """Raise ConfigError if nothing can be learned from the training images.
 

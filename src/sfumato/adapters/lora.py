@@ -13,8 +13,9 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,19 +28,22 @@ from sfumato.errors import ConfigError, ShapeError
 from sfumato.nn.frozen_layers import FrozenConv2d, FrozenLinear
 
 M = TypeVar("M", bound=nn.Module)
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A change of a layer's weight, up @ down, with all scales multiplied in.
+    """A change of a layer's weight, scale * up @ down.
 
     Attributes:
         down: (rank, inputs) of a linear layer, (rank, inputs, k, k) of a convolution.
         up: (outputs, rank), (outputs, rank, 1, 1).
+        scale: alpha / rank, times a strength.
     """
 
     down: Tensor
     up: Tensor
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -49,7 +53,7 @@ class Factors:
     def delta(self) -> Tensor:
         """Return the change, of the shape of the layer's weight."""
         product = self.up.flatten(1) @ self.down.flatten(1)
-        return product.view(len(self.up), *self.down.shape[1:])
+        return self.scale * product.view(len(self.up), *self.down.shape[1:])
 
     def fits(self, shape: torch.Size) -> bool:
         """Return whether a weight of this shape can be changed; 1 x 1 kernels are linear layers."""
@@ -61,15 +65,20 @@ class Factors:
     def shaped(self, shape: torch.Size) -> Factors:
         """Return the factors in the shapes that belong to a weight of this shape, which they fit."""
         down = self.down.reshape(self.rank, *shape[1:])
-        return Factors(down, self.up.reshape(shape[0], self.rank, *[1] * (len(shape) - 2)))
+        up = self.up.reshape(shape[0], self.rank, *[1] * (len(shape) - 2))
+        return replace(self, down=down, up=up)
 
     def times(self, strength: float) -> Factors:
         """Return the factors of `strength` times the change."""
-        return Factors(self.down, strength * self.up)
+        return replace(self, scale=strength * self.scale)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Return the factors with a function applied to both."""
-        return Factors(function(self.down), function(self.up))
+        return replace(self, down=function(self.down), up=function(self.up))
+
+    def folded(self) -> Factors:
+        """Return factors of the same change with a scale of 1: it is multiplied into the second."""
+        return Factors(self.down, self.scale * self.up)
 
 
 class LowRank(ChangedLayer):
@@ -87,7 +96,7 @@ class LowRank(ChangedLayer):
 
     def factors(self) -> Factors:
         """Return the change as factors; the scale is multiplied into the second."""
-        return Factors(self.lora_A.detach(), self.scale * self.lora_B.detach())
+        return Factors(self.lora_A.detach(), self.lora_B.detach(), self.scale).folded()
 
     def delta(self) -> Tensor:
         """Return the change of the layer's weight, of its shape, in float32."""
@@ -142,6 +151,12 @@ class LoRA(Adapter):
         layers: regular expressions, found in the names of the layers that are adapted; all linear
             layers by default.
         convolutions: whether convolutions are adapted too.
+        rank_pattern: other ranks, by regular expressions of layers' names; the first one that is
+            found in a name counts.
+        alpha_pattern: other alphas, in the same way.
+        initial: a LoRA file, or a run with a LoRA, whose values the factors begin with; "" for a
+            change of zero.
+        initial_hash: SHA-256 of these values, which must not change before the first step.
     """
 
     kind: ClassVar[str] = "lora"
@@ -150,14 +165,43 @@ class LoRA(Adapter):
     alpha: Positive | None = None
     layers: tuple[str, ...] = ("",)
     convolutions: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    initial: str = ""
+    initial_hash: str = ""
 
     def __post_init__(self) -> None:
-        require_patterns(self.layers)
+        for key, values in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            for pattern, value in values.items():
+                if value <= 0:
+                    raise ConfigError(
+                        f"{pattern!r}: {value}",
+                        where=f"adapter.{key}_pattern",
+                        hint="use numbers above 0",
+                    )
+        require_patterns((*self.layers, *self.rank_pattern, *self.alpha_pattern))
 
     @property
     def described(self) -> str:
         """What is trained, in words."""
-        return f"LoRA of rank {self.rank}"
+        ranks = sorted({self.rank, *self.rank_pattern.values()})
+        rank = f"{self.rank}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        start = f", which begins as {Path(self.initial).name}" if self.initial else ""
+        return f"LoRA of rank {rank}{start}"
+
+    @property
+    def begins_with(self) -> str:
+        """Where the first values come from."""
+        return self.initial
+
+    def rank_of(self, layer: str) -> int:
+        """Return the rank of a layer's change."""
+        return _of(self.rank_pattern, layer, self.rank)
+
+    def scale_of(self, layer: str) -> float:
+        """Return what a layer's product is multiplied by, alpha / rank."""
+        rank = self.rank_of(layer)
+        return _of(self.alpha_pattern, layer, rank if self.alpha is None else self.alpha) / rank
 
     def apply(self, network: nn.Module, conditioner: AdaptableConditioner) -> None:
         """Freeze the network and the conditioner, and adapt the network's layers.
@@ -168,9 +212,8 @@ class LoRA(Adapter):
         network.requires_grad_(False)
         freeze_base(conditioner)
         kinds = ADAPTED if self.convolutions else LINEAR
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for layer in chosen_layers(network, self.layers, kinds).values():
-            _adapt(layer, _initial(layer.weight, self.rank), scale)
+        for name, layer in chosen_layers(network, self.layers, kinds).items():
+            _adapt(layer, _initial(layer.weight, self.rank_of(name), self.scale_of(name)))
 
 
 def require_patterns(patterns: Sequence[str]) -> None:
@@ -213,20 +256,26 @@ def chosen_layers(
     return chosen
 
 
-def _adapt(layer: Any, factors: Factors, scale: float) -> None:
+def _of(patterns: Mapping[str, N], layer: str, default: N) -> N:
+    """Return the value of the first pattern that is found in a layer's name."""
+    found = (value for pattern, value in patterns.items() if re.search(pattern, layer))
+    return next(found, default)
+
+
+def _adapt(layer: Any, factors: Factors) -> None:
     """Turn a layer into an adapted one, in place."""
     layer.__class__ = ADAPTED.get(type(layer), type(layer))
     layer.lora_A, layer.lora_B = nn.Parameter(factors.down), nn.Parameter(factors.up)
-    layer.scale = scale
+    layer.scale = factors.scale
 
 
-def _initial(weight: Tensor, rank: int) -> Factors:
+def _initial(weight: Tensor, rank: int, scale: float) -> Factors:
     """Return the factors that training begins with; their product is zero."""
     outputs, inputs, *kernel = weight.shape
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     down = torch.empty((rank, inputs, *kernel), **options)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    return Factors(down, torch.zeros((outputs, rank, *[1] * len(kernel)), **options))
+    return Factors(down, torch.zeros((outputs, rank, *[1] * len(kernel)), **options), scale)
 
 
 def adaptable_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -257,9 +306,9 @@ def add_product(layer: Any, factors: Factors) -> None:
         lambda factor: factor.to(device=weight.device, dtype=torch.float32)
     )
     if isinstance(layer, LowRank):
-        own = layer.factors()
+        own, added = layer.factors(), added.folded()
         added = Factors(torch.cat([own.down, added.down]), torch.cat([own.up, added.up], dim=1))
-    _adapt(layer, added, 1.0)
+    _adapt(layer, added)
     layer.requires_grad_(False)
 
 

@@ -7,10 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from sfumato.cli.sample_options import parse_loras
+
 
 def evaluate(
     run: Annotated[
-        Path, typer.Argument(help="Directory of the run, or folder of a diffusers pipeline.")
+        Path,
+        typer.Argument(
+            help="Directory of the run; a model of diffusers, as a folder or OWNER/NAME on the "
+            "Hugging Face hub; or a single file (see --like)."
+        ),
     ],
     reference: Annotated[
         str | None,
@@ -20,6 +26,30 @@ def evaluate(
             "that the run was trained on.",
         ),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a single .safetensors file: a pipeline's folder of the same family, with its "
+            "configurations and tokenizers."
+        ),
+    ] = None,
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
+        ),
+    ] = "",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA to add, of diffusers, kohya or peft; may be repeated.",
+        ),
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Use what fits of a LoRA, and leave out the rest."),
+    ] = False,
     num: Annotated[
         int, typer.Option(min=2, help="Images to generate for each guidance scale.")
     ] = 500,
@@ -55,11 +85,16 @@ def evaluate(
     from sfumato.runs.evaluation import evaluate_run, evaluation_folder
     from sfumato.storage.output_paths import require_writable
 
-    target = out or evaluation_folder(run, reference) / "evaluation.json"
+    loras = parse_loras(lora)
+    target = out or evaluation_folder(run, reference, loras) / "evaluation.json"
     with ProgressBar("evaluating") as bar:
         report, remarks = evaluate_run(
             run,
             reference=reference,
+            like=like,
+            variant=variant,
+            loras=loras,
+            partial=partial,
             num=num,
             guidance=guidance or (),
             seed=seed,

@@ -20,6 +20,7 @@ from sfumato.cli.sample_options import (
     parse_guidance,
     parse_loras,
     parse_numbers,
+    parse_rescale,
     parse_size,
     parse_weights,
 )
@@ -111,6 +112,22 @@ def sample(
             help="Classifier-free guidance scale, 1 is off; or NAME=SCALE for each context."
         ),
     ] = None,
+    guidance_rescale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PHI|rows|cells",
+            help="How far guided predictions get the deviation of unguided ones, from 0 (off) to "
+            "1, against too much contrast; or what gets their length (Lumina 2: rows, Qwen-Image: "
+            "cells).",
+        ),
+    ] = None,
+    embedded_guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale that a distilled network itself is told (FLUX.1 dev), which costs "
+            "nothing."
+        ),
+    ] = None,
     interval: Annotated[
         tuple[float, float] | None,
         typer.Option("--guidance-interval", help="Range of log-SNR within which guidance acts."),
@@ -164,6 +181,14 @@ def sample(
             "the model that it was trained on."
         ),
     ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Read prompts without the last N layers of CLIP, as diffusers counts: one less "
+            "than in the web interfaces.",
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -207,6 +232,7 @@ def sample(
     completes what was interrupted.
     """
     from sfumato.cli.sample_output import recorded_file, recorded_loras, writable
+    from sfumato.generation.adjusted import with_clip_skip, with_embedded_guidance
     from sfumato.generation.options import SamplingOptions
     from sfumato.interop.control_files import with_control
     from sfumato.interop.embedding import with_embedding
@@ -225,6 +251,10 @@ def sample(
         )
         if control is not None:
             pipeline = with_control(pipeline, control)
+        if clip_skip is not None:
+            pipeline = with_clip_skip(pipeline, clip_skip)
+        if embedded_guidance is not None:
+            pipeline = with_embedded_guidance(pipeline, embedded_guidance)
         if embedding is not None:
             pipeline = with_embedding(pipeline, embedding)
         for file, factor in loras:
@@ -257,6 +287,7 @@ def sample(
             interval=interval,
             clip=clip or None,
             resample=resample,
+            guidance_rescale=parse_rescale(guidance_rescale),
         )
         options = {**context.params, "num": number_of_images(num, prompt, category)}
         options |= {"run": run, "folder": folder, "lora": recorded_loras(loras)}
@@ -374,6 +405,7 @@ def _make(
                 guidance=settings.guidance,
                 interval=settings.interval,
                 clip=settings.clip,
+                guidance_rescale=settings.guidance_rescale,
                 on_step=on_step,
             )
         return [(0, images)]

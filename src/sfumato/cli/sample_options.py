@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from sfumato.diffusion import GuidanceRescale
 
 MIN_IMAGES = 16  # unless more prompts or categories are given
 
@@ -59,6 +62,23 @@ def parse_guidance(texts: list[str] | None) -> float | dict[str, float] | None:
     if len(texts) == 1 and "=" not in texts[0]:
         return _number(texts[0], "--guidance")
     return parse_numbers(texts, "--guidance")
+
+
+def parse_rescale(text: str | None) -> float | GuidanceRescale | None:
+    """Parse a share from 0 to 1, or what is renormalized; return None for the model's own."""
+    from sfumato.diffusion import MatchNorm
+
+    if text is None:
+        return None
+    if text in ("rows", "cells"):
+        return MatchNorm(parts="rows" if text == "rows" else "cells")
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number from 0 to 1, nor rows or cells",
+            param_hint="--guidance-rescale",
+        ) from None
 
 
 def parse_loras(texts: list[str] | None) -> list[tuple[Path, float]]:

@@ -33,6 +33,7 @@ from sfumato.conditioners.pretrained_text import (
     TextEncoder,
 )
 from sfumato.conditioners.protocol import Conditioner
+from sfumato.conditioners.resizing import ResizingConditioner, ResizingConfig
 from sfumato.conditioners.tokenizer import WordTokenizer
 
 __all__ = [
@@ -63,6 +64,8 @@ __all__ = [
     "PretrainedTextConfig",
     "ReferenceConditioner",
     "ReferenceConfig",
+    "ResizingConditioner",
+    "ResizingConfig",
     "SplatConfig",
     "TextEncoder",
     "WordTokenizer",

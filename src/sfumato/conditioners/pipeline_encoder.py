@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.conditioners.pipeline_parts import load_encoders, require_known
-from sfumato.conditioners.pipeline_prompts import PIPELINES, TextPipeline
+from sfumato.conditioners.pipeline_prompts import (
+    PIPELINES,
+    Encode,
+    EncodeWithout,
+    TextPipeline,
+)
 from sfumato.conditioners.pipeline_tokens import (
     LEARNING,
     initial_vectors,
@@ -79,6 +84,7 @@ class PipelineTextEncoder(TextEncoder):
     def identity(self) -> str:
         """A hash of the pipeline's class and the files of its encoders and tokenizers."""
         parts = [str(self.index.get("_class_name")), str(self.family.length), self.config.variant]
+        parts += [f"clip skip {self.config.clip_skip}"] if self.config.clip_skip else []
         for folder in sorted(Path(self.place).iterdir()):
             if folder.is_dir() and folder.name.startswith(PARTS):
                 for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED):
@@ -176,6 +182,37 @@ class PipelineTextEncoder(TextEncoder):
         """Return one that uses other encoders; its embeddings are kept in memory only."""
         return replace(self, cache={}, replacements={**self.modules(), **encoders})
 
+    def with_clip_skip(self, count: int) -> PipelineTextEncoder:
+        """Return one that leaves out the last layers of the encoders; see `require_layers`."""
+        config = replace(self.config, clip_skip=count)
+        encoder = replace(self, config=config, cache={}, replacements=self.modules())
+        encoder.require_layers()
+        return encoder
+
+    def require_layers(self) -> None:
+        """Raise ConfigError if the encoders do not have the layers that are left out."""
+        count = self.config.clip_skip
+        if not count:
+            return
+        name = str(self.index["_class_name"])
+        if self.family.without is None:
+            raise ConfigError(
+                f"no layer of the text encoders of {name} can be left out",
+                where="conditioner.text.clip_skip",
+                hint="use 0 (without --clip-skip)",
+            )
+        parts = [
+            part for part, entry in self.index.items() if part.startswith(PARTS[0]) and entry[0]
+        ]
+        layers = min(_layers(Path(self.place, part, "config.json")) for part in parts)
+        most = layers - self.family.fewest_layers
+        if not 0 < count <= most:
+            raise ConfigError(
+                f"clip skip {count}, and the text encoders have {layers} layers",
+                where="conditioner.text.clip_skip",
+                hint=f"use 0 (nothing is left out) to {most}",
+            )
+
     def word_vectors(self, word: str, count: int) -> dict[str, Tensor]:
         """Return the vectors of a word's pieces, repeated in turn, (count, D) for each encoder.
 
@@ -256,12 +293,40 @@ class PipelineTextEncoder(TextEncoder):
         embeddings = self._embed(texts, device)
         return [TextEmbedding(*(part.cpu() for part in embedding)) for embedding in embeddings]
 
+    @property
+    def _encode_prompts(self) -> Encode:
+        """How prompts are encoded: perhaps without the encoders' last layers."""
+        family, count = self.family, self.config.clip_skip
+        if family.without is None or not count:
+            return family.encode
+        return partial(_without, family.without, count)
+
     def _embed(self, texts: Sequence[str], device: torch.device) -> list[TextEmbedding]:
         pipeline, family = self._pipeline.to(device), self.family
         result: dict[str, TextEmbedding] = {}
-        for mark, encode in (("", family.encode), (NEGATIVE, family.encode_negative)):
+        for mark, encode in (("", self._encode_prompts), (NEGATIVE, family.encode_negative)):
             chosen = [text for text in texts if text.startswith(NEGATIVE) == bool(mark)]
             if chosen:
                 plain = [text.removeprefix(NEGATIVE) for text in chosen]
                 result |= zip(chosen, encode(pipeline, plain, device), strict=True)
         return [TextEmbedding(*(part.float() for part in result[text])) for text in texts]
+
+
+def _without(
+    encode: EncodeWithout, count: int, pipeline: Any, texts: list[str], device: torch.device
+) -> list[TextEmbedding]:
+    return encode(pipeline, texts, device, count)
+
+
+def _layers(config: Path) -> int:
+    """Return the number of layers of a text encoder.
+
+    Raises:
+        CheckpointError: if its configuration cannot be read.
+    """
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(config), hint="download the whole pipeline"
+        ) from None

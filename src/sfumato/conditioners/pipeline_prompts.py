@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.conditioners.pretrained_text import TextEmbedding
 
 Encode = Callable[[Any, list[str], torch.device], list[TextEmbedding]]
+EncodeWithout = Callable[[Any, list[str], torch.device, int], list[TextEmbedding]]
 
 
 def _adds_none(pipeline: Any) -> int:
@@ -30,6 +31,9 @@ class TextPipeline:
     Attributes:
         encode: (pipeline, texts, device) -> embeddings.
         negative: the same for texts to lead away from, where those are encoded in another way.
+        without: the same for prompts, without a number of the encoders' last layers (clip skip);
+            None where that is not possible.
+        fewest_layers: of the encoders, that must be left.
         tokenizer: the one that reads the longest texts.
         length: tokens that it reads; 0 for the tokenizer's own limit.
         added_tokens: how many of them the pipeline adds to a text.
@@ -42,6 +46,8 @@ class TextPipeline:
 
     encode: Encode
     negative: Encode | None = None
+    without: EncodeWithout | None = None
+    fewest_layers: int = 1
     tokenizer: str = "tokenizer"
     length: int = 0
     added_tokens: Callable[[Any], int] = _adds_none
@@ -60,9 +66,30 @@ def _encode_sd(pipeline: Any, texts: list[str], device: torch.device) -> list[Te
     return _without_padding(pipeline.encode_prompt(texts, device, 1, False)[0], None)
 
 
-def _encode_sdxl(pipeline: Any, texts: list[str], device: torch.device) -> list[TextEmbedding]:
+def _encode_sd_without(
+    pipeline: Any, texts: list[str], device: torch.device, clip_skip: int
+) -> list[TextEmbedding]:
+    """Encode prompts without the last layers, with the norm after them.
+
+    It is what `encode_prompt` does, which fails for this with transformers 5 (diffusers 0.42).
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    written = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
+    inputs = tokenizer(
+        written, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    ).to(device)  # fmt: skip
+    mask = inputs.attention_mask if encoder.config.to_dict().get("use_attention_mask") else None
+    states = encoder(inputs.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    norms = (one for name, one in encoder.named_modules() if name.endswith("final_layer_norm"))
+    return _without_padding(next(norms)(states[-(clip_skip + 1)]), None)
+
+
+def _encode_sdxl(
+    pipeline: Any, texts: list[str], device: torch.device, clip_skip: int | None = None
+) -> list[TextEmbedding]:
     tokens, _, pooled, _ = pipeline.encode_prompt(
-        texts, device=device, do_classifier_free_guidance=False
+        texts, device=device, do_classifier_free_guidance=False, clip_skip=clip_skip
     )
     return [TextEmbedding(*pair) for pair in zip(pooled, tokens, strict=True)]
 
@@ -169,8 +196,11 @@ def _added(pipeline: Any, write: Callable[[str], str]) -> int:
 
 
 PIPELINES = {
-    "StableDiffusionPipeline": TextPipeline(_encode_sd),
-    "StableDiffusionXLPipeline": TextPipeline(_encode_sdxl, pooled=True, zero_null=True),
+    "StableDiffusionPipeline": TextPipeline(_encode_sd, without=_encode_sd_without),
+    # it leaves out one layer anyway
+    "StableDiffusionXLPipeline": TextPipeline(
+        _encode_sdxl, without=_encode_sdxl, fewest_layers=2, pooled=True, zero_null=True
+    ),
     "StableDiffusion3Pipeline": TextPipeline(
         _encode_sd3, tokenizer="tokenizer_3", length=256, pooled=True
     ),

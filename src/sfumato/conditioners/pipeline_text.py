@@ -17,7 +17,7 @@ from sfumato.condition import Condition, ContextSizes
 from sfumato.conditioners.pipeline_encoder import NEGATIVE, PipelineTextEncoder
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.conditioners.protocol import Conditioner
-from sfumato.config.bounds import Fraction
+from sfumato.config.bounds import Fraction, SizeOrZero
 from sfumato.errors import ConfigError
 
 
@@ -30,6 +30,9 @@ class PipelineTextConfig:
         path: the pipeline's folder.
         dropout: share of training samples whose caption is replaced by the null condition.
         variant: which weights, where the folder has several: "fp16" for *.fp16.safetensors.
+        clip_skip: how many of the encoders' last layers prompts and captions are read without, as
+            diffusers counts: one less than in the web interfaces and in sd-scripts. The absence
+            of a text, and negative prompts, are read by all layers.
     """
 
     kind: ClassVar[str] = "pipeline"
@@ -38,6 +41,7 @@ class PipelineTextConfig:
     path: str
     dropout: Fraction = 0.1
     variant: str = ""
+    clip_skip: SizeOrZero = 0
 
     def words(self, captions: Iterable[str]) -> tuple[str, ...]:
         """Return no words: the tokenizers are the pipeline's own."""
@@ -73,6 +77,7 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.learns_bytes = True
+        encoder.require_layers()
         self._encoder = (encoder,)  # nn.Module does not register what a tuple holds
         self.learned: LearnedTokens | None = None
         self.sizes = ContextSizes(
@@ -135,6 +140,14 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
     def replace_text_encoders(self, encoders: Mapping[str, nn.Module]) -> None:
         """Use other encoders in the place of some of the pipeline's."""
         self._encoder = (self._encoder[0].with_replacements(encoders),)
+
+    def skip_layers(self, count: int) -> None:
+        """Read prompts without the last layers of the encoders.
+
+        Raises:
+            ConfigError: if no layer can be left out, or there are no more.
+        """
+        self._encoder = (self._encoder[0].with_clip_skip(count),)
 
     def word_vectors(self, word: str, count: int) -> dict[str, Tensor]:
         """Return the vectors of a word's pieces, repeated in turn, (count, D) for each encoder."""

@@ -14,6 +14,7 @@ class Augmentation(Context):
     """Numbers that say how a training image was changed; zeros in sampling."""
 
     name = "augmentation"
+    is_user_input = False
 
     def build(
         self, config: None, info: ConditioningInfo, encoder: Encoder

@@ -43,6 +43,11 @@ class ContextConfig:
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)  # type: ignore[arg-type]
 
     @property
+    def user_inputs(self) -> tuple[str, ...]:
+        """Names of the configured contexts that a request may set."""
+        return tuple(name for name in self.names if CONTEXTS[name].is_user_input)
+
+    @property
     def needs_images(self) -> bool:
         """Whether something is made from the training images themselves.
 

@@ -70,6 +70,8 @@ class Context(ABC):
             decide.
         uses_init_image: whether it is derived from the image that sampling starts from: see
             `from_start`.
+        is_user_input: whether a request may set it; if not, it only describes what was done to
+            training images.
         derived_from_images: whether training derives it from the images themselves, so that
             latents alone are not enough.
         missing_data_hint: what the dataset must have, in the plural, and how to provide it; "" if
@@ -81,6 +83,7 @@ class Context(ABC):
     negative: ClassVar[str] = ""
     config: ClassVar[Any] = None
     uses_init_image: ClassVar[bool] = False
+    is_user_input: ClassVar[bool] = True
     derived_from_images: ClassVar[bool] = False
     missing_data_hint: ClassVar[tuple[str, str]] = ("", "")
 

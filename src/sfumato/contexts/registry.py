@@ -15,6 +15,7 @@ from sfumato.contexts.doodle import Doodle
 from sfumato.contexts.image import DegradedImage, Reference
 from sfumato.contexts.points import Points
 from sfumato.contexts.protocol import Context
+from sfumato.contexts.resizing import Resizing
 from sfumato.contexts.text import Text
 
 CONTEXTS: dict[str, Context] = {
@@ -23,6 +24,7 @@ CONTEXTS: dict[str, Context] = {
         Category(),
         Attributes(),
         Text(),
+        Resizing(),
         DegradedImage(),
         Reference(),
         Doodle(),

@@ -38,12 +38,15 @@ class Annotations:
         form: that images are decoded to; shapes: index into its shapes, (N,).
         names: of the annotations that a model reads.
         loss_mask: what says where errors count.
+        resizing: pixels that each image lost in height and in width when it was resized, and that
+            were then cut off at the top and at the left, (N, 4).
     """
 
     entries: Sequence[Entry]
     form: PixelFormat
     shapes: NDArray[np.int64]
     names: frozenset[str]
+    resizing: NDArray[np.float32]
     loss_mask: LossMask = "none"
     _cache: dict[tuple[str, int], NDArray[Any] | None] = field(
         default_factory=dict, init=False, repr=False
@@ -70,12 +73,14 @@ class Annotations:
 
         "text" is n captions, "" where an image has none: the first of each image, or the one that
         `draws` in [0, 1) choose. "doodle", "mask" and "loss_mask" are (n, 1, H, W) from -1 black to
-        1 white; "points" is (n, most, D); "attributes" is (n, D). NaN marks what is not given.
+        1 white; "points" is (n, most, D); "attributes" is (n, D); "resizing" is (n, 4). NaN marks
+        what is not given.
         """
         readers: dict[str, Callable[[], Any]] = {
             "text": lambda: self._texts(positions, draws),
             "attributes": lambda: self.attributes.rows(np.asarray(positions)),
             "points": lambda: self._points(positions),
+            "resizing": lambda: torch.from_numpy(self.resizing[positions]),
             **{name: lambda name=name: self._maps(name, positions) for name in MAPS},  # type: ignore[misc]
         }
         context = {name: read() for name, read in readers.items() if name in self.names}

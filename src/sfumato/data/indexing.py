@@ -30,6 +30,7 @@ from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.parallel import ordered_map
+from sfumato.data.resizing import resizing
 from sfumato.data.value_range import choose_scale
 from sfumato.errors import DataError
 
@@ -110,6 +111,9 @@ def index(
         form=form,
         shapes=shapes,
         names=frozenset(annotations),
+        resizing=np.array(
+            [resizing(fact["size"], form.shapes[fact["shape"]]) for fact in facts], np.float32
+        ).reshape(-1, 4),
         loss_mask=config.loss_mask,
     )
     with quiet():

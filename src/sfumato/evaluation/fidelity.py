@@ -246,7 +246,9 @@ def _conditions(
     context = pipeline.model.conditioner.training_context(
         to_float(pixels), dataset.context(chosen), seed=0, first=0
     )
-    return context, _labels(dataset, chosen)
+    # what was done to training images is not done to samples
+    requested = {name: value for name, value in context.items() if name in pipeline.reads}
+    return requested, _labels(dataset, chosen)
 
 
 class FeatureSpace(NamedTuple):

@@ -41,6 +41,17 @@ def guidance_scales(
     return {name: scales.get(name, default) for name in names}
 
 
+def require_guided(scales: Mapping[str, float], requested: Collection[str]) -> None:
+    """Raise ConfigError if no requested context is guided, so that nothing can be rescaled."""
+    if all(scales[name] == 1 for name in scales if name in requested):
+        raise ConfigError(
+            "guidance rescale has no effect: no prediction is guided",
+            where="sample",
+            hint="give a guidance other than 1, and what to guide to, such as a prompt; or leave "
+            "it out",
+        )
+
+
 def guidance_terms(
     conditioner: CompositeConditioner,
     part: ResolvedRequest,

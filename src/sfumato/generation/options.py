@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato import config as configuration
+from sfumato.diffusion import GuidanceRescale, MatchDeviation
+from sfumato.errors import ConfigError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.sampling import SamplerConfig, chosen_sampler, sampler_name
 
@@ -19,14 +22,22 @@ class ResolvedOptions:
     guidance: float | Mapping[str, float]
     interval: tuple[float, float]
     clip: bool
+    guidance_rescale: GuidanceRescale | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return steps, sampler, guidance and clip as plain data, for records."""
+        """Return steps, sampler, guidance and clip as plain data, for records.
+
+        What is done to guided predictions comes with them, if anything is.
+        """
+        rescale = self.guidance_rescale
+        named = None if rescale is None else configuration.kind_of(type(rescale))
+        rule = {} if rescale is None else {"kind": named, **configuration.plain(rescale)}
         return {
             "steps": self.steps,
             "sampler": sampler_name(self.sampler),
             "guidance": self.guidance,
             "clip": self.clip,
+            **({"guidance_rescale": rule} if rule else {}),
         }
 
 
@@ -43,6 +54,8 @@ class SamplingOptions:
         autoguidance: an earlier snapshot of the same run, and the scale at which images are led
             away from its predictions.
         resample: how many times each step is taken (RePaint).
+        guidance_rescale: what is done to guided predictions; a number phi is
+            `MatchDeviation(share=phi)`, as in diffusers, and 0 leaves them as they are.
     """
 
     steps: int | None = None
@@ -52,6 +65,7 @@ class SamplingOptions:
     clip: bool | None = None
     autoguidance: tuple[Model, float] | None = None
     resample: int = 1
+    guidance_rescale: float | GuidanceRescale | None = None
 
     def resolve(self, defaults: SamplingConfig, *, inpainting: bool) -> ResolvedOptions:
         """Fill in the defaults of the model.
@@ -59,7 +73,7 @@ class SamplingOptions:
         Args:
             inpainting: whether a part of each image is kept, which decides the default sampler.
         Raises:
-            ConfigError: for an unknown sampler.
+            ConfigError: for an unknown sampler, or a rescaling beyond 0 to 1.
         """
         return ResolvedOptions(
             steps=defaults.steps if self.steps is None else self.steps,
@@ -69,4 +83,19 @@ class SamplingOptions:
             guidance=defaults.guidance if self.guidance is None else self.guidance,
             interval=defaults.interval if self.interval is None else self.interval,
             clip=defaults.clip if self.clip is None else self.clip,
+            guidance_rescale=defaults.guidance_rescale
+            if self.guidance_rescale is None
+            else _rescale(self.guidance_rescale),
         )
+
+
+def _rescale(value: float | GuidanceRescale) -> GuidanceRescale | None:
+    if isinstance(value, GuidanceRescale):
+        return value
+    if value == 0:
+        return None
+    if not 0 <= value <= 1:
+        raise ConfigError(
+            f"guidance_rescale = {value:g}", where="sample", hint="use 0 (nothing) to 1"
+        )
+    return MatchDeviation(share=value)

@@ -18,6 +18,7 @@ from sfumato.diffusion import (
     AutoGuidance,
     ClampX0,
     Denoiser,
+    GuidanceRescale,
     GuidanceTerm,
     Inpaint,
     NoiseLevel,
@@ -26,7 +27,7 @@ from sfumato.diffusion import (
 from sfumato.errors import ConfigError, NonFiniteError, ShapeError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.generated import Generated
-from sfumato.generation.guidance import guidance_scales, guidance_terms, guided
+from sfumato.generation.guidance import guidance_scales, guidance_terms, guided, require_guided
 from sfumato.generation.options import ResolvedOptions, SamplingOptions
 from sfumato.generation.request import (
     ResolvedRequest,
@@ -128,6 +129,7 @@ class Pipeline:
         autoguidance: tuple[Model, float] | None = None,
         clip: bool | None = None,
         resample: int = 1,
+        guidance_rescale: float | GuidanceRescale | None = None,
         batch_size: int = 64,
         on_step: Callable[[StepInfo], None] | None = None,
         **contexts: Any,
@@ -192,6 +194,7 @@ class Pipeline:
             clip=clip,
             autoguidance=autoguidance,
             resample=resample,
+            guidance_rescale=guidance_rescale,
         )
         batches = self.batches(
             num, request, options, seed=seed, batch_size=batch_size, on_step=on_step
@@ -277,6 +280,8 @@ class Pipeline:
         )
         spans = _spans(num, skip, batch_size)
         scales = self._scales(settings)
+        if options.guidance_rescale is not None:
+            require_guided(scales, resolved.names)
         if resolved.strength == 0:
             return iter([(span.start, to_unit(resolved.start[span])) for span in spans])
         levels = self._levels(resolved.start, settings.steps, strength=resolved.strength)
@@ -345,7 +350,7 @@ class Pipeline:
             self.model.denoiser(self.compute_dtype),
             terms,
             settings.interval,
-            self.sampling.guidance_rescale,
+            settings.guidance_rescale,
         )
         if autoguidance is not None:
             weaker, scale = autoguidance
@@ -372,6 +377,7 @@ class Pipeline:
         guidance: float | Mapping[str, float] | None = None,
         interval: tuple[float, float] | None = None,
         clip: bool | None = None,
+        guidance_rescale: float | GuidanceRescale | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
         """Generate images between two requests and seeds, (num, C, H, W) in [0, 1].
@@ -394,11 +400,18 @@ class Pipeline:
                 hint="leave them out: interpolation starts from noise",
             )
         options = SamplingOptions(
-            steps=steps, sampler=sampler, guidance=guidance, interval=interval, clip=clip
+            steps=steps,
+            sampler=sampler,
+            guidance=guidance,
+            interval=interval,
+            clip=clip,
+            guidance_rescale=guidance_rescale,
         )
         settings = self._require_possible(options.resolve(self.sampling, inpainting=False))
         scales = self._scales(settings)
         names = {name for request in requests for name in request.names}
+        if guidance_rescale is not None:
+            require_guided(scales, names)
         fractions = torch.linspace(0, 1, num, device=self._device)
         levels = self._levels(requests[0].start, settings.steps)
         noise = InterpolatedNoise(KeyedNoise(seeds[0]), KeyedNoise(seeds[1]), fractions.tolist())

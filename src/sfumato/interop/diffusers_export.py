@@ -20,7 +20,7 @@ from sfumato.interop.base_folder import BaseFolder, base_of, copy_files
 from sfumato.interop.diffusers_folder import NETWORKS, SCHEDULER, read_json
 from sfumato.interop.merging import Merged, merge
 from sfumato.interop.model_card import write_card
-from sfumato.interop.opening import largest_difference, open_folder, require_same
+from sfumato.interop.opening import clip_skip_of, largest_difference, reopen, require_same
 from sfumato.interop.scheduler_writer import first_difference, write_scheduler
 from sfumato.interop.schedulers import read_scheduler
 from sfumato.interop.trained_model import TrainedModel
@@ -28,6 +28,7 @@ from sfumato.networks.diffusers_backbone import DiffusersBackbone
 from sfumato.networks.diffusers_models import DiffusersConfig
 from sfumato.networks.diffusers_weights import WEIGHTS as NETWORK_WEIGHTS
 from sfumato.recipes.autoencoder_stage import FINAL, FOLDER, PixelsConfig, PretrainedAutoencoder
+from sfumato.recipes.run import Run
 from sfumato.storage.atomic import atomic_folder
 from sfumato.storage.output_paths import require_free
 
@@ -84,8 +85,7 @@ def write_diffusers(model: TrainedModel, out: Path, dtype: torch.dtype) -> list[
     merged = merge(model.run, plan.network, dtype)
     with atomic_folder(out) as folder:
         write_folder(model, plan, merged, folder)
-        reopened, _ = open_folder(folder)
-        difference = largest_difference(model.pipeline, reopened)
+        difference = largest_difference(model.pipeline, reopen(folder, model.run))
         same = require_same(difference, dtype, where=out)
         write_card(model, folder, how_to_run(model, plan))
     return [*plan.lines, *merged.lines, same]
@@ -108,7 +108,7 @@ def plan_folder(model: TrainedModel) -> FolderPlan:
             "network.architecture=UNet2DModel, whose folders diffusers loads",
         )
     text = run.conditioner.text
-    others = sorted(set(model.pipeline.model.conditioner.parts) - {"text"})
+    others = sorted(set(model.pipeline.model.conditioner.user_inputs) - {"text"})
     if others or not (text is None or isinstance(text, PipelineTextConfig)):
         named = ", ".join(others) or f"text of kind {kind_of(type(text))}"
         raise ConfigError(
@@ -128,8 +128,7 @@ def plan_folder(model: TrainedModel) -> FolderPlan:
     autoencoder, autoencoder_lines = _autoencoder(model, base)
     index = _index(run.network.architecture, base, scheduler, autoencoder)
     sampling = run.sampling
-    call = [f"num_inference_steps={sampling.steps}"]
-    call += [f"guidance_scale={sampling.guidance:g}"] if text is not None else []
+    call = call_arguments(run)
     lines = [*scheduler_lines, *autoencoder_lines]
     lines.append(f"arguments of the pipeline's call, as in the run: {', '.join(call)}")
     if sampling.interval != (-float("inf"), float("inf")):
@@ -256,12 +255,21 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def call_arguments(run: Run) -> list[str]:
+    """Return the arguments of a pipeline's call with which it does what the run does."""
+    arguments = [f"num_inference_steps={run.sampling.steps}"]
+    if run.conditioner.text is not None:
+        arguments.append(f"guidance_scale={run.sampling.guidance:g}")
+    if count := clip_skip_of(run):
+        arguments.append(f"clip_skip={count}")
+    return arguments
+
+
 def how_to_run(model: TrainedModel, plan: FolderPlan) -> str:
     """Return the lines of Python that make an image from the folder."""
-    sampling, name = model.run.sampling, plan.index["_class_name"]
-    arguments = [f"num_inference_steps={sampling.steps}"]
+    name, arguments = plan.index["_class_name"], call_arguments(model.run)
     if model.run.conditioner.text is not None:
-        arguments = ['"a photo"', *arguments, f"guidance_scale={sampling.guidance:g}"]
+        arguments = ['"a photo"', *arguments]
     return (
         f"from diffusers import {name}\n"
         f'pipeline = {name}.from_pretrained("FOLDER")\n'

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.autoencoders import Autoencoder, Pixels, io
-from sfumato.conditioners import ClassLabelsConfig, ConditioningInfo, PipelineTextConfig
+from sfumato.conditioners import (
+    ClassLabelsConfig,
+    ConditioningInfo,
+    PipelineTextConfig,
+    ResizingConfig,
+)
 from sfumato.conditioners.pipeline_encoder import PARTS
 from sfumato.conditioners.pipeline_prompts import PIPELINES
 from sfumato.contexts import ContextConfig
@@ -109,6 +114,7 @@ def read_folder(folder: Path, *, variant: str = "") -> ReadFolder:
             if _is_textual(index)
             else None,
             category=ClassLabelsConfig(names=names) if names else None,
+            resizing=ResizingConfig() if family.reads_resizing(settings) else None,
         ),
         denoiser=scheduler.denoiser,
         objective=Objective(schedule=scheduler.schedule.at_size(side, side)),

@@ -65,5 +65,5 @@ def with_lora(
     for part, layers in read.changes.items():
         own = adaptable_layers(changed[part])
         for name, factors in layers.items():
-            add_product(own[name], factors if strength == 1 else factors.times(strength))
+            add_product(own[name], factors.times(strength))
     return replace(pipeline, model=model)

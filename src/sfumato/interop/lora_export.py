@@ -21,6 +21,7 @@ from sfumato.interop.lora_conversion import as_products, ranks_in_words
 from sfumato.interop.lora_files import DIFFUSERS_FILE, PEFT_FILE, Changes
 from sfumato.interop.lora_names import LayerNames, is_sdxl
 from sfumato.interop.lora_writing import SUFFIXES, write_diffusers, write_kohya, write_peft
+from sfumato.interop.opening import clip_skip_of
 from sfumato.interop.peft_export import write_kind
 from sfumato.interop.schedulers import PREDICTIONS
 from sfumato.interop.trained_model import TrainedModel
@@ -125,6 +126,8 @@ def lora_kohya(trained: TrainedModel, path: Path, dtype: torch.dtype) -> list[st
         "ss_sd_model_name": lora.base,
         "ss_output_name": trained.run.name,
         "ss_steps": str(trained.step),
+        # as sd-scripts counts
+        **({"ss_clip_skip": str(count + 1)} if (count := clip_skip_of(trained.run)) else {}),
     }
     names = write_kohya(path, lora.changes, lora.names, dtype=dtype, header=header)
     return _report(lora, path, names, "kohya", dtype)

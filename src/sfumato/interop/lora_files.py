@@ -35,7 +35,7 @@ class ReadLoRA:
     """A LoRA file, as far as it fits a model.
 
     Attributes:
-        changes: of the model's layers, by part and path, scales multiplied in.
+        changes: of the model's layers, by part and path.
         remarks: what was counted, left out or found in the header.
         header: texts of the file's header.
     """
@@ -189,14 +189,14 @@ def _sorted_by_layer(
 
 
 def _factors(path: Path, layer: _Layer, scale: float) -> Factors:
-    """Return the factors with the scale in the second, which keeps the first as it is written."""
+    """Return the factors as they are written, in float32, and their scale."""
     down, up = layer.tensors[DOWN], layer.tensors[UP]
     if not (down.is_floating_point() and up.is_floating_point()):
         raise _contradiction(path, f"{layer.keys[0]} has values of type {down.dtype}")
     if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.shape[0] != up.shape[1]:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise _contradiction(path, f"{layer.name} has factors {shapes}, which cannot be multiplied")
-    return Factors(down.float(), scale * up.float())
+    return Factors(down.float(), up.float(), scale)
 
 
 def _scale(path: Path, layer: _Layer, name: str, settings: PeftSettings | None) -> float:
@@ -242,7 +242,7 @@ def _cut(factors: Factors, piece: Piece, names: LayerNames) -> Factors:
     """Return the rows of a fused layer's change that are one layer's."""
     if piece.rows:
         up = torch.cat([factors.up[start:stop] for start, stop in piece.rows])
-        factors = Factors(factors.down, up)
+        factors = replace(factors, up=up)
     shape = names.shapes(piece.part)[piece.layer]
     return factors.shaped(shape) if factors.fits(shape) else factors
 
@@ -272,10 +272,13 @@ def _header_remarks(path: Path, header: Mapping[str, str]) -> Iterator[str]:
     triggers = header.get("modelspec.trigger_phrase", "")
     if triggers:
         yield f"{path.name}: its trigger phrase is {triggers!r}"
-    if header.get("ss_clip_skip", "None") not in ("None", "1"):
+    skip = header.get("ss_clip_skip", "")
+    # sd-scripts ignores it for SDXL
+    if skip.isdecimal() and int(skip) > 1 and "sdxl" not in header.get("ss_base_model_version", ""):
+        here = int(skip) - 1
         yield (
-            f"{path.name}: trained with clip skip {header['ss_clip_skip']}, which is not applied: "
-            "results can differ a little"
+            f"{path.name}: trained with clip skip {skip} as sd-scripts counts, which is applied by "
+            f"--clip-skip {here} (when fine-tuning, conditioner.text.clip_skip={here})"
         )
 
 

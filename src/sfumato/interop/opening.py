@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sfumato import config as configuration
-from sfumato.conditioners import ConditioningInfo
+from sfumato.conditioners import ConditioningInfo, PipelineTextConfig
 from sfumato.errors import OutputError
+from sfumato.generation.adjusted import with_clip_skip
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.diffusers_folder import ReadFolder, read_folder
 from sfumato.recipes.model import build_model
@@ -40,6 +41,19 @@ def open_folder(folder: Path, *, variant: str = "") -> tuple[Pipeline, ReadFolde
         image_shape=(run.data.channels, run.data.resolution, run.data.resolution),
     )
     return pipeline, content
+
+
+def reopen(folder: Path, run: Run) -> Pipeline:
+    """Open a folder that was written from a run, whose prompts are read as in the run."""
+    pipeline, _ = open_folder(folder)
+    count = clip_skip_of(run)
+    return with_clip_skip(pipeline, count) if count else pipeline
+
+
+def clip_skip_of(run: Run) -> int:
+    """Return how many layers of its pipeline's text encoders a run leaves out."""
+    text = run.conditioner.text
+    return text.clip_skip if isinstance(text, PipelineTextConfig) else 0
 
 
 def open_run(

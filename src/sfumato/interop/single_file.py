@@ -19,7 +19,7 @@ from sfumato.interop.diffusers_folder import read_json
 from sfumato.interop.ldm_names import TEXT, unet_rows, vae_rows
 from sfumato.interop.merging import merge
 from sfumato.interop.model_card import write_card
-from sfumato.interop.opening import largest_difference, open_folder, require_same
+from sfumato.interop.opening import largest_difference, reopen, require_same
 from sfumato.interop.single_file_layout import (
     ARCHITECTURES,
     LATENT_SCALES,
@@ -93,8 +93,8 @@ def write_single_file(model: TrainedModel, out: Path, dtype: torch.dtype) -> lis
                 f"the file says {read_facts(temporary)}, and the run is {facts}", where=str(out)
             )
         convert(temporary, folder, again)
-        reopened, _ = open_folder(again)
-        same = require_same(largest_difference(model.pipeline, reopened), dtype, where=out)
+        difference = largest_difference(model.pipeline, reopen(again, model.run))
+        same = require_same(difference, dtype, where=out)
     write_card(model, out.parent, how_to_run(out.name), name=card.name, samples=samples.name)
     say = [f"{facts.architecture}: {len(tensors)} tensors"]
     if facts.prediction == "v":

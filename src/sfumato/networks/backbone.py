@@ -52,9 +52,12 @@ class Backbone(Accelerable, ABC):
             passes none.
         probe: an identity that `forward` passes a hidden feature map (B, hidden_channels, h, w)
             through. Auxiliary losses read the map there.
+        embedded_guidance: guidance scale that the network itself is told, as distilled ones are;
+            None for a network that is told none.
     """
 
     hidden_channels: int = 0
+    embedded_guidance: float | None = None
 
     def __init__(self, *, image_channels: int, context: ContextSizes = NO_CONTEXT) -> None:
         super().__init__()

@@ -25,7 +25,6 @@ class DiffusersBackbone(Backbone, Widenable):
         model: the network itself.
         settings: its configuration.
         image_factor: side of an image over that of the network's input.
-        embedded_guidance: guidance scale that distilled networks are told.
         legal: values of settings that are supported, where others are not.
         usual_side: side of the input where the configuration names none; 0 if it always does.
         input_name: name of the layer that reads x.
@@ -46,8 +45,9 @@ class DiffusersBackbone(Backbone, Widenable):
     ) -> None:
         super().__init__(image_channels=image_channels, context=context)
         self.model, self.image_factor = model, image_factor
-        self.embedded_guidance = embedded_guidance
         self.settings: Mapping[str, Any] = dict(model.config)
+        if self.settings.get("guidance_embeds"):
+            self.embedded_guidance = embedded_guidance
 
     @property
     def multiple(self) -> int:
@@ -88,6 +88,11 @@ class DiffusersBackbone(Backbone, Widenable):
     @abstractmethod
     def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
         """Return the sizes of the condition that the network reads, from its configuration."""
+
+    @classmethod
+    def reads_resizing(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether the network is told how an image was resized and cropped."""
+        return False
 
     @classmethod
     def require_supported(cls, settings: Mapping[str, Any]) -> None:

@@ -123,7 +123,8 @@ class DiffusersConfig(NetworkConfig):
             raise ConfigError(
                 f"{self.architecture} reads {sizes}, and the conditioner gives {context}",
                 where="conditioner",
-                hint="use the conditioner that belongs to the network",
+                hint="use the conditioner that belongs to the network"
+                + (", with conditioner.resizing={}" if family.reads_resizing(settings) else ""),
             )
         pack_layers(model, self.base_dtype, precise=PRECISE)
         if self.path:

@@ -120,7 +120,7 @@ class FluxTransformer(DiffusersBackbone):
         assert condition.tokens is not None
         height, width = x.shape[2:]
         guidance = None
-        if self.settings.get("guidance_embeds"):
+        if self.embedded_guidance is not None:
             guidance = torch.full((len(x),), self.embedded_guidance, device=x.device)
         result: Tensor = self.model(
             hidden_states=pack(x),

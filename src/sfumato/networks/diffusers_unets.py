@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sfumato.condition import NO_CONTEXT, Condition, ContextSizes
@@ -45,10 +46,11 @@ class UNet2DCondition(DiffusersUNet, Controllable):
     pooled text.
 
     SDXL reads six numbers more: original height and width, top and left of the crop, and target
-    height and width, in pixels. They are those of an image that is not cropped.
+    height and width, in pixels. The target is the size of x. The vector ends with four numbers that
+    say what differs: see `ResizingConditioner`; zeros stand for an image of the target's size.
     """
 
-    SIZES = 6
+    SIZES, RESIZING = 6, 4
     legal: ClassVar = {
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
@@ -61,6 +63,11 @@ class UNet2DCondition(DiffusersUNet, Controllable):
         super().__init__(model, **settings)
         self.control = NoControl()
 
+    @classmethod
+    def reads_resizing(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether the network is SDXL's."""
+        return settings.get("addition_embed_type") == "text_time"
+
     def new_control(self, channels: int, factor: int) -> UNetControl:
         """Return a ControlNetModel with the weights of the network's first half."""
         return new_branch(self.model, channels, factor)
@@ -69,9 +76,12 @@ class UNet2DCondition(DiffusersUNet, Controllable):
         """Call the network with x, the timestep, the text and the sizes."""
         added = None
         if condition.vector is not None:
+            pooled = condition.vector[:, : -self.RESIZING]
+            resizing = condition.vector[:, -self.RESIZING :].to(x)
             height, width = (side * self.image_factor for side in x.shape[2:])
-            sizes = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1)
-            added = {"text_embeds": condition.vector, "time_ids": sizes}
+            target = x.new_tensor([[height, width]]).expand(len(x), -1)
+            sizes = torch.cat([target + resizing[:, :2], resizing[:, 2:], target], dim=1)
+            added = {"text_embeds": pooled, "time_ids": sizes}
         arguments = {"encoder_hidden_states": condition.tokens, "added_cond_kwargs": added}
         control = self.control(x, noise_input, condition.spatial, arguments)
         result: Tensor = self.model(x, noise_input, return_dict=False, **arguments, **control)[0]
@@ -79,9 +89,10 @@ class UNet2DCondition(DiffusersUNet, Controllable):
 
     @classmethod
     def context_sizes(cls, settings: Mapping[str, Any]) -> ContextSizes:
-        """Return the channels of the text, and of the pooled text."""
+        """Return the channels of the text, and of the pooled text with what says the resizing."""
         vector = 0
-        if settings.get("addition_embed_type") == "text_time":
+        if cls.reads_resizing(settings):
             numbers = cls.SIZES * settings["addition_time_embed_dim"]
-            vector = settings["projection_class_embeddings_input_dim"] - numbers
+            pooled = settings["projection_class_embeddings_input_dim"] - numbers
+            vector = pooled + cls.RESIZING
         return ContextSizes(tokens=settings["cross_attention_dim"], vector=vector)

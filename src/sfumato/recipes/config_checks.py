@@ -157,7 +157,7 @@ def require_guidable(run: Run) -> None:
     """Raise ConfigError if guidance needs an unconditional prediction that is never trained, since
     the dropout of a context is 0. Contexts that guidance keeps in all predictions need none.
     """
-    configs = {name: getattr(run.conditioner, name) for name in run.conditioner.names}
+    configs = {name: getattr(run.conditioner, name) for name in run.conditioner.user_inputs}
     never = [
         name
         for name, config in configs.items()

@@ -26,6 +26,7 @@ KEYS = (
     "autoencoder.decoder",
     "autoencoder.features",
     "base",
+    "adapter.initial",
     "network.path",
     "conditioner.text.encoder",
     "conditioner.text.path",

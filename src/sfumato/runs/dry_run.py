@@ -10,7 +10,6 @@ from typing import Any
 
 from sfumato import config as configuration
 from sfumato.data import Dataset
-from sfumato.interop.hub import local_model
 from sfumato.observability.progress import duration
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.resolver import Overrides, resolve_config
@@ -112,9 +111,20 @@ def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan
     )
 
 
-def plan_finetuning(model: str | Path, source: str, *, overrides: Overrides = ()) -> TrainingPlan:
+def plan_finetuning(
+    model: str | Path,
+    source: str,
+    *,
+    overrides: Overrides = (),
+    lora: str | Path | None = None,
+    partial: bool = False,
+    variant: str = "",
+    like: str | Path | None = None,
+) -> TrainingPlan:
     """Plan a fine-tuning as `plan` does; see `sfumato.finetune` for the arguments."""
-    run, reasons = finetuning_run(local_model(model), source, overrides)
+    run, reasons = finetuning_run(
+        model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
+    )
     planned = plan(run, overrides=overrides)
     return replace(planned, notes=(*reasons, *planned.notes))
 

@@ -16,10 +16,14 @@ from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import require_context
+from sfumato.interop.base_folder import file_digest
 from sfumato.interop.diffusers_folder import read_folder
+from sfumato.interop.hub import is_model_name
+from sfumato.interop.lora import with_lora
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
 from sfumato.runs import loading, preparation
+from sfumato.runs.model_folder import model_folder
 from sfumato.storage.run_directory import RunDirectory
 
 REFERENCE_HOLDOUT = 0.5  # of reference images: as many to compare with as give the prompts
@@ -30,6 +34,10 @@ def evaluate_run(
     path: str | Path,
     *,
     reference: str | None = None,
+    like: str | Path | None = None,
+    variant: str = "",
+    loras: Sequence[tuple[Path, float]] = (),
+    partial: bool = False,
     num: int = 500,
     guidance: Sequence[float] = (),
     seed: int = 1,
@@ -38,25 +46,33 @@ def evaluate_run(
     on_progress: Callable[[float, str], None] = lambda fraction, text: None,
     before_work: Callable[[], object] = lambda: None,
 ) -> tuple[EvaluationReport, list[str]]:
-    """Evaluate the newest checkpoint of a run, or a model folder of diffusers.
+    """Evaluate the newest checkpoint of a run, a model folder of diffusers, or a single file.
 
     Args:
+        path: a run's directory, a folder, the name of a model on the Hugging Face hub, or a file.
         reference: images to compare with, as `train` takes them; by default those that the run was
             trained on. They are read in the model's size and channels; half of them are compared
             with, and the other half gives the prompts and the row of real images.
+        like: for a single file, a pipeline's folder of the same family.
+        variant: which weights of a model folder, where it has several, e.g. "fp16".
+        loras: LoRA files with their strengths, which are added to the model.
+        partial: whether tensors of these files that fit no layer are left out.
         num, guidance, seed, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
         precision: precision inside the network.
         compile: whether to compile the network first.
         before_work: called once the model is known to exist.
     Returns:
-        The report, and remarks on the data: what has changed in them since the run began, or how
-        the reference was used.
+        The report, and remarks: which LoRAs the model has, and on the data what has changed in them
+        since the run began, or how the reference was used.
     Raises:
         RunError, CheckpointError, DataError, ConfigError: naming what is wrong.
     """
-    settings = _settings(Path(path), reference)
+    folder = model_folder(path, variant=variant, like=like)
+    settings = _settings(folder, reference, variant=variant)
     before_work()
-    pipeline = loading.load(path, precision=precision)
+    pipeline = loading.load(folder, precision=precision, variant=variant)
+    for file, strength in loras:
+        pipeline = with_lora(pipeline, file, strength, partial=partial)
     if compile:
         pipeline.compile()
     if not pipeline.reads:
@@ -64,27 +80,40 @@ def evaluate_run(
             require_context(scale, {})
     dataset = preparation.open_data(settings)
     remarks = (
-        _changed(Path(path), dataset)
+        _changed(folder, dataset)
         if reference is None
         else _require_fitting(pipeline, dataset, reference)
     )
+    added = [_lora_remark(file, strength) for file, strength in loras]
     report = evaluate_pipeline(
         pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress
     )
+    if added:
+        fidelity = replace(report.fidelity, remarks=(*added, *report.fidelity.remarks))
+        report = replace(report, fidelity=fidelity)
     return report if reference is None else report.against("reference"), remarks
 
 
-def evaluation_folder(path: Path, reference: str | None = None) -> Path:
+def evaluation_folder(
+    path: Path, reference: str | None = None, loras: Sequence[tuple[Path, float]] = ()
+) -> Path:
     """Return the folder of a model's evaluation: inside a run, else in the working directory.
 
-    A model folder of another program is never written to.
+    A model folder of another program is never written to. Evaluations with LoRAs have folders of
+    their own.
     """
-    root = Path("generated") / path.resolve().name if is_pipeline_folder(path) else path
-    folder = root / "evaluation"
-    return folder if reference is None else folder / (Path(reference).resolve().stem or "images")
+    foreign = is_pipeline_folder(path) or is_model_name(path) or path.is_file()
+    name = path.stem if path.is_file() else path.resolve().name
+    folder = (Path("generated") / name if foreign else path) / "evaluation"
+    if reference is not None:
+        folder /= Path(reference).resolve().stem or "images"
+    if not loras:
+        return folder
+    added = "+".join(f"{file.stem}-{strength:g}" for file, strength in loras)
+    return folder / f"with-{added}"
 
 
-def _settings(path: Path, reference: str | None) -> Run:
+def _settings(path: Path, reference: str | None, *, variant: str = "") -> Run:
     """Return the model's configuration, whose data are the reference if there is one.
 
     Raises:
@@ -100,13 +129,19 @@ def _settings(path: Path, reference: str | None) -> Run:
             hint="name images to compare it with: --reference FOLDER",
         )
     else:
-        run = read_folder(path).run
+        run = read_folder(path, variant=variant).run
     if reference is None:
         return run
     source = source_at(reference)
     return replace(
         run, data=replace(run.data, source=source, holdout=REFERENCE_HOLDOUT, exclude=None)
     )
+
+
+def _lora_remark(file: Path, strength: float) -> str:
+    """Return a sentence on a LoRA; the report keeps it."""
+    digest = f" (SHA-256 {file_digest(file)[:12]})" if file.is_file() else ""
+    return f"with the LoRA {file.name}{digest} at strength {strength:g}"
 
 
 def _changed(path: Path, dataset: Dataset) -> list[str]:

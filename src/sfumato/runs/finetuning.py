@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
-from sfumato.adapters import Adapter, LoRA
+from sfumato.adapters import Adapter
 from sfumato.contexts import CONTEXTS, ContextConfig, Text
 from sfumato.data import DataConfig, Listing, source_at
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
-from sfumato.foreign_models import is_pipeline_folder
-from sfumato.interop.diffusers_folder import read_folder
-from sfumato.recipes.autoencoder_stage import PixelsConfig, PretrainedAutoencoder, trained_folder
 from sfumato.recipes.resolver import Overrides
 from sfumato.recipes.run import Run
 from sfumato.recipes.survey import Survey
-from sfumato.runs.base import read_base
-from sfumato.storage.weight_files import refuse_pickle
+from sfumato.runs.initial_adapter import require_same_settings
+from sfumato.runs.model_folder import model_folder
+from sfumato.runs.starting_point import converted, starting_point, with_lora_file
 from sfumato.training import (
-    AuxiliaryConfig,
     Budget,
     OptimizerConfig,
     PowerEMA,
@@ -37,98 +34,59 @@ LOOKS = 12  # comparisons with the base
 DROPOUT = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartingPoint:
-    """What a fine-tuning starts from.
-
-    Attributes:
-        run: the model's configuration; its data and its training are replaced.
-        adapter: that is proposed.
-        learning_rate: that suits it.
-        batch_size: largest one that is proposed.
-        multiple: what sides of images must be a multiple of: the factor of the autoencoder, times
-            the side of the network's patches if it has any.
-        remarks: lines that say what was replaced or left out.
-    """
-
-    run: Run
-    adapter: LoRA
-    learning_rate: float
-    batch_size: int
-    multiple: int = 1
-    remarks: tuple[str, ...] = ()
-
-
-def starting_point(model: Path) -> StartingPoint:
-    """Read a run, or a pipeline's folder in diffusers' layout.
-
-    Raises:
-        ConfigError: if it is neither, or cannot be fine-tuned.
-        CheckpointError: if it is not whole.
-    """
-    refuse_pickle(model)
-    if is_pipeline_folder(model):
-        content = read_folder(model)
-        patch = configuration.plain(content.run.network)["settings"].get("patch_size")
-        return StartingPoint(
-            run=content.run,
-            adapter=LoRA(),
-            learning_rate=1e-4,
-            batch_size=4,
-            multiple=content.info.factor * int(patch or 1),
-            remarks=content.remarks,
-        )
-    if not (model / "config.yaml").is_file():
-        raise ConfigError(
-            "is neither a run, since it has no config.yaml, nor a pipeline's folder, since it has "
-            "no model_index.json",
-            where=str(model),
-            hint="name a run, or a folder that diffusers wrote with save_pretrained",
-        )
-    base = read_base(model)
-    folder, space = trained_folder(model), base.run.autoencoder
-    run = replace(
-        base.run,
-        base=str(model),
-        data=replace(base.run.data, categories=base.info.categories),
-        autoencoder=space
-        if isinstance(space, PixelsConfig)
-        else PretrainedAutoencoder(path=str(folder), statistics="own"),
-        auxiliary=AuxiliaryConfig(),
-    )
-    return StartingPoint(
-        run=run,
-        adapter=LoRA(convolutions=True),
-        learning_rate=1e-3,
-        batch_size=min(16, base.run.batch_size),
-    )
-
-
-def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple[Run, list[str]]:
+def finetuning_run(
+    model: str | Path,
+    source: str,
+    overrides: Overrides = (),
+    *,
+    lora: str | Path | None = None,
+    partial: bool = False,
+    variant: str = "",
+    like: str | Path | None = None,
+) -> tuple[Run, list[str]]:
     """Return the run, and a line for each choice.
 
     Args:
-        model: a run's directory, or a pipeline's folder in diffusers' layout.
+        model: a run's directory, a pipeline's folder in diffusers' layout, the name of one on the
+            Hugging Face hub, or a single file.
         source: images, as `train` takes them.
         overrides: settings that will be applied to the run; those of `data` decide what is there.
+        lora: a LoRA file to go on from: rank, alpha and layers are the file's.
+        partial: whether tensors of the file that fit no layer are left out.
+        variant: of a pipeline's weights, e.g. "fp16".
+        like: for a single file, a pipeline's folder of the same family.
     Raises:
-        ConfigError: if the model is neither, or needs captions that the images lack.
+        ConfigError: if the model is neither, or needs captions that the images lack; or if
+            overrides contradict a LoRA that is continued.
+        CheckpointError: if the LoRA file cannot be read or does not fit.
         DataError: if there are no images.
     """
-    start = starting_point(model)
+    folder = model_folder(model, variant=variant, like=like)
+    start = starting_point(folder, variant=variant)
+    if like is not None:
+        start = converted(start, Path(model), folder)
+    if lora is not None:
+        start = with_lora_file(start, Path(lora), partial=partial)
     images = source_at(source)
     data = _data(replace(start.run.data, source=images), overrides)
     _require_legal_sizes(data, start.multiple)
     listing = fill_missing(data.source.listing(), caption=data.caption, category=data.category)
     count = len(listing.entries)
     captioned = sum(bool(entry.captions) for entry in listing.entries)
-    _require_contexts(start.run, model, source, listing)
+    _require_contexts(start.run, folder, source, listing)
     small = count <= SMALL_SET
     rank = RANK if small else LARGE_RANK
-    adapter = _adapter(replace(start.run, adapter=replace(start.adapter, rank=rank)), overrides)
-    _require_new_contexts(start.run, model, adapter)
+    continued = bool(start.adapter.initial)
+    proposed = start.adapter if continued else replace(start.adapter, rank=rank)
+    adapter = _adapter(replace(start.run, adapter=proposed), overrides)
+    _require_new_contexts(start.run, folder, adapter)
+    if continued:
+        require_same_settings(adapter, start.adapter)
     learning_rate = adapter.learning_rate or start.learning_rate
-    preserved = small and not adapter.keeps_known
+    # what the base predicts would undo what a LoRA file changes; a run goes on as it was trained
+    preservation = start.run.preservation if continued else None
+    if small and not adapter.keeps_known and not continued:
+        preservation = PreservationConfig()
     batch_size = min(start.batch_size, count)
     steps = min(MAX_STEPS, max(100, VIEWS * count // batch_size))
     run = replace(
@@ -136,7 +94,7 @@ def finetuning_run(model: Path, source: str, overrides: Overrides = ()) -> tuple
         name=f"{Path(source).resolve().stem or 'images'}-{start.run.name}",
         data=replace(start.run.data, source=images),
         adapter=adapter,
-        preservation=PreservationConfig() if preserved else None,
+        preservation=preservation,
         conditioner=_with_contexts(_with_dropout(start.run.conditioner), adapter),
         optimizer=OptimizerConfig(
             learning_rate=learning_rate,
@@ -202,6 +160,11 @@ def _preservation_line(run: Run) -> str:
         )
     if run.adapter.keeps_known:
         return "no preservation, since nothing that the base knows can change"
+    if run.adapter.begins_with:
+        return (
+            "no preservation: it would draw the model to the base without the LoRA that is "
+            "continued (preservation.weight=1 does)"
+        )
     return (
         f"no preservation, since there are more than {SMALL_SET} images (preservation.weight=1 "
         "keeps what the base knows)"

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from sfumato import config as configuration
 from sfumato.conditioners import ConditioningInfo
-from sfumato.errors import CheckpointError, ConfigError, RunError
+from sfumato.errors import ConfigError, RunError
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
-from sfumato.interop.hub import is_model_name, local_model
+from sfumato.interop.hub import is_model_name
 from sfumato.interop.opening import open_folder
-from sfumato.interop.single_file_reader import read_single_file
 from sfumato.observability.progress import console
 from sfumato.recipes.model import build_model
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
 from sfumato.runs.base import base_loader, require_base
+from sfumato.runs.model_folder import model_folder
 from sfumato.runs.preparation import open_data
+from sfumato.runs.weights import Weights, chosen_weights
 from sfumato.storage import checkpoint
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.storage.weight_files import refuse_pickle
@@ -32,9 +33,6 @@ from sfumato.training.monitors import Validator
 from sfumato.training.parameters import frozen_tensors
 from sfumato.training.precision import CHOICES, DTYPES, default_device
 from sfumato.training.verdict import Verdict
-
-Weights = Literal["auto", "best", "ema", "raw"] | float
-WEIGHT_FILES = {"ema": "ema", "raw": "model"}  # weights -> the file of a checkpoint
 
 
 def generated_folder(path: Path) -> Path:
@@ -115,41 +113,6 @@ def resolved_weights(path: Path, weights: str) -> str:
     return "ema" if Verdict.read(RunDirectory(path).verdict).chosen is None else "best"
 
 
-def _weights(
-    weights: Weights, loaded: checkpoint.Checkpoint, directory: RunDirectory
-) -> dict[str, Tensor]:
-    """Return the trained parameters; "auto" says so where they are not those of the last step."""
-    verdict = Verdict.read(directory.verdict)
-    if weights == "auto":
-        weights = "ema" if verdict.chosen is None else "best"
-    if weights == "best":
-        if verdict.chosen is None:
-            raise CheckpointError(
-                "has no best weights: only a fine-tuning compares them",
-                where=str(directory.path),
-                hint="use ema or raw",
-            )
-        if verdict.stop:
-            console().print(
-                f"weights of step {verdict.chosen.step}: {verdict.sentence()}", markup=False
-            )
-        return checkpoint.load_snapshot(directory.best, step=verdict.chosen.step)
-    if isinstance(weights, float):
-        return post_hoc_ema.reconstruct(directory.averages, width=weights)
-    if weights not in WEIGHT_FILES:
-        raise ConfigError(
-            f"weights = {weights!r}",
-            where="load",
-            hint="`auto`, `best` (those that the verdict of a fine-tuning names), `ema` (the "
-            "averaged ones of the last step), `raw`, or the width of an average such as 0.1",
-        )
-    if WEIGHT_FILES[weights] not in loaded.tensors:
-        raise ConfigError(
-            f"has no {weights} weights", where=str(directory.path), hint="a bundle has ema alone"
-        )
-    return loaded.tensors[WEIGHT_FILES[weights]]
-
-
 def _load_weights(
     model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
 ) -> None:
@@ -221,17 +184,7 @@ def load(
         raise ConfigError(
             f"precision = {precision!r}", where="load", hint=f"choose among {', '.join(CHOICES)}"
         )
-    folder = (
-        local_model(path, variant=variant)
-        if like is None
-        else _convert_file(Path(path), Path(like))
-    )
-    if folder.is_file():
-        raise ConfigError(
-            "is a single file, which lacks its configuration",
-            where=str(path),
-            hint="name a pipeline's folder of the same family: --like FOLDER, or like=FOLDER",
-        )
+    folder = model_folder(path, variant=variant, like=like)
     if is_pipeline_folder(folder):
         return _load_folder(folder, weights=weights, precision=precision, variant=variant)
     if variant:
@@ -241,14 +194,14 @@ def load(
             hint="leave it out: only model folders of diffusers have variants; for a run, see "
             "`weights`",
         )
-    directory = RunDirectory.existing(Path(path))
+    directory = RunDirectory.existing(folder)
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
     info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
     model, frozen = _rebuild(settings, info, directory, loaded)
-    _load_weights(model, _weights(weights, loaded, directory), frozen)
+    _load_weights(model, chosen_weights(weights, loaded, directory), frozen)
     channels, height, width = loaded.state["image_shape"]
     pipeline = Pipeline(
         model=model,
@@ -258,24 +211,6 @@ def load(
         image_shape=(channels, height, width),
     )
     return _placed(pipeline, precision)
-
-
-def _convert_file(path: Path, like: Path) -> Path:
-    """Return the folder of a single file, and print what was taken from where.
-
-    Raises:
-        ConfigError: if it is not a file.
-    """
-    if path.is_dir():
-        raise ConfigError(
-            "is a folder, and `like` is for single files",
-            where=str(path),
-            hint="leave --like out",
-        )
-    converted = read_single_file(path, like)
-    for note in converted.notes:
-        console().print(f"note: {note}", markup=False)
-    return converted.folder
 
 
 def _placed(pipeline: Pipeline, precision: Literal["float32", "bfloat16"]) -> Pipeline:

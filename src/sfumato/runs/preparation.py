@@ -26,6 +26,7 @@ from sfumato.recipes.model import text_encoder as text_encoder
 from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
 from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
+from sfumato.runs.initial_adapter import begin_adapter
 from sfumato.training.parameters import copy_sharing_frozen, count, require_trainable
 from sfumato.training.precision import default_device, require
 
@@ -62,7 +63,11 @@ class PreparedRun:
 
 
 def prepare(
-    run: Run, *, listing: Listing | None = None, directory: Path | None = None
+    run: Run,
+    *,
+    listing: Listing | None = None,
+    directory: Path | None = None,
+    begins: bool = True,
 ) -> PreparedRun:
     """Index the data and build the model.
 
@@ -71,6 +76,8 @@ def prepare(
     Args:
         listing: the listing of the run's source, if it was already made.
         directory: the run's directory, if it has one.
+        begins: whether training begins with this model; if not, a checkpoint will be loaded into
+            it, and the first values of its adapter are not needed.
     Raises:
         ConfigError, DataError: naming what is wrong.
     """
@@ -83,6 +90,8 @@ def prepare(
         info = inherited_info(info, base.info)
     model = build_model(run, info, directory, load_base=base_loader(run, base))
     require_trainable(model)
+    if begins:
+        begin_adapter(run, model)
     captions = [dataset.entries[position].captions for position in dataset.training]
     run.adapter.require_data(model.conditioner, captions)
     for remark in run.adapter.remarks(model.network):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
-from sfumato.interop.hub import local_model
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
@@ -62,19 +61,38 @@ def train(
 
 
 def finetune(
-    model: str | Path, source: str, *, overrides: Overrides = (), run: str | Path | None = None
+    model: str | Path,
+    source: str,
+    *,
+    overrides: Overrides = (),
+    run: str | Path | None = None,
+    lora: str | Path | None = None,
+    partial: bool = False,
+    variant: str = "",
+    like: str | Path | None = None,
 ) -> Path:
     """Fine-tune a run, or a model folder of diffusers, on images; return the run directory.
 
+    A run with a LoRA is continued: its base stays the base, and its LoRA's values are the first
+    ones. All comparisons, also with `lora`, are with the base without any LoRA.
+
     Args:
-        model: directory of a run, a folder with model_index.json, or the name of a model on the
-            Hugging Face hub, "owner/name". It is only read.
+        model: directory of a run, a folder with model_index.json, the name of a model on the
+            Hugging Face hub, "owner/name", or a single file of Stable Diffusion's layout. It is
+            only read.
         overrides: settings as a mapping or as "a.b=c" strings.
         run: the new run's directory; by default runs/<source>-<model>, numbered if taken.
+        lora: a LoRA file of diffusers, kohya or peft to go on from: its values are the first ones,
+            and rank, alpha and layers are the file's. After the first checkpoint it is not needed.
+        partial: whether tensors of that file that fit no layer of the network are left out.
+        variant: which weights of a model folder, where it has several: "fp16" for *.fp16.safetensors.
+        like: for a single file, a pipeline's folder of the same family.
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings, lines = finetuning_run(local_model(model), source, overrides)
+    settings, lines = finetuning_run(
+        model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
+    )
     console().print("\n".join(lines), markup=False)
     path = train(settings, overrides=overrides, run=run)
     report = finetuning_report(path)
@@ -117,8 +135,9 @@ def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
         configuration.plain(before), configuration.plain(settings)
     ):
         screen.print(f"changed on resume: {line}", markup=False)
-    prepared = prepare(settings, directory=directory.path)
-    if directory.status().get("state") == "preparing":
+    begins = directory.status().get("state") == "preparing"
+    prepared = prepare(settings, directory=directory.path, begins=begins)
+    if begins:
         with directory.unchanged_if_refused():
             _write_description(prepared, directory)
             return build_trainer(prepared, directory)
