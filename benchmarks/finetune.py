@@ -155,10 +155,10 @@ def our_step(shape: Shape, folder: Path) -> Callable[[], object]:
     from sfumato.data import batches
     from sfumato.recipes.resolver import resolve_config
     from sfumato.runs.cost import trial_trainer
-    from sfumato.runs.finetuning import finetuning_run
+    from sfumato.runs.finetuning import choose_finetuning
     from sfumato.runs.preparation import prepare
 
-    run, _ = finetuning_run(folder / "model", str(folder / "images"))
+    run = choose_finetuning(folder / "model", str(folder / "images")).run
     changes = [
         f"batch_size={shape.batch}", "preservation=null", "compile=off",
         "adapter.layers=[to_k, to_q, to_v, to_out]", f"adapter.rank={RANK}",

@@ -25,7 +25,7 @@ from sfumato.interop.trained_model import TrainedModel
 from sfumato.networks import DiTConfig
 from sfumato.recipes import Run
 from sfumato.recipes.model import build_model
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.sampling import KeyedNoise
 from tests.helpers.cli import sfumato as cli
 from tests.helpers.diffusers_models import stable_diffusion, stable_diffusion_xl
@@ -219,7 +219,7 @@ def test_a_folder_gets_a_branch_whose_effect_is_measured(
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: Path, folders: dict[str, Path], captioned: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    proposed, _ = finetuning_run(folders["sd"], str(captioned), TUNED)
+    proposed = choose_finetuning(folders["sd"], str(captioned), TUNED).run
     plain = configuration.with_overrides(
         configuration.plain(proposed), (*TUNED, "checkpoint.every_steps=2")
     )

@@ -24,7 +24,7 @@ from sfumato.interop.trained_model import TrainedModel
 from sfumato.observability.image_formats import settings_of
 from sfumato.recipes import Run
 from sfumato.recipes.model import build_model
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.sampling import KeyedNoise
 from tests.helpers.cli import sfumato as cli
 from tests.helpers.diffusers_models import pixart, stable_diffusion, stable_diffusion_xl
@@ -242,7 +242,7 @@ def test_checkpoints_hold_the_rows_alone_and_images_change(
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: Path, folders: dict[str, Path], uncaptioned: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    proposed, _ = finetuning_run(folders["sd"], str(uncaptioned), TUNED)
+    proposed = choose_finetuning(folders["sd"], str(uncaptioned), TUNED).run
     plain = configuration.with_overrides(
         configuration.plain(proposed), (*TUNED, "checkpoint.every_steps=2")
     )

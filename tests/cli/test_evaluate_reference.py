@@ -22,7 +22,7 @@ from sfumato.interop.lora_writing import write_diffusers
 from sfumato.interop.single_file import file_tensors
 from sfumato.networks import DiffusersConfig
 from sfumato.runs import evaluate_run
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from tests.helpers import cli, corrupt
 from tests.helpers.diffusers_models import stable_diffusion, unet
 from tests.helpers.lora import random_changes, theirs
@@ -187,7 +187,8 @@ def test_a_single_file_is_evaluated_and_fine_tuned_like_a_folder(place: Path, mo
     result = cli.sfumato("evaluate", file, "--reference", reference, *FEW, "--like", model)
     assert result.code == 0, result.err
     assert (place / "generated/one/evaluation/photos/evaluation.json").is_file()
-    run, lines = finetuning_run(file, str(reference), like=model)
+    chosen = choose_finetuning(file, str(reference), like=model)
+    run, lines = chosen.run, chosen.lines
     assert run.name == "photos-one"
     assert any("one.safetensors was converted to" in line for line in lines)
     weights = "diffusion_pytorch_model.safetensors"
@@ -202,7 +203,7 @@ def test_a_variant_is_evaluated_and_fine_tuned_if_it_is_named(place: Path, model
     copy = Path(shutil.copytree(model, place / "copy"))
     theirs(copy).to(torch.float16).save_pretrained(copy, variant="fp16")
     reference = photos(place / "photos")
-    run, _ = finetuning_run(copy, str(reference), variant="fp16")
+    run, _ = choose_finetuning(copy, str(reference), variant="fp16")
     assert isinstance(run.network, DiffusersConfig)
     assert run.network.variant == run.conditioner.text.variant == "fp16"
     told = {"variant": "", "num": 0}

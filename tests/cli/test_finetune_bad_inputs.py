@@ -271,11 +271,6 @@ SETTINGS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], tuple[str, ..
     ),
     "an odd side": (photos, ("data.size=[32, 17]",), ("images of 17 pixels", "use 16 or 18")),
     "too small a size": (photos, ("data.resolution=1",), ("images of 1 pixels", "use 2")),
-    "one image": (
-        lambda p: photos(p, num=1),
-        (),
-        ("1 different readable images among 1 files", "at least two are needed"),
-    ),
     "no images": (lambda p: photos(p, num=0), (), ("holds no images",)),
     "no folder": (lambda p: p, (), ("no such file, folder",)),
 }

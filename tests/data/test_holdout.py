@@ -149,3 +149,17 @@ def test_dim_and_sparse_images_are_told_apart() -> None:
         assert len(set(clusters(ids(20), small, resolution=64))) == 20
     bright = np.array([thumbnail(frame) for frame in frames(3)])
     assert stretch_contrast(bright) is bright  # a set that uses its range is compared as it is
+
+
+def test_images_that_are_alike_are_named_where_they_are_split() -> None:
+    groups, remarks = merge_groups(entries(["a"] * 8), ids(8), np.array([0, 0, 0, 0, 0, 1, 2, 3]))
+    assert len(set(groups.tolist())) == 8
+    assert "(the largest group has 5 of 8: 0, 1, 2, 3, ...)" in remarks[0]
+
+
+def test_nothing_is_held_out_of_one_group_or_if_that_is_set() -> None:
+    listed = entries(["a"] * 8)
+    alone = assign_splits(listed, ids(8), np.zeros(8, np.int64), 0.1)
+    unset = assign_splits(listed, ids(8), np.arange(8), 0.0)
+    assert set(alone) == set(unset) == {"training"}
+    assert "holdout" in assign_splits(listed, ids(8), np.arange(8), 0.1)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfumato.data import BatchPlan, DataConfig, Dataset, Entry, Folder, batches, index
-from sfumato.data.listing import Listing
+from sfumato.data import BatchPlan, DataConfig, Dataset, Entry, Folder, batches, index, source_at
+from sfumato.data.convert import convert
+from sfumato.data.listing import Listing, parse_annotations
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.sources import Zip
 from tests.helpers.image_bytes import encode, noise
@@ -210,3 +211,25 @@ def test_a_caption_that_is_not_needed_says_so(tmp_path: Path) -> None:
     listing = fill_missing(listed(put(tmp_path, "10_x/1.png", "10_x/2.png")), caption="never")
     assert [entry.captions for entry in listing.entries] == [("x",)] * 2
     assert listing.remarks[-1] == ("data.caption is not used: all 2 images have one of their own")
+
+
+@pytest.mark.parametrize("name", ["set.parquet", "set.tar"])
+def test_a_converted_set_has_the_same_captions_and_repeats(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    config = kohya_set(tmp_path / "set", 12, 4)
+    before = config.source.listing()
+    _, left_out = convert(before, tmp_path / name)
+    after = source_at(str(tmp_path / name)).listing()
+    assert left_out == []
+    assert sorted((e.captions, e.repeats) for e in after.entries) == sorted(
+        (e.captions, e.repeats) for e in before.entries
+    )
+    assert {e.repeats for e in after.entries} == {12, 4}
+
+
+@pytest.mark.parametrize(
+    ("value", "repeats"), [(10, 10), (10.0, 10), (0, 1), (1000, 1), ("10", 1), (2.5, 1), (None, 1)]
+)
+def test_repeats_of_a_table_are_whole_numbers_as_in_the_name_of_a_folder(value, repeats) -> None:
+    assert parse_annotations({"num_repeats": value}).get("repeats", 1) == repeats

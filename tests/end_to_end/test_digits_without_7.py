@@ -97,3 +97,13 @@ def test_without_preservation_it_forgets_and_the_report_says_stop(base: Path, di
     assert "the model forgets what its base knew" in verdict["sentence"]
     assert read_as_asked(run, OTHERS, 90, weights="ema") < 0.9  # the last step's
     assert read_as_asked(run, OTHERS, 90) >= 0.9  # the step that the verdict names
+
+
+def test_prior_images_of_the_base_keep_the_others(base: Path, digits: Path) -> None:
+    run = finetuned(base, digits, "prior", "preservation.num=90", "budget.steps=100")
+    assert read_as_asked(run, OTHERS, 90, weights="ema") >= 0.9
+    verdict = json.loads((run / "best" / "verdict.json").read_text())
+    forgetful = finetuned(base, digits, "no-prior", "preservation=null", "budget.steps=100")
+    without = json.loads((forgetful / "best" / "verdict.json").read_text())
+    assert verdict["last"]["drift"] < 0.5 * without["last"]["drift"]
+    assert verdict["last"]["gain_low"] > 0

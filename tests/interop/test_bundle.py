@@ -123,6 +123,8 @@ def test_a_tuned_folder_takes_its_text_encoders_along(
     monkeypatch.chdir("/")
     again = load(tmp_path / "elsewhere")
     assert torch.equal(again.sample(1, **asked), own)
+    with pytest.raises(ConfigError, match="is a bundle, which holds the text encoders of its base"):
+        sfumato.export(tmp_path / "elsewhere", "diffusers", tmp_path / "folder")
     settings = load_yaml_file(tmp_path / "elsewhere" / "config.yaml")
     assert settings["network"]["path"] == ""
     assert not Path(settings["conditioner"]["text"]["path"]).is_absolute()

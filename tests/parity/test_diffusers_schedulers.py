@@ -29,6 +29,7 @@ from sfumato.diffusion.denoiser import Angle, NetworkDenoiser, UnitSum, UnitVari
 from sfumato.diffusion.noise_level import NoiseLevel
 from sfumato.diffusion.parameterizations import Epsilon, Flow, Sample, Velocity
 from sfumato.diffusion.schedules import Karras, Linear, LinearBetas, ScaledLinear, Shift, Warped
+from sfumato.interop.schedulers import read_scheduler
 from sfumato.sampling import DDIM, DPMSolverPP2M, Multistep, RungeKutta, Sampler, grid, sample
 
 # its schedulers only: pipelines would want torchvision
@@ -392,3 +393,24 @@ def test_the_comparison_can_fail():
     assert against_ddim(DPMSolverPP2M(eta=1.0)) > 1e-2
     assert against_ddim(DDIM(eta=1.0), noise_from=3) > 1e-2
     assert against_ddim(DDIM(eta=1.0), nudge=1e-5) > 1e3 * EXACT
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_ddim_that_ends_at_the_first_entry_of_its_table(offset: int) -> None:
+    """Without an offset, its last step leads from the first entry to itself: we leave it out."""
+    scheduler = prepared(
+        diffusers.DDIMScheduler(set_alpha_to_one=False, steps_offset=offset, clip_sample=False)
+    )
+    config = {**scheduler.config, "_class_name": "DDIMScheduler"}
+    sampling = read_scheduler(config, where="here").sampling
+    levels = grid(sampling.schedule, STEPS, spacing=sampling.spacing)
+    x = normal(1)
+    states = theirs(scheduler, x)
+    found = ours(sampling.sampler, "epsilon", levels, scheduler.timesteps, x)
+    assert len(found) == STEPS - (offset == 0)
+    last_step = float((states[-1] - states[-2]).abs().max())
+    assert (last_step < 1e-12) == (offset == 0)
+    for state, same in zip(found, states, strict=False):
+        # their table is float32, and values grow to 15
+        assert float((state - same).abs().max() / same.abs().max()) < 1e-5
+    assert float((found[-1] - states[-1]).abs().max() / states[-1].abs().max()) < 1e-5

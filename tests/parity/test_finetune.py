@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,12 @@ def test_a_folder_is_tuned_by_lora_and_its_base_stays_as_it_was(tmp_path: Path, 
         "lora",
         base.sampling.guidance,
     )
+    report = json.loads((tmp_path / "run" / "finetuning" / "report.json").read_text())
+    assert 0 < report["parity"]["difference"] < 1e-5
+    assert "diffusers makes the same image from the exported folder, up to" in result.err
+    pair = np.asarray(Image.open(tmp_path / "run" / "finetuning" / "parity.png").convert("RGB"))
+    assert pair.std() > 0
+    assert not list((tmp_path / "run").glob("tmp*"))
     resumed = cli.sfumato("resume", tmp_path / "run", "budget.steps=6")
     assert resumed.code == 0, resumed.err
 

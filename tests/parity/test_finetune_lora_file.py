@@ -23,7 +23,7 @@ from sfumato.adapters import (
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.interop.initial_lora import lora_settings, patterns
 from sfumato.recipes.resolver import resolve
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.preparation import prepare
 from tests.helpers import cli
 from tests.helpers.diffusers_models import stable_diffusion, unet
@@ -71,7 +71,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_step_0_is_the_model_with_that_lora_bit_for_bit(
     model: Path, images: Path, file: Path
 ) -> None:
-    run, lines = finetuning_run(model, str(images), TINY, lora=file)
+    chosen = choose_finetuning(model, str(images), TINY, lora=file)
+    run, lines = chosen.run, chosen.lines
     assert f"goes on from {file}" in lines[0]
     assert "measured against the base without this LoRA" in lines[1]
     assert any("conditioner.text.clip_skip=1" in line for line in lines)
@@ -130,7 +131,7 @@ def test_what_contradicts_the_file_is_refused_by_name(
     model: Path, images: Path, file: Path, overrides: list[str], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        finetuning_run(model, str(images), [*TINY, *overrides], lora=file)
+        choose_finetuning(model, str(images), [*TINY, *overrides], lora=file)
 
 
 def test_changes_of_text_encoders_are_refused_or_left_out(
@@ -142,11 +143,12 @@ def test_changes_of_text_encoders_are_refused_or_left_out(
     }
     save_file(load_file(file) | more, tmp_path / "f.safetensors")
     with pytest.raises(CheckpointError, match=r"2 tensors do not: lora_te_text_model"):
-        finetuning_run(model, str(images), TINY, lora=tmp_path / "f.safetensors")
-    whole, _ = finetuning_run(model, str(images), TINY, lora=file)
-    partial, lines = finetuning_run(
+        choose_finetuning(model, str(images), TINY, lora=tmp_path / "f.safetensors")
+    whole = choose_finetuning(model, str(images), TINY, lora=file).run
+    chosen = choose_finetuning(
         model, str(images), TINY, lora=tmp_path / "f.safetensors", partial=True
     )
+    partial, lines = chosen.run, chosen.lines
     assert any("2 tensors are left out" in line for line in lines)
     # a hash of what is used, not of the file
     assert isinstance(partial.adapter, LoRA)

@@ -15,7 +15,7 @@ from sfumato.data.loader import batches
 from sfumato.data.resizing import resizing
 from sfumato.networks import Backbone
 from sfumato.recipes.resolver import resolve
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.preparation import PreparedRun, prepare
 from tests.helpers.diffusers_models import stable_diffusion_xl
 
@@ -46,7 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedRun:
         Image.fromarray(pixels).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a thing number {number}")
     overrides = ["adapter.rank=2", "data.cache=off"]
-    run, _ = finetuning_run(model, str(folder), overrides)
+    run = choose_finetuning(model, str(folder), overrides).run
     return prepare(resolve(run, overrides))
 
 

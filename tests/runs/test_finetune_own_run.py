@@ -12,7 +12,7 @@ import torch
 import sfumato
 from sfumato.adapters import without_adapters
 from sfumato.errors import CheckpointError
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.storage import checkpoint
 from sfumato.training import PreservationConfig
 from sfumato.training.verdict import Verdict
@@ -52,7 +52,7 @@ def tuned(base: Path, new: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def settings(base: Path, new: Path, *overrides: str):
     from sfumato.recipes.resolver import resolve
 
-    run, _ = finetuning_run(base, str(new), ["data.category=prime"])
+    run = choose_finetuning(base, str(new), ["data.category=prime"]).run
     kept = [one for one in QUICK if "adapter" not in "".join(overrides) or "adapter" not in one]
     return resolve(run, [*kept, "data.category=prime", *overrides])
 

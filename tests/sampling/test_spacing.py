@@ -28,6 +28,7 @@ def entries(levels) -> list[int]:
         (4, 1, "first", [751, 501, 251, 1, 0]),
         (3, 1, "first", [667, 334, 1, 0]),  # 1000 // 3 = 333
         (1, 1, "clean", [1, -1]),
+        (4, 0, "first", [750, 500, 250, 0]),  # and no step from entry 0 to itself
     ],
 )
 def test_leading_takes_every_nth_entry_from_the_clean_end(
@@ -65,3 +66,9 @@ def test_the_default_is_even_in_time(strength: float) -> None:
 def test_more_steps_than_entries_are_refused() -> None:
     with pytest.raises(ScheduleError, match="take at most 50 steps"):
         grid(TABLE, 51, spacing=Leading(table_size=50))
+
+
+def test_a_single_step_that_leads_nowhere_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="one step would begin where it ends"):
+        grid(TABLE, 10, strength=0.1, spacing=Leading(end="first"))
+    assert entries(grid(TABLE, 1, spacing=Leading(end="first", offset=1))) == [1, 0]

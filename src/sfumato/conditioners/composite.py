@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -87,6 +87,14 @@ class CompositeConditioner(AdaptableConditioner):
     def unguided(self) -> list[str]:
         """Names of the contexts that guidance keeps in all predictions."""
         return [name for name, part in zip(self.parts, self._parts, strict=True) if not part.guided]
+
+    def base_parts(self) -> dict[str, str]:
+        """Return a hash of each pretrained part that the model's weights do not hold, by name."""
+        return {name: digest for part in self._parts for name, digest in part.base_parts().items()}
+
+    def release_encoders(self, texts: Sequence[str]) -> int:
+        """Encode texts, free encoders that are needed no more, and return how many parameters."""
+        return sum(part.release_encoders(texts) for part in self._parts)
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders of all parts, by name."""

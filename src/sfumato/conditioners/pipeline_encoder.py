@@ -29,14 +29,31 @@ from sfumato.conditioners.pipeline_tokens import (
 from sfumato.conditioners.pretrained_text import TextEmbedding, TextEncoder
 from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import CheckpointError, ConfigError, closest
-from sfumato.networks.diffusers_weights import only_variant
+from sfumato.networks.diffusers_weights import only_variant, weight_files
+from sfumato.storage.base_parts import weights_digest
 from sfumato.storage.checkpoint import digest
 
 INDEX = "model_index.json"
 PARTS = ("text_encoder", "tokenizer")  # and those with a number after it
 # before a text that is encoded as one to lead away from, which some pipelines do in another way
 NEGATIVE = "\x00"
-HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+HASHED = (".json", ".txt", ".model", ".jinja")  # beside the weights
+# tensors that some versions of transformers write under other names, or twice
+PREFIX, TIED = "text_model.", {"encoder.embed_tokens.weight": "shared.weight"}
+UNUSED = "position_ids"  # numbers of positions, which newer versions do not write
+
+
+def _weight_files(folder: Path, variant: str) -> list[Path]:
+    """Return the files that an encoder is loaded from; [] for none, which loading refuses."""
+    files = [path.name for path in folder.glob("*.safetensors")]
+    chosen = variant if any(f".{variant}." in name for name in files) else ""
+    return weight_files(folder, variant=chosen, stem="model") if files else []
+
+
+def _canonical(name: str) -> str:
+    """Return the name by which a tensor counts in the identity of its encoder, "" if it does not."""
+    name = name.removeprefix(PREFIX)
+    return "" if name.endswith(UNUSED) else TIED.get(name, name)
 
 
 @dataclass
@@ -82,16 +99,30 @@ class PipelineTextEncoder(TextEncoder):
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the pipeline's class and the files of its encoders and tokenizers."""
+        """A hash of the pipeline's class, the weights of its encoders and the other files of
+        encoders and tokenizers.
+        """
         parts = [str(self.index.get("_class_name")), str(self.family.length), self.config.variant]
         parts += [f"clip skip {self.config.clip_skip}"] if self.config.clip_skip else []
+        parts += [f"{name} {weights}" for name, weights in sorted(self.weights.items())]
         for folder in sorted(Path(self.place).iterdir()):
             if folder.is_dir() and folder.name.startswith(PARTS):
                 for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED):
                     with path.open("rb") as file:
-                        digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    parts.append(f"{folder.name}/{path.name} {digest}")
+                        hashed = hashlib.file_digest(file, "sha256").hexdigest()
+                    parts.append(f"{folder.name}/{path.name} {hashed}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """A hash of the tensors of each encoder in the folder, by its name."""
+        names = [name for name, entry in self.index.items() if name.startswith(PARTS[0])]
+        folders = {name: Path(self.place, name) for name in names if self.index[name][0]}
+        variant = self._variant(list(folders)) or ""
+        return {
+            name: weights_digest(_weight_files(folder, variant), rename=_canonical)
+            for name, folder in folders.items()
+        }
 
     @cached_property
     def null_is_zero(self) -> bool:
@@ -171,6 +202,19 @@ class PipelineTextEncoder(TextEncoder):
         folders = [Path(self.place, name) for name in needed if name.startswith(PARTS[0])]
         found = {only_variant(folder, stem="model") for folder in folders} - {""}
         return self.config.variant or (found.pop() if len(found) == 1 else None)
+
+    def release(self) -> int:
+        """Free the encoders, and return the number of their parameters.
+
+        They are loaded again for a text that `cache` does not hold. Those that are not as in the
+        folder are kept.
+        """
+        if self.replacements or self.tokens or "_pipeline" not in self.__dict__:
+            return 0
+        _ = self._tokenizer, self.length, self.empty  # read while the pipeline is there
+        count = sum(p.numel() for module in self.modules().values() for p in module.parameters())
+        del self.__dict__["_pipeline"]
+        return count
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the encoders by their names in the pipeline."""

@@ -133,6 +133,19 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         """Return a text as `forward` takes it where guidance leads away from it."""
         return NEGATIVE + text
 
+    def base_parts(self) -> dict[str, str]:
+        """Return a hash of the tensors of each text encoder in the pipeline's folder, by its name."""
+        return dict(self._encoder[0].weights)
+
+    def release_encoders(self, texts: Sequence[str]) -> int:
+        """Encode texts, free the pipeline's encoders unless they learn, and return how many
+        parameters.
+        """
+        if self.learned is not None:
+            return 0
+        self._encoder[0](texts, self.device_marker.device)
+        return self._encoder[0].release()
+
     def text_encoders(self) -> Mapping[str, nn.Module]:
         """Return the pipeline's encoders, which are loaded for this."""
         return self._encoder[0].modules()

@@ -190,6 +190,15 @@ class TextEncoder:
         ]
         return [piece for piece in pieces if piece]
 
+    def release(self) -> int:
+        """Free the encoder's weights, and return the number of its parameters.
+
+        It is loaded again for a text that `cache` does not hold.
+        """
+        _ = self.length  # read with the tokenizer, which stays
+        model = self.__dict__.pop("_model", None)
+        return 0 if model is None else sum(p.numel() for p in model.parameters())
+
     @cached_property
     def _settings(self) -> Any:
         return self._load("AutoConfig")
@@ -295,6 +304,11 @@ class PretrainedTextConditioner(Conditioner):
             tokens=tokens.expand(batch_size, -1, -1),
             token_mask=first.expand(batch_size, -1),
         )
+
+    def release_encoders(self, texts: Sequence[str]) -> int:
+        """Encode texts, free the encoder, and return the number of its parameters."""
+        self._encoder[0](texts, self.nothing.device)
+        return self._encoder[0].release()
 
     @property
     def length(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +51,20 @@ class Conditioner(nn.Module, ABC):
             draws: (B,), uniform from `dropout` to 1 where the context is not hidden.
         """
         return context
+
+    def base_parts(self) -> dict[str, str]:
+        """Return a hash of each pretrained part that its weights do not hold, by name."""
+        return {}
+
+    def release_encoders(self, texts: Sequence[str]) -> int:
+        """Encode texts that will be needed, and free frozen encoders that are then needed no more.
+
+        They are loaded again for other texts.
+
+        Returns:
+            The number of parameters that were freed.
+        """
+        return 0
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
         """Return the encoders whose layers a LoRA can change, by name; child modules do not include them.

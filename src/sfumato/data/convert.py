@@ -16,14 +16,14 @@ from PIL import Image
 
 from sfumato.data import files
 from sfumato.data.file_types import ANNOTATION_FILES, NUMPY, suffix_of
-from sfumato.data.listing import MAX_BYTES, Blob, Entry, Listing, Reject
+from sfumato.data.listing import MAX_BYTES, REPEATS_KEY, Blob, Entry, Listing, Reject
 from sfumato.data.sources.npz import plain_array
 from sfumato.errors import ConfigError, DataError
 from sfumato.storage.atomic import commit
 
 ROWS, ROW_BYTES = 100, 256 << 20  # of a parquet row group: what one random access reads
 MAX_KEY_BYTES = 200  # leaves room for the endings
-TEXTS = ("captions", "category", "attributes", "holdout")
+TEXTS = ("captions", "category", "attributes", "holdout")  # fields of an entry
 PackedSample = dict[str, Any]
 
 
@@ -60,8 +60,6 @@ def convert(
             "exists already", where=str(dest), hint="name a new file or an empty folder"
         )
     rejects = list(listing.rejects)
-    if any(entry.repeats != 1 for entry in listing.entries):
-        rejects.append(Reject("repeats of kohya folders", "cannot be kept in this container"))
     columns = TableColumns.of(listing.entries)
     try:
         (dest.parent if single else dest).mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,11 @@ class TableColumns:
         def present(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(name for name in names if any(getattr(entry, name) for entry in entries))
 
-        return cls(annotations=present(tuple(ANNOTATION_FILES)), texts=present(TEXTS))
+        repeated = any(entry.repeats != 1 for entry in entries)
+        return cls(
+            annotations=present(tuple(ANNOTATION_FILES)),
+            texts=(*present(TEXTS), *((REPEATS_KEY,) if repeated else ())),
+        )
 
 
 def _write_files(
@@ -144,6 +146,7 @@ def _pack(
         try:
             sample = {"name": entry.name, **{name: getattr(entry, name) for name in TEXTS}}
             sample["attributes"] = dict(entry.attributes)
+            sample[REPEATS_KEY] = entry.repeats
             for name in ("image", *ANNOTATION_FILES):
                 blob = getattr(entry, name)
                 if blob is not None:
@@ -198,6 +201,7 @@ class _Tar:
     def __init__(self, path: Path, columns: TableColumns) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._keys: set[str] = set()
+        self._columns = columns
 
     def add(self, sample: PackedSample) -> None:
         key = _key(sample["name"], len(self._keys), self._keys)
@@ -207,7 +211,7 @@ class _Tar:
             for annotation in ANNOTATION_FILES
             if annotation in sample
         ]
-        facts = {name: sample[name] for name in TEXTS if sample[name]}
+        facts = {name: sample[name] for name in self._columns.texts if sample[name]}
         if facts:
             members.append(("json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()))
         for ending, data in sorted(members):

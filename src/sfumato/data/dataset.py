@@ -16,7 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfumato.config.bounds import CountOrZero, Finite, InnerFraction, NonNegative, Size, SizeOrZero
+from sfumato.config.bounds import (
+    CountOrZero,
+    Finite,
+    FractionBelowOne,
+    NonNegative,
+    Size,
+    SizeOrZero,
+)
 from sfumato.data.annotations import Annotations, LossMask
 from sfumato.data.augment import AugmentConfig
 from sfumato.data.buckets import BucketConfig
@@ -54,8 +61,7 @@ class DataConfig:
             their `max`.
         augment: changes made to training images.
         holdout: share kept from training for validation, chosen by a hash of the content; about 25
-            images at least, or a fifth of
-            a smaller set.
+            images at least, or a fifth of a smaller set. 0 trains on all, and nothing is validated.
         near_duplicates: what stays together in training or hold-out: images that are nearly the
             same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
@@ -66,7 +72,7 @@ class DataConfig:
         category: category of images that have none.
         loss_mask: where training counts errors of an image: where its file `NAME.mask.png` is
             white (`files`), or where it is opaque (`alpha`); `none`: everywhere. Gray counts in
-            part; an image without a mask counts everywhere. Validation and autoencoders count all.
+            part; an image without a mask counts everywhere. Autoencoders count all.
         exclude: a file with one name a line, such as the `rejects.txt` of `sfumato data check`, of
             images to leave out.
         cache: `auto` keeps decoded pixels on disk, if they need no more than a quarter of the free
@@ -87,7 +93,7 @@ class DataConfig:
     range: Literal["auto"] | tuple[Finite, Finite] = "auto"
     frames: Frames = "first"
     augment: AugmentConfig = AugmentConfig()
-    holdout: InnerFraction = 0.1
+    holdout: FractionBelowOne = 0.1
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     categories: tuple[str, ...] = ()
     caption: str | None = None
@@ -101,13 +107,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         colour_valid = all(0 <= level <= 255 for level in self.background)
         counts_valid = self.resolution >= 1 and self.workers >= 0 and 1 <= self.channels <= 64
-        if not counts_valid or not 0 < self.holdout < 1 or not colour_valid:
+        if not counts_valid or not 0 <= self.holdout < 1 or not colour_valid:
             raise ConfigError(
                 f"resolution = {self.resolution}, channels = {self.channels}, holdout = "
                 f"{self.holdout}, workers = {self.workers}, "
                 f"background = {self.background}",
                 where="data",
-                hint="resolution is at least 1, channels 1 to 64, holdout between 0 and 1, "
+                hint="resolution is at least 1, channels 1 to 64, holdout from 0 to below 1, "
                 "workers at least 0, background from 0 to 255",
             )
         if self.size is not None and (min(self.size) < 1 or self.buckets is not None):

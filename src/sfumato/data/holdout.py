@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.listing import Entry
+from sfumato.data.listing import Entry, Reject, Source
 from sfumato.errors import DataError
 
 SMALL_SHARE = 0.2  # of a set: the most that the two numbers below may hold out
@@ -26,6 +26,7 @@ MIN_RELIABLE_HOLDOUT_IMAGES = (
 )
 # of a set, above which a group of images that are alike is split; and a size that never is
 LARGE_SHARE, NEVER_LARGE = 0.1, 4
+NAMED = 4  # images of a group
 
 
 class Groups(NamedTuple):
@@ -46,7 +47,7 @@ def merge_groups(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np
     names = {
         name: number for number, name in enumerate(dict.fromkeys(stack_names)) if name is not None
     }
-    split, remarks = _split_large(alike, ids, "images are alike, such as frames of one video")
+    split, remarks = _split_large(entries, alike, ids)
     if not names:
         return Groups(split, remarks)
     stacks = np.array(
@@ -64,7 +65,7 @@ def merge_groups(entries: Sequence[Entry], ids: Sequence[str], alike: NDArray[np
 
 
 def _split_large(
-    groups: NDArray[np.int64], ids: Sequence[str], description: str
+    entries: Sequence[Entry], groups: NDArray[np.int64], ids: Sequence[str]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     sizes = np.bincount(groups)[groups]
     large = sizes > max(LARGE_SHARE * len(groups), NEVER_LARGE)
@@ -76,11 +77,13 @@ def _split_large(
     if len(np.unique(same[large])) == len(np.unique(groups[large])):
         return groups, ()
     result = np.where(large, len(ids) + same, groups)
-    largest = int(sizes.max())
+    largest = np.flatnonzero(groups == groups[sizes.argmax()])
+    names = ", ".join(entries[number].name for number in largest[:NAMED])
     remark = (
-        f"{int(large.sum())} {description} (the largest group has {largest} of {len(ids)}): they "
-        "are split over training and hold-out one by one, so held-out metrics will be optimistic "
-        "(leakage); to hold out a group by hand, put it into a folder called test/"
+        f"{int(large.sum())} images are alike, such as frames of one video (the largest group has "
+        f"{len(largest)} of {len(ids)}: {names}, ...): they are split over training and hold-out "
+        "one by one, so held-out metrics will be optimistic (leakage); to hold out a group by "
+        "hand, put it into a folder called test/"
     )
     return np.unique(result, return_inverse=True)[1].astype(np.int64), (remark,)
 
@@ -96,6 +99,30 @@ def _join(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int
     ]
 
 
+def too_few_images(
+    count: int, entries: Sequence[Entry], rejects: Sequence[Reject], *, where: str
+) -> DataError:
+    """Return the error of a set with fewer than two different images.
+
+    Args:
+        count: of different images.
+        entries: all that there are; rejects: those that cannot be read.
+    """
+    reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
+    return DataError(
+        f"{count} different readable images among {len(entries)} files, near-duplicates counted as "
+        "one" + (f" ({reasons})" if reasons else ""),
+        where=where,
+        hint="at least two are needed: one to train on, one to validate on; a good model needs "
+        "thousands",
+    )
+
+
+def place_of(source: Source) -> str:
+    """Return where a source is, for errors."""
+    return str(getattr(source, "path", type(source).__name__))
+
+
 def assign_splits(
     entries: Sequence[Entry], ids: Sequence[str], groups: NDArray[np.int64], share: float
 ) -> NDArray[np.str_]:
@@ -107,8 +134,10 @@ def assign_splits(
     group is passed over if it is more than a quarter of the set, or the last of a category to learn
     from. A hold-out that the source names holds what the source says, and exact copies of it.
 
+    Nothing is held out where `share` is 0, or if all images are in one group.
+
     Raises:
-        DataError: if there are fewer than two groups.
+        DataError: if the source holds out all images.
     """
     named = {
         id_: f":{entry.holdout}"
@@ -124,14 +153,14 @@ def assign_splits(
             sizes[group] += 1
             kinds.setdefault(group, set()).add(entry.category)
     keys = {group: _key(id_) for group, id_ in least.items()}
-    if len(keys) < 2:
+    if not keys:
         raise DataError(
-            f"{len(keys)} different image(s) to learn from, near-duplicates counted as one",
+            "all images are held out by the source, and none is left to learn from",
             where="data",
-            hint="at least two are needed: one to train on, one to validate on; a good model "
-            "needs thousands",
+            hint="put images to train on beside the folder that is held out",
         )
-    held = _choose_holdout(keys, sizes, kinds, share)
+    alone = share == 0 or len(keys) == 1
+    held = set() if alone else _choose_holdout(keys, sizes, kinds, share)
     pairs = zip(ids, groups.tolist(), strict=True)
     return np.array(
         [named.get(id_, "holdout" if group in held else "training") for id_, group in pairs]

@@ -25,7 +25,7 @@ from sfumato.data.decoding import Decoded, PixelFormat, Pixels, RejectedImage, d
 from sfumato.data.duplicates import ALGORITHM, clusters, thumbnail
 from sfumato.data.files import cache_folder
 from sfumato.data.frames import expand_frames, unused_frames
-from sfumato.data.holdout import merge_groups
+from sfumato.data.holdout import merge_groups, place_of, too_few_images
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Listing, Reject
 from sfumato.data.missing_labels import fill_missing
@@ -53,8 +53,8 @@ def index(
         annotations: those that condition the model, besides the category: "text", "doodle",
             "mask", "points", "attributes".
     Raises:
-        DataError: if the source is missing; if fewer than two different images can be read, with
-            the first reasons; or if the last channel is alpha in some images only.
+        DataError: if the source is missing; if no image can be read, with the first reasons; or if
+            the last channel is alpha in some images only.
     """
     listing = fill_missing(
         listing or config.source.listing(), caption=config.caption, category=config.category
@@ -85,15 +85,8 @@ def index(
         good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails)
     )
     ids = [str(fact["id"]) for fact in facts]
-    if len(set(ids)) < 2:
-        reasons = "; ".join(f"{reject.name}: {reject.reason}" for reject in rejects[:3])
-        raise DataError(
-            f"{len(set(ids))} different readable images among {len(listing.entries)} files"
-            + (f" ({reasons})" if reasons else ""),
-            where=str(getattr(config.source, "path", type(config.source).__name__)),
-            hint="at least two are needed: one to train on, one to validate on; a good model "
-            "needs thousands",
-        )
+    if not ids:
+        raise too_few_images(0, listing.entries, rejects, where=place_of(config.source))
     others = {entry.category for entry in good if entry.category is not None}
     categories = (
         *config.categories,

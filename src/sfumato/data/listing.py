@@ -274,7 +274,16 @@ CATEGORY_KEYS = (
 )
 HOLDOUT_KEYS = ("holdout",)
 SPLIT_KEYS = ("split", "subset", "partition")
-KNOWN_KEYS = {*CAPTION_KEYS, *CATEGORY_KEYS, *HOLDOUT_KEYS, *SPLIT_KEYS, "attributes", "tags"}
+REPEATS_KEY, MAX_REPEATS = "num_repeats", 999  # kohya's; larger numbers are years and dates
+KNOWN_KEYS = {
+    *CAPTION_KEYS,
+    *CATEGORY_KEYS,
+    *HOLDOUT_KEYS,
+    *SPLIT_KEYS,
+    REPEATS_KEY,
+    "attributes",
+    "tags",
+}
 
 
 def is_known_column(column: str) -> bool:
@@ -288,7 +297,7 @@ def normalized_key(key: str) -> str:
 
 
 def parse_annotations(record: dict[str, Any]) -> dict[str, Any]:
-    """Read captions, category, hold-out and attributes from a JSON object or table row.
+    """Read captions, category, hold-out, repeats and attributes from a JSON object or table row.
 
     They are returned as fields of an `Entry`; what is not given is left out.
 
@@ -319,6 +328,9 @@ def parse_annotations(record: dict[str, Any]) -> dict[str, Any]:
         annotations["holdout"] = printable_name(holdout)
     elif isinstance(split, str) and split_of(split) == HELD_OUT:
         annotations["holdout"] = printable_name(split)
+    repeats = fields.get(REPEATS_KEY)
+    if isinstance(repeats, int | float) and repeats in range(1, MAX_REPEATS + 1):
+        annotations["repeats"] = int(repeats)
     if attributes := _attributes(record):
         annotations["attributes"] = attributes
     return annotations

@@ -42,6 +42,7 @@ from sfumato.diffusion.objective import (
     Stratified,
     Times,
     TimesConfig,
+    weighted_mean,
 )
 from sfumato.diffusion.parameterizations import (
     Epsilon,
@@ -158,4 +159,5 @@ __all__ = [
     "ZeroTerminalSNR",
     "require_schedule",
     "target_weight",
+    "weighted_mean",
 ]  # fmt: skip

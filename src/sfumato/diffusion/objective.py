@@ -148,5 +148,14 @@ class Objective:
 
 
 def _distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    return weighted_mean((a - b).square(), weights)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted mean of each sample's values (B, C, H, W), (B,).
+
+    Args:
+        weights: (B, 1, H, W), from 0 to 1.
+    """
     total = weights.flatten(1).mean(1).clamp(min=SMALLEST_SHARE)
-    return ((a - b).square() * weights).flatten(1).mean(1) / total
+    return (values * weights).flatten(1).mean(1) / total

@@ -31,6 +31,7 @@ from sfumato.recipes.autoencoder_stage import FINAL, FOLDER, PixelsConfig, Pretr
 from sfumato.recipes.run import Run
 from sfumato.storage.atomic import atomic_folder
 from sfumato.storage.output_paths import require_free
+from sfumato.storage.run_directory import BUNDLE
 
 # pipelines of networks that read nothing, by their scheduler's class
 UNCONDITIONAL = {"DDIMScheduler": "DDIMPipeline"}
@@ -117,6 +118,12 @@ def plan_folder(model: TrainedModel) -> FolderPlan:
             hint="use the format `bundle`",
         )
     where = base_of(run)
+    if where is not None and (model.directory / BUNDLE).is_file():
+        raise ConfigError(
+            "is a bundle, which holds the text encoders of its base and no other part of it",
+            where=str(model.directory),
+            hint="export the run that the bundle was written from",
+        )
     base = None if where is None else BaseFolder.read(where)
     if base is not None and run.network.architecture not in map(base.part_class, NETWORKS):
         raise ConfigError(

@@ -148,8 +148,10 @@ def _compared_with_base(directory: Path) -> list[str]:
     drift = chosen["drift"]
     interval = NOT_MEASURED if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
     lines = [
-        f"error on held-out new images (squared noise): {gain:.1%} below the base's, 95 % interval "
-        f"{interval}",
+        f"error on held-out new images (squared noise): {NOT_MEASURED}, since none were held out"
+        if gain is None
+        else f"error on held-out new images (squared noise): {gain:.1%} below the base's, 95 % "
+        f"interval {interval}",
         "change of what the base knew, over the base's own error there: "
         + (NOT_MEASURED if drift is None else f"{drift:.1%}"),
     ]
@@ -197,7 +199,7 @@ def _memorization(directory: Path) -> str:
     figures = _record(directory, EVALUATION)
     rows = figures.get("rows") or []
     report = _record(directory, REPORT)
-    if not rows and report:
+    if not rows and report.get("copies") is not None:
         return (
             f"{report['copies']:.1%} of {report['samples']} samples are far closer to one training "
             "image than to any other, by distance in pixels."

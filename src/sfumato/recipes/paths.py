@@ -28,6 +28,7 @@ KEYS = (
     "base",
     "adapter.initial",
     "network.path",
+    "preservation.source",
     "conditioner.text.encoder",
     "conditioner.text.path",
     "auxiliary.alignment.encoder",

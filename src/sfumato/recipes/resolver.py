@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import config as configuration
-from sfumato.data import Listing, files, source_at
+from sfumato.data import Listing, Source, files, source_at
 from sfumato.data.frames import expand_frames
 from sfumato.data.missing_labels import fill_missing
 from sfumato.data.pixel_format import MAX_BANDS
@@ -33,12 +33,13 @@ class ResolvedConfig:
         notes: a line for each limit of the source that a limit among the overrides replaced.
         choice: what was chosen for a source of images, with the reasons; None for a recipe, a YAML
             file or a run.
-        listing: of those images.
+        listed: a source that was listed already, and listing: what it holds.
     """
 
     run: Run
     notes: tuple[str, ...] = ()
     choice: Choice | None = None
+    listed: Source | None = None
     listing: Listing | None = None
 
     @property
@@ -50,11 +51,7 @@ class ResolvedConfig:
 
     def listing_of(self, run: Run) -> Listing | None:
         """Return the listing of a run's source, if that source was already listed."""
-        return (
-            self.listing
-            if self.choice is not None and run.data.source == self.choice.run.data.source
-            else None
-        )
+        return self.listing if run.data.source == self.listed else None
 
 
 def resolve(source: str | Path | Run, overrides: Overrides = ()) -> Run:
@@ -82,7 +79,13 @@ def resolve_config(source: str | Path | Run, overrides: Overrides = ()) -> Resol
     )
     base, notes = replace_limits(base, settings)
     run = configuration.parse(Run, configuration.with_overrides(base, overrides), where=where)
-    return ResolvedConfig(run=run, notes=tuple(notes), choice=choice, listing=listing)
+    return ResolvedConfig(
+        run=run,
+        notes=tuple(notes),
+        choice=choice,
+        listed=None if choice is None else choice.run.data.source,
+        listing=listing,
+    )
 
 
 def is_preset(source: str | Path | Run) -> bool:

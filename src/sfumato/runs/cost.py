@@ -158,8 +158,12 @@ def trial_trainer(prepared: PreparedRun, folder: Path) -> Trainer:
     The latents, if the run has any, are zeros. Validation and previews are as small as possible,
     since they take long to prepare.
     """
+    kept = prepared.run.preservation
     run = replace(
-        prepared.run, validation=ValidationConfig(samples=1, bins=1), preview=PreviewConfig(num=1)
+        prepared.run,
+        validation=ValidationConfig(samples=1, bins=1),
+        preview=PreviewConfig(num=1),
+        preservation=None if kept is None else replace(kept, num=min(1, kept.num)),
     )
     directory = RunDirectory.create(folder)
     autoencoder, dataset = run.autoencoder.placeholder(prepared.dataset, pixels=run.needs_images)
@@ -171,4 +175,5 @@ def trial_trainer(prepared: PreparedRun, folder: Path) -> Trainer:
         directory=directory,
         info=prepared.info,
         saved_config={},
+        prior=prepared.prior,
     )

@@ -12,10 +12,10 @@ from sfumato import config as configuration
 from sfumato.data import Dataset
 from sfumato.observability.progress import duration
 from sfumato.recipes.caption_statistics import truncated_captions
-from sfumato.recipes.resolver import Overrides, resolve_config
+from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.runs.cost import CostEstimate, estimate_cost
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.plan_check import Finding, Machine, findings
 from sfumato.runs.preparation import prepare
 from sfumato.training.parameters import describe
@@ -91,7 +91,10 @@ class TrainingPlan:
 
 def plan(source: str | Path | Run, *, overrides: Overrides = ()) -> TrainingPlan:
     """Plan a training from a few real steps of it, which leave no files."""
-    chosen = resolve_config(source, overrides)
+    return _plan(resolve_config(source, overrides))
+
+
+def _plan(chosen: ResolvedConfig) -> TrainingPlan:
     run = chosen.run
     prepared = prepare(run, listing=chosen.listing_of(run))
     dataset, images = prepared.dataset, len(prepared.dataset.training)
@@ -122,11 +125,11 @@ def plan_finetuning(
     like: str | Path | None = None,
 ) -> TrainingPlan:
     """Plan a fine-tuning as `plan` does; see `sfumato.finetune` for the arguments."""
-    run, reasons = finetuning_run(
+    finetuning = choose_finetuning(
         model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
     )
-    planned = plan(run, overrides=overrides)
-    return replace(planned, notes=(*reasons, *planned.notes))
+    planned = _plan(finetuning.resolved(overrides))
+    return replace(planned, notes=(*finetuning.lines, *planned.notes))
 
 
 def _dataset_lines(dataset: Dataset, parameters: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sfumato.contexts import CONTEXTS, ContextConfig, Text
 from sfumato.data import DataConfig, Listing, source_at
 from sfumato.data.missing_labels import fill_missing
 from sfumato.errors import ConfigError
-from sfumato.recipes.resolver import Overrides
+from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.recipes.survey import Survey
 from sfumato.runs.initial_adapter import require_same_settings
@@ -34,7 +34,28 @@ LOOKS = 12  # comparisons with the base
 DROPOUT = 0.05
 
 
-def finetuning_run(
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """A fine-tuning before its overrides.
+
+    Attributes:
+        run: its configuration.
+        lines: a line for each choice.
+        listing: of the images.
+    """
+
+    run: Run
+    lines: tuple[str, ...]
+    listing: Listing
+
+    def resolved(self, overrides: Overrides) -> ResolvedConfig:
+        """Return the configuration with the overrides; the images are not listed again."""
+        return replace(
+            resolve_config(self.run, overrides), listed=self.run.data.source, listing=self.listing
+        )
+
+
+def choose_finetuning(
     model: str | Path,
     source: str,
     overrides: Overrides = (),
@@ -43,8 +64,8 @@ def finetuning_run(
     partial: bool = False,
     variant: str = "",
     like: str | Path | None = None,
-) -> tuple[Run, list[str]]:
-    """Return the run, and a line for each choice.
+) -> Finetuning:
+    """Choose the settings of a fine-tuning.
 
     Args:
         model: a run's directory, a pipeline's folder in diffusers' layout, the name of one on the
@@ -70,7 +91,8 @@ def finetuning_run(
     images = source_at(source)
     data = _data(replace(start.run.data, source=images), overrides)
     _require_legal_sizes(data, start.multiple)
-    listing = fill_missing(data.source.listing(), caption=data.caption, category=data.category)
+    listed = data.source.listing()
+    listing = fill_missing(listed, caption=data.caption, category=data.category)
     count = len(listing.entries)
     captioned = sum(bool(entry.captions) for entry in listing.entries)
     _require_contexts(start.run, folder, source, listing)
@@ -121,7 +143,8 @@ def finetuning_run(
             if name not in start.run.conditioner.names
         ),
     ]
-    return run, [*start.remarks, *(f"chosen: {reason}" for reason in reasons)]
+    lines = (*start.remarks, *(f"chosen: {reason}" for reason in reasons))
+    return Finetuning(run=run, lines=lines, listing=listed)
 
 
 def _choices(run: Run, *, count: int, captioned: bool, overrides: Overrides) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from sfumato.errors import RunError
 from sfumato.evaluation.memorization import nearest
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
+from sfumato.interop.diffusers_parity import Parity, compare_with_diffusers
 from sfumato.observability.images import grid_image, save_png
 from sfumato.observability.metrics_file import read_lines
 from sfumato.observability.tables import format_table
 from sfumato.recipes.resolver import resolve
 from sfumato.runs.base import known_contexts
+from sfumato.runs.export import trained_model
 from sfumato.runs.loading import load
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import known_batch
-from sfumato.training.verdict import DRIFT_LIMIT, Verdict
+from sfumato.training.verdict import DRIFT_LIMIT, Look, Verdict
 
 FOLDER = "finetuning"  # in a run
 SHOWN = 12  # images in a row
@@ -42,7 +44,8 @@ class Level:
 
     Attributes:
         logsnr_low, logsnr_high: its ends.
-        gain: error of the base minus that of the model on held-out new images, squared noise.
+        gain: error of the base minus that of the model on held-out new images, squared noise; None
+            if nothing is held out.
         gain_low, gain_high: 95 % interval of the gain; None where one image alone was measured.
         drift: mean squared change of the predicted noise on images of what the base knew; None
             where nothing of the kind is known.
@@ -50,13 +53,15 @@ class Level:
 
     logsnr_low: float
     logsnr_high: float
-    gain: float
+    gain: float | None
     gain_low: float | None
     gain_high: float | None
     drift: float | None
 
     def gain_with_interval(self) -> str:
-        """Format the gain with its interval, if it has one."""
+        """Format the gain, if it was measured, with its interval, if it has one."""
+        if self.gain is None:
+            return "not measured"
         if self.gain_low is None or self.gain_high is None:
             return f"{self.gain:+.4f}"
         return f"{self.gain:+.4f} [{self.gain_low:+.4f}, {self.gain_high:+.4f}]"
@@ -69,23 +74,28 @@ class FinetuningReport:
     Attributes:
         verdict: which step to use, and whether to stop.
         levels: gain and drift by noise level.
-        copies: share of samples that are far closer to one training image than to any other.
+        copies: share of samples that are far closer to one training image than to any other; None
+            if there are not two to compare.
         nearest, nearest_held_out: mean distance of samples, and of held-out images, to the nearest
             training image; the latter is None without held-out images.
-        spread, spread_real: mean deviation of pixels between samples, and between real new images.
+        spread, spread_real: mean deviation of pixels between samples, and between real new images;
+            the latter is None for one image.
         samples: how many samples were generated.
         images: sheets by file name.
+        parity: one image beside that of diffusers from the exported folder; None if it was not
+            made yet.
     """
 
     verdict: Verdict
     levels: Sequence[Level]
-    copies: float
+    copies: float | None
     nearest: float
     nearest_held_out: float | None
     spread: float
-    spread_real: float
+    spread_real: float | None
     samples: int
     images: Mapping[str, Image.Image]
+    parity: Parity | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return all figures as plain data."""
@@ -97,6 +107,7 @@ class FinetuningReport:
                 for name in ("copies", "nearest", "nearest_held_out", "spread", "spread_real")
             },
             "samples": self.samples,
+            "parity": None if self.parity is None else self.parity.plain(),
         }
 
     def table(self) -> str:
@@ -109,30 +120,23 @@ class FinetuningReport:
             )
             for level in self.levels
         ]
-        chosen = self.verdict.chosen
-        lines = [self.verdict.sentence()]
-        if chosen is not None:
-            forgotten = (
-                ""
-                if chosen.drift is None
-                else f"; what the base knew has changed by {chosen.drift:.1%} of its error (limit "
-                f"{DRIFT_LIMIT:.0%})"
-            )
-            lines.append(
-                f"at step {chosen.step}: error on held-out new images {chosen.gain:.1%} below the "
-                f"base's [{chosen.gain_low:.1%}, {chosen.gain_high:.1%}]{forgotten}"
-            )
-        held_out = (
-            "" if self.nearest_held_out is None else f" (held-out: {self.nearest_held_out:.2f})"
-        )
         return "\n".join(
             [
-                *lines,
-                format_table([HEAD, *rows]),
-                f"{self.samples} samples: copies {self.copies:.0%}; distance to the nearest training image "
-                f"{self.nearest:.2f}{held_out}; deviation between them {self.spread:.3f} (real "
-                f"images: {self.spread_real:.3f})",
+                self.verdict.sentence(),
+                *_measured(self.verdict.chosen),
+                *([format_table([HEAD, *rows])] if rows else []),
+                self._samples_line(),
             ]
+        )
+
+    def _samples_line(self) -> str:
+        copies = "not measured" if self.copies is None else f"{self.copies:.0%}"
+        held_out, real = self.nearest_held_out, self.spread_real
+        return (
+            f"{self.samples} samples: copies {copies}; distance to the nearest training image "
+            f"{self.nearest:.2f}{'' if held_out is None else f' (held-out: {held_out:.2f})'}; "
+            f"deviation between them {self.spread:.3f}"
+            f"{'' if real is None else f' (real images: {real:.3f})'}"
         )
 
     def save(self, folder: Path) -> None:
@@ -141,6 +145,23 @@ class FinetuningReport:
         for name, image in self.images.items():
             save_png(image, folder / name)
         (folder / "report.json").write_text(json.dumps(self.plain(), indent=1))
+
+
+def _measured(look: Look | None) -> list[str]:
+    """Return a line on the chosen look's figures, [] if there are none."""
+    if look is None:
+        return []
+    drift, parts = look.drift, []
+    if look.gain is not None:
+        parts.append(
+            f"error on held-out new images {look.gain:.1%} below the base's "
+            f"[{look.gain_low:.1%}, {look.gain_high:.1%}]"
+        )
+    if drift is not None:
+        parts.append(
+            f"what the base knew has changed by {drift:.1%} of its error (limit {DRIFT_LIMIT:.0%})"
+        )
+    return [f"at step {look.step}: {'; '.join(parts)}"] if parts else []
 
 
 def finetuning_report(path: str | Path) -> FinetuningReport:
@@ -175,17 +196,42 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
         before = load_file(directory.base_samples)["images"]
         images["known.png"] = _rows(before, after, ("base", "tuned"), pipeline)
     step = (verdict.chosen or verdict.last).step
+    copies = None
+    if not torch.equal(neighbours.first, neighbours.second):  # more than one image
+        copies = neighbours.copies
     return FinetuningReport(
         verdict=verdict,
         levels=_levels(read_lines(directory.metrics), step),
-        copies=neighbours.copies,
+        copies=copies,
         nearest=float(neighbours.first.mean()),
         nearest_held_out=float(nearest(held_out, real).first.mean()) if len(held_out) else None,
         spread=float(samples.std(0).mean()),
-        spread_real=float(torch.cat([real, held_out]).std(0).mean()),
+        spread_real=_spread(torch.cat([real, held_out])),
         samples=SAMPLES,
         images=images,
     )
+
+
+def with_parity(report: FinetuningReport, path: str | Path) -> FinetuningReport:
+    """Return a run's report with one image of the model beside that of diffusers.
+
+    It takes much memory, and comes last for that reason.
+    """
+    directory = Path(path)
+    look = report.verdict.chosen or report.verdict.last
+    trained = trained_model(directory, weights="auto", step=0 if look is None else look.step)
+    captions = (entry.captions for entry in trained.run.data.source.listing().entries)
+    prompt = next((texts[0] for texts in captions if texts), trained.run.data.caption or "a photo")
+    parity = compare_with_diffusers(trained, prompt, folder=directory)
+    if parity.images is None:
+        return replace(report, parity=parity)
+    pair = _rows(parity.images[:1], parity.images[1:], ("sfumato", "diffusers"), trained.pipeline)
+    return replace(report, parity=parity, images={**report.images, "parity.png": pair})
+
+
+def _spread(images: Tensor) -> float | None:
+    """Return the mean deviation of pixels between images (n, C, H, W); None for one image."""
+    return float(images.std(0).mean()) if len(images) > 1 else None
 
 
 def _images(dataset: Dataset, positions: np.ndarray[Any, Any]) -> Tensor:
@@ -222,24 +268,30 @@ def _rows(above: Tensor, below: Tensor, labels: tuple[str, str], pipeline: Pipel
 
 
 def _levels(records: Sequence[Mapping[str, Any]], step: int) -> list[Level]:
-    """Return gain and drift by level, of the comparison at a step."""
-    record = next(
+    """Return gain and drift by level, of the comparison at a step; [] if neither was measured."""
+    names = ("validation/gain/bins", "validation/drift/bins")
+    compared = [
         record
-        for record in reversed(records)
-        if record["step"] == step and "validation/gain/bins" in record
+        for record in records
+        if record["step"] == step and any(name in record for name in names)
+    ]
+    gains, drifts = (
+        {
+            (row["logsnr_low"], row["logsnr_high"]): row
+            for record in compared[-1:]
+            for row in record.get(name, ())
+        }
+        for name in names
     )
-    drifts = {
-        (row["logsnr_low"], row["logsnr_high"]): row["mean"]
-        for row in record.get("validation/drift/bins", ())
-    }
+    nothing = {"mean": None, "low": None, "high": None}
     return [
         Level(
-            logsnr_low=row["logsnr_low"],
-            logsnr_high=row["logsnr_high"],
-            gain=row["mean"],
-            gain_low=row["low"],
-            gain_high=row["high"],
-            drift=drifts.get((row["logsnr_low"], row["logsnr_high"])),
+            logsnr_low=ends[0],
+            logsnr_high=ends[1],
+            gain=gains.get(ends, nothing)["mean"],
+            gain_low=gains.get(ends, nothing)["low"],
+            gain_high=gains.get(ends, nothing)["high"],
+            drift=drifts.get(ends, nothing)["mean"],
         )
-        for row in record["validation/gain/bins"]
+        for ends in sorted(gains.keys() | drifts.keys())
     ]

@@ -26,6 +26,7 @@ from sfumato.runs.model_folder import model_folder
 from sfumato.runs.preparation import open_data
 from sfumato.runs.weights import Weights, chosen_weights
 from sfumato.storage import checkpoint
+from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import post_hoc_ema
@@ -137,6 +138,7 @@ def _rebuild(
     """
     if not settings.adapter.needs_base:
         model = build_model(settings.from_scratch(), info, directory.path)
+        _require_encoders(model, loaded)
         return _for_sampling(model), checkpoint.load_frozen(loaded.path, loaded.state)
     require_base(settings)
     model = build_model(settings, info, directory.path, load_base=base_loader(settings))
@@ -144,7 +146,17 @@ def _rebuild(
     if not settings.has_base:
         frozen = checkpoint.load_frozen(loaded.path, loaded.state)
     checkpoint.require_frozen(loaded, frozen)
+    _require_encoders(model, loaded)
     return _for_sampling(model), frozen
+
+
+def _require_encoders(model: Model, loaded: checkpoint.Checkpoint) -> None:
+    """Raise CheckpointError if the text encoders of a run's base have changed; the run has its own
+    copy of the autoencoder.
+    """
+    require_same_parts(
+        loaded.state.get(PARTS, {}), model.conditioner.base_parts(), where=str(loaded.path)
+    )
 
 
 def _for_sampling(model: Model) -> Model:

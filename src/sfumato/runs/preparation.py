@@ -11,7 +11,7 @@ import torch
 from sfumato.condition import NO_CONTEXT
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset, Listing, index
-from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES
+from sfumato.data.holdout import MIN_RELIABLE_HOLDOUT_IMAGES, place_of, too_few_images
 from sfumato.data.ledger import describe_note
 from sfumato.evaluation.extractors import extractor
 from sfumato.generation.diffusion_model import Model
@@ -27,6 +27,7 @@ from sfumato.recipes.paths import require_there
 from sfumato.recipes.run import Run
 from sfumato.runs.base import base_loader, inherited_info, read_base, require_base
 from sfumato.runs.initial_adapter import begin_adapter
+from sfumato.runs.prior_images import given_prior
 from sfumato.training.parameters import copy_sharing_frozen, count, require_trainable
 from sfumato.training.precision import default_device, require
 
@@ -44,12 +45,14 @@ class PreparedRun:
         dataset: the indexed dataset.
         info: what the model's conditioner must know about the training set.
         model: the untrained model, on the CPU; training uses a copy, which shares frozen parameters.
+        prior: images of what the base knows, if a user gives them.
     """
 
     run: Run
     dataset: Dataset
     info: ConditioningInfo
     model: Model
+    prior: Dataset | None = None
 
     def trainable_model(self) -> Model:
         """Copy the untrained model to the default device, and add the auxiliary modules.
@@ -100,7 +103,8 @@ def prepare(
     require_sinks(run.log.sinks)
     if run.compile == "on":
         require_compiler()
-    return PreparedRun(run=run, dataset=dataset, info=info, model=model)
+    prior = given_prior(run, info, dataset.image_shape)
+    return PreparedRun(run=run, dataset=dataset, info=info, model=model, prior=prior)
 
 
 def open_data(run: Run, listing: Listing | None = None) -> Dataset:
@@ -135,11 +139,8 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
             )
         for remark in dataset.remarks:
             bar.say(remark)
-        if len(dataset.holdout) < MIN_RELIABLE_HOLDOUT_IMAGES:
-            bar.say(
-                f"only {len(dataset.holdout)} held out: figures on them are rough, and copying "
-                "is hard to notice; more images help"
-            )
+        if line := _holdout_line(run, dataset):
+            bar.say(line)
         if run.conditioner.attributes is not None and (
             left_out := dataset.annotations.attributes.left_out
         ):
@@ -153,6 +154,33 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
                 "keeps more of it"
             )
     return dataset
+
+
+def _holdout_line(run: Run, dataset: Dataset) -> str:
+    """Return a line where few images are held out, or none; "" where there are enough.
+
+    Raises:
+        DataError: if a run from scratch has only one image, near-duplicates counted as one.
+    """
+    count = len(dataset.holdout)
+    if count >= MIN_RELIABLE_HOLDOUT_IMAGES:
+        return ""
+    if count:
+        return (
+            f"only {count} held out: figures on them are rough, and copying is hard to notice; "
+            "more images help"
+        )
+    wanted = run.data.holdout > 0
+    if wanted and not run.has_base:
+        raise too_few_images(1, dataset.entries, dataset.rejects, where=place_of(run.data.source))
+    reason = "data.holdout=0"
+    if wanted:
+        single = len(dataset.entries) == 1
+        reason = "there is one image" if single else "all images are copies or look-alikes of one"
+    return (
+        f"nothing is held out ({reason}): neither the gain on new images nor memorization can be "
+        "measured, so look at the samples"
+    )
 
 
 def _named_groups(dataset: Dataset) -> str:

@@ -9,16 +9,20 @@ from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
 from sfumato.generation.diffusion_model import Model
+from sfumato.generation.pipeline import Pipeline
+from sfumato.interop.base_identity import base_parts
 from sfumato.observability.progress import console
 from sfumato.recipes.run import Run
 from sfumato.runs.base import known_contexts
+from sfumato.runs.prior_images import prior_images
+from sfumato.storage.base_parts import PARTS
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Diffusion, Trainer
 from sfumato.training.base_comparison import CompareWithBase
 from sfumato.training.hooks import HOOKS
-from sfumato.training.monitors import Validator
 from sfumato.training.precision import default_device
-from sfumato.training.preservation import KnownContexts, Preservation
+from sfumato.training.preservation import KnownContexts, Preservation, PreservationLoss
+from sfumato.training.prior_images import PriorImagesLoss
 
 
 def diffusion_trainer(
@@ -30,15 +34,24 @@ def diffusion_trainer(
     directory: RunDirectory,
     info: ConditioningInfo,
     saved_config: Mapping[str, Any],
+    prior: Dataset | None = None,
 ) -> Trainer:
     """Build the trainer of a diffusion model.
 
     Args:
         model: on its device, with the modules that `with_auxiliary` adds.
         dataset: with what the autoencoder made of it.
+        prior: given images of what the base knows.
     """
     autoencoder = autoencoder.to(default_device())
     known = known_contexts(run, model, info, dataset) if run.has_base else None
+    pipeline = Pipeline(
+        model=model,
+        autoencoder=autoencoder,
+        sampling=run.sampling,
+        info=info,
+        image_shape=dataset.image_shape,
+    )
     task = Diffusion(
         run,
         model=model,
@@ -48,22 +61,17 @@ def diffusion_trainer(
         sampling=run.sampling,
         directory=directory,
         info=info,
-        preservation=_preservation(run, known),
+        preservation=None
+        if known is None
+        else _preservation(run, known, prior, pipeline, directory),
     )
+    task.facts[PARTS] = base_parts(run, model.conditioner)
     hooks = HOOKS
     if known is not None:
-        validator = Validator(
-            config=run,
-            dataset=dataset,
-            schedule=run.objective.schedule,
-            conditioner=model.conditioner,
-            autoencoder=autoencoder,
-            device=default_device(),
-        )
         comparison = CompareWithBase(
             config=run,
             known=known,
-            validator=validator,
+            validator=task.validator,
             schedule=run.objective.schedule,
             sampling=run.sampling,
             autoencoder=autoencoder,
@@ -83,14 +91,26 @@ def diffusion_trainer(
     )
 
 
-def _preservation(run: Run, known: KnownContexts | None) -> Preservation | None:
+def _preservation(
+    run: Run,
+    known: KnownContexts,
+    given: Dataset | None,
+    pipeline: Pipeline,
+    directory: RunDirectory,
+) -> PreservationLoss | None:
     """Return the loss that keeps what the base knew, if it is wanted and anything is known."""
-    if run.preservation is None or known is None:
+    config = run.preservation
+    if config is None:
         return None
-    if not known.count:
+    if not known.count and not config.source:
         console().print(
             "preservation has no effect: the base knows nothing that the new images do not have",
             markup=False,
         )
         return None
-    return Preservation(run.preservation, known, run.objective, seed=run.seed)
+    if config.has_images:
+        prior = prior_images(
+            run, config, known, given=given, pipeline=pipeline, directory=directory
+        )
+        return PriorImagesLoss(config, prior, run.objective, pipeline.autoencoder, seed=run.seed)
+    return Preservation(config, known, run.objective, seed=run.seed)

@@ -10,15 +10,16 @@ from sfumato import config as configuration
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
-from sfumato.recipes.resolver import Overrides, resolve, resolve_config
+from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.recipes.trigger_words import split_words
 from sfumato.runs.cost import estimate_cost
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.finetuning_report import FOLDER as REPORT
-from sfumato.runs.finetuning_report import finetuning_report
+from sfumato.runs.finetuning_report import finetuning_report, with_parity
 from sfumato.runs.plan_check import Machine, findings
 from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
+from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
 from sfumato.storage.run_directory import RunDirectory, commit
 from sfumato.training import Trainer
@@ -36,7 +37,10 @@ def train(
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    chosen = resolve_config(source, overrides)
+    return _train(source, resolve_config(source, overrides), run)
+
+
+def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | None) -> Path:
     settings = with_absolute_paths(chosen.run)
     if run is None:
         RunDirectory.require_free(_unused_path(Path("runs") / settings.name))
@@ -90,14 +94,18 @@ def finetune(
     """
     if run is not None:
         RunDirectory.require_free(Path(run))
-    settings, lines = finetuning_run(
+    planned = choose_finetuning(
         model, source, overrides, lora=lora, partial=partial, variant=variant, like=like
     )
-    console().print("\n".join(lines), markup=False)
-    path = train(settings, overrides=overrides, run=run)
+    console().print("\n".join(planned.lines), markup=False)
+    path = _train(source, planned.resolved(overrides), run)
     report = finetuning_report(path)
     report.save(path / REPORT)
     console().print(report.table(), markup=False)
+    report = with_parity(report, path)
+    report.save(path / REPORT)
+    if report.parity is not None:
+        console().print(report.parity.sentence(), markup=False)
     console().print(f"report and images: {path / REPORT}", markup=False)
     return path
 
@@ -199,7 +207,7 @@ def build_trainer(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
         f"{describe(model)}",
         markup=False,
     )
-    return diffusion_trainer(
+    trainer = diffusion_trainer(
         run,
         model=model,
         autoencoder=autoencoder,
@@ -207,7 +215,11 @@ def build_trainer(prepared: PreparedRun, directory: RunDirectory) -> Trainer:
         directory=directory,
         info=prepared.info,
         saved_config=configuration.plain(run),
+        prior=prepared.prior,
     )
+    if line := release_encoders(prepared, model.conditioner):
+        screen.print(line, markup=False)
+    return trainer
 
 
 def _unused_path(path: Path) -> Path:

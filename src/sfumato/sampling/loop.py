@@ -45,7 +45,7 @@ def grid(
 ) -> NoiseLevel:
     """Return the `steps + 1` levels of a trajectory, noisiest first and clean last.
 
-    They are float64 on the host.
+    They are float64 on the host. Some spacings end at a noisy level, or a step earlier.
 
     Args:
         strength: how much of the way to pure noise it starts at, in (0, 1], and the share of the

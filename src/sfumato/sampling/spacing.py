@@ -27,7 +27,7 @@ class Spacing(Extensible, ABC):
 
     @abstractmethod
     def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
-        """Return `steps` levels and the last one, noisiest first, float64 on the host.
+        """Return `steps` levels (or fewer) and the last one, noisiest first, float64 on the host.
 
         Args:
             strength: how much of the way to pure noise the grid starts at, in (0, 1], and the share
@@ -75,8 +75,11 @@ class Leading(Spacing):
     def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
         """Return the levels of entries k (T // n) + offset, k = n - 1 ... 0, and the last one.
 
+        Without an offset they reach the first entry already. If it is the end too, there is one
+        step less: where diffusers steps from it to itself, nothing changes.
+
         Raises:
-            ScheduleError: for more steps than the table has entries.
+            ScheduleError: for more steps than the table has entries, or if no step is left.
         """
         if steps > self.table_size or self.offset >= self.table_size:
             raise ScheduleError(
@@ -90,6 +93,14 @@ class Leading(Spacing):
         levels = schedule((entries + 1) / self.table_size)
         if self.end == "clean":
             return _joined(levels, CLEAN)
+        if self.offset == 0:
+            if count == 1:
+                raise ScheduleError(
+                    "one step would begin where it ends, at the first entry of the table",
+                    where="sampling.steps",
+                    hint="take more steps, or more strength",
+                )
+            return levels
         return _joined(levels, schedule(torch.tensor([1 / self.table_size], dtype=torch.float64)))
 
 

@@ -42,6 +42,7 @@ class RunDirectory:
         self.best = path / "best"
         self.verdict = self.best / "verdict.json"
         self.base_samples = path / "base_samples.safetensors"
+        self.prior_images = path / "prior_images.safetensors"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self._last_heartbeat = 0.0

@@ -40,7 +40,8 @@ MAX_BASE_SAMPLES = 48
 
 
 class CompareWithBase(Hook):
-    """Compares a model with its base, on held-out new images and on images that the base makes.
+    """Compares a model with its base, on held-out new images, if there are any, and on images that
+    the base makes.
 
     The images of the base are sampled once, from noises that are the same afterwards. The weights
     of the look that the verdict chooses are kept in `best/`.
@@ -54,7 +55,7 @@ class CompareWithBase(Hook):
         *,
         config: TrainingConfig,
         known: KnownContexts,
-        validator: Validator,
+        validator: Validator | None,
         schedule: Schedule,
         sampling: SamplingConfig,
         autoencoder: Autoencoder,
@@ -74,20 +75,24 @@ class CompareWithBase(Hook):
         """Return `validation/gain/*` and `validation/drift/*`, as metrics.jsonl keeps them.
 
         The gain is the base's squared noise error minus the model's, on the same held-out images,
-        noises and levels; the drift is the squared change of the predicted noise.
+        noises and levels; the drift is the squared change of the predicted noise. Without held-out
+        images there is no gain.
         """
         average.eval()
+        drift = self._drift(average) if self.count else {}
+        return {
+            **({} if self.validator is None else self._gain(self.validator, average)),
+            **{f"validation/drift/{key}": value for key, value in drift.items()},
+        }
+
+    def _gain(self, validator: Validator, average: Model) -> dict[str, Any]:
         if self._base_errors is None:
             with self.known.base_of(average) as base:
-                self._base_errors = self.validator.errors(cast(Model, base))
-        triples = self.validator.triples
-        gain = difference(self._base_errors, self.validator.errors(average), triples)
-        drift = self._drift(average) if self.count else {}
-        base_error = float(self._base_errors.eps_square.mean())
+                self._base_errors = validator.errors(cast(Model, base))
+        gain = difference(self._base_errors, validator.errors(average), validator.triples)
         return {
-            "validation/base/eps_mse": base_error,
+            "validation/base/eps_mse": float(self._base_errors.eps_square.mean()),
             **{f"validation/gain/{key}": value for key, value in gain.items()},
-            **{f"validation/drift/{key}": value for key, value in drift.items()},
         }
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
@@ -108,11 +113,7 @@ class CompareWithBase(Hook):
         if verdict.chosen == look:
             keep_best(trainer, self.directory)
         verdict.write(self.directory.verdict)
-        drift = "" if look.drift is None else f", change of what the base knew {look.drift:.1%}"
-        session.bar.say(
-            f"step {step}: gain on new images {look.gain:+.1%} [{look.gain_low:+.1%}, "
-            f"{look.gain_high:+.1%}]{drift}; {verdict.sentence()}"
-        )
+        session.bar.say(f"step {step}: {'; '.join((*look.figures(), verdict.sentence()))}")
 
     def _drift(self, average: Model) -> dict[str, Any]:
         triples = self._triples(average)
@@ -207,13 +208,16 @@ def _squared(values: Tensor) -> Tensor:
 
 def _look(figures: Mapping[str, Any], step: int) -> Look:
     """Return the figures of one comparison as a look."""
+    drift = figures.get("validation/drift/relative")
+    if "validation/gain/mean" not in figures:
+        return Look(step=step, drift=drift)
     scale = figures["validation/base/eps_mse"]
     return Look(
         step=step,
         gain=figures["validation/gain/mean"] / scale,
         gain_low=figures["validation/gain/low"] / scale,
         gain_high=figures["validation/gain/high"] / scale,
-        drift=figures.get("validation/drift/relative"),
+        drift=drift,
     )
 
 

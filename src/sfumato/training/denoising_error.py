@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.condition import Condition
-from sfumato.diffusion import Denoiser, NoiseLevel, Schedule
+from sfumato.diffusion import Denoiser, NoiseLevel, Schedule, weighted_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Triples:
     """Images (n, C, H, W), each with a noise and a level.
 
     `bin` is the number of the range of log-SNR, between two of `edges`, that the level is in.
+    `weights` (n, 1, H, W), if any, say where errors count.
     """
 
     x0: Tensor
@@ -32,6 +33,21 @@ class Triples:
     level: NoiseLevel
     bin: Tensor
     edges: Tensor
+    weights: Tensor | None = None
+
+    def second_moment(self) -> float:
+        """Return the mean of x0^2, where errors count."""
+        return float(self.mean(self.x0.double().square()).mean())
+
+    def mean(self, values: Tensor, part: slice = slice(None)) -> Tensor:
+        """Return the mean of each triple's values (m, C, H, W) where errors count, (m,).
+
+        Args:
+            part: the triples that the values are of.
+        """
+        if self.weights is None:
+            return values.flatten(1).mean(1)
+        return weighted_mean(values, self.weights[part].to(values))
 
 
 def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Triples:
@@ -54,7 +70,7 @@ def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Tri
 class Errors:
     """Squared and absolute errors of the predicted noise and of x0.
 
-    They are averaged over the elements of each triple, (n,).
+    They are averaged over the elements of each triple that count, (n,).
     """
 
     eps_square: Tensor
@@ -74,8 +90,8 @@ def measure(
         x0, noise, level = triples.x0[part], triples.noise[part], triples.level.at(part)
         denoised = denoiser(level.mix(x0, noise), level, condition.map(operator.itemgetter(part)))
         for offset, error in enumerate((denoised.eps - noise, denoised.x0 - x0)):
-            parts[offset].append(error.double().square().flatten(1).mean(1).cpu())
-            parts[offset + 2].append(error.double().abs().flatten(1).mean(1).cpu())
+            parts[offset].append(triples.mean(error.double().square(), part).cpu())
+            parts[offset + 2].append(triples.mean(error.double().abs(), part).cpu())
     eps_square, x0_square, eps_absolute, x0_absolute = (torch.cat(part) for part in parts)
     return Errors(
         eps_square=eps_square,

@@ -123,10 +123,14 @@ class Validation(Hook):
     tolerated = ()
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        """Return True after the last step, and when the timetable says so, but not at step 0."""
+        """Return True after the last step, and when the timetable says so, but not at step 0, and
+        never if nothing is held out.
+        """
         step = trainer.state.counters.step
-        return step > 0 and (
-            finished or trainer.timetable.due(self.name, trainer.config.validation)
+        return (
+            step > 0
+            and len(trainer.dataset.holdout) > 0
+            and (finished or trainer.timetable.due(self.name, trainer.config.validation))
         )
 
     def run(self, trainer: Trainer, session: Session) -> None:

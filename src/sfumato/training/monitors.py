@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
 from sfumato.diffusion import Schedule
+from sfumato.errors import DataError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
@@ -32,12 +34,14 @@ from sfumato.training.denoising_error import (
     measure,
     summarize,
 )
+from sfumato.training.loss_mask import loss_weights
 
 
 class Validator:
     """Measures errors on fixed triples of held-out images.
 
-    There are as many triples of training images, with the same noises and levels.
+    There are as many triples of training images, with the same noises and levels. Errors count
+    where the masks of the loss are white.
     """
 
     def __init__(
@@ -50,6 +54,18 @@ class Validator:
         autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
+        """Make the triples.
+
+        Raises:
+            DataError: if nothing is held out.
+        """
+        if not len(dataset.holdout):
+            raise DataError(
+                f"nothing is held out of {len(dataset.entries)} images, so that no error on unseen "
+                "images can be measured",
+                where="data",
+                hint="train a new run on more images, or with data.holdout above 0",
+            )
         self.batch_size = config.effective_micro_batch
         self._sets: list[tuple[Triples, ContextValues]] = []
         for part in (dataset.holdout, dataset.training):
@@ -60,12 +76,15 @@ class Validator:
             )
             images = to_float(pixels).to(device)
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
-            triples = make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins)
             context = to_device(dataset.context(chosen), device)
+            triples = replace(
+                make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins),
+                weights=loss_weights(context, slice(None), like=x0),
+            )
             self._sets.append(
                 (triples, conditioner.training_context(images, context, seed=config.seed, first=0))
             )
-        self.second_moment = float(self._sets[0][0].x0.double().square().mean())
+        self.second_moment = self._sets[0][0].second_moment()
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """Return the figures of a validation, as metrics.jsonl keeps them.

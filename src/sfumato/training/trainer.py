@@ -22,6 +22,7 @@ from sfumato.observability.metrics_file import MetricsFile, peak_gib
 from sfumato.observability.progress import Clock, ProgressBar, short
 from sfumato.observability.sinks import open_sinks
 from sfumato.storage import checkpoint
+from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import ema, post_hoc_ema
 from sfumato.training.autotune import precision_of, resolve_compile, resolve_precision
@@ -133,7 +134,18 @@ class Trainer:
                 where=str(loaded.path),
                 hint="leave them as they are in config.yaml; micro_batch may change",
             )
+        before, now = (facts.get("prior_images", "") for facts in (loaded.state, self.task.facts))
+        if before != now:
+            raise CheckpointError(
+                "the prior images of preservation are not those that this run began with: their "
+                f"hash is {str(now)[:12] or 'empty'}, and was {str(before)[:12] or 'empty'}",
+                where=str(loaded.path),
+                hint="leave preservation and its images as they were, or train a new run",
+            )
         checkpoint.require_frozen(loaded, self.state.frozen_tensors())
+        warnings += require_same_parts(
+            loaded.state.get(PARTS, {}), self.task.facts.get(PARTS, {}), where=str(loaded.path)
+        )
         self.state.restore(loaded.tensors, loaded.state["counters"])
         counters = self.state.counters
         counters.kept = min(counters.kept, self._progress())  # the budget may have been raised

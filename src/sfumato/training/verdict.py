@@ -14,7 +14,11 @@ from sfumato.storage.atomic import write_text
 # has forgotten. Measured on digits without 7, tuned on ten 7s: docs/fine-tuning.md.
 DRIFT_LIMIT = 0.1
 # what null stands for in a file: a single image gives no interval
-UNBOUNDED = {"gain_low": -math.inf, "gain_high": math.inf, "drift": None}
+UNBOUNDED = {"gain": None, "gain_low": -math.inf, "gain_high": math.inf, "drift": None}
+UNMEASURED = (
+    "nothing is held out, so that neither the gain on new images nor memorization can be measured: "
+    "look at the samples"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +29,35 @@ class Look:
         step: of training.
         gain, gain_low, gain_high: error of the base minus that of the model on held-out new
             images, with its 95 % interval, over the error of the base; above 0 where the model is
-            better.
+            better. The gain is None if nothing is held out.
         drift: mean squared change of the predicted noise on images of what the base knew, over
             the base's error on them; None where nothing of the kind is known.
     """
 
     step: int
-    gain: float
-    gain_low: float
-    gain_high: float
+    gain: float | None = None
+    gain_low: float = -math.inf
+    gain_high: float = math.inf
     drift: float | None
 
     @property
     def forgets(self) -> bool:
         """Whether the drift is above its limit."""
         return self.drift is not None and self.drift > DRIFT_LIMIT
+
+    def figures(self) -> list[str]:
+        """Return what was measured, in words."""
+        gain = self.gain
+        return [
+            *(
+                []
+                if gain is None
+                else [
+                    f"gain on new images {gain:+.1%} [{self.gain_low:+.1%}, {self.gain_high:+.1%}]"
+                ]
+            ),
+            *([] if self.drift is None else [f"change of what the base knew {self.drift:.1%}"]),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +67,7 @@ class Verdict:
     Attributes:
         best: the look with the largest gain that does not forget; None if all forget.
         chosen: the latest look whose gain lies within the interval of the best, and that does not
-            forget; None if all forget.
+            forget; None if all forget. Without gains it is the latest that does not forget.
         last: the last look.
     """
 
@@ -61,7 +79,11 @@ class Verdict:
         """Return the verdict after one more look."""
         if look.forgets:
             return Verdict(best=self.best, chosen=self.chosen, last=look)
-        best = look if self.best is None or look.gain > self.best.gain else self.best
+        if look.gain is None:
+            return Verdict(best=look, chosen=look, last=look)
+        best = self.best
+        if best is None or best.gain is None or look.gain > best.gain:
+            best = look
         chosen = look if look.gain >= best.gain_low else self.chosen
         return Verdict(best=best, chosen=chosen, last=look)
 
@@ -81,6 +103,8 @@ class Verdict:
                 "learning rate, fewer steps or preservation"
             )
         use = f"use step {self.chosen.step}"
+        if self.chosen.gain is None and not self.stop:
+            return f"{UNMEASURED}; {use}"
         if not self.stop:
             return f"keep on: the last look is as good as the best; {use}"
         if self.last.forgets:
@@ -90,7 +114,7 @@ class Verdict:
             )
         return (
             f"stop: held-out new images are predicted worse than at step {self.chosen.step} (gain "
-            f"{self.last.gain:+.1%}, best {self.best.gain if self.best else 0:+.1%}); {use}"
+            f"{self.last.gain or 0:+.1%}, best {(self.best and self.best.gain) or 0:+.1%}); {use}"
         )
 
     def plain(self) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sfumato.data.listing import Entry, printable_name
+from sfumato.data.listing import MAX_REPEATS, Entry, printable_name
 
 Folders = Literal["auto", "categories", "kohya"]
-MAX_REPEATS = 999  # larger numbers are years and dates
 _NAME = re.compile(r"(\d+)_(.*\S.*)")
 _ABSOLUTE = re.compile(r"[A-Za-z]:[\\/]|[\\/]")
 METADATA = ("meta", "meta_cap", "meta_cap_dd", "meta_clean", "meta_lat")

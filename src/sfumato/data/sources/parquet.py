@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sfumato.data import files
 from sfumato.data.file_types import ANNOTATION_FILES
 from sfumato.data.listing import (
+    REPEATS_KEY,
     Entry,
     Listing,
     Reject,
@@ -446,14 +447,12 @@ class TableWriter:
 
     def __init__(self, path: Path, *, images: tuple[str, ...], texts: tuple[str, ...]) -> None:
         pa = arrow()
-        value = {"dtype": "string", "_type": "Value"}
+        value, number = ({"dtype": name, "_type": "Value"} for name in ("string", "int64"))
+        values = {"captions": {"feature": value, "_type": "List"}, REPEATS_KEY: number}
         features: dict[str, Any] = {name: {"_type": "Image"} for name in images if name != "points"}
-        features |= {
-            name: {"feature": value, "_type": "List"} if name == "captions" else value
-            for name in texts
-        }
+        features |= {name: values.get(name, value) for name in texts}
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        kinds = {"captions": pa.list_(pa.string())}
+        kinds = {"captions": pa.list_(pa.string()), REPEATS_KEY: pa.int64()}
         fields = [
             *((name, struct) for name in images),
             *((name, kinds.get(name, pa.string())) for name in texts),

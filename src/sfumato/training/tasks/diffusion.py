@@ -24,7 +24,7 @@ from sfumato.training.auxiliary import Auxiliary
 from sfumato.training.config import TrainingConfig
 from sfumato.training.loss_mask import loss_weights
 from sfumato.training.monitors import Previewer, Validator
-from sfumato.training.preservation import Preservation
+from sfumato.training.preservation import PreservationLoss
 from sfumato.training.tasks.protocol import OptimizedPart, SampleLosses
 
 LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
@@ -34,6 +34,9 @@ class Diffusion:
     """Mixes images, or their latents, with noise at random levels.
 
     The network predicts what was mixed.
+
+    Attributes:
+        validator: measures errors on held-out images; None if nothing is held out.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Diffusion:
         sampling: SamplingConfig,
         directory: RunDirectory,
         info: ConditioningInfo,
-        preservation: Preservation | None = None,
+        preservation: PreservationLoss | None = None,
     ) -> None:
         """Prepare validation and previews.
 
@@ -62,15 +65,19 @@ class Diffusion:
         )
         self.facts = {"facts": asdict(info), "image_shape": list(dataset.image_shape)}
         self._preservation = preservation
+        if preservation is not None and preservation.digest:
+            self.facts["prior_images"] = preservation.digest
         self._device, self._sampling = next(model.parameters()).device, sampling
-        self._validator = Validator(
-            config=config,
-            dataset=dataset,
-            schedule=objective.schedule,
-            conditioner=model.conditioner,
-            autoencoder=autoencoder,
-            device=self._device,
-        )
+        self.validator: Validator | None = None
+        if len(dataset.holdout):
+            self.validator = Validator(
+                config=config,
+                dataset=dataset,
+                schedule=objective.schedule,
+                conditioner=model.conditioner,
+                autoencoder=autoencoder,
+                device=self._device,
+            )
         self._previewer = Previewer(
             config=config,
             dataset=dataset,
@@ -179,8 +186,8 @@ class Diffusion:
         }
 
     def validate(self, model: Model, average: Model) -> dict[str, Any]:
-        """Return the figures of `Validator.figures`."""
-        return self._validator.figures(model, average)
+        """Return the figures of `Validator.figures`; {} if nothing is held out."""
+        return {} if self.validator is None else self.validator.figures(model, average)
 
     def summary(self, figures: Mapping[str, Any]) -> str:
         """Format the errors of the averaged weights in one line."""
@@ -205,7 +212,8 @@ class Diffusion:
         guided = 2 if contexts and sampling.guidance != 1 else 1
         levels = grid(sampling.schedule, sampling.steps, spacing=sampling.spacing)
         evaluations = guided * count_evaluations(sampling.sampler, levels)
-        return config.preview.num * evaluations, config.validation.samples * (3 + len(contexts))
+        samples = 0 if self.validator is None else config.validation.samples
+        return config.preview.num * evaluations, samples * (3 + len(contexts))
 
     def compiled_part(self, model: Model) -> Accelerable:
         """Return the network; conditioners are small."""
