@@ -14,7 +14,7 @@ from sfumato.adapters import LoRA, adapted_layers, without_adapters
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.recipes.resolver import resolve
 from sfumato.recipes.run import Run
-from sfumato.runs.finetuning import finetuning_run
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.initial_adapter import initial_of_run
 from sfumato.runs.preparation import prepare
 from tests.helpers import cli
@@ -55,8 +55,8 @@ def going_on(
     model: Path, new: Path, *overrides: str, category: str = "prime"
 ) -> tuple[Run, list[str]]:
     changes = [*QUICK, f"data.category={category}", *overrides]
-    run, lines = finetuning_run(model, str(new), changes)
-    return resolve(run, changes), lines
+    chosen = choose_finetuning(model, str(new), changes)
+    return resolve(chosen.run, changes), chosen.lines
 
 
 def test_step_0_is_the_run_that_is_continued_and_its_base_stays(
@@ -140,7 +140,7 @@ def test_what_contradicts_the_lora_is_refused_by_name(
     new: Path, tuned: Path, overrides: list[str], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        finetuning_run(tuned, str(new), ["data.category=prime", *overrides])
+        choose_finetuning(tuned, str(new), ["data.category=prime", *overrides])
 
 
 def test_two_loras_in_one_run_are_refused(new: Path, tuned: Path, tmp_path: Path) -> None:
