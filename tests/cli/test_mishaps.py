@@ -99,6 +99,7 @@ def verbs(folder: Path, run: Path, at: Path) -> dict[str, list[object]]:
         "sample": ["sample", run, "--num", 1, "--steps", 1, "--out", at],
         "export": ["export", run, "--format", "lora-kohya", "--out", at],
         "evaluate": ["evaluate", run, "--num", 2, "--out", at / "evaluation.json"],
+        "report": ["report", run, "--out", at / "report.html"],
         "explain": ["explain", run, "--out", at],
         "data check": ["data", "check", folder, "--out", at],
         "data coverage": ["data", "coverage", folder, "--prompt", "a square", "--out", at],

@@ -247,8 +247,7 @@ def test_a_missing_distance_of_samples_alone_is_said_too(
 
 
 def test_one_held_out_image_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MIN_EXPECTED_HOLDOUT_IMAGES", "MIN_HOLDOUT_IMAGES"):
-        monkeypatch.setattr(f"sfumato.data.holdout.{name}", 0)
+    monkeypatch.setattr("sfumato.data.holdout.MIN_HOLDOUT_IMAGES", 0)
     few = replace(digits, config=replace(digits.config, holdout=1e-9))
     assert len(few.holdout) == 1
     with pytest.raises(DataError, match="1 image is held out and has a category, of 1797"):

@@ -63,7 +63,7 @@ def tiny_run(folder: Path, **changes) -> Run:
         "budget": Budget(steps=14),
         "log": LogConfig(every_steps=1),
         "checkpoint": CheckpointConfig(every_steps=5, keep=2),
-        "validation": ValidationConfig(every_steps=4, samples=10),
+        "validation": ValidationConfig(every_steps=4, samples=10, copy_samples=0),
         "preview": PreviewConfig(every_steps=7, num=2),
     }
     return Run(**{**settings, **changes})

@@ -31,8 +31,8 @@ def export(
     weights: Annotated[
         Literal["auto", "best", "ema", "raw"],
         typer.Option(
-            help="ema: averaged weights; raw: the last step's; best: those that the verdict of a "
-            "fine-tuning names; auto: best where there is a verdict, else ema."
+            help="ema: averaged weights; raw: the last step's; best: those that the verdict names; "
+            "auto: best where the last step is worse, else ema."
         ),
     ] = "auto",
 ) -> None:

@@ -156,9 +156,9 @@ def sample(
     weights: Annotated[
         str,
         typer.Option(
-            help="ema: averaged weights; raw: the last step's; best: those that the verdict of a "
-            "fine-tuning names; auto: best where there is a verdict, else ema; or the width of an "
-            "average to reconstruct."
+            help="ema: averaged weights; raw: the last step's; best: those that the verdict names; "
+            "auto: best where the last step is worse, else ema; or the width of an average to "
+            "reconstruct."
         ),
     ] = "auto",
     variant: Annotated[

@@ -60,8 +60,8 @@ class DataConfig:
         frames: of files that hold several images the `first`, `all` as images of their own, or
             their `max`.
         augment: changes made to training images.
-        holdout: share kept from training for validation, chosen by a hash of the content; about 25
-            images at least, or a fifth of a smaller set. 0 trains on all, and nothing is validated.
+        holdout: share kept from training for validation, chosen by a hash of the content; 25 images
+            at least, or a quarter of a smaller set. 0 trains on all, and nothing is validated.
         near_duplicates: what stays together in training or hold-out: images that are nearly the
             same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
@@ -191,6 +191,8 @@ class Dataset:
         shapes: index into the format's shapes; shape (N,).
         read_rows: pixels (n, C, H, W) at given positions of one shape, from disk or memory; None
             where each is decoded when used.
+        read_thumbnails: thumbnails (n, 32, 32, 3) at given positions, from disk; None where they
+            are not kept.
         clusters: number of the group of near-duplicates that each image belongs to; shape (N,).
         remarks: what a person is told about the values, groups and frames, a sentence a line.
         rejects: what was left out; ledger: the account of all that the source holds; notes: what
@@ -219,6 +221,7 @@ class Dataset:
     notes: dict[str, list[str]]
     crop_loss: float
     annotations: Annotations
+    read_thumbnails: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
     latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)

@@ -30,6 +30,7 @@ MAX_DIFFERENCE, EDGE_TOLERANCE = 16.0, 0.2
 ZOOMS, SHIFTS = (1.0, 1.035, 1.07, 1.105), (-1.0, -0.5, 0.0, 0.5, 1.0)
 MARGIN = 2  # pixels of a thumbnail at its rim, which an alignment may have to make up
 CHUNK = 4_000
+PAIRS_AT_ONCE = 1_000  # each takes about 100 kB while it is compared
 # of the range of values: a set that uses less is stretched before its images are compared
 DIM = 0.5
 PERCENTILES = (0.1, 99.9)
@@ -59,8 +60,26 @@ def thumbnail(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def stretch_contrast(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
+def stretch_contrast(
+    thumbnails: NDArray[Any], limits: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
     """Convert thumbnails (N, 32, 32, 3) to 8 bits.
+
+    Args:
+        limits: the values that become 0 and 255; by default those of `contrast_limits`.
+    """
+    low, high = limits or contrast_limits(thumbnails)
+    if thumbnails.dtype == np.uint8 and (low, high) == (0, 255):
+        return thumbnails
+    return (
+        np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
+
+
+def contrast_limits(thumbnails: NDArray[Any]) -> tuple[float, float]:
+    """Return the values that are black and white when the images of a set are compared.
 
     A set that uses little of its range, as dim microscopy and star fields do, is stretched to all
     of it; otherwise its images would seem flat and therefore alike.
@@ -69,14 +88,8 @@ def stretch_contrast(thumbnails: NDArray[Any]) -> NDArray[np.uint8]:
     sample = thumbnails[:: max(1, len(thumbnails) // 1000)]
     low, high = np.percentile(sample, PERCENTILES) if len(sample) else (0.0, most)
     if high - low >= DIM * most or high <= low:
-        low, high = 0.0, most
-        if thumbnails.dtype == np.uint8:
-            return thumbnails
-    return (
-        np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+        return 0.0, most
+    return float(low), float(high)
 
 
 def clusters(ids: Sequence[str], thumbnails: NDArray[Any], *, resolution: int) -> NDArray[np.int64]:
@@ -260,6 +273,17 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
     correlation: Floats = (a * b).mean((1, 2, 3)) / np.sqrt(powers[0] * powers[1] + 1e-6)
     correlation[np.maximum(*powers) < BLANK**2] = 1
     return correlation
+
+
+def near_duplicates(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return whether the two thumbnails (n, 32, 32, 3) of each pair are near-duplicates, (n,)."""
+    alike = np.zeros(len(first), bool)
+    for part in np.array_split(np.arange(len(first)), len(first) // PAIRS_AT_ONCE + 1):
+        both = np.concatenate([first[part], second[part]])
+        pairs = np.stack([np.arange(len(part)), np.arange(len(part)) + len(part)], axis=1)
+        for chosen, correlation in _candidate_pairs(both, signatures(both), pairs):
+            alike[part[chosen[:, 0]]] = _alike(both, chosen, correlation)
+    return alike
 
 
 def _alike(

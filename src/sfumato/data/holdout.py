@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from sfumato.data.listing import Entry, Reject, Source
 from sfumato.errors import DataError
 
-SMALL_SHARE = 0.2  # of a set: the most that the two numbers below may hold out
-MIN_EXPECTED_HOLDOUT_IMAGES = 25  # that the share of a small set amounts to
+MIN_HOLDOUT_IMAGES = 25  # held out, if they are at most a quarter of the set
+MAX_SMALL_SHARE = 0.25
 MAX_GROUP_SHARE = 0.25  # of a set, above which a group of images that stay together is not held out
-MIN_HOLDOUT_IMAGES = 4  # held out in any case
 MIN_RELIABLE_HOLDOUT_IMAGES = (
     # below which metrics on held-out images are too rough to rely on: at 12, a share's 95 %
     # interval spans 50 points
@@ -128,9 +127,10 @@ def assign_splits(
 ) -> NDArray[np.str_]:
     """Return the part of each image: "training", "holdout", or ":name" of a hold-out of the source.
 
-    A whole group is held out if the hash of its least id is below `share`, or below the share that
-    25 images, at most a fifth of the set, amount to; where `share` decides, images that are added
-    or removed move no others. At least four images, or a fifth of a smaller set, are held out. A
+    A whole group is held out if the hash of its least id is below `share`, so that images that are
+    added or removed move no others. If these are fewer than 25 images, or than a quarter of a
+    smaller set, the groups with the next hashes are held out as well: chance must not leave too
+    few to say anything. A
     group is passed over if it is more than a quarter of the set, or the last of a category to learn
     from. A hold-out that the source names holds what the source says, and exact copies of it.
 
@@ -171,15 +171,14 @@ def _choose_holdout(
     keys: dict[int, float], sizes: Counter[int], kinds: dict[int, set[str | None]], share: float
 ) -> set[int]:
     total = sizes.total()
-    threshold = max(share, min(MIN_EXPECTED_HOLDOUT_IMAGES / total, SMALL_SHARE))
     most = max(1, MAX_GROUP_SHARE * total)
-    least = min(MIN_HOLDOUT_IMAGES, int(SMALL_SHARE * total))
+    least = min(MIN_HOLDOUT_IMAGES, int(MAX_SMALL_SHARE * total))
     left = Counter(kind for group in keys for kind in kinds[group])
     order = sorted(keys, key=keys.__getitem__)
     held: set[int] = set()
     size = 0
     for group in order:
-        if keys[group] >= threshold and size >= least:
+        if keys[group] >= share and size >= least:
             break
         if sizes[group] <= most and all(left[kind] > 1 for kind in kinds[group]):
             held.add(group)

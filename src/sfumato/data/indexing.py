@@ -10,7 +10,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from sfumato.errors import DataError
 DECODER = 2  # raised when the same bytes come to give other pixels
 CACHE_SHARE_OF_DISK = 0.25
 COMMIT_EVERY = 20_000
+Rows = Callable[[NDArray[np.int64]], NDArray[Any]]  # arrays (n, ...) at positions
 
 
 def index(
@@ -80,9 +80,9 @@ def index(
             if on_progress is not None:
                 on_progress(number + 1, len(entries))
     rejects = [*listing.rejects, *unused]
-    read_rows, thumbnails = store.finish()
+    read_rows, read_thumbnails = store.finish()
     merged = merge_groups(
-        good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, thumbnails)
+        good, [str(fact["id"]) for fact in facts], _clusters(config, form, facts, read_thumbnails)
     )
     ids = [str(fact["id"]) for fact in facts]
     if not ids:
@@ -124,6 +124,7 @@ def index(
         shapes=shapes,
         annotations=annotation_data,
         read_rows=read_rows,
+        read_thumbnails=read_thumbnails if isinstance(read_thumbnails, RowReader) else None,
         clusters=merged.groups,
         rejects=rejects,
         ledger=Ledger.of(listing, unused),
@@ -157,7 +158,7 @@ def _clusters(
     config: DataConfig,
     form: PixelFormat,
     facts: Sequence[Mapping[str, Any]],
-    thumbnails: Callable[[], NDArray[Any]],
+    read_thumbnails: Callable[[NDArray[np.int64]], NDArray[Any]],
 ) -> NDArray[np.int64]:
     """Return the groups of images that stay together.
 
@@ -178,7 +179,8 @@ def _clusters(
             if stored.shape == (len(ids),):
                 result: NDArray[np.int64] = stored.astype(np.int64)
                 return result
-    groups = clusters(ids, thumbnails(), resolution=min(min(shape) for shape in form.shapes))
+    thumbnails = read_thumbnails(np.arange(len(ids)))
+    groups = clusters(ids, thumbnails, resolution=min(min(shape) for shape in form.shapes))
     if config.cache == "auto":
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -313,20 +315,20 @@ class PixelStore:
 
     def finish(
         self,
-    ) -> tuple[Callable[[NDArray[np.int64]], Pixels] | None, Callable[[], NDArray[Any]]]:
-        """Return two functions, one that gathers pixels and one that reads all thumbnails.
+    ) -> tuple[Rows | None, Rows]:
+        """Return two functions of positions, one that gathers pixels and one that reads thumbnails.
 
-        The first is None if no pixels were kept; thumbnails are (N, 32, 32, 3).
+        The first is None if no pixels were kept; thumbnails are (n, 32, 32, 3).
         """
         if self.cache is not None:
             records = [self.cache.records[key] for key in self._keys]
             thumbnails = RowReader(self.cache, [record.arrays["thumbnail"] for record in records])
-            return RowReader(self.cache, [record.arrays["pixels"] for record in records]), partial(
-                thumbnails, np.arange(len(records))
-            )
-        return None if self._pixels is None else _InMemory(self._pixels), partial(
-            np.array, self._thumbnails
-        )
+            return RowReader(
+                self.cache, [record.arrays["pixels"] for record in records]
+            ), thumbnails
+        return None if self._pixels is None else _InMemory(
+            self._pixels
+        ), lambda positions: np.array([self._thumbnails[i] for i in positions])
 
 
 class _InMemory:

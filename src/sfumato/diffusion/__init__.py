@@ -34,6 +34,7 @@ from sfumato.diffusion.guidance import (
     RescaledGuidance,
     WithCondition,
 )
+from sfumato.diffusion.linear_denoiser import LinearDenoiser
 from sfumato.diffusion.noise_level import Denoised, NoiseLevel
 from sfumato.diffusion.objective import (
     IndependentTimes,
@@ -113,6 +114,7 @@ __all__ = [
     "Karras",
     "Linear",
     "LinearBetas",
+    "LinearDenoiser",
     "LogNormal",
     "LogSNR",
     "LogitNormal",

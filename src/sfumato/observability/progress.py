@@ -55,7 +55,7 @@ class ProgressBar:
             sys.stderr.isatty() and not os.environ.get("CI") and "NO_COLOR" not in os.environ
         )
         self._last_line = time.monotonic()
-        self._left = TimeLeft(self._last_line)
+        self._left, self._label = TimeLeft(self._last_line), ""
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -87,13 +87,17 @@ class ProgressBar:
 
     def update(self, fraction: float, text: str) -> None:
         """Show the fraction of the work done (0 to 1) and a few figures."""
-        now = time.monotonic()
+        now, text = time.monotonic(), "  ".join(filter(None, (text, self._label)))
         seconds = self._left.at(now, fraction)
         left = "?" if seconds is None else duration(seconds)
         self._bar.update(self._task, completed=fraction, text=text, left=left)
         if not self.live and (now - self._last_line >= PLAIN_EVERY_S or fraction >= 1):
             self._last_line = now
             self.say(f"{self.title} {fraction:4.0%}  {text}  left {left}")
+
+    def label(self, text: str) -> None:
+        """Show a word or two after the figures from now on."""
+        self._label = text
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -21,7 +21,7 @@ from sfumato.storage import checkpoint
 from sfumato.storage.atomic import atomic_output
 from sfumato.storage.output_paths import require_writable
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training.verdict import Verdict
+from sfumato.training.best_weights import Recommendation
 
 FOLDER = "exports"  # of a run
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -143,7 +143,7 @@ def export(
         out: a path that does not exist yet; by default RUN/exports/FORMAT-STEP.
         dtype: float32, float16 or bfloat16.
         weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those that the
-            verdict of a fine-tuning names; `auto`, `best` where there is a verdict, else `ema`.
+            verdict names; `auto`, `best` where the last step is worse, else `ema`.
     Raises:
         ConfigError: for an unknown format or precision, or a model that cannot be written so.
         RunError, CheckpointError: if this is not a run, or it has no usable checkpoint.
@@ -212,9 +212,10 @@ def _write_card(trained: TrainedModel, path: Path, chosen: Format) -> None:
 
 def _step(directory: RunDirectory, weights: str) -> int:
     """Return the step that weights of this name are from."""
-    chosen = Verdict.read(directory.verdict).chosen
-    if weights in ("auto", "best") and chosen is not None:
-        return chosen.step
+    advice = Recommendation.read(directory.verdict)
+    wanted = weights == "best" or (weights == "auto" and advice.use_best)
+    if wanted and advice.best_step is not None:
+        return advice.best_step
     return int(checkpoint.read_newest(directory.checkpoints)[0].state["counters"]["step"])
 
 

@@ -155,7 +155,7 @@ def _choices(run: Run, *, count: int, captioned: bool, overrides: Overrides) -> 
     """
     settings = configuration.with_overrides({}, overrides)
     steps, rates = run.budget.steps or 0, settings.get("optimizer") or {}
-    views = round(steps * run.batch_size / max(1, count - max(count // 10, min(25, count // 5))))
+    views = round(steps * run.batch_size / max(1, count - max(count // 10, min(25, count // 4))))
     rate = f", learning rate {run.optimizer.learning_rate:g}, constant"
     kept = ": the base stays as it is (adapter.kind=none trains all weights)"
     choices = {

@@ -30,10 +30,10 @@ from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import post_hoc_ema
+from sfumato.training.best_weights import Recommendation
 from sfumato.training.monitors import Validator
 from sfumato.training.parameters import frozen_tensors
 from sfumato.training.precision import CHOICES, DTYPES, default_device
-from sfumato.training.verdict import Verdict
 
 
 def generated_folder(path: Path) -> Path:
@@ -111,7 +111,7 @@ def resolved_weights(path: Path, weights: str) -> str:
     """Return the name of the weights that "auto" stands for in a run or a model's folder."""
     if weights != "auto":
         return weights
-    return "ema" if Verdict.read(RunDirectory(path).verdict).chosen is None else "best"
+    return "best" if Recommendation.read(RunDirectory(path).verdict).use_best else "ema"
 
 
 def _load_weights(
@@ -180,8 +180,8 @@ def load(
         path: a run directory, a model folder of diffusers, or the name of one on the Hugging Face
             hub, "owner/name".
         weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those of the
-            step that the verdict of a fine-tuning names; `auto`, `best` where there is such a
-            verdict, else `ema`; or the width of an average, if the run stored averages to
+            step that the verdict names; `auto`, `best` where the last step is worse, else `ema`;
+            or the width of an average, if the run stored averages to
             reconstruct it from (`post_hoc_ema.widths`).
         precision: precision inside the network.
         variant: which weights of a model folder, where it has several: "fp16" for *.fp16.safetensors.

@@ -19,7 +19,9 @@ from sfumato.storage.base_parts import PARTS
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Diffusion, Trainer
 from sfumato.training.base_comparison import CompareWithBase
-from sfumato.training.hooks import HOOKS
+from sfumato.training.copy_search import CopySearch
+from sfumato.training.hooks import HOOKS, Hook
+from sfumato.training.looks import Looks
 from sfumato.training.precision import default_device
 from sfumato.training.preservation import KnownContexts, Preservation, PreservationLoss
 from sfumato.training.prior_images import PriorImagesLoss
@@ -66,7 +68,16 @@ def diffusion_trainer(
         else _preservation(run, known, prior, pipeline, directory),
     )
     task.facts[PARTS] = base_parts(run, model.conditioner)
-    hooks = HOOKS
+    hooks: tuple[Hook, ...] = HOOKS
+    if task.validator is not None:
+        search = CopySearch(
+            dataset=dataset,
+            sampling=run.sampling,
+            autoencoder=autoencoder,
+            info=info,
+            seed=run.seed,
+        )
+        hooks = (*HOOKS, Looks(task.validator, search, directory))
     if known is not None:
         comparison = CompareWithBase(
             config=run,

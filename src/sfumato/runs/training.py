@@ -7,12 +7,14 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
+from sfumato.errors import RunError
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
 from sfumato.recipes.paths import FROM_RUN, paths_relative_to_run, with_absolute_paths
 from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.recipes.trigger_words import split_words
+from sfumato.reporting import write_report
 from sfumato.runs.cost import estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.finetuning_report import FOLDER as REPORT
@@ -61,6 +63,7 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
         directory.write_status("preparing", 0)
         _write_description(prepared, directory)
         build_trainer(prepared, directory).run()
+    _report(directory.path)
     return directory.path
 
 
@@ -128,7 +131,16 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
             return directory.path
         console().print(f"resuming at step {step}")
         trainer.run()
+    _report(directory.path)
     return directory.path
+
+
+def _report(path: Path) -> None:
+    """Write the report of a run; without a place for it, only a warning is printed."""
+    try:
+        console().print(f"report: {write_report(path)}", markup=False)
+    except (OSError, RunError) as error:
+        console().print(f"warning: the report could not be written: {error}", markup=False)
 
 
 def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:

@@ -45,7 +45,9 @@ class RunDirectory:
         self.prior_images = path / "prior_images.safetensors"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
+        self.looks = path / "looks.jsonl"
         self._last_heartbeat = 0.0
+        self._remarks: dict[str, Any] = {}
 
     @classmethod
     def require_free(cls, path: Path) -> None:
@@ -195,8 +197,19 @@ class RunDirectory:
         self._last_heartbeat = time.monotonic()
         self.write_json(
             "status.json",
-            {"state": state, "step": step, "heartbeat": time.time(), "pid": os.getpid(), **more},
+            {
+                "state": state,
+                "step": step,
+                "heartbeat": time.time(),
+                "pid": os.getpid(),
+                **self._remarks,
+                **more,
+            },
         )
+
+    def remark(self, **more: Any) -> None:
+        """Add entries to every status.json that is written from now on."""
+        self._remarks |= more
 
     def status(self) -> dict[str, Any]:
         """Read status.json; {} if there is none yet or it is damaged."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,9 +16,9 @@ from sfumato.diffusion import Schedule
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
-from sfumato.storage import checkpoint
 from sfumato.storage.atomic import atomic_path
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.best_weights import keep_best
 from sfumato.training.config import TrainingConfig
 from sfumato.training.denoising_error import (
     Errors,
@@ -121,16 +120,13 @@ class CompareWithBase(Hook):
             with self.known.base_of(average) as base:
                 self._base_prediction = self._prediction(cast(Model, base))
         before = self._base_prediction
-        change = _squared(self._prediction(average) - before)
-        bins = []
-        for number in range(len(triples.edges) - 1):
-            chosen = triples.bin == number
-            if chosen.any():
-                low, high = float(triples.edges[number]), float(triples.edges[number + 1])
-                bins.append(
-                    {"logsnr_low": low, "logsnr_high": high, "mean": float(change[chosen].mean())}
-                )
-        scale = float(_squared(triples.noise.cpu() - before).mean())
+        change = triples.table(_squared(self._prediction(average) - before))
+        bins = [
+            {**ends, "mean": float(change[:, number].mean())}
+            for number, ends in enumerate(triples.ranges())
+        ]
+        noise = triples.part(slice(0, len(triples)))[1]
+        scale = float(_squared(noise.cpu() - before).mean())
         mean = float(change.mean())
         return {"mean": mean, "relative": mean / scale, "bins": bins}
 
@@ -143,13 +139,13 @@ class CompareWithBase(Hook):
                 seed=self.config.seed,
                 batch_size=self.config.effective_micro_batch,
             )
-            # each image at several levels
-            repeats = max(1, math.ceil(self.config.validation.samples / len(x0)))
+            bins = self.config.validation.bins
             self._known_triples = make_triples(
-                x0.repeat(repeats, 1, 1, 1),
+                x0,
                 self.schedule,
                 seed=self.config.seed,
-                bins=self.config.validation.bins,
+                bins=bins,
+                draws=max(1, self.config.validation.samples // (bins * len(x0))),
             )
         return self._known_triples
 
@@ -157,13 +153,12 @@ class CompareWithBase(Hook):
     def _prediction(self, model: Model) -> Tensor:
         """Return the predicted noise on noisy images of the base, on the CPU."""
         triples = self._triples(model)
-        numbers = [number % self.count for number in range(len(triples.x0))]
-        context = to_device(reorder(self.context, numbers), triples.x0.device)
+        context = to_device(self.context, triples.x0.device)
         model.eval()
         return predicted_noise(
             model.denoiser(),
             triples,
-            model.conditioner(context, len(numbers)),
+            model.conditioner(context, self.count),
             batch_size=self.config.effective_micro_batch,
         )
 
@@ -219,16 +214,3 @@ def _look(figures: Mapping[str, Any], step: int) -> Look:
         gain_high=figures["validation/gain/high"] / scale,
         drift=drift,
     )
-
-
-def keep_best(trainer: Trainer, directory: RunDirectory) -> None:
-    """Keep the averaged weights of this step in `best/`, and remove those kept before."""
-    before = list(directory.best.glob("step-*.safetensors"))
-    written = checkpoint.save_snapshot(
-        directory.best,
-        step=trainer.state.counters.step,
-        weights=trainer.state.trained(trainer.state.average),
-    )
-    for path in before:
-        if path != written:
-            path.unlink()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.config.bounds import Count, InnerFraction, Positive, Seed
+from sfumato.config.bounds import Count, CountOrZero, InnerFraction, Positive, Seed
 from sfumato.errors import ConfigError
 from sfumato.observability.sinks import SinkName
 from sfumato.training.ema import EMAConfig, PowerEMA
@@ -134,16 +134,20 @@ class EvaluationCadence(Cadence):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(EvaluationCadence):
-    """The error on fixed held-out triples (image, noise, level) is measured within the first
-    minute, and every `every_minutes` or `every_steps`.
+    """The error on held-out images is measured within the first minute, and every `every_minutes`
+    or `every_steps`: each image at every level, with noises that stay the same.
 
     Attributes:
-        samples: number of triples.
+        samples: triples (image, noise, level) of held-out images, and as many of training images;
+            with 500 and 10 ranges, 50 images. Fewer images have several noises at each level.
         bins: equal ranges of log-SNR that the error is reported in.
+        copy_samples: images that are sampled at the end to search them for copies of training
+            images, and a third as many each time the views double; 0 for none.
     """
 
-    samples: Count = 250
+    samples: Count = 500
     bins: Count = 10
+    copy_samples: CountOrZero = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +234,8 @@ class TrainingConfig:
         checkpoint: when checkpoints are saved, and how many are kept.
         validation: when the error on held-out images is measured.
         preview: when preview images are sampled.
+        stop: verdict that ends the run before its budget does: `overfitting` (or copying),
+            `converged` (or either of these), or `never`.
     """
 
     seed: Seed = 0
@@ -245,6 +251,7 @@ class TrainingConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     preview: PreviewConfig = PreviewConfig()
+    stop: Literal["never", "overfitting", "converged"] = "never"
 
     @property
     def effective_micro_batch(self) -> int:

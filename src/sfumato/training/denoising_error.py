@@ -1,16 +1,20 @@
 """The error of a denoiser on images it has not seen, level by level.
 
-It is measured on fixed triples (image, noise, level), which are the same at every call with the
-same seed, so that the figures of a run can be compared. The levels are spread evenly over the
-log-SNR range that training covers.
+Every image is met at every level, with noises that are the same at every call with the same seed,
+so that the errors of two models, or of one model at two steps, can be compared image by image. The
+levels are spread evenly over the log-SNR range that training covers.
+
+Intervals are over images, never over (image, noise, level): the errors of one image at several
+levels are much alike.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import operator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,27 +23,62 @@ from sfumato import randomness
 from sfumato.condition import Condition
 from sfumato.diffusion import Denoiser, NoiseLevel, Schedule, weighted_mean
 
+FEW_IMAGES = 12  # held out, below which they stand for themselves alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class Triples:
-    """Images (n, C, H, W), each with a noise and a level.
+    """Every image, `draws` times at every level, each time with another noise.
 
-    `bin` is the number of the range of log-SNR, between two of `edges`, that the level is in.
-    `weights` (n, 1, H, W), if any, say where errors count.
+    The n = P x bins x draws triples (image, noise, level) are numbered in this order.
+
+    Attributes:
+        x0: images (P, C, H, W).
+        levels: (n,).
+        edges: ends of the ranges of log-SNR, (bins + 1,); the levels of a range lie evenly in it.
+        draws: triples of an image in a range.
+        seed: of the noises.
+        weights: where errors count, (P, 1, H, W); everywhere by default.
     """
 
     x0: Tensor
-    noise: Tensor
-    level: NoiseLevel
-    bin: Tensor
+    levels: NoiseLevel
     edges: Tensor
+    draws: int
+    seed: int
     weights: Tensor | None = None
 
-    def second_moment(self) -> float:
-        """Return the mean of x0^2, where errors count."""
-        return float(self.mean(self.x0.double().square()).mean())
+    @property
+    def bins(self) -> int:
+        """The number of ranges of log-SNR."""
+        return len(self.edges) - 1
 
-    def mean(self, values: Tensor, part: slice = slice(None)) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.x0) * self.bins * self.draws
+
+    @property
+    def image(self) -> Tensor:
+        """The number of the image of each triple, (n,)."""
+        return torch.arange(len(self)) // (self.bins * self.draws)
+
+    def part(self, part: slice) -> tuple[Tensor, Tensor, NoiseLevel]:
+        """Return images, noises and levels of some triples."""
+        x0 = self.x0[self.image[part].to(self.x0.device)]
+        noise = randomness.normal(
+            self.seed, "validation/noise", first=part.start, shape=tuple(x0.shape)
+        )
+        return x0, noise.to(x0), self.levels.at(part)
+
+    def table(self, values: Tensor) -> Tensor:
+        """Return the means of values of the triples, (n,), for each image and range, (P, bins)."""
+        return values.view(len(self.x0), self.bins, self.draws).mean(2)
+
+    def ranges(self) -> list[dict[str, float]]:
+        """Return the ends of the ranges of log-SNR."""
+        edges = self.edges.tolist()
+        return [{"logsnr_low": low, "logsnr_high": high} for low, high in itertools.pairwise(edges)]
+
+    def mean(self, values: Tensor, part: slice) -> Tensor:
         """Return the mean of each triple's values (m, C, H, W) where errors count, (m,).
 
         Args:
@@ -47,30 +86,32 @@ class Triples:
         """
         if self.weights is None:
             return values.flatten(1).mean(1)
-        return weighted_mean(values, self.weights[part].to(values))
+        return weighted_mean(
+            values, self.weights[self.image[part].to(self.weights.device)].to(values)
+        )
 
 
-def make_triples(x0: Tensor, schedule: Schedule, *, seed: int, bins: int) -> Triples:
-    """Make one triple of each image in `x0`; image i's level lies in bin i modulo `bins`.
+def make_triples(
+    x0: Tensor, schedule: Schedule, *, seed: int, bins: int, draws: int = 1
+) -> Triples:
+    """Make the triples of images (P, C, H, W).
 
     The range is the one that 98 % of the training levels cover. Levels are variance-preserving,
     which makes no difference to a denoiser.
     """
     ends = schedule(torch.tensor([0.01, 0.99], dtype=torch.float64)).logsnr()
     edges = torch.linspace(float(ends[1]), float(ends[0]), bins + 1, dtype=torch.float64)
-    number = torch.arange(len(x0)) % bins
-    within = randomness.uniform(seed, "validation/level", first=0, count=len(x0))[:, 0]
-    logsnr = edges[0] + (number + within) * (edges[1] - edges[0])
-    level = NoiseLevel(torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt())
-    noise = randomness.normal(seed, "validation/noise", first=0, shape=tuple(x0.shape))
-    return Triples(x0=x0, noise=noise.to(x0), level=level, bin=number, edges=edges)
+    within = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    logsnr = (edges[:-1, None] + within * (edges[1] - edges[0])).flatten().repeat(len(x0))
+    levels = NoiseLevel(torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt())
+    return Triples(x0=x0, levels=levels, edges=edges, draws=draws, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
     """Squared and absolute errors of the predicted noise and of x0.
 
-    They are averaged over the elements of each triple that count, (n,).
+    They are averaged over the elements of an image that count and over its draws, (P, bins).
     """
 
     eps_square: Tensor
@@ -78,21 +119,31 @@ class Errors:
     x0_square: Tensor
     x0_absolute: Tensor
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Errors:
+        """Return the errors after a change of each of their tables."""
+        return Errors(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
 
 @torch.no_grad()
 def measure(
     denoiser: Denoiser, triples: Triples, condition: Condition, *, batch_size: int
 ) -> Errors:
-    """Run the denoiser on all triples, and return its errors."""
+    """Run the denoiser on all triples, and return its errors.
+
+    Args:
+        condition: of the images, (P, ...); or one of all.
+    """
     parts: list[list[Tensor]] = [[], [], [], []]
-    for first in range(0, len(triples.x0), batch_size):
-        part = slice(first, first + batch_size)
-        x0, noise, level = triples.x0[part], triples.noise[part], triples.level.at(part)
-        denoised = denoiser(level.mix(x0, noise), level, condition.map(operator.itemgetter(part)))
+    for part in _parts(triples, batch_size):
+        x0, noise, level = triples.part(part)
+        rows = triples.image[part]
+        denoised = denoiser(level.mix(x0, noise), level, condition.map(_rows(rows)))
         for offset, error in enumerate((denoised.eps - noise, denoised.x0 - x0)):
             parts[offset].append(triples.mean(error.double().square(), part).cpu())
             parts[offset + 2].append(triples.mean(error.double().abs(), part).cpu())
-    eps_square, x0_square, eps_absolute, x0_absolute = (torch.cat(part) for part in parts)
+    eps_square, x0_square, eps_absolute, x0_absolute = (
+        triples.table(torch.cat(part)) for part in parts
+    )
     return Errors(
         eps_square=eps_square,
         eps_absolute=eps_absolute,
@@ -107,75 +158,98 @@ def predicted_noise(
 ) -> Tensor:
     """Run the denoiser on all triples, and return the predicted noise on the CPU, (n, C, H, W)."""
     predictions = []
-    for first in range(0, len(triples.x0), batch_size):
-        part = slice(first, first + batch_size)
-        level = triples.level.at(part)
-        x = level.mix(triples.x0[part], triples.noise[part])
-        denoised = denoiser(x, level, condition.map(operator.itemgetter(part)))
+    for part in _parts(triples, batch_size):
+        x0, noise, level = triples.part(part)
+        rows = triples.image[part]
+        denoised = denoiser(level.mix(x0, noise), level, condition.map(_rows(rows)))
         predictions.append(denoised.eps.float().cpu())
     return torch.cat(predictions)
 
 
-def summarize(errors: Errors, triples: Triples, second_moment: float) -> dict[str, Any]:
-    """Return MSE, RMSE and MAE of the noise and of x0, and R^2, overall and in each bin of log-SNR.
+def _parts(triples: Triples, batch_size: int) -> list[slice]:
+    total = len(triples)
+    return [slice(at, min(at + batch_size, total)) for at in range(0, total, batch_size)]
 
-    R^2 compares with the best linear guess eps ~ c x, c = sigma/(alpha^2 m + sigma^2), whose mean
-    squared error is alpha^2 m/(alpha^2 m + sigma^2) for images of second moment m = E[x0^2].
-    (Against the mean of eps, merely copying the input would score near 1 at high noise.) It is the
-    same for eps and x0, whose errors are proportional.
+
+def _rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that takes rows of a tensor, whatever its device."""
+    return lambda tensor: tensor[rows.to(tensor.device)]
+
+
+def summarize(
+    errors: Errors, triples: Triples, mean_guess: Errors, linear: Errors
+) -> dict[str, Any]:
+    """Return MSE, RMSE and MAE of the noise and of x0, R^2 and skill, overall and by log-SNR.
+
+    R^2 = 1 - MSE / MSE of the best guess that knows the mean image and one variance; skill is the
+    same beside the best linear denoiser of the training images: above 0, the model has learned
+    what no filter knows. All three are measured on the same triples. (Against the mean of eps,
+    merely copying the input would score near 1 at high noise.) Both are the same for eps and x0,
+    whose errors are proportional.
+
+    Args:
+        mean_guess, linear: errors of `LinearDenoiser.of_mean` and `LinearDenoiser.of`.
     """
-    alpha2, sigma2 = triples.level.alpha**2, triples.level.sigma**2
-    trivial = alpha2 * second_moment / (alpha2 * second_moment + sigma2)
 
-    def figures(chosen: Tensor) -> dict[str, float]:
-        eps, x0 = float(errors.eps_square[chosen].mean()), float(errors.x0_square[chosen].mean())
+    def figures(at: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        chosen, guess, filtered = errors.each(at), mean_guess.each(at), linear.each(at)
+        eps, x0 = float(chosen.eps_square.mean()), float(chosen.x0_square.mean())
         return {
             "eps_mse": eps,
             "eps_rmse": math.sqrt(eps),
-            "eps_mae": float(errors.eps_absolute[chosen].mean()),
+            "eps_mae": float(chosen.eps_absolute.mean()),
             "x0_mse": x0,
             "x0_rmse": math.sqrt(x0),
-            "x0_mae": float(errors.x0_absolute[chosen].mean()),
-            "r2": 1 - eps / float(trivial[chosen].mean()),
+            "x0_mae": float(chosen.x0_absolute.mean()),
+            "r2": 1 - eps / float(guess.eps_square.mean()),
+            "skill": 1 - eps / float(filtered.eps_square.mean()),
         }
 
-    rows = []
-    for number in range(len(triples.edges) - 1):
-        chosen = triples.bin == number
-        if chosen.any():
-            low, high = float(triples.edges[number]), float(triples.edges[number + 1])
-            rows.append(
-                {"logsnr_low": low, "logsnr_high": high, "n": int(chosen.sum()), **figures(chosen)}
-            )
-    return {**figures(torch.ones_like(triples.bin, dtype=torch.bool)), "bins": rows}
+    rows = [
+        {**ends, "n": len(triples.x0), **figures(_column(number))}
+        for number, ends in enumerate(triples.ranges())
+    ]
+    return {**figures(lambda table: table), "n": len(triples.x0), "bins": rows}
+
+
+def _column(number: int) -> Callable[[Tensor], Tensor]:
+    return lambda table: table[:, number]
+
+
+class Estimate(NamedTuple):
+    """A mean over images with the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Tensor, *, level: float = 0.95) -> Estimate:
+    """Return the mean of values (P,) with Student's interval that covers it with `level`."""
+    mean, half = float(values.mean()), math.inf
+    if len(values) > 1:
+        half = t_quantile(level, len(values) - 1) * float(values.std()) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """Return the half-width of the central interval of Student's distribution."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def difference(first: Errors, second: Errors, triples: Triples) -> dict[str, Any]:
-    """Return the squared noise error of `first` minus that of `second`, overall and by bin.
+    """Return the squared noise error of `first` minus that of `second`, overall and by log-SNR.
 
-    Both are measured with the same noises and levels; each figure has its 95 % interval.
-    Overfitting (held-out minus seen) shows at intermediate levels first, where an average over all
-    levels hides it.
+    Both are measured on the same triples; each figure has its 95 % interval over images. Of fewer
+    than `FEW_IMAGES`, which say little about others, the overall interval is over images and
+    levels: how sure the difference is on these very images.
     """
     values = first.eps_square - second.eps_square
-
-    def interval(values: Tensor) -> dict[str, float]:
-        half = 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return {
-            "mean": float(values.mean()),
-            "low": float(values.mean()) - half,
-            "high": float(values.mean()) + half,
-        }
-
-    numbers = [number for number in range(len(triples.edges) - 1) if (triples.bin == number).any()]
-    return {
-        **interval(values),
-        "bins": [
-            {
-                "logsnr_low": float(triples.edges[number]),
-                "logsnr_high": float(triples.edges[number + 1]),
-                **interval(values[triples.bin == number]),
-            }
-            for number in numbers
-        ],
-    }
+    overall = values.mean(1) if len(values) >= FEW_IMAGES else values.flatten()
+    rows = [
+        {**ends, **mean_interval(values[:, number])._asdict()}
+        for number, ends in enumerate(triples.ranges())
+    ]
+    return {**mean_interval(overall)._asdict(), "bins": rows}

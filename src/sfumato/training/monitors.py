@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
-from sfumato.condition import ContextValues, reorder, to_device
+from sfumato.condition import NO_CONDITION, ContextValues, reorder, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
-from sfumato.diffusion import Schedule
+from sfumato.diffusion import LinearDenoiser, Schedule
 from sfumato.errors import DataError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
@@ -35,13 +35,16 @@ from sfumato.training.denoising_error import (
     summarize,
 )
 from sfumato.training.loss_mask import loss_weights
+from sfumato.training.stopping import error_ratio
+
+MAX_FILTERED = 1000  # training images that the linear denoiser is estimated from
 
 
 class Validator:
-    """Measures errors on fixed triples of held-out images.
+    """Measures errors on held-out images and on training images, each at every level.
 
-    There are as many triples of training images, with the same noises and levels. Errors count
-    where the masks of the loss are white.
+    Both are at most one image of each group of near-duplicates, spread over the categories.
+    Errors count where the masks of the loss are white.
     """
 
     def __init__(
@@ -67,60 +70,77 @@ class Validator:
                 hint="train a new run on more images, or with data.holdout above 0",
             )
         self.batch_size = config.effective_micro_batch
-        self._sets: list[tuple[Triples, ContextValues]] = []
-        for part in (dataset.holdout, dataset.training):
-            positions = _usual_or_first(dataset, part)
-            order = randomness.permutation(config.seed, "validation", index=0, size=len(positions))
-            pixels, _, chosen = dataset.images(
-                positions[order[[i % len(order) for i in range(config.validation.samples)]]]
-            )
+        bins, most = config.validation.bins, config.validation.samples // config.validation.bins
+
+        def latents_of(positions: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64], Tensor]:
+            pixels, _, chosen = dataset.images(positions)
             images = to_float(pixels).to(device)
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
-            context = to_device(dataset.context(chosen), device)
-            triples = replace(
-                make_triples(x0, schedule, seed=config.seed, bins=config.validation.bins),
-                weights=loss_weights(context, slice(None), like=x0),
+            return images, chosen, x0
+
+        self._sets: list[tuple[Triples, ContextValues]] = []
+        for part in (dataset.holdout, dataset.training):
+            images, chosen, x0 = latents_of(
+                spread(dataset, part, max(1, most), seed=config.seed, purpose="validation")
             )
+            draws = max(1, config.validation.samples // (len(x0) * bins))
+            triples = make_triples(x0, schedule, seed=config.seed, bins=bins, draws=draws)
+            context = to_device(dataset.context(chosen), device)
+            triples = replace(triples, weights=loss_weights(context, slice(None), like=x0))
             self._sets.append(
                 (triples, conditioner.training_context(images, context, seed=config.seed, first=0))
             )
-        self.second_moment = self._sets[0][0].second_moment()
+        learned = spread(
+            dataset, dataset.training, MAX_FILTERED, seed=config.seed, purpose="filter"
+        )
+        x0 = latents_of(learned)[2].cpu()
+        self._baselines = [
+            measure(
+                filtered,
+                replace(self.triples, x0=self.triples.x0.cpu()),
+                NO_CONDITION,
+                batch_size=500,
+            )
+            for filtered in (LinearDenoiser.of_mean(x0), LinearDenoiser.of(x0))
+        ]
 
     def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """Return the figures of a validation, as metrics.jsonl keeps them.
 
         `validation/ema/*` and `validation/raw/*` are errors on held-out images, in float32 except
         for raw weights that are trained in float8. The averaged weights also have
-        `validation/gap/*`, their error minus that on training images, and
-        `validation/adherence/NAME/*`, their error under another image's context minus that under
-        its own: above zero as soon as the context steers.
+        `validation/ratio/*`, their error on held-out images over that on training images, with its
+        95 % interval, and `validation/adherence/NAME/*`, their error under another image's context
+        minus that under its own: above zero as soon as the context steers.
         """
-        triples, context = self._sets[0]
-        averaged, raw = self._errors(average, 0), self._errors(model, 0)
-        gap = difference(averaged, self._errors(average, 1), triples)
+        context = self._sets[0][1]
+        averaged = self.errors(average)
+        ratio = error_ratio(_by_image(averaged), _by_image(self.seen_errors(average)), level=0.95)
         return {
-            **{
-                f"validation/ema/{key}": value
-                for key, value in summarize(averaged, triples, self.second_moment).items()
-            },
-            **{
-                f"validation/raw/{key}": value
-                for key, value in summarize(raw, triples, self.second_moment).items()
-            },
-            **{f"validation/gap/{key}": value for key, value in gap.items()},
+            **{f"validation/ema/{key}": value for key, value in self._summary(averaged).items()},
+            **{f"validation/raw/{key}": value for key, value in self.error(model).items()},
+            **{f"validation/ratio/{key}": value for key, value in ratio._asdict().items()},
             **{
                 f"validation/adherence/{name}/{key}": value
                 for name in average.conditioner.user_inputs
                 if name in context
                 for key, value in difference(
-                    self._errors(average, 0, shuffled=name), averaged, triples
+                    self._errors(average, 0, shuffled=name), averaged, self.triples
                 ).items()
             },
         }
 
+    def look(self, average: Model) -> tuple[list[float], list[float]]:
+        """Return the errors of each held-out and of each training image, averaged over levels."""
+        held_out, seen = self.errors(average), self.seen_errors(average)
+        return _by_image(held_out).tolist(), _by_image(seen).tolist()
+
     def error(self, model: Model) -> dict[str, Any]:
         """Return the errors of one model on held-out images."""
-        return summarize(self.errors(model), self.triples, self.second_moment)
+        return self._summary(self.errors(model))
+
+    def _summary(self, errors: Errors) -> dict[str, Any]:
+        return summarize(errors, self.triples, *self._baselines)
 
     @property
     def triples(self) -> Triples:
@@ -131,18 +151,44 @@ class Validator:
         """Return the errors of one model on the triples of held-out images."""
         return self._errors(model, 0)
 
+    def seen_errors(self, model: Model) -> Errors:
+        """Return the errors of one model on the triples of training images."""
+        return self._errors(model, 1)
+
     def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
         triples, context = self._sets[which]
+        count = len(triples.x0)
         if shuffled is not None:
-            count = len(triples.x0)
             context = {
                 **context,
                 **reorder({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)]),
             }
         model.eval()
         with torch.no_grad():
-            condition = model.conditioner(context, len(triples.x0))
+            condition = model.conditioner(context, count)
         return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
+
+
+def _by_image(errors: Errors) -> Tensor:
+    return errors.eps_square.mean(1)
+
+
+def spread(
+    dataset: Dataset, part: NDArray[np.int64], most: int, *, seed: int, purpose: str
+) -> NDArray[np.int64]:
+    """Choose at most `most` images of a part of a dataset, spread over its categories.
+
+    They have the usual shape, and no two are near-duplicates.
+    """
+    positions = _usual_or_first(dataset, part)
+    positions = positions[randomness.permutation(seed, purpose, index=0, size=len(positions))]
+    _, firsts = np.unique(dataset.clusters[positions], return_index=True)
+    positions = positions[np.sort(firsts)]
+    labels = dataset.labels[torch.from_numpy(positions)].numpy()
+    turn = np.zeros(len(positions), np.int64)  # of each image among those of its category
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return positions[np.argsort(turn, kind="stable")][:most]
 
 
 def _usual_or_first(dataset: Dataset, part: NDArray[np.int64]) -> NDArray[np.int64]:

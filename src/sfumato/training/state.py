@@ -30,7 +30,8 @@ class Counters:
 
     `precision`, and `pass_s`, the seconds of a pass, are determined at the start, so that a run
     continues as it began. `loss` is the moving average of the steps' losses, and `least_loss` the
-    smallest value that it has had since the first step.
+    smallest value that it has had since the first step. `looks_s` counts the seconds that looks
+    took, and `stopped` is the state of the verdict that ended the run, if one did.
     """
 
     step: int = 0
@@ -45,6 +46,8 @@ class Counters:
     pass_s: float = 0.0
     loss: float = 0.0
     least_loss: float = 0.0
+    looks_s: float = 0.0
+    stopped: str = ""
     done_s: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -32,6 +32,7 @@ from sfumato.training.parameters import count, trainable
 from sfumato.training.precision import DTYPES
 from sfumato.training.signals import Interrupted, Interruption
 from sfumato.training.state import TrainingState, average_name
+from sfumato.training.stopping import STOP_AT
 from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
@@ -148,15 +149,20 @@ class Trainer:
         )
         self.state.restore(loaded.tensors, loaded.state["counters"])
         counters = self.state.counters
-        counters.kept = min(counters.kept, self._progress())  # the budget may have been raised
+        counters.kept = min(counters.kept, self.progress)  # the budget may have been raised
         post_hoc_ema.forget(self.directory.averages, after=counters.step)
         self._new = False
         return warnings
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
-        return self._progress() >= 1
+        """Whether the budget is spent, or the run has stopped at a verdict."""
+        return self.progress >= 1 or self.state.counters.stopped in STOP_AT[self.config.stop]
+
+    @property
+    def views(self) -> float:
+        """How often each training image was seen, on average."""
+        return self.state.counters.samples_seen / self.plan.size
 
     def run(self) -> None:
         """Train to the end of the budget.
@@ -262,7 +268,7 @@ class Trainer:
         counters, bar = self.state.counters, session.bar
         clock = Clock(counters.seconds, counters.step)
         supply = batches(self.dataset, self.plan, start=counters.step)
-        bar.start_at(self._progress())
+        bar.start_at(self.progress)
         while True:
             session.interruption.raise_if_requested()
             finished = self.finished
@@ -282,7 +288,7 @@ class Trainer:
                 speed = f"{record['perf/images_per_s']:.0f} images/s"
                 figures = f"loss {short(result.loss)}  lr {record['train/lr']:.1e}  |g| {result.gradient_norms[0]:.2f}  {speed}"
                 bar.update(
-                    min(self._progress(), 1.0),
+                    min(self.progress, 1.0),
                     f"step {counters.step}  {figures}  {record['memory/peak_gib']:.1f} GiB",
                 )
                 self._try(bar, partial(self.directory.heartbeat, counters.step))
@@ -350,7 +356,7 @@ class Trainer:
         applied = all(map(math.isfinite, (loss, *norms)))
         if applied:
             for part in state.optimized_parts:
-                part.step(counters.updates, self._progress())
+                part.step(counters.updates, self.progress)
             counters.record_update(loss)
             ema.update(state.average, state.model, config.ema, counters.updates)
             for profile, average in state.tracked_averages.items():
@@ -390,7 +396,7 @@ class Trainer:
         The batch is split into groups of one shape, and these into micro-batches.
         """
         self.state.model.train()
-        size, progress = self.config.effective_micro_batch, self._progress()
+        size, progress = self.config.effective_micro_batch, self.progress
         micro_batches = []
         for group in batch.groups:
             for begin in range(0, len(group), size):
@@ -422,13 +428,14 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         return DTYPES[precision_of(self.config, self.state.counters)]
 
-    def _progress(self) -> float:
+    @property
+    def progress(self) -> float:
+        """The fraction of the budget that is used."""
         counters = self.state.counters
-        epochs = counters.samples_seen / self.plan.size
         return self.config.budget.progress(
             steps=counters.step,
             samples=counters.samples_seen,
-            epochs=epochs,
+            epochs=self.views,
             seconds=counters.seconds,
         )
 
@@ -450,7 +457,7 @@ class Trainer:
                 continues.
         """
         counters, config = self.state.counters, self.config.post_hoc_ema
-        fraction = min(self._progress(), 1.0)
+        fraction = min(self.progress, 1.0)
         if not counters.updates or int(fraction * config.num) <= int(counters.kept * config.num):
             return
         counters.kept = fraction
@@ -501,7 +508,7 @@ class Trainer:
         return {
             "step": counters.step,
             "samples_seen": counters.samples_seen,
-            "epoch": counters.samples_seen / self.plan.size,
+            "epoch": self.views,
             "time": counters.seconds,
             "train/loss": result.loss,
             **self.task.log_metrics(result.losses.on_host()),

@@ -120,7 +120,13 @@ class Verdict:
     def plain(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
         looks = {name: _finite(look) for name, look in asdict(self).items()}
-        return {**looks, "stop": self.stop, "sentence": self.sentence()}
+        return {
+            **looks,
+            "best_step": None if self.chosen is None else self.chosen.step,
+            "use_best": self.chosen is not None,
+            "stop": self.stop,
+            "sentence": self.sentence(),
+        }
 
     @classmethod
     def read(cls, path: Path) -> Verdict:

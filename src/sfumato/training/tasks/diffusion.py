@@ -195,7 +195,8 @@ class Diffusion:
             f"held-out noise error MSE {figures['validation/ema/eps_mse']:.4f} RMSE "
             f"{figures['validation/ema/eps_rmse']:.4f} "
             f"MAE {figures['validation/ema/eps_mae']:.4f}  R2 {figures['validation/ema/r2']:.3f}  "
-            f"gap to training {figures['validation/gap/mean']:+.4f}"
+            f"skill {figures['validation/ema/skill']:.3f}  held-out / training "
+            f"{figures['validation/ratio/mean']:.2f}"
         )
 
     def preview(self, average: Model, step: int, on_step: Callable[[StepInfo], None]) -> None:

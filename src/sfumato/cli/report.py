@@ -1,0 +1,22 @@
+"""The command `sfumato report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of the run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; by default RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write the report of a run, finished or not: when to stop, whether it copies, how good it is;
+    prints the path.
+    """
+    from sfumato.reporting import write_report
+
+    typer.echo(write_report(run, out))

@@ -1,0 +1,326 @@
+"""The report of a run: report.html, from the run's files alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from sfumato.errors import RunError
+from sfumato.observability.metrics_file import read_lines
+from sfumato.observability.progress import duration
+from sfumato.reporting.charts import Curve, Mark, Stretch, chart
+from sfumato.storage.atomic import write_text
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.denoising_error import Estimate, mean_interval
+from sfumato.training.stopping import Look, StoppingVerdict, verdict
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
+# what each state means, in a word or two and in a sentence for the head of the page
+HEADLINES = {
+    "too early": "Too early to say",
+    "cannot tell": "Too few held-out images to say",
+    "learning": "Still learning: train on",
+    "leans": "Begins to memorize: stop soon",
+    "overfitting": "Stop: it overfits",
+    "copying": "Stop: it copies its training images",
+    "converged": "Stop: nothing more is learned",
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A sheet of samples of one step, as a data: URL."""
+
+    step: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question that the report answers.
+
+    Attributes:
+        text: the answer, with its figure.
+        basis: how that is known.
+    """
+
+    question: str
+    text: str
+    basis: str
+
+
+class RunFiles:
+    """What a run has written, read when it is first used."""
+
+    def __init__(self, path: Path) -> None:
+        self.directory = RunDirectory.existing(path)
+
+    @cached_property
+    def looks(self) -> list[Look]:
+        """The looks at held-out images, in the order of their steps."""
+        return [Look.read(line) for line in read_lines(self.directory.looks)]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl."""
+        return read_lines(self.directory.metrics)
+
+    @cached_property
+    def verdicts(self) -> list[StoppingVerdict]:
+        """The verdict at each look."""
+        return [verdict(self.looks[: number + 1]) for number in range(len(self.looks))]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file of the run; {} if it is missing or damaged."""
+        try:
+            return dict(json.loads((self.directory.path / name).read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def newest(self, key: str) -> dict[str, Any]:
+        """Return the newest record of metrics that has a key; {} without any."""
+        return next((line for line in reversed(self.metrics) if key in line), {})
+
+
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Write the report of a run to RUN/report.html, or to another file, and return its path.
+
+    Raises:
+        RunError: if this is not a run, or the file cannot be written.
+    """
+    target = out or path / "report.html"
+    page = report_page(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, page)
+    except OSError as error:
+        raise RunError(
+            f"cannot be written: {error}", where=str(target), hint="name another file with --out"
+        ) from None
+    return target
+
+
+def report_page(path: Path) -> str:
+    """Return the report of a run as HTML."""
+    files = RunFiles(path)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    found = files.verdicts[-1] if files.verdicts else None
+    return template.render(
+        name=path.resolve().name,
+        state=found.state if found else "none",
+        headline=HEADLINES[found.state] if found else _fine_tuning(files) or "No verdict",
+        answers=_answers(files, found),
+        sheets=_sheets(files),
+        real=_image(files.directory.samples / "real.png"),
+        charts=_charts(files),
+        pairs=_evaluation_images(files),
+        data=files.json("data.json"),
+        facts=_facts(files),
+        figures=_figures(files),
+        environment=files.json("environment.json"),
+        script=script,
+        digest=digest,
+    )
+
+
+def _fine_tuning(files: RunFiles) -> str:
+    """Return the verdict of a fine-tuning in words; "" without one."""
+    return str(files.json("best/verdict.json").get("sentence", ""))
+
+
+def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
+    if found is None:
+        return []
+    held_out, seen = found.n
+    copies = found.copies
+    newest = files.newest("validation/ema/skill")
+    answers = [
+        Answer(
+            "When do I stop?",
+            found.sentence,
+            f"the errors of the averaged model on {held_out} held-out and {seen} training images, "
+            f"each at ten noise levels, at {len(files.looks)} steps; intervals of 98 % over images",
+        ),
+        Answer(
+            "Does it copy?",
+            "not searched yet"
+            if copies is None
+            else f"{copies.count} of {copies.samples} samples are near-duplicates of training "
+            f"images; of real images, {copies.real_count} of {copies.real}",
+            "every sample and its mirror image is compared with all training images",
+        ),
+    ]
+    if newest:
+        skill, r2 = newest["validation/ema/skill"], newest["validation/ema/r2"]
+        answers.append(
+            Answer(
+                "Is it good?",
+                f"it predicts the noise {skill:.0%} better than the best linear filter"
+                if skill > 0
+                else "it is no better than a linear filter yet",
+                f"squared error on held-out images beside the best linear denoiser of the training "
+                f"images, on the same noisy images (R² {r2:.3f} beside the mean image); `sfumato "
+                "evaluate` compares samples with real images",
+            )
+        )
+    return answers
+
+
+def _charts(files: RunFiles) -> dict[str, str]:
+    looks = files.looks
+    if not looks:
+        return {}
+    views = [look.views for look in looks]
+
+    def curve(name: str, label: str, values: Sequence[Sequence[float]]) -> Curve:
+        estimates = [mean_interval(torch.tensor(each).double()) for each in values]
+        return Curve(
+            name,
+            label,
+            views,
+            [estimate.mean for estimate in estimates],
+            [estimate.low for estimate in estimates],
+            [estimate.high for estimate in estimates],
+        )
+
+    best = next(look for look in looks if look.step == files.verdicts[-1].best_step)
+    ends = [*views[1:], views[-1]]
+    errors = chart(
+        [
+            curve("held-out", "held-out images", [look.held_out for look in looks]),
+            curve("seen", "training images", [look.seen for look in looks]),
+        ],
+        x_label="views of each training image",
+        y_label="squared error of the noise",
+        log_x=True,
+        marks=[Mark(best.views, f"best: step {best.step}")],
+        states=[
+            Stretch(start, stop, found.state)
+            for start, stop, found in zip(views, ends, files.verdicts, strict=True)
+        ],
+    )
+    return {"errors": errors, "copies": _copies_chart(looks), "levels": _levels_chart(files)}
+
+
+def _copies_chart(looks: Sequence[Look]) -> str:
+    counted = [(look.views, look.copies) for look in looks if look.copies is not None]
+    if len(counted) < 2:
+        return ""
+    shares = [100 * copies.count / copies.samples for _, copies in counted]
+    curve = Curve("copies", "samples that are copies", [views for views, _ in counted], shares)
+    return chart([curve], x_label="views of each training image", y_label="%", log_x=True)
+
+
+def _levels_chart(files: RunFiles) -> str:
+    """Draw the error by noise level between those of three denoisers that learn nothing."""
+    newest = files.newest("validation/ema/bins")
+    if not newest:
+        return ""
+    bins = newest["validation/ema/bins"]
+    xs = [(row["logsnr_low"] + row["logsnr_high"]) / 2 for row in bins]
+    errors = [row["eps_mse"] for row in bins]
+    curves = [
+        Curve("held-out", "this model", xs, errors),
+        Curve("linear", "best linear filter", xs, _reference(bins, "skill")),
+        Curve("mean", "mean image", xs, _reference(bins, "r2")),
+    ]
+    return chart(curves, x_label="log-SNR (left: noise)", y_label="squared error of the noise")
+
+
+def _reference(bins: Sequence[dict[str, float]], score: str) -> list[float]:
+    """Return the errors that a score compares with: score = 1 - error / reference."""
+    return [row["eps_mse"] / max(1e-12, 1 - row[score]) for row in bins]
+
+
+def _sheets(files: RunFiles) -> list[Sheet]:
+    """Return sheets of samples, evenly over the steps that have one, the last included."""
+    paths = sorted(files.directory.samples.glob("step-*/grid.png"))
+    if len(paths) > MAX_SHEETS:
+        last = len(paths) - 1
+        paths = [paths[round(n * last / (MAX_SHEETS - 1))] for n in range(MAX_SHEETS)]
+    return [Sheet(int(path.parent.name.removeprefix("step-")), _image(path)) for path in paths]
+
+
+def _evaluation_images(files: RunFiles) -> list[tuple[str, str]]:
+    """Return the name and the data: URL of each image of the last evaluation."""
+    folder = files.directory.path / "evaluation"
+    return [(path.stem.replace("-", " "), _image(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def _image(path: Path) -> str:
+    """Return an image as a data: URL of WebP, without metadata; "" if it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError:
+        return ""
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _facts(files: RunFiles) -> list[tuple[str, str]]:
+    """Return what was trained, on what, for how long."""
+    data, status = files.json("data.json"), files.json("status.json")
+    last = files.metrics[-1] if files.metrics else {}
+    seconds = files.newest("time").get("time")
+    pairs = [
+        ("state", status.get("state")),
+        ("step", status.get("step")),
+        ("views of each image", f"{files.looks[-1].views:.3g}" if files.looks else None),
+        ("training time", None if seconds is None else duration(seconds)),
+        ("training images", data.get("training")),
+        ("held-out images", data.get("holdout")),
+        ("categories", len(data.get("categories", {})) or None),
+        ("samples seen", last.get("samples_seen")),
+    ]
+    return [(name, str(value)) for name, value in pairs if value is not None]
+
+
+def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
+    """Return every figure of the page as (name, value, interval, n, compared with)."""
+    rows = []
+    if files.verdicts:
+        found = files.verdicts[-1]
+        held_out, seen = found.n
+        for name, estimate, note in (
+            ("held-out error / training error", found.ratio, f"{seen} training images"),
+            ("change since the best look", found.rise, "the same images, paired"),
+            ("change in the last fifth", found.fall, "the same images, paired"),
+        ):
+            rows.append(
+                (name, f"{estimate.mean:.4g}", _interval(estimate, 98), str(held_out), note)
+            )
+    newest = files.newest("validation/ema/eps_mse")
+    for key, name, note in (
+        ("eps_mse", "MSE of the noise", "the true noise"),
+        ("eps_rmse", "RMSE of the noise", "the true noise"),
+        ("eps_mae", "MAE of the noise", "the true noise"),
+        ("r2", "R²", "the mean image and one variance"),
+        ("skill", "skill", "the best linear denoiser of the training images"),
+    ):
+        value = newest.get(f"validation/ema/{key}")
+        if value is not None:
+            count = str(newest.get("validation/ema/n", "-"))
+            rows.append((name, f"{value:.4g}", "-", count, note))
+    return rows
+
+
+def _interval(estimate: Estimate, level: int) -> str:
+    return f"[{estimate.low:.4g}, {estimate.high:.4g}], {level} %"

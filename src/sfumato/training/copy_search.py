@@ -1,0 +1,94 @@
+"""Whether a model copies its training images, while it trains: near-duplicates among samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.autoencoders import Autoencoder
+from sfumato.conditioners import ConditioningInfo
+from sfumato.data import Dataset, to_float
+from sfumato.data.copies import NO_COPY, CopyIndex
+from sfumato.generation.diffusion_model import Model, SamplingConfig
+from sfumato.generation.pipeline import Pipeline
+from sfumato.generation.request import ResolvedRequest
+from sfumato.training.stopping import Copies
+
+STEPS, MAX_REAL = 15, 500  # of denoising; real images that samples are compared with
+
+
+class CopySearch:
+    """Samples a model under the contexts of training images, and searches all of these for copies.
+
+    The noises and contexts are the same every time.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset,
+        sampling: SamplingConfig,
+        autoencoder: Autoencoder,
+        info: ConditioningInfo,
+        seed: int,
+    ) -> None:
+        self.dataset, self.autoencoder, self.info, self.seed = dataset, autoencoder, info, seed
+        self.sampling = replace(sampling, steps=STEPS)
+
+    @cached_property
+    def index(self) -> CopyIndex:
+        """All training images."""
+        return CopyIndex.of(self.dataset)
+
+    def copies(self, average: Model, num: int) -> Copies:
+        """Return how many of `num` samples are copies, beside the same of real images."""
+        found = self.index.find(self.images(average, num) * 2 - 1)
+        real_count, real = self._real
+        return Copies(
+            count=int((found != NO_COPY).sum()), samples=num, real_count=real_count, real=real
+        )
+
+    def images(self, average: Model, num: int) -> Tensor:
+        """Return samples (num, C, H, W) in [0, 1]."""
+        average.eval()
+        training = self.dataset.with_common_shape(self.dataset.training)
+        order = randomness.permutation(self.seed, "copies", index=0, size=len(training))
+        pixels, _, chosen = self.dataset.images(training[np.resize(order, num)])
+        context = average.conditioner.training_context(
+            to_float(pixels), self.dataset.context(chosen), seed=self.seed, first=0
+        )
+        reads = average.conditioner.user_inputs
+        pipeline = Pipeline(
+            model=average,
+            autoencoder=self.autoencoder,
+            sampling=self.sampling,
+            info=self.info,
+            image_shape=self.dataset.image_shape,
+        )
+        request = ResolvedRequest.of(
+            {name: value for name, value in context.items() if name in reads},
+            self.dataset.image_shape,
+            num,
+        )
+        with torch.no_grad():
+            return pipeline.sample_request(request, seed=self.seed)
+
+    @cached_property
+    def _real(self) -> tuple[int, int]:
+        """Copies among real images, and their number: held-out ones, and training images among the
+        others.
+        """
+        count = total = 0
+        for part, grouped in ((self.dataset.holdout, False), (self.dataset.training, True)):
+            positions = self.dataset.with_common_shape(part)[:MAX_REAL]
+            if len(positions):
+                groups = self.dataset.clusters[positions] if grouped else None
+                images = to_float(self.dataset.images(positions)[0])
+                count += int((self.index.find(images, groups=groups) != NO_COPY).sum())
+                total += len(positions)
+        return count, total

@@ -1,0 +1,150 @@
+"""Looks at held-out images while a run trains, spaced by views, and the verdict that they give."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, cast
+
+from sfumato.generation.diffusion_model import Model
+from sfumato.observability.metrics_file import MetricsFile, read_lines
+from sfumato.storage import checkpoint
+from sfumato.storage.atomic import write_text
+from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.best_weights import keep_best, step_of
+from sfumato.training.copy_search import CopySearch
+from sfumato.training.hooks import Hook, Session
+from sfumato.training.monitors import Validator
+from sfumato.training.stopping import (
+    STOP_AT,
+    Copies,
+    Look,
+    StoppingVerdict,
+    best,
+    next_mark,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    from sfumato.training.trainer import Trainer
+
+SHARE, FREE_S = 0.05, 10.0  # of the training time that looks may take, and seconds in any case
+# views from which copies are searched: at each doubling from the first, at the end from the second
+MIN_VIEWS, MIN_LAST_VIEWS = 8.0, 2.0
+MIN_LOOKS = 8  # however long they take
+
+
+class Looks(Hook):
+    """Measures the averaged model at 1, 2, 4 and 8 views of each image, then at each 1.2 times more.
+
+    Looks are kept in looks.jsonl, the weights of the best one and the verdict in `best/`. A run
+    that is resumed continues with the looks up to its checkpoint.
+    """
+
+    name = "looks"
+    tolerated = ()
+
+    def __init__(self, validator: Validator, search: CopySearch, directory: RunDirectory) -> None:
+        self.validator, self.search, self.directory = validator, search, directory
+        self._looks: list[Look] | None = None
+        self._sample_s = 0.0
+
+    def looks(self, trainer: Trainer) -> list[Look]:
+        """Return the looks up to the step that the trainer has reached."""
+        if self._looks is None:
+            lines = read_lines(self.directory.looks)
+            step = trainer.state.counters.step
+            self._looks = [Look.read(line) for line in lines if line["step"] <= step]
+        return self._looks
+
+    def due(self, trainer: Trainer, *, finished: bool) -> bool:
+        """Return True when enough views have passed since the last look, and at the end."""
+        counters, looks = trainer.state.counters, self.looks(trainer)
+        if counters.step == 0 or (looks and looks[-1].step == counters.step):
+            return False
+        if finished or trainer.timetable.due(self.name, trainer.config.validation):
+            return True
+        return trainer.views >= self._next_views(trainer, looks)
+
+    def _next_views(self, trainer: Trainer, looks: list[Look]) -> float:
+        """Return the views at which the next look is due.
+
+        Where looks at all marks would take too long, there are fewer, evenly over the logarithm of
+        the views.
+        """
+        counters, last = trainer.state.counters, looks[-1].views if looks else 0.0
+        if not looks or not counters.looks_s:
+            return next_mark(last)
+        whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
+        affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))
+        growth = whole_views ** (1 / max(MIN_LOOKS, affordable))
+        return max(next_mark(last), last * growth)
+
+    @staticmethod
+    def _allowed_s(trainer: Trainer) -> float:
+        """Return the seconds that all looks of the run may take."""
+        whole_s = trainer.state.counters.seconds / max(trainer.progress, 1e-9)
+        return max(FREE_S, SHARE * whole_s)
+
+    def run(self, trainer: Trainer, session: Session) -> None:
+        """Look, write what was found, and print the verdict where its state has changed."""
+        counters, looks, begun = trainer.state.counters, self.looks(trainer), time.perf_counter()
+        average = cast(Model, trainer.state.average)
+        before = verdict(looks).state if looks else None
+        with trainer.timetable.recording(self.name):
+            held_out, seen = self.validator.look(average)
+            looks.append(
+                Look(
+                    step=counters.step,
+                    views=trainer.views,
+                    held_out=tuple(held_out),
+                    seen=tuple(seen),
+                    copies=self._copies(trainer, looks),
+                )
+            )
+            with MetricsFile(self.directory.looks, after_step=counters.step - 1) as file:
+                file.write(looks[-1].plain())
+            found = verdict(looks)
+            if best(looks) is looks[-1]:
+                self._keep(trainer, looks)
+        counters.looks_s += time.perf_counter() - begun
+        self._announce(found, trainer, session, changed=found.state != before)
+
+    def _copies(self, trainer: Trainer, looks: list[Look]) -> Copies | None:
+        """Return the copies among samples, if it is time to draw some and they cost little."""
+        last = next((look.views for look in reversed(looks) if look.copies is not None), 0.0)
+        most = trainer.config.validation.copy_samples
+        left_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
+        if trainer.finished:
+            needed, numbers = MIN_LAST_VIEWS, [most, most // 3]
+        else:  # the last samples say most: some time is left for them
+            needed, numbers, left_s = max(MIN_VIEWS, 2 * last), [most // 3], left_s / 4
+        num = next((number for number in numbers if self._sample_s * number <= left_s), 0)
+        if not num or trainer.views < needed:
+            return None
+        begun = time.perf_counter()
+        copies = self.search.copies(cast(Model, trainer.state.average), num)
+        self._sample_s = (time.perf_counter() - begun) / num
+        return copies
+
+    def _keep(self, trainer: Trainer, looks: list[Look]) -> None:
+        """Keep these weights, and those that a run resumed from a checkpoint would still name."""
+        needed = set()
+        for path in checkpoint.paths(self.directory.checkpoints):
+            known = [look for look in looks if look.step <= step_of(path)]
+            if known:
+                needed.add(best(known).step)
+        keep_best(trainer, self.directory, also=needed)
+
+    def _announce(
+        self, found: StoppingVerdict, trainer: Trainer, session: Session, *, changed: bool
+    ) -> None:
+        plain = {"step": found.step, **found.plain()}
+        self.directory.verdict.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.directory.verdict, json.dumps(plain, indent=1))
+        self.directory.remark(verdict=plain)
+        session.bar.label(found.state)
+        if changed:
+            session.bar.say(f"step {found.step}: {found.sentence}")
+        if found.state in STOP_AT[trainer.config.stop]:
+            trainer.state.counters.stopped = found.state

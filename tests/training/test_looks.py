@@ -1,0 +1,189 @@
+"""Looks while a run trains: when they are taken, what they keep, and that a resumed run agrees."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import sfumato
+from sfumato.data import AugmentConfig
+from sfumato.networks import UNetConfig
+from sfumato.runs import resume, train
+from sfumato.storage import checkpoint
+from sfumato.training import (
+    Budget,
+    CheckpointConfig,
+    MuonConfig,
+    OptimizerConfig,
+    PowerEMA,
+    PreviewConfig,
+    ValidationConfig,
+)
+from sfumato.training.looks import Looks
+from sfumato.training.stopping import Look, verdict
+from tests.helpers.runs import tiny_run
+
+STEPS = 150
+
+
+def digits(folder: Path) -> Path:
+    """Forty handwritten digits in two categories."""
+    for number, image in enumerate(load_digits().images[:40]):
+        path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype(np.uint8)).save(path)
+    return folder
+
+
+def memorizing(folder: Path, **changes):
+    """A run on half of forty digits, which it soon knows by heart."""
+    run = tiny_run(folder)
+    settings = {
+        "data": replace(run.data, augment=AugmentConfig(), holdout=0.5),
+        "network": UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_depths=()),
+        "optimizer": OptimizerConfig(
+            learning_rate=4e-3, warmup_steps=5, schedule="constant", muon=MuonConfig()
+        ),
+        "ema": PowerEMA(0.1),
+        "batch_size": 32,
+        "micro_batch": None,
+        "budget": Budget(steps=STEPS),
+        "validation": ValidationConfig(every_steps=1000, samples=120, bins=6, copy_samples=0),
+        "preview": PreviewConfig(every_steps=1000, num=2),
+        "checkpoint": CheckpointConfig(every_steps=40),
+    }
+    return replace(run, **{**settings, **changes})
+
+
+def looks_of(run: Path) -> list[Look]:
+    return [Look.read(json.loads(line)) for line in (run / "looks.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def time_for_all_looks() -> Iterator[None]:
+    """Looks go by views alone, however slow the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfumato.training.looks.FREE_S", 1e9)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, time_for_all_looks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(memorizing(folder), run=tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_that_memorizes_noise_is_told_to_stop_and_its_best_weights_are_used(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = looks_of(whole)
+    found = json.loads((whole / "best" / "verdict.json").read_text())
+    assert found["state"] == "overfitting"
+    assert found == json.loads((whole / "status.json").read_text())["verdict"]
+    assert found["sentence"] == verdict(looks).sentence
+    assert found["best_step"] < looks[-1].step
+    kept = checkpoint.load_snapshot(whole / "best", step=found["best_step"])
+    network = sfumato.load(whole).model.state_dict()
+    assert all(torch.equal(network[name], kept[name]) for name in kept)
+    assert f"weights of step {found['best_step']}: stop: the model overfits" in (
+        capsys.readouterr().err
+    )
+    last = sfumato.load(whole, weights="ema").model.state_dict()
+    assert any(not torch.equal(last[name], kept[name]) for name in kept)
+
+
+def test_looks_are_spaced_by_views(whole: Path) -> None:
+    views = [look.views for look in looks_of(whole)]
+    assert views[0] <= 2
+    assert len(views) > 8
+    gaps = [later / before for before, later in itertools.pairwise(views[3:-1])]
+    assert all(1.1 < gap < 2.1 for gap in gaps)
+
+
+def test_a_stopped_run_that_goes_on_gives_the_same_looks_and_verdict(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfumato.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer, batch):
+        if self.state.counters.step == 77:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(memorizing(folder), run=tmp_path / "run")
+    monkeypatch.setattr(Trainer, "train_step", step)
+    before = looks_of(tmp_path / "run")
+    newest = checkpoint.load(checkpoint.paths(tmp_path / "run" / "checkpoints")[0])
+    assert before[-1].step > newest.state["counters"]["step"]  # a look is taken again
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "looks.jsonl").read_text() == (whole / "looks.jsonl").read_text()
+    for name in ("best/verdict.json",):
+        assert json.loads((tmp_path / "run" / name).read_text()) == json.loads(
+            (whole / name).read_text()
+        )
+
+
+@pytest.mark.parametrize(("look_s", "looks"), [(0.01, 28), (2.0, 12), (60.0, 8)])
+def test_looks_are_spread_over_the_run_where_they_take_long(look_s: float, looks: int) -> None:
+    """A run of 500 views in 480 seconds, of which looks may take 24."""
+    hook, taken = Looks(None, None, None), []
+    counters = SimpleNamespace(step=0, seconds=0.0, looks_s=0.0)
+    for number in range(1, 5001):
+        views, progress = number / 10, number / 5000
+        counters.step, counters.seconds = number, 480 * progress
+        trainer = SimpleNamespace(
+            views=views,
+            progress=progress,
+            state=SimpleNamespace(counters=counters),
+            config=SimpleNamespace(validation=None),
+            timetable=SimpleNamespace(due=lambda name, cadence: False),
+        )
+        hook._looks = taken
+        if hook.due(trainer, finished=False):
+            taken.append(Look(step=number, views=views, held_out=(1.0,), seen=(1.0,)))
+            counters.looks_s += look_s
+    views = [look.views for look in taken]
+    assert looks - 4 <= len(views) <= looks
+    assert views[0] == 1
+    assert views[-1] > 200
+    assert max(late / soon for soon, late in itertools.pairwise(views)) < 3.2
+
+
+@pytest.mark.slow
+def test_a_run_may_stop_at_its_verdict_and_go_on_later(
+    folder: Path, time_for_all_looks: None, tmp_path: Path
+) -> None:
+    run = train(memorizing(folder, stop="overfitting"), run=tmp_path / "run")
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert status["verdict"]["state"] == "overfitting"
+    assert status["step"] < STEPS
+    resume(run, overrides=["stop=never"])
+    assert json.loads((run / "status.json").read_text())["step"] == STEPS
+
+
+def test_the_report_answers_from_the_files_alone(whole: Path) -> None:
+    page = (whole / "report.html").read_text()
+    assert "Stop: it overfits" in page
+    assert "The model overfits; best at step" in page or "the model overfits; best at step" in page
+    assert page.count("<svg") >= 2
+    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    assert len(page) < 5 << 20
