@@ -4,6 +4,7 @@ full disk.
 
 import errno
 import functools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -207,8 +208,8 @@ def test_a_taken_run_is_refused_before_the_data_are_read(
     assert f"{run}: there is already a run here" in result.err
 
 
-def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+def test_with_one_image_held_out_copies_are_still_judged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_data
 
@@ -216,16 +217,18 @@ def test_a_small_hold_out_is_refused_before_a_classifier_is_trained(
         dataset = opened(settings)
         return replace(dataset, config=replace(dataset.config, holdout=1e-9))
 
-    def work(*arguments: object, **options: object) -> None:
-        raise AssertionError("a classifier was trained")
-
     monkeypatch.setattr("sfumato.data.holdout.SMALL_SHARE", 1e-9)
     monkeypatch.setattr("sfumato.runs.preparation.open_data", few)
-    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", work)
-    result = sfumato("evaluate", run)
-    assert result.code == 2
-    assert "1 image is held out and has a category, of 12" in result.err
-    assert "data.holdout" in result.err
+    quick = functools.partial(train_classifier, steps=2)
+    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
+    out = tmp_path / "figures.json"
+    result = sfumato("evaluate", run, "--num", 4, "--guidance", 1, "--out", out)
+    assert result.code == 0
+    assert "note: 1 image is held out: " in result.out
+    samples = json.loads(out.read_text())["rows"][-1]
+    assert samples["copies"]["n"] == 4
+    assert samples["kid_held_out"] is None
+    assert "of 4 samples [" in result.out
 
 
 def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
@@ -275,8 +278,7 @@ def test_a_disk_that_fills_up_is_named_by_every_verb(
     monkeypatch.setattr(Image.Image, "save", full)
     monkeypatch.setattr("sfumato.storage.atomic.os.replace", full)
     quick = functools.partial(train_classifier, steps=2)
-    monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
-    monkeypatch.setattr("sfumato.evaluation.classifier.train_classifier", quick)
+    monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
     result = sfumato(*verbs(folder, run, tmp_path / "out")[verb])
     assert result.code == 2, result.err
     assert OURS not in result.err

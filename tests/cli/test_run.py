@@ -42,11 +42,7 @@ def run(trained: tuple[Path, Result]) -> Path:
 
 
 def train_classifiers_briefly(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Both that an evaluation trains: the one that reads samples, and the one that gives
-    features.
-    """
     quick = functools.partial(train_classifier, steps=steps)
-    monkeypatch.setattr("sfumato.evaluation.fidelity.train_classifier", quick)
     monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)
 
 
@@ -379,12 +375,14 @@ def test_evaluate_prints_a_table_and_writes_its_figures(
     figures = json.loads(out.read_text())
     assert [row["name"] for row in figures["rows"]] == [
         "held-out real images",
+        "training images",
         "samples, guidance 1",
         "samples, guidance 2",
     ]
-    assert [row["n"] for row in figures["rows"]] == [291, 20, 20]
-    assert f"accuracy {figures['classifier_accuracy']:.1%} on 291 held-out images" in result.out
-    assert f"{figures['rows'][2]['category_accuracy']:.1%} [" in result.out
+    assert [row["n"] for row in figures["rows"]] == [291, 20, 20, 20]
+    assert f"accuracy {figures['classifier']['value']:.1%} [" in result.out
+    assert f"{figures['rows'][3]['category_accuracy']['value']:.1%} [" in result.out
+    assert all(sentence in result.out for sentence in figures["sentences"])
     assert f"figures: {out}; images: " in result.out
     assert figures["adherence_guidance"] == 2
     assert "adherence to the condition (guidance 2;" in result.out
@@ -420,10 +418,10 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
     assert trained.code == 0
     result = sfumato("evaluate", run, "--num", 4)
     assert result.code == 0
-    assert "no categories, so samples are not classified; Fréchet distance to " in result.out
+    assert "category accuracy" not in result.out
     assert "held-out real images" in result.out
     assert "note: only " in result.out
-    assert "a Fréchet distance is not given for" in result.out
+    assert "note: no Fréchet distance (FID): it takes " in result.out
     assert "rank of its own image" in result.out
     assert Image.open(run / "evaluation" / "asked-by-text.png").size
     assert sfumato("explain", run).code == 0  # though there are no categories to draw
@@ -465,7 +463,21 @@ def test_evaluate_by_default_compares_no_guidance_with_the_runs_own(
     )
     own = load_yaml_file(run / "config.yaml")["sampling"]["guidance"]
     figures = json.loads((run / "evaluation" / "evaluation.json").read_text())
-    assert [row["name"] for row in figures["rows"][1:]] == [
+    assert [row["name"] for row in figures["rows"][2:]] == [
         "samples, guidance 1",
         f"samples, guidance {own:g}",
     ]
+
+
+def test_evaluate_compares_in_the_features_that_are_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_classifiers_briefly(monkeypatch, steps=5)
+    at = ("--num", 10, "--guidance", 1, "--out", tmp_path / "figures.json")
+    assert sfumato("evaluate", run, "--features", "random", *at).code == 0
+    plain = json.loads((tmp_path / "figures.json").read_text())
+    assert plain["extractor"] == "random features"
+    assert plain["rows"][2]["good"]["extractor"] == "random features"
+    refused = sfumato("evaluate", run, "--features", tmp_path / "nothing", *at)
+    assert refused.code == 2
+    assert "features" in refused.err

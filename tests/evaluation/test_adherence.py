@@ -21,8 +21,9 @@ from sfumato.contexts import ContextConfig
 from sfumato.contexts.adherence_metrics import chamfer, line_f1, line_mask, silhouette_iou
 from sfumato.data import DataConfig, Dataset, Folder, index, to_float
 from sfumato.evaluation import composition, measure_adherence
-from sfumato.evaluation.adherence import Estimate, retrieval_rank
+from sfumato.evaluation.adherence import retrieval_rank
 from sfumato.evaluation.composition import overlap
+from sfumato.evaluation.figures import Estimate
 from sfumato.generation.request import ResolvedRequest
 
 SIDE = 32
@@ -107,7 +108,7 @@ def test_a_figure_has_the_interval_of_a_mean() -> None:
     values = torch.tensor([0.25, 0.75] * 50 + [math.nan])
     figure = Estimate.of(values)
     assert figure.mean == pytest.approx(0.5)
-    assert figure.high - figure.mean == pytest.approx(1.96 * 0.25126 / 10, abs=1e-4)
+    assert figure.high - figure.mean == pytest.approx(1.98422 * 0.25126 / 10, abs=1e-5)
 
 
 def test_the_own_image_ranks_first_and_chance_is_a_half() -> None:

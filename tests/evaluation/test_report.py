@@ -1,21 +1,70 @@
-"""An evaluation compares samples with real images, and each figure with what held-out real images
-get.
+"""An evaluation of any set and model ends in figures with all that they rest on, or says what is
+missing.
 """
+
+from __future__ import annotations
 
 import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import DataConfig, Dataset, Digits, index, to_float
-from sfumato.errors import DataError
-from sfumato.evaluation import evaluate, extractors, fidelity
-from sfumato.evaluation.adherence import Estimate, wilson
+from sfumato.evaluation import extractors, report
 from sfumato.evaluation.classifier import Classifier, train_classifier
+from sfumato.evaluation.fidelity import choose_conditions, choose_reference
+from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline, fidelity_table
 from sfumato.generation.request import ResolvedRequest
+from tests.helpers.image_sets import dataset_of, photographs
+
+KEYS = {"value", "low", "high", "n", "metric", "extractor", "reference"}
+
+
+class Fake:
+    """A pipeline that returns training images of the categories asked for, with some noise."""
+
+    def __init__(self, dataset: Dataset, *reads: str, noise: float = 0.2) -> None:
+        self.dataset, self.reads, self.noise = dataset, reads, noise
+        self.asked: list[tuple[float, list[int]]] = []
+        self.image_shape = dataset.image_shape
+        self.info = ConditioningInfo(
+            channels=dataset.config.channels, categories=dataset.categories
+        )
+        self.sampling = SimpleNamespace(guidance=1.5 if reads else 1.0)
+        conditioner = SimpleNamespace(
+            parts={"category": None},
+            training_context=lambda images, context, seed, first: context,
+        )
+        self.model = SimpleNamespace(conditioner=conditioner)
+
+    def sample_request(
+        self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int = 0
+    ) -> Tensor:
+        count = len(request.start)
+        asked = request.context.get("category", torch.full((count,), -1)).tolist()
+        self.asked.append((guidance, asked))
+        training = self.dataset.with_common_shape(self.dataset.training)
+        labels = self.dataset.labels[torch.from_numpy(training)]
+        pools = {label: training[(labels == label).numpy()] for label in set(asked)}
+        pools = {label: pool if len(pool) else training for label, pool in pools.items()}
+        chosen = [pools[label][i % len(pools[label])] for i, label in enumerate(asked)]
+        images = to_float(self.dataset.images(chosen).pixels)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        return ((images + self.noise * noise).clamp(-1, 1) + 1) / 2
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a trained network, and with a classifier that is trained for a moment."""
+    monkeypatch.setattr(extractors, "_package", lambda: None)
+    monkeypatch.setattr(report, "train_classifier", functools.partial(train_classifier, steps=20))
 
 
 @pytest.fixture(scope="module")
@@ -28,39 +77,207 @@ def classifier(digits: Dataset) -> Classifier:
     return train_classifier(digits, digits.training, steps=300)
 
 
-class Fake:
-    """A pipeline that shows what it is given: real images of the categories asked for, made worse
-    by `harm`.
-    """
-
-    def __init__(self, dataset: Dataset, harm) -> None:
-        self.dataset, self.harm, self.asked = dataset, harm, []
-        self.reads, self.image_shape = ("category",), dataset.image_shape
-        self.info = ConditioningInfo(channels=1, categories=dataset.categories)
-
-    def sample_request(
-        self, request: ResolvedRequest, *, seed: int, guidance: float, batch_size: int
-    ) -> torch.Tensor:
-        asked = request.context.get("category", torch.arange(len(request.start)) % 10).tolist()
-        self.asked.append((len(asked), tuple(asked), seed, guidance))
-        labels = self.dataset.labels[torch.from_numpy(self.dataset.training)]
-        pools = [self.dataset.training[(labels == number).numpy()] for number in range(10)]
-        chosen = [pools[number][i // len(pools)] for i, number in enumerate(asked)]
-        return (self.harm(to_float(self.dataset.images(chosen)[0])) + 1) / 2
-
-
-def noisy(size: float):
-    return lambda x: (
-        x + size * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    ).clamp(-1, 1)
-
-
-@pytest.fixture
-def rows(digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    return lambda harm, **options: (
-        evaluate(Fake(digits, harm), digits, **{"num": 200, **options}).rows
+def of_digits(digits: Dataset, count: int, held_out: int, labels: Any = None) -> Dataset:
+    order = np.random.default_rng(1).permutation(len(digits.ids))[: count + held_out]
+    pixels = digits.images(order).pixels.numpy()
+    own = digits.labels[torch.from_numpy(order)].tolist()
+    return dataset_of(
+        pixels[:count],
+        pixels[count:],
+        labels=own if labels is None else labels(own),
+        categories=digits.categories,
     )
+
+
+def figures_in(value: Any) -> list[dict[str, Any]]:
+    """All figures of a JSON document; every number must be in one, or say how many or what."""
+    if isinstance(value, dict) and "value" in value:
+        assert set(value) == KEYS
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        loose = {key for key, part in value.items() if isinstance(part, float)}
+        assert loose <= {"adherence_guidance"}
+    return [figure for part in parts for figure in figures_in(part)]
+
+
+def check(result: EvaluationReport) -> dict[str, Any]:
+    """Return the report's JSON, in which nothing is missing."""
+    plain = json.loads(result.json(), parse_constant=lambda name: pytest.fail(name))
+    figures = figures_in(plain)
+    assert len(figures) >= 6
+    for figure in figures:
+        assert figure["n"] >= 1
+        assert all(figure[key] for key in ("metric", "extractor", "reference"))
+        if figure["n"] > 1:
+            assert figure["low"] <= figure["value"] + 1e-9
+            assert figure["value"] <= figure["high"] + 1e-9
+    assert len(plain["sentences"]) == 2
+    assert all(sentence in result.table() for sentence in plain["sentences"])
+    return plain
+
+
+def test_every_figure_says_what_it_rests_on(digits: Dataset) -> None:
+    dataset = of_digits(digits, 200, 60)
+    result = evaluate_pipeline(Fake(dataset, "category"), dataset, num=40)
+    plain = check(result)
+    assert [row["name"] for row in plain["rows"]] == [
+        "held-out real images", "training images", "samples, guidance 1", "samples, guidance 1.5",
+    ]  # fmt: skip
+    assert [row["n"] for row in plain["rows"]] == [60, 40, 40, 40]
+    samples = plain["rows"][3]
+    assert samples["kid_held_out"]["reference"] == "60 held-out images"
+    assert samples["kid_training"]["reference"] == "200 training images"
+    assert samples["category_accuracy"]["n"] == 40
+    assert samples["frechet"] is None
+    assert any("no Fréchet distance" in remark for remark in plain["remarks"])
+    assert plain["classifier"]["n"] == 60
+    assert {row["context"] for row in plain["adherence"]} == {"category"}
+    table = result.table()
+    for column in ("KID to held-out", "KID to training", "good", "variety", "category accuracy"):
+        assert column in table
+    assert "samples, guidance 1.5: " in plain["sentences"][0]
+    assert set(result.images) == {
+        "nearest-guidance-1.png", "nearest-guidance-1.5.png", "asked-by-category.png",
+    }  # fmt: skip
+
+
+def test_a_model_without_conditions_is_asked_for_nothing(digits: Dataset) -> None:
+    dataset = of_digits(digits, 200, 60)
+    fake = Fake(dataset)
+    plain = check(evaluate_pipeline(fake, dataset, num=30))
+    assert [guidance for guidance, _ in fake.asked] == [1.0]
+    assert [row["name"] for row in plain["rows"][2:]] == ["samples, guidance 1"]
+    assert {row["category_accuracy"] for row in plain["rows"]} == {None} == {plain["classifier"]}
+    assert plain["rows"][2]["kid_training"]["reference"] == "200 training images"
+    table = evaluate_pipeline(fake, dataset, num=30).table()
+    assert "category accuracy" not in table
+    assert "classifier" not in table
+
+
+def test_categories_are_asked_for_as_often_as_the_set_has_them(digits: Dataset) -> None:
+    dataset = of_digits(digits, 200, 50, lambda own: [0] * 150 + [1] * 48 + [2] * 2 + [0] * 50)
+    fake = Fake(dataset, "category")
+    reference = choose_reference(dataset, fake.reads)
+    conditions = choose_conditions(fake, dataset, reference, 100)
+    assert torch.bincount(conditions.context["category"]).tolist() == [75, 24, 1]
+    assert conditions.context["category"][:30].unique().tolist() == [0, 1]
+    plain = check(evaluate_pipeline(fake, dataset, num=100))
+    # one rare category does not cut the others down
+    assert [row["n"] for row in plain["rows"]] == [50, 100, 100, 100]
+    assert plain["rows"][3]["kid_held_out"]["n"] == 100
+
+
+def test_many_small_categories(digits: Dataset) -> None:
+    dataset = of_digits(digits, 90, 30, lambda own: [i % 30 for i in range(120)])
+    dataset = replace_categories(dataset, 30)
+    plain = check(evaluate_pipeline(Fake(dataset, "category"), dataset, num=20))
+    assert plain["rows"][3]["kid_training"]["value"] is not None
+
+
+def replace_categories(dataset: Dataset, count: int) -> Dataset:
+    result = replace(dataset, categories=tuple(map(str, range(count))))
+    for name in ("training", "epoch", "holdout", "named_holdouts"):
+        object.__setattr__(result, name, getattr(dataset, name))
+    return result
+
+
+def test_images_without_a_category_are_not_misread(
+    digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may hold some beside its sub-folders."""
+    monkeypatch.setattr(report, "train_classifier", lambda *args, **options: classifier)
+    labels: list[int] = []
+
+    def every_second(own: list[int]) -> list[int]:
+        labels.extend(label if i % 2 else -1 for i, label in enumerate(own))
+        return labels
+
+    dataset = of_digits(digits, 200, 60, every_second)
+    plain = check(evaluate_pipeline(Fake(dataset, "category"), dataset, num=60))
+    held_out = plain["rows"][0]
+    assert held_out["n"] == held_out["category_accuracy"]["n"] == 30
+    assert held_out["category_accuracy"]["value"] > 0.9
+    assert plain["rows"][3]["kid_training"]["reference"] == "100 training images"
+    assert plain["rows"][3]["copies"]["reference"] == "200 training images"
+    accuracy = next(row for row in plain["adherence"] if row["figure"] == "category accuracy")
+    assert accuracy["real"]["n"] == 30
+    assert accuracy["real"]["value"] > 0.9
+    assert any("without a category are not compared" in remark for remark in plain["remarks"])
+
+
+def test_a_sample_is_shown_above_its_nearest_image_where_some_have_no_category(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = of_digits(digits, 100, 30, lambda own: [-1, 1] * 65)
+    drawn: list[Tensor] = []
+
+    def draw(images: Tensor, **options: object) -> Any:
+        drawn.append(images)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(report, "grid_image", draw)
+    monkeypatch.setattr(report, "gallery", lambda *args, **options: SimpleNamespace())
+    evaluate_pipeline(Fake(dataset, "category", noise=0.0), dataset, num=20, guidance=[1.0])
+    upper, lower = drawn[0].chunk(2)
+    assert len(upper) == report.NUM_PAIRS
+    torch.testing.assert_close(upper, lower)
+
+
+@pytest.mark.parametrize(("learned", "held_out"), [(2, 0), (1, 1), (2, 1), (6, 2), (30, 0)])
+@pytest.mark.parametrize("reads", [(), ("category",)])
+def test_few_images_are_evaluated_as_far_as_they_go(
+    digits: Dataset, learned: int, held_out: int, reads: tuple[str, ...]
+) -> None:
+    dataset = of_digits(digits, learned, held_out)
+    result = evaluate_pipeline(Fake(dataset, *reads, noise=0.0), dataset, num=4)
+    plain = check(result)
+    assert plain["rows"][-1]["copies"]["value"] == (
+        1.0 if learned > 1 else pytest.approx(0.5, abs=0.5)
+    )
+    assert any("held out" in remark for remark in plain["remarks"])
+    if not held_out:
+        assert plain["rows"][0]["n"] == 0
+        assert plain["rows"][-1]["kid_held_out"] is None
+    if learned == 30:
+        assert "it copies" in plain["sentences"][0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_any_number_of_channels(channels: int) -> None:
+    pixels = np.repeat(photographs(60), 2, axis=1)[:, :channels]
+    dataset = dataset_of(pixels[:40], pixels[40:])
+    plain = check(evaluate_pipeline(Fake(dataset), dataset, num=20))
+    said = " ".join(plain["remarks"])
+    assert ("alpha is not compared" in said) == (channels in (2, 4))
+    assert ("3 of 5 channels" in said) == (channels == 5)
+
+
+def test_a_frechet_distance_is_given_from_ten_images_for_each_dimension(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = of_digits(digits, 200, 60)
+    monkeypatch.setattr("sfumato.evaluation.quality.FRECHET_IMAGES_PER_DIMENSION", 1)
+    monkeypatch.setattr("sfumato.evaluation.fidelity.FRECHET_IMAGES_PER_DIMENSION", 1)
+    monkeypatch.setattr("sfumato.evaluation.sentences.FRECHET_IMAGES_PER_DIMENSION", 1)
+    result = evaluate_pipeline(Fake(dataset), dataset, num=128)
+    plain = check(result)
+    assert [row["frechet"] is None for row in plain["rows"]] == [True, False, False]
+    assert "FID" in fidelity_table(result.fidelity)
+    assert not any("Fréchet" in remark for remark in plain["remarks"])
+
+
+def test_features_of_real_images_are_computed_once(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
+    dataset = of_digits(digits, 50, 20)
+    first = evaluate_pipeline(Fake(dataset), dataset, num=10)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    monkeypatch.setattr(
+        "sfumato.evaluation.quality.to_float", lambda pixels: pytest.fail("read again")
+    )
+    assert evaluate_pipeline(Fake(dataset), dataset, num=10).json() == first.json()
 
 
 def test_the_classifier_learns_and_is_the_same_every_time(
@@ -98,185 +315,6 @@ def test_a_image_reads_the_same_alone_and_in_company(
     alone, their_features = classifier.predict(images[299:])
     assert alone[0] == labels[299]
     torch.testing.assert_close(their_features[0], features[299], rtol=1e-4, atol=1e-5)
-
-
-def test_a_copycat_reads_well_and_is_caught(rows) -> None:
-    held_out, copycat = rows(noisy(0.02))
-    assert copycat.copies > 0.97
-    assert held_out.copies < 0.01
-    assert copycat.category_accuracy > 0.95
-    assert copycat.nearest < 0.2 * held_out.nearest
-
-
-def test_rubbish_reads_by_chance_and_is_far_away(rows) -> None:
-    held_out, rubbish = rows(lambda x: noisy(1.0)(torch.zeros_like(x)))
-    assert rubbish.category_accuracy < 0.35
-    assert rubbish.frechet > 5 * held_out.frechet
-    assert rubbish.copies == 0
-
-
-def test_the_wrong_category_is_not_category_accuracy(rows) -> None:
-    _, shifted = rows(lambda x: x.roll(1, 0))
-    assert shifted.category_accuracy < 0.1
-    low, high = shifted.interval
-    assert low <= shifted.category_accuracy <= high
-
-
-def test_the_first_row_is_real_images_and_each_guidance_has_its_own(
-    digits: Dataset, classifier: Classifier, rows
-) -> None:
-    given = rows(noisy(0.1), guidances=(1.0, 2.5), num=50)
-    assert [row.name for row in given] == [
-        "held-out real images",
-        "samples, guidance 1",
-        "samples, guidance 2.5",
-    ]
-    assert [row.n for row in given] == [len(digits.holdout), 50, 50]
-    assert given[0].category_accuracy == pytest.approx(classifier.held_out_accuracy)
-    assert {row.frechet_n for row in given} == {50}  # five of each digit in every row
-
-
-def test_categories_are_asked_for_in_turn_with_the_seed_given(
-    digits: Dataset, classifier: Classifier, monkeypatch
-) -> None:
-    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    fake, calls, told = Fake(digits, noisy(0.1)), [], []
-    result = evaluate(
-        fake, digits, num=30, seed=9, guidances=(1.5,), on_samples=lambda *call: calls.append(call),
-        on_progress=lambda fraction, text: told.append(fraction),
-    )  # fmt: skip
-    assert fake.asked == [(30, tuple(range(10)) * 3, 9, 1.5)]
-    (scale, images, neighbours), *rest = calls
-    assert (scale, len(images), len(neighbours.index), rest) == (1.5, 30, 30, [])
-    assert told == sorted(told)
-    assert told[-1] == 1
-    assert json.loads(json.dumps(result.plain()))["rows"][1]["n"] == 30
-    assert result.extractor == classifier.name
-    assert result.training == len(digits.training)
-
-
-class Unsteered(Fake):
-    """The same, of all categories in turn, asked for none."""
-
-    def sample(
-        self, num: int, *, request: ResolvedRequest, seed: int, guidance: float, batch_size: int
-    ) -> torch.Tensor:
-        assert not request.context
-        return super().sample(
-            num,
-            request=ResolvedRequest.of({"category": torch.arange(num) % 10}, self.image_shape, num),
-            seed=seed,
-            guidance=guidance,
-            batch_size=batch_size,
-        )
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_without_categories_distances_are_measured_and_copies_found(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    """In the features of a frozen network, trained where its package is there."""
-    if not installed:
-        monkeypatch.setattr(extractors, "_package", lambda: None)
-    results = []
-    for harm in (lambda x: x, lambda x: noisy(1.0)(torch.zeros_like(x))):
-        fake = Unsteered(digits, harm)
-        fake.reads = ()
-        results.append(evaluate(fake, replace(digits, categories=()), num=100))
-    (real, copies), (_, rubbish) = (result.rows for result in results)
-    assert results[0].extractor == (
-        "EfficientNet-Lite0 (ImageNet)" if installed else "random features"
-    )
-    assert results[0].classifier_accuracy is None
-    assert {
-        (row.category_accuracy, row.interval, row.frechet_n) for row in (real, copies, rubbish)
-    } == {(None, None, 100)}
-    assert copies.copies > 0.97
-    assert rubbish.copies == real.copies == 0
-    assert rubbish.frechet > 3 * copies.frechet
-    assert json.loads(json.dumps(results[0].plain()))["rows"][0]["category_accuracy"] is None
-
-
-def test_images_without_a_category_are_left_out(
-    digits: Dataset, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder may hold some beside its sub-folders."""
-    labels = digits.labels.clone()
-    labels[::3] = -1
-    some = replace(digits, labels=labels)
-    assert train_classifier(some, some.training, steps=2).name.endswith(
-        f"n{int((labels[torch.from_numpy(some.training)] >= 0).sum())}"
-    )
-    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    held_out, copycat = evaluate(Fake(some, noisy(0.02)), some, num=50).rows
-    assert held_out.n == int((labels[torch.from_numpy(some.holdout)] >= 0).sum())
-    assert copycat.category_accuracy > 0.95
-
-
-def test_no_frechet_distance_is_given_of_few_images(
-    digits: Dataset, classifier: Classifier, monkeypatch
-) -> None:
-    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    result = evaluate(Fake(digits, noisy(0.02)), digits, num=20)
-    assert {(row.frechet, row.frechet_n) for row in result.rows} == {(None, 20)}
-    assert result.remarks == [
-        "a Fréchet distance is not given for held-out real images and samples, guidance 1: it "
-        "would be computed from 20 images, "
-        "and below 30 it mostly measures their number"
-    ]
-    copies = result.rows[1]
-    assert copies.copies_interval == wilson(copies.copies, 20)
-
-
-def test_a_missing_distance_of_samples_alone_is_said_too(
-    digits: Dataset, classifier: Classifier, monkeypatch
-) -> None:
-    """Samples are asked for what held-out images are, which may be few of a category."""
-    monkeypatch.setattr(fidelity, "train_classifier", lambda dataset, positions, **_: classifier)
-    zeros = torch.zeros(50, dtype=torch.long)
-    monkeypatch.setattr(
-        fidelity,
-        "_conditions",
-        lambda pipeline, dataset, holdout, num: ({"category": zeros}, zeros),
-    )
-    result = evaluate(Fake(digits, noisy(0.02)), digits, num=50)
-    assert [row.frechet is None for row in result.rows] == [False, True]
-    assert result.remarks[-1].startswith(
-        "a Fréchet distance is not given for samples, guidance 1: it would be computed from 5 images"
-    )
-
-
-def test_one_held_out_image_is_too_few(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.data.holdout.MIN_HOLDOUT_IMAGES", 0)
-    few = replace(digits, config=replace(digits.config, holdout=1e-9))
-    assert len(few.holdout) == 1
-    with pytest.raises(DataError, match="1 image is held out and has a category, of 1797"):
-        evaluate(Fake(few, noisy(0.1)), few)
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [
-        (0, 10, 0.0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-        (8, 10, 0.4902, 0.9433),
-        (10, 10, 0.7225, 1.0),
-        (1, 29, 0.0061, 0.1718),
-        (95, 100, 0.8882, 0.9785),
-    ],
-)
-def test_wilsons_interval(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson(successes / n, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_proportions_have_wilsons_interval_and_other_means_the_normal_one() -> None:
-    none = Estimate.of(torch.zeros(30))
-    assert (none.mean, none.low, none.high) == (0.0, *wilson(0.0, 30))
-    assert none.high > 0.1
-    half = Estimate.of(torch.tensor([0.0, 1.0, torch.nan, 1.0, 0.0]))
-    assert (half.low, half.high) == wilson(0.5, 4)
-    other = Estimate.of(torch.tensor([0.0, 0.5, 1.0]))
-    assert (other.mean, other.high - other.mean) == pytest.approx((0.5, 1.96 * 0.5 / 3**0.5))
 
 
 def test_a_small_set_is_not_shown_to_the_classifier_thousands_of_times(digits: Dataset) -> None:

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sfumato.conditioners import ConditioningInfo
 from sfumato.contexts import enumerate_values
-from sfumato.data import DataConfig, Dataset, Folder, index, to_float
-from sfumato.evaluation import report
+from sfumato.data import DataConfig, Dataset, Folder, index
 from sfumato.evaluation.classifier import train_classifier
-from sfumato.evaluation.fidelity import evaluation_split
-from sfumato.evaluation.memorization import Neighbours
 
 
 def photos(root: Path, *, height: int, width: int) -> Path:
@@ -36,23 +32,6 @@ def photos(root: Path, *, height: int, width: int) -> Path:
 
 def opened(root: Path, **settings: object) -> Dataset:
     return index(DataConfig(source=Folder(str(root)), channels=1, **settings))
-
-
-def test_a_sample_is_shown_above_its_nearest_image_where_some_have_no_category(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = opened(photos(tmp_path, height=8, width=8), resolution=8)
-    compared = evaluation_split(dataset).training
-    assert 4 < len(compared) < len(dataset.training)
-    drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(report, "grid_image", lambda images, **options: drawn.append(images))
-    samples = (to_float(dataset.images(compared)[0]) + 1) / 2
-    own = torch.arange(len(compared))
-    neighbours = Neighbours(first=own.double(), second=own + 1.0, index=own)
-    report._pairs(dataset, samples, neighbours, "none")
-    upper, lower = drawn[0].chunk(2)
-    assert len(upper) > 4
-    assert torch.equal(upper, lower)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 16), (40, 20), (3, 9), (64, 8)])

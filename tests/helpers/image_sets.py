@@ -16,8 +16,6 @@ from sfumato.data import DataConfig, Dataset, Entry, Inline
 from sfumato.data.annotations import Annotations
 from sfumato.data.ledger import Ledger
 
-HELD_OUT = "test"
-
 
 def photographs(count: int, *, seed: int = 0, side: int = 32) -> NDArray[np.uint8]:
     """Images (n, 3, side, side) whose spectrum falls as that of photographs, with two flat shapes
@@ -62,10 +60,7 @@ def dataset_of(
     pixels = np.concatenate([training, held_out])
     count = len(pixels)
     ids = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
-    entries = [
-        Entry(name=f"{i}.png", image=Inline(b""), holdout=None if i < len(training) else HELD_OUT)
-        for i in range(count)
-    ]
+    entries = [Entry(name=f"{i}.png", image=Inline(b"")) for i in range(count)]
     shape = pixels.shape[2:]
     config = DataConfig(size=shape, channels=pixels.shape[1], bits=8 * pixels.dtype.itemsize)
     shapes = np.zeros(count, np.int64)

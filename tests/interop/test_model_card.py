@@ -17,22 +17,31 @@ from sfumato.recipes.builtin import recipe
 from sfumato.training.verdict import Look, Verdict
 from tests.helpers.pipelines import tiny_pipeline
 
+
+def figure(value: float, low: float | None, high: float | None, n: int) -> dict[str, object]:
+    return {
+        "value": value, "low": low, "high": high, "n": n, "metric": "m", "extractor": "none",
+        "reference": "36 training images",
+    }  # fmt: skip
+
+
 FIGURES = {
     "extractor": "random features",
-    "reference": 30,
-    "training": 36,
-    "classifier_accuracy": 0.9,
+    "copy_rule": "near-duplicate of a training image",
+    "sentences": ["guidance 2: no sign of copying."],
     "remarks": ["the distance is rough"],
     "rows": [
         {
-            "name": "held out", "n": 12, "category_accuracy": 0.9, "interval": [0.6, 0.99],
-            "frechet": None, "frechet_n": 12, "nearest": 3.25, "copies": 0.0,
-            "copies_interval": [0.0, 0.2],
+            "name": "held out", "n": 12, "category_accuracy": figure(0.9, 0.6, 0.99, 12),
+            "kid_held_out": None, "kid_training": figure(0.25, None, None, 12), "good": None,
+            "variety": None, "copies": figure(0.0, 0.0, 0.2, 12),
+            "nearest": figure(3.25, 3.0, 3.5, 12),
         },
         {
-            "name": "guidance 2", "n": 50, "category_accuracy": 0.5, "interval": [0.37, 0.63],
-            "frechet": 7.891, "frechet_n": 48, "nearest": 2.5, "copies": 0.04,
-            "copies_interval": [0.01, 0.13],
+            "name": "guidance 2", "n": 50, "category_accuracy": figure(0.5, 0.37, 0.63, 50),
+            "kid_held_out": figure(1.5, 1.2, 1.75, 50), "kid_training": figure(1.0, 0.9, 1.1, 50),
+            "good": figure(0.62, 0.5, 0.7, 50), "variety": figure(0.48, 0.4, 0.6, 50),
+            "copies": figure(0.04, 0.01, 0.13, 50), "nearest": figure(2.5, 2.0, 3.0, 50),
         },
     ],
 }  # fmt: skip
@@ -76,12 +85,20 @@ def test_figures_of_the_run_are_given_with_their_n_and_interval(model: TrainedMo
     (model.directory / "data.json").write_text(json.dumps(record))
     text = card(model)
     evaluation = section(text, "Evaluation")
-    assert "| held out | 12 | not measured | 12 | 90.0% [60.0%, 99.0%] |" in evaluation
-    assert "| guidance 2 | 50 | 7.89 | 48 | 50.0% [37.0%, 63.0%] |" in evaluation
-    assert "random features; reference: 30 training images" in evaluation
+    assert (
+        "| held out | 12 | not measured | 0.250 | not measured | not measured | "
+        "90.0% [60.0%, 99.0%] |"
+    ) in evaluation
+    assert (
+        "| guidance 2 | 50 | 1.500 [1.200, 1.750] | 1.000 [0.900, 1.100] | 62.0% [50.0%, 70.0%] | "
+        "48.0% [40.0%, 60.0%] | 50.0% [37.0%, 63.0%] |"
+    ) in evaluation
+    assert "Features: random features." in evaluation
+    assert "no sign of copying" in evaluation
     assert "the distance is rough" in evaluation
-    copies = "guidance 2: 4.0% [1.0%, 13.0%] of 50 are copies of one of 36 training images"
+    copies = "guidance 2: 4.0% [1.0%, 13.0%] of 50 are copies, among 36 training images"
     assert copies in section(text, "Memorization")
+    assert "copy: near-duplicate of a training image" in section(text, "Memorization")
     data = section(text, "Training data")
     assert "images: 40, of which 36 for training and 4 held out" in data
     assert "license of the images: CC BY-SA 4.0" in data
@@ -120,3 +137,11 @@ def test_hubs_can_read_its_head(model: TrainedModel) -> None:
     assert head["library_name"] == "sfumato"
     assert head["tags"] == ["diffusion", "sfumato", "lora"]
     assert f"# {name}" in text
+
+
+def test_an_evaluation_of_an_earlier_version_counts_as_none(model: TrainedModel) -> None:
+    (model.directory / "evaluation").mkdir()
+    old = {"rows": [{"name": "held out", "copies": 0.0, "frechet": 1.5}]}
+    (model.directory / "evaluation" / "evaluation.json").write_text(json.dumps(old))
+    for title in ("Evaluation", "Memorization"):
+        assert "not measured" in section(card(model), title)

@@ -9,6 +9,11 @@ import typer
 
 from sfumato.cli.sample_options import parse_loras
 
+FEATURES_HELP = (
+    "Network in whose features images are compared: auto (EfficientNet-Lite0 if it is installed), "
+    "random, or the folder of a vision transformer such as DINOv2."
+)
+
 
 def evaluate(
     run: Annotated[
@@ -61,6 +66,10 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the generated images.")] = 1,
+    features: Annotated[
+        str,
+        typer.Option(metavar="NETWORK", help=FEATURES_HELP),
+    ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Precision inside the network.")
     ] = "float32",
@@ -78,8 +87,8 @@ def evaluate(
         bool, typer.Option("--json", help="Print what the file holds instead of tables.")
     ] = False,
 ) -> None:
-    """Compare samples with real held-out images: distance, copies, category accuracy, and whether
-    contexts work.
+    """Compare samples with real held-out and training images: distances, quality, variety, copies,
+    category accuracy, and whether contexts work.
     """
     from sfumato.observability.progress import ProgressBar
     from sfumato.runs.evaluation import evaluate_run, evaluation_folder
@@ -98,6 +107,7 @@ def evaluate(
             num=num,
             guidance=guidance or (),
             seed=seed,
+            features=features,
             precision=precision,
             compile=compile,
             on_progress=bar.update,

@@ -72,11 +72,19 @@ class Category(Context):
         return torch.tensor(numbers) if numbers else None
 
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
-        """Return the category accuracy, or nothing if there is no classifier."""
+        """Return the category accuracy, or nothing if there is no classifier.
+
+        It is NaN for conditions without a category.
+        """
         classify, labels = inputs.classify, inputs.values
         if classify is None:
             return {}
-        return {"category accuracy": ("higher", lambda x, i: (classify(x) == labels[i]).double())}
+
+        def accuracy(images: Tensor, indices: Tensor) -> Tensor:
+            requested = labels[indices]
+            return torch.where(requested >= 0, (classify(images) == requested).double(), torch.nan)
+
+        return {"category accuracy": ("higher", accuracy)}
 
 
 def trained_categories(info: ConditioningInfo) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from sfumato.data.duplicates import (
 )
 
 BYTES_READ_AT_ONCE = 2**26
-COMPARED_AT_ONCE = 4_000  # training images
+QUERIES_AT_ONCE, COMPARED_AT_ONCE = 1_000, 4_000  # images, and training images
 # training images that are compared with each sample, and groups of near-duplicates among them:
 # of fewer groups, one group may have hidden the others
 CANDIDATES, CANDIDATE_GROUPS = 24, 8
@@ -88,7 +88,7 @@ class CopyIndex:
         """Read the images at some positions, by default all that the dataset trains on."""
         positions = dataset.training if positions is None else positions
         _, firsts = np.unique([dataset.ids[i] for i in positions], return_index=True)
-        positions = positions[np.sort(firsts)]
+        positions = np.sort(positions[firsts])
         sample = positions[:: max(1, len(positions) // 1000)]
         parts = [part for _, part in _read_thumbnails(dataset, sample)]
         limits = contrast_limits(np.concatenate(parts))
@@ -107,10 +107,14 @@ class CopyIndex:
     @property
     def rule(self) -> str:
         """The rule of `find`, in words."""
+        return self.describe_rule()
+
+    def describe_rule(self, name: str = "training") -> str:
+        """Return the rule of `find` in words, where the images searched have another name."""
         if self.side >= MIN_SIDE:
-            return "near-duplicate of a training image, mirrored too"
+            return f"near-duplicate of a {name} image, mirrored too"
         return (
-            f"distance to a training image below {self._ratio:.2f} of that to the {SCALE_OF}th "
+            f"distance to a {name} image below {self._ratio:.2f} of that to the {SCALE_OF}th "
             f"group of them, mirrored too; at {self.side} pixels near-duplicates cannot be told"
         )
 
@@ -123,26 +127,42 @@ class CopyIndex:
 
         Args:
             images: (n, C, H, W) in [-1, 1].
-            groups: of each image, the group of near-duplicates that is left out of the search, to
-                compare training images with the others.
+            groups: of each image, the group of near-duplicates, or several (n, g), left out of the
+                search, to compare training images with the others.
         """
-        queries = self._thumbnails_of(images)
+        return self.find_thumbnails(self.thumbnails_of(images), groups)
+
+    def find_thumbnails(
+        self, queries: NDArray[np.uint8], groups: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """Do as `find`, for thumbnails (n, 32, 32, 3)."""
+        if not len(queries):
+            return np.empty(0, np.int64)
         if self.side >= MIN_SIDE:
             return self._find_near_duplicates(queries, groups)
-        found = self._neighbours(queries, groups)
+        found = self.neighbours_of(queries, groups)
         return np.where(found.first < self._ratio * found.scale, found.positions, NO_COPY)
 
     def neighbours(self, images: Tensor, *, groups: NDArray[np.int64] | None = None) -> Neighbours:
         """Find the nearest training images by signatures; for arguments, see `find`."""
-        return self._neighbours(self._thumbnails_of(images), groups)
+        return self.neighbours_of(self.thumbnails_of(images), groups)
+
+    def rows_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of the index that hold the images at some of its positions."""
+        result: NDArray[np.int64] = np.searchsorted(self.positions, positions)
+        return result
+
+    @property
+    def calibration_rows(self) -> NDArray[np.int64]:
+        """The rows of up to CALIBRATED_ON training images, evenly chosen."""
+        chosen = np.linspace(0, len(self.positions) - 1, CALIBRATED_ON).round().astype(np.int64)
+        return np.unique(chosen)
 
     @cached_property
     def leave_one_out(self) -> Neighbours:
-        """The neighbours of up to CALIBRATED_ON training images outside of their groups."""
-        chosen = np.unique(
-            np.linspace(0, len(self.positions) - 1, CALIBRATED_ON).round().astype(np.int64)
-        )
-        return self._neighbours(self.thumbnails[chosen], self.groups[chosen])
+        """The neighbours of the images at the calibration rows, outside of their groups."""
+        chosen = self.calibration_rows
+        return self.neighbours_of(self.thumbnails[chosen], self.groups[chosen])
 
     @cached_property
     def _ratio(self) -> float:
@@ -155,11 +175,13 @@ class CopyIndex:
         most = MAX_RATIO if FALSE_ALARMS * len(ratios) >= 1 else RATIO_OF_FEW
         return min(most, max(MIN_RATIO, float(ratios[int(FALSE_ALARMS * len(ratios))])))
 
-    def _thumbnails_of(self, images: Tensor) -> NDArray[np.uint8]:
-        """Return thumbnails of images in [-1, 1]; values that are not numbers become black."""
+    def thumbnails_of(self, images: Tensor) -> NDArray[np.uint8]:
+        """Return thumbnails (n, 32, 32, 3) of images in [-1, 1]; NaN becomes black."""
         most, kind = (255.0, np.uint8) if self.bits == 8 else (65535.0, np.uint16)
         values = ((images.detach().cpu().float().nan_to_num(-1.0) + 1) * (most / 2)).round()
         pixels = values.clamp(0, most).numpy().astype(kind)
+        if not len(pixels):
+            return self.thumbnails[:0]
         return stretch_contrast(np.stack([thumbnail(image) for image in pixels]), self.limits)
 
     def _find_near_duplicates(
@@ -174,9 +196,7 @@ class CopyIndex:
             rows, near = self._nearest(
                 values[pending], count, None if excluded is None else excluded[pending]
             )
-            alike = near_duplicates(
-                both[np.repeat(pending, rows.shape[1])], self.thumbnails[rows.reshape(-1)]
-            ).reshape(rows.shape) & np.isfinite(near)
+            alike = self._are_near_duplicates(both, values, pending, rows) & np.isfinite(near)
             first = alike.argmax(1)
             hit = alike.any(1)
             found[pending[hit]] = self.positions[rows[hit, first[hit]]]
@@ -185,11 +205,37 @@ class CopyIndex:
             pending = pending[crowded] if count < len(self.positions) else pending[:0]
             count *= 4
         nearer = distances.reshape(2, -1).argmin(0)
-        return found.reshape(2, -1)[nearer, np.arange(len(queries))]
+        result: NDArray[np.int64] = found.reshape(2, -1)[nearer, np.arange(len(queries))]
+        return result
 
-    def _neighbours(
-        self, queries: NDArray[np.uint8], groups: NDArray[np.int64] | None
+    def _are_near_duplicates(
+        self,
+        queries: NDArray[np.uint8],
+        values: Floats,
+        pending: NDArray[np.int64],
+        rows: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Return whether each of the pending queries is a near-duplicate of the images at rows.
+
+        Rows are (q, k).
+        """
+        chosen, numbers = np.unique(rows, return_inverse=True)
+        pairs = np.stack(
+            [np.repeat(pending, rows.shape[1]), len(queries) + numbers.reshape(-1)], axis=1
+        )
+        return near_duplicates(
+            np.concatenate([queries, self.thumbnails[chosen]]),
+            np.concatenate([values, self._signatures[chosen]]),
+            pairs,
+        ).reshape(rows.shape)
+
+    def neighbours_of(
+        self, queries: NDArray[np.uint8], groups: NDArray[np.int64] | None = None
     ) -> Neighbours:
+        """Do as `neighbours`, for thumbnails (n, 32, 32, 3)."""
+        if not len(queries):
+            nothing = np.empty(0, np.float32)
+            return Neighbours(np.empty(0, np.int64), nothing, nothing)
         both, excluded = _with_mirrored(queries, groups)
         values, count = signatures(both), CANDIDATES
         while True:
@@ -209,6 +255,18 @@ class CopyIndex:
 
         They are in ascending order; a distance is infinite where the image is left out.
         """
+        parts = [
+            self._nearest_of_few(values[part], count, None if excluded is None else excluded[part])
+            for part in np.array_split(np.arange(len(values)), len(values) // QUERIES_AT_ONCE + 1)
+            if len(part)
+        ]
+        return np.concatenate([rows for rows, _ in parts]), np.concatenate(
+            [near for _, near in parts]
+        )
+
+    def _nearest_of_few(
+        self, values: Floats, count: int, excluded: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], Floats]:
         count = min(count, len(self.positions))
         rows = np.empty((len(values), 0), np.int64)
         near = np.empty((len(values), 0), np.float32)
@@ -219,7 +277,7 @@ class CopyIndex:
             )
             if excluded is not None:
                 here = self.groups[start : start + COMPARED_AT_ONCE]
-                squares[excluded[:, None] == here] = np.inf
+                squares[(excluded[:, :, None] == here).any(1)] = np.inf
             near = np.concatenate([near, squares], axis=1)
             rows = np.concatenate(
                 [rows, np.broadcast_to(np.arange(start, start + len(part)), squares.shape)], axis=1
@@ -243,7 +301,10 @@ def _with_mirrored(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
     """Append the mirror images, and their groups."""
     both = np.concatenate([queries, queries[:, :, ::-1]])
-    return both, None if groups is None else np.concatenate([groups, groups])
+    if groups is None:
+        return both, None
+    columns = groups.reshape(len(groups), -1)
+    return both, np.concatenate([columns, columns])
 
 
 def _count_distinct(groups: NDArray[np.int64]) -> NDArray[np.int64]:

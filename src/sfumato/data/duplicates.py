@@ -71,11 +71,9 @@ def stretch_contrast(
     low, high = limits or contrast_limits(thumbnails)
     if thumbnails.dtype == np.uint8 and (low, high) == (0, 255):
         return thumbnails
-    return (
-        np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+    values = np.rint((thumbnails.astype(np.float32) - low) * (255 / (high - low)))
+    result: NDArray[np.uint8] = values.clip(0, 255).astype(np.uint8)
+    return result
 
 
 def contrast_limits(thumbnails: NDArray[Any]) -> tuple[float, float]:
@@ -250,16 +248,22 @@ def _candidate_pairs(
 ) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """Yield, in chunks, the pairs worth a closer look and the correlations of their signatures."""
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
-        first, second = signatures[part[:, 0]], signatures[part[:, 1]]
-        correlation = (first * second).sum(1) / (
-            np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6
-        )
-        flat = np.flatnonzero((np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1))
-        correlation[flat] = _fine_correlation(
-            *(thumbnails[part[flat, column]] for column in (0, 1))
-        )
+        correlation = _correlation(thumbnails, signatures, part)
         chosen = correlation > MIN_CORRELATION
         yield part[chosen], correlation[chosen]
+
+
+def _correlation(
+    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
+) -> Floats:
+    """Return the correlation of the signatures of each pair, of pixels where these are flat."""
+    first, second = signatures[pairs[:, 0]], signatures[pairs[:, 1]]
+    correlation: Floats = (first * second).sum(1) / (
+        np.sqrt(np.square(first).sum(1) * np.square(second).sum(1)) + 1e-6
+    )
+    flat = np.flatnonzero((np.abs(first).max(1) < 1) & (np.abs(second).max(1) < 1))
+    correlation[flat] = _fine_correlation(*(thumbnails[pairs[flat, column]] for column in (0, 1)))
+    return correlation
 
 
 def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Floats:
@@ -275,14 +279,19 @@ def _fine_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> Fl
     return correlation
 
 
-def near_duplicates(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return whether the two thumbnails (n, 32, 32, 3) of each pair are near-duplicates, (n,)."""
-    alike = np.zeros(len(first), bool)
-    for part in np.array_split(np.arange(len(first)), len(first) // PAIRS_AT_ONCE + 1):
-        both = np.concatenate([first[part], second[part]])
-        pairs = np.stack([np.arange(len(part)), np.arange(len(part)) + len(part)], axis=1)
-        for chosen, correlation in _candidate_pairs(both, signatures(both), pairs):
-            alike[part[chosen[:, 0]]] = _alike(both, chosen, correlation)
+def near_duplicates(
+    thumbnails: NDArray[np.uint8], signatures: Floats, pairs: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return whether the two images of each pair (P, 2) are near-duplicates, (P,).
+
+    Args:
+        thumbnails: (N, 32, 32, 3), with their `signatures`, (N, 192).
+    """
+    alike = np.zeros(len(pairs), bool)
+    for part in np.array_split(np.arange(len(pairs)), len(pairs) // PAIRS_AT_ONCE + 1):
+        correlation = _correlation(thumbnails, signatures, pairs[part])
+        chosen = correlation > MIN_CORRELATION
+        alike[part[chosen]] = _alike(thumbnails, pairs[part[chosen]], correlation[chosen])
     return alike
 
 

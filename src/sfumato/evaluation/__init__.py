@@ -2,9 +2,10 @@
 
 from sfumato.evaluation.adherence import Adherence, adherence_table, measure_adherence
 from sfumato.evaluation.composition import Composition, composition, composition_table
-from sfumato.evaluation.fidelity import Evaluation, evaluate
+from sfumato.evaluation.fidelity import evaluate
 from sfumato.evaluation.gallery import gallery
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
+from sfumato.evaluation.rows import Evaluation
 
 __all__ = [
     "Adherence",

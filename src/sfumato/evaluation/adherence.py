@@ -8,7 +8,6 @@ held-out images.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,45 +22,12 @@ from sfumato.contexts import CONTEXTS, Metric, MetricInputs
 from sfumato.contexts.adherence_metrics import silhouette_iou
 from sfumato.data import Dataset, to_float
 from sfumato.evaluation.classifier import Classifier
+from sfumato.evaluation.figures import Estimate
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.observability.tables import format_table
 
-MAX_SAMPLES = 500  # of each context
-
-
-def wilson(proportion: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion in [0, 1] of n trials (Wilson 1927)."""
-    z = 1.96
-    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean with its 95 % interval: normal, or Wilson's for a proportion."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> Estimate:
-        """Average one value for each sample, without NaN.
-
-        Values that are all 0 or 1 are a proportion.
-        """
-        valid = values[~values.isnan()].double()
-        if len(valid) and bool(((valid == 0) | (valid == 1)).all()):
-            low, high = wilson(float(valid.mean()), len(valid))
-            return cls(mean=float(valid.mean()), low=low, high=high)
-        mean = float(valid.mean()) if len(valid) else math.nan
-        half = 1.96 * float(valid.std()) / math.sqrt(len(valid)) if len(valid) > 1 else math.inf
-        return cls(mean=mean, low=mean - half, high=mean + half)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+FEWEST, MAX_SAMPLES = 2, 500  # of each context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +37,10 @@ class Adherence:
     Attributes:
         context: name of the only context of the condition; "all" for all contexts together.
         figure: name of the metric; `better` is `higher` or `lower`.
+        n: samples for which there is a value.
         own, shuffled, real: estimates for samples with their own and with shuffled conditions, and
             for real images; see the module.
-        works: whether samples follow their condition: the intervals of own and shuffled do not
-            overlap.
+        difference: own less shuffled, of the same samples.
     """
 
     context: str
@@ -84,13 +50,35 @@ class Adherence:
     own: Estimate
     shuffled: Estimate
     real: Estimate
+    difference: Estimate
 
     @property
     def works(self) -> bool:
-        """Whether the intervals of own and shuffled do not overlap, and own is better."""
+        """Whether samples follow their condition: own is surely better than shuffled."""
         if self.better == "higher":
-            return self.own.low > self.shuffled.high
-        return self.own.high < self.shuffled.low
+            return self.difference.low > 0
+        return self.difference.high < 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        reference = f"conditions of {self.real.n} held-out images"
+        figures = {
+            name: getattr(self, name).figure(f"{self.figure}, {words}", reference)
+            for name, words in (
+                ("own", "own condition"),
+                ("shuffled", "shuffled conditions"),
+                ("real", "real images"),
+                ("difference", "own less shuffled"),
+            )
+        }
+        return {
+            "context": self.context,
+            "figure": self.figure,
+            "better": self.better,
+            "n": self.n,
+            "follows": self.works,
+            **{name: None if each is None else each.plain() for name, each in figures.items()},
+        }
 
 
 def measure_adherence(
@@ -111,9 +99,13 @@ def measure_adherence(
         on_samples: called with each context's name, the condition, the samples and the real images
             (n, C, H, W) in [-1, 1].
         on_progress: called with the fraction that is done, and a description of the current part.
+    Returns:
+        The figures; nothing if fewer than two images are held out.
     """
     report = on_progress or (lambda fraction, text: None)
     positions = spread(dataset.with_common_shape(dataset.holdout), min(num, MAX_SAMPLES))
+    if len(positions) < FEWEST:
+        return []
     pixels, _, positions = dataset.images(positions)
     real = to_float(pixels)
     context = pipeline.model.conditioner.training_context(
@@ -150,14 +142,17 @@ def _adherence(
 ) -> Adherence:
     own = torch.arange(len(samples))
     others = (own + len(own) // 2) % len(own)
+    by_own, by_others = metric(samples, own).double(), metric(samples, others).double()
+    estimate = Estimate.of(by_own)
     return Adherence(
         context=context,
         figure=figure,
         better=better,
-        n=len(samples),
-        own=Estimate.of(metric(samples, own)),
-        shuffled=Estimate.of(metric(samples, others)),
+        n=estimate.n,
+        own=estimate,
+        shuffled=Estimate.of(by_others),
         real=Estimate.of(metric(real, own)),
+        difference=Estimate.of_mean(by_own - by_others),
     )
 
 

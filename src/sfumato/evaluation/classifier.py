@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def _halve(sides: list[int]) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A trained classifier with its accuracy on held-out images."""
+    """A trained classifier with its accuracy on held-out images; NaN if none has a category."""
 
     network: nn.Module
     held_out_accuracy: float
@@ -134,6 +134,8 @@ def train_classifier(
     classifier = Classifier(
         network=network, held_out_accuracy=0.0, name=f"run-classifier-seed{seed}-n{len(positions)}"
     )
+    if not len(held_out):
+        return replace(classifier, held_out_accuracy=math.nan)
     predicted, _ = classifier.predict(to_float(dataset.images(held_out)[0]))
     accuracy = float((predicted == dataset.context(held_out)["category"]).double().mean())
-    return Classifier(network=network, held_out_accuracy=accuracy, name=classifier.name)
+    return replace(classifier, held_out_accuracy=accuracy)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.data import Dataset, to_float
-from sfumato.evaluation.adherence import Estimate, spread
+from sfumato.evaluation.adherence import spread
+from sfumato.evaluation.figures import Estimate
 from sfumato.generation.pipeline import Pipeline
 from sfumato.observability.tables import format_table
 
@@ -47,6 +49,22 @@ class Composition:
     own: Estimate
     words: Estimate
     distance: Estimate
+
+    def plain(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        names = {
+            "own": "nearest real image has the requested caption",
+            "words": "overlap of its caption with the prompt",
+            "distance": "root mean squared distance to the real image",
+        }
+        reference = f"real images of {self.prompts} prompts"
+        figures = {key: getattr(self, key).figure(words, reference) for key, words in names.items()}
+        return {
+            "maker": self.maker,
+            "prompts": self.prompts,
+            "n": self.n,
+            **{name: None if each is None else each.plain() for name, each in figures.items()},
+        }
 
 
 def composition(

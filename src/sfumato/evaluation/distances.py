@@ -4,7 +4,7 @@ kernel distance (KID with Inception features), which is unbiased for small sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 # images on either side, below which the Fréchet distance mostly measures their number
 FEWEST = 30
 DEGREE = 3  # of the polynomial kernel
+RESAMPLES = 300
+# images on either side, for each dimension of features, below which a Fréchet distance is not given
+FRECHET_IMAGES_PER_DIMENSION = 10
 
 
 class DistanceEstimate(NamedTuple):
@@ -88,6 +91,83 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
         + _mean_off_diagonal(_kernel(b, b))
         - 2 * _kernel(a, b).mean()
     )
+
+
+class KernelReference:
+    """Images that sets of samples are compared with by the kernel distance.
+
+    Args:
+        features: (m, d), m at least 2.
+    """
+
+    def __init__(self, features: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self.features = features.double()
+        self.counts = _resample(len(features), resamples, seed=seed + 1)
+        inner = _kernel(self.features, self.features)
+        self.value = float(_mean_off_diagonal(inner))
+        self.draws = _resampled_mean(inner, self.counts)
+
+
+class KernelComparison(NamedTuple):
+    """Kernel distances to several references, and their resamples, (references, R)."""
+
+    estimates: list[DistanceEstimate]
+    draws: Tensor
+
+    def difference(self, first: int, second: int) -> DistanceEstimate:
+        """Return the distance to one reference minus that to another, for the same samples."""
+        low, high = _quantiles(self.draws[first] - self.draws[second])
+        value = self.estimates[first].value - self.estimates[second].value
+        return DistanceEstimate(value, low, high)
+
+
+def compare_kernels(
+    features: Tensor, references: Sequence[KernelReference], *, seed: int = 0
+) -> KernelComparison:
+    """Return kernel distances (KID) of samples (n, d) to references, with bootstrap intervals.
+
+    Samples and references are resampled, since either may be few. An image that is drawn twice
+    must not be compared with itself, so pairs of equal ones are left out of each resample's mean.
+    """
+    samples = features.double()
+    inner = _kernel(samples, samples)
+    counts = _resample(len(samples), len(references[0].counts), seed=seed)
+    own, own_draws = float(_mean_off_diagonal(inner)), _resampled_mean(inner, counts)
+    estimates, all_draws = [], []
+    for reference in references:
+        across = _kernel(samples, reference.features)
+        crossed = ((counts @ across) * reference.counts).sum(1) / across.numel()
+        draws = own_draws + reference.draws - 2 * crossed
+        value = own + reference.value - 2 * float(across.mean())
+        estimates.append(DistanceEstimate(value, *_quantiles(draws)))
+        all_draws.append(draws)
+    return KernelComparison(estimates, torch.stack(all_draws))
+
+
+def _resample(count: int, resamples: int, *, seed: int) -> Tensor:
+    """Return how often each of `count` images is drawn in each resample, (R, count).
+
+    Each resample has at least two different images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (resamples, count), generator=generator)
+    alike = (drawn == drawn[:, :1]).all(1)
+    drawn[alike, 0] = (drawn[alike, 0] + 1) % count
+    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(resamples, count, dtype=torch.float64)
+    )
+
+
+def _resampled_mean(kernel: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean of a kernel matrix over pairs of different images, in each resample, (R,)."""
+    total = ((counts @ kernel) * counts).sum(1) - counts.square() @ kernel.diagonal()
+    result: Tensor = total / (counts.sum(1).square() - counts.square().sum(1))
+    return result
+
+
+def _quantiles(values: Tensor) -> tuple[float, float]:
+    low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 def kernel_distance_interval(

@@ -17,6 +17,13 @@ from sfumato.sampling import sampler_name
 
 NAME, SAMPLES = "README.md", "samples.png"
 EVALUATION = "evaluation/evaluation.json"  # in a run's directory
+EVALUATION_COLUMNS = (
+    ("kernel distance (KID) to held-out images", "kid_held_out"),
+    ("kernel distance to training images", "kid_training"),
+    ("share that looks real", "good"),
+    ("variety", "variety"),
+    ("category accuracy", "category_accuracy"),
+)
 VERDICT, REPORT = "best/verdict.json", "finetuning/report.json"
 UNKNOWN = "unknown"
 NOT_MEASURED = "not measured"
@@ -163,55 +170,61 @@ def _kind(value: object) -> str:
 
 
 def _evaluation(directory: Path) -> str:
-    figures = _record(directory, EVALUATION)
-    if not figures.get("rows"):
+    figures = _evaluation_record(directory)
+    if not figures:
         return f"Distance to real images, and adherence to the condition: {NOT_MEASURED}."
-    head = (
-        "| images | n | Fréchet distance | n of the distance | category accuracy (95 % interval) |"
-    )
-    rows = [head, "|---|---|---|---|---|", *(_fidelity_row(row) for row in figures["rows"])]
+    head = "| images | n | " + " | ".join(title for title, _ in EVALUATION_COLUMNS) + " |"
+    rule = "|---" * (2 + len(EVALUATION_COLUMNS)) + "|"
     notes = [
-        f"Features of the Fréchet distance: {figures.get('extractor', UNKNOWN)}; reference: "
-        f"{figures.get('reference', UNKNOWN)} training images. It depends on n and on the "
-        "features: compare rows of this table only.",
-        *(str(remark) for remark in figures.get("remarks", ())),
+        f"Features: {figures.get('extractor', UNKNOWN)}. Distances depend on n and on the features: "
+        "compare rows of this table only. 95 % intervals are in brackets.",
+        *(str(line) for line in (*figures.get("sentences", ()), *figures.get("remarks", ()))),
     ]
-    return "\n".join(rows) + "\n\n" + "\n".join(notes)
+    return "\n".join([head, rule, *map(_fidelity_row, figures["rows"])]) + "\n\n" + "\n".join(notes)
+
+
+def _evaluation_record(directory: Path) -> dict[str, Any]:
+    """Return the record of an evaluation; {} without one, or for one of an earlier version."""
+    figures = _record(directory, EVALUATION)
+    return figures if figures.get("rows") and "copy_rule" in figures else {}
 
 
 def _fidelity_row(row: Mapping[str, Any]) -> str:
-    distance, accuracy = row.get("frechet"), row.get("category_accuracy")
-    cells = (
-        row.get("name", ""),
-        row.get("n", ""),
-        NOT_MEASURED if distance is None else f"{distance:.2f}",
-        row.get("frechet_n", ""),
-        NOT_MEASURED if accuracy is None else f"{accuracy:.1%} {_interval(row['interval'])}",
-    )
+    cells = [row.get("name", ""), row.get("n", "")]
+    for title, name in EVALUATION_COLUMNS:
+        cells.append(_figure(row.get(name), "{:.3f}" if "distance" in title else "{:.1%}"))
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"[{bounds[0]:.1%}, {bounds[1]:.1%}]"
+def _figure(figure: Mapping[str, Any] | None, form: str) -> str:
+    """Format a figure of an evaluation with its interval."""
+    if figure is None:
+        return NOT_MEASURED
+    value = form.format(figure["value"])
+    if figure["low"] is None:
+        return value
+    return f"{value} [{form.format(figure['low'])}, {form.format(figure['high'])}]"
 
 
 def _memorization(directory: Path) -> str:
-    figures = _record(directory, EVALUATION)
+    figures = _evaluation_record(directory)
     rows = figures.get("rows") or []
     report = _record(directory, REPORT)
     if not rows and report.get("copies") is not None:
         return (
-            f"{report['copies']:.1%} of {report['samples']} samples are far closer to one training "
-            "image than to any other, by distance in pixels."
+            f"{report['copies']:.1%} of {report['samples']} samples are copies of a training "
+            "image, mirrored ones too."
         )
     if not rows:
         return f"Copies of training images: {NOT_MEASURED}."
     lines = [
-        f"{row['name']}: {row['copies']:.1%} {_interval(row['copies_interval'])} of {row['n']} are "
-        f"copies of one of {figures.get('training', UNKNOWN)} training images; mean distance to "
-        f"the nearest one {row['nearest']:.2f}"
+        f"{row['name']}: {_figure(row['copies'], '{:.1%}')} of {row['n']} are copies, among "
+        f"{row['copies']['reference']}; mean distance to the nearest one "
+        f"{row['nearest']['value']:.2f}"
         for row in rows
+        if row.get("copies") is not None and row.get("nearest") is not None
     ]
+    lines.append(f"copy: {figures.get('copy_rule', UNKNOWN)}")
     return _list(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from sfumato.data import Dataset, source_at
 from sfumato.data.dataset_diff import changes
 from sfumato.errors import DataError, RunError
+from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.report import EvaluationReport, evaluate_pipeline
 from sfumato.foreign_models import is_pipeline_folder
 from sfumato.generation.pipeline import Pipeline
@@ -41,6 +42,7 @@ def evaluate_run(
     num: int = 500,
     guidance: Sequence[float] = (),
     seed: int = 1,
+    features: str = "auto",
     precision: Literal["float32", "bfloat16"] = "float32",
     compile: bool = False,
     on_progress: Callable[[float, str], None] = lambda fraction, text: None,
@@ -57,7 +59,7 @@ def evaluate_run(
         variant: which weights of a model folder, where it has several, e.g. "fp16".
         loras: LoRA files with their strengths, which are added to the model.
         partial: whether tensors of these files that fit no layer are left out.
-        num, guidance, seed, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
+        num, guidance, seed, features, on_progress: see `sfumato.evaluation.evaluate_pipeline`.
         precision: precision inside the network.
         compile: whether to compile the network first.
         before_work: called once the model is known to exist.
@@ -69,6 +71,7 @@ def evaluate_run(
     """
     folder = model_folder(path, variant=variant, like=like)
     settings = _settings(folder, reference, variant=variant)
+    extractor(features)  # refuses what cannot be read before images are generated
     before_work()
     pipeline = loading.load(folder, precision=precision, variant=variant)
     for file, strength in loras:
@@ -86,12 +89,19 @@ def evaluate_run(
     )
     added = [_lora_remark(file, strength) for file, strength in loras]
     report = evaluate_pipeline(
-        pipeline, dataset, num=num, guidance=guidance, seed=seed, on_progress=on_progress
+        pipeline,
+        dataset,
+        num=num,
+        guidance=guidance,
+        seed=seed,
+        features=features,
+        compared_with="training" if reference is None else "reference",
+        on_progress=on_progress,
     )
     if added:
         fidelity = replace(report.fidelity, remarks=(*added, *report.fidelity.remarks))
         report = replace(report, fidelity=fidelity)
-    return report if reference is None else report.against("reference"), remarks
+    return report, remarks
 
 
 def evaluation_folder(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sfumato.condition import reorder
 from sfumato.data import Dataset, index, to_float
+from sfumato.data.copies import NO_COPY, CopyIndex
 from sfumato.errors import RunError
-from sfumato.evaluation.memorization import nearest
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.interop.diffusers_parity import Parity, compare_with_diffusers
@@ -74,10 +74,9 @@ class FinetuningReport:
     Attributes:
         verdict: which step to use, and whether to stop.
         levels: gain and drift by noise level.
-        copies: share of samples that are far closer to one training image than to any other; None
-            if there are not two to compare.
+        copies: share of samples that are copies of a training image: see `CopyIndex.find`.
         nearest, nearest_held_out: mean distance of samples, and of held-out images, to the nearest
-            training image; the latter is None without held-out images.
+            training image by means of 8 x 8; the latter is None without held-out images.
         spread, spread_real: mean deviation of pixels between samples, and between real new images;
             the latter is None for one image.
         samples: how many samples were generated.
@@ -188,23 +187,23 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
     samples = pipeline.sample_request(
         ResolvedRequest.of(new, pipeline.image_shape, SAMPLES), seed=run.seed
     )
-    neighbours = nearest(samples, real)
-    images = {"new.png": _beside_nearest(samples, real[neighbours.index], pipeline)}
+    learned = CopyIndex.of(dataset, training)
+    neighbours = learned.neighbours(samples * 2 - 1)
+    images = {"new.png": _beside_nearest(samples, _images(dataset, neighbours.positions), pipeline)}
     if count:
         request = ResolvedRequest.of(context, pipeline.image_shape, count)
         after = pipeline.sample_request(request, seed=run.seed)
         before = load_file(directory.base_samples)["images"]
         images["known.png"] = _rows(before, after, ("base", "tuned"), pipeline)
     step = (verdict.chosen or verdict.last).step
-    copies = None
-    if not torch.equal(neighbours.first, neighbours.second):  # more than one image
-        copies = neighbours.copies
     return FinetuningReport(
         verdict=verdict,
         levels=_levels(read_lines(directory.metrics), step),
-        copies=copies,
+        copies=float((learned.find(samples * 2 - 1) != NO_COPY).mean()),
         nearest=float(neighbours.first.mean()),
-        nearest_held_out=float(nearest(held_out, real).first.mean()) if len(held_out) else None,
+        nearest_held_out=float(learned.neighbours(held_out * 2 - 1).first.mean())
+        if len(held_out)
+        else None,
         spread=float(samples.std(0).mean()),
         spread_real=_spread(torch.cat([real, held_out])),
         samples=SAMPLES,

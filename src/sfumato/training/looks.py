@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -77,7 +78,7 @@ class Looks(Hook):
             return next_mark(last)
         whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
         affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))
-        growth = whole_views ** (1 / max(MIN_LOOKS, affordable))
+        growth = math.pow(whole_views, 1 / max(MIN_LOOKS, affordable))
         return max(next_mark(last), last * growth)
 
     @staticmethod

@@ -224,8 +224,8 @@ class StoppingVerdict:
 def verdict(looks: Sequence[Look]) -> StoppingVerdict:
     """Return what at least one look says.
 
-    A rule must hold at two looks in a row. Copying comes before overfitting, and that before a
-    ratio that leans to it.
+    What says stop must hold at two looks in a row. Copying comes before overfitting, and that
+    before a ratio that leans to it.
     """
     now, found = looks[-1], rules(looks)
     kept = best(looks)
@@ -268,7 +268,7 @@ def _state(looks: Sequence[Look], found: Rules, copies: Copies | None) -> State:
     recent = [found, *(rules(looks[: len(looks) - number]) for number in range(1, IN_A_ROW))]
     if all(look.overfits for look in recent):
         return "overfitting"
-    if all(look.leans for look in recent):
+    if found.leans:
         return "leans"
     if all(look.converged for look in recent):
         return "converged"

@@ -478,7 +478,8 @@ def _size(result: Inspection, plan: IntendedModel) -> None:
             f"{distinct} different images: a small model will memorize them unless augmented and "
             "stopped early."
         )
-    values = distinct * plan.resolution**2 * 3
+    channels = 3 if plan.form is None else plan.form.channels
+    values = distinct * plan.resolution**2 * channels
     result.figures["model"] = {
         "resolution": plan.resolution,
         "parameters": plan.parameters,
