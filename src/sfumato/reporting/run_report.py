@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from sfumato.training.denoising_error import Estimate, mean_interval
 from sfumato.training.stopping import Look, StoppingVerdict, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
+EVALUATION = "evaluation/evaluation.json"
 MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
@@ -148,7 +149,7 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
         return []
     held_out, seen = found.n
     copies = found.copies
-    newest = files.newest("validation/ema/skill")
+    newest, evaluation = files.newest("validation/ema/skill"), files.json(EVALUATION)
     answers = [
         Answer(
             "When do I stop?",
@@ -178,7 +179,16 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
                 "evaluate` compares samples with real images",
             )
         )
+    answers += [
+        Answer("What does the evaluation say?", text.rstrip("."), _evaluated(evaluation))
+        for text in evaluation.get("sentences", ())
+    ]
     return answers
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> str:
+    sizes = ", ".join(f"{row['name']} {row['n']}" for row in evaluation["rows"])
+    return f"features of {evaluation['extractor']}; images: {sizes}"
 
 
 def _charts(files: RunFiles) -> dict[str, str]:
@@ -319,6 +329,26 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
         if value is not None:
             count = str(newest.get("validation/ema/n", "-"))
             rows.append((name, f"{value:.4g}", "-", count, note))
+    return [*rows, *_evaluation_figures(files.json(EVALUATION))]
+
+
+def _evaluation_figures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return the figures of samples and real images, as `_figures` does."""
+    rows = []
+    for row in evaluation.get("rows", ()):
+        for figure in row.values():
+            if isinstance(figure, Mapping):
+                low, high = figure["low"], figure["high"]
+                interval = "-" if low is None else f"[{low:.4g}, {high:.4g}], 95 %"
+                rows.append(
+                    (
+                        f"{row['name']}: {figure['metric']}",
+                        f"{figure['value']:.4g}",
+                        interval,
+                        str(figure["n"]),
+                        f"{figure['reference']} ({figure['extractor']})",
+                    )
+                )
     return rows
 
 

@@ -80,8 +80,7 @@ def findings(
             Finding(
                 what=f"{model.epochs:.0f} views of each image: more than {MANY_VIEWS} of a set "
                 f"of {images} are memorized sooner or later",
-                change=f"set budget.epochs={MANY_VIEWS}, add images, or stop when the gap to "
-                "held-out images grows",
+                change=f"set budget.epochs={MANY_VIEWS}, add images, or set stop=overfitting",
             )
         )
     return problems

@@ -489,5 +489,5 @@ def _size(result: Inspection, plan: IntendedModel) -> None:
         result.remarks.append(
             f"The model meant for this set has {plan.parameters / 1e6:.1f}M parameters, more "
             f"than the {values / 1e6:.1f}M values in all "
-            "images: it could memorize them, so watch the gap to held-out images."
+            "images: it could memorize them; the verdict while training says when."
         )
