@@ -26,6 +26,7 @@ from sfumato.recipes.run import Run
 from sfumato.runs import loading, preparation
 from sfumato.runs.model_folder import model_folder
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.best_weights import Recommendation
 
 REFERENCE_HOLDOUT = 0.5  # of reference images: as many to compare with as give the prompts
 FEWEST_COMPARED, FEWEST_PROMPTS = 4, 2
@@ -83,7 +84,7 @@ def evaluate_run(
             require_context(scale, {})
     dataset = preparation.open_data(settings)
     remarks = (
-        _changed(folder, dataset)
+        [*_changed(folder, dataset), *_verdict(folder)]
         if reference is None
         else _require_fitting(pipeline, dataset, reference)
     )
@@ -152,6 +153,12 @@ def _lora_remark(file: Path, strength: float) -> str:
     """Return a sentence on a LoRA; the report keeps it."""
     digest = f" (SHA-256 {file_digest(file)[:12]})" if file.is_file() else ""
     return f"with the LoRA {file.name}{digest} at strength {strength:g}"
+
+
+def _verdict(path: Path) -> list[str]:
+    """Return what the run said on when to stop, if it said anything."""
+    sentence = Recommendation.read(RunDirectory.existing(path).verdict).sentence
+    return [f"verdict of the training: {sentence}"] if sentence else []
 
 
 def _changed(path: Path, dataset: Dataset) -> list[str]:

@@ -43,7 +43,6 @@ class Looks(Hook):
     """
 
     name = "looks"
-    tolerated = ()
 
     def __init__(self, validator: Validator, search: CopySearch, directory: RunDirectory) -> None:
         self.validator, self.search, self.directory = validator, search, directory
@@ -93,7 +92,8 @@ class Looks(Hook):
         average = cast(Model, trainer.state.average)
         before = verdict(looks).state if looks else None
         with trainer.timetable.recording(self.name):
-            held_out, seen = self.validator.look(average)
+            with trainer.uncompiled():
+                held_out, seen = self.validator.look(average)
             looks.append(
                 Look(
                     step=counters.step,

@@ -37,6 +37,7 @@ from sfumato.training.tasks.protocol import SampleLosses, Task
 from sfumato.training.timetable import Timetable
 
 SKIPS_IN_A_ROW = 20
+BEST = 2  # files in best/: the kept one, and that of a checkpoint
 LONG_S = 2.0  # seconds of measured steps, after which no further step is measured
 LOST_SHARE = 0.05  # of the dataset: more unreadable images than this stop the run
 
@@ -99,7 +100,7 @@ class Trainer:
         self._bad: MetricsFile | None = None
         self._began = 0
         self.timetable = Timetable(self.state)
-        self._uncompiled: Callable[[], AbstractContextManager[object]] = (
+        self.uncompiled: Callable[[], AbstractContextManager[object]] = (
             nullcontext  # validation's batches would be compiled once more
         )
 
@@ -215,7 +216,7 @@ class Trainer:
         if resolve_compile(
             self.config, counters, network, images=self.plan.size, trial=self._trial, say=bar.say
         ):
-            self._uncompiled = partial(torch.compiler.set_stance, "force_eager")
+            self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         self.directory.require_space(self.disk_bytes())
         if self._new:
             self._save()
@@ -254,7 +255,7 @@ class Trainer:
             1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints))
         )
         result: int = (
-            size * ((4 + widths) * checkpoints + averages + snapshots) + frozen + (16 << 20)
+            size * ((4 + widths) * checkpoints + averages + snapshots + BEST) + frozen + (16 << 20)
         )
         return result
 
@@ -325,7 +326,7 @@ class Trainer:
 
     def validate(self) -> dict[str, Any]:
         """Return the task's errors on held-out images, of the weights and their average."""
-        with self._uncompiled():
+        with self.uncompiled():
             return self.task.validate(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
