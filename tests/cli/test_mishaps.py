@@ -217,7 +217,7 @@ def test_with_one_image_held_out_copies_are_still_judged(
         dataset = opened(settings)
         return replace(dataset, config=replace(dataset.config, holdout=1e-9))
 
-    monkeypatch.setattr("sfumato.data.holdout.SMALL_SHARE", 1e-9)
+    monkeypatch.setattr("sfumato.data.holdout.MIN_HOLDOUT_IMAGES", 1)
     monkeypatch.setattr("sfumato.runs.preparation.open_data", few)
     quick = functools.partial(train_classifier, steps=2)
     monkeypatch.setattr("sfumato.evaluation.report.train_classifier", quick)

@@ -67,6 +67,7 @@ KEYS = (
     "checkpoint",
     "validation",
     "preview",
+    "stop",
     "name",
     "data",
     "autoencoder",

@@ -26,7 +26,8 @@ from sfumato.training.denoising_error import Estimate, mean_interval
 from sfumato.training.stopping import Look, StoppingVerdict, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
-EVALUATION = "evaluation/evaluation.json"
+EVALUATED = "evaluation"
+EVALUATION = f"{EVALUATED}/evaluation.json"
 MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
@@ -194,7 +195,7 @@ def _evaluated(evaluation: Mapping[str, Any]) -> str:
 def _charts(files: RunFiles) -> dict[str, str]:
     looks = files.looks
     if not looks:
-        return {}
+        return {"errors": "", "copies": "", "levels": _levels_chart(files)}
     views = [look.views for look in looks]
 
     def curve(name: str, label: str, values: Sequence[Sequence[float]]) -> Curve:
@@ -267,9 +268,13 @@ def _sheets(files: RunFiles) -> list[Sheet]:
 
 
 def _evaluation_images(files: RunFiles) -> list[tuple[str, str]]:
-    """Return the name and the data: URL of each image of the last evaluation."""
-    folder = files.directory.path / "evaluation"
-    return [(path.stem.replace("-", " "), _image(path)) for path in sorted(folder.glob("*.png"))]
+    """Return the name and the data: URL of each image of a fine-tuning and an evaluation."""
+    root = files.directory.path
+    paths = [
+        *sorted((root / "finetuning").glob("*.png")),
+        *sorted((root / EVALUATED).glob("*.png")),
+    ]
+    return [(path.stem.replace("-", " "), _image(path)) for path in paths]
 
 
 def _image(path: Path) -> str:
