@@ -85,7 +85,11 @@ def dataset_of(
         notes={},
         crop_loss=0.0,
         annotations=Annotations(
-            entries=entries, form=config.pixel_format(), shapes=shapes, names=frozenset()
+            entries=entries,
+            form=config.pixel_format(),
+            shapes=shapes,
+            resizing=np.zeros((count, 4), np.float32),
+            names=frozenset(),
         ),
     )
     # nothing but the images that were given as held out is held out

@@ -204,6 +204,20 @@ def test_the_folder_samples_as_the_run_does(
     assert difference(theirs(base, steps=5, guidance_scale=5.0), own) > 1e-3
 
 
+def test_the_comparison_is_made_at_the_guidance_of_the_run(base: Path, tmp_path: Path) -> None:
+    """A folder holds neither scale nor interval of guidance, so that its own are others."""
+    model = tuned(base, tmp_path / "run", guidance=2.0, interval=(-1.0, 1.0))
+    lines = write_diffusers(model, tmp_path / "out", torch.float32)
+    line_with(
+        lines, "arguments of the pipeline's call, as in the run: num_inference_steps=4, guida"
+    )
+    assert load(tmp_path / "out").sampling.guidance != 2.0
+    same = {"prompt": PROMPT, "seed": 3, "guidance": 2.0, "interval": (-1.0, 1.0), "steps": 4}
+    own = model.pipeline.sample(1, **same)
+    assert difference(load(tmp_path / "out").sample(1, **same), own) < 1e-5
+    assert difference(load(tmp_path / "out").sample(1, **{**same, "guidance": 7.5}), own) > 1e-3
+
+
 def test_latents_with_measured_statistics_go_with_the_autoencoder_of_the_run(
     base: Path, tmp_path: Path
 ) -> None:

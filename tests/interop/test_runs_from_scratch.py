@@ -212,8 +212,11 @@ def test_levels_and_timesteps_are_those_of_the_scheduler_itself(name: str) -> No
     scheduler.set_timesteps(10)
     levels = grid(schedule, 10, spacing=spacing)
     told = denoiser.noise_input(levels.at(slice(0, -1)))
-    assert torch.allclose(told.float(), scheduler.timesteps.float(), atol=1e-3)
-    alphas = scheduler.alphas_cumprod[scheduler.timesteps].sqrt()
+    # of a last step from the first entry to itself, nothing is left to do
+    timesteps = scheduler.timesteps[: len(told)]
+    assert len(told) == 10 - (spacing == Leading(end="first"))
+    assert torch.allclose(told.float(), timesteps.float(), atol=1e-3)
+    alphas = scheduler.alphas_cumprod[timesteps].sqrt()
     share = levels.alpha / torch.hypot(levels.alpha, levels.sigma)
     assert torch.allclose(share[:-1].float(), alphas, atol=1e-5)
     read = read_scheduler(config, where="here")

@@ -222,9 +222,11 @@ def test_a_run_that_fitted_on_the_disk_is_resumed_on_it(folder, tmp_path, monkey
     run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 11)
     # as many as are kept: one more is written before one goes
     assert len(checkpoint.paths(run / "checkpoints")) == 2
+    kept = len(list((run / "best").glob("step-*")))
     resume(run)
     first, *later = asked
-    assert set(later) == {first // 3}
+    size = first // (3 * 4 + 2)  # three checkpoints of four parts, and two files in best/
+    assert set(later) == {size * (4 + 2 - kept)}
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(

@@ -86,7 +86,9 @@ def largest_difference(
 ) -> float:
     """Return the largest difference between the images of two pipelines from the same noise.
 
-    One image of few steps is made by each, in [0, 1], of the request that the first one reads.
+    One image of few steps is made by each, in [0, 1], of the request that the first one reads. The
+    guidance of both is that of the first, and acts where that of the second does: a folder of
+    diffusers holds neither scale nor interval.
 
     Args:
         prompt: of the image, for models that read text.
@@ -98,7 +100,16 @@ def largest_difference(
     steps = min(COMPARED_STEPS, ours.sampling.steps)
     height, width = ours.image_shape[1:]
     images = [
-        one.sample(1, seed=0, steps=steps, size=(height, width), **asked, **contexts)
+        one.sample(
+            1,
+            seed=0,
+            steps=steps,
+            size=(height, width),
+            guidance=ours.sampling.guidance,
+            interval=theirs.sampling.interval,
+            **asked,
+            **contexts,
+        )
         for one in (ours, theirs)
     ]
     return float((images[0] - images[1]).abs().max())

@@ -254,8 +254,9 @@ class Trainer:
         checkpoints = max(
             1, config.checkpoint.keep + 1 - len(checkpoint.paths(self.directory.checkpoints))
         )
+        best = max(0, BEST - len(list(self.directory.best.glob("step-*"))))
         result: int = (
-            size * ((4 + widths) * checkpoints + averages + snapshots + BEST) + frozen + (16 << 20)
+            size * ((4 + widths) * checkpoints + averages + snapshots + best) + frozen + (16 << 20)
         )
         return result
 
