@@ -215,7 +215,7 @@ def test_a_variant_is_evaluated_and_fine_tuned_if_it_is_named(place: Path, model
     copy = Path(shutil.copytree(model, place / "copy"))
     theirs(copy).to(torch.float16).save_pretrained(copy, variant="fp16")
     reference = photos(place / "photos")
-    run, _ = choose_finetuning(copy, str(reference), variant="fp16")
+    run = choose_finetuning(copy, str(reference), variant="fp16").run
     assert isinstance(run.network, DiffusersConfig)
     assert run.network.variant == run.conditioner.text.variant == "fp16"
     told = {"variant": "", "num": 0}

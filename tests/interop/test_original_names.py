@@ -76,7 +76,8 @@ def test_flux_in_kohyas_files_is_read_as_diffusers_reads_it(
         key = layer if f"{layer}.lora_A.weight" in theirs else f"transformer.{layer}"
         down, up = theirs[f"{key}.lora_A.weight"], theirs[f"{key}.lora_B.weight"]
         expected = up[ROWS] @ down[:, ROWS]
-        found = read[layer].up[ROWS] @ read[layer].down[:, ROWS]
+        ours = read[layer].folded()
+        found = ours.up[ROWS] @ ours.down[:, ROWS]
         assert found.shape == expected.shape
         assert float((found - expected).abs().max()) < 1e-6
     # with dots and another prefix, as ComfyUI's own files spell it
