@@ -66,7 +66,7 @@ settings = tiny_run(
     micro_batch=None,
     budget=Budget(steps=3),
     checkpoint=CheckpointConfig(every_steps=2),
-    validation=ValidationConfig(every_steps=3, samples=2),
+    validation=ValidationConfig(every_steps=3, samples=2, copy_samples=0),
     preview=PreviewConfig(every_steps=3, num=1),
 )
 before = mib("VmRSS")

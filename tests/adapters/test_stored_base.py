@@ -211,7 +211,7 @@ def stored_run(folder: Path, storage: str, **changes):
         "adapter": LoRA(rank=2, convolutions=True),
         "budget": Budget(steps=8),
         "checkpoint": CheckpointConfig(every_steps=4),
-        "validation": ValidationConfig(every_steps=8, samples=4),
+        "validation": ValidationConfig(every_steps=8, samples=4, copy_samples=0),
         "preview": PreviewConfig(every_steps=8, num=1),
     }
     return tiny_run(

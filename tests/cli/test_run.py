@@ -30,6 +30,12 @@ TINY = [
 TILE = 56 + GAP
 
 
+@pytest.fixture(autouse=True)
+def _quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are compared in random features: what the trained network gives is tested elsewhere."""
+    monkeypatch.setattr("sfumato.evaluation.extractors._package", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     path = tmp_path_factory.mktemp("runs") / "tiny"

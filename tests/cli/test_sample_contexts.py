@@ -105,7 +105,7 @@ def settings(root: Path) -> Run:
         batch_size=8,
         precision="float32",
         budget=Budget(steps=9),
-        validation=ValidationConfig(samples=4),
+        validation=ValidationConfig(samples=4, copy_samples=0),
         preview=PreviewConfig(num=2),
         sampling=SamplingConfig(steps=3),
     )

@@ -306,7 +306,7 @@ def test_training_validation_and_previews_of_several_shapes(photos: Path, tmp_pa
         budget=Budget(steps=2),
         log=LogConfig(every_steps=1),
         checkpoint=CheckpointConfig(every_steps=1, keep=1),
-        validation=ValidationConfig(every_steps=1, samples=4),
+        validation=ValidationConfig(every_steps=1, samples=4, copy_samples=0),
         preview=PreviewConfig(every_steps=2, num=2),
         sampling=SamplingConfig(steps=3),
     )
@@ -346,7 +346,7 @@ def test_the_loss_does_not_depend_on_the_order_of_parts_in_memory(
             precision="float32",
             budget=Budget(steps=1),
             log=LogConfig(every_steps=1),
-            validation=ValidationConfig(every_steps=5, samples=2),
+            validation=ValidationConfig(every_steps=5, samples=2, copy_samples=0),
             preview=PreviewConfig(every_steps=5, num=1),
             sampling=SamplingConfig(steps=1),
         )

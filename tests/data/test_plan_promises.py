@@ -316,7 +316,7 @@ def run_on(dataset_config: DataConfig) -> recipes.Run:
         precision="float32",
         budget=Budget(steps=3),
         log=LogConfig(every_steps=1),
-        validation=ValidationConfig(every_steps=9, samples=4),
+        validation=ValidationConfig(every_steps=9, samples=4, copy_samples=0),
         preview=PreviewConfig(every_steps=9, num=1),
     )
 

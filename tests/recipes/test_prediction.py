@@ -65,7 +65,7 @@ def tiny(root: Path, *, channels: int = 32, **changes) -> Run:
         "precision": "float32",
         "budget": Budget(steps=5),
         "log": LogConfig(every_steps=1),
-        "validation": ValidationConfig(every_steps=100, samples=2),
+        "validation": ValidationConfig(every_steps=100, samples=2, copy_samples=0),
         "preview": PreviewConfig(every_steps=100, num=1),
         "checkpoint": CheckpointConfig(every_steps=2, keep=2),
     }
@@ -215,7 +215,7 @@ def test_previews_and_validation_take_their_time_from_the_steps(
         root,
         budget=Budget(minutes=2),
         preview=PreviewConfig(num=30),
-        validation=ValidationConfig(samples=250),
+        validation=ValidationConfig(samples=250, copy_samples=0),
     )
     seldom = tiny(root, budget=Budget(minutes=2))
     monkeypatch.setattr("sfumato.training.trainer.Trainer.measure_step", lambda self: 0.05)
@@ -243,7 +243,7 @@ def test_an_autoencoder_is_predicted_before_its_diffusion_model(root: Path) -> N
         batch_size=4,
         precision="float32",
         budget=Budget(steps=7),
-        validation=ValidationConfig(samples=2),
+        validation=ValidationConfig(samples=2, copy_samples=0),
         preview=PreviewConfig(num=1),
     )
     run = tiny(root, autoencoder=own)

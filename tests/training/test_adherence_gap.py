@@ -76,7 +76,7 @@ def settings(root: Path, steps: int = STEPS, **contexts: Any) -> Run:
         batch_size=16,
         micro_batch=None,
         budget=Budget(steps=steps),
-        validation=ValidationConfig(every_steps=STEPS, samples=60, bins=4),
+        validation=ValidationConfig(every_steps=STEPS, samples=60, bins=4, copy_samples=0),
         preview=PreviewConfig(every_steps=1000, num=2),
         checkpoint=CheckpointConfig(every_steps=1000),
     )

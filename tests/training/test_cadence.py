@@ -31,7 +31,7 @@ KINDS = [CheckpointConfig, PreviewConfig, ValidationConfig]
 BY_CLOCK = {
     "checkpoint": CheckpointConfig(keep=20, every_minutes=2.0),
     "preview": PreviewConfig(num=2, every_minutes=2.0),
-    "validation": ValidationConfig(samples=4, every_minutes=2.0),
+    "validation": ValidationConfig(samples=4, every_minutes=2.0, copy_samples=0),
 }
 
 
@@ -149,7 +149,7 @@ def test_looking_by_the_clock_changes_nothing_that_is_learned(
     often = replace(
         by_clock,
         preview=PreviewConfig(num=1, every_minutes=0.1),
-        validation=ValidationConfig(samples=4, every_minutes=0.1),
+        validation=ValidationConfig(samples=4, every_minutes=0.1, copy_samples=0),
         checkpoint=CheckpointConfig(every_minutes=0.1),
     )
     found = [

@@ -161,7 +161,7 @@ def test_compiled_and_resumed_it_ends_as_if_left_alone(
         "optimizer": constant,
         "compile": "on",
         "micro_batch": micro_batch,
-        "validation": ValidationConfig(every_steps=100),
+        "validation": ValidationConfig(every_steps=100, copy_samples=0),
     }
     settings = tiny_run(folder, network=TRANSFORMER, budget=Budget(steps=6), **changed)
     torch.compiler.reset()

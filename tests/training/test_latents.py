@@ -74,7 +74,7 @@ def own(**changes) -> TrainedAutoencoder:
         "budget": Budget(steps=8),
         "log": LogConfig(every_steps=1),
         "checkpoint": CheckpointConfig(every_steps=3),
-        "validation": ValidationConfig(every_steps=4, samples=10),
+        "validation": ValidationConfig(every_steps=4, samples=10, copy_samples=0),
         "preview": PreviewConfig(every_steps=5, num=3),
     }
     return TrainedAutoencoder(**{**settings, **changes})

@@ -132,7 +132,7 @@ def test_previews_and_validation_do_not_move_training(folder, whole, tmp_path) -
     settings = tiny_run(
         folder,
         preview=PreviewConfig(every_steps=1, num=1),
-        validation=ValidationConfig(every_steps=1, samples=10),
+        validation=ValidationConfig(every_steps=1, samples=10, copy_samples=0),
     )
     watched = fingerprint(train(settings, run=tmp_path / "run"))
     assert all(watched[name] == whole[name] for name in ("model", "ema", "optimizer", "losses"))
