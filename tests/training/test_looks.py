@@ -142,8 +142,11 @@ def test_a_stopped_run_that_goes_on_gives_the_same_looks_and_verdict(
 
 
 @pytest.mark.parametrize(("look_s", "looks"), [(0.01, 28), (2.0, 12), (60.0, 8)])
-def test_looks_are_spread_over_the_run_where_they_take_long(look_s: float, looks: int) -> None:
+def test_looks_are_spread_over_the_run_where_they_take_long(
+    look_s: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run of 500 views in 480 seconds, of which looks may take 24."""
+    monkeypatch.setattr("sfumato.training.looks.FREE_S", 10.0)
     hook, taken = Looks(None, None, None), []
     counters = SimpleNamespace(step=0, seconds=0.0, looks_s=0.0)
     for number in range(1, 5001):
