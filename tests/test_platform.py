@@ -55,6 +55,7 @@ def test_every_module_is_imported_there() -> None:
     assert result.stdout.split() == ["False", "8.0", "1.0"]
 
 
+@pytest.mark.slow
 def test_data_are_read_there_and_training_is_refused_before_it_begins(
     tmp_path: Path,
 ) -> None:

@@ -21,7 +21,7 @@ from sfumato.interop.diffusers_folder import read_folder
 from sfumato.interop.safetensors_files import read_safetensors
 from sfumato.recipes import Run
 from sfumato.recipes.model import build_model
-from sfumato.runs.finetuning import _adapter, _require_new_contexts, finetuning_run
+from sfumato.runs.finetuning import _adapter, _require_new_contexts, choose_finetuning
 from tests.helpers.cli import sfumato as cli
 from tests.helpers.diffusers_models import pixart
 from tests.helpers.runs import fingerprint
@@ -172,7 +172,7 @@ def test_a_control_file_is_sampled_from_the_command_line(
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: Path, folder: Path, captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proposed, _ = finetuning_run(folder, str(captioned), TUNED)
+    proposed = choose_finetuning(folder, str(captioned), TUNED).run
     plain = configuration.with_overrides(
         configuration.plain(proposed), (*TUNED, "checkpoint.every_steps=2")
     )

@@ -190,6 +190,7 @@ def run(folders: dict[str, Path], captioned: Path, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_gets_a_branch_whose_effect_is_measured(
     run: Path, folders: dict[str, Path]
 ) -> None:

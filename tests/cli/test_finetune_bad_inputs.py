@@ -344,6 +344,7 @@ def test_one_caption_for_all_a_read_only_model_and_odd_images_are_said(
     assert "a prompt has 200 characters, of which the model reads the first 75" in sampled.err
 
 
+@pytest.mark.slow
 def test_captions_that_the_encoder_cuts_are_counted(place: Path, base: Path) -> None:
     said = finetuned(base, photos(place / "photos", caption="y" * 90)).err
     assert "distinct captions are truncated, since the model reads 77 tokens" in said

@@ -22,7 +22,7 @@ BLOCKS = [
         page.name,
         block,
         id=f"{page.name}-{number}",
-        marks=pytest.mark.slow if page.name in APART and number > 1 else (),
+        marks=pytest.mark.slow if page.name in APART and number != 1 else (),
     )
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))

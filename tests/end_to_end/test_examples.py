@@ -142,7 +142,7 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
         latent_training,
     )
 }
-QUICK = ("minimal_training", "own_network", "own_context")
+QUICK = ("minimal_training", "own_context")
 Outcomes = dict[str, tuple[Path, "Future[subprocess.CompletedProcess[str]]"]]
 
 

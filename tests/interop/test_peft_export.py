@@ -107,6 +107,7 @@ def network(trained: TrainedModel) -> torch.nn.Module:
     return network_of(trained.pipeline)
 
 
+@pytest.mark.slow
 def test_a_model_is_tuned_by_oft_and_makes_the_same_images_in_peft(place: Path) -> None:
     settings = (
         *SHORT, "adapter.kind=oft", "adapter.block_size=8", "optimizer.learning_rate=0.05",

@@ -112,6 +112,7 @@ def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -
     "config",
     [pytest.param(DIT, id="dit", marks=pytest.mark.slow), pytest.param(UNET, id="unet")],
 )
+@pytest.mark.slow
 def test_networks_of_several_sizes_are_compiled_in_one_process(config: NetworkConfig) -> None:
     """Sizes that were seen to change are symbols from then on."""
     for channels, vector in ((3, 6), (1, 8), (4, 10)):

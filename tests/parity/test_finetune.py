@@ -79,6 +79,7 @@ def test_a_folder_is_tuned_by_lora_and_its_base_stays_as_it_was(tmp_path: Path, 
     assert resumed.code == 0, resumed.err
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_if_that_is_set(tmp_path: Path) -> None:
     model = stable_diffusion(tmp_path / "model")
     run = sfumato.finetune(

@@ -94,6 +94,7 @@ def test_step_0_is_the_model_with_that_lora_bit_for_bit(
         assert torch.equal(ours.sample(1, **asked), plain)
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_without_the_file(
     model: Path, images: Path, file: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ from sfumato.training.looks import Looks
 from sfumato.training.stopping import Look, verdict
 from tests.helpers.runs import tiny_run
 
-STEPS = 150
+STEPS = 100
 
 
 def digits(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def memorizing(folder: Path, **changes):
         "batch_size": 32,
         "micro_batch": None,
         "budget": Budget(steps=STEPS),
-        "validation": ValidationConfig(every_steps=1000, samples=120, bins=6, copy_samples=0),
+        "validation": ValidationConfig(every_steps=1000, samples=80, bins=4, copy_samples=0),
         "preview": PreviewConfig(every_steps=1000, num=2),
         "checkpoint": CheckpointConfig(every_steps=40),
     }

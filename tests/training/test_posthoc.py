@@ -80,6 +80,7 @@ def test_a_reconstructed_average_is_the_tracked_one(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("width", [0.06, pytest.param(0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_keeps_what_any_width_is_made_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], width: float
 ) -> None:
