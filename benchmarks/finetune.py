@@ -279,7 +279,9 @@ def serve(name: str, shape: Shape, folder: Path) -> None:
 
     import sfumato.runs.finetuning
 
-    _ = [diffusers.UNet2DConditionModel, peft.LoraConfig, transformers.CLIPTextModel, sfumato]
+    # what the example imports too; its modules are no part of the memory of training
+    _ = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDPMScheduler]
+    _ = [diffusers.StableDiffusionPipeline, peft.LoraConfig, transformers.CLIPTextModel, sfumato]
     before = resident("VmRSS")
     step, gpu = MAKERS[name](shape, folder), torch.cuda.is_available()
     for line in sys.stdin:
