@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sklearn.datasets import load_digits
 import sfumato
 from sfumato.data import AugmentConfig
 from sfumato.networks import UNetConfig
+from sfumato.reporting import write_report
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
 from sfumato.training import (
@@ -190,3 +192,17 @@ def test_the_report_answers_from_the_files_alone(whole: Path) -> None:
     assert page.count("<svg") >= 2
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
     assert len(page) < 5 << 20
+
+
+def test_runs_of_earlier_versions_have_a_report_too(whole: Path, tmp_path: Path) -> None:
+    """They have neither looks nor a skill."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "looks.jsonl").unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("validation/ema/skill", None)
+        for row in line.get("validation/ema/bins", ()):
+            del row["skill"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "<h2>By noise level</h2>" in write_report(run).read_text()

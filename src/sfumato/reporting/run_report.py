@@ -245,11 +245,12 @@ def _levels_chart(files: RunFiles) -> str:
     bins = newest["validation/ema/bins"]
     xs = [(row["logsnr_low"] + row["logsnr_high"]) / 2 for row in bins]
     errors = [row["eps_mse"] for row in bins]
-    curves = [
-        Curve("held-out", "this model", xs, errors),
-        Curve("linear", "best linear filter", xs, _reference(bins, "skill")),
-        Curve("mean", "mean image", xs, _reference(bins, "r2")),
-    ]
+    curves = [Curve("held-out", "this model", xs, errors)]
+    if "skill" in bins[0]:  # runs of earlier versions compared with another guess
+        curves += [
+            Curve("linear", "best linear filter", xs, _reference(bins, "skill")),
+            Curve("mean", "mean image", xs, _reference(bins, "r2")),
+        ]
     return chart(curves, x_label="log-SNR (left: noise)", y_label="squared error of the noise")
 
 
