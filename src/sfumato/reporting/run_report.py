@@ -28,6 +28,7 @@ from sfumato.training.stopping import Look, StoppingVerdict, verdict
 TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
 EVALUATION = f"{EVALUATED}/evaluation.json"
+BINS = "validation/ema/bins"  # of metrics.jsonl
 MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
@@ -150,13 +151,14 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
         return []
     held_out, seen = found.n
     copies = found.copies
+    levels = len(files.newest(BINS).get(BINS, ())) or "several"
     newest, evaluation = files.newest("validation/ema/skill"), files.json(EVALUATION)
     answers = [
         Answer(
             "When do I stop?",
             found.sentence,
             f"the errors of the averaged model on {held_out} held-out and {seen} training images, "
-            f"each at ten noise levels, at {len(files.looks)} steps; intervals of 98 % over images",
+            f"each at {levels} noise levels, at {len(files.looks)} steps; intervals of 98 % over images",
         ),
         Answer(
             "Does it copy?",
@@ -239,10 +241,10 @@ def _copies_chart(looks: Sequence[Look]) -> str:
 
 def _levels_chart(files: RunFiles) -> str:
     """Draw the error by noise level between those of three denoisers that learn nothing."""
-    newest = files.newest("validation/ema/bins")
+    newest = files.newest(BINS)
     if not newest:
         return ""
-    bins = newest["validation/ema/bins"]
+    bins = newest[BINS]
     xs = [(row["logsnr_low"] + row["logsnr_high"]) / 2 for row in bins]
     errors = [row["eps_mse"] for row in bins]
     curves = [Curve("held-out", "this model", xs, errors)]
