@@ -41,7 +41,7 @@ class Fake:
 
 
 def taken_in_turn(images: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
-    """Different images of the categories asked for."""
+    """Different images of the requested categories."""
     result = torch.empty(len(asked), *images.shape[1:])
     for label in asked.unique():
         here, pool = asked == label, images[labels == label]

@@ -28,7 +28,7 @@ KEYS = {"value", "low", "high", "n", "metric", "extractor", "reference"}
 
 
 class Fake:
-    """A pipeline that returns training images of the categories asked for, with some noise."""
+    """A pipeline that returns training images of the requested categories, with some noise."""
 
     def __init__(self, dataset: Dataset, *reads: str, noise: float = 0.2) -> None:
         self.dataset, self.reads, self.noise = dataset, reads, noise

@@ -158,7 +158,7 @@ class PipelineTextConditioner(Conditioner, TokenLearner):
         """Read prompts without the last layers of the encoders.
 
         Raises:
-            ConfigError: if no layer can be left out, or there are no more.
+            ConfigError: if all layers are needed, or none is left.
         """
         self._encoder = (self._encoder[0].with_clip_skip(count),)
 

@@ -72,7 +72,7 @@ class Category(Context):
         return torch.tensor(numbers) if numbers else None
 
     def metrics(self, inputs: MetricInputs) -> dict[str, tuple[str, Metric]]:
-        """Return the category accuracy, or nothing if there is no classifier.
+        """Return the category accuracy; nothing without a classifier.
 
         It is NaN for conditions without a category.
         """

@@ -20,7 +20,7 @@ MAX_ELEMENTS = 1 << 25  # of the images that a covariance is estimated from
 class LinearDenoiser:
     """E[x0 | x] where x0 is normal, N(mean, V diag(values) V^T + rest (I - V V^T)).
 
-    A network that is no better than it has learned the mean, the colours and the smoothness of the
+    A network that only equals it has learned the mean, the colours and the smoothness of the
     images, and nothing of their shapes.
 
     Attributes:

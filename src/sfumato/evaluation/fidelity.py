@@ -127,11 +127,11 @@ def _row_at(rows: Sequence[FidelityRow], guidances: Sequence[float], default: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What samples are asked for.
+    """The conditions of samples.
 
     Attributes:
         context: the conditions that the model reads, batched.
-        labels: category of each sample, or -1; None where none is asked for.
+        labels: category of each sample, or -1; None without conditions on categories.
         remarks: sentences on where they come from.
     """
 
@@ -146,7 +146,7 @@ def choose_conditions(
     """Return the conditions of `num` samples.
 
     Values that can be listed, such as categories, are those of training images, so that each is
-    asked for as often as the set has it.
+    sampled as often as the set has it.
     """
     if not pipeline.reads:
         return Conditions(context={}, labels=None)

@@ -62,7 +62,7 @@ class Figure:
 
     @classmethod
     def mean(cls, values: NDArray[Any], **words: Any) -> Figure | None:
-        """Return the mean of values (n,), of those that are finite; None if there are none."""
+        """Return the mean of values (n,), of those that are finite; None without any."""
         values = values[np.isfinite(values)].astype(np.float64)
         if not len(values):
             return None

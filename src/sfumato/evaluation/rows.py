@@ -86,7 +86,7 @@ def _plain(figures: Mapping[str, Figure | None]) -> dict[str, Any]:
 class Reference(NamedTuple):
     """Positions of the real images that samples are compared with, all of the most common shape.
 
-    They have a category if the model is asked for one.
+    They have a category if the model is conditioned on it.
     """
 
     training: NDArray[np.int64]

@@ -19,7 +19,7 @@ from sfumato.nn.frozen_layers import PackedWeight, pack, packed_layers, without_
 from sfumato.storage.weight_files import unreadable
 
 WEIGHTS = "diffusion_pytorch_model"
-MAPPED_BYTES = 32 << 20  # of a file, after which it is opened anew
+MAPPED_BYTES = 32 << 20  # of a file, after which it is mapped again
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, folder: Path, *, variant: str = "") -> None:
 def _views(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file by name, each a view of the file that is to be dropped.
 
-    Pages of a mapped file stay in memory while it is open; so it is opened anew now and then.
+    Pages of a mapped file stay in memory while it is open; so it is mapped again from time to time.
     """
     names = _names(file)
     while names:

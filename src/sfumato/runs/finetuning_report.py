@@ -147,7 +147,7 @@ class FinetuningReport:
 
 
 def _measured(look: Look | None) -> list[str]:
-    """Return a line on the chosen look's figures, [] if there are none."""
+    """Return a line on the chosen look's figures; [] without any."""
     if look is None:
         return []
     drift, parts = look.drift, []
