@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sfumato.cli.model_options import LikeOption, LoraOption, PartialOption, VariantOption
 from sfumato.cli.sample_options import parse_loras
 
 FEATURES_HELP = (
@@ -31,30 +32,10 @@ def evaluate(
             "that the run was trained on.",
         ),
     ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a single .safetensors file: a pipeline's folder of the same family, with its "
-            "configurations and tokenizers."
-        ),
-    ] = None,
-    variant: Annotated[
-        str,
-        typer.Option(
-            help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
-        ),
-    ] = "",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:STRENGTH]",
-            help="LoRA to add, of diffusers, kohya or peft; may be repeated.",
-        ),
-    ] = None,
-    partial: Annotated[
-        bool,
-        typer.Option("--partial", help="Use what fits of a LoRA, and leave out the rest."),
-    ] = False,
+    like: LikeOption = None,
+    variant: VariantOption = "",
+    lora: LoraOption = None,
+    partial: PartialOption = False,
     num: Annotated[
         int, typer.Option(min=2, help="Images to generate for each guidance scale.")
     ] = 500,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sfumato.cli.model_options import LikeOption, VariantOption
+
 
 def finetune(
     model: Annotated[
@@ -39,19 +41,8 @@ def finetune(
         bool,
         typer.Option("--partial", help="Go on from what fits of the LoRA, and leave out the rest."),
     ] = False,
-    variant: Annotated[
-        str,
-        typer.Option(
-            help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
-        ),
-    ] = "",
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a single .safetensors file: a pipeline's folder of the same family, with its "
-            "configurations and tokenizers."
-        ),
-    ] = None,
+    variant: VariantOption = "",
+    like: LikeOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be trained and what it takes, and stop."),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sfumato.cli.model_options import LikeOption, LoraOption, PartialOption, VariantOption
 from sfumato.cli.sample_options import (
     grid_labels,
     number_of_images,
@@ -44,13 +45,7 @@ def sample(
             "folder or OWNER/NAME on the Hugging Face hub; or a single file (see --like)."
         ),
     ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a single .safetensors file: a pipeline's folder of the same family, with its "
-            "configurations and tokenizers."
-        ),
-    ] = None,
+    like: LikeOption = None,
     num: Annotated[
         int | None,
         typer.Option(
@@ -161,12 +156,7 @@ def sample(
             "reconstruct."
         ),
     ] = "auto",
-    variant: Annotated[
-        str,
-        typer.Option(
-            help="Which weights of a model folder of diffusers, if it has several, e.g. fp16."
-        ),
-    ] = "",
+    variant: VariantOption = "",
     embedding: Annotated[
         Path | None,
         typer.Option(
@@ -189,17 +179,8 @@ def sample(
             "than in the web interfaces.",
         ),
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:STRENGTH]",
-            help="LoRA to add, of diffusers, kohya or peft; may be repeated.",
-        ),
-    ] = None,
-    partial: Annotated[
-        bool,
-        typer.Option("--partial", help="Use what fits of a LoRA, and leave out the rest."),
-    ] = False,
+    lora: LoraOption = None,
+    partial: PartialOption = False,
     precision: Annotated[
         Literal["float32", "bfloat16"],
         typer.Option(help="Precision inside the network; bfloat16 is faster."),
