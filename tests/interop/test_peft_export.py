@@ -107,18 +107,23 @@ def network(trained: TrainedModel) -> torch.nn.Module:
     return network_of(trained.pipeline)
 
 
-@pytest.mark.slow
-def test_a_model_is_tuned_by_oft_and_makes_the_same_images_in_peft(place: Path) -> None:
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """A run that trained by OFT."""
     settings = (
         *SHORT, "adapter.kind=oft", "adapter.block_size=8", "optimizer.learning_rate=0.05",
         "optimizer.warmup_steps=0",
     )  # fmt: skip
-    run = place / "run"
-    result = cli("finetune", place / "model", place / "photos", *settings, "--run", run)
+    result = cli("finetune", place / "model", place / "photos", *settings, "--run", place / "run")
     assert result.code == 0, result.err
     assert "OFT with blocks of 8: the base stays as it is" in result.err
     assert "preservation: what the base predicts" in result.err
-    assert (run / "finetuning" / "report.json").is_file()
+    assert (place / "run" / "finetuning" / "report.json").is_file()
+    return place / "run"
+
+
+@pytest.mark.slow
+def test_a_model_is_tuned_by_oft_and_makes_the_same_images_in_peft(place: Path, run: Path) -> None:
     tuned, base = sfumato.load(run), sfumato.load(place / "model").sample(1, seed=3, **ASKED)
     expected = tuned.sample(1, seed=3, **ASKED)
     assert float((expected - base).abs().max()) > 0.01
@@ -220,28 +225,27 @@ def test_merged_weights_compute_what_was_trained(kind: str, base: Pipeline, trai
 
 
 @pytest.mark.slow
-def test_whole_files_and_bundles_of_a_run(place: Path, tmp_path: Path) -> None:
+def test_whole_files_and_bundles_of_a_run(run: Path, tmp_path: Path) -> None:
     """Written by the command, which compares an image of each with the run."""
     for format in ("single-file", "diffusers", "bundle"):
         suffix = ".safetensors" if format == "single-file" else ""
         out = tmp_path / f"{format}{suffix}"
-        result = cli("export", place / "run", "--format", format, "--out", out)
+        result = cli("export", run, "--format", format, "--out", out)
         assert result.code == 0, result.err
         assert "reopened: one image differs from the run's by" in result.err
-    own = sfumato.load(place / "run").sample(1, seed=3, **ASKED)
+    own = sfumato.load(run).sample(1, seed=3, **ASKED)
     assert torch.equal(sfumato.load(tmp_path / "bundle").sample(1, seed=3, **ASKED), own)
 
 
-def test_a_folder_that_peft_reads_otherwise_is_never_kept(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_that_peft_reads_otherwise_is_refused(
+    trained: dict[str, TrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def faulty(tensors: dict, path: Path, **options: object) -> None:
         save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, path, **options)
 
     monkeypatch.setattr(peft_export, "save_file", faulty)
     with pytest.raises(CheckpointError, match="peft computes something else"):
-        sfumato.export(place / "run", "lora-peft", tmp_path / "p")
-    assert not list(tmp_path.iterdir())
+        lora_peft(trained["oft"], tmp_path / "p", F32)
 
 
 def test_a_value_that_float16_cannot_hold_is_refused_by_its_name(
