@@ -4,8 +4,9 @@ run never sees, and the share of samples that are copies.
     python benchmarks/when_to_stop.py [--quick] [--json FILE] [--sets digits-60,emoji-200] [--seeds 3]
 
 Small sets are trained without dropout and augmentation, so that they overfit; `digits` and `emoji`
-whole are trained by their recipes, where no stop but "converged" may appear. A copy is a sample
-that is three times nearer to one training image than to any other (8 px), in 200 samples a look.
+whole are trained by their recipes, where no stop but "converged" may appear. Of 200 samples a
+look, two rules count copies: three times nearer to one training image than to any other, and the
+near-duplicates of `sfumato evaluate`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from PIL import Image
 
 from sfumato.condition import to_device
 from sfumato.data import AugmentConfig, DataConfig, Dataset, Emoji, Folder, to_float
+from sfumato.data.copies import NO_COPY, CopyIndex
 from sfumato.data.sources.digits import Digits
-from sfumato.evaluation.memorization import nearest
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.networks import UNetConfig
@@ -40,6 +41,7 @@ from sfumato.training.looks import Looks
 from sfumato.training.stopping import verdict
 
 UNSEEN, SAMPLES, SAMPLING_STEPS = 200, 200, 15
+COPIES = ("copies", "near_duplicates")
 STEPS = {"digits-60": 450, "digits-240": 600, "emoji-200": 1500, "digits": 1600, "emoji": 3000}
 
 
@@ -49,8 +51,10 @@ class Truth(Hook):
     name = "truth"
     tolerated = ()
 
-    def __init__(self, looks: Looks, unseen: Dataset, training: torch.Tensor, run: Run) -> None:
-        self.looks, self.run_settings, self.training = looks, run, training
+    def __init__(self, looks: Looks, unseen: Dataset, learned: Dataset, run: Run) -> None:
+        self.looks, self.run_settings = looks, run
+        self.training = to_float(learned.images(learned.training)[0])
+        self.index = CopyIndex.of(learned)
         positions = unseen.training[:UNSEEN]
         self.context = unseen.context(positions)
         x0 = to_float(unseen.images(positions)[0])
@@ -68,20 +72,21 @@ class Truth(Hook):
         with torch.no_grad():
             condition = model.conditioner(to_device(self.context, trainer.device), UNSEEN)
         errors = measure(model.denoiser(), self.triples, condition, batch_size=500)
-        found = verdict(looks)
+        found, samples = verdict(looks), self._samples(trainer)
         self.rows.append(
             {
                 "step": found.step,
                 "views": found.views,
                 "unseen": float(errors.eps_square.mean()),
-                "copies": self._copies(trainer),
+                "copies": ratio_copies(samples, self.training),
+                "near_duplicates": float((self.index.find(samples) != NO_COPY).mean()),
                 "state": found.state,
                 "ratio": found.ratio,
                 "best_step": found.best_step,
             }
         )
 
-    def _copies(self, trainer: Any) -> float:
+    def _samples(self, trainer: Any) -> torch.Tensor:
         pipeline = Pipeline(
             model=trainer.state.average,
             autoencoder=trainer.task.autoencoder,
@@ -92,8 +97,13 @@ class Truth(Hook):
         count = len(trainer.dataset.categories)
         context = {"category": torch.arange(SAMPLES) % count} if count > 1 else {}
         request = ResolvedRequest.of(context, trainer.dataset.image_shape, SAMPLES)
-        images = pipeline.sample_request(request, seed=5) * 2 - 1
-        return nearest(images, self.training).copies
+        return pipeline.sample_request(request, seed=5) * 2 - 1
+
+
+def ratio_copies(images: torch.Tensor, training: torch.Tensor) -> float:
+    """Return the share of images three times nearer to one training image than to the next."""
+    nearest = torch.cdist(images.flatten(1), training.flatten(1)).sort(dim=1).values
+    return float((nearest[:, 0] < nearest[:, 1] / 3).float().mean())
 
 
 def write_sets(name: str, root: Path, seed: int) -> tuple[Path, Path]:
@@ -163,8 +173,7 @@ def trained(name: str, seed: int, place: Path) -> list[dict[str, Any]]:
     others = open_data(
         replace(run, data=replace(run.data, source=Folder(str(unseen)), holdout=0.01))
     )
-    pixels = to_float(trainer.dataset.images(trainer.dataset.training)[0])
-    truth = Truth(looks, others, pixels, run)
+    truth = Truth(looks, others, trainer.dataset, run)
     trainer.task.info = prepared.info
     trainer.hooks = (*trainer.hooks, truth)
     trainer.run()
@@ -179,18 +188,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         firsts.setdefault(row["state"], row)
     kept = next(row for row in rows if row["step"] == rows[-1]["best_step"])
     return {
-        "least": {key: least[key] for key in ("step", "views", "unseen", "copies")},
+        "least": {key: least[key] for key in ("step", "views", "unseen", *COPIES)},
         "first": {
             state: {
                 "views": row["views"],
-                "copies": row["copies"],
+                **{name: row[name] for name in COPIES},
                 "risen": row["unseen"] / least["unseen"] - 1,
             }
             for state, row in firsts.items()
         },
         "best_views_over_least": kept["views"] / least["views"],
         "best_error_over_least": kept["unseen"] / least["unseen"],
-        "last": {key: rows[-1][key] for key in ("views", "copies", "state")},
+        "last": {key: rows[-1][key] for key in ("views", *COPIES, "state")},
     }
 
 
