@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sfumato.adapters import ControlLoRA, without_adapters
-from sfumato.adapters.control_lora import is_drawn
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
 from sfumato.networks import Backbone, DiTConfig, UNetConfig
+from sfumato.nn.controllable import is_drawn
 from sfumato.nn.frozen_layers import pack_layers
 from sfumato.nn.widenable import InputLayer, Widenable
 from tests.helpers.diffusers_networks import NETWORKS, config, sizes

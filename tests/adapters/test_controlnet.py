@@ -119,6 +119,26 @@ def test_the_branch_changes_nothing_at_the_start_and_only_it_is_trained(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_where_nothing_is_drawn_images_are_those_of_the_base_whatever_was_learned(
+    folders: dict[str, Path], family: str
+) -> None:
+    moved = controlled(folders[family], disturbed=0.05)
+    before = sampled(sfumato.load(folders[family]))
+    for asked in ({}, {"doodle": torch.ones(1, 32, 32)}, {"doodle": torch.zeros(1, 32, 32)}):
+        assert torch.equal(sampled(moved.pipeline, **asked), before)
+    network = moved.pipeline.model.network
+    blank = torch.cat([drawing(), torch.ones(1, 32, 32)])[:, None]
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    condition = moved.pipeline.model.conditioner({"text": ["a", "a"], "doodle": blank}, 2)
+    with torch.no_grad():
+        both = network(x, torch.full((2,), 500.0), condition)
+        with without_adapters(network):
+            base = network(x, torch.full((2,), 500.0), condition)
+    assert torch.equal(both[1], base[1])
+    assert float((both[0] - base[0]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_those_of_diffusers_from_the_exported_folder(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from sfumato import load
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.interop.diffusers_folder import read_folder
-from sfumato.sampling import DPMSolverPP2M, KeyedNoise, Leading, sample
+from sfumato.interop.schedulers import read_scheduler
+from sfumato.sampling import DPMSolverPP2M, KeyedNoise, Leading, grid, sample
 from tests.helpers.cli import sfumato
 
 diffusers = pytest.importorskip("diffusers")
@@ -132,6 +133,19 @@ SCHEDULERS = {
     "DPM-Solver++": diffusers.DPMSolverMultistepScheduler(),
     "DPM-Solver++ trailing": diffusers.DPMSolverMultistepScheduler(timestep_spacing="trailing"),
 }
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_trailing_timesteps_are_those_of_diffusers_for_every_number_of_steps(kind: str) -> None:
+    for size, counts in ((1000, range(1, 100)), (50, range(1, 51))):
+        scheduler = getattr(diffusers, kind)(num_train_timesteps=size, timestep_spacing="trailing")
+        read = read_scheduler({**scheduler.config, "_class_name": kind}, where="here")
+        for count in counts:
+            scheduler.set_timesteps(count)
+            levels = grid(read.sampling.schedule, count, spacing=read.sampling.spacing)
+            told = read.denoiser.noise_input(levels.at(slice(0, -1)))
+            # for some counts, numpy.arange gives diffusers a further timestep, -1
+            assert torch.allclose(told.float(), scheduler.timesteps[:count].float(), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -23,6 +23,7 @@ from sfumato.adapters.adapter import AdaptableConditioner, Addition, without_ada
 from sfumato.adapters.lora import LoRA, LowRank
 from sfumato.condition import Condition, ContextSizes
 from sfumato.errors import ConfigError
+from sfumato.nn.controllable import is_drawn
 from sfumato.nn.frozen_layers import FrozenConv2d, FrozenLinear
 from sfumato.nn.widenable import InputLayer, Widenable
 
@@ -129,19 +130,6 @@ def added_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(part, kind)
         for name in names
     }
-
-
-def is_drawn(maps: Tensor, pixels: int) -> Tensor:
-    """Return which images have a map of more than one value, (B,) bool.
-
-    A blank sheet has not, nor has the absence of one.
-
-    Args:
-        maps: (B, C pixels, h, w), where each map has `pixels` channels.
-    """
-    values = maps.unflatten(1, (-1, pixels)).flatten(2)
-    drawn: Tensor = (values != values[..., :1]).flatten(1).any(1)
-    return drawn
 
 
 @functools.cache

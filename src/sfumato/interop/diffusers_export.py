@@ -21,7 +21,7 @@ from sfumato.interop.diffusers_folder import NETWORKS, SCHEDULER, read_json
 from sfumato.interop.merging import Merged, merge
 from sfumato.interop.model_card import write_card
 from sfumato.interop.opening import clip_skip_of, largest_difference, reopen, require_same
-from sfumato.interop.scheduler_writer import first_difference, write_scheduler
+from sfumato.interop.scheduler_writer import dividing_steps, first_difference, write_scheduler
 from sfumato.interop.schedulers import read_scheduler
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.networks.diffusers_backbone import DiffusersBackbone
@@ -29,6 +29,7 @@ from sfumato.networks.diffusers_models import DiffusersConfig
 from sfumato.networks.diffusers_weights import WEIGHTS as NETWORK_WEIGHTS
 from sfumato.recipes.autoencoder_stage import FINAL, FOLDER, PixelsConfig, PretrainedAutoencoder
 from sfumato.recipes.run import Run
+from sfumato.sampling import Even
 from sfumato.storage.atomic import atomic_folder
 from sfumato.storage.output_paths import require_free
 from sfumato.storage.run_directory import BUNDLE
@@ -167,6 +168,13 @@ def _scheduler(model: TrainedModel, base: BaseFolder | None) -> tuple[dict[str, 
         ]
     written = write_scheduler(run.denoiser, run.sampling)
     lines = [f"scheduler: {written['_class_name']}, written from the run"]
+    size, steps = written["num_train_timesteps"], run.sampling.steps
+    same = dividing_steps(steps, size)
+    if isinstance(run.sampling.spacing, Even) and same != steps and "timestep_spacing" in written:
+        lines.append(
+            f"diffusers rounds levels where the steps do not divide {size}: at {steps} steps its "
+            f"images differ a little from the run's, at {same} they do not"
+        )
     if written["_class_name"] == "DDIMScheduler" and run.sampling.clip:
         lines.append("clipping as in the run: call the pipeline with use_clipped_model_output=True")
     return written, lines

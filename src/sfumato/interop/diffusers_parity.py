@@ -134,8 +134,7 @@ def _compared(model: TrainedModel, folder: Path, prompt: str) -> Parity:
     if name not in CALLS:
         return Parity(note=f"calls of {name} are not known")
     ours = model.pipeline
-    steps = min(COMPARED_STEPS, ours.sampling.steps)
-    note = f"{steps} steps"
+    note = f"{COMPARED_STEPS} steps"
     diffusers = import_diffusers("the comparison", where="report", extras="diffusers,text")
     with quiet():
         theirs = diffusers.DiffusionPipeline.from_pretrained(
@@ -148,15 +147,15 @@ def _compared(model: TrainedModel, folder: Path, prompt: str) -> Parity:
             theirs.scheduler = diffusers.DDIMScheduler.from_config(written)
             note += f", both by DDIM in the place of {scheduler['_class_name']}"
         theirs.set_progress_bar_config(disable=True)
-        image = _theirs(theirs, ours, CALLS[name], prompt, steps)
+        image = _theirs(theirs, ours, CALLS[name], prompt)
     height, width = ours.image_shape[1:]
-    own = ours.sample(1, prompt=prompt, seed=0, steps=steps, size=(height, width))
+    own = ours.sample(1, prompt=prompt, seed=0, steps=COMPARED_STEPS, size=(height, width))
     return Parity(
         difference=float((own - image).abs().max()), note=note, images=torch.cat([own, image])
     )
 
 
-def _theirs(theirs: Any, ours: Pipeline, call: Call, prompt: str, steps: int) -> Tensor:
+def _theirs(theirs: Any, ours: Pipeline, call: Call, prompt: str) -> Tensor:
     """Return what a pipeline of diffusers makes from our noise of seed 0, (1, C, H, W) in [0, 1]."""
     (height, width), space = ours.image_shape[1:], ours.autoencoder
     shape = (1, space.latent_channels, height // space.factor, width // space.factor)
@@ -164,7 +163,7 @@ def _theirs(theirs: Any, ours: Pipeline, call: Call, prompt: str, steps: int) ->
     result = theirs(
         prompt,
         latents=pack(noise) if call.packed else noise,
-        num_inference_steps=steps,
+        num_inference_steps=COMPARED_STEPS,
         height=height,
         width=width,
         output_type="np",

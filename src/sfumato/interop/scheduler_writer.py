@@ -41,6 +41,7 @@ from sfumato.sampling import (
     RoundedLinspace,
     SamplerConfig,
     Spacing,
+    Trailing,
     grid,
     sampler_name,
 )
@@ -61,12 +62,15 @@ class Equivalent:
 
 
 EQUIVALENTS = (
-    Equivalent("DDIMScheduler", DDIM(), (Even, Leading), True),
-    Equivalent("DDPMScheduler", DDIM(eta=1.0), (Even, Leading), True),
-    Equivalent("DPMSolverMultistepScheduler", DPMSolverPP2M(), (Even, RoundedLinspace), False),
+    Equivalent("DDIMScheduler", DDIM(), (Even, Trailing, Leading), True),
+    Equivalent("DDPMScheduler", DDIM(eta=1.0), (Even, Trailing, Leading), True),
+    Equivalent(
+        "DPMSolverMultistepScheduler", DPMSolverPP2M(), (Even, Trailing, RoundedLinspace), False
+    ),
 )
 SPACINGS: dict[type[Spacing], str] = {
-    Even: "trailing",
+    Even: "trailing",  # where the steps divide the table
+    Trailing: "trailing",
     Leading: "leading",
     RoundedLinspace: "linspace",
 }
@@ -98,11 +102,11 @@ def first_difference(
 ) -> str:
     """Return which setting of a run a scheduler's configuration changes; "" if it changes none.
 
-    Levels are compared at the run's number of steps.
+    Levels are compared at the run's number of steps, or the next smaller that divides the table.
     """
     read = read_scheduler(config, where=WHERE)
-    ours = _levels(sampling, sampling.steps)
-    theirs = _levels(read.sampling, sampling.steps)
+    steps = dividing_steps(sampling.steps, config["num_train_timesteps"])
+    ours, theirs = _levels(sampling, steps), _levels(read.sampling, steps)
     if ours.alpha.shape != theirs.alpha.shape:
         return "sampling.spacing"
     pairs = {
@@ -119,6 +123,11 @@ def first_difference(
     told = denoiser.noise_input(noisy), read.denoiser.noise_input(noisy)
     pairs["denoiser.noise_input"] = _close(*told, tolerance=1e-5)  # of an index, in a table
     return next((name for name, same in pairs.items() if not same), "")
+
+
+def dividing_steps(steps: int, table_size: int) -> int:
+    """Return the largest number of steps, at most `steps`, that divides a table of levels."""
+    return next(count for count in range(steps, 0, -1) if table_size % count == 0)
 
 
 def _levels(sampling: SamplingConfig, steps: int) -> NoiseLevel:

@@ -47,6 +47,7 @@ from sfumato.sampling import (
     SamplerConfig,
     Spacing,
     Terminal,
+    Trailing,
 )
 
 PREDICTIONS: dict[str, ParameterizationConfig] = {
@@ -347,7 +348,7 @@ def _spacing_name(name: str, config: Mapping[str, Any]) -> str:
 def _spacing(name: str, config: Mapping[str, Any], size: int) -> Spacing:
     spacing = _spacing_name(name, config)
     if spacing == "trailing":
-        return Even()
+        return Trailing(table_size=size)
     if spacing == "linspace":
         return (
             Linspace(last=1 / size)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from sfumato.diffusers_library import import_diffusers, quiet
 from sfumato.errors import ConfigError
 from sfumato.networks.checks import resize_maps
 from sfumato.networks.diffusers_weights import load_weights
+from sfumato.nn.controllable import is_drawn
 
 CHANNELS = (16, 32, 96, 256)  # of the layers that bring an image to the grid of latents, by halves
 RGB = 3  # images have at least as many channels, so that other programs can give them as files
@@ -22,7 +24,8 @@ KIND = "ControlNetModel"
 
 
 class UNetControl(nn.Module):
-    """A ControlNetModel of diffusers.
+    """A ControlNetModel of diffusers. It adds zeros for images that come with nothing drawn, or with
+    a blank sheet, so that the network predicts as without it.
 
     Attributes:
         model: reads images; maps with fewer channels than it reads are followed by zeros.
@@ -42,12 +45,17 @@ class UNetControl(nn.Module):
             spatial: maps over the image, (B, C factor^2, H, W) or (B, C factor^2, 1, 1).
             arguments: further arguments of the network.
         """
+        drawn = is_drawn(spatial, self.factor**2)
+        # training needs gradients of all weights, be they zero
+        if not (bool(drawn.any()) or torch.is_grad_enabled()):
+            return {}
         down, middle = self.model(
             x, noise_input, controlnet_cond=self.image(x, spatial), return_dict=False, **arguments
         )
+        steered = drawn[:, None, None, None]
         return {
-            "down_block_additional_residuals": down,
-            "mid_block_additional_residual": middle,
+            "down_block_additional_residuals": [torch.where(steered, part, 0) for part in down],
+            "mid_block_additional_residual": torch.where(steered, middle, 0),
         }
 
     def image(self, x: Tensor, spatial: Tensor) -> Tensor:

@@ -42,3 +42,16 @@ class Controllable(nn.Module, ABC):
             factor: side of an image over that of the network's input, whose grid maps are given
                 on: (B, channels factor^2, H, W).
         """
+
+
+def is_drawn(maps: Tensor, pixels: int) -> Tensor:
+    """Return which images have a map of more than one value, (B,) bool.
+
+    A blank sheet has not, nor has the absence of one.
+
+    Args:
+        maps: (B, C pixels, h, w), where each map has `pixels` channels.
+    """
+    values = maps.unflatten(1, (-1, pixels)).flatten(2)
+    drawn: Tensor = (values != values[..., :1]).flatten(1).any(1)
+    return drawn

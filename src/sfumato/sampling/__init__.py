@@ -29,6 +29,7 @@ from sfumato.sampling.spacing import (
     RoundedLinspace,
     Spacing,
     Terminal,
+    Trailing,
 )
 from sfumato.sampling.unipc import UniPC
 
@@ -61,6 +62,7 @@ __all__ = [
     "StepInfo",
     "Tableau",
     "Terminal",
+    "Trailing",
     "UniPC",
     "chosen_sampler",
     "count_evaluations",

@@ -37,7 +37,7 @@ class Spacing(Extensible, ABC):
 
 @dataclass(frozen=True)
 class Even(Spacing):
-    """Even times from `strength` to 0: "trailing" in diffusers.
+    """Even times from `strength` to 0.
 
     A schedule that stops short of clean data (Karras, Geometric) reaches its t = 0 one step
     earlier, and the last step leads to clean data, as in EDM.
@@ -138,6 +138,27 @@ class RoundedLinspace(Spacing):
         count = max(1, round(steps * strength))
         entries = torch.linspace(self.table_size - 1, 0, steps + 1, dtype=torch.float64).round()
         return _joined(schedule((entries[:-1][-count:] + 1) / self.table_size), CLEAN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trailing(Spacing):
+    """Even entries of a table of T levels, rounded, counted from its noisiest one, then clean data:
+    "trailing" in diffusers. It is `Even` where the steps divide T.
+
+    Attributes:
+        table_size: T; entry i of the table is the schedule at t = (i + 1) / T.
+    Source: Lin et al. 2024 (arXiv:2305.08891), table 2.
+    """
+
+    table_size: Size = 1000
+
+    def levels(self, schedule: Schedule, steps: int, *, strength: float) -> NoiseLevel:
+        """Return the levels of entries T - k T/n - 1, k = 0 ... n - 1, rounded, and clean data."""
+        count = max(1, round(steps * strength))
+        size = self.table_size
+        stride = size - (size - size / steps)  # as numpy.arange computes it: ties then round alike
+        times = (size - torch.arange(steps, dtype=torch.float64) * stride).round() / size
+        return _joined(schedule(times[-count:]), CLEAN)
 
 
 @dataclass(frozen=True, kw_only=True)
