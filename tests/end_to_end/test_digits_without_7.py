@@ -84,8 +84,8 @@ def test_it_learns_the_new_digit_and_keeps_the_others(base: Path, digits: Path, 
     assert read_as_asked(run, ["7"], 60) >= 0.9
     assert read_as_asked(run, OTHERS, 90) >= 0.95
     report = json.loads((run / "finetuning" / "report.json").read_text())
-    assert report["verdict"]["chosen"]["gain_low"] > 0
-    assert report["verdict"]["chosen"]["drift"] < 0.1
+    assert report["verdict"]["best_base"]["gain"]["low"] > 0
+    assert report["verdict"]["best_base"]["drift"] < 0.1
     assert report["copies"] < 0.1
 
 
@@ -93,7 +93,7 @@ def test_without_preservation_it_forgets_and_the_report_says_stop(base: Path, di
     run = finetuned(base, digits, "forgetful", "preservation=null", "budget.steps=400")
     verdict = json.loads((run / "best" / "verdict.json").read_text())
     assert verdict["stop"]
-    assert verdict["last"]["drift"] > 0.5
+    assert verdict["base"]["drift"] > 0.5
     assert "the model forgets what its base knew" in verdict["sentence"]
     assert read_as_asked(run, OTHERS, 90, weights="ema") < 0.9  # the last step's
     assert read_as_asked(run, OTHERS, 90) >= 0.9  # the step that the verdict names
@@ -105,5 +105,5 @@ def test_prior_images_of_the_base_keep_the_others(base: Path, digits: Path) -> N
     verdict = json.loads((run / "best" / "verdict.json").read_text())
     forgetful = finetuned(base, digits, "no-prior", "preservation=null", "budget.steps=100")
     without = json.loads((forgetful / "best" / "verdict.json").read_text())
-    assert verdict["last"]["drift"] < 0.5 * without["last"]["drift"]
-    assert verdict["last"]["gain_low"] > 0
+    assert verdict["base"]["drift"] < 0.5 * without["base"]["drift"]
+    assert verdict["base"]["gain"]["low"] > 0

@@ -14,7 +14,6 @@ from sfumato.adapters import LoRA
 from sfumato.interop.model_card import write_card
 from sfumato.interop.trained_model import TrainedModel
 from sfumato.recipes.builtin import recipe
-from sfumato.training.verdict import Look, Verdict
 from tests.helpers.pipelines import tiny_pipeline
 
 
@@ -112,8 +111,10 @@ def test_figures_of_the_run_are_given_with_their_n_and_interval(model: TrainedMo
 
 def test_a_fine_tuned_model_is_compared_with_its_base(model: TrainedModel) -> None:
     assert "Compared with its base" not in card(model)
-    look = Look(step=40, gain=0.25, gain_low=0.2, gain_high=0.3, drift=0.047)
-    Verdict().after(look).write(model.directory / "best" / "verdict.json")
+    gain = {"mean": 0.25, "low": 0.2, "high": 0.3}
+    path = model.directory / "best" / "verdict.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"best_base": {"gain": gain, "drift": 0.047}}))
     text = section(card(model), "Compared with its base")
     assert "25.0% below the base's, 95 % interval [20.0%, 30.0%]" in text
     assert "over the base's own error there: 4.7%" in text

@@ -31,8 +31,9 @@ from sfumato.training import (
     PreviewConfig,
     ValidationConfig,
 )
+from sfumato.training.evidence import Look
 from sfumato.training.looks import Looks
-from sfumato.training.stopping import Look, verdict
+from sfumato.training.stopping import next_mark, verdict
 from tests.helpers.runs import tiny_run
 
 STEPS = 100
@@ -170,6 +171,8 @@ def test_looks_are_spread_over_the_run_where_they_take_long(
     assert views[0] == 1
     assert views[-1] > 200
     assert max(late / soon for soon, late in itertools.pairwise(views)) < 3.2
+    hook._state = "leans"  # then none is left out
+    assert hook._next_views(trainer, taken) == next_mark(views[-1])
 
 
 @pytest.mark.slow

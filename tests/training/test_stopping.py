@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from sfumato.training.denoising_error import mean_interval
-from sfumato.training.stopping import (
-    LEANS,
-    Copies,
-    Look,
-    best,
-    change,
-    error_ratio,
-    fisher,
-    next_mark,
-    rules,
-    verdict,
-)
+from sfumato.training.denoising_error import Estimate, mean_interval
+from sfumato.training.evidence import DRIFT_LIMIT, Comparison, Copies, Look, error_ratio, fisher
+from sfumato.training.stopping import LEANS, best, change, next_mark, rules, verdict
 
 IMAGES = 40
 
@@ -95,6 +86,84 @@ def test_the_best_look_is_the_earliest_that_no_later_one_is_surely_better_than()
     assert verdict(looks).best_step == looks[2].step
 
 
+def test_of_few_held_out_images_the_least_error_is_best_and_without_any_the_last_look() -> None:
+    errors = [1.0, 0.8, 0.7, 0.699, 0.72, 0.8]
+    for images in (1, 2, 11):
+        looks = curve(errors, images=images)
+        assert best(looks) is min(looks, key=lambda one: one.error)
+    looks = [replace(look, held_out=(), seen=()) for look in curve(errors)]
+    assert best(looks) is looks[-1]
+    assert verdict(looks).state == "cannot tell"
+    copied = replace(looks[-1], copies=Copies(count=23, samples=200, real_count=0, real=60))
+    assert verdict([*looks, copied]).state == "copying"
+
+
+def tuned(
+    step: int,
+    gain: float | None,
+    *,
+    half: float = 0.05,
+    drift: float | None = 0.01,
+    images: int = 3,
+) -> Look:
+    """A look at a fine-tuning whose base has an error of 1 on every image."""
+    ones = (1.0,) * images
+    return Look(
+        step=step,
+        views=float(step),
+        held_out=() if gain is None else tuple(1 - gain for _ in ones),
+        seen=() if gain is None else ones,
+        base=Comparison(
+            held_out=() if gain is None else ones,
+            seen=() if gain is None else ones,
+            gain=None if gain is None else Estimate(gain, gain - half, gain + half),
+            drift=drift,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("looks", "step"),
+    [
+        ([tuned(1, 0.1), tuned(2, 0.2), tuned(3, 0.3)], 3),
+        ([tuned(1, 0.30), tuned(2, 0.27), tuned(3, 0.24)], 2),
+        ([tuned(1, 0.1), tuned(2, 0.9, drift=1.01 * DRIFT_LIMIT)], 1),
+        ([tuned(1, 0.5, drift=0.3), tuned(2, 0.6, drift=0.2), tuned(3, 0.6, drift=0.4)], 2),
+        ([tuned(1, 0.1, drift=None)], 1),
+        ([tuned(1, None), tuned(2, None), tuned(3, None, drift=0.2)], 2),
+        ([tuned(1, 0.1, half=math.inf), tuned(2, -0.1, half=math.inf)], 2),
+    ],
+)
+def test_the_best_of_a_fine_tuning_is_the_latest_within_the_interval_of_the_largest_gain(
+    looks: list[Look], step: int
+) -> None:
+    assert best(looks).step == step
+    found = verdict(looks)
+    assert found.best_step == step
+    assert found.plain()["use_best"]
+    assert (found.state == "forgetting") == looks[-1].forgets
+    json.dumps(found.plain(), allow_nan=False)
+
+
+def test_forgetting_says_stop_and_names_a_step_that_did_not() -> None:
+    looks = [tuned(1, 0.1), tuned(2, 0.9, drift=1.01 * DRIFT_LIMIT)]
+    found = verdict(looks)
+    assert found.stop
+    assert "the model forgets what its base knew (change 10% of the base's error" in found.sentence
+    assert found.sentence.endswith("use step 1")
+    assert "at every look" in verdict(looks[1:]).sentence
+
+
+def test_the_ratio_of_a_fine_tuning_is_relative_to_its_base() -> None:
+    harder = look(10, 1.0, ratio=1.6)
+    assert harder.ratio.low > LEANS  # but the base knew neither set, and finds the same
+    base = Comparison(held_out=harder.held_out, seen=harder.seen)
+    beside = replace(harder, base=base)
+    np.testing.assert_allclose(beside.ratio, [1, 1, 1])
+    learned = replace(beside, seen=tuple(0.5 * error for error in harder.seen))
+    np.testing.assert_allclose(learned.ratio, [2, 2, 2], rtol=1e-6)
+
+
 def test_the_ratio_has_welchs_interval() -> None:
     generator = np.random.default_rng(1)
     first, second = generator.lognormal(0.2, 0.4, 17), generator.lognormal(0, 0.2, 31)
@@ -165,6 +234,13 @@ def test_marks_are_spaced_by_views() -> None:
     assert 15 < len(marks) < 20  # a dozen looks and more before 100 views
     assert next_mark(0.3) == 1
     assert next_mark(3.0) == 4
+
+
+@pytest.mark.parametrize(
+    "one", [tuned(1, 0.1, half=math.inf), tuned(2, None, drift=None), tuned(3, 0.2)]
+)
+def test_a_look_at_a_fine_tuning_is_read_as_it_was_written(one: Look) -> None:
+    assert Look.read(json.loads(json.dumps(one.plain(), allow_nan=False))) == one
 
 
 def test_a_look_is_read_as_it_was_written() -> None:

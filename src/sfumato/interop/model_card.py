@@ -148,21 +148,23 @@ def _training(model: TrainedModel) -> list[str]:
 
 def _compared_with_base(directory: Path) -> list[str]:
     """Return the section on gain and drift of a fine-tuning; [] for other runs."""
-    chosen = _record(directory, VERDICT).get("chosen")
-    if not isinstance(chosen, dict):
+    compared = _record(directory, VERDICT).get("best_base")
+    if not isinstance(compared, dict):
         return []
-    gain, low, high = (chosen[name] for name in ("gain", "gain_low", "gain_high"))
-    drift = chosen["drift"]
-    interval = NOT_MEASURED if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
+    gain, drift = compared["gain"], compared["drift"]
     lines = [
         f"error on held-out new images (squared noise): {NOT_MEASURED}, since none were held out"
         if gain is None
-        else f"error on held-out new images (squared noise): {gain:.1%} below the base's, 95 % "
-        f"interval {interval}",
+        else f"error on held-out new images (squared noise): {gain['mean']:.1%} below the base's, "
+        f"95 % interval {_ends(gain['low'], gain['high'])}",
         "change of what the base knew, over the base's own error there: "
         + (NOT_MEASURED if drift is None else f"{drift:.1%}"),
     ]
     return ["## Compared with its base\n\n" + _list(lines)]
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return NOT_MEASURED if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
 
 
 def _kind(value: object) -> str:

@@ -23,7 +23,8 @@ from sfumato.reporting.charts import Curve, Mark, Stretch, chart
 from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.denoising_error import Estimate, mean_interval
-from sfumato.training.stopping import Look, StoppingVerdict, verdict
+from sfumato.training.evidence import Look
+from sfumato.training.stopping import StoppingVerdict, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
@@ -38,6 +39,7 @@ HEADLINES = {
     "leans": "Begins to memorize: stop soon",
     "overfitting": "Stop: it overfits",
     "copying": "Stop: it copies its training images",
+    "forgetting": "Stop: it forgets what its base knew",
     "converged": "Stop: nothing more is learned",
 }
 
@@ -126,7 +128,7 @@ def report_page(path: Path) -> str:
     return template.render(
         name=path.resolve().name,
         state=found.state if found else "none",
-        headline=HEADLINES[found.state] if found else _fine_tuning(files) or "No verdict",
+        headline=HEADLINES[found.state] if found else "No verdict",
         answers=_answers(files, found),
         sheets=_sheets(files),
         real=_image(files.directory.samples / "real.png"),
@@ -141,11 +143,6 @@ def report_page(path: Path) -> str:
     )
 
 
-def _fine_tuning(files: RunFiles) -> str:
-    """Return the verdict of a fine-tuning in words; "" without one."""
-    return str(files.json("best/verdict.json").get("sentence", ""))
-
-
 def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
     if found is None:
         return []
@@ -158,8 +155,10 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
             "When do I stop?",
             found.sentence,
             f"the errors of the averaged model on {held_out} held-out and {seen} training images, "
-            f"each at {levels} noise levels, at {len(files.looks)} steps; intervals of 98 % over images",
+            f"each at {levels} noise levels, at {len(files.looks)} steps; intervals of 98 % over "
+            + ("images" if found.base is None else "images, ratios beside those of the base"),
         ),
+        *_beside_base(found),
         Answer(
             "Does it copy?",
             "not searched yet"
@@ -189,6 +188,21 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
     return answers
 
 
+def _beside_base(found: StoppingVerdict) -> list[Answer]:
+    """Return what a fine-tuning gained and lost, at the step to use."""
+    figures = [] if found.best_base is None else found.best_base.figures()
+    if not figures:
+        return []
+    return [
+        Answer(
+            "Is it better than its base?",
+            f"at step {found.best_step}: {'; '.join(figures)}",
+            "squared errors of the noise on held-out new images, and the change of the predicted "
+            "noise on images that the base makes, both over the error of the base",
+        )
+    ]
+
+
 def _evaluated(evaluation: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{row['name']} {row['n']}" for row in evaluation["rows"])
     return f"features of {evaluation['extractor']}; images: {sizes}"
@@ -196,8 +210,8 @@ def _evaluated(evaluation: Mapping[str, Any]) -> str:
 
 def _charts(files: RunFiles) -> dict[str, str]:
     looks = files.looks
-    if not looks:
-        return {"errors": "", "copies": "", "levels": _levels_chart(files)}
+    if not looks or not looks[-1].held_out:
+        return {"errors": "", "copies": _copies_chart(looks), "levels": _levels_chart(files)}
     views = [look.views for look in looks]
 
     def curve(name: str, label: str, values: Sequence[Sequence[float]]) -> Curve:

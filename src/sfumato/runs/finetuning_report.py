@@ -30,7 +30,8 @@ from sfumato.runs.export import trained_model
 from sfumato.runs.loading import load
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import known_batch
-from sfumato.training.verdict import DRIFT_LIMIT, Look, Verdict
+from sfumato.training.evidence import DRIFT_LIMIT, Comparison, Look
+from sfumato.training.stopping import StoppingVerdict, verdict
 
 FOLDER = "finetuning"  # in a run
 SHOWN = 12  # images in a row
@@ -72,7 +73,7 @@ class FinetuningReport:
     """What a fine-tuning came to, at the step that the verdict names.
 
     Attributes:
-        verdict: which step to use, and whether to stop.
+        verdict: whether to stop, and which step to use.
         levels: gain and drift by noise level.
         copies: share of samples that are copies of a training image: see `CopyIndex.find`.
         nearest, nearest_held_out: mean distance of samples, and of held-out images, to the nearest
@@ -85,7 +86,7 @@ class FinetuningReport:
             made yet.
     """
 
-    verdict: Verdict
+    verdict: StoppingVerdict
     levels: Sequence[Level]
     copies: float | None
     nearest: float
@@ -121,8 +122,8 @@ class FinetuningReport:
         ]
         return "\n".join(
             [
-                self.verdict.sentence(),
-                *_measured(self.verdict.chosen),
+                self.verdict.sentence,
+                *_measured(self.verdict),
                 *([format_table([HEAD, *rows])] if rows else []),
                 self._samples_line(),
             ]
@@ -146,21 +147,20 @@ class FinetuningReport:
         (folder / "report.json").write_text(json.dumps(self.plain(), indent=1))
 
 
-def _measured(look: Look | None) -> list[str]:
-    """Return a line on the chosen look's figures; [] without any."""
-    if look is None:
-        return []
-    drift, parts = look.drift, []
-    if look.gain is not None:
+def _measured(found: StoppingVerdict) -> list[str]:
+    """Return a line on what was measured at the step to use; [] if nothing was."""
+    base, parts = found.best_base or Comparison(), []
+    if base.gain is not None:
+        gain, low, high = base.gain
         parts.append(
-            f"error on held-out new images {look.gain:.1%} below the base's "
-            f"[{look.gain_low:.1%}, {look.gain_high:.1%}]"
+            f"error on held-out new images {gain:.1%} below the base's [{low:.1%}, {high:.1%}]"
         )
-    if drift is not None:
+    if base.drift is not None:
         parts.append(
-            f"what the base knew has changed by {drift:.1%} of its error (limit {DRIFT_LIMIT:.0%})"
+            f"what the base knew has changed by {base.drift:.1%} of its error (limit "
+            f"{DRIFT_LIMIT:.0%})"
         )
-    return [f"at step {look.step}: {'; '.join(parts)}"] if parts else []
+    return [f"at step {found.best_step}: {'; '.join(parts)}"] if parts else []
 
 
 def finetuning_report(path: str | Path) -> FinetuningReport:
@@ -170,13 +170,14 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
         RunError: if the run is not a fine-tuning that was compared with its base.
     """
     directory = RunDirectory.existing(Path(path))
-    verdict = Verdict.read(directory.verdict)
-    if verdict.last is None:
+    looks = [Look.read(line) for line in read_lines(directory.looks)]
+    if not looks or looks[-1].base is None:
         raise RunError(
             "was not compared with a base",
             where=str(path),
-            hint="only runs of `sfumato finetune` are, at every validation",
+            hint="only runs of `sfumato finetune` are, while they train",
         )
+    found = verdict(looks)
     run, pipeline = resolve(directory.path), load(path)
     dataset = index(run.data, annotations=run.conditioner.names)
     known = known_contexts(run, pipeline.model, pipeline.info, dataset)
@@ -195,10 +196,9 @@ def finetuning_report(path: str | Path) -> FinetuningReport:
         after = pipeline.sample_request(request, seed=run.seed)
         before = load_file(directory.base_samples)["images"]
         images["known.png"] = _rows(before, after, ("base", "tuned"), pipeline)
-    step = (verdict.chosen or verdict.last).step
     return FinetuningReport(
-        verdict=verdict,
-        levels=_levels(read_lines(directory.metrics), step),
+        verdict=found,
+        levels=_levels(read_lines(directory.metrics), found.best_step),
         copies=float((learned.find(samples * 2 - 1) != NO_COPY).mean()),
         nearest=float(neighbours.first.mean()),
         nearest_held_out=float(learned.neighbours(held_out * 2 - 1).first.mean())
@@ -217,8 +217,7 @@ def with_parity(report: FinetuningReport, path: str | Path) -> FinetuningReport:
     It takes much memory, and comes last for that reason.
     """
     directory = Path(path)
-    look = report.verdict.chosen or report.verdict.last
-    trained = trained_model(directory, weights="auto", step=0 if look is None else look.step)
+    trained = trained_model(directory, weights="auto", step=report.verdict.best_step)
     captions = (entry.captions for entry in trained.run.data.source.listing().entries)
     prompt = next((texts[0] for texts in captions if texts), trained.run.data.caption or "a photo")
     parity = compare_with_diffusers(trained, prompt, folder=directory)

@@ -18,9 +18,9 @@ from sfumato.runs.prior_images import prior_images
 from sfumato.storage.base_parts import PARTS
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import Diffusion, Trainer
-from sfumato.training.base_comparison import CompareWithBase
+from sfumato.training.base_comparison import BaseComparison
 from sfumato.training.copy_search import CopySearch
-from sfumato.training.hooks import HOOKS, Hook
+from sfumato.training.hooks import HOOKS
 from sfumato.training.looks import Looks
 from sfumato.training.precision import default_device
 from sfumato.training.preservation import KnownContexts, Preservation, PreservationLoss
@@ -68,18 +68,17 @@ def diffusion_trainer(
         else _preservation(run, known, prior, pipeline, directory),
     )
     task.facts[PARTS] = base_parts(run, model.conditioner)
-    hooks: tuple[Hook, ...] = HOOKS
-    if task.validator is not None:
-        search = CopySearch(
-            dataset=dataset,
-            sampling=run.sampling,
-            autoencoder=autoencoder,
-            info=info,
-            seed=run.seed,
-        )
-        hooks = (*HOOKS, Looks(task.validator, search, directory))
-    if known is not None:
-        comparison = CompareWithBase(
+    search = CopySearch(
+        dataset=dataset,
+        sampling=run.sampling,
+        autoencoder=autoencoder,
+        info=info,
+        seed=run.seed,
+    )
+    comparison = (
+        None
+        if known is None
+        else BaseComparison(
             config=run,
             known=known,
             validator=task.validator,
@@ -90,14 +89,14 @@ def diffusion_trainer(
             info=info,
             image_shape=dataset.image_shape,
         )
-        hooks = (*HOOKS, comparison)
+    )
     return Trainer(
         run,
         task=task,
         dataset=dataset,
         directory=directory,
         saved_config=saved_config,
-        hooks=hooks,
+        hooks=(*HOOKS, Looks(task.validator, search, directory, comparison)),
         writes_frozen=not run.has_base,
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,36 +17,28 @@ from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
 from sfumato.storage.atomic import atomic_path
 from sfumato.storage.run_directory import RunDirectory
-from sfumato.training.best_weights import keep_best
 from sfumato.training.config import TrainingConfig
 from sfumato.training.denoising_error import (
     Errors,
+    Estimate,
     Triples,
     difference,
     make_triples,
     predicted_noise,
 )
-from sfumato.training.hooks import Hook, Session
+from sfumato.training.evidence import Comparison
 from sfumato.training.monitors import Validator, latents
 from sfumato.training.preservation import KnownContexts
-from sfumato.training.verdict import Look, Verdict
-
-if TYPE_CHECKING:
-    from sfumato.training.trainer import Trainer
 
 MAX_BASE_SAMPLES = 48
 
 
-class CompareWithBase(Hook):
+class BaseComparison:
     """Compares a model with its base, on held-out new images, if there are any, and on images that
     the base makes.
 
-    The images of the base are sampled once, from noises that are the same afterwards. The weights
-    of the look that the verdict chooses are kept in `best/`.
+    The images of the base are sampled once, from noises that are the same afterwards.
     """
-
-    name = "comparison"
-    tolerated = ()
 
     def __init__(
         self,
@@ -66,53 +57,46 @@ class CompareWithBase(Hook):
         self.sampling, self.autoencoder, self.directory = sampling, autoencoder, directory
         self.info, self.image_shape = info, image_shape
         self.context, self.count = known_batch(known)
-        self._base_errors: Errors | None = None
+        self._base_errors: tuple[Errors, Errors] | None = None
         self._known_triples: Triples | None = None
         self._base_prediction: Tensor | None = None
 
-    def figures(self, average: Model) -> dict[str, Any]:
-        """Return `validation/gain/*` and `validation/drift/*`, as metrics.jsonl keeps them.
+    def compare(self, average: Model, held_out: Errors | None) -> tuple[Comparison, dict[str, Any]]:
+        """Compare, and return figures by noise level too, as metrics.jsonl keeps them.
 
-        The gain is the base's squared noise error minus the model's, on the same held-out images,
-        noises and levels; the drift is the squared change of the predicted noise. Without held-out
-        images there is no gain.
+        `validation/gain/*` is the base's squared noise error minus the model's, on the same
+        held-out images, noises and levels; `validation/drift/*` the squared change of the predicted
+        noise. Without held-out images there is no gain.
+
+        Args:
+            held_out: errors of the model on the images of the validator.
         """
         average.eval()
         drift = self._drift(average) if self.count else {}
-        return {
-            **({} if self.validator is None else self._gain(self.validator, average)),
-            **{f"validation/drift/{key}": value for key, value in drift.items()},
+        figures = {f"validation/drift/{key}": value for key, value in drift.items()}
+        if self.validator is None or held_out is None:
+            return Comparison(drift=drift.get("relative")), figures
+        before, before_seen = self._errors_of_base(self.validator, average)
+        gain = difference(before, held_out, self.validator.triples)
+        scale = float(before.eps_square.mean())
+        comparison = Comparison(
+            held_out=tuple(before.by_image().tolist()),
+            seen=tuple(before_seen.by_image().tolist()),
+            gain=Estimate(*(gain[name] / scale for name in Estimate._fields)),
+            drift=drift.get("relative"),
+        )
+        return comparison, {
+            "validation/base/eps_mse": scale,
+            **{f"validation/gain/{key}": value for key, value in gain.items()},
+            **figures,
         }
 
-    def _gain(self, validator: Validator, average: Model) -> dict[str, Any]:
+    def _errors_of_base(self, validator: Validator, average: Model) -> tuple[Errors, Errors]:
         if self._base_errors is None:
             with self.known.base_of(average) as base:
-                self._base_errors = validator.errors(cast(Model, base))
-        gain = difference(self._base_errors, validator.errors(average), validator.triples)
-        return {
-            "validation/base/eps_mse": float(self._base_errors.eps_square.mean()),
-            **{f"validation/gain/{key}": value for key, value in gain.items()},
-        }
-
-    def due(self, trainer: Trainer, *, finished: bool) -> bool:
-        """Return True when a validation is due."""
-        step = trainer.state.counters.step
-        return step > 0 and (
-            finished or trainer.timetable.due(self.name, trainer.config.validation)
-        )
-
-    def run(self, trainer: Trainer, session: Session) -> None:
-        """Compare, write the figures to the sinks, and print the verdict."""
-        step = trainer.state.counters.step
-        with trainer.timetable.recording(self.name):
-            figures = self.figures(cast(Model, trainer.state.average))
-        session.write({"step": step, **figures})
-        look = _look(figures, step)
-        verdict = Verdict.read(self.directory.verdict).after(look)
-        if verdict.chosen == look:
-            keep_best(trainer, self.directory)
-        verdict.write(self.directory.verdict)
-        session.bar.say(f"step {step}: {'; '.join((*look.figures(), verdict.sentence()))}")
+                model = cast(Model, base)
+                self._base_errors = validator.errors(model), validator.seen_errors(model)
+        return self._base_errors
 
     def _drift(self, average: Model) -> dict[str, Any]:
         triples = self._triples(average)
@@ -199,18 +183,3 @@ def known_batch(known: KnownContexts) -> tuple[dict[str, Any], int]:
 
 def _squared(values: Tensor) -> Tensor:
     return values.double().square().flatten(1).mean(1)
-
-
-def _look(figures: Mapping[str, Any], step: int) -> Look:
-    """Return the figures of one comparison as a look."""
-    drift = figures.get("validation/drift/relative")
-    if "validation/gain/mean" not in figures:
-        return Look(step=step, drift=drift)
-    scale = figures["validation/base/eps_mse"]
-    return Look(
-        step=step,
-        gain=figures["validation/gain/mean"] / scale,
-        gain_low=figures["validation/gain/low"] / scale,
-        gain_high=figures["validation/gain/high"] / scale,
-        drift=drift,
-    )

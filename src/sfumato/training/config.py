@@ -234,8 +234,8 @@ class TrainingConfig:
         checkpoint: when checkpoints are saved, and how many are kept.
         validation: when the error on held-out images is measured.
         preview: when preview images are sampled.
-        stop: verdict that ends the run before its budget does: `overfitting` (or copying),
-            `converged` (or either of these), or `never`.
+        stop: verdict that ends the run before its budget does: `overfitting` (or copying, or
+            forgetting), `converged` (or any of these), or `never`.
     """
 
     seed: Seed = 0

@@ -17,7 +17,7 @@ from sfumato.data.copies import NO_COPY, CopyIndex
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
 from sfumato.generation.request import ResolvedRequest
-from sfumato.training.stopping import Copies
+from sfumato.training.evidence import Copies
 
 STEPS, MAX_REAL = 15, 500  # of denoising; real images that samples are compared with
 
@@ -39,6 +39,11 @@ class CopySearch:
     ) -> None:
         self.dataset, self.autoencoder, self.info, self.seed = dataset, autoencoder, info, seed
         self.sampling = replace(sampling, steps=STEPS)
+
+    @property
+    def predictions(self) -> int:
+        """About how many predictions of the network a sample takes, with guidance."""
+        return 2 * self.sampling.steps
 
     @cached_property
     def index(self) -> CopyIndex:

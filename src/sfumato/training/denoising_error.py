@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -123,6 +123,10 @@ class Errors:
         """Return the errors after a change of each of their tables."""
         return Errors(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
+    def by_image(self) -> Tensor:
+        """Return the squared error of the noise on each image, averaged over levels, (P,)."""
+        return self.eps_square.mean(1)
+
 
 @torch.no_grad()
 def measure(
@@ -222,6 +226,26 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def read(cls, plain: Mapping[str, float | None]) -> Estimate:
+        """Return the estimate that `plain` was made of."""
+        mean, low, high = (plain[name] for name in cls._fields)
+        return cls(
+            math.nan if mean is None else mean,
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
+        )
+
+    def plain(self) -> dict[str, float | None]:
+        """Return the values by name; None for those that are not finite, which JSON lacks."""
+        return {
+            name: value if math.isfinite(value) else None for name, value in self._asdict().items()
+        }
+
+    def percent(self) -> str:
+        """Format the estimate as +12.3% [+10.1%, +14.5%]."""
+        return f"{self.mean:+.1%} [{self.low:+.1%}, {self.high:+.1%}]"
 
 
 def mean_interval(values: Tensor, *, level: float = 0.95) -> Estimate:

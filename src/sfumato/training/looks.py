@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from sfumato.generation.diffusion_model import Model
@@ -12,14 +13,15 @@ from sfumato.observability.metrics_file import MetricsFile, read_lines
 from sfumato.storage import checkpoint
 from sfumato.storage.atomic import write_text
 from sfumato.storage.run_directory import RunDirectory
+from sfumato.training.base_comparison import BaseComparison
 from sfumato.training.best_weights import keep_best, step_of
 from sfumato.training.copy_search import CopySearch
+from sfumato.training.evidence import Copies, Look
 from sfumato.training.hooks import Hook, Session
 from sfumato.training.monitors import Validator
 from sfumato.training.stopping import (
     STOP_AT,
-    Copies,
-    Look,
+    State,
     StoppingVerdict,
     best,
     next_mark,
@@ -38,15 +40,24 @@ MIN_LOOKS = 8  # however long they take
 class Looks(Hook):
     """Measures the averaged model at 1, 2, 4 and 8 views of each image, then at each 1.2 times more.
 
-    Looks are kept in looks.jsonl, the weights of the best one and the verdict in `best/`. A run
+    Without a validator, nothing is held out: only copies, and the comparison with the base of a
+    fine-tuning, can be measured. Looks are kept in looks.jsonl, the weights of the best one and the verdict in `best/`. A run
     that is resumed continues with the looks up to its checkpoint.
     """
 
     name = "looks"
 
-    def __init__(self, validator: Validator, search: CopySearch, directory: RunDirectory) -> None:
-        self.validator, self.search, self.directory = validator, search, directory
+    def __init__(
+        self,
+        validator: Validator | None,
+        search: CopySearch,
+        directory: RunDirectory,
+        comparison: BaseComparison | None = None,
+    ) -> None:
+        self.validator, self.search, self.comparison = validator, search, comparison
+        self.directory = directory
         self._looks: list[Look] | None = None
+        self._state: State | None = None
         self._sample_s = 0.0
 
     def looks(self, trainer: Trainer) -> list[Look]:
@@ -55,6 +66,7 @@ class Looks(Hook):
             lines = read_lines(self.directory.looks)
             step = trainer.state.counters.step
             self._looks = [Look.read(line) for line in lines if line["step"] <= step]
+            self._state = verdict(self._looks).state if self._looks else None
         return self._looks
 
     def due(self, trainer: Trainer, *, finished: bool) -> bool:
@@ -70,10 +82,10 @@ class Looks(Hook):
         """Return the views at which the next look is due.
 
         Where looks at all marks would take too long, there are fewer, evenly over the logarithm of
-        the views.
+        the views; but none is left out while the model begins to memorize.
         """
         counters, last = trainer.state.counters, looks[-1].views if looks else 0.0
-        if not looks or not counters.looks_s:
+        if not looks or not counters.looks_s or self._state == "leans":
             return next_mark(last)
         whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
         affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))
@@ -90,26 +102,36 @@ class Looks(Hook):
         """Look, write what was found, and print the verdict where its state has changed."""
         counters, looks, begun = trainer.state.counters, self.looks(trainer), time.perf_counter()
         average = cast(Model, trainer.state.average)
-        before = verdict(looks).state if looks else None
+        before = self._state
         with trainer.timetable.recording(self.name):
             with trainer.uncompiled():
-                held_out, seen = self.validator.look(average)
-            looks.append(
-                Look(
-                    step=counters.step,
-                    views=trainer.views,
-                    held_out=tuple(held_out),
-                    seen=tuple(seen),
-                    copies=self._copies(trainer, looks),
-                )
-            )
+                looks.append(self._look(trainer, average, session))
+            copies = self._copies(trainer, looks[:-1])
+            looks[-1] = replace(looks[-1], copies=copies)
             with MetricsFile(self.directory.looks, after_step=counters.step - 1) as file:
                 file.write(looks[-1].plain())
             found = verdict(looks)
+            self._state = found.state
             if best(looks) is looks[-1]:
                 self._keep(trainer, looks)
         counters.looks_s += time.perf_counter() - begun
         self._announce(found, trainer, session, changed=found.state != before)
+
+    def _look(self, trainer: Trainer, average: Model, session: Session) -> Look:
+        """Measure errors, and what the base of a fine-tuning says to them."""
+        step, held_out, seen, base = trainer.state.counters.step, None, None, None
+        if self.validator is not None:
+            held_out, seen = self.validator.errors(average), self.validator.seen_errors(average)
+        if self.comparison is not None:
+            base, figures = self.comparison.compare(average, held_out)
+            session.write({"step": step, **figures})
+        return Look(
+            step=step,
+            views=trainer.views,
+            held_out=() if held_out is None else tuple(held_out.by_image().tolist()),
+            seen=() if seen is None else tuple(seen.by_image().tolist()),
+            base=base,
+        )
 
     def _copies(self, trainer: Trainer, looks: list[Look]) -> Copies | None:
         """Return the copies among samples, if it is time to draw some and they cost little."""
@@ -120,13 +142,19 @@ class Looks(Hook):
             needed, numbers = MIN_LAST_VIEWS, [most, most // 3]
         else:  # the last samples say most: some time is left for them
             needed, numbers, left_s = max(MIN_VIEWS, 2 * last), [most // 3], left_s / 4
-        num = next((number for number in numbers if self._sample_s * number <= left_s), 0)
+        sample_s = self._sample_s or self._expected_sample_s(trainer)
+        num = next((number for number in numbers if sample_s * number <= left_s), 0)
         if not num or trainer.views < needed:
             return None
         begun = time.perf_counter()
         copies = self.search.copies(cast(Model, trainer.state.average), num)
         self._sample_s = (time.perf_counter() - begun) / num
         return copies
+
+    def _expected_sample_s(self, trainer: Trainer) -> float:
+        """Return about how long a sample takes: a prediction is a quarter of a training step."""
+        counters = trainer.state.counters
+        return self.search.predictions * counters.seconds / max(1, counters.samples_seen) / 4
 
     def _keep(self, trainer: Trainer, looks: list[Look]) -> None:
         """Keep these weights, and those that a run resumed from a checkpoint would still name."""
@@ -145,7 +173,8 @@ class Looks(Hook):
         write_text(self.directory.verdict, json.dumps(plain, indent=1))
         self.directory.remark(verdict=plain)
         session.bar.label(found.state)
-        if changed:
-            session.bar.say(f"step {found.step}: {found.sentence}")
+        figures = [] if found.base is None else found.base.figures()
+        if changed or figures:
+            session.bar.say(f"step {found.step}: {'; '.join((*figures, found.sentence))}")
         if found.state in STOP_AT[trainer.config.stop]:
             trainer.state.counters.stopped = found.state

@@ -34,9 +34,10 @@ from sfumato.training.denoising_error import (
     measure,
     summarize,
 )
+from sfumato.training.evidence import error_ratio
 from sfumato.training.loss_mask import loss_weights
-from sfumato.training.stopping import error_ratio
 
+MIN_DRAWS = 30  # of noise a level, over all images
 MAX_FILTERED = 1000  # training images that the linear denoiser is estimated from
 
 
@@ -83,7 +84,7 @@ class Validator:
             images, chosen, x0 = latents_of(
                 spread(dataset, part, max(1, most), seed=config.seed, purpose="validation")
             )
-            draws = max(1, config.validation.samples // (len(x0) * bins))
+            draws = max(1, min(most, MIN_DRAWS + len(x0) - 1) // len(x0))
             triples = make_triples(x0, schedule, seed=config.seed, bins=bins, draws=draws)
             context = to_device(dataset.context(chosen), device)
             triples = replace(triples, weights=loss_weights(context, slice(None), like=x0))
@@ -115,7 +116,7 @@ class Validator:
         """
         context = self._sets[0][1]
         averaged = self.errors(average)
-        ratio = error_ratio(_by_image(averaged), _by_image(self.seen_errors(average)), level=0.95)
+        ratio = error_ratio(averaged.by_image(), self.seen_errors(average).by_image(), level=0.95)
         return {
             **{f"validation/ema/{key}": value for key, value in self._summary(averaged).items()},
             **{f"validation/raw/{key}": value for key, value in self.error(model).items()},
@@ -129,11 +130,6 @@ class Validator:
                 ).items()
             },
         }
-
-    def look(self, average: Model) -> tuple[list[float], list[float]]:
-        """Return the errors of each held-out and of each training image, averaged over levels."""
-        held_out, seen = self.errors(average), self.seen_errors(average)
-        return _by_image(held_out).tolist(), _by_image(seen).tolist()
 
     def error(self, model: Model) -> dict[str, Any]:
         """Return the errors of one model on held-out images."""
@@ -167,10 +163,6 @@ class Validator:
         with torch.no_grad():
             condition = model.conditioner(context, count)
         return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
-
-
-def _by_image(errors: Errors) -> Tensor:
-    return errors.eps_square.mean(1)
 
 
 def spread(

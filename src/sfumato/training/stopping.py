@@ -11,136 +11,50 @@ bounds at 1.25 and 1.5, and a rise, never fired before it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from sfumato.training.denoising_error import FEW_IMAGES, Estimate, mean_interval, t_quantile
+from sfumato.training.denoising_error import FEW_IMAGES, Estimate, mean_interval
+from sfumato.training.evidence import DRIFT_LIMIT, SURE, Comparison, Copies, Look
 
-SURE = 0.98  # two-sided: each bound holds with 99 %
 LEANS, OVERFITS = 1.25, 1.5  # ratio of the error on held-out images to that on training images
 MIN_FALL = 0.01  # of the error, in the last fifth of the views, that counts as learning
 FEWEST_LOOKS, FEWEST_HELD_OUT = 3, FEW_IMAGES
 IN_A_ROW = 2  # looks at which a rule must hold
 LAST_FIFTH, LAST_THIRD = 4 / 5, 2 / 3
+UNMEASURED = (
+    "nothing is held out, so that neither the error on new images nor memorization can be measured: "
+    "look at the samples"
+)
+FORGOTTEN = "it did at every look: use a lower learning rate, fewer steps or preservation"
 
 State = Literal[
-    "too early", "cannot tell", "learning", "leans", "overfitting", "copying", "converged"
+    "too early",
+    "cannot tell",
+    "learning",
+    "leans",
+    "overfitting",
+    "copying",
+    "forgetting",
+    "converged",
 ]
-STOPS: frozenset[State] = frozenset({"overfitting", "copying", "converged"})
+HARMFUL: frozenset[State] = frozenset({"overfitting", "copying", "forgetting"})
+STOPS: frozenset[State] = HARMFUL | {"converged"}
 # what a run may stop at by itself
 STOP_AT: dict[str, frozenset[State]] = {
     "never": frozenset(),
-    "overfitting": frozenset({"overfitting", "copying"}),
+    "overfitting": HARMFUL,
     "converged": STOPS,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """Near-duplicates of training images among samples, beside those among real images.
-
-    Attributes:
-        count, samples: near-duplicates among the samples, and the number of these.
-        real_count, real: the same of real images, each compared with the training images that it
-            is not grouped with.
-    """
-
-    count: int
-    samples: int
-    real_count: int
-    real: int
-
-    @property
-    def found(self) -> bool:
-        """Whether samples are copies more often than real images are, by Fisher's exact test."""
-        return fisher(self.count, self.samples, self.real_count, self.real) < (1 - SURE) / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """The errors of a model at one step.
-
-    Attributes:
-        step: of training.
-        views: how often each training image was seen, on average.
-        held_out, seen: mean squared error of the predicted noise on each held-out image and on
-            each of some training images, over all levels; the same images at every look.
-        copies: among samples, if any were drawn at this step.
-    """
-
-    step: int
-    views: float
-    held_out: tuple[float, ...]
-    seen: tuple[float, ...]
-    copies: Copies | None = None
-
-    @classmethod
-    def read(cls, plain: dict[str, Any]) -> Look:
-        """Return the look that `plain` was made of."""
-        copies = plain.get("copies")
-        return cls(
-            step=plain["step"],
-            views=plain["views"],
-            held_out=tuple(plain["held_out"]),
-            seen=tuple(plain["seen"]),
-            copies=None if copies is None else Copies(**copies),
-        )
-
-    def plain(self) -> dict[str, Any]:
-        """Return the look as plain data, for JSON."""
-        return asdict(self)
-
-    @cached_property
-    def error(self) -> float:
-        """The mean error on held-out images."""
-        return sum(self.held_out) / len(self.held_out)
-
-    @cached_property
-    def ratio(self) -> Estimate:
-        """The error on held-out images over that on training images."""
-        return error_ratio(torch.tensor(self.held_out), torch.tensor(self.seen), level=SURE)
-
-
-def error_ratio(held_out: Tensor, seen: Tensor, *, level: float) -> Estimate:
-    """Return the ratio of the geometric means of errors (n,) and (m,), with Welch's interval."""
-    first, second = held_out.double().log(), seen.double().log()
-    mean = float(first.mean() - second.mean())
-    half = math.inf
-    if min(len(first), len(second)) > 1:
-        parts = [float(part.var()) / len(part) for part in (first, second)]
-        freedom = [
-            part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True)
-        ]
-        if sum(parts) > 0:
-            half = t_quantile(level, sum(parts) ** 2 / sum(freedom)) * math.sqrt(sum(parts))
-        else:
-            half = 0.0
-    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
 def change(before: Look, after: Look) -> Estimate:
     """Return the change of the error on the same held-out images, as a share of it before."""
     values = torch.tensor(after.held_out).double() - torch.tensor(before.held_out).double()
     return Estimate(*(value / before.error for value in mean_interval(values, level=SURE)))
-
-
-def fisher(count: int, total: int, other_count: int, other_total: int) -> float:
-    """Return the probability of at least `count` of the hits in the first of two sets, by chance.
-
-    Source: Fisher 1935, "The logic of inductive inference".
-    """
-    hits = count + other_count
-    ways = [
-        math.comb(total, first) * math.comb(other_total, hits - first)
-        for first in range(count, min(hits, total) + 1)
-    ]
-    return sum(ways) / math.comb(total + other_total, hits)
 
 
 class Rules(NamedTuple):
@@ -191,7 +105,8 @@ class StoppingVerdict:
         rise: change of the error on held-out images since it was least.
         fall: the same over the last fifth of the views.
         n: held-out and training images of a look.
-        best_step: the earliest step whose error is not surely above that of a later one.
+        best_step: see `best`.
+        best_base, base: that step's, and the last one's, comparison with the base of a fine-tuning.
     """
 
     state: State
@@ -204,6 +119,8 @@ class StoppingVerdict:
     copies: Copies | None
     n: tuple[int, int]
     best_step: int
+    best_base: Comparison | None
+    base: Comparison | None
 
     @property
     def stop(self) -> bool:
@@ -213,19 +130,25 @@ class StoppingVerdict:
     @property
     def harmful(self) -> bool:
         """Whether the model has become worse since its best step."""
-        return self.state in ("overfitting", "copying")
+        return self.state in HARMFUL
 
     def plain(self) -> dict[str, Any]:
         """Return the verdict as plain data, for JSON."""
-        estimates = {name: getattr(self, name)._asdict() for name in ("ratio", "rise", "fall")}
-        return {**asdict(self), **estimates, "stop": self.stop, "use_best": self.harmful}
+        plain = asdict(self)
+        estimates = {name: getattr(self, name).plain() for name in ("ratio", "rise", "fall")}
+        compared = {
+            name: None if value is None else value.summary()
+            for name, value in (("best_base", self.best_base), ("base", self.base))
+        }
+        use_best = self.harmful or self.base is not None
+        return {**plain, **estimates, **compared, "stop": self.stop, "use_best": use_best}
 
 
 def verdict(looks: Sequence[Look]) -> StoppingVerdict:
     """Return what at least one look says.
 
-    What says stop must hold at two looks in a row. Copying comes before overfitting, and that
-    before a ratio that leans to it.
+    What says stop must hold at two looks in a row. Copying comes before forgetting, that before
+    overfitting, and that before a ratio that leans to it.
     """
     now, found = looks[-1], rules(looks)
     kept = best(looks)
@@ -242,15 +165,35 @@ def verdict(looks: Sequence[Look]) -> StoppingVerdict:
         copies=copies,
         n=(len(now.held_out), len(now.seen)),
         best_step=kept.step,
+        best_base=kept.base,
+        base=now.base,
     )
 
 
 def best(looks: Sequence[Look]) -> Look:
-    """Return the earliest look that no later one was surely better than.
+    """Return the look whose weights to use.
 
-    A look is replaced by a later one only if that is surely better, image by image: where the two
-    are equal, the earlier has seen the training images less often.
+    It is the earliest one that no later one was surely better than, image by image: where two are
+    equal, the earlier has seen the training images less often. Of fewer than twelve held-out
+    images, which show nothing so surely, the least error decides.
+
+    A fine-tuning is given few images and has its base to fall back on: there it is the latest look
+    whose gain lies within the interval of the largest, among those that do not forget.
     """
+    kept = [look for look in looks if not look.forgets]
+    if not kept:
+        return min(looks, key=lambda look: (look.base and look.base.drift) or 0.0)
+    now = kept[-1]
+    if not now.held_out:
+        return now
+    if now.base is not None:
+        return _latest_gain(kept)
+    if len(now.held_out) < FEWEST_HELD_OUT:
+        return min(kept, key=lambda look: look.error)
+    return _earliest(kept)
+
+
+def _earliest(looks: Sequence[Look]) -> Look:
     kept = looks[0]
     for look in looks[1:]:
         if change(kept, look).high < 0:
@@ -258,16 +201,28 @@ def best(looks: Sequence[Look]) -> Look:
     return kept
 
 
+def _latest_gain(looks: Sequence[Look]) -> Look:
+    gains = [look.base.gain for look in looks if look.base is not None and look.base.gain]
+    lowest = max(gains).low  # of the interval of the largest gain
+    return next(
+        look
+        for look, gain in zip(reversed(looks), reversed(gains), strict=True)
+        if gain.mean >= lowest
+    )
+
+
 def _state(looks: Sequence[Look], found: Rules, copies: Copies | None) -> State:
     if copies is not None and copies.found:
         return "copying"
+    if looks[-1].forgets:
+        return "forgetting"
     if len(looks) < FEWEST_LOOKS:
         return "too early"
-    if len(looks[-1].held_out) < FEWEST_HELD_OUT:
-        return "cannot tell"
     recent = [found, *(rules(looks[: len(looks) - number]) for number in range(1, IN_A_ROW))]
     if all(look.overfits for look in recent):
         return "overfitting"
+    if len(looks[-1].held_out) < FEWEST_HELD_OUT:
+        return "cannot tell"
     if found.leans:
         return "leans"
     if all(look.converged for look in recent):
@@ -285,12 +240,21 @@ def _sentence(
             f"stop: {copies.count} of {copies.samples} samples are near-duplicates of training "
             f"images (of real images, {copies.real_count} of {copies.real}); {where}"
         )
+    if state == "forgetting" and now.base is not None:
+        return (
+            f"stop: the model forgets what its base knew (change {now.base.drift:.0%} of the base's "
+            f"error, limit {DRIFT_LIMIT:.0%}); "
+            + (f"use step {kept.step}" if not kept.forgets else FORGOTTEN)
+        )
     if state == "too early":
         return f"too early to say: {len(looks)} of {FEWEST_LOOKS} looks at held-out images"
+    if state == "cannot tell" and not now.held_out:
+        return UNMEASURED
     if state == "cannot tell":
         return (
             f"{len(now.held_out)} held-out images are too few to say when to stop "
-            f"({FEWEST_HELD_OUT} are needed); more images or a larger data.holdout help"
+            f"({FEWEST_HELD_OUT} are needed); more images or a larger data.holdout help; judged by "
+            f"them, step {kept.step} is the one to use"
         )
     if state == "overfitting" and found.rise.low > 0:
         return (
