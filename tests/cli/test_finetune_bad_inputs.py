@@ -27,6 +27,7 @@ pytestmark = [
 SHORT = (
     "budget.steps=1",
     "validation.samples=4",
+    "validation.bins=2",
     "preview.num=1",
     "precision=float32",
     "sampling.steps=2",

@@ -26,6 +26,7 @@ TINY = [
     "precision=float32",
     "preview.num=10",
     "validation.samples=20",
+    "validation.copy_samples=0",
 ]
 TILE = 56 + GAP
 
@@ -349,6 +350,8 @@ def test_a_folder_with_bad_images_is_trained_on_and_they_are_listed(tmp_path: Pa
         "network.attention_depths=[]",
         "precision=float32",
         "preview.num=2",
+        "sampling.steps=2",
+        "validation.copy_samples=0",
     ]
     result = sfumato(
         "train",
@@ -409,6 +412,8 @@ def test_evaluate_without_categories_measures_how_far_captions_are_followed(tmp_
         "network.multipliers=[1]",
         "network.attention_depths=[]",
         "data.holdout=0.3",
+        "sampling.steps=3",
+        "validation.copy_samples=0",
     )
     run = tmp_path / "run"
     trained = sfumato(
@@ -448,6 +453,8 @@ def test_a_run_among_the_images_is_no_part_of_them(
         "network.attention_depths=[]",
         "precision=float32",
         "data.holdout=0.3",
+        "sampling.steps=3",
+        "validation.copy_samples=0",
     )
     assert sfumato("train", ".", "budget.steps=2", "data.resolution=8", *small).code == 0
     (run,) = Path("runs").iterdir()

@@ -43,6 +43,7 @@ def test_killed_many_times_ends_as_if_left_alone(wanted: int, tmp_path: Path) ->
             "budget.steps": 50 + 5 * wanted,
             "checkpoint.every_steps": 4,
             "validation.every_steps": 60,
+            "preview.every_steps": 60,
         },
     )
     recipe.write_text(config.dump_yaml(settings))
@@ -124,7 +125,7 @@ def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path) -> None:
         )
     )
     arguments = ["train", str(recipe), "--run", str(tmp_path / "run")]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGINT):
         process = start(*arguments, start_new_session=True)
         metrics, before = tmp_path / "run" / "metrics.jsonl", newest(tmp_path / "run")
         step = int(before[5:] or 0) + 5

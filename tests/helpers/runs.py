@@ -14,6 +14,7 @@ from PIL import Image
 from sfumato.conditioners import CategoryConfig
 from sfumato.contexts import ContextConfig
 from sfumato.data import AugmentConfig, DataConfig, Folder
+from sfumato.generation import SamplingConfig
 from sfumato.networks import UNetConfig
 from sfumato.recipes import Run
 from sfumato.storage import checkpoint
@@ -48,16 +49,16 @@ def tiny_run(folder: Path, **changes) -> Run:
             augment=AugmentConfig(flip="horizontal"),
         ),
         "network": UNetConfig(
-            channels=32,
+            channels=16,
             multipliers=(1, 1),
             blocks=1,
             attention_depths=(1,),
-            head_channels=32,
+            head_channels=16,
             dropout=0.1,
         ),
         "conditioner": ContextConfig(category=CategoryConfig(size=8)),
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=3),
-        "batch_size": 12,
+        "batch_size": 8,
         "micro_batch": 5,
         "precision": "float32",
         "budget": Budget(steps=14),
@@ -65,6 +66,7 @@ def tiny_run(folder: Path, **changes) -> Run:
         "checkpoint": CheckpointConfig(every_steps=5, keep=2),
         "validation": ValidationConfig(every_steps=4, samples=10, copy_samples=0),
         "preview": PreviewConfig(every_steps=7, num=2),
+        "sampling": SamplingConfig(steps=4),
     }
     return Run(**{**settings, **changes})
 

@@ -24,6 +24,7 @@ from sfumato.interop.trained_model import TrainedModel
 from sfumato.networks import DiTConfig, UNetConfig
 from sfumato.observability.image_formats import settings_of
 from sfumato.runs import export, loading
+from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.preparation import build_model
 from sfumato.sampling import KeyedNoise
 from sfumato.training import Budget
@@ -54,7 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *SHORT, "adapter.rank=4", "adapter.alpha=2.0", "optimizer.learning_rate=0.05",
         "adapter.convolutions=true", "optimizer.warmup_steps=0",
     )  # fmt: skip
-    sfumato.finetune(model, str(photos(root / "photos")), overrides=settings, run=root / "run")
+    chosen = choose_finetuning(model, str(photos(root / "photos")), settings)
+    sfumato.train(chosen.resolved(settings).run, run=root / "run")
     return root
 
 

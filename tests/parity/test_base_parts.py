@@ -110,9 +110,8 @@ def test_names_shapes_and_values_count_and_files_do_not(tmp_path: Path) -> None:
 def test_a_changed_part_is_refused_and_named_and_older_runs_open(
     model: Path, tmp_path: Path
 ) -> None:
-    run = sfumato.finetune(
-        model, str(photos(tmp_path / "photos")), overrides=TINY, run=tmp_path / "run"
-    )
+    chosen = choose_finetuning(model, str(photos(tmp_path / "photos")), TINY)
+    run = sfumato.train(chosen.resolved(TINY).run, run=tmp_path / "run")
     state = checkpoint.read_newest(run / "checkpoints")[0].state
     assert set(state[PARTS]) == {"text_encoder", "vae", "scheduler"}
     file = model / "text_encoder" / "model.safetensors"

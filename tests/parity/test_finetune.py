@@ -26,6 +26,7 @@ pytestmark = [
 SHORT = (
     "budget.steps=4",
     "validation.samples=8",
+    "validation.bins=2",
     "preview.num=2",
     "precision=float32",
     "sampling.steps=2",

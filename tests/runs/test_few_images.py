@@ -26,6 +26,7 @@ QUICK = (
     "budget.steps=4",
     "validation.every_steps=4",
     "validation.samples=4",
+    "validation.bins=2",
     "preview.num=1",
     "adapter.rank=2",
     "data.category=prime",

@@ -24,6 +24,7 @@ QUICK = [
     "budget.steps=2",
     "validation.every_steps=2",
     "validation.samples=4",
+    "validation.bins=2",
     "preview.num=2",
     "optimizer.learning_rate=0.01",
 ]

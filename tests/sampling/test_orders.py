@@ -72,7 +72,7 @@ def error(sampler, oracle, steps: int, warm: bool = True) -> float:
     return float((x - oracle.flow(first, start, levels.at(-1))).square().mean().sqrt())
 
 
-def measured_order(sampler, oracle, steps=(200, 400), warm: bool = True) -> float:
+def measured_order(sampler, oracle, steps=(100, 200), warm: bool = True) -> float:
     errors = [error(sampler, oracle, n, warm) for n in steps]
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
@@ -89,7 +89,8 @@ SUPERCONVERGENT = {(f"midpoint/{p}", "gaussian"): 3 for p in (Epsilon(), Sample(
 def test_order_is_the_declared_one(name: str, oracle: str) -> None:
     sampler = DETERMINISTIC[name]
     expected = SUPERCONVERGENT.get((name, oracle), sampler.order)
-    assert measured_order(sampler, ORACLES[oracle]) == pytest.approx(expected, abs=0.15)
+    # orders are whole numbers; at 100 steps the error is not yet all of its leading term
+    assert measured_order(sampler, ORACLES[oracle]) == pytest.approx(expected, abs=0.25)
 
 
 def test_every_sampler_has_its_order_measured() -> None:

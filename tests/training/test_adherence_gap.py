@@ -101,7 +101,7 @@ def untrained(root: Path, run: Path, **contexts: Any) -> dict[str, Any]:
     """The figures of a model that has learned nothing."""
     config = settings(root, **contexts)
     trainer = build_trainer(prepare(config), RunDirectory.create(run))
-    return trainer.task.validate(trainer.state.model, trainer.state.average)
+    return trainer.validate()
 
 
 def test_an_untrained_model_follows_nothing(told: Path, tmp_path: Path) -> None:

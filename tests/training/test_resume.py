@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,13 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return fingerprint(train(tiny_run(folder), run=tmp_path_factory.mktemp("whole") / "run"))
 
 
+@pytest.fixture(scope="module")
+def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that crashed after six steps, one after its checkpoint; tests work on copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        return interrupted(tiny_run(folder), tmp_path_factory.mktemp("stopped") / "run", patch, 6)
+
+
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     real, left = Trainer.train_step, [steps]
 
@@ -71,8 +79,8 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-def test_interrupted_twice_still_equals(folder, whole, tmp_path, monkeypatch) -> None:
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+def test_interrupted_twice_still_equals(stopped, whole, tmp_path, monkeypatch) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
     with monkeypatch.context() as patch:
         crash_after(patch, 6)
         with pytest.raises(Crash):
@@ -101,8 +109,8 @@ def test_a_signal_where_a_preview_or_validation_is_due_loses_neither(
     assert list((tmp_path / "run" / "samples").glob("*00007"))
 
 
-def test_negative_control_other_data_order_differs(folder, whole, tmp_path, monkeypatch) -> None:
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 8)
+def test_negative_control_other_data_order_differs(stopped, whole, tmp_path, monkeypatch) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
     real = BatchPlan.batch
     monkeypatch.setattr(BatchPlan, "batch", lambda self, step: real(self, step + 1))
     changed = fingerprint(resume(run))
@@ -145,18 +153,22 @@ def test_accumulation_changes_only_rounding(folder, tmp_path) -> None:
         channels=32, multipliers=(1, 1), blocks=1, attention_depths=(1,), head_channels=32
     )
     losses = []
-    for number, size in enumerate((12, 4)):
-        run = train(tiny_run(folder, network=plain, micro_batch=size), run=tmp_path / str(number))
+    for number, size in enumerate((8, 3)):
+        settings = tiny_run(folder, network=plain, micro_batch=size, budget=Budget(steps=6))
+        run = train(settings, run=tmp_path / str(number))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append(torch.tensor([line["train/loss"] for line in lines if "train/loss" in line]))
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
 
 
-def test_another_seed_is_another_run(folder, whole, tmp_path) -> None:
-    assert (
-        fingerprint(train(tiny_run(folder, seed=1), run=tmp_path / "run"))["model"]
-        != whole["model"]
+def test_another_seed_is_another_run(folder, tmp_path) -> None:
+    short = Budget(steps=2)
+    first, same, other = (
+        fingerprint(train(tiny_run(folder, seed=seed, budget=short), run=tmp_path / str(number)))
+        for number, seed in enumerate((0, 0, 1))
     )
+    assert first == same
+    assert other["model"] != first["model"]
 
 
 def test_resume_without_a_checkpoint_is_an_error(folder, tmp_path, monkeypatch) -> None:
@@ -189,27 +201,23 @@ def described(run: Path) -> list[str]:
     return [(run / name).read_text() for name in ("config.yaml", "data.json", "environment.json")]
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("network.channels=64", "does not fit the model"),
-        ("seed=1", "seed or batch_size"),
-        (
-            "optimizer.muon={}",
-            "was not optimized by Muon in the checkpoint, but is with the current configuration",
-        ),
-        ("network.multipliers=[1,1,1,1,1]", "does not fit the model"),
-        ("checkpoint.keep=1000000000", "GiB needed for checkpoints"),
-    ],
-)
-def test_a_refused_resume_leaves_the_run_as_it_was(
-    folder, whole, tmp_path, monkeypatch, override: str, said: str
-) -> None:
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+REFUSED = {
+    "network.channels=64": "does not fit the model",
+    "seed=1": "seed or batch_size",
+    "optimizer.muon={}": "was not optimized by Muon in the checkpoint, but is with the current "
+    "configuration",
+    "network.multipliers=[1,1,1,1,1]": "does not fit the model",
+    "checkpoint.keep=1000000000": "GiB needed for checkpoints",
+}
+
+
+def test_refused_resumes_leave_the_run_as_it_was(stopped, whole, tmp_path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
     before = described(run)
-    with pytest.raises(SfumatoError, match=said):
-        resume(run, overrides=[override])
-    assert described(run) == before
+    for override, said in REFUSED.items():
+        with pytest.raises(SfumatoError, match=said):
+            resume(run, overrides=[override])
+        assert described(run) == before, override
     assert fingerprint(resume(run)) == whole
 
 
@@ -291,8 +299,8 @@ def test_muon_cannot_be_left_on_resume(folder, tmp_path, monkeypatch) -> None:
         resume(run, overrides=["optimizer.muon=null"])
 
 
-def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, capsys) -> None:
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+def test_override_on_resume_is_shown_and_kept(stopped, tmp_path, capsys) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
     resume(run, overrides={"budget.steps": 16})
     assert "budget.steps: 14 -> 16" in capsys.readouterr().err
     assert resolve(run).budget.steps == 16
@@ -300,16 +308,16 @@ def test_override_on_resume_is_shown_and_kept(folder, tmp_path, monkeypatch, cap
 
 
 def test_a_finished_run_says_so_and_is_left_alone(folder, tmp_path, capsys) -> None:
-    run = train(tiny_run(folder), run=tmp_path / "run")
+    run = train(tiny_run(folder, budget=Budget(steps=2)), run=tmp_path / "run")
     before = (run / "metrics.jsonl").read_text()
     assert resume(run) == run
-    assert "finished already, at step 14" in capsys.readouterr().err
+    assert "finished already, at step 2;" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_two_processes_never_share_a_run(folder, tmp_path, monkeypatch) -> None:
+def test_two_processes_never_share_a_run(stopped, tmp_path) -> None:
     """Nor is anything of a run touched that another process holds."""
-    run = interrupted(tiny_run(folder), tmp_path / "run", monkeypatch, 6)
+    run = shutil.copytree(stopped, tmp_path / "run")
     (run / "checkpoints" / ".tmp-7-being-written").mkdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     with RunDirectory.existing(run).locked(), pytest.raises(RunError, match="another process"):
@@ -347,7 +355,14 @@ def test_a_run_that_diverged_goes_on_from_before_its_loss_rose(folder, tmp_path)
     """Its checkpoints of overflowing weights lie aside, so that the lower learning rate that is
     advised has something to learn from.
     """
-    wild = {"optimizer.learning_rate": 1e6, "budget.steps": 120, "checkpoint.every_steps": 4}
+    wild = {
+        "optimizer.learning_rate": 1e6,
+        "budget.steps": 120,
+        "checkpoint.every_steps": 4,
+        "batch_size": 4,
+        "validation.every_steps": 100,
+        "preview.every_steps": 100,
+    }
     with pytest.raises(DivergedError, match=r"resume .* begins at step \d+, before the loss rose"):
         train(tiny_run(folder), run=tmp_path / "run", overrides=wild)
     root = tmp_path / "run" / "checkpoints"

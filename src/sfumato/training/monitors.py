@@ -79,6 +79,7 @@ class Validator:
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
             return images, chosen, x0
 
+        self._measured: tuple[int, tuple[Errors, Errors]] | None = None
         self._sets: list[tuple[Triples, ContextValues]] = []
         for part in (dataset.holdout, dataset.training):
             images, chosen, x0 = latents_of(
@@ -105,7 +106,7 @@ class Validator:
             for filtered in (LinearDenoiser.of_mean(x0), LinearDenoiser.of(x0))
         ]
 
-    def figures(self, model: Model, average: Model) -> dict[str, Any]:
+    def figures(self, model: Model, average: Model, step: int) -> dict[str, Any]:
         """Return the figures of a validation, as metrics.jsonl keeps them.
 
         `validation/ema/*` and `validation/raw/*` are errors on held-out images, in float32 except
@@ -115,8 +116,8 @@ class Validator:
         minus that under its own: above zero as soon as the context steers.
         """
         context = self._sets[0][1]
-        averaged = self.errors(average)
-        ratio = error_ratio(averaged.by_image(), self.seen_errors(average).by_image(), level=0.95)
+        averaged, seen = self.averaged_errors(average, step)
+        ratio = error_ratio(averaged.by_image(), seen.by_image(), level=0.95)
         return {
             **{f"validation/ema/{key}": value for key, value in self._summary(averaged).items()},
             **{f"validation/raw/{key}": value for key, value in self.error(model).items()},
@@ -130,6 +131,15 @@ class Validator:
                 ).items()
             },
         }
+
+    def averaged_errors(self, average: Model, step: int) -> tuple[Errors, Errors]:
+        """Return the errors of the average on held-out and on training images.
+
+        They are measured once at each step, where a validation and a look often meet.
+        """
+        if self._measured is None or self._measured[0] != step:
+            self._measured = step, (self.errors(average), self.seen_errors(average))
+        return self._measured[1]
 
     def error(self, model: Model) -> dict[str, Any]:
         """Return the errors of one model on held-out images."""

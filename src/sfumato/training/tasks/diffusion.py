@@ -185,9 +185,9 @@ class Diffusion:
             if name not in ("logsnr", "loss")
         }
 
-    def validate(self, model: Model, average: Model) -> dict[str, Any]:
+    def validate(self, model: Model, average: Model, step: int) -> dict[str, Any]:
         """Return the figures of `Validator.figures`; {} if nothing is held out."""
-        return {} if self.validator is None else self.validator.figures(model, average)
+        return {} if self.validator is None else self.validator.figures(model, average, step)
 
     def summary(self, figures: Mapping[str, Any]) -> str:
         """Format the errors of the averaged weights in one line."""
