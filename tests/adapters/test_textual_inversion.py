@@ -47,6 +47,7 @@ TUNED = (
     *SHORT,
     *ADAPTER,
     "sampling.steps=4",
+    "validation.samples=2",  # one image at each level
     "data.caption=a photo of <sks>",
     "optimizer.learning_rate=0.05",
 )
