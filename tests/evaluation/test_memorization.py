@@ -14,7 +14,7 @@ from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.figures import Figure
 from sfumato.evaluation.memorization import (
     CopyMeter,
-    copies_more,
+    beside_unseen,
     copies_sentence,
     distance_test,
 )
@@ -54,7 +54,7 @@ def test_a_copycat_is_caught_by_every_figure(
     assert result.distance_test.high < -3
     assert result.nearest.value < 0.3 * meter.left_out.nearest.value
     assert (result.copied == np.arange(60)).mean() > 0.95
-    assert copies_more(result.copies, [meter.left_out.copies])
+    assert beside_unseen(result.copies, [meter.left_out.copies]).found
 
 
 def test_unseen_images_are_like_training_images_that_are_left_out(
@@ -70,7 +70,7 @@ def test_unseen_images_are_like_training_images_that_are_left_out(
     assert abs(result.distance_test.value) < 3
     assert result.authentic.low <= left_out.authentic.high
     assert left_out.authentic.low <= result.authentic.high
-    assert not copies_more(result.copies, [left_out.copies])
+    assert not beside_unseen(result.copies, [left_out.copies]).found
 
 
 def test_feature_maps_see_copies_that_are_shifted(learned: Dataset) -> None:
@@ -143,9 +143,9 @@ def test_sentences_say_how_many_and_of_how_many(
 
 def test_without_a_baseline_nothing_is_called_copying() -> None:
     figure = Figure(value=1.0, low=0.9, high=1.0, n=40, metric="m", reference="r")
-    assert not copies_more(figure, [None])
+    assert not beside_unseen(figure, [None]).found
     few = Figure(value=0.0, low=0.0, high=0.95, n=1, metric="m", reference="r")
-    assert not copies_more(figure, [few])
+    assert not beside_unseen(figure, [few]).found
 
 
 def test_two_images_and_none() -> None:

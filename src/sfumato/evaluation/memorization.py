@@ -23,6 +23,7 @@ from sfumato.data import Dataset
 from sfumato.data.copies import CALIBRATED_ON, NO_COPY, CopyIndex, Neighbours
 from sfumato.evaluation.figures import NO_EXTRACTOR, Figure
 from sfumato.networks.perceptual import Features
+from sfumato.training.evidence import Copies
 
 CLOSE_FALSE_ALARMS = 0.01
 MAP_SIDE, MAP_INPUT = 4, 32  # places of a feature map along a side, and pixels it is computed from
@@ -258,33 +259,35 @@ class _MapSpace:
         return torch.cat(parts)
 
 
-def copies_more(samples: Figure, unseen: Sequence[Figure | None]) -> bool:
-    """Return whether samples surely contain more copies than images that were not learned."""
-    baseline = baseline_of(unseen)
-    if samples.low is None or baseline is None or baseline.high is None:
-        return False
-    return samples.low > baseline.high
-
-
-def baseline_of(unseen: Sequence[Figure | None]) -> Figure | None:
-    """Return the figure that rests on the most images."""
+def beside_unseen(samples: Figure, unseen: Sequence[Figure | None]) -> Copies:
+    """Return the copies among samples, beside those among images that were not learned."""
     known = [figure for figure in unseen if figure is not None]
-    return max(known, key=lambda figure: figure.n) if known else None
+    return Copies(
+        count=_hits(samples),
+        samples=samples.n,
+        real_count=sum(map(_hits, known)),
+        real=sum(figure.n for figure in known),
+    )
+
+
+def _hits(figure: Figure) -> int:
+    return round(figure.value * figure.n)
 
 
 def copies_sentence(
     samples: Memorization, unseen: Sequence[Figure | None], *, name: str = "training"
 ) -> str:
     """Return a sentence on copies, beside the figures of images that were not learned."""
-    figure, baseline = samples.copies, baseline_of(unseen)
+    figure = samples.copies
     if figure is None:
         return f"no samples were compared with {name} images"
+    copies = beside_unseen(figure, unseen)
     counts = Counter(samples.copied[samples.copied != NO_COPY].tolist())
     hits = sum(counts.values())
     beside = (
-        "no other images show how many would be by chance"
-        if baseline is None
-        else f"unseen images: {round(baseline.value * baseline.n)} of {baseline.n}"
+        f"unseen images: {copies.real_count} of {copies.real}"
+        if copies.real
+        else "no other images show how many would be by chance"
     )
     low, high = (0.0 if bound is None else bound for bound in (figure.low, figure.high))
     sentence = (
@@ -294,5 +297,5 @@ def copies_sentence(
     often = [number for _, number in counts.most_common(MOST_COPIED)]
     if len(counts) > MOST_COPIED and sum(often) > len(often):
         sentence += f"; {sum(often)} of them are of the same {len(often)}"
-    verdict = "it copies" if copies_more(figure, unseen) else "no sign of copying"
+    verdict = "it copies" if copies.found else "no sign of copying"
     return f"{verdict}: {sentence}"

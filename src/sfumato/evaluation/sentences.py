@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sfumato.data import Dataset
 from sfumato.evaluation.distances import FRECHET_IMAGES_PER_DIMENSION
-from sfumato.evaluation.memorization import Memorization, copies_more, copies_sentence
+from sfumato.evaluation.memorization import Memorization, beside_unseen, copies_sentence
 from sfumato.evaluation.quality import QualityMeter, dimensions
 from sfumato.evaluation.rows import FidelityRow, Reference
 
@@ -25,7 +25,7 @@ def describe(
     """
     unseen = [held_out.memorization.copies, left_out.copies]
     copied = row.memorization.copies
-    copying = copied is not None and copies_more(copied, unseen)
+    copying = copied is not None and beside_unseen(copied, unseen).found
     return [
         f"{row.name}: {copies_sentence(row.memorization, unseen, name=name)}.",
         f"{row.name}: {_describe_quality(row, held_out, copying=copying)}.",
