@@ -9,7 +9,15 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from sfumato.condition import NO_CONDITION
-from sfumato.diffusion import Denoised, Linear, LinearDenoiser, LogitNormal, Sample, Warped
+from sfumato.diffusion import (
+    Denoised,
+    EmpiricalDenoiser,
+    Linear,
+    LinearDenoiser,
+    LogitNormal,
+    Sample,
+    Warped,
+)
 from sfumato.training.denoising_error import (
     Errors,
     Triples,
@@ -50,7 +58,9 @@ def errors(denoiser, t: Triples) -> Errors:
 def report(denoiser, t: Triples) -> dict:
     learned = images(20_000, seed=1)
     mean_guess, linear = LinearDenoiser.of_mean(learned), LinearDenoiser.of(learned)
-    return summarize(errors(denoiser, t), t, errors(mean_guess, t), errors(linear, t))
+    memory = EmpiricalDenoiser(images(50, seed=2))
+    others = [errors(other, t) for other in (mean_guess, linear, memory)]
+    return summarize(errors(denoiser, t), t, *others)
 
 
 def test_r2_of_the_ideal_denoiser_is_the_closed_form_at_every_level() -> None:
@@ -68,6 +78,18 @@ def test_r2_of_the_ideal_denoiser_is_the_closed_form_at_every_level() -> None:
         assert abs(row["eps_rmse"] ** 2 - row["eps_mse"]) < 1e-12
         assert abs(row["skill"]) < 0.01, number
     assert found["r2"] > 0.1
+
+
+def test_a_denoiser_that_only_remembers_is_measured_beside_the_others() -> None:
+    t = triples(400)
+    memory = EmpiricalDenoiser(images(50, seed=2))
+    found = report(ideal, t)
+    squares = errors(memory, t).eps_square
+    assert found["memory_mse"] == pytest.approx(float(squares.mean()))
+    for number, row in enumerate(found["bins"]):
+        assert row["memory_mse"] == pytest.approx(float(squares[:, number].mean()))
+    assert found["memory_mse"] > 1.5 * found["eps_mse"]  # of images that it does not know
+    assert report(memory, t)["eps_mse"] == pytest.approx(found["memory_mse"])
 
 
 def test_guesses_that_know_less_score_below_the_ideal_one() -> None:

@@ -181,7 +181,7 @@ def _rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def summarize(
-    errors: Errors, triples: Triples, mean_guess: Errors, linear: Errors
+    errors: Errors, triples: Triples, mean_guess: Errors, linear: Errors, memory: Errors
 ) -> dict[str, Any]:
     """Return MSE, RMSE and MAE of the noise and of x0, R^2 and skill, overall and by log-SNR.
 
@@ -193,6 +193,8 @@ def summarize(
 
     Args:
         mean_guess, linear: errors of `LinearDenoiser.of_mean` and `LinearDenoiser.of`.
+        memory: errors of `EmpiricalDenoiser`, which only knows the training images; its MSE is
+            `memory_mse`, what a model that memorizes comes to.
     """
 
     def figures(at: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -207,6 +209,7 @@ def summarize(
             "x0_mae": float(chosen.x0_absolute.mean()),
             "r2": 1 - eps / float(guess.eps_square.mean()),
             "skill": 1 - eps / float(filtered.eps_square.mean()),
+            "memory_mse": float(memory.each(at).eps_square.mean()),
         }
 
     rows = [

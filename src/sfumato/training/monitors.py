@@ -17,7 +17,7 @@ from sfumato.condition import NO_CONDITION, ContextValues, reorder, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
-from sfumato.diffusion import LinearDenoiser, Schedule
+from sfumato.diffusion import EmpiricalDenoiser, LinearDenoiser, Schedule
 from sfumato.errors import DataError
 from sfumato.generation.diffusion_model import Model, SamplingConfig
 from sfumato.generation.pipeline import Pipeline
@@ -98,12 +98,16 @@ class Validator:
         x0 = latents_of(learned)[2].cpu()
         self._baselines = [
             measure(
-                filtered,
+                simple,
                 replace(self.triples, x0=self.triples.x0.cpu()),
                 NO_CONDITION,
                 batch_size=500,
             )
-            for filtered in (LinearDenoiser.of_mean(x0), LinearDenoiser.of(x0))
+            for simple in (
+                LinearDenoiser.of_mean(x0),
+                LinearDenoiser.of(x0),
+                EmpiricalDenoiser(x0),
+            )
         ]
 
     def figures(self, model: Model, average: Model, step: int) -> dict[str, Any]:
