@@ -27,6 +27,7 @@ VERBS = [
     "sample",
     "compare",
     "evaluate",
+    "sweep",
     "explain",
     "recipes",
     "doctor",

@@ -111,6 +111,7 @@ def verbs(folder: Path, run: Path, at: Path) -> dict[str, list[object]]:
 READING = {
     "resume",
     "ema",
+    "sweep",
     "recipes",
     "doctor",
     "compare",

@@ -29,6 +29,7 @@ from sfumato.cli.finetune import finetune
 from sfumato.cli.metavars import explain_values
 from sfumato.cli.report import report
 from sfumato.cli.sample import sample
+from sfumato.cli.sweep import sweep
 from sfumato.cli.system_errors import in_words
 from sfumato.cli.train import resume, train
 from sfumato.errors import SfumatoError
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in (
-    train, resume, finetune, sample, export, compare, evaluate, report, ema, explain, recipes, doctor,
+    train, resume, finetune, sample, export, compare, evaluate, sweep, report, ema, explain, recipes, doctor,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(config_app, name="config")

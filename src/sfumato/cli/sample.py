@@ -152,8 +152,8 @@ def sample(
         str,
         typer.Option(
             help="ema: averaged weights; raw: the last step's; best: those that the verdict names; "
-            "auto: best where the last step is worse, else ema; or the width of an average to "
-            "reconstruct."
+            "auto: best where the last step is worse, else ema, or those that a sweep recommends; or "
+            "the width of an average to reconstruct."
         ),
     ] = "auto",
     variant: VariantOption = "",
@@ -219,7 +219,8 @@ def sample(
     from sfumato.interop.embedding import with_embedding
     from sfumato.interop.lora import with_lora
     from sfumato.runs import load, newest_run
-    from sfumato.runs.loading import generated_folder, resolved_weights
+    from sfumato.runs.loading import generated_folder
+    from sfumato.runs.recommended import resolved_weights
 
     begun = time.monotonic()
     loras = parse_loras(lora)

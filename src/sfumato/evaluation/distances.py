@@ -144,6 +144,17 @@ def compare_kernels(
     return KernelComparison(estimates, torch.stack(all_draws))
 
 
+def paired_difference(first: KernelComparison, second: KernelComparison) -> DistanceEstimate:
+    """Return the distance of one set of samples to the first reference minus that of another set.
+
+    Sample i of both sets has the same noise and condition. Both were compared with the same
+    reference and seed, so each resample holds the same numbers and real images in both, and the
+    interval is that of the paired bootstrap.
+    """
+    value = first.estimates[0].value - second.estimates[0].value
+    return DistanceEstimate(value, *_quantiles(first.draws[0] - second.draws[0]))
+
+
 def _resample(count: int, resamples: int, *, seed: int) -> Tensor:
     """Return how often each of `count` images is drawn in each resample, (R, count).
 

@@ -136,7 +136,7 @@ def evaluate_pipeline(
     if not pipeline.reads:  # there is nothing to guide
         scales = scales[:1]
     strongest, images = max(scales), dict[str, Image.Image]()
-    classifier = _classifier(pipeline, dataset, _part(on_progress, 0.0, 0.1))
+    classifier = category_classifier(pipeline, dataset, _part(on_progress, 0.0, 0.1))
 
     def draw_pairs(scale: float, samples: Tensor, memorization: Memorization) -> None:
         images[f"nearest-guidance-{scale:g}.png"] = _pairs(
@@ -179,7 +179,7 @@ def evaluate_pipeline(
     )
 
 
-def _classifier(
+def category_classifier(
     pipeline: Pipeline, dataset: Dataset, report: ProgressCallback
 ) -> Classifier | None:
     """Train the classifier of samples on the run's training images.

@@ -157,12 +157,7 @@ def require_guidable(run: Run) -> None:
     """Raise ConfigError if guidance needs an unconditional prediction that is never trained, since
     the dropout of a context is 0. Contexts that guidance keeps in all predictions need none.
     """
-    configs = {name: getattr(run.conditioner, name) for name in run.conditioner.user_inputs}
-    never = [
-        name
-        for name, config in configs.items()
-        if config.dropout == 0 and getattr(config, "guided", True)
-    ]
+    never = unguidable(run)
     if run.sampling.guidance != 1 and never:
         keys = ", ".join(f"conditioner.{name}.dropout=0.1" for name in never)
         raise ConfigError(
@@ -172,6 +167,18 @@ def require_guidable(run: Run) -> None:
             where="sampling.guidance",
             hint=f"set {keys}, or sampling.guidance=1",
         )
+
+
+def unguidable(run: Run) -> list[str]:
+    """Return the contexts whose unconditional prediction is never trained, so that guidance cannot
+    lead away from it.
+    """
+    configs = {name: getattr(run.conditioner, name) for name in run.conditioner.user_inputs}
+    return [
+        name
+        for name, config in configs.items()
+        if config.dropout == 0 and getattr(config, "guided", True)
+    ]
 
 
 def require_storage(run: Run) -> None:

@@ -77,6 +77,7 @@ KEYS = (
     "auxiliary",
     "objective",
     "sampling",
+    "sweep",
 )
 
 

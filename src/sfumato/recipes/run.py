@@ -19,7 +19,7 @@ from sfumato.recipes.config_checks import (
     require_sampled,
     require_storage,
 )
-from sfumato.training import AuxiliaryConfig, PreservationConfig, TrainingConfig
+from sfumato.training import AuxiliaryConfig, PreservationConfig, SweepConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Run(TrainingConfig):
         denoiser: how the network is read as a denoiser.
         objective: the training loss.
         sampling: defaults of sampling.
+        sweep: whether settings of sampling are compared when training ends.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run(TrainingConfig):
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     objective: Objective = Objective(schedule=Warped(schedule=Linear(), warp=LogitNormal()))
     sampling: SamplingConfig = SamplingConfig()
+    sweep: SweepConfig = SweepConfig()
 
     def __post_init__(self) -> None:
         require_bounds(self)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,14 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from sfumato.errors import RunError
-from sfumato.observability.metrics_file import read_lines
 from sfumato.observability.progress import duration
 from sfumato.reporting.charts import Curve, Mark, Stretch, chart
+from sfumato.reporting.run_files import RunFiles
+from sfumato.reporting.sweep_table import sweep_rows, sweep_tables
 from sfumato.storage.atomic import write_text
-from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.denoising_error import Estimate, mean_interval
 from sfumato.training.evidence import Look
-from sfumato.training.stopping import StoppingVerdict, verdict
+from sfumato.training.stopping import StoppingVerdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
@@ -66,39 +64,6 @@ class Answer:
     basis: str
 
 
-class RunFiles:
-    """What a run has written, read when it is first used."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = RunDirectory.existing(path)
-
-    @cached_property
-    def looks(self) -> list[Look]:
-        """The looks at held-out images, in the order of their steps."""
-        return [Look.read(line) for line in read_lines(self.directory.looks)]
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl."""
-        return read_lines(self.directory.metrics)
-
-    @cached_property
-    def verdicts(self) -> list[StoppingVerdict]:
-        """The verdict at each look."""
-        return [verdict(self.looks[: number + 1]) for number in range(len(self.looks))]
-
-    def json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the run; {} if it is missing or damaged."""
-        try:
-            return dict(json.loads((self.directory.path / name).read_text()))
-        except (OSError, ValueError):
-            return {}
-
-    def newest(self, key: str) -> dict[str, Any]:
-        """Return the newest record of metrics that has a key; {} without any."""
-        return next((line for line in reversed(self.metrics) if key in line), {})
-
-
 def write_report(path: Path, out: Path | None = None) -> Path:
     """Write the report of a run to RUN/report.html, or to another file, and return its path.
 
@@ -136,6 +101,8 @@ def report_page(path: Path) -> str:
         pairs=_evaluation_images(files),
         data=files.json("data.json"),
         facts=_facts(files),
+        sweep=files.json(files.directory.sweep.name),
+        sweep_tables=sweep_tables(files.json(files.directory.sweep.name)),
         figures=_figures(files),
         environment=files.json("environment.json"),
         script=script,
@@ -267,6 +234,18 @@ def _levels_chart(files: RunFiles) -> str:
             Curve("linear", "best linear filter", xs, _reference(bins, "skill")),
             Curve("mean", "mean image", xs, _reference(bins, "r2")),
         ]
+    if "memory_mse" in bins[0]:
+        # where it is far above all others, its exact value says nothing more
+        highest = 1.5 * max(max(curve.ys) for curve in curves)
+        known = [
+            (x, row["memory_mse"])
+            for x, row in zip(xs, bins, strict=True)
+            if row["memory_mse"] <= highest
+        ]
+        if known:
+            curves.append(
+                Curve("memory", "memory of the training images", *zip(*known, strict=True))
+            )
     return chart(curves, x_label="log-SNR (left: noise)", y_label="squared error of the noise")
 
 
@@ -351,7 +330,12 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
         if value is not None:
             count = str(newest.get("validation/ema/n", "-"))
             rows.append((name, f"{value:.4g}", "-", count, note))
-    return [*rows, *_evaluation_figures(files.json(EVALUATION))]
+    swept = {"rows": list(sweep_rows(files.json(files.directory.sweep.name)))}
+    return [
+        *rows,
+        *_evaluation_figures(swept),
+        *_evaluation_figures(files.json(EVALUATION)),
+    ]
 
 
 def _evaluation_figures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:

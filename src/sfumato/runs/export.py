@@ -222,13 +222,16 @@ def _step(directory: RunDirectory, weights: str) -> int:
 def trained_model(
     run: Path, *, weights: Literal["auto", "best", "ema", "raw"], step: int
 ) -> TrainedModel:
-    """Load a run's model for an export: on the CPU, in float32."""
+    """Load a run's model for an export: on the CPU, in float32.
+
+    Its settings of sampling are those that a sweep recommends, if one does.
+    """
     pipeline = load(run, weights=weights)
     return TrainedModel(
         pipeline=replace(
             pipeline, model=pipeline.model.cpu(), autoencoder=pipeline.autoencoder.cpu()
         ),
-        run=resolve(run),
+        run=replace(resolve(run), sampling=pipeline.sampling),
         directory=run,
         step=step,
     )

@@ -24,13 +24,13 @@ from sfumato.recipes.run import Run
 from sfumato.runs.base import base_loader, require_base
 from sfumato.runs.model_folder import model_folder
 from sfumato.runs.preparation import open_data
+from sfumato.runs.recommended import recommended
 from sfumato.runs.weights import Weights, chosen_weights
 from sfumato.storage import checkpoint
 from sfumato.storage.base_parts import PARTS, require_same_parts
 from sfumato.storage.run_directory import RunDirectory
 from sfumato.storage.weight_files import refuse_pickle
 from sfumato.training import post_hoc_ema
-from sfumato.training.best_weights import Recommendation
 from sfumato.training.monitors import Validator
 from sfumato.training.parameters import frozen_tensors
 from sfumato.training.precision import CHOICES, DTYPES, default_device
@@ -75,8 +75,8 @@ def snapshot(path: str | Path, step: int) -> Model:
     Autoguidance leads away from it.
     """
     directory = RunDirectory.existing(Path(path))
-    model = load(path).model
-    _load_weights(
+    model = load_own(directory).model
+    load_weights(
         model, checkpoint.load_snapshot(directory.snapshots, step=step), model.state_dict()
     )
     return model
@@ -90,7 +90,8 @@ def width_errors(
     Raises:
         CheckpointError: if the run stored no averages to reconstruct them from.
     """
-    directory, pipeline, settings = RunDirectory.existing(Path(path)), load(path), resolve(path)
+    directory, settings = RunDirectory.existing(Path(path)), resolve(path)
+    pipeline = load_own(directory)
     model = pipeline.model
     validator = Validator(
         config=settings,
@@ -101,22 +102,13 @@ def width_errors(
         device=default_device(),
     )
     for width in widths:
-        _load_weights(
+        load_weights(
             model, post_hoc_ema.reconstruct(directory.averages, width=width), model.state_dict()
         )
         yield width, validator.error(model)
 
 
-def resolved_weights(path: Path, weights: str) -> str:
-    """Return the name of the weights that "auto" stands for in a run or a model's folder."""
-    if weights != "auto":
-        return weights
-    return "best" if Recommendation.read(RunDirectory(path).verdict).use_best else "ema"
-
-
-def _load_weights(
-    model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]
-) -> None:
+def load_weights(model: Model, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
     """Load the trained and the frozen parameters, without the parts that only training uses."""
     model.load_state_dict(
         {
@@ -182,7 +174,8 @@ def load(
         weights: `ema`, the averaged ones; `raw`, those of the last step; `best`, those of the
             step that the verdict names; `auto`, `best` where the last step is worse, else `ema`;
             or the width of an average, if the run stored averages to
-            reconstruct it from (`post_hoc_ema.widths`).
+            reconstruct it from (`post_hoc_ema.widths`). Where a sweep recommends a setting,
+            `auto` are its weights, and its guidance and steps are the pipeline's defaults.
         precision: precision inside the network.
         variant: which weights of a model folder, where it has several: "fp16" for *.fp16.safetensors.
         like: for a single file, a pipeline's folder of the same family, of which configurations,
@@ -207,13 +200,26 @@ def load(
             "`weights`",
         )
     directory = RunDirectory.existing(folder)
+    weights, sampling = recommended(directory, resolve(directory.path).sampling, weights)
+    return replace(load_own(directory, weights=weights, precision=precision), sampling=sampling)
+
+
+def load_own(
+    directory: RunDirectory,
+    *,
+    weights: Weights = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Pipeline:
+    """Load the pipeline of a run's newest whole checkpoint, with the run's own sampling settings,
+    whatever a sweep recommends; for arguments, see `load`.
+    """
     settings = resolve(directory.path)
     loaded, warnings = checkpoint.read_newest(directory.checkpoints)
     for warning in warnings:
         console().print(f"warning: {warning}", markup=False)
     info = configuration.parse(ConditioningInfo, loaded.state["facts"], where=str(loaded.path))
     model, frozen = _rebuild(settings, info, directory, loaded)
-    _load_weights(model, chosen_weights(weights, loaded, directory), frozen)
+    load_weights(model, chosen_weights(weights, loaded, directory), frozen)
     channels, height, width = loaded.state["image_shape"]
     pipeline = Pipeline(
         model=model,

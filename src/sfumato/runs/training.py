@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sfumato import __version__
 from sfumato import config as configuration
+from sfumato.data import Dataset
 from sfumato.errors import RunError
 from sfumato.observability.progress import console
 from sfumato.recipes.caption_statistics import truncated_captions
@@ -21,6 +22,7 @@ from sfumato.runs.finetuning_report import FOLDER as REPORT
 from sfumato.runs.finetuning_report import finetuning_report, with_parity
 from sfumato.runs.plan_check import Machine, findings
 from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
+from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
 from sfumato.runs.trainer_assembly import diffusion_trainer
 from sfumato.storage.run_directory import RunDirectory, commit
@@ -62,7 +64,8 @@ def _train(source: str | Path | Run, chosen: ResolvedConfig, run: str | Path | N
     with directory.locked():
         directory.write_status("preparing", 0)
         _write_description(prepared, directory)
-        build_trainer(prepared, directory).run()
+        dataset, seconds = _run_to_the_end(build_trainer(prepared, directory))
+        sweep_after_training(directory.path, prepared.run, dataset, seconds=seconds)
     _report(directory.path)
     return directory.path
 
@@ -130,9 +133,17 @@ def resume(path: str | Path, *, overrides: Overrides = ()) -> Path:
             )
             return directory.path
         console().print(f"resuming at step {step}")
-        trainer.run()
+        dataset, seconds = _run_to_the_end(trainer)
+        del trainer  # its memory is needed again
+        sweep_after_training(directory.path, resolve(path), dataset, seconds=seconds)
     _report(directory.path)
     return directory.path
+
+
+def _run_to_the_end(trainer: Trainer) -> tuple[Dataset, float]:
+    """Train; return the dataset, and how many seconds the run has trained in all."""
+    trainer.run()
+    return trainer.dataset, trainer.state.counters.seconds
 
 
 def _report(path: Path) -> None:

@@ -46,6 +46,7 @@ class RunDirectory:
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self.looks = path / "looks.jsonl"
+        self.sweep = path / "sweep.json"
         self._last_heartbeat = 0.0
         self._remarks: dict[str, Any] = {}
 

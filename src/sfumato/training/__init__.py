@@ -10,6 +10,7 @@ from sfumato.training.config import (
     LogConfig,
     PostHocEMAConfig,
     PreviewConfig,
+    SweepConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "PreviewConfig",
     "Reconstruction",
     "Reconstructor",
+    "SweepConfig",
     "Trainer",
     "TrainingConfig",
     "ValidationConfig",

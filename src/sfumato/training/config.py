@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.config.bounds import Count, CountOrZero, InnerFraction, Positive, Seed
+from sfumato.config.bounds import Count, CountOrZero, InnerFraction, NonNegative, Positive, Seed
 from sfumato.errors import ConfigError
 from sfumato.observability.sinks import SinkName
 from sfumato.training.ema import EMAConfig, PowerEMA
@@ -205,6 +205,18 @@ class LogConfig:
 
     every_steps: Count = 10
     sinks: tuple[SinkName, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """When a run is trained, weights, guidance and steps of sampling are compared on held-out
+    images.
+
+    Attributes:
+        minutes: of the comparison; null is 5 % of the training time, if that suffices, and 0 is off.
+    """
+
+    minutes: NonNegative | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import randomness
@@ -20,6 +21,43 @@ from sfumato.generation.request import ResolvedRequest
 from sfumato.training.evidence import Copies
 
 STEPS, MAX_REAL = 15, 500  # of denoising; real images that samples are compared with
+
+
+class CopyCounter:
+    """Counts near-duplicates of training images among samples, and among real images."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    @cached_property
+    def index(self) -> CopyIndex:
+        """All training images."""
+        return CopyIndex.of(self.dataset)
+
+    def find(self, images: Tensor) -> NDArray[np.bool_]:
+        """Return which images (n, C, H, W) in [0, 1] are copies, (n,)."""
+        result: NDArray[np.bool_] = self.index.find(images * 2 - 1) != NO_COPY
+        return result
+
+    def beside_real(self, found: NDArray[np.bool_]) -> Copies:
+        """Return how many of some samples were found to be copies, beside the same of real images."""
+        real_count, real = self._real
+        return Copies(count=int(found.sum()), samples=len(found), real_count=real_count, real=real)
+
+    @cached_property
+    def _real(self) -> tuple[int, int]:
+        """Copies among real images, and their number: held-out ones, and training images among the
+        others.
+        """
+        count = total = 0
+        for part, grouped in ((self.dataset.holdout, False), (self.dataset.training, True)):
+            positions = self.dataset.with_common_shape(part)[:MAX_REAL]
+            if len(positions):
+                groups = self.dataset.clusters[positions] if grouped else None
+                images = to_float(self.dataset.images(positions)[0])
+                count += int((self.index.find(images, groups=groups) != NO_COPY).sum())
+                total += len(positions)
+        return count, total
 
 
 class CopySearch:
@@ -39,24 +77,16 @@ class CopySearch:
     ) -> None:
         self.dataset, self.autoencoder, self.info, self.seed = dataset, autoencoder, info, seed
         self.sampling = replace(sampling, steps=STEPS)
+        self.counter = CopyCounter(dataset)
 
     @property
     def predictions(self) -> int:
         """About how many predictions of the network a sample takes, with guidance."""
         return 2 * self.sampling.steps
 
-    @cached_property
-    def index(self) -> CopyIndex:
-        """All training images."""
-        return CopyIndex.of(self.dataset)
-
     def copies(self, average: Model, num: int) -> Copies:
         """Return how many of `num` samples are copies, beside the same of real images."""
-        found = self.index.find(self.images(average, num) * 2 - 1)
-        real_count, real = self._real
-        return Copies(
-            count=int((found != NO_COPY).sum()), samples=num, real_count=real_count, real=real
-        )
+        return self.counter.beside_real(self.counter.find(self.images(average, num)))
 
     def images(self, average: Model, num: int) -> Tensor:
         """Return samples (num, C, H, W) in [0, 1]."""
@@ -82,18 +112,3 @@ class CopySearch:
         )
         with torch.no_grad():
             return pipeline.sample_request(request, seed=self.seed)
-
-    @cached_property
-    def _real(self) -> tuple[int, int]:
-        """Copies among real images, and their number: held-out ones, and training images among the
-        others.
-        """
-        count = total = 0
-        for part, grouped in ((self.dataset.holdout, False), (self.dataset.training, True)):
-            positions = self.dataset.with_common_shape(part)[:MAX_REAL]
-            if len(positions):
-                groups = self.dataset.clusters[positions] if grouped else None
-                images = to_float(self.dataset.images(positions)[0])
-                count += int((self.index.find(images, groups=groups) != NO_COPY).sum())
-                total += len(positions)
-        return count, total
