@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.data.duplicates import clusters, difference, stretch_contrast, thumbnail
-from sfumato.data.holdout import MAX_GROUP_SHARE, assign_splits, merge_groups
+from sfumato.data.holdout import (
+    MAX_GROUP_SHARE,
+    assign_splits,
+    expected_holdout,
+    merge_groups,
+    take_half,
+)
 from sfumato.data.listing import Entry, Inline
+from sfumato.errors import DataError
 
 
 def entries(categories: list[str], groups: list[str | None] | None = None) -> list[Entry]:
@@ -163,3 +170,61 @@ def test_nothing_is_held_out_of_one_group_or_if_that_is_set() -> None:
     unset = assign_splits(listed, ids(8), np.arange(8), 0.0)
     assert set(alone) == set(unset) == {"training"}
     assert "holdout" in assign_splits(listed, ids(8), np.arange(8), 0.1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), min_size=2, max_size=80),
+    seed=st.integers(0, 99),
+)
+def test_halves_share_no_group_and_have_half_of_each_category(
+    rows: list[tuple[int, str]], seed: int
+) -> None:
+    groups = np.array([3 * group + "abc".index(kind) for group, kind in rows])
+    categories = np.array([kind for _, kind in rows])
+    if len(set(groups)) < 2:
+        return
+    training = np.arange(0, len(rows), 1)
+    known = {"entries": entries(list(categories)), "ids": ids(len(rows), seed), "groups": groups}
+    first, second = (take_half(half, training, **known) for half in ("first", "second"))
+    assert sorted([*first, *second]) == training.tolist()
+    assert not set(groups[first]) & set(groups[second])
+    for kind in set(categories):
+        sizes = [(categories[half] == kind).sum() for half in (first, second)]
+        largest = np.bincount(groups[categories == kind]).max()
+        assert abs(sizes[0] - sizes[1]) <= largest
+    if np.bincount(groups).max() == 1:
+        assert abs(len(first) - len(second)) <= len(set(categories))
+    assert (take_half("first", training, **known) == first).all()
+    assert (take_half("off", training, **known) == training).all()
+
+
+def test_halves_follow_the_content_and_not_the_order_of_the_files() -> None:
+    names = ids(40)
+    known = {"entries": entries(["a"] * 40), "groups": np.arange(40)}
+    first = take_half("first", np.arange(40), ids=names, **known)
+    reverse = take_half("first", np.arange(40), ids=names[::-1], **known)
+    assert {names[i] for i in first} == {names[::-1][i] for i in reverse}
+    assert sorted(first.tolist()) != list(range(20))  # nor is it the first half of the list
+
+
+def test_copies_of_one_image_cannot_be_halved() -> None:
+    with pytest.raises(DataError, match=r"data\.half.*3 training images.* cannot be halved"):
+        take_half(
+            "first",
+            np.arange(3),
+            entries=entries(["a"] * 3),
+            ids=ids(3),
+            groups=np.zeros(3, np.int64),
+        )
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [(1797, 0.1, 180), (200, 0.1, 25), (60, 0.1, 15), (60, 0.5, 30), (60, 0.0, 0), (3, 0.1, 1)],
+)
+def test_the_expected_holdout_is_that_of_the_rules(count: int, share: float, expected: int) -> None:
+    assert expected_holdout(count, share) == expected
+    if share:
+        held = assign_splits(entries(["a"] * count), ids(count), np.arange(count), share)
+        assert abs((held == "holdout").sum() - expected) <= max(2, 4 * expected**0.5)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL import Image
 
     from sfumato.data import Entry, Listing
     from sfumato.data.check.captions import Coverage
+    from sfumato.data.check.findings import Kind
+    from sfumato.data.check.inspect import Inspection
 
 data_app = typer.Typer(help="Inspect data before training on them.", no_args_is_help=True)
 Source = Annotated[
@@ -77,8 +79,10 @@ def check(
     from sfumato.observability.progress import ProgressBar
     from sfumato.recipes.caption_statistics import Truncation, build_tokenizer
     from sfumato.recipes.resolver import preset
-    from sfumato.runs.preparation import network_parameters, text_encoder
+    from sfumato.runs.plan_check import views_before_planning
+    from sfumato.runs.preparation import empty_network, text_encoder
     from sfumato.storage.output_paths import require_writable
+    from sfumato.training.parameters import count
 
     listing = _listing(source)
     folder = require_writable(out or Path("data-check") / _slug(source))
@@ -87,9 +91,10 @@ def check(
     tokenizer = build_tokenizer(run, captions, text_encoder)
     listing = expand_frames(listing, run.data.frames)
     chosen = choose_scale(run.data.range, listing.entries)
+    network = empty_network(run)
     plan = IntendedModel(
         resolution=resolution or run.data.resolution,
-        parameters=network_parameters(run),
+        parameters=count(network.parameters()),
         form=run.data.pixel_format(chosen.scale),
         remarks=chosen.lines,
         length=tokenizer.length,
@@ -103,8 +108,9 @@ def check(
             on_progress=lambda done, total: bar.update(done / total, f"{done} of {total}"),
         )
     inspection.remarks += Truncation.of(captions, tokenizer).lines
+    if views := views_before_planning(run, inspection.learned, network=network):
+        inspection.remarks.append(views)
     paths = write(inspection, folder)
-    figures = inspection.figures
     if as_json:
         typer.echo(
             json.dumps(
@@ -114,19 +120,25 @@ def check(
             )
         )
         return
-    for line in inspection.ledger.lines() if inspection.ledger else ():
+    for line in _findings(inspection, KINDS):
         _say(line)
-    _say(
-        f"{figures['images']} images, {figures['readable']} readable, "
-        f"{figures.get('distinct', 0)} without copies"
-    )
-    for kind, names in inspection.files().items():
-        about = KINDS[kind]
-        _say(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
-    for remark in inspection.remarks:
-        _say(f"       {remark}")
     for path in paths:
         _say(path)
+
+
+def _findings(inspection: Inspection, kinds: Mapping[str, Kind]) -> list[str]:
+    """Return what was found, as lines of text."""
+    figures = inspection.figures
+    lines = [
+        *(inspection.ledger.lines() if inspection.ledger else ()),
+        f"{figures['images']} images, {figures['readable']} readable, "
+        f"{figures.get('distinct', 0)} without copies",
+    ]
+    for kind, names in inspection.files().items():
+        about = kinds[kind]
+        lines.append(f"{len(names):6d} {kind:20} {about.effect} {about.advice}")
+    remarks = [*inspection.remarks, inspection.memorized_first()]
+    return [*lines, *(f"       {remark}" for remark in remarks if remark)]
 
 
 @data_app.command()

@@ -30,7 +30,7 @@ from sfumato.data.buckets import BucketConfig
 from sfumato.data.dataset_diff import record_contents
 from sfumato.data.decoding import PixelFormat, Pixels, RejectedImage, Scale, decode, quiet
 from sfumato.data.frames import Frames
-from sfumato.data.holdout import assign_splits
+from sfumato.data.holdout import Half, assign_splits, take_half
 from sfumato.data.ledger import Ledger
 from sfumato.data.listing import Entry, Reject, Source
 from sfumato.data.sources import Digits
@@ -62,6 +62,8 @@ class DataConfig:
         augment: changes made to training images.
         holdout: share kept from training for validation, chosen by a hash of the content; 25 images
             at least, or a quarter of a smaller set. 0 trains on all, and nothing is validated.
+        half: the `first` or the `second` half of the training images is trained on, to learn
+            whether more images would help; the same images are held out. `off` trains on all.
         near_duplicates: what stays together in training or hold-out: images that are nearly the
             same (`auto`), or exact copies only
             (`exact`); `off` compares nothing.
@@ -94,6 +96,7 @@ class DataConfig:
     frames: Frames = "first"
     augment: AugmentConfig = AugmentConfig()
     holdout: FractionBelowOne = 0.1
+    half: Half = "off"
     near_duplicates: Literal["auto", "exact", "off"] = "auto"
     categories: tuple[str, ...] = ()
     caption: str | None = None
@@ -202,6 +205,7 @@ class Dataset:
         latents: their latents, where training works on those.
         scale: the values that are black and white.
         training, holdout: positions of the two parts, which share no image and no near-duplicate.
+        whole: positions of the training part, without regard to `data.half`.
         epoch: the positions of the training part, each as often as an epoch holds it: as its
             repeats say, over their greatest common divisor.
         named_holdouts: further parts that the source keeps from training, by name.
@@ -225,6 +229,7 @@ class Dataset:
     latents: PrecomputedLatents | None = None
     scale: Scale = Scale()
     training: NDArray[np.int64] = field(init=False)
+    whole: NDArray[np.int64] = field(init=False)
     epoch: NDArray[np.int64] = field(init=False)
     holdout: NDArray[np.int64] = field(init=False)
     named_holdouts: dict[str, NDArray[np.int64]] = field(init=False)
@@ -232,16 +237,27 @@ class Dataset:
     def __post_init__(self) -> None:
         splits = assign_splits(self.entries, self.ids, self.clusters, self.config.holdout)
         object.__setattr__(self, "holdout", np.flatnonzero(splits == "holdout"))
-        object.__setattr__(self, "training", np.flatnonzero(splits == "training"))
-        repeats = np.array([self.entries[i].repeats for i in self.training], np.int64)
-        times = repeats // max(1, np.gcd.reduce(repeats))
-        object.__setattr__(self, "epoch", np.repeat(self.training, times))
+        object.__setattr__(self, "whole", np.flatnonzero(splits == "training"))
+        training = take_half(
+            self.config.half,
+            self.whole,
+            entries=self.entries,
+            ids=self.ids,
+            groups=self.clusters,
+        )
+        object.__setattr__(self, "training", training)
+        object.__setattr__(self, "epoch", self._repeated(training))
         names = sorted(set(splits) - {"holdout", "training"})
         object.__setattr__(
             self,
             "named_holdouts",
             {name.removeprefix(":"): np.flatnonzero(splits == name) for name in names},
         )
+
+    def _repeated(self, training: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return positions, each as often as an epoch holds it."""
+        repeats = np.array([self.entries[i].repeats for i in training], np.int64)
+        return np.repeat(training, repeats // max(1, np.gcd.reduce(repeats)))
 
     @property
     def fingerprint(self) -> str:
@@ -251,18 +267,26 @@ class Dataset:
         It is equal exactly if these are. The texts are captions and attributes; doodles, masks and
         point clouds are not part of it.
         """
+        return self._hash(self.training)
+
+    @property
+    def whole_fingerprint(self) -> str:
+        """The fingerprint that the set has without `data.half`."""
+        return self._hash(self.whole)
+
+    def _hash(self, training: NDArray[np.int64]) -> str:
         texts = hashlib.sha256(
             "\0".join("\1".join(entry.captions) for entry in self.entries).encode()
         ).hexdigest()
         texts += repr([entry.attributes for entry in self.entries if entry.attributes])
-        if len(self.epoch) > len(self.training):
+        if len(self._repeated(training)) > len(training):
             texts += repr([entry.repeats for entry in self.entries])
         lines = [
             repr(self.pixel_format),
             *self.ids,
             *map(str, self.labels.tolist()),
             texts,
-            self.training.tobytes().hex(),
+            training.tobytes().hex(),
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -382,6 +406,7 @@ class Dataset:
         copies = {"duplicate": duplicates, "near_duplicate": similar}
         return {
             "fingerprint": self.fingerprint,
+            "whole_fingerprint": self.whole_fingerprint,
             "source": type(self.config.source).__name__,
             "attribution": getattr(self.config.source, "attribution", None),
             "images": len(self.entries),

@@ -20,8 +20,8 @@ WORDS = {
     "attributes": "attributes differ",
     "repeats": "repeats differ",
     "categories": "categories differ",
-    "split": "the split into training and hold-out differs (data.holdout, or a hold-out that the "
-    "source names)",
+    "split": "the split into training and hold-out differs (data.holdout, data.half, or a hold-out "
+    "that the source names)",
     "format": "size, channels or bits of the pixels differ",
 }
 

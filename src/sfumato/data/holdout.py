@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ MIN_RELIABLE_HOLDOUT_IMAGES = (
 # of a set, above which a group of images that are alike is split; and a size that never is
 LARGE_SHARE, NEVER_LARGE = 0.1, 4
 NAMED = 4  # images of a group
+Half = Literal["off", "first", "second"]
 
 
 class Groups(NamedTuple):
@@ -188,5 +189,55 @@ def _choose_holdout(
     return held or {min(order, key=lambda group: (sizes[group], keys[group]))}
 
 
-def _key(id_: str) -> float:
-    return float(int(hashlib.sha256(f"holdout/{id_}".encode()).hexdigest()[:12], 16) / 16**12)
+def expected_holdout(count: int, share: float) -> int:
+    """Return about how many of `count` images `assign_splits` holds out."""
+    if share == 0 or count < 2:
+        return 0
+    return max(1, round(share * count), min(MIN_HOLDOUT_IMAGES, int(MAX_SMALL_SHARE * count)))
+
+
+def take_half(
+    half: Half,
+    training: NDArray[np.int64],
+    *,
+    entries: Sequence[Entry],
+    ids: Sequence[str],
+    groups: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Return the positions of one half of the training images, or all of them for "off".
+
+    Whole groups of images that are alike are in one half, in an order of the hash of their least
+    id, the largest first; each goes where its categories, and then all images, are fewer. So the
+    halves of a category, and the two halves, differ by one image, or by one group if that is more.
+
+    Raises:
+        DataError: if all training images are in one group.
+    """
+    if half == "off":
+        return training
+    members: dict[int, list[int]] = {}
+    for position in training.tolist():
+        members.setdefault(int(groups[position]), []).append(position)
+    if len(members) < 2:
+        raise DataError(
+            f"{len(training)} training images, near-duplicates counted as one, cannot be halved",
+            where="data.half",
+            hint="set data.half=off, or add images",
+        )
+    keys = {group: _key(min(ids[i] for i in part), "half") for group, part in members.items()}
+    surplus: Counter[str | None] = Counter()  # images of the first half less those of the second
+    first: list[int] = []
+    for group in sorted(members, key=lambda group: (-len(members[group]), keys[group])):
+        kinds = Counter(entries[position].category for position in members[group])
+        lead = sum(count * surplus[kind] for kind, count in kinds.items()) or surplus.total()
+        if lead <= 0:
+            first += members[group]
+            surplus.update(kinds)
+        else:
+            surplus.subtract(kinds)
+    chosen = np.isin(training, first)
+    return training[chosen if half == "first" else ~chosen]
+
+
+def _key(id_: str, purpose: str = "holdout") -> float:
+    return float(int(hashlib.sha256(f"{purpose}/{id_}".encode()).hexdigest()[:12], 16) / 16**12)

@@ -3,6 +3,7 @@
 Everything is read from the files of the run; no model is loaded.
 """
 
+from sfumato.reporting.half_run import compare_with_half
 from sfumato.reporting.run_report import write_report
 
-__all__ = ["write_report"]
+__all__ = ["compare_with_half", "write_report"]

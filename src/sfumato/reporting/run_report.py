@@ -5,29 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from sfumato.errors import RunError
 from sfumato.observability.progress import duration
-from sfumato.reporting.charts import Curve, Mark, Stretch, chart
+from sfumato.reporting.half_run import FILE as HALF_RUN
+from sfumato.reporting.run_charts import BINS, run_charts
 from sfumato.reporting.run_files import RunFiles
 from sfumato.reporting.sweep_table import sweep_rows, sweep_tables
 from sfumato.storage.atomic import write_text
-from sfumato.training.denoising_error import Estimate, mean_interval
-from sfumato.training.evidence import Look
+from sfumato.training.denoising_error import Estimate
+from sfumato.training.enough import after_training
 from sfumato.training.stopping import StoppingVerdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
 EVALUATION = f"{EVALUATED}/evaluation.json"
-BINS = "validation/ema/bins"  # of metrics.jsonl
 MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
@@ -97,7 +96,7 @@ def report_page(path: Path) -> str:
         answers=_answers(files, found),
         sheets=_sheets(files),
         real=_image(files.directory.samples / "real.png"),
-        charts=_charts(files),
+        charts=run_charts(files),
         pairs=_evaluation_images(files),
         data=files.json("data.json"),
         facts=_facts(files),
@@ -148,6 +147,7 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
                 "evaluate` compares samples with real images",
             )
         )
+    answers += _enough_images(files, found)
     answers += [
         Answer("What does the evaluation say?", text.rstrip("."), _evaluated(evaluation))
         for text in evaluation.get("sentences", ())
@@ -170,88 +170,27 @@ def _beside_base(found: StoppingVerdict) -> list[Answer]:
     ]
 
 
+def _enough_images(files: RunFiles, found: StoppingVerdict) -> list[Answer]:
+    """Return whether the images were enough, and whether more would help, if that was measured."""
+    images, half = files.json("data.json").get("training"), files.json(HALF_RUN)
+    if images is None:
+        return []
+    held_out, seen = found.n
+    basis = f"the errors on {held_out} held-out and {seen} training images at the last look"
+    if not half:
+        basis += (
+            "; whether more images would help is told by a run with data.half=first and `sfumato "
+            "report RUN --half HALF`"
+        )
+    answers = [Answer(f"Are {images:,} images enough?", after_training(found, images), basis)]
+    if half:
+        answers.append(Answer("Would more images help?", half["sentence"], half["basis"]))
+    return answers
+
+
 def _evaluated(evaluation: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{row['name']} {row['n']}" for row in evaluation["rows"])
     return f"features of {evaluation['extractor']}; images: {sizes}"
-
-
-def _charts(files: RunFiles) -> dict[str, str]:
-    looks = files.looks
-    if not looks or not looks[-1].held_out:
-        return {"errors": "", "copies": _copies_chart(looks), "levels": _levels_chart(files)}
-    views = [look.views for look in looks]
-
-    def curve(name: str, label: str, values: Sequence[Sequence[float]]) -> Curve:
-        estimates = [mean_interval(torch.tensor(each).double()) for each in values]
-        return Curve(
-            name,
-            label,
-            views,
-            [estimate.mean for estimate in estimates],
-            [estimate.low for estimate in estimates],
-            [estimate.high for estimate in estimates],
-        )
-
-    best = next(look for look in looks if look.step == files.verdicts[-1].best_step)
-    ends = [*views[1:], views[-1]]
-    errors = chart(
-        [
-            curve("held-out", "held-out images", [look.held_out for look in looks]),
-            curve("seen", "training images", [look.seen for look in looks]),
-        ],
-        x_label="views of each training image",
-        y_label="squared error of the noise",
-        log_x=True,
-        marks=[Mark(best.views, f"best: step {best.step}")],
-        states=[
-            Stretch(start, stop, found.state)
-            for start, stop, found in zip(views, ends, files.verdicts, strict=True)
-        ],
-    )
-    return {"errors": errors, "copies": _copies_chart(looks), "levels": _levels_chart(files)}
-
-
-def _copies_chart(looks: Sequence[Look]) -> str:
-    counted = [(look.views, look.copies) for look in looks if look.copies is not None]
-    if len(counted) < 2:
-        return ""
-    shares = [100 * copies.count / copies.samples for _, copies in counted]
-    curve = Curve("copies", "samples that are copies", [views for views, _ in counted], shares)
-    return chart([curve], x_label="views of each training image", y_label="%", log_x=True)
-
-
-def _levels_chart(files: RunFiles) -> str:
-    """Draw the error by noise level between those of three denoisers that learn nothing."""
-    newest = files.newest(BINS)
-    if not newest:
-        return ""
-    bins = newest[BINS]
-    xs = [(row["logsnr_low"] + row["logsnr_high"]) / 2 for row in bins]
-    errors = [row["eps_mse"] for row in bins]
-    curves = [Curve("held-out", "this model", xs, errors)]
-    if "skill" in bins[0]:  # runs of earlier versions compared with another guess
-        curves += [
-            Curve("linear", "best linear filter", xs, _reference(bins, "skill")),
-            Curve("mean", "mean image", xs, _reference(bins, "r2")),
-        ]
-    if "memory_mse" in bins[0]:
-        # where it is far above all others, its exact value says nothing more
-        highest = 1.5 * max(max(curve.ys) for curve in curves)
-        known = [
-            (x, row["memory_mse"])
-            for x, row in zip(xs, bins, strict=True)
-            if row["memory_mse"] <= highest
-        ]
-        if known:
-            curves.append(
-                Curve("memory", "memory of the training images", *zip(*known, strict=True))
-            )
-    return chart(curves, x_label="log-SNR (left: noise)", y_label="squared error of the noise")
-
-
-def _reference(bins: Sequence[dict[str, float]], score: str) -> list[float]:
-    """Return the errors that a score compares with: score = 1 - error / reference."""
-    return [row["eps_mse"] / max(1e-12, 1 - row[score]) for row in bins]
 
 
 def _sheets(files: RunFiles) -> list[Sheet]:

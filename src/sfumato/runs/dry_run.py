@@ -16,7 +16,7 @@ from sfumato.recipes.resolver import Overrides, ResolvedConfig, resolve_config
 from sfumato.recipes.run import Run
 from sfumato.runs.cost import CostEstimate, estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
-from sfumato.runs.plan_check import Finding, Machine, findings
+from sfumato.runs.plan_check import Finding, check_plan
 from sfumato.runs.preparation import prepare
 from sfumato.training.parameters import describe
 
@@ -29,6 +29,7 @@ class TrainingPlan:
         notes: the reasons for the configuration, and remarks on the dataset, one sentence a line.
         stages: the estimated cost of each stage, the diffusion model's last.
         findings: problems of the plan; () for a plan that is long enough and fits.
+        views: what the number of views of each image says; "" where a finding says it.
     """
 
     run: Run
@@ -36,6 +37,7 @@ class TrainingPlan:
     notes: tuple[str, ...]
     stages: tuple[CostEstimate, ...]
     findings: tuple[Finding, ...]
+    views: str = ""
 
     @property
     def total_s(self) -> float:
@@ -45,7 +47,8 @@ class TrainingPlan:
     def lines(self) -> list[str]:
         """Return the plan as lines of text; the summary and the verdict come last."""
         estimates = [line for stage in self.stages for line in stage.lines()]
-        return [*self.notes, *estimates, self._summary(), *self._verdict()]
+        views = [self.views] if self.views else []
+        return [*self.notes, *estimates, *views, self._summary(), *self._verdict()]
 
     def _summary(self) -> str:
         model, size = self.stages[-1], self.run.data.resolution
@@ -84,6 +87,7 @@ class TrainingPlan:
             "stages": [asdict(stage) for stage in self.stages],
             "total_s": self.total_s,
             "long_enough": not self.findings,
+            "views": self.views,
             "findings": [asdict(finding) for finding in self.findings],
             "config": configuration.plain(self.run),
         }
@@ -103,14 +107,14 @@ def _plan(chosen: ResolvedConfig) -> TrainingPlan:
         *truncated_captions(dataset, prepared.model.conditioner),
     ]
     stages = estimate_cost(prepared)
+    problems, views = check_plan(prepared, stages)
     return TrainingPlan(
         run=run,
         images=images,
         notes=(*chosen.reasons, *chosen.notes, *dataset_notes),
         stages=tuple(stages),
-        findings=tuple(
-            findings(stages, images=images, machine=Machine.here(), from_scratch=not run.has_base)
-        ),
+        findings=tuple(problems),
+        views=views,
     )
 
 

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from sfumato.data.holdout import expected_holdout
 from sfumato.observability.progress import duration
 from sfumato.platform import total_memory
+from sfumato.recipes.run import Run
 from sfumato.runs.cost import CostEstimate
+from sfumato.runs.preparation import PreparedRun
+from sfumato.training.enough import Outlook, before_training, is_protected, most_views
 
 # Training samples in total, repeats included. docs/benchmarks.md, "Time to quality": at 32 px,
 # 43,000 to 51,000 bring the kernel distance of the preset to 3 or 4, where the baselines end at 8;
@@ -22,8 +27,6 @@ ENOUGH, TOO_FEW = 45_000, 12_000
 # at 21.8 dB with reds still brown (docs/ablations.md, which does not say the steps); seven minutes
 # have this many steps at 0.2 s a step.
 AUTOENCODER_STEPS = 2_000
-MANY_VIEWS = 200  # of each image
-SMALL = 5_000  # images, below which many views of each are memorized
 MEMORY_FRACTION = 0.9  # of the machine's memory that training may take
 
 
@@ -56,8 +59,29 @@ class Machine:
         return cls(memory_gib=memory / 2**30, disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30)
 
 
+def check_plan(prepared: PreparedRun, stages: Sequence[CostEstimate]) -> tuple[list[Finding], str]:
+    """Return the problems of a plan on this machine, and what `views_line` says of it."""
+    images, from_scratch = len(prepared.dataset.training), not prepared.run.has_base
+    protected = is_protected(prepared.run.data.augment, prepared.model.network)
+    problems = findings(
+        stages,
+        images=images,
+        machine=Machine.here(),
+        from_scratch=from_scratch,
+        protected=protected,
+    )
+    return problems, views_line(
+        stages[-1], images=images, from_scratch=from_scratch, protected=protected
+    )
+
+
 def findings(
-    stages: Sequence[CostEstimate], *, images: int, machine: Machine, from_scratch: bool = True
+    stages: Sequence[CostEstimate],
+    *,
+    images: int,
+    machine: Machine,
+    from_scratch: bool = True,
+    protected: bool = False,
 ) -> list[Finding]:
     """Return the problems of a plan, the most serious first; [] if it is long enough and fits.
 
@@ -66,24 +90,56 @@ def findings(
         images: number of training images.
         from_scratch: whether the model begins with random weights; how long a fine-tuning takes is
             said by its comparisons with the base.
+        protected: whether augmentation and dropout hold off memorizing.
     """
     if not from_scratch:
         return _resource_findings(stages, machine)
     *autoencoders, model = stages
-    problems = [
+    views = _outlook(model, images, protected)
+    return [
         *_resource_findings(stages, machine),
         *(finding for stage in autoencoders for finding in _autoencoder_findings(stage)),
-        *_length_findings(model),
+        *_length_findings(model, images, most_views(images, protected=protected)),
+        *([Finding(what=views.sentence, change=views.change)] if views.change else []),
     ]
-    if model.epochs > MANY_VIEWS and images < SMALL:
-        problems.append(
-            Finding(
-                what=f"{model.epochs:.0f} views of each image: more than {MANY_VIEWS} of a set "
-                f"of {images} are memorized sooner or later",
-                change=f"set budget.epochs={MANY_VIEWS}, add images, or set stop=overfitting",
-            )
-        )
-    return problems
+
+
+def views_line(model: CostEstimate, *, images: int, from_scratch: bool, protected: bool) -> str:
+    """Return what the number of views of each image says; "" where `findings` says it.
+
+    For arguments, see `findings`.
+    """
+    views = _outlook(model, images, protected)
+    return f"views: {views.sentence}" if from_scratch and not views.change else ""
+
+
+def views_before_planning(run: Run, images: int, *, network: nn.Module) -> str:
+    """Return what the number of views says of a set whose training has not been measured.
+
+    Where only time limits the training, as many samples are assumed as are enough.
+
+    Args:
+        images: of the set, those that the source holds out aside.
+    """
+    training = images - expected_holdout(images, run.data.holdout)
+    if run.data.half != "off":
+        training = -(-training // 2)
+    if training < 1:
+        return ""
+    batch = run.batch_size
+    used = run.budget.progress(steps=1, samples=batch, epochs=batch / training, seconds=0.0)
+    samples = batch / used if used else ENOUGH
+    views = before_training(
+        training,
+        samples / training,
+        protected=is_protected(run.data.augment, network),
+        by="this budget" if used else f"{ENOUGH:,} training samples (about enough at 32 px)",
+    )
+    return "; ".join(filter(None, (views.sentence, views.change))) + "."
+
+
+def _outlook(model: CostEstimate, images: int, protected: bool) -> Outlook:
+    return before_training(images, model.epochs, protected=protected)
 
 
 def _resource_findings(stages: Sequence[CostEstimate], machine: Machine) -> list[Finding]:
@@ -125,22 +181,30 @@ def _autoencoder_findings(stage: CostEstimate) -> list[Finding]:
     ]
 
 
-def _length_findings(model: CostEstimate) -> list[Finding]:
-    if model.images >= ENOUGH:
+def _length_findings(model: CostEstimate, images: int, views: float) -> list[Finding]:
+    """Return whether the model is trained for too short; a set that is memorized after `views`
+    views of each image is not seen more often.
+    """
+    enough = min(ENOUGH, math.floor(views * images)) if math.isfinite(views) else ENOUGH
+    if model.images >= enough:
         return []
     batch = model.images / model.steps
-    enough = math.ceil(ENOUGH / batch)
     verdict = (
         "too short: rough shapes and colours at best"
-        if model.images < TOO_FEW
+        if model.images < TOO_FEW / ENOUGH * enough
         else "short: samples would still get better"
+    )
+    why = (
+        f"about {ENOUGH:,} are enough at 32 px"
+        if enough == ENOUGH
+        else f"{images} images can be seen {views:.0f} times, {enough:,} samples, before they are "
+        "memorized"
     )
     return [
         Finding(
-            what=f"{verdict}: {model.images:,} training samples in total; about {ENOUGH:,} are "
-            "enough at 32 px",
-            change=f"{_longer('budget', model, enough)}, or lower data.resolution, or use a "
-            "smaller network",
+            what=f"{verdict}: {model.images:,} training samples in total; {why}",
+            change=f"{_longer('budget', model, math.ceil(enough / batch))}, or lower "
+            "data.resolution, or use a smaller network",
         )
     ]
 

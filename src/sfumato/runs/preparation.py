@@ -139,8 +139,9 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
             )
         for remark in dataset.remarks:
             bar.say(remark)
-        if line := _holdout_line(run, dataset):
-            bar.say(line)
+        for line in (_half_line(dataset), _holdout_line(run, dataset)):
+            if line:
+                bar.say(line)
         if run.conditioner.attributes is not None and (
             left_out := dataset.annotations.attributes.left_out
         ):
@@ -154,6 +155,18 @@ def open_data(run: Run, listing: Listing | None = None) -> Dataset:
                 "keeps more of it"
             )
     return dataset
+
+
+def _half_line(dataset: Dataset) -> str:
+    """Return a line where training is on half of the images; "" where it is on all."""
+    if dataset.config.half == "off":
+        return ""
+    missing = categories_without_training_images(dataset)
+    return (
+        f"data.half={dataset.config.half}: {len(dataset.training):,} of {len(dataset.whole):,} "
+        "training images; the same images are held out"
+        + (f"; no image of {', '.join(missing)} is among them" if missing else "")
+    )
 
 
 def _holdout_line(run: Run, dataset: Dataset) -> str:
@@ -246,10 +259,14 @@ def with_auxiliary(run: Run, model: Model) -> Model:
 
 def network_parameters(run: Run) -> int:
     """Count the parameters of a run's network, its conditioner aside, without allocating them."""
+    return count(empty_network(run).parameters())
+
+
+def empty_network(run: Run) -> Backbone:
+    """Return a run's network, its conditioner aside, with parameters that are not allocated."""
     channels = run.autoencoder.latent_shape(run.data.channels, None).channels
     with torch.device("meta"):
-        network = run.network.build(image_channels=channels, context=NO_CONTEXT)
-    return count(network.parameters())
+        return run.network.build(image_channels=channels, context=NO_CONTEXT)
 
 
 def print_padding_costs(network: Backbone, dataset: Dataset, factor: int) -> None:

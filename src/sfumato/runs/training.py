@@ -20,7 +20,7 @@ from sfumato.runs.cost import estimate_cost
 from sfumato.runs.finetuning import choose_finetuning
 from sfumato.runs.finetuning_report import FOLDER as REPORT
 from sfumato.runs.finetuning_report import finetuning_report, with_parity
-from sfumato.runs.plan_check import Machine, findings
+from sfumato.runs.plan_check import check_plan
 from sfumato.runs.preparation import PreparedRun, prepare, print_padding_costs
 from sfumato.runs.sweep import sweep_after_training
 from sfumato.runs.text_encoders import release_encoders
@@ -181,17 +181,13 @@ def _restore_trainer(directory: RunDirectory, overrides: Overrides) -> Trainer:
 
 
 def _cost_lines(prepared: PreparedRun) -> list[str]:
-    stages, images = estimate_cost(prepared), len(prepared.dataset.training)
-    verdict = [
-        finding.line()
-        for finding in findings(
-            stages,
-            images=images,
-            machine=Machine.here(),
-            from_scratch=not prepared.run.has_base,
-        )
+    stages = estimate_cost(prepared)
+    problems, views = check_plan(prepared, stages)
+    return [
+        *(line for stage in stages for line in stage.lines()),
+        *([views] if views else []),
+        *(finding.line() for finding in problems),
     ]
-    return [*(line for stage in stages for line in stage.lines()), *verdict]
 
 
 def _write_description(prepared: PreparedRun, directory: RunDirectory) -> None:

@@ -263,12 +263,12 @@ def _sentence(
         )
     if state == "overfitting":
         return (
-            f"stop: the model overfits; the error on held-out images is {_times(ratio)} that on "
+            f"stop: the model overfits; the error on held-out images is {describe_ratio(ratio)} that on "
             f"training images and no longer falls; {where}"
         )
     if state == "leans":
         return (
-            f"the error on held-out images is {_times(ratio)} that on training images: longer "
+            f"the error on held-out images is {describe_ratio(ratio)} that on training images: longer "
             "training will make the model copy; more images, augmentation or a smaller network help"
         )
     if state == "converged":
@@ -282,7 +282,8 @@ def _sentence(
     return "still learning, slowly: the error on held-out images falls by less than 1 % a fifth"
 
 
-def _times(ratio: Estimate) -> str:
+def describe_ratio(ratio: Estimate) -> str:
+    """Return a ratio of errors with its interval, in words."""
     return f"{ratio.mean:.2f} x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 

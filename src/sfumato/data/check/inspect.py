@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sfumato.data.check import captions as text
 from sfumato.data.check.findings import KINDS
 from sfumato.data.check.measure import Measurement, measure
+from sfumato.data.check.risk import MemorizationRisk, images_at_risk
 from sfumato.data.decoding import PixelFormat, quiet
 from sfumato.data.duplicates import MIN_SIDE, components, near_pairs, signatures
 from sfumato.data.frames import unused_frames
@@ -67,6 +68,8 @@ class Inspection:
         ledger: the account of all that the source holds.
         groups: of duplicates, near-duplicates and look-alikes, each a list of positions.
         clusters: positions of typical images of each kind of image found, and the kind's share.
+        risk: the images that are memorized first; None if none can be read.
+        learned: readable images that the source does not hold out.
         figures: counts and scores, as data.json has them.
         remarks: plain sentences about the set as a whole.
     """
@@ -79,6 +82,8 @@ class Inspection:
     ledger: Ledger | None = None
     groups: dict[str, list[list[int]]] = field(default_factory=dict)
     clusters: list[tuple[list[int], float]] = field(default_factory=list)
+    risk: MemorizationRisk | None = None
+    learned: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -98,6 +103,10 @@ class Inspection:
         return {
             name: reason for reasons in self.reasons.values() for name, reason in reasons.items()
         }
+
+    def memorized_first(self) -> str:
+        """Return which images are memorized first, in a sentence; "" without any."""
+        return "" if self.risk is None else self.risk.sentence([e.name for e in self.entries])
 
     def rejects(self) -> dict[str, str]:
         """Return the names that training is better without, and the reasons.
@@ -167,7 +176,8 @@ def inspect_data(
     if measurements:
         result.remarks += unused_frames([m.frames for m in measurements])
         _image_findings(result, places, measurements, plan)
-        _copies(result, places, measurements)
+        groups = _copies(result, places, measurements)
+        _risk(result, places, measurements, groups)
         _diversity(result, places, measurements)
     _captions(result, plan)
     _categories(result, set(positions))
@@ -240,8 +250,10 @@ def _odd_size(size: NDArray[np.float64]) -> NDArray[np.bool_]:
     return result
 
 
-def _copies(result: Inspection, places: NDArray[np.int64], measurements: list[Measurement]) -> None:
-    """Find groups of equal and of nearly equal images.
+def _copies(
+    result: Inspection, places: NDArray[np.int64], measurements: list[Measurement]
+) -> NDArray[np.int64]:
+    """Find groups of equal and of nearly equal images; return the group of each image, (n,).
 
     Look-alikes under different names are kept apart from copies.
     """
@@ -277,10 +289,27 @@ def _copies(result: Inspection, places: NDArray[np.int64], measurements: list[Me
         for group in copies[kind]
         for other in group[1:]
     ]
-    distinct = len(
-        np.unique(components(len(measurements), np.array(links, np.int64).reshape(-1, 2)))
-    )
+    same_image = components(len(measurements), np.array(links, np.int64).reshape(-1, 2))
+    distinct = len(np.unique(same_image))
     result.figures.update(copies=len(measurements) - distinct, distinct=distinct)
+    return same_image
+
+
+def _risk(
+    result: Inspection,
+    places: NDArray[np.int64],
+    measurements: list[Measurement],
+    groups: NDArray[np.int64],
+) -> None:
+    """Find the images that are memorized first, among those that the source does not hold out."""
+    learned = [i for i, place in enumerate(places) if result.entries[place].holdout is None]
+    result.learned = len(learned)
+    if not learned:
+        return
+    result.risk = images_at_risk(
+        np.stack([measurements[i].thumbnail for i in learned]), groups[learned], places[learned]
+    )
+    result.figures["memorized_first"] = result.risk.plain([e.name for e in result.entries])
 
 
 def _label(entry: Entry) -> tuple[str | None, frozenset[str]]:
@@ -472,11 +501,6 @@ def _size(result: Inspection, plan: IntendedModel) -> None:
     if distinct < 100:
         result.remarks.append(
             f"{distinct} different images: enough to fine-tune a trained model, not to train one."
-        )
-    elif distinct < 1000:
-        result.remarks.append(
-            f"{distinct} different images: a small model will memorize them unless augmented and "
-            "stopped early."
         )
     channels = 3 if plan.form is None else plan.form.channels
     values = distinct * plan.resolution**2 * channels

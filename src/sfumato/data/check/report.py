@@ -118,12 +118,38 @@ def _page(inspection: Inspection, rejects: dict[str, str]) -> str:
         remarks=inspection.remarks,
         sections=sections,
         clusters=clusters,
+        risk=_risk(inspection),
         rejects=rejects,
         reasons=inspection.reasons_by_name(),
         ledger=inspection.ledger,
         sample=[tile for i in list(spread)[:MAX_TILES] if (tile := _tile(inspection, i))["src"]],
         categories=_bars(inspection.figures.get("categories", {}).get("counts", {})),
     )
+
+
+def _risk(inspection: Inspection) -> dict[str, Any] | None:
+    """Return what the section on memorization shows; None without it."""
+    risk = inspection.risk
+    if risk is None or not (risk.sparse or risk.repeated):
+        return None
+    names = [entry.name for entry in inspection.entries]
+    sparse = [
+        {
+            **_tile(inspection, image.position),
+            "words": f"{risk.times(image):.1f} × · {names[image.position]}",
+        }
+        for image in risk.sparse
+    ]
+    repeated = [
+        {**_tile(inspection, group[0]), "words": f"{len(group)} times · {names[group[0]]}"}
+        for group in risk.repeated
+    ]
+    return {
+        "sentence": inspection.memorized_first(),
+        "median": risk.median,
+        "sparse": sparse,
+        "repeated": repeated,
+    }
 
 
 def _tile(inspection: Inspection, position: int) -> dict[str, str]:
