@@ -2,6 +2,8 @@
 is the optimum.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from sfumato.training.denoising_error import (
     difference,
     make_triples,
     measure,
+    score_interval,
     summarize,
 )
 
@@ -90,6 +93,28 @@ def test_a_denoiser_that_only_remembers_is_measured_beside_the_others() -> None:
         assert row["memory_mse"] == pytest.approx(float(squares[:, number].mean()))
     assert found["memory_mse"] > 1.5 * found["eps_mse"]  # of images that it does not know
     assert report(memory, t)["eps_mse"] == pytest.approx(found["memory_mse"])
+
+
+def test_intervals_of_figures_cover_them_and_scores_are_paired() -> None:
+    learned = images(20_000, seed=1)
+    guess = LinearDenoiser.of_mean(learned)
+    truth = report(ideal, triples(20_000))
+    covered = {"eps_mse": 0, "r2": 0}
+    for number in range(60):
+        t = replace(triples(40), seed=number)
+        found = report(ideal, replace(t, x0=images(40, seed=100 + number)))["intervals"]
+        for name in covered:
+            covered[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
+    assert all(51 <= count <= 60 for count in covered.values()), covered
+    t = triples(40)
+    first, second = (errors(each, t).by_image() for each in (ideal, guess))
+    found = score_interval(first, second)
+    both = torch.stack([first, second])
+    generator = torch.Generator().manual_seed(0)
+    draws = both[:, torch.randint(40, (4000, 40), generator=generator)].mean(2)
+    low, high = (1 - draws[0] / draws[1]).quantile(torch.tensor([0.025, 0.975]).double())
+    assert found.mean == pytest.approx(1 - float(first.mean() / second.mean()))
+    assert found.high - found.low == pytest.approx(float(high - low), rel=0.15)
 
 
 def test_guesses_that_know_less_score_below_the_ideal_one() -> None:

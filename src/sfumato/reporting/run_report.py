@@ -268,7 +268,9 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
         value = newest.get(f"validation/ema/{key}")
         if value is not None:
             count = str(newest.get("validation/ema/n", "-"))
-            rows.append((name, f"{value:.4g}", "-", count, note))
+            known = newest.get("validation/ema/intervals", {}).get(key)
+            interval = "-" if known is None else _interval(Estimate.read(known), 95)
+            rows.append((name, f"{value:.4g}", interval, count, note))
     swept = {"rows": list(sweep_rows(files.json(files.directory.sweep.name)))}
     return [
         *rows,

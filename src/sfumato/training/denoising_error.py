@@ -185,6 +185,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return MSE, RMSE and MAE of the noise and of x0, R^2 and skill, overall and by log-SNR.
 
+    `intervals` has the 95 % intervals over images of those of the noise.
+
     R^2 = 1 - MSE / MSE of the best guess that knows the mean image and one variance; skill is the
     same beside the best linear denoiser of the training images: above 0, the model has learned
     what no filter knows. All three are measured on the same triples. (Against the mean of eps,
@@ -216,7 +218,24 @@ def summarize(
         {**ends, "n": len(triples.x0), **figures(_column(number))}
         for number, ends in enumerate(triples.ranges())
     ]
-    return {**figures(lambda table: table), "n": len(triples.x0), "bins": rows}
+    intervals = _intervals(errors, mean_guess, linear)
+    overall = figures(lambda table: table)
+    return {**overall, "n": len(triples.x0), "intervals": intervals, "bins": rows}
+
+
+def _intervals(errors: Errors, mean_guess: Errors, linear: Errors) -> dict[str, Any]:
+    """Return the 95 % intervals over images of the figures of all levels."""
+    square = mean_interval(errors.by_image())
+    return {
+        name: estimate.plain()
+        for name, estimate in (
+            ("eps_mse", square),
+            ("eps_rmse", Estimate(*(math.sqrt(max(0.0, value)) for value in square))),
+            ("eps_mae", mean_interval(errors.eps_absolute.mean(1))),
+            ("r2", score_interval(errors.by_image(), mean_guess.by_image())),
+            ("skill", score_interval(errors.by_image(), linear.by_image())),
+        )
+    }
 
 
 def _column(number: int) -> Callable[[Tensor], Tensor]:
@@ -257,6 +276,19 @@ def mean_interval(values: Tensor, *, level: float = 0.95) -> Estimate:
     if len(values) > 1:
         half = t_quantile(level, len(values) - 1) * float(values.std()) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
+
+
+def score_interval(errors: Tensor, reference: Tensor, *, level: float = 0.95) -> Estimate:
+    """Return 1 - mean(errors) / mean(reference) of paired values (P,), with its interval.
+
+    The ratio is linearized about its value: the interval is that of the mean of
+    (errors - ratio x reference) / mean(reference).
+
+    Source: Cochran 1977, "Sampling Techniques", sec. 6.3.
+    """
+    ratio = float(errors.mean() / reference.mean())
+    deviations = mean_interval((errors - ratio * reference) / reference.mean(), level=level)
+    return Estimate(1 - ratio, 1 - ratio - deviations.high, 1 - ratio - deviations.low)
 
 
 def t_quantile(level: float, freedom: float) -> float:
