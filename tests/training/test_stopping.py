@@ -65,10 +65,15 @@ def test_each_state_is_found(looks: list[Look], state: str) -> None:
 
 
 def test_a_rule_must_hold_twice_in_a_row() -> None:
-    once = curve([*FALLING[:6], 0.70], [1.3] * 7)
+    once = curve([*FALLING[:6], 0.70], [1.2] * 7)
     assert rules(once).overfits
     assert verdict(once).state != "overfitting"
-    assert verdict([*once, look(40, 0.75, 1.3)]).state == "overfitting"
+    assert verdict([*once, look(40, 0.75, 1.2)]).state == "overfitting"
+
+
+def test_a_rise_beside_a_ratio_that_leans_needs_one_look() -> None:
+    assert verdict(curve([*FALLING[:6], 0.70], [1.5] * 7)).state == "overfitting"
+    assert verdict(curve([*FALLING[:6], 0.58], [1.5] * 7)).state == "leans"
 
 
 def test_copies_overrule_everything_else_and_one_in_a_hundred_does_not() -> None:

@@ -64,6 +64,7 @@ class Rules(NamedTuple):
     rise: Estimate
     fall: Estimate
     leans: bool
+    rises: bool
     overfits: bool
     converged: bool
     learns: bool
@@ -81,6 +82,7 @@ def rules(looks: Sequence[Look]) -> Rules:
         rise=rise,
         fall=fall,
         leans=now.ratio.low > LEANS,
+        rises=rise.low > 0,
         # a rise alone may be a step that was too long
         overfits=now.ratio.low > 1 and (rise.low > 0 or (now.ratio.low > OVERFITS and not falls)),
         converged=since.high >= 0,
@@ -147,7 +149,8 @@ class StoppingVerdict:
 def verdict(looks: Sequence[Look]) -> StoppingVerdict:
     """Return what at least one look says.
 
-    What says stop must hold at two looks in a row. Copying comes before forgetting, that before
+    What says stop must hold at two looks in a row, or be a sure rise where the ratio leans too.
+    Copying comes before forgetting, that before
     overfitting, and that before a ratio that leans to it.
     """
     now, found = looks[-1], rules(looks)
@@ -219,7 +222,7 @@ def _state(looks: Sequence[Look], found: Rules, copies: Copies | None) -> State:
     if len(looks) < FEWEST_LOOKS:
         return "too early"
     recent = [found, *(rules(looks[: len(looks) - number]) for number in range(1, IN_A_ROW))]
-    if all(look.overfits for look in recent):
+    if (found.leans and found.rises) or all(look.overfits for look in recent):
         return "overfitting"
     if len(looks[-1].held_out) < FEWEST_HELD_OUT:
         return "cannot tell"
