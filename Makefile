@@ -8,7 +8,7 @@ WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 SPELLED := src docs tests README.md CONTRIBUTING.md CHANGELOG.md
 BENCH ?= startup
 ARGS ?=
-BENCHMARKS := $(filter-out clip_text judge machine,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
+BENCHMARKS := $(filter-out clip_text grid_fit held_out judge machine peer_gan,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check fmt fix bench clean

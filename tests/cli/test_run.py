@@ -109,7 +109,7 @@ def test_a_run_is_a_source_of_its_configuration(run: Path) -> None:
     assert "budget.steps: None -> 6" in changed
     assert "preview.num: 40 -> 10" in changed
     assert "budget.minutes: 1.0 -> None" in changed  # replaced by the steps
-    assert len(changed) == 5  # channels are the recipe's
+    assert len(changed) == 6  # channels are the recipe's
 
 
 def test_sample_writes_images_and_a_grid_with_their_settings(run: Path, tmp_path: Path) -> None:

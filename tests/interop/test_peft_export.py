@@ -134,7 +134,8 @@ def test_a_model_is_tuned_by_oft_and_makes_the_same_images_in_peft(place: Path, 
     count = len(peft_layers(tuned.model))
     said = f"opened by peft: {count} of {count} layers, largest relative difference of a layer's"
     assert f"{said} outputs 0\n" in result.err
-    folder = run / "exports" / "lora-peft-4"
+    step = json.loads((run / "best" / "verdict.json").read_text())["best_step"]
+    folder = run / "exports" / f"lora-peft-{step}"
     pipeline = theirs(place)
     pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, folder)
     images = pipeline(
