@@ -171,8 +171,13 @@ def test_looks_are_spread_over_the_run_where_they_take_long(
     assert views[0] == 1
     assert views[-1] > 200
     assert max(late / soon for soon, late in itertools.pairwise(views)) < 3.2
-    hook._state = "leans"  # then none is left out
-    assert hook._next_views(trainer, taken) == next_mark(views[-1])
+    # once the model begins to memorize, none is left out
+    for ratio, watched in ((1.0, False), (1.2, True)):
+        hook._state = "learning"
+        taken[-1] = replace(taken[-1], held_out=(ratio,))
+        assert (hook._next_views(trainer, taken) == next_mark(views[-1])) == (
+            watched or look_s == 0.01
+        )
 
 
 @pytest.mark.slow

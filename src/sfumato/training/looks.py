@@ -35,6 +35,7 @@ SHARE, FREE_S = 0.05, 10.0  # of the training time that looks may take, and seco
 # views from which copies are searched: at each doubling from the first, at the end from the second
 MIN_VIEWS, MIN_LAST_VIEWS = 8.0, 2.0
 MIN_LOOKS = 8  # however long they take
+WATCHED = 1.1  # ratio of held-out to training errors from which no look is left out
 
 
 class Looks(Hook):
@@ -82,10 +83,11 @@ class Looks(Hook):
         """Return the views at which the next look is due.
 
         Where looks at all marks would take too long, there are fewer, evenly over the logarithm of
-        the views; but none is left out while the model begins to memorize.
+        the views; but none is left out while the model begins to memorize, which is over soon.
         """
         counters, last = trainer.state.counters, looks[-1].views if looks else 0.0
-        if not looks or not counters.looks_s or self._state == "leans":
+        watched = self._state in ("learning", "leans") and looks[-1].ratio.mean > WATCHED
+        if not looks or not counters.looks_s or watched:
             return next_mark(last)
         whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
         affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))
