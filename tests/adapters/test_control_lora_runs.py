@@ -169,6 +169,7 @@ def test_a_control_file_is_sampled_from_the_command_line(
     assert refused.code == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: Path, folder: Path, captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_folder_gets_a_branch_whose_effect_is_measured(
     assert "use bundle or controlnet" in refused.err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: Path, folders: dict[str, Path], captioned: Path, tmp_path: Path, monkeypatch
 ) -> None:

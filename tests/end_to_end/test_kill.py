@@ -102,6 +102,7 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
     assert '"interrupted"' in (run / "status.json").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path) -> None:
     """As `timeout`, Ctrl-C on a terminal and job schedulers send it: those that read ahead are
     ended at the same time.

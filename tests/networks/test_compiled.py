@@ -79,16 +79,13 @@ def test_hidden_maps_are_heard_from_a_compiled_network(config: NetworkConfig) ->
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(DIT, id="dit", marks=pytest.mark.slow),
+        pytest.param(DIT, id="dit"),
         pytest.param(UNET, id="unet"),
-        pytest.param(
-            replace(DIT, activation_checkpointing=True),
-            id="dit-recomputed",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(replace(DIT, activation_checkpointing=True), id="dit-recomputed"),
     ],
 )
 def test_buckets_are_compiled_once_more_and_never_again(config: NetworkConfig) -> None:

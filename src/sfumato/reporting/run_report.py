@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from sfumato.errors import RunError
+from sfumato.evaluation.figures import wilson
 from sfumato.observability.progress import duration
 from sfumato.reporting.half_run import FILE as HALF_RUN
 from sfumato.reporting.run_charts import BINS, run_charts
@@ -22,6 +23,7 @@ from sfumato.reporting.sweep_table import sweep_rows, sweep_tables
 from sfumato.storage.atomic import write_text
 from sfumato.training.denoising_error import Estimate
 from sfumato.training.enough import after_training
+from sfumato.training.evidence import Copies, Look
 from sfumato.training.stopping import StoppingVerdict
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -124,14 +126,14 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
             f"each at {levels} noise levels, at {len(files.looks)} steps; intervals of 98 % over "
             + ("images" if found.base is None else "images, ratios beside those of the base"),
         ),
+        _what_next(files, found),
         *_beside_base(found),
         Answer(
             "Does it copy?",
-            "not searched yet"
-            if copies is None
-            else f"{copies.count} of {copies.samples} samples are near-duplicates of training "
-            f"images; of real images, {copies.real_count} of {copies.real}",
-            "every sample and its mirror image is compared with all training images",
+            "not searched yet" if copies is None else _copies_text(files.looks, copies),
+            "samples are searched for copies each time the views double, from 8 on, and at the end, "
+            "as far as time allows; each sample and its mirror image is compared with all training "
+            "images, and so are held-out and other training images",
         ),
     ]
     if newest:
@@ -139,9 +141,8 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
         answers.append(
             Answer(
                 "Is it good?",
-                f"it predicts the noise {skill:.0%} better than the best linear filter"
-                if skill > 0
-                else "it is no better than a linear filter yet",
+                f"at step {newest['step']} its error of the noise is {1 - skill:.2f} times that of the "
+                "best linear filter" + ("" if skill > 0 else ": it is no better than a filter"),
                 f"squared error on held-out images beside the best linear denoiser of the training "
                 f"images, on the same noisy images (R² {r2:.3f} beside the mean image); `sfumato "
                 "evaluate` compares samples with real images",
@@ -168,6 +169,29 @@ def _beside_base(found: StoppingVerdict) -> list[Answer]:
             "noise on images that the base makes, both over the error of the base",
         )
     ]
+
+
+def _copies_text(looks: Sequence[Look], copies: Copies) -> str:
+    """Return what the newest search for copies found, and at which step."""
+    step = next(look.step for look in reversed(looks) if look.copies is copies)
+    _, high = wilson(copies.count / copies.samples, copies.samples)
+    return (
+        f"at step {step}, {copies.count} of {copies.samples} samples were near-duplicates of "
+        f"training images (at most {high:.0%} of all samples, 95 %); of real images, "
+        f"{copies.real_count} of {copies.real}"
+    )
+
+
+def _what_next(files: RunFiles, found: StoppingVerdict) -> Answer:
+    """Return which command to run now."""
+    run = files.directory.path.name
+    if found.harmful:
+        text = f"use step {found.best_step}: sfumato sample {run} takes its weights from best/"
+    elif found.stop:
+        text = f"make images: sfumato sample {run}"
+    else:
+        text = f"train for as long again: sfumato resume {run} budget.steps={2 * found.step}"
+    return Answer("What next?", text, "the verdict above")
 
 
 def _enough_images(files: RunFiles, found: StoppingVerdict) -> list[Answer]:
@@ -251,9 +275,11 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
         held_out, seen = found.n
         for name, estimate, note in (
             ("held-out error / training error", found.ratio, f"{seen} training images"),
-            ("change since the best look", found.rise, "the same images, paired"),
+            ("change since the least error", found.rise, "the same images, paired"),
             ("change in the last fifth", found.fall, "the same images, paired"),
         ):
+            if estimate.low == estimate.high:  # a look beside itself
+                continue
             rows.append(
                 (name, f"{estimate.mean:.4g}", _interval(estimate, 98), str(held_out), note)
             )

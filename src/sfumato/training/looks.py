@@ -140,9 +140,10 @@ class Looks(Hook):
         last = next((look.views for look in reversed(looks) if look.copies is not None), 0.0)
         most = trainer.config.validation.copy_samples
         left_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
-        if trainer.finished:
+        if trainer.finished:  # the last samples say most: they always have half of the time
             needed, numbers = MIN_LAST_VIEWS, [most, most // 3]
-        else:  # the last samples say most: some time is left for them
+            left_s = max(left_s, self._allowed_s(trainer) / 2)
+        else:
             needed, numbers, left_s = max(MIN_VIEWS, 2 * last), [most // 3], left_s / 4
         sample_s = self._sample_s or self._expected_sample_s(trainer)
         num = next((number for number in numbers if sample_s * number <= left_s), 0)
