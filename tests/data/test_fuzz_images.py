@@ -516,6 +516,7 @@ MAY_DECODE = {
 }
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_at_the_price_of_their_bytes_and_long_animations_cost_a_glance(
     tmp_path: Path,
 ) -> None:

@@ -346,6 +346,7 @@ def test_lost_images_are_listed_with_the_reason_and_training_goes_on(
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_same_image_lost_again_and_again_is_one(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,8 @@ def test_before_the_first_step_it_is_the_base(base: Path, new: Path) -> None:
         assert torch.equal(ours, before.network(x, level, before.conditioner(context, 2)))
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "none"])
 def test_resumed_it_equals_the_uninterrupted_run(
     base: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
