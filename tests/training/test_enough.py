@@ -254,3 +254,6 @@ def test_the_source_of_a_set_does_not_matter_for_its_half(folder: Path) -> None:
     run = tiny_run(folder)
     moved = replace(run, data=replace(run.data, source=Folder("elsewhere"), half="first"))
     _require_alike(moved, run, where="half", whole_path="whole")
+    other = replace(moved, seed=1)
+    with pytest.raises(RunError, match=r"in more than data\.half: seed"):
+        _require_alike(other, run, where="half", whole_path="whole")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sfumato.evaluation.figures import Figure
+
 # images on either side, below which the Fréchet distance mostly measures their number
 FEWEST = 30
 DEGREE = 3  # of the polynomial kernel
@@ -24,6 +26,12 @@ class DistanceEstimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def figure(self, *, n: int, metric: str, extractor: str, reference: str) -> Figure:
+        """Return the distance with what it rests on; see `Figure`."""
+        return Figure(
+            **self._asdict(), n=n, metric=metric, extractor=extractor, reference=reference
+        )
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

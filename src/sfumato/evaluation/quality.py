@@ -183,15 +183,7 @@ class QualityMeter:
         return self._figure(estimate, len(features), FRECHET, words)
 
     def _figure(self, estimate: DistanceEstimate, n: int, metric: str, reference: str) -> Figure:
-        return Figure(
-            value=estimate.value,
-            low=estimate.low,
-            high=estimate.high,
-            n=n,
-            metric=metric,
-            extractor=self.network.name,
-            reference=reference,
-        )
+        return estimate.figure(n=n, metric=metric, extractor=self.network.name, reference=reference)
 
 
 def dimensions(network: Features) -> int:

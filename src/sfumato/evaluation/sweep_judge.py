@@ -88,7 +88,7 @@ class Judge:
         self.network, self.copies = network, copies
         self.labels, self.classifier = labels, classifier
         self.reference = KernelReference(held_out, resamples=RESAMPLES)
-        copies.beside_real(np.zeros(0, bool))  # what it prepares is no part of a sample's price
+        copies.beside_real(np.zeros(0, bool))  # prepared before samples are timed
         self._compared = WeakKeyDictionary[Samples, KernelComparison]()
 
     def read(self, images: Tensor, numbers: range) -> Samples:
@@ -150,12 +150,5 @@ class Judge:
         return ""
 
     def _figure(self, estimate: DistanceEstimate, n: int, metric: str) -> Figure:
-        return Figure(
-            value=estimate.value,
-            low=estimate.low,
-            high=estimate.high,
-            n=n,
-            metric=metric,
-            extractor=self.network.name,
-            reference=f"{len(self.reference.features):,} held-out images",
-        )
+        reference = f"{len(self.reference.features):,} held-out images"
+        return estimate.figure(n=n, metric=metric, extractor=self.network.name, reference=reference)

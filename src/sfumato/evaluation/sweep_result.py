@@ -58,8 +58,8 @@ class SettingRow:
         difference: of it, less that of the run's own setting on the same noise and conditions; None
             for that itself.
         copies: share of near-duplicates of training images.
-        category_accuracy: share classified as the requested category; None where none was requested,
-            or there is no classifier.
+        category_accuracy: share classified as the requested category; None without requests,
+            or without a classifier.
         out: why the setting cannot be recommended, "" where nothing speaks against it.
     """
 
@@ -156,7 +156,7 @@ class SweepAdvice:
 
     @classmethod
     def read(cls, path: Path) -> SweepAdvice | None:
-        """Read the advice of a sweep; None where there is no sweep, or it recommends nothing.
+        """Read the advice of a sweep; None without a recommendation.
 
         Raises:
             CheckpointError: if the file cannot be read.
@@ -176,7 +176,7 @@ class SweepAdvice:
 
 
 def read_plain(path: Path) -> dict[str, Any] | None:
-    """Read what `SweepResult.plain` returned from a JSON file; None if there is no file.
+    """Read what `SweepResult.plain` returned from a JSON file; None if it is missing.
 
     Raises:
         CheckpointError: if it cannot be read.

@@ -142,7 +142,7 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
             Answer(
                 "Is it good?",
                 f"at step {newest['step']} its error of the noise is {1 - skill:.2f} times that of the "
-                "best linear filter" + ("" if skill > 0 else ": it is no better than a filter"),
+                "best linear filter" + ("" if skill > 0 else ", so that the filter is better"),
                 f"squared error on held-out images beside the best linear denoiser of the training "
                 f"images, on the same noisy images (R² {r2:.3f} beside the mean image); `sfumato "
                 "evaluate` compares samples with real images",

@@ -31,7 +31,7 @@ def verdict_weights(directory: RunDirectory) -> Literal["best", "ema"]:
 
 
 def own_step(directory: RunDirectory) -> int:
-    """Return the step of these weights; 0 where there is no checkpoint."""
+    """Return the step of these weights; 0 without a checkpoint."""
     advice = Recommendation.read(directory.verdict)
     if advice.use_best and advice.best_step is not None:
         return advice.best_step

@@ -43,7 +43,7 @@ from sfumato.training.signals import Interrupted, Interruption
 
 SEED = 20_011  # whose noise no other command uses by default
 SHARE = 0.05  # of the training time
-AUTOMATIC_S = 20.0  # below which there is no sweep by itself after training
+AUTOMATIC_S = 20.0  # that a sweep after training must have, to start by itself
 LEAST_MINUTES = 1.0  # of `sfumato sweep` by default
 CLASSIFIER_SHARE = 0.2  # of the time, that training a classifier of categories may take
 PROBED = 0.1  # of that time, from which on it has to be in proportion to what is done

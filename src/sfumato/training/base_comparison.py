@@ -66,7 +66,7 @@ class BaseComparison:
 
         `validation/gain/*` is the base's squared noise error minus the model's, on the same
         held-out images, noises and levels; `validation/drift/*` the squared change of the predicted
-        noise. Without held-out images there is no gain.
+        noise. The gain needs held-out images.
 
         Args:
             held_out: errors of the model on the images of the validator.

@@ -163,7 +163,7 @@ def _distances(
     """Return those of some rows that may be farthest from all others, and for each the distance
     to the nearest row of another group and its position.
 
-    The distance to some of the images is no less than that to all: where there are many, those
+    The distance to a part of the images bounds that to all from above: of many images, those
     farthest from the calibration rows are compared with all.
     """
     if len(rows) > 2 * MEASURED_EXACTLY:
