@@ -51,7 +51,7 @@ def main() -> None:
     count = arguments.learned + arguments.unseen
     pixels = everything.images(everything.training[:count]).pixels
     dataset = with_siblings(pixels[: arguments.learned].numpy(), arguments.planted)
-    meter = CopyMeter(dataset, features=extractor(arguments.features))
+    meter = CopyMeter(CopyIndex.of(dataset), features=extractor(arguments.features))
     print("images | copies | close by 8 x 8 | close by feature maps | authentic | C_T")
     originals = to_float(pixels[: arguments.planted])
     sets = {name: change(originals) for name, change in {**CHANGES, **FURTHER}.items()}

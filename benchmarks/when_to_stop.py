@@ -42,7 +42,7 @@ from sfumato.training.stopping import verdict
 
 UNSEEN, SAMPLES, SAMPLING_STEPS = 200, 200, 15
 COPIES = ("copies", "near_duplicates")
-STEPS = {"digits-60": 450, "digits-240": 600, "emoji-200": 1500, "digits": 1600, "emoji": 3000}
+STEPS = {"digits-60": 450, "digits-240": 600, "emoji-200": 700, "digits": 1600, "emoji": 3000}
 
 
 class Truth(Hook):

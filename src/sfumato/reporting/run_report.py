@@ -30,6 +30,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 EVALUATED = "evaluation"
 EVALUATION = f"{EVALUATED}/evaluation.json"
 MAX_SHEETS, MAX_SIDE, QUALITY = 10, 900, 82  # of images in the page
+SMALL_SIDE = 640  # up to which small images are enlarged
 # what each state means, in a word or two and in a sentence for the head of the page
 HEADLINES = {
     "too early": "Too early to say",
@@ -173,13 +174,27 @@ def _beside_base(found: StoppingVerdict) -> list[Answer]:
 
 def _copies_text(looks: Sequence[Look], copies: Copies) -> str:
     """Return what the newest search for copies found, and at which step."""
-    step = next(look.step for look in reversed(looks) if look.copies is copies)
+    look = next(look for look in reversed(looks) if look.copies is copies)
     _, high = wilson(copies.count / copies.samples, copies.samples)
     return (
-        f"at step {step}, {copies.count} of {copies.samples} samples were near-duplicates of "
+        f"at step {look.step}, {copies.count} of {copies.samples} samples were near-duplicates of "
         f"training images (at most {high:.0%} of all samples, 95 %); of real images, "
-        f"{copies.real_count} of {copies.real}"
+        f"{copies.real_count} of {copies.real}{_distances_text(look.samples)}"
     )
+
+
+def _distances_text(samples: Mapping[str, Any]) -> str:
+    """Return whether samples are nearer to the training images than images that were not learned."""
+    test = samples.get("distance_test")
+    if test is None:
+        return ""
+    if test["high"] < 0:
+        place = "nearer to training images than"
+    elif test["low"] > 0:
+        place = "farther from training images than"
+    else:
+        place = "as far from training images as"
+    return f"; samples are {place} unseen images are (C_T {test['value']:+.1f}, usually -2 to 2)"
 
 
 def _what_next(files: RunFiles, found: StoppingVerdict) -> Answer:
@@ -237,15 +252,20 @@ def _evaluation_images(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def _image(path: Path) -> str:
-    """Return an image as a data: URL of WebP, without metadata; "" if it cannot be read."""
+    """Return an image as a data: URL of WebP, without metadata; "" if it cannot be read.
+
+    Small images are enlarged without smoothing, so that each pixel can be seen.
+    """
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except OSError:
         return ""
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    factor = max(1, SMALL_SIDE // max(image.size))
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=QUALITY)
+    image.save(buffer, format="WEBP", quality=QUALITY, lossless=factor > 1)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -297,9 +317,12 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str, str, str]]:
             known = newest.get("validation/ema/intervals", {}).get(key)
             interval = "-" if known is None else _interval(Estimate.read(known), 95)
             rows.append((name, f"{value:.4g}", interval, count, note))
+    sampled = [look for look in files.looks if look.samples]
+    looked = [{"name": f"samples of step {look.step}", **look.samples} for look in sampled[-1:]]
     swept = {"rows": list(sweep_rows(files.json(files.directory.sweep.name)))}
     return [
         *rows,
+        *_evaluation_figures({"rows": looked}),
         *_evaluation_figures(swept),
         *_evaluation_figures(files.json(EVALUATION)),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from sfumato.autoencoders import Autoencoder
 from sfumato.conditioners import ConditioningInfo
 from sfumato.data import Dataset
+from sfumato.evaluation.sample_meter import SampleMeter
 from sfumato.generation.diffusion_model import Model
 from sfumato.generation.pipeline import Pipeline
 from sfumato.interop.base_identity import base_parts
@@ -74,6 +75,7 @@ def diffusion_trainer(
         autoencoder=autoencoder,
         info=info,
         seed=run.seed,
+        meter=SampleMeter(dataset, reads=tuple(model.conditioner.user_inputs)),
     )
     comparison = (
         None

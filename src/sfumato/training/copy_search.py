@@ -1,9 +1,12 @@
-"""Whether a model copies its training images, while it trains: near-duplicates among samples."""
+"""Whether a model copies its training images, while it trains: near-duplicates among samples, and
+how near these are to real images.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +63,13 @@ class CopyCounter:
         return count, total
 
 
+class SampleMeter(Protocol):
+    """Measures samples (n, C, H, W) in [0, 1] beside real images, in the time that is left."""
+
+    def figures(self, images: Tensor, index: CopyIndex, *, left_s: float) -> dict[str, Any]:
+        """Return figures by name, as plain data."""
+
+
 class CopySearch:
     """Samples a model under the contexts of training images, and searches all of these for copies.
 
@@ -74,8 +84,10 @@ class CopySearch:
         autoencoder: Autoencoder,
         info: ConditioningInfo,
         seed: int,
+        meter: SampleMeter,
     ) -> None:
         self.dataset, self.autoencoder, self.info, self.seed = dataset, autoencoder, info, seed
+        self.meter = meter
         self.sampling = replace(sampling, steps=STEPS)
         self.counter = CopyCounter(dataset)
 
@@ -84,9 +96,13 @@ class CopySearch:
         """About how many predictions of the network a sample takes, with guidance."""
         return 2 * self.sampling.steps
 
-    def copies(self, average: Model, num: int) -> Copies:
-        """Return how many of `num` samples are copies, beside the same of real images."""
-        return self.counter.beside_real(self.counter.find(self.images(average, num)))
+    def copies(self, images: Tensor) -> Copies:
+        """Return how many of these samples are copies, beside the same of real images."""
+        return self.counter.beside_real(self.counter.find(images))
+
+    def figures(self, images: Tensor, *, left_s: float) -> dict[str, Any]:
+        """Return other figures of these samples, as far as there is time for them."""
+        return self.meter.figures(images, self.counter.index, left_s=left_s)
 
     def images(self, average: Model, num: int) -> Tensor:
         """Return samples (num, C, H, W) in [0, 1]."""

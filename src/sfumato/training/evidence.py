@@ -5,7 +5,7 @@ copies among its samples, and the comparison with its base.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +99,7 @@ class Look:
             are any, and on each of some training images, over all levels; the same images at every
             look.
         copies: among samples, if any were drawn at this step.
+        samples: other figures of these samples by name, as plain data; nothing is decided by them.
         base: the model beside its base, in a fine-tuning.
     """
 
@@ -107,6 +108,7 @@ class Look:
     held_out: tuple[float, ...]
     seen: tuple[float, ...]
     copies: Copies | None = None
+    samples: dict[str, Any] = field(default_factory=dict)
     base: Comparison | None = None
 
     @classmethod
@@ -119,6 +121,7 @@ class Look:
             held_out=tuple(plain["held_out"]),
             seen=tuple(plain["seen"]),
             copies=None if copies is None else Copies(**copies),
+            samples=plain.get("samples", {}),
             base=None if base is None else Comparison.read(base),
         )
 

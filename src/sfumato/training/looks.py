@@ -16,7 +16,7 @@ from sfumato.storage.run_directory import RunDirectory
 from sfumato.training.base_comparison import BaseComparison
 from sfumato.training.best_weights import keep_best, step_of
 from sfumato.training.copy_search import CopySearch
-from sfumato.training.evidence import Copies, Look
+from sfumato.training.evidence import Look
 from sfumato.training.hooks import Hook, Session
 from sfumato.training.monitors import Validator
 from sfumato.training.stopping import (
@@ -108,8 +108,7 @@ class Looks(Hook):
         with trainer.timetable.recording(self.name):
             with trainer.uncompiled():
                 looks.append(self._look(trainer, average, session))
-            copies = self._copies(trainer, looks[:-1])
-            looks[-1] = replace(looks[-1], copies=copies)
+            looks[-1] = self._with_samples(looks[-1], trainer, looks[:-1])
             with MetricsFile(self.directory.looks, after_step=counters.step - 1) as file:
                 file.write(looks[-1].plain())
             found = verdict(looks)
@@ -135,8 +134,8 @@ class Looks(Hook):
             base=base,
         )
 
-    def _copies(self, trainer: Trainer, looks: list[Look]) -> Copies | None:
-        """Return the copies among samples, if it is time to draw some and they cost little."""
+    def _with_samples(self, look: Look, trainer: Trainer, looks: list[Look]) -> Look:
+        """Return a look with what samples show, if it is time to draw some and they cost little."""
         last = next((look.views for look in reversed(looks) if look.copies is not None), 0.0)
         most = trainer.config.validation.copy_samples
         left_s = self._allowed_s(trainer) - trainer.state.counters.looks_s
@@ -148,11 +147,14 @@ class Looks(Hook):
         sample_s = self._sample_s or self._expected_sample_s(trainer)
         num = next((number for number in numbers if sample_s * number <= left_s), 0)
         if not num or trainer.views < needed:
-            return None
+            return look
         begun = time.perf_counter()
-        copies = self.search.copies(cast(Model, trainer.state.average), num)
-        self._sample_s = (time.perf_counter() - begun) / num
-        return copies
+        images = self.search.images(cast(Model, trainer.state.average), num)
+        copies = self.search.copies(images)
+        taken_s = time.perf_counter() - begun
+        self._sample_s = taken_s / num
+        figures = self.search.figures(images, left_s=left_s - taken_s)
+        return replace(look, copies=copies, samples=figures)
 
     def _expected_sample_s(self, trainer: Trainer) -> float:
         """Return about how long a sample takes: a prediction is a quarter of a training step."""
