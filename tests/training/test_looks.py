@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 import sfumato
 from sfumato.data import AugmentConfig
 from sfumato.networks import UNetConfig
+from sfumato.networks.perceptual import RandomFeatures
 from sfumato.reporting import write_report
 from sfumato.runs import resume, train
 from sfumato.storage import checkpoint
@@ -214,3 +215,23 @@ def test_runs_of_earlier_versions_have_a_report_too(whole: Path, tmp_path: Path)
             del row["skill"]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "<h2>By noise level</h2>" in write_report(run).read_text()
+
+
+def test_samples_are_measured_beside_real_images(
+    folder: Path, time_for_all_looks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.evaluation.sample_meter.extractor", lambda name: RandomFeatures())
+    settings = memorizing(folder, budget=Budget(steps=24))
+    validation = replace(settings.validation, copy_samples=30)
+    run = train(replace(settings, validation=validation), run=tmp_path / "run")
+    sampled = [look for look in looks_of(run) if look.copies is not None]
+    assert len(sampled) > 1
+    assert all(look.samples["kid_held_out"]["n"] == look.copies.samples for look in sampled)
+    page = write_report(run).read_text()
+    assert "<h2>Samples beside real images</h2>" in page
+    assert f"(C_T {sampled[-1].samples['distance_test']['value']:+.1f}" in page
+    looks = [json.loads(line) for line in (run / "looks.jsonl").read_text().splitlines()]
+    for look in looks:
+        del look["samples"]  # as earlier versions wrote it
+    (run / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    assert "C_T" not in write_report(run).read_text().split("<h2>Words</h2>")[0]
