@@ -85,10 +85,39 @@ def test_copies_overrule_everything_else_and_one_in_a_hundred_does_not() -> None
     assert "23 of 200 samples" in found.sentence
 
 
-def test_the_best_look_is_the_earliest_that_no_later_one_is_surely_better_than() -> None:
+def test_the_best_look_is_the_earliest_that_no_later_one_beats() -> None:
     looks = curve([1.0, 0.8, 0.7, 0.699, 0.7, 0.72, 0.8])
     assert best(looks) is looks[2]
     assert verdict(looks).best_step == looks[2].step
+
+
+def pair(fall: float, errors: float) -> list[Look]:
+    """Two looks: the error falls by so much on average, which is so many standard errors."""
+    each = np.random.default_rng(0).lognormal(0, 0.3, IMAGES)
+    spread = np.tile([1.0, -1.0], IMAGES // 2)
+    spread *= fall * each.mean() / errors * math.sqrt(IMAGES) / spread.std(ddof=1)
+    common = {"seen": (1.0, 1.0)}
+    return [
+        Look(step=10, views=10, held_out=tuple(each), **common),
+        Look(step=20, views=20, held_out=tuple(each - fall * each.mean() + spread), **common),
+    ]
+
+
+@pytest.mark.parametrize(("errors", "step"), [(0.7, 10), (0.95, 10), (1.1, 20), (3.0, 20)])
+def test_a_later_look_is_best_if_it_is_better_by_a_standard_error(errors: float, step: int) -> None:
+    looks = pair(0.03, errors)
+    assert change(*looks).mean == pytest.approx(-0.03)
+    assert best(looks).step == step
+
+
+@pytest.mark.parametrize(
+    ("fall", "errors", "converged"),
+    [(0.03, 1.0, False), (0.005, 1.0, True), (0.005, 4.0, False), (-0.02, 1.0, True)],
+)
+def test_what_falls_on_average_has_not_converged(
+    fall: float, errors: float, converged: bool
+) -> None:
+    assert rules(pair(fall, errors)).converged == converged
 
 
 def test_of_few_held_out_images_the_least_error_is_best_and_without_any_the_last_look() -> None:

@@ -20,6 +20,7 @@ from sfumato.training.evidence import Look
 from sfumato.training.hooks import Hook, Session
 from sfumato.training.monitors import Validator
 from sfumato.training.stopping import (
+    HARMFUL,
     STOP_AT,
     State,
     StoppingVerdict,
@@ -86,8 +87,9 @@ class Looks(Hook):
         the views; but none is left out while the model begins to memorize, which is over soon.
         """
         counters, last = trainer.state.counters, looks[-1].views if looks else 0.0
-        watched = self._state in ("learning", "leans") and looks[-1].ratio.mean > WATCHED
-        if not looks or not counters.looks_s or watched:
+        if not looks or not counters.looks_s:
+            return next_mark(last)
+        if self._state not in HARMFUL and looks[-1].ratio.mean > WATCHED:
             return next_mark(last)
         whole_views = max(2.0, trainer.views / max(trainer.progress, 1e-9))
         affordable = self._allowed_s(trainer) / (counters.looks_s / len(looks))

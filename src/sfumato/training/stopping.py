@@ -23,6 +23,7 @@ from sfumato.training.evidence import DRIFT_LIMIT, SURE, Comparison, Copies, Loo
 LEANS, OVERFITS = 1.25, 1.5  # ratio of the error on held-out images to that on training images
 MIN_FALL = 0.01  # of the error, in the last fifth of the views, that counts as learning
 FEWEST_LOOKS, FEWEST_HELD_OUT = 3, FEW_IMAGES
+ONE_ERROR = 0.68  # level of an interval of one standard error to either side
 IN_A_ROW = 2  # looks at which a rule must hold
 LAST_FIFTH, LAST_THIRD = 4 / 5, 2 / 3
 UNMEASURED = (
@@ -51,10 +52,10 @@ STOP_AT: dict[str, frozenset[State]] = {
 }
 
 
-def change(before: Look, after: Look) -> Estimate:
+def change(before: Look, after: Look, *, level: float = SURE) -> Estimate:
     """Return the change of the error on the same held-out images, as a share of it before."""
     values = torch.tensor(after.held_out).double() - torch.tensor(before.held_out).double()
-    return Estimate(*(value / before.error for value in mean_interval(values, level=SURE)))
+    return Estimate(*(value / before.error for value in mean_interval(values, level=level)))
 
 
 class Rules(NamedTuple):
@@ -85,7 +86,8 @@ def rules(looks: Sequence[Look]) -> Rules:
         rises=rise.low > 0,
         # a rise alone may be a step that was too long
         overfits=now.ratio.low > 1 and (rise.low > 0 or (now.ratio.low > OVERFITS and not falls)),
-        converged=since.high >= 0,
+        # few images show no fall surely: it must be small too
+        converged=since.high >= 0 and since.mean > -MIN_FALL,
         learns=falls and fall.mean < -MIN_FALL,
     )
 
@@ -176,9 +178,9 @@ def verdict(looks: Sequence[Look]) -> StoppingVerdict:
 def best(looks: Sequence[Look]) -> Look:
     """Return the look whose weights to use.
 
-    It is the earliest one that no later one was surely better than, image by image: where two are
-    equal, the earlier has seen the training images less often. Of fewer than twelve held-out
-    images, which show nothing so surely, the least error decides.
+    It is the earliest one that no later one was better than by more than a standard error of the
+    difference, image by image: where two are equal, the earlier has seen the training images less
+    often. Of fewer than twelve held-out images the least error decides.
 
     A fine-tuning is given few images and has its base to fall back on: there it is the latest look
     whose gain lies within the interval of the largest, among those that do not forget.
@@ -199,7 +201,7 @@ def best(looks: Sequence[Look]) -> Look:
 def _earliest(looks: Sequence[Look]) -> Look:
     kept = looks[0]
     for look in looks[1:]:
-        if change(kept, look).high < 0:
+        if change(kept, look, level=ONE_ERROR).high < 0:
             kept = look
     return kept
 
