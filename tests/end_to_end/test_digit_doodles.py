@@ -66,7 +66,6 @@ def test_doodles_steer_it_and_nothing_changes_without_one(
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lows = [line[LOW] for line in lines if LOW in line]
-    assert len(lows) > 1
     assert lows[-1] > 0.05
     tuned, before = sfumato.load(run), sfumato.load(base)
     asked = {"category": OTHERS, "seed": 3, "guidance": 1.3}
