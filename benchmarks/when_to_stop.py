@@ -78,6 +78,7 @@ class Truth(Hook):
                 "step": found.step,
                 "views": found.views,
                 "unseen": float(errors.eps_square.mean()),
+                "unseen_images": errors.by_image().tolist(),
                 "copies": ratio_copies(samples, self.training),
                 "near_duplicates": float((self.index.find(samples) != NO_COPY).mean()),
                 "state": found.state,
