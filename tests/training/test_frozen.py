@@ -176,8 +176,12 @@ def test_averages_share_the_frozen_tensors_and_follow_the_others(model: Model) -
     with torch.no_grad():
         for parameter in trainable(model):
             parameter.add_(1.0)
-    for average in (state.average, state.tracked_averages[profile]):
-        ema.update(average, model, profile, 2)
+    averages = {
+        state.average: state.pairs,
+        state.tracked_averages[profile]: state.tracked_pairs[profile],
+    }
+    for average, pairs in averages.items():
+        ema.update(pairs, profile, 2)
         found = dict(average.named_parameters())
         for name, parameter in model.named_parameters():
             assert (
@@ -191,7 +195,7 @@ def test_averages_take_over_buffers_such_as_a_batch_norm_s_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     state = TrainingState.new(model, lambda m: [OptimizedPart("model", m, OptimizerConfig())])
     model(torch.randn(8, 1, 4, 4) + 3)
-    ema.update(state.average, model, PowerEMA(0.2), 5)
+    ema.update(state.pairs, PowerEMA(0.2), 5)
     assert model[1].num_batches_tracked == 1
     for kept, buffer in zip(state.average.buffers(), model.buffers(), strict=True):
         assert torch.equal(kept, buffer)

@@ -208,12 +208,12 @@ def test_power_average_has_the_width_it_is_named_by(sigma_rel: float) -> None:
 def test_first_update_of_a_power_average_copies_the_weights() -> None:
     assert PowerEMA(0.1).decay(1) == 0
     average, model = nn.Linear(2, 2), nn.Linear(2, 2)
-    ema.lerp_average(average, model, 0.0)
+    ema.Pairs(average, model).lerp(0.0)
     assert torch.equal(average.weight, model.weight)
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1.0)
-    ema.lerp_average(average, model, 0.75)
+    ema.Pairs(average, model).lerp(0.75)
     torch.testing.assert_close(average.weight.detach(), before + 0.25)
 
 
@@ -245,8 +245,9 @@ def test_an_average_follows_the_weights_in_float32_however_long_the_run(
         average.bias.zero_()
         model.bias.zero_()
     start = average.weight.double().clone()
+    pairs = ema.Pairs(average, model)
     for update in range(begun + 1, begun + 2001):
-        ema.update(average, model, profile, update)
+        ema.update(pairs, profile, update)
     kept = math.prod(profile.decay(update) for update in range(begun + 1, begun + 2001))
     moved = (
         (average.weight.detach().double() - start) / (model.weight.detach().double() - start)

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.config.bounds import FractionBelowOne, InnerFraction
 from sfumato.errors import ConfigError
@@ -84,8 +84,34 @@ EMAConfig = PowerEMA | FixedEMA
 LEAST_STEP = 2.5e-4
 
 
-def update(average: nn.Module, model: nn.Module, profile: EMA, step: int) -> None:
-    """Update `average` with the weights after their `step`-th change, counted from 1.
+class Pairs:
+    """The tensors of an average beside those of its model, listed once: in each step of training, the
+    walk through all modules would take longer than the averaging.
+
+    Frozen parameters are the same objects in both, and stay as they are. Buffers, such as the
+    statistics of batch norms, are copied.
+    """
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        parameters = [
+            (a, p)
+            for a, p in zip(average.parameters(), model.parameters(), strict=True)
+            if a is not p
+        ]
+        self.average: list[Tensor] = [a for a, _ in parameters]
+        self.model: list[Tensor] = [p for _, p in parameters]
+        self.buffers = list(zip(average.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def lerp(self, decay: float) -> None:
+        """Set average <- decay * average + (1 - decay) * model, in place."""
+        torch._foreach_lerp_(self.average, self.model, 1 - decay)
+        for target, source in self.buffers:
+            target.copy_(source)
+
+
+def update(pairs: Pairs, profile: EMA, step: int) -> None:
+    """Update an average with the weights after their `step`-th change, counted from 1.
 
     If 1 - decay is so small that float32 would lose it, 1 - decay <= LEAST_STEP / 2, only every
     second, fourth, ... change is averaged, with the product of the decays since the last one. Which
@@ -96,9 +122,7 @@ def update(average: nn.Module, model: nn.Module, profile: EMA, step: int) -> Non
     last = step - 1
     while last and last % stride(profile, last):
         last -= 1
-    lerp_average(
-        average, model, math.prod(profile.decay(number) for number in range(last + 1, step + 1))
-    )
+    pairs.lerp(math.prod(profile.decay(number) for number in range(last + 1, step + 1)))
 
 
 def stride(profile: EMA, step: int) -> int:
@@ -109,18 +133,3 @@ def stride(profile: EMA, step: int) -> int:
     """
     rate = 1 - profile.decay(step)
     return 1 if rate * 2 > LEAST_STEP or rate <= 0 else 2 ** int(math.log2(LEAST_STEP / rate))
-
-
-@torch.no_grad()
-def lerp_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average <- decay * average + (1 - decay) * model, in place.
-
-    Frozen parameters are the same objects in both and stay as they are. Buffers, such as the
-    statistics of batch norms, are copied.
-    """
-    pairs = [
-        (a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if a is not p
-    ]
-    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
-    for target, source in zip(average.buffers(), model.buffers(), strict=True):
-        target.copy_(source)

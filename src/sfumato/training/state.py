@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
-from sfumato.training.ema import PowerEMA
+from sfumato.training.ema import Pairs, PowerEMA
 from sfumato.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from sfumato.training.parameters import copy_sharing_frozen, frozen_names, without
 from sfumato.training.tasks.protocol import OptimizedPart
@@ -105,6 +106,19 @@ class TrainingState:
             tracked_averages=dict(zip(profiles, tracked, strict=True)),
             frozen=frozen_names(model),
         )
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The tensors of the average beside the model's."""
+        return Pairs(self.average, self.model)
+
+    @cached_property
+    def tracked_pairs(self) -> dict[PowerEMA, Pairs]:
+        """The tensors of the tracked averages beside the model's."""
+        return {
+            profile: Pairs(average, self.model)
+            for profile, average in self.tracked_averages.items()
+        }
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

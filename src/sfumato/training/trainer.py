@@ -362,9 +362,9 @@ class Trainer:
             for part in state.optimized_parts:
                 part.step(counters.updates, self.progress)
             counters.record_update(loss)
-            ema.update(state.average, state.model, config.ema, counters.updates)
-            for profile, average in state.tracked_averages.items():
-                ema.update(average, state.model, profile, counters.updates)
+            ema.update(state.pairs, config.ema, counters.updates)
+            for profile, pairs in state.tracked_pairs.items():
+                ema.update(pairs, profile, counters.updates)
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
@@ -399,7 +399,8 @@ class Trainer:
 
         The batch is split into groups of one shape, and these into micro-batches.
         """
-        self.state.model.train()
+        if not self.state.model.training:  # the walk through all modules takes its time
+            self.state.model.train()
         size, progress = self.config.effective_micro_batch, self.progress
         micro_batches = []
         for group in batch.groups:

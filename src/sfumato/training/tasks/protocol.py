@@ -43,15 +43,18 @@ class OptimizedPart:
         name: prefix of its metrics.
         module: the module that holds its parameters.
         optimizers: optimizers of these parameters, each of its own share of them.
+        parameters: those that are trained.
     """
 
     name: str
     module: nn.Module
     config: OptimizerConfig
     optimizers: list[torch.optim.Optimizer] = field(init=False)
+    parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.optimizers = self.config.build(self.module)
+        self.parameters = trainable(self.module)
 
     @property
     def rate(self) -> float:
@@ -60,7 +63,7 @@ class OptimizedPart:
 
     def clip(self) -> Tensor:
         """Scale down a gradient that is too large; return its former norm, still on the device."""
-        return torch.nn.utils.clip_grad_norm_(trainable(self.module), self.config.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
     def step(self, updates: int, progress: float) -> None:
         """Update the weights, after `updates` updates, at the fraction `progress` of the budget."""
