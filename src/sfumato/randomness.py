@@ -68,6 +68,14 @@ def normal(
     return draws.view(count, -1)[:, :size].to(torch.float32).reshape(shape)
 
 
+def seed_layers(seed: int) -> None:
+    """Seed the stream that layers such as dropout draw from: they take no generator."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed takes 300 times as long, to remember this for devices that never come
+        torch.default_generator.manual_seed(seed)
+
+
 def permutation(seed: int, purpose: str, *, index: int, size: int) -> NDArray[np.int64]:
     """Return the `index`-th random order of range(size)."""
     key = int.from_bytes(

@@ -368,7 +368,7 @@ class Trainer:
         else:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
-        state.model.zero_grad()
+        self._zero_grad()
         counters.step += 1
         counters.samples_seen += config.batch_size
         if counters.skipped_in_a_row >= SKIPS_IN_A_ROW:
@@ -425,9 +425,13 @@ class Trainer:
 
         def work(dtype: torch.dtype) -> None:
             self._backward(batch, dtype)
-            self.state.model.zero_grad()
+            self._zero_grad()
 
         return work
+
+    def _zero_grad(self) -> None:
+        for part in self.state.optimized_parts:
+            part.zero_grad()
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -127,8 +127,7 @@ class Diffusion:
         )
         context = to_device(select_rows(group.context, chosen), device)
         context = model.conditioner.training_context(images, context, seed=seed, first=first)
-        # dropout inside networks has no other handle
-        torch.manual_seed(((seed << 40) + first) % 2**63)
+        randomness.seed_layers(((seed << 40) + first) % 2**63)
         x0 = self._encoded(
             images, None if group.moments is None else group.moments[chosen].to(device), first
         )

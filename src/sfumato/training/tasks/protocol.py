@@ -65,6 +65,11 @@ class OptimizedPart:
         """Scale down a gradient that is too large; return its former norm, still on the device."""
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
     def step(self, updates: int, progress: float) -> None:
         """Update the weights, after `updates` updates, at the fraction `progress` of the budget."""
         rate = self.config.rate(updates, progress)
