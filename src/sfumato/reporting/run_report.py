@@ -17,7 +17,7 @@ from sfumato.errors import RunError
 from sfumato.evaluation.figures import wilson
 from sfumato.observability.progress import duration
 from sfumato.reporting.half_run import FILE as HALF_RUN
-from sfumato.reporting.run_charts import BINS, run_charts
+from sfumato.reporting.run_charts import run_charts
 from sfumato.reporting.run_files import RunFiles
 from sfumato.reporting.sweep_table import sweep_rows, sweep_tables
 from sfumato.storage.atomic import write_text
@@ -117,14 +117,13 @@ def _answers(files: RunFiles, found: StoppingVerdict | None) -> list[Answer]:
         return []
     held_out, seen = found.n
     copies = found.copies
-    levels = len(files.newest(BINS).get(BINS, ())) or "several"
     newest, evaluation = files.newest("validation/ema/skill"), files.json(EVALUATION)
     answers = [
         Answer(
             "When do I stop?",
             found.sentence,
             f"the errors of the averaged model on {held_out} held-out and {seen} training images, "
-            f"each at {levels} noise levels, at {len(files.looks)} steps; intervals of 98 % over "
+            f"each at several noise levels, at {len(files.looks)} steps; intervals of 98 % over "
             + ("images" if found.base is None else "images, ratios beside those of the base"),
         ),
         _what_next(files, found),

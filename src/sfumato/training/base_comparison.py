@@ -77,7 +77,7 @@ class BaseComparison:
         if self.validator is None or held_out is None:
             return Comparison(drift=drift.get("relative")), figures
         before, before_seen = self._errors_of_base(self.validator, average)
-        gain = difference(before, held_out, self.validator.triples)
+        gain = difference(before, held_out, self.validator.look_triples)
         scale = float(before.eps_square.mean())
         comparison = Comparison(
             held_out=tuple(before.by_image().tolist()),
@@ -95,7 +95,7 @@ class BaseComparison:
         if self._base_errors is None:
             with self.known.base_of(average) as base:
                 model = cast(Model, base)
-                self._base_errors = validator.errors(model), validator.seen_errors(model)
+                self._base_errors = validator.look_errors(model)
         return self._base_errors
 
     def _drift(self, average: Model) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Looks(Hook):
         """Measure errors, and what the base of a fine-tuning says to them."""
         step, held_out, seen, base = trainer.state.counters.step, None, None, None
         if self.validator is not None:
-            held_out, seen = self.validator.averaged_errors(average, step)
+            held_out, seen = self.validator.look_errors(average)
         if self.comparison is not None:
             base, figures = self.comparison.compare(average, held_out)
             session.write({"step": step, **figures})

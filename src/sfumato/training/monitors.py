@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.autoencoders import Autoencoder
-from sfumato.condition import NO_CONDITION, ContextValues, reorder, to_device
+from sfumato.condition import NO_CONDITION, ContextValues, reorder, select_rows, to_device
 from sfumato.conditioners import CompositeConditioner, ConditioningInfo
 from sfumato.contexts import CONTEXTS, enumerate_values
 from sfumato.data import Dataset, to_float
@@ -37,7 +37,9 @@ from sfumato.training.denoising_error import (
 from sfumato.training.evidence import error_ratio
 from sfumato.training.loss_mask import loss_weights
 
-MIN_DRAWS = 30  # of noise a level, over all images
+MIN_DRAWS = 25  # of noise a level, over all images
+# of a look: ranges of noise, and the fewest training images beside as many as are held out
+LOOK_BINS, FEWEST_SEEN = 5, 25
 MAX_FILTERED = 1000  # training images that the linear denoiser is estimated from
 
 
@@ -45,7 +47,8 @@ class Validator:
     """Measures errors on held-out images and on training images, each at every level.
 
     Both are at most one image of each group of near-duplicates, spread over the categories.
-    Errors count where the masks of the loss are white.
+    Errors count where the masks of the loss are white. A look meets images at fewer levels than a
+    validation, since it comes more often.
     """
 
     def __init__(
@@ -79,27 +82,33 @@ class Validator:
             x0 = latents(autoencoder, images, seed=config.seed, batch_size=self.batch_size)
             return images, chosen, x0
 
-        self._measured: tuple[int, tuple[Errors, Errors]] | None = None
-        self._sets: list[tuple[Triples, ContextValues]] = []
+        self._sets, self._look_sets = list[TripleSet](), list[TripleSet]()
         for part in (dataset.holdout, dataset.training):
             images, chosen, x0 = latents_of(
                 spread(dataset, part, max(1, most), seed=config.seed, purpose="validation")
             )
-            draws = max(1, min(most, MIN_DRAWS + len(x0) - 1) // len(x0))
-            triples = make_triples(x0, schedule, seed=config.seed, bins=bins, draws=draws)
             context = to_device(dataset.context(chosen), device)
-            triples = replace(triples, weights=loss_weights(context, slice(None), like=x0))
+            probe = Probe(
+                x0=x0,
+                weights=loss_weights(context, slice(None), like=x0),
+                context=conditioner.training_context(images, context, seed=config.seed, first=0),
+            )
             self._sets.append(
-                (triples, conditioner.training_context(images, context, seed=config.seed, first=0))
+                probe.triples(len(x0), schedule=schedule, seed=config.seed, bins=bins, most=most)
+            )
+            count = max(FEWEST_SEEN, len(self._sets[0].triples.x0))
+            few = min(bins, LOOK_BINS)
+            self._look_sets.append(
+                probe.triples(count, schedule=schedule, seed=config.seed, bins=few, most=most)
             )
         learned = spread(
             dataset, dataset.training, MAX_FILTERED, seed=config.seed, purpose="filter"
         )
-        x0 = latents_of(learned)[2].cpu()
+        x0, held_out = latents_of(learned)[2].cpu(), self._sets[0].triples
         self._baselines = [
             measure(
                 simple,
-                replace(self.triples, x0=self.triples.x0.cpu()),
+                replace(held_out, x0=held_out.x0.cpu()),
                 NO_CONDITION,
                 batch_size=500,
             )
@@ -110,7 +119,7 @@ class Validator:
             )
         ]
 
-    def figures(self, model: Model, average: Model, step: int) -> dict[str, Any]:
+    def figures(self, model: Model, average: Model) -> dict[str, Any]:
         """Return the figures of a validation, as metrics.jsonl keeps them.
 
         `validation/ema/*` and `validation/raw/*` are errors on held-out images, in float32 except
@@ -119,8 +128,8 @@ class Validator:
         95 % interval, and `validation/adherence/NAME/*`, their error under another image's context
         minus that under its own: above zero as soon as the context steers.
         """
-        context = self._sets[0][1]
-        averaged, seen = self.averaged_errors(average, step)
+        held_out, learned = self._sets
+        averaged, seen = self._errors(average, held_out), self._errors(average, learned)
         ratio = error_ratio(averaged.by_image(), seen.by_image(), level=0.95)
         return {
             **{f"validation/ema/{key}": value for key, value in self._summary(averaged).items()},
@@ -129,54 +138,78 @@ class Validator:
             **{
                 f"validation/adherence/{name}/{key}": value
                 for name in average.conditioner.user_inputs
-                if name in context
+                if name in held_out.context
                 for key, value in difference(
-                    self._errors(average, 0, shuffled=name), averaged, self.triples
+                    self._errors(average, held_out.shuffled(name)), averaged, held_out.triples
                 ).items()
             },
         }
 
-    def averaged_errors(self, average: Model, step: int) -> tuple[Errors, Errors]:
-        """Return the errors of the average on held-out and on training images.
-
-        They are measured once at each step, where a validation and a look often meet.
-        """
-        if self._measured is None or self._measured[0] != step:
-            self._measured = step, (self.errors(average), self.seen_errors(average))
-        return self._measured[1]
-
     def error(self, model: Model) -> dict[str, Any]:
         """Return the errors of one model on held-out images."""
-        return self._summary(self.errors(model))
+        return self._summary(self._errors(model, self._sets[0]))
 
     def _summary(self, errors: Errors) -> dict[str, Any]:
-        return summarize(errors, self.triples, *self._baselines)
+        return summarize(errors, self._sets[0].triples, *self._baselines)
 
     @property
-    def triples(self) -> Triples:
-        """The triples of held-out images."""
-        return self._sets[0][0]
+    def look_triples(self) -> Triples:
+        """The triples of held-out images of a look."""
+        return self._look_sets[0].triples
 
-    def errors(self, model: Model) -> Errors:
-        """Return the errors of one model on the triples of held-out images."""
-        return self._errors(model, 0)
+    def look_errors(self, model: Model) -> tuple[Errors, Errors]:
+        """Return the errors of a model on the held-out and on the training images of a look."""
+        held_out, learned = self._look_sets
+        return self._errors(model, held_out), self._errors(model, learned)
 
-    def seen_errors(self, model: Model) -> Errors:
-        """Return the errors of one model on the triples of training images."""
-        return self._errors(model, 1)
-
-    def _errors(self, model: Model, which: int, *, shuffled: str | None = None) -> Errors:
-        triples, context = self._sets[which]
-        count = len(triples.x0)
-        if shuffled is not None:
-            context = {
-                **context,
-                **reorder({shuffled: context[shuffled]}, [(i + 1) % count for i in range(count)]),
-            }
+    def _errors(self, model: Model, chosen: TripleSet) -> Errors:
         model.eval()
         with torch.no_grad():
-            condition = model.conditioner(context, count)
-        return measure(model.denoiser(), triples, condition, batch_size=self.batch_size)
+            condition = model.conditioner(chosen.context, len(chosen.triples.x0))
+        return measure(model.denoiser(), chosen.triples, condition, batch_size=self.batch_size)
+
+
+class Probe(NamedTuple):
+    """Images that errors are measured on.
+
+    Attributes:
+        x0: the images or their latents, (P, C, H, W).
+        weights: where errors count, (P, 1, H, W); None for everywhere.
+        context: what the model is told of them.
+    """
+
+    x0: Tensor
+    weights: Tensor | None
+    context: ContextValues
+
+    def triples(
+        self, count: int, *, schedule: Schedule, seed: int, bins: int, most: int
+    ) -> TripleSet:
+        """Return triples of the first images, at most `count`; few images have several a level.
+
+        Args:
+            bins: ranges of noise.
+            most: triples of an image in a range.
+        """
+        x0, first = self.x0[:count], slice(0, count)
+        draws = max(1, min(most, MIN_DRAWS + len(x0) - 1) // len(x0))
+        triples = make_triples(x0, schedule, seed=seed, bins=bins, draws=draws)
+        weights = None if self.weights is None else self.weights[first]
+        return TripleSet(replace(triples, weights=weights), select_rows(self.context, first))
+
+
+class TripleSet(NamedTuple):
+    """Triples of some images, and the contexts of these."""
+
+    triples: Triples
+    context: ContextValues
+
+    def shuffled(self, name: str) -> TripleSet:
+        """Return the same with each image under one context of the next image."""
+        count = len(self.triples.x0)
+        following = [(i + 1) % count for i in range(count)]
+        changed = reorder({name: self.context[name]}, following)
+        return TripleSet(self.triples, {**self.context, **changed})
 
 
 def spread(

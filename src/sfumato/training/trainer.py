@@ -328,9 +328,7 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Return the task's errors on held-out images, of the weights and their average."""
         with self.uncompiled():
-            return self.task.validate(
-                self.state.model, self.state.average, self.state.counters.step
-            )
+            return self.task.validate(self.state.model, self.state.average)
 
     def _try(self, bar: ProgressBar, write: Callable[[], object]) -> None:
         """Call `write`, and only warn if it fails: a temporarily full disk need not end a run."""

@@ -184,9 +184,9 @@ class Diffusion:
             if name not in ("logsnr", "loss")
         }
 
-    def validate(self, model: Model, average: Model, step: int) -> dict[str, Any]:
+    def validate(self, model: Model, average: Model) -> dict[str, Any]:
         """Return the figures of `Validator.figures`; {} if nothing is held out."""
-        return {} if self.validator is None else self.validator.figures(model, average, step)
+        return {} if self.validator is None else self.validator.figures(model, average)
 
     def summary(self, figures: Mapping[str, Any]) -> str:
         """Format the errors of the averaged weights in one line."""

@@ -115,8 +115,8 @@ class Task(Protocol[M]):
         """Return the metrics of a step for metrics.jsonl, besides the mean loss."""
         ...
 
-    def validate(self, model: M, average: M, step: int) -> dict[str, Any]:
-        """Return the errors on held-out images after a step, for metrics.jsonl."""
+    def validate(self, model: M, average: M) -> dict[str, Any]:
+        """Return the errors on held-out images, for metrics.jsonl."""
         ...
 
     def summary(self, figures: Mapping[str, Any]) -> str:

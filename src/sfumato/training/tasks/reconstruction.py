@@ -237,7 +237,7 @@ class Reconstruction:
         return {f"train/{name}": float(values.mean()) for name, values in losses.notes.items()}
 
     @torch.no_grad()
-    def validate(self, model: Reconstructor, average: Reconstructor, step: int) -> dict[str, Any]:
+    def validate(self, model: Reconstructor, average: Reconstructor) -> dict[str, Any]:
         """Return `validation/{ema,raw}/*`: PSNR in dB, SSIM, L1 and the perceptual distance.
 
         They are measured on held-out images, reconstructed from the means of their latents.
