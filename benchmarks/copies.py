@@ -10,6 +10,7 @@ training set as JPEG too. It takes minutes on one core.
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 
 import numpy as np
@@ -82,6 +83,8 @@ def in_all(everything: Dataset) -> None:
         f"in {seconds:.1f} s; the copy is {'' if found[7] == position else 'NOT '}found; {others} "
         "of 199 held-out images count as copies"
     )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of the process: {peak:,.0f} MiB")
 
 
 if __name__ == "__main__":
