@@ -131,3 +131,11 @@ def test_items_of_different_shapes_share_no_draws() -> None:
     for one in sizes:
         for other in sizes - {one}:
             assert len(values[one] & values[other]) < 20  # float32 values may meet by chance
+
+
+def test_layers_draw_what_they_draw_after_torchs_own_seed() -> None:
+    draws = []
+    for seed_by in (randomness.seed_layers, torch.manual_seed):
+        seed_by(2**40 + 7)
+        draws.append(torch.nn.functional.dropout(torch.ones(1000), 0.5))
+    assert torch.equal(*draws)

@@ -18,11 +18,14 @@ from sklearn.datasets import load_digits
 
 import sfumato
 from sfumato.data import AugmentConfig
+from sfumato.diffusion import Linear
 from sfumato.networks import UNetConfig
 from sfumato.networks.perceptual import RandomFeatures
 from sfumato.reporting import write_report
-from sfumato.runs import resume, train
+from sfumato.runs import prepare, resume, train
+from sfumato.runs.training import build_trainer
 from sfumato.storage import checkpoint
+from sfumato.storage.run_directory import RunDirectory
 from sfumato.training import (
     Budget,
     CheckpointConfig,
@@ -30,10 +33,12 @@ from sfumato.training import (
     OptimizerConfig,
     PowerEMA,
     PreviewConfig,
+    Trainer,
     ValidationConfig,
 )
-from sfumato.training.evidence import Look
+from sfumato.training.evidence import Look, error_ratio
 from sfumato.training.looks import Looks
+from sfumato.training.monitors import FEWEST_SEEN, LOOK_BINS, Probe
 from sfumato.training.stopping import next_mark, verdict
 from tests.helpers.runs import tiny_run
 
@@ -235,3 +240,36 @@ def test_samples_are_measured_beside_real_images(
         del look["samples"]  # as earlier versions wrote it
     (run / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
     assert "C_T" not in write_report(run).read_text().split("<h2>Words</h2>")[0]
+
+
+def trainer_of(folder: Path, place: Path, **validation) -> Trainer:
+    settings = memorizing(folder)
+    changed = replace(settings.validation, **validation)
+    return build_trainer(prepare(replace(settings, validation=changed)), RunDirectory.create(place))
+
+
+def test_a_look_is_a_validation_of_at_most_five_levels(folder: Path, tmp_path: Path) -> None:
+    for bins in (4, 5):  # the same images at the same levels
+        trainer = trainer_of(folder, tmp_path / str(bins), bins=bins, samples=30 * bins)
+        average = trainer.state.average
+        held_out, seen = trainer.task.validator.look_errors(average)
+        assert held_out.eps_square.shape == (20, bins)
+        figures = trainer.validate()
+        assert float(held_out.eps_square.mean()) == figures["validation/ema/eps_mse"]
+        ratio = error_ratio(held_out.by_image(), seen.by_image(), level=0.95)
+        assert ratio.mean == pytest.approx(figures["validation/ratio/mean"], abs=1e-12)
+    trainer = trainer_of(folder, tmp_path / "ten", bins=10, samples=500)
+    held_out, seen = trainer.task.validator.look_errors(trainer.state.average)
+    assert held_out.eps_square.shape[1] == seen.eps_square.shape[1] == LOOK_BINS
+
+
+@pytest.mark.parametrize(("held_out", "seen"), [(6, 25), (20, 25), (30, 30), (40, 34)])
+def test_a_look_meets_as_many_training_as_held_out_images(held_out: int, seen: int) -> None:
+    x0 = torch.randn(34, 1, 2, 2)
+    probe = Probe(x0=x0, weights=None, context={"category": torch.arange(34)})
+    settings = {"schedule": Linear(), "seed": 1, "bins": 5, "most": 50}
+    chosen = probe.triples(max(FEWEST_SEEN, held_out), **settings)
+    assert torch.equal(chosen.triples.x0, x0[:seen])
+    assert chosen.context["category"].tolist() == list(range(seen))
+    few = probe.triples(2, **settings).triples
+    assert len(few) == 2 * 5 * 13  # at least 25 noises a level
